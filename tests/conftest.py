@@ -1,0 +1,34 @@
+"""Shared settings: which device and dtypes the kernels' tests use, and memory that is NaN until someone writes it."""
+import os
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, Phase, settings  # noqa: E402
+
+from tfkernels._library import INTERPRET  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRET else [torch.bfloat16])
+
+settings.register_profile("project", deadline=None, derandomize=True, max_examples=15 if INTERPRET else 60,
+                          phases=[Phase.explicit, Phase.reuse, Phase.generate] + ([] if INTERPRET else [Phase.shrink]),
+                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+settings.load_profile("project")
+torch.set_num_threads(min(2, os.cpu_count() or 1)) if DEVICE == "cpu" else None
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fill `torch.empty` with NaN: a value that nobody wrote shows up as one."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def device():
+    return torch.device(DEVICE)

@@ -1,0 +1,256 @@
+"""Backward attention kernels, deterministic and without atomics: one for dQ, one for dK and dV.
+
+    P = exp(S - LSE),  dV = P^T dO,  dS = P * (dO V^T - delta),  dQ = dS K * scale,  dK = dS^T Q * scale
+    delta_i = sum_d(dO_id O_id) - dLSE_i
+
+dQ walks the keys of a tile of queries as the forward kernel does. dK/dV walks, for a tile of keys, the queries between
+query_lo and query_hi: the same three loops with rows and columns exchanged, over every query head that shares the key head.
+"""
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tfkernels._attention_forward import FAR, LOG2E, batch_stride, core, dot_precision, load_rows, row_bounds, rows_contiguous, tanh
+from tfkernels._launch import Config, lookup
+
+DQ_CONFIGS = {  # (architecture, bytes per element, padded head dim)
+    (80, 2, 32): Config(128, 32, 4, 3), (80, 2, 64): Config(128, 32, 4, 3),
+    (80, 2, 128): Config(64, 32, 4, 2), (80, 2, 256): Config(32, 32, 8, 2),
+    (80, 4, 32): Config(32, 32, 4, 2), (80, 4, 64): Config(32, 16, 4, 2),
+    (80, 4, 128): Config(16, 16, 4, 2), (80, 4, 256): Config(16, 16, 8, 1),
+    (90, 2, 32): Config(128, 64, 8, 3), (90, 2, 64): Config(128, 64, 8, 3),
+    (90, 2, 128): Config(128, 64, 8, 2), (90, 2, 256): Config(64, 32, 8, 2),
+    (90, 4, 32): Config(32, 32, 4, 2), (90, 4, 64): Config(32, 16, 4, 2),
+    (90, 4, 128): Config(16, 16, 4, 2), (90, 4, 256): Config(16, 16, 8, 1),
+    (100, 2, 32): Config(128, 32, 4, 3), (100, 2, 64): Config(128, 32, 4, 3),
+    (100, 2, 128): Config(64, 64, 4, 2), (100, 2, 256): Config(64, 32, 8, 2),
+    (100, 4, 32): Config(32, 32, 4, 2), (100, 4, 64): Config(32, 16, 4, 2),
+    (100, 4, 128): Config(16, 16, 4, 2), (100, 4, 256): Config(16, 16, 8, 1),
+}
+DKV_CONFIGS = {
+    (80, 2, 32): Config(32, 128, 4, 3), (80, 2, 64): Config(32, 128, 4, 2),
+    (80, 2, 128): Config(32, 64, 8, 2), (80, 2, 256): Config(16, 32, 8, 2),
+    (80, 4, 32): Config(32, 32, 4, 2), (80, 4, 64): Config(16, 32, 4, 2),
+    (80, 4, 128): Config(16, 16, 4, 1), (80, 4, 256): Config(16, 16, 8, 1),
+    (90, 2, 32): Config(64, 128, 8, 2), (90, 2, 64): Config(64, 128, 8, 2),
+    (90, 2, 128): Config(64, 128, 8, 2), (90, 2, 256): Config(32, 64, 8, 2),
+    (90, 4, 32): Config(32, 32, 4, 2), (90, 4, 64): Config(16, 32, 4, 2),
+    (90, 4, 128): Config(16, 16, 4, 1), (90, 4, 256): Config(16, 16, 8, 1),
+    (100, 2, 32): Config(32, 128, 4, 3), (100, 2, 64): Config(32, 128, 4, 2),
+    (100, 2, 128): Config(64, 128, 8, 2), (100, 2, 256): Config(32, 64, 8, 2),
+    (100, 4, 32): Config(32, 32, 4, 2), (100, 4, 64): Config(16, 32, 4, 2),
+    (100, 4, 128): Config(16, 16, 4, 1), (100, 4, 256): Config(16, 16, 8, 1),
+}
+DELTA_ROWS = 64
+
+
+@triton.jit(do_not_specialize=["sq"])
+def _attention_bwd_delta(out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, stride_ob, stride_oh, stride_os, stride_db, stride_dh, stride_ds,
+                         heads, sq, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
+    tiles = tl.cdiv(sq, BLOCK_M)
+    pid = tl.program_id(0)
+    start_m = pid % tiles * BLOCK_M
+    b, h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
+    offs_m = tl.arange(0, BLOCK_M)
+    rows = start_m + offs_m
+    out = load_rows(out_ptr + b * stride_ob + h * stride_oh, start_m, offs_m, stride_os, sq, HEAD_DIM, D, True).to(tl.float32)
+    dout = load_rows(dout_ptr + b * stride_db + h * stride_dh, start_m, offs_m, stride_ds, sq, HEAD_DIM, D, True).to(tl.float32)
+    at = (b * heads + h) * sq + rows
+    lse = tl.load(lse_ptr + at, mask=rows < sq, other=float("-inf"))
+    dlse = tl.load(dlse_ptr + at, mask=rows < sq, other=0.0)
+    delta = tl.where(lse == float("-inf"), 0.0, tl.sum(out * dout, 1) - dlse)
+    tl.store(delta_ptr + at, delta, mask=rows < sq)
+
+
+@triton.jit
+def _load_lse(lse_ptr, rows, sq):
+    """LSE in base 2; +inf for empty and outside rows, so that their P = exp2(S - LSE) is 0."""
+    lse = tl.load(lse_ptr + rows, mask=rows < sq, other=float("-inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+
+
+@triton.jit
+def _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, start, stop, rows, lo, hi, query_lo_ptr, query_hi_ptr, sk, scale, softcap,
+             HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_COLUMNS: tl.constexpr,
+             SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    offs_n = tl.arange(0, BLOCK_N)
+    for n in range(start, stop, BLOCK_N):
+        n = tl.multiple_of(n, 1)
+        k = load_rows(k_ptr, n, offs_n, stride_ks, sk, HEAD_DIM, D, MASKED)
+        v = load_rows(v_ptr, n, offs_n, stride_vs, sk, HEAD_DIM, D, MASKED)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if SOFTCAP:
+            bent = tanh(s * (scale / softcap))
+            p = tl.exp2(bent * (softcap * LOG2E) - lse[:, None])
+        else:
+            p = tl.exp2(s * (scale * LOG2E) - lse[:, None])
+        ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+        if SOFTCAP:
+            ds *= 1 - bent * bent
+        if MASKED:
+            cols = n + offs_n
+            visible = (cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None])
+            if CHECK_COLUMNS:
+                since = tl.load(query_lo_ptr + cols, mask=cols < sk, other=FAR)
+                until = tl.load(query_hi_ptr + cols, mask=cols < sk, other=0)
+                visible &= (since[None, :] <= rows[:, None]) & (rows[:, None] < until[None, :])
+            ds = tl.where(visible, ds, 0.0)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit(do_not_specialize=["sq", "sk", "offset", "stride_mask_rows", "stride_mask_columns"])
+def _attention_bwd_dq(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, dq_ptr,
+                      stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+                      stride_ob, stride_oh, stride_os, stride_db, stride_dh, stride_ds, stride_mask_rows, stride_mask_columns,
+                      heads, group, sq, sk, offset, scale, softcap,
+                      HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                      CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    tiles = tl.cdiv(sq, BLOCK_M)
+    pid = tl.program_id(0)
+    start_m = (tiles - 1 - pid % tiles) * BLOCK_M
+    b, h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
+    k_ptr += b * stride_kb + h // group * stride_kh
+    v_ptr += b * stride_vb + h // group * stride_vh
+    query_lo_ptr += b * stride_mask_columns
+    query_hi_ptr += b * stride_mask_columns
+    offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, D)
+    rows = start_m + offs_m
+
+    lo, hi, first, core_first, core_last, last = row_bounds(lo_ptr + b * stride_mask_rows, hi_ptr + b * stride_mask_rows, rows, sq, sk)
+    q = load_rows(q_ptr + b * stride_qb + h * stride_qh, start_m, offs_m, stride_qs, sq, HEAD_DIM, D, True)
+    dout = load_rows(dout_ptr + b * stride_ob + h * stride_oh, start_m, offs_m, stride_os, sq, HEAD_DIM, D, True)
+    lse = _load_lse(lse_ptr + (b * heads + h) * sq, rows, sq)
+    delta = tl.load(delta_ptr + (b * heads + h) * sq + rows, mask=rows < sq, other=0.0)
+    dq = tl.zeros([BLOCK_M, D], tl.float32)
+    if CHECK_COLUMNS:
+        core_start, core_stop = last, last
+    else:
+        core_start, core_stop = core(first, core_first, core_last, last, BLOCK_N)
+    dq = _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, first, core_start, rows + offset, lo, hi, query_lo_ptr, query_hi_ptr,
+                  sk, scale, softcap, HEAD_DIM, D, BLOCK_N, True, CHECK_COLUMNS, SOFTCAP, PRECISION)
+    if not CHECK_COLUMNS:
+        dq = _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, core_start, core_stop, rows, lo, hi, query_lo_ptr, query_hi_ptr,
+                      sk, scale, softcap, HEAD_DIM, D, BLOCK_N, False, False, SOFTCAP, PRECISION)
+        dq = _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, core_stop, last, rows, lo, hi, query_lo_ptr, query_hi_ptr,
+                      sk, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
+    pointers = dq_ptr + b * stride_db + h * stride_dh + start_m.to(tl.int64) * stride_ds + offs_m[:, None] * stride_ds + offs_d[None, :]
+    tl.store(pointers, (dq * scale).to(dq_ptr.dtype.element_ty), mask=(rows < sq)[:, None] & (offs_d < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def _dkv_step(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, stride_qs, stride_os, start, stop, cols, since, until, sq, scale, softcap,
+              HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, CHECK_ROWS: tl.constexpr,
+              SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    offs_m = tl.arange(0, BLOCK_M)
+    for m in range(start, stop, BLOCK_M):
+        m = tl.multiple_of(m, 1)
+        rows = m + offs_m
+        q = load_rows(q_ptr, m, offs_m, stride_qs, sq, HEAD_DIM, D, MASKED)
+        dout = load_rows(dout_ptr, m, offs_m, stride_os, sq, HEAD_DIM, D, MASKED)
+        lse = _load_lse(lse_ptr, rows, sq)
+        delta = tl.load(delta_ptr + rows, mask=rows < sq, other=0.0)
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        if SOFTCAP:
+            bent = tanh(s * (scale / softcap))
+            p = tl.exp2(bent * (softcap * LOG2E) - lse[None, :])
+        else:
+            p = tl.exp2(s * (scale * LOG2E) - lse[None, :])
+        if MASKED:
+            visible = (since[:, None] <= rows[None, :]) & (rows[None, :] < until[:, None])
+            if CHECK_ROWS:
+                lo = tl.load(lo_ptr + rows, mask=rows < sq, other=0)
+                hi = tl.load(hi_ptr + rows, mask=rows < sq, other=0)
+                visible &= (cols[:, None] >= lo[None, :]) & (cols[:, None] < hi[None, :])
+            p = tl.where(visible, p, 0.0)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
+        if SOFTCAP:
+            ds *= 1 - bent * bent
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["sq", "sk", "offset", "stride_mask_rows", "stride_mask_columns"])
+def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, dk_ptr, dv_ptr,
+                       stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+                       stride_ob, stride_oh, stride_os, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
+                       stride_mask_rows, stride_mask_columns, kv_heads, group, sq, sk, offset, scale, softcap,
+                       HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                       CHECK_ROWS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    tiles = tl.cdiv(sk, BLOCK_N)
+    pid = tl.program_id(0)
+    start_n = pid % tiles * BLOCK_N
+    b, h = (pid // tiles // kv_heads).to(tl.int64), (pid // tiles % kv_heads).to(tl.int64)
+    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, D)
+    cols = start_n + offs_n
+    since = tl.load(query_lo_ptr + b * stride_mask_columns + cols, mask=cols < sk, other=FAR)
+    until = tl.load(query_hi_ptr + b * stride_mask_columns + cols, mask=cols < sk, other=0)
+    since, until = tl.maximum(since - offset, 0), tl.minimum(until - offset, sq)
+    seen = since < until
+    first, last = tl.min(tl.where(seen, since, FAR)), tl.max(tl.where(seen, until, 0))
+    core_first, core_last = tl.max(tl.where(seen, since, 0)), tl.min(tl.where(seen, until, FAR))
+    first = tl.minimum(first, last)
+
+    k = load_rows(k_ptr + b * stride_kb + h * stride_kh, start_n, offs_n, stride_ks, sk, HEAD_DIM, D, True)
+    v = load_rows(v_ptr + b * stride_vb + h * stride_vh, start_n, offs_n, stride_vs, sk, HEAD_DIM, D, True)
+    lo_ptr += b * stride_mask_rows
+    hi_ptr += b * stride_mask_rows
+    dk = tl.zeros([BLOCK_N, D], tl.float32)
+    dv = tl.zeros([BLOCK_N, D], tl.float32)
+    if CHECK_ROWS:
+        core_start, core_stop = last, last
+    else:
+        core_start, core_stop = core(first, core_first, core_last, last, BLOCK_M)
+    for g in range(group):
+        head = h * group + g
+        q_head, dout_head = q_ptr + b * stride_qb + head * stride_qh, dout_ptr + b * stride_ob + head * stride_oh
+        lse_head, delta_head = lse_ptr + (b * kv_heads * group + head) * sq, delta_ptr + (b * kv_heads * group + head) * sq
+        dk, dv = _dkv_step(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, lo_ptr, hi_ptr, stride_qs, stride_os, first, core_start, cols, since,
+                           until, sq, scale, softcap, HEAD_DIM, D, BLOCK_M, True, CHECK_ROWS, SOFTCAP, PRECISION)
+        if not CHECK_ROWS:
+            dk, dv = _dkv_step(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, lo_ptr, hi_ptr, stride_qs, stride_os, core_start, core_stop, cols,
+                               since, until, sq, scale, softcap, HEAD_DIM, D, BLOCK_M, False, False, SOFTCAP, PRECISION)
+            dk, dv = _dkv_step(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, lo_ptr, hi_ptr, stride_qs, stride_os, core_stop, last, cols,
+                               since, until, sq, scale, softcap, HEAD_DIM, D, BLOCK_M, True, False, SOFTCAP, PRECISION)
+    inside = (cols < sk)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    dk, dv = tl.where(seen[:, None], dk * scale, 0.0), tl.where(seen[:, None], dv, 0.0)
+    row = start_n.to(tl.int64) + offs_n[:, None]
+    tl.store(dk_ptr + b * stride_dkb + h * stride_dkh + row * stride_dks + offs_d[None, :], dk.to(dk_ptr.dtype.element_ty), mask=inside)
+    tl.store(dv_ptr + b * stride_dvb + h * stride_dvh + row * stride_dvs + offs_d[None, :], dv.to(dv_ptr.dtype.element_ty), mask=inside)
+
+
+def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lo: Tensor, hi: Tensor,
+                       query_lo: Tensor, query_hi: Tensor, rows_exact: bool, columns_exact: bool, offset: int, scale: float,
+                       softcap: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the three backward kernels; return dq, dk, dv in the inputs' dtype and layout."""
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    if q.numel() == 0 or k.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    q, k, v, out, dout, lo, hi = (rows_contiguous(x) for x in (q, k, v, out, dout, lo, hi))
+    batch, heads, sq, head_dim = q.shape
+    kv_heads, sk = k.shape[1:3]
+    padded = max(32, triton.next_power_of_2(head_dim))
+    delta = torch.empty_like(lse)
+    _attention_bwd_delta[(triton.cdiv(sq, DELTA_ROWS) * batch * heads,)](
+        out, dout, lse, dlse.contiguous(), delta, *out.stride()[:3], *dout.stride()[:3], heads, sq,
+        HEAD_DIM=head_dim, D=padded, BLOCK_M=DELTA_ROWS, num_warps=4)
+    shared = (batch_stride(lo), batch_stride(query_lo))
+    sizes = (heads // kv_heads, sq, sk, offset, scale, softcap)
+    constants = dict(HEAD_DIM=head_dim, D=padded, SOFTCAP=softcap > 0, PRECISION=dot_precision(q))
+    grads = [g if g.stride(-1) == 1 else torch.empty_like(g, memory_format=torch.contiguous_format) for g in (dq, dk, dv)]
+    config = lookup(DQ_CONFIGS, q, padded)
+    _attention_bwd_dq[(triton.cdiv(sq, config.block_m) * batch * heads,)](
+        q, k, v, dout, lse, delta, lo, hi, query_lo, query_hi, grads[0],
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *grads[0].stride()[:3], *shared, heads, *sizes,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_COLUMNS=not rows_exact, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
+    config = lookup(DKV_CONFIGS, q, padded)
+    _attention_bwd_dkv[(triton.cdiv(sk, config.block_n) * batch * kv_heads,)](
+        q, k, v, dout, lse, delta, lo, hi, query_lo, query_hi, grads[1], grads[2],
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *grads[1].stride()[:3], *grads[2].stride()[:3], *shared, kv_heads, *sizes,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_ROWS=not columns_exact, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
+    for ours, grad in zip((dq, dk, dv), grads):
+        if ours is not grad:
+            ours.copy_(grad)
+    return dq, dk, dv

@@ -1,0 +1,133 @@
+"""Attention on the CPU, quick enough to train with: blocks of queries against the keys that block can see.
+
+Each block runs PyTorch's own fused CPU kernel; a soft cap or a gradient of the LSE, which that kernel lacks, takes the
+written-out form. Nothing larger than (block, its keys) is built; a mask that hides little is one call for the whole row.
+"""
+import math
+from typing import Iterator, NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 32
+_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class _Block(NamedTuple):
+    rows: slice
+    keys: slice
+    bias: Tensor | None   # (B or 1, 1, rows, keys) additive mask, 0 or -inf; None for plain causal attention
+    empty: Tensor | None  # (B or 1, 1, rows) rows that see nothing; None where there are none
+
+
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, query_lo: Tensor, query_hi: Tensor,
+                      rows_exact: bool, columns_exact: bool, offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    """(B, H, Sq, D) x (B, K, Sk, D) -> output like q, LSE (B, H, Sq) float32 (float64 for float64)."""
+    out = torch.zeros_like(q)
+    q, k, v = (_rows_contiguous(x) for x in (q, k, v))
+    lse = q.new_full(q.shape[:3], -math.inf, dtype=_statistics(q))
+    for block in _blocks(q, lo, hi, query_lo, query_hi, rows_exact, offset):
+        part = q[:, :, block.rows], k[:, :, block.keys], v[:, :, block.keys]
+        if softcap:
+            scores, _ = _scores(*part[:2], block, scale, softcap)
+            o = (_weights(scores, block) @ _grouped(part[2])).flatten(1, 2).to(q.dtype)
+            peak = scores.logsumexp(-1).flatten(1, 2)
+        else:
+            o, peak = _fused(*part, 0.0, block.bias is None, attn_mask=block.bias, scale=scale)
+        out[:, :, block.rows] = o if block.empty is None else o.masked_fill(block.empty[..., None], 0)
+        lse[:, :, block.rows] = peak if block.empty is None else peak.masked_fill(block.empty, -math.inf)
+    return out, lse
+
+
+def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lo: Tensor, hi: Tensor,
+                       query_lo: Tensor, query_hi: Tensor, rows_exact: bool, columns_exact: bool, offset: int, scale: float,
+                       softcap: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk, dv in the inputs' dtype and layout."""
+    dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+    q, k, v, out, dout = (_rows_contiguous(x) for x in (q, k, v, out, dout))
+    empty = lse == -math.inf
+    dlse, finite = dlse.masked_fill(empty, 0), lse.masked_fill(empty, 0)
+    written_out = bool(softcap) or bool(dlse.any())
+    for block in _blocks(q, lo, hi, query_lo, query_hi, rows_exact, offset):
+        rows, keys = (slice(None), slice(None), block.rows), (slice(None), slice(None), block.keys)
+        if written_out:
+            grads = _block_backward(dout[rows], dlse[rows], q[rows], k[keys], v[keys], block, scale, softcap)
+        else:
+            grads = _fused_backward(dout[rows], q[rows], k[keys], v[keys], out[rows], finite[rows], 0.0, block.bias is None, attn_mask=block.bias, scale=scale)
+        dq[rows] = grads[0]
+        dk[keys] += grads[1]
+        dv[keys] += grads[2]
+    return dq.masked_fill_(empty[..., None], 0), dk, dv
+
+
+def _block_backward(dout, dlse, q, k, v, block, scale, softcap):
+    group = k.shape[1], q.shape[1] // k.shape[1]
+    scores, slope = _scores(q, k, block, scale, softcap)                                   # (B, K, G, m, n)
+    p = _weights(scores, block)
+    d = dout.to(p.dtype).unflatten(1, group)
+    dp = d @ _grouped(v).mT
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True) + dlse.to(p.dtype).unflatten(1, group)[..., None]) * slope * scale
+    dq = (ds @ _grouped(k)).flatten(1, 2)
+    dk = (ds.mT @ q.to(p.dtype).unflatten(1, group)).sum(2)
+    return dq.to(q.dtype), dk.to(k.dtype), (p.mT @ d).sum(2).to(v.dtype)
+
+
+def _scores(q, k, block, scale, softcap):
+    """Return masked scores (B, K, G, m, n) and the slope of the soft cap (1 without one)."""
+    dtype = _statistics(q)
+    scores = q.to(dtype).unflatten(1, (k.shape[1], -1)) @ _grouped(k).mT * scale
+    slope = 1.0
+    if softcap:
+        bent = torch.tanh(scores / softcap)
+        scores, slope = softcap * bent, 1 - bent**2
+    if block.bias is None:
+        bias = scores.new_full(scores.shape[-2:], -math.inf).triu(1)
+    else:
+        bias = block.bias[:, :, None].to(dtype)
+    return scores + bias, slope
+
+
+def _weights(scores, block):
+    weights = scores.softmax(-1)
+    return weights if block.empty is None else weights.masked_fill(block.empty[:, None, ..., None], 0)  # softmax of an empty row is NaN
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()  # the fused kernel reads wrong values where it is not
+
+
+def _grouped(x: Tensor) -> Tensor:
+    return x[:, :, None].to(_statistics(x))  # (B, K, 1, n, D)
+
+
+def _statistics(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _blocks(q: Tensor, lo: Tensor, hi: Tensor, query_lo: Tensor, query_hi: Tensor, rows_exact: bool, offset: int) -> Iterator[_Block]:
+    sq, sk = lo.shape[1], query_lo.shape[1]
+    if sq == 0 or sk == 0:
+        return
+    rows = torch.arange(sq)
+    if rows_exact and sq == sk and sq > 1 and bool((lo == 0).all()) and bool((hi == rows + 1).all()):
+        yield _Block(slice(0, sq), slice(0, sk), None, None)
+        return
+    empty = lo >= hi
+    lo, hi = lo.clamp(min=0), hi.clamp(max=sk)
+    starts, stops = torch.where(empty, sk, lo).amin(0).tolist(), torch.where(empty, 0, hi).amax(0).tolist()
+    size = BLOCK
+    hulls = [(min(starts[i:i + size]), max(stops[i:i + size])) for i in range(0, sq, size)]
+    if 2 * size * sum(max(0, b - a) for a, b in hulls) > sq * sk:
+        size, hulls = sq, [(min(starts), max(stops))]
+    keys = torch.arange(sk, dtype=torch.int32)
+    for i, (a, b) in zip(range(0, sq, size), hulls):
+        if a >= b:
+            continue
+        seen = (lo[:, i:i + size, None] <= keys[a:b]) & (keys[a:b] < hi[:, i:i + size, None])
+        if not rows_exact:
+            at = rows[i:i + size, None] + offset
+            seen &= (query_lo[:, None, a:b] <= at) & (at < query_hi[:, None, a:b])
+        bias = torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -math.inf)[:, None]
+        empty = ~seen.any(-1)[:, None]
+        yield _Block(slice(i, min(i + size, sq)), slice(a, b), bias, empty if bool(empty.any()) else None)

@@ -1,0 +1,189 @@
+"""Forward attention kernel: one program per tile of queries, three loops over the keys that the tile can see.
+
+    keys  [min lo ........ max lo ............. min hi ........ max hi)
+             left edge        mask-free core        right edge
+
+Only the two edges compare key numbers with lo and hi; the core is plain flash attention (arXiv:2205.14135, arXiv:2307.08691)
+with the softmax in base 2. Empty rows are left out of the bounds, so that padding never costs a tile its core; they end as
+output 0 and LSE -inf. The tile's bounds are read from the mask itself: no block list, no host synchronisation.
+"""
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tfkernels._launch import Config, lookup
+
+CONFIGS = {  # (architecture, bytes per element, padded head dim)
+    (80, 2, 32): Config(128, 64, 4, 3), (80, 2, 64): Config(128, 64, 4, 3),
+    (80, 2, 128): Config(128, 32, 8, 3), (80, 2, 256): Config(64, 32, 8, 2),
+    (80, 4, 32): Config(64, 32, 4, 2), (80, 4, 64): Config(32, 32, 4, 2),
+    (80, 4, 128): Config(32, 16, 4, 2), (80, 4, 256): Config(16, 16, 4, 2),
+    (90, 2, 32): Config(128, 128, 8, 3), (90, 2, 64): Config(128, 128, 8, 3),
+    (90, 2, 128): Config(128, 128, 8, 2), (90, 2, 256): Config(128, 64, 8, 2),
+    (90, 4, 32): Config(64, 32, 4, 2), (90, 4, 64): Config(32, 32, 4, 2),
+    (90, 4, 128): Config(32, 16, 4, 2), (90, 4, 256): Config(16, 16, 4, 2),
+    (100, 2, 32): Config(128, 64, 4, 3), (100, 2, 64): Config(128, 64, 4, 3),
+    (100, 2, 128): Config(128, 64, 8, 2), (100, 2, 256): Config(128, 64, 8, 2),
+    (100, 4, 32): Config(64, 32, 4, 2), (100, 4, 64): Config(32, 32, 4, 2),
+    (100, 4, 128): Config(32, 16, 4, 2), (100, 4, 256): Config(16, 16, 4, 2),
+}
+LOG2E = tl.constexpr(1.4426950408889634)
+FAR = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent to about an ulp: its Taylor series near 0, where 1 - exp2(...) would cancel, exp2 elsewhere."""
+    z = tl.minimum(x * x, 0.25)
+    series = z * (-929569.0 / 638512875) + 21844.0 / 6081075
+    series = z * (z * (z * (z * (z * series - 1382.0 / 155925) + 62.0 / 2835) - 17.0 / 315) + 2.0 / 15) - 1.0 / 3
+    e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
+    y = (1 - e) / (1 + e)
+    return tl.where(x * x < 0.25, x + x * z * series, tl.where(x < 0, -y, y))
+
+
+@triton.jit
+def row_bounds(lo_ptr, hi_ptr, offs_m, sq, sk):
+    """Load a tile's lo and hi, and the keys it needs: (lo, hi, min lo, max lo, min hi, max hi), empty rows left out."""
+    inside = offs_m < sq
+    lo = tl.load(lo_ptr + offs_m, mask=inside, other=0)
+    hi = tl.minimum(tl.load(hi_ptr + offs_m, mask=inside, other=0), sk)
+    lo = tl.maximum(lo, 0)
+    some = lo < hi
+    first, last = tl.min(tl.where(some, lo, FAR)), tl.max(tl.where(some, hi, 0))
+    core_first, core_last = tl.max(tl.where(some, lo, 0)), tl.min(tl.where(some, hi, FAR))
+    first = tl.minimum(first, last)
+    return lo, hi, first, core_first, core_last, last
+
+
+@triton.jit
+def core(first, core_first, core_last, last, BLOCK: tl.constexpr):
+    """Return [start, stop): the whole tiles, counted from `first` in steps of BLOCK, that lie within [core_first, core_last)."""
+    start = tl.minimum(first + tl.cdiv(tl.maximum(core_first - first, 0), BLOCK) * BLOCK, last)
+    stop = start + tl.maximum(tl.minimum(core_last, last) - start, 0) // BLOCK * BLOCK
+    return start, stop
+
+
+@triton.jit
+def load_rows(base, start, offs, stride, limit, HEAD_DIM: tl.constexpr, D: tl.constexpr, BOUNDED: tl.constexpr):
+    """Load rows start + offs of a (rows, HEAD_DIM) matrix as a (len(offs), D) tile; 0 outside."""
+    offs_d = tl.arange(0, D)
+    pointers = base + start.to(tl.int64) * stride + offs[:, None] * stride + offs_d[None, :]
+    if BOUNDED and HEAD_DIM != D:
+        return tl.load(pointers, mask=(start + offs < limit)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+    if BOUNDED:
+        return tl.load(pointers, mask=(start + offs < limit)[:, None], other=0.0)
+    if HEAD_DIM != D:
+        return tl.load(pointers, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, start, stop, rows, lo, hi, query_lo_ptr, query_hi_ptr, sk, scale, softcap,
+                  HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_COLUMNS: tl.constexpr,
+                  SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    offs_n = tl.arange(0, BLOCK_N)
+    for n in range(start, stop, BLOCK_N):
+        n = tl.multiple_of(n, 1)
+        k = load_rows(k_ptr, n, offs_n, stride_ks, sk, HEAD_DIM, D, MASKED)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if SOFTCAP:
+            s = tanh(s * (scale / softcap)) * (softcap * LOG2E)
+        else:
+            s *= scale * LOG2E
+        if MASKED:
+            cols = n + offs_n
+            visible = (cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None])
+            if CHECK_COLUMNS:
+                since = tl.load(query_lo_ptr + cols, mask=cols < sk, other=FAR)
+                until = tl.load(query_hi_ptr + cols, mask=cols < sk, other=0)
+                visible &= (since[None, :] <= rows[:, None]) & (rows[:, None] < until[None, :])
+            s = tl.where(visible, s, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(s, 1))
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
+        p = tl.exp2(s - shift[:, None])
+        shrink = tl.exp2(peak - shift)
+        total = total * shrink + tl.sum(p, 1)
+        v = load_rows(v_ptr, n, offs_n, stride_vs, sk, HEAD_DIM, D, MASKED)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        peak = new_peak
+    return acc, total, peak
+
+
+@triton.jit(do_not_specialize=["sq", "sk", "offset", "stride_mask_rows", "stride_mask_columns"])
+def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, out_ptr, lse_ptr,
+                   stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+                   stride_ob, stride_oh, stride_os, stride_mask_rows, stride_mask_columns, heads, group, sq, sk, offset, scale, softcap,
+                   HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                   CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    tiles = tl.cdiv(sq, BLOCK_M)
+    pid = tl.program_id(0)
+    start_m = (tiles - 1 - pid % tiles) * BLOCK_M  # causal rows grow longer: start the long ones first
+    b, h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
+    q_ptr += b * stride_qb + h * stride_qh
+    k_ptr += b * stride_kb + h // group * stride_kh
+    v_ptr += b * stride_vb + h // group * stride_vh
+    out_ptr += b * stride_ob + h * stride_oh
+    offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, D)
+    rows = start_m + offs_m
+    query_lo_ptr += b * stride_mask_columns
+    query_hi_ptr += b * stride_mask_columns
+
+    lo, hi, first, core_first, core_last, last = row_bounds(lo_ptr + b * stride_mask_rows, hi_ptr + b * stride_mask_rows, rows, sq, sk)
+    q = load_rows(q_ptr, start_m, offs_m, stride_qs, sq, HEAD_DIM, D, True)
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if CHECK_COLUMNS:
+        core_start, core_stop = last, last
+    else:
+        core_start, core_stop = core(first, core_first, core_last, last, BLOCK_N)
+    acc, total, peak = _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, first, core_start, rows + offset, lo, hi,
+                                     query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N, True, CHECK_COLUMNS, SOFTCAP, PRECISION)
+    if not CHECK_COLUMNS:
+        acc, total, peak = _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, core_start, core_stop, rows, lo, hi,
+                                         query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N, False, False, SOFTCAP, PRECISION)
+        acc, total, peak = _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, core_stop, last, rows, lo, hi,
+                                         query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
+
+    some = (lo < hi) & (total > 0)
+    out = tl.where(some[:, None], acc / tl.where(some, total, 1.0)[:, None], 0.0)
+    lse = tl.where(some, (peak + tl.log2(tl.where(some, total, 1.0))) / LOG2E, float("-inf"))
+    tl.store(lse_ptr + (b * heads + h) * sq + rows, lse, mask=rows < sq)
+    pointers = out_ptr + start_m.to(tl.int64) * stride_os + offs_m[:, None] * stride_os + offs_d[None, :]
+    tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=(rows < sq)[:, None] & (offs_d < HEAD_DIM)[None, :])
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """Return x with unit stride in its last dimension; a copy only where it had another."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def batch_stride(x: Tensor) -> int:
+    """Return the batch stride of a mask's (B, S) integers, 0 where one row serves the whole batch."""
+    return x.stride(0) if x.shape[0] > 1 else 0
+
+
+def dot_precision(x: Tensor) -> str:
+    """float32 is multiplied exactly unless PyTorch was allowed tf32."""
+    return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, query_lo: Tensor, query_hi: Tensor,
+                      rows_exact: bool, columns_exact: bool, offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel: (B, H, Sq, D) x (B, K, Sk, D) -> output like q, LSE (B, H, Sq) float32."""
+    q, k, v, lo, hi = (rows_contiguous(x) for x in (q, k, v, lo, hi))
+    batch, heads, sq, head_dim = q.shape
+    out, lse = torch.empty_like(q), q.new_empty(batch, heads, sq, dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    padded = max(32, triton.next_power_of_2(head_dim))
+    config = lookup(CONFIGS, q, padded)
+    grid = (triton.cdiv(sq, config.block_m) * batch * heads,)
+    _attention_fwd[grid](
+        q, k, v, lo, hi, query_lo, query_hi, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        batch_stride(lo), batch_stride(query_lo), heads, heads // k.shape[1], sq, k.shape[2], offset, scale, softcap,
+        HEAD_DIM=head_dim, D=padded, BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_COLUMNS=not rows_exact, SOFTCAP=softcap > 0,
+        PRECISION=dot_precision(q), num_warps=config.num_warps, num_stages=config.num_stages)
+    return out, lse

@@ -1,0 +1,40 @@
+"""Launch configurations: one table per kernel, keyed by (architecture, bytes per element, padded head dim).
+
+A table is data, written by an offline tuner and gated by `tests/tfkernels/test_resources.py`, which compiles every row
+for its architecture and requires zero spills and shared memory within the card's limit. Nothing is tuned at call time.
+"""
+import functools
+from typing import NamedTuple
+
+import torch
+
+from tfkernels._library import INTERPRET
+
+ARCHITECTURES = (80, 90, 100)
+SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}  # bytes a block may use; the 80 rows also fit the 99 KiB of sm_86 and sm_89
+
+
+class Config(NamedTuple):
+    """Tile of `block_m` queries by `block_n` keys, and the warps and pipeline stages that work on it."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+INTERPRETER = Config(32, 16, 4, 1)  # small and unequal, so that short test sequences cross many tile edges
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """Return the newest table architecture that `device` can run."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return max((a for a in ARCHITECTURES if a <= 10 * major + minor), default=80)
+
+
+def lookup(table: dict, tensor: torch.Tensor, head_dim: int) -> Config:
+    """Return `table`'s row for `tensor`'s device and dtype and a padded head dim."""
+    if INTERPRET:
+        return INTERPRETER
+    return table[architecture(tensor.device), tensor.element_size(), head_dim]

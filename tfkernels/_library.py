@@ -1,0 +1,30 @@
+"""The one way an operator meets PyTorch: a custom op with a CUDA kernel, a CPU implementation and a fake.
+
+PyTorch's dispatcher picks by the tensors' device. Under `TRITON_INTERPRET=1` the CPU runs the Triton kernel through
+Triton's interpreter, so that the same tests check the same kernel on a machine without a GPU.
+"""
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def register(name, *, kernel, cpu, fake):
+    """Register `tfkernels::name` and return it: `kernel` on CUDA, `cpu` on CPU, `fake` for tracing."""
+
+    @functools.wraps(kernel)
+    def launch(*args):
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if INTERPRET and any(t.dtype == torch.bfloat16 for t in tensors):
+            raise ValueError(f"{name}: dtype is torch.bfloat16; Triton's interpreter computes bfloat16 wrongly and silently; "
+                             "use float32 or float16, or unset TRITON_INTERPRET")
+        with torch.cuda.device_of(tensors[0]):
+            return kernel(*args)
+
+    op = torch.library.custom_op(f"tfkernels::{name}", launch, mutates_args=(), device_types="cuda")
+    op.register_kernel("cpu")(launch if INTERPRET else cpu)
+    op.register_fake(fake)
+    return op

@@ -1,0 +1,128 @@
+"""Attention under a `TransfusionMask`: block-sparse, causal text with bidirectional images, forward and backward.
+
+    S_ij = softcap(q_i . k_j * scale)     where visible(i, j), else -inf        (softcap(x) = c * tanh(x / c), arXiv:2408.00118)
+    LSE_i = log sum_j exp(S_ij)           out_i = sum_j exp(S_ij - LSE_i) v_j
+
+The tiles that a mask hides are never visited: their bounds come from the mask's integers (see `tfkernels.mask`). One custom
+operator serves every device: Triton kernels on CUDA (`_attention_forward`, `_attention_backward`), blocks of PyTorch's own
+fused attention on CPU (`_attention_cpu`). `attention_reference` is the specification.
+"""
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tfkernels import _attention_backward, _attention_cpu, _attention_forward
+from tfkernels._library import register
+from tfkernels.mask import TransfusionMask
+
+MAX_HEAD_DIM = 256
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class AttentionOutput(NamedTuple):
+    """`out` (B, H, Sq, D) in the inputs' dtype and `lse` (B, H, Sq) in float32, natural logarithm, -inf for empty rows."""
+
+    out: Tensor
+    lse: Tensor
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *, scale: float | None = None, softcap: float | None = None) -> Tensor:
+    """Return softmax(softcap(q k^T * scale) + mask) v, visiting only the tiles that the mask leaves visible.
+
+    Args:
+        q: (B, H, Sq, D) in float16, bfloat16 or float32, any strides (a transposed (B, S, H, D) costs no copy).
+        k, v: (B, K, Sk, D) like q; H a multiple of K (grouped-query attention).
+        mask: Sq queries by Sk keys, on the same device; a mask of batch 1 serves every batch row.
+        scale: factor of the scores before the softmax; 1 / sqrt(D) by default.
+        softcap: bound c of the scores, c * tanh(scores / c); None for no bound.
+
+    Returns:
+        (B, H, Sq, D) like q. Rows that see nothing are 0, with zero gradients. Gradients are deterministic.
+
+    Raises:
+        ValueError: a shape, dtype, device or value that does not fit, named.
+    """
+    return attention_with_lse(q, k, v, mask, scale=scale, softcap=softcap).out
+
+
+def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *, scale: float | None = None,
+                       softcap: float | None = None) -> AttentionOutput:
+    """Return `attention`'s output and the scores' log-sum-exp, both differentiable: what merging partial results needs."""
+    _check(q, k, v, mask, softcap)
+    scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
+    out, lse = _forward(q, k, v, mask.lo, mask.hi, mask.query_lo, mask.query_hi, mask.rows_exact, mask.columns_exact, mask.offset,
+                        float(scale), float(softcap or 0))
+    return AttentionOutput(out, lse)
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *, scale: float | None = None,
+                        softcap: float | None = None) -> AttentionOutput:
+    """The specification in plain PyTorch, in the inputs' dtype, with the whole score matrix in memory."""
+    scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.mT * scale                                                              # (B, H, Sq, Sk)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    visible = mask.dense()
+    scores = scores.masked_fill(~visible, -math.inf)
+    empty = ~visible.any(-1, keepdim=True)                                                 # (B, 1, Sq, 1)
+    weights = scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
+    lse = scores.masked_fill(empty, 0).logsumexp(-1).masked_fill(empty[..., 0], -math.inf)
+    return AttentionOutput(weights @ v, lse)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, softcap: float | None) -> None:
+    if not isinstance(mask, TransfusionMask):
+        raise ValueError(f"attention: mask is a {type(mask).__name__}; a tfkernels.TransfusionMask fits; build one with TransfusionMask.from_spans")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"attention: {name} has shape {tuple(x.shape)}; 4 dimensions (batch, heads, tokens, head dim) fit")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"attention: {name} is {x.dtype} on {x.device} and q is {q.dtype} on {q.device}; one dtype and device fit; convert {name}")
+        if x.shape[0] != q.shape[0] or x.shape[3] != q.shape[3]:
+            raise ValueError(f"attention: {name} has shape {tuple(x.shape)} and q {tuple(q.shape)}; the same batch size and head dim fit")
+    if k.shape != v.shape:
+        raise ValueError(f"attention: v has shape {tuple(v.shape)} and k {tuple(k.shape)}; equal shapes fit")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"attention: q has {q.shape[1]} heads and k has {k.shape[1]}; a multiple of k's heads fits")
+    if q.dtype not in _DTYPES and not (q.dtype == torch.float64 and q.device.type == "cpu"):
+        raise ValueError(f"attention: q is {q.dtype} on {q.device}; float16, bfloat16 or float32 fits (float64 on CPU only)")
+    if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
+        raise ValueError(f"attention: q has head dim {q.shape[3]}; 1 to {MAX_HEAD_DIM} fits")
+    if mask.query_len != q.shape[2] or mask.key_len != k.shape[2]:
+        raise ValueError(f"attention: mask is {mask.query_len} queries by {mask.key_len} keys, q has {q.shape[2]} tokens and k {k.shape[2]}; "
+                         "equal lengths fit; for cached decoding take mask.queries(start, stop) of a mask as long as the cache")
+    if mask.batch_size not in (1, q.shape[0]):
+        raise ValueError(f"attention: mask has {mask.batch_size} batch rows and q has {q.shape[0]}; the same number, or 1 for all, fits")
+    if mask.lo.device != q.device:
+        raise ValueError(f"attention: mask is on {mask.lo.device} and q on {q.device}; one device fits; call mask.to(q.device)")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"attention: softcap is {softcap}; a positive bound fits; pass None for no bound")
+
+
+def _forward_fake(q, k, v, lo, hi, query_lo, query_hi, rows_exact, columns_exact, offset, scale, softcap):
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+def _backward_fake(dout, dlse, q, k, v, out, lse, lo, hi, query_lo, query_hi, rows_exact, columns_exact, offset, scale, softcap):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+_forward = register("attention_forward", kernel=_attention_forward.attention_forward, cpu=_attention_cpu.attention_forward, fake=_forward_fake)
+_backward = register("attention_backward", kernel=_attention_backward.attention_backward, cpu=_attention_cpu.attention_backward, fake=_backward_fake)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, lo, hi, query_lo, query_hi, *ctx.numbers = inputs
+    ctx.save_for_backward(q, k, v, *output, lo, hi, query_lo, query_hi)
+
+
+def _gradients(ctx, dout, dlse):
+    return *_backward(dout, dlse, *ctx.saved_tensors, *ctx.numbers), *(None,) * 9
+
+
+_forward.register_autograd(_gradients, setup_context=_save)

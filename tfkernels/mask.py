@@ -1,0 +1,269 @@
+"""Attention masks as a few integers per token: which keys each query sees, and which queries see each key.
+
+    visible(i, j) = lo_i <= j < hi_i  and  since_j <= i < until_j
+
+Causal text, bidirectional images (Transfusion, arXiv:2408.11039, section 3.2), packed documents, padding, sliding windows
+and BAGEL's hidden noised copies (arXiv:2505.14683) all have this form: a query sees one run of keys, and a key is seen by
+one run of queries. A tile of queries therefore needs the keys [min lo, max hi) and needs no mask at all between max lo and
+min hi; the backward pass reads the same two facts from the key side. The mask is O(S) integers (16 bytes a token), made on
+the device without a host synchronisation, and one object serves every layer.
+"""
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+_FAR = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class TransfusionMask:
+    """Which keys each query sees. Build one with `from_spans`, `from_token_types`, `causal` or `from_intervals`.
+
+    Attributes (Sq queries, Sk keys; all int32; a batch of 1 serves every batch row):
+        lo, hi: (B, Sq) query i sees the keys [lo_i, hi_i); an empty row (lo >= hi) sees nothing: attention gives 0.
+        query_lo, query_hi: (B, Sk) no query outside [query_lo_j, query_hi_j) sees key j.
+        rows_exact: lo and hi alone define the mask.
+        columns_exact: query_lo and query_hi alone define the mask.
+        offset: number of the first query; query row r stands at position offset + r.
+    """
+
+    lo: Tensor
+    hi: Tensor
+    query_lo: Tensor
+    query_hi: Tensor
+    rows_exact: bool = True
+    columns_exact: bool = True
+    offset: int = 0
+
+    @classmethod
+    def from_spans(cls, spans, seq_len, documents=None, hidden=None, window=None, device=None) -> "TransfusionMask":
+        """Causal attention in which the tokens of each span (one image) see each other.
+
+        Args:
+            spans: per batch row a list of (start, end), or an integer tensor (B, M, 2) padded with start == end.
+                Lists and CPU tensors are checked; CUDA tensors are not (that would wait for the device) and are clipped.
+            seq_len: S, the number of tokens.
+            documents: (B, S) non-decreasing document ids; tokens of different documents do not see each other; -1 is padding.
+            hidden: spans, in the form of `spans`, whose tokens only the same span's tokens see (noised copies).
+            window: keys a text query sees, itself included. A query in an image always sees its whole image.
+            device: where the mask lives; by default where the tensors given are.
+
+        Raises:
+            ValueError: a span leaves the sequence, overlaps another or ends before it starts; a shape or value does not fit.
+        """
+        if window is not None and window < 1:
+            raise ValueError(f"TransfusionMask.from_spans: window is {window}; a window of at least 1 key (the query itself) fits; pass None for no window")
+        documents = _documents(documents, seq_len, device)
+        device = device if device is not None else documents.device if documents is not None else None
+        token_types = _token_types("spans", spans, seq_len, device)
+        hidden_types = None if hidden is None else _token_types("hidden", hidden, seq_len, token_types.device)
+        return cls._from_types(token_types, documents, hidden_types, window)
+
+    @classmethod
+    def from_token_types(cls, token_types, documents=None) -> "TransfusionMask":
+        """Causal attention in which each run of one value k > 0 in `token_types` (B, S) is an image that sees itself; 0 is text."""
+        if token_types.ndim != 2 or token_types.is_floating_point():
+            raise ValueError(f"TransfusionMask.from_token_types: token_types is {_shape(token_types)}; an integer tensor (B, S) fits; give 0 for text and k > 0 for image k")
+        documents = _documents(documents, token_types.shape[1], token_types.device)
+        return cls._from_types(token_types, documents, None, None)
+
+    @classmethod
+    def causal(cls, seq_len, documents=None, window=None, device=None) -> "TransfusionMask":
+        """Plain causal attention: `from_spans` without images, one mask for every batch row."""
+        return cls.from_spans([[]], seq_len, documents=documents, window=window, device=device)
+
+    @classmethod
+    def from_intervals(cls, lo, hi, since=None, until=None, key_len=None, offset=0) -> "TransfusionMask":
+        """The general form: integers `lo`, `hi` (B, Sq) and optionally `since`, `until` (B, Sk); keys default to as many as queries."""
+        if lo.ndim != 2 or lo.shape != hi.shape:
+            raise ValueError(f"TransfusionMask.from_intervals: lo is {_shape(lo)} and hi is {_shape(hi)}; two integer tensors (B, Sq) fit")
+        if (since is None) != (until is None):
+            raise ValueError("TransfusionMask.from_intervals: since and until come together; pass both or neither")
+        key_len = key_len if key_len is not None else lo.shape[1] if since is None else since.shape[1]
+        return cls._from_rows(lo, hi, since, until, key_len, offset, columns_exact=False)
+
+    @classmethod
+    def _from_types(cls, types: Tensor, documents: Tensor | None, hidden: Tensor | None, window: int | None) -> "TransfusionMask":
+        if documents is not None and documents.shape[0] != types.shape[0]:
+            batch = max(documents.shape[0], types.shape[0])
+            documents, types = documents.expand(batch, -1), types.expand(batch, -1)
+        documents = torch.zeros_like(types) if documents is None else documents.to(types.device)
+        rows = torch.arange(types.shape[1], device=types.device).expand_as(types)
+        document_start, _ = _runs(documents)
+        image_start, image_end = _runs(documents, types)
+        in_image = types > 0
+        lo, hi = document_start, torch.where(in_image, image_end, rows + 1)
+        if window is not None:
+            first = rows + 1 - window
+            lo = torch.maximum(lo, torch.where(in_image, torch.minimum(first, image_start), first))
+        padding = documents < 0
+        lo, hi = torch.where(padding, rows, lo), torch.where(padding, rows, hi)
+        since = until = None
+        if hidden is not None:
+            _, hidden_end = _runs(documents, hidden.expand_as(types))
+            since = torch.zeros_like(rows)
+            until = torch.where(hidden.expand_as(types) > 0, hidden_end, types.shape[1])
+        return cls._from_rows(lo, hi, since, until, types.shape[1], 0, columns_exact=True)
+
+    @classmethod
+    def _from_rows(cls, lo, hi, since, until, key_len, offset, *, columns_exact):
+        """Add the key side: query_lo_j is the first row with hi > j, query_hi_j the last with lo <= j, then since and until cut in."""
+        lo, hi = lo.int(), hi.int()
+        empty = lo >= hi
+        reach = torch.where(empty, -1, hi).cummax(1).values                                # rows so far reach keys < reach_i
+        floor = torch.where(empty, _FAR, lo).flip(1).cummin(1).values.flip(1)              # rows from here on start at floor_i
+        keys = torch.arange(key_len, device=lo.device, dtype=torch.int32).repeat(lo.shape[0], 1)
+        query_lo = torch.searchsorted(reach.contiguous(), keys, right=True, out_int32=True) + offset
+        query_hi = torch.searchsorted(floor.contiguous(), keys, right=True, out_int32=True) + offset
+        if since is not None:
+            query_lo, query_hi = torch.maximum(query_lo, since.int()), torch.minimum(query_hi, until.int())
+        return cls(lo.contiguous(), hi.contiguous(), query_lo, query_hi, since is None, columns_exact, offset)
+
+    @property
+    def since(self) -> Tensor | None:
+        """(B, Sk) first query that may see each key; None where `lo` and `hi` say it all."""
+        return None if self.rows_exact else self.query_lo
+
+    @property
+    def until(self) -> Tensor | None:
+        """(B, Sk) end of the queries that may see each key; None where `lo` and `hi` say it all."""
+        return None if self.rows_exact else self.query_hi
+
+    @property
+    def batch_size(self) -> int:
+        """B; 1 serves every batch size."""
+        return self.lo.shape[0]
+
+    @property
+    def query_len(self) -> int:
+        """Sq."""
+        return self.lo.shape[1]
+
+    @property
+    def key_len(self) -> int:
+        """Sk."""
+        return self.query_lo.shape[1]
+
+    def to(self, device) -> "TransfusionMask":
+        """Return the same mask on `device`."""
+        lo, hi, query_lo, query_hi = (t.to(device, non_blocking=True) for t in (self.lo, self.hi, self.query_lo, self.query_hi))
+        return replace(self, lo=lo, hi=hi, query_lo=query_lo, query_hi=query_hi)
+
+    def queries(self, start: int, stop: int) -> "TransfusionMask":
+        """Return the mask of query rows [start, stop) against the same keys: cached decoding, chunked prefill, one image."""
+        if not 0 <= start <= stop <= self.query_len:
+            raise ValueError(f"TransfusionMask.queries: [start, stop) is [{start}, {stop}); a range within [0, {self.query_len}) fits")
+        return replace(self, lo=self.lo[:, start:stop], hi=self.hi[:, start:stop], offset=self.offset + start)
+
+    def dense(self) -> Tensor:
+        """Return the mask as (B, 1, Sq, Sk) bool, True where visible: for tests and for SDPA. O(Sq * Sk) memory."""
+        rows = torch.arange(self.offset, self.offset + self.query_len, device=self.lo.device)[:, None]
+        keys = torch.arange(self.key_len, device=self.lo.device)
+        visible = (self.lo[..., None] <= keys) & (keys < self.hi[..., None])
+        if not self.rows_exact:
+            visible &= (self.query_lo[:, None] <= rows) & (rows < self.query_hi[:, None])
+        return visible[:, None]
+
+    def area(self) -> Tensor:
+        """Return the number of visible (query, key) pairs of all batch rows, an int64 scalar on the device."""
+        if self.rows_exact:
+            return (self.hi.clamp(max=self.key_len) - self.lo).clamp(min=0).sum(dtype=torch.int64)
+        step = max(1, 2**24 // max(1, self.key_len))
+        parts = [self.queries(i, min(i + step, self.query_len)).dense().sum() for i in range(0, self.query_len, step)]
+        return torch.stack(parts).sum()
+
+    def block_mask(self, block_size: int = 128):
+        """Return FlexAttention's BlockMask of this mask, built from tile bounds: O((S / block_size)^2), no S x S tensor."""
+        from torch.nn.attention.flex_attention import BlockMask
+
+        lo, hi, query_lo, query_hi, offset = self.lo, self.hi, self.query_lo, self.query_hi, self.offset
+        rows_exact = self.rows_exact
+
+        def visible(b, h, i, j):
+            b = b % lo.shape[0]
+            seen = (lo[b, i] <= j) & (j < hi[b, i])
+            return seen if rows_exact else seen & (query_lo[b, j] <= i + offset) & (i + offset < query_hi[b, j])
+
+        empty = lo >= hi
+        row_lo = _tiles(torch.where(empty, _FAR, lo), block_size, _FAR).amin(-1)[..., None]
+        row_hi = _tiles(torch.where(empty, 0, hi), block_size, 0).amax(-1)[..., None]
+        core_lo = _tiles(torch.where(empty, _FAR, lo), block_size, -1).amax(-1)[..., None]
+        core_hi = _tiles(torch.where(empty, -1, hi), block_size, _FAR).amin(-1)[..., None]
+        first_key = torch.arange(0, self.key_len, block_size, device=lo.device)
+        last_key = (first_key + block_size).clamp(max=self.key_len)
+        some = (row_lo < last_key) & (row_hi > first_key)
+        full = some & (core_lo <= first_key) & (core_hi >= last_key) & (first_key + block_size <= self.key_len)
+        if not rows_exact:
+            full = torch.zeros_like(full)
+        parts = [_kv_blocks(kind[:, None]) for kind in (some & ~full, full)]
+        return BlockMask.from_kv_blocks(*parts[0], *parts[1], BLOCK_SIZE=block_size, mask_mod=visible, seq_lengths=(self.query_len, self.key_len))
+
+
+def _kv_blocks(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    order = chosen.int().argsort(-1, descending=True, stable=True)
+    return chosen.sum(-1, dtype=torch.int32), order.int()
+
+
+def _tiles(x: Tensor, size: int, fill: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % size), value=fill).unflatten(1, (-1, size))
+
+
+def _runs(*labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (start, end) of each token's maximal run of equal labels, both (B, S) int64."""
+    seq_len = labels[0].shape[1]
+    rows = torch.arange(seq_len, device=labels[0].device).expand_as(labels[0])
+    edge = torch.zeros_like(labels[0][:, 1:], dtype=torch.bool)
+    for label in labels:
+        edge = edge | (label[:, 1:] != label[:, :-1])
+    starts = torch.nn.functional.pad(edge, (1, 0), value=True)
+    ends = torch.nn.functional.pad(edge, (0, 1), value=True)
+    start = torch.where(starts, rows, 0).cummax(1).values
+    end = torch.where(ends, rows + 1, seq_len).flip(1).cummin(1).values.flip(1)
+    return start, end
+
+
+def _token_types(name: str, spans, seq_len: int, device) -> Tensor:
+    """Number the tokens of span m of each row m + 1, the others 0: +(m + 1) at its start, -(m + 1) at its end, summed up."""
+    if not isinstance(spans, Tensor):
+        width = max((len(row) for row in spans), default=0)
+        spans = torch.tensor([list(map(list, row)) + [[0, 0]] * (width - len(row)) for row in spans], dtype=torch.int64).view(len(spans), width, 2)
+    if spans.ndim != 3 or spans.shape[-1] != 2 or spans.is_floating_point():
+        raise ValueError(f"TransfusionMask.from_spans: {name} is {_shape(spans)}; a list of (start, end) per batch row, or an integer tensor (B, M, 2), fits")
+    if spans.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_spans(name, spans, seq_len)
+    spans = spans.to(device if device is not None else spans.device, torch.int64).clamp(0, seq_len)
+    batch, count, _ = spans.shape
+    ids = torch.arange(1, count + 1, device=spans.device) * (spans[..., 0] < spans[..., 1])
+    at = spans + torch.arange(batch, device=spans.device)[:, None, None] * (seq_len + 1)
+    steps = torch.zeros(batch * (seq_len + 1), dtype=torch.int64, device=spans.device)
+    steps = steps.scatter_add(0, at[..., 0].flatten(), ids.flatten()).scatter_add(0, at[..., 1].flatten(), -ids.flatten())
+    return steps.view(batch, seq_len + 1).cumsum(1)[:, :seq_len]
+
+
+def _check_spans(name: str, spans: Tensor, seq_len: int) -> None:
+    for row, pairs in enumerate(spans.tolist()):
+        end = 0
+        for a, b in sorted(pair for pair in pairs if pair[0] != pair[1]):
+            if a < 0 or b > seq_len or a > b:
+                raise ValueError(f"TransfusionMask.from_spans: {name}[{row}] holds ({a}, {b}); 0 <= start <= end <= {seq_len} (seq_len) fits; clip or drop the span")
+            if a < end:
+                raise ValueError(f"TransfusionMask.from_spans: {name}[{row}] holds ({a}, {b}), which overlaps the span before it, ending at {end}; disjoint spans fit; merge them")
+            end = b
+
+
+def _documents(documents, seq_len: int, device) -> Tensor | None:
+    if documents is None:
+        return None
+    documents = torch.as_tensor(documents, device=device)
+    if documents.ndim != 2 or documents.shape[1] != seq_len or documents.is_floating_point():
+        raise ValueError(f"TransfusionMask: documents is {_shape(documents)}; an integer tensor (B, {seq_len}) fits, one id per token, -1 for padding")
+    if documents.device.type == "cpu" and not torch.compiler.is_compiling():
+        known = torch.where(documents < 0, -1, documents).cummax(1).values
+        if bool(((documents >= 0) & (documents < known)).any()):
+            raise ValueError("TransfusionMask: documents decreases along a row; non-decreasing ids fit (-1, padding, may stand anywhere); number documents in order")
+    return documents
+
+
+def _shape(x: Tensor) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)}"
