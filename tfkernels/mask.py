@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _FAR = 2**31 - 1
+_SPANS_FIT = "a list of (start, end) per batch row, or an integer tensor (B, M, 2), fits"
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,8 @@ class TransfusionMask:
             spans: per batch row a list of (start, end), or an integer tensor (B, M, 2) padded with start == end.
                 Lists and CPU tensors are checked; CUDA tensors are not (that would wait for the device) and are clipped.
             seq_len: S, the number of tokens.
-            documents: (B, S) non-decreasing document ids; tokens of different documents do not see each other; -1 is padding.
+            documents: (B, S) non-decreasing document ids; tokens of different documents do not see each other; -1 is padding,
+                which sees nothing, is seen by nothing and ends the document before it.
             hidden: spans, in the form of `spans`, whose tokens only the same span's tokens see (noised copies).
             window: keys a text query sees, itself included. A query in an image always sees its whole image.
             device: where the mask lives; by default where the tensors given are.
@@ -53,7 +55,8 @@ class TransfusionMask:
             ValueError: a span leaves the sequence, overlaps another or ends before it starts; a shape or value does not fit.
         """
         if window is not None and window < 1:
-            raise ValueError(f"TransfusionMask.from_spans: window is {window}; a window of at least 1 key (the query itself) fits; pass None for no window")
+            raise ValueError(f"TransfusionMask.from_spans: window is {window}; a window of at least 1 key (the query itself) fits; "
+                             "pass None for no window")
         documents = _documents(documents, seq_len, device)
         device = device if device is not None else documents.device if documents is not None else None
         token_types = _token_types("spans", spans, seq_len, device)
@@ -63,8 +66,10 @@ class TransfusionMask:
     @classmethod
     def from_token_types(cls, token_types, documents=None) -> "TransfusionMask":
         """Causal attention in which each run of one value k > 0 in `token_types` (B, S) is an image that sees itself; 0 is text."""
+        token_types = torch.as_tensor(token_types)
         if token_types.ndim != 2 or token_types.is_floating_point():
-            raise ValueError(f"TransfusionMask.from_token_types: token_types is {_shape(token_types)}; an integer tensor (B, S) fits; give 0 for text and k > 0 for image k")
+            raise ValueError(f"TransfusionMask.from_token_types: token_types is {_shape(token_types)}; an integer tensor (B, S) fits; "
+                             "give 0 for text and k > 0 for image k")
         documents = _documents(documents, token_types.shape[1], token_types.device)
         return cls._from_types(token_types, documents, None, None)
 
@@ -76,18 +81,24 @@ class TransfusionMask:
     @classmethod
     def from_intervals(cls, lo, hi, since=None, until=None, key_len=None, offset=0) -> "TransfusionMask":
         """The general form: integers `lo`, `hi` (B, Sq) and optionally `since`, `until` (B, Sk); keys default to as many as queries."""
-        if lo.ndim != 2 or lo.shape != hi.shape:
+        if lo.ndim != 2 or lo.shape != hi.shape or lo.is_floating_point() or hi.is_floating_point():
             raise ValueError(f"TransfusionMask.from_intervals: lo is {_shape(lo)} and hi is {_shape(hi)}; two integer tensors (B, Sq) fit")
         if (since is None) != (until is None):
             raise ValueError("TransfusionMask.from_intervals: since and until come together; pass both or neither")
-        key_len = key_len if key_len is not None else lo.shape[1] if since is None else since.shape[1]
+        key_len = key_len if key_len is not None else lo.shape[1] if since is None else since.shape[-1]
+        for name, x in (("since", since), ("until", until)):
+            if x is not None and (x.ndim != 2 or x.shape[0] not in (1, lo.shape[0]) or x.shape[1] != key_len or x.is_floating_point()):
+                raise ValueError(f"TransfusionMask.from_intervals: {name} is {_shape(x)}; an integer tensor ({lo.shape[0]}, {key_len}) fits, one per key")
         return cls._from_rows(lo, hi, since, until, key_len, offset, columns_exact=False)
 
     @classmethod
     def _from_types(cls, types: Tensor, documents: Tensor | None, hidden: Tensor | None, window: int | None) -> "TransfusionMask":
-        if documents is not None and documents.shape[0] != types.shape[0]:
-            batch = max(documents.shape[0], types.shape[0])
-            documents, types = documents.expand(batch, -1), types.expand(batch, -1)
+        given = {"spans (or token_types)": types, "documents": documents, "hidden": hidden}
+        batch = max(x.shape[0] for x in given.values() if x is not None)
+        for name, x in given.items():
+            if x is not None and x.shape[0] not in (1, batch):
+                raise ValueError(f"TransfusionMask: {name} has {x.shape[0]} batch rows where another argument has {batch}; the same number, or 1 for all, fits")
+        types, documents, hidden = (x if x is None else x.expand(batch, -1) for x in given.values())
         documents = torch.zeros_like(types) if documents is None else documents.to(types.device)
         rows = torch.arange(types.shape[1], device=types.device).expand_as(types)
         document_start, _ = _runs(documents)
@@ -101,9 +112,9 @@ class TransfusionMask:
         lo, hi = torch.where(padding, rows, lo), torch.where(padding, rows, hi)
         since = until = None
         if hidden is not None:
-            _, hidden_end = _runs(documents, hidden.expand_as(types))
-            since = torch.zeros_like(rows)
-            until = torch.where(hidden.expand_as(types) > 0, hidden_end, types.shape[1])
+            hidden_start, hidden_end = _runs(documents, hidden)
+            since = torch.where(hidden > 0, hidden_start, 0)
+            until = torch.where(hidden > 0, hidden_end, types.shape[1])
         return cls._from_rows(lo, hi, since, until, types.shape[1], 0, columns_exact=True)
 
     @classmethod
@@ -168,10 +179,10 @@ class TransfusionMask:
     def area(self) -> Tensor:
         """Return the number of visible (query, key) pairs of all batch rows, an int64 scalar on the device."""
         if self.rows_exact:
-            return (self.hi.clamp(max=self.key_len) - self.lo).clamp(min=0).sum(dtype=torch.int64)
+            return (self.hi.clamp(max=self.key_len) - self.lo.clamp(min=0)).clamp(min=0).sum(dtype=torch.int64)
         step = max(1, 2**24 // max(1, self.key_len))
         parts = [self.queries(i, min(i + step, self.query_len)).dense().sum() for i in range(0, self.query_len, step)]
-        return torch.stack(parts).sum()
+        return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.int64, device=self.lo.device)
 
     def block_mask(self, block_size: int = 128):
         """Return FlexAttention's BlockMask of this mask, built from tile bounds: O((S / block_size)^2), no S x S tensor."""
@@ -201,7 +212,7 @@ class TransfusionMask:
 
 
 def _kv_blocks(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    order = chosen.int().argsort(-1, descending=True, stable=True)
+    order = chosen.int().argsort(dim=-1, descending=True, stable=True)
     return chosen.sum(-1, dtype=torch.int32), order.int()
 
 
@@ -225,11 +236,9 @@ def _runs(*labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _token_types(name: str, spans, seq_len: int, device) -> Tensor:
     """Number the tokens of span m of each row m + 1, the others 0: +(m + 1) at its start, -(m + 1) at its end, summed up."""
-    if not isinstance(spans, Tensor):
-        width = max((len(row) for row in spans), default=0)
-        spans = torch.tensor([list(map(list, row)) + [[0, 0]] * (width - len(row)) for row in spans], dtype=torch.int64).view(len(spans), width, 2)
+    spans = spans if isinstance(spans, Tensor) else _span_tensor(name, spans)
     if spans.ndim != 3 or spans.shape[-1] != 2 or spans.is_floating_point():
-        raise ValueError(f"TransfusionMask.from_spans: {name} is {_shape(spans)}; a list of (start, end) per batch row, or an integer tensor (B, M, 2), fits")
+        raise ValueError(f"TransfusionMask.from_spans: {name} is {_shape(spans)}; {_SPANS_FIT}")
     if spans.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_spans(name, spans, seq_len)
     spans = spans.to(device if device is not None else spans.device, torch.int64).clamp(0, seq_len)
@@ -241,14 +250,26 @@ def _token_types(name: str, spans, seq_len: int, device) -> Tensor:
     return steps.view(batch, seq_len + 1).cumsum(1)[:, :seq_len]
 
 
+def _span_tensor(name: str, spans) -> Tensor:
+    """Stack the lists of spans to (B, M, 2), short rows padded with (0, 0)."""
+    try:
+        width = max(map(len, spans), default=0)
+        rows = [[*map(list, row), *[[0, 0]] * (width - len(row))] for row in spans]
+        return torch.tensor(rows) if width else torch.zeros(len(rows), 0, 2, dtype=torch.int64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"TransfusionMask.from_spans: {name} is {str(spans)[:80]}; {_SPANS_FIT}") from error
+
+
 def _check_spans(name: str, spans: Tensor, seq_len: int) -> None:
     for row, pairs in enumerate(spans.tolist()):
         end = 0
         for a, b in sorted(pair for pair in pairs if pair[0] != pair[1]):
             if a < 0 or b > seq_len or a > b:
-                raise ValueError(f"TransfusionMask.from_spans: {name}[{row}] holds ({a}, {b}); 0 <= start <= end <= {seq_len} (seq_len) fits; clip or drop the span")
+                raise ValueError(f"TransfusionMask.from_spans: {name}[{row}] holds ({a}, {b}); 0 <= start <= end <= {seq_len} (seq_len) fits; "
+                                 "clip or drop the span")
             if a < end:
-                raise ValueError(f"TransfusionMask.from_spans: {name}[{row}] holds ({a}, {b}), which overlaps the span before it, ending at {end}; disjoint spans fit; merge them")
+                raise ValueError(f"TransfusionMask.from_spans: {name}[{row}] holds ({a}, {b}), which overlaps the span before it, ending at {end}; "
+                                 "disjoint spans fit; merge them")
             end = b
 
 
@@ -261,7 +282,8 @@ def _documents(documents, seq_len: int, device) -> Tensor | None:
     if documents.device.type == "cpu" and not torch.compiler.is_compiling():
         known = torch.where(documents < 0, -1, documents).cummax(1).values
         if bool(((documents >= 0) & (documents < known)).any()):
-            raise ValueError("TransfusionMask: documents decreases along a row; non-decreasing ids fit (-1, padding, may stand anywhere); number documents in order")
+            raise ValueError("TransfusionMask: documents decreases along a row; non-decreasing ids fit (-1, padding, may stand anywhere); "
+                             "number documents in order")
     return documents
 
 
