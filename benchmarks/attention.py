@@ -1,0 +1,229 @@
+"""Attention on packed Transfusion batches, 1k to 32k tokens: mask build, forward, backward, memory and TFLOP/s beside the peers.
+
+    python -m benchmarks.attention --out DIR [--quick]      on a CUDA device
+    python -m benchmarks.attention --out DIR --cpu          what needs none: mask build and tiles (see benchmarks.mask)
+
+TFLOP/s count the mask's visible pairs and nothing else: 4 * area * H * D forward, 2.5 times that backward. The same inputs,
+drawn from N(0, 1), go to every contender, and each contender's output and gradients must pass the tests' accuracy rule against
+float64 in this very run before it is timed.
+"""
+import argparse
+import importlib.util
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from benchmarks import attention_peers as peers
+from benchmarks import mask as mask_benchmark
+from benchmarks.batches import PackedBatch, packed_batch
+from benchmarks.harness import Contender, DeviceLost, Report, Result, clocks, environment, measure, peak_tflops
+from tests.compare import assert_as_accurate
+from tfkernels import TransfusionMask, attention, attention_reference
+
+LENGTHS, HEAD_DIMS, HEADS, IMAGES = (1024, 2048, 4096, 8192, 16384, 32768), (64, 128), ((16, 16), (32, 4)), (256, 64, 1024)
+OUR_FACTOR, PEER_FACTOR = 2.0, 4.0  # times PyTorch's own error; a peer need only have computed the same function
+CEILINGS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+REFERENCE_BYTES = 2**29
+
+
+class Case(NamedTuple):
+    """One configuration of the grid, with a batch of one row."""
+
+    seq_len: int
+    head_dim: int
+    heads: int
+    kv_heads: int
+    image_tokens: int
+
+
+def cases(quick: bool = False) -> list[Case]:
+    """Every configuration, those of `quick` first: a run that is cut has measured the ones that matter most."""
+    grid = [Case(s, d, h, k, n) for n in IMAGES for (h, k) in HEADS for d in reversed(HEAD_DIMS) for s in LENGTHS]
+    first = [c for c in grid if c.image_tokens == 256 and c.seq_len in (1024, 4096, 16384) and (c.heads == c.kv_heads or c.head_dim == 128)]
+    return first if quick else first + [c for c in grid if c not in first]
+
+
+def flops(area: int, heads: int, head_dim: int) -> dict[str, float]:
+    """Operations of the two products forward (4 * area * H * D) and of the five backward."""
+    forward = 4 * area * heads * head_dim
+    return {"forward": forward, "backward": 2.5 * forward}
+
+
+def random_inputs(case: Case, device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """q, k, v and dout from N(0, 1)."""
+    generator = torch.Generator(device).manual_seed(0)
+    sizes = [(1, heads, case.seq_len, case.head_dim) for heads in (case.heads, case.kv_heads, case.kv_heads, case.heads)]
+    q, k, v, dout = (torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(dtype) for size in sizes)
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout
+
+
+def reference(inputs, mask: TransfusionMask, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """out, dq, dk, dv of `attention_reference` in `dtype`, by key head and by blocks of rows against the keys they see."""
+    q, k, v, dout = (x.detach().to(dtype) for x in inputs)
+    group, total = q.shape[1] // k.shape[1], torch.promote_types(dtype, torch.float32)
+    out, dq, dk, dv = torch.zeros_like(q), torch.zeros_like(q), torch.zeros_like(k, dtype=total), torch.zeros_like(v, dtype=total)
+    block = max(16, REFERENCE_BYTES // (8 * group * mask.key_len))
+    for start in range(0, mask.query_len, block):
+        part = mask.queries(start, min(start + block, mask.query_len))
+        first, last = part.lo.min().item(), part.hi.max().item()
+        near = TransfusionMask.from_intervals(part.lo - first, part.hi - first, key_len=last - first)
+        for head in range(k.shape[1]):
+            rows = slice(None), slice(head * group, (head + 1) * group), slice(start, start + part.query_len)
+            keys = slice(None), slice(head, head + 1), slice(first, last)
+            args = [x.clone().requires_grad_() for x in (q[rows], k[keys], v[keys])]
+            result = attention_reference(*args, near).out
+            grads = torch.autograd.grad(result, args, dout[rows])
+            out[rows], dq[rows] = result.detach(), grads[0]
+            dk[keys] += grads[1]
+            dv[keys] += grads[2]
+    return out, dq, dk.to(dtype), dv.to(dtype)
+
+
+def checker(inputs, mask: TransfusionMask):
+    """Return check(factor): a function of a contender's state that asserts out, dq, dk and dv against float64."""
+    exact, rounded = reference(inputs, mask, torch.float64), reference(inputs, mask, inputs[0].dtype)
+
+    def check(factor):
+        def assert_right(state):
+            for name, *values in zip(("out", "dq", "dk", "dv"), (state["out"].detach(), *state["grads"]), rounded, exact):
+                assert_as_accurate(name, *values, factor=factor)
+        return assert_right
+
+    return check
+
+
+def our_contender(make_mask, inputs, check) -> Contender:
+    """tfkernels.attention, its mask built from spans and documents on the device."""
+    return peers.contender("tfkernels", inputs, check, attention, make_mask)
+
+
+def mask_builder(batch: PackedBatch):
+    """Return a function that builds the batch's mask from tensors where the batch lives, as a training step does."""
+    spans = torch.tensor(batch.spans, dtype=torch.int64, device=batch.documents.device).view(1, -1, 2)
+    return lambda: TransfusionMask.from_spans(spans, batch.documents.shape[1], documents=batch.documents)
+
+
+def contenders(case: Case, batch: PackedBatch, inputs) -> tuple[list[Contender], dict[str, str], dict[str, int]]:
+    """Return the contenders, why the others are left out, and each one's area where its mask is another."""
+    make_mask = mask_builder(batch)
+    check = checker(inputs, make_mask())
+    chosen, left_out, areas = [our_contender(make_mask, inputs, check(OUR_FACTOR))], {}, {}
+    chosen += [peers.flex(batch, inputs, check(PEER_FACTOR)), peers.flex_with_our_blocks(make_mask, inputs, check(PEER_FACTOR))]
+    dense_bytes, free = 8 * case.seq_len**2, torch.cuda.mem_get_info()[0]  # bool mask, its bf16 bias, and room for a copy of each
+    for name, package, make in (("SDPA, dense mask", None, peers.sdpa_dense), ("xformers, dense bias", "xformers", peers.xformers_dense),
+                                ("flash-attn, per segment", "flash_attn", peers.flash_segments)):
+        if package and importlib.util.find_spec(package) is None:
+            left_out[name] = "not installed"
+        elif make is not peers.flash_segments and dense_bytes > free:
+            left_out[name] = f"its mask needs about {dense_bytes} bytes, the device has {free} free"
+        else:
+            chosen.append(make(batch, inputs, check(PEER_FACTOR)))
+    if case.image_tokens == IMAGES[0]:
+        causal = TransfusionMask.causal(case.seq_len, device=batch.documents.device)
+        check = checker(inputs, causal)
+        for backend in CEILINGS:
+            chosen.append(peers.sdpa_causal(backend, inputs, check(PEER_FACTOR)))
+            areas[chosen[-1].name] = causal.area().item()
+    return chosen, left_out, areas
+
+
+def run_case(case: Case, report: Report, seconds: float) -> None:
+    """Measure one configuration and record a row per contender."""
+    torch._dynamo.reset()  # every shape compiles anew, so that no limit on recompilation sends a peer to its slow path
+    batch, inputs = packed_batch(case.seq_len, case.image_tokens, device="cuda"), random_inputs(case, "cuda", torch.bfloat16)
+    area, peak = mask_builder(batch)().area().item(), peak_tflops(report.environment["device"])
+    chosen, left_out, areas = contenders(case, batch, inputs)
+    for result in measure(chosen, device="cuda", seconds=seconds) + [Result(name, error=why) for name, why in left_out.items()]:
+        own_area = areas.get(result.name, area)
+        medians = {phase: times["p50"] for phase, times in result.milliseconds.items()}
+        rates = {phase: count / medians[phase] / 1e9 for phase, count in flops(own_area, case.heads, case.head_dim).items() if phase in medians}
+        report.record({**case._asdict(), "dtype": "bfloat16", "area": own_area, "mask": "causal" if result.name in areas else "transfusion"}, result,
+                      sum_ms=sum(medians.values()) if medians else None, tflops=rates or None,
+                      percent_of_peak={phase: 100 * rate / peak for phase, rate in rates.items()} if peak and rates else None)
+
+
+def table(rows: list[dict]) -> str:
+    """One line per row: milliseconds (p50), TFLOP/s, MiB, or the error."""
+    lines = []
+    for row in rows:
+        head = f"{row['seq_len']:6} D{row['head_dim']:<3} {row['heads']}:{row['kv_heads']:<2} img {row['image_tokens']:<4} {row['contender'][:46]:46}"
+        if row["error"]:
+            lines.append(f"{head} {row['error'].splitlines()[0][:60]}")
+        else:
+            p50 = {phase: times["p50"] for phase, times in row["milliseconds"].items()}
+            lines.append(f"{head} build {p50.get('build', 0):7.3f} fwd {p50['forward']:8.3f} bwd {p50['backward']:8.3f} sum {row['sum_ms']:8.3f} ms  "
+                         f"{row['tflops']['forward']:4.0f}/{row['tflops']['backward']:4.0f} TFLOP/s {row['peak_bytes'] / 2**20:7.0f} MiB")
+    return "\n".join(lines)
+
+
+def plot(report: Report, out: Path) -> None:
+    """Draw forward and backward TFLOP/s against length, one picture per head dim, where matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    for dim in HEAD_DIMS:
+        figure, axes = pyplot.subplots(2, len(HEADS), figsize=(13, 8), squeeze=False)
+        for column, (heads, kv_heads) in enumerate(HEADS):
+            rows = [r for r in report.rows if (r["head_dim"], r["heads"], r["image_tokens"]) == (dim, heads, IMAGES[0]) and r["tflops"]]
+            for axis, phase in zip(axes[:, column], ("forward", "backward")):
+                for name in dict.fromkeys(r["contender"] for r in rows):
+                    points = sorted((r["seq_len"], r["tflops"][phase]) for r in rows if r["contender"] == name)
+                    axis.plot(*zip(*points), "--" if "another mask" in name else "-", marker="o", label=name)
+                axis.set(xscale="log", xlabel="tokens", ylabel="TFLOP/s over visible pairs", title=f"{phase}, D {dim}, heads {heads}:{kv_heads}")
+                axis.set_xscale("log", base=2)
+        if axes[0, 0].lines:
+            axes[0, 0].legend(fontsize=7)
+        figure.suptitle(report.environment["device"])
+        figure.tight_layout()
+        figure.savefig(out / f"attention_d{dim}.png", dpi=110)
+        pyplot.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the grid until it ends or `--seconds` are over; the file is complete after every configuration."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help="three lengths, images of 256 tokens")
+    parser.add_argument("--cpu", action="store_true", help="measure what needs no CUDA device")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no configuration after this many seconds")
+    parser.add_argument("--commit", help="the commit being measured, where there is no git")
+    options = parser.parse_args(arguments)
+    if options.cpu:
+        return mask_benchmark.run(options.out, quick=options.quick, commit=options.commit)
+    if not torch.cuda.is_available():
+        print("benchmarks.attention: no CUDA device; pass --cpu for what can be measured without one")
+        return 1
+    begin, status = time.monotonic(), 0
+    settings = {"quick": options.quick, "timing": "CUDA events, interleaved, L2 flushed before each phase"}
+    report = Report("attention", settings, environment("cuda", options.commit))
+    for case in cases(options.quick):
+        if time.monotonic() - begin > options.seconds:
+            report.notes.append(f"cut before {case._asdict()}: the time was over")
+            break
+        try:
+            run_case(case, report, seconds=1.0)
+        except DeviceLost as lost:
+            report.notes.append(f"stopped at {case._asdict()}, the device was lost: {lost}")
+            status = 1
+            break
+        except Exception as error:
+            report.notes.append(f"{case._asdict()} failed: {type(error).__name__}: {str(error)[:500]}")
+            status = 1
+        report.save(options.out / "attention.json")
+        print(table([row for row in report.rows if all(row[key] == value for key, value in case._asdict().items())]), flush=True)
+    report.environment["clocks_after"] = clocks()
+    report.save(options.out / "attention.json")
+    plot(report, options.out)
+    print("\n".join(report.notes))
+    return status or int(any(row["contender"] == "tfkernels" and row["error"] for row in report.rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

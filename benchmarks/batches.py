@@ -1,0 +1,42 @@
+"""Packed Transfusion batches: documents of text and images, one row of tokens, drawn from a seed."""
+import math
+import random
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class PackedBatch(NamedTuple):
+    """One row of tokens as each mask builder wants it."""
+
+    spans: list[list[tuple[int, int]]]  # (start, end) of every image
+    documents: Tensor                   # (1, S) document of each token
+    image_ids: Tensor                   # (1, S) 1, 2, ... in images, 0 in text
+
+
+def packed_batch(seq_len: int, image_tokens: int, seed: int = 0, device: str = "cpu") -> PackedBatch:
+    """Fill `seq_len` tokens with documents of 512 to 8192 tokens (log-uniform): text runs of 16 to 256 tokens and whole images in turn."""
+    draw = random.Random(seed)
+    spans, documents, position, document = [], [], 0, 0
+    while position < seq_len:
+        end = min(seq_len, position + round(math.exp(draw.uniform(math.log(512), math.log(8192)))))
+        documents += [document] * (end - position)
+        document += 1
+        while position < end:
+            position = min(end, position + draw.randint(16, 256))
+            if position + image_tokens <= end:
+                spans.append((position, position + image_tokens))
+                position += image_tokens
+    image_ids = torch.zeros(1, seq_len, dtype=torch.int32)
+    for number, (start, stop) in enumerate(spans, 1):
+        image_ids[0, start:stop] = number
+    return PackedBatch([spans], torch.tensor([documents], dtype=torch.int32, device=device), image_ids.to(device))
+
+
+def dense_definition(batch: PackedBatch, start: int = 0, stop: int | None = None) -> Tensor:
+    """(1, 1, stop - start, S) bool: the batch's mask for the queries [start, stop), straight from documents and image ids."""
+    documents, images = batch.documents, batch.image_ids
+    rows, keys = torch.arange(documents.shape[1], device=documents.device)[start:stop, None], torch.arange(documents.shape[1], device=documents.device)
+    own, image = documents[:, start:stop, None], images[:, start:stop, None]
+    return ((own == documents[:, None]) & ((keys <= rows) | ((image == images[:, None]) & (image > 0))))[:, None]

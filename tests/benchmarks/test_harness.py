@@ -1,0 +1,248 @@
+"""The benchmarks' own arithmetic: quantiles, files, what may be recorded, FLOPs, references, and reading pytest's output."""
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from benchmarks import attention as attention_benchmark
+from benchmarks import gpu, harness
+from benchmarks import mask as mask_benchmark
+from benchmarks.attention_peers import contender, sdpa_dense
+from benchmarks.batches import dense_definition, packed_batch
+from benchmarks.harness import Contender, Report, Result, measure, quantiles
+from tests.conftest import DEVICE
+from tfkernels import TransfusionMask, attention_reference
+
+SMALL = attention_benchmark.Case(512, 16, 4, 2, 64)
+
+
+def passes(state):
+    pass
+
+
+def fails(state):
+    raise AssertionError("out is wrong")
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 100])
+def test_quantiles_equal_numpys(count):
+    samples = numpy.random.default_rng(count).normal(size=count)
+    found = quantiles(samples.tolist())
+    assert [found["p20"], found["p50"], found["p80"]] == pytest.approx(numpy.quantile(samples, [0.2, 0.5, 0.8]).tolist())
+    assert found["repetitions"] == count
+
+
+def test_no_samples_have_no_quantiles():
+    with pytest.raises(ValueError, match="samples is empty"):
+        quantiles([])
+
+
+def test_a_report_reads_back_as_it_was_written(tmp_path):
+    result, = measure([Contender("sum", {"forward": lambda state: sum(range(100))}, passes)], device="cpu", seconds=0)
+    report = Report("attention", {"quick": True}, harness.environment("cpu"), notes=["a note"])
+    row = report.record({"seq_len": 8}, result, tflops={"forward": 1.5})
+    report.save(tmp_path / "deep" / "report.json")
+    assert Report.load(tmp_path / "deep" / "report.json") == report
+    assert json.loads((tmp_path / "deep" / "report.json").read_text())["rows"] == [row]
+    assert row["seq_len"] == 8 and row["contender"] == "sum" and row["milliseconds"]["forward"]["repetitions"] >= 5
+    assert {"python", "torch", "triton"} <= set(report.environment["versions"]) and not list(tmp_path.glob("**/*.part"))
+
+
+def test_a_contender_without_a_check_is_refused():
+    with pytest.raises(ValueError, match="no number is recorded without one"):
+        Contender("fast", {"forward": passes}, None)
+
+
+def test_a_contender_that_fails_its_check_gets_no_number_and_the_others_theirs():
+    wrong, right = measure([Contender("wrong", {"forward": passes}, fails), Contender("right", {"forward": passes}, passes)], device="cpu", seconds=0)
+    assert (wrong.checked, wrong.milliseconds, wrong.error) == (False, {}, "AssertionError: out is wrong")
+    assert right.checked and right.error is None and right.milliseconds["forward"]["p50"] > 0
+    report = Report("attention", {}, {})
+    assert report.record({}, wrong)["error"] and len(report.rows) == 1
+
+
+@pytest.mark.parametrize("result,derived", [({"p50": 1.0}, {}), (Result("by hand", milliseconds={"forward": {"p50": 1.0}}), {}),
+                                            (Result("by hand"), {"tflops": 700})])
+def test_a_report_refuses_numbers_that_no_check_stands_behind(result, derived):
+    with pytest.raises(ValueError, match=r"measure\(\) fits"):
+        Report("attention", {}, {}).record({}, result, **derived)
+
+
+def test_an_error_in_the_middle_of_timing_costs_that_contender_its_numbers_alone():
+    calls = []
+
+    def breaks(state):
+        calls.append(1)
+        if len(calls) == 8:
+            raise RuntimeError("out of luck")
+
+    broken, right = measure([Contender("broken", {"forward": breaks}, passes), Contender("right", {"forward": passes}, passes)], device="cpu", seconds=0)
+    assert broken.error == "RuntimeError: out of luck" and broken.milliseconds == {} and right.milliseconds["forward"]["repetitions"] == 5
+
+
+def test_rounds_interleave_the_contenders():
+    order = []
+    measure([Contender(name, {"forward": lambda state, name=name: order.append(name)}, passes) for name in "ab"], device="cpu", seconds=0, warmup=0)
+    assert order == ["a", "a", "b", "b"] + ["a", "b"] * 5
+
+
+def test_the_phases_share_one_state_and_the_check_sees_it():
+    def check(state):
+        assert state["out"] == 6
+
+    result, = measure([Contender("chain", {"build": lambda s: s.update(mask=2), "forward": lambda s: s.update(out=s["mask"] * 3)}, check)],
+                      device="cpu", seconds=0)
+    assert result.checked and set(result.milliseconds) == {"build", "forward"}
+
+
+def test_packed_batches_hold_whole_images_and_the_definition_is_their_mask():
+    batch = packed_batch(1500, 64, seed=3)
+    assert batch.documents.shape == (1, 1500) and batch.documents.max() > 0 and len(batch.spans[0]) > 3
+    assert all(stop - start == 64 and batch.documents[0, start] == batch.documents[0, stop - 1] for start, stop in batch.spans[0])
+    mask = attention_benchmark.mask_builder(batch)()
+    assert torch.equal(mask.dense(), dense_definition(batch)) and torch.equal(mask.dense()[:, :, 100:200], dense_definition(batch, 100, 200))
+    assert torch.equal(dense_definition(packed_batch(1500, 64, seed=3)), dense_definition(batch))
+
+
+def test_flops_count_visible_pairs_one_by_one():
+    mask = TransfusionMask.from_spans([[(2, 5)]], 7, documents=torch.tensor([[0, 0, 0, 0, 0, 1, 1]]))
+    visible = mask.dense()[0, 0].tolist()
+    heads, dim, operations = 3, 4, 0
+    for _ in range(heads):
+        for i in range(7):
+            for j in range(7):
+                operations += (2 * dim + 2 * dim) * visible[i][j]  # q . k and p * v: a multiplication and an addition per number
+    assert mask.area().item() == 21 and attention_benchmark.flops(21, heads, dim) == {"forward": operations, "backward": 2.5 * operations}
+
+
+def test_tiles_visited_and_needed_count_as_by_hand():
+    batch = packed_batch(300, 32, seed=1)
+    mask, seen = attention_benchmark.mask_builder(batch)(), dense_definition(batch)[0, 0]
+    rows = [seen[start:start + 64].any(0).nonzero() for start in range(0, 300, 64)]
+    visited = sum(-(-(keys.max() - keys.min() + 1).item() // 32) for keys in rows)
+    counts = mask_benchmark.tile_counts(mask, lambda a, b: dense_definition(batch, a, b), 64, 32)
+    assert counts == {"visited": visited, "minimum": sum(-(-len(keys) // 32) for keys in rows), "area_in_tiles": seen.sum().item() / (64 * 32)}
+    with pytest.raises(AssertionError, match="the mask is wrong in rows 0"):
+        mask_benchmark.tile_counts(TransfusionMask.causal(300), lambda a, b: ~dense_definition(batch, a, b), 64, 32)
+
+
+def test_the_benchmarks_reference_equals_the_specification(monkeypatch):
+    monkeypatch.setattr(attention_benchmark, "REFERENCE_BYTES", 2**19)  # several blocks of rows
+    batch, inputs = packed_batch(SMALL.seq_len, SMALL.image_tokens, device=DEVICE), attention_benchmark.random_inputs(SMALL, DEVICE, torch.float32)
+    mask = attention_benchmark.mask_builder(batch)()
+    args = [x.detach().double().requires_grad_() for x in inputs[:3]]
+    out = attention_reference(*args, mask).out
+    expected = out.detach(), *torch.autograd.grad(out, args, inputs[3].double())
+    for found, wanted in zip(attention_benchmark.reference(inputs, mask, torch.float64), expected):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_the_accuracy_check_passes_right_contenders_and_stops_wrong_ones():
+    batch, inputs = packed_batch(SMALL.seq_len, SMALL.image_tokens, device=DEVICE), attention_benchmark.random_inputs(SMALL, DEVICE, torch.float32)
+    make_mask = attention_benchmark.mask_builder(batch)
+    check = attention_benchmark.checker(inputs, make_mask())(4.0)
+
+    def leaky(q, k, v, mask):
+        return attention_reference(q, k, v, TransfusionMask.causal(SMALL.seq_len, device=DEVICE)).out
+
+    chosen = [attention_benchmark.our_contender(make_mask, inputs, check), sdpa_dense(batch, inputs, check), contender("leaky", inputs, check, leaky)]
+    ours, dense, wrong = measure(chosen, device="cpu", seconds=0, warmup=1)
+    assert set(ours.milliseconds) == set(dense.milliseconds) == {"build", "forward", "backward"}, (ours, dense)
+    assert not wrong.checked and wrong.milliseconds == {} and wrong.error.startswith("AssertionError: out: max error")
+
+
+def test_the_quick_cases_come_first_and_the_grid_is_whole():
+    everything, quick = attention_benchmark.cases(), attention_benchmark.cases(quick=True)
+    assert len(everything) == len(set(everything)) == 72 and everything[:len(quick)] == quick and len(quick) == 9
+
+
+def test_the_table_and_plot_take_results_and_errors(tmp_path):
+    report = Report("attention", {}, {"device": "a device"})
+    case = attention_benchmark.Case(1024, 64, 16, 16, 256)._asdict()
+    times = {phase: {"p20": 1.0, "p50": 2.0, "p80": 3.0, "repetitions": 5} for phase in ("build", "forward", "backward")}
+    report.record(case, Result("tfkernels", True, times, 2**20), sum_ms=6.0, tflops={"forward": 5.0, "backward": 4.0})
+    report.record(case, Result("xformers, dense bias", error="not installed"), sum_ms=None, tflops=None)
+    ours, theirs = attention_benchmark.table(report.rows).splitlines()
+    assert "sum    6.000 ms" in ours and "5/   4 TFLOP/s" in ours and "1 MiB" in ours and "not installed" in theirs
+    pytest.importorskip("matplotlib")
+    attention_benchmark.plot(report, tmp_path)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"attention_d64.png", "attention_d128.png"}
+
+
+@pytest.mark.parametrize("name,peak", [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989), ("CPU: something", None)])
+def test_the_roofline_is_known_by_the_devices_name(name, peak):
+    assert harness.peak_tflops(name) == peak
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="says what happens without a CUDA device")
+@pytest.mark.parametrize("module", ["gpu", "attention"])
+def test_without_cuda_one_line_says_so_and_the_status_is_1(module, tmp_path):
+    done = subprocess.run([sys.executable, "-m", f"benchmarks.{module}", "--out", str(tmp_path / "out")], capture_output=True, text=True,
+                          cwd=Path(gpu.__file__).parent.parent)
+    assert done.returncode == 1 and len(done.stdout.splitlines()) == 1 and "no CUDA device" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+PYTEST_OUTPUT = """\
+tests/a/test_x.py::test_good[a-b c] PASSED                         [ 10%]
+tests/a/test_x.py::test_bad FAILED                                 [ 20%]
+[gw1] [ 30%] SKIPPED tests/a/test_x.py::test_not_here
+[gw0] [ 40%] FAILED tests/a/test_y.py::test_worse[spans: (1, 2)]
+tests/a/test_y.py::test_stops_here """
+PYTEST_SUMMARY = """
+=========================== short test summary info ============================
+FAILED tests/a/test_x.py::test_bad - AssertionError: 3 is not 4
+ERROR tests/a/test_z.py - ModuleNotFoundError: No module named 'tyro'
+"""
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_pytests_output_is_read_whole_or_cut(whole):
+    found = gpu.read_tests(PYTEST_OUTPUT + whole * PYTEST_SUMMARY)
+    assert {name: n for name, n in found["counts"].items() if n} == {"passed": 1, "failed": 2, "skipped": 1}
+    assert found["failing"] == {"tests/a/test_x.py::test_bad": "AssertionError: 3 is not 4" if whole else "",
+                                "tests/a/test_y.py::test_worse[spans: (1, 2)]": ""}
+    assert found["not_collected"] == ({"tests/a/test_z.py": "ModuleNotFoundError: No module named 'tyro'"} if whole else {})
+
+
+def test_a_real_pytest_run_is_read(tmp_path):
+    (tmp_path / "test_some.py").write_text("import pytest\n@pytest.mark.parametrize('n', [1, 2])\ndef test_is_one(n):\n    assert n == 1, 'not one'\n")
+    (tmp_path / "test_lacks.py").write_text("import a_package_that_nobody_has\n")
+    done = gpu.run_step([sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "--color=no", "-p", "no:cacheprovider", "--continue-on-collection-errors",
+                         "-c", "/dev/null", "--rootdir", str(tmp_path), str(tmp_path)], tmp_path / "log", 100)
+    found = gpu.read_tests((tmp_path / "log").read_text())
+    assert done["status"] == 1 and not done["cut"] and found["counts"]["passed"] == found["counts"]["failed"] == 1, (tmp_path / "log").read_text()
+    (name, reason), = found["failing"].items()
+    assert name.endswith("test_some.py::test_is_one[2]") and "not one" in reason
+    assert any("test_lacks.py" in name for name in found["not_collected"])
+
+
+def test_a_step_that_takes_too_long_is_ended_with_its_children_and_called_cut(tmp_path):
+    begin = time.monotonic()
+    step = gpu.run_step(["bash", "-c", "echo begun; sleep 60 & wait"], tmp_path / "log", 1.0)
+    assert step["cut"] and step["status"] < 0 and "begun" in step["tail"] and time.monotonic() - begin < 20
+
+
+def test_every_step_is_recorded_though_one_breaks_and_one_finds_no_time(tmp_path, monkeypatch):
+    written = []
+
+    def breaks(out, seconds, workers):
+        raise OSError("no such program")
+
+    def benchmark(name, out, seconds, quick, commit):
+        written.append(json.loads((out / "gpu.json").read_text())["tests"]["tail"])
+        return {"status": 0, "cut": False, "seconds": 1.0, "tail": "", "report": {"rows": [{"error": None}]}}
+
+    monkeypatch.setattr(gpu, "environment", lambda device, commit: harness.environment("cpu", commit))
+    monkeypatch.setattr(gpu, "run_tests", breaks)
+    monkeypatch.setattr(gpu, "run_benchmark", benchmark)
+    result = gpu.run(tmp_path, seconds=100, quick=True, commit="abc", workers=1)
+    assert written == ["OSError: no such program"] and json.loads((tmp_path / "gpu.json").read_text()) == result
+    assert not gpu.passed(result) and "benchmark attention: ended" in gpu.summary(result) and "commit abc" in gpu.summary(result)
+    late = gpu.run(tmp_path, seconds=1, quick=True, commit=None, workers=1)
+    assert late["tests"]["cut"] and late["benchmarks"]["attention"]["cut"] and not gpu.passed(late)
