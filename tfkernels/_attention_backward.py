@@ -15,32 +15,32 @@ from tfkernels._attention_forward import FAR, LOG2E, batch_stride, core, dot_pre
 from tfkernels._launch import Config, lookup
 
 DQ_CONFIGS = {  # (architecture, bytes per element, padded head dim)
-    (80, 2, 32): Config(128, 32, 4, 3), (80, 2, 64): Config(128, 32, 4, 3),
-    (80, 2, 128): Config(64, 32, 4, 2), (80, 2, 256): Config(32, 32, 8, 2),
-    (80, 4, 32): Config(32, 32, 4, 2), (80, 4, 64): Config(32, 16, 4, 2),
-    (80, 4, 128): Config(16, 16, 4, 2), (80, 4, 256): Config(16, 16, 8, 1),
+    (80, 2, 32): Config(128, 32, 4, 3), (80, 2, 64): Config(64, 32, 4, 3),
+    (80, 2, 128): Config(64, 32, 4, 2), (80, 2, 256): Config(32, 16, 8, 2),
+    (80, 4, 32): Config(32, 16, 4, 2), (80, 4, 64): Config(32, 16, 8, 2),
+    (80, 4, 128): Config(16, 16, 8, 2), (80, 4, 256): Config(16, 16, 16, 1),
     (90, 2, 32): Config(128, 64, 8, 3), (90, 2, 64): Config(128, 64, 8, 3),
-    (90, 2, 128): Config(128, 64, 8, 2), (90, 2, 256): Config(64, 32, 8, 2),
-    (90, 4, 32): Config(32, 32, 4, 2), (90, 4, 64): Config(32, 16, 4, 2),
-    (90, 4, 128): Config(16, 16, 4, 2), (90, 4, 256): Config(16, 16, 8, 1),
+    (90, 2, 128): Config(128, 64, 8, 2), (90, 2, 256): Config(128, 32, 8, 2),
+    (90, 4, 32): Config(32, 16, 4, 2), (90, 4, 64): Config(32, 16, 8, 2),
+    (90, 4, 128): Config(16, 16, 8, 2), (90, 4, 256): Config(16, 16, 16, 1),
     (100, 2, 32): Config(128, 32, 4, 3), (100, 2, 64): Config(128, 32, 4, 3),
-    (100, 2, 128): Config(64, 64, 4, 2), (100, 2, 256): Config(64, 32, 8, 2),
-    (100, 4, 32): Config(32, 32, 4, 2), (100, 4, 64): Config(32, 16, 4, 2),
-    (100, 4, 128): Config(16, 16, 4, 2), (100, 4, 256): Config(16, 16, 8, 1),
+    (100, 2, 128): Config(64, 64, 8, 2), (100, 2, 256): Config(64, 32, 8, 2),
+    (100, 4, 32): Config(32, 16, 4, 2), (100, 4, 64): Config(32, 16, 8, 2),
+    (100, 4, 128): Config(16, 16, 8, 2), (100, 4, 256): Config(16, 16, 16, 1),
 }
 DKV_CONFIGS = {
-    (80, 2, 32): Config(32, 128, 4, 3), (80, 2, 64): Config(32, 128, 4, 2),
+    (80, 2, 32): Config(32, 128, 8, 3), (80, 2, 64): Config(16, 128, 8, 2),
     (80, 2, 128): Config(32, 64, 8, 2), (80, 2, 256): Config(16, 32, 8, 2),
-    (80, 4, 32): Config(32, 32, 4, 2), (80, 4, 64): Config(16, 32, 4, 2),
-    (80, 4, 128): Config(16, 16, 4, 1), (80, 4, 256): Config(16, 16, 8, 1),
-    (90, 2, 32): Config(64, 128, 8, 2), (90, 2, 64): Config(64, 128, 8, 2),
-    (90, 2, 128): Config(64, 128, 8, 2), (90, 2, 256): Config(32, 64, 8, 2),
-    (90, 4, 32): Config(32, 32, 4, 2), (90, 4, 64): Config(16, 32, 4, 2),
-    (90, 4, 128): Config(16, 16, 4, 1), (90, 4, 256): Config(16, 16, 8, 1),
-    (100, 2, 32): Config(32, 128, 4, 3), (100, 2, 64): Config(32, 128, 4, 2),
-    (100, 2, 128): Config(64, 128, 8, 2), (100, 2, 256): Config(32, 64, 8, 2),
-    (100, 4, 32): Config(32, 32, 4, 2), (100, 4, 64): Config(16, 32, 4, 2),
-    (100, 4, 128): Config(16, 16, 4, 1), (100, 4, 256): Config(16, 16, 8, 1),
+    (80, 4, 32): Config(32, 32, 8, 2), (80, 4, 64): Config(16, 32, 8, 2),
+    (80, 4, 128): Config(16, 16, 8, 1), (80, 4, 256): Config(16, 16, 16, 1),
+    (90, 2, 32): Config(64, 128, 8, 2), (90, 2, 64): Config(32, 128, 8, 2),
+    (90, 2, 128): Config(32, 128, 8, 2), (90, 2, 256): Config(16, 64, 8, 2),
+    (90, 4, 32): Config(32, 32, 8, 2), (90, 4, 64): Config(16, 32, 8, 2),
+    (90, 4, 128): Config(16, 16, 8, 1), (90, 4, 256): Config(16, 16, 16, 1),
+    (100, 2, 32): Config(32, 64, 8, 2), (100, 2, 64): Config(64, 128, 8, 2),
+    (100, 2, 128): Config(32, 128, 8, 2), (100, 2, 256): Config(16, 64, 8, 2),
+    (100, 4, 32): Config(32, 32, 8, 2), (100, 4, 64): Config(16, 32, 8, 2),
+    (100, 4, 128): Config(16, 16, 8, 1), (100, 4, 256): Config(16, 16, 16, 1),
 }
 DELTA_ROWS = 64
 
@@ -75,7 +75,7 @@ def _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, start,
              HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_COLUMNS: tl.constexpr,
              SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     offs_n = tl.arange(0, BLOCK_N)
-    for n in range(start, stop, BLOCK_N):
+    for n in tl.range(start, stop, BLOCK_N, disable_licm=True):
         n = tl.multiple_of(n, 1)
         k = load_rows(k_ptr, n, offs_n, stride_ks, sk, HEAD_DIM, D, MASKED)
         v = load_rows(v_ptr, n, offs_n, stride_vs, sk, HEAD_DIM, D, MASKED)
@@ -140,24 +140,32 @@ def _attention_bwd_dq(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr,
 
 
 @triton.jit
-def _dkv_step(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, stride_qs, stride_os, start, stop, cols, since, until, sq, scale, softcap,
-              HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, CHECK_ROWS: tl.constexpr,
+def _query_bounds(query_lo_ptr, query_hi_ptr, cols, offset, sq, sk):
+    """Load the rows [since, until) that see each of `cols`; none for columns outside."""
+    since = tl.load(query_lo_ptr + cols, mask=cols < sk, other=FAR)
+    until = tl.load(query_hi_ptr + cols, mask=cols < sk, other=0)
+    return tl.maximum(since - offset, 0), tl.minimum(until - offset, sq)
+
+
+@triton.jit
+def _dkv_step(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, stride_qs, stride_os, first, core_start,
+              core_stop, last, cols, sq, sk, offset, scale, softcap, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, CHECK_ROWS: tl.constexpr,
               SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     offs_m = tl.arange(0, BLOCK_M)
-    for m in range(start, stop, BLOCK_M):
+    for m in tl.range(first, last, BLOCK_M, disable_licm=True):
         m = tl.multiple_of(m, 1)
         rows = m + offs_m
-        q = load_rows(q_ptr, m, offs_m, stride_qs, sq, HEAD_DIM, D, MASKED)
-        dout = load_rows(dout_ptr, m, offs_m, stride_os, sq, HEAD_DIM, D, MASKED)
-        lse = _load_lse(lse_ptr, rows, sq)
-        delta = tl.load(delta_ptr + rows, mask=rows < sq, other=0.0)
+        q = load_rows(q_ptr, m, offs_m, stride_qs, sq, HEAD_DIM, D, True)
+        dout = load_rows(dout_ptr, m, offs_m, stride_os, sq, HEAD_DIM, D, True)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        lse = _load_lse(lse_ptr, rows, sq)
         if SOFTCAP:
             bent = tanh(s * (scale / softcap))
             p = tl.exp2(bent * (softcap * LOG2E) - lse[None, :])
         else:
             p = tl.exp2(s * (scale * LOG2E) - lse[None, :])
-        if MASKED:
+        if CHECK_ROWS | (m < core_start) | (m >= core_stop):
+            since, until = _query_bounds(query_lo_ptr, query_hi_ptr, cols, offset, sq, sk)
             visible = (since[:, None] <= rows[None, :]) & (rows[None, :] < until[:, None])
             if CHECK_ROWS:
                 lo = tl.load(lo_ptr + rows, mask=rows < sq, other=0)
@@ -165,9 +173,10 @@ def _dkv_step(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr,
                 visible &= (cols[:, None] >= lo[None, :]) & (cols[:, None] < hi[None, :])
             p = tl.where(visible, p, 0.0)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
         if SOFTCAP:
-            ds *= 1 - bent * bent
+            p *= 1 - bent * bent
+        delta = tl.load(delta_ptr + rows, mask=rows < sq, other=0.0)
+        ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -185,9 +194,9 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
     b, h = (pid // tiles // kv_heads).to(tl.int64), (pid // tiles % kv_heads).to(tl.int64)
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, D)
     cols = start_n + offs_n
-    since = tl.load(query_lo_ptr + b * stride_mask_columns + cols, mask=cols < sk, other=FAR)
-    until = tl.load(query_hi_ptr + b * stride_mask_columns + cols, mask=cols < sk, other=0)
-    since, until = tl.maximum(since - offset, 0), tl.minimum(until - offset, sq)
+    query_lo_ptr += b * stride_mask_columns
+    query_hi_ptr += b * stride_mask_columns
+    since, until = _query_bounds(query_lo_ptr, query_hi_ptr, cols, offset, sq, sk)
     seen = since < until
     first, last = tl.min(tl.where(seen, since, FAR)), tl.max(tl.where(seen, until, 0))
     core_first, core_last = tl.max(tl.where(seen, since, 0)), tl.min(tl.where(seen, until, FAR))
@@ -199,21 +208,13 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
     hi_ptr += b * stride_mask_rows
     dk = tl.zeros([BLOCK_N, D], tl.float32)
     dv = tl.zeros([BLOCK_N, D], tl.float32)
-    if CHECK_ROWS:
-        core_start, core_stop = last, last
-    else:
-        core_start, core_stop = core(first, core_first, core_last, last, BLOCK_M)
-    for g in range(group):
+    core_start, core_stop = core(first, core_first, core_last, last, BLOCK_M)
+    for g in tl.range(group, disable_licm=True):
         head = h * group + g
         q_head, dout_head = q_ptr + b * stride_qb + head * stride_qh, dout_ptr + b * stride_ob + head * stride_oh
         lse_head, delta_head = lse_ptr + (b * kv_heads * group + head) * sq, delta_ptr + (b * kv_heads * group + head) * sq
-        dk, dv = _dkv_step(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, lo_ptr, hi_ptr, stride_qs, stride_os, first, core_start, cols, since,
-                           until, sq, scale, softcap, HEAD_DIM, D, BLOCK_M, True, CHECK_ROWS, SOFTCAP, PRECISION)
-        if not CHECK_ROWS:
-            dk, dv = _dkv_step(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, lo_ptr, hi_ptr, stride_qs, stride_os, core_start, core_stop, cols,
-                               since, until, sq, scale, softcap, HEAD_DIM, D, BLOCK_M, False, False, SOFTCAP, PRECISION)
-            dk, dv = _dkv_step(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, lo_ptr, hi_ptr, stride_qs, stride_os, core_stop, last, cols,
-                               since, until, sq, scale, softcap, HEAD_DIM, D, BLOCK_M, True, False, SOFTCAP, PRECISION)
+        dk, dv = _dkv_step(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, stride_qs, stride_os,
+                           first, core_start, core_stop, last, cols, sq, sk, offset, scale, softcap, HEAD_DIM, D, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION)
     inside = (cols < sk)[:, None] & (offs_d < HEAD_DIM)[None, :]
     dk, dv = tl.where(seen[:, None], dk * scale, 0.0), tl.where(seen[:, None], dv, 0.0)
     row = start_n.to(tl.int64) + offs_n[:, None]

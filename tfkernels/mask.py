@@ -79,8 +79,12 @@ class TransfusionMask:
         return cls.from_spans([[]], seq_len, documents=documents, window=window, device=device)
 
     @classmethod
-    def from_intervals(cls, lo, hi, since=None, until=None, key_len=None, offset=0) -> "TransfusionMask":
-        """The general form: integers `lo`, `hi` (B, Sq) and optionally `since`, `until` (B, Sk); keys default to as many as queries."""
+    def from_intervals(cls, lo, hi, since=None, until=None, key_len=None, offset=0, columns_exact=False) -> "TransfusionMask":
+        """The general form: integers `lo`, `hi` (B, Sq) and optionally `since`, `until` (B, Sk); keys default to as many as queries.
+
+        `columns_exact=True` promises that lo and hi never decrease over the rows that see something; the backward pass then
+        skips comparing rows. A promise that does not hold gives wrong gradients.
+        """
         if lo.ndim != 2 or lo.shape != hi.shape or lo.is_floating_point() or hi.is_floating_point():
             raise ValueError(f"TransfusionMask.from_intervals: lo is {_shape(lo)} and hi is {_shape(hi)}; two integer tensors (B, Sq) fit")
         if (since is None) != (until is None):
@@ -89,7 +93,27 @@ class TransfusionMask:
         for name, x in (("since", since), ("until", until)):
             if x is not None and (x.ndim != 2 or x.shape[0] not in (1, lo.shape[0]) or x.shape[1] != key_len or x.is_floating_point()):
                 raise ValueError(f"TransfusionMask.from_intervals: {name} is {_shape(x)}; an integer tensor ({lo.shape[0]}, {key_len}) fits, one per key")
-        return cls._from_rows(lo, hi, since, until, key_len, offset, columns_exact=False)
+        return cls._from_rows(lo, hi, since, until, key_len, offset, columns_exact=columns_exact)
+
+    @classmethod
+    def from_dense(cls, visible) -> "TransfusionMask":
+        """Read the integers off a dense (B, 1, Sq, Sk) bool mask: O(Sq * Sk), waits for the device; for masks others made.
+
+        Raises:
+            ValueError: the mask is not the meeting of one run of keys per query and one run of queries per key.
+        """
+        if visible.ndim != 4 or visible.shape[1] != 1 or visible.dtype != torch.bool:
+            raise ValueError(f"TransfusionMask.from_dense: visible is {_shape(visible)}; a bool tensor (B, 1, Sq, Sk), one mask for all heads, fits")
+        visible = visible[:, 0]
+        lo, hi = _hull(visible)
+        rows = cls.from_intervals(lo, hi, key_len=visible.shape[2])
+        if torch.equal(rows.dense()[:, 0], visible):
+            return rows
+        mask = cls.from_intervals(lo, hi, *_hull(visible.mT))
+        if not torch.equal(mask.dense()[:, 0], visible):
+            raise ValueError("TransfusionMask.from_dense: visible has rows with holes that no column explains; one run of keys per query and one run "
+                             "of queries per key fit; use SDPA for this mask")
+        return mask
 
     @classmethod
     def _from_types(cls, types: Tensor, documents: Tensor | None, hidden: Tensor | None, window: int | None) -> "TransfusionMask":
@@ -218,6 +242,14 @@ def _kv_blocks(chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 def _tiles(x: Tensor, size: int, fill: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, -x.shape[1] % size), value=fill).unflatten(1, (-1, size))
+
+
+def _hull(visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Return [first True, last True + 1) of each row of (B, R, C), [0, 0) for rows without one."""
+    size = visible.shape[-1]
+    some = visible.any(-1)
+    first, last = visible.int().argmax(-1), size - visible.flip(-1).int().argmax(-1)
+    return torch.where(some, first, 0), torch.where(some, last, 0)
 
 
 def _runs(*labels: Tensor) -> tuple[Tensor, Tensor]:

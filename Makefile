@@ -1,0 +1,41 @@
+# make demo   train on handwritten digits, draw, read, measure (minutes on two CPU cores)
+# make test   lint and test      make bench   what can be measured without a GPU      make gpu   tests and benchmarks on a CUDA machine
+PYTHON ?= python3
+BIN := .venv/bin
+CUDA := $(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
+CONSTRAINTS := constraints/$(CUDA).txt
+TORCH := $(shell grep '^torch==' $(CONSTRAINTS))
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+export TRITON_DEFAULT_FP_FUSION ?= 1
+
+.PHONY: demo test bench gpu clean
+
+demo: .venv/ready
+	$(BIN)/python -m transfusion.demo
+
+test: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q
+ifeq ($(CUDA),cpu)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/tfkernels
+endif
+
+bench: .venv/ready
+	$(BIN)/python -m benchmarks.attention --cpu --out benchmarks/results
+
+gpu: .venv/ready
+	$(BIN)/python -m benchmarks.gpu --out benchmarks/results
+
+# The CPU build of torch where there is no GPU: from pip's own sources if they hold it, else from PyTorch's index.
+.venv/ready: setup.py pyproject.toml Makefile $(CONSTRAINTS)
+	@echo "setting up .venv ($(TORCH), $(CUDA)); this takes a few minutes once"
+	$(PYTHON) -m venv .venv
+	$(PIP) -c $(CONSTRAINTS) setuptools wheel
+ifeq ($(CUDA),cpu)
+	$(PIP) "$(TORCH)+cpu" 2>/dev/null || $(PIP) --index-url https://download.pytorch.org/whl/cpu "$(TORCH)+cpu"
+endif
+	$(PIP) -c $(CONSTRAINTS) --no-build-isolation -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv runs build *.egg-info

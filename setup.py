@@ -1,0 +1,31 @@
+"""Package metadata of tfkernels and transfusion; tools are configured in pyproject.toml."""
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TRAIN = ["tyro>=1.0", "matplotlib>=3.8"]
+DEMO = [*TRAIN, "scikit-learn>=1.4"]
+
+setup(
+    name="tfkernels",
+    version="0.1.0",
+    description="Triton kernels for Transfusion models, and Transfusion: one LLaMA-shaped model that writes text and draws images",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["tfkernels*", "transfusion*"]),
+    install_requires=[
+        "torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "numpy", "transformers>=5.17,<6", "tokenizers>=0.22", "safetensors>=0.5", "pillow>=10",
+        "tqdm>=4.66", *TRAIN[:1],
+    ],
+    extras_require={
+        "train": TRAIN,
+        "demo": DEMO,
+        "dev": [*DEMO, "pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "diffusers>=0.35", "ruff>=0.8"],
+        "flash": ["flash-attn>=2.8"],
+        "xformers": ["xformers>=0.0.35"],
+    },
+    entry_points={"console_scripts": ["transfusion = transfusion.cli:main"]},
+    classifiers=["License :: OSI Approved :: MIT License", "Programming Language :: Python :: 3", "Environment :: GPU :: NVIDIA CUDA"],
+)

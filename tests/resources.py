@@ -1,0 +1,70 @@
+"""Compile a Triton kernel for a GPU that need not be here and read what the machine code takes from it.
+
+The arguments' types follow from their names, and their divisibility from what the launcher finds for the usual layouts: data
+pointers and strides are multiples of 16 unless the kernel says do_not_specialize.
+"""
+import re
+import subprocess
+import tempfile
+from typing import NamedTuple
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tfkernels._launch import Config
+
+ELEMENT = {2: "bf16", 4: "fp32"}
+TENSOR_CORE = re.compile(r"^\s*(?:@%\w+ )?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", re.MULTILINE)
+COPY = re.compile(r"\bcp\.async\.(?:ca|cg|bulk)\b")
+
+
+class Resources(NamedTuple):
+    """Per thread: registers and bytes of stack, which holds spills. Per block: bytes of shared memory. Of the PTX: see below."""
+
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    tensor_core: dict[str, int]  # multiply instructions: how many of each
+    loops: int  # innermost loops with a multiply instruction
+    pipelined: int  # how many of them also start an asynchronous copy to shared memory
+
+
+def argument_type(name: str, element: str) -> str:
+    """Return the type of the kernel argument `name`, where data is `element`."""
+    if name.endswith(("lo_ptr", "hi_ptr")):
+        return "*i32"
+    if name.endswith(("lse_ptr", "delta_ptr")):
+        return "*fp32"
+    if name.endswith("_ptr"):
+        return f"*{element}"
+    return "fp32" if name in ("scale", "softcap") else "i32"
+
+
+def innermost_loops(ptx: str) -> list[str]:
+    """Return the text of each loop that holds no other: from a label to the last branch back to it."""
+    labels = {m[1]: m.start() for m in re.finditer(r"^(\$\w+):", ptx, re.MULTILINE)}
+    ends = {}
+    for branch in re.finditer(r"\bbra(?:\.uni)?\s+(\$\w+);", ptx):
+        if labels[branch[1]] < branch.start():
+            ends[labels[branch[1]]] = branch.end()
+    return [ptx[start:end] for start, end in ends.items() if not any(start < s and e < end for s, e in ends.items())]
+
+
+def resources(kernel, constants: dict, config: Config, *, architecture: int, element_size: int) -> Resources:
+    """Compile `kernel` with its constexprs `constants` and the warps and stages of `config` for sm_`architecture`."""
+    signature = {p.name: "constexpr" if p.name in constants else argument_type(p.name, ELEMENT[element_size]) for p in kernel.params}
+    divisible = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.params)
+                 if p.name.startswith("stride_") and not p.do_not_specialize or p.name.endswith("_ptr")}
+    source = ASTSource(kernel, signature, constants, divisible)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = [m.strip().split(" ")[-1] for m in TENSOR_CORE.findall(built.asm["ptx"])]
+    loops = [loop for loop in innermost_loops(built.asm["ptx"]) if TENSOR_CORE.search(loop)]
+    return Resources(int(re.search(r"REG:(\d+)", usage)[1]), int(re.search(r"STACK:(\d+)", usage)[1]), built.metadata.shared,
+                     {name: found.count(name) for name in sorted(set(found))}, len(loops), sum(COPY.search(loop) is not None for loop in loops))

@@ -1,0 +1,34 @@
+"""A tiny model and its tokenizer, built once and never trained in place."""
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from transfusion import Image, Transfusion, TransfusionConfig
+from transfusion.data import Digits
+from transfusion.tokenizer import BOI, EOI, train_tokenizer
+
+
+def tiny_model(objective="flow", **text_options):
+    """A random model of 2 layers whose image head is not silent, so that images matter."""
+    tokenizer = train_tokenizer(Digits.caption(i) for i in range(10))
+    torch.manual_seed(0)
+    text_config = LlamaConfig(**{**dict(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id), **text_options})
+    model = Transfusion(TransfusionConfig(
+        text_config=text_config, patch_size=2, objective=objective, boi_token_id=tokenizer.convert_tokens_to_ids(BOI),
+        eoi_token_id=tokenizer.convert_tokens_to_ids(EOI)), tokenizer)
+    for parameter in [*model.image_head.parameters(), *model.patch_embedding.parameters()]:
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture
+def pictures():
+    generator = torch.Generator().manual_seed(1)
+    return [Image(torch.rand(1, 8, 8, generator=generator) * 2 - 1) for _ in range(4)]

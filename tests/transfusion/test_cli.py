@@ -1,0 +1,47 @@
+"""The `transfusion` command: draws a file, reads a file, and answers what does not fit in one line."""
+import pytest
+import torch
+from PIL import Image as Picture
+
+from tests.transfusion.conftest import tiny_model
+from transfusion.cli import load_image, main, save_image
+from transfusion.sequence import Image
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint")
+    tiny_model().save_pretrained(path)
+    return path
+
+
+def test_sample_writes_a_picture(checkpoint, tmp_path, capsys):
+    main(["sample", "--model", str(checkpoint), "--prompt", "a handwritten one", "--out", str(tmp_path / "new" / "one.png"), "--steps", "2"])
+    with Picture.open(tmp_path / "new" / "one.png") as picture:
+        assert picture.size == (8, 8) and picture.mode == "L"
+    assert "one.png" in capsys.readouterr().out
+
+
+def test_caption_reads_pictures(checkpoint, tmp_path, capsys):
+    Picture.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
+    main(["caption", "--model", str(checkpoint), "--images", str(tmp_path / "red.png"), "--max-new-tokens", "2"])
+    assert "red.png:" in capsys.readouterr().out
+
+
+def test_a_saved_picture_reads_back_equal(tmp_path):
+    config = tiny_model().config
+    image = Image(torch.linspace(-1, 1, 64).view(1, 8, 8))
+    save_image(image, tmp_path / "x.png")
+    assert (load_image(tmp_path / "x.png", config).latent - image.latent).abs().max() <= 1 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("args,message", [
+    (["sample", "--model", "nowhere", "--prompt", "a"], "holds no config.json"),
+    (["sample", "--model", "CHECKPOINT", "--prompt", " "], "prompt is empty"),
+    (["sample", "--model", "CHECKPOINT", "--prompt", "a", "--size", "7", "8"], "multiples of the patch size"),
+    (["caption", "--model", "CHECKPOINT", "--images", "missing.png"], "missing.png is not a picture that can be read"),
+])
+def test_requests_that_do_not_fit_get_one_line(checkpoint, args, message):
+    with pytest.raises(SystemExit, match=message) as stop:
+        main([str(checkpoint) if arg == "CHECKPOINT" else arg for arg in args])
+    assert str(stop.value).startswith("error: ") and "\n" not in str(stop.value)

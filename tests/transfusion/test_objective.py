@@ -1,0 +1,52 @@
+"""The objectives' algebra: noising, targets and reverse steps agree with each other and with the literature."""
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+from transfusion.objective import OBJECTIVES, add_noise, sample_times, step
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_perfect_prediction_leads_back_to_the_clean_image(name):
+    objective = OBJECTIVES[name]
+    x0, eps = torch.randn(2, 5, 4, dtype=torch.float64)
+    times = torch.linspace(0.95, 0, 20, dtype=torch.float64)
+    x, _ = add_noise(objective, x0, eps, times[0])
+    for t, s in zip(times, times[1:]):
+        _, target = add_noise(objective, x0, eps, t)
+        x = step(objective, x, target, t, s)
+        torch.testing.assert_close(x, add_noise(objective, x0, eps, s)[0])
+    torch.testing.assert_close(x, x0)
+
+
+def test_input_and_target_hold_the_same_noise():
+    x0, eps, t = torch.zeros(3, 4), torch.randn(3, 4), torch.tensor(0.3)
+    for name in ("eps", "flow"):
+        noised, target = add_noise(OBJECTIVES[name], x0, eps, t)
+        torch.testing.assert_close(noised / OBJECTIVES[name].path(t)[1], target)
+
+
+def test_flow_step_is_the_euler_step_of_diffusers():
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)
+    scheduler.set_timesteps(10)
+    x, prediction = torch.randn(2, 1, 4, 4)
+    ours = step(OBJECTIVES["flow"], x, prediction, scheduler.sigmas[0], scheduler.sigmas[1])
+    torch.testing.assert_close(ours, scheduler.step(prediction, scheduler.timesteps[0], x).prev_sample)
+
+
+@pytest.mark.parametrize("name,prediction_type", [("eps", "epsilon"), ("v", "v_prediction")])
+def test_cosine_step_is_the_ddim_step_of_diffusers(name, prediction_type):
+    scheduler = DDIMScheduler(num_train_timesteps=1000, prediction_type=prediction_type, clip_sample=False, set_alpha_to_one=True)
+    times = (torch.arange(1000) + 1) / 1000
+    scheduler.alphas_cumprod = OBJECTIVES["eps"].path(times)[0] ** 2  # our exact cosine in place of its table
+    scheduler.set_timesteps(50)
+    x, prediction = torch.randn(2, 1, 4, 4)
+    now, then = scheduler.timesteps[3], scheduler.timesteps[3] - 20
+    ours = step(OBJECTIVES[name], x, prediction, times[now], times[then])
+    torch.testing.assert_close(ours, scheduler.step(prediction, int(now), x).prev_sample, rtol=1e-4, atol=1e-5)
+
+
+def test_times_stay_under_each_images_limit():
+    limit = torch.tensor([1.0, 0.5] * 500)
+    times = sample_times(1000, limit, torch.Generator().manual_seed(0))
+    assert (times <= limit).all() and times[0::2].max() > 0.95 and 0.45 < times[1::2].max() <= 0.5 and times.min() >= 0

@@ -1,0 +1,136 @@
+"""Sampling against a sampler without any cache, batches against single prompts, and the state machine of text and images."""
+import pytest
+import torch
+
+from transfusion import Image, Text
+from transfusion.objective import step
+from transfusion.sequence import Document, encode, lay_out, patchify
+
+
+@torch.no_grad()
+def draw_without_cache(model, prompt, steps, guidance, seed):
+    """One image, everything recomputed at every step from packed whole sequences."""
+    document = encode([Text(prompt)], model.tokenizer, model.config, end=False)
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(seed))
+    boi, eoi = model.config.boi_token_id, model.config.eoi_token_id
+
+    def predict(tokens, x, t):
+        ids = [*tokens, boi, *[eoi] * 16]
+        whole = Document(ids, [False] * len(ids), [(len(tokens) + 1, x, (4, 4), False)])
+        sequence = lay_out([[whole]], len(ids), 4)
+        condition = model.timestep(t[None])
+        hidden = model.backbone(model.embed(sequence, x, condition), sequence.positions, sequence.mask()).flatten(0, 1)
+        return model.image_head(hidden[sequence.patch_rows], condition, sequence.patch_image)
+
+    for number in range(steps):
+        t, s = (torch.tensor(model.objective.start * (1 - n / steps)) for n in (number, number + 1))
+        conditional, unconditional = predict(document.tokens, x, t), predict(document.tokens[:1], x, t)
+        x = step(model.objective, x, unconditional + guidance * (conditional - unconditional), t, s)
+    return x
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_cached_sampler_equals_one_without_a_cache(model, guidance):
+    image, = model.draw(["a handwritten seven"], steps=6, guidance=guidance, seed=5)
+    expected = draw_without_cache(model, "a handwritten seven", 6, guidance, 5)
+    torch.testing.assert_close(patchify(image.latent, 2), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_gives_each_prompt_what_it_gets_alone(model, pictures):
+    prompts = [[Text("a")], [Text("a handwritten seven and more")], [pictures[0], Text(" and")]]
+    options = dict(max_new_tokens=6, steps=3, max_images=2, temperature=1.0)
+    together = model.generate_batch(prompts, seed=7, **options)
+    for i, prompt in enumerate(prompts):
+        same(together[i], model.generate(prompt, seed=7 + i, **options))
+
+
+def same(ours, theirs):
+    assert [type(p) for p in ours] == [type(p) for p in theirs]
+    for a, b in zip(ours, theirs):
+        if isinstance(a, Text):
+            assert a.text == b.text
+        else:
+            torch.testing.assert_close(a.latent, b.latent, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def talkative(model, monkeypatch):
+    """The model made to write BOI after two tokens of text, always."""
+    boi, plain = model.config.boi_token_id, model.tokenizer.encode("a", add_special_tokens=False)[0]
+    counter = {"calls": 0}
+
+    def logits(x):
+        counter["calls"] += 1
+        scores = torch.zeros(*x.shape[:-1], model.config.text_config.vocab_size)
+        scores[..., plain] = 1
+        scores[..., boi] = 2.0 if counter["calls"] % 3 == 0 else 0
+        return scores
+
+    monkeypatch.setattr(model.backbone, "logits", logits)
+    return model
+
+
+def test_text_and_images_alternate_as_the_model_decides(talkative):
+    parts = talkative.generate([Text("a")], max_new_tokens=7, max_images=2, steps=2)
+    assert [type(p) for p in parts] == [Text, Image, Text, Image, Text]
+    assert [p.text for p in parts if isinstance(p, Text)] == ["aa", "aa", "aaa"]
+    assert all(torch.isfinite(p.latent).all() for p in parts if isinstance(p, Image))
+
+
+def test_later_text_reads_the_finished_image(model, pictures):
+    """What follows a drawn image must equal what follows the same image given in the prompt."""
+    image, = model.draw(["a handwritten seven"], steps=2, seed=3)
+    states = []
+    keep = lambda x: states.append(x.clone()) or torch.nn.functional.linear(x, model.backbone.decoder.lm_head.weight)  # noqa: E731
+    original = model.backbone.logits
+    model.backbone.logits = keep
+    try:
+        model.generate([Text("a handwritten seven"), image], max_new_tokens=1, max_images=0)
+        given = states[0]
+        states.clear()
+        document = encode([Text("a handwritten seven")], model.tokenizer, model.config, end=False)
+        from transfusion.sample import _Sampler
+        document = document._replace(tokens=[*document.tokens, model.config.boi_token_id], targets=[*document.targets, True])
+        with torch.inference_mode():
+            _Sampler(model, [document], 1, 1, None, 2, 3.0, 0.0, 1.0, 3, None).run()
+    finally:
+        model.backbone.logits = original
+    torch.testing.assert_close(states[0], given, rtol=1e-4, atol=1e-4)
+
+
+def test_a_seed_gives_the_same_image_and_another_seed_another(model):
+    first, again, other = (model.draw(["a handwritten two"], steps=2, seed=s)[0].latent for s in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.allclose(first, other)
+
+
+def test_nucleus_sampling_never_leaves_the_nucleus(model):
+    greedy = model.generate([Text("a")], max_new_tokens=5, max_images=0)
+    nucleus = model.generate([Text("a")], max_new_tokens=5, max_images=0, temperature=1.0, top_p=1e-6, seed=3)
+    assert [p.text for p in greedy] == [p.text for p in nucleus]
+
+
+def test_captions_are_written_without_drawing_and_within_the_limit(model, pictures):
+    captions = model.caption(pictures, max_new_tokens=4)
+    assert len(captions) == 4 and all(isinstance(c, str) for c in captions)
+
+
+def test_images_of_another_size_are_drawn_when_asked(model):
+    image, = model.draw(["a"], steps=1, image_size=(4, 12))
+    assert image.latent.shape == (1, 4, 12)
+
+
+def test_every_step_can_be_watched(model):
+    seen = []
+    model.draw(["a", "b"], steps=3, on_step=lambda rows, images, number, of: seen.append((rows, len(images), number, of)))
+    assert seen == [([0, 1], 2, n, 3) for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("call,message", [
+    (lambda m: m.draw(["  "]), "a prompt is empty"),
+    (lambda m: m.generate([]), "parts is empty"),
+    (lambda m: m.draw(["a"], image_size=(7, 8)), r"image_size is \(7, 8\) and the patch size 2"),
+    (lambda m: m.draw(["a"], steps=0), "steps is 0"),
+])
+def test_requests_that_do_not_fit_are_refused_by_name(model, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(model)

@@ -1,0 +1,98 @@
+"""Documents, packing and targets, held against the paper's rules."""
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.transfusion.conftest import tiny_model
+from transfusion import Image, Text
+from transfusion.sequence import encode, lay_out, pack, patchify, unpatchify
+
+MODEL = tiny_model()
+TOKENIZER, CONFIG = MODEL.tokenizer, MODEL.config
+PICTURE = Image(torch.arange(64.0).view(1, 8, 8) / 32 - 1)
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4))
+def test_unpatchify_undoes_patchify(channels, rows, columns, size):
+    latent = torch.randn(channels, rows * size, columns * size)
+    patches = patchify(latent, size)
+    assert patches.shape == (rows * columns, channels * size * size)
+    assert torch.equal(unpatchify(patches, (rows, columns), channels, size), latent)
+    assert torch.equal(patches[-1].view(channels, size, size), latent[:, -size:, -size:])
+
+
+def test_a_document_is_bos_parts_eos_with_each_image_between_boi_and_eoi():
+    document = encode([Text("a handwritten seven"), PICTURE], TOKENIZER, CONFIG)
+    words = TOKENIZER.encode("a handwritten seven", add_special_tokens=False)
+    assert document.tokens == [TOKENIZER.bos_token_id, *words, CONFIG.boi_token_id, *[CONFIG.eoi_token_id] * 17, TOKENIZER.eos_token_id]
+    (start, patches, grid, image_first), = document.images
+    assert start == len(words) + 2 and patches.shape == (16, 4) and grid == (4, 4) and not image_first
+    assert encode([PICTURE, Text("x")], TOKENIZER, CONFIG).images[0][3]
+
+
+def test_text_loss_stands_where_text_or_boi_or_eos_follows_and_never_where_the_input_is_boi_or_a_patch():
+    sequence = pack([encode([Text("a handwritten seven"), PICTURE, Text(" and")], TOKENIZER, CONFIG)], 48, 4)
+    tokens = sequence.tokens[0].tolist()
+    boi, eoi = tokens.index(CONFIG.boi_token_id), tokens.index(CONFIG.boi_token_id) + 17
+    rows = sequence.text_rows.tolist()
+    length = int((sequence.documents[0] >= 0).sum())
+    assert rows == [*range(boi), *range(eoi, length - 1)]
+    assert sequence.text_targets.tolist() == [tokens[i + 1] for i in rows]
+    assert tokens[boi] in sequence.text_targets and CONFIG.eoi_token_id not in sequence.text_targets
+    assert sequence.text_targets[-1] == TOKENIZER.eos_token_id
+
+
+def test_text_without_loss_is_read_and_not_written():
+    question, answer = Text("what is this?", loss=False), Text(" a handwritten six")
+    sequence = pack([encode([PICTURE, question, answer], TOKENIZER, CONFIG)], 64, 4)
+    assert TOKENIZER.decode(sequence.text_targets[:-1].tolist()) == "<boi> a handwritten six"
+
+
+def test_packing_keeps_documents_apart_and_restarts_positions():
+    documents = [encode([Text("a handwritten seven"), PICTURE], TOKENIZER, CONFIG), encode([PICTURE, Text("a handwritten two")], TOKENIZER, CONFIG)]
+    sequence = pack(documents, 60, 4)
+    lengths = [len(d.tokens) for d in documents]
+    assert sequence.documents[0].tolist() == [0] * lengths[0] + [1] * lengths[1] + [-1] * (60 - sum(lengths))
+    assert sequence.positions[0, lengths[0]] == 0
+    dense = sequence.mask().dense()[0, 0]
+    assert not dense[lengths[0]:, :lengths[0]].any() and not dense[sum(lengths):].any()
+    start, stop = sequence.spans[0, 1].tolist()
+    assert dense[start:stop, start:stop].all() and not dense[start - 1, start:].any()
+    assert sequence.patch_rows.tolist() == [*range(*sequence.spans[0, 0]), *range(start, stop)]
+    assert sequence.patch_image.tolist() == [0] * 16 + [1] * 16
+
+
+def test_first_fit_leaves_out_only_what_fits_in_no_row():
+    document = encode([Text("a handwritten seven")], TOKENIZER, CONFIG)
+    size = len(document.tokens)
+    assert (pack([document] * 5, 2 * size, 4, rows=2).documents >= 0).sum() == 4 * size
+    assert pack([document] * 5, 2 * size, 4).tokens.shape == (3, 2 * size)
+
+
+def test_left_layout_ends_all_rows_in_the_last_column():
+    short, long = (encode([Text(t)], TOKENIZER, CONFIG, end=False) for t in ("a", "a handwritten seven"))
+    sequence = lay_out([[short], [long]], len(long.tokens), 4, left=True)
+    assert (sequence.documents[:, -1] == 0).all() and sequence.positions[:, -1].tolist() == [len(short.tokens) - 1, len(long.tokens) - 1]
+
+
+def test_images_of_several_sizes_share_a_batch():
+    wide = Image(torch.zeros(1, 4, 12))
+    sequence = pack([encode([wide, Text("a"), PICTURE], TOKENIZER, CONFIG)], 64, 4)
+    assert sequence.grids == ((2, 6), (4, 4)) and sequence.patch_image.bincount().tolist() == [12, 16]
+
+
+@pytest.mark.parametrize("parts,message", [
+    ([], "parts is empty"),
+    (["a string"], "a part is a str"),
+    ([Image(torch.zeros(1, 7, 8))], "latent is 7x8 and the patch size 2; multiples"),
+    ([Image(torch.zeros(3, 8, 8))], r"latent has shape \(3, 8, 8\)"),
+])
+def test_parts_that_do_not_fit_are_refused_by_name(parts, message):
+    with pytest.raises(ValueError, match=message):
+        encode(parts, TOKENIZER, CONFIG)
+
+
+def test_a_document_longer_than_a_row_is_refused():
+    with pytest.raises(ValueError, match="a document has .* tokens and seq_len is 8"):
+        pack([encode([PICTURE], TOKENIZER, CONFIG)], 8, 4)

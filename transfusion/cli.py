@@ -1,0 +1,139 @@
+"""The `transfusion` command: train, sample, caption."""
+import difflib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from PIL import Image as Picture
+
+from transfusion.model import Transfusion
+from transfusion.sequence import Image, Text
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Go on from a prompt: write text and draw images; images are saved beside --out."""
+
+    model: Path
+    """directory of a checkpoint"""
+    prompt: str
+    """text to go on from"""
+    image: Path | None = None
+    """an image that stands before the prompt"""
+    out: Path = Path("sample.png")
+    """where the image is written; further images get -2, -3, ... before the suffix"""
+    draw: bool = True
+    """draw an image right after the prompt; --no-draw leaves the choice to the model"""
+    steps: int = 50
+    """denoising steps"""
+    guidance: float = 2.0
+    """classifier-free guidance scale; 1 is none"""
+    size: tuple[int, int] | None = None
+    """height and width; the model's own by default"""
+    max_new_tokens: int = 64
+    """text tokens at most"""
+    max_images: int = 4
+    """images at most"""
+    temperature: float = 0.0
+    """of the text; 0 takes the likeliest token"""
+    top_p: float = 1.0
+    """sample text from the smallest set of tokens that holds this much probability"""
+    seed: int = 0
+    """of the noise and the text"""
+
+
+@dataclass(frozen=True)
+class Caption:
+    """Write the text that follows an image."""
+
+    model: Path
+    """directory of a checkpoint"""
+    images: tuple[Path, ...]
+    """image files"""
+    max_new_tokens: int = 64
+    """text tokens at most"""
+
+
+def load_image(path: Path, config) -> Image:
+    """Read a picture file as the model sees it: its channels and size, values in [-1, 1]."""
+    if config.image_channels not in (1, 3):
+        raise ValueError(f"load_image: the model's images have {config.image_channels} channels; picture files fit models of 1 (grey) or 3 (colour)")
+    try:
+        with Picture.open(path) as picture:
+            height, width = config.image_size
+            picture = picture.convert("L" if config.image_channels == 1 else "RGB").resize((width, height), Picture.Resampling.LANCZOS)
+            pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, -1)
+    except OSError as error:
+        raise ValueError(f"load_image: {path} is not a picture that can be read ({error})") from error
+    return Image(pixels.movedim(-1, 0).float() / 127.5 - 1)
+
+
+def save_image(image: Image, path: Path) -> None:
+    """Write an image of 1 or 3 channels as a picture file."""
+    pixels = ((image.latent.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(0, -1).squeeze(-1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Picture.fromarray(pixels.numpy()).save(path)
+
+
+def sample(options: Sample) -> None:
+    """Run `transfusion sample`."""
+    model = Transfusion.from_pretrained(options.model).eval()
+    settings = dict(image_size=options.size, steps=options.steps, guidance=options.guidance, temperature=options.temperature, top_p=options.top_p,
+                    seed=options.seed)
+    if options.image is None and not options.prompt.strip():
+        raise ValueError("sample: prompt is empty; some text fits, e.g. --prompt 'a handwritten seven'")
+    if options.draw and options.image is None:
+        parts = model.draw([options.prompt], **settings)
+    else:
+        given = [] if options.image is None else [load_image(options.image, model.config)]
+        parts = model.generate([*given, Text(options.prompt)], max_new_tokens=options.max_new_tokens, max_images=options.max_images, **settings)
+    drawn = 0
+    for part in parts:
+        if isinstance(part, Text):
+            print(part.text.strip())
+            continue
+        drawn += 1
+        path = options.out if drawn == 1 else options.out.with_stem(f"{options.out.stem}-{drawn}")
+        save_image(part, path)
+        print(f"[{path}]")
+
+
+def caption(options: Caption) -> None:
+    """Run `transfusion caption`."""
+    model = Transfusion.from_pretrained(options.model).eval()
+    images = [load_image(path, model.config) for path in options.images]
+    for path, text in zip(options.images, model.caption(images, max_new_tokens=options.max_new_tokens)):
+        print(f"{path}: {text}")
+
+
+def _train(args: list[str]) -> None:
+    from transfusion.train import main as train_main
+    train_main(args)
+
+
+VERBS = {
+    "train": ("train a model from a preset", _train),
+    "sample": ("draw or write from a prompt", lambda args: sample(tyro.cli(Sample, args=args, prog="transfusion sample"))),
+    "caption": ("write what follows an image", lambda args: caption(tyro.cli(Caption, args=args, prog="transfusion caption"))),
+}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of the `transfusion` command."""
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: transfusion VERB ...\n\n" + "".join(f"  {name:<10}{summary}\n" for name, (summary, _) in VERBS.items()) + "\n`transfusion VERB --help` tells more")
+        return
+    if args[0] not in VERBS:
+        near = difflib.get_close_matches(args[0], VERBS, n=1)
+        raise SystemExit(f"error: {args[0]!r} is not a verb; {', '.join(VERBS)} fit" + (f"; did you mean {near[0]}?" if near else ""))
+    try:
+        VERBS[args[0]][1](args[1:])
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Data sets: things that draw documents (lists of Text and Image) from a random generator, and the batches made of them.
+
+A data set has `texts()` (for its tokenizer), `image_shape` (C, H, W) and `document(generator, settings)`. The batch of a step is
+a pure function of (seed, step): a resumed run sees what an uninterrupted one would have seen.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from transfusion.sequence import Document, Image, Part, Sequence, Text, encode, lay_out
+
+DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What documents look like."""
+
+    name: str = "digits"
+    """the data set; see DATASETS in transfusion/data.py"""
+    caption_first: float = 0.8
+    """share of pairs whose caption stands before the image (the paper: 0.8)"""
+    caption_dropout: float = 0.1
+    """share of caption-first pairs whose caption is left out, so that guidance has an unconditional model"""
+    story: float = 0.0
+    """share of documents that hold two pairs, joined by "and" """
+    noise_limit: float = 0.5
+    """largest noise time of an image that stands before its caption (the paper: 0.5)"""
+
+
+class Digits:
+    """scikit-learn's 1,797 handwritten digits, 8x8 (UCI, CC BY 4.0), with captions in words; 1,437 to train on and 360 held out."""
+
+    image_shape = (1, 8, 8)
+
+    def __init__(self, split: str = "train"):
+        from sklearn.datasets import load_digits
+
+        pixels, labels = load_digits(return_X_y=True)
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        chosen = order[360:] if split == "train" else order[:360]
+        self.images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8)[chosen] / 8 - 1
+        self.labels = torch.tensor(labels)[chosen]
+
+    @staticmethod
+    def caption(label: int) -> str:
+        """Return the words for a digit, e.g. "a handwritten seven"."""
+        return f"a handwritten {DIGIT_NAMES[label]}"
+
+    def texts(self) -> list[str]:
+        """Every text that documents are made of."""
+        return [prefix + self.caption(label) for label in range(10) for prefix in ("", " and ")]
+
+    def document(self, generator: torch.Generator, settings: DataSettings) -> list[Part]:
+        """Draw one document: a pair in either order, a lone image, or two pairs joined by "and"."""
+        kind, order, drop = torch.rand(3, generator=generator).tolist()
+        chosen = torch.randint(len(self.labels), (2,), generator=generator).tolist()
+        pairs = [(Text(self.caption(int(self.labels[i]))), Image(self.images[i])) for i in chosen]
+        if kind < settings.story:
+            (first, image), (second, other) = pairs
+            return [first, image, Text(f" and {second.text}"), other]
+        text, image = pairs[0]
+        if order >= settings.caption_first:
+            return [image, text]
+        return [image] if drop < settings.caption_dropout else [text, image]
+
+
+DATASETS = {"digits": Digits}
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """Return the random generator of one training step."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+
+
+def draw_batch(dataset, settings: DataSettings, tokenizer, config, rows: int, seq_len: int, generator: torch.Generator) -> tuple[Sequence, Tensor]:
+    """Draw documents until one fits in no row; return them packed, and each image's noise limit (N,)."""
+    packed: list[list[Document]] = [[] for _ in range(rows)]
+    free = [seq_len] * rows
+    while True:
+        document = encode(dataset.document(generator, settings), tokenizer, config)
+        at = next((i for i, room in enumerate(free) if room >= len(document.tokens)), None)
+        if at is None:
+            break
+        packed[at].append(document)
+        free[at] -= len(document.tokens)
+    if not any(packed):
+        raise ValueError(f"draw_batch: seq_len is {seq_len} and a document has {len(document.tokens)} tokens; raise seq_len")
+    sequence = lay_out(packed, seq_len, config.patch_dim)
+    return sequence, torch.where(sequence.image_first & _captioned(sequence), settings.noise_limit, 1.0)
+
+
+def _captioned(sequence: Sequence) -> Tensor:
+    """(N,) whether text other than EOS follows the image in its document: its EOI position is a text target that is not the document's end."""
+    ends = [b * sequence.tokens.shape[1] + int(stop) for b, row in enumerate(sequence.spans) for start, stop in row.tolist() if stop > start]
+    flat = torch.nn.functional.pad(sequence.documents.flatten(), (0, 2), value=-1)
+    ends = torch.tensor(ends, dtype=torch.int64)
+    return flat[ends] == flat[ends + 2]  # EOI, then at least one token before EOS

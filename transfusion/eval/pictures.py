@@ -1,0 +1,47 @@
+"""Pictures of a run: a labelled grid of generated beside real images, and the losses."""
+import json
+from pathlib import Path
+
+import matplotlib
+import torch
+from torch import Tensor
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+
+def sample_grid(path: Path, generated: Tensor, real: Tensor, names: list[str], titles: tuple[str, str]) -> None:
+    """Write (rows, columns, C, H, W) generated images beside as many real ones, a named row each."""
+    rows, columns = generated.shape[:2]
+    figure, axes = plt.subplots(rows, 2 * columns + 1, figsize=(0.55 * (2 * columns + 1) + 1.2, 0.6 * rows + 0.6), squeeze=False)
+    for r in range(rows):
+        for c in range(2 * columns + 1):
+            axis = axes[r][c]
+            axis.axis("off")
+            if c != columns:
+                axis.imshow(_pixels(generated[r, c] if c < columns else real[r, c - columns - 1]), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        axes[r][0].text(-0.3, 0.5, names[r], transform=axes[r][0].transAxes, ha="right", va="center", fontsize=9)
+    for start, title in zip((0, columns + 1), titles):
+        axes[0][start].text(0, 1.25, title, transform=axes[0][start].transAxes, fontsize=10, fontweight="bold")
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def loss_curves(path: Path, log: Path) -> None:
+    """Plot the text and the diffusion loss of a training log (JSON lines), raw and as a running mean."""
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    for axis, key, title in zip(axes, ("text_loss", "diffusion_loss"), ("text loss (nats per token)", "diffusion loss (mean squared error)")):
+        values = torch.tensor([record[key] for record in records])
+        width = max(1, len(values) // 50)
+        axis.plot(values, color="0.8", linewidth=0.8)
+        axis.plot(torch.arange(width - 1, len(values)), values.unfold(0, width, 1).mean(-1), linewidth=1.5, label=f"mean of {width} steps")
+        axis.set(xlabel="step", title=title, yscale="log")
+        axis.grid(alpha=0.3, which="both")
+        axis.legend()
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _pixels(image: Tensor) -> Tensor:
+    return ((image.clamp(-1, 1) + 1) / 2).movedim(0, -1).squeeze(-1)

@@ -1,0 +1,115 @@
+"""The model: one decoder that reads and writes text and images (Transfusion, arXiv:2408.11039)."""
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import initialization as init
+
+from transfusion import sample
+from transfusion.backbone import Backbone
+from transfusion.config import TransfusionConfig
+from transfusion.embed import PatchEmbedding, TimestepEmbedding, ZeroLinear
+from transfusion.heads import ImageHead
+from transfusion.loss import diffusion_loss, text_loss
+from transfusion.objective import OBJECTIVES, add_noise
+from transfusion.sequence import Image, Part, Sequence
+
+
+class TransfusionOutput(NamedTuple):
+    """`loss` = text_loss + diffusion_weight * diffusion_loss; `image_losses` (N,) one per image."""
+
+    loss: Tensor
+    text_loss: Tensor
+    diffusion_loss: Tensor
+    image_losses: Tensor
+
+
+class Transfusion(PreTrainedModel):
+    """A decoder, a patch embedding in front of it and an image head behind it. `tokenizer` travels with the checkpoint."""
+
+    config_class = TransfusionConfig
+    base_model_prefix = "transfusion"
+    supports_gradient_checkpointing = True
+    _supports_attention_backend = True
+    _supports_sdpa = True
+    _can_set_attn_implementation = True
+
+    def __init__(self, config: TransfusionConfig, tokenizer=None):
+        super().__init__(config)
+        hidden = config.text_config.get_text_config().hidden_size
+        self.backbone = Backbone(config.text_config)
+        self.timestep = TimestepEmbedding(hidden)
+        self.patch_embedding = PatchEmbedding(config.patch_dim, hidden)
+        self.image_head = ImageHead(hidden, config.patch_dim)
+        self.objective = OBJECTIVES[config.objective]
+        self.tokenizer = tokenizer
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Images start silent: no modulation, no prediction, no timestep in the patches; other layers as transformers does."""
+        if isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, path, *args, **kwargs) -> "Transfusion":
+        """Load a checkpoint directory: config.json, model.safetensors and the tokenizer's files. Pickled weights are refused."""
+        if not os.path.isfile(os.path.join(path, "config.json")):
+            raise ValueError(f"Transfusion.from_pretrained: path is {str(path)!r}, which holds no config.json; a directory written by save_pretrained "
+                             "or `transfusion train` fits")
+        model = super().from_pretrained(path, *args, use_safetensors=True, **kwargs)
+        if os.path.isfile(os.path.join(path, "tokenizer.json")):
+            model.tokenizer = AutoTokenizer.from_pretrained(path)
+        return model
+
+    def save_pretrained(self, path, *args, **kwargs) -> None:
+        """Write config.json, model.safetensors and the tokenizer's files."""
+        super().save_pretrained(path, *args, **kwargs)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(path)
+
+    def embed(self, sequence: Sequence, patches: Tensor, condition: Tensor) -> Tensor:
+        """Token embeddings (B, S, C) with the (noised) patches' embeddings in their places."""
+        x = self.backbone.embed(sequence.tokens)
+        images = self.patch_embedding(patches, condition, sequence.patch_image).to(x.dtype)
+        return x.flatten(0, 1).index_copy(0, sequence.patch_rows, images).view_as(x)
+
+    def forward(self, sequence: Sequence, times: Tensor, noise: Tensor) -> TransfusionOutput:
+        """Losses of packed documents whose images are noised to `times` (N,) with `noise` (P, patch_dim)."""
+        noised, target = add_noise(self.objective, sequence.patches, noise, times[sequence.patch_image][:, None])
+        condition = self.timestep(times)                                                   # (N, C)
+        x = self.embed(sequence, noised, condition)
+        x = self.backbone(x, sequence.positions, sequence.mask()).flatten(0, 1)            # (B * S, C)
+        text = text_loss(self.backbone.logits(x[sequence.text_rows]), sequence.text_targets)
+        prediction = self.image_head(x[sequence.patch_rows], condition, sequence.patch_image)
+        images = diffusion_loss(prediction, target, sequence.patch_image, sequence.image_count)
+        diffusion = images.sum() / max(1, sequence.image_count)
+        return TransfusionOutput(text + self.config.diffusion_weight * diffusion, text, diffusion, images)
+
+    def text_logits(self, tokens: Tensor) -> Tensor:
+        """Next-token logits (B, S, V) of plain text (B, S): what the decoder alone would say."""
+        return self.backbone.decoder(input_ids=tokens, use_cache=False).logits
+
+    def generate(self, parts: list[Part], **options) -> list[Part]:
+        """Go on from `parts`, writing text and drawing images as the model sees fit; options as in `generate_batch`."""
+        return sample.generate_batch(self, [parts], **options)[0]
+
+    def generate_batch(self, prompts: list[list[Part]], **options) -> list[list[Part]]:
+        """Go on from several prompts at once; see `transfusion.sample.generate_batch`."""
+        return sample.generate_batch(self, prompts, **options)
+
+    def draw(self, prompts: list[str], **options) -> list[Image]:
+        """Draw one image for each prompt; options as in `generate_batch`."""
+        return sample.draw(self, prompts, **options)
+
+    def caption(self, images: list[Image], **options) -> list[str]:
+        """Write the text that follows each image, greedily; options as in `generate_batch`."""
+        return sample.caption(self, images, **options)
+
+
+AutoConfig.register(TransfusionConfig.model_type, TransfusionConfig, exist_ok=True)
+AutoModel.register(TransfusionConfig, Transfusion, exist_ok=True)

@@ -1,0 +1,168 @@
+"""From parts to packed rows: Text and Image in, one `Sequence` of tokens, patches, spans and targets out.
+
+A document is BOS, its parts in order (an image is BOI, its patches in raster order, EOI), and EOS. Several documents share a
+row; they do not see each other and their positions start at 0. Text loss stands on every token that follows text, EOI or BOS
+in the same document, never where the input is BOI or a patch (arXiv:2408.11039, footnote 8).
+"""
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tfkernels import TransfusionMask
+
+
+@dataclass(frozen=True)
+class Text:
+    """A run of text; `loss=False` for text the model reads but is not trained to write (questions, instructions)."""
+
+    text: str
+    loss: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """An image or its VAE latent, (channels, height, width), values around [-1, 1]."""
+
+    latent: Tensor
+
+
+Part = Text | Image
+
+
+class Document(NamedTuple):
+    """One encoded document: ids (S,), whether each is a text target, and its images as (start, patches, grid, image_first)."""
+
+    tokens: list[int]
+    targets: list[bool]
+    images: list[tuple[int, Tensor, tuple[int, int], bool]]
+
+
+@dataclass(frozen=True, eq=False)
+class Sequence:
+    """B packed rows of S tokens with N images of P patches in all. Everything a forward pass needs, made on the host once."""
+
+    tokens: Tensor        # (B, S) ids; EOI's id stands where a patch goes
+    positions: Tensor     # (B, S) from 0 in each document
+    documents: Tensor     # (B, S) number of the document in its row, -1 for padding
+    spans: Tensor         # (B, M, 2) images, padded with start == end
+    text_rows: Tensor     # (T,) flat indices into B * S whose next token is a target
+    text_targets: Tensor  # (T,)
+    patches: Tensor       # (P, patch_dim) clean
+    patch_rows: Tensor    # (P,) flat indices into B * S
+    patch_image: Tensor   # (P,) the image each patch belongs to
+    image_first: Tensor   # (N,) bool: the image stands before any text of its document
+    grids: tuple          # N x (rows, columns) of patches
+
+    def to(self, device) -> "Sequence":
+        """Return the same sequence on `device`."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "grids"}
+        return replace(self, **{name: x.to(device, non_blocking=True) for name, x in tensors.items()})
+
+    def mask(self) -> TransfusionMask:
+        """Return who sees whom."""
+        return TransfusionMask.from_spans(self.spans, self.tokens.shape[1], documents=self.documents)
+
+    @property
+    def image_count(self) -> int:
+        """N."""
+        return len(self.grids)
+
+
+def patchify(latent: Tensor, size: int) -> Tensor:
+    """(C, H, W) -> (H/size * W/size, C * size * size), patches in raster order."""
+    channels, height, width = latent.shape
+    if height % size or width % size:
+        raise ValueError(f"Image: latent is {height}x{width} and the patch size {size}; multiples of the patch size fit; resize or crop the image")
+    x = latent.reshape(channels, height // size, size, width // size, size)
+    return x.permute(1, 3, 0, 2, 4).reshape(-1, channels * size * size)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int], channels: int, size: int) -> Tensor:
+    """Undo `patchify` for a grid of (rows, columns) patches."""
+    x = patches.reshape(*grid, channels, size, size).permute(2, 0, 3, 1, 4)
+    return x.reshape(channels, grid[0] * size, grid[1] * size)
+
+
+def encode(parts: list[Part], tokenizer, config, *, end: bool = True) -> Document:
+    """Turn one document's parts into tokens, targets and patches; `end=False` leaves EOS out (a prompt)."""
+    if not parts:
+        raise ValueError("encode: parts is empty; at least one Text or Image fits, e.g. [Text('a handwritten seven')]")
+    tokens, targets, images, text_seen = [tokenizer.bos_token_id], [False], [], False
+    for part in parts:
+        if isinstance(part, Text):
+            ids = tokenizer.encode(part.text, add_special_tokens=False)
+            tokens += ids
+            targets += [part.loss] * len(ids)
+            text_seen = text_seen or bool(ids)
+        elif isinstance(part, Image):
+            _check_image(part, config)
+            patches = patchify(part.latent.float(), config.patch_size)
+            grid = part.latent.shape[1] // config.patch_size, part.latent.shape[2] // config.patch_size
+            images.append((len(tokens) + 1, patches, grid, not text_seen))
+            tokens += [config.boi_token_id] + [config.eoi_token_id] * (len(patches) + 1)
+            targets += [True] + [False] * (len(patches) + 1)
+        else:
+            raise ValueError(f"encode: a part is a {type(part).__name__}; transfusion.Text or transfusion.Image fits")
+    if end:
+        tokens.append(tokenizer.eos_token_id)
+        targets.append(True)
+    return Document(tokens, targets, images)
+
+
+def pack(documents: list[Document], seq_len: int, patch_dim: int, *, rows: int | None = None) -> Sequence:
+    """Pack documents into rows of `seq_len` tokens, first fit; with `rows`, the documents that do not fit are left out."""
+    longest = max((len(d.tokens) for d in documents), default=0)
+    if longest > seq_len:
+        raise ValueError(f"pack: a document has {longest} tokens and seq_len is {seq_len}; documents no longer than a row fit; raise seq_len or shorten it")
+    packed: list[list[Document]] = [[] for _ in range(rows or 0)]
+    free = [seq_len] * len(packed)
+    for document in documents:
+        at = next((i for i, room in enumerate(free) if room >= len(document.tokens)), None)
+        if at is None and rows is None:
+            packed.append([])
+            free.append(seq_len)
+            at = len(free) - 1
+        if at is not None:
+            packed[at].append(document)
+            free[at] -= len(document.tokens)
+    return lay_out(packed, seq_len, patch_dim)
+
+
+def lay_out(rows: list[list[Document]], seq_len: int, patch_dim: int, *, left: bool = False) -> Sequence:
+    """Write rows of documents into one `Sequence`; padding stands right, or left (prompts, so that all end together)."""
+    tokens, positions, owner = (torch.zeros(len(rows), seq_len, dtype=torch.int64) for _ in range(3))
+    owner -= 1
+    spans, text_rows, targets, patches, patch_rows, first, grids = [], [], [], [], [], [], []
+    for b, documents in enumerate(rows):
+        at = seq_len - sum(len(d.tokens) for d in documents) if left else 0
+        spans.append([])
+        for number, document in enumerate(documents):
+            length = len(document.tokens)
+            tokens[b, at:at + length] = torch.tensor(document.tokens)
+            positions[b, at:at + length] = torch.arange(length)
+            owner[b, at:at + length] = number
+            heads = [i for i in range(length - 1) if document.targets[i + 1]]
+            text_rows += [b * seq_len + at + i for i in heads]
+            targets += [document.tokens[i + 1] for i in heads]
+            for start, x, grid, image_first in document.images:
+                spans[b].append((at + start, at + start + len(x)))
+                patches.append(x)
+                patch_rows.append(b * seq_len + at + start + torch.arange(len(x)))
+                grids.append(grid)
+                first.append(image_first)
+            at += length
+    width = max(map(len, spans), default=0)
+    return Sequence(
+        tokens, positions, owner, torch.tensor([row + [(0, 0)] * (width - len(row)) for row in spans], dtype=torch.int64).view(len(rows), width, 2),
+        torch.tensor(text_rows, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64),
+        torch.cat([torch.zeros(0, patch_dim), *patches]), torch.cat([torch.zeros(0, dtype=torch.int64), *patch_rows]),
+        torch.repeat_interleave(torch.arange(len(patches)), torch.tensor([len(x) for x in patches], dtype=torch.int64)),
+        torch.tensor(first, dtype=torch.bool), tuple(grids))
+
+
+def _check_image(image: Image, config) -> None:
+    shape = tuple(image.latent.shape)
+    if len(shape) != 3 or shape[0] != config.image_channels:
+        raise ValueError(f"Image: latent has shape {shape}; ({config.image_channels}, height, width) fits this model")

@@ -1,0 +1,270 @@
+"""Train a Transfusion: `python -m transfusion.train PRESET [--optim.steps 100 ...]`, or `transfusion train PRESET ...`.
+
+Each step draws documents, noises their images and takes one AdamW step on text loss + lambda * diffusion loss. Documents, times
+and noise of a step depend on (seed, step) alone, so a resumed run gives the losses of one that never stopped. Ctrl-C saves.
+"""
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import tyro
+from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+from transformers import AutoConfig, LlamaConfig
+
+from transfusion.config import TransfusionConfig
+from transfusion.data import DATASETS, DataSettings, draw_batch, step_generator
+from transfusion.model import Transfusion
+from transfusion.objective import sample_times
+from transfusion.tokenizer import BOI, EOI, train_tokenizer
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The decoder and the image layers."""
+
+    hidden: int = 128
+    """width of the decoder"""
+    layers: int = 4
+    """blocks of the decoder"""
+    heads: int = 4
+    """query heads"""
+    kv_heads: int = 4
+    """key and value heads"""
+    mlp: int = 352
+    """width inside the SwiGLU"""
+    patch_size: int = 2
+    """side of an image patch"""
+    objective: str = "flow"
+    """what the image head predicts: eps (the paper), v or flow"""
+    diffusion_weight: float = 5.0
+    """lambda in text loss + lambda * diffusion loss"""
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """Steps, batches and AdamW (the paper: 3e-4, betas 0.9 and 0.95, decay 0.1, clip 1)."""
+
+    steps: int = 1000
+    """optimizer steps in all"""
+    rows: int = 8
+    """packed rows in a batch"""
+    seq_len: int = 512
+    """tokens in a row"""
+    lr: float = 3e-4
+    """peak learning rate"""
+    min_lr: float = 1.5e-5
+    """learning rate at the end of the cosine"""
+    warmup: int = 100
+    """steps of linear warm-up"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas"""
+    weight_decay: float = 0.1
+    """AdamW's decay of matrices"""
+    clip: float = 1.0
+    """largest gradient norm"""
+    ema: float = 0.999
+    """decay of the averaged weights that are saved; 0 saves the last ones"""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run."""
+
+    out: Path = Path("runs/train")
+    """directory for the checkpoint, the log and what resuming needs"""
+    seed: int = 0
+    """seed of initialisation, data, times and noise"""
+    save_every: int = 500
+    """steps between saves"""
+    resume: bool = False
+    """go on from what `out` holds"""
+    stop_after: int | None = None
+    """stop (and save) after this step, as Ctrl-C would"""
+    device: str = "auto"
+    """cpu, cuda, or auto: the accelerator if there is one"""
+    autocast: bool = False
+    """compute in bfloat16 under autocast"""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+
+
+def digits() -> TrainConfig:
+    """Handwritten digits, 8x8, flow matching: the demo, minutes on two CPU cores."""
+    return TrainConfig(
+        out=Path("runs/digits"), model=ModelSettings(), data=DataSettings(caption_first=0.6, story=0.1, noise_limit=0.5),
+        optim=OptimSettings(steps=2000, rows=8, seq_len=256, lr=2e-3, min_lr=1e-5, warmup=100, weight_decay=0.05, ema=0.995))
+
+
+def digits_paper() -> TrainConfig:
+    """The same digits with the paper's recipe: cosine eps-prediction, 80 % captions first, noise limit 0.5."""
+    base = digits()
+    return dataclasses.replace(base, out=Path("runs/digits-paper"), model=dataclasses.replace(base.model, objective="eps"),
+                               data=dataclasses.replace(base.data, caption_first=0.8))
+
+
+PRESETS = {"digits": digits, "digits-paper": digits_paper}
+
+
+def build_model(config: TrainConfig, dataset) -> Transfusion:
+    """Return a freshly initialised model and its tokenizer for a data set."""
+    tokenizer = train_tokenizer(dataset.texts())
+    torch.manual_seed(config.seed)
+    text_config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=config.model.hidden, intermediate_size=config.model.mlp, num_hidden_layers=config.model.layers,
+        num_attention_heads=config.model.heads, num_key_value_heads=config.model.kv_heads, tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    channels, *size = dataset.image_shape
+    return Transfusion(TransfusionConfig(
+        text_config=AutoConfig.for_model(**text_config.to_dict()), image_channels=channels, image_size=size, patch_size=config.model.patch_size,
+        objective=config.model.objective, diffusion_weight=config.model.diffusion_weight,
+        boi_token_id=tokenizer.convert_tokens_to_ids(BOI), eoi_token_id=tokenizer.convert_tokens_to_ids(EOI)), tokenizer)
+
+
+def learning_rate(step: int, optim: OptimSettings) -> float:
+    """Linear warm-up, then a cosine down to min_lr."""
+    if step < optim.warmup:
+        return optim.lr * (step + 1) / optim.warmup
+    progress = (step - optim.warmup) / max(1, optim.steps - optim.warmup)
+    return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train(config: TrainConfig) -> Path:
+    """Run `config` to its end, to `stop_after` or to Ctrl-C; return the directory with the checkpoint."""
+    # data and model
+    device = torch.accelerator.current_accelerator() if config.device == "auto" and torch.accelerator.is_available() else torch.device(
+        "cpu" if config.device == "auto" else config.device)
+    dataset = DATASETS[config.data.name]()
+    model = build_model(config, dataset).to(device).train()
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema))
+
+    # optimizer
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+                                  lr=config.optim.lr, betas=config.optim.betas, fused=True)
+    start = _restore(config, model, averaged, optimizer) if config.resume else 0
+
+    # loop
+    config.out.mkdir(parents=True, exist_ok=True)
+    log = (config.out / "log.jsonl").open("a" if start else "w")
+    stop, began, tokens = _Interrupt(), time.perf_counter(), 0
+    progress = tqdm(range(start, config.optim.steps), initial=start, total=config.optim.steps, desc=f"train {config.out.name}", smoothing=0.05,
+                    unit="step", dynamic_ncols=True)
+    step = start
+    for step in progress:
+        generator = step_generator(config.seed, step)
+        sequence, limit = draw_batch(dataset, config.data, model.tokenizer, model.config, config.optim.rows, config.optim.seq_len, generator)
+        times = sample_times(sequence.image_count, limit, generator).to(device)
+        noise = torch.randn(sequence.patches.shape, generator=generator).to(device)
+        sequence = sequence.to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config.optim)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
+            output = model(sequence, times, noise)
+        output.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        averaged.update_parameters(model)
+
+        tokens += sequence.tokens.numel()
+        record = {"step": step, "loss": output.loss.item(), "text_loss": output.text_loss.item(), "diffusion_loss": output.diffusion_loss.item(),
+                  "grad_norm": norm.item(), "lr": learning_rate(step, config.optim), "seconds": time.perf_counter() - began}
+        if not math.isfinite(record["loss"]):
+            raise FloatingPointError(f"train: the loss of step {step} is {record['loss']}; the last save stands in {config.out}; lower --optim.lr")
+        log.write(json.dumps(record) + "\n")
+        progress.set_postfix(text=f"{record['text_loss']:.3f}", image=f"{record['diffusion_loss']:.3f}", tok_s=f"{tokens / record['seconds']:,.0f}")
+        last = step + 1 == config.optim.steps or stop.asked or step + 1 == config.stop_after
+        if last or (step + 1) % config.save_every == 0:
+            log.flush()
+            _save(config, model, averaged, optimizer, step + 1)
+        if last:
+            break
+    log.close()
+    stop.restore()
+    if step + 1 < config.optim.steps:
+        progress.close()
+        print(f"stopped after step {step + 1} of {config.optim.steps}, saved in {config.out}; add --resume to the same command to go on", file=sys.stderr)
+    return config.out
+
+
+class _Interrupt:
+    """The first Ctrl-C asks the loop to save and stop; a second one stops at once."""
+
+    def __init__(self):
+        self.asked = False
+        try:
+            self.previous = signal.signal(signal.SIGINT, self.ask)
+        except ValueError:  # not the main thread: leave signals alone
+            self.previous = None
+
+    def ask(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def restore(self):
+        if self.previous is not None:
+            signal.signal(signal.SIGINT, self.previous)
+
+
+def _save(config: TrainConfig, model: Transfusion, averaged: AveragedModel, optimizer, step: int) -> None:
+    """Write the checkpoint and, beside it, what resuming needs; a crash while writing leaves the save before whole."""
+    final = averaged.module if config.optim.ema else model
+    final.save_pretrained(config.out)
+    state = {f"model.{name}": x for name, x in model.state_dict().items()}
+    state |= {f"averaged.{name}": x for name, x in averaged.state_dict().items()}
+    for name, p in model.named_parameters():
+        state |= {f"optimizer.{name}.{key}": x for key, x in optimizer.state[p].items()}
+    fresh, kept = config.out / "resume.new", config.out / "resume"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    save_file({name: x.detach().contiguous().cpu().clone() for name, x in state.items()}, fresh / "state.safetensors")
+    (fresh / "run.json").write_text(json.dumps({"step": step, "config": dataclasses.asdict(config)}, default=str, indent=2))
+    shutil.rmtree(kept, ignore_errors=True)
+    os.replace(fresh, kept)
+
+
+def _restore(config: TrainConfig, model: Transfusion, averaged: AveragedModel, optimizer) -> int:
+    """Load what `_save` wrote; return the step to go on from."""
+    kept = config.out / "resume"
+    if not (kept / "run.json").is_file():
+        raise ValueError(f"train: resume is set and out is {str(config.out)!r}, which holds no saved run; a directory that train has saved into fits")
+    saved = json.loads((kept / "run.json").read_text())
+    ours = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    changed = [key for part in ("model", "data", "optim") for key in ours[part] if saved["config"][part].get(key) != ours[part][key]]
+    if changed:
+        raise ValueError(f"train: {', '.join(changed)} differ from the run saved in {str(config.out)!r}; the same settings fit; start anew with another --out")
+    state = load_file(kept / "state.safetensors", device=str(next(model.parameters()).device))
+    model.load_state_dict({name.removeprefix("model."): x for name, x in state.items() if name.startswith("model.")})
+    averaged.load_state_dict({name.removeprefix("averaged."): x for name, x in state.items() if name.startswith("averaged.")})
+    for name, p in model.named_parameters():
+        optimizer.state[p] = {key: state[f"optimizer.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+    lines = (config.out / "log.jsonl").read_text().splitlines()[:saved["step"]]
+    (config.out / "log.jsonl").write_text("".join(line + "\n" for line in lines))
+    return saved["step"]
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of `transfusion train` and `python -m transfusion.train`."""
+    config = tyro.extras.overridable_config_cli({name: (preset.__doc__.strip(), preset()) for name, preset in PRESETS.items()},
+                                                prog="transfusion train", description=__doc__, args=args)
+    try:
+        train(config)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
