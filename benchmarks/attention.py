@@ -112,16 +112,19 @@ def contenders(case: Case, batch: PackedBatch, inputs) -> tuple[list[Contender],
     make_mask = mask_builder(batch)
     check = checker(inputs, make_mask())
     chosen, left_out, areas = [our_contender(make_mask, inputs, check(OUR_FACTOR))], {}, {}
-    chosen += [peers.flex(batch, inputs, check(PEER_FACTOR)), peers.flex_with_our_blocks(make_mask, inputs, check(PEER_FACTOR))]
+    torch.cuda.empty_cache()
     dense_bytes, free = 8 * case.seq_len**2, torch.cuda.mem_get_info()[0]  # bool mask, its bf16 bias, and room for a copy of each
-    for name, package, make in (("SDPA, dense mask", None, peers.sdpa_dense), ("xformers, dense bias", "xformers", peers.xformers_dense),
-                                ("flash-attn, per segment", "flash_attn", peers.flash_segments)):
-        if package and importlib.util.find_spec(package) is None:
-            left_out[name] = "not installed"
-        elif make is not peers.flash_segments and dense_bytes > free:
-            left_out[name] = f"its mask needs about {dense_bytes} bytes, the device has {free} free"
-        else:
-            chosen.append(make(batch, inputs, check(PEER_FACTOR)))
+    for name, source, make in (("FlexAttention, create_block_mask", batch, peers.flex),
+                               ("FlexAttention, mask.block_mask()", make_mask, peers.flex_with_our_blocks), ("SDPA, dense mask", batch, peers.sdpa_dense),
+                               ("xformers, dense bias", batch, peers.xformers_dense), ("flash-attn, per segment", batch, peers.flash_segments)):
+        try:
+            if "dense" in name and dense_bytes > free:
+                raise MemoryError(f"its mask needs about {dense_bytes} bytes, the device has {free} free")
+            chosen.append(make(source, inputs, check(PEER_FACTOR)))
+        except ModuleNotFoundError as error:
+            left_out[name] = f"not installed: {error}"
+        except Exception as error:
+            left_out[name] = f"{type(error).__name__}: {error}"
     if case.image_tokens == IMAGES[0]:
         causal = TransfusionMask.causal(case.seq_len, device=batch.documents.device)
         check = checker(inputs, causal)

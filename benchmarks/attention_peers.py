@@ -21,7 +21,7 @@ def contender(name, inputs, check, forward, build=None) -> Contender:
         state["out"] = forward(q, k, v, state.get("mask"))
 
     def run_backward(state):
-        state["grads"] = torch.autograd.grad(state["out"], (q, k, v), dout, retain_graph=True)
+        state["grads"] = torch.autograd.grad(state["out"], (q, k, v), dout)
 
     return Contender(name, {**({"build": run_build} if build else {}), "forward": run_forward, "backward": run_backward}, check)
 

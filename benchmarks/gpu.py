@@ -22,7 +22,7 @@ from benchmarks.harness import environment
 
 BENCHMARKS = ("attention",)  # each is `python -m benchmarks.<name> --out DIR --seconds S` and writes DIR/<name>.json
 TESTS_SHARE = 0.6            # of the whole time at most; the benchmarks get the rest
-STOP_SECONDS = 25            # what a benchmark needs to finish the configuration it is in
+STOP_SECONDS = 60            # what a benchmark needs to finish the configuration it is in
 ROOT = Path(__file__).parent.parent
 _OUTCOME = re.compile(r"^(?:\[gw\d+\] \[ *\d+%\] )?(?:(?P<first>[A-Z]+) )?(?P<test>\S+\.py::.+?)(?: (?P<last>PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b.*)?$")
 _REASON = re.compile(r"^(FAILED|ERROR) (\S+\.py(?:::.+?)?)(?: - (.*))?$")

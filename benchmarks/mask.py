@@ -19,6 +19,7 @@ from tfkernels import TransfusionMask
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 TILES = ((128, 128), (128, 64), (64, 64))
 CHUNK = 1024
+EAGER_LIMIT = 8192  # tokens up to which create_block_mask also runs uncompiled; beyond, one call takes many seconds
 
 
 class LargestTensor(TorchDispatchMode):
@@ -57,8 +58,9 @@ def contenders(batch: PackedBatch, compiled: bool) -> dict[str, tuple[Contender,
         "tfkernels, from tensors": (lambda: TransfusionMask.from_spans(spans, seq_len, documents=batch.documents), check_mask),
         "tfkernels, from lists": (lambda: TransfusionMask.from_spans(batch.spans, seq_len, documents=batch.documents), check_mask),
         "tfkernels, with block_mask()": (lambda: TransfusionMask.from_spans(spans, seq_len, documents=batch.documents).block_mask(), check_blocks),
-        "create_block_mask": (lambda: create_block_mask(visible, None, None, seq_len, seq_len, device="cpu"), check_blocks),
     }
+    if seq_len <= EAGER_LIMIT:
+        ways["create_block_mask"] = (lambda: create_block_mask(visible, None, None, seq_len, seq_len, device="cpu"), check_blocks)
     if compiled:
         create = torch.compile(create_block_mask, dynamic=False)
         ways["create_block_mask, compiled"] = (lambda: create(visible, None, None, seq_len, seq_len, device="cpu"), check_blocks)
