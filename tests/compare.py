@@ -22,4 +22,5 @@ def assert_as_accurate(name: str, actual: Tensor, rounded: Tensor, exact: Tensor
         ulp = ulp + torch.finfo(torch.float32).eps * terms
     for stat, of in (("max", torch.amax), ("mean", torch.mean)):
         limit = factor * of(theirs).item() + of(ulp).item()
-        assert of(ours).item() <= limit, f"{name}: {stat} error {of(ours).item():.3e} exceeds {limit:.3e} ({factor}x PyTorch's {of(theirs).item():.3e} + {of(ulp).item():.3e})"
+        assert of(ours).item() <= limit, (
+            f"{name}: {stat} error {of(ours).item():.3e} exceeds {limit:.3e} ({factor}x PyTorch's {of(theirs).item():.3e} + {of(ulp).item():.3e})")

@@ -4,7 +4,8 @@ Each block runs PyTorch's own fused CPU kernel; a soft cap or a gradient of the 
 written-out form. Nothing larger than (block, its keys) is built; a mask that hides little is one call for the whole row.
 """
 import math
-from typing import Iterator, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,11 +82,8 @@ def _scores(q, k, block, scale, softcap):
     if softcap:
         bent = torch.tanh(scores / softcap)
         scores, slope = softcap * bent, 1 - bent**2
-    if block.bias is None:
-        bias = scores.new_full(scores.shape[-2:], -math.inf).triu(1)
-    else:
-        bias = block.bias[:, :, None].to(dtype)
-    return scores + bias, slope
+    causal = block.bias is None
+    return scores + (scores.new_full(scores.shape[-2:], -math.inf).triu(1) if causal else block.bias[:, :, None].to(dtype)), slope
 
 
 def _weights(scores, block):

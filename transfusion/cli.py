@@ -124,7 +124,8 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of the `transfusion` command."""
     args = sys.argv[1:] if args is None else args
     if not args or args[0] in ("-h", "--help"):
-        print("usage: transfusion VERB ...\n\n" + "".join(f"  {name:<10}{summary}\n" for name, (summary, _) in VERBS.items()) + "\n`transfusion VERB --help` tells more")
+        verbs = "".join(f"  {name:<10}{summary}\n" for name, (summary, _) in VERBS.items())
+        print(f"usage: transfusion VERB ...\n\n{verbs}\n`transfusion VERB --help` tells more")
         return
     if args[0] not in VERBS:
         near = difflib.get_close_matches(args[0], VERBS, n=1)

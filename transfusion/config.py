@@ -29,7 +29,7 @@ class TransfusionConfig(PreTrainedConfig):
         if objective not in OBJECTIVES:
             raise ValueError(f"TransfusionConfig: objective is {objective!r}; one of {', '.join(map(repr, OBJECTIVES))} fits")
         if patch_size < 1 or any(side % patch_size for side in image_size):
-            raise ValueError(f"TransfusionConfig: image_size is {tuple(image_size)} and patch_size {patch_size}; sides that are multiples of the patch size fit")
+            raise ValueError(f"TransfusionConfig: image_size is {tuple(image_size)} and patch_size {patch_size}; multiples of the patch size fit")
         self.text_config = text_config
         self.image_channels = image_channels
         self.image_size = list(image_size)

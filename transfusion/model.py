@@ -2,7 +2,6 @@
 import os
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers import initialization as init
