@@ -5,7 +5,9 @@
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="tfkernels")
     model(inputs_embeds=x, transfusion_mask=mask)      # or without a mask: causal, with padding as attention_mask says
 
-`transfusion_mask` reaches every layer as a keyword argument and replaces the mask that transformers would make.
+`transfusion_mask` reaches every layer as a keyword argument and replaces the mask that transformers would make. A mask that
+transformers makes travels as what it takes for a ready 4-D mask: our integers in one int32 tensor (see `_as_tensor`), which it
+may copy, keep in a static buffer or trace.
 """
 import torch
 from torch import Tensor
@@ -37,24 +39,39 @@ def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *,
                          "a mask cannot differ between layers yet; set the config's sliding_window to None")
     mask = transfusion_mask if transfusion_mask is not None else attention_mask
     if isinstance(mask, Tensor):
-        mask = TransfusionMask.from_dense(mask if mask.dtype == torch.bool else mask == 0)
+        mask = _from_tensor(mask, query.shape[2])
     return attention(query, key, value, mask, scale=scaling, softcap=softcap).transpose(1, 2), None
 
 
-def make_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None, device=None, **options) -> TransfusionMask:
+def make_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None, device=None, **options) -> Tensor:
     """The mask of one forward pass: causal, cut by a 2-D `attention_mask`; any other rule is read off transformers' dense mask."""
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     if mask_function is not None and mask_function is not causal_mask_function:
         options["allow_is_causal_skip"] = False
-        return TransfusionMask.from_dense(sdpa_mask(
+        return _as_tensor(TransfusionMask.from_dense(sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, mask_function=mask_function,
-            attention_mask=attention_mask, device=device, **options))
+            attention_mask=attention_mask, device=device, **options)))
     shift = q_offset - kv_offset
     hi = torch.arange(1, q_length + 1, device=device)[None] + shift                        # (1, Sq)
     if attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all())):
-        return TransfusionMask.from_intervals(torch.zeros_like(hi), hi, key_len=kv_length, offset=0, columns_exact=True)
+        return _as_tensor(TransfusionMask.from_intervals(torch.zeros_like(hi), hi, key_len=kv_length, columns_exact=True))
     seen = torch.nn.functional.pad(attention_mask.bool(), (0, max(0, kv_offset + kv_length - attention_mask.shape[1])))[:, kv_offset:kv_offset + kv_length]
     hi = hi.expand(seen.shape[0], -1)
     until = torch.where(seen, torch.iinfo(torch.int32).max, 0)
-    return TransfusionMask.from_intervals(torch.zeros_like(hi), hi, since=torch.zeros_like(until), until=until)
+    return _as_tensor(TransfusionMask.from_intervals(torch.zeros_like(hi), hi, since=torch.zeros_like(until), until=until))
+
+
+def _as_tensor(mask: TransfusionMask) -> Tensor:
+    """Lay [lo, query_lo] and [hi, query_hi] side by side: (B, 2, 1, Sq + Sk) where each side alone is exact, else (B, 1, 2, Sq + Sk)."""
+    sides = torch.stack([torch.cat([mask.lo, mask.query_lo], 1), torch.cat([mask.hi, mask.query_hi], 1)], 1)
+    return sides[:, :, None] if mask.rows_exact and mask.columns_exact else sides[:, None]
+
+
+def _from_tensor(x: Tensor, query_len: int) -> TransfusionMask:
+    """Undo `_as_tensor`; a dense mask of the caller's own, bool or additive, is read off."""
+    if x.dtype != torch.int32:
+        return TransfusionMask.from_dense(x if x.dtype == torch.bool else x == 0)
+    exact = x.shape[1] == 2
+    low, high = x.flatten(1, 2).unbind(1)                                                  # (B, Sq + Sk)
+    return TransfusionMask(low[:, :query_len], high[:, :query_len], low[:, query_len:], high[:, query_len:], exact, exact)
