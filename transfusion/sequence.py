@@ -4,6 +4,7 @@ A document is BOS, its parts in order (an image is BOI, its patches in raster or
 row; they do not see each other and their positions start at 0. Text loss stands on every token that follows text, EOI or BOS
 in the same document, never where the input is BOI or a patch (arXiv:2408.11039, footnote 8).
 """
+import functools
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -92,7 +93,7 @@ def encode(parts: list[Part], tokenizer, config, *, end: bool = True) -> Documen
     tokens, targets, images, text_seen = [tokenizer.bos_token_id], [False], [], False
     for part in parts:
         if isinstance(part, Text):
-            ids = tokenizer.encode(part.text, add_special_tokens=False)
+            ids = _token_ids(tokenizer, part.text)
             tokens += ids
             targets += [part.loss] * len(ids)
             text_seen = text_seen or bool(ids)
@@ -160,6 +161,11 @@ def lay_out(rows: list[list[Document]], seq_len: int, patch_dim: int, *, left: b
         torch.cat([torch.zeros(0, patch_dim), *patches]), torch.cat([torch.zeros(0, dtype=torch.int64), *patch_rows]),
         torch.repeat_interleave(torch.arange(len(patches)), torch.tensor([len(x) for x in patches], dtype=torch.int64)),
         torch.tensor(first, dtype=torch.bool), tuple(grids))
+
+
+@functools.lru_cache(maxsize=2**16)
+def _token_ids(tokenizer, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
 def _check_image(image: Image, config) -> None:

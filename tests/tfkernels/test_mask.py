@@ -98,6 +98,19 @@ def test_the_columns_alone_tell_a_from_spans_mask(given_arguments):
     assert torch.equal(dense_by_columns(mask), dense(mask))
 
 
+@given(arguments())
+def test_from_dense_reads_back_what_dense_wrote(given_arguments):
+    mask = build(**given_arguments)
+    again = TransfusionMask.from_dense(mask.dense())
+    assert torch.equal(again.dense(), mask.dense()) and again.area() == mask.area()
+
+
+def test_from_intervals_promised_exact_by_columns_is():
+    hi = torch.arange(1, 13)[None] + 5
+    mask = TransfusionMask.from_intervals((hi - 9).clamp(min=0), hi, key_len=20, columns_exact=True)
+    assert torch.equal(dense_by_columns(mask), dense(mask))
+
+
 @given(arguments(), st.data())
 def test_a_slice_of_the_queries_is_those_rows_of_the_whole(given_arguments, data):
     seq_len, expected = given_arguments["seq_len"], dense_by_definition(**given_arguments)
