@@ -2,7 +2,7 @@
 import torch
 
 from tests.transfusion.conftest import tiny_model
-from transfusion.data import DataSettings, Digits, draw_batch, step_generator
+from transfusion.data import DataSettings, Digits, draw_batch, jitter, step_generator
 from transfusion.sequence import Image, Text
 
 
@@ -47,3 +47,22 @@ def test_only_images_that_stand_before_their_caption_get_the_noise_limit():
         sequence, limit = draw_batch(Digits(), settings, model.tokenizer, model.config, 4, 128, step_generator(0, 0))
         assert set(limit.tolist()) == expected
         assert ((limit < 1) <= sequence.image_first).all()
+
+
+def test_jitter_moves_ink_without_making_or_losing_much_of_it():
+    digits, generator = Digits(), torch.Generator().manual_seed(0)
+    assert torch.allclose(jitter(digits.images[0], 0.0, generator), digits.images[0], atol=1e-5)
+    moved = torch.stack([jitter(image, 1.0, generator) for image in digits.images[:200]])
+    assert moved.amin() >= -1 - 1e-6 and moved.amax() <= 1 + 1e-6
+    ink = ((moved + 1).sum() / (digits.images[:200] + 1).sum()).item()
+    assert 0.9 < ink < 1.1 and 0.05 < (moved - digits.images[:200]).abs().mean() < 0.5
+
+
+def test_images_to_be_drawn_are_never_jittered():
+    digits = Digits()
+    real = {image.numpy().tobytes() for image in digits.images}
+    generator, settings = torch.Generator().manual_seed(0), DataSettings(caption_first=0.5, jitter=1.0)
+    for _ in range(100):
+        parts = digits.document(generator, settings)
+        image = next(part for part in parts if isinstance(part, Image))
+        assert (image.latent.numpy().tobytes() in real) == (parts[0] is not image or len(parts) == 1)
