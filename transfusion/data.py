@@ -29,7 +29,7 @@ class DataSettings:
     noise_limit: float = 0.5
     """largest noise time of an image that stands before its caption (the paper: 0.5)"""
     jitter: float = 0.0
-    """images to be read are turned, shifted and scaled at random: 1 is up to 15 degrees, 1/16 of the side and 15 %; images to be drawn never"""
+    """half of the images to be read are turned, shifted and scaled at random: 1 is up to 15 degrees, 1/16 of the side and 15 %; images to be drawn never"""
 
 
 class Digits:
@@ -65,7 +65,7 @@ class Digits:
             return [first, image, Text(f" and {second.text}"), other]
         text, image = pairs[0]
         if order >= settings.caption_first:
-            return [Image(jitter(image.latent, settings.jitter, generator)), text]
+            return [Image(jitter(image.latent, settings.jitter * (drop < 0.5), generator)), text]
         return [image] if drop < settings.caption_dropout else [text, image]
 
 

@@ -2,7 +2,8 @@
 
 A document is BOS, its parts in order (an image is BOI, its patches in raster order, EOI), and EOS. Several documents share a
 row; they do not see each other and their positions start at 0. Text loss stands on every token that follows text, EOI or BOS
-in the same document, never where the input is BOI or a patch (arXiv:2408.11039, footnote 8).
+in the same document, never where the input is BOI or a patch (arXiv:2408.11039, footnote 8). The EOS of an image without any text
+is no target: its caption was left out for guidance, and the model must not learn that nothing can be said about an image.
 """
 import functools
 from dataclasses import dataclass, fields, replace
@@ -108,7 +109,7 @@ def encode(parts: list[Part], tokenizer, config, *, end: bool = True) -> Documen
             raise ValueError(f"encode: a part is a {type(part).__name__}; transfusion.Text or transfusion.Image fits")
     if end:
         tokens.append(tokenizer.eos_token_id)
-        targets.append(True)
+        targets.append(text_seen)
     return Document(tokens, targets, images)
 
 

@@ -43,6 +43,11 @@ def test_text_loss_stands_where_text_or_boi_or_eos_follows_and_never_where_the_i
     assert sequence.text_targets[-1] == TOKENIZER.eos_token_id
 
 
+def test_an_image_alone_teaches_no_end():
+    sequence = pack([encode([PICTURE], TOKENIZER, CONFIG)], 48, 4)
+    assert sequence.text_targets.tolist() == [CONFIG.boi_token_id]
+
+
 def test_text_without_loss_is_read_and_not_written():
     question, answer = Text("what is this?", loss=False), Text(" a handwritten six")
     sequence = pack([encode([PICTURE, question, answer], TOKENIZER, CONFIG)], 64, 4)
