@@ -17,16 +17,16 @@ from tfkernels._launch import Config, lookup
 CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (80, 2, 32): Config(128, 64, 4, 3), (80, 2, 64): Config(128, 64, 8, 3),
     (80, 2, 128): Config(128, 32, 8, 3), (80, 2, 256): Config(64, 32, 8, 2),
-    (80, 4, 32): Config(64, 32, 8, 2), (80, 4, 64): Config(32, 32, 8, 2),
-    (80, 4, 128): Config(16, 16, 8, 2), (80, 4, 256): Config(16, 16, 8, 2),
+    (80, 4, 32): Config(64, 32, 4, 2), (80, 4, 64): Config(32, 32, 4, 2),
+    (80, 4, 128): Config(32, 16, 8, 2), (80, 4, 256): Config(16, 16, 4, 2),
     (90, 2, 32): Config(128, 128, 8, 3), (90, 2, 64): Config(128, 128, 8, 3),
-    (90, 2, 128): Config(128, 64, 8, 3), (90, 2, 256): Config(128, 32, 8, 2),
-    (90, 4, 32): Config(64, 32, 8, 2), (90, 4, 64): Config(32, 32, 8, 2),
-    (90, 4, 128): Config(16, 16, 8, 2), (90, 4, 256): Config(16, 16, 8, 2),
+    (90, 2, 128): Config(128, 64, 8, 2), (90, 2, 256): Config(128, 32, 8, 2),
+    (90, 4, 32): Config(64, 32, 4, 2), (90, 4, 64): Config(32, 32, 8, 2),
+    (90, 4, 128): Config(32, 16, 8, 2), (90, 4, 256): Config(16, 16, 4, 2),
     (100, 2, 32): Config(128, 64, 4, 3), (100, 2, 64): Config(128, 64, 4, 3),
     (100, 2, 128): Config(128, 64, 8, 2), (100, 2, 256): Config(128, 32, 8, 2),
-    (100, 4, 32): Config(64, 32, 8, 2), (100, 4, 64): Config(32, 32, 8, 2),
-    (100, 4, 128): Config(16, 16, 8, 2), (100, 4, 256): Config(16, 16, 8, 2),
+    (100, 4, 32): Config(64, 32, 4, 2), (100, 4, 64): Config(32, 32, 8, 2),
+    (100, 4, 128): Config(32, 16, 8, 2), (100, 4, 256): Config(16, 16, 4, 2),
 }
 LOG2E = tl.constexpr(1.4426950408889634)
 FAR = tl.constexpr(2**31 - 1)
@@ -84,7 +84,7 @@ def _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, start
                   HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_COLUMNS: tl.constexpr,
                   SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     offs_n = tl.arange(0, BLOCK_N)
-    for n in tl.range(start, stop, BLOCK_N, disable_licm=True):
+    for n in range(start, stop, BLOCK_N):
         n = tl.multiple_of(n, 1)
         k = load_rows(k_ptr, n, offs_n, stride_ks, sk, HEAD_DIM, D, MASKED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
