@@ -41,6 +41,7 @@ DKV_CONFIGS = {
     (100, 2, 128): Config(16, 128, 8, 2), (100, 2, 256): Config(16, 64, 8, 2),
     (100, 4, 32): Config(16, 32, 8, 2), (100, 4, 64): Config(16, 16, 8, 2),
     (100, 4, 128): Config(16, 16, 4, 1), (100, 4, 256): Config(16, 16, 16, 1),
+    (90, 2, 128, "heavy"): Config(16, 128, 8, 2),  # 32x128 spills 8 bytes
 }
 DELTA_ROWS = 16
 
@@ -246,7 +247,7 @@ def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tens
         q, k, v, dout, lse, delta, lo, hi, query_lo, query_hi, grads[0],
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *grads[0].stride()[:3], *shared, heads, *sizes,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_COLUMNS=not rows_exact, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
-    config = lookup(DKV_CONFIGS, q, padded)
+    config = lookup(DKV_CONFIGS, q, padded, heavy=softcap > 0 or not columns_exact)
     _attention_bwd_dkv[(triton.cdiv(sk, config.block_n) * batch * kv_heads,)](
         q, k, v, dout, lse, delta, lo, hi, query_lo, query_hi, grads[1], grads[2],
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *grads[1].stride()[:3], *grads[2].stride()[:3], *shared, kv_heads, *sizes,

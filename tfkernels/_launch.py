@@ -33,8 +33,11 @@ def architecture(device: torch.device) -> int:
     return max((a for a in ARCHITECTURES if a <= 10 * major + minor), default=80)
 
 
-def lookup(table: dict, tensor: torch.Tensor, head_dim: int) -> Config:
-    """Return `table`'s row for `tensor`'s device and dtype and a padded head dim."""
-    if INTERPRET:
-        return INTERPRETER
-    return table[architecture(tensor.device), tensor.element_size(), head_dim]
+def lookup(table: dict, tensor: torch.Tensor, head_dim: int, *, heavy: bool = False) -> Config:
+    """Return `table`'s row for `tensor`'s device and dtype and a padded head dim; `heavy` for a soft cap or a mask that needs both sides."""
+    return INTERPRETER if INTERPRET else table_row(table, architecture(tensor.device), tensor.element_size(), head_dim, heavy=heavy)
+
+
+def table_row(table: dict, *key: int, heavy: bool) -> Config:
+    """Return the row of (architecture, bytes per element, padded head dim); (*key, "heavy") where it stands and is asked for."""
+    return table[(*key, "heavy")] if heavy and (*key, "heavy") in table else table[key]

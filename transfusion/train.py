@@ -103,7 +103,7 @@ def digits() -> TrainConfig:
     """Handwritten digits, 8x8, flow matching: the demo, minutes on two CPU cores."""
     return TrainConfig(
         out=Path("runs/digits"), model=ModelSettings(), data=DataSettings(caption_first=0.5, story=0.1, noise_limit=0.3, jitter=1.0),
-        optim=OptimSettings(steps=2000, rows=8, seq_len=256, lr=2e-3, min_lr=1e-5, warmup=100, weight_decay=0.05, ema=0.995))
+        optim=OptimSettings(steps=1400, rows=8, seq_len=256, lr=2e-3, min_lr=1e-5, warmup=100, weight_decay=0.05, ema=0.995))
 
 
 def digits_paper() -> TrainConfig:
