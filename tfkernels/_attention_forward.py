@@ -166,8 +166,8 @@ def batch_stride(x: Tensor) -> int:
 
 
 def dot_precision(x: Tensor) -> str:
-    """float32 is multiplied exactly unless PyTorch was allowed tf32."""
-    return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """float32 is multiplied exactly unless PyTorch was allowed tf32 (`allow_tf32`, the older name, raises once the newer one was set)."""
+    return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, query_lo: Tensor, query_hi: Tensor,

@@ -8,6 +8,7 @@ import tfkernels
 from tests.compare import assert_as_accurate
 from tests.conftest import DEVICE, DTYPES
 from tfkernels import TransfusionMask, attention, attention_reference, attention_with_lse
+from tfkernels._attention_forward import dot_precision
 from tfkernels._library import INTERPRET
 
 
@@ -226,6 +227,16 @@ def test_the_interpreter_refuses_bfloat16():
     q = torch.randn(1, 1, 16, 16, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="interpreter computes bfloat16 wrongly"):
         attention(q, q, q, TransfusionMask.causal(16))
+
+
+def test_float32_is_exact_unless_torch_was_allowed_tf32():
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for setting, expected in (("ieee", "ieee"), ("tf32", "tf32")):
+            torch.backends.cuda.matmul.fp32_precision = setting
+            assert dot_precision(torch.zeros(1)) == expected and dot_precision(torch.zeros(1, dtype=torch.float16)) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 GOOD = torch.zeros(2, 4, 8, 16)
