@@ -7,8 +7,6 @@ CONSTRAINTS := constraints/$(CUDA).txt
 TORCH := $(shell grep '^torch==' $(CONSTRAINTS))
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 export TRITON_DEFAULT_FP_FUSION ?= 1
-# Threads that wait asleep instead of spinning: on a shared machine spinning costs a factor of four.
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test bench gpu clean
 

@@ -17,7 +17,7 @@ from transfusion.model import Transfusion
 from transfusion.sequence import Image
 from transfusion.train import TrainConfig, digits, train
 
-STEPS, GUIDANCE = 50, 2.0
+STEPS, GUIDANCE = 30, 2.0
 
 
 def demo(config: TrainConfig) -> dict:
