@@ -11,15 +11,12 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import tyro
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import AutoConfig, LlamaConfig
@@ -28,7 +25,6 @@ from transfusion.config import TransfusionConfig
 from transfusion.data import DATASETS, DataSettings, draw_batch, step_generator
 from transfusion.model import Transfusion
 from transfusion.objective import sample_times
-from transfusion.sequence import Sequence
 from transfusion.tokenizer import BOI, EOI, train_tokenizer
 
 
@@ -166,8 +162,12 @@ def train(config: TrainConfig) -> Path:
     progress = tqdm(range(start, config.optim.steps), initial=start, total=config.optim.steps, desc=f"train {config.out.name}", smoothing=0.05,
                     unit="step", dynamic_ncols=True)
     step = start
-    for step, (sequence, times, noise) in zip(progress, _batches(config, dataset, model, range(start, config.optim.steps))):
-        sequence, times, noise = sequence.to(device), times.to(device), noise.to(device)
+    for step in progress:
+        generator = step_generator(config.seed, step)
+        sequence, limit = draw_batch(dataset, config.data, model.tokenizer, model.config, config.optim.rows, config.optim.seq_len, generator)
+        times = sample_times(sequence.image_count, limit, generator).to(device)
+        noise = torch.randn(sequence.patches.shape, generator=generator).to(device)
+        sequence = sequence.to(device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.optim)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
@@ -197,21 +197,6 @@ def train(config: TrainConfig) -> Path:
         progress.close()
         print(f"stopped after step {step + 1} of {config.optim.steps}, saved in {config.out}; add --resume to the same command to go on", file=sys.stderr)
     return config.out
-
-
-def _batches(config: TrainConfig, dataset, model: Transfusion, steps: range) -> Iterator[tuple[Sequence, Tensor, Tensor]]:
-    """Yield (sequence, times, noise) of each step, the next one drawn in a thread while the model works on this one."""
-    def draw(step):
-        generator = step_generator(config.seed, step)
-        sequence, limit = draw_batch(dataset, config.data, model.tokenizer, model.config, config.optim.rows, config.optim.seq_len, generator)
-        return sequence, sample_times(sequence.image_count, limit, generator), torch.randn(sequence.patches.shape, generator=generator)
-
-    with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(draw, steps[0]) if steps else None
-        for step in steps:
-            batch = following.result()
-            following = pool.submit(draw, step + 1)
-            yield batch
 
 
 class _Interrupt:
