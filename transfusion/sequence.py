@@ -134,32 +134,32 @@ def pack(documents: list[Document], seq_len: int, patch_dim: int, *, rows: int |
 
 def lay_out(rows: list[list[Document]], seq_len: int, patch_dim: int, *, left: bool = False) -> Sequence:
     """Write rows of documents into one `Sequence`; padding stands right, or left (prompts, so that all end together)."""
-    tokens, positions, owner = (torch.zeros(len(rows), seq_len, dtype=torch.int64) for _ in range(3))
-    owner -= 1
+    tokens, positions, owner = ([[fill] * seq_len for _ in rows] for fill in (0, 0, -1))
     spans, text_rows, targets, patches, patch_rows, first, grids = [], [], [], [], [], [], []
     for b, documents in enumerate(rows):
         at = seq_len - sum(len(d.tokens) for d in documents) if left else 0
         spans.append([])
         for number, document in enumerate(documents):
             length = len(document.tokens)
-            tokens[b, at:at + length] = torch.tensor(document.tokens)
-            positions[b, at:at + length] = torch.arange(length)
-            owner[b, at:at + length] = number
+            tokens[b][at:at + length] = document.tokens
+            positions[b][at:at + length] = range(length)
+            owner[b][at:at + length] = [number] * length
             heads = [i for i in range(length - 1) if document.targets[i + 1]]
             text_rows += [b * seq_len + at + i for i in heads]
             targets += [document.tokens[i + 1] for i in heads]
             for start, x, grid, image_first in document.images:
                 spans[b].append((at + start, at + start + len(x)))
                 patches.append(x)
-                patch_rows.append(b * seq_len + at + start + torch.arange(len(x)))
+                patch_rows += range(b * seq_len + at + start, b * seq_len + at + start + len(x))
                 grids.append(grid)
                 first.append(image_first)
             at += length
     width = max(map(len, spans), default=0)
     return Sequence(
-        tokens, positions, owner, torch.tensor([row + [(0, 0)] * (width - len(row)) for row in spans], dtype=torch.int64).view(len(rows), width, 2),
+        *(torch.tensor(x, dtype=torch.int64).view(len(rows), seq_len) for x in (tokens, positions, owner)),
+        torch.tensor([row + [(0, 0)] * (width - len(row)) for row in spans], dtype=torch.int64).view(len(rows), width, 2),
         torch.tensor(text_rows, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64),
-        torch.cat([torch.zeros(0, patch_dim), *patches]), torch.cat([torch.zeros(0, dtype=torch.int64), *patch_rows]),
+        torch.cat([torch.zeros(0, patch_dim), *patches]), torch.tensor(patch_rows, dtype=torch.int64),
         torch.repeat_interleave(torch.arange(len(patches)), torch.tensor([len(x) for x in patches], dtype=torch.int64)),
         torch.tensor(first, dtype=torch.bool), tuple(grids))
 

@@ -189,12 +189,12 @@ def train(config: TrainConfig) -> Path:
         if last or (step + 1) % config.save_every == 0:
             log.flush()
             _save(config, model, averaged, optimizer, step + 1)
-        if last:
+        if last and step + 1 < config.optim.steps:
+            progress.close()
             break
     log.close()
     stop.restore()
     if step + 1 < config.optim.steps:
-        progress.close()
         print(f"stopped after step {step + 1} of {config.optim.steps}, saved in {config.out}; add --resume to the same command to go on", file=sys.stderr)
     return config.out
 

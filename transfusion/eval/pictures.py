@@ -30,7 +30,7 @@ def sample_grid(path: Path, generated: Tensor, real: Tensor, names: list[str], t
 def loss_curves(path: Path, log: Path) -> None:
     """Plot the text and the diffusion loss of a training log (JSON lines), raw and as a running mean."""
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for axis, key, title in zip(axes, ("text_loss", "diffusion_loss"), ("text loss (nats per token)", "diffusion loss (mean squared error)")):
         values = torch.tensor([record[key] for record in records])
         width = max(1, len(values) // 50)
