@@ -202,7 +202,7 @@ def test_opcheck_passes_forward_and_backward():
     torch.library.opcheck(torch.ops.tfkernels.attention_backward.default, (dout, dlse, q, k, v, out, lse, *sides, *numbers))
 
 
-@pytest.mark.skipif(INTERPRET, reason="Inductor compiles the surrounding graph; once, without the interpreter, is enough")
+@pytest.mark.skipif(INTERPRET, reason="tracing does not see which implementation runs; once, without the interpreter, is enough")
 def test_compiles_whole_and_does_not_recompile_when_images_move():
     torch._dynamo.reset()
 
