@@ -13,13 +13,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tfkernels.mask._build import intervals
+from tfkernels.mask._flex import block_mask
+
 _FAR = 2**31 - 1
 _SPANS_FIT = "a list of (start, end) per batch row, or an integer tensor (B, M, 2), fits"
 
 
 @dataclass(frozen=True, eq=False)
 class TransfusionMask:
-    """Which keys each query sees. Build one with `from_spans`, `from_token_types`, `causal` or `from_intervals`.
+    """Which keys each query sees. Build one with `from_spans`, `from_token_types`, `causal`, `from_cache` or `from_intervals`,
+    or with a published model's recipe (`tfkernels.mask.recipes`); `python -m tfkernels.mask` draws them.
 
     Attributes (Sq queries, Sk keys; all int32; a batch of 1 serves every batch row):
         lo, hi: (B, Sq) query i sees the keys [lo_i, hi_i); an empty row (lo >= hi) sees nothing: attention gives 0.
@@ -59,9 +63,9 @@ class TransfusionMask:
                              "pass None for no window")
         documents = _documents(documents, seq_len, device)
         device = device if device is not None else documents.device if documents is not None else None
-        token_types = _token_types("spans", spans, seq_len, device)
-        hidden_types = None if hidden is None else _token_types("hidden", hidden, seq_len, token_types.device)
-        return cls._from_types(token_types, documents, hidden_types, window)
+        spans = _spans("spans", spans, seq_len, device)
+        hidden = None if hidden is None else _spans("hidden", hidden, seq_len, spans.device)
+        return cls._build(spans, None, documents, hidden, seq_len, window)
 
     @classmethod
     def from_token_types(cls, token_types, documents=None) -> "TransfusionMask":
@@ -70,13 +74,39 @@ class TransfusionMask:
         if token_types.ndim != 2 or token_types.is_floating_point():
             raise ValueError(f"TransfusionMask.from_token_types: token_types is {_shape(token_types)}; an integer tensor (B, S) fits; "
                              "give 0 for text and k > 0 for image k")
-        documents = _documents(documents, token_types.shape[1], token_types.device)
-        return cls._from_types(token_types, documents, None, None)
+        seq_len = token_types.shape[1]
+        return cls._build(None, token_types, _documents(documents, seq_len, token_types.device), None, seq_len, None)
 
     @classmethod
     def causal(cls, seq_len, documents=None, window=None, device=None) -> "TransfusionMask":
         """Plain causal attention: `from_spans` without images, one mask for every batch row."""
         return cls.from_spans([[]], seq_len, documents=documents, window=window, device=device)
+
+    @classmethod
+    def from_cache(cls, cached_lens, query_len, key_len, image=False) -> "TransfusionMask":
+        """Cached inference: row b's cache holds cached_lens[b] tokens, and its query_len newest ones right behind them.
+
+        visible(r, j) = j < cached_len + (query_len if image else r + 1)
+
+        Args:
+            cached_lens: (B,) integer tensor; rows may differ.
+            query_len: new tokens: 1 for decoding, the prompt's length for a prefill, the patches of an image while it is denoised.
+            key_len: columns of the cache, new tokens included; those behind a row's own are not seen.
+            image: the new tokens are one image and all see each other.
+        """
+        cached_lens = torch.as_tensor(cached_lens)
+        if cached_lens.ndim != 1 or cached_lens.is_floating_point():
+            raise ValueError(f"TransfusionMask.from_cache: cached_lens is {_shape(cached_lens)}; an integer tensor (B,) fits, tokens cached before the new ones")
+        if not 0 <= query_len <= key_len:
+            raise ValueError(f"TransfusionMask.from_cache: query_len is {query_len} and key_len {key_len}; 0 <= query_len <= key_len fits: "
+                             "the cache holds the new tokens too")
+        cached = cached_lens.int()[:, None]                                                # (B, 1)
+        order = torch.arange(query_len, device=cached.device, dtype=torch.int32)
+        keys = torch.arange(key_len, device=cached.device, dtype=torch.int32)
+        hi = cached + (torch.full_like(order, query_len) if image else order + 1)
+        seen_by = torch.zeros_like(keys - cached) if image else (keys - cached).clamp(min=0)
+        first = torch.where(keys < cached + query_len, seen_by, query_len)
+        return cls(torch.zeros_like(hi), hi, first, torch.full_like(first, query_len))
 
     @classmethod
     def from_intervals(cls, lo, hi, since=None, until=None, key_len=None, offset=0, columns_exact=False) -> "TransfusionMask":
@@ -116,30 +146,15 @@ class TransfusionMask:
         return mask
 
     @classmethod
-    def _from_types(cls, types: Tensor, documents: Tensor | None, hidden: Tensor | None, window: int | None) -> "TransfusionMask":
-        given = {"spans (or token_types)": types, "documents": documents, "hidden": hidden}
+    def _build(cls, spans: Tensor | None, types: Tensor | None, documents: Tensor | None, hidden: Tensor | None, seq_len: int,
+               window: int | None) -> "TransfusionMask":
+        given = {"spans": spans, "token_types": types, "documents": documents, "hidden": hidden}
         batch = max(x.shape[0] for x in given.values() if x is not None)
         for name, x in given.items():
             if x is not None and x.shape[0] not in (1, batch):
                 raise ValueError(f"TransfusionMask: {name} has {x.shape[0]} batch rows where another argument has {batch}; the same number, or 1 for all, fits")
-        types, documents, hidden = (x if x is None else x.expand(batch, -1) for x in given.values())
-        documents = torch.zeros_like(types) if documents is None else documents.to(types.device)
-        rows = torch.arange(types.shape[1], device=types.device).expand_as(types)
-        document_start, _ = _runs(documents)
-        image_start, image_end = _runs(documents, types)
-        in_image = types > 0
-        lo, hi = document_start, torch.where(in_image, image_end, rows + 1)
-        if window is not None:
-            first = rows + 1 - window
-            lo = torch.maximum(lo, torch.where(in_image, torch.minimum(first, image_start), first))
-        padding = documents < 0
-        lo, hi = torch.where(padding, rows, lo), torch.where(padding, rows, hi)
-        since = until = None
-        if hidden is not None:
-            hidden_start, hidden_end = _runs(documents, hidden)
-            since = torch.where(hidden > 0, hidden_start, 0)
-            until = torch.where(hidden > 0, hidden_end, types.shape[1])
-        return cls._from_rows(lo, hi, since, until, types.shape[1], 0, columns_exact=True)
+        documents = documents if documents is None else documents.to((spans if types is None else types).device)
+        return cls(*intervals(spans, types, documents, hidden, batch, seq_len, window or 0), hidden is None)
 
     @classmethod
     def _from_rows(cls, lo, hi, since, until, key_len, offset, *, columns_exact):
@@ -210,38 +225,7 @@ class TransfusionMask:
 
     def block_mask(self, block_size: int = 128):
         """Return FlexAttention's BlockMask of this mask, built from tile bounds: O((S / block_size)^2), no S x S tensor."""
-        from torch.nn.attention.flex_attention import BlockMask
-
-        lo, hi, query_lo, query_hi, offset = self.lo, self.hi, self.query_lo, self.query_hi, self.offset
-        rows_exact = self.rows_exact
-
-        def visible(b, h, i, j):
-            b = b % lo.shape[0]
-            seen = (lo[b, i] <= j) & (j < hi[b, i])
-            return seen if rows_exact else seen & (query_lo[b, j] <= i + offset) & (i + offset < query_hi[b, j])
-
-        empty = lo >= hi
-        row_lo = _tiles(torch.where(empty, _FAR, lo), block_size, _FAR).amin(-1)[..., None]
-        row_hi = _tiles(torch.where(empty, 0, hi), block_size, 0).amax(-1)[..., None]
-        core_lo = _tiles(torch.where(empty, _FAR, lo), block_size, -1).amax(-1)[..., None]
-        core_hi = _tiles(torch.where(empty, -1, hi), block_size, _FAR).amin(-1)[..., None]
-        first_key = torch.arange(0, self.key_len, block_size, device=lo.device)
-        last_key = (first_key + block_size).clamp(max=self.key_len)
-        some = (row_lo < last_key) & (row_hi > first_key)
-        full = some & (core_lo <= first_key) & (core_hi >= last_key) & (first_key + block_size <= self.key_len)
-        if not rows_exact:
-            full = torch.zeros_like(full)
-        parts = [_kv_blocks(kind[:, None]) for kind in (some & ~full, full)]
-        return BlockMask.from_kv_blocks(*parts[0], *parts[1], BLOCK_SIZE=block_size, mask_mod=visible, seq_lengths=(self.query_len, self.key_len))
-
-
-def _kv_blocks(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    order = chosen.int().argsort(dim=-1, descending=True, stable=True)
-    return chosen.sum(-1, dtype=torch.int32), order.int()
-
-
-def _tiles(x: Tensor, size: int, fill: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, -x.shape[1] % size), value=fill).unflatten(1, (-1, size))
+        return block_mask(self, block_size)
 
 
 def _hull(visible: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,34 +236,14 @@ def _hull(visible: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(some, first, 0), torch.where(some, last, 0)
 
 
-def _runs(*labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (start, end) of each token's maximal run of equal labels, both (B, S) int64."""
-    seq_len = labels[0].shape[1]
-    rows = torch.arange(seq_len, device=labels[0].device).expand_as(labels[0])
-    edge = torch.zeros_like(labels[0][:, 1:], dtype=torch.bool)
-    for label in labels:
-        edge = edge | (label[:, 1:] != label[:, :-1])
-    starts = torch.nn.functional.pad(edge, (1, 0), value=True)
-    ends = torch.nn.functional.pad(edge, (0, 1), value=True)
-    start = torch.where(starts, rows, 0).cummax(1).values
-    end = torch.where(ends, rows + 1, seq_len).flip(1).cummin(1).values.flip(1)
-    return start, end
-
-
-def _token_types(name: str, spans, seq_len: int, device) -> Tensor:
-    """Number the tokens of span m of each row m + 1, the others 0: +(m + 1) at its start, -(m + 1) at its end, summed up."""
+def _spans(name: str, spans, seq_len: int, device) -> Tensor:
+    """Return spans as an integer tensor (B, M, 2) on `device`, checked where that costs no synchronisation."""
     spans = spans if isinstance(spans, Tensor) else _span_tensor(name, spans)
     if spans.ndim != 3 or spans.shape[-1] != 2 or spans.is_floating_point():
         raise ValueError(f"TransfusionMask.from_spans: {name} is {_shape(spans)}; {_SPANS_FIT}")
     if spans.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_spans(name, spans, seq_len)
-    spans = spans.to(device if device is not None else spans.device, torch.int64).clamp(0, seq_len)
-    batch, count, _ = spans.shape
-    ids = torch.arange(1, count + 1, device=spans.device) * (spans[..., 0] < spans[..., 1])
-    at = spans + torch.arange(batch, device=spans.device)[:, None, None] * (seq_len + 1)
-    steps = torch.zeros(batch * (seq_len + 1), dtype=torch.int64, device=spans.device)
-    steps = steps.scatter_add(0, at[..., 0].flatten(), ids.flatten()).scatter_add(0, at[..., 1].flatten(), -ids.flatten())
-    return steps.view(batch, seq_len + 1).cumsum(1)[:, :seq_len]
+    return spans.to(device if device is not None else spans.device, non_blocking=True)
 
 
 def _span_tensor(name: str, spans) -> Tensor:
