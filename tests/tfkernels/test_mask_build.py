@@ -70,6 +70,6 @@ def test_any_integer_dtype_and_any_strides_fit():
 
 
 def test_opcheck_passes():
-    for arguments in (tensors([[(1, 4)], [(0, 2), (2, 9)]], 12, [[0] * 8 + [1] * 4, [-1] * 3 + [0] * 9], [[], [(0, 2)]], 5),
-                      (None, torch.tensor([[0, 1, 1, 0]], device=DEVICE), None, None, 1, 4, 0)):
-        torch.library.opcheck(torch.ops.tfkernels.mask_intervals.default, arguments)
+    for given_arguments in (tensors([[(1, 4)], [(0, 2), (2, 9)]], 12, [[0] * 8 + [1] * 4, [-1] * 3 + [0] * 9], [[], [(0, 2)]], 5),
+                            (None, torch.tensor([[0, 1, 1, 0]], device=DEVICE), None, None, 1, 4, 0)):
+        torch.library.opcheck(torch.ops.tfkernels.mask_intervals.default, given_arguments)

@@ -96,7 +96,7 @@ class TransfusionMask:
         """
         cached_lens = torch.as_tensor(cached_lens)
         if cached_lens.ndim != 1 or cached_lens.is_floating_point():
-            raise ValueError(f"TransfusionMask.from_cache: cached_lens is {_shape(cached_lens)}; an integer tensor (B,) fits, tokens cached before the new ones")
+            raise ValueError(f"TransfusionMask.from_cache: cached_lens is {_shape(cached_lens)}; an integer tensor (B,) fits: tokens before the new ones")
         if not 0 <= query_len <= key_len:
             raise ValueError(f"TransfusionMask.from_cache: query_len is {query_len} and key_len {key_len}; 0 <= query_len <= key_len fits: "
                              "the cache holds the new tokens too")
