@@ -33,7 +33,7 @@ class Resources(NamedTuple):
 
 def argument_type(name: str, element: str) -> str:
     """Return the type of the kernel argument `name`, where data is `element`."""
-    if name.endswith(("lo_ptr", "hi_ptr")):
+    if name.endswith(("lo_ptr", "hi_ptr", "bounds_ptr")):
         return "*i32"
     if name.endswith(("lse_ptr", "delta_ptr")):
         return "*fp32"

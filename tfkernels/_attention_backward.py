@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._attention_forward import FAR, LOG2E, batch_stride, core, dot_precision, load_rows, row_bounds, rows_contiguous, tanh
+from tfkernels._attention_forward import LOG2E, batch_stride, core, dot_precision, load_rows, row_bounds, rows_contiguous, tanh
+from tfkernels._attention_tiles import FAR, next_run, tile_bounds
 from tfkernels._launch import Config, lookup
 
 DQ_CONFIGS = {  # (architecture, bytes per element, padded head dim)
@@ -77,7 +78,6 @@ def _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, start,
              SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     offs_n = tl.arange(0, BLOCK_N)
     for n in range(start, stop, BLOCK_N):
-        n = tl.multiple_of(n, 1)
         k = load_rows(k_ptr, n, offs_n, stride_ks, sk, HEAD_DIM, D, MASKED)
         v = load_rows(v_ptr, n, offs_n, stride_vs, sk, HEAD_DIM, D, MASKED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -102,7 +102,7 @@ def _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, start,
 
 
 @triton.jit(do_not_specialize=["sq", "sk", "offset", "stride_mask_rows", "stride_mask_columns"])
-def _attention_bwd_dq(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, dq_ptr,
+def _attention_bwd_dq(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, bounds_ptr, dq_ptr,
                       stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
                       stride_ob, stride_oh, stride_os, stride_db, stride_dh, stride_ds, stride_mask_rows, stride_mask_columns,
                       heads, group, sq, sk, offset, scale, softcap,
@@ -126,15 +126,23 @@ def _attention_bwd_dq(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr,
     delta = tl.load(delta_ptr + (b * heads + h) * sq + rows, mask=rows < sq, other=0.0)
     dq = tl.zeros([BLOCK_M, D], tl.float32)
     if CHECK_COLUMNS:
-        core_start, core_stop = last, last
+        tiles_n = tl.cdiv(sk, BLOCK_N)
+        bounds_ptr += 4 * tiles_n * b * (stride_mask_columns > 0)
+        at, stop = first // BLOCK_N, tl.cdiv(last, BLOCK_N)
+        while at < stop:
+            partial, full, at = next_run(bounds_ptr, at, stop, tiles_n, start_m + offset, tl.minimum(start_m + BLOCK_M, sq) + offset,
+                                         core_first, core_last, BLOCK_N)
+            dq = _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, partial * BLOCK_N, full * BLOCK_N, rows + offset, lo, hi,
+                          query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP, PRECISION)
+            dq = _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, full * BLOCK_N, at * BLOCK_N, rows + offset, lo, hi,
+                          query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N, False, False, SOFTCAP, PRECISION)
     else:
         core_start, core_stop = core(first, core_first, core_last, last, BLOCK_N)
-    dq = _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, first, core_start, rows + offset, lo, hi, query_lo_ptr, query_hi_ptr,
-                  sk, scale, softcap, HEAD_DIM, D, BLOCK_N, True, CHECK_COLUMNS, SOFTCAP, PRECISION)
-    if not CHECK_COLUMNS:
-        dq = _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, core_start, core_stop, rows, lo, hi, query_lo_ptr, query_hi_ptr,
+        dq = _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, first, core_start, rows + offset, lo, hi, query_lo_ptr, query_hi_ptr,
+                      sk, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
+        dq = _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, core_start, core_stop, rows + offset, lo, hi, query_lo_ptr, query_hi_ptr,
                       sk, scale, softcap, HEAD_DIM, D, BLOCK_N, False, False, SOFTCAP, PRECISION)
-        dq = _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, core_stop, last, rows, lo, hi, query_lo_ptr, query_hi_ptr,
+        dq = _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, core_stop, last, rows + offset, lo, hi, query_lo_ptr, query_hi_ptr,
                       sk, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
     pointers = dq_ptr + b * stride_db + h * stride_dh + start_m.to(tl.int64) * stride_ds + offs_m[:, None] * stride_ds + offs_d[None, :]
     tl.store(pointers, (dq * scale).to(dq_ptr.dtype.element_ty), mask=(rows < sq)[:, None] & (offs_d < HEAD_DIM)[None, :])
@@ -154,7 +162,6 @@ def _dkv_step(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr,
               SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     offs_m = tl.arange(0, BLOCK_M)
     for m in tl.range(first, last, BLOCK_M, disable_licm=True):
-        m = tl.multiple_of(m, 1)
         rows = m + offs_m
         q = load_rows(q_ptr, m, offs_m, stride_qs, sq, HEAD_DIM, D, True)
         dout = load_rows(dout_ptr, m, offs_m, stride_os, sq, HEAD_DIM, D, True)
@@ -165,7 +172,7 @@ def _dkv_step(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr,
             p = tl.exp2(bent * (softcap * LOG2E) - lse[None, :])
         else:
             p = tl.exp2(s * (scale * LOG2E) - lse[None, :])
-        if CHECK_ROWS | (m < core_start) | (m >= core_stop):
+        if (m < core_start) | (m >= core_stop):
             since, until = _query_bounds(query_lo_ptr, query_hi_ptr, cols, offset, sq, sk)
             visible = (since[:, None] <= rows[None, :]) & (rows[None, :] < until[:, None])
             if CHECK_ROWS:
@@ -183,7 +190,7 @@ def _dkv_step(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr,
 
 
 @triton.jit(do_not_specialize=["sq", "sk", "offset", "stride_mask_rows", "stride_mask_columns"])
-def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, dk_ptr, dv_ptr,
+def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, bounds_ptr, dk_ptr, dv_ptr,
                        stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
                        stride_ob, stride_oh, stride_os, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
                        stride_mask_rows, stride_mask_columns, kv_heads, group, sq, sk, offset, scale, softcap,
@@ -210,12 +217,23 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
     dk = tl.zeros([BLOCK_N, D], tl.float32)
     dv = tl.zeros([BLOCK_N, D], tl.float32)
     core_start, core_stop = core(first, core_first, core_last, last, BLOCK_M)
+    tiles_m = tl.cdiv(sq, BLOCK_M)
+    bounds_ptr += 4 * tiles_m * b * (stride_mask_rows > 0)
     for g in tl.range(group, disable_licm=True):
         head = h * group + g
         q_head, dout_head = q_ptr + b * stride_qb + head * stride_qh, dout_ptr + b * stride_ob + head * stride_oh
         lse_head, delta_head = lse_ptr + (b * kv_heads * group + head) * sq, delta_ptr + (b * kv_heads * group + head) * sq
-        dk, dv = _dkv_step(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, stride_qs, stride_os,
-                           first, core_start, core_stop, last, cols, sq, sk, offset, scale, softcap, HEAD_DIM, D, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION)
+        if CHECK_ROWS:
+            at, stop = first // BLOCK_M, tl.cdiv(last, BLOCK_M)
+            while at < stop:
+                partial, full, at = next_run(bounds_ptr, at, stop, tiles_m, start_n, tl.minimum(start_n + BLOCK_N, sk), core_first, core_last, BLOCK_M)
+                dk, dv = _dkv_step(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr,
+                                   stride_qs, stride_os, partial * BLOCK_M, full * BLOCK_M, at * BLOCK_M, at * BLOCK_M, cols, sq, sk, offset,
+                                   scale, softcap, HEAD_DIM, D, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION)
+        else:
+            dk, dv = _dkv_step(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr,
+                               stride_qs, stride_os, first, core_start, core_stop, last, cols, sq, sk, offset,
+                               scale, softcap, HEAD_DIM, D, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION)
     inside = (cols < sk)[:, None] & (offs_d < HEAD_DIM)[None, :]
     dk, dv = tl.where(seen[:, None], dk * scale, 0.0), tl.where(seen[:, None], dv, 0.0)
     row = start_n.to(tl.int64) + offs_n[:, None]
@@ -242,14 +260,16 @@ def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tens
     sizes = (heads // kv_heads, sq, sk, offset, scale, softcap)
     constants = dict(HEAD_DIM=head_dim, D=padded, SOFTCAP=softcap > 0, PRECISION=dot_precision(q))
     grads = [g if g.stride(-1) == 1 else torch.empty_like(g, memory_format=torch.contiguous_format) for g in (dq, dk, dv)]
-    config = lookup(DQ_CONFIGS, q, padded)
+    config = lookup(DQ_CONFIGS, q, padded, heavy=not rows_exact)
+    bounds = lo if rows_exact else tile_bounds(query_lo, query_hi, config.block_n)
     _attention_bwd_dq[(triton.cdiv(sq, config.block_m) * batch * heads,)](
-        q, k, v, dout, lse, delta, lo, hi, query_lo, query_hi, grads[0],
+        q, k, v, dout, lse, delta, lo, hi, query_lo, query_hi, bounds, grads[0],
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *grads[0].stride()[:3], *shared, heads, *sizes,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_COLUMNS=not rows_exact, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
     config = lookup(DKV_CONFIGS, q, padded, heavy=softcap > 0 or not columns_exact)
+    bounds = lo if columns_exact else tile_bounds(lo, hi, config.block_m)
     _attention_bwd_dkv[(triton.cdiv(sk, config.block_n) * batch * kv_heads,)](
-        q, k, v, dout, lse, delta, lo, hi, query_lo, query_hi, grads[1], grads[2],
+        q, k, v, dout, lse, delta, lo, hi, query_lo, query_hi, bounds, grads[1], grads[2],
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *grads[1].stride()[:3], *grads[2].stride()[:3], *shared, kv_heads, *sizes,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_ROWS=not columns_exact, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
     for ours, grad in zip((dq, dk, dv), grads):

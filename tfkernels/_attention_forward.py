@@ -5,13 +5,15 @@
 
 Only the two edges compare key numbers with lo and hi; the core is plain flash attention (arXiv:2205.14135, arXiv:2307.08691)
 with the softmax in base 2. Empty rows are left out of the bounds, so that padding never costs a tile its core; they end as
-output 0 and LSE -inf. The tile's bounds are read from the mask itself: no block list, no host synchronisation.
+output 0 and LSE -inf. The tile's bounds are read from the mask itself: no block list, no host synchronisation. A mask that its
+rows do not tell alone is walked run by run of visible tiles instead (`_attention_tiles`).
 """
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tfkernels._attention_tiles import FAR, next_run, tile_bounds
 from tfkernels._launch import Config, lookup
 
 CONFIGS = {  # (architecture, bytes per element, padded head dim)
@@ -29,7 +31,6 @@ CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (100, 4, 128): Config(32, 16, 8, 2), (100, 4, 256): Config(16, 16, 4, 2),
 }
 LOG2E = tl.constexpr(1.4426950408889634)
-FAR = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -44,17 +45,14 @@ def tanh(x):
 
 
 @triton.jit
-def row_bounds(lo_ptr, hi_ptr, offs_m, sq, sk):
+def row_bounds(lo_ptr, hi_ptr, rows, sq, sk):
     """Load a tile's lo and hi, and the keys it needs: (lo, hi, min lo, max lo, min hi, max hi), empty rows left out."""
-    inside = offs_m < sq
-    lo = tl.load(lo_ptr + offs_m, mask=inside, other=0)
-    hi = tl.minimum(tl.load(hi_ptr + offs_m, mask=inside, other=0), sk)
-    lo = tl.maximum(lo, 0)
+    lo = tl.maximum(tl.load(lo_ptr + rows, mask=rows < sq, other=0), 0)
+    hi = tl.minimum(tl.load(hi_ptr + rows, mask=rows < sq, other=0), sk)
     some = lo < hi
     first, last = tl.min(tl.where(some, lo, FAR)), tl.max(tl.where(some, hi, 0))
     core_first, core_last = tl.max(tl.where(some, lo, 0)), tl.min(tl.where(some, hi, FAR))
-    first = tl.minimum(first, last)
-    return lo, hi, first, core_first, core_last, last
+    return lo, hi, tl.minimum(first, last), core_first, core_last, last
 
 
 @triton.jit
@@ -69,7 +67,7 @@ def core(first, core_first, core_last, last, BLOCK: tl.constexpr):
 def load_rows(base, start, offs, stride, limit, HEAD_DIM: tl.constexpr, D: tl.constexpr, BOUNDED: tl.constexpr):
     """Load rows start + offs of a (rows, HEAD_DIM) matrix as a (len(offs), D) tile; 0 outside."""
     offs_d = tl.arange(0, D)
-    pointers = base + start.to(tl.int64) * stride + offs[:, None] * stride + offs_d[None, :]
+    pointers = base + tl.cast(start, tl.int64) * stride + offs[:, None] * stride + offs_d[None, :]
     if BOUNDED and HEAD_DIM != D:
         return tl.load(pointers, mask=(start + offs < limit)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
     if BOUNDED:
@@ -80,18 +78,32 @@ def load_rows(base, start, offs, stride, limit, HEAD_DIM: tl.constexpr, D: tl.co
 
 
 @triton.jit
+def base2_scores(q, k, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """softcap(q k^T * scale) * log2(e)."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if SOFTCAP:
+        return tanh(s * (scale / softcap)) * (softcap * LOG2E)
+    return s * (scale * LOG2E)
+
+
+@triton.jit
+def softmax_step(s, total, peak, MASKED: tl.constexpr):
+    """One step of the online softmax over base-2 scores: (p, factor for what was summed before, total, peak)."""
+    new_peak = tl.maximum(peak, tl.max(s, 1))
+    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
+    p = tl.exp2(s - shift[:, None])
+    shrink = tl.exp2(peak - shift)
+    return p, shrink, total * shrink + tl.sum(p, 1), new_peak
+
+
+@triton.jit
 def _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, start, stop, rows, lo, hi, query_lo_ptr, query_hi_ptr, sk, scale, softcap,
                   HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_COLUMNS: tl.constexpr,
                   SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     offs_n = tl.arange(0, BLOCK_N)
     for n in range(start, stop, BLOCK_N):
-        n = tl.multiple_of(n, 1)
         k = load_rows(k_ptr, n, offs_n, stride_ks, sk, HEAD_DIM, D, MASKED)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if SOFTCAP:
-            s = tanh(s * (scale / softcap)) * (softcap * LOG2E)
-        else:
-            s *= scale * LOG2E
+        s = base2_scores(q, k, scale, softcap, SOFTCAP, PRECISION)
         if MASKED:
             cols = n + offs_n
             visible = (cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None])
@@ -100,19 +112,14 @@ def _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, start
                 until = tl.load(query_hi_ptr + cols, mask=cols < sk, other=0)
                 visible &= (since[None, :] <= rows[:, None]) & (rows[:, None] < until[None, :])
             s = tl.where(visible, s, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(s, 1))
-        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
-        p = tl.exp2(s - shift[:, None])
-        shrink = tl.exp2(peak - shift)
-        total = total * shrink + tl.sum(p, 1)
+        p, shrink, total, peak = softmax_step(s, total, peak, MASKED)
         v = load_rows(v_ptr, n, offs_n, stride_vs, sk, HEAD_DIM, D, MASKED)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        peak = new_peak
     return acc, total, peak
 
 
 @triton.jit(do_not_specialize=["sq", "sk", "offset", "stride_mask_rows", "stride_mask_columns"])
-def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, out_ptr, lse_ptr,
+def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, bounds_ptr, out_ptr, lse_ptr,
                    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
                    stride_ob, stride_oh, stride_os, stride_mask_rows, stride_mask_columns, heads, group, sq, sk, offset, scale, softcap,
                    HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -136,15 +143,23 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_p
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if CHECK_COLUMNS:
-        core_start, core_stop = last, last
+        tiles_n = tl.cdiv(sk, BLOCK_N)
+        bounds_ptr += 4 * tiles_n * b * (stride_mask_columns > 0)
+        at, stop = first // BLOCK_N, tl.cdiv(last, BLOCK_N)
+        while at < stop:
+            partial, full, at = next_run(bounds_ptr, at, stop, tiles_n, start_m + offset, tl.minimum(start_m + BLOCK_M, sq) + offset,
+                                         core_first, core_last, BLOCK_N)
+            acc, total, peak = _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, partial * BLOCK_N, full * BLOCK_N, rows + offset, lo, hi,
+                                             query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP, PRECISION)
+            acc, total, peak = _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, full * BLOCK_N, at * BLOCK_N, rows + offset, lo, hi,
+                                             query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N, False, False, SOFTCAP, PRECISION)
     else:
         core_start, core_stop = core(first, core_first, core_last, last, BLOCK_N)
-    acc, total, peak = _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, first, core_start, rows + offset, lo, hi,
-                                     query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N, True, CHECK_COLUMNS, SOFTCAP, PRECISION)
-    if not CHECK_COLUMNS:
-        acc, total, peak = _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, core_start, core_stop, rows, lo, hi,
+        acc, total, peak = _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, first, core_start, rows + offset, lo, hi,
+                                         query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
+        acc, total, peak = _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, core_start, core_stop, rows + offset, lo, hi,
                                          query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N, False, False, SOFTCAP, PRECISION)
-        acc, total, peak = _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, core_stop, last, rows, lo, hi,
+        acc, total, peak = _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, core_stop, last, rows + offset, lo, hi,
                                          query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
 
     some = (lo < hi) & (total > 0)
@@ -179,10 +194,11 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, q
     if out.numel() == 0:
         return out, lse
     padded = max(32, triton.next_power_of_2(head_dim))
-    config = lookup(CONFIGS, q, padded)
+    config = lookup(CONFIGS, q, padded, heavy=not rows_exact)
     grid = (triton.cdiv(sq, config.block_m) * batch * heads,)
+    bounds = lo if rows_exact else tile_bounds(query_lo, query_hi, config.block_n)
     _attention_fwd[grid](
-        q, k, v, lo, hi, query_lo, query_hi, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        q, k, v, lo, hi, query_lo, query_hi, bounds, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         batch_stride(lo), batch_stride(query_lo), heads, heads // k.shape[1], sq, k.shape[2], offset, scale, softcap,
         HEAD_DIM=head_dim, D=padded, BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_COLUMNS=not rows_exact, SOFTCAP=softcap > 0,
         PRECISION=dot_precision(q), num_warps=config.num_warps, num_stages=config.num_stages)

@@ -4,8 +4,8 @@
     LSE_i = log sum_j exp(S_ij)           out_i = sum_j exp(S_ij - LSE_i) v_j
 
 The tiles that a mask hides are never visited: their bounds come from the mask's integers (see `tfkernels.mask`). One custom
-operator serves every device: Triton kernels on CUDA (`_attention_forward`, `_attention_backward`), blocks of PyTorch's own
-fused attention on CPU (`_attention_cpu`). `attention_reference` is the specification.
+operator serves every device: Triton kernels on CUDA (`_attention_forward`, `_attention_backward`; for a few queries against a long
+cache `_attention_decode`), blocks of PyTorch's own fused attention on CPU (`_attention_cpu`). `attention_reference` is the specification.
 """
 import math
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tfkernels import _attention_backward, _attention_cpu, _attention_forward
+from tfkernels import _attention_backward, _attention_cpu, _attention_decode, _attention_forward
 from tfkernels._library import register
 from tfkernels.mask import TransfusionMask
 
@@ -50,11 +50,47 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *, scale: 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *, scale: float | None = None,
                        softcap: float | None = None) -> AttentionOutput:
     """Return `attention`'s output and the scores' log-sum-exp, both differentiable: what merging partial results needs."""
-    _check(q, k, v, mask, softcap)
+    _check("attention", q, k, v, mask, softcap)
     scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
     out, lse = _forward(q, k, v, mask.lo, mask.hi, mask.query_lo, mask.query_hi, mask.rows_exact, mask.columns_exact, mask.offset,
                         float(scale), float(softcap or 0))
     return AttentionOutput(out, lse)
+
+
+def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, mask: TransfusionMask, *, scale: float | None = None,
+                    softcap: float | None = None) -> Tensor:
+    """`attention` against a paged cache, for inference: key j of row b is k_pages[block_table[b, j // page_size], j % page_size].
+
+    Args:
+        q: (B, H, Sq, D) in float16, bfloat16 or float32, any strides.
+        k_pages, v_pages: (P, page_size, K, D) like q, any strides, any page size; H a multiple of K.
+        block_table: (B, T) int32, the pages of each row in order; entries behind a row's last key are never read.
+        mask: Sq queries by T * page_size keys: `TransfusionMask.from_cache(cached_lens, Sq, T * page_size, image=...)`.
+        scale, softcap: as in `attention`.
+
+    Returns:
+        (B, H, Sq, D) like q; there is no backward.
+
+    Raises:
+        ValueError: a shape, dtype, device or value that does not fit, named.
+    """
+    if block_table.ndim != 2 or block_table.shape[0] != q.shape[0] or block_table.dtype != torch.int32:
+        raise ValueError(f"paged_attention: block_table is {block_table.dtype} of shape {tuple(block_table.shape)} and q has {q.shape[0]} rows; "
+                         "an int32 tensor (B, T) fits, the numbers of each row's pages")
+    if k_pages.ndim != 4 or v_pages.ndim != 4 or block_table.device != q.device:
+        raise ValueError(f"paged_attention: k_pages has shape {tuple(k_pages.shape)}, v_pages {tuple(v_pages.shape)} and block_table is on "
+                         f"{block_table.device}; (P, page_size, K, D) and {q.device} fit")
+    keys = [x[:1, :1].transpose(1, 2).expand(q.shape[0], -1, block_table.shape[1] * x.shape[1], -1) for x in (k_pages, v_pages)]
+    _check("paged_attention", q, *keys, mask, softcap)
+    scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
+    return _paged(q, k_pages, v_pages, block_table, mask.lo, mask.hi, mask.query_lo, mask.query_hi, mask.rows_exact, mask.offset,
+                  float(scale), float(softcap or 0))[0]
+
+
+def paged_attention_reference(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, mask: TransfusionMask, *, scale: float | None = None,
+                              softcap: float | None = None) -> Tensor:
+    """The specification: gather each row's pages, then `attention_reference`."""
+    return attention_reference(q, *(_gather_pages(x, block_table, mask.hi) for x in (k_pages, v_pages)), mask, scale=scale, softcap=softcap).out
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *, scale: float | None = None,
@@ -74,33 +110,33 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, 
     return AttentionOutput(weights @ v, lse)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, softcap: float | None) -> None:
+def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, softcap: float | None) -> None:
     if not isinstance(mask, TransfusionMask):
-        raise ValueError(f"attention: mask is a {type(mask).__name__}; a tfkernels.TransfusionMask fits; build one with TransfusionMask.from_spans")
+        raise ValueError(f"{op}: mask is a {type(mask).__name__}; a tfkernels.TransfusionMask fits; build one with TransfusionMask.from_spans")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
-            raise ValueError(f"attention: {name} has shape {tuple(x.shape)}; 4 dimensions (batch, heads, tokens, head dim) fit")
+            raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; 4 dimensions (batch, heads, tokens, head dim) fit")
         if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"attention: {name} is {x.dtype} on {x.device} and q is {q.dtype} on {q.device}; one dtype and device fit; convert {name}")
+            raise ValueError(f"{op}: {name} is {x.dtype} on {x.device} and q is {q.dtype} on {q.device}; one dtype and device fit; convert {name}")
         if x.shape[0] != q.shape[0] or x.shape[3] != q.shape[3]:
-            raise ValueError(f"attention: {name} has shape {tuple(x.shape)} and q {tuple(q.shape)}; the same batch size and head dim fit")
+            raise ValueError(f"{op}: {name} has shape {tuple(x.shape)} and q {tuple(q.shape)}; the same batch size and head dim fit")
     if k.shape != v.shape:
-        raise ValueError(f"attention: v has shape {tuple(v.shape)} and k {tuple(k.shape)}; equal shapes fit")
+        raise ValueError(f"{op}: v has shape {tuple(v.shape)} and k {tuple(k.shape)}; equal shapes fit")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"attention: q has {q.shape[1]} heads and k has {k.shape[1]}; a multiple of k's heads fits")
+        raise ValueError(f"{op}: q has {q.shape[1]} heads and k has {k.shape[1]}; a multiple of k's heads fits")
     if q.dtype not in _DTYPES and not (q.dtype == torch.float64 and q.device.type == "cpu"):
-        raise ValueError(f"attention: q is {q.dtype} on {q.device}; float16, bfloat16 or float32 fits (float64 on CPU only)")
+        raise ValueError(f"{op}: q is {q.dtype} on {q.device}; float16, bfloat16 or float32 fits (float64 on CPU only)")
     if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
-        raise ValueError(f"attention: q has head dim {q.shape[3]}; 1 to {MAX_HEAD_DIM} fits")
+        raise ValueError(f"{op}: q has head dim {q.shape[3]}; 1 to {MAX_HEAD_DIM} fits")
     if mask.query_len != q.shape[2] or mask.key_len != k.shape[2]:
-        raise ValueError(f"attention: mask is {mask.query_len} queries by {mask.key_len} keys, q has {q.shape[2]} tokens and k {k.shape[2]}; "
+        raise ValueError(f"{op}: mask is {mask.query_len} queries by {mask.key_len} keys, q has {q.shape[2]} tokens and k {k.shape[2]}; "
                          "equal lengths fit; for cached decoding take mask.queries(start, stop) of a mask as long as the cache")
     if mask.batch_size not in (1, q.shape[0]):
-        raise ValueError(f"attention: mask has {mask.batch_size} batch rows and q has {q.shape[0]}; the same number, or 1 for all, fits")
+        raise ValueError(f"{op}: mask has {mask.batch_size} batch rows and q has {q.shape[0]}; the same number, or 1 for all, fits")
     if mask.lo.device != q.device:
-        raise ValueError(f"attention: mask is on {mask.lo.device} and q on {q.device}; one device fits; call mask.to(q.device)")
+        raise ValueError(f"{op}: mask is on {mask.lo.device} and q on {q.device}; one device fits; call mask.to(q.device)")
     if softcap is not None and softcap <= 0:
-        raise ValueError(f"attention: softcap is {softcap}; a positive bound fits; pass None for no bound")
+        raise ValueError(f"{op}: softcap is {softcap}; a positive bound fits; pass None for no bound")
 
 
 def _forward_fake(q, k, v, lo, hi, query_lo, query_hi, rows_exact, columns_exact, offset, scale, softcap):
@@ -112,8 +148,33 @@ def _backward_fake(dout, dlse, q, k, v, out, lse, lo, hi, query_lo, query_hi, ro
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-_forward = register("attention_forward", kernel=_attention_forward.attention_forward, cpu=_attention_cpu.attention_forward, fake=_forward_fake)
+def _paged_fake(q, k, v, block_table, lo, hi, query_lo, query_hi, rows_exact, offset, scale, softcap):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
+def _forward_kernel(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, query_lo: Tensor, query_hi: Tensor, rows_exact: bool, columns_exact: bool,
+                    offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    if q.shape[2] <= _attention_decode.MAX_QUERIES:
+        return _attention_decode.attention_decode(q, k, v, None, lo, hi, query_lo, query_hi, rows_exact, offset, scale, softcap)
+    return _attention_forward.attention_forward(q, k, v, lo, hi, query_lo, query_hi, rows_exact, columns_exact, offset, scale, softcap)
+
+
+def _gather_pages(pages: Tensor, block_table: Tensor, hi: Tensor) -> Tensor:
+    """Lay each row's pages out in order: (P, page_size, K, D) -> (B, K, T * page_size, D), 0 behind the last key that a query sees."""
+    rows = pages[block_table.long().clamp(0, pages.shape[0] - 1)].flatten(1, 2).transpose(1, 2)
+    seen = torch.arange(rows.shape[2], device=hi.device) < hi.amax(1, keepdim=True)        # (B or 1, Sk)
+    return torch.where(seen[:, None, :, None], rows, 0)
+
+
+def _paged_cpu(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lo: Tensor, hi: Tensor, query_lo: Tensor, query_hi: Tensor,
+               rows_exact: bool, offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    k, v = (_gather_pages(x, block_table, hi) for x in (k, v))
+    return _attention_cpu.attention_forward(q, k, v, lo, hi, query_lo, query_hi, rows_exact, False, offset, scale, softcap)
+
+
+_forward = register("attention_forward", kernel=_forward_kernel, cpu=_attention_cpu.attention_forward, fake=_forward_fake)
 _backward = register("attention_backward", kernel=_attention_backward.attention_backward, cpu=_attention_cpu.attention_backward, fake=_backward_fake)
+_paged = register("paged_attention", kernel=_attention_decode.paged_attention_forward, cpu=_paged_cpu, fake=_paged_fake)
 
 
 def _save(ctx, inputs, output):

@@ -1,0 +1,62 @@
+"""Which tiles of a mask with holes to visit: bounds of every tile, made on the device, and the runs of tiles that a program reads off them.
+
+Where one side of the mask does not tell it alone (hidden copies, shared prefixes, block diffusion), a tile within a program's
+range may still be dead (no pair visible), full (every pair visible) or partial. Four integers a tile of the other side decide:
+[min low, max low, min high, max high], empty items left out of the outer two and counted against the inner two. A program
+looks at WINDOW tiles at a time and takes the next partial ones and the full ones behind them as one run, so that the inner
+loops stay plain and pipelined, and the full ones compare nothing.
+"""
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FAR = tl.constexpr(2**31 - 1)
+WINDOW = tl.constexpr(64)  # tiles a program looks at in one go
+TILES = 16                 # tiles of one program of _tile_bounds
+
+
+@triton.jit(do_not_specialize=["stride_mask", "length", "tiles"])
+def _tile_bounds(low_ptr, high_ptr, bounds_ptr, stride_mask, length, tiles, SIZE: tl.constexpr, TILES: tl.constexpr):
+    b = tl.program_id(1).to(tl.int64)
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    items = tile[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    low = tl.load(low_ptr + b * stride_mask + items, mask=items < length, other=0)
+    high = tl.load(high_ptr + b * stride_mask + items, mask=items < length, other=0)
+    some = low < high
+    bounds_ptr += b * 4 * tiles + tile
+    inside = tile < tiles
+    tl.store(bounds_ptr, tl.min(tl.where(some, low, FAR), 1), mask=inside)
+    tl.store(bounds_ptr + tiles, tl.max(tl.where(some, low, FAR), 1), mask=inside)
+    tl.store(bounds_ptr + 2 * tiles, tl.min(tl.where(some, high, 0), 1), mask=inside)
+    tl.store(bounds_ptr + 3 * tiles, tl.max(tl.where(some, high, 0), 1), mask=inside)
+
+
+def tile_bounds(low: Tensor, high: Tensor, size: int) -> Tensor:
+    """Return (B, 4, tiles) int32: min low, max low, min high, max high of each tile of `size` items of (B, length) intervals."""
+    batch, length = low.shape
+    tiles = triton.cdiv(length, size)
+    bounds = torch.empty(batch, 4, tiles, dtype=torch.int32, device=low.device)
+    _tile_bounds[(triton.cdiv(tiles, TILES), batch)](low, high, bounds, low.stride(0), length, tiles, SIZE=size, TILES=TILES, num_warps=4)
+    return bounds
+
+
+@triton.jit
+def next_run(bounds_ptr, at, stop, tiles, start, end, core_first, core_last, SIZE: tl.constexpr):
+    """Return tiles (a, b, c) from `at` on: partial in [a, b), full in [b, c), for a program of the items [start, end) of the other side.
+
+    A full tile lies within [core_first, core_last) as well, which every item of the program sees. Nothing lives in [at, a).
+    """
+    tile = at + tl.arange(0, WINDOW)
+    inside = tile < stop
+    first = tl.load(bounds_ptr + tile, mask=inside, other=FAR)
+    inner_first = tl.load(bounds_ptr + tiles + tile, mask=inside, other=FAR)
+    inner_last = tl.load(bounds_ptr + 2 * tiles + tile, mask=inside, other=0)
+    last = tl.load(bounds_ptr + 3 * tiles + tile, mask=inside, other=0)
+    live = (first < end) & (last > start)
+    full = live & (inner_first <= start) & (inner_last >= end) & (tile * SIZE >= core_first) & (tile * SIZE + SIZE <= core_last)
+    limit = tl.minimum(at + WINDOW, stop)
+    a = tl.min(tl.where(live, tile, limit))
+    b = tl.min(tl.where((tile >= a) & (full | (live == 0)), tile, limit))
+    c = tl.min(tl.where((tile >= b) & (full == 0), tile, limit))
+    return a, tl.maximum(a, b), tl.maximum(a, c)
