@@ -400,11 +400,11 @@ def attend(q, k, v, dout, mask):
 
 ONE_TILE = pytest.mark.xfail(DEVICE == "cuda" or INTERPRET, run=False, reason="load_rows multiplies a tile's row number by the stride in int32: "
                              "illegal reads where (tile rows - 1) * token stride >= 2**31")
-TOKENS = 40 if INTERPRET else 300  # several tiles, none of which spans 2**31 elements by itself
-FAR = {  # shape, the dimension whose last index stands beyond element 2**31, and its stride
-    "batch": ((2, 1, 20, 16), 0, 2**31 + 64),
-    "head": ((1, 2, 20, 16), 1, 2**31 + 64),
-    "token": ((1, 1, TOKENS, 16), 2, 2**31 // (TOKENS - 1) + 64),
+TOKENS, TILE = (70, 64) if INTERPRET else (300, 256)  # TILE begins a tile of any block size; no tile spans 2**31 elements by itself
+FAR = {  # shape, the dimension whose last index stands beyond element 2**31, and its stride: indices and strides alone fit in int32
+    "batch": ((3, 1, 20, 16), 0, 2**30 + 64),
+    "head": ((1, 3, 20, 16), 1, 2**30 + 64),
+    "token": ((1, 1, TOKENS, 16), 2, 2**31 // TILE + 64),
     "token of the same tile": ((1, 1, 12, 16), 2, 2**31 // 11 + 64),
 }
 
