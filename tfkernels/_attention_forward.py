@@ -171,8 +171,8 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_p
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
-    """Return x with unit stride in its last dimension; a copy only where it had another."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """Return x with unit stride in its last dimension, and a stride between rows that 128 of them do not take beyond int32; else a copy."""
+    return x if x.stride(-1) == 1 and (x.ndim < 2 or 128 * x.stride(-2) < 2**31) else x.contiguous()
 
 
 def batch_stride(x: Tensor) -> int:

@@ -39,7 +39,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *, scale: 
         softcap: bound c of the scores, c * tanh(scores / c); None for no bound.
 
     Returns:
-        (B, H, Sq, D) like q. Rows that see nothing are 0, with zero gradients. Gradients are deterministic.
+        (B, H, Sq, D) like q. Rows that see nothing are 0, with zero gradients. Gradients are deterministic. Under torch.autocast q, k
+        and v are cast to its dtype (float64 stays), as F.scaled_dot_product_attention does.
 
     Raises:
         ValueError: a shape, dtype, device or value that does not fit, named.
@@ -50,6 +51,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *, scale: 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *, scale: float | None = None,
                        softcap: float | None = None) -> AttentionOutput:
     """Return `attention`'s output and the scores' log-sum-exp, both differentiable: what merging partial results needs."""
+    if _autocast(q):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+        with torch.autocast(q.device.type, enabled=False):
+            return attention_with_lse(q, k, v, mask, scale=scale, softcap=softcap)
     _check("attention", q, k, v, mask, softcap)
     scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
     out, lse = _forward(q, k, v, mask.lo, mask.hi, mask.query_lo, mask.query_hi, mask.rows_exact, mask.columns_exact, mask.offset,
@@ -66,7 +72,7 @@ def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Te
         k_pages, v_pages: (P, page_size, K, D) like q, any strides, any page size; H a multiple of K.
         block_table: (B, T) int32, the pages of each row in order; entries behind a row's last key are never read.
         mask: Sq queries by T * page_size keys: `TransfusionMask.from_cache(cached_lens, Sq, T * page_size, image=...)`.
-        scale, softcap: as in `attention`.
+        scale, softcap: as in `attention`; autocast changes nothing here, for it would copy the whole cache.
 
     Returns:
         (B, H, Sq, D) like q; there is no backward.
@@ -108,6 +114,11 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, 
     weights = scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
     lse = scores.masked_fill(empty, 0).logsumexp(-1).masked_fill(empty[..., 0], -math.inf)
     return AttentionOutput(weights @ v, lse)
+
+
+def _autocast(x: Tensor) -> bool:
+    """Whether autocast is on for x's device: then the inputs are cast and it is switched off, for it would round the CPU's float32 sums."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, softcap: float | None) -> None:
@@ -183,6 +194,9 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, dout, dlse):
+    if _autocast(dout):
+        with torch.autocast(dout.device.type, enabled=False):
+            return _gradients(ctx, dout, dlse)
     return *_backward(dout, dlse, *ctx.saved_tensors, *ctx.numbers), *(None,) * 9
 
 
