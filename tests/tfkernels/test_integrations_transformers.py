@@ -280,8 +280,19 @@ def test_a_rule_is_read_off_exactly_in_blocks_of_rows(rule, monkeypatch):
 
 
 @pytest.mark.parametrize("rule", ["window", "packing", "images"])
-def test_a_rule_of_plain_runs_travels_as_rows_and_columns_exact_alone(rule):
+def test_a_rule_of_plain_runs_travels_as_rows_and_columns_exact_alone(rule, monkeypatch):
+    monkeypatch.setattr(integration, "_BLOCK", 2 * 24 * 5)
     assert both_masks(rule)[2].shape == (2, 2, 1, 48)
+
+
+@pytest.mark.parametrize("rule", [masking.causal_mask_function, masking.bidirectional_mask_function])
+@pytest.mark.parametrize("attention_mask", [None, padded().bool()], ids=["whole", "padded"])
+@pytest.mark.parametrize("q_offset,kv_offset", [(0, 0), (12, 0), (12, 4)])
+def test_causal_and_full_masks_are_never_dense(rule, attention_mask, q_offset, kv_offset, monkeypatch):
+    sizes = dict(batch_size=2, q_length=9, kv_length=20, q_offset=q_offset, kv_offset=kv_offset, mask_function=rule, attention_mask=attention_mask)
+    expected = masking.sdpa_mask(**sizes, allow_is_causal_skip=False, device=DEVICE)
+    monkeypatch.setattr(masking, "sdpa_mask", None)
+    assert torch.equal(integration._from_tensor(integration.make_mask(**sizes, device=DEVICE), 9, 20).dense().expand_as(expected), expected)
 
 
 @pytest.mark.parametrize("rule", ["window", "window with padding", "images"])
