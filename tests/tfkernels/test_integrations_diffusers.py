@@ -24,11 +24,11 @@ def kept_tokens():
 
 
 def unet():
-    """Self-attention over 8 x 8 and 4 x 4 pixels, cross attention to 6 tokens."""
-    model = UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=24,
+    """Self-attention over 4 x 4 and 2 x 2 pixels, cross attention to 6 tokens."""
+    model = UNet2DConditionModel(sample_size=4, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=24,
                                  down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-                                 attention_head_dim=4, norm_num_groups=4)
-    return model, dict(sample=noise(2, 4, 8, 8), timestep=torch.tensor([3, 400], device=DEVICE), encoder_hidden_states=noise(2, 6, 24, seed=2))
+                                 attention_head_dim=2, norm_num_groups=4)
+    return model, dict(sample=noise(2, 4, 4, 4), timestep=torch.tensor([3, 400], device=DEVICE), encoder_hidden_states=noise(2, 6, 24, seed=2))
 
 
 def pixart():

@@ -61,8 +61,8 @@ def build():
     torch.manual_seed(0)
     module = theirs.Attention(dim=48, dim_head=16, heads=3)
     assert module.softcap_value == 50 and module.dropout.p == 0
-    torch.nn.init.constant_(module.q_norm.gamma, 4.0)
-    torch.nn.init.constant_(module.k_norm.gamma, 4.0)
+    torch.nn.init.constant_(module.q_norm.gamma, 1.5)
+    torch.nn.init.constant_(module.k_norm.gamma, 1.5)
     x = torch.randn(2, LENGTH, 48)
     freqs = rotary.RotaryEmbedding(16)(torch.arange(LENGTH))
     return module.to(DEVICE), x.to(DEVICE), freqs.to(DEVICE)
