@@ -80,8 +80,7 @@ def test_logits_equal_theirs(family):
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("length", [24, 5], ids=["prompt-over-window", "prompt-under-window"])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family,length", [*((family, 24) for family in CONFIGS), ("mistral", 5), ("gemma2", 5)])  # 5: shorter than the window, then past it
 def test_left_padded_generation_equals_theirs_with_either_cache(family, length, cache):
     ours, theirs = pair(family)
     x, attention_mask = tokens(length=length), torch.ones(2, length, dtype=torch.int64, device=DEVICE)
