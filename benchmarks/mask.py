@@ -91,6 +91,16 @@ def needed_tiles(batch: PackedBatch, size: int) -> Tensor:
     return torch.nn.functional.pad(torch.stack(rows), (0, -seq_len % size)).unflatten(1, (-1, size)).any(-1)
 
 
+def live_tiles(mask: TransfusionMask, start: int, end: int, first: Tensor, last: Tensor, size: int) -> int:
+    """Count the tiles [first, last) of `size` keys of which some key may be seen by a query of [start, end), all batch rows together."""
+    seen = mask.query_lo < mask.query_hi
+    pad = -mask.key_len % size
+    low = torch.nn.functional.pad(torch.where(seen, mask.query_lo, end), (0, pad), value=end).unflatten(1, (-1, size)).amin(-1)
+    high = torch.nn.functional.pad(torch.where(seen, mask.query_hi, 0), (0, pad), value=0).unflatten(1, (-1, size)).amax(-1)
+    tile = torch.arange(low.shape[1])
+    return ((low < end) & (high > start) & (first[:, None] <= tile) & (tile < last[:, None])).sum().item()
+
+
 def tile_counts(mask: TransfusionMask, definition, rows: int, keys: int) -> dict[str, float]:
     """Count the tiles of rows x keys that a kernel visits, the fewest that would do and the visible area in tiles.
 
@@ -102,7 +112,10 @@ def tile_counts(mask: TransfusionMask, definition, rows: int, keys: int) -> dict
         assert torch.equal(part.dense(), seen), f"the mask is wrong in rows {start} to {start + rows}"
         some = part.lo < part.hi
         first, last = torch.where(some, part.lo, mask.key_len).amin(1), torch.where(some, part.hi, 0).amax(1)
-        visited += (-(-(last - first).clamp(min=0) // keys)).sum().item()
+        if mask.rows_exact:
+            visited += (-(-(last - first).clamp(min=0) // keys)).sum().item()
+        else:  # tiles counted from 0, the dead among them passed over (tfkernels._attention_tiles)
+            visited += live_tiles(mask, start, start + part.query_len, first // keys, -(-last // keys), keys)
         minimum += (-(-seen[:, 0].any(1).sum(-1) // keys)).sum().item()
     return {"visited": visited, "minimum": minimum, "area_in_tiles": mask.area().item() / (rows * keys)}
 

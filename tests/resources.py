@@ -33,9 +33,11 @@ class Resources(NamedTuple):
 
 def argument_type(name: str, element: str) -> str:
     """Return the type of the kernel argument `name`, where data is `element`."""
-    if name.endswith(("lo_ptr", "hi_ptr", "bounds_ptr")):
+    if name in ("lo_ptr", "hi_ptr", "low_ptr", "high_ptr", "query_lo_ptr", "query_hi_ptr", "bounds_ptr", "table_ptr"):
         return "*i32"
-    if name.endswith(("lse_ptr", "delta_ptr")):
+    if name in ("images_ptr", "documents_ptr", "hidden_ptr"):
+        return "*i64"
+    if name.endswith(("lse_ptr", "delta_ptr")) or name == "parts_ptr":
         return "*fp32"
     if name.endswith("_ptr"):
         return f"*{element}"

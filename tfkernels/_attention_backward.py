@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tfkernels._attention_forward import LOG2E, batch_stride, core, dot_precision, load_rows, row_bounds, rows_contiguous, tanh
-from tfkernels._attention_tiles import FAR, next_run, tile_bounds
+from tfkernels._attention_tiles import FAR, alive, next_run, tile_bounds, walks_runs
 from tfkernels._launch import Config, lookup
 
 DQ_CONFIGS = {  # (architecture, bytes per element, padded head dim)
@@ -28,6 +28,7 @@ DQ_CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (100, 2, 128): Config(64, 64, 8, 2), (100, 2, 256): Config(64, 32, 8, 2),
     (100, 4, 32): Config(32, 32, 4, 2), (100, 4, 64): Config(32, 16, 4, 2),
     (100, 4, 128): Config(16, 16, 4, 2), (100, 4, 256): Config(16, 16, 4, 1),
+    (80, 2, 128, "heavy"): Config(64, 32, 8, 2), (90, 2, 128, "heavy"): Config(128, 32, 8, 2), (90, 4, 256, "heavy"): Config(16, 16, 4, 1),
 }
 DKV_CONFIGS = {
     (80, 2, 32): Config(32, 128, 8, 3), (80, 2, 64): Config(16, 128, 8, 2),
@@ -42,7 +43,7 @@ DKV_CONFIGS = {
     (100, 2, 128): Config(16, 128, 8, 2), (100, 2, 256): Config(16, 64, 8, 2),
     (100, 4, 32): Config(16, 32, 8, 2), (100, 4, 64): Config(16, 16, 8, 2),
     (100, 4, 128): Config(16, 16, 4, 1), (100, 4, 256): Config(16, 16, 16, 1),
-    (90, 2, 128, "heavy"): Config(16, 128, 8, 2),  # 32x128 spills 8 bytes
+    (90, 2, 128, "heavy"): Config(16, 128, 8, 2), (80, 4, 128, "heavy"): Config(16, 16, 4, 1), (80, 4, 256, "heavy"): Config(16, 16, 8, 1),
 }
 DELTA_ROWS = 16
 
@@ -73,31 +74,39 @@ def _load_lse(lse_ptr, rows, sq):
 
 
 @triton.jit
-def _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, start, stop, rows, lo, hi, query_lo_ptr, query_hi_ptr, sk, scale, softcap,
+def _dq_tile(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi, query_lo_ptr, query_hi_ptr, sk, scale, softcap,
              HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_COLUMNS: tl.constexpr,
              SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     offs_n = tl.arange(0, BLOCK_N)
+    k = load_rows(k_ptr, n, offs_n, stride_ks, sk, HEAD_DIM, D, MASKED)
+    v = load_rows(v_ptr, n, offs_n, stride_vs, sk, HEAD_DIM, D, MASKED)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if SOFTCAP:
+        bent = tanh(s * (scale / softcap))
+        p = tl.exp2(bent * (softcap * LOG2E) - lse[:, None])
+    else:
+        p = tl.exp2(s * (scale * LOG2E) - lse[:, None])
+    ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+    if SOFTCAP:
+        ds *= 1 - bent * bent
+    if MASKED:
+        cols = n + offs_n
+        visible = (cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None])
+        if CHECK_COLUMNS:
+            since = tl.load(query_lo_ptr + cols, mask=cols < sk, other=FAR)
+            until = tl.load(query_hi_ptr + cols, mask=cols < sk, other=0)
+            visible &= (since[None, :] <= rows[:, None]) & (rows[:, None] < until[None, :])
+        ds = tl.where(visible, ds, 0.0)
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, start, stop, rows, lo, hi, query_lo_ptr, query_hi_ptr, sk, scale, softcap,
+             HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_COLUMNS: tl.constexpr,
+             SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     for n in range(start, stop, BLOCK_N):
-        k = load_rows(k_ptr, n, offs_n, stride_ks, sk, HEAD_DIM, D, MASKED)
-        v = load_rows(v_ptr, n, offs_n, stride_vs, sk, HEAD_DIM, D, MASKED)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if SOFTCAP:
-            bent = tanh(s * (scale / softcap))
-            p = tl.exp2(bent * (softcap * LOG2E) - lse[:, None])
-        else:
-            p = tl.exp2(s * (scale * LOG2E) - lse[:, None])
-        ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-        if SOFTCAP:
-            ds *= 1 - bent * bent
-        if MASKED:
-            cols = n + offs_n
-            visible = (cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None])
-            if CHECK_COLUMNS:
-                since = tl.load(query_lo_ptr + cols, mask=cols < sk, other=FAR)
-                until = tl.load(query_hi_ptr + cols, mask=cols < sk, other=0)
-                visible &= (since[None, :] <= rows[:, None]) & (rows[:, None] < until[None, :])
-            ds = tl.where(visible, ds, 0.0)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        dq = _dq_tile(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi, query_lo_ptr, query_hi_ptr, sk, scale, softcap,
+                      HEAD_DIM, D, BLOCK_N, MASKED, CHECK_COLUMNS, SOFTCAP, PRECISION)
     return dq
 
 
@@ -128,14 +137,20 @@ def _attention_bwd_dq(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr,
     if CHECK_COLUMNS:
         tiles_n = tl.cdiv(sk, BLOCK_N)
         bounds_ptr += 4 * tiles_n * b * (stride_mask_columns > 0)
+        start, end = start_m + offset, tl.minimum(start_m + BLOCK_M, sq) + offset
         at, stop = first // BLOCK_N, tl.cdiv(last, BLOCK_N)
-        while at < stop:
-            partial, full, at = next_run(bounds_ptr, at, stop, tiles_n, start_m + offset, tl.minimum(start_m + BLOCK_M, sq) + offset,
-                                         core_first, core_last, BLOCK_N)
-            dq = _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, partial * BLOCK_N, full * BLOCK_N, rows + offset, lo, hi,
-                          query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP, PRECISION)
-            dq = _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, full * BLOCK_N, at * BLOCK_N, rows + offset, lo, hi,
-                          query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N, False, False, SOFTCAP, PRECISION)
+        if walks_runs(D, 128, q_ptr.dtype.element_ty):
+            while at < stop:
+                partial, full, at = next_run(bounds_ptr, at, stop, tiles_n, start, end, core_first, core_last, BLOCK_N)
+                dq = _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, partial * BLOCK_N, full * BLOCK_N, rows + offset, lo, hi,
+                              query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP, PRECISION)
+                dq = _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, full * BLOCK_N, at * BLOCK_N, rows + offset, lo, hi,
+                              query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N, False, False, SOFTCAP, PRECISION)
+        else:
+            for tile in range(at, stop):
+                if alive(bounds_ptr, tile, tiles_n, start, end):
+                    dq = _dq_tile(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, tile * BLOCK_N, rows + offset, lo, hi,
+                                  query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP, PRECISION)
     else:
         core_start, core_stop = core(first, core_first, core_last, last, BLOCK_N)
         dq = _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, first, core_start, rows + offset, lo, hi, query_lo_ptr, query_hi_ptr,
@@ -157,35 +172,44 @@ def _query_bounds(query_lo_ptr, query_hi_ptr, cols, offset, sq, sk):
 
 
 @triton.jit
+def _dkv_tile(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, stride_qs, stride_os, m, compare, cols, sq, sk,
+              offset, scale, softcap, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, CHECK_ROWS: tl.constexpr,
+              SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    offs_m = tl.arange(0, BLOCK_M)
+    rows = m + offs_m
+    q = load_rows(q_ptr, m, offs_m, stride_qs, sq, HEAD_DIM, D, True)
+    dout = load_rows(dout_ptr, m, offs_m, stride_os, sq, HEAD_DIM, D, True)
+    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    lse = _load_lse(lse_ptr, rows, sq)
+    if SOFTCAP:
+        bent = tanh(s * (scale / softcap))
+        p = tl.exp2(bent * (softcap * LOG2E) - lse[None, :])
+    else:
+        p = tl.exp2(s * (scale * LOG2E) - lse[None, :])
+    if compare:
+        since, until = _query_bounds(query_lo_ptr, query_hi_ptr, cols, offset, sq, sk)
+        visible = (since[:, None] <= rows[None, :]) & (rows[None, :] < until[:, None])
+        if CHECK_ROWS:
+            lo = tl.load(lo_ptr + rows, mask=rows < sq, other=0)
+            hi = tl.load(hi_ptr + rows, mask=rows < sq, other=0)
+            visible &= (cols[:, None] >= lo[None, :]) & (cols[:, None] < hi[None, :])
+        p = tl.where(visible, p, 0.0)
+    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+    delta = tl.load(delta_ptr + rows, mask=rows < sq, other=0.0)
+    ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
+    if SOFTCAP:
+        ds *= 1 - bent * bent
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
 def _dkv_step(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, stride_qs, stride_os, first, core_start,
               core_stop, last, cols, sq, sk, offset, scale, softcap, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, CHECK_ROWS: tl.constexpr,
               SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    offs_m = tl.arange(0, BLOCK_M)
     for m in tl.range(first, last, BLOCK_M, disable_licm=True):
-        rows = m + offs_m
-        q = load_rows(q_ptr, m, offs_m, stride_qs, sq, HEAD_DIM, D, True)
-        dout = load_rows(dout_ptr, m, offs_m, stride_os, sq, HEAD_DIM, D, True)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        lse = _load_lse(lse_ptr, rows, sq)
-        if SOFTCAP:
-            bent = tanh(s * (scale / softcap))
-            p = tl.exp2(bent * (softcap * LOG2E) - lse[None, :])
-        else:
-            p = tl.exp2(s * (scale * LOG2E) - lse[None, :])
-        if (m < core_start) | (m >= core_stop):
-            since, until = _query_bounds(query_lo_ptr, query_hi_ptr, cols, offset, sq, sk)
-            visible = (since[:, None] <= rows[None, :]) & (rows[None, :] < until[:, None])
-            if CHECK_ROWS:
-                lo = tl.load(lo_ptr + rows, mask=rows < sq, other=0)
-                hi = tl.load(hi_ptr + rows, mask=rows < sq, other=0)
-                visible &= (cols[:, None] >= lo[None, :]) & (cols[:, None] < hi[None, :])
-            p = tl.where(visible, p, 0.0)
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        delta = tl.load(delta_ptr + rows, mask=rows < sq, other=0.0)
-        ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
-        if SOFTCAP:
-            ds *= 1 - bent * bent
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        dk, dv = _dkv_tile(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, stride_qs, stride_os, m,
+                           (m < core_start) | (m >= core_stop), cols, sq, sk, offset, scale, softcap, HEAD_DIM, D, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION)
     return dk, dv
 
 
@@ -224,12 +248,19 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
         q_head, dout_head = q_ptr + b * stride_qb + head * stride_qh, dout_ptr + b * stride_ob + head * stride_oh
         lse_head, delta_head = lse_ptr + (b * kv_heads * group + head) * sq, delta_ptr + (b * kv_heads * group + head) * sq
         if CHECK_ROWS:
-            at, stop = first // BLOCK_M, tl.cdiv(last, BLOCK_M)
-            while at < stop:
-                partial, full, at = next_run(bounds_ptr, at, stop, tiles_m, start_n, tl.minimum(start_n + BLOCK_N, sk), core_first, core_last, BLOCK_M)
-                dk, dv = _dkv_step(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr,
-                                   stride_qs, stride_os, partial * BLOCK_M, full * BLOCK_M, at * BLOCK_M, at * BLOCK_M, cols, sq, sk, offset,
-                                   scale, softcap, HEAD_DIM, D, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION)
+            at, stop, end = first // BLOCK_M, tl.cdiv(last, BLOCK_M), tl.minimum(start_n + BLOCK_N, sk)
+            if walks_runs(D, 64, q_ptr.dtype.element_ty):
+                while at < stop:
+                    partial, full, at = next_run(bounds_ptr, at, stop, tiles_m, start_n, end, core_first, core_last, BLOCK_M)
+                    dk, dv = _dkv_step(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr,
+                                       stride_qs, stride_os, partial * BLOCK_M, full * BLOCK_M, at * BLOCK_M, at * BLOCK_M, cols, sq, sk, offset,
+                                       scale, softcap, HEAD_DIM, D, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION)
+            else:
+                for tile in tl.range(at, stop, disable_licm=True):
+                    if alive(bounds_ptr, tile, tiles_m, start_n, end):
+                        dk, dv = _dkv_tile(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr,
+                                           stride_qs, stride_os, tile * BLOCK_M, True, cols, sq, sk, offset, scale, softcap,
+                                           HEAD_DIM, D, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION)
         else:
             dk, dv = _dkv_step(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr,
                                stride_qs, stride_os, first, core_start, core_stop, last, cols, sq, sk, offset,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._attention_tiles import FAR, next_run, tile_bounds
+from tfkernels._attention_tiles import FAR, alive, next_run, tile_bounds, walks_runs
 from tfkernels._launch import Config, lookup
 
 CONFIGS = {  # (architecture, bytes per element, padded head dim)
@@ -29,6 +29,9 @@ CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (100, 2, 128): Config(128, 64, 8, 2), (100, 2, 256): Config(128, 32, 8, 2),
     (100, 4, 32): Config(64, 32, 4, 2), (100, 4, 64): Config(32, 32, 8, 2),
     (100, 4, 128): Config(32, 16, 8, 2), (100, 4, 256): Config(16, 16, 4, 2),
+    (80, 4, 32, "heavy"): Config(64, 16, 4, 2), (80, 4, 256, "heavy"): Config(16, 16, 8, 2),
+    (100, 2, 32, "heavy"): Config(128, 64, 8, 3), (100, 2, 64, "heavy"): Config(128, 64, 8, 3),
+    (100, 2, 128, "heavy"): Config(128, 32, 8, 3), (100, 2, 256, "heavy"): Config(64, 32, 8, 2),
 }
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -97,24 +100,33 @@ def softmax_step(s, total, peak, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, start, stop, rows, lo, hi, query_lo_ptr, query_hi_ptr, sk, scale, softcap,
+def _forward_tile(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi, query_lo_ptr, query_hi_ptr, sk, scale, softcap,
                   HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_COLUMNS: tl.constexpr,
                   SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     offs_n = tl.arange(0, BLOCK_N)
+    k = load_rows(k_ptr, n, offs_n, stride_ks, sk, HEAD_DIM, D, MASKED)
+    s = base2_scores(q, k, scale, softcap, SOFTCAP, PRECISION)
+    if MASKED:
+        cols = n + offs_n
+        visible = (cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None])
+        if CHECK_COLUMNS:
+            since = tl.load(query_lo_ptr + cols, mask=cols < sk, other=FAR)
+            until = tl.load(query_hi_ptr + cols, mask=cols < sk, other=0)
+            visible &= (since[None, :] <= rows[:, None]) & (rows[:, None] < until[None, :])
+        s = tl.where(visible, s, float("-inf"))
+    p, shrink, total, peak = softmax_step(s, total, peak, MASKED)
+    v = load_rows(v_ptr, n, offs_n, stride_vs, sk, HEAD_DIM, D, MASKED)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return acc, total, peak
+
+
+@triton.jit
+def _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, start, stop, rows, lo, hi, query_lo_ptr, query_hi_ptr, sk, scale, softcap,
+                  HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_COLUMNS: tl.constexpr,
+                  SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     for n in range(start, stop, BLOCK_N):
-        k = load_rows(k_ptr, n, offs_n, stride_ks, sk, HEAD_DIM, D, MASKED)
-        s = base2_scores(q, k, scale, softcap, SOFTCAP, PRECISION)
-        if MASKED:
-            cols = n + offs_n
-            visible = (cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None])
-            if CHECK_COLUMNS:
-                since = tl.load(query_lo_ptr + cols, mask=cols < sk, other=FAR)
-                until = tl.load(query_hi_ptr + cols, mask=cols < sk, other=0)
-                visible &= (since[None, :] <= rows[:, None]) & (rows[:, None] < until[None, :])
-            s = tl.where(visible, s, float("-inf"))
-        p, shrink, total, peak = softmax_step(s, total, peak, MASKED)
-        v = load_rows(v_ptr, n, offs_n, stride_vs, sk, HEAD_DIM, D, MASKED)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        acc, total, peak = _forward_tile(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi, query_lo_ptr, query_hi_ptr, sk, scale,
+                                         softcap, HEAD_DIM, D, BLOCK_N, MASKED, CHECK_COLUMNS, SOFTCAP, PRECISION)
     return acc, total, peak
 
 
@@ -145,14 +157,22 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_p
     if CHECK_COLUMNS:
         tiles_n = tl.cdiv(sk, BLOCK_N)
         bounds_ptr += 4 * tiles_n * b * (stride_mask_columns > 0)
+        start, end = start_m + offset, tl.minimum(start_m + BLOCK_M, sq) + offset
         at, stop = first // BLOCK_N, tl.cdiv(last, BLOCK_N)
-        while at < stop:
-            partial, full, at = next_run(bounds_ptr, at, stop, tiles_n, start_m + offset, tl.minimum(start_m + BLOCK_M, sq) + offset,
-                                         core_first, core_last, BLOCK_N)
-            acc, total, peak = _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, partial * BLOCK_N, full * BLOCK_N, rows + offset, lo, hi,
-                                             query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP, PRECISION)
-            acc, total, peak = _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, full * BLOCK_N, at * BLOCK_N, rows + offset, lo, hi,
-                                             query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N, False, False, SOFTCAP, PRECISION)
+        if walks_runs(D, 128, q_ptr.dtype.element_ty):
+            while at < stop:
+                partial, full, at = next_run(bounds_ptr, at, stop, tiles_n, start, end, core_first, core_last, BLOCK_N)
+                acc, total, peak = _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, partial * BLOCK_N, full * BLOCK_N,
+                                                 rows + offset, lo, hi, query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N,
+                                                 True, True, SOFTCAP, PRECISION)
+                acc, total, peak = _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, full * BLOCK_N, at * BLOCK_N,
+                                                 rows + offset, lo, hi, query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N,
+                                                 False, False, SOFTCAP, PRECISION)
+        else:
+            for tile in range(at, stop):
+                if alive(bounds_ptr, tile, tiles_n, start, end):
+                    acc, total, peak = _forward_tile(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, tile * BLOCK_N, rows + offset, lo, hi,
+                                                     query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP, PRECISION)
     else:
         core_start, core_stop = core(first, core_first, core_last, last, BLOCK_N)
         acc, total, peak = _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, first, core_start, rows + offset, lo, hi,

@@ -4,7 +4,8 @@ Where one side of the mask does not tell it alone (hidden copies, shared prefixe
 range may still be dead (no pair visible), full (every pair visible) or partial. Four integers a tile of the other side decide:
 [min low, max low, min high, max high], empty items left out of the outer two and counted against the inner two. A program
 looks at WINDOW tiles at a time and takes the next partial ones and the full ones behind them as one run, so that the inner
-loops stay plain and pipelined, and the full ones compare nothing.
+loops stay plain and pipelined, and the full ones compare nothing. Where a loop within that loop would spill (float32, large head
+dims), it goes tile by tile, passes over the dead and compares in all others.
 """
 import torch
 import triton
@@ -39,6 +40,18 @@ def tile_bounds(low: Tensor, high: Tensor, size: int) -> Tensor:
     bounds = torch.empty(batch, 4, tiles, dtype=torch.int32, device=low.device)
     _tile_bounds[(triton.cdiv(tiles, TILES), batch)](low, high, bounds, low.stride(0), length, tiles, SIZE=size, TILES=TILES, num_warps=4)
     return bounds
+
+
+@triton.constexpr_function
+def walks_runs(head_dim, largest, dtype):
+    """Whether a kernel takes tiles run by run, up to the head dim `largest` that does not make it spill, or one by one."""
+    return head_dim <= largest and dtype.primitive_bitwidth == 16
+
+
+@triton.jit
+def alive(bounds_ptr, tile, tiles, start, end):
+    """Whether some pair of `tile` and the items [start, end) may be visible."""
+    return (tl.load(bounds_ptr + tile) < end) & (tl.load(bounds_ptr + 3 * tiles + tile) > start)
 
 
 @triton.jit

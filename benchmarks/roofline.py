@@ -1,0 +1,112 @@
+"""What an H100 allows the attention kernels, computed before anything is measured: cycles per tile, then TFLOP/s per shape.
+
+    python -m benchmarks.roofline
+
+One multiprocessor (sm_90) gives 4096 bf16 operations a cycle on its tensor cores, 128 bytes a cycle from shared memory, 16
+exponentials and 128 other float32 operations; 132 of them at 1.83 GHz are the data sheet's 989 TFLOP/s. A wgmma of 64 x n x 16
+takes n / 2 cycles, and no fewer than its operands take to leave shared memory: 2 kB for A unless that is in registers, 32 n bytes for B.
+Two figures bracket a kernel: `apart`, where products, exponentials and the rest wait for each other, and `together`, where the slowest
+of the three hides the others. Programs are dealt to the multiprocessors in launch order, so that short sequences pay for the last wave.
+"""
+import heapq
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.batches import packed_batch
+from tfkernels import TransfusionMask
+from tfkernels._attention_backward import DKV_CONFIGS, DQ_CONFIGS
+from tfkernels._attention_forward import CONFIGS
+
+PROCESSORS, GHZ = 132, 1.83
+TENSOR, SHARED, EXPONENTIALS, OTHERS = 4096, 128, 16, 128  # per cycle
+START_CYCLES = 2500  # a program's launch, first loads and stores: a guess to be replaced by a measurement
+LENGTHS, HEADS = (1024, 2048, 4096, 8192, 16384, 32768), 16
+
+
+class Product(NamedTuple):
+    """A tile's matrix product, (m, k) x (k, n); the first operand comes from shared memory or from registers."""
+
+    m: int
+    n: int
+    k: int
+    shared: bool
+
+    def cycles(self) -> float:
+        """Cycles on one multiprocessor."""
+        one = max(2 * 64 * self.n * 16 / TENSOR, (2048 * self.shared + 32 * self.n) / SHARED)
+        return max(1, self.m / 64) * self.k / 16 * one
+
+
+class Kernel(NamedTuple):
+    """A kernel's tile of m queries by n keys, its products, and its other operations for each pair of a query and a key."""
+
+    m: int
+    n: int
+    products: list[Product]
+    others: float
+
+    def cycles(self) -> tuple[float, float]:
+        """Cycles of one tile: apart, together."""
+        pairs = self.m * self.n
+        parts = sum(p.cycles() for p in self.products), pairs / EXPONENTIALS, pairs * self.others / OTHERS
+        return sum(parts), max(parts)
+
+
+def kernels(dim: int) -> dict[str, Kernel]:
+    """The three kernels with the launch tables' sm_90 tiles for bf16 and a head dim."""
+    f, q, k = (table[90, 2, dim] for table in (CONFIGS, DQ_CONFIGS, DKV_CONFIGS))
+    return {
+        "forward": Kernel(f.block_m, f.block_n, [Product(f.block_m, f.block_n, dim, True), Product(f.block_m, dim, f.block_n, False)], 5),
+        "dq": Kernel(q.block_m, q.block_n, [Product(q.block_m, q.block_n, dim, True)] * 2 + [Product(q.block_m, dim, q.block_n, False)], 6),
+        "dkv": Kernel(k.block_m, k.block_n, [Product(k.block_n, k.block_m, dim, True)] * 2 + [Product(k.block_n, dim, k.block_m, False)] * 2, 6),
+    }
+
+
+def tiles(low: torch.Tensor, high: torch.Tensor, size: int, step: int) -> list[int]:
+    """How many tiles of `step` each program of `size` rows (or keys) visits, from a mask's (1, S) intervals."""
+    low, high = (torch.nn.functional.pad(x, (0, -x.shape[1] % size), value=fill).view(-1, size) for x, fill in ((low, 2**31 - 1), (high, 0)))
+    return (-(-(high.amax(1) - low.amin(1)).clamp(min=0) // step)).tolist()
+
+
+def makespan(programs: list[int], tile_cycles: float, copies: int) -> float:
+    """Milliseconds until the last of `copies` x programs (longest first, one a multiprocessor) is done."""
+    free = [0.0] * PROCESSORS
+    for count in sorted(programs, reverse=True):
+        for _ in range(copies):
+            heapq.heapreplace(free, free[0] + count * tile_cycles + START_CYCLES)
+    return max(free) / GHZ / 1e6
+
+
+def predict(seq_len: int, dim: int) -> dict[str, tuple[float, float]]:
+    """TFLOP/s over visible pairs (apart, together) of forward and backward on a packed batch of one row and 16 heads."""
+    batch = packed_batch(seq_len, 256)
+    mask = TransfusionMask.from_spans(batch.spans, seq_len, documents=batch.documents)
+    chosen, area = kernels(dim), mask.area().item()
+    rows, keys = (mask.lo, mask.hi), (mask.query_lo, mask.query_hi)
+    visits = {"forward": tiles(*rows, chosen["forward"].m, chosen["forward"].n), "dq": tiles(*rows, chosen["dq"].m, chosen["dq"].n),
+              "dkv": tiles(*keys, chosen["dkv"].n, chosen["dkv"].m)}
+    times = {name: [makespan(visits[name], cycles, HEADS) for cycles in kernel.cycles()] for name, kernel in chosen.items()}
+    work = 4 * area * HEADS * dim / 1e9
+    forward = tuple(work / t for t in times["forward"])
+    return {"forward": forward, "backward": tuple(2.5 * work / (a + b) for a, b in zip(times["dq"], times["dkv"]))}
+
+
+def main() -> None:
+    """Print both tables."""
+    print("| D | kernel | tile | products | exponentials | others | cycles a tile: apart, together | tensor cores busy: apart, together |\n|" + "---|" * 8)
+    for dim in (64, 128):
+        for name, kernel in kernels(dim).items():
+            apart, together = kernel.cycles()
+            pairs, least = kernel.m * kernel.n, sum(2 * p.m * p.n * p.k for p in kernel.products) / TENSOR
+            print(f"| {dim} | {name} | {kernel.m}x{kernel.n} | {sum(p.cycles() for p in kernel.products):.0f} | {pairs / EXPONENTIALS:.0f} | "
+                  f"{pairs * kernel.others / OTHERS:.0f} | {apart:.0f}, {together:.0f} | {least / apart:.0%}, {least / together:.0%} |")
+    print("\n| D | tokens | forward TFLOP/s: apart, together | backward |\n|---|---|---|---|")
+    for dim in (64, 128):
+        for seq_len in LENGTHS:
+            rates = predict(seq_len, dim)
+            print(f"| {dim} | {seq_len} | " + " | ".join(f"{a:.0f}, {b:.0f}" for a, b in rates.values()) + " |")
+
+
+if __name__ == "__main__":
+    main()
