@@ -1,7 +1,6 @@
 """Every row of the launch tables, compiled for its architecture without a GPU: no spills, shared memory within the card's limit.
 
-`python -m tests.tfkernels.test_resources` prints the table of docs/resources.md, with rare variants that the tests leave out for time,
-and exits with 1 where one spills. Rows are compiled by two processes ahead of the tests
+`python -m tests.tfkernels.test_resources` prints the table of docs/resources.md, with rare variants that the tests leave out for time. Rows are compiled by two processes ahead of the tests
 that ask for them; Triton's own cache makes a second run quick.
 """
 import multiprocessing
@@ -129,4 +128,4 @@ if __name__ == "__main__":
             multiplies = ", ".join(f"{count} {name}" for name, count in found.tensor_core.items()) or "-"
             print(f"| {row.architecture} | {row.element_size} | {row.head_dim} | {kernel} | {tile} | {c.num_warps} | {c.num_stages} | "
                   f"{found.registers} | {found.stack_bytes} | {found.shared_bytes / 1024:.1f} | {multiplies} |", flush=True)
-    raise SystemExit(failures > 0)
+    print(f"\n{failures} of {len(rows)} rows spill or exceed shared memory.")
