@@ -29,7 +29,9 @@ CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (100, 2, 128): Config(128, 64, 8, 2), (100, 2, 256): Config(128, 32, 8, 2),
     (100, 4, 32): Config(64, 32, 4, 2), (100, 4, 64): Config(32, 32, 8, 2),
     (100, 4, 128): Config(32, 16, 8, 2), (100, 4, 256): Config(16, 16, 4, 2),
-    (80, 4, 256, "heavy"): Config(16, 16, 8, 2), (90, 4, 64, "heavy"): Config(32, 16, 4, 2), (100, 4, 64, "heavy"): Config(32, 16, 4, 2),
+    (80, 2, 64, "heavy"): Config(128, 32, 8, 3), (80, 2, 128, "heavy"): Config(64, 32, 8, 2), (80, 4, 256, "heavy"): Config(16, 16, 8, 2),
+    (90, 2, 64, "heavy"): Config(128, 64, 8, 3), (90, 2, 128, "heavy"): Config(128, 32, 8, 3), (90, 2, 256, "heavy"): Config(128, 16, 8, 2),
+    (90, 4, 64, "heavy"): Config(32, 16, 4, 2), (90, 4, 256, "heavy"): Config(16, 16, 8, 2), (100, 4, 64, "heavy"): Config(32, 16, 4, 2),
     (100, 2, 32, "heavy"): Config(128, 64, 8, 3), (100, 2, 64, "heavy"): Config(128, 64, 8, 3),
     (100, 2, 128, "heavy"): Config(128, 32, 8, 3), (100, 2, 256, "heavy"): Config(64, 32, 8, 2),
 }

@@ -10,6 +10,7 @@ from tests.conftest import DEVICE, DTYPES
 from tfkernels import TransfusionMask, attention, attention_reference, attention_with_lse
 from tfkernels._attention_forward import dot_precision
 from tfkernels._library import INTERPRET
+from tfkernels.mask import recipes
 
 
 def random_inputs(batch, heads, kv_heads, sq, sk, dim, seed=0):
@@ -88,12 +89,14 @@ def test_sliding_window_keeps_images_whole(window):
     check(random_inputs(2, 2, 2, 100, 100, 32), mask, torch.float32)
 
 
-def test_hidden_spans_are_seen_by_themselves_only():
+@pytest.mark.parametrize("dtype", DTYPES)  # float32 goes tile by tile, half precision run by run
+def test_hidden_spans_are_seen_by_themselves_only(dtype):
     mask = TransfusionMask.from_spans([[(5, 25), (30, 60)], [(0, 40)]], 100, hidden=[[(5, 25)], [(0, 40), (80, 90)]], device=DEVICE)
-    check(random_inputs(2, 2, 1, 100, 100, 32), mask, torch.float32)
+    check(random_inputs(2, 2, 1, 100, 100, 32), mask, dtype)
 
 
-def test_general_intervals_that_neither_side_tells_alone():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_general_intervals_that_neither_side_tells_alone(dtype):
     generator = torch.Generator().manual_seed(3)
     lo, hi = torch.randint(0, 50, (2, 70), generator=generator), torch.randint(0, 70, (2, 70), generator=generator)
     since, until = torch.randint(0, 50, (2, 70), generator=generator), torch.randint(0, 70, (2, 70), generator=generator)
@@ -101,7 +104,55 @@ def test_general_intervals_that_neither_side_tells_alone():
     rows, keys = torch.arange(70)[:, None], torch.arange(70)
     dense = (lo[..., None] <= keys) & (keys < hi[..., None]) & (since[:, None] <= rows) & (rows < until[:, None])
     assert torch.equal(mask.dense()[:, 0].cpu(), dense)
-    check(random_inputs(2, 2, 1, 70, 70, 32), mask, torch.float32)
+    check(random_inputs(2, 2, 1, 70, 70, 32), mask, dtype)
+
+
+RECIPES = {
+    "block diffusion": lambda: recipes.block_diffusion(24, 3, device=DEVICE),
+    "block diffusion in halves": lambda: recipes.block_diffusion_halves(24, 3, device=DEVICE),
+    "image before its prompt": lambda: recipes.image_before_prompt(torch.tensor([[50, 90]], device=DEVICE), 130),
+    "shared prefix": lambda: recipes.shared_prefix([[(40, 70), (70, 105), (105, 130)]], 130, device=DEVICE),
+    "attention sinks": lambda: recipes.attention_sinks(3, 40, 130, device=DEVICE),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", RECIPES)
+def test_masks_with_holes_follow_the_reference(name, dtype):
+    mask = RECIPES[name]()
+    check(random_inputs(1, 2, 1, mask.query_len, mask.key_len, 32), mask, dtype)
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and not INTERPRET, reason="the CPU implementation visits one run of keys for each block of queries")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_tiles_that_nobody_sees_are_never_read(dtype):
+    """NaN in the keys and values of hidden images, whose tiles are dead to later queries: one that was read would show."""
+    mask = TransfusionMask.from_spans([[(128, 256), (256, 384)]], 480, hidden=[[(128, 256)]], device=DEVICE).queries(384, 480)
+    q, k, v, dout = (x.to(DEVICE, dtype) for x in random_inputs(1, 1, 1, 96, 480, 16)[:4])
+    k, v = (x[:, :, :480].clone() for x in (k, v))
+    seen = torch.ones(480, dtype=torch.bool, device=DEVICE)
+    seen[128:256] = False
+    k[:, :, ~seen], v[:, :, ~seen] = torch.nan, torch.nan
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = attention(*inputs, mask)
+    grads = torch.autograd.grad(out, inputs, dout)
+    short = TransfusionMask.causal(352, device=DEVICE).queries(256, 352)
+    few = [x.detach().double().requires_grad_() for x in (q, k[:, :, seen], v[:, :, seen])]
+    expected = attention_reference(*few, short).out
+    wanted = torch.autograd.grad(expected, few, dout.double())
+    tolerance = dict(rtol=0, atol=2e-2 if dtype == torch.float16 else 1e-5)
+    torch.testing.assert_close(out.double(), expected, **tolerance)
+    for ours, theirs in zip(grads, (wanted[0], *wanted[1:])):
+        torch.testing.assert_close((ours if ours.shape == theirs.shape else ours[:, :, seen]).double(), theirs, **tolerance)
+
+
+def test_more_tiles_than_a_program_looks_at_together():
+    """Dead, partial and full tiles in turn over a longer row than one look of `next_run`, queries in its middle and behind them."""
+    seq_len = 1200 if INTERPRET else 9000
+    spans = [[(at, at + 40) for at in range(10, seq_len - 50, 70)]]
+    mask = TransfusionMask.from_spans(spans, seq_len, hidden=[spans[0][::2]], device=DEVICE)
+    for start, stop in ((seq_len // 2, seq_len // 2 + 40), (seq_len - 60, seq_len)):
+        check(random_inputs(1, 1, 1, stop - start, seq_len, 16), mask.queries(start, stop), torch.float16)
 
 
 @given(st.data())
