@@ -3,6 +3,7 @@
 Each step draws documents, noises their images and takes one AdamW step on text loss + lambda * diffusion loss. Documents, times
 and noise of a step depend on (seed, step) alone, so a resumed run gives the losses of one that never stopped. Ctrl-C saves.
 """
+import contextlib
 import dataclasses
 import json
 import math
@@ -139,6 +140,14 @@ def learning_rate(step: int, optim: OptimSettings) -> float:
     return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def build_optimizer(model: Transfusion, optim: OptimSettings) -> torch.optim.AdamW:
+    """AdamW whose weight decay reaches matrices only."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+                             lr=optim.lr, betas=optim.betas, fused=True)
+
+
 def train(config: TrainConfig) -> Path:
     """Run `config` to its end, to `stop_after` or to Ctrl-C; return the directory with the checkpoint."""
     # data and model
@@ -149,51 +158,46 @@ def train(config: TrainConfig) -> Path:
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema))
 
     # optimizer
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-                                  lr=config.optim.lr, betas=config.optim.betas, fused=True)
+    optimizer = build_optimizer(model, config.optim)
     start = _restore(config, model, averaged, optimizer) if config.resume else 0
 
     # loop
     config.out.mkdir(parents=True, exist_ok=True)
-    log = (config.out / "log.jsonl").open("a" if start else "w")
-    stop, began, tokens = _Interrupt(), time.perf_counter(), 0
     progress = tqdm(range(start, config.optim.steps), initial=start, total=config.optim.steps, desc=f"train {config.out.name}", smoothing=0.05,
                     unit="step", dynamic_ncols=True)
-    step = start
-    for step in progress:
-        generator = step_generator(config.seed, step)
-        sequence, limit = draw_batch(dataset, config.data, model.tokenizer, model.config, config.optim.rows, config.optim.seq_len, generator)
-        times = sample_times(sequence.image_count, limit, generator).to(device)
-        noise = torch.randn(sequence.patches.shape, generator=generator).to(device)
-        sequence = sequence.to(device)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config.optim)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
-            output = model(sequence, times, noise)
-        output.loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        averaged.update_parameters(model)
+    began, tokens = time.perf_counter(), 0
+    with (config.out / "log.jsonl").open("a" if start else "w") as log, _Interrupt() as stop:
+        step = start
+        for step in progress:
+            generator = step_generator(config.seed, step)
+            sequence, limit = draw_batch(dataset, config.data, model.tokenizer, model.config, config.optim.rows, config.optim.seq_len, generator)
+            times = sample_times(sequence.image_count, limit, generator).to(device)
+            noise = torch.randn(sequence.patches.shape, generator=generator).to(device)
+            sequence = sequence.to(device)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config.optim)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
+                output = model(sequence, times, noise)
+            output.loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            averaged.update_parameters(model)
 
-        tokens += sequence.tokens.numel()
-        record = {"step": step, "loss": output.loss.item(), "text_loss": output.text_loss.item(), "diffusion_loss": output.diffusion_loss.item(),
-                  "grad_norm": norm.item(), "lr": learning_rate(step, config.optim), "seconds": time.perf_counter() - began}
-        if not math.isfinite(record["loss"]):
-            raise FloatingPointError(f"train: the loss of step {step} is {record['loss']}; the last save stands in {config.out}; lower --optim.lr")
-        log.write(json.dumps(record) + "\n")
-        progress.set_postfix(text=f"{record['text_loss']:.3f}", image=f"{record['diffusion_loss']:.3f}", tok_s=f"{tokens / record['seconds']:,.0f}")
-        last = step + 1 == config.optim.steps or stop.asked or step + 1 == config.stop_after
-        if last or (step + 1) % config.save_every == 0:
-            log.flush()
-            _save(config, model, averaged, optimizer, step + 1)
-        if last and step + 1 < config.optim.steps:
-            progress.close()
-            break
-    log.close()
-    stop.restore()
+            tokens += sequence.tokens.numel()
+            record = {"step": step, "loss": output.loss.item(), "text_loss": output.text_loss.item(), "diffusion_loss": output.diffusion_loss.item(),
+                      "grad_norm": norm.item(), "lr": learning_rate(step, config.optim), "seconds": time.perf_counter() - began}
+            if not math.isfinite(record["loss"]):
+                raise FloatingPointError(f"train: the loss of step {step} is {record['loss']}; the last save stands in {config.out}; lower --optim.lr")
+            log.write(json.dumps(record) + "\n")
+            progress.set_postfix(text=f"{record['text_loss']:.3f}", image=f"{record['diffusion_loss']:.3f}", tok_s=f"{tokens / record['seconds']:,.0f}")
+            last = step + 1 == config.optim.steps or stop.asked or step + 1 == config.stop_after
+            if last or (step + 1) % config.save_every == 0:
+                log.flush()
+                _save(config, model, averaged, optimizer, step + 1)
+            if last and step + 1 < config.optim.steps:
+                progress.close()
+                break
     if step + 1 < config.optim.steps:
         print(f"stopped after step {step + 1} of {config.optim.steps}, saved in {config.out}; add --resume to the same command to go on", file=sys.stderr)
     return config.out
@@ -202,19 +206,20 @@ def train(config: TrainConfig) -> Path:
 class _Interrupt:
     """The first Ctrl-C asks the loop to save and stop; a second one stops at once."""
 
-    def __init__(self):
-        self.asked = False
-        try:
+    asked = False
+    previous = None
+
+    def __enter__(self):
+        with contextlib.suppress(ValueError):  # not the main thread: leave signals alone
             self.previous = signal.signal(signal.SIGINT, self.ask)
-        except ValueError:  # not the main thread: leave signals alone
-            self.previous = None
+        return self
 
     def ask(self, *_):
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
 
-    def restore(self):
+    def __exit__(self, *_):
         if self.previous is not None:
             signal.signal(signal.SIGINT, self.previous)
 

@@ -66,6 +66,11 @@ def test_errs_at_most_twice_as_much_as_pytorch(dim, dtype):
     check(random_inputs(2, 2, 1, 100, 100, dim), transfusion_mask(), dtype)
 
 
+@pytest.mark.parametrize("dim", [16, 96, 192, 256])
+def test_any_head_dim_up_to_256_fits(dim):
+    check(random_inputs(1, 2, 1, 100, 100, dim), transfusion_mask(1), torch.float16)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads,kv_heads", [(1, 1), (2, 2), (4, 1), (6, 3)])
 def test_shares_key_heads_between_query_heads(heads, kv_heads, dtype):

@@ -35,6 +35,17 @@ def test_losses_fall(tmp_path, objective):
         assert mean(key, records[-5:]) < 0.9 * mean(key, records[:5])
 
 
+def test_a_run_that_breaks_leaves_ctrl_c_as_it_was(tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no batch")
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("transfusion.train.draw_batch", broken)
+    with pytest.raises(RuntimeError, match="no batch"):
+        train(small(tmp_path))
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_a_resumed_run_has_the_losses_and_weights_of_one_that_never_stopped(tmp_path):
     train(small(tmp_path / "whole"))
     train(small(tmp_path / "parts", stop_after=5))

@@ -1,0 +1,110 @@
+"""Time launch configurations of the attention kernels on this device and print the rows that win: the tables' offline tuner.
+
+    python -m benchmarks.tune --out DIR [--kernels fwd dq dkv] [--head-dims 64 128] [--lengths 1024 8192] [--seconds 500]
+
+Each candidate takes the place of its table's row and must give, to the accuracy rule, what the table's own row gave before it is timed
+against all others in interleaved rounds. Candidates that do not fit shared memory end as errors in the report. A row that wins goes into
+its table by hand, and from there through tests/tfkernels/test_resources.py: a tile that spills may be fast, and is looked at twice.
+"""
+import argparse
+import contextlib
+import itertools
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.attention import Case, checker, mask_builder, random_inputs
+from benchmarks.batches import packed_batch
+from benchmarks.harness import Contender, DeviceLost, Report, environment, measure
+from tfkernels import _attention_backward as backward
+from tfkernels import _attention_forward as forward
+from tfkernels import attention
+from tfkernels._launch import Config, architecture
+
+TABLES = {"fwd": forward.CONFIGS, "dq": backward.DQ_CONFIGS, "dkv": backward.DKV_CONFIGS}
+ROWS, WALKED = (64, 128), (16, 32, 64, 128)  # of the tile's own side, which the program holds; of the side it walks
+
+
+def candidates(kernel: str, head_dim: int) -> list[Config]:
+    """Every tile worth timing; dkv holds keys and walks queries, the others hold queries and walk keys."""
+    found = []
+    for held, walked, warps, stages in itertools.product(ROWS, WALKED, (4, 8), (2, 3, 4)):
+        if held * head_dim <= 64 * 32 * warps * 2 and walked * head_dim <= 128 * 128:  # accumulators of 64 registers and more spill by themselves
+            found.append(Config(walked, held, warps, stages) if kernel == "dkv" else Config(held, walked, warps, stages))
+    return found
+
+
+@contextlib.contextmanager
+def replaced(table: dict, key: tuple, config: Config):
+    """Put `config` into `table` for as long as the block runs."""
+    before = table[key]
+    table[key] = config
+    try:
+        yield
+    finally:
+        table[key] = before
+
+
+def contender(table: dict, key: tuple, config: Config, inputs, mask, check) -> Contender:
+    """The whole call with one row replaced, forward and backward as phases."""
+    q, k, v, dout = inputs
+
+    def run_forward(state):
+        with replaced(table, key, config):
+            state["out"] = attention(q, k, v, mask)
+
+    def run_backward(state):
+        with replaced(table, key, config):
+            state["grads"] = torch.autograd.grad(state["out"], (q, k, v), dout)
+
+    return Contender(str(tuple(config)), {"forward": run_forward, "backward": run_backward}, check)
+
+
+def tune(kernel: str, case: Case, key: tuple, report: Report, device: str, seconds: float, configs: list[Config]) -> None:
+    """Time `configs` for one kernel and shape; record a row each and print the fastest five beside the table's."""
+    batch, inputs = packed_batch(case.seq_len, case.image_tokens, device=device), random_inputs(case, device, torch.bfloat16)
+    mask = mask_builder(batch)()
+    own = TABLES[kernel][key]
+    check = checker(inputs, mask)(2.0)
+    chosen = [contender(TABLES[kernel], key, c, inputs, mask, check) for c in dict.fromkeys([own, *configs])]
+    phase = "forward" if kernel == "fwd" else "backward"
+    rows = [report.record({"kernel": kernel, **case._asdict(), "row": list(key)}, result) for result in measure(chosen, device=device, seconds=seconds)]
+    timed = sorted((row["milliseconds"][phase]["p50"], row["contender"]) for row in rows if row["milliseconds"])
+    print(f"{kernel} {key} {case.seq_len} tokens, table {tuple(own)}: " + ", ".join(f"{config} {ms:.4f} ms" for ms, config in timed[:5]), flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Tune the kernels asked for until they are done or `--seconds` are over."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--kernels", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--head-dims", nargs="+", type=int, choices=(32, 64, 128, 256), default=[128, 64])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 1024])
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no configuration after this many seconds")
+    parser.add_argument("--commit", help="the commit being measured, where there is no git")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("benchmarks.tune: no CUDA device; run it on a machine with one")
+        return 1
+    begin, status = time.monotonic(), 0
+    report = Report("tune", {"timing": "CUDA events, interleaved, L2 flushed before each phase"}, environment("cuda", options.commit))
+    for seq_len, dim, kernel in itertools.product(options.lengths, options.head_dims, options.kernels):
+        if time.monotonic() - begin > options.seconds:
+            report.notes.append(f"cut before {kernel} {dim} {seq_len}: the time was over")
+            break
+        try:
+            key = (architecture(torch.device("cuda", torch.cuda.current_device())), 2, dim)
+            tune(kernel, Case(seq_len, dim, 16, 16, 256), key, report, "cuda", 5.0, candidates(kernel, dim))
+        except DeviceLost as lost:
+            report.notes.append(f"stopped at {kernel} {dim} {seq_len}, the device was lost: {lost}")
+            status = 1
+            break
+        report.save(options.out / "tune.json")
+    report.save(options.out / "tune.json")
+    print("\n".join(report.notes))
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

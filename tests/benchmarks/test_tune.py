@@ -1,0 +1,46 @@
+"""The offline tuner: candidates fit, a table is as before after a trial, and what it reports was checked."""
+import pytest
+import torch
+
+from benchmarks import tune
+from benchmarks.attention import Case
+from benchmarks.harness import Report
+from tfkernels._launch import Config
+
+
+@pytest.mark.parametrize("kernel", tune.TABLES)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_candidates_are_distinct_tiles_of_powers_of_two_and_hold_what_the_table_holds(kernel, dim):
+    found = tune.candidates(kernel, dim)
+    assert len(set(found)) == len(found) > 5
+    held = "block_n" if kernel == "dkv" else "block_m"
+    assert {getattr(c, held) for c in found} <= set(tune.ROWS) and all(x & (x - 1) == 0 for c in found for x in c[:3])
+
+
+def test_a_row_is_replaced_for_one_block_only_even_where_it_fails():
+    table, key = {("a",): Config(1, 2, 3, 4)}, ("a",)
+    with pytest.raises(RuntimeError), tune.replaced(table, key, Config(5, 6, 7, 8)):
+        assert table[key] == Config(5, 6, 7, 8)
+        raise RuntimeError
+    assert table == {key: Config(1, 2, 3, 4)}
+
+
+def test_every_candidate_is_checked_and_timed(capsys, monkeypatch):
+    monkeypatch.setattr(tune, "random_inputs", lambda case, device, dtype: tune_inputs(case, device))
+    report, key = Report("tune", {}, {}), (90, 2, 64)
+    before = dict(tune.TABLES["fwd"])
+    tune.tune("fwd", Case(256, 16, 2, 1, 64), key, report, "cpu", 0.0, [Config(64, 32, 4, 2), before[key]])
+    assert [row["contender"] for row in report.rows] == [str(tuple(before[key])), "(64, 32, 4, 2)"]
+    assert all(row["checked"] and row["milliseconds"]["forward"]["p50"] > 0 for row in report.rows)
+    assert tune.TABLES["fwd"] == before and "fwd (90, 2, 64) 256 tokens" in capsys.readouterr().out
+
+
+def tune_inputs(case, device):
+    from benchmarks.attention import random_inputs
+    return random_inputs(case, device, torch.float32)
+
+
+def test_without_a_gpu_the_command_says_so(capsys, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("torch.cuda.is_available() is True: this is what a machine without one is told")
+    assert tune.main(["--out", str(tmp_path)]) == 1 and "no CUDA device" in capsys.readouterr().out
