@@ -19,6 +19,7 @@ from tfkernels._library import INTERPRET, register
 
 BLOCK = 16 if INTERPRET else 1024  # tokens of one program; small in the interpreter, so that short test sequences cross many edges
 SPANS = 8                          # spans compared at a time
+WARPS = 8                          # 4 spill on sm_90
 FAR = tl.constexpr(2**31 - 1)
 
 
@@ -121,7 +122,7 @@ def _intervals(spans: Tensor | None, types: Tensor | None, documents: Tensor | N
     _mask_intervals[(triton.cdiv(seq_len, BLOCK), batch)](
         images, images if documents is None else documents, images if hidden is None else hidden, out, 0 if spans is None else spans.shape[1],
         0 if hidden is None else hidden.shape[1], seq_len, window, *strides, batch * seq_len,
-        TYPES=types is not None, DOCUMENTS=documents is not None, HIDDEN=hidden is not None, WINDOW=window > 0, BLOCK=BLOCK, SPANS=SPANS, num_warps=4)
+        TYPES=types is not None, DOCUMENTS=documents is not None, HIDDEN=hidden is not None, WINDOW=window > 0, BLOCK=BLOCK, SPANS=SPANS, num_warps=WARPS)
     return out
 
 
