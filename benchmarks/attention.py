@@ -38,12 +38,15 @@ class Case(NamedTuple):
     heads: int
     kv_heads: int
     image_tokens: int
+    hidden: bool = False  # every other image is seen by itself only, as BAGEL's noised copies are
 
 
 def cases(quick: bool = False) -> list[Case]:
     """Every configuration, those of `quick` first: a run that is cut has measured the ones that matter most."""
     grid = [Case(s, d, h, k, n) for n in IMAGES for (h, k) in HEADS for d in reversed(HEAD_DIMS) for s in LENGTHS]
     first = [c for c in grid if c.image_tokens == 256 and c.seq_len in (1024, 4096, 16384) and (c.heads == c.kv_heads or c.head_dim == 128)]
+    first.append(Case(16384, 128, 16, 16, 256, hidden=True))
+    grid += [Case(s, d, 16, 16, 256, hidden=True) for d in reversed(HEAD_DIMS) for s in LENGTHS[1:]]
     return first if quick else first + [c for c in grid if c not in first]
 
 
@@ -70,7 +73,8 @@ def reference(inputs, mask: TransfusionMask, dtype: torch.dtype) -> tuple[Tensor
     for start in range(0, mask.query_len, block):
         part = mask.queries(start, min(start + block, mask.query_len))
         first, last = part.lo.min().item(), part.hi.max().item()
-        near = TransfusionMask.from_intervals(part.lo - first, part.hi - first, key_len=last - first)
+        sides = (None, None) if mask.rows_exact else (mask.since[:, first:last], mask.until[:, first:last])
+        near = TransfusionMask.from_intervals(part.lo - first, part.hi - first, *sides, key_len=last - first, offset=start)
         for head in range(k.shape[1]):
             rows = slice(None), slice(head * group, (head + 1) * group), slice(start, start + part.query_len)
             keys = slice(None), slice(head, head + 1), slice(first, last)
@@ -103,8 +107,9 @@ def our_contender(make_mask, inputs, check) -> Contender:
 
 def mask_builder(batch: PackedBatch):
     """Return a function that builds the batch's mask from tensors where the batch lives, as a training step does."""
-    spans = torch.tensor(batch.spans, dtype=torch.int64, device=batch.documents.device).view(1, -1, 2)
-    return lambda: TransfusionMask.from_spans(spans, batch.documents.shape[1], documents=batch.documents)
+    spans, hidden = (None if x is None else torch.tensor(x, dtype=torch.int64, device=batch.documents.device).view(1, -1, 2)
+                     for x in (batch.spans, batch.hidden))
+    return lambda: TransfusionMask.from_spans(spans, batch.documents.shape[1], documents=batch.documents, hidden=hidden)
 
 
 def contenders(case: Case, batch: PackedBatch, inputs) -> tuple[list[Contender], dict[str, str], dict[str, int]]:
@@ -125,7 +130,7 @@ def contenders(case: Case, batch: PackedBatch, inputs) -> tuple[list[Contender],
             left_out[name] = f"not installed: {error}"
         except Exception as error:
             left_out[name] = f"{type(error).__name__}: {error}"
-    if case.image_tokens == IMAGES[0]:
+    if case.image_tokens == IMAGES[0] and not case.hidden:
         causal = TransfusionMask.causal(case.seq_len, device=batch.documents.device)
         check = checker(inputs, causal)
         for backend in CEILINGS:
@@ -137,7 +142,7 @@ def contenders(case: Case, batch: PackedBatch, inputs) -> tuple[list[Contender],
 def run_case(case: Case, report: Report, seconds: float) -> None:
     """Measure one configuration and record a row per contender."""
     torch._dynamo.reset()  # every shape compiles anew, so that no limit on recompilation sends a peer to its slow path
-    batch, inputs = packed_batch(case.seq_len, case.image_tokens, device="cuda"), random_inputs(case, "cuda", torch.bfloat16)
+    batch, inputs = packed_batch(case.seq_len, case.image_tokens, device="cuda", hidden=case.hidden), random_inputs(case, "cuda", torch.bfloat16)
     area, peak = mask_builder(batch)().area().item(), peak_tflops(report.environment["device"])
     chosen, left_out, areas = contenders(case, batch, inputs)
     for result in measure(chosen, device="cuda", seconds=seconds) + [Result(name, error=why) for name, why in left_out.items()]:
@@ -153,7 +158,8 @@ def table(rows: list[dict]) -> str:
     """One line per row: milliseconds (p50), TFLOP/s, MiB, or the error."""
     lines = []
     for row in rows:
-        head = f"{row['seq_len']:6} D{row['head_dim']:<3} {row['heads']}:{row['kv_heads']:<2} img {row['image_tokens']:<4} {row['contender'][:46]:46}"
+        image = f"{row['image_tokens']:<4}{' hidden' * row['hidden']}"
+        head = f"{row['seq_len']:6} D{row['head_dim']:<3} {row['heads']}:{row['kv_heads']:<2} img {image} {row['contender'][:46]:46}"
         if row["error"]:
             lines.append(f"{head} {row['error'].splitlines()[0][:60]}")
         else:
@@ -174,7 +180,7 @@ def plot(report: Report, out: Path) -> None:
     for dim in HEAD_DIMS:
         figure, axes = pyplot.subplots(2, len(HEADS), figsize=(13, 8), squeeze=False)
         for column, (heads, kv_heads) in enumerate(HEADS):
-            rows = [r for r in report.rows if (r["head_dim"], r["heads"], r["image_tokens"]) == (dim, heads, IMAGES[0]) and r["tflops"]]
+            rows = [r for r in report.rows if (r["head_dim"], r["heads"], r["image_tokens"]) == (dim, heads, IMAGES[0]) and not r["hidden"] and r["tflops"]]
             for axis, phase in zip(axes[:, column], ("forward", "backward")):
                 for name in dict.fromkeys(r["contender"] for r in rows):
                     points = sorted((r["seq_len"], r["tflops"][phase]) for r in rows if r["contender"] == name)

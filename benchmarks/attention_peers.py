@@ -47,11 +47,13 @@ def flex(batch: PackedBatch, inputs, check) -> Contender:
     """Compiled FlexAttention; its block mask built by compiled create_block_mask from ids per token."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    documents, images = batch.documents[0], batch.image_ids[0]
+    documents, images, secret = batch.documents[0], batch.image_ids[0], batch.hidden_ids[0]
+    some_hidden = batch.hidden is not None
     seq_len, device = documents.shape[0], documents.device.type
 
     def visible(b, h, i, j):
-        return (documents[i] == documents[j]) & ((j <= i) | ((images[i] == images[j]) & (images[i] > 0)))
+        seen = (documents[i] == documents[j]) & ((j <= i) | ((images[i] == images[j]) & (images[i] > 0)))
+        return seen & ((secret[j] == 0) | (secret[i] == secret[j])) if some_hidden else seen
 
     create = torch.compile(create_block_mask, dynamic=False)
     return contender("FlexAttention, create_block_mask", inputs, check, _flex_forward(), lambda: create(visible, None, None, seq_len, seq_len, device=device))
@@ -89,6 +91,8 @@ def flash_segments(batch: PackedBatch, inputs, check) -> Contender:
     """flash-attn, exact: packed causal attention for all rows, then each image's rows again against its document so far."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
+    if batch.hidden is not None:
+        raise ValueError("hidden images would need a copy of the other keys for each segment")
     counts = torch.bincount(batch.documents[0].long())
     ends = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
     starts, longest, documents = ends.tolist(), counts.max().item(), batch.documents[0].tolist()

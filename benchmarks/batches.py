@@ -13,10 +13,20 @@ class PackedBatch(NamedTuple):
     spans: list[list[tuple[int, int]]]  # (start, end) of every image
     documents: Tensor                   # (1, S) document of each token
     image_ids: Tensor                   # (1, S) 1, 2, ... in images, 0 in text
+    hidden_ids: Tensor                  # (1, S) an image's id where only itself may see it (a noised copy), else 0
+
+    @property
+    def hidden(self) -> list[list[tuple[int, int]]] | None:
+        """The spans of hidden images, as `from_spans` takes them; None where there are none."""
+        first = [self.hidden_ids[0, start].item() for start, _ in self.spans[0]]
+        return [[span for span, number in zip(self.spans[0], first) if number]] if any(first) else None
 
 
-def packed_batch(seq_len: int, image_tokens: int, seed: int = 0, device: str = "cpu") -> PackedBatch:
-    """Fill `seq_len` tokens with documents of 512 to 8192 tokens (log-uniform): text runs of 16 to 256 tokens and whole images in turn."""
+def packed_batch(seq_len: int, image_tokens: int, seed: int = 0, device: str = "cpu", hidden: bool = False) -> PackedBatch:
+    """Fill `seq_len` tokens with documents of 512 to 8192 tokens (log-uniform): text runs of 16 to 256 tokens and whole images in turn.
+
+    With `hidden` every other image, beginning with the first, is one that only itself may see.
+    """
     draw = random.Random(seed)
     spans, documents, position, document = [], [], 0, 0
     while position < seq_len:
@@ -31,12 +41,15 @@ def packed_batch(seq_len: int, image_tokens: int, seed: int = 0, device: str = "
     image_ids = torch.zeros(1, seq_len, dtype=torch.int32)
     for number, (start, stop) in enumerate(spans, 1):
         image_ids[0, start:stop] = number
-    return PackedBatch([spans], torch.tensor([documents], dtype=torch.int32, device=device), image_ids.to(device))
+    hidden_ids = image_ids * (image_ids % 2) * hidden
+    return PackedBatch([spans], torch.tensor([documents], dtype=torch.int32, device=device), image_ids.to(device), hidden_ids.to(device))
 
 
 def dense_definition(batch: PackedBatch, start: int = 0, stop: int | None = None) -> Tensor:
-    """(1, 1, stop - start, S) bool: the batch's mask for the queries [start, stop), straight from documents and image ids."""
+    """(1, 1, stop - start, S) bool: the batch's mask for the queries [start, stop), straight from the ids."""
     documents, images = batch.documents, batch.image_ids
     rows, keys = torch.arange(documents.shape[1], device=documents.device)[start:stop, None], torch.arange(documents.shape[1], device=documents.device)
     own, image = documents[:, start:stop, None], images[:, start:stop, None]
-    return ((own == documents[:, None]) & ((keys <= rows) | ((image == images[:, None]) & (image > 0))))[:, None]
+    secret, asking = batch.hidden_ids[:, None], batch.hidden_ids[:, start:stop, None]
+    seen = (own == documents[:, None]) & ((keys <= rows) | ((image == images[:, None]) & (image > 0)))
+    return (seen & ((secret == 0) | (secret == asking)))[:, None]

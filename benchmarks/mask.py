@@ -71,13 +71,6 @@ def _build(build, state):
     state["mask"] = build()
 
 
-def every_other_hidden(batch: PackedBatch, start: int, stop: int) -> Tensor:
-    """`dense_definition` with the images 1, 3, 5, ... seen by themselves only."""
-    secret = batch.image_ids * (batch.image_ids % 2)
-    keys = secret[:, None]
-    return dense_definition(batch, start, stop) & ((keys == 0) | (keys == secret[:, start:stop, None]))[:, None]
-
-
 def mask_bytes(mask) -> int:
     """Return the bytes of the tensors that a TransfusionMask or a BlockMask holds; what a BlockMask's mask_mod captured is not counted."""
     tensors = mask.as_tuple(flatten=True) if isinstance(mask, BlockMask) else (mask.lo, mask.hi, mask.query_lo, mask.query_hi)
@@ -141,10 +134,9 @@ def run(out: Path, *, quick: bool = False, commit: str | None = None, lengths=LE
             row = report.record({"seq_len": seq_len}, result, **found)
             print(f"{seq_len:6} {result.name:32} " + (result.error or f"{row['milliseconds']['build']['p50']:10.3f} ms {row['bytes']:9} bytes, "
                                                        f"largest tensor {row.get('largest_tensor_bytes', 'not traced')}"), flush=True)
-        plain = TransfusionMask.from_spans(batch.spans, seq_len, documents=batch.documents)
-        hidden = TransfusionMask.from_spans(batch.spans, seq_len, documents=batch.documents, hidden=[batch.spans[0][::2]])
-        for name, mask, definition in (("packed", plain, functools.partial(dense_definition, batch)),
-                                       ("packed, every other image hidden", hidden, functools.partial(every_other_hidden, batch))):
+        for name, packed in (("packed", batch), ("packed, every other image hidden", packed_batch(seq_len, image_tokens, hidden=True))):
+            mask = TransfusionMask.from_spans(packed.spans, seq_len, documents=packed.documents, hidden=packed.hidden)
+            definition = functools.partial(dense_definition, packed)
             counts = {f"{rows}x{keys}": tile_counts(mask, definition, rows, keys) for rows, keys in TILES}
             report.rows.append({"seq_len": seq_len, "mask": name, "area": mask.area().item(), "tiles": counts})
             print(f"{seq_len:6} {name:32} tiles of 128x128: {counts['128x128']}")

@@ -106,7 +106,10 @@ def test_packed_batches_hold_whole_images_and_the_definition_is_their_mask():
     assert all(stop - start == 64 and batch.documents[0, start] == batch.documents[0, stop - 1] for start, stop in batch.spans[0])
     mask = attention_benchmark.mask_builder(batch)()
     assert torch.equal(mask.dense(), dense_definition(batch)) and torch.equal(mask.dense()[:, :, 100:200], dense_definition(batch, 100, 200))
-    assert torch.equal(dense_definition(packed_batch(1500, 64, seed=3)), dense_definition(batch))
+    assert torch.equal(dense_definition(packed_batch(1500, 64, seed=3)), dense_definition(batch)) and batch.hidden is None
+    noised = packed_batch(1500, 64, seed=3, hidden=True)
+    mask = attention_benchmark.mask_builder(noised)()
+    assert noised.hidden == [noised.spans[0][::2]] and torch.equal(mask.dense(), dense_definition(noised)) and mask.area() < dense_definition(batch).sum()
 
 
 def test_flops_count_visible_pairs_one_by_one():
@@ -127,13 +130,19 @@ def test_tiles_visited_and_needed_count_as_by_hand():
     visited = sum(-(-(keys.max() - keys.min() + 1).item() // 32) for keys in rows)
     counts = mask_benchmark.tile_counts(mask, lambda a, b: dense_definition(batch, a, b), 64, 32)
     assert counts == {"visited": visited, "minimum": sum(-(-len(keys) // 32) for keys in rows), "area_in_tiles": seen.sum().item() / (64 * 32)}
+    noised = packed_batch(300, 32, seed=1, hidden=True)
+    mask, tiles = attention_benchmark.mask_builder(noised)(), torch.nn.functional.pad(dense_definition(noised)[0, 0], (0, 20, 0, 20))
+    needed = tiles.unflatten(1, (10, 32)).unflatten(0, (5, 64)).any(1).any(-1)
+    assert mask_benchmark.tile_counts(mask, lambda a, b: dense_definition(noised, a, b), 64, 32)["visited"] == needed.sum()
     with pytest.raises(AssertionError, match="the mask is wrong in rows 0"):
         mask_benchmark.tile_counts(TransfusionMask.causal(300), lambda a, b: ~dense_definition(batch, a, b), 64, 32)
 
 
-def test_the_benchmarks_reference_equals_the_specification(monkeypatch):
+@pytest.mark.parametrize("hidden", [False, True])
+def test_the_benchmarks_reference_equals_the_specification(hidden, monkeypatch):
     monkeypatch.setattr(attention_benchmark, "REFERENCE_BYTES", 2**19)  # several blocks of rows
-    batch, inputs = packed_batch(SMALL.seq_len, SMALL.image_tokens, device=DEVICE), attention_benchmark.random_inputs(SMALL, DEVICE, torch.float32)
+    batch = packed_batch(SMALL.seq_len, SMALL.image_tokens, device=DEVICE, hidden=hidden)
+    inputs = attention_benchmark.random_inputs(SMALL, DEVICE, torch.float32)
     mask = attention_benchmark.mask_builder(batch)()
     args = [x.detach().double().requires_grad_() for x in inputs[:3]]
     out = attention_reference(*args, mask).out
@@ -158,7 +167,7 @@ def test_the_accuracy_check_passes_right_contenders_and_stops_wrong_ones():
 
 def test_the_quick_cases_come_first_and_the_grid_is_whole():
     everything, quick = attention_benchmark.cases(), attention_benchmark.cases(quick=True)
-    assert len(everything) == len(set(everything)) == 72 and everything[:len(quick)] == quick and len(quick) == 9
+    assert len(everything) == len(set(everything)) == 82 and everything[:len(quick)] == quick and len(quick) == 10
 
 
 def test_the_table_and_plot_take_results_and_errors(tmp_path):
