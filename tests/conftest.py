@@ -16,7 +16,8 @@ settings.register_profile("project", deadline=None, derandomize=True, max_exampl
                           phases=[Phase.explicit, Phase.reuse, Phase.generate] + ([] if INTERPRET else [Phase.shrink]),
                           suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 settings.load_profile("project")
-torch.set_num_threads(min(2, os.cpu_count() or 1)) if DEVICE == "cpu" else None
+if DEVICE == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # on a shared machine, set it to 1: threads that wait for a core spin
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
 @pytest.fixture(autouse=True)
