@@ -17,7 +17,7 @@ test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q
 ifeq ($(CUDA),cpu)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/tfkernels
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/tfkernels
 endif
 
 bench: .venv/ready

@@ -22,7 +22,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "demo": DEMO,
-        "dev": [*DEMO, "pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "diffusers>=0.35", "transfusion-pytorch>=0.20", "ruff>=0.8"],
+        "dev": [*DEMO, "pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "hypothesis>=6.100", "diffusers>=0.35", "transfusion-pytorch>=0.20", "ruff>=0.8"],
         "flash": ["flash-attn>=2.8"],
         "xformers": ["xformers>=0.0.35"],
     },
