@@ -1,6 +1,7 @@
 """Patchify, unpatchify and noise_patchify: element order, all layouts, values and gradients against float64, and PyTorch's machinery."""
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.compare import assert_as_accurate
 from tests.conftest import DEVICE, DTYPES
@@ -164,7 +165,7 @@ def test_gradients_pass_gradcheck(name):
 @pytest.mark.parametrize("name", ["latents", "packed, patch 3, padding", "tokens, an empty image, padding"])
 def test_opcheck(name):
     case = CASES[name]
-    x, (offsets, columns, channels, patch) = case.data.float(), case.layout
+    x = case.data.float()
     signal, noise = numbers(case.images, 1), numbers(case.images, 2)
     size = x.shape[2:] if x.ndim == 4 else (0, 0)
     dout = random(case.rows, case.dim, seed=3).float().to(DEVICE)
@@ -178,30 +179,31 @@ def test_opcheck(name):
 @traced
 def test_compiles_whole_and_serves_other_batches_without_a_graph_break():
     torch._dynamo.reset()
-    compiled_count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     def step(x, signal, noise, seed):
         return unpatchify(noise_patchify(x, signal, noise, seed, patch_size=2) + patchify(x, 2), 2, 8, 6).square().sum()
 
-    compiled = torch.compile(step, fullgraph=True, backend=compiled_count, dynamic=True)
+    compiled = torch.compile(step, fullgraph=True, backend=counter, dynamic=True)
     for n in (3, 2, 5, 7):
         x = random(n, 4, 8, 6).float().to(DEVICE).requires_grad_()
         given = numbers(n, 1), numbers(n, 2), SEED
         (dx,), (expected,) = (torch.autograd.grad(f(x, *given), x) for f in (compiled, step))
         torch.testing.assert_close(dx, expected)
-    assert compiled_count.frame_count == 1
+    assert counter.frame_count == 1
 
 
 @traced
 def test_packed_latents_compile_whole_and_serve_other_sizes():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     def step(packed, signal, noise, seed):
         return unpatchify_packed(noise_patchify(packed, signal, noise, seed) + patchify_packed(packed), packed).values
 
     compiled = torch.compile(step, fullgraph=True, backend=counter, dynamic=True)
-    for sizes in ([(2, 3), (4, 1)], [(1, 3), (2, 2), (5, 5)], [(3, 3), (1, 2), (1, 4), (2, 2)]):
+    for sizes in ([(2, 3), (4, 1), (1, 1), (2, 2), (1, 4)],  # 5 images: equal sizes would count as one
+                  [(1, 3), (2, 2), (5, 5)], [(3, 3), (1, 2), (1, 4), (2, 2)]):
         packed = pack_latents([random(3, 2 * h, 2 * w).float().to(DEVICE) for h, w in sizes], 2)
         given = packed, numbers(len(sizes), 1), numbers(len(sizes), 2), SEED
         torch.testing.assert_close(compiled(*given), step(*given))
@@ -254,11 +256,10 @@ KERNELS = {"patchify": (_patchify_fwd, False), "noise_patchify": (_patchify_fwd,
 
 @pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1: kernels are interpreted functions, which do not compile")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("layout", ["latents", "packed", "tokens"])
+@pytest.mark.parametrize("layout, size, dim, patch", [("latents", 2, 16, 2), ("packed", 4, 48, 4), ("tokens", 2, 1536, 1)])
 @pytest.mark.parametrize("name", KERNELS)
-def test_the_kernels_spill_nothing(name, layout, architecture):
+def test_the_kernels_spill_nothing(name, layout, size, dim, patch, architecture):
     kernel, noise = KERNELS[name]
-    for size, dim, patch in ((2, 16, 2), (4, 48, 4), (2, 768, 16)):
-        constants = {"NOISE": noise, "LAYOUT": layout, "SEARCH": layout != "latents", "PATCH": patch, **layouts.tile(dim)}
-        found = resources(kernel, constants, Config(0, 0, 4, 3), architecture=architecture, element_size=size)
-        assert found.stack_bytes == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
+    constants = {"NOISE": noise, "LAYOUT": layout, "SEARCH": layout != "latents", "PATCH": patch, **layouts.tile(dim)}
+    found = resources(kernel, constants, Config(0, 0, 4, 3), architecture=architecture, element_size=size)
+    assert found.stack_bytes == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
