@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 
 from tfkernels._launch import Config
 
+FLOAT32 = ("parts_ptr", "signal_ptr", "noise_ptr", "p_ptr", "q_ptr", "weight_ptr", "loss_ptr", "dloss_ptr", "sums_ptr")
 ELEMENT = {2: "bf16", 4: "fp32"}
 TENSOR_CORE = re.compile(r"^\s*(?:@%\w+ )?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", re.MULTILINE)
 COPY = re.compile(r"\bcp\.async\.(?:ca|cg|bulk)\b")
@@ -33,11 +34,11 @@ class Resources(NamedTuple):
 
 def argument_type(name: str, element: str) -> str:
     """Return the type of the kernel argument `name`, where data is `element`."""
-    if name in ("lo_ptr", "hi_ptr", "low_ptr", "high_ptr", "query_lo_ptr", "query_hi_ptr", "bounds_ptr", "table_ptr"):
+    if name in ("lo_ptr", "hi_ptr", "low_ptr", "high_ptr", "query_lo_ptr", "query_hi_ptr", "bounds_ptr", "table_ptr", "offsets_ptr", "columns_ptr"):
         return "*i32"
-    if name in ("images_ptr", "documents_ptr", "hidden_ptr"):
+    if name in ("images_ptr", "documents_ptr", "hidden_ptr", "seed_ptr"):
         return "*i64"
-    if name.endswith(("lse_ptr", "delta_ptr")) or name == "parts_ptr":
+    if name.endswith(("lse_ptr", "delta_ptr")) or name in FLOAT32:
         return "*fp32"
     if name.endswith("_ptr"):
         return f"*{element}"
