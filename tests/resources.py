@@ -33,15 +33,15 @@ class Resources(NamedTuple):
 
 def argument_type(name: str, element: str) -> str:
     """Return the type of the kernel argument `name`, where data is `element`."""
-    if name in ("lo_ptr", "hi_ptr", "low_ptr", "high_ptr", "query_lo_ptr", "query_hi_ptr", "bounds_ptr", "table_ptr"):
+    if name in ("lo_ptr", "hi_ptr", "low_ptr", "high_ptr", "query_lo_ptr", "query_hi_ptr", "bounds_ptr", "table_ptr", "starts_ptr"):
         return "*i32"
-    if name in ("images_ptr", "documents_ptr", "hidden_ptr"):
+    if name in ("images_ptr", "documents_ptr", "hidden_ptr", "index_ptr", "order_ptr"):
         return "*i64"
-    if name.endswith(("lse_ptr", "delta_ptr")) or name == "parts_ptr":
+    if name.endswith(("lse_ptr", "delta_ptr")) or name in ("parts_ptr", "sums_ptr", "mean_ptr", "means_ptr", "rstd_ptr"):
         return "*fp32"
     if name.endswith("_ptr"):
         return f"*{element}"
-    return "fp32" if name in ("scale", "softcap") else "i32"
+    return "fp32" if name in ("scale", "softcap", "eps") else "i32"
 
 
 def innermost_loops(ptx: str) -> list[str]:

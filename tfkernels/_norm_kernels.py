@@ -33,17 +33,17 @@ def config(width: int, widest: int) -> Config:
 
 
 @triton.jit
-def _of_image(ptr, n, images, stride, cols, inside, text):
+def _of_image(ptr, n, images, stride, cols, text, C: tl.constexpr):
     """Row n of a table (images, C) in float32; `text` for a token of no image."""
-    return tl.load(ptr + n * stride + cols, mask=inside & (n >= 0) & (n < images), other=text).to(tl.float32)
+    return tl.load(ptr + n * stride + cols, mask=cols < tl.where((n >= 0) & (n < images), C, 0), other=text).to(tl.float32)
 
 
 @triton.jit
-def _stream(x_ptr, branch_ptr, gate_ptr, n, images, stride_gn, cols, inside, GATED: tl.constexpr):
+def _stream(x_ptr, branch_ptr, gate_ptr, n, images, stride_gn, cols, inside, C: tl.constexpr, GATED: tl.constexpr):
     """x, or x + gate * branch rounded as it is stored: what the norm sees."""
     x = tl.load(x_ptr + cols, mask=inside, other=0.0)
     if GATED:
-        gate = tl.where(n < images, _of_image(gate_ptr, n, images, stride_gn, cols, inside, 1.0), float("nan"))
+        gate = tl.where(n < images, _of_image(gate_ptr, n, images, stride_gn, cols, 1.0, C), float("nan"))
         branch = tl.load(branch_ptr + cols, mask=inside, other=0.0).to(tl.float32)
         x = (x.to(tl.float32) + gate * branch).to(x.dtype)
     return x
@@ -51,14 +51,14 @@ def _stream(x_ptr, branch_ptr, gate_ptr, n, images, stride_gn, cols, inside, GAT
 
 @triton.jit
 def _modulate(y_ptr, xhat, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, images, stride_cn, stride_fn, cols, inside,
-              WEIGHT: tl.constexpr, BIAS: tl.constexpr, SHIFT: tl.constexpr):
+              C: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, SHIFT: tl.constexpr):
     if WEIGHT:
         xhat *= tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     if BIAS:
         xhat += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-    y = xhat * (1 + _of_image(scale_ptr, n, images, stride_cn, cols, inside, 0.0))
+    y = xhat * (1 + _of_image(scale_ptr, n, images, stride_cn, cols, 0.0, C))
     if SHIFT:
-        y += _of_image(shift_ptr, n, images, stride_fn, cols, inside, 0.0)
+        y += _of_image(shift_ptr, n, images, stride_fn, cols, 0.0, C)
     tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -76,7 +76,7 @@ def _norm_fwd(x_ptr, branch_ptr, gate_ptr, weight_ptr, bias_ptr, scale_ptr, shif
     if C <= BLOCK:
         cols = tl.arange(0, BLOCK)
         inside = cols < C
-        x = _stream(x_ptr, branch_ptr, gate_ptr, n, images, stride_gn, cols, inside, GATED)
+        x = _stream(x_ptr, branch_ptr, gate_ptr, n, images, stride_gn, cols, inside, C, GATED)
         if GATED:
             tl.store(out_ptr + cols, x, mask=inside)
         if NORM:
@@ -85,13 +85,13 @@ def _norm_fwd(x_ptr, branch_ptr, gate_ptr, weight_ptr, bias_ptr, scale_ptr, shif
                 mean = tl.sum(x) / C
                 x = tl.where(inside, x - mean, 0.0)
             rstd = tl.where(n < images, tl.rsqrt(tl.sum(x * x) / C + eps), float("nan"))
-            _modulate(y_ptr, x * rstd, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, images, stride_cn, stride_fn, cols, inside, WEIGHT, BIAS, SHIFT)
+            _modulate(y_ptr, x * rstd, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, images, stride_cn, stride_fn, cols, inside, C, WEIGHT, BIAS, SHIFT)
     else:
         total = tl.zeros([BLOCK], tl.float32)
         for start in range(0, C, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             inside = cols < C
-            x = _stream(x_ptr, branch_ptr, gate_ptr, n, images, stride_gn, cols, inside, GATED)
+            x = _stream(x_ptr, branch_ptr, gate_ptr, n, images, stride_gn, cols, inside, C, GATED)
             if GATED:
                 tl.store(out_ptr + cols, x, mask=inside)
             x = x.to(tl.float32)
@@ -103,15 +103,15 @@ def _norm_fwd(x_ptr, branch_ptr, gate_ptr, weight_ptr, bias_ptr, scale_ptr, shif
                 for start in range(0, C, BLOCK):
                     cols = start + tl.arange(0, BLOCK)
                     inside = cols < C
-                    x = _stream(x_ptr, branch_ptr, gate_ptr, n, images, stride_gn, cols, inside, GATED).to(tl.float32)
+                    x = _stream(x_ptr, branch_ptr, gate_ptr, n, images, stride_gn, cols, inside, C, GATED).to(tl.float32)
                     total += tl.where(inside, (x - mean) * (x - mean), 0.0)
             rstd = tl.where(n < images, tl.rsqrt(tl.sum(total) / C + eps), float("nan"))
             for start in range(0, C, BLOCK):
                 cols = start + tl.arange(0, BLOCK)
                 inside = cols < C
-                x = _stream(x_ptr, branch_ptr, gate_ptr, n, images, stride_gn, cols, inside, GATED).to(tl.float32)
+                x = _stream(x_ptr, branch_ptr, gate_ptr, n, images, stride_gn, cols, inside, C, GATED).to(tl.float32)
                 _modulate(y_ptr, (x - mean) * rstd, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, images, stride_cn, stride_fn, cols, inside,
-                          WEIGHT, BIAS, SHIFT)
+                          C, WEIGHT, BIAS, SHIFT)
     if NORM:
         tl.store(rstd_ptr + row, rstd)
         if CENTER:
@@ -119,11 +119,11 @@ def _norm_fwd(x_ptr, branch_ptr, gate_ptr, weight_ptr, bias_ptr, scale_ptr, shif
 
 
 @triton.jit
-def _normed(dy_ptr, x_ptr, weight_ptr, scale_ptr, n, images, stride_cn, mean, rstd, cols, inside, WEIGHT: tl.constexpr):
+def _normed(dy_ptr, x_ptr, weight_ptr, scale_ptr, n, images, stride_cn, mean, rstd, cols, inside, C: tl.constexpr, WEIGHT: tl.constexpr):
     """dy, xhat and the gradient of xhat, in float32, 0 behind the row's end."""
     dy = tl.load(dy_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     xhat = tl.where(inside, (tl.load(x_ptr + cols, mask=inside, other=0.0).to(tl.float32) - mean) * rstd, 0.0)
-    dxhat = dy * (1 + _of_image(scale_ptr, n, images, stride_cn, cols, inside, 0.0))
+    dxhat = dy * (1 + _of_image(scale_ptr, n, images, stride_cn, cols, 0.0, C))
     if WEIGHT:
         dxhat *= tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     return dy, xhat, dxhat
@@ -140,7 +140,7 @@ def _norm_bwd_means(dy_ptr, x_ptr, weight_ptr, scale_ptr, index_ptr, mean_ptr, r
     for start in range(0, C, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         _, xhat, dxhat = _normed(dy_ptr + row * stride_ds, x_ptr + row * stride_xs, weight_ptr, scale_ptr, n, images, stride_cn, mean, rstd,
-                                 cols, cols < C, WEIGHT)
+                                 cols, cols < C, C, WEIGHT)
         along += dxhat * xhat
         level += dxhat
     tl.store(means_ptr + row, tl.sum(along) / C)
@@ -183,7 +183,7 @@ def _norm_bwd(dy_ptr, dout_ptr, x_ptr, branch_ptr, gate_ptr, weight_ptr, scale_p
             rstd = tl.load(rstd_ptr + row)
             mean = tl.load(mean_ptr + row) if CENTER else 0.0
             dy, xhat, dxhat = _normed(dy_ptr + row * stride_ds, x_ptr + row * stride_xs, weight_ptr, scale_ptr, n, images, stride_cn, mean, rstd,
-                                      cols, inside, WEIGHT)
+                                      cols, inside, C, WEIGHT)
             a += dy * xhat
             if LEVEL:
                 b += dy
@@ -194,7 +194,7 @@ def _norm_bwd(dy_ptr, dout_ptr, x_ptr, branch_ptr, gate_ptr, weight_ptr, scale_p
             dx *= rstd
         if GATED:
             dx += tl.load(dout_ptr + row * stride_os + cols, mask=inside, other=0.0).to(tl.float32)
-            gate = tl.where(n < images, _of_image(gate_ptr, n, images, stride_gn, cols, inside, 1.0), float("nan"))
+            gate = tl.where(n < images, _of_image(gate_ptr, n, images, stride_gn, cols, 1.0, C), float("nan"))
             tl.store(dbranch_ptr + row * C + cols, (dx * gate).to(dbranch_ptr.dtype.element_ty), mask=inside)
             g += dx * tl.load(branch_ptr + row * stride_bs + cols, mask=inside, other=0.0).to(tl.float32)
         if NORM:
