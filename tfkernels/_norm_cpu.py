@@ -7,6 +7,11 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _rows(x: Tensor) -> Tensor:
+    """(..., C) as (T, C), contiguous: what the strides are must not change the order of a sum."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
 def _of_token(table: Tensor, index: Tensor, text: float) -> Tensor:
     """Row n of (N, C) for each token (T, C); `text` for a token of no image."""
     rows = torch.cat([_wide(table), table.new_full((1, table.shape[1]), text, dtype=_wide(table[:0]).dtype)])
@@ -26,7 +31,7 @@ def forward(x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tenso
     """What `_norm_kernels.forward` computes."""
     shape, dtype, tokens = x.shape, x.dtype, index.shape
     index = _images(index, (gate if scale is None else scale).shape[0])
-    x = x.reshape(-1, shape[-1])
+    x = _rows(x)
     out = y = mean = rstd = _wide(x).new_empty(0)
     if branch is not None:
         x = out = (_wide(x) + _of_token(gate, index, 1) * branch.reshape(x.shape)).to(dtype)
@@ -51,7 +56,7 @@ def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor |
     """What `_norm_kernels.backward` computes."""
     shape, dtype, images = x.shape, x.dtype, (gate if scale is None else scale).shape[0]
     index = _images(index, images)
-    x = _wide(x.reshape(-1, shape[-1]))
+    x = _wide(_rows(x))
     sums, dx, dbranch = [], torch.zeros_like(x), x.new_empty(0)
 
     def per_image(values):
@@ -59,7 +64,7 @@ def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor |
         return total.index_add_(0, torch.where(index == images, 0, index + 1), values)
 
     if scale is not None:
-        dy = _wide(dy.reshape(x.shape))
+        dy = _wide(_rows(dy))
         xhat = (x - mean.view(-1, 1) if center else x) * rstd.view(-1, 1)
         sums += [per_image(dy * xhat)] + [per_image(dy)] * level
         dxhat = dy * (1 + _of_token(scale, index, 0))

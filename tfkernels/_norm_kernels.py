@@ -23,13 +23,20 @@ WIDEST_BACKWARD = 64 if INTERPRET else 4096
 PROGRAMS = 1024                              # of the backward kernel at most, and so of rows of partial sums; fixed: the sums' order is, too
 FEWEST_ROWS = 3 if INTERPRET else 8          # tokens of one of them at least
 IMAGES = Config(32, 64, 4, 3)                # rows and columns of partial sums read together
-WARPS = {64: 1, 128: 1, 256: 1, 512: 2, 1024: 4, 2048: 4, 4096: 8, 8192: 16}  # by the block of columns
+FORWARD_WARPS = {64: 1, 128: 1, 256: 1, 512: 2, 1024: 4, 2048: 4, 4096: 8, 8192: 16}  # by the block of columns
+BACKWARD_WARPS = {64: 1, 128: 1, 256: 1, 512: 2, 1024: 4, 2048: 4, 4096: 16}           # 8 of 4096 spill
 
 
-def config(width: int, widest: int) -> Config:
-    """Return the launch of a kernel that holds a row of `width` in one block of at most `widest`: its block, warps and stages."""
-    block = min(max(triton.next_power_of_2(width), 64), widest)
-    return Config(1, block, WARPS[block], 2)
+def forward_config(width: int) -> Config:
+    """Return the rows (1), columns, warps and stages of a forward program for rows of `width`."""
+    block = min(max(triton.next_power_of_2(width), 64), WIDEST_FORWARD)
+    return Config(1, block, FORWARD_WARPS[block], 2)
+
+
+def backward_config(width: int) -> Config:
+    """Return the same for both kernels of the backward pass."""
+    block = min(max(triton.next_power_of_2(width), 64), WIDEST_BACKWARD)
+    return Config(1, block, BACKWARD_WARPS[block], 2)
 
 
 @triton.jit
@@ -229,7 +236,7 @@ def forward(x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tenso
     if tokens:
         x, branch = _rows(x), _rows(branch)
         gate, scale, shift = (_columns(t) for t in (gate, scale, shift))
-        launch = config(width, WIDEST_FORWARD)
+        launch = forward_config(width)
         _norm_fwd[(tokens,)](
             x, *_or(x, branch, gate, _vector(weight), _vector(bias), scale, shift), index.reshape(-1), out, y, mean, rstd, table.shape[0], eps,
             *(_stride(t) for t in (x, branch, gate, scale, shift)), C=width, GATED=gated, NORM=norm, CENTER=center, WEIGHT=weight is not None,
@@ -256,7 +263,7 @@ def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor |
     parts = x.new_empty(kinds, slots, width, dtype=torch.float32)
     dy, dout, x, branch = (_rows(t) for t in (dy, dout, x, branch))
     gate, scale, weight = _columns(gate), _columns(scale), _vector(weight)
-    launch = config(width, WIDEST_BACKWARD)
+    launch = backward_config(width)
     options = {"BLOCK": launch.block_n, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
     means = rstd
     if norm and width > launch.block_n:

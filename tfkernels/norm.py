@@ -204,8 +204,7 @@ def _backwards(backward):
 
 def _tables(a: Tensor, b: Tensor | None, weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, ...]:
     """Return dweight, dbias, dscale and dshift from a = sum dy xhat and b = sum dy, (N + 1, C) with text first."""
-    dweight = dbias = dshift = a.new_empty(0)
-    dscale = a[1:] if weight is None else a[1:] * weight
+    dscale, dweight, dbias, dshift = a[1:] if weight is None else a[1:] * weight, *(a.new_empty(0) for _ in range(3))
     if weight is not None:
         dweight = (a[0] + ((1 + scale.to(a.dtype)) * a[1:]).sum(0)).to(weight.dtype)
     if bias is not None:
@@ -213,7 +212,7 @@ def _tables(a: Tensor, b: Tensor | None, weight: Tensor | None, bias: Tensor | N
         dbias = (b[0] + ((1 + scale.to(b.dtype)) * b[1:]).sum(0)).to(bias.dtype)
     if shift is not None:
         dshift = b[1:].to(shift.dtype, copy=True)
-    return dweight, dbias if bias is not None else a.new_empty(0), dscale.to(scale.dtype, copy=True), dshift if shift is not None else a.new_empty(0)
+    return dweight, dbias, dscale.to(scale.dtype, copy=True), dshift
 
 
 def _statistics(x: Tensor, wanted: bool = True) -> Tensor:
