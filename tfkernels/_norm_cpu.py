@@ -1,4 +1,4 @@
-"""The modulated norms and gated residuals on a CPU: plain PyTorch, statistics in float32 (float64 stays), sums per image by `index_add_`."""
+"""The modulated norms and gated residuals on a CPU: plain PyTorch, statistics in float32 (float64 stays), sums per image in float64."""
 import torch
 from torch import Tensor
 
@@ -59,9 +59,9 @@ def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor |
     x = _wide(_rows(x))
     sums, dx, dbranch = [], torch.zeros_like(x), x.new_empty(0)
 
-    def per_image(values):
-        total = values.new_zeros(images + 1, values.shape[1])
-        return total.index_add_(0, torch.where(index == images, 0, index + 1), values)
+    def per_image(values):  # index_add_ adds row by row: in float32 its error would grow with the tokens
+        total = values.new_zeros(images + 1, values.shape[1], dtype=torch.float64)
+        return total.index_add_(0, torch.where(index == images, 0, index + 1), values.double()).to(values.dtype)
 
     if scale is not None:
         dy = _wide(_rows(dy))
