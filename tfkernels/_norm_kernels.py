@@ -24,7 +24,7 @@ PROGRAMS = 1024                              # of the backward kernel at most, a
 FEWEST_ROWS = 3 if INTERPRET else 8          # tokens of one of them at least
 IMAGES = Config(32, 64, 4, 3)                # rows and columns of partial sums read together
 FORWARD_WARPS = {64: 1, 128: 1, 256: 1, 512: 2, 1024: 4, 2048: 4, 4096: 8, 8192: 16}  # by the block of columns
-BACKWARD_WARPS = {64: 1, 128: 1, 256: 1, 512: 2, 1024: 4, 2048: 4, 4096: 16}           # 8 of 4096 spill
+BACKWARD_WARPS = {64: 1, 128: 1, 256: 1, 512: 1, 1024: 2, 2048: 4, 4096: 16}           # twice as many of 512, 1024, half as many of 4096 spill
 
 
 def forward_config(width: int) -> Config:
