@@ -15,7 +15,9 @@ from triton.compiler import ASTSource
 
 from tfkernels._launch import Config
 
-FLOAT32 = ("parts_ptr", "signal_ptr", "noise_ptr", "p_ptr", "q_ptr", "weight_ptr", "loss_ptr", "dloss_ptr", "sums_ptr")
+INT32 = ("lo_ptr", "hi_ptr", "low_ptr", "high_ptr", "query_lo_ptr", "query_hi_ptr", "bounds_ptr", "table_ptr", "offsets_ptr", "columns_ptr", "starts_ptr")
+INT64 = ("images_ptr", "documents_ptr", "hidden_ptr", "seed_ptr", "index_ptr", "order_ptr")
+FLOAT32 = ("parts_ptr", "signal_ptr", "noise_ptr", "p_ptr", "q_ptr", "weight_ptr", "loss_ptr", "dloss_ptr", "sums_ptr", "mean_ptr", "means_ptr", "rstd_ptr")
 ELEMENT = {2: "bf16", 4: "fp32"}
 TENSOR_CORE = re.compile(r"^\s*(?:@%\w+ )?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", re.MULTILINE)
 COPY = re.compile(r"\bcp\.async\.(?:ca|cg|bulk)\b")
@@ -34,15 +36,15 @@ class Resources(NamedTuple):
 
 def argument_type(name: str, element: str) -> str:
     """Return the type of the kernel argument `name`, where data is `element`."""
-    if name in ("lo_ptr", "hi_ptr", "low_ptr", "high_ptr", "query_lo_ptr", "query_hi_ptr", "bounds_ptr", "table_ptr", "offsets_ptr", "columns_ptr"):
+    if name in INT32:
         return "*i32"
-    if name in ("images_ptr", "documents_ptr", "hidden_ptr", "seed_ptr"):
+    if name in INT64:
         return "*i64"
     if name.endswith(("lse_ptr", "delta_ptr")) or name in FLOAT32:
         return "*fp32"
     if name.endswith("_ptr"):
         return f"*{element}"
-    return "fp32" if name in ("scale", "softcap") else "i32"
+    return "fp32" if name in ("scale", "softcap", "eps") else "i32"
 
 
 def innermost_loops(ptx: str) -> list[str]:

@@ -1,0 +1,47 @@
+"""The norms' benchmark: right answers pass, wrong ones are refused, and the bytes are those of the operators' table."""
+import json
+
+import pytest
+import torch
+
+import tfkernels
+from benchmarks import norm
+from benchmarks.harness import Contender, measure
+from benchmarks.norm import ARGUMENTS, Case, cases, contenders
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_every_contender_is_right(op):
+    chosen = contenders(Case(op, 600, 64), "cpu", torch.float32, compile_reference=False)
+    for result in measure(chosen, device="cpu", seconds=0, warmup=0, least=1, most=1):
+        assert result.error is None and result.checked and result.milliseconds.keys() == {"forward", "backward"}
+
+
+def test_a_contender_whose_gate_gets_another_images_gradient_is_refused():
+    ours, *_ = contenders(Case("gated_residual", 1100, 64), "cpu", torch.float32, compile_reference=False)
+
+    def swapped(state):
+        ours.phases["backward"](state)
+        *others, dgate = state["grads"]
+        state["grads"] = *others, dgate.flip(0)
+
+    result, = measure([Contender("swapped", {**ours.phases, "backward": swapped}, ours.check)], device="cpu", seconds=0, least=1, most=1)
+    assert result.error.startswith("AssertionError: dgate") and not result.milliseconds
+
+
+def test_the_bytes_are_those_that_the_modules_table_names():
+    lines = {line.strip().split("  ")[0]: line for line in tfkernels.norm.__doc__.splitlines() if " T C e" in line}
+    for op, moved in norm.MOVED.items():
+        line = lines["modulated norms" if op.startswith("modulated") else op]
+        assert tuple(int(word) for word in line.split() if word.isdigit()) == moved
+
+
+def test_the_quick_grid_is_the_beginning_of_the_whole():
+    quick, whole = cases(True), cases(False)
+    assert whole[:len(quick)] == quick and len(set(whole)) == len(whole) > len(quick) > 0
+
+
+def test_the_command_writes_a_complete_file(tmp_path):
+    assert norm.main(["--cpu", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "norm-cpu.json").read_text())["rows"]
+    assert len(rows) == 12 and all(row["checked"] and row["gb_per_s"]["forward"] > 0 for row in rows)
