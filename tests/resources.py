@@ -17,7 +17,7 @@ from tfkernels._launch import Config
 
 INT32 = ("lo_ptr", "hi_ptr", "low_ptr", "high_ptr", "query_lo_ptr", "query_hi_ptr", "bounds_ptr", "table_ptr", "offsets_ptr", "columns_ptr", "starts_ptr")
 INT64 = ("images_ptr", "documents_ptr", "hidden_ptr", "seed_ptr", "index_ptr", "order_ptr")
-FLOAT32 = ("parts_ptr", "signal_ptr", "noise_ptr", "p_ptr", "q_ptr", "weight_ptr", "loss_ptr", "dloss_ptr", "sums_ptr", "mean_ptr", "means_ptr", "rstd_ptr")
+FLOAT32 = ("parts_ptr", "signal_ptr", "noise_ptr", "loss_ptr", "dloss_ptr", "sums_ptr", "mean_ptr", "means_ptr", "rstd_ptr")
 ELEMENT = {2: "bf16", 4: "fp32"}
 TENSOR_CORE = re.compile(r"^\s*(?:@%\w+ )?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", re.MULTILINE)
 COPY = re.compile(r"\bcp\.async\.(?:ca|cg|bulk)\b")
@@ -57,9 +57,13 @@ def innermost_loops(ptx: str) -> list[str]:
     return [ptx[start:end] for start, end in ends.items() if not any(start < s and e < end for s, e in ends.items())]
 
 
-def resources(kernel, constants: dict, config: Config, *, architecture: int, element_size: int) -> Resources:
-    """Compile `kernel` with its constexprs `constants` and the warps and stages of `config` for sm_`architecture`."""
-    signature = {p.name: "constexpr" if p.name in constants else argument_type(p.name, ELEMENT[element_size]) for p in kernel.params}
+def resources(kernel, constants: dict, config: Config, *, architecture: int, element_size: int, float32: tuple[str, ...] = ()) -> Resources:
+    """Compile `kernel` with its constexprs `constants` and the warps and stages of `config` for sm_`architecture`.
+
+    `float32` names arguments that hold float32 in this kernel and data in others.
+    """
+    signature = {p.name: "constexpr" if p.name in constants else "*fp32" if p.name in float32 else argument_type(p.name, ELEMENT[element_size])
+                 for p in kernel.params}
     divisible = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.params)
                  if p.name.startswith("stride_") and not p.do_not_specialize or p.name.endswith("_ptr")}
     source = ASTSource(kernel, signature, constants, divisible)
