@@ -9,7 +9,6 @@ float64 in this very run before it is timed.
 """
 import argparse
 import importlib.util
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from torch.nn.attention import SDPBackend
 from benchmarks import attention_peers as peers
 from benchmarks import mask as mask_benchmark
 from benchmarks.batches import PackedBatch, packed_batch
-from benchmarks.harness import Contender, DeviceLost, Report, Result, clocks, environment, measure, peak_tflops
+from benchmarks.harness import Contender, Report, Result, clocks, environment, measure, peak_tflops
 from tests.compare import assert_as_accurate
 from tfkernels import TransfusionMask, attention, attention_reference
 
@@ -209,28 +208,17 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("benchmarks.attention: no CUDA device; pass --cpu for what can be measured without one")
         return 1
-    begin, status = time.monotonic(), 0
     settings = {"quick": options.quick, "timing": "CUDA events, interleaved, L2 flushed before each phase"}
-    report = Report("attention", settings, environment("cuda", options.commit))
-    for case in cases(options.quick):
-        if time.monotonic() - begin > options.seconds:
-            report.notes.append(f"cut before {case._asdict()}: the time was over")
-            break
-        try:
-            run_case(case, report, seconds=1.0)
-        except DeviceLost as lost:
-            report.notes.append(f"stopped at {case._asdict()}, the device was lost: {lost}")
-            status = 1
-            break
-        except Exception as error:
-            report.notes.append(f"{case._asdict()} failed: {type(error).__name__}: {str(error)[:500]}")
-            status = 1
-        report.save(options.out / "attention.json")
+    report, path = Report("attention", settings, environment("cuda", options.commit)), options.out / "attention.json"
+
+    def measure_case(case):
+        run_case(case, report, seconds=1.0)
         print(table([row for row in report.rows if all(row[key] == value for key, value in case._asdict().items())]), flush=True)
+
+    status = report.run(cases(options.quick), measure_case, path, options.seconds)
     report.environment["clocks_after"] = clocks()
-    report.save(options.out / "attention.json")
+    report.save(path)
     plot(report, options.out)
-    print("\n".join(report.notes))
     return status or int(any(row["contender"] == "tfkernels" and row["error"] for row in report.rows))
 
 

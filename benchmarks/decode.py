@@ -6,7 +6,6 @@ What counts is bytes: GB/s are those of the keys and values that the mask leaves
 batch's rows hold half as many tokens as the others. Every contender passes the tests' accuracy rule against float64 before it is timed.
 """
 import argparse
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.harness import Contender, DeviceLost, Report, environment, measure
+from benchmarks.harness import Contender, Report, environment, measure
 from tests.compare import assert_as_accurate
 from tfkernels import TransfusionMask, attention, attention_reference, paged_attention
 
@@ -125,26 +124,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no configuration after this many seconds")
     parser.add_argument("--commit", help="the commit being measured, where there is no git")
     options = parser.parse_args(arguments)
-    device, begin, status = "cpu" if options.cpu else "cuda", time.monotonic(), 0
+    device = "cpu" if options.cpu else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.decode: no CUDA device; pass --cpu for small caches on the CPU")
         return 1
     report = Report("decode", {"quick": options.quick, "page_size": PAGE, "timing": "interleaved, L2 flushed on CUDA"}, environment(device, options.commit))
-    for case in [Case(2, n, 1024, 8, 2, 64) for n in (1, 16, 64)] if options.cpu else cases(options.quick):
-        if time.monotonic() - begin > options.seconds:
-            report.notes.append(f"cut before {case._asdict()}: the time was over")
-            break
-        try:
-            run_case(case, report, device, seconds=0.5)
-        except DeviceLost as lost:
-            report.notes.append(f"stopped at {case._asdict()}, the device was lost: {lost}")
-            status = 1
-            break
-        except Exception as error:
-            report.notes.append(f"{case._asdict()} failed: {type(error).__name__}: {str(error)[:500]}")
-            status = 1
-        report.save(options.out / f"decode{'-cpu' * options.cpu}.json")
-    print("\n".join(report.notes))
+    chosen = [Case(2, n, 1024, 8, 2, 64) for n in (1, 16, 64)] if options.cpu else cases(options.quick)
+    path = options.out / f"decode{'-cpu' * options.cpu}.json"
+    status = report.run(chosen, lambda case: run_case(case, report, device, seconds=0.5), path, options.seconds)
     return status or int(any(row["error"] for row in report.rows if row["contender"].startswith("tfkernels")))
 
 

@@ -175,6 +175,27 @@ class Report:
         self.rows.append(row)
         return row
 
+    def run(self, cases: Iterable, measure_case: Callable[[object], None], path: Path, seconds: float) -> int:
+        """Call `measure_case` on each case until `seconds` are over, the file complete after each; 1 where a case failed, which becomes a note."""
+        begin, status = time.monotonic(), 0
+        for case in cases:
+            if time.monotonic() - begin > seconds:
+                self.notes.append(f"cut before {case}: the time was over")
+                break
+            try:
+                measure_case(case)
+            except DeviceLost as lost:
+                self.notes.append(f"stopped at {case}, the device was lost: {lost}")
+                status = 1
+                break
+            except Exception as error:
+                self.notes.append(f"{case} failed: {type(error).__name__}: {str(error)[:500]}")
+                status = 1
+            self.save(path)
+        self.save(path)
+        print("\n".join(self.notes))
+        return status
+
     def save(self, path: Path) -> None:
         """Write the report as JSON; a reader never sees half a file."""
         path.parent.mkdir(parents=True, exist_ok=True)

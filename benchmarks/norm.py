@@ -8,7 +8,6 @@ liger-kernel has it, its modulated RMS norm, which has neither text nor an index
 contender passes the tests' accuracy rule against float64, in its outputs and every gradient, before it is timed.
 """
 import argparse
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 import tfkernels
-from benchmarks.harness import Contender, DeviceLost, Report, environment, measure
+from benchmarks.harness import Contender, Report, environment, measure
 from tests.compare import assert_as_accurate
 
 IMAGE = 256
@@ -147,26 +146,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no configuration after this many seconds")
     parser.add_argument("--commit", help="the commit being measured, where there is no git")
     options = parser.parse_args(arguments)
-    device, begin, status = "cpu" if options.cpu else "cuda", time.monotonic(), 0
+    device = "cpu" if options.cpu else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.norm: no CUDA device; pass --cpu for a few tokens on the CPU")
         return 1
     report = Report("norm", {"quick": options.quick, "image_tokens": IMAGE, "timing": "interleaved, L2 flushed on CUDA"}, environment(device, options.commit))
-    for case in [Case(op, 1024, 256) for op in ARGUMENTS] if options.cpu else cases(options.quick):
-        if time.monotonic() - begin > options.seconds:
-            report.notes.append(f"cut before {case._asdict()}: the time was over")
-            break
-        try:
-            run_case(case, report, device, seconds=0.5)
-        except DeviceLost as lost:
-            report.notes.append(f"stopped at {case._asdict()}, the device was lost: {lost}")
-            status = 1
-            break
-        except Exception as error:
-            report.notes.append(f"{case._asdict()} failed: {type(error).__name__}: {str(error)[:500]}")
-            status = 1
-        report.save(options.out / f"norm{'-cpu' * options.cpu}.json")
-    print("\n".join(report.notes))
+    chosen = [Case(op, 1024, 256) for op in ARGUMENTS] if options.cpu else cases(options.quick)
+    path = options.out / f"norm{'-cpu' * options.cpu}.json"
+    status = report.run(chosen, lambda case: run_case(case, report, device, seconds=0.5), path, options.seconds)
     return status or int(any(row["error"] for row in report.rows if row["contender"].startswith("tfkernels")))
 
 

@@ -9,14 +9,13 @@ its table by hand, and from there through tests/tfkernels/test_resources.py: a t
 import argparse
 import contextlib
 import itertools
-import time
 from pathlib import Path
 
 import torch
 
 from benchmarks.attention import Case, checker, mask_builder, random_inputs
 from benchmarks.batches import packed_batch
-from benchmarks.harness import Contender, DeviceLost, Report, environment, measure
+from benchmarks.harness import Contender, Report, environment, measure
 from tfkernels import _attention_backward as backward
 from tfkernels import _attention_forward as forward
 from tfkernels import attention
@@ -87,23 +86,14 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("benchmarks.tune: no CUDA device; run it on a machine with one")
         return 1
-    begin, status = time.monotonic(), 0
     report = Report("tune", {"timing": "CUDA events, interleaved, L2 flushed before each phase"}, environment("cuda", options.commit))
-    for seq_len, dim, kernel in itertools.product(options.lengths, options.head_dims, options.kernels):
-        if time.monotonic() - begin > options.seconds:
-            report.notes.append(f"cut before {kernel} {dim} {seq_len}: the time was over")
-            break
-        try:
-            key = (architecture(torch.device("cuda", torch.cuda.current_device())), 2, dim)
-            tune(kernel, Case(seq_len, dim, 16, 16, 256), key, report, "cuda", 5.0, candidates(kernel, dim))
-        except DeviceLost as lost:
-            report.notes.append(f"stopped at {kernel} {dim} {seq_len}, the device was lost: {lost}")
-            status = 1
-            break
-        report.save(options.out / "tune.json")
-    report.save(options.out / "tune.json")
-    print("\n".join(report.notes))
-    return status
+    newest = architecture(torch.device("cuda", torch.cuda.current_device()))
+
+    def measure_case(case):
+        seq_len, dim, kernel = case
+        tune(kernel, Case(seq_len, dim, 16, 16, 256), (newest, 2, dim), report, "cuda", 5.0, candidates(kernel, dim))
+
+    return report.run(itertools.product(options.lengths, options.head_dims, options.kernels), measure_case, options.out / "tune.json", options.seconds)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,24 @@ def test_the_phases_share_one_state_and_the_check_sees_it():
     assert result.checked and set(result.milliseconds) == {"build", "forward"}
 
 
+def test_a_run_of_cases_survives_one_that_fails_stops_when_the_device_is_lost_and_ends_with_the_time(tmp_path):
+    seen, path = [], tmp_path / "report.json"
+
+    def measure_case(case):
+        seen.append(case)
+        if case == 2:
+            raise ValueError("no such shape")
+        if case == 4:
+            raise harness.DeviceLost("gone")
+
+    assert Report("attention", {}, {}).run([1, 3], measure_case, path, 60.0) == 0 and seen == [1, 3]
+    report = Report("attention", {}, {})
+    assert report.run([1, 2, 3, 4, 5], measure_case, path, 60.0) == 1 and seen == [1, 3, 1, 2, 3, 4]
+    assert report.notes == ["2 failed: ValueError: no such shape", "stopped at 4, the device was lost: gone"] == Report.load(path).notes
+    late = Report("attention", {}, {})
+    assert late.run([1], measure_case, path, -1.0) == 0 and late.notes == ["cut before 1: the time was over"] and len(seen) == 6
+
+
 def test_packed_batches_hold_whole_images_and_the_definition_is_their_mask():
     batch = packed_batch(1500, 64, seed=3)
     assert batch.documents.shape == (1, 1500) and batch.documents.max() > 0 and len(batch.spans[0]) > 3
