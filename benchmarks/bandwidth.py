@@ -1,0 +1,133 @@
+"""Operators that memory bounds: GB/s of the bytes that must move, and what share of a measured device copy's that is.
+
+A benchmark names its cases and, for each, a `Problem`: tensors that get gradients, the gradients that arrive, the bytes that must move, and
+the functions that compete. Every contender passes the tests' accuracy rule against float64, in its outputs and every gradient, before it is
+timed. Beside ms at three quantiles a row holds the peak memory and the bytes that autograd keeps from forward to backward, inputs aside.
+"""
+import argparse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Contender, Report, environment, measure
+from tests.compare import assert_as_accurate
+
+OURS, EAGER, COMPILED = "tfkernels", "reference, eager", "reference, torch.compile"
+OUR_FACTOR, PEER_FACTOR = 2.0, 4.0
+
+
+class Problem(NamedTuple):
+    """One operator on one set of inputs; each function takes the tensors in order and returns a tensor or a tuple of them."""
+
+    tensors: dict[str, Tensor]           # require gradients
+    arriving: dict[str, Tensor]          # by output
+    moved: dict[str, int]                # bytes that must move, by phase
+    functions: dict[str, Callable]       # OURS, EAGER, ... in the order of the report
+    terms: dict[str, Tensor] | None = None  # of outputs and gradients ("d" + name) that are sums which cancel: see tests.compare
+
+
+def functions(ours: Callable, reference: Callable, *, compiled: bool, **peers: Callable | None) -> dict[str, Callable]:
+    """Return ours, the reference in eager PyTorch and under torch.compile, and the peers that are there, by name."""
+    found = {OURS: ours, EAGER: reference} | ({COMPILED: torch.compile(reference, dynamic=False)} if compiled else {})
+    return found | {name.replace("_", "-"): peer for name, peer in peers.items() if peer is not None}
+
+
+def results(function: Callable, inputs: list[Tensor], arriving: list[Tensor]) -> list[Tensor]:
+    """Outputs and gradients of `function`."""
+    outputs = _tuple(function(*inputs))
+    return [x.detach() for x in (*outputs, *torch.autograd.grad(outputs, inputs, arriving))]
+
+
+def contenders(problem: Problem) -> list[Contender]:
+    """Return the contenders of a problem, each checked against its reference in float64."""
+    tensors, arriving = list(problem.tensors.values()), list(problem.arriving.values())
+    reference = problem.functions[EAGER]
+    rounded = results(reference, tensors, arriving)
+    exact = [x.cpu() for x in results(reference, [x.detach().double().requires_grad_() for x in tensors], [g.double() for g in arriving])]
+    names = *problem.arriving, *(f"d{name}" for name in problem.tensors)
+
+    def contender(name, function):
+        def forward(state):
+            state["outputs"] = _tuple(function(*tensors))
+
+        def backward(state):
+            state["grads"] = torch.autograd.grad(state["outputs"], tensors, arriving)
+
+        def check(state):
+            for label, actual, theirs, truth in zip(names, (*state["outputs"], *state["grads"]), rounded, exact, strict=True):
+                assert_as_accurate(label, actual.detach(), theirs, truth.to(actual.device), (problem.terms or {}).get(label),
+                                   factor=OUR_FACTOR if name == OURS else PEER_FACTOR)
+
+        return Contender(name, {"forward": forward, "backward": backward}, check)
+
+    return [contender(name, function) for name, function in problem.functions.items()]
+
+
+def copy_contender(size: int, device: str) -> Contender:
+    """A device copy that moves `size` bytes, half in and half out: the bandwidth that there is."""
+    source = torch.randint(256, (size // 2,), device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+
+    def check(state):
+        assert torch.equal(source, target)
+
+    return Contender("device copy", {"forward": lambda state: target.copy_(source)}, check)
+
+
+def saved_bytes(function: Callable, tensors: list[Tensor]) -> int:
+    """Bytes that autograd keeps from forward to backward, each storage once, those of `tensors` aside."""
+    found, given = {}, {x.untyped_storage().data_ptr() for x in tensors}
+
+    def note(x):
+        found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        kept = function(*tensors)  # alive, so that no address is used twice
+    del kept
+    return sum(size for address, size in found.items() if address not in given)
+
+
+def run_problem(problem: Problem, configuration: dict, report: Report, device: str, seconds: float = 0.5) -> None:
+    """Measure one problem, and record and print a row per contender."""
+    found = measure([copy_contender(problem.moved["forward"], device), *contenders(problem)], device=device, seconds=seconds)
+    copy = found[0].milliseconds.get("forward")
+    roof = problem.moved["forward"] / copy["p50"] / 1e6 if copy else None
+    for result in found:
+        rates = {phase: problem.moved[phase] / times["p50"] / 1e6 for phase, times in result.milliseconds.items()}
+        saved = saved_bytes(problem.functions[result.name], list(problem.tensors.values())) if result.name in problem.functions and result.checked else None
+        row = report.record({**configuration, "bytes": problem.moved}, result, gb_per_s=rates or None, saved_bytes=saved,
+                            percent_of_copy={phase: 100 * rate / roof for phase, rate in rates.items()} if rates and roof else None)
+        numbers = [f"{phase} {result.milliseconds[phase]['p50']:8.4f} ms {rate:6.0f} GB/s" for phase, rate in rates.items()]
+        numbers += [f"{name} {size / 2**20:.1f} MiB" for name, size in (("peak", result.peak_bytes), ("saved", saved)) if size is not None]
+        label = " ".join(f"{key} {value}" for key, value in configuration.items())
+        print(f"{label:56} {result.name:24} " + (row["error"] or ", ".join(numbers)), flush=True)
+
+
+def run_benchmark(name: str, description: str, settings: dict, cases: Callable[[bool], Iterable], cpu_cases: Iterable,
+                  problem: Callable[[NamedTuple, str, torch.dtype], Problem], arguments: list[str] | None) -> int:
+    """Command line of a benchmark: run its cases until they end or `--seconds` are over; the file is complete after each."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help="the first cases only")
+    parser.add_argument("--cpu", action="store_true", help="small cases on the CPU")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after this many seconds")
+    parser.add_argument("--commit", help="the commit being measured, where there is no git")
+    options = parser.parse_args(arguments)
+    device = "cpu" if options.cpu else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        print(f"benchmarks.{name}: no CUDA device; pass --cpu for small cases on the CPU")
+        return 1
+    report = Report(name, {"quick": options.quick, **settings, "timing": "interleaved, L2 flushed on CUDA"}, environment(device, options.commit))
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    status = report.run(cpu_cases if options.cpu else cases(options.quick),
+                        lambda case: run_problem(problem(case, device, dtype), case._asdict(), report, device),
+                        options.out / f"{name}{'-cpu' * options.cpu}.json", options.seconds)
+    return status or int(any(row["error"] for row in report.rows if row["contender"] == OURS))
+
+
+def _tuple(outputs) -> tuple[Tensor, ...]:
+    return tuple(outputs) if isinstance(outputs, tuple) else (outputs,)
