@@ -1,13 +1,22 @@
-"""The backbone: any causal language model of transformers, unmodified, with our attention and our mask inside."""
+"""The backbone: any causal language model of transformers, unmodified, with our attention and our mask inside; or its parts in adaLN blocks.
+
+    Backbone         x <- x + f(norm(x))                                           f: attention, then the MLP, of each layer
+    AdaLNBackbone    x <- x + gate * f(norm(x) * (1 + scale) + shift)              scale, shift, gate: the row of the token's image; 0, 0, 1 for text
+
+Both are called alike and hold the decoder under its own class, parameter names and file format.
+"""
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import tfkernels.integrations.transformers as integration
-from tfkernels import TransfusionMask
+from tfkernels import TransfusionMask, gated_residual_rms_norm, modulated_rms_norm
+from transfusion.embed import ZeroLinear
 
 
 class Backbone(nn.Module):
-    """Hidden states and text logits of a Hugging Face decoder; `decoder` keeps its own class, parameter names and file format."""
+    """Hidden states and text logits of a Hugging Face decoder; the timestep reaches it through the patches alone (arXiv:2408.11039)."""
 
     def __init__(self, text_config):
         super().__init__()
@@ -18,8 +27,12 @@ class Backbone(nn.Module):
                                  "hidden states fit (Llama, Mistral, Qwen2, Qwen3)")
         self.decoder = AutoModelForCausalLM.from_config(text_config, attn_implementation=integration.register())
 
-    def forward(self, x: Tensor, positions: Tensor, mask: TransfusionMask, cache: DynamicCache | None = None) -> Tensor:
-        """(B, S, C) embeddings -> (B, S, C) hidden states; with a cache, its keys come before and the mask counts them."""
+    def forward(self, x: Tensor, positions: Tensor, mask: TransfusionMask, condition: Tensor, image: Tensor, cache: DynamicCache | None = None) -> Tensor:
+        """(B, S, C) embeddings -> (B, S, C) hidden states.
+
+        condition (N, C) and image (B, S), the image of each token or -1, say what time it is in each image. With a cache, its keys come before
+        and the mask counts them.
+        """
         return self.decoder.get_decoder()(inputs_embeds=x, position_ids=positions, transfusion_mask=mask, past_key_values=cache,
                                           use_cache=cache is not None).last_hidden_state
 
@@ -30,3 +43,47 @@ class Backbone(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Text logits of hidden states."""
         return self.decoder.get_output_embeddings()(x)
+
+
+class AdaLNBackbone(Backbone):
+    """A Llama-shaped decoder's own attention, MLP and norm weights in blocks that each image's timestep modulates.
+
+    adaLN-zero (arXiv:2212.09748, section 3.2) with one linear layer for all blocks and a learned offset for each (adaLN-single, arXiv:2310.00426). Both
+    start at zero and the gate is 1 plus what they say: a fresh model is the unmodified decoder, and text always sees it.
+    """
+
+    FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+    def __init__(self, text_config):
+        super().__init__(text_config)
+        text_config = text_config.get_text_config()
+        if text_config.model_type not in self.FAMILIES:
+            raise ValueError(f"AdaLNBackbone: text_config.model_type is {text_config.model_type!r}; {', '.join(map(repr, self.FAMILIES))} fit, whose blocks "
+                             "are two norms, attention and MLP; set backbone='decoder' for others")
+        self.modulation = ZeroLinear(text_config.hidden_size, 6 * text_config.hidden_size)
+        self.layer_modulation = nn.Parameter(torch.zeros(text_config.num_hidden_layers, 6, text_config.hidden_size))
+        self.gradient_checkpointing = False  # transformers' gradient_checkpointing_enable sets it
+
+    def forward(self, x: Tensor, positions: Tensor, mask: TransfusionMask, condition: Tensor, image: Tensor, cache: DynamicCache | None = None) -> Tensor:
+        """As `Backbone.forward`."""
+        decoder = self.decoder.get_decoder()
+        rotation = decoder.rotary_emb(x, position_ids=positions)
+        shared = self.modulation(nn.functional.silu(condition)).unflatten(-1, (6, -1))     # (N, 6, C)
+        tables = [shared + own for own in self.layer_modulation.to(shared.dtype)]
+        identity = torch.zeros_like(shared[:, 0])
+        norms = [layer.input_layernorm for layer in decoder.layers] + [decoder.norm]
+        entries = [(table[:, 0], table[:, 1]) for table in tables] + [(identity, identity)]  # (scale, shift) in front of each layer's attention
+        normed = modulated_rms_norm(x, norms[0].weight, *entries[0], image, eps=norms[0].variance_epsilon)
+        for layer, table, norm, entry in zip(decoder.layers, tables, norms[1:], entries[1:]):
+            arguments = layer, x, normed, table, norm, entry, rotation, mask, image, cache
+            x, normed = checkpoint(_block, *arguments, use_reentrant=False) if self.gradient_checkpointing and self.training else _block(*arguments)
+        return normed
+
+
+def _block(layer, x: Tensor, normed: Tensor, table: Tensor, next_norm, next_entry, rotation, mask, image: Tensor, cache) -> tuple[Tensor, Tensor]:
+    """One layer, from its normed input to the next one's."""
+    _, _, gate_attention, scale, shift, gate_mlp = table.unbind(1)                         # (N, C) each
+    branch, _ = layer.self_attn(hidden_states=normed, position_embeddings=rotation, attention_mask=None, past_key_values=cache, transfusion_mask=mask)
+    norm = layer.post_attention_layernorm
+    x, normed = gated_residual_rms_norm(x, branch, 1 + gate_attention, norm.weight, scale, shift, image, eps=norm.variance_epsilon)
+    return tuple(gated_residual_rms_norm(x, layer.mlp(normed), 1 + gate_mlp, next_norm.weight, *next_entry, image, eps=next_norm.variance_epsilon))

@@ -1,7 +1,7 @@
 """Out of the backbone: patches predicted from hidden states."""
-import torch
 from torch import Tensor, nn
 
+from tfkernels import modulated_layer_norm
 from transfusion.embed import ZeroLinear
 
 
@@ -15,5 +15,4 @@ class ImageHead(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, patch_image: Tensor) -> Tensor:
         shift, scale = self.modulation(nn.functional.silu(condition)).chunk(2, -1)         # (N, C) each
-        normed = nn.functional.layer_norm(x, x.shape[-1:])
-        return self.linear(torch.addcmul(shift[patch_image], normed, 1 + scale[patch_image]))  # (P, patch_dim)
+        return self.linear(modulated_layer_norm(x, None, None, scale, shift, patch_image))  # (P, patch_dim)

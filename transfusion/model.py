@@ -6,13 +6,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers import initialization as init
 
+from tfkernels import diffusion_loss, noise_patchify
 from transfusion import sample
-from transfusion.backbone import Backbone
+from transfusion.backbone import AdaLNBackbone, Backbone
 from transfusion.config import TransfusionConfig
 from transfusion.embed import PatchEmbedding, TimestepEmbedding, ZeroLinear
 from transfusion.heads import ImageHead
-from transfusion.loss import diffusion_loss, text_loss
-from transfusion.objective import OBJECTIVES, add_noise
+from transfusion.loss import text_loss
+from transfusion.objective import OBJECTIVES
 from transfusion.sequence import Image, Part, Sequence
 
 
@@ -38,7 +39,7 @@ class Transfusion(PreTrainedModel):
     def __init__(self, config: TransfusionConfig, tokenizer=None):
         super().__init__(config)
         hidden = config.text_config.get_text_config().hidden_size
-        self.backbone = Backbone(config.text_config)
+        self.backbone = {"decoder": Backbone, "adaln": AdaLNBackbone}[config.backbone](config.text_config)
         self.timestep = TimestepEmbedding(hidden)
         self.patch_embedding = PatchEmbedding(config.patch_dim, hidden)
         self.image_head = ImageHead(hidden, config.patch_dim)
@@ -51,6 +52,8 @@ class Transfusion(PreTrainedModel):
         if isinstance(module, ZeroLinear):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, AdaLNBackbone):
+            init.zeros_(module.layer_modulation)
         else:
             super()._init_weights(module)
 
@@ -77,15 +80,16 @@ class Transfusion(PreTrainedModel):
         images = self.patch_embedding(patches, condition, sequence.patch_image).to(x.dtype)
         return x.flatten(0, 1).index_copy(0, sequence.patch_rows, images).view_as(x)
 
-    def forward(self, sequence: Sequence, times: Tensor, noise: Tensor) -> TransfusionOutput:
-        """Losses of packed documents whose images are noised to `times` (N,) with `noise` (P, patch_dim)."""
-        noised, target = add_noise(self.objective, sequence.patches, noise, times[sequence.patch_image][:, None])
+    def forward(self, sequence: Sequence, times: Tensor, seed: Tensor | int) -> TransfusionOutput:
+        """Losses of packed documents whose images are noised to `times` (N,); `seed`, as in `tfkernels.noise_patchify`, makes the noise."""
+        (signal, noise), (p, q) = self.objective.path(times), self.objective.target(times)
         condition = self.timestep(times)                                                   # (N, C)
+        noised = noise_patchify(sequence.patches, signal, noise, seed, offsets=sequence.offsets)
         x = self.embed(sequence, noised, condition)
-        x = self.backbone(x, sequence.positions, sequence.mask()).flatten(0, 1)            # (B * S, C)
+        x = self.backbone(x, sequence.positions, sequence.mask(), condition, sequence.image).flatten(0, 1)  # (B * S, C)
         text = text_loss(self.backbone.logits(x[sequence.text_rows]), sequence.text_targets)
         prediction = self.image_head(x[sequence.patch_rows], condition, sequence.patch_image)
-        images = diffusion_loss(prediction, target, sequence.patch_image, sequence.image_count)
+        images = diffusion_loss(prediction, sequence.patches, p, q, None, seed, offsets=sequence.offsets)
         diffusion = images.sum() / max(1, sequence.image_count)
         return TransfusionOutput(text + self.config.diffusion_weight * diffusion, text, diffusion, images)
 

@@ -57,12 +57,6 @@ class EpsPrediction(VPrediction):
 OBJECTIVES = {"eps": EpsPrediction(), "v": VPrediction(), "flow": Flow()}
 
 
-def add_noise(objective, x0: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (x_t, target) for t that broadcasts against x0."""
-    (signal, noise), (p, q) = objective.path(t), objective.target(t)
-    return signal * x0 + noise * eps, p * x0 + q * eps
-
-
 def step(objective, x: Tensor, prediction: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """Move x from time t to s < t, given the model's prediction at t."""
     (signal, noise), (p, q) = objective.path(t), objective.target(t)

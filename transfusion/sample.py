@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from tfkernels import TransfusionMask
+from tfkernels import TransfusionMask, unpatchify
 from transfusion.objective import step
-from transfusion.sequence import Document, Image, Part, Text, encode, lay_out, unpatchify
+from transfusion.sequence import Document, Image, Part, Text, encode, lay_out
 
 _EVER = torch.iinfo(torch.int32).max
 WRITING, DRAWING, DONE = range(3)
@@ -37,8 +37,8 @@ class _Cache:
     def __init__(self, cache: DynamicCache, seen: Tensor, positions: Tensor):
         self.cache, self.seen, self.positions = cache, seen, positions                     # seen (B, columns) bool, positions (B,)
 
-    def feed(self, model, x: Tensor, valid: Tensor, block: int = 0) -> Tensor:
-        """Append n columns (B, n, C), the first `block` of them one image, and return their hidden states."""
+    def feed(self, model, x: Tensor, valid: Tensor, condition: Tensor, block: int = 0) -> Tensor:
+        """Append n columns (B, n, C), the first `block` of them an image at the time of `condition` (1, C), and return their hidden states."""
         batch, count, _ = x.shape
         columns = self.seen.shape[1]
         self.seen = torch.cat([self.seen, valid], 1)
@@ -47,7 +47,8 @@ class _Cache:
         hi = torch.where(valid, hi, 0)                                                     # (B, n); 0: an empty row
         until = torch.where(self.seen, _EVER, 0)
         mask = TransfusionMask.from_intervals(torch.zeros_like(hi), hi, since=torch.zeros_like(until), until=until, offset=columns)
-        hidden = model.backbone(x, self.positions[:, None] + order, mask, self.cache)
+        image = torch.where(order < block, 0, -1).expand(batch, -1)
+        hidden = model.backbone(x, self.positions[:, None] + order, mask, condition, image, self.cache)
         self.positions = self.positions + valid.sum(1)
         return hidden
 
@@ -132,6 +133,7 @@ class _Sampler:
         self.temperature, self.top_p, self.on_step = temperature, top_p, on_step
         self.rows = [_Row(torch.Generator().manual_seed(seed + i)) for i in range(len(documents))]
         self.eos = model.tokenizer.eos_token_id
+        self.clean = model.timestep(torch.zeros(1, device=model.device))                   # (1, C), what finished images are fed with
 
     def run(self) -> list[list[Part]]:
         self.cache, hidden = self.prefill(self.documents)
@@ -153,7 +155,7 @@ class _Sampler:
         condition = self.model.timestep(torch.zeros(sequence.image_count, device=device))
         x = self.model.embed(sequence, sequence.patches, condition)
         cache, seen = DynamicCache(), sequence.documents >= 0
-        hidden = self.model.backbone(x, sequence.positions, sequence.mask(), cache)
+        hidden = self.model.backbone(x, sequence.positions, sequence.mask(), condition, sequence.image, cache)
         return _Cache(cache, seen, seen.sum(1)), hidden[:, -1]
 
     def write(self, hidden: Tensor) -> None:
@@ -168,7 +170,7 @@ class _Sampler:
                     self.take(row, tokens[-1])
             if any(valid):
                 at = torch.tensor(tokens, device=logits.device)[:, None]
-                fed = self.cache.feed(self.model, self.model.backbone.embed(at), torch.tensor(valid, device=logits.device)[:, None])
+                fed = self.cache.feed(self.model, self.model.backbone.embed(at), torch.tensor(valid, device=logits.device)[:, None], self.clean)
                 hidden = fed[:, -1]
 
     def take(self, row: _Row, token: int) -> None:
@@ -224,29 +226,32 @@ class _Sampler:
         """The image head's prediction (R, count, patch_dim) at time t; the cache is as before afterwards."""
         rows, count, _ = x.shape
         seen, positions = context.seen, context.positions
-        hidden = context.feed(self.model, self.embed_patches(x, t), torch.ones(rows, count, dtype=torch.bool, device=x.device), block=count)
+        condition = self.model.timestep(t[None])                                           # (1, C)
+        valid = torch.ones(rows, count, dtype=torch.bool, device=x.device)
+        hidden = context.feed(self.model, self.embed_patches(x, condition), valid, condition, block=count)
         context.cache.crop(-count)
         context.seen, context.positions = seen, positions
         owner = torch.zeros(rows * count, dtype=torch.int64, device=x.device)
-        return self.model.image_head(hidden.flatten(0, 1), self.model.timestep(t[None]), owner).view_as(x)
+        return self.model.image_head(hidden.flatten(0, 1), condition, owner).view_as(x)
 
-    def embed_patches(self, x: Tensor, t: Tensor) -> Tensor:
+    def embed_patches(self, x: Tensor, condition: Tensor) -> Tensor:
         rows, count, _ = x.shape
         owner = torch.zeros(rows * count, dtype=torch.int64, device=x.device)
-        return self.model.patch_embedding(x.flatten(0, 1), self.model.timestep(t[None]), owner).view(rows, count, -1)
+        return self.model.patch_embedding(x.flatten(0, 1), condition, owner).view(rows, count, -1)
 
     def append_images(self, rows: list[int], x: Tensor) -> Tensor:
         batch, count = len(self.rows), x.shape[1]
         valid = torch.zeros(batch, count + 1, dtype=torch.bool, device=x.device)
         valid[rows] = True
-        embedded = self.embed_patches(x, torch.zeros((), device=x.device))
+        embedded = self.embed_patches(x, self.clean)
         full = embedded.new_zeros(batch, count + 1, embedded.shape[-1])
         full[rows, :count] = embedded
         full[:, count] = self.model.backbone.embed(torch.tensor(self.config.eoi_token_id, device=x.device))
-        return self.cache.feed(self.model, full, valid, block=count)[:, -1]
+        return self.cache.feed(self.model, full, valid, self.clean, block=count)[:, -1]
 
     def image(self, patches: Tensor) -> Image:
-        return Image(unpatchify(patches.float().cpu(), self.grid, self.config.image_channels, self.config.patch_size))
+        height, width = (side * self.config.patch_size for side in self.grid)
+        return Image(unpatchify(patches.float().cpu(), self.config.patch_size, height, width)[0])
 
     def flush(self, row: _Row) -> list[Part]:
         """Return the text written since the last image as a part, if any."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tfkernels import TransfusionMask
+from tfkernels import TransfusionMask, patchify
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class Sequence:
     patches: Tensor       # (P, patch_dim) clean
     patch_rows: Tensor    # (P,) flat indices into B * S
     patch_image: Tensor   # (P,) the image each patch belongs to
+    offsets: Tensor       # (N + 1,) int32: the patches of image n are the rows offsets[n] to offsets[n + 1]
+    image: Tensor         # (B, S) int32, the image each token belongs to, -1 for text
     image_first: Tensor   # (N,) bool: the image stands before any text of its document
     grids: tuple          # N x (rows, columns) of patches
 
@@ -72,21 +74,6 @@ class Sequence:
         return len(self.grids)
 
 
-def patchify(latent: Tensor, size: int) -> Tensor:
-    """(C, H, W) -> (H/size * W/size, C * size * size), patches in raster order."""
-    channels, height, width = latent.shape
-    if height % size or width % size:
-        raise ValueError(f"Image: latent is {height}x{width} and the patch size {size}; multiples of the patch size fit; resize or crop the image")
-    x = latent.reshape(channels, height // size, size, width // size, size)
-    return x.permute(1, 3, 0, 2, 4).reshape(-1, channels * size * size)
-
-
-def unpatchify(patches: Tensor, grid: tuple[int, int], channels: int, size: int) -> Tensor:
-    """Undo `patchify` for a grid of (rows, columns) patches."""
-    x = patches.reshape(*grid, channels, size, size).permute(2, 0, 3, 1, 4)
-    return x.reshape(channels, grid[0] * size, grid[1] * size)
-
-
 def encode(parts: list[Part], tokenizer, config, *, end: bool = True) -> Document:
     """Turn one document's parts into tokens, targets and patches; `end=False` leaves EOS out (a prompt)."""
     if not parts:
@@ -100,7 +87,7 @@ def encode(parts: list[Part], tokenizer, config, *, end: bool = True) -> Documen
             text_seen = text_seen or bool(ids)
         elif isinstance(part, Image):
             _check_image(part, config)
-            patches = patchify(part.latent.float(), config.patch_size)
+            patches = patchify(part.latent.float()[None], config.patch_size)
             grid = part.latent.shape[1] // config.patch_size, part.latent.shape[2] // config.patch_size
             images.append((len(tokens) + 1, patches, grid, not text_seen))
             tokens += [config.boi_token_id] + [config.eoi_token_id] * (len(patches) + 1)
@@ -155,13 +142,15 @@ def lay_out(rows: list[list[Document]], seq_len: int, patch_dim: int, *, left: b
                 first.append(image_first)
             at += length
     width = max(map(len, spans), default=0)
+    counts = torch.tensor([len(x) for x in patches], dtype=torch.int64)
+    patch_rows, patch_image = torch.tensor(patch_rows, dtype=torch.int64), torch.repeat_interleave(torch.arange(len(patches)), counts)
+    image = torch.full((len(rows) * seq_len,), -1, dtype=torch.int32).index_copy(0, patch_rows, patch_image.int())
     return Sequence(
         *(torch.tensor(x, dtype=torch.int64).view(len(rows), seq_len) for x in (tokens, positions, owner)),
         torch.tensor([row + [(0, 0)] * (width - len(row)) for row in spans], dtype=torch.int64).view(len(rows), width, 2),
         torch.tensor(text_rows, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64),
-        torch.cat([torch.zeros(0, patch_dim), *patches]), torch.tensor(patch_rows, dtype=torch.int64),
-        torch.repeat_interleave(torch.arange(len(patches)), torch.tensor([len(x) for x in patches], dtype=torch.int64)),
-        torch.tensor(first, dtype=torch.bool), tuple(grids))
+        torch.cat([torch.zeros(0, patch_dim), *patches]), patch_rows, patch_image, torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int(),
+        image.view(len(rows), seq_len), torch.tensor(first, dtype=torch.bool), tuple(grids))
 
 
 @functools.lru_cache(maxsize=2**16)
@@ -173,3 +162,6 @@ def _check_image(image: Image, config) -> None:
     shape = tuple(image.latent.shape)
     if len(shape) != 3 or shape[0] != config.image_channels:
         raise ValueError(f"Image: latent has shape {shape}; ({config.image_channels}, height, width) fits this model")
+    if shape[1] % config.patch_size or shape[2] % config.patch_size:
+        raise ValueError(f"Image: latent is {shape[1]}x{shape[2]} and the patch size {config.patch_size}; multiples of the patch size fit; "
+                         "resize or crop the image")

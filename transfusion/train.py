@@ -45,6 +45,8 @@ class ModelSettings:
     """width inside the SwiGLU"""
     patch_size: int = 2
     """side of an image patch"""
+    backbone: str = "decoder"
+    """decoder: the language model as it is (the paper); adaln: each image's timestep modulates its norms and residuals"""
     objective: str = "flow"
     """what the image head predicts: eps (the paper), v or flow"""
     diffusion_weight: float = 5.0
@@ -128,7 +130,7 @@ def build_model(config: TrainConfig, dataset) -> Transfusion:
     channels, *size = dataset.image_shape
     return Transfusion(TransfusionConfig(
         text_config=AutoConfig.for_model(**text_config.to_dict()), image_channels=channels, image_size=size, patch_size=config.model.patch_size,
-        objective=config.model.objective, diffusion_weight=config.model.diffusion_weight,
+        backbone=config.model.backbone, objective=config.model.objective, diffusion_weight=config.model.diffusion_weight,
         boi_token_id=tokenizer.convert_tokens_to_ids(BOI), eoi_token_id=tokenizer.convert_tokens_to_ids(EOI)), tokenizer)
 
 
@@ -172,12 +174,12 @@ def train(config: TrainConfig) -> Path:
             generator = step_generator(config.seed, step)
             sequence, limit = draw_batch(dataset, config.data, model.tokenizer, model.config, config.optim.rows, config.optim.seq_len, generator)
             times = sample_times(sequence.image_count, limit, generator).to(device)
-            noise = torch.randn(sequence.patches.shape, generator=generator).to(device)
+            noise_seed = torch.tensor([config.seed, step], device=device)
             sequence = sequence.to(device)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config.optim)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
-                output = model(sequence, times, noise)
+                output = model(sequence, times, noise_seed)
             output.loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
             optimizer.step()

@@ -1,28 +1,35 @@
 """The model against transformers' own Llama, the paper's mask and loss, and its checkpoint's round trip."""
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModel, LlamaForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
+from tests.compare import assert_as_accurate
 from tests.transfusion.conftest import tiny_model
+from tests.transfusion.plain import noise_of, plain_output
 from transfusion import Image, Text, Transfusion, TransfusionConfig
-from transfusion.objective import add_noise
+from transfusion.config import BACKBONES
+from transfusion.objective import OBJECTIVES
 from transfusion.sequence import encode, pack
 
+SEED = 11
 
-def losses(model, documents, seq_len, times=None, seed=0):
-    sequence = pack([encode(parts, model.tokenizer, model.config) for parts in documents], seq_len, 4)
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(sequence.patches.shape, generator=generator)
-    times = torch.full((sequence.image_count,), 0.5) if times is None else times
-    return model(sequence, times, noise), sequence, noise
+
+def packed(model, documents, seq_len):
+    return pack([encode(parts, model.tokenizer, model.config) for parts in documents], seq_len, 4)
+
+
+def losses(model, documents, seq_len):
+    sequence = packed(model, documents, seq_len)
+    return model(sequence, torch.full((sequence.image_count,), 0.5), SEED)
 
 
 def hidden_states(model, sequence, patches, times):
-    x = model.embed(sequence, patches, model.timestep(times))
-    return model.backbone(x, sequence.positions, sequence.mask())
+    condition = model.timestep(times)
+    return model.backbone(model.embed(sequence, patches, condition), sequence.positions, sequence.mask(), condition, sequence.image)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -60,48 +67,75 @@ def test_the_timestep_reaches_the_transformer(model, pictures):
     assert (early - late).abs().max() > 1e-3
 
 
-def test_the_loss_is_text_plus_lambda_times_the_mean_over_images_of_their_mean_error(model, pictures):
-    small = Image(pictures[1].latent[:, :4, :4])
-    output, sequence, noise = losses(model, [[Text("a"), pictures[0]], [small, Text("b")]], 64, torch.tensor([0.3, 0.7]))
-    with torch.no_grad():
-        noised, target = add_noise(model.objective, sequence.patches, noise, torch.tensor([0.3] * 16 + [0.7] * 4)[:, None])
-        condition = model.timestep(torch.tensor([0.3, 0.7]))
-        hidden = model.backbone(model.embed(sequence, noised, condition), sequence.positions, sequence.mask()).flatten(0, 1)
-        prediction = model.image_head(hidden[sequence.patch_rows], condition, sequence.patch_image)
-        error = (prediction - target).square()
-        per_image = torch.stack([error[:16].mean(), error[16:].mean()])
-        text = torch.nn.functional.cross_entropy(model.backbone.logits(hidden[sequence.text_rows]), sequence.text_targets)
-    torch.testing.assert_close(output.image_losses, per_image)
-    torch.testing.assert_close(output.loss, text + 5 * per_image.mean())
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_losses_and_every_gradient_are_those_of_the_plain_form_under_the_same_seed(pictures, objective, backbone):
+    model, small = tiny_model(objective, backbone), Image(pictures[1].latent[:, :4, :4])
+    sequence, times = packed(model, [[Text("a"), pictures[0]], [small, Text("b"), pictures[2]], [Text("c")]], 64), torch.tensor([0.3, 0.7, 0.9])
+
+    def run(function, model, dtype):
+        output = function(model, replace(sequence, patches=sequence.patches.to(dtype)), times.to(dtype), SEED)
+        return {"loss": output.loss, "images": output.image_losses} | dict(zip(
+            (name for name, _ in model.named_parameters()), torch.autograd.grad(output.loss, list(model.parameters()))))
+
+    ours, rounded = run(Transfusion.__call__, model, torch.float32), run(plain_output, model, torch.float32)
+    exact = run(plain_output, copy.deepcopy(model).double(), torch.float64)
+    assert ours.keys() == exact.keys()
+    for name in exact:
+        assert_as_accurate(name, ours[name].detach(), rounded[name].detach(), exact[name].detach(),
+                           terms=exact[name].detach().abs().amax().expand_as(exact[name]))
 
 
-def test_packed_documents_have_the_losses_they_have_alone(model, pictures):
+def test_packed_documents_have_the_losses_they_have_in_rows_of_their_own(model, pictures):
     documents = [[Text("a handwritten seven"), pictures[0]], [pictures[1], Text("a handwritten two")], [Text("only text")]]
-    packed, sequence, noise = losses(model, documents, 80)
-    alone = [model(pack([encode(parts, model.tokenizer, model.config)], 40, 4), torch.full((n,), 0.5), noise[16 * i:16 * (i + n)])
-             for i, (parts, n) in enumerate(zip(documents, (1, 1, 0)))]
-    torch.testing.assert_close(packed.image_losses, torch.cat([o.image_losses for o in alone]))
-    counts = [len(pack([encode(parts, model.tokenizer, model.config)], 40, 4).text_rows) for parts in documents]
-    torch.testing.assert_close(packed.text_loss, sum(o.text_loss * n for o, n in zip(alone, counts)) / sum(counts))
+    together, apart = losses(model, documents, 80), losses(model, documents, 40)
+    assert packed(model, documents, 80).tokens.shape[0] == 1 and packed(model, documents, 40).tokens.shape[0] > 1
+    torch.testing.assert_close(together.image_losses, apart.image_losses)
+    torch.testing.assert_close(together.text_loss, apart.text_loss)
 
 
 @pytest.mark.parametrize("kind", ["text", "image", "three images"])
-def test_every_kind_of_batch_trains_its_parameters(pictures, kind):
-    model = tiny_model()
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_kind_of_batch_trains_its_parameters(pictures, kind, backbone):
+    model = tiny_model(backbone=backbone)
     documents = {"text": [[Text("a b c")]], "image": [[pictures[0]]], "three images": [[*pictures[:3]]]}[kind]
-    output, _, _ = losses(model, documents, 80)
+    output = losses(model, documents, 80)
     output.loss.backward()
     assert torch.isfinite(output.loss)
-    groups = {"backbone": model.backbone, "image_head": model.image_head, "patch_embedding": model.patch_embedding, "timestep": model.timestep}
+    groups = {"decoder": model.backbone.decoder, "image_head": model.image_head, "patch_embedding": model.patch_embedding, "timestep": model.timestep}
     for name, module in groups.items():
         trained = all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
-        assert trained == (kind != "text" or name == "backbone"), name
+        assert trained == (kind != "text" or name == "decoder"), name
+    assert all((p.grad.abs().sum() > 0) == (kind != "text") for name, p in model.backbone.named_parameters() if "modulation" in name)
 
 
-def test_a_fresh_model_predicts_nothing_about_images(pictures):
-    fresh = Transfusion(tiny_model().config, tiny_model().tokenizer)
-    output, sequence, noise = losses(fresh, [[pictures[0]]], 24)
-    torch.testing.assert_close(output.diffusion_loss, (noise - sequence.patches).square().mean())
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_fresh_model_predicts_nothing_about_images(pictures, backbone):
+    fresh = Transfusion(tiny_model(backbone=backbone).config, tiny_model().tokenizer)
+    sequence = packed(fresh, [[pictures[0]]], 24)
+    torch.testing.assert_close(losses(fresh, [[pictures[0]]], 24).diffusion_loss, (noise_of(sequence, SEED) - sequence.patches).square().mean())
+
+
+def test_a_fresh_adaln_backbone_is_the_unmodified_decoder_and_text_always_sees_that(pictures):
+    plain, trained = tiny_model(), tiny_model(backbone="adaln")
+    fresh = Transfusion(trained.config).eval()
+    for model in (fresh, trained):
+        model.load_state_dict(plain.state_dict(), strict=False)
+    sequence, times = packed(plain, [[Text("a"), pictures[0], Text("b")]], 32), torch.tensor([0.4])
+    expected = hidden_states(plain, sequence, sequence.patches, times)
+    torch.testing.assert_close(hidden_states(fresh, sequence, sequence.patches, times), expected)
+    start = int(sequence.spans[0, 0, 0])
+    differs = (hidden_states(trained, sequence, sequence.patches, times) - expected).abs().amax(-1)[0] > 1e-3
+    assert not differs[:start].any() and differs[start:start + 16].all()
+
+
+def test_gradient_checkpointing_changes_no_gradient(pictures):
+    model = tiny_model(backbone="adaln").train()
+    gradients = []
+    for enable in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+        enable()
+        gradients.append(torch.autograd.grad(losses(model, [[Text("a"), pictures[0]]], 32).loss, list(model.parameters())))
+    assert model.backbone.gradient_checkpointing and all(map(torch.equal, *gradients))
 
 
 def test_checkpoints_come_back_equal_and_hold_no_pickle(model, pictures, tmp_path):
@@ -109,18 +143,40 @@ def test_checkpoints_come_back_equal_and_hold_no_pickle(model, pictures, tmp_pat
     assert {p.suffix for p in tmp_path.iterdir()} <= {".json", ".safetensors", ".jinja"}
     for again in (Transfusion.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)):
         assert type(again) is Transfusion and again.tokenizer.get_vocab() == model.tokenizer.get_vocab()
-        assert losses(again.eval(), [[Text("a"), pictures[0]]], 32)[0].loss == losses(model, [[Text("a"), pictures[0]]], 32)[0].loss
+        ours, theirs = model.state_dict(), again.state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        torch.testing.assert_close(*(losses(m.eval(), [[Text("a"), pictures[0]]], 32).loss for m in (again, model)), rtol=1e-6, atol=0)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "transfusion"
 
 
-def test_a_decoder_of_another_family_fits(pictures):
-    from transformers import Qwen3Config
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_decoders_of_other_families_fit(pictures, family, backbone):
     config = tiny_model().config
-    qwen = Qwen3Config(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
-    model = Transfusion(TransfusionConfig(text_config=qwen, boi_token_id=config.boi_token_id, eoi_token_id=config.eoi_token_id), tiny_model().tokenizer)
-    output, _, _ = losses(model, [[Text("a"), pictures[0]]], 32)
+    text = AutoConfig.for_model(family, vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                num_key_value_heads=2, head_dim=8, pad_token_id=0)
+    model = Transfusion(TransfusionConfig(text_config=text, backbone=backbone, boi_token_id=config.boi_token_id, eoi_token_id=config.eoi_token_id),
+                        tiny_model().tokenizer).eval()
+    output = losses(model, [[Text("a"), pictures[0]]], 32)
     output.loss.backward()
-    assert torch.isfinite(output.loss) and model.backbone.decoder.model.layers[0].self_attn.q_norm.weight.grad is not None
+    assert torch.isfinite(output.loss) and all(p.grad is not None for p in model.backbone.decoder.parameters())
+    sequence = packed(model, [[Text("a"), pictures[0], Text("b")]], 32)
+    llama = AutoModelForCausalLM.from_config(copy.deepcopy(text), attn_implementation="sdpa").eval()
+    llama.load_state_dict(model.backbone.decoder.state_dict())
+    with torch.no_grad():
+        x = model.embed(sequence, sequence.patches, model.timestep(torch.tensor([0.0])))
+        visible = sequence.mask().dense()
+        expected = llama.get_decoder()(inputs_embeds=x, position_ids=sequence.positions, attention_mask=visible).last_hidden_state
+        ours = hidden_states(model, sequence, sequence.patches, torch.tensor([0.0]))
+    real = sequence.documents >= 0
+    torch.testing.assert_close(ours[real], expected[real], rtol=1e-4, atol=1e-5)
+
+
+def test_an_adaln_backbone_refuses_a_family_of_other_blocks():
+    text = AutoConfig.for_model("gemma2", vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                num_key_value_heads=2, head_dim=8, final_logit_softcapping=None)
+    with pytest.raises(ValueError, match="model_type is 'gemma2'; 'llama', 'mistral', 'qwen2', 'qwen3' fit"):
+        Transfusion(TransfusionConfig(text_config=text, backbone="adaln"))
 
 
 def test_paths_and_configs_that_do_not_fit_are_refused_by_name(tmp_path):
@@ -128,5 +184,7 @@ def test_paths_and_configs_that_do_not_fit_are_refused_by_name(tmp_path):
         Transfusion.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="objective is 'fow'; one of 'eps', 'v', 'flow'"):
         TransfusionConfig(objective="fow")
+    with pytest.raises(ValueError, match="backbone is 'adalm'; one of 'decoder', 'adaln' fits"):
+        TransfusionConfig(backbone="adalm")
     with pytest.raises(ValueError, match="image_size is .* patch_size 3"):
         TransfusionConfig(patch_size=3)

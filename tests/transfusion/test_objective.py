@@ -3,7 +3,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from transfusion.objective import OBJECTIVES, add_noise, sample_times, step
+from tests.transfusion.plain import add_noise
+from transfusion.objective import OBJECTIVES, sample_times, step
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

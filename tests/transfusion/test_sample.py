@@ -2,9 +2,10 @@
 import pytest
 import torch
 
+from tfkernels import patchify
 from transfusion import Image, Text
 from transfusion.objective import step
-from transfusion.sequence import Document, encode, lay_out, patchify
+from transfusion.sequence import Document, encode, lay_out
 
 
 @torch.no_grad()
@@ -19,7 +20,7 @@ def draw_without_cache(model, prompt, steps, guidance, seed):
         whole = Document(ids, [False] * len(ids), [(len(tokens) + 1, x, (4, 4), False)])
         sequence = lay_out([[whole]], len(ids), 4)
         condition = model.timestep(t[None])
-        hidden = model.backbone(model.embed(sequence, x, condition), sequence.positions, sequence.mask()).flatten(0, 1)
+        hidden = model.backbone(model.embed(sequence, x, condition), sequence.positions, sequence.mask(), condition, sequence.image).flatten(0, 1)
         return model.image_head(hidden[sequence.patch_rows], condition, sequence.patch_image)
 
     for number in range(steps):
@@ -33,7 +34,7 @@ def draw_without_cache(model, prompt, steps, guidance, seed):
 def test_the_cached_sampler_equals_one_without_a_cache(model, guidance):
     image, = model.draw(["a handwritten seven"], steps=6, guidance=guidance, seed=5)
     expected = draw_without_cache(model, "a handwritten seven", 6, guidance, 5)
-    torch.testing.assert_close(patchify(image.latent, 2), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(patchify(image.latent[None], 2), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_batch_gives_each_prompt_what_it_gets_alone(model, pictures):
