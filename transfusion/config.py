@@ -4,18 +4,23 @@ from transformers import AutoConfig, PreTrainedConfig
 from transfusion.objective import OBJECTIVES
 
 BACKBONES = ("decoder", "adaln")
+IMAGE_LAYERS = ("linear", "dit", "unet")
 
 
 class TransfusionConfig(PreTrainedConfig):
     """Configuration of `Transfusion`.
 
     Args:
-        text_config: configuration of any causal language model in transformers (a config or its dict); a tiny Llama by default.
+        text_config: configuration of any causal language model in transformers (a config or its dict); transformers' default Llama, of 7B, where none is given.
         image_channels: channels of an image or of its VAE latent.
         image_size: (height, width) that `generate` draws when not told otherwise.
         patch_size: side of a square patch; an image's height and width are multiples of it.
         backbone: "decoder", the language model as it is (the paper), or "adaln", whose norms and residuals each image's timestep modulates.
-        objective: what the image head predicts: "eps" (the paper, arXiv:2408.11039), "v" or "flow".
+        image_layers: in front of and behind the decoder: "linear" (the paper), "dit", linear in and a modulated final layer out, or "unet" (the paper's other
+            choice), down blocks in, up blocks out and skips between.
+        unet_channels, unet_blocks: of "unet": channels at each resolution, from the latent's down to one position a patch, and residual blocks at each.
+        objective: what the image head predicts: "eps" (the paper, arXiv:2408.11039), "v", "flow" or "x0".
+        time_shift_tokens: patches of an image whose times are not shifted; larger images get more noise (see `transfusion.objective.shift_times`); None: none.
         diffusion_weight: lambda in loss = text + lambda * diffusion (the paper uses 5).
         boi_token_id, eoi_token_id: the tokens around an image.
     """
@@ -23,24 +28,30 @@ class TransfusionConfig(PreTrainedConfig):
     model_type = "transfusion"
     sub_configs = {"text_config": AutoConfig}
 
-    def __init__(self, text_config=None, image_channels=1, image_size=(8, 8), patch_size=2, backbone="decoder", objective="flow",
-                 diffusion_weight=5.0, boi_token_id=3, eoi_token_id=4, **kwargs):
+    def __init__(self, text_config=None, image_channels=1, image_size=(8, 8), patch_size=2, backbone="decoder", image_layers="dit", unet_channels=(64, 128),
+                 unet_blocks=2, objective="flow", time_shift_tokens=None, diffusion_weight=5.0, boi_token_id=3, eoi_token_id=4, **kwargs):
         if text_config is None:
             text_config = {"model_type": "llama"}
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
-        if objective not in OBJECTIVES:
-            raise ValueError(f"TransfusionConfig: objective is {objective!r}; one of {', '.join(map(repr, OBJECTIVES))} fits")
-        if backbone not in BACKBONES:
-            raise ValueError(f"TransfusionConfig: backbone is {backbone!r}; one of {', '.join(map(repr, BACKBONES))} fits")
+        for name, value, choices in (("backbone", backbone, BACKBONES), ("image_layers", image_layers, IMAGE_LAYERS), ("objective", objective, OBJECTIVES)):
+            if value not in choices:
+                raise ValueError(f"TransfusionConfig: {name} is {value!r}; one of {', '.join(map(repr, choices))} fits")
         if patch_size < 1 or any(side % patch_size for side in image_size):
             raise ValueError(f"TransfusionConfig: image_size is {tuple(image_size)} and patch_size {patch_size}; multiples of the patch size fit")
+        if image_layers == "unet" and patch_size != 2**(len(unet_channels) - 1):
+            raise ValueError(f"TransfusionConfig: patch_size is {patch_size} and unet_channels {tuple(unet_channels)}; a patch size of 2^k and k + 1 "
+                             "channels fit, one number for each resolution down to a patch")
         self.text_config = text_config
         self.image_channels = image_channels
         self.image_size = list(image_size)
         self.patch_size = patch_size
         self.backbone = backbone
+        self.image_layers = image_layers
+        self.unet_channels = list(unet_channels)
+        self.unet_blocks = unet_blocks
         self.objective = objective
+        self.time_shift_tokens = time_shift_tokens
         self.diffusion_weight = diffusion_weight
         self.boi_token_id = boi_token_id
         self.eoi_token_id = eoi_token_id

@@ -4,6 +4,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from transfusion.sequence import ImageLayout
+
 
 class TimestepEmbedding(nn.Module):
     """t in [0, 1] -> condition (N, C): cosines and sines of 1000 t at geometric frequencies, then a two-layer perceptron."""
@@ -26,10 +28,12 @@ class ZeroLinear(nn.Linear):
 class PatchEmbedding(nn.Module):
     """Linear(patch + timestep): the timestep is added to every patch vector before the linear layer (arXiv:2408.11039, footnote 6)."""
 
-    def __init__(self, patch_dim: int, hidden: int):
+    def __init__(self, config, hidden: int):
         super().__init__()
-        self.timestep = ZeroLinear(hidden, patch_dim)
-        self.linear = nn.Linear(patch_dim, hidden)
+        self.timestep = ZeroLinear(hidden, config.patch_dim)
+        self.linear = nn.Linear(config.patch_dim, hidden)
 
-    def forward(self, patches: Tensor, condition: Tensor, patch_image: Tensor) -> Tensor:
-        return self.linear(patches.to(condition.dtype) + self.timestep(condition)[patch_image])  # (P, C)
+    def forward(self, hidden: Tensor, patches: Tensor, condition: Tensor, layout: ImageLayout, places: Tensor) -> tuple[Tensor, list]:
+        """Write the embeddings of patches (P, patch_dim) to the rows `places` (P,) of `hidden` (T, C); nothing skips the decoder."""
+        embedded = self.linear(patches.to(condition.dtype) + self.timestep(condition)[layout.image])
+        return hidden.index_copy(0, places, embedded.to(hidden.dtype)), []

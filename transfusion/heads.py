@@ -1,18 +1,45 @@
-"""Out of the backbone: patches predicted from hidden states."""
+"""Out of the backbone: patches predicted from hidden states, and the diffusion loss of what is predicted."""
 from torch import Tensor, nn
 
-from tfkernels import modulated_layer_norm
+from tfkernels import diffusion_loss, modulated_layer_norm
 from transfusion.embed import ZeroLinear
+from transfusion.sequence import ImageLayout
 
 
 class ImageHead(nn.Module):
-    """Linear((1 + scale(t)) * norm(x) + shift(t)): a final layer whose norm the timestep modulates (as in DiT, arXiv:2212.09748)."""
+    """What every head does: `forward` predicts patches, `loss` compares them with the objective's target."""
 
-    def __init__(self, hidden: int, patch_dim: int):
+    def forward(self, x: Tensor, condition: Tensor, layout: ImageLayout, skips: list) -> Tensor:
+        """Hidden states (P, C) of the patches -> predictions (P, patch_dim); condition (N, C), skips from the image layers in front."""
+        raise NotImplementedError
+
+    def loss(self, hidden: Tensor, places: Tensor, condition: Tensor, layout: ImageLayout, skips: list, x0: Tensor, p: Tensor, q: Tensor,
+             seed: Tensor | int) -> Tensor:
+        """Mean squared error of each image (N,) between the predictions of the rows `places` of hidden (T, C) and p x0 + q eps."""
+        return diffusion_loss(self(hidden[places], condition, layout, skips), x0, p, q, None, seed, offsets=layout.offsets)
+
+
+class LinearHead(ImageHead):
+    """One linear layer (the paper)."""
+
+    def __init__(self, config, hidden: int):
+        super().__init__()
+        self.linear = ZeroLinear(hidden, config.patch_dim)
+
+    def forward(self, x: Tensor, condition: Tensor, layout: ImageLayout, skips: list) -> Tensor:
+        """As `ImageHead.forward`."""
+        return self.linear(x)
+
+
+class DiTHead(ImageHead):
+    """Linear((1 + scale(t)) * norm(x) + shift(t)): a final layer whose norm the timestep modulates (arXiv:2212.09748)."""
+
+    def __init__(self, config, hidden: int):
         super().__init__()
         self.modulation = ZeroLinear(hidden, 2 * hidden)
-        self.linear = ZeroLinear(hidden, patch_dim)
+        self.linear = ZeroLinear(hidden, config.patch_dim)
 
-    def forward(self, x: Tensor, condition: Tensor, patch_image: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, layout: ImageLayout, skips: list) -> Tensor:
+        """As `ImageHead.forward`."""
         shift, scale = self.modulation(nn.functional.silu(condition)).chunk(2, -1)         # (N, C) each
-        return self.linear(modulated_layer_norm(x, None, None, scale, shift, patch_image))  # (P, patch_dim)
+        return self.linear(modulated_layer_norm(x, None, None, scale, shift, layout.image))

@@ -1,20 +1,25 @@
 """The model: one decoder that reads and writes text and images (Transfusion, arXiv:2408.11039)."""
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers import initialization as init
 
-from tfkernels import diffusion_loss, noise_patchify
+from tfkernels import noise_patchify
 from transfusion import sample
 from transfusion.backbone import AdaLNBackbone, Backbone
 from transfusion.config import TransfusionConfig
 from transfusion.embed import PatchEmbedding, TimestepEmbedding, ZeroLinear
-from transfusion.heads import ImageHead
+from transfusion.heads import DiTHead, LinearHead
 from transfusion.loss import text_loss
 from transfusion.objective import OBJECTIVES
 from transfusion.sequence import Image, Part, Sequence
+from transfusion.unet import UNetDown, UNetUp, ZeroConv2d
+
+BACKBONES = {"decoder": Backbone, "adaln": AdaLNBackbone}
+IMAGE_LAYERS = {"linear": (PatchEmbedding, LinearHead), "dit": (PatchEmbedding, DiTHead), "unet": (UNetDown, UNetUp)}
 
 
 class TransfusionOutput(NamedTuple):
@@ -39,17 +44,16 @@ class Transfusion(PreTrainedModel):
     def __init__(self, config: TransfusionConfig, tokenizer=None):
         super().__init__(config)
         hidden = config.text_config.get_text_config().hidden_size
-        self.backbone = {"decoder": Backbone, "adaln": AdaLNBackbone}[config.backbone](config.text_config)
+        self.backbone = BACKBONES[config.backbone](config.text_config)
         self.timestep = TimestepEmbedding(hidden)
-        self.patch_embedding = PatchEmbedding(config.patch_dim, hidden)
-        self.image_head = ImageHead(hidden, config.patch_dim)
+        self.patch_embedding, self.image_head = (layer(config, hidden) for layer in IMAGE_LAYERS[config.image_layers])
         self.objective = OBJECTIVES[config.objective]
         self.tokenizer = tokenizer
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Images start silent: no modulation, no prediction, no timestep in the patches; other layers as transformers does."""
-        if isinstance(module, ZeroLinear):
+        if isinstance(module, (ZeroLinear, ZeroConv2d)):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, AdaLNBackbone):
@@ -74,22 +78,21 @@ class Transfusion(PreTrainedModel):
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(path)
 
-    def embed(self, sequence: Sequence, patches: Tensor, condition: Tensor) -> Tensor:
-        """Token embeddings (B, S, C) with the (noised) patches' embeddings in their places."""
+    def embed(self, sequence: Sequence, patches: Tensor, condition: Tensor) -> tuple[Tensor, list]:
+        """Token embeddings (B, S, C) with the (noised) patches' embeddings in their places, and what skips the decoder to the image head."""
         x = self.backbone.embed(sequence.tokens)
-        images = self.patch_embedding(patches, condition, sequence.patch_image).to(x.dtype)
-        return x.flatten(0, 1).index_copy(0, sequence.patch_rows, images).view_as(x)
+        embedded, skips = self.patch_embedding(x.flatten(0, 1), patches, condition, sequence.layout, sequence.patch_rows)
+        return embedded.view_as(x), skips
 
     def forward(self, sequence: Sequence, times: Tensor, seed: Tensor | int) -> TransfusionOutput:
         """Losses of packed documents whose images are noised to `times` (N,); `seed`, as in `tfkernels.noise_patchify`, makes the noise."""
         (signal, noise), (p, q) = self.objective.path(times), self.objective.target(times)
         condition = self.timestep(times)                                                   # (N, C)
-        noised = noise_patchify(sequence.patches, signal, noise, seed, offsets=sequence.offsets)
-        x = self.embed(sequence, noised, condition)
+        noised = noise_patchify(sequence.patches, signal, noise, seed, offsets=sequence.layout.offsets)
+        x, skips = self.embed(sequence, noised, condition)
         x = self.backbone(x, sequence.positions, sequence.mask(), condition, sequence.image).flatten(0, 1)  # (B * S, C)
         text = text_loss(self.backbone.logits(x[sequence.text_rows]), sequence.text_targets)
-        prediction = self.image_head(x[sequence.patch_rows], condition, sequence.patch_image)
-        images = diffusion_loss(prediction, sequence.patches, p, q, None, seed, offsets=sequence.offsets)
+        images = self.image_head.loss(x, sequence.patch_rows, condition, sequence.layout, skips, sequence.patches, p, q, seed)
         diffusion = images.sum() / max(1, sequence.image_count)
         return TransfusionOutput(text + self.config.diffusion_weight * diffusion, text, diffusion, images)
 
@@ -105,13 +108,17 @@ class Transfusion(PreTrainedModel):
         """Go on from several prompts at once; see `transfusion.sample.generate_batch`."""
         return sample.generate_batch(self, prompts, **options)
 
-    def draw(self, prompts: list[str], **options) -> list[Image]:
-        """Draw one image for each prompt; options as in `generate_batch`."""
+    def stream(self, parts: list[Part], **options) -> Iterator[sample.Event]:
+        """`generate` as an iterator of events: text as it is written, previews, finished images."""
+        return sample.stream(self, [parts], **options)
+
+    def draw(self, prompts: list[str | list[Part]], **options) -> list[Image]:
+        """Draw one image for each prompt, a text or parts such as [image, instruction]; options as in `generate_batch`."""
         return sample.draw(self, prompts, **options)
 
-    def caption(self, images: list[Image], **options) -> list[str]:
-        """Write the text that follows each image, greedily; options as in `generate_batch`."""
-        return sample.caption(self, images, **options)
+    def caption(self, images: list[Image], question: str = "", **options) -> list[str]:
+        """Write the text that follows each image and the question, greedily; options as in `generate_batch`."""
+        return sample.caption(self, images, question, **options)
 
 
 AutoConfig.register(TransfusionConfig.model_type, TransfusionConfig, exist_ok=True)

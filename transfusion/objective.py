@@ -54,18 +54,56 @@ class EpsPrediction(VPrediction):
         return torch.zeros_like(t), torch.ones_like(t)
 
 
-OBJECTIVES = {"eps": EpsPrediction(), "v": VPrediction(), "flow": Flow()}
+@dataclass(frozen=True)
+class X0Prediction(VPrediction):
+    """Predict x0 on the cosine path (arXiv:2202.00512, section 4)."""
+
+    def target(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (p, q) at t."""
+        return torch.ones_like(t), torch.zeros_like(t)
+
+
+OBJECTIVES = {"eps": EpsPrediction(), "v": VPrediction(), "flow": Flow(), "x0": X0Prediction()}
+
+
+def solve(objective, x: Tensor, prediction: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the (x0, eps) that x at time t and the model's prediction there stand for."""
+    (signal, noise), (p, q) = objective.path(t), objective.target(t)
+    det = signal * q - noise * p
+    return (q * x - noise * prediction) / det, (signal * prediction - p * x) / det
 
 
 def step(objective, x: Tensor, prediction: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """Move x from time t to s < t, given the model's prediction at t."""
-    (signal, noise), (p, q) = objective.path(t), objective.target(t)
-    det = signal * q - noise * p
-    x0, eps = (q * x - noise * prediction) / det, (signal * prediction - p * x) / det
+    x0, eps = solve(objective, x, prediction, t)
     signal, noise = objective.path(s)
     return signal * x0 + noise * eps
 
 
-def sample_times(count: int, limit: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw one time per image, uniform in [0, limit_n]: limit is 1, or the noise limit where an image stands before its caption."""
-    return torch.rand(count, generator=generator) * limit
+def shift_times(t: Tensor, tokens: Tensor | int, base: int | None) -> Tensor:
+    """Return s t / (1 + (s - 1) t) with s = sqrt(tokens / base): as much is left of a larger image after as much noise (arXiv:2403.03206, eq. 23).
+
+    t (N,) and tokens (N,) or an int; without `base`, t.
+    """
+    if base is None:
+        return t
+    s = torch.as_tensor(tokens, device=t.device, dtype=t.dtype).div(base).sqrt()
+    return s * t / (1 + (s - 1) * t)
+
+
+def uniform_times(count: int, generator: torch.Generator) -> Tensor:
+    """Draw times (N,), uniform in [0, 1] (the paper)."""
+    return torch.rand(count, generator=generator)
+
+
+def logit_normal_times(count: int, generator: torch.Generator) -> Tensor:
+    """Draw times (N,) whose logits are standard normal: more in the middle (arXiv:2403.03206, eq. 19, its best setting)."""
+    return torch.randn(count, generator=generator).sigmoid()
+
+
+TIMES = {"uniform": uniform_times, "logit-normal": logit_normal_times}
+
+
+def sample_times(kind: str, limit: Tensor, tokens: Tensor, base: int | None, generator: torch.Generator) -> Tensor:
+    """Draw one time per image (N,): by TIMES[kind], shifted for its `tokens` (N,), scaled into [0, limit_n], the noise limit where it stands first."""
+    return limit * shift_times(TIMES[kind](len(limit), generator), tokens, base)

@@ -2,21 +2,146 @@
 
 All rows of a batch share the columns of one key/value cache. Prompts of different lengths stand left-padded; a row that waits
 for the others gets columns that nobody sees (the mask's `until` is 0 there). An image is denoised with only its own patches as
-queries: the prefix stays in the cache over all steps, conditional and unconditional rows run as one batch, and the finished
+queries: the prefix stays in the cache over all steps, guided and unguided rows run as one batch, and the finished
 image is fed once more, clean, so that later text reads it (arXiv:2408.11039, section 3.3).
 """
-from dataclasses import dataclass, field
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from tfkernels import TransfusionMask, unpatchify
-from transfusion.objective import step
-from transfusion.sequence import Document, Image, Part, Text, encode, lay_out
+from transfusion.guidance import Guidance
+from transfusion.objective import solve
+from transfusion.sampler import make_sampler
+from transfusion.sequence import Document, Image, ImageLayout, Part, Text, encode, lay_out
 
 _EVER = torch.iinfo(torch.int32).max
 WRITING, DRAWING, DONE = range(3)
+
+
+class Written(NamedTuple):
+    """Row `row` wrote some text."""
+
+    row: int
+    text: str
+
+
+class Preview(NamedTuple):
+    """After `step` of `steps` the image of row `row` would come out as `image`."""
+
+    row: int
+    image: Image
+    step: int
+    steps: int
+
+
+class Drawn(NamedTuple):
+    """Row `row` finished an image."""
+
+    row: int
+    image: Image
+
+
+Event = Written | Preview | Drawn
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to go on from a prompt.
+
+    Args:
+        max_new_tokens: text tokens written for each prompt at most.
+        max_images: images drawn for each prompt at most; then BOI is not sampled any more.
+        image_size: (height, width) of drawn images; the config's by default.
+        steps: denoising steps of each image (the paper: 250 of a model trained with 1000).
+        sampler: one of `transfusion.sampler.SAMPLERS`.
+        guidance: a scale, or a `Guidance`; 1 is none, and then no other rows are run.
+        temperature: 0 takes the likeliest token, larger values sample.
+        top_p: sample from the smallest set of tokens that holds this much probability (arXiv:1904.09751).
+        min_p: sample only tokens at least this many times as likely as the likeliest (arXiv:2407.01082).
+        seed: prompt i draws its random numbers from seed + i, whatever the rest of the batch is.
+        previews: make a `Preview` after each denoising step; each one waits for the device.
+    """
+
+    max_new_tokens: int = 64
+    max_images: int = 1
+    image_size: tuple[int, int] | None = None
+    steps: int = 50
+    sampler: str = "ddim"
+    guidance: Guidance | float = 3.0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    previews: bool = False
+
+    def __post_init__(self):
+        for name, fits, low, high in (("max_new_tokens", "at least 0", 0, None), ("max_images", "at least 0", 0, None), ("steps", "at least 1", 1, None),
+                                      ("temperature", "at least 0", 0, None), ("top_p", "0 to 1", 0, 1), ("min_p", "0 to 1", 0, 1)):
+            value = getattr(self, name)
+            if value < low or high is not None and value > high:
+                raise ValueError(f"generate: {name} is {value}; {fits} fits")
+
+    @classmethod
+    def of(cls, options: dict) -> "Sampling":
+        """Make one of keyword arguments; a name that is not one is answered with the nearest."""
+        names = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                raise ValueError(f"generate: {name} is not an option; {', '.join(names)} fit" + (f"; did you mean {near[0]}?" if near else ""))
+        return cls(**options)
+
+
+def generate_batch(model, prompts: list[list[Part]], *, on_event=None, **options) -> list[list[Part]]:
+    """Go on from each prompt; the model decides when to draw by writing BOI and when to stop by writing EOS.
+
+    Args:
+        model: a `Transfusion` with its tokenizer.
+        prompts: lists of Text and Image, of any lengths.
+        on_event: called with each `Written`, `Preview` and `Drawn` as it happens.
+        options: the fields of `Sampling`.
+
+    Returns:
+        For each prompt the new parts, Text and Image in order.
+
+    Raises:
+        ValueError: a prompt or an option that does not fit, named.
+    """
+    return _consume(_Sampler(model, prompts, Sampling.of(options)), on_event)
+
+
+def stream(model, prompts: list[list[Part]], **options) -> Iterator[Event]:
+    """`generate_batch` as an iterator of what happens."""
+    return _Sampler(model, prompts, Sampling.of(options)).events()
+
+
+def draw(model, prompts: list[str | list[Part]], *, on_event=None, **options) -> list[Image]:
+    """Draw one image for each prompt, whatever the model would have done: from text, or from parts such as [image, instruction] to edit an image."""
+    prompts = [[Text(prompt)] if isinstance(prompt, str) else prompt for prompt in prompts]
+    if any(all(isinstance(part, Text) and not part.text.strip() for part in prompt) for prompt in prompts):
+        raise ValueError("draw: a prompt is empty; some text or an image fits, e.g. 'a handwritten seven'")
+    results = _consume(_Sampler(model, prompts, Sampling.of({"max_new_tokens": 0, **options, "max_images": 1}), force_image=True), on_event)
+    return [next(part for part in parts if isinstance(part, Image)) for parts in results]
+
+
+def caption(model, images: list[Image], question: str = "", **options) -> list[str]:
+    """Write the text that follows each image and, where one is given, a question; no image is drawn."""
+    prompts = [[image, Text(question)] if question else [image] for image in images]
+    results = generate_batch(model, prompts, **{**options, "max_images": 0})
+    return ["".join(part.text for part in parts if isinstance(part, Text)).strip() for parts in results]
+
+
+def _consume(sampler: "_Sampler", on_event) -> list[list[Part]]:
+    for event in sampler.events():
+        if on_event is not None:
+            on_event(event)
+    return [row.parts for row in sampler.rows]
 
 
 @dataclass
@@ -26,6 +151,7 @@ class _Row:
     generator: torch.Generator
     state: int = WRITING
     tokens: list[int] = field(default_factory=list)
+    text: str = ""
     parts: list[Part] = field(default_factory=list)
     images: int = 0
     written: int = 0
@@ -52,128 +178,93 @@ class _Cache:
         self.positions = self.positions + valid.sum(1)
         return hidden
 
-    def select(self, rows: list[int], prefix: "_Cache | None") -> "_Cache":
-        """Copy some rows; with `prefix` (one row), append as many rows that hold only the prefix, in the last columns."""
-        cache, columns = DynamicCache(), self.seen.shape[1]
-        seen, positions = self.seen[rows], self.positions[rows]
+    def crop(self, count: int, before: tuple[Tensor, Tensor]) -> None:
+        """Forget the last `count` columns; `before` is what `seen` and `positions` were."""
+        self.cache.crop(-count)
+        self.seen, self.positions = before
+
+    def select(self, rows: list[int]) -> "_Cache":
+        """Copy some rows."""
+        cache = DynamicCache()
         for number, layer in enumerate(self.cache.layers):
-            keys, values = layer.keys[rows], layer.values[rows]
-            if prefix is not None:
-                keys, values = (torch.cat([x, _right(y, columns, len(rows))]) for x, y in (
-                    (keys, prefix.cache.layers[number].keys), (values, prefix.cache.layers[number].values)))
-            cache.update(keys, values, number)
-        if prefix is not None:
-            pad = seen.new_zeros(len(rows), columns - prefix.seen.shape[1])
-            seen = torch.cat([seen, torch.cat([pad, prefix.seen.expand(len(rows), -1)], 1)])
-            positions = torch.cat([positions, prefix.positions.expand(len(rows))])
-        return _Cache(cache, seen, positions)
+            cache.update(layer.keys[rows], layer.values[rows], number)
+        return _Cache(cache, self.seen[rows], self.positions[rows])
 
-
-def _right(x: Tensor, columns: int, rows: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, 0, columns - x.shape[2], 0)).expand(rows, -1, -1, -1)
-
-
-@torch.inference_mode()
-def generate_batch(model, prompts: list[list[Part]], *, max_new_tokens: int = 64, max_images: int = 1, image_size: tuple[int, int] | None = None,
-                   steps: int = 50, guidance: float = 3.0, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, on_step=None) -> list[list[Part]]:
-    """Go on from each prompt; the model decides when to draw by writing BOI and when to stop by writing EOS.
-
-    Args:
-        model: a `Transfusion` with its tokenizer.
-        prompts: lists of Text and Image.
-        max_new_tokens: text tokens written for each prompt at most.
-        max_images: images drawn for each prompt at most; then BOI is not sampled any more.
-        image_size: (height, width) of drawn images; the config's by default.
-        steps: denoising steps of each image.
-        guidance: classifier-free guidance scale (arXiv:2207.12598); 1 is none, and then no unconditional rows are run.
-        temperature: 0 takes the likeliest token, larger values sample.
-        top_p: sample from the smallest set of tokens that holds this much probability.
-        seed: prompt i draws its random numbers from seed + i, whatever the rest of the batch is.
-        on_step: called as on_step(rows, images, step, steps) with the images so far after each denoising step.
-
-    Returns:
-        For each prompt the new parts, Text and Image in order.
-    """
-    documents = [encode(prompt, model.tokenizer, model.config, end=False) for prompt in prompts]
-    return _Sampler(model, documents, max_new_tokens, max_images, image_size, steps, guidance, temperature, top_p, seed, on_step).run()
-
-
-@torch.inference_mode()
-def draw(model, prompts: list[str], **options) -> list[Image]:
-    """Draw one image for each prompt, whatever the model would have done; options as in `generate_batch`."""
-    documents = []
-    for prompt in prompts:
-        if not prompt.strip():
-            raise ValueError("draw: a prompt is empty; some text fits, e.g. 'a handwritten seven'")
-        document = encode([Text(prompt)], model.tokenizer, model.config, end=False)
-        documents.append(document._replace(tokens=document.tokens + [model.config.boi_token_id], targets=document.targets + [True]))
-    results = _Sampler(model, documents, **{"max_new_tokens": 0, **_DEFAULTS, **options, "max_images": 1}).run()
-    return [next(part for part in parts if isinstance(part, Image)) for parts in results]
-
-
-def caption(model, images: list[Image], **options) -> list[str]:
-    """Write the text that follows each image; no image is drawn. Options as in `generate_batch`."""
-    results = generate_batch(model, [[image] for image in images], **{**options, "max_images": 0})
-    return ["".join(part.text for part in parts if isinstance(part, Text)).strip() for parts in results]
-
-
-_DEFAULTS = dict(image_size=None, steps=50, guidance=3.0, temperature=0.0, top_p=1.0, seed=0, on_step=None)
+    @staticmethod
+    def stack(parts: list["_Cache"]) -> "_Cache":
+        """All rows of several caches, each in the last columns."""
+        columns = max(part.seen.shape[1] for part in parts)
+        right = lambda x, axis: torch.nn.functional.pad(x, (0, 0) * (x.ndim - 1 - axis) + (columns - x.shape[axis], 0))  # noqa: E731
+        cache = DynamicCache()
+        for number in range(len(parts[0].cache.layers)):
+            layers = [part.cache.layers[number] for part in parts]
+            cache.update(torch.cat([right(layer.keys, 2) for layer in layers]), torch.cat([right(layer.values, 2) for layer in layers]), number)
+        return _Cache(cache, torch.cat([right(part.seen, 1) for part in parts]), torch.cat([part.positions for part in parts]))
 
 
 class _Sampler:
-    def __init__(self, model, documents: list[Document], max_new_tokens, max_images, image_size, steps, guidance, temperature, top_p, seed, on_step):
-        size, patch = tuple(image_size or model.config.image_size), model.config.patch_size
+    def __init__(self, model, prompts: list[list[Part]], options: Sampling, force_image: bool = False):
+        config = model.config
+        size, patch = tuple(options.image_size or config.image_size), config.patch_size
         if any(side < patch or side % patch for side in size):
             raise ValueError(f"generate: image_size is {size} and the patch size {patch}; multiples of the patch size fit")
-        if steps < 1:
-            raise ValueError(f"generate: steps is {steps}; at least 1 fits")
-        self.model, self.config, self.documents = model, model.config, documents
+        self.model, self.config, self.options, self.prompts, self.force_image = model, config, options, prompts, force_image
+        self.documents = [encode(prompt, model.tokenizer, config, end=False) for prompt in prompts]
+        if force_image:
+            self.documents = [self.then_image(document) for document in self.documents]
         self.grid = size[0] // patch, size[1] // patch
-        self.max_new_tokens, self.max_images, self.steps, self.guidance = max_new_tokens, max_images, steps, guidance
-        self.temperature, self.top_p, self.on_step = temperature, top_p, on_step
-        self.rows = [_Row(torch.Generator().manual_seed(seed + i)) for i in range(len(documents))]
+        self.guidance = options.guidance if isinstance(options.guidance, Guidance) else Guidance(options.guidance)
+        self.sampler()  # refuses what does not fit before anything runs
+        self.rows = [_Row(torch.Generator().manual_seed(options.seed + i)) for i in range(len(prompts))]
         self.eos = model.tokenizer.eos_token_id
-        self.clean = model.timestep(torch.zeros(1, device=model.device))                   # (1, C), what finished images are fed with
 
-    def run(self) -> list[list[Part]]:
+    def sampler(self):
+        return make_sampler(self.options.sampler, self.model.objective, self.options.steps, self.grid[0] * self.grid[1], self.config.time_shift_tokens)
+
+    def then_image(self, document: Document) -> Document:
+        return document._replace(tokens=[*document.tokens, self.config.boi_token_id], targets=[*document.targets, True])
+
+    @torch.inference_mode()
+    def events(self) -> Iterator[Event]:
+        """Run to the end; `rows` holds the parts then."""
+        self.clean = self.model.timestep(torch.zeros(1, device=self.model.device))         # (1, C), what finished images are fed with
         self.cache, hidden = self.prefill(self.documents)
-        for row, document in zip(self.rows, self.documents):
-            if document.tokens[-1] == self.config.boi_token_id:
-                row.state = DRAWING
+        for row in self.rows:
+            row.state = DRAWING if self.force_image else WRITING
         while True:
-            self.write(hidden)
+            yield from self.write(hidden)
             drawing = [i for i, row in enumerate(self.rows) if row.state == DRAWING]
             if not drawing:
                 break
-            hidden = self.draw_images(drawing)
-        return [row.parts + self.flush(row) for row in self.rows]
+            hidden = yield from self.draw_images(drawing)
+        for row in self.rows:
+            row.parts += self.flush(row)
 
     def prefill(self, documents: list[Document]) -> tuple[_Cache, Tensor]:
         """Run the prompts, left-padded; return the cache and the last column's hidden states (B, C)."""
-        device = self.model.device
-        sequence = lay_out([[d] for d in documents], max(len(d.tokens) for d in documents), self.config.patch_dim, left=True).to(device)
-        condition = self.model.timestep(torch.zeros(sequence.image_count, device=device))
-        x = self.model.embed(sequence, sequence.patches, condition)
+        sequence = lay_out([[d] for d in documents], max(len(d.tokens) for d in documents), self.config.patch_dim, left=True).to(self.model.device)
+        condition = self.clean.expand(sequence.image_count, -1)
+        x, _ = self.model.embed(sequence, sequence.patches, condition)
         cache, seen = DynamicCache(), sequence.documents >= 0
         hidden = self.model.backbone(x, sequence.positions, sequence.mask(), condition, sequence.image, cache)
         return _Cache(cache, seen, seen.sum(1)), hidden[:, -1]
 
-    def write(self, hidden: Tensor) -> None:
+    def write(self, hidden: Tensor) -> Iterator[Event]:
         """Write text in every row that is writing, until each is done or wants to draw."""
         while any(row.state == WRITING for row in self.rows):
             logits = self.model.backbone.logits(hidden).float()                            # (B, V)
             tokens, valid = [], []
-            for row, scores in zip(self.rows, logits):
+            for number, (row, scores) in enumerate(zip(self.rows, logits)):
                 tokens.append(self.choose(row, scores) if row.state == WRITING else self.eos)
                 valid.append(row.state == WRITING and tokens[-1] != self.eos)
                 if row.state == WRITING:
-                    self.take(row, tokens[-1])
+                    yield from self.take(number, row, tokens[-1])
             if any(valid):
                 at = torch.tensor(tokens, device=logits.device)[:, None]
                 fed = self.cache.feed(self.model, self.model.backbone.embed(at), torch.tensor(valid, device=logits.device)[:, None], self.clean)
                 hidden = fed[:, -1]
 
-    def take(self, row: _Row, token: int) -> None:
+    def take(self, number: int, row: _Row, token: int) -> Iterator[Event]:
         if token == self.eos:
             row.state = DONE
         elif token == self.config.boi_token_id:
@@ -181,69 +272,91 @@ class _Sampler:
         else:
             row.tokens.append(token)
             row.written += 1
+            text = self.model.tokenizer.decode(row.tokens)
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character of several tokens is not whole yet
+                yield Written(number, text[len(row.text):])
+                row.text = text
 
     def choose(self, row: _Row, scores: Tensor) -> int:
         """Pick the next token of one row; EOS once it has written enough."""
-        if row.written >= self.max_new_tokens:
+        options = self.options
+        if row.written >= options.max_new_tokens:
             return self.eos
         scores = scores.cpu().clone()
         scores[self.config.eoi_token_id] = -torch.inf
-        if row.images >= self.max_images:
+        if row.images >= options.max_images:
             scores[self.config.boi_token_id] = -torch.inf
-        if self.temperature == 0:
+        if options.temperature == 0:
             return int(scores.argmax())
-        ranked, order = (scores / self.temperature).softmax(-1).sort(descending=True)
-        ranked[ranked.cumsum(-1) - ranked >= self.top_p] = 0
+        ranked, order = (scores / options.temperature).softmax(-1).sort(descending=True)
+        ranked[(ranked.cumsum(-1) - ranked >= options.top_p) | (ranked < options.min_p * ranked[0])] = 0
+        ranked[0] = ranked[0].clamp(min=torch.finfo(ranked.dtype).tiny)                    # top_p 0 leaves the likeliest
         return int(order[torch.multinomial(ranked, 1, generator=row.generator)])
 
-    def draw_images(self, rows: list[int]) -> Tensor:
+    def contexts(self, rows: list[int]) -> dict[bool, _Cache]:
+        """The caches to denoise `rows` against: without guidance (False) and with it (True), one row for each context and prompt."""
+        whole = self.cache.select(rows)
+        prefixes = {"whole": lambda: whole, "images": lambda: self.prefill([self.images_of(i) for i in rows])[0],
+                    "nothing": lambda: self.prefill([self.then_image(self.nothing())])[0].select([0] * len(rows))}
+        names = self.guidance.contexts
+        return {False: whole, True: _Cache.stack([prefixes[name]() for name in names])} if len(names) > 1 else {False: whole}
+
+    def nothing(self) -> Document:
+        return Document([self.model.tokenizer.bos_token_id], [False], [])
+
+    def images_of(self, row: int) -> Document:
+        """The images of a row's prompt and of what it has drawn, without any text, and the beginning of another."""
+        images = [part for part in (*self.prompts[row], *self.rows[row].parts) if isinstance(part, Image)]
+        return self.then_image(encode(images, self.model.tokenizer, self.config, end=False) if images else self.nothing())
+
+    def draw_images(self, rows: list[int]) -> Iterator[Event]:
         """Denoise one image in each of `rows`, put them clean into the cache with EOI; return the last column's hidden states."""
-        device, count = self.model.device, self.grid[0] * self.grid[1]
-        shape = count, self.config.patch_dim
-        x = torch.stack([torch.randn(shape, generator=self.rows[i].generator) for i in rows]).to(device)
-        guided = self.guidance != 1
-        prefix = None
-        if guided:
-            nothing = Document([self.model.tokenizer.bos_token_id, self.config.boi_token_id], [False, True], [])
-            prefix, _ = self.prefill([nothing])
-        context = self.cache.select(rows, prefix)
-        for number in range(self.steps):
-            t, s = (torch.full((), self.model.objective.start * (1 - n / self.steps), device=device) for n in (number, number + 1))
-            prediction = self.predict(context, torch.cat([x, x]) if guided else x, t)
+        shape = self.grid[0] * self.grid[1], self.config.patch_dim
+        sampler, contexts = self.sampler(), self.contexts(rows)
+        x = sampler.start(torch.stack([torch.randn(shape, generator=self.rows[i].generator) for i in rows])).to(self.model.device)
+        for number, t in enumerate(sampler.times.tolist()):
+            given, guided = sampler.input(x, number), self.guidance.active(t)
+            time = torch.full((), t, device=x.device)
             if guided:
-                conditional, unconditional = prediction.chunk(2)
-                prediction = unconditional + self.guidance * (conditional - unconditional)
-            x = step(self.model.objective, x, prediction.float(), t, s)
-            if self.on_step is not None:
-                self.on_step(rows, [self.image(patches) for patches in x], number + 1, self.steps)
+                copies = len(self.guidance.contexts)
+                prediction = self.guidance.combine(self.predict(contexts[True], given.repeat(copies, 1, 1), time).unflatten(0, (copies, -1)))
+            else:
+                prediction = self.predict(contexts[False], given, time)
+            x = sampler.advance(x, prediction, number)
+            if self.options.previews:
+                estimates = solve(self.model.objective, given, prediction, time)[0]
+                yield from (Preview(i, self.image(patches), number + 1, len(sampler.times)) for i, patches in zip(rows, estimates))
         for i, patches in zip(rows, x):
             self.rows[i].parts += [*self.flush(self.rows[i]), self.image(patches)]
             self.rows[i].images += 1
             self.rows[i].state = WRITING
+            yield Drawn(i, self.image(patches))
         return self.append_images(rows, x)
 
     def predict(self, context: _Cache, x: Tensor, t: Tensor) -> Tensor:
         """The image head's prediction (R, count, patch_dim) at time t; the cache is as before afterwards."""
         rows, count, _ = x.shape
-        seen, positions = context.seen, context.positions
-        condition = self.model.timestep(t[None])                                           # (1, C)
+        condition, before = self.model.timestep(t[None]), (context.seen, context.positions)
+        embedded, layout, skips = self.embed_patches(x, condition)
         valid = torch.ones(rows, count, dtype=torch.bool, device=x.device)
-        hidden = context.feed(self.model, self.embed_patches(x, condition), valid, condition, block=count)
-        context.cache.crop(-count)
-        context.seen, context.positions = seen, positions
-        owner = torch.zeros(rows * count, dtype=torch.int64, device=x.device)
-        return self.model.image_head(hidden.flatten(0, 1), condition, owner).view_as(x)
+        hidden = context.feed(self.model, embedded, valid, condition, block=count)
+        context.crop(count, before)
+        return self.model.image_head(hidden.flatten(0, 1), condition.expand(rows, -1), layout, skips).view_as(x).float()
 
-    def embed_patches(self, x: Tensor, condition: Tensor) -> Tensor:
+    def embed_patches(self, x: Tensor, condition: Tensor) -> tuple[Tensor, ImageLayout, list[Tensor]]:
+        """Embeddings (R, count, C) of R images at the time of `condition` (1, C), their layout, and what skips the decoder."""
         rows, count, _ = x.shape
-        owner = torch.zeros(rows * count, dtype=torch.int64, device=x.device)
-        return self.model.patch_embedding(x.flatten(0, 1), condition, owner).view(rows, count, -1)
+        layout = ImageLayout.of([self.grid] * rows, x.device)
+        places = torch.arange(rows * count, device=x.device)
+        buffer = condition.new_zeros(rows * count, condition.shape[1])
+        embedded, skips = self.model.patch_embedding(buffer, x.flatten(0, 1).to(buffer.dtype), condition.expand(rows, -1), layout, places)
+        return embedded.view(rows, count, -1), layout, skips
 
     def append_images(self, rows: list[int], x: Tensor) -> Tensor:
         batch, count = len(self.rows), x.shape[1]
         valid = torch.zeros(batch, count + 1, dtype=torch.bool, device=x.device)
         valid[rows] = True
-        embedded = self.embed_patches(x, self.clean)
+        embedded, *_ = self.embed_patches(x, self.clean)
         full = embedded.new_zeros(batch, count + 1, embedded.shape[-1])
         full[rows, :count] = embedded
         full[:, count] = self.model.backbone.embed(torch.tensor(self.config.eoi_token_id, device=x.device))
@@ -256,5 +369,5 @@ class _Sampler:
     def flush(self, row: _Row) -> list[Part]:
         """Return the text written since the last image as a part, if any."""
         text = self.model.tokenizer.decode(row.tokens) if row.tokens else ""
-        row.tokens = []
+        row.tokens, row.text = [], ""
         return [Text(text)] if text else []

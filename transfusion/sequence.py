@@ -33,6 +33,36 @@ class Image:
 Part = Text | Image
 
 
+class ImageLayout(NamedTuple):
+    """Which patches are whose, for N images of P patches in all, one image behind the other.
+
+    image: (P,) the image each patch belongs to.
+    offsets: (N + 1,) int32, the patches of image n are the rows offsets[n] to offsets[n + 1].
+    grids: N x (rows, columns) of patches, on the host.
+    """
+
+    image: Tensor
+    offsets: Tensor
+    grids: tuple
+
+    @classmethod
+    def of(cls, grids: list[tuple[int, int]], device=None) -> "ImageLayout":
+        """Lay out images of these grids."""
+        counts = torch.tensor([rows * columns for rows, columns in grids], dtype=torch.int64)
+        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+        return cls(torch.repeat_interleave(torch.arange(len(grids)), counts).to(device), offsets.to(device), tuple(grids))
+
+    def by_grid(self) -> list[tuple[tuple[int, int], Tensor, Tensor]]:
+        """Images of one grid together: (grid, their numbers (n,), their patches' rows (n * rows * columns,)) for each grid there is."""
+        ends, found = 0, {}
+        for number, (rows, columns) in enumerate(self.grids):
+            numbers, patches = found.setdefault((rows, columns), ([], []))
+            numbers.append(number)
+            patches += range(ends, ends + rows * columns)
+            ends += rows * columns
+        return [(grid, *(torch.tensor(x).to(self.image.device, non_blocking=True) for x in members)) for grid, members in found.items()]
+
+
 class Document(NamedTuple):
     """One encoded document: ids (S,), whether each is a text target, and its images as (start, patches, grid, image_first)."""
 
@@ -53,16 +83,15 @@ class Sequence:
     text_targets: Tensor  # (T,)
     patches: Tensor       # (P, patch_dim) clean
     patch_rows: Tensor    # (P,) flat indices into B * S
-    patch_image: Tensor   # (P,) the image each patch belongs to
-    offsets: Tensor       # (N + 1,) int32: the patches of image n are the rows offsets[n] to offsets[n + 1]
     image: Tensor         # (B, S) int32, the image each token belongs to, -1 for text
     image_first: Tensor   # (N,) bool: the image stands before any text of its document
-    grids: tuple          # N x (rows, columns) of patches
+    layout: ImageLayout   # of the patches
 
     def to(self, device) -> "Sequence":
         """Return the same sequence on `device`."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "grids"}
-        return replace(self, **{name: x.to(device, non_blocking=True) for name, x in tensors.items()})
+        tensors = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "layout"}
+        layout = self.layout._replace(**{name: getattr(self.layout, name).to(device, non_blocking=True) for name in ("image", "offsets")})
+        return replace(self, **tensors, layout=layout)
 
     def mask(self) -> TransfusionMask:
         """Return who sees whom."""
@@ -71,7 +100,7 @@ class Sequence:
     @property
     def image_count(self) -> int:
         """N."""
-        return len(self.grids)
+        return len(self.layout.grids)
 
 
 def encode(parts: list[Part], tokenizer, config, *, end: bool = True) -> Document:
@@ -142,15 +171,14 @@ def lay_out(rows: list[list[Document]], seq_len: int, patch_dim: int, *, left: b
                 first.append(image_first)
             at += length
     width = max(map(len, spans), default=0)
-    counts = torch.tensor([len(x) for x in patches], dtype=torch.int64)
-    patch_rows, patch_image = torch.tensor(patch_rows, dtype=torch.int64), torch.repeat_interleave(torch.arange(len(patches)), counts)
-    image = torch.full((len(rows) * seq_len,), -1, dtype=torch.int32).index_copy(0, patch_rows, patch_image.int())
+    layout, patch_rows = ImageLayout.of(grids), torch.tensor(patch_rows, dtype=torch.int64)
+    image = torch.full((len(rows) * seq_len,), -1, dtype=torch.int32).index_copy(0, patch_rows, layout.image.int())
     return Sequence(
         *(torch.tensor(x, dtype=torch.int64).view(len(rows), seq_len) for x in (tokens, positions, owner)),
         torch.tensor([row + [(0, 0)] * (width - len(row)) for row in spans], dtype=torch.int64).view(len(rows), width, 2),
         torch.tensor(text_rows, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64),
-        torch.cat([torch.zeros(0, patch_dim), *patches]), patch_rows, patch_image, torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int(),
-        image.view(len(rows), seq_len), torch.tensor(first, dtype=torch.bool), tuple(grids))
+        torch.cat([torch.zeros(0, patch_dim), *patches]), patch_rows, image.view(len(rows), seq_len),
+        torch.tensor(first, dtype=torch.bool), layout)
 
 
 @functools.lru_cache(maxsize=2**16)

@@ -47,8 +47,12 @@ class ModelSettings:
     """side of an image patch"""
     backbone: str = "decoder"
     """decoder: the language model as it is (the paper); adaln: each image's timestep modulates its norms and residuals"""
+    image_layers: str = "dit"
+    """linear (the paper), dit (a modulated final layer) or unet (the paper's other choice)"""
     objective: str = "flow"
-    """what the image head predicts: eps (the paper), v or flow"""
+    """what the image head predicts: eps (the paper), v, flow or x0"""
+    time_shift_tokens: int | None = None
+    """patches of an image whose times are not shifted; larger images get more noise; None: no shift"""
     diffusion_weight: float = 5.0
     """lambda in text loss + lambda * diffusion loss"""
 
@@ -75,6 +79,8 @@ class OptimSettings:
     """AdamW's decay of matrices"""
     clip: float = 1.0
     """largest gradient norm"""
+    times: str = "uniform"
+    """how an image's time is drawn: uniform (the paper) or logit-normal"""
     ema: float = 0.999
     """decay of the averaged weights that are saved; 0 saves the last ones"""
 
@@ -128,9 +134,9 @@ def build_model(config: TrainConfig, dataset) -> Transfusion:
         num_attention_heads=config.model.heads, num_key_value_heads=config.model.kv_heads, tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     channels, *size = dataset.image_shape
+    shared = {name: getattr(config.model, name) for name in ("patch_size", "backbone", "image_layers", "objective", "time_shift_tokens", "diffusion_weight")}
     return Transfusion(TransfusionConfig(
-        text_config=AutoConfig.for_model(**text_config.to_dict()), image_channels=channels, image_size=size, patch_size=config.model.patch_size,
-        backbone=config.model.backbone, objective=config.model.objective, diffusion_weight=config.model.diffusion_weight,
+        text_config=AutoConfig.for_model(**text_config.to_dict()), image_channels=channels, image_size=size, **shared,
         boi_token_id=tokenizer.convert_tokens_to_ids(BOI), eoi_token_id=tokenizer.convert_tokens_to_ids(EOI)), tokenizer)
 
 
@@ -173,7 +179,8 @@ def train(config: TrainConfig) -> Path:
         for step in progress:
             generator = step_generator(config.seed, step)
             sequence, limit = draw_batch(dataset, config.data, model.tokenizer, model.config, config.optim.rows, config.optim.seq_len, generator)
-            times = sample_times(sequence.image_count, limit, generator).to(device)
+            tokens_of = sequence.layout.offsets.diff()
+            times = sample_times(config.optim.times, limit, tokens_of, model.config.time_shift_tokens, generator).to(device)
             noise_seed = torch.tensor([config.seed, step], device=device)
             sequence = sequence.to(device)
             for group in optimizer.param_groups:

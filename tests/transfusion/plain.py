@@ -14,23 +14,25 @@ def add_noise(objective, x0: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Te
 
 def noise_of(sequence, seed: int) -> Tensor:
     """The noise (P, patch_dim) that a model adds under `seed`."""
-    return noise_reference(torch.tensor([seed, 0]), sequence.offsets, sequence.image_count, *sequence.patches.shape)[1]
+    return noise_reference(torch.tensor([seed, 0]), sequence.layout.offsets, sequence.image_count, *sequence.patches.shape)[1]
 
 
 def plain_output(model, sequence, times: Tensor, seed: int) -> TransfusionOutput:
     """`model(sequence, times, seed)`, written out."""
-    noised, target = add_noise(model.objective, sequence.patches, noise_of(sequence, seed), times[sequence.patch_image][:, None])
+    noised, target = add_noise(model.objective, sequence.patches, noise_of(sequence, seed), times[sequence.layout.image][:, None])
     condition = model.timestep(times)
-    timestep = model.patch_embedding.timestep(condition)[sequence.patch_image]
+    timestep = model.patch_embedding.timestep(condition)[sequence.layout.image]
     x = model.backbone.embed(sequence.tokens).flatten(0, 1)
     x = x.index_copy(0, sequence.patch_rows, model.patch_embedding.linear(noised + timestep)).view(*sequence.tokens.shape, -1)
     x = model.backbone(x, sequence.positions, sequence.mask(), condition, sequence.image).flatten(0, 1)
     logits = model.backbone.logits(x[sequence.text_rows]).float()
     text = torch.nn.functional.cross_entropy(logits, sequence.text_targets, reduction="sum") / max(1, len(sequence.text_targets))
-    shift, scale = model.image_head.modulation(torch.nn.functional.silu(condition)).chunk(2, -1)
-    normed = torch.nn.functional.layer_norm(x[sequence.patch_rows], x.shape[-1:], eps=1e-6)
-    prediction = model.image_head.linear(normed * (1 + scale[sequence.patch_image]) + shift[sequence.patch_image])
+    y = x[sequence.patch_rows]
+    if model.config.image_layers == "dit":
+        shift, scale = model.image_head.modulation(torch.nn.functional.silu(condition)).chunk(2, -1)
+        y = torch.nn.functional.layer_norm(y, x.shape[-1:], eps=1e-6) * (1 + scale[sequence.layout.image]) + shift[sequence.layout.image]
+    prediction = model.image_head.linear(y)
     error = (prediction - target).square().mean(-1)
-    images = torch.stack([error[sequence.patch_image == n].mean() for n in range(sequence.image_count)]) if sequence.image_count else error.sum()[None][:0]
+    images = torch.stack([error[sequence.layout.image == n].mean() for n in range(sequence.image_count)]) if sequence.image_count else error.sum()[None][:0]
     diffusion = images.sum() / max(1, sequence.image_count)
     return TransfusionOutput(text + model.config.diffusion_weight * diffusion, text, diffusion, images)

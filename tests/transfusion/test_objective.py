@@ -4,7 +4,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from tests.transfusion.plain import add_noise
-from transfusion.objective import OBJECTIVES, sample_times, step
+from transfusion.objective import OBJECTIVES, TIMES, sample_times, step
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -47,7 +47,15 @@ def test_cosine_step_is_the_ddim_step_of_diffusers(name, prediction_type):
     torch.testing.assert_close(ours, scheduler.step(prediction, int(now), x).prev_sample, rtol=1e-4, atol=1e-5)
 
 
-def test_times_stay_under_each_images_limit():
-    limit = torch.tensor([1.0, 0.5] * 500)
-    times = sample_times(1000, limit, torch.Generator().manual_seed(0))
-    assert (times <= limit).all() and times[0::2].max() > 0.95 and 0.45 < times[1::2].max() <= 0.5 and times.min() >= 0
+
+
+@pytest.mark.parametrize("kind", TIMES)
+def test_times_stay_under_each_images_limit_and_follow_their_law(kind):
+    limit, tokens = torch.tensor([1.0, 0.5] * 2000), torch.full((4000,), 64)
+    times = sample_times(kind, limit, tokens, None, torch.Generator().manual_seed(0))
+    assert (times >= 0).all() and (times <= limit).all()
+    torch.testing.assert_close(times[::2].mean(), torch.tensor(0.5), rtol=0, atol=0.02)
+    spread = {"uniform": 12**-0.5, "logit-normal": 0.2083}[kind]
+    torch.testing.assert_close(2 * times[1::2].std(), torch.tensor(spread), rtol=0, atol=0.01)
+    larger = sample_times(kind, limit, 4 * tokens, 64, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(larger / limit, 2 * (times / limit) / (1 + times / limit))

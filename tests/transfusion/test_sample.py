@@ -5,6 +5,7 @@ import torch
 from tfkernels import patchify
 from transfusion import Image, Text
 from transfusion.objective import step
+from transfusion.sample import Drawn, Preview
 from transfusion.sequence import Document, encode, lay_out
 
 
@@ -20,8 +21,9 @@ def draw_without_cache(model, prompt, steps, guidance, seed):
         whole = Document(ids, [False] * len(ids), [(len(tokens) + 1, x, (4, 4), False)])
         sequence = lay_out([[whole]], len(ids), 4)
         condition = model.timestep(t[None])
-        hidden = model.backbone(model.embed(sequence, x, condition), sequence.positions, sequence.mask(), condition, sequence.image).flatten(0, 1)
-        return model.image_head(hidden[sequence.patch_rows], condition, sequence.patch_image)
+        embedded, skips = model.embed(sequence, x, condition)
+        hidden = model.backbone(embedded, sequence.positions, sequence.mask(), condition, sequence.image).flatten(0, 1)
+        return model.image_head(hidden[sequence.patch_rows], condition, sequence.layout, skips)
 
     for number in range(steps):
         t, s = (torch.tensor(model.objective.start * (1 - n / steps)) for n in (number, number + 1))
@@ -78,25 +80,16 @@ def test_text_and_images_alternate_as_the_model_decides(talkative):
     assert all(torch.isfinite(p.latent).all() for p in parts if isinstance(p, Image))
 
 
-def test_later_text_reads_the_finished_image(model, pictures):
+def test_later_text_reads_the_finished_image(model, monkeypatch):
     """What follows a drawn image must equal what follows the same image given in the prompt."""
-    image, = model.draw(["a handwritten seven"], steps=2, seed=3)
-    states = []
-    keep = lambda x: states.append(x.clone()) or torch.nn.functional.linear(x, model.backbone.decoder.lm_head.weight)  # noqa: E731
-    original = model.backbone.logits
-    model.backbone.logits = keep
-    try:
-        model.generate([Text("a handwritten seven"), image], max_new_tokens=1, max_images=0)
-        given = states[0]
-        states.clear()
-        document = encode([Text("a handwritten seven")], model.tokenizer, model.config, end=False)
-        from transfusion.sample import _Sampler
-        document = document._replace(tokens=[*document.tokens, model.config.boi_token_id], targets=[*document.targets, True])
-        with torch.inference_mode():
-            _Sampler(model, [document], 1, 1, None, 2, 3.0, 0.0, 1.0, 3, None).run()
-    finally:
-        model.backbone.logits = original
-    torch.testing.assert_close(states[0], given, rtol=1e-4, atol=1e-4)
+    states, logits = [], model.backbone.logits
+    monkeypatch.setattr(model.backbone, "logits", lambda x: states.append(x.clone()) or logits(x))
+    prompt = [Text("a handwritten seven")]
+    image, = model.draw([prompt], steps=2, seed=3, max_new_tokens=1)
+    drawn = states[0]
+    states.clear()
+    model.generate([*prompt, image], max_new_tokens=1, max_images=0)
+    torch.testing.assert_close(drawn, states[0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_seed_gives_the_same_image_and_another_seed_another(model):
@@ -122,8 +115,13 @@ def test_images_of_another_size_are_drawn_when_asked(model):
 
 def test_every_step_can_be_watched(model):
     seen = []
-    model.draw(["a", "b"], steps=3, on_step=lambda rows, images, number, of: seen.append((rows, len(images), number, of)))
-    assert seen == [([0, 1], 2, n, 3) for n in (1, 2, 3)]
+    images = model.draw(["a", "b"], steps=3, previews=True, on_event=seen.append)
+    assert [(e.row, e.step, e.steps) for e in seen if isinstance(e, Preview)] == [(row, n, 3) for n in (1, 2, 3) for row in (0, 1)]
+    assert [e.row for e in seen if isinstance(e, Drawn)] == [0, 1]
+    assert all(torch.equal(e.image.latent, images[e.row].latent) for e in seen if isinstance(e, Drawn))
+    last = [e for e in seen if isinstance(e, Preview)][-1]
+    torch.testing.assert_close(last.image.latent, images[1].latent, rtol=1e-4, atol=1e-4)  # at the last step the estimate is the image
+    assert len(list(model.stream([Text("a")], steps=3, max_images=0, max_new_tokens=2))) <= 2
 
 
 @pytest.mark.parametrize("call,message", [

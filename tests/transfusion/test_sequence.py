@@ -54,8 +54,8 @@ def test_packing_keeps_documents_apart_and_restarts_positions():
     start, stop = sequence.spans[0, 1].tolist()
     assert dense[start:stop, start:stop].all() and not dense[start - 1, start:].any()
     assert sequence.patch_rows.tolist() == [*range(*sequence.spans[0, 0]), *range(start, stop)]
-    assert sequence.patch_image.tolist() == [0] * 16 + [1] * 16 and sequence.offsets.tolist() == [0, 16, 32]
-    assert sequence.image[0, sequence.patch_rows].tolist() == sequence.patch_image.tolist() and (sequence.image >= 0).sum() == 32
+    assert sequence.layout.image.tolist() == [0] * 16 + [1] * 16 and sequence.layout.offsets.tolist() == [0, 16, 32]
+    assert sequence.image[0, sequence.patch_rows].tolist() == sequence.layout.image.tolist() and (sequence.image >= 0).sum() == 32
 
 
 def test_first_fit_leaves_out_only_what_fits_in_no_row():
@@ -74,7 +74,7 @@ def test_left_layout_ends_all_rows_in_the_last_column():
 def test_images_of_several_sizes_share_a_batch():
     wide = Image(torch.zeros(1, 4, 12))
     sequence = pack([encode([wide, Text("a"), PICTURE], TOKENIZER, CONFIG)], 64, 4)
-    assert sequence.grids == ((2, 6), (4, 4)) and sequence.patch_image.bincount().tolist() == [12, 16]
+    assert sequence.layout.grids == ((2, 6), (4, 4)) and sequence.layout.image.bincount().tolist() == [12, 16]
 
 
 @pytest.mark.parametrize("parts,message", [
