@@ -64,13 +64,13 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows: 
         ValueError: a shape, dtype, device or value that does not fit, named; also a row_weight that requires a gradient.
         RuntimeError: the backward runs with create_graph=True.
     """
-    _check(hidden, weight, targets, rows, bias, row_weight)
     if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight, bias = (x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight, bias))
+        hidden, weight, bias = (x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in (hidden, weight, bias))
         with torch.autocast(hidden.device.type, enabled=False):
             return linear_cross_entropy(hidden, weight, targets, rows, bias=bias, row_weight=row_weight)
-    wanted = (x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias))
+    _check(hidden, weight, targets, rows, bias, row_weight)
+    wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
     row_weight = row_weight if row_weight is None else row_weight.to(_wide(hidden)).contiguous()
     return LinearCrossEntropy(*_forward(hidden, weight, targets.contiguous(), rows.contiguous(), bias, row_weight, *wanted)[:2])
 
@@ -99,13 +99,14 @@ def _check(hidden, weight, targets, rows, bias, row_weight):
     if hidden.ndim not in (2, 3):
         raise ValueError(f"{op}: hidden has shape {tuple(hidden.shape)}; (tokens, C) or (batch, tokens, C) fits")
     check_floating(op, "hidden", hidden)
-    for name, x, shape, fits in (("weight", weight, (weight.shape[0] if weight.ndim else 0, hidden.shape[-1]), f"(words, {hidden.shape[-1]})"),
-                                 ("bias", bias, weight.shape[:1], f"({weight.shape[0] if weight.ndim else 0},)")):
-        if x is not None and (x.shape != shape or x.dtype != hidden.dtype or x.device != hidden.device):
-            raise ValueError(f"{op}: {name} is {x.dtype} of shape {tuple(x.shape)} on {x.device} and hidden {hidden.dtype} with "
-                             f"{hidden.shape[-1]} columns on {hidden.device}; {fits} of the same dtype and device fits")
-    if 0 in weight.shape:
-        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}; at least one word and one column fit")
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None and (x.dtype != hidden.dtype or x.device != hidden.device):
+            raise ValueError(f"{op}: {name} is {x.dtype} on {x.device} and hidden {hidden.dtype} on {hidden.device}; one dtype and device fit; convert {name}")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or 0 in weight.shape:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)} and hidden {hidden.shape[-1]} columns; (words, {hidden.shape[-1]}) fits, "
+                         "at least one of each")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)} and weight {weight.shape[0]} words; ({weight.shape[0]},) or None fits")
     for name, x in (("rows", rows), ("targets", targets)):
         if x.dtype != torch.int64 or x.ndim != 1 or x.shape != rows.shape or x.device != hidden.device:
             raise ValueError(f"{op}: {name} is {x.dtype} of shape {tuple(x.shape)} on {x.device}; int64 (R,) on {hidden.device} fits, "
