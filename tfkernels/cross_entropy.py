@@ -30,7 +30,7 @@ from tfkernels._library import INTERPRET, register
 
 FEWEST_ROWS = 8 if INTERPRET else 1024  # of a chunk: from about 1000 on, dweight's 2 K V C operations outlast its 8 V C bytes
 WIDEST = 32 if INTERPRET else 8192      # logits that one block holds; small in the interpreter, so that tests reach the loops
-ALIGNMENT = 16                          # logits' rows begin at multiples of so many elements, whatever V is
+ALIGNMENT = 16                          # the kernel's rows begin at multiples of so many elements, whatever V is
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -66,7 +66,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows: 
     """
     if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight, bias = (x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in (hidden, weight, bias))
+        hidden, weight, bias = (x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype)
+                                for x in (hidden, weight, bias))
         with torch.autocast(hidden.device.type, enabled=False):
             return linear_cross_entropy(hidden, weight, targets, rows, bias=bias, row_weight=row_weight)
     _check(hidden, weight, targets, rows, bias, row_weight)
@@ -101,7 +102,8 @@ def _check(hidden, weight, targets, rows, bias, row_weight):
     check_floating(op, "hidden", hidden)
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and (x.dtype != hidden.dtype or x.device != hidden.device):
-            raise ValueError(f"{op}: {name} is {x.dtype} on {x.device} and hidden {hidden.dtype} on {hidden.device}; one dtype and device fit; convert {name}")
+            raise ValueError(f"{op}: {name} is {x.dtype} on {x.device} and hidden {hidden.dtype} on {hidden.device}; one dtype and device fit; "
+                             f"convert {name}")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or 0 in weight.shape:
         raise ValueError(f"{op}: weight has shape {tuple(weight.shape)} and hidden {hidden.shape[-1]} columns; (words, {hidden.shape[-1]}) fits, "
                          "at least one of each")
@@ -165,25 +167,29 @@ def _cross_entropy_rows(logits_ptr, targets_ptr, rows_ptr, row_weight_ptr, losse
                 tl.store(logits_ptr + cols, dz.to(logits_ptr.dtype.element_ty), mask=cols < STRIDE)
 
 
-def _entropy_kernel(logits: Tensor, targets: Tensor, rows: Tensor, row_weight: Tensor | None, losses: Tensor, tokens: int, gradient: bool) -> None:
-    """Write `losses` and, with `gradient`, dz over the logits."""
+def _entropy_kernel(logits: Tensor, targets: Tensor, rows: Tensor, row_weight: Tensor | None, losses: Tensor, tokens: int, gradient: bool) -> Tensor:
+    """Write `losses` and, with `gradient`, return dz, in the logits' place."""
     launch = launch_config(logits.shape[1])
     _cross_entropy_rows[(len(logits),)](logits, targets, rows, losses if row_weight is None else row_weight, losses, tokens, V=logits.shape[1],
                                         STRIDE=logits.stride(0), WEIGHT=row_weight is not None, GRADIENT=gradient, BLOCK=launch.block_n,
                                         num_warps=launch.num_warps, num_stages=launch.num_stages)
+    return logits
 
 
-def _entropy_cpu(logits: Tensor, targets: Tensor, rows: Tensor, row_weight: Tensor | None, losses: Tensor, tokens: int, gradient: bool) -> None:
+def _entropy_cpu(logits: Tensor, targets: Tensor, rows: Tensor, row_weight: Tensor | None, losses: Tensor, tokens: int, gradient: bool) -> Tensor:
     """The same in plain PyTorch."""
     without, index = targets < 0, targets.clamp(min=0)[:, None]
     log_p = logits.to(losses.dtype).log_softmax(-1)
     losses.copy_(-log_p.gather(1, index)[:, 0]).masked_fill_(without, 0)
-    if gradient:
-        dz = log_p.exp_()
-        dz.scatter_add_(1, index, dz.new_full((1, 1), -1).expand_as(index))
-        if row_weight is not None:
-            dz *= row_weight[:, None]
-        logits.copy_(dz.masked_fill_(without[:, None], 0))
+    if not gradient:
+        return logits
+    dz = log_p.exp_()
+    dz.scatter_add_(1, index, dz.new_full((1, 1), -1).expand_as(index))
+    if row_weight is not None:
+        dz *= row_weight[:, None]
+    if without.any():
+        dz.masked_fill_(without[:, None], 0)
+    return dz.to(logits.dtype)
 
 
 def _look(targets: Tensor, rows: Tensor, tokens: int, vocabulary: int) -> None:
@@ -212,15 +218,15 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def _walk(entropy, hidden, weight, targets, rows, bias, row_weight, hidden_wanted, weight_wanted, bias_wanted):
-    """The operator, chunk by chunk; `entropy` turns logits into losses and dz."""
+def _walk(entropy, alignment, hidden, weight, targets, rows, bias, row_weight, hidden_wanted, weight_wanted, bias_wanted):
+    """The operator, chunk by chunk; `entropy` turns logits, whose rows begin at multiples of `alignment` elements, into losses and dz."""
     _, losses, dx, dweight, dbias = _forward_fake(hidden, weight, targets, rows, bias, row_weight, hidden_wanted, weight_wanted, bias_wanted)
     tokens, count, vocabulary = hidden.shape[:-1].numel(), len(rows), len(weight)
     if count > tokens:
         raise ValueError(f"linear_cross_entropy: rows names {count} rows and hidden has {tokens}; each row at most once fits")
     dweight.zero_(), dbias.zero_()
     size = chunk_rows(count, *weight.shape)
-    buffer = weight.new_empty(min(size, count), triton.cdiv(vocabulary, ALIGNMENT) * ALIGNMENT)[:, :vocabulary]
+    buffer = weight.new_empty(min(size, count), triton.cdiv(vocabulary, alignment) * alignment)[:, :vocabulary]
     for start in range(0, count, size):
         part = slice(start, start + size)
         x = _gather(hidden, rows[part], tokens)
@@ -229,25 +235,25 @@ def _walk(entropy, hidden, weight, targets, rows, bias, row_weight, hidden_wante
             torch.mm(x, weight.mT, out=z)
         else:
             torch.addmm(bias, x, weight.mT, out=z)
-        entropy(z, targets[part], rows[part], None if row_weight is None else row_weight[part], losses[part], tokens,
-                hidden_wanted or weight_wanted or bias_wanted)
+        dz = entropy(z, targets[part], rows[part], None if row_weight is None else row_weight[part], losses[part], tokens,
+                     hidden_wanted or weight_wanted or bias_wanted)
         if hidden_wanted:
-            torch.mm(z, weight, out=dx[part])
+            torch.mm(dz, weight, out=dx[part])
         if weight_wanted:
-            _accumulate(dweight, z.mT, x)
+            _accumulate(dweight, dz.mT, x)
         if bias_wanted:
-            dbias += z.sum(0, dtype=dbias.dtype)
+            dbias += dz.sum(0, dtype=dbias.dtype)
     return (losses if row_weight is None else losses * row_weight).sum(), losses, dx, dweight, dbias
 
 
 def _forward_kernel(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor, bias: Tensor | None, row_weight: Tensor | None,
                     hidden_wanted: bool, weight_wanted: bool, bias_wanted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _walk(_entropy_kernel, hidden, weight, targets, rows, bias, row_weight, hidden_wanted, weight_wanted, bias_wanted)
+    return _walk(_entropy_kernel, ALIGNMENT, hidden, weight, targets, rows, bias, row_weight, hidden_wanted, weight_wanted, bias_wanted)
 
 
 def _forward_cpu(hidden, weight, targets, rows, *others):
     _look(targets, rows, hidden.shape[:-1].numel(), len(weight))
-    return _walk(_entropy_cpu, hidden, weight, targets, rows, *others)
+    return _walk(_entropy_cpu, 1, hidden, weight, targets, rows, *others)
 
 
 def _forward_fake(hidden, weight, targets, rows, bias, row_weight, hidden_wanted, weight_wanted, bias_wanted):
