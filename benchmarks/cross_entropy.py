@@ -10,6 +10,7 @@ filter and without. The peers gather the rows within the measured time. "saved" 
 makes in its forward are held elsewhere and are seen in the peak alone.
 """
 import argparse
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,7 +83,8 @@ def _triton_peers(targets, rows) -> dict:
         pass
     else:
         for impl in ("cce", "cce_exact"):
-            found[f"cut_cross_entropy_{impl}"] = lambda hidden, weight, impl=impl: cut(hidden[rows], weight, targets, reduction="sum", impl=impl).float()
+            call = functools.partial(cut, targets=targets, reduction="sum", impl=impl)
+            found[f"cut_cross_entropy_{impl}"] = lambda hidden, weight, call=call: call(hidden[rows], weight).float()
     return found
 
 
