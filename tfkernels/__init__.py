@@ -1,10 +1,11 @@
-"""Triton kernels for models that read and draw: attention over mixed text and images and its masks, norms modulated per image, patches, noise and
-the diffusion loss.
+"""Triton kernels for models that read and draw: attention over mixed text and images and its masks, norms modulated per image, patches, noise,
+the diffusion loss and the text head's cross-entropy.
 
 Dimensions, everywhere: B batch, S tokens (Sq queries, Sk keys), M image spans, N images, H query heads, K key/value heads,
 D head dim, C hidden size.
 """
 from tfkernels.attention import AttentionOutput, attention, attention_reference, attention_with_lse, paged_attention, paged_attention_reference
+from tfkernels.cross_entropy import LinearCrossEntropy, linear_cross_entropy, linear_cross_entropy_reference
 from tfkernels.diffusion_loss import diffusion_loss, diffusion_loss_reference, min_snr_weight
 from tfkernels.mask import TransfusionMask
 from tfkernels.norm import (
@@ -20,9 +21,10 @@ from tfkernels.norm import (
 )
 from tfkernels.patchify import PackedLatents, noise_patchify, pack_latents, patchify, patchify_packed, unpatchify, unpatchify_packed
 
-__all__ = ["AttentionOutput", "PackedLatents", "ResidualNorm", "TransfusionMask", "attention", "attention_reference", "attention_with_lse",
-           "diffusion_loss", "diffusion_loss_reference", "gated_residual", "gated_residual_reference", "gated_residual_rms_norm",
-           "gated_residual_rms_norm_reference", "min_snr_weight", "modulated_layer_norm", "modulated_layer_norm_reference", "modulated_rms_norm",
-           "modulated_rms_norm_reference", "noise_patchify", "pack_latents", "paged_attention", "paged_attention_reference", "patchify",
-           "patchify_packed", "unpatchify", "unpatchify_packed"]
+__all__ = ["AttentionOutput", "LinearCrossEntropy", "PackedLatents", "ResidualNorm", "TransfusionMask", "attention", "attention_reference",
+           "attention_with_lse", "diffusion_loss", "diffusion_loss_reference", "gated_residual", "gated_residual_reference",
+           "gated_residual_rms_norm", "gated_residual_rms_norm_reference", "linear_cross_entropy", "linear_cross_entropy_reference",
+           "min_snr_weight", "modulated_layer_norm", "modulated_layer_norm_reference", "modulated_rms_norm", "modulated_rms_norm_reference",
+           "noise_patchify", "pack_latents", "paged_attention", "paged_attention_reference", "patchify", "patchify_packed", "unpatchify",
+           "unpatchify_packed"]
 __version__ = "0.1.0"

@@ -1,0 +1,142 @@
+"""The text head's cross-entropy: TFLOP/s of the loss alone and of loss and gradients, peak memory, and what is kept for the backward.
+
+    python -m benchmarks.cross_entropy --out DIR [--quick] [--cpu]
+
+Half of the tokens have a target: R of T = 2 R rows, drawn at random. Operations are those of the equations in `tfkernels.cross_entropy`:
+2 R V C for the loss alone ("evaluation", no gradient wanted) and 6 R V C for "forward" and "backward" together, whichever of the two makes the
+gradients: ours makes them in the forward. Contenders: ours, the reference in eager PyTorch and under `torch.compile`, and where they are,
+torch.nn.functional.linear_cross_entropy in chunks, liger-kernel's fused linear cross-entropy and cut-cross-entropy, with its gradient
+filter and without. The peers gather the rows within the measured time. "saved" counts what autograd holds: the gradients that PyTorch's operator
+makes in its forward are held elsewhere and are seen in the peak alone.
+"""
+import argparse
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.bandwidth import OURS, Problem, contenders, functions, saved_bytes
+from benchmarks.harness import Contender, Report, environment, measure, peak_tflops
+from tfkernels import linear_cross_entropy, linear_cross_entropy_reference
+
+
+class Case(NamedTuple):
+    """`rows` of twice as many tokens of `width` have a target among the words of `vocabulary`."""
+
+    rows: int
+    width: int
+    vocabulary: int
+
+
+def cases(quick: bool) -> list[Case]:
+    """The grid, those of `quick` first."""
+    first = [Case(16384, 2048, 32000), Case(4096, 4096, 128256)]
+    grid = [Case(rows, width, vocabulary) for rows in (4096, 16384) for width in (2048, 4096) for vocabulary in (32000, 128256)]
+    return first if quick else first + [c for c in grid if c not in first]
+
+
+def operations(case: Case) -> dict[str, int]:
+    """Multiplications and additions of one product, and of the three."""
+    product = 2 * case.rows * case.width * case.vocabulary
+    return {"evaluation": product, "training": 3 * product}
+
+
+def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
+    """Return what the contenders compute: the mean over the rows."""
+    generator = torch.Generator(device).manual_seed(0)
+    rows = torch.randperm(2 * case.rows, generator=generator, device=device)[:case.rows].sort().values
+    targets = torch.randint(case.vocabulary, (case.rows,), generator=generator, device=device)
+    shapes = {"hidden": (2 * case.rows, case.width), "weight": (case.vocabulary, case.width)}
+    tensors = {n: torch.randn(shape, generator=generator, device=device) for n, shape in shapes.items()}
+    tensors["weight"] /= case.width**0.5
+    tensors = {n: x.to(dtype).requires_grad_() for n, x in tensors.items()}
+    arriving = {"loss": torch.full((), 1 / case.rows, device=device)}
+    return Problem(tensors, arriving, {}, functions(
+        lambda hidden, weight: linear_cross_entropy(hidden, weight, targets, rows).loss,
+        lambda hidden, weight: linear_cross_entropy_reference(hidden, weight, targets, rows).loss,
+        compiled=device == "cuda", torch_chunked=_torch(targets, rows), **(_triton_peers(targets, rows) if device == "cuda" else {})))
+
+
+def _torch(targets, rows):
+    """PyTorch's own operator in chunks; None before 2.13."""
+    operator = getattr(torch.nn.functional, "linear_cross_entropy", None)
+    if operator is None:
+        return None
+    options = torch.nn.LinearCrossEntropyOptions()
+    return lambda hidden, weight: operator(hidden[rows], weight, targets, reduction="sum", options=options).float()
+
+
+def _triton_peers(targets, rows) -> dict:
+    """liger-kernel and cut-cross-entropy, where they are installed, by name."""
+    found = {}
+    try:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
+    except ImportError:
+        pass
+    else:
+        options = None, None, -100, 0.0, 0.0, "sum", None, False, torch.float32  # from the bias to the dtype that weight's gradient is summed in
+        found["liger_kernel"] = lambda hidden, weight: Liger.apply(hidden[rows], weight, targets, *options)[0].float()
+    try:
+        from cut_cross_entropy import linear_cross_entropy as cut
+    except ImportError:
+        pass
+    else:
+        for impl in ("cce", "cce_exact"):
+            call = functools.partial(cut, targets=targets, reduction="sum", impl=impl)
+            found[f"cut_cross_entropy_{impl}"] = lambda hidden, weight, call=call: call(hidden[rows], weight).float()
+    return found
+
+
+def with_evaluation(contender: Contender, function, tensors: list) -> Contender:
+    """The contender with a first phase that wants no gradient."""
+    inputs = [x.detach() for x in tensors]
+
+    @torch.no_grad()
+    def evaluation(state):
+        function(*inputs)
+
+    return Contender(contender.name, {"evaluation": evaluation, **contender.phases}, contender.check)
+
+
+def run_case(case: Case, report: Report, device: str, dtype: torch.dtype, seconds: float = 0.5) -> None:
+    """Measure one case, and record and print a row per contender."""
+    chosen, count = problem(case, device, dtype), operations(case)
+    tensors = list(chosen.tensors.values())
+    peak = peak_tflops(torch.cuda.get_device_name()) if device == "cuda" else None
+    for result in measure([with_evaluation(c, chosen.functions[c.name], tensors) for c in contenders(chosen)], device=device, seconds=seconds):
+        times = {phase: found["p50"] for phase, found in result.milliseconds.items()}
+        rates = {"evaluation": count["evaluation"] / times["evaluation"] / 1e9,
+                 "training": count["training"] / (times["forward"] + times["backward"]) / 1e9} if times else None
+        saved = saved_bytes(chosen.functions[result.name], tensors) if result.checked else None
+        row = report.record({**case._asdict(), "operations": count}, result, tflops=rates, saved_bytes=saved,
+                            percent_of_peak={name: 100 * rate / peak for name, rate in rates.items()} if rates and peak else None)
+        numbers = [f"{phase} {time:8.3f} ms" for phase, time in times.items()]
+        numbers += [f"{name} {rate:5.2f} TFLOP/s" for name, rate in (rates or {}).items()]
+        numbers += [f"{name} {size / 2**20:.1f} MiB" for name, size in (("peak", result.peak_bytes), ("saved", saved)) if size is not None]
+        label = f"rows {case.rows:5} width {case.width:4} words {case.vocabulary:6}"
+        print(f"{label} {result.name:27} " + (row["error"] or ", ".join(numbers)), flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the grid until it ends or `--seconds` are over; the file is complete after every case."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help="the first cases only")
+    parser.add_argument("--cpu", action="store_true", help="a small case on the CPU")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after this many seconds")
+    parser.add_argument("--commit", help="the commit being measured, where there is no git")
+    options = parser.parse_args(arguments)
+    device = "cpu" if options.cpu else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        print("benchmarks.cross_entropy: no CUDA device; pass --cpu for a small case on the CPU")
+        return 1
+    report = Report("cross_entropy", {"quick": options.quick, "timing": "interleaved, L2 flushed on CUDA"}, environment(device, options.commit))
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    status = report.run([Case(512, 128, 500)] if options.cpu else cases(options.quick), lambda case: run_case(case, report, device, dtype),
+                        options.out / f"cross_entropy{'-cpu' * options.cpu}.json", options.seconds)
+    return status or int(any(row["error"] for row in report.rows if row["contender"] == OURS))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
