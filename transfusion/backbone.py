@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import tfkernels.integrations.transformers as integration
-from tfkernels import TransfusionMask, gated_residual_rms_norm, modulated_rms_norm
+from tfkernels import TransfusionMask, gated_residual_rms_norm, linear_cross_entropy, modulated_rms_norm
 from transfusion.embed import ZeroLinear
 
 
@@ -43,6 +43,11 @@ class Backbone(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Text logits of hidden states."""
         return self.decoder.get_output_embeddings()(x)
+
+    def text_loss(self, x: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of the next tokens `targets` (R,) after the rows `rows` of hidden states (T, C); 0 without targets."""
+        head = self.decoder.get_output_embeddings()
+        return linear_cross_entropy(x, head.weight, targets, rows, bias=head.bias).loss / max(1, len(targets))
 
 
 class AdaLNBackbone(Backbone):

@@ -13,7 +13,6 @@ from transfusion.backbone import AdaLNBackbone, Backbone
 from transfusion.config import TransfusionConfig
 from transfusion.embed import PatchEmbedding, TimestepEmbedding, ZeroLinear
 from transfusion.heads import DiTHead, LinearHead
-from transfusion.loss import text_loss
 from transfusion.objective import OBJECTIVES
 from transfusion.sequence import Image, Part, Sequence
 from transfusion.unet import UNetDown, UNetUp, ZeroConv2d
@@ -91,7 +90,7 @@ class Transfusion(PreTrainedModel):
         noised = noise_patchify(sequence.patches, signal, noise, seed, offsets=sequence.layout.offsets)
         x, skips = self.embed(sequence, noised, condition)
         x = self.backbone(x, sequence.positions, sequence.mask(), condition, sequence.image).flatten(0, 1)  # (B * S, C)
-        text = text_loss(self.backbone.logits(x[sequence.text_rows]), sequence.text_targets)
+        text = self.backbone.text_loss(x, sequence.text_rows, sequence.text_targets)
         images = self.image_head.loss(x, sequence.patch_rows, condition, sequence.layout, skips, sequence.patches, p, q, seed)
         diffusion = images.sum() / max(1, sequence.image_count)
         return TransfusionOutput(text + self.config.diffusion_weight * diffusion, text, diffusion, images)
