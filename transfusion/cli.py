@@ -1,4 +1,4 @@
-"""The `transfusion` command: train, sample, caption."""
+"""The `transfusion` command: init, train, sample, caption."""
 import difflib
 import sys
 from dataclasses import dataclass
@@ -113,7 +113,13 @@ def _train(args: list[str]) -> None:
     train_main(args)
 
 
+def _init(args: list[str]) -> None:
+    from transfusion.init import InitSettings, init
+    init(tyro.cli(InitSettings, args=args, prog="transfusion init"))
+
+
 VERBS = {
+    "init": ("make a model from a pretrained language model", _init),
     "train": ("train a model from a preset", _train),
     "sample": ("draw or write from a prompt", lambda args: sample(tyro.cli(Sample, args=args, prog="transfusion sample"))),
     "caption": ("write what follows an image", lambda args: caption(tyro.cli(Caption, args=args, prog="transfusion caption"))),

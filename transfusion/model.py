@@ -60,6 +60,10 @@ class Transfusion(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict:
+        """Weights that share memory, {name: name}: the decoder's, which transformers looks for among a model's direct children only."""
+        return {f"backbone.decoder.{a}": f"backbone.decoder.{b}" for a, b in self.backbone.decoder.get_expanded_tied_weights_keys(all_submodels).items()}
+
     @classmethod
     def from_pretrained(cls, path, *args, **kwargs) -> "Transfusion":
         """Load a checkpoint directory: config.json, model.safetensors and the tokenizer's files. Pickled weights are refused."""

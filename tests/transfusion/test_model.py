@@ -149,6 +149,14 @@ def test_checkpoints_come_back_equal_and_hold_no_pickle(model, pictures, tmp_pat
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "transfusion"
 
 
+def test_tied_embeddings_come_back_tied(tmp_path):
+    tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path)
+    again = Transfusion.from_pretrained(tmp_path)
+    decoder = again.backbone.decoder
+    assert decoder.get_output_embeddings().weight is decoder.get_input_embeddings().weight
+    assert torch.equal(decoder.get_input_embeddings().weight, tiny_model(tie_word_embeddings=True).backbone.decoder.get_input_embeddings().weight)
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
 def test_decoders_of_other_families_fit(pictures, family, backbone):

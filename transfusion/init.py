@@ -1,0 +1,96 @@
+"""A Transfusion out of a pretrained language model: its weights as they are, two tokens more, image layers that start silent.
+
+    transfusion init --llm PATH --out DIR
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from transfusion.config import TransfusionConfig
+from transfusion.model import Transfusion
+from transfusion.tokenizer import BOI, EOI
+
+
+@dataclass(frozen=True)
+class InitSettings:
+    """Make a Transfusion checkpoint from a language model's."""
+
+    llm: Path
+    """directory of a causal language model in transformers' format (safetensors), or a GGUF file with its tokenizer inside"""
+    out: Path
+    """directory of the new checkpoint"""
+    image_channels: int = 3
+    """channels of an image or of its VAE latent"""
+    image_size: tuple[int, int] = (32, 32)
+    """height and width that are drawn when not told otherwise"""
+    patch_size: int = 2
+    """side of an image patch"""
+    backbone: str = "decoder"
+    """decoder: the language model as it is; adaln: each image's timestep modulates its norms and residuals"""
+    image_layers: str = "dit"
+    """linear (the paper), dit (a modulated final layer) or unet (the paper's other choice)"""
+    unet_channels: tuple[int, ...] = (64, 128)
+    """channels at each resolution of the U-Net"""
+    unet_blocks: int = 2
+    """residual blocks at each resolution of the U-Net"""
+    objective: str = "flow"
+    """what the image head predicts: eps (the paper), v, flow or x0"""
+    seed: int = 0
+    """of the image layers' first weights"""
+
+
+def load_language_model(path: Path):
+    """Return (decoder, tokenizer) of a checkpoint directory or GGUF file, weights in float32. Pickled weights are refused, no remote code runs."""
+    if path.suffix == ".gguf":
+        where, options = path.parent, {"gguf_file": path.name}
+    else:
+        where, options = path, {}
+    if not (path.is_file() if options else (path / "config.json").is_file()):
+        raise ValueError(f"init: llm is {str(path)!r}, which is no checkpoint; a directory with config.json and *.safetensors, or a .gguf file, fits")
+    tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    try:
+        decoder = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options, **({} if options else {"use_safetensors": True}))
+    except OSError as error:
+        raise ValueError(f"init: llm is {str(path)!r}, whose weights cannot be loaded ({error}); safetensors fit; convert other formats first") from error
+    return decoder, tokenizer
+
+
+def from_language_model(decoder, tokenizer, *, seed: int = 0, **config) -> Transfusion:
+    """Return a Transfusion that holds `decoder`'s weights; `config` are fields of `TransfusionConfig`.
+
+    BOI and EOI are added to the vocabulary, their rows start as the mean of all rows; text logits over the old vocabulary stay the decoder's own.
+    Documents begin with the tokenizer's BOS or, where it has none, its EOS.
+    """
+    for name in ("bos_token", "pad_token"):
+        if getattr(tokenizer, name) is None:
+            setattr(tokenizer, name, tokenizer.eos_token)
+    known = len(tokenizer)
+    tokenizer.add_tokens([BOI, EOI], special_tokens=True)
+    boi, eoi = tokenizer.convert_tokens_to_ids([BOI, EOI])
+    rows = decoder.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        decoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        for weight in (decoder.get_input_embeddings().weight, decoder.get_output_embeddings().weight):
+            weight[known:len(tokenizer)] = weight[:known].mean(0)
+    torch.manual_seed(seed)
+    text_config = AutoConfig.for_model(**{k: v for k, v in decoder.config.to_dict().items() if k != "quantization_config"})
+    model = Transfusion(TransfusionConfig(text_config=text_config, boi_token_id=boi, eoi_token_id=eoi, **config), tokenizer)
+    model.backbone.decoder.load_state_dict(decoder.state_dict())
+    model.backbone.decoder.generation_config = decoder.generation_config
+    return model
+
+
+def init(settings: InitSettings) -> Path:
+    """Run `transfusion init`; return the new checkpoint's directory."""
+    decoder, tokenizer = load_language_model(settings.llm)
+    config = {name: getattr(settings, name) for name in ("image_channels", "image_size", "patch_size", "backbone", "image_layers", "unet_channels",
+                                                         "unet_blocks", "objective")}
+    model = from_language_model(decoder, tokenizer, seed=settings.seed, **config)
+    model.save_pretrained(settings.out)
+    text, images = (sum(p.numel() for name, p in model.named_parameters() if name.startswith("backbone.decoder.") == inside) for inside in (True, False))
+    print(f"{settings.out}: {text:,} parameters of {type(decoder).__name__}, {images:,} of images; BOI {model.config.boi_token_id}, "
+          f"EOI {model.config.eoi_token_id}")
+    return settings.out
