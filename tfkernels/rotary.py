@@ -25,8 +25,8 @@ from torch import Tensor
 from tfkernels._library import INTERPRET, register
 
 MAX_HEAD_DIM = 256
-TILE = 64 if INTERPRET else 4096     # elements of the heads that a program holds at a time; few in the interpreter, whose tests cross many edges
-PROGRAMS = 5 if INTERPRET else 1024  # of the backward kernel at most, and so of rows of partial sums; fixed: the sums' order is, too
+TILE = 128 if INTERPRET else 4096    # elements of the heads that a program holds at a time; few in the interpreter, whose tests cross many edges
+PROGRAMS = 3 if INTERPRET else 1024  # of the backward kernel at most, and so of rows of partial sums; fixed: the sums' order is, too
 FORWARD_WARP, BACKWARD_WARP = 1024, 512  # elements of the tile for each warp
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -210,6 +210,12 @@ def _mean(x1, x2, rest, y1, y2, y_rest, HALF: tl.constexpr, REST: tl.constexpr):
 
 
 @triton.jit
+def _inverse_rms(x1, x2, rest, inside, eps, HALF: tl.constexpr, REST: tl.constexpr):
+    """1 / rms of each head, (R, 1); 1 behind the last head, where it would be infinite without eps."""
+    return tl.rsqrt(tl.where(inside, _mean(x1, x2, rest, x1, x2, rest, HALF, REST) + eps, 1.0))
+
+
+@triton.jit
 def _angle(cos_ptr, sin_ptr, b, s, stride_cb, stride_cs, stride_nb, stride_ns, HALF: tl.constexpr, BLOCK: tl.constexpr):
     """cos and sin of a token, (1, BLOCK) float32."""
     cols = tl.arange(0, BLOCK)[None, :]
@@ -229,7 +235,7 @@ def _turn(x_ptr, weight_ptr, out_ptr, cos, sin, eps, stride_xh, stride_oh, HEADS
         inside, head = head < HEADS, head.to(tl.int64)
         x1, x2, rest = _load(x_ptr, head * stride_xh, inside, HALF, REST, BLOCK, BLOCK_REST)
         if NORM:
-            rstd = tl.rsqrt(_mean(x1, x2, rest, x1, x2, rest, HALF, REST) + eps)
+            rstd = _inverse_rms(x1, x2, rest, inside, eps, HALF, REST)
             x1, x2, rest = x1 * rstd * w1, x2 * rstd * w2, rest * rstd * w_rest
         _store(out_ptr, head * stride_oh, inside, x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest, HALF, REST, BLOCK, BLOCK_REST)
 
@@ -267,7 +273,7 @@ def _turn_back(dout_ptr, x_ptr, weight_ptr, dx_ptr, parts_ptr, cos_ptr, sin_ptr,
             d1, d2 = g1 * cos + g2 * sin, g2 * cos - g1 * sin
             if NORM:
                 x1, x2, x_rest = _load(x_ptr + b * stride_xb + s * stride_xs, head * stride_xh, inside, HALF, REST, BLOCK, BLOCK_REST)
-                rstd = tl.where(inside, tl.rsqrt(_mean(x1, x2, x_rest, x1, x2, x_rest, HALF, REST) + eps), 0.0)
+                rstd = _inverse_rms(x1, x2, x_rest, inside, eps, HALF, REST)
                 x1, x2 = x1 * rstd, x2 * rstd
                 a1 += d1 * x1
                 a2 += d2 * x2
