@@ -25,9 +25,9 @@ from torch import Tensor
 from tfkernels._library import INTERPRET, register
 
 MAX_HEAD_DIM = 256
-TILE = 128 if INTERPRET else 4096    # elements of the heads that a program holds at a time; few in the interpreter, whose tests cross many edges
 PROGRAMS = 3 if INTERPRET else 1024  # of the backward kernel at most, and so of rows of partial sums; fixed: the sums' order is, too
-FORWARD_WARP, BACKWARD_WARP = 1024, 512  # elements of the tile for each warp
+FORWARD = (128, 64) if INTERPRET else (4096, 1024)  # elements of the heads that a program holds at a time, and of these a warp;
+BACKWARD = (128, 64) if INTERPRET else (2048, 256)  # few in the interpreter, whose tests cross many edges; more for a warp in backward spill
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -159,7 +159,8 @@ def _check(q: Tensor, k: Tensor, weights: dict, tables: dict, eps: float) -> Non
                              f"({batch}, {tokens}, R/2) with one R/2 of 1 to {dim // 2} for cos and sin fits; of a table that holds each half twice "
                              f"pass {name}[..., :R // 2]")
         if table.dtype not in (torch.float32, q.dtype) or table.device != q.device:
-            raise ValueError(f"{op}: {name} is {table.dtype} on {table.device} and q {q.dtype} on {q.device}; float32 or q's dtype on one device fits")
+            raise ValueError(f"{op}: {name} is {table.dtype} on {table.device} and q {q.dtype} on {q.device}; float32 or q's dtype on the same device "
+                             "fits")
         if table.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{op}: {name} requires a gradient, which {op} does not compute; a tensor without one fits; pass {name}.detach()")
     if eps < 0:
@@ -310,12 +311,12 @@ def _qk_norm_rotary_bwd(dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, q_weight_ptr, k_we
                REST, BLOCK_K, BLOCK, BLOCK_REST)
 
 
-def launch_config(heads: int, kv_heads: int, dim: int, half: int, warp: int) -> tuple[dict, int]:
-    """Return the constexprs of a program's tiles, and the warps, of `warp` elements each, that work on them."""
+def launch_config(heads: int, kv_heads: int, dim: int, half: int, tile: int, warp: int) -> tuple[dict, int]:
+    """Return the constexprs of a program's tiles of at most `tile` elements, and its warps, one for `warp` of them."""
     rest = dim - 2 * half
     block, block_rest = triton.next_power_of_2(half), triton.next_power_of_2(max(1, rest))
     row = triton.next_power_of_2(2 * block + (block_rest if rest else 0))
-    block_h, block_k = (min(triton.next_power_of_2(max(1, n)), max(1, TILE // row)) for n in (heads, kv_heads))
+    block_h, block_k = (min(triton.next_power_of_2(max(1, n)), max(1, tile // row)) for n in (heads, kv_heads))
     sizes = {"H": heads, "K": kv_heads, "HALF": half, "REST": rest}
     return sizes | {"BLOCK_H": block_h, "BLOCK_K": block_k, "BLOCK": block, "BLOCK_REST": block_rest}, max(1, max(block_h, block_k) * row // warp)
 
@@ -324,7 +325,7 @@ def _forward_kernel(q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Ten
                     eps: float) -> tuple[Tensor, Tensor]:
     outputs, (batch, heads, tokens, dim) = (_empty_like(q), _empty_like(k)), q.shape
     if batch * tokens:
-        constants, warps = launch_config(heads, k.shape[1], dim, cos.shape[-1], FORWARD_WARP)
+        constants, warps = launch_config(heads, k.shape[1], dim, cos.shape[-1], *FORWARD)
         strides = [n for x in (cos, sin) for n in x.stride()[:2]] + [n for x in (q, k, *outputs) for n in x.stride()[:3]]
         _qk_norm_rotary_fwd[(batch * tokens,)](q, k, *_or(q, q_weight, k_weight), cos, sin, *outputs, tokens, eps, *strides, **constants,
                                                Q_NORM=q_weight is not None, K_NORM=k_weight is not None, num_warps=warps)
@@ -339,7 +340,7 @@ def _backward_kernel(dq_out: Tensor | None, dk_out: Tensor | None, q: Tensor | N
         return dq, dk, *(x.zero_() for x in dweights)
     heads, kv_heads = (0 if x is None else x.shape[1] for x in (dq_out, dk_out))
     given = dk_out if dq_out is None else dq_out
-    constants, warps = launch_config(heads, kv_heads, given.shape[-1], half, BACKWARD_WARP)
+    constants, warps = launch_config(heads, kv_heads, given.shape[-1], half, *BACKWARD)
     rows = triton.cdiv(batch * tokens, PROGRAMS)
     programs = triton.cdiv(batch * tokens, rows)
     norms = q_weight is not None, k_weight is not None

@@ -67,11 +67,11 @@ def random_inputs(sizes, seed=0):
     return tensors, rotary_table(positions, frequencies(sizes.half)), arriving
 
 
-def run(function, tensors, table, arriving, dtype, **options):
-    """{name: value} of both outputs and of the gradient of every input, in `dtype`."""
-    inputs = {n: x.to(dtype).detach().requires_grad_() for n, x in tensors.items()}
+def run(function, tensors, table, arriving, dtype, layout=lambda x: x, **options):
+    """{name: value} of both outputs and of the gradient of every input, in `dtype`; q, k and what arrives in `layout`."""
+    inputs = {n: (layout(x.to(dtype)) if n in "qk" else x.to(dtype)).detach().requires_grad_() for n, x in tensors.items()}
     outputs = function(inputs["q"], inputs["k"], inputs.get("q_weight"), inputs.get("k_weight"), *table, **options)
-    grads = torch.autograd.grad(outputs, list(inputs.values()), [g.to(dtype) for g in arriving])
+    grads = torch.autograd.grad(outputs, list(inputs.values()), [layout(g.to(dtype)) for g in arriving])
     return outputs._asdict() | {f"d{n}": g for n, g in zip(inputs, grads)}
 
 
@@ -100,8 +100,7 @@ def check(sizes, dtype, layout=lambda x: x, seed=0, **options):
     tensors, table, arriving = random_inputs(sizes, seed)
     tensors, arriving = {n: x.to(dtype).double() for n, x in tensors.items()}, [g.to(dtype).double() for g in arriving]
     exact, theirs = (run(qk_norm_rotary_reference, tensors, table, arriving, t, **options) for t in (torch.float64, dtype))
-    tensors = tensors | {n: layout(tensors[n]) for n in "qk"}
-    ours = run(qk_norm_rotary, tensors, table, [layout(g) for g in arriving], dtype, **options)
+    ours = run(qk_norm_rotary, tensors, table, arriving, dtype, layout, **options)
     terms = absolute_terms(tensors, table, arriving)
     assert ours.keys() == exact.keys()
     for name in exact:
@@ -118,6 +117,14 @@ def test_errs_at_most_twice_as_much_as_pytorch(name, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides_fit(layout):
     check(CASES["norm, shared kv heads"], torch.float32, LAYOUTS[layout])
+
+
+def test_cos_and_sin_may_have_strides_of_their_own():
+    tensors, (cos, sin), arriving = random_inputs(CASES["norm, shared kv heads"])
+    expected = run(qk_norm_rotary, tensors, (cos, sin), arriving, torch.float32)
+    for laid in ((cos, torch.cat([sin, sin], -1)[..., :16]), (cos.transpose(0, 1).contiguous().transpose(0, 1), torch.stack([sin, sin], -1)[..., 0])):
+        found = run(qk_norm_rotary, tensors, laid, arriving, torch.float32)
+        assert all(torch.equal(a, b) for a, b in zip(found.values(), expected.values()))
 
 
 @given(st.data())
@@ -498,8 +505,8 @@ RESOURCES = [(32, 8, 128, 64, 2, True), (32, 8, 128, 64, 4, True), (32, 32, 64, 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("heads,kv_heads,dim,half,size,norm", RESOURCES)
 def test_the_kernels_spill_nothing(heads, kv_heads, dim, half, size, norm, architecture):
-    for kernel, warp in ((rotary._qk_norm_rotary_fwd, rotary.FORWARD_WARP), (rotary._qk_norm_rotary_bwd, rotary.BACKWARD_WARP)):
-        constants, warps = rotary.launch_config(heads, kv_heads, dim, half, warp)
+    for kernel, table in ((rotary._qk_norm_rotary_fwd, rotary.FORWARD), (rotary._qk_norm_rotary_bwd, rotary.BACKWARD)):
+        constants, warps = rotary.launch_config(heads, kv_heads, dim, half, *table)
         found = resources(kernel, constants | {"Q_NORM": norm, "K_NORM": norm}, Config(0, 0, warps, 3), architecture=architecture, element_size=size,
                           float32=("cos_ptr", "sin_ptr"))
         assert found.stack_bytes == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], (kernel, found)
