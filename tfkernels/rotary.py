@@ -159,8 +159,8 @@ def _check(q: Tensor, k: Tensor, weights: dict, tables: dict, eps: float) -> Non
                              f"({batch}, {tokens}, R/2) with one R/2 of 1 to {dim // 2} for cos and sin fits; of a table that holds each half twice "
                              f"pass {name}[..., :R // 2]")
         if table.dtype not in (torch.float32, q.dtype) or table.device != q.device:
-            raise ValueError(f"{op}: {name} is {table.dtype} on {table.device} and q {q.dtype} on {q.device}; float32 or q's dtype on the same device "
-                             "fits")
+            raise ValueError(f"{op}: {name} is {table.dtype} on {table.device} and q {q.dtype} on {q.device}; float32 or q's dtype on the same "
+                             "device fits")
         if table.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{op}: {name} requires a gradient, which {op} does not compute; a tensor without one fits; pass {name}.detach()")
     if eps < 0:
