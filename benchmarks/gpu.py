@@ -20,7 +20,8 @@ import torch
 
 from benchmarks.harness import environment
 
-BENCHMARKS = ("attention", "decode", "norm", "cross_entropy")  # each is `python -m benchmarks.<name> --out DIR --seconds S` and writes DIR/<name>.json
+# each is `python -m benchmarks.<name> --out DIR --seconds S` and writes DIR/<name>.json
+BENCHMARKS = ("attention", "decode", "norm", "rotary", "patchify", "diffusion_loss", "cross_entropy")
 TESTS_SHARE = 0.6            # of the whole time at most; the benchmarks get the rest
 STOP_SECONDS = 60            # what a benchmark needs to finish the configuration it is in
 ROOT = Path(__file__).parent.parent

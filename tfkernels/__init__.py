@@ -1,5 +1,5 @@
-"""Triton kernels for models that read and draw: attention over mixed text and images and its masks, norms modulated per image, patches, noise,
-the diffusion loss and the text head's cross-entropy.
+"""Triton kernels for models that read and draw: attention over mixed text and images and its masks, norms modulated per image, rotary
+embedding, patches, noise, and the losses of both heads.
 
 Dimensions, everywhere: B batch, S tokens (Sq queries, Sk keys), M image spans, N images, H query heads, K key/value heads,
 D head dim, C hidden size.
@@ -20,11 +20,13 @@ from tfkernels.norm import (
     modulated_rms_norm_reference,
 )
 from tfkernels.patchify import PackedLatents, noise_patchify, pack_latents, patchify, patchify_packed, unpatchify, unpatchify_packed
+from tfkernels.rotary import RotatedQK, grid_positions, qk_norm_rotary, qk_norm_rotary_reference, rotary_table
 
-__all__ = ["AttentionOutput", "LinearCrossEntropy", "PackedLatents", "ResidualNorm", "TransfusionMask", "attention", "attention_reference",
-           "attention_with_lse", "diffusion_loss", "diffusion_loss_reference", "gated_residual", "gated_residual_reference",
-           "gated_residual_rms_norm", "gated_residual_rms_norm_reference", "linear_cross_entropy", "linear_cross_entropy_reference",
-           "min_snr_weight", "modulated_layer_norm", "modulated_layer_norm_reference", "modulated_rms_norm", "modulated_rms_norm_reference",
-           "noise_patchify", "pack_latents", "paged_attention", "paged_attention_reference", "patchify", "patchify_packed", "unpatchify",
-           "unpatchify_packed"]
+__all__ = ["AttentionOutput", "LinearCrossEntropy", "PackedLatents", "ResidualNorm", "RotatedQK", "TransfusionMask", "attention",
+           "attention_reference", "attention_with_lse", "diffusion_loss", "diffusion_loss_reference", "embed_patches", "embed_patches_reference",
+           "gated_residual", "gated_residual_reference", "gated_residual_rms_norm", "gated_residual_rms_norm_reference", "grid_positions",
+           "linear_cross_entropy", "linear_cross_entropy_reference", "min_snr_weight", "modulated_layer_norm", "modulated_layer_norm_reference",
+           "modulated_rms_norm", "modulated_rms_norm_reference", "noise_patchify", "pack_latents", "paged_attention",
+           "paged_attention_reference", "patchify", "patchify_packed", "qk_norm_rotary", "qk_norm_rotary_reference", "rotary_table",
+           "unpatchify", "unpatchify_packed"]
 __version__ = "0.1.0"

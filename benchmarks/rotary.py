@@ -1,0 +1,99 @@
+"""Norm of queries and keys and rotary embedding: GB/s of the bytes that must move, and what share of a measured device copy's that is.
+
+    python -m benchmarks.rotary --out DIR [--quick] [--cpu]
+
+One packed row of documents of 1024 tokens, q and k as projections give them: (1, T, H, D), transposed. The bytes that must move are those of the
+table in `tfkernels.rotary`: q and k (and their gradients) once, no intermediate. Contenders: ours, the reference in eager PyTorch,
+`torch.compile` of the reference, and without a norm liger-kernel's rotary embedding. It works in place, in backward on the gradients that
+arrive, which the next round needs: it gets copies of both, and their time, that of a device copy of as many bytes again, is in its numbers.
+"""
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.bandwidth import Problem, functions, run_benchmark
+from tfkernels import qk_norm_rotary, qk_norm_rotary_reference, rotary_table
+
+DOCUMENT = 1024
+MOVED = {"rotary": (2, 2), "qk_norm_rotary": (2, 3)}  # of T (H + K) D elements
+
+
+class Case(NamedTuple):
+    """One operator on `tokens` tokens of `heads` query and `kv_heads` key heads of `dim` elements."""
+
+    op: str
+    tokens: int
+    heads: int
+    kv_heads: int
+    dim: int
+
+
+def cases(quick: bool) -> list[Case]:
+    """The grid, those of `quick` first."""
+    grid = [Case(op, tokens, heads, kv_heads, dim) for op in MOVED for tokens in (4096, 32768) for heads, kv_heads in ((32, 8), (32, 32))
+            for dim in (128, 64)]
+    first = [c for c in grid if c.tokens == 32768 and c.kv_heads == 8]
+    return first if quick else first + [c for c in grid if c not in first]
+
+
+def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
+    """Return what the contenders compute."""
+    generator = torch.Generator(device).manual_seed(0)
+    table = rotary_table(torch.arange(case.tokens, device=device)[None] % DOCUMENT,
+                         10000.0 ** (-torch.arange(0, case.dim, 2, device=device, dtype=torch.float32) / case.dim))
+
+    def random(*size):
+        return torch.randn(size, generator=generator, device=device).to(dtype)
+
+    q, k, dq, dk = (random(1, case.tokens, n, case.dim).transpose(1, 2) for n in (case.heads, case.kv_heads) * 2)
+    tensors = {"q": q, "k": k} | ({n: random(case.dim) for n in ("q_weight", "k_weight")} if case.op == "qk_norm_rotary" else {})
+    size = case.tokens * (case.heads + case.kv_heads) * case.dim * q.element_size()
+    return Problem({n: x.requires_grad_() for n, x in tensors.items()}, {"q": dq, "k": dk},
+                   dict(zip(("forward", "backward"), (n * size for n in MOVED[case.op]))), functions(
+        _of(qk_norm_rotary, table), _of(qk_norm_rotary_reference, table), compiled=device == "cuda", liger_kernel=_liger(case, table, device)))
+
+
+def _of(function, table):
+    """`function` of q, k and the weights, if there are any, with `table`."""
+    return lambda q, k, q_weight=None, k_weight=None: tuple(function(q, k, q_weight, k_weight, *table))
+
+
+class _Copied(torch.autograd.Function):
+    """A copy in the direction asked for, nothing in the other."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, forward: bool) -> Tensor:
+        ctx.backward = not forward
+        return x.clone() if forward else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dout):
+        return dout.clone() if ctx.backward else dout, None
+
+
+def _liger(case: Case, table: tuple, device: str):
+    """liger-kernel's rotary embedding, which has no norm; None where it is not installed or there is no GPU."""
+    if case.op != "rotary" or device != "cuda":
+        return None
+    try:
+        from liger_kernel.ops.rope import LigerRopeFunction
+    except ImportError:
+        return None
+    twice = [torch.cat([x, x], -1) for x in table]
+
+    def function(q, k):
+        q, k = (_Copied.apply(x, True) for x in (q, k))
+        return tuple(_Copied.apply(x, False) for x in LigerRopeFunction.apply(q, k, *twice))
+
+    return function
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the grid."""
+    return run_benchmark("rotary", __doc__.splitlines()[0], {"document_tokens": DOCUMENT}, cases, [Case(op, 256, 4, 2, 64) for op in MOVED], problem,
+                         arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,62 @@
+"""The rotary benchmark: right answers pass, q and k lie as projections give them, and the bytes are those of the operator's table."""
+import json
+
+import pytest
+import torch
+
+import tfkernels
+from benchmarks import rotary
+from benchmarks.bandwidth import EAGER, OURS, contenders, saved_bytes
+from benchmarks.harness import measure
+from benchmarks.rotary import MOVED, Case, _Copied, cases, problem
+
+
+@pytest.mark.parametrize("op", MOVED)
+def test_every_contender_is_right(op):
+    chosen = problem(Case(op, 30, 4, 2, 16), "cpu", torch.float32)
+    assert all(x.stride() == (30 * x.shape[1] * 16, 16, x.shape[1] * 16, 1) for x in (chosen.tensors["q"], chosen.arriving["k"]))
+    for result in measure(contenders(chosen), device="cpu", seconds=0, warmup=0, least=1, most=1):
+        assert result.error is None and result.checked and result.milliseconds.keys() == {"forward", "backward"}
+
+
+def test_the_bytes_are_those_that_the_modules_table_names():
+    lines = {line.split()[0]: line for line in tfkernels.rotary.__doc__.splitlines() if " T (H + K) D e" in line}
+    for op, moved in MOVED.items():
+        assert tuple(int(word) for word in lines[op].split() if word.isdigit()) == moved
+        q, k = (problem(Case(op, 30, 4, 2, 16), "cpu", torch.float32).tensors[n] for n in "qk")
+        assert problem(Case(op, 30, 4, 2, 16), "cpu", torch.float32).moved["forward"] == moved[0] * 4 * (q.numel() + k.numel())
+
+
+@pytest.mark.parametrize("op", MOVED)
+def test_ours_keeps_the_angles_alone(op):
+    chosen = problem(Case(op, 300, 4, 2, 16), "cpu", torch.float32)
+    kept = {name: saved_bytes(chosen.functions[name], list(chosen.tensors.values())) for name in (OURS, EAGER)}
+    assert kept[OURS] == 300 * 16 * 4 <= kept[EAGER]                                       # cos and sin
+
+
+def test_what_works_in_place_gets_a_copy_both_ways():
+    x, arriving = torch.ones(3, requires_grad=True), torch.ones(3)
+
+    class InPlace(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.data.mul_(2).view_as(x)
+
+        @staticmethod
+        def backward(ctx, dout):
+            return dout.data.mul_(2)
+
+    y = _Copied.apply(InPlace.apply(_Copied.apply(x, True)), False)
+    (grad,) = torch.autograd.grad(y, x, arriving)
+    assert torch.equal(y, 2 * torch.ones(3)) and torch.equal(grad, 2 * torch.ones(3)) and all(torch.equal(t, torch.ones(3)) for t in (x, arriving))
+
+
+def test_the_quick_grid_is_the_beginning_of_the_whole():
+    quick, whole = cases(True), cases(False)
+    assert whole[:len(quick)] == quick and len(set(whole)) == len(whole) == 16 > len(quick) > 0
+
+
+def test_the_command_writes_a_complete_file(tmp_path):
+    assert rotary.main(["--cpu", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "rotary-cpu.json").read_text())["rows"]
+    assert len(rows) == 6 and all(row["checked"] and row["gb_per_s"]["forward"] > 0 for row in rows)
