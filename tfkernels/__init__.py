@@ -6,6 +6,7 @@ D head dim, C hidden size.
 """
 from tfkernels.attention import AttentionOutput, attention, attention_reference, attention_with_lse, paged_attention, paged_attention_reference
 from tfkernels.diffusion_loss import diffusion_loss, diffusion_loss_reference, min_snr_weight
+from tfkernels.embed import embed_patches, embed_patches_reference
 from tfkernels.mask import TransfusionMask
 from tfkernels.norm import (
     ResidualNorm,
@@ -21,8 +22,8 @@ from tfkernels.norm import (
 from tfkernels.patchify import PackedLatents, noise_patchify, pack_latents, patchify, patchify_packed, unpatchify, unpatchify_packed
 
 __all__ = ["AttentionOutput", "PackedLatents", "ResidualNorm", "TransfusionMask", "attention", "attention_reference", "attention_with_lse",
-           "diffusion_loss", "diffusion_loss_reference", "gated_residual", "gated_residual_reference", "gated_residual_rms_norm",
-           "gated_residual_rms_norm_reference", "min_snr_weight", "modulated_layer_norm", "modulated_layer_norm_reference", "modulated_rms_norm",
-           "modulated_rms_norm_reference", "noise_patchify", "pack_latents", "paged_attention", "paged_attention_reference", "patchify",
-           "patchify_packed", "unpatchify", "unpatchify_packed"]
+           "diffusion_loss", "diffusion_loss_reference", "embed_patches", "embed_patches_reference", "gated_residual", "gated_residual_reference",
+           "gated_residual_rms_norm", "gated_residual_rms_norm_reference", "min_snr_weight", "modulated_layer_norm", "modulated_layer_norm_reference",
+           "modulated_rms_norm", "modulated_rms_norm_reference", "noise_patchify", "pack_latents", "paged_attention", "paged_attention_reference",
+           "patchify", "patchify_packed", "unpatchify", "unpatchify_packed"]
 __version__ = "0.1.0"
