@@ -31,15 +31,14 @@ from tfkernels._latents import check_floating, check_offsets, locate, locate_ref
 from tfkernels._launch import Config
 from tfkernels._library import INTERPRET, register
 
-FORWARD = {2: Config(128, 64, 8, 2), 4: Config(32, 64, 4, 2)}     # rows of the sequence and columns, by the bytes of hidden's elements
-BACKWARD = {2: Config(64, 128, 8, 2), 4: Config(16, 64, 8, 2)}    # patches and columns
-INTERPRETER = Config(16, 16, 4, 1)                                # small, so that short sequences cross many tile edges
-WIDEST_FORWARD = {2: 64, 4: 16}                                   # elements of a patch multiplied at a time: float32 unrolls what it sums over
-WIDEST_BACKWARD = 64
-PROGRAMS = 4 if INTERPRET else 1024                               # of the forward kernel, where the columns can be shared between so many
-PARTS = 4 if INTERPRET else 512                                   # sums of chunks, tiles of columns x elements, that the backward kernel writes at most
-IMAGES = Config(32, 64, 4, 3)                                     # chunks and columns of one image's sums read together
-COPY = 64 if INTERPRET else 4096                                  # elements of a program that only copies
+# Rows and columns of a tile, and how many elements of a patch it multiplies at a time, by bytes per element; float32 unrolls what it sums over.
+FORWARD = {2: (Config(128, 64, 8, 2), 64), 4: (Config(32, 64, 4, 2), 16)}
+BACKWARD = {2: (Config(64, 128, 8, 2), 64), 4: (Config(16, 64, 8, 2), 64)}
+INTERPRETER = Config(16, 16, 4, 1), 16      # small, so that short sequences cross many tile edges
+PROGRAMS = 4 if INTERPRET else 1024         # of the forward kernel, where enough columns are there to be shared between so many
+PARTS = 4 if INTERPRET else 512             # tiles of sums of chunks that the backward kernel writes at most, one per program
+IMAGES = Config(32, 64, 4, 3)               # chunks and columns of an image's sums read together
+COPY = 256 if INTERPRET else 4096           # elements of a program that only copies
 FAR = tl.constexpr(2**31 - 1)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -92,8 +91,8 @@ def _check(hidden: Tensor, patches: Tensor, weight: Tensor, condition: Tensor, p
     check_offsets("embed_patches", "offsets", offsets, hidden.device)
     (count, dim), width, images = patches.shape, hidden.shape[-1], len(offsets) - 1
     if weight.shape != (width, dim):
-        raise ValueError(f"embed_patches: weight has shape {tuple(weight.shape)}, hidden {width} columns and patches {dim} elements; ({width}, {dim}) fits, "
-                         "as an nn.Linear holds it")
+        raise ValueError(f"embed_patches: weight has shape {tuple(weight.shape)}, hidden {width} columns and patches {dim} elements; "
+                         f"({width}, {dim}) fits, as an nn.Linear holds it")
     if condition.shape != (images, width):
         raise ValueError(f"embed_patches: condition has shape {tuple(condition.shape)}, offsets {images} images and hidden {width} columns; "
                          f"({images}, {width}) fits, a row for each image")
@@ -103,7 +102,7 @@ def _check(hidden: Tensor, patches: Tensor, weight: Tensor, condition: Tensor, p
                              "float16, bfloat16 or float32 on the same device fits (float64 for float64)")
     if not isinstance(places, Tensor) or places.shape != (count,) or places.dtype != torch.int64 or places.device != hidden.device:
         got = f"{places.dtype} of shape {tuple(places.shape)} on {places.device}" if isinstance(places, Tensor) else f"a {type(places).__name__}"
-        raise ValueError(f"embed_patches: places is {got}; an int64 tensor ({count},) on {hidden.device} fits, the row of hidden that each patch takes")
+        raise ValueError(f"embed_patches: places is {got}; an int64 tensor ({count},) on {hidden.device} fits, the row of hidden for each patch")
 
 
 @triton.jit(do_not_specialize=["images", "steps", "rows", "tokens"])
@@ -155,7 +154,8 @@ def _embed_fwd(x_ptr, patches_ptr, weight_ptr, condition_ptr, table_ptr, image_p
 
 
 @triton.jit(do_not_specialize=["tokens", "length"])
-def _embed_bwd_hidden(dout_ptr, table_ptr, dx_ptr, tokens, length, stride_ob, stride_os, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def _embed_bwd_hidden(dout_ptr, table_ptr, dx_ptr, tokens, length, stride_ob, stride_os,
+                      C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (row < tokens)[:, None] & (cols < C)[None, :]
@@ -213,13 +213,11 @@ def _embed_bwd_images(parts_ptr, offsets_ptr, dcondition_ptr, rows, chunk, C: tl
     tl.store(dcondition_ptr + n * C + cols, tl.sum(total, 0).to(dcondition_ptr.dtype.element_ty), mask=inside)
 
 
-def _config(table: dict, x: Tensor) -> Config:
-    return INTERPRETER if INTERPRET else table[x.element_size()]
-
-
-def tile(dim: int, widest: int) -> int:
-    """Return how many of the `dim` elements of a patch a program multiplies at a time."""
-    return min(max(16, triton.next_power_of_2(dim)), 16 if INTERPRET else widest)
+def tiles(table: dict, element_size: int, width: int, dim: int) -> dict:
+    """Return the constexprs and launch options of a row of `table` for `width` columns and patches of `dim` elements."""
+    (block_r, block_c, num_warps, num_stages), widest = INTERPRETER if INTERPRET else table[element_size]
+    return {"C": width, "D": dim, "BLOCK_R": block_r, "BLOCK_C": block_c, "BLOCK_D": min(max(16, triton.next_power_of_2(dim)), widest),
+            "num_warps": num_warps, "num_stages": num_stages}
 
 
 def _strided(x: Tensor) -> tuple[Tensor, int, int, int]:
@@ -232,10 +230,10 @@ def _index(places: Tensor, offsets: Tensor, tokens: int) -> tuple[Tensor, Tensor
     """Return the patch of each row of the sequence (T,), -1 for none, and the image of each patch (P,), both int32."""
     table = torch.full((tokens,), -1, dtype=torch.int32, device=places.device)
     image = table.new_empty(len(places))
-    if len(places):
-        block = COPY // 16
-        _embed_index[(triton.cdiv(len(places), block),)](places, offsets, table, image, len(offsets) - 1, len(offsets).bit_length(), len(places), tokens,
-                                                         BLOCK=block, num_warps=4)
+    rows, block = len(places), COPY // 16
+    if rows:
+        _embed_index[(triton.cdiv(rows, block),)](places, offsets, table, image, len(offsets) - 1, len(offsets).bit_length(), rows, tokens,
+                                                  BLOCK=block, num_warps=4)
     return table, image
 
 
@@ -245,13 +243,11 @@ def _embed_kernel(hidden: Tensor, patches: Tensor, weight: Tensor, condition: Te
     if tokens:
         places, offsets, patches, weight, condition = (x.contiguous() for x in (places, offsets, patches, weight, condition))
         hidden, length, *strides = _strided(hidden)
-        launch = _config(FORWARD, hidden)
-        tiles, columns = triton.cdiv(tokens, launch.block_m), triton.cdiv(width, launch.block_n)
-        blocks = triton.cdiv(columns, min(columns, max(1, PROGRAMS // tiles)))
-        _embed_fwd[(tiles, triton.cdiv(columns, blocks))](
-            hidden, patches, weight, condition, *_index(places, offsets, tokens), out, tokens, length, blocks, *strides, C=width, D=patches.shape[1],
-            BLOCK_R=launch.block_m, BLOCK_C=launch.block_n, BLOCK_D=tile(patches.shape[1], WIDEST_FORWARD[hidden.element_size()]), PRECISION=dot_precision(hidden),
-            num_warps=launch.num_warps, num_stages=launch.num_stages)
+        options = tiles(FORWARD, hidden.element_size(), *weight.shape)
+        programs, columns = triton.cdiv(tokens, options["BLOCK_R"]), triton.cdiv(width, options["BLOCK_C"])
+        blocks = triton.cdiv(columns, min(columns, max(1, PROGRAMS // programs)))
+        _embed_fwd[(programs, triton.cdiv(columns, blocks))](hidden, patches, weight, condition, *_index(places, offsets, tokens), out,
+                                                             tokens, length, blocks, *strides, PRECISION=dot_precision(hidden), **options)
     return out
 
 
@@ -259,7 +255,7 @@ def _backward_kernel(dout: Tensor, patches: Tensor, weight: Tensor, condition: T
                      of_hidden: bool, of_patches: bool, of_sums: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dhidden, _, dweight, dcondition = _backward_fake(dout, patches, weight, condition, places, offsets, of_hidden, False, of_sums)
     dpatches = _dpatches(dout, patches, weight, places, offsets) if of_patches else patches.new_empty(0)
-    (width, dim), tokens, count = weight.shape, dout.numel() // dout.shape[-1], len(places)
+    (width, dim), tokens, count, images = weight.shape, dout.numel() // dout.shape[-1], len(places), len(condition)
     if not tokens or not (of_hidden or of_sums):
         return dhidden, dpatches, dweight.zero_(), dcondition.zero_()
     places, offsets, patches = places.contiguous(), offsets.contiguous(), patches.contiguous()
@@ -270,20 +266,19 @@ def _backward_kernel(dout: Tensor, patches: Tensor, weight: Tensor, condition: T
         _embed_bwd_hidden[(triton.cdiv(tokens, COPY // block), triton.cdiv(width, block))](
             dout, table, dhidden, tokens, length, *strides, C=width, BLOCK_R=COPY // block, BLOCK_C=block, num_warps=4)
     if of_sums:
-        launch, block = _config(BACKWARD, dout), tile(dim, WIDEST_BACKWARD)
-        tiles = triton.cdiv(dim, block), triton.cdiv(width, launch.block_n)
-        chunk = max(1, triton.cdiv(triton.cdiv(count, launch.block_m), max(1, PARTS // (tiles[0] * tiles[1])))) * launch.block_m
+        options = tiles(BACKWARD, dout.element_size(), width, dim)
+        grid = triton.cdiv(dim, options["BLOCK_D"]), triton.cdiv(width, options["BLOCK_C"])
+        most = max(1, PARTS // (grid[0] * grid[1]))
+        chunk = max(1, triton.cdiv(triton.cdiv(count, most), options["BLOCK_R"])) * options["BLOCK_R"]
         chunks = triton.cdiv(count, chunk)
         products = dout.new_empty(chunks, width, dim, dtype=torch.float32)
-        parts = dout.new_empty(chunks + len(condition) + 2, width, dtype=torch.float32)
+        parts = dout.new_empty(chunks + images + 2, width, dtype=torch.float32)
         if chunks:
-            _embed_bwd[(*tiles, chunks)](
-                dout, patches, places, image, products, parts, len(condition), count, tokens, length, chunk, *strides, C=width, D=dim,
-                BLOCK_R=launch.block_m, BLOCK_C=launch.block_n, BLOCK_D=block, PRECISION=dot_precision(dout),
-                num_warps=launch.num_warps, num_stages=launch.num_stages)
+            _embed_bwd[(*grid, chunks)](dout, patches, places, image, products, parts, images, count, tokens, length, chunk, *strides,
+                                        PRECISION=dot_precision(dout), **options)
         dweight = products.sum(0).to(weight.dtype)
-        if len(condition):
-            _embed_bwd_images[(len(condition), triton.cdiv(width, IMAGES.block_n))](
+        if images:
+            _embed_bwd_images[(images, triton.cdiv(width, IMAGES.block_n))](
                 parts, offsets, dcondition, count, chunk, C=width, BLOCK_M=IMAGES.block_m, BLOCK=IMAGES.block_n, num_warps=IMAGES.num_warps)
     return dhidden, dpatches, dweight, dcondition
 
