@@ -91,7 +91,7 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
         "patchify": (lambda x: patchify(x, PATCH), patches),
         "noise_patchify": (noise_ours, noised),
         "embed_patches": (lambda *given: embed_ours(tokens, *given), lambda *given: embedded(tokens, *given)),
-        "noise_patchify_embed": (lambda *given: embed_ours(noise_ours(x0), *given), lambda hidden, *given: embedded(noised(x0.to(hidden.dtype)), hidden, *given)),
+        "noise_patchify_embed": (lambda *given: embed_ours(noise_ours(x0), *given), lambda *given: embedded(noised(x0.to(given[0].dtype)), *given)),
     }[case.op]
     return Problem({name: x.requires_grad_() for name, x in tensors.items()}, {"out": normal(*size)}, moved(case, x0.element_size()),
                    functions(ours, plain, compiled=device == "cuda"))
