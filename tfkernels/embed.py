@@ -33,7 +33,7 @@ from tfkernels._library import INTERPRET, register
 
 # Rows and columns of a tile, and how many elements of a patch it multiplies at a time, by bytes per element; float32 unrolls what it sums over.
 FORWARD = {2: (Config(128, 64, 8, 2), 64), 4: (Config(32, 64, 4, 2), 16)}
-BACKWARD = {2: (Config(64, 128, 8, 2), 64), 4: (Config(16, 64, 8, 2), 64)}
+BACKWARD = {2: (Config(64, 128, 8, 2), 64), 4: (Config(16, 32, 4, 2), 64)}
 INTERPRETER = Config(16, 32, 4, 1), 16      # small, so that short sequences cross many tile edges
 PROGRAMS = 4 if INTERPRET else 1024         # of the forward kernel, where enough columns are there to be shared between so many
 PARTS = 4 if INTERPRET else 512             # tiles of sums of chunks that the backward kernel writes at most, one per program
