@@ -13,7 +13,7 @@ The patches are kept for backward, although `noise_patchify` could make them aga
 elements, 1 / 64 of the P C that must move anyway at D = 64, C = 4096, and each tile of columns would have to make its noise anew.
 
 Bytes that must move, T rows of the sequence, P of them patches, C columns, D elements a patch, e bytes an element (weight, condition, places and
-the sums of chunks, at most 16 MiB written and read, aside; so is dpatches, plain PyTorch where it is asked for):
+the sums of chunks, written and read, 16 MiB or one float32 dweight, aside; so is dpatches, plain PyTorch where it is asked for):
 
     op              forward                 plain PyTorch                              backward          plain PyTorch
     embed_patches   (2 T - P) C e + P D e   (2 T + 7 P) C e + P D e: clone of hidden   2 T C e + P D e   (2 T + 5 P) C e + P D e: index_fill 2 T + P,
