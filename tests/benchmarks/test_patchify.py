@@ -10,6 +10,9 @@ from benchmarks import patchify
 from benchmarks.bandwidth import contenders
 from benchmarks.harness import measure
 from benchmarks.patchify import OPS, Case, cases, moved, problem
+from tfkernels._library import INTERPRET
+
+pytestmark = pytest.mark.skipif(INTERPRET, reason="images of 256 tokens take the interpreter minutes; the operators' own tests run in it")
 
 
 @pytest.mark.parametrize("op", OPS)
