@@ -7,6 +7,7 @@ D head dim, C hidden size.
 from tfkernels.attention import AttentionOutput, attention, attention_reference, attention_with_lse, paged_attention, paged_attention_reference
 from tfkernels.cross_entropy import LinearCrossEntropy, linear_cross_entropy, linear_cross_entropy_reference
 from tfkernels.diffusion_loss import diffusion_loss, diffusion_loss_reference, min_snr_weight
+from tfkernels.embed import embed_patches, embed_patches_reference
 from tfkernels.mask import TransfusionMask
 from tfkernels.norm import (
     ResidualNorm,
