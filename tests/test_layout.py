@@ -8,9 +8,10 @@ ROOT = Path(__file__).parents[1]
 ORDER = ("tfkernels._library", "tfkernels._launch", "tfkernels.mask", "tfkernels._attention_cpu", "tfkernels._attention_tiles",
          "tfkernels._attention_forward", "tfkernels._attention_backward", "tfkernels._attention_decode", "tfkernels.attention", "tfkernels._norm_cpu",
          "tfkernels._norm_kernels", "tfkernels.norm", "tfkernels._philox", "tfkernels._latents", "tfkernels.patchify", "tfkernels.diffusion_loss",
-         "tfkernels", "tfkernels.integrations", "transfusion.objective", "transfusion.config", "transfusion.sequence", "transfusion.embed",
-         "transfusion.backbone", "transfusion.heads", "transfusion.loss", "transfusion.sample", "transfusion.model", "transfusion", "transfusion.tokenizer",
-         "transfusion.data", "transfusion.train", "transfusion.eval", "transfusion.demo", "transfusion.cli")
+         "tfkernels._head_loss_kernels", "tfkernels.head_loss", "tfkernels", "tfkernels.integrations", "transfusion.objective", "transfusion.config",
+         "transfusion.sequence", "transfusion.embed", "transfusion.backbone", "transfusion.heads", "transfusion.loss", "transfusion.sample",
+         "transfusion.model", "transfusion", "transfusion.tokenizer", "transfusion.data", "transfusion.train", "transfusion.eval", "transfusion.demo",
+         "transfusion.cli")
 PACKAGES = [p for d in ("tfkernels", "transfusion") for p in sorted((ROOT / d).rglob("*.py"))]
 
 

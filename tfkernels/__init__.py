@@ -6,6 +6,12 @@ D head dim, C hidden size.
 """
 from tfkernels.attention import AttentionOutput, attention, attention_reference, attention_with_lse, paged_attention, paged_attention_reference
 from tfkernels.diffusion_loss import diffusion_loss, diffusion_loss_reference, min_snr_weight
+from tfkernels.head_loss import (
+    modulated_layer_norm_diffusion_loss,
+    modulated_layer_norm_diffusion_loss_reference,
+    modulated_rms_norm_diffusion_loss,
+    modulated_rms_norm_diffusion_loss_reference,
+)
 from tfkernels.mask import TransfusionMask
 from tfkernels.norm import (
     ResidualNorm,
@@ -22,7 +28,8 @@ from tfkernels.patchify import PackedLatents, noise_patchify, pack_latents, patc
 
 __all__ = ["AttentionOutput", "PackedLatents", "ResidualNorm", "TransfusionMask", "attention", "attention_reference", "attention_with_lse",
            "diffusion_loss", "diffusion_loss_reference", "gated_residual", "gated_residual_reference", "gated_residual_rms_norm",
-           "gated_residual_rms_norm_reference", "min_snr_weight", "modulated_layer_norm", "modulated_layer_norm_reference", "modulated_rms_norm",
-           "modulated_rms_norm_reference", "noise_patchify", "pack_latents", "paged_attention", "paged_attention_reference", "patchify",
-           "patchify_packed", "unpatchify", "unpatchify_packed"]
+           "gated_residual_rms_norm_reference", "min_snr_weight", "modulated_layer_norm", "modulated_layer_norm_diffusion_loss",
+           "modulated_layer_norm_diffusion_loss_reference", "modulated_layer_norm_reference", "modulated_rms_norm",
+           "modulated_rms_norm_diffusion_loss", "modulated_rms_norm_diffusion_loss_reference", "modulated_rms_norm_reference", "noise_patchify",
+           "pack_latents", "paged_attention", "paged_attention_reference", "patchify", "patchify_packed", "unpatchify", "unpatchify_packed"]
 __version__ = "0.1.0"
