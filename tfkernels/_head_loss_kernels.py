@@ -8,8 +8,8 @@ xhat, which goes into the product with the weight while its sums are taken; what
 Error sums differ from those of the true xhat by the factor 1 + ((m - mean) / std)^2. A row of D > BLOCK_D is walked once per tile of D.
 
 Backward is one program per (tile of columns, `span` patches, tile of D). It walks its patches image by image, in tiles that begin where the
-image does, and adds up A = sum error^T xhat, a (D, C) tile: at the image's end k A (1 + scale) joins the program's dweight, and the
-column sums of k A weight, its dscale, go to row chunk + image + 1 of `parts`, where no two writes meet: see `tfkernels._norm_kernels`.
+image does: k_n error is the gradient of the prediction. dweight adds up in registers, k as its ratio to the greatest of all, so that
+float16 holds it; dscale goes, at the image's end, to row chunk + image + 1 of `parts`, where no two writes meet: see `tfkernels._norm_kernels`.
 """
 import torch
 import triton
@@ -22,16 +22,16 @@ from tfkernels._launch import Config
 from tfkernels._library import INTERPRET
 from tfkernels._norm_kernels import IMAGES, _columns, _norm_bwd_images
 from tfkernels._philox import philox_normal
-from tfkernels.diffusion_loss import BLOCK, _diffusion_loss_images, _tokens
+from tfkernels.diffusion_loss import BLOCK, _counts, _diffusion_loss_images, _tokens
 
-PROGRAMS = 16 if INTERPRET else 512             # of the backward kernel, about; fixed: the sums' order is, too
-FEWEST_ROWS = 5 if INTERPRET else 128           # patches of one of them at least
+PROGRAMS = 9 if INTERPRET else 512              # of the backward kernel, about; fixed: the sums' order is, too
+FEWEST_ROWS = 9 if INTERPRET else 128           # patches of one of them at least
 PARTIAL_BYTES = 2**26                           # of dweight's partial sums at most, as far as one chunk allows
 WIDEST_TILE = {2: 64, 4: 32}                    # elements of D in one tile; by bytes per element
 PILOT = 2                                       # blocks of columns that the guess of mean and 1 / std looks at
-SMALL = Config(16, 16, 4, 1)                    # in the interpreter: many edges in short rows
-FORWARD = {2: Config(64, 64, 4, 3), 4: Config(32, 32, 4, 2)}  # patches, columns; by bytes per element
-BACKWARD = {2: Config(32, 128, 8, 3), 4: Config(32, 64, 8, 2)}
+SMALL = Config(16, 16, 4, 1)                    # in the interpreter: edges in short rows
+FORWARD = {2: Config(64, 64, 8, 3), 4: Config(32, 32, 4, 2)}  # patches, columns; by bytes per element
+BACKWARD = {2: Config(32, 64, 4, 4), 4: Config(16, 32, 4, 2)}
 
 
 def config(table: dict, element_size: int) -> Config:
@@ -145,28 +145,25 @@ def _error_rows(error_ptr, row, first, inside, DIM: tl.constexpr, BLOCK_D: tl.co
     return tl.load(error_ptr + row[:, None].to(tl.int64) * DIM + d[None, :], mask=inside[:, None] & (d < DIM)[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["images", "rows", "steps", "tokens", "span", "slots"])
-def _head_loss_bwd(dloss_ptr, loss_weight_ptr, x_ptr, places_ptr, scale_ptr, weight_ptr, offsets_ptr, error_ptr, statistics_ptr,
-                   dx_ptr, parts_ptr, base_parts_ptr, dweight_ptr, images, rows, steps, tokens, span, slots, stride_xs, stride_cn,
-                   C: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr, HIDDEN: tl.constexpr, TABLES: tl.constexpr, BASE: tl.constexpr,
+@triton.jit(do_not_specialize=["images", "rows", "steps", "tokens", "span"])
+def _head_loss_bwd(k_ptr, ratio_ptr, x_ptr, places_ptr, scale_ptr, weight_ptr, offsets_ptr, error_ptr, statistics_ptr,
+                   dx_ptr, parts_ptr, base_parts_ptr, dweight_ptr, images, rows, steps, tokens, span, stride_xs, stride_cn,
+                   C: tl.constexpr, CENTER: tl.constexpr, HIDDEN: tl.constexpr, SCALE: tl.constexpr, WEIGHT: tl.constexpr, BASE: tl.constexpr,
                    DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
     cols, chunk = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), tl.program_id(1)
-    first = tl.program_id(2) * BLOCK_D if DIM > BLOCK_D else 0
+    first = tl.program_id(2) * BLOCK_D
     d = first + tl.arange(0, BLOCK_D)
     begin, plane = chunk * span, rows.to(tl.int64)
     end = tl.minimum(begin + span, rows)
     image, _, _, _ = locate(begin, offsets_ptr, images, steps, rows, 1, True)
     last, _, _, _ = locate(end - 1, offsets_ptr, images, steps, rows, 1, True)
-    weight = _head(weight_ptr, first, cols, C, DIM, BLOCK_D).to(x_ptr.dtype.element_ty)
+    weight = _head(weight_ptr, 0, cols, C, DIM, BLOCK_D).to(x_ptr.dtype.element_ty)
     dweight = tl.zeros([BLOCK_D, BLOCK_C], tl.float32)
     for n in range(tl.maximum(image, 0).to(tl.int64), tl.minimum(last + 1, images)):
-        start, stop = tl.load(offsets_ptr + n), tl.load(offsets_ptr + n + 1)
-        k = tl.load(dloss_ptr + n) * 2.0 / (tl.maximum(stop - start, 1).to(tl.float32) * DIM)
-        if WEIGHT:
-            k *= tl.load(loss_weight_ptr + n)
-        start, stop = tl.maximum(start, begin), tl.minimum(stop, end)
+        start, stop = tl.maximum(tl.load(offsets_ptr + n), begin), tl.minimum(tl.load(offsets_ptr + n + 1), end)
+        k, ratio = tl.load(k_ptr + n), tl.load(ratio_ptr + n)
         scale = 1 + tl.load(scale_ptr + n * stride_cn + cols, mask=cols < C, other=0.0).to(tl.float32)
-        a = tl.zeros([BLOCK_D, BLOCK_C], tl.float32)
+        dscale = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
         for at in range(start, stop, BLOCK_R):
             row = at + tl.arange(0, BLOCK_R)
             inside = row < stop
@@ -180,30 +177,31 @@ def _head_loss_bwd(dloss_ptr, loss_weight_ptr, x_ptr, places_ptr, scale_ptr, wei
                 xhat -= tl.load(statistics_ptr + 2 * plane + row, mask=inside, other=0.0)[:, None]
             xhat = tl.where(valid, xhat * rstd[:, None], 0.0)
             error = _error_rows(error_ptr, row, first, inside, DIM, BLOCK_D)
-            if TABLES:
-                a = tl.dot(tl.trans(error), xhat.to(error.dtype), a, input_precision=PRECISION)
-            if HIDDEN and first == 0:
-                dxhat = tl.dot(error, weight, input_precision=PRECISION)
+            if WEIGHT:
+                dweight = tl.dot(tl.trans(error), (xhat * (scale * ratio)[None, :]).to(error.dtype), dweight, input_precision=PRECISION)
+            if HIDDEN or SCALE:  # then there is one tile of D, or the others come here: first is 0
+                dy = tl.dot(error, weight, input_precision=PRECISION)
                 for other in range(BLOCK_D, DIM, BLOCK_D):
-                    dxhat = tl.dot(_error_rows(error_ptr, row, other, inside, DIM, BLOCK_D),
-                                   _head(weight_ptr, other, cols, C, DIM, BLOCK_D).to(weight.dtype), dxhat, input_precision=PRECISION)
-                dx = dxhat * scale[None, :] - xhat * tl.load(statistics_ptr + plane + row, mask=inside, other=0.0)[:, None]
-                if CENTER:
-                    dx -= tl.load(statistics_ptr + 3 * plane + row, mask=inside, other=0.0)[:, None]
-                dx *= (k * rstd)[:, None]
-                tl.store(dx_ptr + place[:, None] * C + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=valid)
+                    dy = tl.dot(_error_rows(error_ptr, row, other, inside, DIM, BLOCK_D),
+                                _head(weight_ptr, other, cols, C, DIM, BLOCK_D).to(weight.dtype), dy, input_precision=PRECISION)
+                if SCALE:
+                    dscale += dy * xhat
+                if HIDDEN:
+                    dx = dy * scale[None, :] - xhat * tl.load(statistics_ptr + plane + row, mask=inside, other=0.0)[:, None]
+                    if CENTER:
+                        dx -= tl.load(statistics_ptr + 3 * plane + row, mask=inside, other=0.0)[:, None]
+                    dx *= (k * rstd)[:, None]
+                    tl.store(dx_ptr + place[:, None] * C + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=valid)
         slot = chunk.to(tl.int64) + n + 1
-        if TABLES:
-            a *= k
-            dweight += a * scale[None, :]
-            tl.store(parts_ptr + (tl.program_id(2).to(tl.int64) * slots + slot) * C + cols, tl.sum(a * weight.to(tl.float32), 0), mask=cols < C)
+        if SCALE:
+            tl.store(parts_ptr + slot * C + cols, k * tl.sum(dscale, 0), mask=cols < C)
         if BASE and tl.program_id(0) == 0:
-            total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+            dbase = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
             for at in range(start, stop, BLOCK_R):
                 row = at + tl.arange(0, BLOCK_R)
-                total += _error_rows(error_ptr, row, first, row < stop, DIM, BLOCK_D).to(tl.float32)
-            tl.store(base_parts_ptr + slot * DIM + d, k * tl.sum(total, 0), mask=d < DIM)
-    if TABLES:
+                dbase += _error_rows(error_ptr, row, first, row < stop, DIM, BLOCK_D).to(tl.float32)
+            tl.store(base_parts_ptr + slot * DIM + d, k * tl.sum(dbase, 0), mask=d < DIM)
+    if WEIGHT:
         tl.store(dweight_ptr + (chunk.to(tl.int64) * DIM + d[:, None]) * C + cols[None, :], dweight, mask=(d < DIM)[:, None] & (cols < C)[None, :])
 
 
@@ -233,34 +231,41 @@ def forward(hidden: Tensor, places: Tensor, scale: Tensor, weight: Tensor, base:
 
 def backward(dloss: Tensor, hidden: Tensor, places: Tensor, scale: Tensor, weight: Tensor, loss_weight: Tensor | None, offsets: Tensor | None,
              error: Tensor, statistics: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of hidden, scale, weight and base; empty where neither it nor, of scale and weight, the other is `wanted`."""
+    """Return the gradients of hidden, scale, weight and base, empty where not `wanted`."""
     images, rows, (dim, width) = len(dloss), len(places), weight.shape
-    of_hidden, of_tables, of_base = wanted[0], wanted[1] or wanted[2], wanted[3]
+    of_hidden, of_scale, of_weight, of_base = wanted
     dhidden = hidden.new_zeros(hidden.shape if of_hidden else 0)
-    if images * rows * dim == 0 or not any(wanted):
-        return (dhidden, scale.new_zeros(scale.shape if of_tables else 0), weight.new_zeros(weight.shape if of_tables else 0),
+    if images * rows * dim == 0:
+        return (dhidden, scale.new_zeros(scale.shape if of_scale else 0), weight.new_zeros(weight.shape if of_weight else 0),
                 dloss.new_zeros((images, dim) if of_base else 0))
     hidden, scale, weight = _columns(hidden), _columns(scale), weight.contiguous()
+    k = dloss * 2 / (_counts(offsets, images, rows, dloss.device).clamp(min=1) * dim) * (1 if loss_weight is None else loss_weight)
+    top = k.abs().amax().clamp(min=torch.finfo(k.dtype).tiny)
     offsets = uniform_offsets(images, rows, hidden.device) if offsets is None else offsets
     launch, constants = config(BACKWARD, hidden.element_size()), tile(dim, hidden.element_size())
-    (count, span), layers = chunks(rows, dim, width, hidden.element_size()), triton.cdiv(dim, constants["BLOCK_D"])
+    count, span = chunks(rows, dim, width, hidden.element_size())
     slots = count + images + 2
-    parts, base_parts = dloss.new_empty((layers, slots, width) if of_tables else 0), dloss.new_empty((1, slots, dim) if of_base else 0)
-    dweight = dloss.new_empty((count, dim, width) if of_tables else 0)
-    _head_loss_bwd[(triton.cdiv(width, launch.block_n), count, layers)](
-        dloss, dloss if loss_weight is None else loss_weight, hidden, places, scale, weight, offsets, error, statistics, dhidden, parts, base_parts,
-        dweight, images, rows, len(offsets).bit_length(), len(hidden), span, slots, hidden.stride(0), scale.stride(0), C=width,
-        CENTER=len(statistics) == 4, WEIGHT=loss_weight is not None, HIDDEN=of_hidden, TABLES=of_tables, BASE=of_base, **constants,
-        BLOCK_R=launch.block_m, BLOCK_C=launch.block_n, PRECISION=dot_precision(hidden), num_warps=launch.num_warps, num_stages=launch.num_stages)
+    parts, base_parts = dloss.new_empty((slots, width) if of_scale else 0), dloss.new_empty((slots, dim) if of_base else 0)
+    dweight = dloss.new_empty((count, dim, width) if of_weight else 0)
+    layers, flags = triton.cdiv(dim, constants["BLOCK_D"]), {"HIDDEN": of_hidden, "SCALE": of_scale, "WEIGHT": of_weight, "BASE": of_base}
+    off = dict.fromkeys(flags, False)
+    rounds = [(1, flags)] if layers == 1 else [(1, off | {n: flags[n] for n in ("HIDDEN", "SCALE")}), (layers, off | {n: flags[n] for n in ("WEIGHT", "BASE")})]
+    for depth, part in rounds:
+        if any(part.values()):
+            _head_loss_bwd[(triton.cdiv(width, launch.block_n), count, depth)](
+                k, k / top, hidden, places, scale, weight, offsets, error, statistics, dhidden, parts, base_parts, dweight, images, rows,
+                len(offsets).bit_length(), len(hidden), span, hidden.stride(0), scale.stride(0), C=width, CENTER=len(statistics) == 4, **part, **constants,
+                BLOCK_R=launch.block_m, BLOCK_C=launch.block_n, PRECISION=dot_precision(hidden), num_warps=launch.num_warps, num_stages=launch.num_stages)
     starts = torch.cat([offsets[:1], offsets])
-    dscale, dbase = (_of_images(x, starts, images, span) if len(x) else x for x in (parts, base_parts))
-    return dhidden, dscale.to(scale.dtype, copy=True), dweight.sum(0).to(weight.dtype) if of_tables else weight.new_empty(0), dbase
+    dscale, dbase = (_of_images(x, starts, images, span) if wanted else x for x, wanted in ((parts, of_scale), (base_parts, of_base)))
+    dweight = dweight.sum(0) * top if of_weight else dweight
+    return dhidden, dscale.to(scale.dtype, copy=True), dweight.to(weight.dtype), dbase.clone()
 
 
 def _of_images(parts: Tensor, starts: Tensor, images: int, span: int) -> Tensor:
-    """Sum `parts` (kinds, slots, C) over kinds and, per image, over chunks: (N, C)."""
-    kinds, slots, width = parts.shape
-    sums = parts.new_empty(kinds, images + 1, width)
-    _norm_bwd_images[(images + 1, triton.cdiv(width, IMAGES.block_n), kinds)](
-        parts, starts, sums, images, span, slots, C=width, BLOCK_M=IMAGES.block_m, BLOCK=IMAGES.block_n, num_warps=IMAGES.num_warps)
-    return sums[:, 1:].sum(0)
+    """Sum `parts` (slots, C) per image, chunk by chunk: (N, C)."""
+    width = parts.shape[1]
+    sums = parts.new_empty(images + 1, width)
+    _norm_bwd_images[(images + 1, triton.cdiv(width, IMAGES.block_n), 1)](
+        parts, starts, sums, images, span, len(parts), C=width, BLOCK_M=IMAGES.block_m, BLOCK=IMAGES.block_n, num_warps=IMAGES.num_warps)
+    return sums[1:]

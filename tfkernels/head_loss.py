@@ -9,9 +9,9 @@ base = shift @ weight^T + bias, (N, D), plain PyTorch. With g_r = dloss_n * 2 lo
 
     dbase_n = sum g_r          dxhat_r = (g_r @ weight) * (1 + scale[n])          dhidden = rstd * (dxhat - xhat * along - level)
     along   = mean(dxhat * xhat) = g_r . acc_r / C          level = mean(dxhat) = g_r . ws[n] / C, layer norm only          ws = (1 + scale) @ weight^T
-    A_n     = sum g_r^T xhat_r, a (D, C) tile:          dscale_n = sum over d of weight * A_n          dweight = sum A_n * (1 + scale[n])
+    dscale_n = sum (g_r @ weight) * xhat_r                  dweight = sum g_r^T (xhat_r * (1 + scale[n]))
 
-Both means are thus known in forward, and one product, A, serves two gradients. Kept for backward: pred - target (P, D), which is the
+Both means are thus known in forward, and backward sees each column by itself. Kept for backward: pred - target (P, D), which is the
 gradient up to a factor per image, and two (RMS norm) or four numbers per patch: 1 / std, along, mean, level. Never in memory: gathered
 rows, normed rows, prediction, target, noise. Sums have an order that depends on shapes alone: no atomics, gradients equal to the bit each time.
 
@@ -189,8 +189,9 @@ def _backward_cpu(dloss: Tensor, hidden: Tensor, places: Tensor, scale: Tensor, 
     dhidden, dscale, dweight, dbase = _backward_fake(dloss, hidden, places, scale, weight, loss_weight, offsets, error, statistics, wanted)
     if wanted[0]:
         dhidden.zero_()[at] = dx.to(hidden.dtype)
-    if wanted[1] or wanted[2]:
+    if wanted[1]:
         dscale.copy_(per_image(dy * xhat))
+    if wanted[2]:
         dweight.copy_((k * error).T @ (xhat * factor))
     if wanted[3]:
         dbase.copy_(per_image(k * error))
@@ -208,9 +209,8 @@ def _loss_fake(hidden, places, scale, weight, base, x0, p, q, loss_weight, seed,
 
 
 def _backward_fake(dloss, hidden, places, scale, weight, loss_weight, offsets, error, statistics, wanted):
-    tables = wanted[1] or wanted[2]
-    return (hidden.new_empty(hidden.shape if wanted[0] else 0), scale.new_empty(scale.shape if tables else 0),
-            weight.new_empty(weight.shape if tables else 0), dloss.new_empty((dloss.shape[0], weight.shape[0]) if wanted[3] else 0))
+    return (hidden.new_empty(hidden.shape if wanted[0] else 0), scale.new_empty(scale.shape if wanted[1] else 0),
+            weight.new_empty(weight.shape if wanted[2] else 0), dloss.new_empty((dloss.shape[0], weight.shape[0]) if wanted[3] else 0))
 
 
 _loss = register("modulated_norm_diffusion_loss", kernel=_head_loss_kernels.forward, cpu=_loss_cpu, fake=_loss_fake)
