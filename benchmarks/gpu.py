@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.harness import environment
 
-BENCHMARKS = ("attention", "decode", "norm")  # each is `python -m benchmarks.<name> --out DIR --seconds S` and writes DIR/<name>.json
+BENCHMARKS = ("attention", "decode", "norm", "diffusion_loss")  # each is `python -m benchmarks.<name> --out DIR --seconds S` and writes DIR/<name>.json
 TESTS_SHARE = 0.6            # of the whole time at most; the benchmarks get the rest
 STOP_SECONDS = 60            # what a benchmark needs to finish the configuration it is in
 ROOT = Path(__file__).parent.parent

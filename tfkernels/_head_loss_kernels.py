@@ -215,7 +215,8 @@ def forward(hidden: Tensor, places: Tensor, scale: Tensor, weight: Tensor, base:
     if loss.numel() == 0 or rows * dim == 0:
         return loss.zero_(), error.zero_(), statistics.zero_()
     hidden, scale, weight = _columns(hidden), _columns(scale), weight.contiguous()
-    ws = (1 + scale.float()) @ weight.to(hidden.dtype).float().T if center else p
+    with torch.autocast(hidden.device.type, enabled=False):
+        ws = (1 + scale.float()) @ weight.to(hidden.dtype).float().T if center else p
     sums = p.new_empty(rows)
     pointers, numbers, constants = geometry(x0, offsets, columns, patch)
     launch = config(FORWARD, hidden.element_size())

@@ -52,7 +52,8 @@ def modulated_layer_norm_diffusion_loss(hidden: Tensor, places: Tensor, scale: T
 
     Returns:
         (N,) float32 (float64 for float64), 0 for an image without rows. Differentiable in hidden (rows without a patch get 0), scale, shift,
-        weight and bias, which may each have their own dtype; statistics and sums are float32; deterministic. Autocast changes nothing.
+        weight and bias, which may each have their own dtype; statistics and sums are float32; deterministic. Autocast changes nothing
+        (of shift and weight where, as PyTorch asks, backward runs outside it).
 
     Raises:
         ValueError: a shape, dtype, device or value that does not fit, named; also another argument that requires a gradient.
@@ -153,6 +154,7 @@ def _normed(hidden: Tensor, places: Tensor, offsets: Tensor | None, images: int,
     return inside, image[inside], at, hidden[at].to(dtype)
 
 
+@torch.autocast("cpu", enabled=False)
 def _loss_cpu(hidden: Tensor, places: Tensor, scale: Tensor, weight: Tensor, base: Tensor | None, x0: Tensor, p: Tensor, q: Tensor,
               loss_weight: Tensor | None, seed: Tensor, offsets: Tensor | None, columns: Tensor | None, channels: int, patch: int, eps: float,
               center: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,13 +168,14 @@ def _loss_cpu(hidden: Tensor, places: Tensor, scale: Tensor, weight: Tensor, bas
     prediction[inside] += 0 if base is None else base[image]
     error, of_row, _ = _error(prediction, x0, p, q, seed, offsets, columns, channels, patch)
     error = torch.where(inside[:, None], error, 0)
-    loss = torch.zeros_like(p).index_add_(0, of_row, error.square().sum(-1)) / _denominators(offsets, p, error)
+    loss = torch.zeros_like(p, dtype=torch.float64).index_add_(0, of_row, error.square().sum(-1).double()).to(p.dtype) / _denominators(offsets, p, error)
     means = [(error * acc).sum(-1)[inside]] + ([(error[inside] * (factor @ weight.T)[image]).sum(-1)] if center else [])
     statistics = p.new_zeros(4 if center else 2, len(places))
     statistics[:, inside] = torch.stack([rstd[:, 0], means[0] / x.shape[1]] + ([mean[:, 0], means[1] / x.shape[1]] if center else []))
     return loss if loss_weight is None else loss * loss_weight, error.to(hidden.dtype, copy=True), statistics
 
 
+@torch.autocast("cpu", enabled=False)
 def _backward_cpu(dloss: Tensor, hidden: Tensor, places: Tensor, scale: Tensor, weight: Tensor, loss_weight: Tensor | None, offsets: Tensor | None,
                   error: Tensor, statistics: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inside, image, at, x = _normed(hidden, places, offsets, len(dloss), dloss.dtype)
