@@ -18,7 +18,8 @@ from tfkernels._launch import Config
 INT32 = ("lo_ptr", "hi_ptr", "low_ptr", "high_ptr", "query_lo_ptr", "query_hi_ptr", "bounds_ptr", "table_ptr", "offsets_ptr", "columns_ptr", "starts_ptr",
          "image_ptr")
 INT64 = ("images_ptr", "documents_ptr", "hidden_ptr", "seed_ptr", "index_ptr", "order_ptr", "targets_ptr", "rows_ptr", "places_ptr")
-FLOAT32 = ("parts_ptr", "signal_ptr", "noise_ptr", "loss_ptr", "dloss_ptr", "sums_ptr", "mean_ptr", "means_ptr", "rstd_ptr")
+FLOAT32 = ("parts_ptr", "signal_ptr", "noise_ptr", "loss_ptr", "dloss_ptr", "sums_ptr", "mean_ptr", "means_ptr", "rstd_ptr", "statistics_ptr", "base_ptr",
+           "base_parts_ptr", "ws_ptr", "ratio_ptr")
 ELEMENT = {2: "bf16", 4: "fp32"}
 TENSOR_CORE = re.compile(r"^\s*(?:@%\w+ )?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", re.MULTILINE)
 COPY = re.compile(r"\bcp\.async\.(?:ca|cg|bulk)\b")

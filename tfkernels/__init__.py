@@ -8,6 +8,12 @@ from tfkernels.attention import AttentionOutput, attention, attention_reference,
 from tfkernels.cross_entropy import LinearCrossEntropy, linear_cross_entropy, linear_cross_entropy_reference
 from tfkernels.diffusion_loss import diffusion_loss, diffusion_loss_reference, min_snr_weight
 from tfkernels.embed import embed_patches, embed_patches_reference
+from tfkernels.head_loss import (
+    modulated_layer_norm_diffusion_loss,
+    modulated_layer_norm_diffusion_loss_reference,
+    modulated_rms_norm_diffusion_loss,
+    modulated_rms_norm_diffusion_loss_reference,
+)
 from tfkernels.mask import TransfusionMask
 from tfkernels.norm import (
     ResidualNorm,
@@ -26,8 +32,9 @@ from tfkernels.rotary import RotatedQK, grid_positions, qk_norm_rotary, qk_norm_
 __all__ = ["AttentionOutput", "LinearCrossEntropy", "PackedLatents", "ResidualNorm", "RotatedQK", "TransfusionMask", "attention",
            "attention_reference", "attention_with_lse", "diffusion_loss", "diffusion_loss_reference", "embed_patches", "embed_patches_reference",
            "gated_residual", "gated_residual_reference", "gated_residual_rms_norm", "gated_residual_rms_norm_reference", "grid_positions",
-           "linear_cross_entropy", "linear_cross_entropy_reference", "min_snr_weight", "modulated_layer_norm", "modulated_layer_norm_reference",
-           "modulated_rms_norm", "modulated_rms_norm_reference", "noise_patchify", "pack_latents", "paged_attention",
-           "paged_attention_reference", "patchify", "patchify_packed", "qk_norm_rotary", "qk_norm_rotary_reference", "rotary_table",
-           "unpatchify", "unpatchify_packed"]
+           "linear_cross_entropy", "linear_cross_entropy_reference", "min_snr_weight", "modulated_layer_norm",
+           "modulated_layer_norm_diffusion_loss", "modulated_layer_norm_diffusion_loss_reference", "modulated_layer_norm_reference",
+           "modulated_rms_norm", "modulated_rms_norm_diffusion_loss", "modulated_rms_norm_diffusion_loss_reference",
+           "modulated_rms_norm_reference", "noise_patchify", "pack_latents", "paged_attention", "paged_attention_reference", "patchify",
+           "patchify_packed", "qk_norm_rotary", "qk_norm_rotary_reference", "rotary_table", "unpatchify", "unpatchify_packed"]
 __version__ = "0.1.0"
