@@ -27,7 +27,7 @@ from tfkernels.diffusion_loss import BLOCK, _counts, _diffusion_loss_images, _to
 PROGRAMS = 9 if INTERPRET else 512              # of the backward kernel, about; fixed: the sums' order is, too
 FEWEST_ROWS = 9 if INTERPRET else 128           # patches of one of them at least
 PARTIAL_BYTES = 2**26                           # of dweight's partial sums at most, as far as one chunk allows
-WIDEST_TILE = {2: 64, 4: 32}                    # elements of D in one tile; by bytes per element
+TILES = {2: (32, 64), 4: (16, 32)}              # elements of D in one tile, at least and at most; by bytes per element; 16 of 2 bytes spill
 PILOT = 2                                       # blocks of columns that the guess of mean and 1 / std looks at
 SMALL = Config(16, 16, 4, 1)                    # in the interpreter: edges in short rows
 FORWARD = {2: Config(64, 64, 8, 3), 4: Config(32, 32, 4, 2)}  # patches, columns; by bytes per element
@@ -41,7 +41,8 @@ def config(table: dict, element_size: int) -> Config:
 
 def tile(dim: int, element_size: int) -> dict:
     """Return the constexprs of a tile of D."""
-    return {"DIM": dim, "BLOCK_D": 16 if INTERPRET else min(max(16, triton.next_power_of_2(dim)), WIDEST_TILE[element_size])}
+    least, most = (16, 16) if INTERPRET else TILES[element_size]
+    return {"DIM": dim, "BLOCK_D": min(max(least, triton.next_power_of_2(dim)), most)}
 
 
 def chunks(rows: int, dim: int, width: int, element_size: int) -> tuple[int, int]:

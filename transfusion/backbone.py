@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import tfkernels.integrations.transformers as integration
-from tfkernels import TransfusionMask, gated_residual_rms_norm, linear_cross_entropy, modulated_rms_norm
+from tfkernels import TransfusionMask, gated_residual_rms_norm, linear_cross_entropy, modulated_rms_norm, qk_norm_rotary, rotary_table
 from transfusion.embed import ZeroLinear
 
 
@@ -57,7 +57,7 @@ class AdaLNBackbone(Backbone):
     start at zero and the gate is 1 plus what they say: a fresh model is the unmodified decoder, and text always sees it.
     """
 
-    FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+    FAMILIES = {"llama": False, "mistral": False, "qwen2": False, "qwen3": True}  # model_type: whether queries and keys have a norm
 
     def __init__(self, text_config):
         super().__init__(text_config)
@@ -70,9 +70,9 @@ class AdaLNBackbone(Backbone):
         self.gradient_checkpointing = False  # transformers' gradient_checkpointing_enable sets it
 
     def forward(self, x: Tensor, positions: Tensor, mask: TransfusionMask, condition: Tensor, image: Tensor, cache: DynamicCache | None = None) -> Tensor:
-        """As `Backbone.forward`."""
+        """As `Backbone.forward`; positions may also be (B, S, 2), a row and a column (see `tfkernels.grid_positions`)."""
         decoder = self.decoder.get_decoder()
-        rotation = decoder.rotary_emb(x, position_ids=positions)
+        rotation = self.rotation(x, positions)
         shared = self.modulation(nn.functional.silu(condition)).unflatten(-1, (6, -1))     # (N, 6, C)
         tables = [shared + own for own in self.layer_modulation.to(shared.dtype)]
         identity = torch.zeros_like(shared[:, 0])
@@ -81,14 +81,36 @@ class AdaLNBackbone(Backbone):
         normed = modulated_rms_norm(x, norms[0].weight, *entries[0], image, eps=norms[0].variance_epsilon)
         for layer, table, norm, entry in zip(decoder.layers, tables, norms[1:], entries[1:]):
             arguments = layer, x, normed, table, norm, entry, rotation, mask, image, cache
-            x, normed = checkpoint(_block, *arguments, use_reentrant=False) if self.gradient_checkpointing and self.training else _block(*arguments)
+            x, normed = checkpoint(self.block, *arguments, use_reentrant=False) if self.gradient_checkpointing and self.training else self.block(*arguments)
         return normed
 
+    def rotation(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (B, S, R/2) of the decoder's own frequencies; of two positions, each takes every other frequency."""
+        rotary = self.decoder.get_decoder().rotary_emb
+        if positions.ndim == 2:
+            cos, sin = rotary(x, position_ids=positions)                                   # (B, S, R), both halves equal
+            return cos[..., :cos.shape[-1] // 2], sin[..., :sin.shape[-1] // 2]
+        axes = torch.arange(len(rotary.inv_freq), device=x.device) % 2
+        return tuple((table * rotary.attention_scaling).to(x.dtype) for table in rotary_table(positions, rotary.inv_freq.float(), axes))
 
-def _block(layer, x: Tensor, normed: Tensor, table: Tensor, next_norm, next_entry, rotation, mask, image: Tensor, cache) -> tuple[Tensor, Tensor]:
-    """One layer, from its normed input to the next one's."""
-    _, _, gate_attention, scale, shift, gate_mlp = table.unbind(1)                         # (N, C) each
-    branch, _ = layer.self_attn(hidden_states=normed, position_embeddings=rotation, attention_mask=None, past_key_values=cache, transfusion_mask=mask)
-    norm = layer.post_attention_layernorm
-    x, normed = gated_residual_rms_norm(x, branch, 1 + gate_attention, norm.weight, scale, shift, image, eps=norm.variance_epsilon)
-    return tuple(gated_residual_rms_norm(x, layer.mlp(normed), 1 + gate_mlp, next_norm.weight, *next_entry, image, eps=next_norm.variance_epsilon))
+    def block(self, layer, x: Tensor, normed: Tensor, table: Tensor, next_norm, next_entry, rotation, mask, image: Tensor, cache) -> tuple[Tensor, Tensor]:
+        """One layer, from its normed input to the next one's."""
+        _, _, gate_attention, scale, shift, gate_mlp = table.unbind(1)                     # (N, C) each
+        norm = layer.post_attention_layernorm
+        branch = self.attend(layer.self_attn, normed, rotation, mask, cache)
+        x, normed = gated_residual_rms_norm(x, branch, 1 + gate_attention, norm.weight, scale, shift, image, eps=norm.variance_epsilon)
+        return tuple(gated_residual_rms_norm(x, layer.mlp(normed), 1 + gate_mlp, next_norm.weight, *next_entry, image, eps=next_norm.variance_epsilon))
+
+    def attend(self, attention, x: Tensor, rotation: tuple[Tensor, Tensor], mask: TransfusionMask, cache: DynamicCache | None) -> Tensor:
+        """A layer's attention with its own weights: projections, norm and rotation of queries and keys in one pass, ours, projection."""
+        q, k, v = (project(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+        if self.FAMILIES[attention.config.model_type]:
+            q, k = qk_norm_rotary(q, k, attention.q_norm.weight, attention.k_norm.weight, *rotation, eps=attention.q_norm.variance_epsilon)
+        else:
+            q, k = qk_norm_rotary(q, k, None, None, *rotation)
+        if cache is not None:
+            k, v = cache.update(k, v, attention.layer_idx)
+        kinds, window = (getattr(attention.config, name, None) for name in ("layer_types", "sliding_window"))
+        window = window if kinds is None or kinds[attention.layer_idx] == "sliding_attention" else None
+        out, _ = integration.attend(attention, q, k, v, None, scaling=attention.scaling, sliding_window=window, transfusion_mask=mask)
+        return attention.o_proj(out.flatten(2))

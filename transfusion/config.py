@@ -4,6 +4,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transfusion.objective import OBJECTIVES
 
 BACKBONES = ("decoder", "adaln")
+POSITIONS = ("1d", "2d")
 IMAGE_LAYERS = ("linear", "dit", "unet")
 
 
@@ -16,6 +17,7 @@ class TransfusionConfig(PreTrainedConfig):
         image_size: (height, width) that `generate` draws when not told otherwise.
         patch_size: side of a square patch; an image's height and width are multiples of it.
         backbone: "decoder", the language model as it is (the paper), or "adaln", whose norms and residuals each image's timestep modulates.
+        positions: of patches, "1d", one after the other like text (the paper), or "2d", a row and a column (see `tfkernels.grid_positions`; "adaln" only).
         image_layers: in front of and behind the decoder: "linear" (the paper), "dit", linear in and a modulated final layer out, or "unet" (the paper's other
             choice), down blocks in, up blocks out and skips between.
         unet_channels, unet_blocks: of "unet": channels at each resolution, from the latent's down to one position a patch, and residual blocks at each.
@@ -28,17 +30,22 @@ class TransfusionConfig(PreTrainedConfig):
     model_type = "transfusion"
     sub_configs = {"text_config": AutoConfig}
 
-    def __init__(self, text_config=None, image_channels=1, image_size=(8, 8), patch_size=2, backbone="decoder", image_layers="dit", unet_channels=(64, 128),
-                 unet_blocks=2, objective="flow", time_shift_tokens=None, diffusion_weight=5.0, boi_token_id=3, eoi_token_id=4, **kwargs):
+    def __init__(self, text_config=None, image_channels=1, image_size=(8, 8), patch_size=2, backbone="decoder", positions="1d", image_layers="dit",
+                 unet_channels=(64, 128), unet_blocks=2, objective="flow", time_shift_tokens=None, diffusion_weight=5.0, boi_token_id=3, eoi_token_id=4,
+                 **kwargs):
         if text_config is None:
             text_config = {"model_type": "llama"}
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
-        for name, value, choices in (("backbone", backbone, BACKBONES), ("image_layers", image_layers, IMAGE_LAYERS), ("objective", objective, OBJECTIVES)):
+        for name, value, choices in (("backbone", backbone, BACKBONES), ("positions", positions, POSITIONS), ("image_layers", image_layers, IMAGE_LAYERS),
+                                     ("objective", objective, OBJECTIVES)):
             if value not in choices:
                 raise ValueError(f"TransfusionConfig: {name} is {value!r}; one of {', '.join(map(repr, choices))} fits")
         if patch_size < 1 or any(side % patch_size for side in image_size):
             raise ValueError(f"TransfusionConfig: image_size is {tuple(image_size)} and patch_size {patch_size}; multiples of the patch size fit")
+        if positions == "2d" and backbone != "adaln":
+            raise ValueError(f"TransfusionConfig: positions is '2d' and backbone {backbone!r}, which turns its heads itself; "
+                             "backbone 'adaln' or positions '1d' fits")
         if image_layers == "unet" and patch_size != 2**(len(unet_channels) - 1):
             raise ValueError(f"TransfusionConfig: patch_size is {patch_size} and unet_channels {tuple(unet_channels)}; a patch size of 2^k and k + 1 "
                              "channels fit, one number for each resolution down to a patch")
@@ -47,6 +54,7 @@ class TransfusionConfig(PreTrainedConfig):
         self.image_size = list(image_size)
         self.patch_size = patch_size
         self.backbone = backbone
+        self.positions = positions
         self.image_layers = image_layers
         self.unet_channels = list(unet_channels)
         self.unet_blocks = unet_blocks

@@ -4,6 +4,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from tfkernels import embed_patches
 from transfusion.sequence import ImageLayout
 
 
@@ -35,5 +36,5 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, hidden: Tensor, patches: Tensor, condition: Tensor, layout: ImageLayout, places: Tensor) -> tuple[Tensor, list]:
         """Write the embeddings of patches (P, patch_dim) to the rows `places` (P,) of `hidden` (T, C); nothing skips the decoder."""
-        embedded = self.linear(patches.to(condition.dtype) + self.timestep(condition)[layout.image])
-        return hidden.index_copy(0, places, embedded.to(hidden.dtype)), []
+        timestep = self.linear(self.timestep(condition))                                   # (N, C): the layer's image of the timestep, and its bias
+        return embed_patches(hidden, patches, self.linear.weight, timestep, places, layout.offsets), []

@@ -1,7 +1,7 @@
 """Out of the backbone: patches predicted from hidden states, and the diffusion loss of what is predicted."""
 from torch import Tensor, nn
 
-from tfkernels import diffusion_loss, modulated_layer_norm
+from tfkernels import diffusion_loss, modulated_layer_norm, modulated_layer_norm_diffusion_loss
 from transfusion.embed import ZeroLinear
 from transfusion.sequence import ImageLayout
 
@@ -41,5 +41,16 @@ class DiTHead(ImageHead):
 
     def forward(self, x: Tensor, condition: Tensor, layout: ImageLayout, skips: list) -> Tensor:
         """As `ImageHead.forward`."""
-        shift, scale = self.modulation(nn.functional.silu(condition)).chunk(2, -1)         # (N, C) each
+        shift, scale = self.tables(condition)
         return self.linear(modulated_layer_norm(x, None, None, scale, shift, layout.image))
+
+    def loss(self, hidden: Tensor, places: Tensor, condition: Tensor, layout: ImageLayout, skips: list, x0: Tensor, p: Tensor, q: Tensor,
+             seed: Tensor | int) -> Tensor:
+        """As `ImageHead.loss`, without the prediction."""
+        shift, scale = self.tables(condition)
+        return modulated_layer_norm_diffusion_loss(hidden, places, scale, shift, self.linear.weight, self.linear.bias, x0, p, q, None, seed,
+                                                   offsets=layout.offsets)
+
+    def tables(self, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Return shift and scale, (N, C) each."""
+        return self.modulation(nn.functional.silu(condition)).chunk(2, -1)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers import initialization as init
 
-from tfkernels import noise_patchify
+from tfkernels import grid_positions, noise_patchify
 from transfusion import sample
 from transfusion.backbone import AdaLNBackbone, Backbone
 from transfusion.config import TransfusionConfig
@@ -87,13 +87,18 @@ class Transfusion(PreTrainedModel):
         embedded, skips = self.patch_embedding(x.flatten(0, 1), patches, condition, sequence.layout, sequence.patch_rows)
         return embedded.view_as(x), skips
 
+    def positions(self, positions: Tensor, image: Tensor, columns: Tensor) -> Tensor:
+        """Positions (B, S) as the backbone takes them: as they are, or on each image's grid, (B, S, 2)."""
+        return grid_positions(positions, image, columns) if self.config.positions == "2d" else positions
+
     def forward(self, sequence: Sequence, times: Tensor, seed: Tensor | int) -> TransfusionOutput:
         """Losses of packed documents whose images are noised to `times` (N,); `seed`, as in `tfkernels.noise_patchify`, makes the noise."""
         (signal, noise), (p, q) = self.objective.path(times), self.objective.target(times)
         condition = self.timestep(times)                                                   # (N, C)
         noised = noise_patchify(sequence.patches, signal, noise, seed, offsets=sequence.layout.offsets)
         x, skips = self.embed(sequence, noised, condition)
-        x = self.backbone(x, sequence.positions, sequence.mask(), condition, sequence.image).flatten(0, 1)  # (B * S, C)
+        positions = self.positions(sequence.positions, sequence.image, sequence.layout.columns)
+        x = self.backbone(x, positions, sequence.mask(), condition, sequence.image).flatten(0, 1)  # (B * S, C)
         text = self.backbone.text_loss(x, sequence.text_rows, sequence.text_targets)
         images = self.image_head.loss(x, sequence.patch_rows, condition, sequence.layout, skips, sequence.patches, p, q, seed)
         diffusion = images.sum() / max(1, sequence.image_count)

@@ -163,9 +163,9 @@ class _Cache:
     def __init__(self, cache: DynamicCache, seen: Tensor, positions: Tensor):
         self.cache, self.seen, self.positions = cache, seen, positions                     # seen (B, columns) bool, positions (B,)
 
-    def feed(self, model, x: Tensor, valid: Tensor, condition: Tensor, block: int = 0) -> Tensor:
-        """Append n columns (B, n, C), the first `block` of them an image at the time of `condition` (1, C), and return their hidden states."""
-        batch, count, _ = x.shape
+    def feed(self, model, x: Tensor, valid: Tensor, condition: Tensor, grid: tuple[int, int] = (0, 0)) -> Tensor:
+        """Append n columns (B, n, C), the first of them an image of `grid` at the time of `condition` (1, C), and return their hidden states."""
+        (batch, count, _), block = x.shape, grid[0] * grid[1]
         columns = self.seen.shape[1]
         self.seen = torch.cat([self.seen, valid], 1)
         order = torch.arange(count, device=x.device)
@@ -173,8 +173,9 @@ class _Cache:
         hi = torch.where(valid, hi, 0)                                                     # (B, n); 0: an empty row
         until = torch.where(self.seen, _EVER, 0)
         mask = TransfusionMask.from_intervals(torch.zeros_like(hi), hi, since=torch.zeros_like(until), until=until, offset=columns)
-        image = torch.where(order < block, 0, -1).expand(batch, -1)
-        hidden = model.backbone(x, self.positions[:, None] + order, mask, condition, image, self.cache)
+        image = torch.where(order < block, torch.arange(batch, device=x.device)[:, None], -1)  # (B, n)
+        positions = model.positions(self.positions[:, None] + order, image, torch.full((batch,), max(1, grid[1]), dtype=torch.int32, device=x.device))
+        hidden = model.backbone(x, positions, mask, condition.expand(batch, -1), image, self.cache)
         self.positions = self.positions + valid.sum(1)
         return hidden
 
@@ -246,7 +247,8 @@ class _Sampler:
         condition = self.clean.expand(sequence.image_count, -1)
         x, _ = self.model.embed(sequence, sequence.patches, condition)
         cache, seen = DynamicCache(), sequence.documents >= 0
-        hidden = self.model.backbone(x, sequence.positions, sequence.mask(), condition, sequence.image, cache)
+        positions = self.model.positions(sequence.positions, sequence.image, sequence.layout.columns)
+        hidden = self.model.backbone(x, positions, sequence.mask(), condition, sequence.image, cache)
         return _Cache(cache, seen, seen.sum(1)), hidden[:, -1]
 
     def write(self, hidden: Tensor) -> Iterator[Event]:
@@ -339,7 +341,7 @@ class _Sampler:
         condition, before = self.model.timestep(t[None]), (context.seen, context.positions)
         embedded, layout, skips = self.embed_patches(x, condition)
         valid = torch.ones(rows, count, dtype=torch.bool, device=x.device)
-        hidden = context.feed(self.model, embedded, valid, condition, block=count)
+        hidden = context.feed(self.model, embedded, valid, condition, self.grid)
         context.crop(count, before)
         return self.model.image_head(hidden.flatten(0, 1), condition.expand(rows, -1), layout, skips).view_as(x).float()
 
@@ -360,7 +362,7 @@ class _Sampler:
         full = embedded.new_zeros(batch, count + 1, embedded.shape[-1])
         full[rows, :count] = embedded
         full[:, count] = self.model.backbone.embed(torch.tensor(self.config.eoi_token_id, device=x.device))
-        return self.cache.feed(self.model, full, valid, self.clean, block=count)[:, -1]
+        return self.cache.feed(self.model, full, valid, self.clean, self.grid)[:, -1]
 
     def image(self, patches: Tensor) -> Image:
         height, width = (side * self.config.patch_size for side in self.grid)

@@ -38,11 +38,13 @@ class ImageLayout(NamedTuple):
 
     image: (P,) the image each patch belongs to.
     offsets: (N + 1,) int32, the patches of image n are the rows offsets[n] to offsets[n + 1].
+    columns: (N,) int32, how many patches make a row.
     grids: N x (rows, columns) of patches, on the host.
     """
 
     image: Tensor
     offsets: Tensor
+    columns: Tensor
     grids: tuple
 
     @classmethod
@@ -50,7 +52,12 @@ class ImageLayout(NamedTuple):
         """Lay out images of these grids."""
         counts = torch.tensor([rows * columns for rows, columns in grids], dtype=torch.int64)
         offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-        return cls(torch.repeat_interleave(torch.arange(len(grids)), counts).to(device), offsets.to(device), tuple(grids))
+        columns = torch.tensor([columns for _, columns in grids], dtype=torch.int32)
+        return cls(torch.repeat_interleave(torch.arange(len(grids)), counts), offsets, columns, tuple(grids)).to(device)
+
+    def to(self, device) -> "ImageLayout":
+        """Return the same layout on `device`."""
+        return ImageLayout(*(x.to(device, non_blocking=True) for x in self[:3]), self.grids)
 
     def by_grid(self) -> list[tuple[tuple[int, int], Tensor, Tensor]]:
         """Images of one grid together: (grid, their numbers (n,), their patches' rows (n * rows * columns,)) for each grid there is."""
@@ -90,8 +97,7 @@ class Sequence:
     def to(self, device) -> "Sequence":
         """Return the same sequence on `device`."""
         tensors = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "layout"}
-        layout = self.layout._replace(**{name: getattr(self.layout, name).to(device, non_blocking=True) for name in ("image", "offsets")})
-        return replace(self, **tensors, layout=layout)
+        return replace(self, **tensors, layout=self.layout.to(device))
 
     def mask(self) -> TransfusionMask:
         """Return who sees whom."""

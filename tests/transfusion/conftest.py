@@ -4,12 +4,11 @@ import torch
 from transformers import LlamaConfig
 
 from transfusion import Image, Transfusion, TransfusionConfig
-from transfusion.config import BACKBONES
 from transfusion.data import Digits
 from transfusion.tokenizer import BOI, EOI, train_tokenizer
 
 
-def tiny_model(objective="flow", backbone="decoder", image_layers="dit", **text_options):
+def tiny_model(objective="flow", backbone="decoder", image_layers="dit", positions="1d", **text_options):
     """A random model of 2 layers whose image layers are not silent, so that images and their times matter."""
     tokenizer = train_tokenizer(Digits.caption(i) for i in range(10))
     torch.manual_seed(0)
@@ -17,7 +16,7 @@ def tiny_model(objective="flow", backbone="decoder", image_layers="dit", **text_
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id), **text_options})
     model = Transfusion(TransfusionConfig(
-        text_config=text_config, patch_size=2, backbone=backbone, image_layers=image_layers, objective=objective,
+        text_config=text_config, patch_size=2, backbone=backbone, image_layers=image_layers, positions=positions, objective=objective,
         boi_token_id=tokenizer.convert_tokens_to_ids(BOI), eoi_token_id=tokenizer.convert_tokens_to_ids(EOI)), tokenizer)
     for name, parameter in model.named_parameters():
         if "modulation" in name or name.startswith(("image_head", "patch_embedding")):
@@ -25,9 +24,10 @@ def tiny_model(objective="flow", backbone="decoder", image_layers="dit", **text_
     return model.eval()
 
 
-@pytest.fixture(scope="session", params=BACKBONES)
+@pytest.fixture(scope="session", params=["decoder", "adaln, 2d"])
 def model(request):
-    return tiny_model(backbone=request.param)
+    backbone, *positions = request.param.split(", ")
+    return tiny_model(backbone=backbone, positions=(positions or ["1d"])[0])
 
 
 @pytest.fixture

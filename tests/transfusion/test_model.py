@@ -29,7 +29,8 @@ def losses(model, documents, seq_len):
 
 def hidden_states(model, sequence, patches, times):
     condition = model.timestep(times)
-    return model.backbone(model.embed(sequence, patches, condition)[0], sequence.positions, sequence.mask(), condition, sequence.image)
+    positions = model.positions(sequence.positions, sequence.image, sequence.layout.columns)
+    return model.backbone(model.embed(sequence, patches, condition)[0], positions, sequence.mask(), condition, sequence.image)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -129,6 +130,16 @@ def test_a_fresh_adaln_backbone_is_the_unmodified_decoder_and_text_always_sees_t
     assert not differs[:start].any() and differs[start:start + 16].all()
 
 
+def test_two_positions_tell_rows_from_columns_and_leave_text_alone(pictures):
+    line, grid = (tiny_model(backbone="adaln", positions=positions, initializer_range=0.3) for positions in ("1d", "2d"))
+    sequence, times = packed(line, [[Text("a b"), pictures[0]]], 32), torch.tensor([0.4])
+    start = int(sequence.spans[0, 0, 0])
+    ours, theirs = (hidden_states(model, sequence, sequence.patches, times)[0] for model in (grid, line))
+    assert torch.equal(ours[:start], theirs[:start]) and not torch.allclose(ours[start:start + 16], theirs[start:start + 16], atol=0.1)
+    placed = grid.positions(sequence.positions, sequence.image, sequence.layout.columns)[0, start:start + 16] - start
+    assert placed.tolist() == [[i // 4, i % 4] for i in range(16)]
+
+
 def test_gradient_checkpointing_changes_no_gradient(pictures):
     model = tiny_model(backbone="adaln").train()
     gradients = []
@@ -194,5 +205,7 @@ def test_paths_and_configs_that_do_not_fit_are_refused_by_name(tmp_path):
         TransfusionConfig(objective="fow")
     with pytest.raises(ValueError, match="backbone is 'adalm'; one of 'decoder', 'adaln' fits"):
         TransfusionConfig(backbone="adalm")
+    with pytest.raises(ValueError, match="positions is '2d' and backbone 'decoder'"):
+        TransfusionConfig(positions="2d")
     with pytest.raises(ValueError, match="image_size is .* patch_size 3"):
         TransfusionConfig(patch_size=3)

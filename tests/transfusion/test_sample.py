@@ -22,7 +22,8 @@ def draw_without_cache(model, prompt, steps, guidance, seed):
         sequence = lay_out([[whole]], len(ids), 4)
         condition = model.timestep(t[None])
         embedded, skips = model.embed(sequence, x, condition)
-        hidden = model.backbone(embedded, sequence.positions, sequence.mask(), condition, sequence.image).flatten(0, 1)
+        positions = model.positions(sequence.positions, sequence.image, sequence.layout.columns)
+        hidden = model.backbone(embedded, positions, sequence.mask(), condition, sequence.image).flatten(0, 1)
         return model.image_head(hidden[sequence.patch_rows], condition, sequence.layout, skips)
 
     for number in range(steps):
