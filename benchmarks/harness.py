@@ -19,7 +19,7 @@ import torch
 
 FLUSH_BYTES = 2**29
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "B200": 2250}  # dense bf16, vendors' data sheets
-_PACKAGES = ("torch", "triton", "numpy", "transformers", "xformers", "flash-attn")
+_PACKAGES = ("torch", "triton", "numpy", "transformers", "xformers", "flash-attn", "liger-kernel", "cut-cross-entropy")
 
 
 class DeviceLost(RuntimeError):

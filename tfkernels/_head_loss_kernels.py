@@ -31,7 +31,7 @@ TILES = {2: (32, 64), 4: (16, 32)}              # elements of D in one tile, at 
 PILOT = 2                                       # blocks of columns that the guess of mean and 1 / std looks at
 SMALL = Config(16, 16, 4, 1)                    # in the interpreter: edges in short rows
 FORWARD = {2: Config(64, 64, 8, 3), 4: Config(32, 32, 4, 2)}  # patches, columns; by bytes per element
-BACKWARD = {2: Config(32, 64, 8, 4), 4: Config(16, 32, 4, 1)}
+BACKWARD = {2: Config(32, 64, 8, 3), 4: Config(16, 32, 4, 1)}
 
 
 def config(table: dict, element_size: int) -> Config:

@@ -47,6 +47,8 @@ class ModelSettings:
     """side of an image patch"""
     backbone: str = "decoder"
     """decoder: the language model as it is (the paper); adaln: each image's timestep modulates its norms and residuals"""
+    positions: str = "1d"
+    """of patches: 1d, one after the other (the paper), or 2d, a row and a column (with backbone adaln)"""
     image_layers: str = "dit"
     """linear (the paper), dit (a modulated final layer) or unet (the paper's other choice)"""
     objective: str = "flow"
@@ -134,7 +136,8 @@ def build_model(config: TrainConfig, dataset) -> Transfusion:
         num_attention_heads=config.model.heads, num_key_value_heads=config.model.kv_heads, tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     channels, *size = dataset.image_shape
-    shared = {name: getattr(config.model, name) for name in ("patch_size", "backbone", "image_layers", "objective", "time_shift_tokens", "diffusion_weight")}
+    names = "patch_size", "backbone", "positions", "image_layers", "objective", "time_shift_tokens", "diffusion_weight"
+    shared = {name: getattr(config.model, name) for name in names}
     return Transfusion(TransfusionConfig(
         text_config=AutoConfig.for_model(**text_config.to_dict()), image_channels=channels, image_size=size, **shared,
         boi_token_id=tokenizer.convert_tokens_to_ids(BOI), eoi_token_id=tokenizer.convert_tokens_to_ids(EOI)), tokenizer)
