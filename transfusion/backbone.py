@@ -47,7 +47,21 @@ class Backbone(nn.Module):
     def text_loss(self, x: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of the next tokens `targets` (R,) after the rows `rows` of hidden states (T, C); 0 without targets."""
         head = self.decoder.get_output_embeddings()
-        return linear_cross_entropy(x, head.weight, targets, rows, bias=head.bias).loss / max(1, len(targets))
+        if type(head) is nn.Linear:
+            return linear_cross_entropy(x, head.weight, targets, rows, bias=head.bias).loss / max(1, len(targets))
+        return nn.functional.cross_entropy(head(x[rows]).float(), targets, reduction="sum") / max(1, len(targets))  # an adapter stands on its weight
+
+
+class LayerOffsets(nn.Module):
+    """What each layer's modulation has of its own: (layers, 6, C), zero at first. A module, so that adapters can take it along."""
+
+    def __init__(self, layers: int, hidden: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(layers, 6, hidden))
+
+    def forward(self) -> Tensor:
+        """Return the table."""
+        return self.weight
 
 
 class AdaLNBackbone(Backbone):
@@ -66,7 +80,7 @@ class AdaLNBackbone(Backbone):
             raise ValueError(f"AdaLNBackbone: text_config.model_type is {text_config.model_type!r}; {', '.join(map(repr, self.FAMILIES))} fit, whose blocks "
                              "are two norms, attention and MLP; set backbone='decoder' for others")
         self.modulation = ZeroLinear(text_config.hidden_size, 6 * text_config.hidden_size)
-        self.layer_modulation = nn.Parameter(torch.zeros(text_config.num_hidden_layers, 6, text_config.hidden_size))
+        self.offsets = LayerOffsets(text_config.num_hidden_layers, text_config.hidden_size)
         self.gradient_checkpointing = False  # transformers' gradient_checkpointing_enable sets it
 
     def forward(self, x: Tensor, positions: Tensor, mask: TransfusionMask, condition: Tensor, image: Tensor, cache: DynamicCache | None = None) -> Tensor:
@@ -74,7 +88,7 @@ class AdaLNBackbone(Backbone):
         decoder = self.decoder.get_decoder()
         rotation = self.rotation(x, positions)
         shared = self.modulation(nn.functional.silu(condition)).unflatten(-1, (6, -1))     # (N, 6, C)
-        tables = [shared + own for own in self.layer_modulation.to(shared.dtype)]
+        tables = [shared + own for own in self.offsets().to(shared.dtype)]
         identity = torch.zeros_like(shared[:, 0])
         norms = [layer.input_layernorm for layer in decoder.layers] + [decoder.norm]
         entries = [(table[:, 0], table[:, 1]) for table in tables] + [(identity, identity)]  # (scale, shift) in front of each layer's attention

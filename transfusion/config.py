@@ -50,6 +50,7 @@ class TransfusionConfig(PreTrainedConfig):
             raise ValueError(f"TransfusionConfig: patch_size is {patch_size} and unet_channels {tuple(unet_channels)}; a patch size of 2^k and k + 1 "
                              "channels fit, one number for each resolution down to a patch")
         self.text_config = text_config
+        self.tie_word_embeddings = text_config.get_text_config().tie_word_embeddings
         self.image_channels = image_channels
         self.image_size = list(image_size)
         self.patch_size = patch_size
@@ -63,7 +64,7 @@ class TransfusionConfig(PreTrainedConfig):
         self.diffusion_weight = diffusion_weight
         self.boi_token_id = boi_token_id
         self.eoi_token_id = eoi_token_id
-        super().__init__(**kwargs)
+        super().__init__(**{name: value for name, value in kwargs.items() if name != "tie_word_embeddings"})
 
     @property
     def patch_dim(self) -> int:

@@ -31,10 +31,10 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, config, hidden: int):
         super().__init__()
-        self.timestep = ZeroLinear(hidden, config.patch_dim)
+        self.time = ZeroLinear(hidden, config.patch_dim)
         self.linear = nn.Linear(config.patch_dim, hidden)
 
     def forward(self, hidden: Tensor, patches: Tensor, condition: Tensor, layout: ImageLayout, places: Tensor) -> tuple[Tensor, list]:
         """Write the embeddings of patches (P, patch_dim) to the rows `places` (P,) of `hidden` (T, C); nothing skips the decoder."""
-        timestep = self.linear(self.timestep(condition))                                   # (N, C): the layer's image of the timestep, and its bias
+        timestep = self.linear(self.time(condition))                                   # (N, C): the layer's image of the timestep, and its bias
         return embed_patches(hidden, patches, self.linear.weight, timestep, places, layout.offsets), []

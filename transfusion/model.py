@@ -1,6 +1,7 @@
 """The model: one decoder that reads and writes text and images (Transfusion, arXiv:2408.11039)."""
-import os
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -9,12 +10,13 @@ from transformers import initialization as init
 
 from tfkernels import grid_positions, noise_patchify
 from transfusion import sample
-from transfusion.backbone import AdaLNBackbone, Backbone
+from transfusion.backbone import AdaLNBackbone, Backbone, LayerOffsets
 from transfusion.config import TransfusionConfig
 from transfusion.embed import PatchEmbedding, TimestepEmbedding, ZeroLinear
 from transfusion.heads import DiTHead, LinearHead
 from transfusion.objective import OBJECTIVES
 from transfusion.sequence import Image, Part, Sequence
+from transfusion.tuning import load_adapter
 from transfusion.unet import UNetDown, UNetUp, ZeroConv2d
 
 BACKBONES = {"decoder": Backbone, "adaln": AdaLNBackbone}
@@ -48,6 +50,7 @@ class Transfusion(PreTrainedModel):
         self.patch_embedding, self.image_head = (layer(config, hidden) for layer in IMAGE_LAYERS[config.image_layers])
         self.objective = OBJECTIVES[config.objective]
         self.tokenizer = tokenizer
+        self._tied_weights_keys = {f"backbone.decoder.{a}": f"backbone.decoder.{b}" for a, b in (self.backbone.decoder._tied_weights_keys or {}).items()}
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -55,23 +58,34 @@ class Transfusion(PreTrainedModel):
         if isinstance(module, (ZeroLinear, ZeroConv2d)):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, AdaLNBackbone):
-            init.zeros_(module.layer_modulation)
+        elif isinstance(module, LayerOffsets):
+            init.zeros_(module.weight)
         else:
             super()._init_weights(module)
 
-    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict:
-        """Weights that share memory, {name: name}: the decoder's, which transformers looks for among a model's direct children only."""
-        return {f"backbone.decoder.{a}": f"backbone.decoder.{b}" for a, b in self.backbone.decoder.get_expanded_tied_weights_keys(all_submodels).items()}
+    def get_input_embeddings(self) -> nn.Module:
+        """The decoder's token embeddings."""
+        return self.backbone.decoder.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The decoder's text head."""
+        return self.backbone.decoder.get_output_embeddings()
 
     @classmethod
     def from_pretrained(cls, path, *args, **kwargs) -> "Transfusion":
-        """Load a checkpoint directory: config.json, model.safetensors and the tokenizer's files. Pickled weights are refused."""
-        if not os.path.isfile(os.path.join(path, "config.json")):
+        """Load a checkpoint directory: config.json, model.safetensors and the tokenizer's files; or an adapter's, put into the model it was trained on.
+
+        Pickled weights are refused.
+        """
+        path = Path(path)
+        if (path / "adapter_config.json").is_file():
+            base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
+            return load_adapter(cls.from_pretrained(base, *args, **kwargs), path)
+        if not (path / "config.json").is_file():
             raise ValueError(f"Transfusion.from_pretrained: path is {str(path)!r}, which holds no config.json; a directory written by save_pretrained "
                              "or `transfusion train` fits")
         model = super().from_pretrained(path, *args, use_safetensors=True, **kwargs)
-        if os.path.isfile(os.path.join(path, "tokenizer.json")):
+        if (path / "tokenizer.json").is_file():
             model.tokenizer = AutoTokenizer.from_pretrained(path)
         return model
 

@@ -27,6 +27,7 @@ from transfusion.data import DATASETS, DataSettings, draw_batch, step_generator
 from transfusion.model import Transfusion
 from transfusion.objective import sample_times
 from transfusion.tokenizer import BOI, EOI, train_tokenizer
+from transfusion.tuning import TuneSettings, prepare, trained_table
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class TrainConfig:
     """cpu, cuda, or auto: the accelerator if there is one"""
     autocast: bool = False
     """compute in bfloat16 under autocast"""
+    tune: TuneSettings = field(default_factory=TuneSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
@@ -143,6 +145,16 @@ def build_model(config: TrainConfig, dataset) -> Transfusion:
         boi_token_id=tokenizer.convert_tokens_to_ids(BOI), eoi_token_id=tokenizer.convert_tokens_to_ids(EOI)), tokenizer)
 
 
+def start_model(config: TrainConfig, dataset) -> Transfusion:
+    """Load the checkpoint to start from and check that the data set's images fit it."""
+    model = Transfusion.from_pretrained(config.tune.start)
+    channels, *size = dataset.image_shape
+    if channels != model.config.image_channels or any(side % model.config.patch_size for side in size):
+        raise ValueError(f"train: data.name is {config.data.name!r}, whose images are {tuple(dataset.image_shape)}, and tune.start a model of "
+                         f"{model.config.image_channels} channels and patches of {model.config.patch_size}; equal channels and whole patches fit")
+    return model
+
+
 def learning_rate(step: int, optim: OptimSettings) -> float:
     """Linear warm-up, then a cosine down to min_lr."""
     if step < optim.warmup:
@@ -153,8 +165,8 @@ def learning_rate(step: int, optim: OptimSettings) -> float:
 
 def build_optimizer(model: Transfusion, optim: OptimSettings) -> torch.optim.AdamW:
     """AdamW whose weight decay reaches matrices only."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
     return torch.optim.AdamW([{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
                              lr=optim.lr, betas=optim.betas, fused=True)
 
@@ -165,8 +177,11 @@ def train(config: TrainConfig) -> Path:
     device = torch.accelerator.current_accelerator() if config.device == "auto" and torch.accelerator.is_available() else torch.device(
         "cpu" if config.device == "auto" else config.device)
     dataset = DATASETS[config.data.name]()
-    model = build_model(config, dataset).to(device).train()
+    base = (build_model(config, dataset) if config.tune.start is None else start_model(config, dataset)).to(device)
+    torch.manual_seed(config.seed)  # adapters start at random
+    model = prepare(base, config.tune).train()
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema))
+    print(trained_table(model), flush=True)
 
     # optimizer
     optimizer = build_optimizer(model, config.optim)
@@ -181,9 +196,9 @@ def train(config: TrainConfig) -> Path:
         step = start
         for step in progress:
             generator = step_generator(config.seed, step)
-            sequence, limit = draw_batch(dataset, config.data, model.tokenizer, model.config, config.optim.rows, config.optim.seq_len, generator)
+            sequence, limit = draw_batch(dataset, config.data, base.tokenizer, base.config, config.optim.rows, config.optim.seq_len, generator)
             tokens_of = sequence.layout.offsets.diff()
-            times = sample_times(config.optim.times, limit, tokens_of, model.config.time_shift_tokens, generator).to(device)
+            times = sample_times(config.optim.times, limit, tokens_of, base.config.time_shift_tokens, generator).to(device)
             noise_seed = torch.tensor([config.seed, step], device=device)
             sequence = sequence.to(device)
             for group in optimizer.param_groups:
@@ -236,13 +251,18 @@ class _Interrupt:
             signal.signal(signal.SIGINT, self.previous)
 
 
+def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Parameters that training changes, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def _save(config: TrainConfig, model: Transfusion, averaged: AveragedModel, optimizer, step: int) -> None:
     """Write the checkpoint and, beside it, what resuming needs; a crash while writing leaves the save before whole."""
     final = averaged.module if config.optim.ema else model
     final.save_pretrained(config.out)
-    state = {f"model.{name}": x for name, x in model.state_dict().items()}
-    state |= {f"averaged.{name}": x for name, x in averaged.state_dict().items()}
-    for name, p in model.named_parameters():
+    state = {f"{kind}.{name}": p for kind, owner in (("model", model), ("averaged", averaged.module)) for name, p in trained_parameters(owner).items()}
+    state["averaged_steps"] = averaged.n_averaged
+    for name, p in trained_parameters(model).items():
         state |= {f"optimizer.{name}.{key}": x for key, x in optimizer.state[p].items()}
     fresh, kept = config.out / "resume.new", config.out / "resume"
     shutil.rmtree(fresh, ignore_errors=True)
@@ -260,14 +280,17 @@ def _restore(config: TrainConfig, model: Transfusion, averaged: AveragedModel, o
         raise ValueError(f"train: resume is set and out is {str(config.out)!r}, which holds no saved run; a directory that train has saved into fits")
     saved = json.loads((kept / "run.json").read_text())
     ours = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    changed = [key for part in ("model", "data", "optim") for key in ours[part] if saved["config"][part].get(key) != ours[part][key]]
+    changed = [key for part in ("model", "data", "optim", "tune") for key in ours[part] if saved["config"][part].get(key) != ours[part][key]]
     if changed:
         raise ValueError(f"train: {', '.join(changed)} differ from the run saved in {str(config.out)!r}; the same settings fit; start anew with another --out")
     state = load_file(kept / "state.safetensors", device=str(next(model.parameters()).device))
-    model.load_state_dict({name.removeprefix("model."): x for name, x in state.items() if name.startswith("model.")})
-    averaged.load_state_dict({name.removeprefix("averaged."): x for name, x in state.items() if name.startswith("averaged.")})
-    for name, p in model.named_parameters():
-        optimizer.state[p] = {key: state[f"optimizer.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+    with torch.no_grad():
+        for kind, owner in (("model", model), ("averaged", averaged.module)):
+            for name, p in trained_parameters(owner).items():
+                p.copy_(state[f"{kind}.{name}"])
+        averaged.n_averaged.copy_(state["averaged_steps"])
+    for name, p in trained_parameters(model).items():
+        optimizer.state[p] = {key: state[f"optimizer.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{name}.{key}" in state}
     lines = (config.out / "log.jsonl").read_text().splitlines()[:saved["step"]]
     (config.out / "log.jsonl").write_text("".join(line + "\n" for line in lines))
     return saved["step"]

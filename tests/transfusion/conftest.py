@@ -19,7 +19,7 @@ def tiny_model(objective="flow", backbone="decoder", image_layers="dit", positio
         text_config=text_config, patch_size=2, backbone=backbone, image_layers=image_layers, positions=positions, objective=objective,
         boi_token_id=tokenizer.convert_tokens_to_ids(BOI), eoi_token_id=tokenizer.convert_tokens_to_ids(EOI)), tokenizer)
     for name, parameter in model.named_parameters():
-        if "modulation" in name or name.startswith(("image_head", "patch_embedding")):
+        if "modulation" in name or "offsets" in name or name.startswith(("image_head", "patch_embedding")):
             torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
 

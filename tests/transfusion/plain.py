@@ -21,7 +21,7 @@ def plain_output(model, sequence, times: Tensor, seed: int) -> TransfusionOutput
     """`model(sequence, times, seed)`, written out."""
     noised, target = add_noise(model.objective, sequence.patches, noise_of(sequence, seed), times[sequence.layout.image][:, None])
     condition = model.timestep(times)
-    timestep = model.patch_embedding.timestep(condition)[sequence.layout.image]
+    timestep = model.patch_embedding.time(condition)[sequence.layout.image]
     x = model.backbone.embed(sequence.tokens).flatten(0, 1)
     x = x.index_copy(0, sequence.patch_rows, model.patch_embedding.linear(noised + timestep)).view(*sequence.tokens.shape, -1)
     positions = model.positions(sequence.positions, sequence.image, sequence.layout.columns)

@@ -107,7 +107,7 @@ def test_every_kind_of_batch_trains_its_parameters(pictures, kind, backbone):
     for name, module in groups.items():
         trained = all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
         assert trained == (kind != "text" or name == "decoder"), name
-    assert all((p.grad.abs().sum() > 0) == (kind != "text") for name, p in model.backbone.named_parameters() if "modulation" in name)
+    assert all((p.grad.abs().sum() > 0) == (kind != "text") for name, p in model.backbone.named_parameters() if "modulation" in name or "offsets" in name)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

@@ -1,0 +1,107 @@
+"""What is trained and what is not: full training, images alone, LoRA; adapters that come back as they were."""
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.transfusion.test_init import language_model
+from tests.transfusion.test_train import losses, small
+from transfusion import Text, Transfusion
+from transfusion.init import InitSettings, init
+from transfusion.train import train
+from transfusion.tuning import TuneSettings, prepare, trained_table
+
+
+@pytest.fixture(scope="module", params=["llama, untied", "qwen2, tied", "llama, adaln"])
+def start(request, tmp_path_factory):
+    path, (family, kind) = tmp_path_factory.mktemp("start"), request.param.split(", ")
+    llm = language_model(path / "llm", family, tied=kind == "tied")
+    return init(InitSettings(llm=llm, out=path / "model", image_channels=1, image_size=(8, 8), backbone="adaln" if kind == "adaln" else "decoder"))
+
+
+def run(out, start, trained, **changes):
+    config = small(out, tune=TuneSettings(start=start, trained=trained, lora_rank=4, lora_alpha=8), **changes)
+    train(config)
+    return config
+
+
+def text_logits(model):
+    tokens = torch.randint(5, 200, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model.eval().text_logits(tokens)
+
+
+@pytest.mark.parametrize("trained", ["images", "lora"])
+def test_an_adapter_holds_what_was_trained_and_comes_back_to_equal_logits(tmp_path, start, trained):
+    config = run(tmp_path, start, trained, optim=dataclasses.replace(small(tmp_path).optim, ema=0.0))
+    base, again = Transfusion.from_pretrained(start), Transfusion.from_pretrained(tmp_path)
+    names = set(load_file(tmp_path / "adapter_model.safetensors"))
+    assert not (tmp_path / "model.safetensors").exists()
+    assert {p.suffix for p in tmp_path.iterdir() if p.is_file()} <= {".json", ".jsonl", ".md", ".safetensors", ".jinja"}
+    assert any("image_head" in name for name in names) and any("patch_embedding" in name for name in names)
+    assert any("lora_A" in name for name in names) == (trained == "lora")
+    assert sum(x.numel() for name, x in load_file(tmp_path / "adapter_model.safetensors").items() if "embed_tokens" in name) == 2 * 32
+
+    trained_model = prepare(Transfusion.from_pretrained(start), config.tune)
+    state = load_file(tmp_path / "resume" / "state.safetensors")
+    with torch.no_grad():
+        for name, p in trained_model.named_parameters():
+            if p.requires_grad:
+                p.copy_(state[f"model.{name}"])
+    torch.testing.assert_close(text_logits(again), text_logits(trained_model.get_base_model()), rtol=1e-5, atol=1e-5)
+    assert again.tokenizer.get_vocab() == base.tokenizer.get_vocab()
+    boi, eoi = base.config.boi_token_id, base.config.eoi_token_id
+    ours, theirs = (m.backbone.decoder.get_input_embeddings().weight for m in (again, base))
+    moved = (ours != theirs).any(-1).nonzero()[:, 0].tolist()
+    assert boi in moved and set(moved) <= {boi, eoi}
+    assert not torch.equal(again.image_head.linear.weight, base.image_head.linear.weight)
+    ours, theirs = (text_logits(m)[..., :min(boi, eoi)] for m in (again, base))
+    assert torch.equal(ours, theirs) == (trained == "images")
+    assert all(isinstance(part, Text) for part in again.generate([Text("a")], max_new_tokens=2, max_images=0))
+
+
+def test_full_training_changes_everything_and_saves_a_whole_model(tmp_path, start):
+    run(tmp_path, start, "all")
+    base, again = (Transfusion.from_pretrained(path).state_dict() for path in (start, tmp_path))
+    changed = {name for name in base if not torch.equal(base[name], again[name])}
+    assert changed == set(base)
+
+
+def test_a_stopped_adapter_run_goes_on_as_if_it_had_not_stopped(tmp_path, start):
+    run(tmp_path / "whole", start, "lora")
+    run(tmp_path / "parts", start, "lora", stop_after=5)
+    run(tmp_path / "parts", start, "lora", resume=True)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("parts", "whole"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    state = load_file(tmp_path / "whole" / "resume" / "state.safetensors")
+    kept = sum(x.numel() for name, x in state.items() if name.startswith("model."))
+    assert kept < 0.7 * sum(p.numel() for p in Transfusion.from_pretrained(start).parameters())
+
+
+def test_the_table_counts_every_parameter_and_those_that_change(start, capsys, tmp_path):
+    base = Transfusion.from_pretrained(start)
+    total, images = (sum(p.numel() for name, p in base.named_parameters() if inside or "decoder" not in name) for inside in (True, False))
+    table = trained_table(prepare(base, TuneSettings(start=start, trained="images")))
+    last = table.splitlines()[-1].replace(",", "").split()
+    rows = 2 * 32 * (1 if base.config.text_config.tie_word_embeddings else 2)
+    assert [int(x) for x in last[1:3]] == [total + rows, images + rows] and "decoder: blocks" in table and "images: image_head" in table
+    run(tmp_path, start, "all")
+    assert f"{total:,}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("settings,message", [
+    (TuneSettings(trained="LoRA"), "tune.trained is 'LoRA'; one of 'all', 'images', 'lora' fits"),
+    (TuneSettings(trained="lora"), "tune.trained is 'lora' and tune.start None; a checkpoint"),
+])
+def test_settings_that_do_not_fit_are_refused_by_name(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        train(small(tmp_path, tune=settings))
+
+
+def test_a_checkpoint_of_other_images_is_refused(tmp_path):
+    llm = language_model(tmp_path / "llm", "llama")
+    start = init(InitSettings(llm=llm, out=tmp_path / "model", image_channels=3, image_size=(8, 8)))
+    with pytest.raises(ValueError, match="whose images are .1, 8, 8., and tune.start a model of 3 channels"):
+        run(tmp_path / "out", start, "all")

@@ -1,0 +1,91 @@
+"""What of a pretrained model is trained: everything, images alone, or images and low-rank adapters of the decoder (LoRA, arXiv:2106.09685).
+
+    all      every parameter
+    images   the image layers and the rows of BOI and EOI; the language model stays what it was, to the bit, on text
+    lora     the same and W + (alpha / rank) B A for every linear layer of the decoder's blocks
+
+The last two are peft's: what is trained is saved as one adapter (adapter_model.safetensors), a few per cent of the model, and
+`Transfusion.from_pretrained` on its directory loads the model it was made from and puts the adapter in.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from torch import nn
+
+TRAINED = ("all", "images", "lora")
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """Where training starts and what of the model it changes."""
+
+    start: Path | None = None
+    """checkpoint to start from, as `transfusion init` makes it; the model's settings are then its own; None starts anew"""
+    trained: str = "all"
+    """all; images: the image layers and BOI's and EOI's rows; lora: these and adapters of the decoder"""
+    lora_rank: int = 16
+    """rank of the adapters"""
+    lora_alpha: int = 32
+    """the adapters' product counts alpha / rank"""
+
+
+def prepare(model, settings: TuneSettings) -> nn.Module:
+    """Return `model` with what is not trained frozen: itself, or the PeftModel around it, whose `save_pretrained` writes the adapter alone.
+
+    Raises:
+        ValueError: `trained` is none of TRAINED, or an adapter is asked for without a checkpoint that it belongs to.
+    """
+    if settings.trained not in TRAINED:
+        raise ValueError(f"train: tune.trained is {settings.trained!r}; one of {', '.join(map(repr, TRAINED))} fits")
+    if settings.trained == "all":
+        return model
+    if settings.start is None:
+        raise ValueError(f"train: tune.trained is {settings.trained!r} and tune.start None; a checkpoint that the adapter belongs to fits; "
+                         "make one with `transfusion init`")
+    rows = [model.config.boi_token_id, model.config.eoi_token_id]
+    ends = [model.get_input_embeddings()] + [model.get_output_embeddings()] * (not model.config.tie_word_embeddings)  # peft follows a tie itself
+    tokens = {name.split(".")[-1]: rows for name, module in model.named_modules() if any(module is end for end in ends)}
+    if settings.trained == "images":
+        config = TrainableTokensConfig(target_modules=list(tokens), token_indices=rows)
+    else:
+        config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=r"backbone\.decoder\.model\.layers\..*_proj",
+                            trainable_token_indices=tokens)
+    config.modules_to_save = image_modules(model)
+    adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = str(settings.start)
+    return adapted
+
+
+def image_modules(model) -> list[str]:
+    """Names of the modules that hold every parameter outside the decoder."""
+    names = [name for name, _ in model.named_children() if name != "backbone"]
+    names += [f"backbone.{name}" for name, module in model.backbone.named_children() if name != "decoder" and not isinstance(module, nn.ModuleList)]
+    lists = [(name, module) for name, module in model.backbone.named_children() if isinstance(module, nn.ModuleList)]
+    return names + [f"backbone.{name}.{i}" for name, module in lists for i in range(len(module))]
+
+
+def load_adapter(base, path: Path):
+    """Put the adapter in `path` into its model for good; return the model."""
+    return PeftModel.from_pretrained(base, path).merge_and_unload()
+
+
+_GROUPS = {"lora_": "decoder: adapters", "trainable_tokens": "decoder: BOI and EOI", "decoder.model.embed": "decoder: embeddings",
+           "decoder.lm_head": "decoder: text head", "backbone.decoder.": "decoder: blocks"}
+
+
+def trained_table(model: nn.Module) -> str:
+    """What is trained, group by group: parameters, and those that change."""
+    groups: dict[str, list[int]] = {}
+    for name, p in model.named_parameters():
+        if "original_module." in name:  # what peft keeps of a module beside its trained copy
+            continue
+        name = name.removeprefix("base_model.model.")
+        group = next((label for key, label in _GROUPS.items() if key in name), f"images: {name.removeprefix('backbone.').split('.')[0]}")
+        total = groups.setdefault(group, [0, 0])
+        total[0] += p.numel()
+        total[1] += p.numel() * p.requires_grad
+    lines = [f"{'what':<28}{'parameters':>14}{'trained':>14}"]
+    lines += [f"{group:<28}{count:>14,}{trained:>14,}" for group, (count, trained) in sorted(groups.items())]
+    total, trained = (sum(x[i] for x in groups.values()) for i in (0, 1))
+    return "\n".join([*lines, f"{'all':<28}{total:>14,}{trained:>14,} ({100 * trained / total:.2f} %)"])
