@@ -15,9 +15,11 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q
 ifeq ($(CUDA),cpu)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/tfkernels
+else
+	$(BIN)/python -m pytest -q
 endif
 
 bench: .venv/ready
