@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks import diffusion_loss, image_chain, norm, patchify, rotary
 from benchmarks.batches import packed_batch
 from tfkernels import TransfusionMask
 from tfkernels._attention_backward import DKV_CONFIGS, DQ_CONFIGS
@@ -21,6 +22,7 @@ from tfkernels._attention_forward import CONFIGS
 PROCESSORS, GHZ = 132, 1.83
 TENSOR, SHARED, EXPONENTIALS, OTHERS = 4096, 128, 16, 128  # per cycle
 START_CYCLES = 2500  # a program's launch, first loads and stores: a guess to be replaced by a measurement
+COPY_BANDWIDTH = 3.0e12  # bytes a second of a device copy; a guess to be replaced by the benchmarks' own
 LENGTHS, HEADS = (1024, 2048, 4096, 8192, 16384, 32768), 16
 
 
@@ -92,8 +94,20 @@ def predict(seq_len: int, dim: int) -> dict[str, tuple[float, float]]:
     return {"forward": forward, "backward": tuple(2.5 * work / (a + b) for a, b in zip(times["dq"], times["dkv"]))}
 
 
+def bytes_moved() -> dict[str, tuple[int, int]]:
+    """Bytes in bfloat16 that each operator around attention must move, forward and backward: 32,768 rows of 4096, half of them patches of 64."""
+    rows, patches, width, dim = 32_768, 16_384, 4096, 64
+    found = {op: tuple(2 * n * rows * width for n in moved) for op, moved in norm.MOVED.items()}
+    found |= {f"{op}, 32 + 8 heads of 128": tuple(2 * n * rows * 40 * 128 for n in moved) for op, moved in rotary.MOVED.items()}
+    found |= {op: tuple(patchify.moved(patchify.Case(op, patches, dim, width), 2).values()) for op in ("noise_patchify", "embed_patches")}
+    found["diffusion_loss"] = tuple(2 * n * patches * dim for n in diffusion_loss.MOVED["diffusion_loss"])
+    found["modulated_layer_norm_diffusion_loss"] = tuple(2 * width * (a * patches + b * rows) for a, b in diffusion_loss.MOVED["norm, head, loss"])
+    found["noise, patches, embedding, loss"] = tuple(image_chain.moved(image_chain.Case(patches, width), 2).values())
+    return found
+
+
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     print("| D | kernel | tile | products | exponentials | others | cycles a tile: apart, together | tensor cores busy: apart, together |\n|" + "---|" * 8)
     for dim in (64, 128):
         for name, kernel in kernels(dim).items():
@@ -106,6 +120,10 @@ def main() -> None:
         for seq_len in LENGTHS:
             rates = predict(seq_len, dim)
             print(f"| {dim} | {seq_len} | " + " | ".join(f"{a:.0f}, {b:.0f}" for a, b in rates.values()) + " |")
+    print("\n| operator | forward MiB | us at 90 % of a copy | backward MiB | us at 80 % |\n|---|---|---|---|---|")
+    for op, (forward, backward) in bytes_moved().items():
+        numbers = forward / 2**20, forward / COPY_BANDWIDTH / 0.9 * 1e6, backward / 2**20, backward / COPY_BANDWIDTH / 0.8 * 1e6
+        print(f"| {op} | " + " | ".join(f"{x:.0f}" for x in numbers) + " |")
 
 
 if __name__ == "__main__":
