@@ -8,6 +8,7 @@ import torch
 import tyro
 from PIL import Image as Picture
 
+from transfusion.guidance import Guidance
 from transfusion.model import Transfusion
 from transfusion.sequence import Image, Text
 
@@ -21,15 +22,23 @@ class Sample:
     prompt: str
     """text to go on from"""
     image: Path | None = None
-    """an image that stands before the prompt"""
+    """an image that stands before the prompt: with --draw it is edited as the prompt says"""
     out: Path = Path("sample.png")
     """where the image is written; further images get -2, -3, ... before the suffix"""
     draw: bool = True
     """draw an image right after the prompt; --no-draw leaves the choice to the model"""
     steps: int = 50
     """denoising steps"""
+    sampler: str = "ddim"
+    """ddim (Euler on the straight path), dpm++, unipc or heun"""
     guidance: float = 2.0
-    """classifier-free guidance scale; 1 is none"""
+    """classifier-free guidance scale of the prompt; 1 is none"""
+    image_guidance: float | None = None
+    """scale of the given image alone, for editing; None does not tell it from the text"""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """times between which guidance is on"""
+    guidance_rescale: float = 0.0
+    """share of the prediction that is given back the spread of the unguided one"""
     size: tuple[int, int] | None = None
     """height and width; the model's own by default"""
     max_new_tokens: int = 64
@@ -40,6 +49,8 @@ class Sample:
     """of the text; 0 takes the likeliest token"""
     top_p: float = 1.0
     """sample text from the smallest set of tokens that holds this much probability"""
+    min_p: float = 0.0
+    """sample only tokens at least this many times as likely as the likeliest"""
     seed: int = 0
     """of the noise and the text"""
 
@@ -52,6 +63,8 @@ class Caption:
     """directory of a checkpoint"""
     images: tuple[Path, ...]
     """image files"""
+    question: str = ""
+    """what is asked about each; empty: what the model writes after an image"""
     max_new_tokens: int = 64
     """text tokens at most"""
 
@@ -80,15 +93,17 @@ def save_image(image: Image, path: Path) -> None:
 def sample(options: Sample) -> None:
     """Run `transfusion sample`."""
     model = Transfusion.from_pretrained(options.model).eval()
-    settings = dict(image_size=options.size, steps=options.steps, guidance=options.guidance, temperature=options.temperature, top_p=options.top_p,
-                    seed=options.seed)
+    guidance = Guidance(options.guidance, options.image_guidance, options.guidance_interval, options.guidance_rescale)
+    settings = {name: getattr(options, name) for name in ("steps", "sampler", "temperature", "top_p", "min_p", "seed")}
+    settings |= {"image_size": options.size, "guidance": guidance}
     if options.image is None and not options.prompt.strip():
         raise ValueError("sample: prompt is empty; some text fits, e.g. --prompt 'a handwritten seven'")
-    if options.draw and options.image is None:
-        parts = model.draw([options.prompt], **settings)
+    given = [] if options.image is None else [load_image(options.image, model.config)]
+    given += [Text(options.prompt)] if options.prompt.strip() else []
+    if options.draw:
+        parts = model.draw([given], **settings)
     else:
-        given = [] if options.image is None else [load_image(options.image, model.config)]
-        parts = model.generate([*given, Text(options.prompt)], max_new_tokens=options.max_new_tokens, max_images=options.max_images, **settings)
+        parts = model.generate(given, max_new_tokens=options.max_new_tokens, max_images=options.max_images, **settings)
     drawn = 0
     for part in parts:
         if isinstance(part, Text):
@@ -104,7 +119,7 @@ def caption(options: Caption) -> None:
     """Run `transfusion caption`."""
     model = Transfusion.from_pretrained(options.model).eval()
     images = [load_image(path, model.config) for path in options.images]
-    for path, text in zip(options.images, model.caption(images, max_new_tokens=options.max_new_tokens)):
+    for path, text in zip(options.images, model.caption(images, options.question, max_new_tokens=options.max_new_tokens)):
         print(f"{path}: {text}")
 
 

@@ -106,4 +106,6 @@ TIMES = {"uniform": uniform_times, "logit-normal": logit_normal_times}
 
 def sample_times(kind: str, limit: Tensor, tokens: Tensor, base: int | None, generator: torch.Generator) -> Tensor:
     """Draw one time per image (N,): by TIMES[kind], shifted for its `tokens` (N,), scaled into [0, limit_n], the noise limit where it stands first."""
+    if kind not in TIMES:
+        raise ValueError(f"sample_times: kind is {kind!r}; one of {', '.join(map(repr, TIMES))} fits")
     return limit * shift_times(TIMES[kind](len(limit), generator), tokens, base)

@@ -4,6 +4,7 @@ import torch
 from PIL import Image as Picture
 
 from tests.transfusion.conftest import tiny_model
+from tests.transfusion.test_init import language_model
 from transfusion.cli import load_image, main, save_image
 from transfusion.sequence import Image
 
@@ -28,6 +29,23 @@ def test_caption_reads_pictures(checkpoint, tmp_path, capsys):
     assert "red.png:" in capsys.readouterr().out
 
 
+def test_a_picture_is_edited_and_asked_about(checkpoint, tmp_path, capsys):
+    Picture.new("L", (8, 8), 128).save(tmp_path / "grey.png")
+    main(["sample", "--model", str(checkpoint), "--image", str(tmp_path / "grey.png"), "--prompt", "bolder", "--out", str(tmp_path / "edit.png"), "--steps", "2",
+          "--image-guidance", "1.5", "--sampler", "heun", "--guidance-interval", "0.1", "0.9"])
+    assert (tmp_path / "edit.png").is_file() and "edit.png" in capsys.readouterr().out
+    main(["caption", "--model", str(checkpoint), "--images", str(tmp_path / "edit.png"), "--question", "which?", "--max-new-tokens", "2"])
+    assert "edit.png:" in capsys.readouterr().out
+
+
+def test_init_makes_a_checkpoint_that_draws(tmp_path, capsys):
+    llm = language_model(tmp_path / "llm", "llama")
+    main(["init", "--llm", str(llm), "--out", str(tmp_path / "model"), "--image-channels", "1", "--image-size", "8", "8"])
+    assert "parameters of LlamaForCausalLM" in capsys.readouterr().out
+    main(["sample", "--model", str(tmp_path / "model"), "--prompt", "a", "--out", str(tmp_path / "a.png"), "--steps", "1"])
+    assert (tmp_path / "a.png").is_file()
+
+
 def test_a_saved_picture_reads_back_equal(tmp_path):
     config = tiny_model().config
     image = Image(torch.linspace(-1, 1, 64).view(1, 8, 8))
@@ -39,6 +57,8 @@ def test_a_saved_picture_reads_back_equal(tmp_path):
     (["sample", "--model", "nowhere", "--prompt", "a"], "holds no config.json"),
     (["sample", "--model", "CHECKPOINT", "--prompt", " "], "prompt is empty"),
     (["sample", "--model", "CHECKPOINT", "--prompt", "a", "--size", "7", "8"], "multiples of the patch size"),
+    (["sample", "--model", "CHECKPOINT", "--prompt", "a", "--sampler", "dpm"], "name is 'dpm'; one of 'ddim'"),
+    (["init", "--llm", "nowhere", "--out", "model"], "which is no checkpoint"),
     (["caption", "--model", "CHECKPOINT", "--images", "missing.png"], "missing.png is not a picture that can be read"),
 ])
 def test_requests_that_do_not_fit_get_one_line(checkpoint, args, message):

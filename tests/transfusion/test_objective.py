@@ -59,3 +59,8 @@ def test_times_stay_under_each_images_limit_and_follow_their_law(kind):
     torch.testing.assert_close(2 * times[1::2].std(), torch.tensor(spread), rtol=0, atol=0.01)
     larger = sample_times(kind, limit, 4 * tokens, 64, torch.Generator().manual_seed(0))
     torch.testing.assert_close(larger / limit, 2 * (times / limit) / (1 + times / limit))
+
+
+def test_a_law_of_times_that_is_not_there_is_refused_by_name():
+    with pytest.raises(ValueError, match="kind is 'uniforn'; one of 'uniform', 'logit-normal' fits"):
+        sample_times("uniforn", torch.ones(1), torch.ones(1), None, torch.Generator())
