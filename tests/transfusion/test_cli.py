@@ -31,8 +31,8 @@ def test_caption_reads_pictures(checkpoint, tmp_path, capsys):
 
 def test_a_picture_is_edited_and_asked_about(checkpoint, tmp_path, capsys):
     Picture.new("L", (8, 8), 128).save(tmp_path / "grey.png")
-    main(["sample", "--model", str(checkpoint), "--image", str(tmp_path / "grey.png"), "--prompt", "bolder", "--out", str(tmp_path / "edit.png"), "--steps", "2",
-          "--image-guidance", "1.5", "--sampler", "heun", "--guidance-interval", "0.1", "0.9"])
+    main(["sample", "--model", str(checkpoint), "--image", str(tmp_path / "grey.png"), "--prompt", "bolder", "--out", str(tmp_path / "edit.png"),
+          "--steps", "2", "--image-guidance", "1.5", "--sampler", "heun", "--guidance-interval", "0.1", "0.9"])
     assert (tmp_path / "edit.png").is_file() and "edit.png" in capsys.readouterr().out
     main(["caption", "--model", str(checkpoint), "--images", str(tmp_path / "edit.png"), "--question", "which?", "--max-new-tokens", "2"])
     assert "edit.png:" in capsys.readouterr().out
