@@ -29,7 +29,7 @@ class DataSettings:
     noise_limit: float = 0.5
     """largest noise time of an image that stands before its caption (the paper: 0.5); with context clean, where captions read no noise, there is none"""
     context: str = "noised"
-    """what later tokens read of an image: noised, as it is (the paper), or clean, a copy of it that takes its patches once more (BAGEL)"""
+    """what later tokens read of an image: noised, the patches it is drawn from (the paper), or clean, a copy that makes it twice as long (BAGEL)"""
     jitter: float = 0.0
     """half of the images to be read are turned, shifted and scaled at random: 1 is up to 15 degrees, 1/16 of the side and 15 %; images to be drawn never"""
 

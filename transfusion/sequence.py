@@ -5,9 +5,9 @@ row; they do not see each other and their positions start at 0. Text loss stands
 in the same document, never where the input is BOI or a patch (arXiv:2408.11039, footnote 8). The EOS of an image without any text
 is no target: its caption was left out for guidance, and the model must not learn that nothing can be said about an image.
 
-What stands behind an image reads it as it is noised (the paper), or clean: `with_clean_copies` lays such an image out as
-BOI, noised patches, clean patches, EOI. Only themselves see the noised patches; the clean ones stand at the same positions, time 0 and no loss,
-so that all that follows is in the place, and sees what, it does when sampling, which has the finished image alone.
+What follows an image reads it as it is noised (the paper), or clean: `with_clean_copies` lays an image out as BOI, noised patches, clean
+patches, EOI. Nothing else sees the noised patches; the clean ones take their positions, time 0 and no loss. So all that follows has the
+position and the context that it has in sampling, where only the finished image stands before it.
 """
 import functools
 from dataclasses import dataclass, fields, replace
@@ -154,16 +154,17 @@ def encode(parts: list[Part], tokenizer, config, *, end: bool = True) -> Documen
 
 
 def with_clean_copies(document: Document) -> Document:
-    """Put a clean copy behind the patches of each image that is read: another image follows, or a text target behind EOI (EOS is one where there is text).
+    """Put a clean copy behind the patches of each image with a text target behind it: text, BOI of another image or, where there is text, EOS.
 
-    BAGEL's noised and clean tokens (arXiv:2505.14683, "Generalized Causal Attention") between one BOI and one EOI. An image that nothing reads stays alone.
+    BAGEL's noised and clean tokens (arXiv:2505.14683, "Generalized Causal Attention") between one BOI and one EOI. EOS alone is reason enough:
+    were it read off a noised image only where the document ends, noise would tell the end, and sampling has none.
     """
     tokens, targets, images, hidden = list(document.tokens), list(document.targets), [], []
-    for number, (start, patches, grid, image_first) in enumerate(document.images):
+    for start, patches, grid, image_first in document.images:
         start += len(tokens) - len(document.tokens)                                        # behind the copies so far
         stop = start + len(patches)
         images.append((start, patches, grid, image_first))
-        if number + 1 < len(document.images) or any(targets[stop:]):
+        if any(targets[stop:]):
             hidden.append(len(images) - 1)
             images.append((stop, patches, grid, image_first))
             tokens[stop:stop], targets[stop:stop] = tokens[start:stop], [False] * len(patches)
@@ -205,14 +206,14 @@ def lay_out(rows: list[list[Document]], seq_len: int, patch_dim: int, *, left: b
             heads = [i for i in range(length - 1) if document.targets[i + 1]]
             text_rows += [b * seq_len + at + i for i in heads]
             targets += [document.tokens[i + 1] for i in heads]
-            for image, (start, x, grid, image_first) in enumerate(document.images):
+            for n, (start, x, grid, image_first) in enumerate(document.images):
                 spans[b].append((at + start, at + start + len(x)))
-                hidden[b] += spans[b][-1:] if image in document.hidden else []
+                hidden[b] += spans[b][-1:] if n in document.hidden else []
                 patches.append(x)
                 patch_rows += range(b * seq_len + at + start, b * seq_len + at + start + len(x))
                 grids.append(grid)
                 first.append(image_first)
-                drawn.append(image - 1 not in document.hidden)
+                drawn.append(n - 1 not in document.hidden)
             at += length
     layout, patch_rows = ImageLayout.of(grids), torch.tensor(patch_rows, dtype=torch.int64)
     image = torch.full((len(rows) * seq_len,), -1, dtype=torch.int32).index_copy(0, patch_rows, layout.image.int())
