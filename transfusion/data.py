@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transfusion.sequence import Document, Image, Part, Sequence, Text, encode, lay_out
+from transfusion.sequence import Document, Image, Part, Sequence, Text, encode, lay_out, with_clean_copies
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -27,7 +27,9 @@ class DataSettings:
     story: float = 0.0
     """share of documents that hold two pairs, joined by "and" """
     noise_limit: float = 0.5
-    """largest noise time of an image that stands before its caption (the paper: 0.5)"""
+    """largest noise time of an image that stands before its caption (the paper: 0.5); with context clean, where captions read no noise, there is none"""
+    context: str = "noised"
+    """what later tokens read of an image: noised, the patches it is drawn from (the paper), or clean, a copy that makes it twice as long (BAGEL)"""
     jitter: float = 0.0
     """half of the images to be read are turned, shifted and scaled at random: 1 is up to 15 degrees, 1/16 of the side and 15 %; images to be drawn never"""
 
@@ -79,6 +81,7 @@ def jitter(image: Tensor, strength: float, generator: torch.Generator) -> Tensor
 
 
 DATASETS = {"digits": Digits}
+CONTEXTS = {"noised": lambda document: document, "clean": with_clean_copies}
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -88,10 +91,12 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 def draw_batch(dataset, settings: DataSettings, tokenizer, config, rows: int, seq_len: int, generator: torch.Generator) -> tuple[Sequence, Tensor]:
     """Draw documents until one fits in no row; return them packed, and each image's noise limit (N,)."""
+    if settings.context not in CONTEXTS:
+        raise ValueError(f"draw_batch: settings.context is {settings.context!r}; one of {', '.join(map(repr, CONTEXTS))} fits")
     packed: list[list[Document]] = [[] for _ in range(rows)]
     free = [seq_len] * rows
     while True:
-        document = encode(dataset.document(generator, settings), tokenizer, config)
+        document = CONTEXTS[settings.context](encode(dataset.document(generator, settings), tokenizer, config))
         at = next((i for i, room in enumerate(free) if room >= len(document.tokens)), None)
         if at is None:
             break
@@ -100,7 +105,8 @@ def draw_batch(dataset, settings: DataSettings, tokenizer, config, rows: int, se
     if not any(packed):
         raise ValueError(f"draw_batch: seq_len is {seq_len} and a document has {len(document.tokens)} tokens; raise seq_len")
     sequence = lay_out(packed, seq_len, config.patch_dim)
-    return sequence, torch.where(sequence.image_first & _captioned(sequence), settings.noise_limit, 1.0)
+    limit = settings.noise_limit if settings.context == "noised" else 1.0
+    return sequence, torch.where(sequence.image_first & _captioned(sequence), limit, 1.0)
 
 
 def _captioned(sequence: Sequence) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers import initialization as init
@@ -24,7 +25,7 @@ IMAGE_LAYERS = {"linear": (PatchEmbedding, LinearHead), "dit": (PatchEmbedding, 
 
 
 class TransfusionOutput(NamedTuple):
-    """`loss` = text_loss + diffusion_weight * diffusion_loss; `image_losses` (N,) one per image."""
+    """`loss` = text_loss + diffusion_weight * diffusion_loss, the mean of `image_losses` (N,) over drawn images; a clean copy's is 0."""
 
     loss: Tensor
     text_loss: Tensor
@@ -106,7 +107,11 @@ class Transfusion(PreTrainedModel):
         return grid_positions(positions, image, columns) if self.config.positions == "2d" else positions
 
     def forward(self, sequence: Sequence, times: Tensor, seed: Tensor | int) -> TransfusionOutput:
-        """Losses of packed documents whose images are noised to `times` (N,); `seed`, as in `tfkernels.noise_patchify`, makes the noise."""
+        """Losses of packed documents whose images are noised to `times` (N,); `seed`, as in `tfkernels.noise_patchify`, makes the noise.
+
+        An image that is not drawn, a clean copy, is at time 0, whatever `times` says.
+        """
+        times = torch.where(sequence.drawn, times, 0)
         (signal, noise), (p, q) = self.objective.path(times), self.objective.target(times)
         condition = self.timestep(times)                                                   # (N, C)
         noised = noise_patchify(sequence.patches, signal, noise, seed, offsets=sequence.layout.offsets)
@@ -114,8 +119,8 @@ class Transfusion(PreTrainedModel):
         positions = self.positions(sequence.positions, sequence.image, sequence.layout.columns)
         x = self.backbone(x, positions, sequence.mask(), condition, sequence.image).flatten(0, 1)  # (B * S, C)
         text = self.backbone.text_loss(x, sequence.text_rows, sequence.text_targets)
-        images = self.image_head.loss(x, sequence.patch_rows, condition, sequence.layout, skips, sequence.patches, p, q, seed)
-        diffusion = images.sum() / max(1, sequence.image_count)
+        images = sequence.drawn * self.image_head.loss(x, sequence.patch_rows, condition, sequence.layout, skips, sequence.patches, p, q, seed)
+        diffusion = images.sum() / sequence.drawn.sum().clamp(min=1)
         return TransfusionOutput(text + self.config.diffusion_weight * diffusion, text, diffusion, images)
 
     def text_logits(self, tokens: Tensor) -> Tensor:

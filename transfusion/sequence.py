@@ -4,6 +4,10 @@ A document is BOS, its parts in order (an image is BOI, its patches in raster or
 row; they do not see each other and their positions start at 0. Text loss stands on every token that follows text, EOI or BOS
 in the same document, never where the input is BOI or a patch (arXiv:2408.11039, footnote 8). The EOS of an image without any text
 is no target: its caption was left out for guidance, and the model must not learn that nothing can be said about an image.
+
+What follows an image reads it as it is noised (the paper), or clean: `with_clean_copies` lays an image out as BOI, noised patches, clean
+patches, EOI. Nothing else sees the noised patches; the clean ones take their positions, time 0 and no loss. So all that follows has the
+position and the context that it has in sampling, where only the finished image stands before it.
 """
 import functools
 from dataclasses import dataclass, fields, replace
@@ -71,11 +75,23 @@ class ImageLayout(NamedTuple):
 
 
 class Document(NamedTuple):
-    """One encoded document: ids (S,), whether each is a text target, and its images as (start, patches, grid, image_first)."""
+    """One encoded document: ids (S,), whether each is a text target, and its images as (start, patches, grid, image_first).
+
+    hidden: numbers of the images that only their own tokens see; the image after each one is its clean copy.
+    """
 
     tokens: list[int]
     targets: list[bool]
     images: list[tuple[int, Tensor, tuple[int, int], bool]]
+    hidden: tuple[int, ...] = ()
+
+    def positions(self) -> list[int]:
+        """Each token's position: from 0, a clean copy at those of its noised one."""
+        positions = list(range(len(self.tokens)))
+        for number in self.hidden:
+            start, patches, *_ = self.images[number + 1]
+            positions[start:] = [p - len(patches) for p in positions[start:]]
+        return positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,15 +99,17 @@ class Sequence:
     """B packed rows of S tokens with N images of P patches in all. Everything a forward pass needs, made on the host once."""
 
     tokens: Tensor        # (B, S) ids; EOI's id stands where a patch goes
-    positions: Tensor     # (B, S) from 0 in each document
+    positions: Tensor     # (B, S) from 0 in each document; a clean copy has those of its noised one
     documents: Tensor     # (B, S) number of the document in its row, -1 for padding
     spans: Tensor         # (B, M, 2) images, padded with start == end
+    hidden: Tensor        # (B, H, 2) those of them that only their own tokens see, padded alike
     text_rows: Tensor     # (T,) flat indices into B * S whose next token is a target
     text_targets: Tensor  # (T,)
     patches: Tensor       # (P, patch_dim) clean
     patch_rows: Tensor    # (P,) flat indices into B * S
     image: Tensor         # (B, S) int32, the image each token belongs to, -1 for text
     image_first: Tensor   # (N,) bool: the image stands before any text of its document
+    drawn: Tensor         # (N,) bool: the image has a time and a diffusion loss; a clean copy has time 0 and none
     layout: ImageLayout   # of the patches
 
     def to(self, device) -> "Sequence":
@@ -101,7 +119,7 @@ class Sequence:
 
     def mask(self) -> TransfusionMask:
         """Return who sees whom."""
-        return TransfusionMask.from_spans(self.spans, self.tokens.shape[1], documents=self.documents)
+        return TransfusionMask.from_spans(self.spans, self.tokens.shape[1], documents=self.documents, hidden=self.hidden if self.hidden.shape[1] else None)
 
     @property
     def image_count(self) -> int:
@@ -135,6 +153,24 @@ def encode(parts: list[Part], tokenizer, config, *, end: bool = True) -> Documen
     return Document(tokens, targets, images)
 
 
+def with_clean_copies(document: Document) -> Document:
+    """Put a clean copy behind the patches of each image with a text target behind it: text, BOI of another image or, where there is text, EOS.
+
+    BAGEL's noised and clean tokens (arXiv:2505.14683, "Generalized Causal Attention") between one BOI and one EOI. EOS alone is reason enough:
+    were it read off a noised image only where the document ends, noise would tell the end, and sampling has none.
+    """
+    tokens, targets, images, hidden = list(document.tokens), list(document.targets), [], []
+    for start, patches, grid, image_first in document.images:
+        start += len(tokens) - len(document.tokens)                                        # behind the copies so far
+        stop = start + len(patches)
+        images.append((start, patches, grid, image_first))
+        if any(targets[stop:]):
+            hidden.append(len(images) - 1)
+            images.append((stop, patches, grid, image_first))
+            tokens[stop:stop], targets[stop:stop] = tokens[start:stop], [False] * len(patches)
+    return Document(tokens, targets, images, tuple(hidden))
+
+
 def pack(documents: list[Document], seq_len: int, patch_dim: int, *, rows: int | None = None) -> Sequence:
     """Pack documents into rows of `seq_len` tokens, first fit; with `rows`, the documents that do not fit are left out."""
     longest = max((len(d.tokens) for d in documents), default=0)
@@ -157,34 +193,42 @@ def pack(documents: list[Document], seq_len: int, patch_dim: int, *, rows: int |
 def lay_out(rows: list[list[Document]], seq_len: int, patch_dim: int, *, left: bool = False) -> Sequence:
     """Write rows of documents into one `Sequence`; padding stands right, or left (prompts, so that all end together)."""
     tokens, positions, owner = ([[fill] * seq_len for _ in rows] for fill in (0, 0, -1))
-    spans, text_rows, targets, patches, patch_rows, first, grids = [], [], [], [], [], [], []
+    spans, hidden, text_rows, targets, patches, patch_rows, first, drawn, grids = [], [], [], [], [], [], [], [], []
     for b, documents in enumerate(rows):
         at = seq_len - sum(len(d.tokens) for d in documents) if left else 0
         spans.append([])
+        hidden.append([])
         for number, document in enumerate(documents):
             length = len(document.tokens)
             tokens[b][at:at + length] = document.tokens
-            positions[b][at:at + length] = range(length)
+            positions[b][at:at + length] = document.positions()
             owner[b][at:at + length] = [number] * length
             heads = [i for i in range(length - 1) if document.targets[i + 1]]
             text_rows += [b * seq_len + at + i for i in heads]
             targets += [document.tokens[i + 1] for i in heads]
-            for start, x, grid, image_first in document.images:
+            for n, (start, x, grid, image_first) in enumerate(document.images):
                 spans[b].append((at + start, at + start + len(x)))
+                hidden[b] += spans[b][-1:] if n in document.hidden else []
                 patches.append(x)
                 patch_rows += range(b * seq_len + at + start, b * seq_len + at + start + len(x))
                 grids.append(grid)
                 first.append(image_first)
+                drawn.append(n - 1 not in document.hidden)
             at += length
-    width = max(map(len, spans), default=0)
     layout, patch_rows = ImageLayout.of(grids), torch.tensor(patch_rows, dtype=torch.int64)
     image = torch.full((len(rows) * seq_len,), -1, dtype=torch.int32).index_copy(0, patch_rows, layout.image.int())
     return Sequence(
         *(torch.tensor(x, dtype=torch.int64).view(len(rows), seq_len) for x in (tokens, positions, owner)),
-        torch.tensor([row + [(0, 0)] * (width - len(row)) for row in spans], dtype=torch.int64).view(len(rows), width, 2),
+        _pad(spans), _pad(hidden),
         torch.tensor(text_rows, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64),
         torch.cat([torch.zeros(0, patch_dim), *patches]), patch_rows, image.view(len(rows), seq_len),
-        torch.tensor(first, dtype=torch.bool), layout)
+        torch.tensor(first, dtype=torch.bool), torch.tensor(drawn, dtype=torch.bool), layout)
+
+
+def _pad(spans: list[list[tuple[int, int]]]) -> Tensor:
+    """Spans of each row as one tensor (B, M, 2), padded with (0, 0)."""
+    width = max(map(len, spans), default=0)
+    return torch.tensor([row + [(0, 0)] * (width - len(row)) for row in spans], dtype=torch.int64).view(len(spans), width, 2)
 
 
 @functools.lru_cache(maxsize=2**16)

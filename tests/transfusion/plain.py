@@ -19,6 +19,8 @@ def noise_of(sequence, seed: int) -> Tensor:
 
 def plain_output(model, sequence, times: Tensor, seed: int) -> TransfusionOutput:
     """`model(sequence, times, seed)`, written out."""
+    drawn = [n for n, counts in enumerate(sequence.drawn.tolist()) if counts]
+    times = torch.stack([t if n in drawn else t * 0 for n, t in enumerate(times)]) if len(times) else times
     noised, target = add_noise(model.objective, sequence.patches, noise_of(sequence, seed), times[sequence.layout.image][:, None])
     condition = model.timestep(times)
     timestep = model.patch_embedding.time(condition)[sequence.layout.image]
@@ -34,6 +36,8 @@ def plain_output(model, sequence, times: Tensor, seed: int) -> TransfusionOutput
         y = torch.nn.functional.layer_norm(y, x.shape[-1:], eps=1e-6) * (1 + scale[sequence.layout.image]) + shift[sequence.layout.image]
     prediction = model.image_head.linear(y)
     error = (prediction - target).square().mean(-1)
-    images = torch.stack([error[sequence.layout.image == n].mean() for n in range(sequence.image_count)]) if sequence.image_count else error.sum()[None][:0]
-    diffusion = images.sum() / max(1, sequence.image_count)
+    images = error.new_zeros(sequence.image_count)
+    for n in drawn:
+        images[n] = error[sequence.layout.image == n].mean()
+    diffusion = images.sum() / max(1, len(drawn))
     return TransfusionOutput(text + model.config.diffusion_weight * diffusion, text, diffusion, images)
