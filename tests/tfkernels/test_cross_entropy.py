@@ -297,9 +297,9 @@ def test_compiles_whole_and_serves_other_lengths_without_a_recompile():
 
 
 @traced
-def test_rows_that_the_graph_itself_finds_compile_whole(monkeypatch):
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_rows_that_the_graph_itself_finds_compile_whole():
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
 
     def step(hidden, weight, targets):
         rows = (targets.flatten() >= 0).nonzero()[:, 0]

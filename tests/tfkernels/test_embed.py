@@ -1,4 +1,5 @@
 """Patches into the sequence: values and gradients against float64, what goes nowhere, strides, and PyTorch's machinery."""
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -113,14 +114,14 @@ def test_patches_that_go_nowhere_count_nowhere():
 
 def test_it_is_the_models_patch_embedding():
     torch.manual_seed(0)
-    layer = PatchEmbedding(20, 40).to(DEVICE)
-    torch.nn.init.normal_(layer.timestep.weight)
+    layer = PatchEmbedding(SimpleNamespace(patch_dim=20), 40).to(DEVICE)
+    torch.nn.init.normal_(layer.time.weight)
     case = CASES["images between text"]
     hidden, patches, _, times = (x.to(DEVICE).float() for x in case.tensors.values())
     row, place, image = embed._placed(case.places, case.offsets)
-    expected = hidden.index_copy(0, place, layer(patches[row], times, image))
-    out = embed_patches(hidden, patches, layer.linear.weight, layer.linear(layer.timestep(times)), case.places, case.offsets)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    expected = hidden.index_copy(0, place, layer.linear(patches[row] + layer.time(times)[image]))  # the timestep before the linear layer
+    layout = SimpleNamespace(offsets=case.offsets)
+    torch.testing.assert_close(layer(hidden, patches, times, layout, case.places)[0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_strides_as_they_come_give_equal_results():
