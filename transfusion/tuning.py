@@ -53,7 +53,7 @@ def prepare(model, settings: TuneSettings) -> nn.Module:
                             trainable_token_indices=tokens)
     config.modules_to_save = image_modules(model)
     adapted = get_peft_model(model, config)
-    adapted.peft_config["default"].base_model_name_or_path = str(settings.start)
+    adapted.peft_config["default"].base_model_name_or_path = str(Path(settings.start).resolve())
     return adapted
 
 
