@@ -12,12 +12,13 @@ from transfusion import sample
 from transfusion.backbone import AdaLNBackbone, Backbone
 from transfusion.config import TransfusionConfig
 from transfusion.embed import PatchEmbedding, TimestepEmbedding, ZeroLinear
+from transfusion.experts import ExpertBackbone
 from transfusion.heads import DiTHead, LinearHead
 from transfusion.objective import OBJECTIVES
 from transfusion.sequence import Image, Part, Sequence
 from transfusion.unet import UNetDown, UNetUp, ZeroConv2d
 
-BACKBONES = {"decoder": Backbone, "adaln": AdaLNBackbone}
+BACKBONES = {"decoder": Backbone, "adaln": AdaLNBackbone, "experts": ExpertBackbone}
 IMAGE_LAYERS = {"linear": (PatchEmbedding, LinearHead), "dit": (PatchEmbedding, DiTHead), "unet": (UNetDown, UNetUp)}
 
 
@@ -51,7 +52,10 @@ class Transfusion(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Images start silent: no modulation, no prediction, no timestep in the patches; other layers as transformers does."""
+        """Images start silent: no modulation, no prediction, no timestep in the patches; their experts as text's; other layers as transformers does."""
+        if isinstance(module, ExpertBackbone):
+            for image, text in module.copies():
+                init.copy_(image, text)
         if isinstance(module, (ZeroLinear, ZeroConv2d)):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
@@ -98,7 +102,7 @@ class Transfusion(PreTrainedModel):
         noised = noise_patchify(sequence.patches, signal, noise, seed, offsets=sequence.layout.offsets)
         x, skips = self.embed(sequence, noised, condition)
         positions = self.positions(sequence.positions, sequence.image, sequence.layout.columns)
-        x = self.backbone(x, positions, sequence.mask(), condition, sequence.image).flatten(0, 1)  # (B * S, C)
+        x = self.backbone(x, positions, sequence.mask(), condition, sequence.modality).flatten(0, 1)  # (B * S, C)
         text = self.backbone.text_loss(x, sequence.text_rows, sequence.text_targets)
         images = self.image_head.loss(x, sequence.patch_rows, condition, sequence.layout, skips, sequence.patches, p, q, seed)
         diffusion = images.sum() / max(1, sequence.image_count)

@@ -23,7 +23,7 @@ def draw_without_cache(model, prompt, steps, guidance, seed):
         condition = model.timestep(t[None])
         embedded, skips = model.embed(sequence, x, condition)
         positions = model.positions(sequence.positions, sequence.image, sequence.layout.columns)
-        hidden = model.backbone(embedded, positions, sequence.mask(), condition, sequence.image).flatten(0, 1)
+        hidden = model.backbone(embedded, positions, sequence.mask(), condition, sequence.modality).flatten(0, 1)
         return model.image_head(hidden[sequence.patch_rows], condition, sequence.layout, skips)
 
     for number in range(steps):
