@@ -70,8 +70,8 @@ class AdaLNBackbone(Backbone):
         super().__init__(text_config)
         text_config = text_config.get_text_config()
         if text_config.model_type not in self.FAMILIES:
-            raise ValueError(f"{type(self).__name__}: text_config.model_type is {text_config.model_type!r}; {', '.join(map(repr, self.FAMILIES))} fit, whose blocks "
-                             "are two norms, attention and MLP; set backbone='decoder' for others")
+            raise ValueError(f"{type(self).__name__}: text_config.model_type is {text_config.model_type!r}; {', '.join(map(repr, self.FAMILIES))} fit, whose "
+                             "blocks are two norms, attention and MLP; set backbone='decoder' for others")
         self.modulation = ZeroLinear(text_config.hidden_size, 6 * text_config.hidden_size)
         self.layer_modulation = nn.Parameter(torch.zeros(text_config.num_hidden_layers, 6, text_config.hidden_size))
         self.gradient_checkpointing = False  # transformers' gradient_checkpointing_enable sets it

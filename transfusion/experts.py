@@ -7,10 +7,8 @@ freezes its text: `backbone.decoder.requires_grad_(False)`. Norms and residuals 
 Rows of text and rows of patches go through the layers apart, one matrix product of each for each weight, and are put together for attention alone.
 """
 import copy
-from collections.abc import Iterator
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from tfkernels import TransfusionMask, modulated_rms_norm
@@ -26,17 +24,11 @@ class ExpertBackbone(AdaLNBackbone):
         decoder = self.decoder.get_decoder()
         self.image_layers, self.image_norm = copy.deepcopy(decoder.layers), copy.deepcopy(decoder.norm)
 
-    def copies(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-        """Each parameter of the image experts and the decoder's that it starts as."""
-        decoder = self.decoder.get_decoder()
-        yield from zip(self.image_layers.parameters(), decoder.layers.parameters())
-        yield from zip(self.image_norm.parameters(), decoder.norm.parameters())
-
-    @torch.no_grad()
     def start_from_text(self) -> None:
-        """Make the image experts copies of the decoder's layers again."""
-        for image, text in self.copies():
-            image.copy_(text)
+        """Make the image experts copies of the decoder's layers again, as after loading a checkpoint that has none."""
+        decoder = self.decoder.get_decoder()
+        self.image_layers.load_state_dict(decoder.layers.state_dict())
+        self.image_norm.load_state_dict(decoder.norm.state_dict())
 
     def load_text(self, decoder) -> None:
         """As `Backbone.load_text`; the image experts start from the same weights."""

@@ -52,10 +52,7 @@ class Transfusion(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Images start silent: no modulation, no prediction, no timestep in the patches; their experts as text's; other layers as transformers does."""
-        if isinstance(module, ExpertBackbone):
-            for image, text in module.copies():
-                init.copy_(image, text)
+        """Images start silent: no modulation, no prediction, no timestep in the patches; other layers as transformers does."""
         if isinstance(module, (ZeroLinear, ZeroConv2d)):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
