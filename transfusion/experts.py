@@ -44,16 +44,19 @@ class ExpertBackbone(AdaLNBackbone):
         layers = list(zip(decoder.layers, self.image_layers))
         norms = [tuple(layer.input_layernorm for layer in pair) for pair in layers] + [(decoder.norm, self.image_norm)]
         x, images = modality.split(x), modality.split(modality.image)
-        normed = [modulated_rms_norm(rows, norm.weight, *entries[0], image, eps=norm.variance_epsilon) for rows, norm, image in zip(x, norms[0], images)]
+        normed = [modulated_rms_norm(rows, norm.weight, *entries[0], image, eps=norm.variance_epsilon)
+                  for rows, norm, image in zip(x, norms[0], images)]
         for pair, table, norm, entry in zip(layers, tables, norms[1:], entries[1:]):
             x, normed = self.run(pair, x, normed, table, norm, entry, rotations, mask, images, modality, cache)
         return modality.join(*normed)
 
-    def block(self, layers, x, normed, table: Tensor, next_norms, next_entry, rotations, mask, images, modality: Modality, cache) -> tuple[tuple, tuple]:
+    def block(self, layers, x, normed, table: Tensor, next_norms, next_entry, rotations, mask, images, modality: Modality, cache):
         """As `AdaLNBackbone.block`, of pairs."""
         attentions = [layer.self_attn for layer in layers]
         projected = zip(*map(self.project, attentions, normed, rotations))                 # q, k and v of text and of patches, (1, H, rows, D) each
         q, k, v = (modality.join(*(rows.transpose(1, 2) for rows in pair)).transpose(1, 2) for pair in projected)
-        branches = modality.split(self.attend(attentions[0], q, k, v, mask, cache))
-        return tuple(zip(*(self.add(layer, rows, attention.o_proj(branch), table, norm, next_entry, image) for layer, rows, attention, branch, norm, image
-                           in zip(layers, x, attentions, branches, next_norms, images))))
+        mixed = modality.split(self.attend(attentions[0], q, k, v, mask, cache))
+        branches = [attention.o_proj(rows) for attention, rows in zip(attentions, mixed)]
+        added = [self.add(layer, rows, branch, table, norm, next_entry, image)
+                 for layer, rows, branch, norm, image in zip(layers, x, branches, next_norms, images)]
+        return tuple(zip(*added))                                                          # (residuals), (normed)

@@ -169,7 +169,7 @@ def test_gradients_reach_the_experts_of_what_was_read_and_no_others(model, pictu
     before = pack([encode([Text("a b"), pictures[0]], model.tokenizer, model.config, end=False)], 32, 4)
     assert not experts & gradients(model, model(before, torch.tensor([0.5]), 0).text_loss)                           # no text behind the image
     read = gradients(model, losses(model, [[pictures[0], Text("a b")]], 32).text_loss)
-    keys = {f"{name}.weight" for name in ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj")}                # what the other reads of a last layer
+    keys = {f"{name}.weight" for name in ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj")}      # of a last layer, what the other reads
     last = {name for name in experts if name.startswith(("image_layers.1.", "image_norm"))}
     assert text <= read and experts & read == experts - last | {f"image_layers.1.{name}" for name in keys}
     drawn = gradients(model, losses(model, [[Text("a b"), pictures[0]]], 32).diffusion_loss)
