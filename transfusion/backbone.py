@@ -3,7 +3,7 @@
     Backbone         x <- x + f(norm(x))                                           f: attention, then the MLP, of each layer
     AdaLNBackbone    x <- x + gate * f(norm(x) * (1 + scale) + shift)              scale, shift, gate: the row of the token's image; 0, 0, 1 for text
 
-Both are called alike and hold the decoder under its own class, parameter names and file format.
+`transfusion.experts` adds a third. All are called alike and hold the decoder under its own class, parameter names and file format.
 """
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import tfkernels.integrations.transformers as integration
 from tfkernels import TransfusionMask, gated_residual_rms_norm, linear_cross_entropy, modulated_rms_norm, qk_norm_rotary, rotary_table
 from transfusion.embed import ZeroLinear
+from transfusion.sequence import Modality
 
 
 class Backbone(nn.Module):
@@ -27,14 +28,20 @@ class Backbone(nn.Module):
                                  "hidden states fit (Llama, Mistral, Qwen2, Qwen3)")
         self.decoder = AutoModelForCausalLM.from_config(text_config, attn_implementation=integration.register())
 
-    def forward(self, x: Tensor, positions: Tensor, mask: TransfusionMask, condition: Tensor, image: Tensor, cache: DynamicCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, mask: TransfusionMask, condition: Tensor, modality: Modality,
+                cache: DynamicCache | None = None) -> Tensor:
         """(B, S, C) embeddings -> (B, S, C) hidden states.
 
-        condition (N, C) and image (B, S), the image of each token or -1, say what time it is in each image. With a cache, its keys come before
+        condition (N, C) and modality, which knows the image of each token, say what time it is in each image. With a cache, its keys come before
         and the mask counts them.
         """
         return self.decoder.get_decoder()(inputs_embeds=x, position_ids=positions, transfusion_mask=mask, past_key_values=cache,
                                           use_cache=cache is not None).last_hidden_state
+
+    def load_text(self, decoder) -> None:
+        """Take the weights of a language model of the same configuration."""
+        self.decoder.load_state_dict(decoder.state_dict())
+        self.decoder.generation_config = decoder.generation_config
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token embeddings."""
@@ -77,26 +84,33 @@ class AdaLNBackbone(Backbone):
         super().__init__(text_config)
         text_config = text_config.get_text_config()
         if text_config.model_type not in self.FAMILIES:
-            raise ValueError(f"AdaLNBackbone: text_config.model_type is {text_config.model_type!r}; {', '.join(map(repr, self.FAMILIES))} fit, whose blocks "
-                             "are two norms, attention and MLP; set backbone='decoder' for others")
+            raise ValueError(f"{type(self).__name__}: text_config.model_type is {text_config.model_type!r}; {', '.join(map(repr, self.FAMILIES))} fit, whose "
+                             "blocks are two norms, attention and MLP; set backbone='decoder' for others")
         self.modulation = ZeroLinear(text_config.hidden_size, 6 * text_config.hidden_size)
         self.offsets = LayerOffsets(text_config.num_hidden_layers, text_config.hidden_size)
         self.gradient_checkpointing = False  # transformers' gradient_checkpointing_enable sets it
 
-    def forward(self, x: Tensor, positions: Tensor, mask: TransfusionMask, condition: Tensor, image: Tensor, cache: DynamicCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, mask: TransfusionMask, condition: Tensor, modality: Modality,
+                cache: DynamicCache | None = None) -> Tensor:
         """As `Backbone.forward`; positions may also be (B, S, 2), a row and a column (see `tfkernels.grid_positions`)."""
-        decoder = self.decoder.get_decoder()
-        rotation = self.rotation(x, positions)
+        decoder, image, rotation = self.decoder.get_decoder(), modality.image, self.rotation(x, positions)
+        tables, entries = self.tables(condition)
+        norms = [layer.input_layernorm for layer in decoder.layers] + [decoder.norm]
+        normed = modulated_rms_norm(x, norms[0].weight, *entries[0], image, eps=norms[0].variance_epsilon)
+        for layer, table, norm, entry in zip(decoder.layers, tables, norms[1:], entries[1:]):
+            x, normed = self.run(layer, x, normed, table, norm, entry, rotation, mask, image, cache)
+        return normed
+
+    def run(self, *arguments):
+        """`block`, whose intermediates are made again in backward under gradient checkpointing."""
+        return checkpoint(self.block, *arguments, use_reentrant=False) if self.gradient_checkpointing and self.training else self.block(*arguments)
+
+    def tables(self, condition: Tensor) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """Of each layer, what its block is modulated by (N, 6, C); in front of each layer's attention and behind the last, scale and shift (N, C)."""
         shared = self.modulation(nn.functional.silu(condition)).unflatten(-1, (6, -1))     # (N, 6, C)
         tables = [shared + own for own in self.offsets().to(shared.dtype)]
         identity = torch.zeros_like(shared[:, 0])
-        norms = [layer.input_layernorm for layer in decoder.layers] + [decoder.norm]
-        entries = [(table[:, 0], table[:, 1]) for table in tables] + [(identity, identity)]  # (scale, shift) in front of each layer's attention
-        normed = modulated_rms_norm(x, norms[0].weight, *entries[0], image, eps=norms[0].variance_epsilon)
-        for layer, table, norm, entry in zip(decoder.layers, tables, norms[1:], entries[1:]):
-            arguments = layer, x, normed, table, norm, entry, rotation, mask, image, cache
-            x, normed = checkpoint(self.block, *arguments, use_reentrant=False) if self.gradient_checkpointing and self.training else self.block(*arguments)
-        return normed
+        return tables, [(table[:, 0], table[:, 1]) for table in tables] + [(identity, identity)]
 
     def rotation(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (B, S, R/2) of the decoder's own frequencies; of two positions, each takes every other frequency."""
@@ -109,22 +123,28 @@ class AdaLNBackbone(Backbone):
 
     def block(self, layer, x: Tensor, normed: Tensor, table: Tensor, next_norm, next_entry, rotation, mask, image: Tensor, cache) -> tuple[Tensor, Tensor]:
         """One layer, from its normed input to the next one's."""
+        branch = layer.self_attn.o_proj(self.attend(layer.self_attn, *self.project(layer.self_attn, normed, rotation), mask, cache))
+        return self.add(layer, x, branch, table, next_norm, next_entry, image)
+
+    def add(self, layer, x: Tensor, branch: Tensor, table: Tensor, next_norm, next_entry, image: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer behind its attention: residual, norm, MLP, residual and the next layer's norm."""
         _, _, gate_attention, scale, shift, gate_mlp = table.unbind(1)                     # (N, C) each
         norm = layer.post_attention_layernorm
-        branch = self.attend(layer.self_attn, normed, rotation, mask, cache)
         x, normed = gated_residual_rms_norm(x, branch, 1 + gate_attention, norm.weight, scale, shift, image, eps=norm.variance_epsilon)
         return tuple(gated_residual_rms_norm(x, layer.mlp(normed), 1 + gate_mlp, next_norm.weight, *next_entry, image, eps=next_norm.variance_epsilon))
 
-    def attend(self, attention, x: Tensor, rotation: tuple[Tensor, Tensor], mask: TransfusionMask, cache: DynamicCache | None) -> Tensor:
-        """A layer's attention with its own weights: projections, norm and rotation of queries and keys in one pass, ours, projection."""
+    def project(self, attention, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """A layer's queries (B, H, S, D), keys and values (B, K, S, D) with its own weights; norm and rotation of the first two in one pass."""
         q, k, v = (project(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
         if self.FAMILIES[attention.config.model_type]:
-            q, k = qk_norm_rotary(q, k, attention.q_norm.weight, attention.k_norm.weight, *rotation, eps=attention.q_norm.variance_epsilon)
-        else:
-            q, k = qk_norm_rotary(q, k, None, None, *rotation)
+            return *qk_norm_rotary(q, k, attention.q_norm.weight, attention.k_norm.weight, *rotation, eps=attention.q_norm.variance_epsilon), v
+        return *qk_norm_rotary(q, k, None, None, *rotation), v
+
+    def attend(self, attention, q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, cache: DynamicCache | None) -> Tensor:
+        """A layer's attention between its projections, (B, S, H * D); a cache's keys and values come before."""
         if cache is not None:
             k, v = cache.update(k, v, attention.layer_idx)
         kinds, window = (getattr(attention.config, name, None) for name in ("layer_types", "sliding_window"))
         window = window if kinds is None or kinds[attention.layer_idx] == "sliding_attention" else None
         out, _ = integration.attend(attention, q, k, v, None, scaling=attention.scaling, sliding_window=window, transfusion_mask=mask)
-        return attention.o_proj(out.flatten(2))
+        return out.flatten(2)

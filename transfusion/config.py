@@ -3,7 +3,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from transfusion.objective import OBJECTIVES
 
-BACKBONES = ("decoder", "adaln")
+BACKBONES = ("decoder", "adaln", "experts")
 POSITIONS = ("1d", "2d")
 IMAGE_LAYERS = ("linear", "dit", "unet")
 
@@ -16,8 +16,10 @@ class TransfusionConfig(PreTrainedConfig):
         image_channels: channels of an image or of its VAE latent.
         image_size: (height, width) that `generate` draws when not told otherwise.
         patch_size: side of a square patch; an image's height and width are multiples of it.
-        backbone: "decoder", the language model as it is (the paper), or "adaln", whose norms and residuals each image's timestep modulates.
-        positions: of patches, "1d", one after the other like text (the paper), or "2d", a row and a column (see `tfkernels.grid_positions`; "adaln" only).
+        backbone: "decoder", the language model as it is (the paper), "adaln", whose norms and residuals each image's timestep modulates, or "experts",
+            the same with weights of their own for patches in all but attention (LMFusion, arXiv:2412.15188).
+        positions: of patches, "1d", one after the other like text (the paper), or "2d", a row and a column (see `tfkernels.grid_positions`; not
+            with "decoder").
         image_layers: in front of and behind the decoder: "linear" (the paper), "dit", linear in and a modulated final layer out, or "unet" (the paper's other
             choice), down blocks in, up blocks out and skips between.
         unet_channels, unet_blocks: of "unet": channels at each resolution, from the latent's down to one position a patch, and residual blocks at each.
@@ -43,9 +45,9 @@ class TransfusionConfig(PreTrainedConfig):
                 raise ValueError(f"TransfusionConfig: {name} is {value!r}; one of {', '.join(map(repr, choices))} fits")
         if patch_size < 1 or any(side % patch_size for side in image_size):
             raise ValueError(f"TransfusionConfig: image_size is {tuple(image_size)} and patch_size {patch_size}; multiples of the patch size fit")
-        if positions == "2d" and backbone != "adaln":
+        if positions == "2d" and backbone == "decoder":
             raise ValueError(f"TransfusionConfig: positions is '2d' and backbone {backbone!r}, which turns its heads itself; "
-                             "backbone 'adaln' or positions '1d' fits")
+                             "backbone 'adaln' or 'experts', or positions '1d' fits")
         if image_layers == "unet" and patch_size != 2**(len(unet_channels) - 1):
             raise ValueError(f"TransfusionConfig: patch_size is {patch_size} and unet_channels {tuple(unet_channels)}; a patch size of 2^k and k + 1 "
                              "channels fit, one number for each resolution down to a patch")

@@ -28,7 +28,8 @@ class InitSettings:
     patch_size: int = 2
     """side of an image patch"""
     backbone: str = "decoder"
-    """decoder: the language model as it is; adaln: each image's timestep modulates its norms and residuals"""
+    """decoder: the language model as it is; adaln: each image's timestep modulates its norms and residuals; experts: so, and patches
+    have copies of its weights of their own"""
     image_layers: str = "dit"
     """linear (the paper), dit (a modulated final layer) or unet (the paper's other choice)"""
     unet_channels: tuple[int, ...] = (64, 128)
@@ -78,8 +79,7 @@ def from_language_model(decoder, tokenizer, *, seed: int = 0, **config) -> Trans
     torch.manual_seed(seed)
     text_config = AutoConfig.for_model(**{k: v for k, v in decoder.config.to_dict().items() if k != "quantization_config"})
     model = Transfusion(TransfusionConfig(text_config=text_config, boi_token_id=boi, eoi_token_id=eoi, **config), tokenizer)
-    model.backbone.decoder.load_state_dict(decoder.state_dict())
-    model.backbone.decoder.generation_config = decoder.generation_config
+    model.backbone.load_text(decoder)
     return model
 
 

@@ -14,13 +14,14 @@ from transfusion import sample
 from transfusion.backbone import AdaLNBackbone, Backbone, LayerOffsets
 from transfusion.config import TransfusionConfig
 from transfusion.embed import PatchEmbedding, TimestepEmbedding, ZeroLinear
+from transfusion.experts import ExpertBackbone
 from transfusion.heads import DiTHead, LinearHead
 from transfusion.objective import OBJECTIVES
 from transfusion.sequence import Image, Part, Sequence
 from transfusion.tuning import load_adapter
 from transfusion.unet import UNetDown, UNetUp, ZeroConv2d
 
-BACKBONES = {"decoder": Backbone, "adaln": AdaLNBackbone}
+BACKBONES = {"decoder": Backbone, "adaln": AdaLNBackbone, "experts": ExpertBackbone}
 IMAGE_LAYERS = {"linear": (PatchEmbedding, LinearHead), "dit": (PatchEmbedding, DiTHead), "unet": (UNetDown, UNetUp)}
 
 
@@ -117,7 +118,7 @@ class Transfusion(PreTrainedModel):
         noised = noise_patchify(sequence.patches, signal, noise, seed, offsets=sequence.layout.offsets)
         x, skips = self.embed(sequence, noised, condition)
         positions = self.positions(sequence.positions, sequence.image, sequence.layout.columns)
-        x = self.backbone(x, positions, sequence.mask(), condition, sequence.image).flatten(0, 1)  # (B * S, C)
+        x = self.backbone(x, positions, sequence.mask(), condition, sequence.modality).flatten(0, 1)  # (B * S, C)
         text = self.backbone.text_loss(x, sequence.text_rows, sequence.text_targets)
         images = sequence.drawn * self.image_head.loss(x, sequence.patch_rows, condition, sequence.layout, skips, sequence.patches, p, q, seed)
         diffusion = images.sum() / sequence.drawn.sum().clamp(min=1)

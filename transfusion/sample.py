@@ -18,7 +18,7 @@ from tfkernels import TransfusionMask, unpatchify
 from transfusion.guidance import Guidance
 from transfusion.objective import solve
 from transfusion.sampler import make_sampler
-from transfusion.sequence import Document, Image, ImageLayout, Part, Text, encode, lay_out
+from transfusion.sequence import Document, Image, ImageLayout, Modality, Part, Text, encode, lay_out
 
 _EVER = torch.iinfo(torch.int32).max
 WRITING, DRAWING, DONE = range(3)
@@ -175,7 +175,9 @@ class _Cache:
         mask = TransfusionMask.from_intervals(torch.zeros_like(hi), hi, since=torch.zeros_like(until), until=until, offset=columns)
         image = torch.where(order < block, torch.arange(batch, device=x.device)[:, None], -1)  # (B, n)
         positions = model.positions(self.positions[:, None] + order, image, torch.full((batch,), max(1, grid[1]), dtype=torch.int32, device=x.device))
-        hidden = model.backbone(x, positions, mask, condition.expand(batch, -1), image, self.cache)
+        rows = torch.arange(batch * count, device=x.device).view(batch, count)
+        modality = Modality(image, rows[:, block:].flatten(), rows[:, :block].flatten())
+        hidden = model.backbone(x, positions, mask, condition.expand(batch, -1), modality, self.cache)
         self.positions = self.positions + valid.sum(1)
         return hidden
 
@@ -248,7 +250,7 @@ class _Sampler:
         x, _ = self.model.embed(sequence, sequence.patches, condition)
         cache, seen = DynamicCache(), sequence.documents >= 0
         positions = self.model.positions(sequence.positions, sequence.image, sequence.layout.columns)
-        hidden = self.model.backbone(x, positions, sequence.mask(), condition, sequence.image, cache)
+        hidden = self.model.backbone(x, positions, sequence.mask(), condition, sequence.modality, cache)
         return _Cache(cache, seen, seen.sum(1)), hidden[:, -1]
 
     def write(self, hidden: Tensor) -> Iterator[Event]:

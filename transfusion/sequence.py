@@ -74,6 +74,36 @@ class ImageLayout(NamedTuple):
         return [(grid, *(torch.tensor(x).to(self.image.device, non_blocking=True) for x in members)) for grid, members in found.items()]
 
 
+class Modality(NamedTuple):
+    """Which tokens of packed rows (B, S) are patches and which are text; padding is text.
+
+    The numbers of both are known on the host, so to take them apart and put them together waits for no device.
+
+    image: (B, S) int32 or int64, the image of each token, -1 for text.
+    text_rows: (T,) flat indices into B * S of text.
+    image_rows: (P,) flat indices into B * S of patches.
+    """
+
+    image: Tensor
+    text_rows: Tensor
+    image_rows: Tensor
+
+    def to(self, device) -> "Modality":
+        """Return the same on `device`."""
+        return Modality(*(x.to(device, non_blocking=True) for x in self))
+
+    def split(self, packed: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S, ...) -> text (1, T, ...) and patches (1, P, ...)."""
+        rows = packed.flatten(0, 1)
+        return rows.index_select(0, self.text_rows)[None], rows.index_select(0, self.image_rows)[None]
+
+    def join(self, text: Tensor, patches: Tensor) -> Tensor:
+        """Undo `split`."""
+        rows = text.new_empty(self.image.numel(), *text.shape[2:])                          # every row is written: each is text or a patch
+        rows = rows.index_copy_(0, self.text_rows, text[0]).index_copy_(0, self.image_rows, patches[0])
+        return rows.unflatten(0, self.image.shape)
+
+
 class Document(NamedTuple):
     """One encoded document: ids (S,), whether each is a text target, and its images as (start, patches, grid, image_first).
 
@@ -106,20 +136,29 @@ class Sequence:
     text_rows: Tensor     # (T,) flat indices into B * S whose next token is a target
     text_targets: Tensor  # (T,)
     patches: Tensor       # (P, patch_dim) clean
-    patch_rows: Tensor    # (P,) flat indices into B * S
-    image: Tensor         # (B, S) int32, the image each token belongs to, -1 for text
+    modality: Modality    # which tokens are text, which are patches and of which image
     image_first: Tensor   # (N,) bool: the image stands before any text of its document
     drawn: Tensor         # (N,) bool: the image has a time and a diffusion loss; a clean copy has time 0 and none
     layout: ImageLayout   # of the patches
 
     def to(self, device) -> "Sequence":
         """Return the same sequence on `device`."""
-        tensors = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "layout"}
-        return replace(self, **tensors, layout=self.layout.to(device))
+        tensors = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name not in ("modality", "layout")}
+        return replace(self, **tensors, modality=self.modality.to(device), layout=self.layout.to(device))
 
     def mask(self) -> TransfusionMask:
         """Return who sees whom."""
         return TransfusionMask.from_spans(self.spans, self.tokens.shape[1], documents=self.documents, hidden=self.hidden if self.hidden.shape[1] else None)
+
+    @property
+    def image(self) -> Tensor:
+        """(B, S) int32, the image each token belongs to, -1 for text."""
+        return self.modality.image
+
+    @property
+    def patch_rows(self) -> Tensor:
+        """(P,) flat indices into B * S."""
+        return self.modality.image_rows
 
     @property
     def image_count(self) -> int:
@@ -221,7 +260,7 @@ def lay_out(rows: list[list[Document]], seq_len: int, patch_dim: int, *, left: b
         *(torch.tensor(x, dtype=torch.int64).view(len(rows), seq_len) for x in (tokens, positions, owner)),
         _pad(spans), _pad(hidden),
         torch.tensor(text_rows, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64),
-        torch.cat([torch.zeros(0, patch_dim), *patches]), patch_rows, image.view(len(rows), seq_len),
+        torch.cat([torch.zeros(0, patch_dim), *patches]), Modality(image.view(len(rows), seq_len), (image < 0).nonzero()[:, 0], patch_rows),
         torch.tensor(first, dtype=torch.bool), torch.tensor(drawn, dtype=torch.bool), layout)
 
 

@@ -47,9 +47,10 @@ class ModelSettings:
     patch_size: int = 2
     """side of an image patch"""
     backbone: str = "decoder"
-    """decoder: the language model as it is (the paper); adaln: each image's timestep modulates its norms and residuals"""
+    """decoder: the language model as it is (the paper); adaln: each image's timestep modulates its norms and residuals; experts: so, and
+    patches have weights of their own"""
     positions: str = "1d"
-    """of patches: 1d, one after the other (the paper), or 2d, a row and a column (with backbone adaln)"""
+    """of patches: 1d, one after the other (the paper), or 2d, a row and a column (with backbone adaln or experts)"""
     image_layers: str = "dit"
     """linear (the paper), dit (a modulated final layer) or unet (the paper's other choice)"""
     objective: str = "flow"

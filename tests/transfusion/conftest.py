@@ -21,10 +21,12 @@ def tiny_model(objective="flow", backbone="decoder", image_layers="dit", positio
     for name, parameter in model.named_parameters():
         if "modulation" in name or "offsets" in name or name.startswith(("image_head", "patch_embedding")):
             torch.nn.init.normal_(parameter, std=0.3)
+        if name.startswith("backbone.image_") and parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()
 
 
-@pytest.fixture(scope="session", params=["decoder", "adaln, 2d"])
+@pytest.fixture(scope="session", params=["decoder", "adaln, 2d", "experts, 2d"])
 def model(request):
     backbone, *positions = request.param.split(", ")
     return tiny_model(backbone=backbone, positions=(positions or ["1d"])[0])

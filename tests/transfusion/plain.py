@@ -27,7 +27,7 @@ def plain_output(model, sequence, times: Tensor, seed: int) -> TransfusionOutput
     x = model.backbone.embed(sequence.tokens).flatten(0, 1)
     x = x.index_copy(0, sequence.patch_rows, model.patch_embedding.linear(noised + timestep)).view(*sequence.tokens.shape, -1)
     positions = model.positions(sequence.positions, sequence.image, sequence.layout.columns)
-    x = model.backbone(x, positions, sequence.mask(), condition, sequence.image).flatten(0, 1)
+    x = model.backbone(x, positions, sequence.mask(), condition, sequence.modality).flatten(0, 1)
     logits = model.backbone.logits(x[sequence.text_rows]).float()
     text = torch.nn.functional.cross_entropy(logits, sequence.text_targets, reduction="sum") / max(1, len(sequence.text_targets))
     y = x[sequence.patch_rows]

@@ -5,6 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from transfusion import Image, Text, Transfusion
+from transfusion.config import BACKBONES
 from transfusion.init import InitSettings, init
 from transfusion.sequence import encode, pack
 
@@ -36,7 +37,7 @@ def same_text(path, out):
     return ours
 
 
-@pytest.mark.parametrize("backbone", ["decoder", "adaln"])
+@pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_keeps_its_text_and_learns_images(tmp_path, family, backbone):
     path = language_model(tmp_path / "llm", family)

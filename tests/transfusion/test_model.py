@@ -30,7 +30,7 @@ def losses(model, documents, seq_len):
 def hidden_states(model, sequence, patches, times):
     condition = model.timestep(times)
     positions = model.positions(sequence.positions, sequence.image, sequence.layout.columns)
-    return model.backbone(model.embed(sequence, patches, condition)[0], positions, sequence.mask(), condition, sequence.image)
+    return model.backbone(model.embed(sequence, patches, condition)[0], positions, sequence.mask(), condition, sequence.modality)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -117,11 +117,13 @@ def test_a_fresh_model_predicts_nothing_about_images(pictures, backbone):
     torch.testing.assert_close(losses(fresh, [[pictures[0]]], 24).diffusion_loss, (noise_of(sequence, SEED) - sequence.patches).square().mean())
 
 
-def test_a_fresh_adaln_backbone_is_the_unmodified_decoder_and_text_always_sees_that(pictures):
-    plain, trained = tiny_model(), tiny_model(backbone="adaln")
+@pytest.mark.parametrize("backbone", ["adaln", "experts"])
+def test_a_fresh_backbone_is_the_unmodified_decoder_and_text_always_sees_that(pictures, backbone):
+    plain, trained = tiny_model(), tiny_model(backbone=backbone)
     fresh = Transfusion(trained.config).eval()
     for model in (fresh, trained):
         model.load_state_dict(plain.state_dict(), strict=False)
+    fresh.backbone.load_text(plain.backbone.decoder)
     sequence, times = packed(plain, [[Text("a"), pictures[0], Text("b")]], 32), torch.tensor([0.4])
     expected = hidden_states(plain, sequence, sequence.patches, times)
     torch.testing.assert_close(hidden_states(fresh, sequence, sequence.patches, times), expected)
@@ -140,8 +142,9 @@ def test_two_positions_tell_rows_from_columns_and_leave_text_alone(pictures):
     assert placed.tolist() == [[i // 4, i % 4] for i in range(16)]
 
 
-def test_gradient_checkpointing_changes_no_gradient(pictures):
-    model = tiny_model(backbone="adaln").train()
+@pytest.mark.parametrize("backbone", ["adaln", "experts"])
+def test_gradient_checkpointing_changes_no_gradient(pictures, backbone):
+    model = tiny_model(backbone=backbone).train()
     gradients = []
     for enable in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
         enable()
@@ -203,7 +206,7 @@ def test_paths_and_configs_that_do_not_fit_are_refused_by_name(tmp_path):
         Transfusion.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="objective is 'fow'; one of 'eps', 'v', 'flow', 'x0'"):
         TransfusionConfig(objective="fow")
-    with pytest.raises(ValueError, match="backbone is 'adalm'; one of 'decoder', 'adaln' fits"):
+    with pytest.raises(ValueError, match="backbone is 'adalm'; one of 'decoder', 'adaln', 'experts' fits"):
         TransfusionConfig(backbone="adalm")
     with pytest.raises(ValueError, match="positions is '2d' and backbone 'decoder'"):
         TransfusionConfig(positions="2d")

@@ -23,7 +23,7 @@ def draw_without_cache(model, prompt, steps, guidance, seed):
         condition = model.timestep(t[None])
         embedded, skips = model.embed(sequence, x, condition)
         positions = model.positions(sequence.positions, sequence.image, sequence.layout.columns)
-        hidden = model.backbone(embedded, positions, sequence.mask(), condition, sequence.image).flatten(0, 1)
+        hidden = model.backbone(embedded, positions, sequence.mask(), condition, sequence.modality).flatten(0, 1)
         return model.image_head(hidden[sequence.patch_rows], condition, sequence.layout, skips)
 
     for number in range(steps):
@@ -85,11 +85,11 @@ def test_later_text_reads_the_finished_image(model, monkeypatch):
     """What follows a drawn image must equal what follows the same image given in the prompt."""
     states, logits = [], model.backbone.logits
     monkeypatch.setattr(model.backbone, "logits", lambda x: states.append(x.clone()) or logits(x))
-    prompt = [Text("a handwritten seven")]
-    image, = model.draw([prompt], steps=2, seed=3, max_new_tokens=1)
+    prompts = [[Text("a handwritten seven")], [Text("a")]]
+    images = model.draw(prompts, steps=2, seed=3, max_new_tokens=1)
     drawn = states[0]
     states.clear()
-    model.generate([*prompt, image], max_new_tokens=1, max_images=0)
+    model.generate_batch([[*prompt, image] for prompt, image in zip(prompts, images)], max_new_tokens=1, max_images=0)
     torch.testing.assert_close(drawn, states[0], rtol=1e-4, atol=1e-4)
 
 
