@@ -30,7 +30,7 @@ def hidden_states(model, sequence, times, seed=SEED):
     noised, _ = add_noise(model.objective, sequence.patches, noise_of(sequence, seed), times[sequence.layout.image][:, None])
     condition = model.timestep(times)
     positions = model.positions(sequence.positions, sequence.image, sequence.layout.columns)
-    return model.backbone(model.embed(sequence, noised, condition)[0], positions, sequence.mask(), condition, sequence.image)
+    return model.backbone(model.embed(sequence, noised, condition)[0], positions, sequence.mask(), condition, sequence.modality)
 
 
 def seen_by_later_tokens(sequence):

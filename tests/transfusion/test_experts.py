@@ -41,7 +41,7 @@ def both_and_pick(backbone, x: Tensor, positions: Tensor, visible: Tensor, condi
     decoder, text = backbone.decoder.get_decoder(), (image < 0)[..., None]
     cos, sin = decoder.rotary_emb(x, position_ids=positions)
     for number, pair in enumerate(zip(decoder.layers, backbone.image_layers)):
-        table = backbone.modulation(torch.nn.functional.silu(condition)).view(-1, 6, x.shape[-1]) + backbone.layer_modulation[number]
+        table = backbone.modulation(torch.nn.functional.silu(condition)).view(-1, 6, x.shape[-1]) + backbone.offsets.weight[number]
         scale1, shift1, gate1, scale2, shift2, gate2 = table[image.clamp(min=0)].unbind(-2)                          # (B, S, C) each
         plain, own = (rms_norm(x, layer.input_layernorm) for layer in pair)
         normed = plain, own * (1 + scale1) + shift1

@@ -55,7 +55,7 @@ def test_02_patches_of_an_image_see_later_patches_and_images_do_not_see_later_im
 
     def hidden(patches):
         positions = model.positions(sequence.positions, sequence.image, sequence.layout.columns)
-        return model.backbone(model.embed(sequence, patches, condition)[0], positions, sequence.mask(), condition, sequence.image)[0]
+        return model.backbone(model.embed(sequence, patches, condition)[0], positions, sequence.mask(), condition, sequence.modality)[0]
 
     first, changed = sequence.patch_rows[0], sequence.patches.clone()
     changed[15] += 1
