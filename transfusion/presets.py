@@ -9,8 +9,8 @@
 
 Layers, hidden sizes and heads are table 2's. Parameters are the decoder's with both vocabulary matrices, whose sum the sizes are named after (within
 4 %; without the matrices 0.16B would be 0.11). Image layers are all else, most of which is the embedding of the timestep where they are linear;
-table 7's percentages hold. Its U-Net column stands in brackets: the paper gives 0.27 B for every size but no channels, so they are chosen here for that
-sum and meet it within 4.5 %. 106.1 % of the smallest model would be 0.17 B, and 3.8 % of the largest 0.26 B: there the table and 0.27 B cannot both hold.
+table 7's percentages hold. Its U-Net column stands in brackets: the paper gives 0.27 B for every size but no channels, so they are chosen here for
+that sum and meet it within 4.5 %. 106.1 % of the smallest model would be 0.17 B and 3.8 % of the largest 0.26 B: there both cannot hold.
 """
 import difflib
 from typing import NamedTuple
