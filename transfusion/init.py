@@ -55,6 +55,8 @@ def load_language_model(path: Path):
     except (OSError, ImportError) as error:
         raise ValueError(f"init: llm is {str(path)!r}, which cannot be loaded ({error}); safetensors fit, and GGUF where the packages gguf and accelerate "
                          "are installed; convert other formats first") from error
+    if options and decoder.config.eos_token_id is not None:  # transformers 5.17 takes a GGUF file's BOS for the tokenizer's EOS
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(decoder.config.eos_token_id)
     return decoder, tokenizer
 
 
