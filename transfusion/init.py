@@ -53,8 +53,8 @@ def load_language_model(path: Path):
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         decoder = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options, **weights)
     except (OSError, ImportError) as error:
-        raise ValueError(f"init: llm is {str(path)!r}, which cannot be loaded ({error}); safetensors fit, and GGUF where the packages gguf and accelerate "
-                         "are installed; convert other formats first") from error
+        raise ValueError(f"init: llm is {str(path)!r}, which cannot be loaded ({error}); safetensors fit, and GGUF where the packages gguf and "
+                         "accelerate are installed; convert other formats first") from error
     if options and decoder.config.eos_token_id is not None:  # transformers 5.17 takes a GGUF file's BOS for the tokenizer's EOS
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(decoder.config.eos_token_id)
     return decoder, tokenizer
@@ -79,7 +79,8 @@ def from_language_model(decoder, tokenizer, *, seed: int = 0, **config) -> Trans
         for weight in (decoder.get_input_embeddings().weight, decoder.get_output_embeddings().weight):
             weight[known:len(tokenizer)] = weight[:known].mean(0)
     torch.manual_seed(seed)
-    text_config = AutoConfig.for_model(**{k: v for k, v in decoder.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")})
+    left_out = "quantization_config", "_name_or_path"  # of the file, not of the model
+    text_config = AutoConfig.for_model(**{k: v for k, v in decoder.config.to_dict().items() if k not in left_out})
     model = Transfusion(TransfusionConfig(text_config=text_config, boi_token_id=boi, eoi_token_id=eoi, **config), tokenizer)
     model.backbone.decoder.load_state_dict(decoder.state_dict())
     model.backbone.decoder.generation_config = decoder.generation_config
