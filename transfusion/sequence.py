@@ -1,9 +1,10 @@
 """From parts to packed rows: Text and Image in, one `Sequence` of tokens, patches, spans and targets out.
 
-A document is BOS, its parts in order (an image is BOI, its patches in raster order, EOI), and EOS. Several documents share a
-row; they do not see each other and their positions start at 0. Text loss stands on every token that follows text, EOI or BOS
-in the same document, never where the input is BOI or a patch (arXiv:2408.11039, footnote 8). The EOS of an image without any text
-is no target: its caption was left out for guidance, and the model must not learn that nothing can be said about an image.
+A document is BOS, its parts in order (an image is BOI, its patches in raster order, EOI), and EOS. Text that begins with BOS, as
+a chat template's does, gets no second one. Several documents share a row; they do not see each other and their positions start at 0.
+Text loss stands on every token that follows text, EOI or BOS in the same document, never where the input is BOI or a patch
+(arXiv:2408.11039, footnote 8). The EOS of an image without any text is no target: its caption was left out for guidance, and the
+model must not learn that nothing can be said about an image.
 
 What follows an image reads it as it is noised (the paper), or clean: `with_clean_copies` lays an image out as BOI, noised patches, clean
 patches, EOI. Nothing else sees the noised patches; the clean ones take their positions, time 0 and no loss. So all that follows has the
@@ -174,6 +175,8 @@ def encode(parts: list[Part], tokenizer, config, *, end: bool = True) -> Documen
     for part in parts:
         if isinstance(part, Text):
             ids = _token_ids(tokenizer, part.text)
+            if list(ids[:1]) == tokens:  # a second BOS
+                ids = ids[1:]
             tokens += ids
             targets += [part.loss] * len(ids)
             text_seen = text_seen or bool(ids)

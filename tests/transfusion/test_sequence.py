@@ -22,6 +22,15 @@ def test_a_document_is_bos_parts_eos_with_each_image_between_boi_and_eoi():
     assert encode([PICTURE, Text("x")], TOKENIZER, CONFIG).images[0][3]
 
 
+def test_text_that_brings_its_own_bos_gets_no_second_one():
+    bos = TOKENIZER.bos_token
+    assert encode([Text(f"{bos}a"), Text("b")], TOKENIZER, CONFIG) == encode([Text("a"), Text("b")], TOKENIZER, CONFIG)
+    inside = encode([Text("a"), Text(f"{bos}b")], TOKENIZER, CONFIG, end=False).tokens
+    assert inside == [t for text in (bos, "a", bos, "b") for t in TOKENIZER.encode(text, add_special_tokens=False)]
+    after = encode([PICTURE, Text(f"{bos}b")], TOKENIZER, CONFIG)
+    assert after.tokens.count(TOKENIZER.bos_token_id) == 2 and len(after.tokens) == len(after.targets)
+
+
 def test_text_loss_stands_where_text_or_boi_or_eos_follows_and_never_where_the_input_is_boi_or_a_patch():
     sequence = pack([encode([Text("a handwritten seven"), PICTURE, Text(" and")], TOKENIZER, CONFIG)], 48, 4)
     tokens = sequence.tokens[0].tolist()
