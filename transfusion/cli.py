@@ -11,6 +11,7 @@ from PIL import Image as Picture
 from transfusion.guidance import Guidance
 from transfusion.model import Transfusion
 from transfusion.sequence import Image, Text
+from transfusion.vae import VAE
 
 
 @dataclass(frozen=True)
@@ -69,23 +70,27 @@ class Caption:
     """text tokens at most"""
 
 
-def load_image(path: Path, config) -> Image:
-    """Read a picture file as the model sees it: its channels and size, values in [-1, 1]."""
-    if config.image_channels not in (1, 3):
-        raise ValueError(f"load_image: the model's images have {config.image_channels} channels; picture files fit models of 1 (grey) or 3 (colour)")
+def load_image(path: Path, config, vae: VAE | None = None) -> Image:
+    """Read a picture file as the model sees it: its channels and size, values in [-1, 1], or the latent that its VAE makes of them."""
+    channels, factor = (config.image_channels, 1) if vae is None else (vae.picture_channels, vae.factor)
+    if channels not in (1, 3):
+        raise ValueError(f"load_image: the model's images have {channels} channels and no VAE; picture files fit models of 1 (grey) or 3 (colour), "
+                         "or with a VAE (transfusion init --vae)")
     try:
         with Picture.open(path) as picture:
-            height, width = config.image_size
-            picture = picture.convert("L" if config.image_channels == 1 else "RGB").resize((width, height), Picture.Resampling.LANCZOS)
+            height, width = (side * factor for side in config.image_size)
+            picture = picture.convert("L" if channels == 1 else "RGB").resize((width, height), Picture.Resampling.LANCZOS)
             pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, -1)
     except OSError as error:
         raise ValueError(f"load_image: {path} is not a picture that can be read ({error})") from error
-    return Image(pixels.movedim(-1, 0).float() / 127.5 - 1)
+    pixels = pixels.movedim(-1, 0).float() / 127.5 - 1
+    return Image(pixels if vae is None else vae.encode(pixels[None])[0])
 
 
-def save_image(image: Image, path: Path) -> None:
-    """Write an image of 1 or 3 channels as a picture file."""
-    pixels = ((image.latent.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(0, -1).squeeze(-1)
+def save_image(image: Image, path: Path, vae: VAE | None = None) -> None:
+    """Write an image of 1 or 3 channels, or what the VAE makes of its latent, as a picture file."""
+    pixels = image.latent if vae is None else vae.decode(image.latent[None])[0]
+    pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(0, -1).squeeze(-1)
     path.parent.mkdir(parents=True, exist_ok=True)
     Picture.fromarray(pixels.numpy()).save(path)
 
@@ -98,7 +103,7 @@ def sample(options: Sample) -> None:
     settings |= {"image_size": options.size, "guidance": guidance}
     if options.image is None and not options.prompt.strip():
         raise ValueError("sample: prompt is empty; some text fits, e.g. --prompt 'a handwritten seven'")
-    given = [] if options.image is None else [load_image(options.image, model.config)]
+    given = [] if options.image is None else [load_image(options.image, model.config, model.vae)]
     given += [Text(options.prompt)] if options.prompt.strip() else []
     if options.draw:
         parts = model.draw([given], **settings)
@@ -111,14 +116,14 @@ def sample(options: Sample) -> None:
             continue
         drawn += 1
         path = options.out if drawn == 1 else options.out.with_stem(f"{options.out.stem}-{drawn}")
-        save_image(part, path)
+        save_image(part, path, model.vae)
         print(f"[{path}]")
 
 
 def caption(options: Caption) -> None:
     """Run `transfusion caption`."""
     model = Transfusion.from_pretrained(options.model).eval()
-    images = [load_image(path, model.config) for path in options.images]
+    images = [load_image(path, model.config, model.vae) for path in options.images]
     for path, text in zip(options.images, model.caption(images, options.question, max_new_tokens=options.max_new_tokens)):
         print(f"{path}: {text}")
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transfusion.config import TransfusionConfig
 from transfusion.model import Transfusion
 from transfusion.tokenizer import BOI, EOI
+from transfusion.vae import VAE
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,12 @@ class InitSettings:
     """directory of a causal language model in transformers' format (safetensors), or a GGUF file with its tokenizer inside"""
     out: Path
     """directory of the new checkpoint"""
+    vae: Path | None = None
+    """directory of a diffusers AutoencoderKL whose latents are the model's images; it is copied into the checkpoint"""
     image_channels: int = 3
-    """channels of an image or of its VAE latent"""
+    """channels of an image; with a VAE those of its latents, whatever is said here"""
     image_size: tuple[int, int] = (32, 32)
-    """height and width that are drawn when not told otherwise"""
+    """height and width, of latents where there is a VAE, that are drawn when not told otherwise"""
     patch_size: int = 2
     """side of an image patch"""
     backbone: str = "decoder"
@@ -89,10 +92,12 @@ def from_language_model(decoder, tokenizer, *, seed: int = 0, **config) -> Trans
 
 def init(settings: InitSettings) -> Path:
     """Run `transfusion init`; return the new checkpoint's directory."""
+    vae = None if settings.vae is None else VAE.from_pretrained(settings.vae)
     decoder, tokenizer = load_language_model(settings.llm)
     config = {name: getattr(settings, name) for name in ("image_channels", "image_size", "patch_size", "backbone", "image_layers", "unet_channels",
                                                          "unet_blocks", "objective")}
-    model = from_language_model(decoder, tokenizer, seed=settings.seed, **config)
+    model = from_language_model(decoder, tokenizer, seed=settings.seed, **config | ({} if vae is None else {"image_channels": vae.channels}))
+    model.vae = vae
     model.save_pretrained(settings.out)
     text, images = (sum(p.numel() for name, p in model.named_parameters() if name.startswith("backbone.decoder.") == inside) for inside in (True, False))
     print(f"{settings.out}: {text:,} parameters of {type(decoder).__name__}, {images:,} of images; BOI {model.config.boi_token_id}, "

@@ -20,6 +20,7 @@ from transfusion.objective import OBJECTIVES
 from transfusion.sequence import Image, Part, Sequence
 from transfusion.tuning import load_adapter
 from transfusion.unet import UNetDown, UNetUp, ZeroConv2d
+from transfusion.vae import VAE
 
 BACKBONES = {"decoder": Backbone, "adaln": AdaLNBackbone, "experts": ExpertBackbone}
 IMAGE_LAYERS = {"linear": (PatchEmbedding, LinearHead), "dit": (PatchEmbedding, DiTHead), "unet": (UNetDown, UNetUp)}
@@ -35,7 +36,7 @@ class TransfusionOutput(NamedTuple):
 
 
 class Transfusion(PreTrainedModel):
-    """A decoder, a patch embedding in front of it and an image head behind it. `tokenizer` travels with the checkpoint."""
+    """A decoder, a patch embedding in front of it and an image head behind it. `tokenizer` and `vae` travel with the checkpoint."""
 
     config_class = TransfusionConfig
     base_model_prefix = "transfusion"
@@ -52,6 +53,7 @@ class Transfusion(PreTrainedModel):
         self.patch_embedding, self.image_head = (layer(config, hidden) for layer in IMAGE_LAYERS[config.image_layers])
         self.objective = OBJECTIVES[config.objective]
         self.tokenizer = tokenizer
+        self.vae: VAE | None = None  # what its latents are of; set it to encode and decode pictures
         self._tied_weights_keys = {f"backbone.decoder.{a}": f"backbone.decoder.{b}" for a, b in (self.backbone.decoder._tied_weights_keys or {}).items()}
         self.post_init()
 
@@ -89,13 +91,17 @@ class Transfusion(PreTrainedModel):
         model = super().from_pretrained(path, *args, use_safetensors=True, **kwargs)
         if (path / "tokenizer.json").is_file():
             model.tokenizer = AutoTokenizer.from_pretrained(path)
+        if (path / "vae").is_dir():
+            model.vae = VAE.from_pretrained(path / "vae")
         return model
 
     def save_pretrained(self, path, *args, **kwargs) -> None:
-        """Write config.json, model.safetensors and the tokenizer's files."""
+        """Write config.json, model.safetensors, the tokenizer's files and the autoencoder, if there is one."""
         super().save_pretrained(path, *args, **kwargs)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(path)
+        if self.vae is not None:
+            self.vae.save_pretrained(Path(path) / "vae")
 
     def embed(self, sequence: Sequence, patches: Tensor, condition: Tensor) -> tuple[Tensor, list]:
         """Token embeddings (B, S, C) with the (noised) patches' embeddings in their places, and what skips the decoder to the image head."""

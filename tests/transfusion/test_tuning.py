@@ -8,16 +8,17 @@ from safetensors.torch import load_file
 from tests.transfusion.test_init import language_model
 from tests.transfusion.test_train import losses, small
 from transfusion import Text, Transfusion
+from transfusion.config import BACKBONES
 from transfusion.init import InitSettings, init
 from transfusion.train import train
 from transfusion.tuning import TuneSettings, prepare, trained_table
 
 
-@pytest.fixture(scope="module", params=["llama, untied", "qwen2, tied", "llama, adaln"])
+@pytest.fixture(scope="module", params=["llama, untied", "qwen2, tied", "llama, adaln", "qwen3, experts"])
 def start(request, tmp_path_factory):
     path, (family, kind) = tmp_path_factory.mktemp("start"), request.param.split(", ")
     llm = language_model(path / "llm", family, tied=kind == "tied")
-    return init(InitSettings(llm=llm, out=path / "model", image_channels=1, image_size=(8, 8), backbone="adaln" if kind == "adaln" else "decoder"))
+    return init(InitSettings(llm=llm, out=path / "model", image_channels=1, image_size=(8, 8), backbone=kind if kind in BACKBONES else "decoder"))
 
 
 def run(out, start, trained, **changes):
