@@ -182,7 +182,7 @@ def encode(parts: list[Part], tokenizer, config, *, end: bool = True) -> Documen
             text_seen = text_seen or bool(ids)
         elif isinstance(part, Image):
             _check_image(part, config)
-            patches = torch.nn.functional.pixel_unshuffle(part.latent.float(), config.patch_size).flatten(1).T  # as tfkernels.patchify, without its cost a call
+            patches = torch.nn.functional.pixel_unshuffle(part.latent.float(), config.patch_size).flatten(1).T  # tfkernels.patchify, cheaper here
             grid = part.latent.shape[1] // config.patch_size, part.latent.shape[2] // config.patch_size
             images.append((len(tokens) + 1, patches, grid, not text_seen))
             tokens += [config.boi_token_id] + [config.eoi_token_id] * (len(patches) + 1)
