@@ -163,6 +163,21 @@ def test_checkpoints_come_back_equal_and_hold_no_pickle(model, pictures, tmp_pat
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "transfusion"
 
 
+@pytest.mark.parametrize("patch_size", [1, 4, 8])
+@pytest.mark.parametrize("layers", ["linear", "dit"])
+def test_patches_of_other_sizes_train_and_draw(pictures, layers, patch_size):
+    base = tiny_model()
+    config = TransfusionConfig(text_config=base.config.text_config, patch_size=patch_size, image_layers=layers, boi_token_id=base.config.boi_token_id,
+                               eoi_token_id=base.config.eoi_token_id)
+    model = Transfusion(config, base.tokenizer)
+    sequence = pack([encode([Text("a"), pictures[0]], model.tokenizer, config)], 80, patch_size**2)
+    output = model(sequence, torch.tensor([0.5]), SEED)
+    output.loss.backward()
+    torch.testing.assert_close(output.diffusion_loss, plain_output(model, sequence, torch.tensor([0.5]), SEED).diffusion_loss)
+    assert len(sequence.patches) == (8 // patch_size)**2 and model.image_head.linear.weight.grad.abs().sum() > 0
+    assert model.eval().draw(["a"], steps=1, image_size=(8, 16))[0].latent.shape == (1, 8, 16)
+
+
 def test_tied_embeddings_come_back_tied(tmp_path):
     tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path)
     again = Transfusion.from_pretrained(tmp_path)

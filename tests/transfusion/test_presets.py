@@ -4,7 +4,10 @@ import torch
 from transformers import LlamaConfig
 
 from transfusion import Image, Text, Transfusion, TransfusionConfig
-from transfusion.presets import PAPER, Size, mlp_width, paper, paper_training
+from transfusion.objective import OBJECTIVES
+from transfusion.presets import PAPER, Size, mlp_width, paper, paper_sampling, paper_training
+from transfusion.sample import Sampling
+from transfusion.sampler import make_sampler
 from transfusion.sequence import encode, pack
 from transfusion.tokenizer import train_tokenizer
 from transfusion.train import learning_rate
@@ -108,3 +111,10 @@ def test_a_small_model_of_the_same_form_trains_and_draws_latents_of_eight_channe
     assert last.weight.grad.abs().sum() > 0
     image, = model.eval().draw(["a handwritten seven"], steps=2)
     assert image.latent.shape == (8, 32, 32) and torch.isfinite(image.latent).all()
+
+
+def test_the_sampling_is_the_papers():
+    options = Sampling.of(paper_sampling(guidance=5.0))
+    times = make_sampler(options.sampler, OBJECTIVES["eps"], options.steps, 256).times
+    assert len(times) == 250 and options.guidance == 5.0 and Sampling.of(paper_sampling()).guidance == 3.0 and options.temperature == 0
+    torch.testing.assert_close(times, torch.arange(996, 0, -3.984) / 1000, rtol=0, atol=1e-6)  # 250 of the 1000 it was trained with, evenly
