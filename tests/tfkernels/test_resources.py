@@ -122,6 +122,7 @@ if __name__ == "__main__":
 
 `python -m tests.tfkernels.test_resources`, Triton {triton.__version__}. A tile is queries x keys; `spilled` is the stack in bytes a thread. `check`: masks
 of two sides; `narrow`: HEAD_DIM 80 in D 128; `tf32`: float32 where PyTorch allows it. The last {len(RARE)} rows are left out of the tests for time.
+The kernels around attention are compiled by the tests of their own operators (`pytest -k spill`).
 
 | arch | bytes | D | kernel | tile | warps | stages | registers | spilled | shared KiB | multiplies |""")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
