@@ -172,6 +172,15 @@ def build_optimizer(model: Transfusion, optim: OptimSettings) -> torch.optim.Ada
                              lr=optim.lr, betas=optim.betas, fused=True)
 
 
+def build_average(model: torch.nn.Module, optim: OptimSettings) -> AveragedModel:
+    """Exponential moving average of what is trained; what is frozen stays in memory once."""
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(optim.ema))
+    for copied, p in zip(averaged.module.parameters(), model.parameters()):
+        if not p.requires_grad:
+            copied.data = p.data
+    return averaged
+
+
 def train(config: TrainConfig) -> Path:
     """Run `config` to its end, to `stop_after` or to Ctrl-C; return the directory with the checkpoint."""
     # data and model
@@ -181,7 +190,7 @@ def train(config: TrainConfig) -> Path:
     base = (build_model(config, dataset) if config.tune.start is None else start_model(config, dataset)).to(device)
     torch.manual_seed(config.seed)  # adapters start at random
     model = prepare(base, config.tune).train()
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema))
+    averaged = build_average(model, config.optim)
     print(trained_table(model), flush=True)
 
     # optimizer

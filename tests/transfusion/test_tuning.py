@@ -10,7 +10,7 @@ from tests.transfusion.test_train import losses, small
 from transfusion import Text, Transfusion
 from transfusion.config import BACKBONES
 from transfusion.init import InitSettings, init
-from transfusion.train import train
+from transfusion.train import OptimSettings, build_average, train
 from transfusion.tuning import TuneSettings, prepare, trained_table
 
 
@@ -79,6 +79,21 @@ def test_a_stopped_adapter_run_goes_on_as_if_it_had_not_stopped(tmp_path, start)
     state = load_file(tmp_path / "whole" / "resume" / "state.safetensors")
     kept = sum(x.numel() for name, x in state.items() if name.startswith("model."))
     assert kept < 0.7 * sum(p.numel() for p in Transfusion.from_pretrained(start).parameters())
+
+
+def test_the_average_copies_what_is_trained_and_shares_what_is_frozen(start):
+    model = prepare(Transfusion.from_pretrained(start), TuneSettings(start=start, trained="lora"))
+    averaged = build_average(model, OptimSettings(ema=0.5))
+    before = [p.clone() for p in model.parameters()]
+    with torch.no_grad():
+        for _ in range(3):
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(1)
+            averaged.update_parameters(model)
+    for copied, p, first in zip(averaged.module.parameters(), model.parameters(), before):
+        assert (copied.data_ptr() == p.data_ptr()) != p.requires_grad and torch.equal(p, first) != p.requires_grad
+        torch.testing.assert_close(p - copied, torch.full_like(p, 0.75 * p.requires_grad))  # 1, 2, 3 and, averaged, 1, 1.5, 2.25
 
 
 def test_the_table_counts_every_parameter_and_those_that_change(start, capsys, tmp_path):
