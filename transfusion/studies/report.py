@@ -1,6 +1,7 @@
 """From runs to a study's table, sentences, plot and samples.
 
-A pair's order is decided by the differences of equal seeds: their mean and its standard error. A mean less than two standard errors from zero is the same.
+A pair's order is decided by the differences of equal seeds: their mean and its standard error. A mean less than two standard errors from zero is the same;
+so are two numbers of the paper, which has no error bars, that differ by less than 2 %.
 """
 import json
 import math
@@ -41,7 +42,7 @@ def difference(a: dict[int, float], b: dict[int, float]) -> Difference:
 def sentence(metric: str, labels: tuple[str, str], ours: Difference, paper: tuple[float, float]) -> str:
     """Say whether the order of two arms in `metric` is the paper's; `paper` are its numbers for both."""
     title, better = METRICS[metric].title, 1 if METRICS[metric].more_is_better else -1
-    theirs = (paper[0] > paper[1]) - (paper[0] < paper[1])
+    theirs = 0 if abs(paper[0] - paper[1]) < 0.02 * max(paper) else 1 if paper[0] > paper[1] else -1
     verdict = "same within error" if ours.sign == 0 else f"{labels[0] if ours.sign == better else labels[1]} is better"
     verdict = "one seed, no error" if math.isnan(ours.error) else verdict
     held = "agrees with" if ours.sign == theirs else "differs from" if ours.sign == -theirs or theirs == 0 else "does not show"
@@ -92,8 +93,8 @@ def notes(study: Study, data: StudyData, results: list[dict]) -> list[str]:
     seeds = len({result["seed"] for result in results})
     lines = [f"{data.name}, {seeds} seeds (± is the standard deviation over them); {optim.steps} steps of {optim.rows} x {optim.seq_len} tokens, lr "
              f"{optim.lr:g}; {model.layers} layers of width {model.hidden}, {model.objective}-prediction, lambda {model.diffusion_weight:g}, captions first "
-             f"{data.base.data.caption_first:.0%}; {measuring.draws} pictures drawn in {measuring.steps} steps at guidance {measuring.guidance:g}. Pictures are "
-             "pixels, without a VAE.",
+             f"{data.base.data.caption_first:.0%}; {measuring.draws} pictures drawn in {measuring.steps} steps at guidance {measuring.guidance:g}. Pictures "
+             "are pixels, without a VAE.",
              "Fréchet distance, precision, recall and label accuracy are of a small classifier trained on the same real pictures, so they compare with each "
              "other and not with the paper's FID and CLIP; losses are nats per caption token."]
     for row in study.rows:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from transfusion.data import DATASETS
-from transfusion.eval.classifier import ClassifierSettings, train_classifier
+from transfusion.eval.classifier import train_classifier
 from transfusion.eval.features import Features
 from transfusion.model import Transfusion
 from transfusion.sequence import Text, encode
