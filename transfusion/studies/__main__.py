@@ -32,7 +32,8 @@ def fast(data: StudyData) -> StudyData:
     """The same data set with two steps of everything."""
     base = replace(data.base, optim=replace(data.base.optim, steps=2, rows=1, warmup=1), model=replace(data.base.model, hidden=24, layers=1, mlp=32))
     return replace(data, base=base, measuring=Measuring(draws=2 * len(data.captions), steps=2), channels=(8,) * len(data.channels),
-                   autoencoder=replace(data.autoencoder, steps=3, batch=8, codes=8), classifier=ClassifierSettings(steps=2, batch=8))
+                   autoencoder=replace(data.autoencoder, steps=3, batch=8, codes=8),
+                   classifier=ClassifierSettings(size=16, width=8, depths=(1,), steps=2, batch=8))
 
 
 def run_studies(settings: StudySettings) -> list[Path]:
@@ -57,6 +58,8 @@ def main(args: list[str] | None = None) -> None:
         run_studies(settings)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt as stop:
+        raise SystemExit(f"stopped: {stop}") from None
 
 
 if __name__ == "__main__":

@@ -65,9 +65,9 @@ class StudyData:
         return {arm.name: arm for arm in arms}
 
 
-_DECODER = ModelSettings(hidden=96, layers=3, heads=3, kv_heads=3, mlp=256, image_layers="linear", objective="eps", unet_blocks=1)
+_DECODER = ModelSettings(hidden=96, layers=3, heads=3, kv_heads=3, mlp=256, image_layers="linear", objective="v", unet_blocks=1)
 _PAIRS = DataSettings(caption_first=0.8, caption_dropout=0.1, noise_limit=0.5)
-_OPTIM = OptimSettings(steps=600, rows=4, seq_len=256, lr=3e-3, min_lr=1e-5, warmup=50, weight_decay=0.05, ema=0.99)
+_OPTIM = OptimSettings(steps=1400, rows=2, seq_len=256, lr=3e-3, min_lr=1e-5, warmup=50, weight_decay=0.05, ema=0.995)
 _RUN = TrainConfig(model=_DECODER, data=_PAIRS, optim=_OPTIM, device="cpu", save_every=100)
 
 

@@ -2,22 +2,23 @@
 import torch
 
 from transfusion.data import DATASETS, DataSettings
-from transfusion.emoji import CATEGORIES, STYLES, Emoji
+from transfusion.emoji import STYLES, Emoji
 from transfusion.sequence import Image, Part, Text
 
-KINDS = {"Smileys & Emotion": "a smiley", "People & Body": "a person", "Component": "a component", "Animals & Nature": "an animal",
-         "Food & Drink": "a food", "Travel & Places": "a place", "Activities": "an activity", "Objects": "an object", "Symbols": "a symbol", "Flags": "a flag"}
+KINDS = {"Smileys & Emotion": "a smiley", "People & Body": "a person", "Animals & Nature": "an animal or a plant", "Food & Drink": "food or drink",
+         "Travel & Places": "a place or a vehicle", "Activities": "an activity", "Objects": "an object", "Symbols": "a symbol", "Flags": "a flag"}
 
 
 class EmojiKinds:
     """The emoji at 16x16 with a category and a style for a caption, e.g. "an animal, noto style"; a class is one of each."""
 
     image_shape = (3, 16, 16)
-    captions = tuple(f"{KINDS[category]}, {style} style" for category in CATEGORIES for style in STYLES)
+    captions = tuple(f"{kind}, {style} style" for kind in KINDS.values() for style in STYLES)
 
     def __init__(self, split: str = "train"):
-        emoji = Emoji(split, size=16)
-        self.images, self.labels = emoji.images, emoji.categories * len(STYLES) + emoji.styles
+        emoji, order = Emoji(split), list(KINDS)
+        kinds = torch.tensor([order.index(name) for name in emoji.category_names])[emoji.categories]
+        self.images, self.labels = torch.nn.functional.avg_pool2d(emoji.images, emoji.size // 16), kinds * len(STYLES) + emoji.styles
 
     def texts(self) -> list[str]:
         """Every text that documents are made of."""

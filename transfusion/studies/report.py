@@ -45,9 +45,9 @@ def sentence(metric: str, labels: tuple[str, str], ours: Difference, paper: tupl
     theirs = 0 if abs(paper[0] - paper[1]) < 0.02 * max(paper) else 1 if paper[0] > paper[1] else -1
     verdict = "same within error" if ours.sign == 0 else f"{labels[0] if ours.sign == better else labels[1]} is better"
     verdict = "one seed, no error" if math.isnan(ours.error) else verdict
-    held = "agrees with" if ours.sign == theirs else "differs from" if ours.sign == -theirs or theirs == 0 else "does not show"
+    held = "agrees with the paper" if ours.sign == theirs else "does not show the paper's order" if ours.sign == 0 else "differs from the paper"
     best = "no difference" if theirs == 0 else f"{labels[0] if theirs == better else labels[1]} better"
-    claim = "" if math.isnan(ours.error) else f": {held} the paper"
+    claim = "" if math.isnan(ours.error) else f": {held}"
     return (f"{title}, {labels[0]} minus {labels[1]}: {ours.mean:+.3g} ± {ours.error:.2g}, {verdict}{claim} "
             f"({METRICS[metric].paper} {paper[0]:g} and {paper[1]:g}, {best})")
 
@@ -129,10 +129,10 @@ def plot(path: Path, study: Study, results: list[dict], real: dict[str, dict[str
     plt.close(figure)
 
 
-def mosaic(images: Tensor, rows: int) -> Tensor:
-    """Pictures (rows * columns, C, H, W), row by row, as one (H', W', C) in [0, 1] with a white line between them."""
+def mosaic(images: Tensor, rows: int, line: float) -> Tensor:
+    """Pictures (rows * columns, C, H, W), row by row, as one (H', W', C) in [0, 1] with a line behind each."""
     count, channels, height, width = images.shape
-    framed = torch.nn.functional.pad((images.clamp(-1, 1) + 1) / 2, (0, 1, 0, 1), value=1.0).unflatten(0, (rows, count // rows))
+    framed = torch.nn.functional.pad((images.clamp(-1, 1) + 1) / 2, (0, 1, 0, 1), value=line).unflatten(0, (rows, count // rows))
     return framed.permute(0, 3, 1, 4, 2).reshape(rows * (height + 1), -1, channels)
 
 
@@ -141,8 +141,8 @@ def samples(path: Path, study: Study, data: StudyData, drawn: dict[str, Tensor],
     classes, blocks = len(data.titles), {**{row.label: drawn[row.arm] for row in study.rows}, "real, held out": real}
     figure, axes = plt.subplots(1, len(blocks), figsize=(2.7 * len(blocks) + 1, 0.36 * classes + 0.8), squeeze=False)
     for axis, (label, images) in zip(axes[0], blocks.items()):
-        picture = mosaic(images, classes)
-        axis.imshow(1 - picture[..., 0] if ink else picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        picture = mosaic(-images if ink else images, classes, line=0.8)
+        axis.imshow(picture.squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axis.set_title(label, fontsize=9)
         axis.axis("off")
     height = images.shape[-1] + 1
@@ -152,9 +152,9 @@ def samples(path: Path, study: Study, data: StudyData, drawn: dict[str, Tensor],
     plt.close(figure)
 
 
-def by_class(images: Tensor, labels: Tensor, classes: int, count: int) -> Tensor:
-    """The first `count` pictures of each class, (classes * count, C, H, W); white where a class has fewer."""
-    chosen = torch.ones(classes, count, *images.shape[1:])
+def by_class(images: Tensor, labels: Tensor, classes: int, count: int, blank: float) -> Tensor:
+    """The first `count` pictures of each class, (classes * count, C, H, W); `blank` ones where a class has fewer."""
+    chosen = torch.full((classes, count, *images.shape[1:]), blank)
     for label in range(classes):
         found = images[labels == label][:count]
         chosen[label, :len(found)] = found
@@ -171,10 +171,11 @@ def report(study: Study, data: StudyData, results: list[dict], bench, columns: i
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
     stem.with_suffix(".json").write_text(json.dumps({"study": study._asdict(), "real": real, "runs": results}, indent=2) + "\n")
     plot(stem.with_suffix(".png"), study, results, real)
-    classes = len(data.captions)
+    classes, ink = len(data.captions), bench.held_out.images.shape[1] == 1
+    columns, blank = min(columns, data.measuring.draws // classes), -1.0 if ink else 1.0
     drawn = {row.arm: load_file(bench.out / f"{row.arm}-0" / "drawn.safetensors")["drawn"] for row in study.rows}
     labels = torch.arange(len(next(iter(drawn.values())))) % classes
-    drawn = {arm: by_class(images, labels, classes, columns) for arm, images in drawn.items()}
-    held_out = by_class(bench.held_out.images, bench.held_out.labels, classes, columns)
-    samples(Path(f"{stem}-samples.png"), study, data, drawn, held_out, ink=held_out.shape[1] == 1)
+    drawn = {arm: by_class(images, labels, classes, columns, blank) for arm, images in drawn.items()}
+    held_out = by_class(bench.held_out.images, bench.held_out.labels, classes, columns, blank)
+    samples(Path(f"{stem}-samples.png"), study, data, drawn, held_out, ink)
     return stem.with_suffix(".md")

@@ -96,7 +96,9 @@ def run(bench: Bench, arm: Arm, seed: int) -> dict:
     config = dataclasses.replace(pictures.prepare(config), resume=(out / "resume" / "run.json").is_file())
     began = time.perf_counter()
     train(config)
-    trained = time.perf_counter()
+    trained, done = time.perf_counter(), json.loads((out / "resume" / "run.json").read_text())["step"]
+    if done < config.optim.steps:  # train itself stops at Ctrl-C and saves
+        raise KeyboardInterrupt(f"{arm.name}, seed {seed}, was stopped after {done} of {config.optim.steps} steps; the same command goes on")
     model = Transfusion.from_pretrained(out).eval()
     metrics, drawn = measure(bench, model, pictures, seed)
     example = encode([Text(bench.data.captions[0]), *pictures.parts(bench.train.images[:1])], model.tokenizer, model.config)

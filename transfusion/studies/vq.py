@@ -18,13 +18,13 @@ from tqdm import tqdm
 class AutoencoderSettings:
     """A VQ autoencoder and its training."""
 
-    channels: tuple[int, ...] = (32, 64)
+    channels: tuple[int, ...] = (16, 32)
     """at each resolution; each further one halves the sides"""
     codes: int = 128
     """vectors in the codebook"""
     code_dim: int = 8
     """numbers in one"""
-    steps: int = 1200
+    steps: int = 900
     """optimizer steps"""
     batch: int = 64
     """pictures in one"""
