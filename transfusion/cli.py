@@ -143,8 +143,20 @@ def _vae_train(args: list[str]) -> None:
     train_main(args)
 
 
+def _vae_eval(args: list[str]) -> None:
+    from transfusion.vae_eval import VAEEvalSettings, evaluate
+    evaluate(tyro.cli(VAEEvalSettings, args=args, prog="transfusion vae eval"))
+
+
+def _vae_encode(args: list[str]) -> None:
+    from transfusion.latents import EncodeSettings, encode_dataset
+    encode_dataset(tyro.cli(EncodeSettings, args=args, prog="transfusion vae encode"))
+
+
 VAE_VERBS = {
     "train": ("train an autoencoder from a preset", _vae_train),
+    "eval": ("measure an autoencoder on held-out pictures", _vae_eval),
+    "encode": ("cache the latents of a data set", _vae_encode),
 }
 VERBS = {
     "init": ("make a model from a pretrained language model", _init),

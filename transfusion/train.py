@@ -23,11 +23,13 @@ from tqdm import tqdm
 from transformers import AutoConfig, LlamaConfig
 
 from transfusion.config import TransfusionConfig
-from transfusion.data import DATASETS, DataSettings, draw_batch, step_generator
+from transfusion.data import DataSettings, draw_batch, step_generator
+from transfusion.latents import open_dataset
 from transfusion.model import Transfusion
 from transfusion.objective import sample_times
 from transfusion.tokenizer import BOI, EOI, train_tokenizer
 from transfusion.tuning import TuneSettings, prepare, trained_table
+from transfusion.vae import VAE
 
 
 @dataclass(frozen=True)
@@ -146,13 +148,16 @@ def build_model(config: TrainConfig, dataset) -> Transfusion:
         boi_token_id=tokenizer.convert_tokens_to_ids(BOI), eoi_token_id=tokenizer.convert_tokens_to_ids(EOI)), tokenizer)
 
 
-def start_model(config: TrainConfig, dataset) -> Transfusion:
-    """Load the checkpoint to start from and check that the data set's images fit it."""
+def start_model(config: TrainConfig, dataset, vae: VAE | None) -> Transfusion:
+    """Load the checkpoint to start from and check that the data set's images, and what their latents are of, fit it."""
     model = Transfusion.from_pretrained(config.tune.start)
     channels, *size = dataset.image_shape
     if channels != model.config.image_channels or any(side % model.config.patch_size for side in size):
         raise ValueError(f"train: data.name is {config.data.name!r}, whose images are {tuple(dataset.image_shape)}, and tune.start a model of "
                          f"{model.config.image_channels} channels and patches of {model.config.patch_size}; equal channels and whole patches fit")
+    if vae is not None and model.vae is not None and vae.fingerprint() != model.vae.fingerprint():
+        raise ValueError(f"train: data.latents is {str(config.data.latents)!r} and tune.start a model with another autoencoder; latents of its own fit; "
+                         f"encode them with `transfusion vae encode --vae {config.tune.start}/vae`")
     return model
 
 
@@ -186,8 +191,9 @@ def train(config: TrainConfig) -> Path:
     # data and model
     device = torch.accelerator.current_accelerator() if config.device == "auto" and torch.accelerator.is_available() else torch.device(
         "cpu" if config.device == "auto" else config.device)
-    dataset = DATASETS[config.data.name]()
-    base = (build_model(config, dataset) if config.tune.start is None else start_model(config, dataset)).to(device)
+    dataset, vae = open_dataset(config.data)
+    base = (build_model(config, dataset) if config.tune.start is None else start_model(config, dataset, vae)).to(device)
+    base.vae = base.vae if vae is None else vae
     torch.manual_seed(config.seed)  # adapters start at random
     model = prepare(base, config.tune).train()
     averaged = build_average(model, config.optim)
