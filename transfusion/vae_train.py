@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from transfusion.data import step_generator
+from transfusion.eval.features import Features
 from transfusion.picture_folder import PictureSettings, describe, open_pictures
 from transfusion.train import (
     Interrupt,
@@ -41,6 +42,7 @@ from transfusion.vae_losses import (
     reconstruction_loss,
 )
 
+FIRST_LOG_VARIANCE = -6.0  # of the posterior: at 0 the decoder would first read noise
 MEASURED = 4096  # training pictures, evenly spread, that scale and shift are measured on
 
 
@@ -156,7 +158,7 @@ PRESETS = {"small": small, "paper": paper}
 
 
 def build_autoencoder(settings: AutoencoderSettings, shape: tuple[int, int, int], seed: int) -> AutoencoderKL:
-    """Return a freshly initialised autoencoder for pictures of `shape` (C, H, W).
+    """Return a freshly initialised autoencoder for pictures of `shape` (C, H, W), its posteriors narrow.
 
     Raises:
         ValueError: sides that the halvings do not divide.
@@ -167,10 +169,12 @@ def build_autoencoder(settings: AutoencoderSettings, shape: tuple[int, int, int]
         raise ValueError(f"vae train: pictures have shape {tuple(shape)} and model.widths is {settings.widths}; sides that {factor} divides fit; set "
                          "--data.size (folders) or fewer widths")
     torch.manual_seed(seed)
-    return AutoencoderKL(
+    autoencoder = AutoencoderKL(
         in_channels=channels, out_channels=channels, latent_channels=settings.latent_channels, block_out_channels=settings.widths,
         layers_per_block=settings.blocks, norm_num_groups=settings.groups, mid_block_add_attention=settings.attention, sample_size=sides[0],
         down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels, scaling_factor=1.0, shift_factor=0.0)
+    torch.nn.init.constant_(autoencoder.quant_conv.bias[settings.latent_channels:], FIRST_LOG_VARIANCE)
+    return autoencoder
 
 
 def build_discriminator(settings: LossSettings, shape: tuple[int, int, int]) -> PatchDiscriminator:
@@ -191,7 +195,7 @@ class Terms:
 
     def __init__(self, settings: LossSettings, discriminator: PatchDiscriminator, device: torch.device):
         self.settings, self.discriminator = settings, discriminator
-        self.perceptual, self.identity = (path and _features(path, device) for path in (settings.perceptual_model, settings.identity_model))
+        self.perceptual, self.identity = (path and Features.from_pretrained(path).to(device) for path in (settings.perceptual_model, settings.identity_model))
 
     def weights(self, step: int) -> dict[str, float]:
         """Weight of each term at a step; what is missing is not computed."""
@@ -217,11 +221,6 @@ class Terms:
                 ("adversarial", s.adversarial, never if s.adversarial_from is None else f"from step {s.adversarial_from:,}"),
                 ("kl", s.kl, "always"))
         return "\n".join([f"{'term':<14}{'weight':>8}", *(f"{name:<14}{weight:>8g}  {note}" for name, weight, note in rows)])
-
-
-def _features(path: Path, device: torch.device):
-    from transfusion.eval.features import Features
-    return Features.from_pretrained(path).to(device)
 
 
 def reconstruct(autoencoder: AutoencoderKL, pictures: Tensor, generator: torch.Generator):
