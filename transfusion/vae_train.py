@@ -336,7 +336,7 @@ def _save(config: VAETrainConfig, pictures, autoencoder: AutoencoderKL, averaged
           step: int) -> None:
     """Write the autoencoder with its scale and shift and, beside it, what resuming needs."""
     final = averaged.module if config.optim.ema else autoencoder
-    mean, std = latent_statistics(final, pictures, config.optim.batch)
+    mean, std = latent_statistics(final, pictures, 4 * config.optim.batch)  # without gradients as little memory as a step
     final.register_to_config(scaling_factor=1 / std, shift_factor=mean)
     final.save_pretrained(config.out, safe_serialization=True)
     state = training_state(autoencoder, optimizer) | {"averaged_steps": averaged.n_averaged}
