@@ -5,6 +5,7 @@ a pure function of (seed, step): a resumed run sees what an uninterrupted one wo
 """
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ class DataSettings:
 
     name: str = "digits"
     """the data set; see DATASETS in transfusion/data.py"""
+    latents: Path | None = None
+    """a cache of its latents that `transfusion vae encode` wrote: what is drawn in place of pictures; the checkpoint carries their autoencoder"""
     caption_first: float = 0.8
     """share of pairs whose caption stands before the image (the paper: 0.8)"""
     caption_dropout: float = 0.1

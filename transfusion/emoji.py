@@ -1,7 +1,7 @@
-"""Named emoji in two styles: 1,905 pictures of Noto (Apache-2.0, Google) and as many of Twemoji (CC BY 4.0, Twitter and contributors), on white.
+"""Named emoji in two styles: 1,905 pictures of Noto (Apache-2.0, Google) and as many of Twemoji (CC BY 4.0, Twitter and others), on white.
 
-The package holds them at 32x32 (`assets/emoji`, with both licences): a sheet of tiles for each style and one table of names. `python -m transfusion.emoji` fetches the
-64x64 pictures through npm (emoji-datasource-google and -twitter, checked against their published SHA-512) and writes the same sheets for the data set "emoji-64".
+The package holds them at 32x32 (`assets/emoji`, with both licences): a sheet of tiles a style and a table of names. `python -m transfusion.emoji` fetches 64x64
+pictures through npm (emoji-datasource-google and -twitter, checked against their published SHA-512) and writes the same sheets for the data set "emoji-64".
 One name in ten is held out in one of its styles: a model has seen the thing and has seen the style, never both together.
 """
 import base64
@@ -62,13 +62,9 @@ class Emoji:
         keep = {"train": ~held, "held-out": held, "all": torch.ones_like(held)}[split]
         self.styles, self.labels = keep.nonzero().unbind(1)                                # (N,) each
         self.images = pictures[self.styles, self.labels]                                   # (N, 3, size, size)
+        self.image_shape = tuple(self.images.shape[1:])
         self.categories = torch.tensor([self.category_names.index(category) for _, category, _ in rows])[self.labels]
         self.kinds = torch.tensor([self.kind_names.index(kind) for _, _, kind in rows])[self.labels]
-
-    @property
-    def image_shape(self) -> tuple[int, ...]:
-        """(C, H, W) of the images."""
-        return tuple(self.images.shape[1:])
 
     @staticmethod
     def caption(name: str, style: str) -> str:
@@ -82,7 +78,7 @@ class Emoji:
 
     def texts(self) -> list[str]:
         """Every text that documents are made of."""
-        return [self.caption(name, style) for name in self.names for style in STYLES] + [f"{kind}, {style} style" for kind in self.kind_names for style in STYLES]
+        return [words for style in STYLES for words in (*(self.caption(name, style) for name in self.names), *(f"{kind}, {style} style" for kind in self.kind_names))]
 
     def document(self, generator: torch.Generator, settings) -> list[Part]:
         """Draw one document: a caption and its image in either order, the kind in place of the name once in ten times, or an image alone."""

@@ -1,0 +1,197 @@
+"""A small ResNet (arXiv:1512.03385) that tells real pictures apart: a judge of drawn ones, and features where no pretrained network is at hand.
+
+    python -m transfusion.eval.classifier --data.name digits --out runs/judge
+
+Basic blocks, AdamW under a cosine, label smoothing (arXiv:1512.00567, section 7), and pictures moved, scaled and brightened a little, never mirrored: a
+mirrored seven is no seven. The batch of a step is a pure function of (seed, step). What is saved is a checkpoint of transformers that `Features` loads.
+"""
+import copy
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
+
+from transfusion.data import DATASETS, DIGIT_NAMES, step_generator
+from transfusion.eval.features import Features, Preprocessing, in_batches
+
+LABELS: dict[str, dict[str, Callable[[object], tuple[Tensor, Sequence[str]]]]] = {
+    "digits": {"name": lambda dataset: (dataset.labels, DIGIT_NAMES)},
+}
+"""What can be told apart in each data set: a labelling gives the label of each picture and the labels' names."""
+
+
+@dataclass(frozen=True)
+class ClassifierSettings:
+    """What is trained, and how long."""
+
+    size: int = 32
+    """side that pictures are stretched to; the network halves it twice before its first stage and once before each other"""
+    width: int = 32
+    """channels of the first stage; each next one has twice as many"""
+    depths: tuple[int, ...] = (1, 1, 1)
+    """basic blocks of each stage"""
+    steps: int = 400
+    """batches to train on"""
+    batch: int = 128
+    """pictures of a batch, drawn with replacement"""
+    lr: float = 3e-3
+    """highest learning rate, reached after a twentieth of the steps; a cosine takes it to 0"""
+    weight_decay: float = 0.05
+    """AdamW's, on matrices and kernels only"""
+    smoothing: float = 0.1
+    """share of the target that all labels have in common"""
+    move: float = 0.1
+    """pictures are moved by up to this share of their side, each way"""
+    scale: float = 0.15
+    """pictures are scaled by up to this share"""
+    brightness: float = 0.1
+    """up to this much is added to all pixels of a picture"""
+    seed: int = 0
+    """of the weights, the batches and what is done to pictures"""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Which pictures to tell apart, and where to write."""
+
+    data: Annotated[str, tyro.conf.arg(name="data.name")] = "digits"
+    """the data set; see DATASETS in transfusion/data.py"""
+    label: str = "name"
+    """what to tell apart; see LABELS in transfusion/eval/classifier.py"""
+    out: Path = Path("runs/judge")
+    """directory of the checkpoint"""
+    settings: ClassifierSettings = field(default_factory=ClassifierSettings)
+
+
+def train_classifier(images: Tensor, labels: Tensor, label_names: Sequence[str], out: Path,
+                     settings: ClassifierSettings = ClassifierSettings()) -> Features:  # noqa: B008 (frozen)
+    """Train on pictures (N, C, H, W) in [-1, 1] with labels (N,), write a checkpoint to `out` and return it as it loads.
+
+    Raises:
+        ValueError: labels without a name or of another count than pictures, or a directory that holds something else.
+    """
+    if images.ndim != 4 or labels.shape != images.shape[:1] or not len(images):
+        raise ValueError(f"train_classifier: images has shape {tuple(images.shape)} and labels {tuple(labels.shape)}; (N, C, height, width) and (N,) "
+                         "fit")
+    if labels.min() < 0 or labels.max() >= len(label_names):
+        raise ValueError(f"train_classifier: labels has values from {labels.min()} to {labels.max()}; 0 to {len(label_names) - 1}, which have names, fit")
+    check_out(out)
+    device = torch.accelerator.current_accelerator() if settings.device == "auto" and torch.accelerator.is_available() else torch.device(
+        "cpu" if settings.device == "auto" else settings.device)
+    network = build_network(images.shape[1], label_names, settings).to(device)
+    prepare = Preprocessing(images.shape[1], (settings.size, settings.size), [0.5], [0.5])
+
+    def loss_of(network: ResNetForImageClassification, step: int) -> Tensor:
+        generator = step_generator(settings.seed, step)
+        chosen = torch.randint(len(images), (settings.batch,), generator=generator)
+        pictures = augment(prepare(images[chosen].to(device)), settings, generator)
+        return torch.nn.functional.cross_entropy(network(pictures).logits, labels[chosen].to(device), label_smoothing=settings.smoothing)
+
+    print(f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters, {len(label_names)} labels, {len(images)} pictures: {settings.steps} "
+          f"steps of {settings.batch} pictures take about {settings.steps * _step_seconds(network, loss_of) / 60:.1f} minutes on {device}", flush=True)
+    matrices, vectors = [p for p in network.parameters() if p.ndim >= 2], [p for p in network.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}], lr=settings.lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=settings.steps, pct_start=0.05, cycle_momentum=False)
+    progress = tqdm(range(settings.steps), desc=f"judge {Path(out).name}", unit="step", smoothing=0.05, dynamic_ncols=True)
+    for step in progress:
+        loss = loss_of(network, step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        progress.set_postfix(loss=f"{loss.item():.3f}")
+    save(network, out, settings)
+    return Features.from_pretrained(out)
+
+
+def build_network(channels: int, label_names: Sequence[str], settings: ClassifierSettings) -> ResNetForImageClassification:
+    """Return a freshly initialised ResNet in training mode; the global random state stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        return ResNetForImageClassification(ResNetConfig(
+            num_channels=channels, embedding_size=settings.width, hidden_sizes=[settings.width * 2**stage for stage in range(len(settings.depths))],
+            depths=list(settings.depths), layer_type="basic", id2label=dict(enumerate(label_names)),
+            label2id={name: label for label, name in enumerate(label_names)})).train()
+
+
+def augment(pictures: Tensor, settings: ClassifierSettings, generator: torch.Generator) -> Tensor:
+    """Move, scale and brighten each of (N, C, H, W) by its own random amounts; what comes in from outside repeats the edge."""
+    amounts = (2 * torch.rand(4, len(pictures), generator=generator) - 1).to(pictures)
+    zoom, shift, zero = 1 + settings.scale * amounts[0], 2 * settings.move * amounts[1:3], torch.zeros_like(amounts[0])
+    matrix = torch.stack([torch.stack([zoom, zero, shift[0]], 1), torch.stack([zero, zoom, shift[1]], 1)], 1)  # (N, 2, 3)
+    grid = torch.nn.functional.affine_grid(matrix, pictures.shape, align_corners=False)
+    moved = torch.nn.functional.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+    return (moved + settings.brightness * amounts[3].view(-1, 1, 1, 1)).clamp(-1, 1)
+
+
+def check_out(out: Path) -> None:
+    """Refuse a directory that holds something else than a classifier of this module."""
+    if Path(out).is_dir() and any(Path(out).iterdir()) and not (Path(out) / "classifier.json").is_file():
+        raise ValueError(f"train_classifier: out is {str(out)!r}, which holds files and no classifier.json; an empty directory or one that this command "
+                         "wrote fits")
+
+
+def save(network: ResNetForImageClassification, out: Path, settings: ClassifierSettings) -> None:
+    """Write the checkpoint, what its pictures go through, and the settings."""
+    network.save_pretrained(out)
+    ViTImageProcessorPil(size={"height": settings.size, "width": settings.size}, image_mean=[0.5], image_std=[0.5]).save_pretrained(out)
+    (Path(out) / "classifier.json").write_text(json.dumps(dataclasses.asdict(settings), indent=2) + "\n")
+
+
+def accuracy(features: Features, images: Tensor, labels: Tensor) -> float:
+    """Return the share of pictures whose highest logit is their label's."""
+    return (in_batches(features.logits, images).argmax(1) == labels).double().mean().item()
+
+
+def balanced_accuracy(features: Features, images: Tensor, labels: Tensor) -> float:
+    """Return the mean over labels of the accuracy on the label's pictures: rare labels count as much as common ones."""
+    right = (in_batches(features.logits, images).argmax(1) == labels).double()
+    return torch.stack([right[labels == label].mean() for label in labels.unique()]).mean().item()
+
+
+def judge(config: JudgeConfig) -> float:
+    """Train on a data set's pictures; print and return the balanced accuracy on held-out ones."""
+    for name, value, fits in (("data.name", config.data, LABELS), ("label", config.label, LABELS.get(config.data, ()))):
+        if value not in fits:
+            raise ValueError(f"classifier: {name} is {value!r}; {', '.join(fits)} fit")
+    (images, labels, names), (held_out, asked, _) = ((dataset.images, *LABELS[config.data][config.label](dataset))
+                                                     for dataset in map(DATASETS[config.data], ("train", "held-out")))
+    features = train_classifier(images, labels, names, config.out, config.settings)
+    share = balanced_accuracy(features, held_out, asked)
+    print(f"{100 * accuracy(features, held_out, asked):.2f} % of {len(held_out)} held-out pictures are read right, {100 * share:.2f} % in the mean over "
+          f"labels\ncheckpoint   {config.out}")
+    return share
+
+
+def _step_seconds(network: ResNetForImageClassification, loss_of: Callable) -> float:
+    """Seconds of a second step, taken on a copy."""
+    trial = copy.deepcopy(network)
+    loss_of(trial, 0).backward()
+    began = time.perf_counter()
+    loss_of(trial, 0).backward()
+    return time.perf_counter() - began
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of `python -m transfusion.eval.classifier`."""
+    config = tyro.cli(JudgeConfig, prog="python -m transfusion.eval.classifier", description=__doc__, args=args)
+    try:
+        judge(config)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
