@@ -1,4 +1,4 @@
-"""The `transfusion` command: init, train, sample, caption."""
+"""The `transfusion` command: init, train, sample, caption, vae."""
 import difflib
 import sys
 from dataclasses import dataclass
@@ -138,28 +138,53 @@ def _init(args: list[str]) -> None:
     init(tyro.cli(InitSettings, args=args, prog="transfusion init"))
 
 
+def _vae_train(args: list[str]) -> None:
+    from transfusion.vae_train import main as train_main
+    train_main(args)
+
+
+def _vae_eval(args: list[str]) -> None:
+    from transfusion.vae_eval import VAEEvalSettings, evaluate
+    evaluate(tyro.cli(VAEEvalSettings, args=args, prog="transfusion vae eval"))
+
+
+def _vae_encode(args: list[str]) -> None:
+    from transfusion.latents import EncodeSettings, encode_dataset
+    encode_dataset(tyro.cli(EncodeSettings, args=args, prog="transfusion vae encode"))
+
+
+VAE_VERBS = {
+    "train": ("train an autoencoder from a preset", _vae_train),
+    "eval": ("measure an autoencoder on held-out pictures", _vae_eval),
+    "encode": ("cache the latents of a data set", _vae_encode),
+}
 VERBS = {
     "init": ("make a model from a pretrained language model", _init),
     "train": ("train a model from a preset", _train),
     "sample": ("draw or write from a prompt", lambda args: sample(tyro.cli(Sample, args=args, prog="transfusion sample"))),
     "caption": ("write what follows an image", lambda args: caption(tyro.cli(Caption, args=args, prog="transfusion caption"))),
+    "vae": ("train an autoencoder, measure it, cache latents", lambda args: run_verb("transfusion vae", VAE_VERBS, args)),
 }
+
+
+def run_verb(prog: str, verbs: dict, args: list[str]) -> None:
+    """Run the verb that `args` begin with, or say which there are."""
+    if not args or args[0] in ("-h", "--help"):
+        lines = "".join(f"  {name:<10}{summary}\n" for name, (summary, _) in verbs.items())
+        print(f"usage: {prog} VERB ...\n\n{lines}\n`{prog} VERB --help` tells more")
+        return
+    if args[0] not in verbs:
+        near = difflib.get_close_matches(args[0], verbs, n=1)
+        raise SystemExit(f"error: {args[0]!r} is not a verb; {', '.join(verbs)} fit" + (f"; did you mean {near[0]}?" if near else ""))
+    try:
+        verbs[args[0]][1](args[1:])
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of the `transfusion` command."""
-    args = sys.argv[1:] if args is None else args
-    if not args or args[0] in ("-h", "--help"):
-        verbs = "".join(f"  {name:<10}{summary}\n" for name, (summary, _) in VERBS.items())
-        print(f"usage: transfusion VERB ...\n\n{verbs}\n`transfusion VERB --help` tells more")
-        return
-    if args[0] not in VERBS:
-        near = difflib.get_close_matches(args[0], VERBS, n=1)
-        raise SystemExit(f"error: {args[0]!r} is not a verb; {', '.join(VERBS)} fit" + (f"; did you mean {near[0]}?" if near else ""))
-    try:
-        VERBS[args[0]][1](args[1:])
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_verb("transfusion", VERBS, sys.argv[1:] if args is None else args)
 
 
 if __name__ == "__main__":

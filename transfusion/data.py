@@ -5,10 +5,12 @@ a pure function of (seed, step): a resumed run sees what an uninterrupted one wo
 """
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from transfusion.emoji import emoji_things, large_emoji, small_emoji
 from transfusion.sequence import Document, Image, Part, Sequence, Text, encode, lay_out, with_clean_copies
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -20,6 +22,8 @@ class DataSettings:
 
     name: str = "digits"
     """the data set; see DATASETS in transfusion/data.py"""
+    latents: Path | None = None
+    """a cache of its latents that `transfusion vae encode` wrote: what is drawn in place of pictures; the checkpoint carries their autoencoder"""
     caption_first: float = 0.8
     """share of pairs whose caption stands before the image (the paper: 0.8)"""
     caption_dropout: float = 0.1
@@ -80,7 +84,7 @@ def jitter(image: Tensor, strength: float, generator: torch.Generator) -> Tensor
     return torch.nn.functional.grid_sample(image[None] + 1, grid, align_corners=False)[0] - 1
 
 
-DATASETS = {"digits": Digits}
+DATASETS = {"digits": Digits, "emoji": small_emoji, "emoji-things": emoji_things, "emoji-64": large_emoji}
 CONTEXTS = {"noised": lambda document: document, "clean": with_clean_copies}
 
 

@@ -23,11 +23,13 @@ from tqdm import tqdm
 from transformers import AutoConfig, LlamaConfig
 
 from transfusion.config import TransfusionConfig
-from transfusion.data import DATASETS, DataSettings, draw_batch, step_generator
+from transfusion.data import DataSettings, draw_batch, step_generator
+from transfusion.latents import open_dataset
 from transfusion.model import Transfusion
 from transfusion.objective import sample_times
 from transfusion.tokenizer import BOI, EOI, train_tokenizer
 from transfusion.tuning import TuneSettings, prepare, trained_table
+from transfusion.vae import VAE
 
 
 @dataclass(frozen=True)
@@ -153,13 +155,16 @@ def build_model(config: TrainConfig, dataset) -> Transfusion:
         boi_token_id=tokenizer.convert_tokens_to_ids(BOI), eoi_token_id=tokenizer.convert_tokens_to_ids(EOI)), tokenizer)
 
 
-def start_model(config: TrainConfig, dataset) -> Transfusion:
-    """Load the checkpoint to start from and check that the data set's images fit it."""
+def start_model(config: TrainConfig, dataset, vae: VAE | None) -> Transfusion:
+    """Load the checkpoint to start from and check that the data set's images, and what their latents are of, fit it."""
     model = Transfusion.from_pretrained(config.tune.start)
     channels, *size = dataset.image_shape
     if channels != model.config.image_channels or any(side % model.config.patch_size for side in size):
         raise ValueError(f"train: data.name is {config.data.name!r}, whose images are {tuple(dataset.image_shape)}, and tune.start a model of "
                          f"{model.config.image_channels} channels and patches of {model.config.patch_size}; equal channels and whole patches fit")
+    if vae is not None and model.vae is not None and vae.fingerprint() != model.vae.fingerprint():
+        raise ValueError(f"train: data.latents is {str(config.data.latents)!r} and tune.start a model with another autoencoder; latents of its own fit; "
+                         f"encode them with `transfusion vae encode --vae {config.tune.start}/vae`")
     return model
 
 
@@ -193,8 +198,9 @@ def train(config: TrainConfig) -> Path:
     # data and model
     device = torch.accelerator.current_accelerator() if config.device == "auto" and torch.accelerator.is_available() else torch.device(
         "cpu" if config.device == "auto" else config.device)
-    dataset = DATASETS[config.data.name]()
-    base = (build_model(config, dataset) if config.tune.start is None else start_model(config, dataset)).to(device)
+    dataset, vae = open_dataset(config.data)
+    base = (build_model(config, dataset) if config.tune.start is None else start_model(config, dataset, vae)).to(device)
+    base.vae = base.vae if vae is None else vae
     torch.manual_seed(config.seed)  # adapters start at random
     model = prepare(base, config.tune).train()
     averaged = build_average(model, config.optim)
@@ -209,7 +215,7 @@ def train(config: TrainConfig) -> Path:
     progress = tqdm(range(start, config.optim.steps), initial=start, total=config.optim.steps, desc=f"train {config.out.name}", smoothing=0.05,
                     unit="step", dynamic_ncols=True)
     began, tokens = time.perf_counter(), 0
-    with (config.out / "log.jsonl").open("a" if start else "w") as log, _Interrupt() as stop:
+    with (config.out / "log.jsonl").open("a" if start else "w") as log, Interrupt() as stop:
         step = start
         for step in progress:
             generator = step_generator(config.seed, step)
@@ -247,7 +253,7 @@ def train(config: TrainConfig) -> Path:
     return config.out
 
 
-class _Interrupt:
+class Interrupt:
     """The first Ctrl-C asks the loop to save and stop; a second one stops at once."""
 
     asked = False
@@ -277,10 +283,26 @@ def _save(config: TrainConfig, model: Transfusion, averaged: AveragedModel, opti
     """Write the checkpoint and, beside it, what resuming needs; a crash while writing leaves the save before whole."""
     final = averaged.module if config.optim.ema else model
     final.save_pretrained(config.out)
-    state = {f"{kind}.{name}": p for kind, owner in (("model", model), ("averaged", averaged.module)) for name, p in trained_parameters(owner).items()}
-    state["averaged_steps"] = averaged.n_averaged
+    state = training_state(model, optimizer) | {f"averaged.{name}": p for name, p in trained_parameters(averaged.module).items()}
+    save_state(config, state | {"averaged_steps": averaged.n_averaged}, step)
+
+
+def training_state(model: torch.nn.Module, optimizer) -> dict[str, torch.Tensor]:
+    """What is trained of a model, and the optimizer's moments, by name; `load_training_state` undoes it."""
+    trained = trained_parameters(model)
+    return {f"model.{name}": p for name, p in trained.items()} | {
+        f"optimizer.{name}.{key}": x for name, p in trained.items() for key, x in optimizer.state[p].items()}
+
+
+def load_training_state(state: dict[str, torch.Tensor], model: torch.nn.Module, optimizer) -> None:
+    """Put what `training_state` returned into a model and its optimizer."""
     for name, p in trained_parameters(model).items():
-        state |= {f"optimizer.{name}.{key}": x for key, x in optimizer.state[p].items()}
+        p.data.copy_(state[f"model.{name}"])
+        optimizer.state[p] = {key: state[f"optimizer.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{name}.{key}" in state}
+
+
+def save_state(config, state: dict[str, torch.Tensor], step: int) -> None:
+    """Write tensors and settings to `config.out`/resume, for `load_state`; a crash while writing leaves those before whole."""
     fresh, kept = config.out / "resume.new", config.out / "resume"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
@@ -292,25 +314,28 @@ def _save(config: TrainConfig, model: Transfusion, averaged: AveragedModel, opti
 
 def _restore(config: TrainConfig, model: Transfusion, averaged: AveragedModel, optimizer) -> int:
     """Load what `_save` wrote; return the step to go on from."""
+    state, step = load_state(config, ("model", "data", "optim", "tune"), next(model.parameters()).device)
+    load_training_state(state, model, optimizer)
+    for name, p in trained_parameters(averaged.module).items():
+        p.data.copy_(state[f"averaged.{name}"])
+    averaged.n_averaged.copy_(state["averaged_steps"])
+    return step
+
+
+def load_state(config, parts: tuple[str, ...], device: torch.device) -> tuple[dict[str, torch.Tensor], int]:
+    """Return what `save_state` wrote and its step, and cut the log there; `parts` of the settings must be what they were."""
     kept = config.out / "resume"
     if not (kept / "run.json").is_file():
         raise ValueError(f"train: resume is set and out is {str(config.out)!r}, which holds no saved run; a directory that train has saved into fits")
     saved = json.loads((kept / "run.json").read_text())
     ours = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    changed = [key for part in ("model", "data", "optim", "tune") for key in ours[part] if saved["config"][part].get(key) != ours[part][key]]
+    changed = [key for part in parts for key in ours[part] if saved["config"][part].get(key) != ours[part][key]]
     if changed:
         raise ValueError(f"train: {', '.join(changed)} differ from the run saved in {str(config.out)!r}; the same settings fit; start anew with another --out")
-    state = load_file(kept / "state.safetensors", device=str(next(model.parameters()).device))
-    with torch.no_grad():
-        for kind, owner in (("model", model), ("averaged", averaged.module)):
-            for name, p in trained_parameters(owner).items():
-                p.copy_(state[f"{kind}.{name}"])
-        averaged.n_averaged.copy_(state["averaged_steps"])
-    for name, p in trained_parameters(model).items():
-        optimizer.state[p] = {key: state[f"optimizer.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{name}.{key}" in state}
+    state = load_file(kept / "state.safetensors", device=str(device))
     lines = (config.out / "log.jsonl").read_text().splitlines()[:saved["step"]]
     (config.out / "log.jsonl").write_text("".join(line + "\n" for line in lines))
-    return saved["step"]
+    return state, saved["step"]
 
 
 def main(args: list[str] | None = None) -> None:

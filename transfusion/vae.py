@@ -4,6 +4,7 @@
 
 scale and shift are the autoencoder's own `scaling_factor` and `shift_factor`. The mean, not a sample: the same picture gives the same latent.
 """
+import hashlib
 from pathlib import Path
 
 import torch
@@ -38,6 +39,14 @@ class VAE:
     def save_pretrained(self, path: Path) -> None:
         """Write config.json and safetensors."""
         self.autoencoder.save_pretrained(path, safe_serialization=True)
+
+    def fingerprint(self) -> str:
+        """A hash of weights, scale and shift: equal for autoencoders that make the same latents."""
+        digest = hashlib.sha256(repr((self.scale, self.shift)).encode())
+        for name, x in sorted(self.autoencoder.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(x.float().cpu().contiguous().numpy())
+        return digest.hexdigest()
 
     @torch.inference_mode()
     def encode(self, pictures: Tensor) -> Tensor:

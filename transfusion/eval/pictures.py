@@ -27,6 +27,19 @@ def sample_grid(path: Path, generated: Tensor, real: Tensor, names: list[str], t
     plt.close(figure)
 
 
+def reconstruction_grid(path: Path, rows: dict[str, Tensor]) -> None:
+    """Write pictures (N, C, H, W) beneath what is made of them, a named row each."""
+    count = len(next(iter(rows.values())))
+    figure, axes = plt.subplots(len(rows), count, figsize=(0.75 * count + 1.2, 0.8 * len(rows)), squeeze=False)
+    for line, (name, pictures) in zip(axes, rows.items()):
+        for axis, picture in zip(line, pictures):
+            axis.axis("off")
+            axis.imshow(_pixels(picture), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        line[0].text(-0.2, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
 def loss_curves(path: Path, log: Path) -> None:
     """Plot the text and the diffusion loss of a training log (JSON lines), raw and as a running mean."""
     records = [json.loads(line) for line in log.read_text().splitlines()]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from transfusion.data import DIGIT_NAMES, Digits
 from transfusion.eval.classifier import ClassifierSettings
+from transfusion.studies.data import EmojiKinds
 from transfusion.studies.vq import AutoencoderSettings
 from transfusion.train import DataSettings, ModelSettings, OptimSettings, TrainConfig
 
@@ -78,8 +79,6 @@ def digits() -> StudyData:
 
 def emoji() -> StudyData:
     """Emoji, 16x16: 16 patches of 4x4, or 64 or 4."""
-    from transfusion.studies.data import EmojiKinds
-
     base = replace(_RUN, model=replace(_DECODER, patch_size=4), data=replace(_PAIRS, name="emoji-kinds"))
     titles = tuple(caption.removesuffix(" style") for caption in EmojiKinds.captions)
     return StudyData("emoji", EmojiKinds.captions, titles, base, (2, 4, 8), (32, 64, 64, 64),
