@@ -29,9 +29,9 @@ class Arm:
 class Measuring:
     """How a trained model is measured."""
 
-    draws: int = 500
+    draws: int = 400
     """pictures drawn from captions, every class as often"""
-    steps: int = 50
+    steps: int = 30
     """denoising steps of each"""
     guidance: float = 3.0
     """scale of classifier-free guidance, of patches and of codes (the paper's ablations: 3)"""
@@ -81,8 +81,8 @@ def emoji() -> StudyData:
     """Emoji, 16x16: 16 patches of 4x4, or 64 or 4."""
     base = replace(_RUN, model=replace(_DECODER, patch_size=4), data=replace(_PAIRS, name="emoji-kinds"))
     titles = tuple(caption.removesuffix(" style") for caption in EmojiKinds.captions)
-    return StudyData("emoji", EmojiKinds.captions, titles, base, (2, 4, 8), (32, 64, 64, 64),
-                     autoencoder=AutoencoderSettings(channels=(32, 64, 64), codes=256))
+    return StudyData("emoji", EmojiKinds.captions, titles, base, (2, 4, 8), (32, 64, 64, 64), measuring=Measuring(draws=360),
+                     autoencoder=AutoencoderSettings(channels=(16, 32, 32), codes=256))
 
 
 DATA = {"digits": digits, "emoji": emoji}

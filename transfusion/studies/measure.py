@@ -66,14 +66,14 @@ def _caption_alone(document: Document, caption: str, tokenizer) -> Document:
 def flops(model: Transfusion, document: Document) -> dict[str, int]:
     """Multiplications and additions of matrices in one document's forward pass: backbone, and what is in front of and behind it.
 
-    The backbone's are 2 for each weight of its layers' matrices and token, and 4 H D for each visible pair; the rest is the text head where there is a text
-    target, and the linear image layers at each patch. Training costs three times as much.
+    The backbone's are 2 for each weight of its layers' matrices and token, and 4 H D for each visible pair; heads are the text's where there is a text
+    target, and linear image layers at each patch. A U-Net's convolutions are not counted. Training costs three times as much.
     """
     sequence = pack([document], len(document.tokens), model.config.patch_dim)
     decoder, text = model.backbone.decoder.get_decoder(), model.config.text_config
     matrices = sum(p.numel() for p in decoder.layers.parameters() if p.ndim == 2)
     pairs = int(model.image_attention.mask(sequence).area())
     head = 2 * model.get_output_embeddings().weight.numel() * len(sequence.text_targets)
-    layers = 2 * 2 * model.config.patch_dim * text.hidden_size * len(sequence.patches)
+    linear = sum(p.numel() for name, p in model.named_parameters() if name in ("patch_embedding.linear.weight", "image_head.linear.weight"))
     return {"layers": 2 * matrices * len(document.tokens), "attention": 4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * pairs,
-            "heads": head + layers}
+            "heads": head + 2 * linear * len(sequence.patches)}
