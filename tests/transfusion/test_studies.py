@@ -249,6 +249,8 @@ def test_cells_and_pictures_by_hand():
     assert chosen[:, 0, 0, 0].tolist() == [1, -1, -1, 0]
     picture = mosaic(chosen, 2, line=0.25)
     assert picture.shape == (6, 6, 1) and picture[[0, 0, 3, 3], [0, 3, 0, 3], 0].tolist() == [1, 0, 0, 0.5] and (picture[2] == 0.25).all()
+    wide = torch.arange(6.0).view(1, 1, 2, 3) / 5
+    torch.testing.assert_close(mosaic(wide, 1, line=0.25)[:2, :3, 0], (wide[0, 0] + 1) / 2)
 
 
 def test_codes_train_on_what_they_are_and_pictures_are_never_images(bench):
