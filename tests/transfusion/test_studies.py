@@ -16,10 +16,12 @@ from transformers import LlamaForCausalLM
 import transfusion.studies.run as runs
 from transfusion import Image, Text
 from transfusion.data import DATASETS, DataSettings, Digits, draw_batch, step_generator
+from transfusion.emoji import STYLES, Emoji
 from transfusion.model import Transfusion
 from transfusion.sequence import encode
 from transfusion.studies.__main__ import fast, main
 from transfusion.studies.arms import DATA, METRICS, Study, studies
+from transfusion.studies.data import KINDS, EmojiKinds
 from transfusion.studies.measure import Yardstick, caption_accuracy, flops, text_loss
 from transfusion.studies.pictures import Codes, Patches
 from transfusion.studies.report import Difference, by_class, cell, comparisons, difference, mosaic, sentence
@@ -121,7 +123,8 @@ def test_both_kinds_of_pictures_cost_the_same_in_the_layers_and_what_transformer
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             plain.model(inputs_embeds=torch.zeros(1, lengths[name], config.hidden_size))
         pairs, heads = lengths[name]**2, config.num_hidden_layers * config.num_attention_heads * config.head_dim
-        assert counter.get_total_flops() == found[name]["layers"] + 4 * heads * pairs
+        counted = sum(sum(counter.get_flop_counts()[f"LlamaModel.layers.{i}"].values()) for i in range(config.num_hidden_layers))
+        assert counted == found[name]["layers"] + 4 * heads * pairs
     assert lengths["linear"] == lengths["codes"] and found["linear"]["layers"] == found["codes"]["layers"]
     assert found["linear"]["attention"] - found["codes"]["attention"] == 4 * heads * 16 * 15 // 2  # what patches see of later ones
 
@@ -251,6 +254,19 @@ def test_cells_and_pictures_by_hand():
     assert picture.shape == (6, 6, 1) and picture[[0, 0, 3, 3], [0, 3, 0, 3], 0].tolist() == [1, 0, 0, 0.5] and (picture[2] == 0.25).all()
     wide = torch.arange(6.0).view(1, 1, 2, 3) / 5
     torch.testing.assert_close(mosaic(wide, 1, line=0.25)[:2, :3, 0], (wide[0, 0] + 1) / 2)
+
+
+def test_emoji_have_the_captions_of_their_category_and_style_and_are_as_small_as_said():
+    kinds, emoji = EmojiKinds("held-out"), Emoji("held-out")
+    assert kinds.images.shape == (len(emoji.images), *EmojiKinds.image_shape) and set(KINDS) == set(emoji.category_names)
+    torch.testing.assert_close(kinds.images[5, :, 3, 7], emoji.images[5, :, 6:8, 14:16].mean((1, 2)))
+    said = [kinds.captions[label] for label in kinds.labels]
+    assert said == [f"{KINDS[emoji.category_names[c]]}, {STYLES[s]} style" for c, s in zip(emoji.categories, emoji.styles)]
+    documents = [kinds.document(torch.Generator().manual_seed(seed), DataSettings(caption_first=0.5, caption_dropout=0.3)) for seed in range(60)]
+    assert {tuple(type(part) for part in parts) for parts in documents} == {(Image,), (Text, Image), (Image, Text)}
+    for parts in documents:
+        at = next(i for i, image in enumerate(kinds.images) if torch.equal(image, next(p.latent for p in parts if isinstance(p, Image))))
+        assert [part.text for part in parts if isinstance(part, Text)] in ([], [said[at]])
 
 
 def test_codes_train_on_what_they_are_and_pictures_are_never_images(bench):
