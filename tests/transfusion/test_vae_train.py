@@ -243,8 +243,11 @@ def test_a_transfusion_trained_on_latents_draws_pictures(cache, tmp_path):
         assert picture.size == (8, 8) and picture.mode == "L"
     other = encode_dataset(EncodeSettings(vae=train(tiny(tmp_path / "vae", stop_after=1)), out=tmp_path / "latents", device="cpu"))
     started = dataclasses.replace(config, out=tmp_path / "more", tune=TuneSettings(start=tmp_path / "model"), data=DataSettings(latents=other))
-    with pytest.raises(ValueError, match="tune.start a model with another autoencoder"):
+    with pytest.raises(ValueError, match="tune.start a model of another autoencoder"):
         train_transfusion(started)
+    shutil.rmtree(tmp_path / "model" / "vae")
+    with pytest.raises(ValueError, match="tune.start a model of pictures"):
+        train_transfusion(dataclasses.replace(started, data=config.data))
 
 
 def test_a_cache_of_something_else_is_refused(trained, cache, tmp_path):
