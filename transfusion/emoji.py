@@ -1,0 +1,205 @@
+"""Named emoji in two styles: 1,905 pictures of Noto (Apache-2.0, Google) and as many of Twemoji (CC BY 4.0, Twitter and others), on white.
+
+The package holds them at 32x32 (`assets/emoji`, with both licences): a sheet of tiles a style and a table of names. `python -m transfusion.emoji` fetches 64x64
+pictures through npm (emoji-datasource-google and -twitter, checked against their published SHA-512) and writes the same sheets for the data set "emoji-64".
+One name in ten is held out in one of its styles: a model has seen the thing and has seen the style, never both together.
+"""
+import base64
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image as Picture
+from torch import Tensor
+from tqdm import tqdm
+
+from transfusion.sequence import Image, Part, Text
+
+STYLES = ("noto", "twemoji")
+PACKAGES = {
+    "noto": ("google", "emoji-datasource-google@16.0.0", "ZRexfzs7MVoLnmzZmNsO4TKhnAJp5D++Vm6PpUpH/jEQQlemp3l88CjZ+DoZ2faM9R4QxZkOPJCoT8DlPhfQ3A=="),
+    "twemoji": ("twitter", "emoji-datasource-twitter@16.0.0", "7F+uCuHH+7Qnrc15P5tnbvKkg9E6tlzi4MnT2uW1RlN4pLYTza6cP/dstIfSDMtpjFLWuZewWg8jBbuL2eyELQ=="),
+}
+COLUMNS = 44  # tiles in a row of a sheet
+SHIPPED = Path(__file__).parent / "assets" / "emoji"
+FETCHED = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "transfusion" / "emoji-64"
+PEOPLE_FLAGS_SYMBOLS = ("People & Body", "Flags", "Symbols")
+
+
+class Emoji:
+    """Emoji with captions made of their names and styles, "a red apple, noto style"; a tenth of the names is held out in one style.
+
+    Args:
+        split: "train", "held-out" (the pairs of name and style that training never shows), or "all".
+        sheets: directory of noto.webp, twemoji.webp and names.json; those of the package by default.
+        without: categories that are left out.
+    """
+
+    def __init__(self, split: str = "train", sheets: Path = SHIPPED, without: tuple[str, ...] = ()):
+        if not (Path(sheets) / "names.json").is_file():
+            raise ValueError(f"Emoji: sheets is {str(sheets)!r}, which holds no names.json; a directory that `python -m transfusion.emoji` wrote fits; run it")
+        table = json.loads((Path(sheets) / "names.json").read_text())
+        self.size = table["size"]
+        chosen = [i for i, row in enumerate(table["emoji"]) if row[1] not in without]
+        rows = [table["emoji"][i] for i in chosen]
+        self.names = [name for name, _, _ in rows]
+        self.category_names = list(dict.fromkeys(category for _, category, _ in rows))
+        self.kind_names = list(dict.fromkeys(kind for _, _, kind in rows))
+        pictures = torch.stack([read_sheet(Path(sheets) / f"{style}.webp", self.size, len(table["emoji"]))[chosen] for style in STYLES])
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:len(rows) // 10]
+        held = torch.zeros(len(STYLES), len(rows), dtype=torch.bool)
+        held[torch.arange(len(order)) % len(STYLES), order] = True
+        keep = {"train": ~held, "held-out": held, "all": torch.ones_like(held)}[split]
+        self.styles, self.labels = keep.nonzero().unbind(1)                                # (N,) each
+        self.images = pictures[self.styles, self.labels]                                   # (N, 3, size, size)
+        self.image_shape = tuple(self.images.shape[1:])
+        self.categories = torch.tensor([self.category_names.index(category) for _, category, _ in rows])[self.labels]
+        self.kinds = torch.tensor([self.kind_names.index(kind) for _, _, kind in rows])[self.labels]
+
+    @staticmethod
+    def caption(name: str, style: str) -> str:
+        """Return the words for a picture, e.g. "a red apple, noto style"."""
+        article = "" if name.endswith("s") and not name.endswith("ss") else "an " if name[0] in "aeiou" and not name.startswith(("eu", "uni", "one")) else "a "
+        return f"{article}{name}, {style} style"
+
+    def caption_of(self, i: int) -> str:
+        """Return the words for picture `i`."""
+        return self.caption(self.names[self.labels[i]], STYLES[self.styles[i]])
+
+    def texts(self) -> list[str]:
+        """Every text that documents are made of."""
+        return [words for style in STYLES for words in (*(self.caption(name, style) for name in self.names), *(f"{kind}, {style} style" for kind in self.kind_names))]
+
+    def document(self, generator: torch.Generator, settings) -> list[Part]:
+        """Draw one document: a caption and its image in either order, the kind in place of the name once in ten times, or an image alone."""
+        i = int(torch.randint(len(self.labels), (), generator=generator))
+        order, drop, vague = torch.rand(3, generator=generator).tolist()
+        image = Image(self.images[i])
+        if order >= settings.caption_first:
+            return [image, Text(self.caption_of(i))]
+        if drop < settings.caption_dropout:
+            return [image]
+        kind = f"{self.kind_names[self.kinds[i]]}, {STYLES[self.styles[i]]} style"
+        return [Text(kind if vague < 0.1 else self.caption_of(i)), image]
+
+
+def read_sheet(path: Path, size: int, count: int) -> Tensor:
+    """Read the first `count` tiles of a sheet: (count, 3, size, size), values in [-1, 1]."""
+    with Picture.open(path) as picture:
+        pixels = torch.from_numpy(np.array(picture.convert("RGB")))                        # (rows * size, COLUMNS * size, 3)
+    tiles = pixels.unflatten(0, (-1, size)).unflatten(2, (-1, size))                       # (rows, size, COLUMNS, size, 3)
+    return tiles.permute(0, 2, 4, 1, 3).flatten(0, 1)[:count].float() / 127.5 - 1
+
+
+def small_emoji(split: str = "train") -> Emoji:
+    """All categories at 32x32, from the package."""
+    return Emoji(split)
+
+
+def emoji_things(split: str = "train") -> Emoji:
+    """At 32x32 what is neither a person, a flag nor a sign: faces, animals, plants, food, places, activities, objects."""
+    return Emoji(split, without=PEOPLE_FLAGS_SYMBOLS)
+
+
+def large_emoji(split: str = "train") -> Emoji:
+    """All categories at 64x64, as `python -m transfusion.emoji` fetched them."""
+    return Emoji(split, FETCHED)
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Fetch the emoji through npm (136 MB) and write their sheets; the data set "emoji-64" finds them in the default directory."""
+
+    size: int = 64
+    """side of a picture: 64 as they come, less to shrink them"""
+    out: Path = FETCHED
+    """directory for noto.webp, twemoji.webp, names.json and the licences"""
+
+
+def fetch(options: Fetch) -> Path:
+    """Fetch both packages and write the sheets; return their directory."""
+    if options.size not in (8, 16, 32, 64):
+        raise ValueError(f"emoji: size is {options.size}; 8, 16, 32 or 64 fits")
+    if shutil.which("npm") is None:
+        raise ValueError("emoji: npm is not on the PATH; install Node.js, or use the data set 'emoji', whose 32x32 pictures the package holds")
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        tables = {}
+        for style in STYLES:
+            archive = _download(style, Path(scratch))
+            tables[style] = _write_sheet(archive, style, options)
+    if tables["noto"] != tables["twemoji"]:
+        raise ValueError("emoji: the two packages name different pictures; the versions in transfusion/emoji.py fit each other")
+    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in tables["noto"])
+    (options.out / "names.json").write_text(f'{{"size": {options.size}, "emoji": [\n{rows}\n]}}\n')
+    if options.out.resolve() != SHIPPED.resolve():
+        shutil.copytree(SHIPPED / "licences", options.out / "licences", dirs_exist_ok=True)
+    print(f"{len(tables['noto'])} pictures of {options.size}x{options.size} in each of {', '.join(STYLES)}: {options.out}")
+    return options.out
+
+
+def _download(style: str, scratch: Path) -> Path:
+    """Fetch a package's archive with `npm pack` and check that it is the one that was published."""
+    _, package, published = PACKAGES[style]
+    print(f"fetching {package} ...", flush=True)
+    run = subprocess.run(["npm", "pack", package, "--silent", "--pack-destination", str(scratch)], capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise ValueError(f"emoji: npm pack {package} failed ({run.stderr.strip()[-300:]}); a machine that reaches the npm registry fits")
+    archive = scratch / run.stdout.strip().splitlines()[-1]
+    found = base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
+    if found != published:
+        raise ValueError(f"emoji: {package} has SHA-512 {found}; {published} is what was published; nothing of it is used")
+    return archive
+
+
+def _write_sheet(archive: Path, style: str, options: Fetch) -> list[tuple[str, str, str]]:
+    """Write a style's sheet; return (name, category, kind) of each tile, in the emoji's own order."""
+    folder, _, _ = PACKAGES[style]
+    with tarfile.open(archive) as tar:
+        rows = json.load(tar.extractfile("package/emoji.json"))
+        rows = sorted((row for row in rows if row["category"] != "Component" and row["has_img_google"] and row["has_img_twitter"]),
+                      key=lambda row: row["sort_order"])
+        rows = list({_name(row): row for row in rows}.values())
+        places = {f"package/img/{folder}/64/{row['image']}": i for i, row in enumerate(rows)}
+        sheet = Picture.new("RGB", (COLUMNS * options.size, -(-len(rows) // COLUMNS) * options.size), "white")
+        for member in tqdm(tar, desc=style, unit="file"):  # in the archive's order: compressed, it cannot be searched
+            if member.name not in places:
+                continue
+            i = places.pop(member.name)
+            with Picture.open(io.BytesIO(tar.extractfile(member).read())) as picture:
+                picture = picture.convert("RGBA")
+                tile = Picture.new("RGBA", picture.size, "white")
+                tile.alpha_composite(picture)
+                tile = tile.convert("RGB").resize((options.size, options.size), Picture.Resampling.BOX)
+            sheet.paste(tile, (i % COLUMNS * options.size, i // COLUMNS * options.size))
+    if places:
+        raise ValueError(f"emoji: {archive.name} lacks {len(places)} pictures, {next(iter(places))} first; the versions in transfusion/emoji.py hold them all")
+    sheet = sheet.point([min(255, (v + 4) // 8 * 8) if v < 252 else 255 for v in range(256)] * 3)  # half the bytes; at most 4 of 255 off
+    sheet.save(options.out / f"{style}.webp", lossless=True, quality=100, method=6)
+    return [(_name(row), row["category"], row["subcategory"].replace("-", " ")) for row in rows]
+
+
+def _name(row: dict) -> str:
+    return row["name"].lower()
+
+
+def main() -> None:
+    """Entry point of `python -m transfusion.emoji`."""
+    try:
+        fetch(tyro.cli(Fetch, prog="python -m transfusion.emoji"))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
