@@ -38,7 +38,7 @@ class EncodeSettings:
 
 def identity(name: str, split: str, pictures: Tensor) -> dict:
     """What latents are of: data set, split, shape of its pictures (N, C, H, W) and a checksum of them."""
-    return {"data": name, "split": split, "pictures": list(pictures.shape), "checksum": zlib.crc32(pictures.numpy())}
+    return {"data": name, "split": split, "pictures": list(pictures.shape), "checksum": zlib.crc32(pictures.contiguous().numpy())}
 
 
 def encode_dataset(settings: EncodeSettings) -> Path:

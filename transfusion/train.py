@@ -155,9 +155,10 @@ def start_model(config: TrainConfig, dataset, vae: VAE | None) -> Transfusion:
     if channels != model.config.image_channels or any(side % model.config.patch_size for side in size):
         raise ValueError(f"train: data.name is {config.data.name!r}, whose images are {tuple(dataset.image_shape)}, and tune.start a model of "
                          f"{model.config.image_channels} channels and patches of {model.config.patch_size}; equal channels and whole patches fit")
-    if vae is not None and model.vae is not None and vae.fingerprint() != model.vae.fingerprint():
-        raise ValueError(f"train: data.latents is {str(config.data.latents)!r} and tune.start a model with another autoencoder; latents of its own fit; "
-                         f"encode them with `transfusion vae encode --vae {config.tune.start}/vae`")
+    if (vae and vae.fingerprint()) != (model.vae and model.vae.fingerprint()):
+        raise ValueError(f"train: data.latents is {config.data.latents and str(config.data.latents)!r} and tune.start a model of "
+                         f"{'pictures' if model.vae is None else 'another autoencoder'}; latents of its own autoencoder fit; make them with "
+                         "`transfusion vae encode`, and the model with `transfusion init --vae`")
     return model
 
 

@@ -138,7 +138,7 @@ class VAETrainConfig:
 
 def small() -> VAETrainConfig:
     """Pictures of 32x32 to latents of 8x8x4 with 1.4 M parameters: minutes on a CPU core."""
-    return VAETrainConfig(losses=LossSettings(discriminator_width=32, discriminator_layers=2))
+    return VAETrainConfig(data=PictureSettings(name="emoji"), losses=LossSettings(discriminator_width=32, discriminator_layers=2))
 
 
 def paper() -> VAETrainConfig:
