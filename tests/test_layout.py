@@ -14,7 +14,8 @@ ORDER = ("tfkernels._library", "tfkernels._launch", "tfkernels.mask", "tfkernels
          "transfusion.tuning", "transfusion.vae", "transfusion.eval.metrics", "transfusion.eval.features", "transfusion.sample", "transfusion.model",
          "transfusion", "transfusion.tokenizer", "transfusion.emoji", "transfusion.data", "transfusion.picture_folder", "transfusion.latents",
          "transfusion.init", "transfusion.train", "transfusion.vae_losses", "transfusion.vae_train", "transfusion.presets", "transfusion.eval",
-         "transfusion.vae_eval", "transfusion.demo", "transfusion.cli")
+         "transfusion.vae_eval", "transfusion.demo", "transfusion.studies.vq", "transfusion.studies.data", "transfusion.studies.pictures",
+         "transfusion.studies.arms", "transfusion.studies.measure", "transfusion.studies.run", "transfusion.studies", "transfusion.cli")
 PACKAGES = [p for d in ("tfkernels", "transfusion") for p in sorted((ROOT / d).rglob("*.py"))]
 
 

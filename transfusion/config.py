@@ -6,6 +6,7 @@ from transfusion.objective import OBJECTIVES
 BACKBONES = ("decoder", "adaln", "experts")
 POSITIONS = ("1d", "2d")
 IMAGE_LAYERS = ("linear", "dit", "unet")
+IMAGE_ATTENTION = ("bidirectional", "causal")
 
 
 class TransfusionConfig(PreTrainedConfig):
@@ -23,6 +24,7 @@ class TransfusionConfig(PreTrainedConfig):
         image_layers: in front of and behind the decoder: "linear" (the paper), "dit", linear in and a modulated final layer out, or "unet" (the paper's other
             choice), down blocks in, up blocks out and skips between.
         unet_channels, unet_blocks: of "unet": channels at each resolution, from the latent's down to one position a patch, and residual blocks at each.
+        image_attention: inside an image, "bidirectional" (the paper) or "causal", the same as text (its ablation, table 5).
         objective: what the image head predicts: "eps" (the paper, arXiv:2408.11039), "v", "flow" or "x0".
         time_shift_tokens: patches of an image whose times are not shifted; larger images get more noise (see `transfusion.objective.shift_times`); None: none.
         diffusion_weight: lambda in loss = text + lambda * diffusion (the paper uses 5).
@@ -33,14 +35,14 @@ class TransfusionConfig(PreTrainedConfig):
     sub_configs = {"text_config": AutoConfig}
 
     def __init__(self, text_config=None, image_channels=1, image_size=(8, 8), patch_size=2, backbone="decoder", positions="1d", image_layers="dit",
-                 unet_channels=(64, 128), unet_blocks=2, objective="flow", time_shift_tokens=None, diffusion_weight=5.0, boi_token_id=3, eoi_token_id=4,
-                 **kwargs):
+                 unet_channels=(64, 128), unet_blocks=2, image_attention="bidirectional", objective="flow", time_shift_tokens=None, diffusion_weight=5.0,
+                 boi_token_id=3, eoi_token_id=4, **kwargs):
         if text_config is None:
             text_config = {"model_type": "llama"}
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
         for name, value, choices in (("backbone", backbone, BACKBONES), ("positions", positions, POSITIONS), ("image_layers", image_layers, IMAGE_LAYERS),
-                                     ("objective", objective, OBJECTIVES)):
+                                     ("image_attention", image_attention, IMAGE_ATTENTION), ("objective", objective, OBJECTIVES)):
             if value not in choices:
                 raise ValueError(f"TransfusionConfig: {name} is {value!r}; one of {', '.join(map(repr, choices))} fits")
         if patch_size < 1 or any(side % patch_size for side in image_size):
@@ -61,6 +63,7 @@ class TransfusionConfig(PreTrainedConfig):
         self.image_layers = image_layers
         self.unet_channels = list(unet_channels)
         self.unet_blocks = unet_blocks
+        self.image_attention = image_attention
         self.objective = objective
         self.time_shift_tokens = time_shift_tokens
         self.diffusion_weight = diffusion_weight

@@ -17,7 +17,7 @@ from transfusion.embed import PatchEmbedding, TimestepEmbedding, ZeroLinear
 from transfusion.experts import ExpertBackbone
 from transfusion.heads import DiTHead, LinearHead
 from transfusion.objective import OBJECTIVES
-from transfusion.sequence import Image, Part, Sequence
+from transfusion.sequence import IMAGE_ATTENTION, Image, Part, Sequence
 from transfusion.tuning import load_adapter
 from transfusion.unet import UNetDown, UNetUp, ZeroConv2d
 from transfusion.vae import VAE
@@ -51,6 +51,7 @@ class Transfusion(PreTrainedModel):
         self.backbone = BACKBONES[config.backbone](config.text_config)
         self.timestep = TimestepEmbedding(hidden)
         self.patch_embedding, self.image_head = (layer(config, hidden) for layer in IMAGE_LAYERS[config.image_layers])
+        self.image_attention = IMAGE_ATTENTION[config.image_attention]
         self.objective = OBJECTIVES[config.objective]
         self.tokenizer = tokenizer
         self.vae: VAE | None = None  # what its latents are of; set it to encode and decode pictures
@@ -124,7 +125,7 @@ class Transfusion(PreTrainedModel):
         noised = noise_patchify(sequence.patches, signal, noise, seed, offsets=sequence.layout.offsets)
         x, skips = self.embed(sequence, noised, condition)
         positions = self.positions(sequence.positions, sequence.image, sequence.layout.columns)
-        x = self.backbone(x, positions, sequence.mask(), condition, sequence.modality).flatten(0, 1)  # (B * S, C)
+        x = self.backbone(x, positions, self.image_attention.mask(sequence), condition, sequence.modality).flatten(0, 1)  # (B * S, C)
         text = self.backbone.text_loss(x, sequence.text_rows, sequence.text_targets)
         images = sequence.drawn * self.image_head.loss(x, sequence.patch_rows, condition, sequence.layout, skips, sequence.patches, p, q, seed)
         diffusion = images.sum() / sequence.drawn.sum().clamp(min=1)

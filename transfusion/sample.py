@@ -169,8 +169,7 @@ class _Cache:
         columns = self.seen.shape[1]
         self.seen = torch.cat([self.seen, valid], 1)
         order = torch.arange(count, device=x.device)
-        hi = columns + torch.where(order < block, block, order + 1)
-        hi = torch.where(valid, hi, 0)                                                     # (B, n); 0: an empty row
+        hi = torch.where(valid, columns + model.image_attention.seen(order, block), 0)             # (B, n); 0: an empty row
         until = torch.where(self.seen, _EVER, 0)
         mask = TransfusionMask.from_intervals(torch.zeros_like(hi), hi, since=torch.zeros_like(until), until=until, offset=columns)
         image = torch.where(order < block, torch.arange(batch, device=x.device)[:, None], -1)  # (B, n)
@@ -250,7 +249,7 @@ class _Sampler:
         x, _ = self.model.embed(sequence, sequence.patches, condition)
         cache, seen = DynamicCache(), sequence.documents >= 0
         positions = self.model.positions(sequence.positions, sequence.image, sequence.layout.columns)
-        hidden = self.model.backbone(x, positions, sequence.mask(), condition, sequence.modality, cache)
+        hidden = self.model.backbone(x, positions, self.model.image_attention.mask(sequence), condition, sequence.modality, cache)
         return _Cache(cache, seen, seen.sum(1)), hidden[:, -1]
 
     def write(self, hidden: Tensor) -> Iterator[Event]:

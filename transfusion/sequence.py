@@ -151,6 +151,11 @@ class Sequence:
         """Return who sees whom."""
         return TransfusionMask.from_spans(self.spans, self.tokens.shape[1], documents=self.documents, hidden=self.hidden if self.hidden.shape[1] else None)
 
+    def causal_mask(self) -> TransfusionMask:
+        """Return the same with images like text: a patch sees the patches before it."""
+        hidden = self.hidden if self.hidden.shape[1] else None
+        return TransfusionMask.from_spans(self.spans[:, :0], self.tokens.shape[1], documents=self.documents, hidden=hidden)
+
     @property
     def image(self) -> Tensor:
         """(B, S) int32, the image each token belongs to, -1 for text."""
@@ -165,6 +170,33 @@ class Sequence:
     def image_count(self) -> int:
         """N."""
         return len(self.layout.grids)
+
+
+class Bidirectional:
+    """Patches see their whole image (arXiv:2408.11039, section 3.2)."""
+
+    def mask(self, sequence: Sequence) -> TransfusionMask:
+        """Return who sees whom among packed rows."""
+        return sequence.mask()
+
+    def seen(self, order: Tensor, patches: int) -> Tensor:
+        """Of tokens `order` (n,) that are fed together, an image of `patches` first: how many of them each sees."""
+        return torch.where(order < patches, patches, order + 1)
+
+
+class Causal:
+    """Patches see the patches before them, as text does (arXiv:2408.11039, table 5)."""
+
+    def mask(self, sequence: Sequence) -> TransfusionMask:
+        """As `Bidirectional.mask`."""
+        return sequence.causal_mask()
+
+    def seen(self, order: Tensor, patches: int) -> Tensor:
+        """As `Bidirectional.seen`."""
+        return order + 1
+
+
+IMAGE_ATTENTION = {"bidirectional": Bidirectional(), "causal": Causal()}
 
 
 def encode(parts: list[Part], tokenizer, config, *, end: bool = True) -> Document:

@@ -55,6 +55,12 @@ class ModelSettings:
     """of patches: 1d, one after the other (the paper), or 2d, a row and a column (with backbone adaln or experts)"""
     image_layers: str = "dit"
     """linear (the paper), dit (a modulated final layer) or unet (the paper's other choice)"""
+    unet_channels: tuple[int, ...] = (64, 128)
+    """channels at each resolution of the U-Net, down to one position a patch"""
+    unet_blocks: int = 2
+    """residual blocks at each resolution of the U-Net"""
+    image_attention: str = "bidirectional"
+    """inside an image: bidirectional (the paper) or causal (its table 5)"""
     objective: str = "flow"
     """what the image head predicts: eps (the paper), v, flow or x0"""
     time_shift_tokens: int | None = None
@@ -141,7 +147,8 @@ def build_model(config: TrainConfig, dataset) -> Transfusion:
         num_attention_heads=config.model.heads, num_key_value_heads=config.model.kv_heads, tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     channels, *size = dataset.image_shape
-    names = "patch_size", "backbone", "positions", "image_layers", "objective", "time_shift_tokens", "diffusion_weight"
+    names = ("patch_size", "backbone", "positions", "image_layers", "unet_channels", "unet_blocks", "image_attention", "objective", "time_shift_tokens",
+             "diffusion_weight")
     shared = {name: getattr(config.model, name) for name in names}
     return Transfusion(TransfusionConfig(
         text_config=AutoConfig.for_model(**text_config.to_dict()), image_channels=channels, image_size=size, **shared,

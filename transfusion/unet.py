@@ -33,7 +33,7 @@ class UNetDown(nn.Module):
         widths = [channels[0], *channels]
         self.levels = nn.ModuleList(nn.ModuleList(_block(widths[i] if n == 0 else c, c, hidden) for n in range(config.unet_blocks))
                                     for i, c in enumerate(channels))
-        self.down = nn.ModuleList(Downsample2D(c, use_conv=True) for c in channels[:-1])
+        self.down = nn.ModuleList(Downsample2D(c, use_conv=True, name="op") for c in channels[:-1])  # by default it has its weights twice
         self.output = nn.Conv2d(channels[-1], hidden, 1)
 
     def forward(self, hidden: Tensor, patches: Tensor, condition: Tensor, layout: ImageLayout, places: Tensor) -> tuple[Tensor, list]:

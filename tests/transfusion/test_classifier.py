@@ -55,6 +55,31 @@ def test_the_seed_alone_decides_the_weights(tmp_path):
     assert all(same) and sum(other) < len(other) / 2
 
 
+def test_the_same_call_after_an_interruption_ends_with_the_weights_of_one_that_never_stopped(tmp_path, monkeypatch, capsys):
+    digits, settings = Digits(), dataclasses.replace(TINY, steps=8, keep_every=3)
+
+    def run(name, settings=settings):
+        train_classifier(digits.images, digits.labels, DIGIT_NAMES, tmp_path / name, settings)
+        return load_file(tmp_path / name / "model.safetensors")
+
+    def interrupted(pictures, _, generator, left=[7]):  # noqa: B006 (calls left: 2 to say the cost, 5 steps)
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return augment(pictures, settings, generator)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("transfusion.eval.classifier.augment", interrupted)
+        run("parts")
+    assert not (tmp_path / "parts" / "model.safetensors").exists() and (tmp_path / "parts" / "resume").is_dir()
+    capsys.readouterr()
+    parts = run("parts")
+    assert "going on from step 3" in capsys.readouterr().out and not (tmp_path / "parts" / "resume").exists()
+    whole = run("whole")
+    assert all(torch.equal(parts[key], x) for key, x in whole.items())
+    assert "going on" not in capsys.readouterr().out
+
+
 def test_pictures_are_moved_scaled_and_brightened_within_their_limits_and_never_mirrored():
     still = ClassifierSettings(move=0, scale=0, brightness=0)
     ramp = torch.linspace(-0.5, 0.5, 16).expand(200, 1, 16, 16).contiguous()  # brighter to the right, equal in every row
@@ -95,7 +120,7 @@ def test_what_does_not_fit_is_refused_by_name_before_training(tmp_path):
     with pytest.raises(ValueError, match="holds files and no classifier.json; an empty directory or one that this command wrote fits"):
         train_classifier(images, labels, ["a", "b"], tmp_path, TINY)
     assert [path.name for path in tmp_path.iterdir()] == ["theirs.txt"]
-    with pytest.raises(ValueError, match="labels has values from 0 to 1; 0 to 0, which have names, fit"):
+    with pytest.raises(ValueError, match="labels is from 0 to 1; 0 to 0 fit: they have names"):
         train_classifier(images, labels, ["a"], tmp_path / "new", TINY)
     with pytest.raises(ValueError, match=r"images has shape \(2, 1, 8, 8\) and labels \(1,\)"):
         train_classifier(images, labels[:1], ["a", "b"], tmp_path / "new", TINY)

@@ -1,7 +1,11 @@
 """Sampling against a sampler without any cache, batches against single prompts, and the state machine of text and images."""
+import copy
+
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
+from tests.transfusion.conftest import tiny_model
 from tfkernels import patchify
 from transfusion import Image, Text
 from transfusion.objective import step
@@ -38,6 +42,32 @@ def test_the_cached_sampler_equals_one_without_a_cache(model, guidance):
     image, = model.draw(["a handwritten seven"], steps=6, guidance=guidance, seed=5)
     expected = draw_without_cache(model, "a handwritten seven", 6, guidance, 5)
     torch.testing.assert_close(patchify(image.latent[None], 2), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_with_causal_attention_the_cached_sampler_equals_transformers_own_causal_decoder(pictures):
+    """Every step asks a Llama of transformers, which knows no spans, about the whole embedded sequence."""
+    model, prompts = tiny_model("v", image_layers="linear", image_attention="causal"), [[Text("a handwritten seven")], [pictures[0], Text(" and")]]
+    plain = LlamaForCausalLM._from_config(copy.deepcopy(model.config.text_config), attn_implementation="eager").eval()
+    plain.load_state_dict(model.backbone.decoder.state_dict())
+
+    def patches_at(x, t):
+        return model.patch_embedding.linear(x + model.patch_embedding.time(model.timestep(torch.tensor([t]))))
+
+    def predict(before, x, t):
+        states = plain.model(inputs_embeds=torch.cat([before, patches_at(x, t)])[None]).last_hidden_state
+        return model.image_head.linear(states[0, -16:])
+
+    for number, (prompt, image) in enumerate(zip(prompts, model.draw(prompts, steps=4, guidance=3.0, seed=5))):
+        document = encode(prompt, model.tokenizer, model.config, end=False)
+        whole = model.backbone.embed(torch.tensor([*document.tokens, model.config.boi_token_id]))
+        for start, patches, *_ in document.images:
+            whole[start:start + 16] = patches_at(patches, 0.0)
+        nothing, x = whole[[0, -1]], torch.randn(16, 4, generator=torch.Generator().manual_seed(5 + number))
+        for t in (1.0, 0.75, 0.5, 0.25):
+            prediction = torch.lerp(predict(nothing, x, t), predict(whole, x, t), 3.0)
+            x = step(model.objective, x, prediction, torch.tensor(t), torch.tensor(t - 0.25))
+        torch.testing.assert_close(patchify(image.latent[None], 2), x, rtol=1e-4, atol=1e-4)
 
 
 def test_a_batch_gives_each_prompt_what_it_gets_alone(model, pictures):

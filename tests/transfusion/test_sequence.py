@@ -5,7 +5,7 @@ import torch
 from tests.transfusion.conftest import tiny_model
 from tfkernels import patchify
 from transfusion import Image, Text
-from transfusion.sequence import encode, lay_out, pack
+from transfusion.sequence import IMAGE_ATTENTION, encode, lay_out, pack, with_clean_copies
 
 MODEL = tiny_model()
 TOKENIZER, CONFIG = MODEL.tokenizer, MODEL.config
@@ -67,6 +67,17 @@ def test_packing_keeps_documents_apart_and_restarts_positions():
     assert sequence.patch_rows.tolist() == [*range(*sequence.spans[0, 0]), *range(start, stop)]
     assert sequence.layout.image.tolist() == [0] * 16 + [1] * 16 and sequence.layout.offsets.tolist() == [0, 16, 32]
     assert sequence.image[0, sequence.patch_rows].tolist() == sequence.layout.image.tolist() and (sequence.image >= 0).sum() == 32
+
+
+def test_with_causal_attention_every_token_sees_itself_and_what_stands_before_it_in_its_document():
+    clean = with_clean_copies(encode([PICTURE, Text("a handwritten two")], TOKENIZER, CONFIG))
+    sequence = pack([encode([Text("a handwritten seven"), PICTURE, Text(" and"), PICTURE], TOKENIZER, CONFIG), clean], 120, 4)
+    dense, document = IMAGE_ATTENTION["causal"].mask(sequence).dense()[0, 0], sequence.documents[0]
+    expected = torch.ones(120, 120).tril().bool() & (document[:, None] == document) & (document >= 0)
+    start, stop = sequence.hidden[0, 0].tolist()  # the noised patches of the clean copy, which the rest of their document does not see
+    expected[stop:, start:stop] = False
+    assert torch.equal(dense, expected)
+    assert torch.equal(IMAGE_ATTENTION["bidirectional"].mask(sequence).dense(), sequence.mask().dense()) and (sequence.mask().dense()[0, 0] & ~dense).any()
 
 
 def test_first_fit_leaves_out_only_what_fits_in_no_row():

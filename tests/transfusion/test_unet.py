@@ -57,6 +57,13 @@ def test_the_model_trains_through_them_and_draws(pictures):
     assert image.latent.shape == (1, 16, 16) and torch.isfinite(image.latent).all()
 
 
+def test_a_model_with_them_is_saved_and_loaded(tmp_path):
+    model = unet_model()
+    model.save_pretrained(tmp_path)
+    loaded = Transfusion.from_pretrained(tmp_path)
+    assert loaded.state_dict().keys() == model.state_dict().keys() and all(torch.equal(x, model.state_dict()[name]) for name, x in loaded.state_dict().items())
+
+
 def test_a_fresh_unet_predicts_nothing():
     base = unet_model()
     fresh = Transfusion(base.config)

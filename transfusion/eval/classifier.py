@@ -2,12 +2,16 @@
 
     python -m transfusion.eval.classifier --data.name digits --out runs/judge
 
-Basic blocks, AdamW under a cosine, label smoothing (arXiv:1512.00567, section 7), and pictures moved, scaled and brightened a little, never mirrored: a
-mirrored seven is no seven. The batch of a step is a pure function of (seed, step). What is saved is a checkpoint of transformers that `Features` loads.
+Basic blocks, AdamW under a cosine, label smoothing (arXiv:1512.00567, section 7), and pictures moved, scaled and brightened a little, never mirrored:
+a mirrored seven is no seven. The batch of a step is a pure function of (seed, step): the same call after an interruption goes on from the last state
+kept. What is saved is a checkpoint of transformers that `Features` loads.
 """
 import copy
 import dataclasses
 import json
+import math
+import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +20,7 @@ from typing import Annotated
 
 import torch
 import tyro
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
@@ -59,6 +64,8 @@ class ClassifierSettings:
     """of the weights, the batches and what is done to pictures"""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
+    keep_every: int = 200
+    """steps after which the state is kept, so that the same call goes on from there"""
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ def train_classifier(images: Tensor, labels: Tensor, label_names: Sequence[str],
         raise ValueError(f"train_classifier: images has shape {tuple(images.shape)} and labels {tuple(labels.shape)}; (N, C, height, width) and (N,) "
                          "fit")
     if labels.min() < 0 or labels.max() >= len(label_names):
-        raise ValueError(f"train_classifier: labels has values from {labels.min()} to {labels.max()}; 0 to {len(label_names) - 1}, which have names, fit")
+        raise ValueError(f"train_classifier: labels is from {labels.min()} to {labels.max()}; 0 to {len(label_names) - 1} fit: they have names")
     check_out(out)
     device = torch.accelerator.current_accelerator() if settings.device == "auto" and torch.accelerator.is_available() else torch.device(
         "cpu" if settings.device == "auto" else settings.device)
@@ -98,20 +105,28 @@ def train_classifier(images: Tensor, labels: Tensor, label_names: Sequence[str],
         pictures = augment(prepare(images[chosen].to(device)), settings, generator)
         return torch.nn.functional.cross_entropy(network(pictures).logits, labels[chosen].to(device), label_smoothing=settings.smoothing)
 
-    print(f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters, {len(label_names)} labels, {len(images)} pictures: {settings.steps} "
-          f"steps of {settings.batch} pictures take about {settings.steps * _step_seconds(network, loss_of) / 60:.1f} minutes on {device}", flush=True)
-    matrices, vectors = [p for p in network.parameters() if p.ndim >= 2], [p for p in network.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}], lr=settings.lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=settings.steps, pct_start=0.05, cycle_momentum=False)
-    progress = tqdm(range(settings.steps), desc=f"judge {Path(out).name}", unit="step", smoothing=0.05, dynamic_ncols=True)
+    optimizer = torch.optim.AdamW([
+        {"params": [p for p in network.parameters() if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in network.parameters() if p.ndim < 2], "weight_decay": 0.0}], lr=settings.lr)
+    pictures = [*images.shape, images.double().sum().item()]
+    run = json.loads(json.dumps({"settings": dataclasses.asdict(settings), "labels": list(label_names), "pictures": pictures}))
+    start = _restore(Path(out), run, network, optimizer)
+    print(f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters, {len(label_names)} labels, {len(images)} pictures: "
+          f"{settings.steps - start} steps of {settings.batch} pictures take about "
+          f"{(settings.steps - start) * _step_seconds(network, loss_of) / 60:.1f} minutes on {device}", flush=True)
+    progress = tqdm(range(start, settings.steps), initial=start, total=settings.steps, desc=f"judge {Path(out).name}", unit="step", smoothing=0.05,
+                    dynamic_ncols=True)
     for step in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings)
         loss = loss_of(network, step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
         progress.set_postfix(loss=f"{loss.item():.3f}")
+        if (step + 1) % settings.keep_every == 0:
+            _keep(Path(out), run, network, optimizer, step + 1)
     save(network, out, settings)
     return Features.from_pretrained(out)
 
@@ -124,6 +139,12 @@ def build_network(channels: int, label_names: Sequence[str], settings: Classifie
             num_channels=channels, embedding_size=settings.width, hidden_sizes=[settings.width * 2**stage for stage in range(len(settings.depths))],
             depths=list(settings.depths), layer_type="basic", id2label=dict(enumerate(label_names)),
             label2id={name: label for label, name in enumerate(label_names)})).train()
+
+
+def learning_rate(step: int, settings: ClassifierSettings) -> float:
+    """Linear warm-up over a twentieth of the steps times a cosine down to 0."""
+    warm_up = min(1.0, (step + 1) / max(1, settings.steps // 20))
+    return settings.lr * warm_up * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
 
 
 def augment(pictures: Tensor, settings: ClassifierSettings, generator: torch.Generator) -> Tensor:
@@ -139,15 +160,16 @@ def augment(pictures: Tensor, settings: ClassifierSettings, generator: torch.Gen
 def check_out(out: Path) -> None:
     """Refuse a directory that holds something else than a classifier of this module."""
     if Path(out).is_dir() and any(Path(out).iterdir()) and not (Path(out) / "classifier.json").is_file():
-        raise ValueError(f"train_classifier: out is {str(out)!r}, which holds files and no classifier.json; an empty directory or one that this command "
-                         "wrote fits")
+        raise ValueError(f"train_classifier: out is {str(out)!r}, which holds files and no classifier.json; an empty directory or one that this "
+                         "command wrote fits")
 
 
 def save(network: ResNetForImageClassification, out: Path, settings: ClassifierSettings) -> None:
-    """Write the checkpoint, what its pictures go through, and the settings."""
+    """Write the checkpoint, what its pictures go through, and the settings; the state kept on the way goes."""
     network.save_pretrained(out)
     ViTImageProcessorPil(size={"height": settings.size, "width": settings.size}, image_mean=[0.5], image_std=[0.5]).save_pretrained(out)
     (Path(out) / "classifier.json").write_text(json.dumps(dataclasses.asdict(settings), indent=2) + "\n")
+    shutil.rmtree(Path(out) / "resume", ignore_errors=True)
 
 
 def accuracy(features: Features, images: Tensor, labels: Tensor) -> float:
@@ -170,9 +192,40 @@ def judge(config: JudgeConfig) -> float:
                                                      for dataset in map(DATASETS[config.data], ("train", "held-out")))
     features = train_classifier(images, labels, names, config.out, config.settings)
     share = balanced_accuracy(features, held_out, asked)
-    print(f"{100 * accuracy(features, held_out, asked):.2f} % of {len(held_out)} held-out pictures are read right, {100 * share:.2f} % in the mean over "
-          f"labels\ncheckpoint   {config.out}")
+    print(f"{100 * accuracy(features, held_out, asked):.2f} % of {len(held_out)} held-out pictures are read right, {100 * share:.2f} % in the mean "
+          f"over labels\ncheckpoint   {config.out}")
     return share
+
+
+def _keep(out: Path, run: dict, network: ResNetForImageClassification, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Write what going on needs; a crash while writing leaves the state before whole."""
+    state = {f"network.{name}": x for name, x in network.state_dict().items()}
+    state |= {f"optimizer.{i}.{key}": x for i, values in optimizer.state_dict()["state"].items() for key, x in values.items()}
+    fresh, kept = out / "resume.new", out / "resume"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    save_file({name: x.contiguous() for name, x in state.items()}, fresh / "state.safetensors")
+    (fresh / "run.json").write_text(json.dumps({"step": step, "run": run}))
+    (out / "classifier.json").write_text(json.dumps(run["settings"], indent=2) + "\n")
+    shutil.rmtree(kept, ignore_errors=True)
+    os.replace(fresh, kept)
+
+
+def _restore(out: Path, run: dict, network: ResNetForImageClassification, optimizer: torch.optim.Optimizer) -> int:
+    """Load what `_keep` wrote for the same pictures, labels and settings; return the step to go on from, 0 where there is no such state."""
+    kept = out / "resume"
+    saved = json.loads((kept / "run.json").read_text()) if (kept / "run.json").is_file() else {"run": None}
+    if saved["run"] != run:
+        return 0
+    state, moments = load_file(kept / "state.safetensors"), {}
+    network.load_state_dict({name.removeprefix("network."): x for name, x in state.items() if name.startswith("network.")})
+    for name, x in state.items():
+        if name.startswith("optimizer."):
+            _, i, key = name.split(".")
+            moments.setdefault(int(i), {})[key] = x
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    print(f"going on from step {saved['step']} of the run kept in {kept}", flush=True)
+    return saved["step"]
 
 
 def _step_seconds(network: ResNetForImageClassification, loss_of: Callable) -> float:
