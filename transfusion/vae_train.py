@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from transfusion.data import step_generator
+from transfusion.device import choose_device
 from transfusion.eval.features import Features
 from transfusion.picture_folder import PictureSettings, describe, open_pictures
 from transfusion.train import (
@@ -249,8 +250,7 @@ def latent_statistics(autoencoder: AutoencoderKL, pictures, batch: int) -> tuple
 def train(config: VAETrainConfig) -> Path:
     """Run `config` to its end, to `stop_after` or to Ctrl-C; return the directory with the autoencoder."""
     # data and models
-    device = torch.accelerator.current_accelerator() if config.device == "auto" and torch.accelerator.is_available() else torch.device(
-        "cpu" if config.device == "auto" else config.device)
+    device = choose_device(config.device)
     pictures = open_pictures(config.data)
     autoencoder = build_autoencoder(config.model, tuple(pictures.shape[1:]), config.seed).to(device).train()
     discriminator = build_discriminator(config.losses, tuple(pictures.shape[1:])).to(device)
