@@ -70,8 +70,8 @@ class Emoji:
     @staticmethod
     def caption(name: str, style: str) -> str:
         """Return the words for a picture, e.g. "a red apple, noto style"."""
-        article = "" if name.endswith("s") and not name.endswith("ss") else "an " if name[0] in "aeiou" and not name.startswith(("eu", "uni", "one", "u.")) else "a "
-        return f"{article}{name}, {style} style"
+        plural, vowel = name.endswith("s") and not name.endswith("ss"), name[0] in "aeiou" and not name.startswith(("eu", "uni", "one", "u."))
+        return f"{'' if plural else 'an ' if vowel else 'a '}{name}, {style} style"
 
     def caption_of(self, i: int) -> str:
         """Return the words for picture `i`."""

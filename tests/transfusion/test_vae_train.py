@@ -300,13 +300,15 @@ def test_settings_that_do_not_fit_are_answered_by_name(folder, tmp_path, trained
 
 
 def test_a_real_autoencoder_keeps_unseen_digits_better_than_a_pca_of_the_same_latent(tmp_path):
-    """Digits of 8x8 as latents of 4x4x1, a quarter of their numbers: more than 3 dB above the principal component of patches of 2x2."""
+    """Digits of 8x8 as latents of 4x4x1, a quarter of their numbers: more than 1 dB above the 16 principal components of whole digits, the best linear
+    codec of this latent size, and more than 5 above the first one of patches of 2x2, the best that is as local."""
     train(VAETrainConfig(out=tmp_path, save_every=10_000, device="cpu", data=PictureSettings(name="digits"),
                          model=AutoencoderSettings(latent_channels=1, widths=(16, 48)),
-                         optim=VAEOptimSettings(steps=200, batch=32, lr=4e-3, warmup=20, flip=0.0)))
+                         optim=VAEOptimSettings(steps=400, batch=32, lr=4e-3, warmup=20, flip=0.0)))
     codecs = evaluate(VAEEvalSettings(vae=tmp_path, data=PictureSettings(name="digits"), device="cpu"))["codecs"]
-    assert codecs["vae"]["psnr"] > codecs["patch PCA"]["psnr"] + 3
-    assert codecs["vae"]["ssim"] > codecs["patch PCA"]["ssim"]
+    assert codecs["vae"]["psnr"] > codecs["picture PCA"]["psnr"] + 1
+    assert codecs["vae"]["psnr"] > codecs["patch PCA"]["psnr"] + 5
+    assert codecs["vae"]["ssim"] > codecs["picture PCA"]["ssim"] > codecs["patch PCA"]["ssim"]
 
 
 def test_statistics_of_latents_are_those_of_all_numbers():
