@@ -93,8 +93,8 @@ def notes(study: Study, data: StudyData, results: list[dict]) -> list[str]:
     seeds = len({result["seed"] for result in results})
     lines = [f"{data.name}, {seeds} seeds (± is the standard deviation over them); {optim.steps} steps of {optim.rows} x {optim.seq_len} tokens, lr "
              f"{optim.lr:g}; {model.layers} layers of width {model.hidden}, {model.objective}-prediction, lambda {model.diffusion_weight:g}, captions first "
-             f"{data.base.data.caption_first:.0%}; {measuring.draws} pictures drawn in {measuring.steps} steps at guidance {measuring.guidance:g}. Pictures "
-             "are pixels, without a VAE.",
+             f"{data.base.data.caption_first:.0%}, guidance {measuring.guidance:g}; {measuring.draws} pictures drawn in "
+             f"{measuring.steps} steps. Pictures are pixels, without a VAE.",
              "Fréchet distance, precision, recall and label accuracy are of a small classifier trained on the same real pictures, so they compare with each "
              "other and not with the paper's FID and CLIP; losses are nats per caption token."]
     for row in study.rows:
