@@ -77,16 +77,17 @@ def showcase(settings: ShowcaseSettings) -> dict:
     judges = Judges(real, out / "judges", settings.judge)
     model = Transfusion.from_pretrained(out).to(device).eval()
     metrics["text_bits_per_byte_after"] = bits_per_byte(model, text)
+    images = open_dataset(config.data, "held-out")[0].images
+    options = {"steps": settings.steps, "guidance": settings.guidance, "seed": config.seed, "image_size": tuple(images.shape[-2:])}
     pair = torch.arange(len(held_out.labels)).repeat_interleave(settings.each)
     asked = {"held_out": held_out.styles[pair], "trained": 1 - held_out.styles[pair]}  # the same names, in the style never shown and in the other
     drawn = {}
     for name, styles in asked.items():
         captions = [held_out.caption(held_out.names[label], STYLES[style]) for label, style in zip(held_out.labels[pair], styles)]
         print(f"drawing {len(captions)} pictures of {name.replace('_', '-')} pairs ...", flush=True)
-        drawn[name] = draw_emoji(model, captions, steps=settings.steps, guidance=settings.guidance, seed=config.seed)
+        drawn[name] = draw_emoji(model, captions, **options)
         metrics |= {f"{name}_{key}": value for key, value in judges.read(drawn[name], held_out.labels[pair], styles).items()}
     metrics["real_frechet"] = judges.floor(len(pair))
-    images = open_dataset(config.data, "held-out")[0].images
     metrics |= read_captions(model, images, held_out)
     metrics |= {"guidance": settings.guidance, "sampling_steps": settings.steps, "train_seconds": _seconds(out / "log.jsonl"),
                 "measure_seconds": time.perf_counter() - trained, "total_seconds": time.perf_counter() - began}

@@ -79,7 +79,7 @@ def digits() -> StudyData:
 
 def emoji() -> StudyData:
     """Emoji, 16x16: 16 patches of 4x4, or 64 or 4."""
-    base = replace(_RUN, model=replace(_DECODER, patch_size=4), data=replace(_PAIRS, name="emoji-kinds"))
+    base = replace(_RUN, model=replace(_DECODER, patch_size=4), data=replace(_PAIRS, name="emoji-kinds", caption_first=0.5))
     titles = tuple(caption.removesuffix(" style") for caption in EmojiKinds.captions)
     return StudyData("emoji", EmojiKinds.captions, titles, base, (2, 4, 8), (16, 32, 32, 32), measuring=Measuring(draws=306),
                      autoencoder=AutoencoderSettings(channels=(16, 32, 32), codes=256))
