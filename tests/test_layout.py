@@ -12,10 +12,11 @@ ORDER = ("tfkernels._library", "tfkernels._launch", "tfkernels.mask", "tfkernels
          "tfkernels", "tfkernels.integrations", "transfusion.objective", "transfusion.guidance", "transfusion.sampler", "transfusion.config",
          "transfusion.sequence", "transfusion.embed", "transfusion.backbone", "transfusion.experts", "transfusion.heads", "transfusion.unet",
          "transfusion.tuning", "transfusion.vae", "transfusion.eval.metrics", "transfusion.eval.features", "transfusion.sample", "transfusion.model",
-         "transfusion", "transfusion.tokenizer", "transfusion.emoji", "transfusion.data", "transfusion.picture_folder", "transfusion.latents",
-         "transfusion.init", "transfusion.train", "transfusion.vae_losses", "transfusion.vae_train", "transfusion.presets", "transfusion.eval",
-         "transfusion.vae_eval", "transfusion.demo", "transfusion.studies.vq", "transfusion.studies.data", "transfusion.studies.pictures",
-         "transfusion.studies.arms", "transfusion.studies.measure", "transfusion.studies.run", "transfusion.studies", "transfusion.cli")
+         "transfusion", "transfusion.tokenizer", "transfusion.device", "transfusion.emoji", "transfusion.data", "transfusion.picture_folder",
+         "transfusion.latents", "transfusion.init", "transfusion.train", "transfusion.vae_losses", "transfusion.vae_train", "transfusion.presets",
+         "transfusion.eval", "transfusion.vae_eval", "transfusion.demo", "transfusion.showcase", "transfusion.studies.vq", "transfusion.studies.data",
+         "transfusion.studies.pictures", "transfusion.studies.arms", "transfusion.studies.measure", "transfusion.studies.run", "transfusion.studies",
+         "transfusion.cli")
 PACKAGES = [p for d in ("tfkernels", "transfusion") for p in sorted((ROOT / d).rglob("*.py"))]
 
 

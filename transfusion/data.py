@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transfusion.emoji import emoji_things, large_emoji, small_emoji
+from transfusion.emoji import large_emoji, lively_emoji, small_emoji
 from transfusion.sequence import Document, Image, Part, Sequence, Text, encode, lay_out, with_clean_copies
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -84,7 +84,7 @@ def jitter(image: Tensor, strength: float, generator: torch.Generator) -> Tensor
     return torch.nn.functional.grid_sample(image[None] + 1, grid, align_corners=False)[0] - 1
 
 
-DATASETS = {"digits": Digits, "emoji": small_emoji, "emoji-things": emoji_things, "emoji-64": large_emoji}
+DATASETS = {"digits": Digits, "emoji": small_emoji, "emoji-lively": lively_emoji, "emoji-64": large_emoji}
 CONTEXTS = {"noised": lambda document: document, "clean": with_clean_copies}
 
 

@@ -33,7 +33,8 @@ PACKAGES = {
 COLUMNS = 44  # tiles in a row of a sheet
 SHIPPED = Path(__file__).parent / "assets" / "emoji"
 FETCHED = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "transfusion" / "emoji-64"
-PEOPLE_FLAGS_SYMBOLS = ("People & Body", "Flags", "Symbols")
+CATEGORIES = ("Smileys & Emotion", "People & Body", "Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects", "Symbols", "Flags")
+LIVELY = ("Smileys & Emotion", "Animals & Nature", "Food & Drink")
 
 
 class Emoji:
@@ -42,18 +43,18 @@ class Emoji:
     Args:
         split: "train", "held-out" (the pairs of name and style that training never shows), or "all".
         sheets: directory of noto.webp, twemoji.webp and names.json; those of the package by default.
-        without: categories that are left out.
+        categories: those of `CATEGORIES` that are taken.
     """
 
-    def __init__(self, split: str = "train", sheets: Path = SHIPPED, without: tuple[str, ...] = ()):
+    def __init__(self, split: str = "train", sheets: Path = SHIPPED, categories: tuple[str, ...] = CATEGORIES):
         if not (Path(sheets) / "names.json").is_file():
             raise ValueError(f"Emoji: sheets is {str(sheets)!r}, which holds no names.json; a directory that `python -m transfusion.emoji` wrote fits; run it")
         table = json.loads((Path(sheets) / "names.json").read_text())
         self.size = table["size"]
-        chosen = [i for i, row in enumerate(table["emoji"]) if row[1] not in without]
+        chosen = [i for i, row in enumerate(table["emoji"]) if row[1] in categories]
         rows = [table["emoji"][i] for i in chosen]
         self.names = [name for name, _, _ in rows]
-        self.category_names = list(dict.fromkeys(category for _, category, _ in rows))
+        self.category_names = list(dict.fromkeys(category for _, category, _ in rows))     # in the emoji's own order, as names and kinds
         self.kind_names = list(dict.fromkeys(kind for _, _, kind in rows))
         pictures = torch.stack([read_sheet(Path(sheets) / f"{style}.webp", self.size, len(table["emoji"]))[chosen] for style in STYLES])
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:len(rows) // 10]
@@ -69,8 +70,8 @@ class Emoji:
     @staticmethod
     def caption(name: str, style: str) -> str:
         """Return the words for a picture, e.g. "a red apple, noto style"."""
-        article = "" if name.endswith("s") and not name.endswith("ss") else "an " if name[0] in "aeiou" and not name.startswith(("eu", "uni", "one")) else "a "
-        return f"{article}{name}, {style} style"
+        plural, vowel = name.endswith("s") and not name.endswith("ss"), name[0] in "aeiou" and not name.startswith(("eu", "uni", "one", "u."))
+        return f"{'' if plural else 'an ' if vowel else 'a '}{name}, {style} style"
 
     def caption_of(self, i: int) -> str:
         """Return the words for picture `i`."""
@@ -78,7 +79,8 @@ class Emoji:
 
     def texts(self) -> list[str]:
         """Every text that documents are made of."""
-        return [words for style in STYLES for words in (*(self.caption(name, style) for name in self.names), *(f"{kind}, {style} style" for kind in self.kind_names))]
+        named = [self.caption(name, style) for name in self.names for style in STYLES]
+        return named + [f"{kind}, {style} style" for kind in self.kind_names for style in STYLES]
 
     def document(self, generator: torch.Generator, settings) -> list[Part]:
         """Draw one document: a caption and its image in either order, the kind in place of the name once in ten times, or an image alone."""
@@ -106,9 +108,9 @@ def small_emoji(split: str = "train") -> Emoji:
     return Emoji(split)
 
 
-def emoji_things(split: str = "train") -> Emoji:
-    """At 32x32 what is neither a person, a flag nor a sign: faces, animals, plants, food, places, activities, objects."""
-    return Emoji(split, without=PEOPLE_FLAGS_SYMBOLS)
+def lively_emoji(split: str = "train") -> Emoji:
+    """At 32x32, from the package: 459 faces, animals, plants and dishes."""
+    return Emoji(split, categories=LIVELY)
 
 
 def large_emoji(split: str = "train") -> Emoji:

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from transfusion.data import DATASETS, DataSettings
+from transfusion.device import choose_device
 from transfusion.picture_folder import SPLITS, PictureSettings
 from transfusion.vae import VAE
 
@@ -38,7 +39,7 @@ class EncodeSettings:
 
 def identity(name: str, split: str, pictures: Tensor) -> dict:
     """What latents are of: data set, split, shape of its pictures (N, C, H, W) and a checksum of them."""
-    return {"data": name, "split": split, "pictures": list(pictures.shape), "checksum": zlib.crc32(pictures.numpy())}
+    return {"data": name, "split": split, "pictures": list(pictures.shape), "checksum": zlib.crc32(pictures.contiguous().numpy())}
 
 
 def encode_dataset(settings: EncodeSettings) -> Path:
@@ -53,8 +54,7 @@ def encode_dataset(settings: EncodeSettings) -> Path:
         raise ValueError(f"vae encode: data.name is {settings.data.name!r} and data.folder {str(settings.data.folder)!r}; a data set with captions fits, "
                          f"one of {', '.join(map(repr, DATASETS))}")
     vae = VAE.from_pretrained(settings.vae)
-    vae.autoencoder.to(torch.accelerator.current_accelerator() if settings.device == "auto" and torch.accelerator.is_available()
-                       else "cpu" if settings.device == "auto" else settings.device)
+    vae.autoencoder.to(choose_device(settings.device))
     pictures = {split: DATASETS[settings.data.name](split).images for split in SPLITS}
     about = {"vae": vae.fingerprint(), "splits": [identity(settings.data.name, split, pictures[split]) for split in SPLITS]}
     if settings.out.exists():

@@ -17,6 +17,7 @@ from transfusion.data import DATASETS
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SPLITS = ("train", "held-out")
+UNREADABLE = (OSError, SyntaxError, ValueError, Picture.DecompressionBombError)  # what Pillow raises of bad files
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class PictureFolder:
         for at in range(index, index + len(self.paths)):
             try:
                 return read_picture(self.paths[at % len(self.paths)], self.settings.size, self.settings.channels)
-            except OSError:
+            except UNREADABLE:
                 continue
         raise ValueError(f"PictureFolder: no picture of {str(self.settings.folder)!r} can be read any more; put them back")
 
@@ -89,7 +90,7 @@ def _readable(path: Path) -> bool:
     try:
         with Picture.open(path) as picture:
             picture.load()
-    except (OSError, SyntaxError, ValueError):
+    except UNREADABLE:
         return False
     return True
 

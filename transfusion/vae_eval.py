@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from transfusion.device import choose_device
 from transfusion.eval.features import Features, in_batches
 from transfusion.eval.metrics import frechet_distance, psnr, ssim
 from transfusion.eval.pictures import reconstruction_grid
@@ -107,8 +108,7 @@ def evaluate(settings: VAEEvalSettings) -> dict:
         ValueError: pictures that the autoencoder cannot take.
     """
     vae = VAE.from_pretrained(settings.vae)
-    device = torch.accelerator.current_accelerator() if settings.device == "auto" and torch.accelerator.is_available() else torch.device(
-        "cpu" if settings.device == "auto" else settings.device)
+    device = choose_device(settings.device)
     vae.autoencoder.to(device)
     features = None if settings.classifier is None else Features.from_pretrained(settings.classifier).to(device)
     sets = {split: open_pictures(settings.data, split) for split in ("train", "held-out")}

@@ -33,7 +33,7 @@ def finished(tmp_path_factory):
     """A fast study of tokens: its directory and what it printed."""
     out, printed = tmp_path_factory.mktemp("studies"), io.StringIO()
     with contextlib.redirect_stdout(printed):
-        main(["tokens", "--fast", "--seeds", "2", "--out", str(out)])
+        main(["tokens", "--fast", "--seeds", "0", "1", "--out", str(out)])
     return out, printed.getvalue()
 
 
@@ -68,16 +68,16 @@ def test_finished_runs_are_read_and_only_changed_ones_run_again(finished, bench,
     monkeypatch.setattr(runs, "cost", lambda *_: 0.0)
     arms = bench.data.arms()
     pair = [arms["linear"], arms["codes"]]
-    assert [(r["arm"], r["seed"]) for r in runs.run_all(bench, pair, 2)] == [("linear", 0), ("linear", 1), ("codes", 0), ("codes", 1)] and not done
-    runs.run_all(bench, pair, 3)
+    assert [(r["arm"], r["seed"]) for r in runs.run_all(bench, pair, (0, 1))] == [("linear", 0), ("linear", 1), ("codes", 0), ("codes", 1)] and not done
+    runs.run_all(bench, pair, (0, 1, 2))
     assert done == [("linear", 2), ("codes", 2)]
     done.clear()
     other = dataclasses.replace(bench.data, autoencoder=dataclasses.replace(bench.data.autoencoder, codes=9))
-    runs.run_all(SimpleNamespace(data=other, out=bench.out), pair, 1)
+    runs.run_all(SimpleNamespace(data=other, out=bench.out), pair, (0,))
     assert done == [("codes", 0)]
     done.clear()
     other = dataclasses.replace(bench.data, measuring=dataclasses.replace(bench.data.measuring, guidance=2.0))
-    runs.run_all(SimpleNamespace(data=other, out=bench.out), pair, 1)
+    runs.run_all(SimpleNamespace(data=other, out=bench.out), pair, (0,))
     assert done == [("linear", 0), ("codes", 0)]
 
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
 from transfusion.data import DATASETS, DIGIT_NAMES, step_generator
+from transfusion.device import choose_device
 from transfusion.eval.features import Features, Preprocessing, in_batches
 
 LABELS: dict[str, dict[str, Callable[[object], tuple[Tensor, Sequence[str]]]]] = {
@@ -94,8 +95,7 @@ def train_classifier(images: Tensor, labels: Tensor, label_names: Sequence[str],
     if labels.min() < 0 or labels.max() >= len(label_names):
         raise ValueError(f"train_classifier: labels is from {labels.min()} to {labels.max()}; 0 to {len(label_names) - 1} fit: they have names")
     check_out(out)
-    device = torch.accelerator.current_accelerator() if settings.device == "auto" and torch.accelerator.is_available() else torch.device(
-        "cpu" if settings.device == "auto" else settings.device)
+    device = choose_device(settings.device)
     network = build_network(images.shape[1], label_names, settings).to(device)
     prepare = Preprocessing(images.shape[1], (settings.size, settings.size), [0.5], [0.5])
 

@@ -40,6 +40,28 @@ def reconstruction_grid(path: Path, rows: dict[str, Tensor]) -> None:
     plt.close(figure)
 
 
+def emoji_grid(path: Path, titles: list[str], shown: Tensor, drawn: Tensor, real: Tensor, count: int = 30, blocks: int = 3) -> None:
+    """Write the first `count` pairs, each a line: the picture in the style that was shown (N, C, H, W), what was drawn (N, n, C, H, W), the real one.
+
+    The lines stand in `blocks` columns; each has its caption above it.
+    """
+    count = min(count, len(titles))
+    lines, each = -(-count // blocks), drawn.shape[1]
+    figure, axes = plt.subplots(lines, blocks * (each + 3), figsize=(0.62 * blocks * (each + 2.6), 0.86 * lines), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for i in range(count):
+        line = axes[i % lines][i // lines * (each + 3):][:each + 2]
+        for axis, picture in zip(line, [shown[i], *drawn[i], real[i]]):
+            axis.imshow(_pixels(picture), interpolation="nearest")
+        line[0].text(0, 1.12, titles[i], transform=line[0].transAxes, fontsize=7)
+        if i % lines == 0:
+            for axis, title in zip((line[0], line[1], line[-1]), ("shown", "drawn", "never shown")):
+                axis.text(0, 1.45, title, transform=axis.transAxes, fontsize=8, fontweight="bold")
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
 def loss_curves(path: Path, log: Path) -> None:
     """Plot the text and the diffusion loss of a training log (JSON lines), raw and as a running mean."""
     records = [json.loads(line) for line in log.read_text().splitlines()]

@@ -20,8 +20,8 @@ class StudySettings:
     """which; all makes every one"""
     data: Literal["digits", "emoji"] = "digits"
     """the pictures"""
-    seeds: int = 3
-    """runs of each arm"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """runs of each arm; two processes may share the work by seeds, and the one command afterwards finds all of them done"""
     out: Path = Path("runs/studies")
     """directory of runs, tables and pictures"""
     fast: bool = False

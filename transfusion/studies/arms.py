@@ -29,7 +29,7 @@ class Arm:
 class Measuring:
     """How a trained model is measured."""
 
-    draws: int = 400
+    draws: int = 300
     """pictures drawn from captions, every class as often"""
     steps: int = 30
     """denoising steps of each"""
@@ -68,7 +68,7 @@ class StudyData:
 
 _DECODER = ModelSettings(hidden=96, layers=3, heads=3, kv_heads=3, mlp=256, image_layers="linear", objective="v", unet_blocks=1)
 _PAIRS = DataSettings(caption_first=0.8, caption_dropout=0.1, noise_limit=0.5)
-_OPTIM = OptimSettings(steps=1200, rows=2, seq_len=256, lr=3e-3, min_lr=1e-5, warmup=50, weight_decay=0.05, ema=0.995)
+_OPTIM = OptimSettings(steps=900, rows=2, seq_len=256, lr=3e-3, min_lr=1e-5, warmup=50, weight_decay=0.05, ema=0.995)
 _RUN = TrainConfig(model=_DECODER, data=_PAIRS, optim=_OPTIM, device="cpu", save_every=100)
 
 
@@ -81,7 +81,7 @@ def emoji() -> StudyData:
     """Emoji, 16x16: 16 patches of 4x4, or 64 or 4."""
     base = replace(_RUN, model=replace(_DECODER, patch_size=4), data=replace(_PAIRS, name="emoji-kinds", caption_first=0.5))
     titles = tuple(caption.removesuffix(" style") for caption in EmojiKinds.captions)
-    return StudyData("emoji", EmojiKinds.captions, titles, base, (2, 4, 8), (16, 32, 32, 32), measuring=Measuring(draws=360),
+    return StudyData("emoji", EmojiKinds.captions, titles, base, (2, 4, 8), (16, 32, 32, 32), measuring=Measuring(draws=306),
                      autoencoder=AutoencoderSettings(channels=(16, 32, 32), codes=256))
 
 

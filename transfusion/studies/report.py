@@ -173,7 +173,8 @@ def report(study: Study, data: StudyData, results: list[dict], bench, columns: i
     plot(stem.with_suffix(".png"), study, results, real)
     classes, ink = len(data.captions), bench.held_out.images.shape[1] == 1
     columns, blank = min(columns, data.measuring.draws // classes), -1.0 if ink else 1.0
-    drawn = {row.arm: load_file(bench.out / f"{row.arm}-0" / "drawn.safetensors")["drawn"] for row in study.rows}
+    seed = min(result["seed"] for result in results)
+    drawn = {row.arm: load_file(bench.out / f"{row.arm}-{seed}" / "drawn.safetensors")["drawn"] for row in study.rows}
     labels = torch.arange(len(next(iter(drawn.values())))) % classes
     drawn = {arm: by_class(images, labels, classes, columns, blank) for arm, images in drawn.items()}
     held_out = by_class(bench.held_out.images, bench.held_out.labels, classes, columns, blank)

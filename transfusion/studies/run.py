@@ -142,10 +142,10 @@ def cost(bench: Bench, arm: Arm, steps: int = 4) -> float:
     return (seconds[-1] - seconds[0]) / max(1, len(seconds) - 1) * base.optim.steps + drawing
 
 
-def run_all(bench: Bench, arms: list[Arm], seeds: int) -> list[dict]:
+def run_all(bench: Bench, arms: list[Arm], seeds: tuple[int, ...]) -> list[dict]:
     """Every run of these arms; those that are there are read, the cost of the others is printed before the first of them starts."""
-    results = {(arm.name, seed): finished(bench, arm, seed) for arm in arms for seed in range(seeds)}
-    missing = [(arm, seed) for seed in range(seeds) for arm in arms if results[arm.name, seed] is None]
+    results = {(arm.name, seed): finished(bench, arm, seed) for arm in arms for seed in seeds}
+    missing = [(arm, seed) for seed in seeds for arm in arms if results[arm.name, seed] is None]
     if missing:
         print(f"{len(results) - len(missing)} of {len(results)} runs are there; timing a few steps of the others ...", flush=True)
         seconds = {name: cost(bench, arm) for name, arm in {arm.name: arm for arm, _ in missing}.items()}
