@@ -37,6 +37,8 @@ from transfusion.vae import VAE
 class ModelSettings:
     """The decoder and the image layers."""
 
+    vocabulary: int = 512
+    """tokens of the tokenizer trained on the data set's texts, at most"""
     hidden: int = 128
     """width of the decoder"""
     layers: int = 4
@@ -137,11 +139,12 @@ def digits_paper() -> TrainConfig:
 
 
 def emoji() -> TrainConfig:
-    """459 named emoji in two styles, 32x32, x0-prediction in patches of 8x8: the showcase, under an hour on two CPU cores."""
+    """459 named emoji in two styles, 32x32, x0-prediction in patches of 8x8: the showcase, about an hour of one CPU core."""
     return TrainConfig(
         out=Path("runs/emoji"), save_every=200, data=DataSettings(name="emoji-lively", caption_first=0.8, noise_limit=0.5),
-        model=ModelSettings(hidden=256, layers=6, heads=8, kv_heads=8, mlp=688, patch_size=8, backbone="adaln", positions="2d", objective="x0"),
-        optim=OptimSettings(steps=3000, rows=4, seq_len=256, lr=1.5e-3, min_lr=1e-5, warmup=100, weight_decay=0.02, ema=0.995))
+        model=ModelSettings(vocabulary=2048, hidden=256, layers=6, heads=8, kv_heads=8, mlp=688, patch_size=8, backbone="adaln", positions="2d",
+                            objective="x0"),
+        optim=OptimSettings(steps=5000, rows=4, seq_len=256, lr=1.5e-3, min_lr=1e-5, warmup=100, weight_decay=0.02, ema=0.995))
 
 
 PRESETS = {"digits": digits, "digits-paper": digits_paper, "emoji": emoji}
@@ -149,7 +152,7 @@ PRESETS = {"digits": digits, "digits-paper": digits_paper, "emoji": emoji}
 
 def build_model(config: TrainConfig, dataset) -> Transfusion:
     """Return a freshly initialised model and its tokenizer for a data set."""
-    tokenizer = train_tokenizer(dataset.texts())
+    tokenizer = train_tokenizer(dataset.texts(), config.model.vocabulary)
     torch.manual_seed(config.seed)
     text_config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=config.model.hidden, intermediate_size=config.model.mlp, num_hidden_layers=config.model.layers,
