@@ -66,9 +66,9 @@ class StudyData:
         return {arm.name: arm for arm in arms}
 
 
-_DECODER = ModelSettings(hidden=96, layers=3, heads=3, kv_heads=3, mlp=256, image_layers="linear", objective="v", unet_blocks=1)
-_PAIRS = DataSettings(caption_first=0.8, caption_dropout=0.1, noise_limit=0.5)
-_OPTIM = OptimSettings(steps=900, rows=2, seq_len=256, lr=3e-3, min_lr=1e-5, warmup=50, weight_decay=0.05, ema=0.995)
+_DECODER = ModelSettings(hidden=64, layers=3, heads=2, kv_heads=2, mlp=176, image_layers="linear", objective="v", unet_blocks=1)
+_PAIRS = DataSettings(caption_first=0.5, caption_dropout=0.1, noise_limit=0.5)
+_OPTIM = OptimSettings(steps=1200, rows=8, seq_len=256, lr=2e-3, min_lr=1e-5, warmup=50, weight_decay=0.05, ema=0.995)
 _RUN = TrainConfig(model=_DECODER, data=_PAIRS, optim=_OPTIM, device="cpu", save_every=100)
 
 
@@ -79,7 +79,7 @@ def digits() -> StudyData:
 
 def emoji() -> StudyData:
     """Emoji, 16x16: 16 patches of 4x4, or 64 or 4."""
-    base = replace(_RUN, model=replace(_DECODER, patch_size=4), data=replace(_PAIRS, name="emoji-kinds", caption_first=0.5))
+    base = replace(_RUN, model=replace(_DECODER, patch_size=4), data=replace(_PAIRS, name="emoji-kinds"))
     titles = tuple(caption.removesuffix(" style") for caption in EmojiKinds.captions)
     return StudyData("emoji", EmojiKinds.captions, titles, base, (2, 4, 8), (16, 32, 32, 32), measuring=Measuring(draws=306),
                      autoencoder=AutoencoderSettings(channels=(16, 32, 32), codes=256))
