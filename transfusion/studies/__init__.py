@@ -10,9 +10,10 @@
     all                      every one of them; arms that studies share are trained once
 
 All arms of a data set have the same decoder, steps, tokens in a batch and captions, drawn in the same order. The recipe is the paper's (lambda 5, linear
-image layers, noise limit 0.5, guidance 3, times uniform; section 4.3) but for what a minute of training needs: the target is v on the paper's cosine schedule,
-for after 600 steps an error of eps near t = 1, divided by the little signal there, threw drawn digits to 100 times their range; and of emoji half, not
+image layers, noise limit 0.5, guidance 3, times uniform; section 4.3) but for what minutes of training need: the target is v on the paper's cosine
+schedule, for after 600 steps an error of eps near t = 1, divided by the little signal there, threw drawn digits to 100 times their range; and half, not
 80 %, of the captions stand first, for few pictures are read otherwise. Pictures are pixels, as in the paper's footnote 3; there is no VAE. A run =
 (data set, arm, seed) leaves its checkpoint and metrics.json in <out>/<data>/<arm>-<seed>; a study reads them, trains what is missing (a run that was
-interrupted goes on) and writes <out>/<data>-<study>.md, .json, .png and -samples.png. One run takes about two minutes of one CPU core.
+interrupted goes on) and writes <out>/<data>-<study>.md, .json, .png and -samples.png. One run takes three to six minutes of one CPU core, all of a data
+set about two hours.
 """
