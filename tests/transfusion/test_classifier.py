@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor
 
-from transfusion.data import DIGIT_NAMES, Digits
-from transfusion.eval.classifier import ClassifierSettings, accuracy, augment, balanced_accuracy, main, train_classifier
+from transfusion.data import DATASETS, DIGIT_NAMES, Digits
+from transfusion.eval.classifier import LABELS, ClassifierSettings, accuracy, augment, balanced_accuracy, main, train_classifier
 from transfusion.eval.features import Features
 
 BRIEF = ClassifierSettings(width=16, steps=120, batch=64, device="cpu")
@@ -112,6 +112,17 @@ def test_the_command_says_its_cost_and_how_much_it_reads(tmp_path, capsys):
     for bad, message in ((["--data.name", "faces"], "data.name is 'faces'; digits"), (["--label", "style"], "label is 'style'; name fit")):
         with pytest.raises(SystemExit, match=f"error: classifier: {message}"):
             main([*command, *bad])
+
+
+def test_emoji_are_told_apart_by_name_style_category_or_kind(tmp_path, capsys):
+    dataset = DATASETS["emoji-lively"]("held-out")
+    i = next(i for i in range(len(dataset.labels)) if dataset.caption_of(i) == "a strawberry, twemoji style")
+    said = {kind: (labels[i].item(), names) for kind, (labels, names) in ((kind, of(dataset)) for kind, of in LABELS["emoji-lively"].items())}
+    assert {kind: names[label] for kind, (label, names) in said.items()} == {
+        "name": "strawberry", "style": "twemoji", "category": "Food & Drink", "kind": "food fruit"}
+    main(["--data.name", "emoji-lively", "--label", "category", "--out", str(tmp_path / "judge"), "--settings.width", "4", "--settings.steps", "1",
+          "--settings.batch", "8", "--settings.device", "cpu"])
+    assert "3 labels, 873 pictures" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_is_refused_by_name_before_training(tmp_path):

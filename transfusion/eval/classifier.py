@@ -27,10 +27,14 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 
 from transfusion.data import DATASETS, DIGIT_NAMES, step_generator
 from transfusion.device import choose_device
+from transfusion.emoji import STYLES
 from transfusion.eval.features import Features, Preprocessing, in_batches
 
+_EMOJI = {
+    "name": lambda dataset: (dataset.labels, dataset.names), "style": lambda dataset: (dataset.styles, STYLES),
+    "category": lambda dataset: (dataset.categories, dataset.category_names), "kind": lambda dataset: (dataset.kinds, dataset.kind_names)}
 LABELS: dict[str, dict[str, Callable[[object], tuple[Tensor, Sequence[str]]]]] = {
-    "digits": {"name": lambda dataset: (dataset.labels, DIGIT_NAMES)},
+    "digits": {"name": lambda dataset: (dataset.labels, DIGIT_NAMES)}, "emoji": _EMOJI, "emoji-lively": _EMOJI, "emoji-64": _EMOJI,
 }
 """What can be told apart in each data set: a labelling gives the label of each picture and the labels' names."""
 
