@@ -2,7 +2,7 @@
 
 The model sees 459 named faces, animals, plants and dishes in two styles, but one in ten of them in one style alone; those it draws in the other. On two
 CPU cores a small decoder learns them from nothing. With a GPU, start from a language model, whose text loss is measured before and after, and take all
-1,905 emoji:
+1,870 emoji:
 
     transfusion init --llm SmolLM2-135M --patch-size 4 --objective x0 --backbone adaln --out runs/start
     python -m transfusion.showcase --train.tune.start runs/start --train.data.name emoji --train.out runs/emoji-smollm2 --train.autocast

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForImageClassification, PreTrainedModel
+from transformers.utils import logging
 
 FITS = "a convolutional classifier of transformers (ResNet, ConvNeXt, RegNet, timm's through TimmWrapper) fits"
 
@@ -80,6 +81,8 @@ class Features:
         """
         if not (Path(path) / "config.json").is_file():
             raise ValueError(f"Features.from_pretrained: path is {str(path)!r}, which holds no config.json; a directory that transformers wrote fits")
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # a head that the body does not load is no news
         try:
             body, body_info = AutoModel.from_pretrained(path, use_safetensors=True, output_loading_info=True)
             classifier, info = AutoModelForImageClassification.from_pretrained(
@@ -87,6 +90,8 @@ class Features:
         except (OSError, ValueError) as error:
             raise ValueError(f"Features.from_pretrained: path is {str(path)!r}, which cannot be loaded ({str(error).splitlines()[0]}); {FITS}, "
                              "in safetensors") from error
+        finally:
+            logging.set_verbosity(verbosity)
         if missing := sorted(body_info["missing_keys"]):
             raise ValueError(f"Features.from_pretrained: path is {str(path)!r}, which has no weights for {', '.join(missing[:3])}; {FITS}")
         config = body.config.to_dict()
