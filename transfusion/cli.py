@@ -178,7 +178,7 @@ def run_verb(prog: str, verbs: dict, args: list[str]) -> None:
         raise SystemExit(f"error: {args[0]!r} is not a verb; {', '.join(verbs)} fit" + (f"; did you mean {near[0]}?" if near else ""))
     try:
         verbs[args[0]][1](args[1:])
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

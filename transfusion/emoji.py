@@ -34,7 +34,7 @@ PACKAGES = {
 }
 COLUMNS = 44  # tiles in a row of a sheet
 SHIPPED = Path(__file__).parent / "assets" / "emoji"
-FETCHED = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "transfusion" / "emoji-64"
+FETCHED = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "transfusion"
 CATEGORIES = ("Smileys & Emotion", "People & Body", "Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects", "Symbols", "Flags")
 LIVELY = ("Smileys & Emotion", "Animals & Nature", "Food & Drink")
 
@@ -134,17 +134,17 @@ def lively_emoji(split: str = "train") -> Emoji:
 
 def large_emoji(split: str = "train") -> Emoji:
     """All categories at 64x64, as `python -m transfusion.emoji` fetched them."""
-    return Emoji(split, FETCHED)
+    return Emoji(split, FETCHED / "emoji-64")
 
 
 @dataclass(frozen=True)
 class Fetch:
-    """Fetch the emoji through npm (136 MB) and write their sheets; the data set "emoji-64" finds them in the default directory."""
+    """Fetch the emoji through npm (136 MB) and write their sheets; the data set "emoji-64" finds those of 64x64."""
 
     size: int = 64
     """side of a picture: 64 as they come, less to shrink them"""
-    out: Path = FETCHED
-    """directory for noto.webp, twemoji.webp, names.json and the licences"""
+    out: Path | None = None
+    """directory for noto.webp, twemoji.webp, names.json and the licences; None: where the data set "emoji-64" looks, with the size in its name"""
 
 
 def fetch(options: Fetch) -> Path:
@@ -153,20 +153,18 @@ def fetch(options: Fetch) -> Path:
         raise ValueError(f"emoji: size is {options.size}; 8, 16, 32 or 64 fits")
     if shutil.which("npm") is None:
         raise ValueError("emoji: npm is not on the PATH; install Node.js, or use the data set 'emoji', whose 32x32 pictures the package holds")
-    options.out.mkdir(parents=True, exist_ok=True)
+    out = options.out or FETCHED / f"emoji-{options.size}"
     with tempfile.TemporaryDirectory() as scratch:
-        tables = {}
-        for style in STYLES:
-            archive = _download(style, Path(scratch))
-            tables[style] = _write_sheet(archive, style, options)
-    if tables["noto"] != tables["twemoji"]:
-        raise ValueError("emoji: the two packages name different pictures; the versions in transfusion/emoji.py fit each other")
-    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in tables["noto"])
-    (options.out / "names.json").write_text(f'{{"size": {options.size}, "emoji": [\n{rows}\n]}}\n')
-    if options.out.resolve() != SHIPPED.resolve():
-        shutil.copytree(SHIPPED / "licences", options.out / "licences", dirs_exist_ok=True)
-    print(f"{len(tables['noto'])} pictures of {options.size}x{options.size} in each of {', '.join(STYLES)}: {options.out}")
-    return options.out
+        fresh = Path(scratch) / "sheets"
+        shutil.copytree(SHIPPED / "licences", fresh / "licences")
+        tables = {style: _write_sheet(_download(style, Path(scratch)), style, options.size, fresh) for style in STYLES}
+        if tables["noto"] != tables["twemoji"]:
+            raise ValueError("emoji: the two packages name different pictures; the versions in transfusion/emoji.py fit each other")
+        rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in tables["noto"])
+        (fresh / "names.json").write_text(f'{{"size": {options.size}, "emoji": [\n{rows}\n]}}\n')
+        shutil.copytree(fresh, out, dirs_exist_ok=True)  # nothing is written before everything is there
+    print(f"{len(tables['noto'])} pictures of {options.size}x{options.size} in each of {', '.join(STYLES)}: {out}")
+    return out
 
 
 def _download(style: str, scratch: Path) -> Path:
@@ -183,8 +181,8 @@ def _download(style: str, scratch: Path) -> Path:
     return archive
 
 
-def _write_sheet(archive: Path, style: str, options: Fetch) -> list[tuple[str, str, str]]:
-    """Write a style's sheet; return (name, category, kind) of each tile, in the emoji's own order."""
+def _write_sheet(archive: Path, style: str, size: int, out: Path) -> list[tuple[str, str, str]]:
+    """Write a style's sheet into `out`; return (name, category, kind) of each tile, in the emoji's own order."""
     folder, _, _ = PACKAGES[style]
     with tarfile.open(archive) as tar:
         rows = json.load(tar.extractfile("package/emoji.json"))
@@ -192,7 +190,7 @@ def _write_sheet(archive: Path, style: str, options: Fetch) -> list[tuple[str, s
                       key=lambda row: row["sort_order"])
         rows = list({_name(row): row for row in rows}.values())
         places = {f"package/img/{folder}/64/{row['image']}": i for i, row in enumerate(rows)}
-        sheet = Picture.new("RGB", (COLUMNS * options.size, -(-len(rows) // COLUMNS) * options.size), "white")
+        sheet = Picture.new("RGB", (COLUMNS * size, -(-len(rows) // COLUMNS) * size), "white")
         for member in tqdm(tar, desc=style, unit="file"):  # in the archive's order: compressed, it cannot be searched
             if member.name not in places:
                 continue
@@ -201,12 +199,12 @@ def _write_sheet(archive: Path, style: str, options: Fetch) -> list[tuple[str, s
                 picture = picture.convert("RGBA")
                 tile = Picture.new("RGBA", picture.size, "white")
                 tile.alpha_composite(picture)
-                tile = tile.convert("RGB").resize((options.size, options.size), Picture.Resampling.BOX)
-            sheet.paste(tile, (i % COLUMNS * options.size, i // COLUMNS * options.size))
+                tile = tile.convert("RGB").resize((size, size), Picture.Resampling.BOX)
+            sheet.paste(tile, (i % COLUMNS * size, i // COLUMNS * size))
     if places:
         raise ValueError(f"emoji: {archive.name} lacks {len(places)} pictures, {next(iter(places))} first; the versions in transfusion/emoji.py hold them all")
     sheet = sheet.point([min(255, (v + 4) // 8 * 8) if v < 252 else 255 for v in range(256)] * 3)  # half the bytes; at most 4 of 255 off
-    sheet.save(options.out / f"{style}.webp", lossless=True, quality=100, method=6)
+    sheet.save(out / f"{style}.webp", lossless=True, quality=100, method=6)
     return [(_name(row), row["category"], row["subcategory"].replace("-", " ")) for row in rows]
 
 

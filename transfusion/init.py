@@ -41,6 +41,10 @@ class InitSettings:
     """residual blocks at each resolution of the U-Net"""
     objective: str = "flow"
     """what the image head predicts: eps (the paper), v, flow or x0"""
+    positions: str = "1d"
+    """of patches: 1d, one after the other (the paper), or 2d, a row and a column (with backbone adaln or experts)"""
+    diffusion_weight: float = 5.0
+    """lambda in text loss + lambda * diffusion loss (the paper: 5, for errors of eps; those of x0 are a tenth of these)"""
     seed: int = 0
     """of the image layers' first weights"""
 
@@ -54,8 +58,8 @@ def load_language_model(path: Path):
     if not (path.is_file() if options else (path / "config.json").is_file()):
         raise ValueError(f"init: llm is {str(path)!r}, which is no checkpoint; a directory with config.json and *.safetensors, or a .gguf file, fits")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        decoder = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options, **weights)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+        decoder = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, trust_remote_code=False, **options, **weights)
     except (OSError, ImportError) as error:
         raise ValueError(f"init: llm is {str(path)!r}, which cannot be loaded ({error}); safetensors fit, and GGUF where the packages gguf and "
                          "accelerate are installed; convert other formats first") from error
@@ -95,7 +99,7 @@ def init(settings: InitSettings) -> Path:
     vae = None if settings.vae is None else VAE.from_pretrained(settings.vae)
     decoder, tokenizer = load_language_model(settings.llm)
     config = {name: getattr(settings, name) for name in ("image_channels", "image_size", "patch_size", "backbone", "image_layers", "unet_channels",
-                                                         "unet_blocks", "objective")}
+                                                         "unet_blocks", "objective", "positions", "diffusion_weight")}
     model = from_language_model(decoder, tokenizer, seed=settings.seed, **config | ({} if vae is None else {"image_channels": vae.channels}))
     model.vae = vae
     model.save_pretrained(settings.out)

@@ -56,6 +56,9 @@ def encode_dataset(settings: EncodeSettings) -> Path:
     vae = VAE.from_pretrained(settings.vae)
     vae.autoencoder.to(choose_device(settings.device))
     pictures = {split: DATASETS[settings.data.name](split).images for split in SPLITS}
+    if pictures["train"].shape[1] != vae.picture_channels:
+        raise ValueError(f"vae encode: data.name is {settings.data.name!r}, of {pictures['train'].shape[1]} channels, and the autoencoder of "
+                         f"{str(settings.vae)!r} takes {vae.picture_channels}; name the pictures it is for with --data.name")
     about = {"vae": vae.fingerprint(), "splits": [identity(settings.data.name, split, pictures[split]) for split in SPLITS]}
     if settings.out.exists():
         if not (settings.out / "cache.json").is_file() or json.loads((settings.out / "cache.json").read_text()) != about:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image as Picture
+from PIL import ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,7 +38,8 @@ class PictureSettings:
 class PictureFolder:
     """The picture files of one split of a folder, each cropped to its central square and resized (Lanczos); transparent parts become white.
 
-    Files that cannot be read are left out at the start and counted (`skipped`); one that breaks later is replaced by the next.
+    Files that cannot be read, and those of more than 8 bits a channel, are left out at the start and counted (`skipped`); one that breaks later is
+    replaced by the next.
     """
 
     def __init__(self, settings: PictureSettings, split: str = "train"):
@@ -77,6 +79,9 @@ class PictureFolder:
 def read_picture(path: Path, size: int, channels: int) -> Tensor:
     """Read a file as (channels, size, size) in [-1, 1]: its central square, resized; white where it is transparent."""
     with Picture.open(path) as picture:
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith(("I", "F")):
+            raise ValueError(f"read_picture: {path} has pixels of kind {picture.mode}; 8 bits a channel fit; convert it")
         picture = picture.convert("RGBA")
         side = min(picture.size)
         left, top = ((length - side) // 2 for length in picture.size)
@@ -89,6 +94,8 @@ def read_picture(path: Path, size: int, channels: int) -> Tensor:
 def _readable(path: Path) -> bool:
     try:
         with Picture.open(path) as picture:
+            if picture.mode.startswith(("I", "F")):
+                return False
             picture.load()
     except UNREADABLE:
         return False

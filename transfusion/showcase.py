@@ -4,7 +4,7 @@ The model sees 459 named faces, animals, plants and dishes in two styles, but on
 CPU cores a small decoder learns them from nothing. With a GPU, start from a language model, whose text loss is measured before and after, and take all
 1,870 emoji:
 
-    transfusion init --llm SmolLM2-135M --patch-size 4 --objective x0 --backbone adaln --out runs/start
+    transfusion init --llm SmolLM2-135M --patch-size 4 --objective x0 --diffusion-weight 50 --backbone adaln --positions 2d --out runs/start
     python -m transfusion.showcase --train.tune.start runs/start --train.data.name emoji --train.out runs/emoji-smollm2 --train.autocast
 
 Leaves in runs/emoji: the checkpoint, samples.png (held-out pairs of name and style), loss.png, the judges and metrics.json.
@@ -26,7 +26,7 @@ from transfusion.eval.emoji import Judges, bits_per_byte, draw_emoji, read_capti
 from transfusion.eval.pictures import emoji_grid, loss_curves
 from transfusion.latents import open_dataset
 from transfusion.model import Transfusion
-from transfusion.train import TrainConfig, build_model, emoji, start_model, train
+from transfusion.train import TrainConfig, build_model, emoji, logged_seconds, saved_directory, start_model, train
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,10 @@ def showcase(settings: ShowcaseSettings) -> dict:
     dataset, vae = open_dataset(config.data)
     if not isinstance(dataset, Emoji):
         raise ValueError(f"showcase: train.data.name is {config.data.name!r}; 'emoji', 'emoji-lively' and 'emoji-64' fit")
-    before = build_model(config, dataset) if config.tune.start is None else start_model(config, dataset, vae)
-    metrics = {"text_bits_per_byte_before": bits_per_byte(before.to(device).eval(), text)}
-    resume = (config.out / "resume" / "run.json").is_file()
-    out = train(dataclasses.replace(config, resume=resume))
-    done = json.loads((out / "resume" / "run.json").read_text())["step"]
+    metrics = {"text_bits_per_byte_before": bits_per_byte(
+        (build_model(config, dataset) if config.tune.start is None else start_model(config, dataset, vae)).to(device).eval(), text)}
+    out = train(dataclasses.replace(config, resume=(saved_directory(config.out) / "run.json").is_file()))
+    done = json.loads((saved_directory(out) / "run.json").read_text())["step"]
     if done < config.optim.steps:
         raise KeyboardInterrupt(f"{done} of {config.optim.steps} steps; the same command goes on")
     trained = time.perf_counter()
@@ -76,6 +75,8 @@ def showcase(settings: ShowcaseSettings) -> dict:
     held_out, real = (DATASETS[config.data.name](split) for split in ("held-out", "all"))
     judges = Judges(real, out / "judges", settings.judge)
     model = Transfusion.from_pretrained(out).to(device).eval()
+    if model.vae is not None:
+        model.vae.autoencoder.to(device)
     metrics["text_bits_per_byte_after"] = bits_per_byte(model, text)
     images = open_dataset(config.data, "held-out")[0].images
     options = {"steps": settings.steps, "guidance": settings.guidance, "seed": config.seed, "image_size": tuple(images.shape[-2:])}
@@ -87,9 +88,10 @@ def showcase(settings: ShowcaseSettings) -> dict:
         print(f"drawing {len(captions)} pictures of {name.replace('_', '-')} pairs ...", flush=True)
         drawn[name] = draw_emoji(model, captions, **options)
         metrics |= {f"{name}_{key}": value for key, value in judges.read(drawn[name], held_out.labels[pair], styles).items()}
-    metrics["real_frechet"] = judges.floor(len(pair))
+    real_pictures = judges.real_pictures(held_out.labels[pair], held_out.styles[pair])
+    metrics |= {f"real_{key}": value for key, value in judges.read(real_pictures, held_out.labels[pair], held_out.styles[pair]).items()}
     metrics |= read_captions(model, images, held_out)
-    metrics |= {"guidance": settings.guidance, "sampling_steps": settings.steps, "train_seconds": _seconds(out / "log.jsonl"),
+    metrics |= {"guidance": settings.guidance, "sampling_steps": settings.steps, "train_seconds": logged_seconds(out / "log.jsonl"),
                 "measure_seconds": time.perf_counter() - trained, "total_seconds": time.perf_counter() - began}
 
     seen = [real.images[(real.labels == label) & (real.styles != style)][0] for label, style in zip(held_out.labels, held_out.styles)]
@@ -98,12 +100,6 @@ def showcase(settings: ShowcaseSettings) -> dict:
     loss_curves(out / "loss.png", out / "log.jsonl")
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics
-
-
-def _seconds(log: Path) -> float:
-    """Seconds of training in a log, interruptions left out: its clock starts anew at each of them."""
-    clock = [json.loads(line)["seconds"] for line in log.read_text().splitlines()]
-    return sum(now for now, then in zip(clock, [*clock[1:], 0.0]) if then < now)
 
 
 def report(metrics: dict, out: Path) -> None:

@@ -24,7 +24,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from transfusion.config import TransfusionConfig
 from transfusion.data import DataSettings, draw_batch, step_generator
-from transfusion.device import choose_device
+from transfusion.device import choose_device, seconds_of
 from transfusion.latents import open_dataset
 from transfusion.model import Transfusion
 from transfusion.objective import sample_times
@@ -229,13 +229,14 @@ def train(config: TrainConfig) -> Path:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
             return model(sequence.to(device), times, torch.tensor([config.seed, step], device=device))
 
-    print(_cost(config, forward, optimizer, start), flush=True)
+    print(_cost(config, forward, optimizer, start, device), flush=True)
 
     # loop
     config.out.mkdir(parents=True, exist_ok=True)
+    spent = logged_seconds(config.out / "log.jsonl") if start else 0.0
     progress = tqdm(range(start, config.optim.steps), initial=start, total=config.optim.steps, desc=f"train {config.out.name}", smoothing=0.05,
                     unit="step", dynamic_ncols=True)
-    began, tokens = time.perf_counter(), 0
+    began, tokens = time.perf_counter() - spent, 0
     with (config.out / "log.jsonl").open("a" if start else "w") as log, Interrupt() as stop:
         step = start
         for step in progress:
@@ -254,7 +255,8 @@ def train(config: TrainConfig) -> Path:
             if not math.isfinite(record["loss"]):
                 raise FloatingPointError(f"train: the loss of step {step} is {record['loss']}; the last save stands in {config.out}; lower --optim.lr")
             log.write(json.dumps(record) + "\n")
-            progress.set_postfix(text=f"{record['text_loss']:.3f}", image=f"{record['diffusion_loss']:.3f}", tok_s=f"{tokens / record['seconds']:,.0f}")
+            speed = tokens / (record["seconds"] - spent)
+            progress.set_postfix(text=f"{record['text_loss']:.3f}", image=f"{record['diffusion_loss']:.3f}", tok_s=f"{speed:,.0f}")
             last = step + 1 == config.optim.steps or stop.asked or step + 1 == config.stop_after
             if last or (step + 1) % config.save_every == 0:
                 log.flush()
@@ -267,18 +269,17 @@ def train(config: TrainConfig) -> Path:
     return config.out
 
 
-def _cost(config: TrainConfig, forward, optimizer, step: int) -> str:
+def _cost(config: TrainConfig, forward, optimizer, step: int, device: torch.device) -> str:
     """Say what is left to do and, by the second of two passes that change nothing, about how long it takes."""
     steps, tokens = config.optim.steps - step, config.optim.rows * config.optim.seq_len
     if steps <= 0:
         return f"all {config.optim.steps:,} steps are done"
-    for _ in range(2):
-        began = time.perf_counter()
+
+    def once():
         forward(step).loss.backward()
         optimizer.zero_grad()
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    seconds = time.perf_counter() - began
+
+    seconds = seconds_of(once, device)
     return f"{steps:,} steps of {tokens:,} tokens at {seconds:.2f} s: about {steps * seconds / 60:,.0f} min"
 
 
@@ -337,8 +338,28 @@ def save_state(config, state: dict[str, torch.Tensor], step: int) -> None:
     fresh.mkdir()
     save_file({name: x.detach().contiguous().cpu().clone() for name, x in state.items()}, fresh / "state.safetensors")
     (fresh / "run.json").write_text(json.dumps({"step": step, "config": dataclasses.asdict(config)}, default=str, indent=2))
-    shutil.rmtree(kept, ignore_errors=True)
+    replace_directory(fresh, kept)
+
+
+def replace_directory(fresh: Path, kept: Path) -> None:
+    """Put `fresh` where `kept` is; at any moment one of them, or what `saved_directory` finds, is whole."""
+    old = kept.with_name(kept.name + ".old")
+    if kept.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(kept, old)
     os.replace(fresh, kept)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def saved_directory(out: Path) -> Path:
+    """The directory that `save_state` wrote last; the one before where a crash left no other."""
+    return next((path for path in (out / "resume", out / "resume.old") if (path / "run.json").is_file()), out / "resume")
+
+
+def logged_seconds(log: Path) -> float:
+    """Seconds of training so far, by a log's last line; interruptions do not count."""
+    lines = log.read_text().splitlines()
+    return json.loads(lines[-1])["seconds"] if lines else 0.0
 
 
 def _restore(config: TrainConfig, model: Transfusion, averaged: AveragedModel, optimizer) -> int:
@@ -353,12 +374,13 @@ def _restore(config: TrainConfig, model: Transfusion, averaged: AveragedModel, o
 
 def load_state(config, parts: tuple[str, ...], device: torch.device) -> tuple[dict[str, torch.Tensor], int]:
     """Return what `save_state` wrote and its step, and cut the log there; `parts` of the settings must be what they were."""
-    kept = config.out / "resume"
+    kept = saved_directory(config.out)
     if not (kept / "run.json").is_file():
         raise ValueError(f"train: resume is set and out is {str(config.out)!r}, which holds no saved run; a directory that train has saved into fits")
     saved = json.loads((kept / "run.json").read_text())
     ours = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     changed = [key for part in parts for key in ours[part] if saved["config"][part].get(key) != ours[part][key]]
+    changed += [key for key in ("seed", "autocast") if saved["config"][key] != ours[key]]
     if changed:
         raise ValueError(f"train: {', '.join(changed)} differ from the run saved in {str(config.out)!r}; the same settings fit; start anew with another --out")
     state = load_file(kept / "state.safetensors", device=str(device))
@@ -373,7 +395,7 @@ def main(args: list[str] | None = None) -> None:
                                                 prog="transfusion train", description=__doc__, args=args)
     try:
         train(config)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

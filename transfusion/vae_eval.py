@@ -90,7 +90,8 @@ def spread(pictures: Tensor | PictureFolder, count: int) -> Tensor:
 
 def measure(real: Tensor, kept: Tensor, features: Features | None) -> dict[str, float]:
     """PSNR, SSIM and, given a classifier, the Frechet distance of reconstructions `kept` from the pictures themselves."""
-    numbers = {"psnr": psnr(real, kept).mean().item(), "ssim": ssim(real, kept).mean().item()}
+    parts = list(zip(real.split(64), kept.split(64)))
+    numbers = {name: torch.cat([of(a, b) for a, b in parts]).mean().item() for name, of in (("psnr", psnr), ("ssim", ssim))}
     if features is not None:
         numbers[frechet_name(features)] = frechet_distance(in_batches(features.pooled, real), in_batches(features.pooled, kept))
     return numbers
@@ -126,8 +127,9 @@ def evaluate(settings: VAEEvalSettings) -> dict:
     print(f"encoding and decoding {len(real):,} of them: about {(time.perf_counter() - began) * len(real) / settings.batch / 60:,.1f} min; Frechet distance: "
           f"{'left out, no classifier is named' if features is None else f'{frechet_name(features)} in {features.name}'}", flush=True)
     batches = tqdm(real.split(settings.batch), desc="vae eval", unit="batch", dynamic_ncols=True)
-    kept = {"vae": torch.cat([vae.decode(vae.encode(batch)) for batch in batches]), "patch PCA": patch_pca(train, vae.factor, vae.channels)(real),
-            "picture PCA": picture_pca(train, latent.numel())(real)}
+    kept = {"vae": torch.cat([vae.decode(vae.encode(batch)) for batch in batches]), **{
+        name: torch.cat([codec(batch) for batch in real.split(settings.batch)])
+        for name, codec in (("patch PCA", patch_pca(train, vae.factor, vae.channels)), ("picture PCA", picture_pca(train, latent.numel())))}}
 
     results = {"pictures": len(real), "latent": list(latent), "features": features and features.name,
                "codecs": {name: measure(real, pictures, features) for name, pictures in kept.items()}}

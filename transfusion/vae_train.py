@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from transfusion.data import step_generator
-from transfusion.device import choose_device
+from transfusion.device import choose_device, seconds_of
 from transfusion.eval.features import Features
 from transfusion.picture_folder import PictureSettings, describe, open_pictures
 from transfusion.train import (
@@ -30,6 +30,7 @@ from transfusion.train import (
     learning_rate,
     load_state,
     load_training_state,
+    logged_seconds,
     save_state,
     training_state,
 )
@@ -144,7 +145,9 @@ def small() -> VAETrainConfig:
 
 
 def paper() -> VAETrainConfig:
-    """Pictures of 256x256 to latents of 32x32x8, every term and weight of the paper, its discriminator from step 50,000, 1 M steps.
+    """Pictures of 256x256 to latents of 32x32x8 with the paper's weights, its discriminator from step 50,000, 1 M steps.
+
+    For all of its terms name --losses.perceptual-model and --losses.identity-model; what has no model is left out. The pictures are those of --data.folder.
 
     The layers are Stable Diffusion's first autoencoder's, of three halvings: 83.7 M parameters, the nearest off-the-shelf shape to the paper's 86 M.
     Batch, learning rate and decay are not in the paper; they are latent diffusion's (arXiv:2112.10752).
@@ -243,7 +246,7 @@ def latent_statistics(autoencoder: AutoencoderKL, pictures, batch: int) -> tuple
     """Mean and standard deviation of all numbers of the latents (posterior means) of at most MEASURED pictures, evenly spread."""
     chosen = torch.linspace(0, len(pictures) - 1, min(MEASURED, len(pictures))).round().long()
     with torch.no_grad():
-        latents = [autoencoder.encode(pictures[part].to(autoencoder.device)).latent_dist.mode().double().cpu() for part in chosen.split(batch)]
+        latents = [autoencoder.encode(pictures[part].to(autoencoder.device)).latent_dist.mode().cpu().double() for part in chosen.split(batch)]
     latents = torch.cat(latents)
     return latents.mean().item(), latents.std().item()
 
@@ -278,7 +281,7 @@ def train(config: VAETrainConfig) -> Path:
     config.out.mkdir(parents=True, exist_ok=True)
     progress = tqdm(range(start, config.optim.steps), initial=start, total=config.optim.steps, desc=f"vae train {config.out.name}", smoothing=0.05,
                     unit="step", dynamic_ncols=True)
-    began = time.perf_counter()
+    began = time.perf_counter() - (logged_seconds(config.out / "log.jsonl") if start else 0.0)
     with (config.out / "log.jsonl").open("a" if start else "w") as log, Interrupt() as stop:
         step = start
         for step in progress:
@@ -319,18 +322,14 @@ def train(config: VAETrainConfig) -> Path:
 
 def _cost(config: VAETrainConfig, autoencoder: AutoencoderKL, discriminator: PatchDiscriminator, losses, start: int) -> str:
     """One line: parameters, and how long the run takes by a step that is timed and thrown away."""
-    seconds = []
-    for _ in range(2):  # the first one warms up
-        began = time.perf_counter()
-        losses(config.optim.steps)[-1].backward()
-        seconds.append(time.perf_counter() - began)
+    seconds = seconds_of(lambda: losses(config.optim.steps)[-1].backward(), autoencoder.device)
     for model in (autoencoder, discriminator):
         model.zero_grad()
     counts = [sum(p.numel() for p in model.parameters()) for model in (autoencoder, discriminator)]
     left = config.optim.steps - start
     against = "" if config.losses.adversarial_from is None else f", {counts[1]:,} of the discriminator"
-    minutes = left * seconds[-1] / 60
-    return f"{counts[0]:,} parameters{against}; {left:,} steps of {config.optim.batch} pictures at {seconds[-1]:.2f} s: about {minutes:,.0f} min"
+    minutes = left * seconds / 60
+    return f"{counts[0]:,} parameters{against}; {left:,} steps of {config.optim.batch} pictures at {seconds:.2f} s: about {minutes:,.0f} min"
 
 
 def _save(config: VAETrainConfig, pictures, autoencoder: AutoencoderKL, averaged: AveragedModel, discriminator: PatchDiscriminator, optimizer, opponent,

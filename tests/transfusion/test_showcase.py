@@ -11,7 +11,7 @@ from transfusion.emoji import STYLES, Emoji
 from transfusion.eval.classifier import ClassifierSettings
 from transfusion.eval.emoji import Judges, bits_per_byte, draw_emoji, read_captions
 from transfusion.sequence import Image
-from transfusion.showcase import ShowcaseSettings, _seconds, read_plain_text, showcase
+from transfusion.showcase import ShowcaseSettings, read_plain_text, showcase
 from transfusion.train import emoji
 
 FEW = ClassifierSettings(size=16, width=8, depths=(1, 1), steps=4, batch=16)
@@ -33,7 +33,18 @@ def test_real_pictures_are_nearest_to_themselves_and_at_no_distance(real, judges
     swapped = judges.read(real.images, real.labels, 1 - real.styles)
     assert swapped["nearest"] == 0 and swapped["frechet"] == found["frechet"]
     assert found["style"] + swapped["style"] == pytest.approx(1)
-    assert 0 < judges.floor(60) < judges.read(torch.ones_like(real.images), real.labels, real.styles)["frechet"]
+    assert judges.read(torch.ones_like(real.images), real.labels, real.styles)["frechet"] > 0.01
+    asked = torch.tensor([7, 3, 7])
+    pictures = judges.real_pictures(asked, torch.tensor([0, 1, 0]))
+    assert torch.equal(pictures[0], pictures[2]) and torch.equal(pictures[1], real.images[(real.labels == 3) & (real.styles == 1)][0])
+
+
+def test_judges_are_trained_once(real, judges, tmp_path, capsys, monkeypatch):
+    again = Judges(real, tmp_path, FEW)
+    capsys.readouterr()
+    monkeypatch.setattr("transfusion.eval.classifier.build_network", lambda *_: pytest.fail("trained again"))
+    kept = Judges(real, tmp_path, FEW)
+    assert capsys.readouterr().out.count("is this classifier already") == 2 and torch.equal(kept.features, again.features)
 
 
 def test_names_are_counted_first_and_among_five(real, judges, monkeypatch):
@@ -87,11 +98,6 @@ def test_bits_per_byte_are_those_of_the_whole_text(model):
         bits_per_byte(model, text, window=4000)
 
 
-def test_training_time_leaves_interruptions_out(tmp_path):
-    (tmp_path / "log").write_text("".join(json.dumps({"seconds": s}) + "\n" for s in (1.0, 2.0, 5.0, 0.5, 3.0)))
-    assert _seconds(tmp_path / "log") == 8.0
-
-
 def test_the_whole_road_leaves_pictures_numbers_and_a_model_and_goes_on_where_it_stopped(tmp_path, capsys):
     base = emoji()
     config = dataclasses.replace(base, out=tmp_path / "emoji", device="cpu", stop_after=1, model=dataclasses.replace(
@@ -101,7 +107,8 @@ def test_the_whole_road_leaves_pictures_numbers_and_a_model_and_goes_on_where_it
         showcase(settings)
     assert "2 steps of 256 tokens" in capsys.readouterr().out  # the cost, before it starts
     metrics = showcase(dataclasses.replace(settings, train=dataclasses.replace(config, stop_after=None)))
-    assert len((config.out / "log.jsonl").read_text().splitlines()) == 2
+    clock = [json.loads(line)["seconds"] for line in (config.out / "log.jsonl").read_text().splitlines()]
+    assert len(clock) == 2 and metrics["train_seconds"] == clock[1] > clock[0]  # the interruption is not in it
     assert json.loads((config.out / "metrics.json").read_text()) == metrics
     assert (config.out / "samples.png").stat().st_size > 50_000 and (config.out / "loss.png").is_file()
     for name in ("held_out", "trained"):

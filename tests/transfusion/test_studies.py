@@ -34,7 +34,7 @@ def finished(tmp_path_factory):
     out, printed = tmp_path_factory.mktemp("studies"), io.StringIO()
     with contextlib.redirect_stdout(printed):
         main(["tokens", "--fast", "--seeds", "0", "1", "--out", str(out)])
-    return out, printed.getvalue()
+    return out / "fast", printed.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +94,9 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(finished, ben
     result, whole = runs.run(again, arm, 0), json.loads((bench.out / "codes-0" / "metrics.json").read_text())
     assert resumed == [True] and result["metrics"] == whole["metrics"]
     (tmp_path / "codes-0" / "left over").touch()
-    runs.run(again, dataclasses.replace(arm, data={"caption_first": 0.5}), 0)
+    runs.run(again, dataclasses.replace(arm, data={"caption_first": 0.7}), 0)
     assert resumed == [True, False] and not (tmp_path / "codes-0" / "left over").exists()
+    assert [path.name for path in tmp_path.glob("codes-0-*/*") if path.name == "left over"] == ["left over"]  # put aside, not thrown away
 
 
 def test_arms_change_what_they_are_named_after_and_nothing_else():
@@ -219,16 +220,18 @@ def test_real_pictures_measured_as_drawn_ones_are_perfect(bench):
 def test_differences_are_paired_by_seed():
     a, b = {0: 10.0, 1: 20.0, 2: 33.0}, {0: 9.0, 1: 18.0, 2: 30.0, 5: 100.0}
     found = difference(a, b)  # 1, 2, 3: mean 2, standard deviation 1
-    assert found.mean == 2 and found.error == pytest.approx(1 / math.sqrt(3)) and found.sign == 1
-    assert difference({0: 1.0}, {0: 2.0}).sign == 0 and Difference(-1.0, 0.6).sign == 0 and Difference(-1.0, 0.4).sign == -1
+    assert found.mean == 2 and found.error == pytest.approx(1 / math.sqrt(3)) and found.sign == 0  # 3.5 standard errors; chance at 95 % gives 4.3
+    assert difference(a | {2: 32.0}, b).sign == 1
+    assert difference({0: 1.0}, {0: 2.0}).sign == 0 and Difference(-1.0, 0.24).sign == 0 and Difference(-1.0, 0.23).sign == -1
+    assert Difference(-1.0, 0.24, seeds=4).sign == -1 and Difference(1.0, 0.09, seeds=2).sign == 0 and difference({0: 1.0, 1: 3.0}, {0: 1.0, 1: 1.0}).seeds == 2
 
 
 @pytest.mark.parametrize("metric,ours,paper,words", [
-    ("frechet", Difference(-4.0, 1.0), (20.3, 61.3), "A is better: agrees with the paper (FID 20.3 and 61.3, A better)"),
-    ("frechet", Difference(4.0, 1.0), (20.3, 61.3), "B is better: differs from the paper"),
-    ("frechet", Difference(-1.0, 1.0), (20.3, 61.3), "same within error: does not show the paper's order"),
+    ("frechet", Difference(-4.4, 1.0), (20.3, 61.3), "A is better: agrees with the paper (FID 20.3 and 61.3, A better)"),
+    ("frechet", Difference(4.4, 1.0), (20.3, 61.3), "B is better: differs from the paper"),
+    ("frechet", Difference(-1.0, 1.0), (20.3, 61.3), "no difference seen: does not show the paper's order"),
     ("label_accuracy", Difference(0.2, 0.01), (24.0, 23.0), "A is better: agrees with the paper (CLIP 24 and 23, A better)"),
-    ("label_accuracy", Difference(0.0, 0.1), (25.4, 25.3), "same within error: agrees with the paper (CLIP 25.4 and 25.3, no difference)"),
+    ("label_accuracy", Difference(0.0, 0.1), (25.4, 25.3), "no difference seen: nor in the paper (CLIP 25.4 and 25.3, no difference)"),
     ("text_loss", Difference(0.2, 0.01), (10.4, 10.4), "B is better: differs from the paper (C4 ppl 10.4 and 10.4, no difference)"),
     ("caption_accuracy", Difference(0.2, math.nan), (16.0, 12.7), "one seed, no error (CIDEr 16 and 12.7, A better)"),
 ])

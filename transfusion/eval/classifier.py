@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shutil
-import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
 from transfusion.data import DATASETS, DIGIT_NAMES, step_generator
-from transfusion.device import choose_device
+from transfusion.device import choose_device, seconds_of
 from transfusion.emoji import STYLES
 from transfusion.eval.features import Features, Preprocessing, in_batches
 
@@ -99,6 +99,11 @@ def train_classifier(images: Tensor, labels: Tensor, label_names: Sequence[str],
     if labels.min() < 0 or labels.max() >= len(label_names):
         raise ValueError(f"train_classifier: labels is from {labels.min()} to {labels.max()}; 0 to {len(label_names) - 1} fit: they have names")
     check_out(out)
+    pictures = [*images.shape, zlib.crc32(images.contiguous().numpy()), zlib.crc32(labels.contiguous().numpy())]
+    run = json.loads(json.dumps({"settings": dataclasses.asdict(settings), "labels": list(label_names), "pictures": pictures}))
+    if _finished(Path(out)) == run:
+        print(f"{out} is this classifier already", flush=True)
+        return Features.from_pretrained(out)
     device = choose_device(settings.device)
     network = build_network(images.shape[1], label_names, settings).to(device)
     prepare = Preprocessing(images.shape[1], (settings.size, settings.size), [0.5], [0.5])
@@ -112,8 +117,6 @@ def train_classifier(images: Tensor, labels: Tensor, label_names: Sequence[str],
     optimizer = torch.optim.AdamW([
         {"params": [p for p in network.parameters() if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in network.parameters() if p.ndim < 2], "weight_decay": 0.0}], lr=settings.lr)
-    pictures = [*images.shape, images.double().sum().item()]
-    run = json.loads(json.dumps({"settings": dataclasses.asdict(settings), "labels": list(label_names), "pictures": pictures}))
     start = _restore(Path(out), run, network, optimizer)
     print(f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters, {len(label_names)} labels, {len(images)} pictures: "
           f"{settings.steps - start} steps of {settings.batch} pictures take about "
@@ -131,7 +134,7 @@ def train_classifier(images: Tensor, labels: Tensor, label_names: Sequence[str],
         progress.set_postfix(loss=f"{loss.item():.3f}")
         if (step + 1) % settings.keep_every == 0:
             _keep(Path(out), run, network, optimizer, step + 1)
-    save(network, out, settings)
+    save(network, out, run)
     return Features.from_pretrained(out)
 
 
@@ -168,11 +171,12 @@ def check_out(out: Path) -> None:
                          "command wrote fits")
 
 
-def save(network: ResNetForImageClassification, out: Path, settings: ClassifierSettings) -> None:
-    """Write the checkpoint, what its pictures go through, and the settings; the state kept on the way goes."""
+def save(network: ResNetForImageClassification, out: Path, run: dict) -> None:
+    """Write the checkpoint, what its pictures go through, and what it was made of; the state kept on the way goes."""
+    size = run["settings"]["size"]
     network.save_pretrained(out)
-    ViTImageProcessorPil(size={"height": settings.size, "width": settings.size}, image_mean=[0.5], image_std=[0.5]).save_pretrained(out)
-    (Path(out) / "classifier.json").write_text(json.dumps(dataclasses.asdict(settings), indent=2) + "\n")
+    ViTImageProcessorPil(size={"height": size, "width": size}, image_mean=[0.5], image_std=[0.5]).save_pretrained(out)
+    (Path(out) / "classifier.json").write_text(json.dumps(run | {"finished": True}, indent=2) + "\n")
     shutil.rmtree(Path(out) / "resume", ignore_errors=True)
 
 
@@ -201,6 +205,13 @@ def judge(config: JudgeConfig) -> float:
     return share
 
 
+def _finished(out: Path) -> dict | None:
+    """What the classifier in `out` was made of, None where there is none or only half of one."""
+    path = out / "classifier.json"
+    run = json.loads(path.read_text()) if path.is_file() else {}
+    return run if run.pop("finished", False) else None
+
+
 def _keep(out: Path, run: dict, network: ResNetForImageClassification, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Write what going on needs; a crash while writing leaves the state before whole."""
     state = {f"network.{name}": x for name, x in network.state_dict().items()}
@@ -210,8 +221,8 @@ def _keep(out: Path, run: dict, network: ResNetForImageClassification, optimizer
     fresh.mkdir(parents=True)
     save_file({name: x.contiguous() for name, x in state.items()}, fresh / "state.safetensors")
     (fresh / "run.json").write_text(json.dumps({"step": step, "run": run}))
-    (out / "classifier.json").write_text(json.dumps(run["settings"], indent=2) + "\n")
-    shutil.rmtree(kept, ignore_errors=True)
+    (out / "classifier.json").write_text(json.dumps(run | {"finished": False}, indent=2) + "\n")
+    shutil.rmtree(kept, ignore_errors=True)  # a crash here costs the steps since the start, not the classifier
     os.replace(fresh, kept)
 
 
@@ -235,10 +246,7 @@ def _restore(out: Path, run: dict, network: ResNetForImageClassification, optimi
 def _step_seconds(network: ResNetForImageClassification, loss_of: Callable) -> float:
     """Seconds of a second step, taken on a copy."""
     trial = copy.deepcopy(network)
-    loss_of(trial, 0).backward()
-    began = time.perf_counter()
-    loss_of(trial, 0).backward()
-    return time.perf_counter() - began
+    return seconds_of(lambda: loss_of(trial, 0).backward(), network.device)
 
 
 def main(args: list[str] | None = None) -> None:

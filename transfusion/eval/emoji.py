@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from transfusion.device import choose_device
 from transfusion.emoji import STYLES, Emoji
 from transfusion.eval.classifier import ClassifierSettings, train_classifier
 from transfusion.eval.features import in_batches
@@ -26,9 +27,9 @@ class Judges:
     """A judge of names and one of styles, trained on every real picture of `real` (split "all"), kept in `out` and read from there the next time."""
 
     def __init__(self, real: Emoji, out: Path, settings: ClassifierSettings):
-        self.real = real
-        self.names = train_classifier(real.images, real.labels, real.names, out / "names", settings)
-        self.styles = train_classifier(real.images, real.styles, STYLES, out / "styles", settings)
+        self.real, device = real, choose_device(settings.device)
+        self.names = train_classifier(real.images, real.labels, real.names, out / "names", settings).to(device)
+        self.styles = train_classifier(real.images, real.styles, STYLES, out / "styles", settings).to(device)
         self.features = in_batches(self.names.pooled, real.images)                         # (N, F)
 
     def read(self, drawn: Tensor, labels: Tensor, styles: Tensor) -> dict[str, float]:
@@ -42,10 +43,10 @@ class Judges:
             "nearest": (self.real.labels[nearest] == labels) & (self.real.styles[nearest] == styles)}
         return {name: x.double().mean().item() for name, x in right.items()} | {"frechet": frechet_distance(features, self.features)}
 
-    def floor(self, count: int) -> float:
-        """Frechet distance between `count` real pictures and the others: what `count` perfect pictures would get."""
-        order = torch.randperm(len(self.features), generator=torch.Generator().manual_seed(0))
-        return frechet_distance(self.features[order[:count]], self.features[order[count:]])
+    def real_pictures(self, labels: Tensor, styles: Tensor) -> Tensor:
+        """The real picture of each asked (label, style), (M, C, H, W): what a perfect model would draw."""
+        place = {pair: i for i, pair in enumerate(zip(self.real.labels.tolist(), self.real.styles.tolist()))}
+        return self.real.images[[place[pair] for pair in zip(labels.tolist(), styles.tolist())]]
 
 
 def draw_emoji(model: Transfusion, captions: list[str], **options) -> Tensor:

@@ -84,9 +84,9 @@ class Features:
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # a head that the body does not load is no news
         try:
-            body, body_info = AutoModel.from_pretrained(path, use_safetensors=True, output_loading_info=True)
+            body, body_info = AutoModel.from_pretrained(path, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
             classifier, info = AutoModelForImageClassification.from_pretrained(
-                path, use_safetensors=True, output_loading_info=True) if body_info["unexpected_keys"] else (None, body_info)
+                path, use_safetensors=True, trust_remote_code=False, output_loading_info=True) if body_info["unexpected_keys"] else (None, body_info)
         except (OSError, ValueError) as error:
             raise ValueError(f"Features.from_pretrained: path is {str(path)!r}, which cannot be loaded ({str(error).splitlines()[0]}); {FITS}, "
                              "in safetensors") from error

@@ -25,7 +25,7 @@ class StudySettings:
     out: Path = Path("runs/studies")
     """directory of runs, tables and pictures"""
     fast: bool = False
-    """two steps of everything: to see that it runs, not for its numbers"""
+    """two steps of everything, in `out`/fast: to see that it runs, not for its numbers"""
 
 
 def fast(data: StudyData) -> StudyData:
@@ -39,11 +39,11 @@ def fast(data: StudyData) -> StudyData:
 def run_studies(settings: StudySettings) -> list[Path]:
     """Run one study or all of a data set; return their tables."""
     data = DATA[settings.data]()
-    data = fast(data) if settings.fast else data
+    data, out = (fast(data), settings.out / "fast") if settings.fast else (data, settings.out)
     known, arms = studies(data), data.arms()
     chosen = list(known.values()) if settings.name == "all" else [known[settings.name]]
     names = list(dict.fromkeys(row.arm for study in chosen for row in study.rows))
-    bench = Bench(data, settings.out)
+    bench = Bench(data, out)
     results = run_all(bench, [arms[name] for name in names], settings.seeds)
     tables = [report(study, data, results, bench) for study in chosen]
     for path in tables:

@@ -1,7 +1,7 @@
 """From runs to a study's table, sentences, plot and samples.
 
-A pair's order is decided by the differences of equal seeds: their mean and its standard error. A mean less than two standard errors from zero is the same;
-so are two numbers of the paper, which has no error bars, that differ by less than 2 %.
+A pair's order is decided by the differences of equal seeds: their mean and its standard error, by Student's t at 95 % (4.3 standard errors for three seeds).
+Two numbers of the paper, which has no error bars, are the same where they differ by less than 2 %.
 """
 import json
 import math
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import matplotlib
 import torch
 from safetensors.torch import load_file
+from scipy.stats import t as student
 from torch import Tensor
 
 matplotlib.use("Agg")
@@ -21,31 +22,35 @@ from transfusion.studies.arms import METRICS, Study, StudyData  # noqa: E402
 
 
 class Difference(NamedTuple):
-    """Mean over seeds of a - b, and the standard error of that mean (nan for one seed)."""
+    """Mean over `seeds` of a - b, and the standard error of that mean (nan for one seed)."""
 
     mean: float
     error: float
+    seeds: int = 3
 
     @property
     def sign(self) -> int:
-        """-1 or 1; 0 where the error is not known or half of it reaches zero."""
-        return 0 if not abs(self.mean) > 2 * self.error else int(math.copysign(1, self.mean))
+        """-1 or 1; 0 where the error is not known or the mean is within 95 % of what chance gives."""
+        if self.seeds < 2 or abs(self.mean) <= student.ppf(0.975, self.seeds - 1) * self.error:
+            return 0
+        return int(math.copysign(1, self.mean))
 
 
 def difference(a: dict[int, float], b: dict[int, float]) -> Difference:
     """Compare values by seed."""
     paired = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
     error = statistics.stdev(paired) / math.sqrt(len(paired)) if len(paired) > 1 else math.nan
-    return Difference(statistics.fmean(paired), error)
+    return Difference(statistics.fmean(paired), error, len(paired))
 
 
 def sentence(metric: str, labels: tuple[str, str], ours: Difference, paper: tuple[float, float]) -> str:
     """Say whether the order of two arms in `metric` is the paper's; `paper` are its numbers for both."""
     title, better = METRICS[metric].title, 1 if METRICS[metric].more_is_better else -1
     theirs = 0 if abs(paper[0] - paper[1]) < 0.02 * max(paper) else 1 if paper[0] > paper[1] else -1
-    verdict = "same within error" if ours.sign == 0 else f"{labels[0] if ours.sign == better else labels[1]} is better"
+    verdict = "no difference seen" if ours.sign == 0 else f"{labels[0] if ours.sign == better else labels[1]} is better"
     verdict = "one seed, no error" if math.isnan(ours.error) else verdict
-    held = "agrees with the paper" if ours.sign == theirs else "does not show the paper's order" if ours.sign == 0 else "differs from the paper"
+    held = {(True, True): "nor in the paper", (True, False): "agrees with the paper", (False, True): "does not show the paper's order",
+            (False, False): "differs from the paper"}[ours.sign == theirs, ours.sign == 0]
     best = "no difference" if theirs == 0 else f"{labels[0] if theirs == better else labels[1]} better"
     claim = "" if math.isnan(ours.error) else f": {held}"
     return (f"{title}, {labels[0]} minus {labels[1]}: {ours.mean:+.3g} ± {ours.error:.2g}, {verdict}{claim} "

@@ -20,7 +20,7 @@ from transfusion.studies.arms import Arm, StudyData
 from transfusion.studies.measure import Yardstick, caption_accuracy, flops, text_loss
 from transfusion.studies.pictures import Codes, Patches
 from transfusion.studies.vq import from_codes, load_autoencoder, to_codes, train_autoencoder
-from transfusion.train import train
+from transfusion.train import logged_seconds, train
 
 SHOWN = 8  # pictures of each class that a run keeps
 
@@ -61,7 +61,7 @@ class Bench:
 
     def real(self) -> dict[str, dict[str, float]]:
         """Measurements of real held-out pictures and, where an autoencoder was made, of real pictures decoded from their codes."""
-        floor = {"real, held out": self.yardstick.floor()}
+        floor = {"real, held out": self.yardstick.floor(), "real, of the drawn classes": self.yardstick.perfect(asked(self.data))}
         if self.autoencoder is None:
             return floor
         images, labels = (torch.cat([getattr(self.train, name), getattr(self.held_out, name)]) for name in ("images", "labels"))
@@ -85,18 +85,20 @@ def finished(bench: Bench, arm: Arm, seed: int) -> dict | None:
 
 
 def run(bench: Bench, arm: Arm, seed: int) -> dict:
-    """Train and measure one arm with one seed; what an interrupted run left is gone on from, what other settings left is removed."""
+    """Train and measure one arm with one seed; what an interrupted run left is gone on from, what other settings left is put aside."""
     out, settings = bench.out / f"{arm.name}-{seed}", settings_key(bench, arm, seed)
     mark = out / "settings"
     if not (mark.is_file() and mark.read_text() == settings):
-        shutil.rmtree(out, ignore_errors=True)
+        if out.exists():
+            aside = out.with_name(f"{out.name}-{mark.read_text() if mark.is_file() else 'unknown'}")
+            shutil.rmtree(aside, ignore_errors=True)
+            out.rename(aside)
         out.mkdir(parents=True)
         mark.write_text(settings)
     config, pictures = arm.config(bench.data.base, out, seed), bench.pictures(arm)
     config = dataclasses.replace(pictures.prepare(config), resume=(out / "resume" / "run.json").is_file())
-    began = time.perf_counter()
     train(config)
-    trained, done = time.perf_counter(), json.loads((out / "resume" / "run.json").read_text())["step"]
+    began, done = time.perf_counter(), json.loads((out / "resume" / "run.json").read_text())["step"]
     if done < config.optim.steps:  # train itself stops at Ctrl-C and saves
         raise KeyboardInterrupt(f"{arm.name}, seed {seed}, was stopped after {done} of {config.optim.steps} steps; the same command goes on")
     model = Transfusion.from_pretrained(out).eval()
@@ -105,7 +107,7 @@ def run(bench: Bench, arm: Arm, seed: int) -> dict:
     result = {
         "key": settings, "arm": arm.name, "seed": seed, "metrics": metrics, "parameters": sum(p.numel() for p in model.parameters()),
         "document_tokens": len(example.tokens), "document_flops": flops(model, example),
-        "seconds": {"train": trained - began, "measure": time.perf_counter() - trained}}
+        "seconds": {"train": logged_seconds(out / "log.jsonl"), "measure": time.perf_counter() - began}}
     save_file({"drawn": drawn}, out / "drawn.safetensors")
     (out / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
     return result
