@@ -85,6 +85,12 @@ def test_a_run_resumes_only_with_its_own_settings(tmp_path):
     other = small(tmp_path, resume=True, optim=dataclasses.replace(small(tmp_path).optim, lr=1.0))
     with pytest.raises(ValueError, match="lr differ"):
         train(other)
+    with pytest.raises(ValueError, match="seed differ"):
+        train(small(tmp_path, resume=True, seed=1))
+    whole = losses(tmp_path)
+    (tmp_path / "resume").rename(tmp_path / "resume.old")  # where a crash between two renames leaves it
+    train(small(tmp_path, resume=True, stop_after=2))
+    assert losses(tmp_path)[:1] == whole and not (tmp_path / "resume.old").exists()
 
 
 def test_the_learning_rate_warms_up_and_ends_at_its_minimum():

@@ -161,6 +161,23 @@ def test_a_folders_pictures_are_their_middle_squares_resized_and_bad_files_are_l
     assert PictureFolder(dataclasses.replace(settings, channels=1)).shape[1:] == (1, 8, 8)
 
 
+def test_pictures_stand_as_their_camera_held_them_and_16_bits_are_left_out(tmp_path):
+    picture = Picture.new("RGB", (8, 8), "red")
+    picture.paste("blue", (0, 0, 8, 4))
+    exif = Picture.Exif()
+    exif[0x0112] = 6  # turned a quarter
+    for i in range(20):
+        picture.save(tmp_path / f"{i}.png", exif=exif)
+    turned = read_picture(tmp_path / "0.png", 8, 3)
+    torch.testing.assert_close(turned[:, 4, 7], torch.tensor([-1.0, -1.0, 1.0]))
+    torch.testing.assert_close(turned[:, 4, 0], torch.tensor([1.0, -1.0, -1.0]))
+    Picture.new("I;16", (8, 8), 40_000).save(tmp_path / "deep.png")
+    folders = [PictureFolder(PictureSettings(folder=tmp_path, size=8), split) for split in ("train", "held-out")]
+    assert sorted(path.name for folder in folders for path in folder.skipped) == ["deep.png"]
+    with pytest.raises(ValueError, match="pixels of kind I;16; 8 bits a channel fit"):
+        read_picture(tmp_path / "deep.png", 8, 3)
+
+
 def test_transparent_parts_are_white(tmp_path):
     Picture.new("RGBA", (6, 6), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert torch.equal(read_picture(tmp_path / "clear.png", 4, 3), torch.ones(3, 4, 4))
