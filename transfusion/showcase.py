@@ -5,7 +5,7 @@ CPU cores a small decoder learns them from nothing. With a GPU, start from a lan
 1,870 emoji:
 
     transfusion init --llm SmolLM2-135M --patch-size 4 --objective x0 --diffusion-weight 50 --backbone adaln --positions 2d --out runs/start
-    python -m transfusion.showcase --train.tune.start runs/start --train.data.name emoji --train.out runs/emoji-smollm2 --train.autocast
+    python -m transfusion.showcase --train.tune.start runs/start --train.data.name emoji --train.optim.lr 2e-4 --train.autocast --train.out runs/emoji-smollm2
 
 Leaves in runs/emoji: the checkpoint, samples.png (held-out pairs of name and style), loss.png, the judges and metrics.json.
 """
@@ -119,7 +119,7 @@ def main(args: list[str] | None = None) -> None:
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt as stop:
-        raise SystemExit(f"stopped: {stop}") from None
+        raise SystemExit(f"stopped: {str(stop) or 'the same command goes on'}") from None
 
 
 if __name__ == "__main__":

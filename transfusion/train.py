@@ -139,7 +139,7 @@ def digits_paper() -> TrainConfig:
 
 
 def emoji() -> TrainConfig:
-    """459 named emoji in two styles, 32x32, x0-prediction in patches of 8x8: the showcase, 75 minutes of one CPU core."""
+    """459 named emoji in two styles, 32x32, x0-prediction in patches of 8x8: the showcase, over an hour of one CPU core."""
     return TrainConfig(
         out=Path("runs/emoji"), save_every=200, data=DataSettings(name="emoji-lively", caption_first=0.8, noise_limit=0.5),
         model=ModelSettings(vocabulary=2048, hidden=256, layers=6, heads=8, kv_heads=8, mlp=688, patch_size=8, backbone="adaln", positions="2d",

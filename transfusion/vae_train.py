@@ -139,7 +139,7 @@ class VAETrainConfig:
 
 
 def small() -> VAETrainConfig:
-    """Emoji of 32x32 to latents of 16x16x4: a quarter of an hour of one CPU core."""
+    """Emoji of 32x32 to latents of 16x16x4: twenty minutes of one CPU core."""
     return VAETrainConfig(data=PictureSettings(name="emoji"), model=AutoencoderSettings(widths=(16, 48)),
                           losses=LossSettings(discriminator_width=32, discriminator_layers=2), optim=VAEOptimSettings(steps=3000, batch=16, lr=2e-3))
 

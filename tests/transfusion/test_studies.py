@@ -25,7 +25,7 @@ from transfusion.studies.data import KINDS, EmojiKinds
 from transfusion.studies.measure import Yardstick, caption_accuracy, flops, text_loss
 from transfusion.studies.pictures import Codes, Patches
 from transfusion.studies.report import Difference, by_class, cell, comparisons, difference, mosaic, sentence
-from transfusion.studies.vq import AutoencoderSettings, from_codes, load_autoencoder, to_codes, train_autoencoder
+from transfusion.studies.vq import VQSettings, from_codes, load_autoencoder, to_codes, train_autoencoder
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_documents_of_codes_hold_the_same_captions_orders_and_pictures(bench):
 
 def test_codes_are_the_nearest_vectors_and_come_back_as_the_autoencoder_decodes_them(tmp_path):
     images = Digits().images[:300]
-    settings = AutoencoderSettings(channels=(8, 16), codes=16, steps=100, batch=32)
+    settings = VQSettings(channels=(8, 16), codes=16, steps=100, batch=32)
     made = train_autoencoder(images, tmp_path, settings)
     autoencoder = load_autoencoder(tmp_path)
     codes = to_codes(autoencoder, images)

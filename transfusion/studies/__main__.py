@@ -59,7 +59,7 @@ def main(args: list[str] | None = None) -> None:
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt as stop:
-        raise SystemExit(f"stopped: {stop}") from None
+        raise SystemExit(f"stopped: {str(stop) or 'the same command goes on'}") from None
 
 
 if __name__ == "__main__":

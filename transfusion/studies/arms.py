@@ -7,7 +7,7 @@ from typing import NamedTuple
 from transfusion.data import DIGIT_NAMES, Digits
 from transfusion.eval.classifier import ClassifierSettings
 from transfusion.studies.data import EmojiKinds
-from transfusion.studies.vq import AutoencoderSettings
+from transfusion.studies.vq import VQSettings
 from transfusion.train import DataSettings, ModelSettings, OptimSettings, TrainConfig
 
 
@@ -51,7 +51,7 @@ class StudyData:
     channels: tuple[int, ...]
     """of the U-Net, at the resolutions of the largest patches; smaller ones have the first of them"""
     measuring: Measuring = Measuring()
-    autoencoder: AutoencoderSettings = AutoencoderSettings()
+    autoencoder: VQSettings = VQSettings()
     classifier: ClassifierSettings = ClassifierSettings()
 
     def arms(self) -> dict[str, Arm]:
@@ -82,7 +82,7 @@ def emoji() -> StudyData:
     base = replace(_RUN, model=replace(_DECODER, patch_size=4), data=replace(_PAIRS, name="emoji-kinds"))
     titles = tuple(caption.removesuffix(" style") for caption in EmojiKinds.captions)
     return StudyData("emoji", EmojiKinds.captions, titles, base, (2, 4, 8), (16, 32, 32, 32), measuring=Measuring(draws=306),
-                     autoencoder=AutoencoderSettings(channels=(16, 32, 32), codes=256))
+                     autoencoder=VQSettings(channels=(16, 32, 32), codes=256))
 
 
 DATA = {"digits": digits, "emoji": emoji}

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 
 @dataclass(frozen=True)
-class AutoencoderSettings:
+class VQSettings:
     """A VQ autoencoder and its training."""
 
     channels: tuple[int, ...] = (16, 32)
@@ -32,7 +32,7 @@ class AutoencoderSettings:
     """peak learning rate; it falls to 0 along a cosine"""
 
 
-def build_autoencoder(channels: int, settings: AutoencoderSettings) -> VQModel:
+def build_autoencoder(channels: int, settings: VQSettings) -> VQModel:
     """A VQModel without attention for pictures of `channels`."""
     depth = len(settings.channels)
     autoencoder = VQModel(
@@ -43,7 +43,7 @@ def build_autoencoder(channels: int, settings: AutoencoderSettings) -> VQModel:
     return autoencoder
 
 
-def train_autoencoder(images: Tensor, out: Path, settings: AutoencoderSettings, seed: int = 0) -> VQModel:
+def train_autoencoder(images: Tensor, out: Path, settings: VQSettings, seed: int = 0) -> VQModel:
     """Train on pictures (N, C, H, W) in [-1, 1], save to `out` as safetensors and return the autoencoder, frozen."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
