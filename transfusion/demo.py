@@ -1,4 +1,5 @@
-"""The whole road in one command: `python -m transfusion.demo` trains on handwritten digits, draws, reads and measures.
+"""The whole road in one command: `python -m transfusion.demo` trains on handwritten digits, draws, reads and measures;
+it goes on where it was interrupted.
 
 Leaves in runs/digits: the checkpoint, samples.png, loss.png, story.png and metrics.json.
 """
@@ -15,7 +16,7 @@ from transfusion.eval.digits import draw_digits, evaluate, tell_story
 from transfusion.eval.pictures import loss_curves, sample_grid
 from transfusion.model import Transfusion
 from transfusion.sequence import Image
-from transfusion.train import TrainConfig, digits, train
+from transfusion.train import TrainConfig, digits, logged_seconds, train_to_end
 
 STEPS, GUIDANCE = 30, 2.0
 
@@ -23,8 +24,7 @@ STEPS, GUIDANCE = 30, 2.0
 def demo(config: TrainConfig) -> dict:
     """Train, sample and measure; return what metrics.json holds."""
     began = time.perf_counter()
-    out = train(config)
-    trained = time.perf_counter()
+    out = train_to_end(config)
     model = Transfusion.from_pretrained(out).eval()
 
     print("drawing 500 digits and reading 360 held-out ones ...", flush=True)
@@ -33,7 +33,7 @@ def demo(config: TrainConfig) -> dict:
     metrics = evaluate(model, drawn, asked)
     story = tell_story(model, "a handwritten seven")
     metrics["interleaved"] = "".join("<image>" if isinstance(part, Image) else part.text for part in story)
-    metrics |= {"guidance": GUIDANCE, "sampling_steps": STEPS, "train_seconds": trained - began, "total_seconds": time.perf_counter() - began}
+    metrics |= {"guidance": GUIDANCE, "sampling_steps": STEPS, "train_seconds": logged_seconds(out / "log.jsonl"), "total_seconds": time.perf_counter() - began}
 
     held_out = Digits("held-out")
     real = torch.stack([held_out.images[held_out.labels == label][:10] for label in range(10)])
@@ -56,7 +56,12 @@ def report(metrics: dict, out: Path) -> None:
 def main() -> None:
     """Entry point of `python -m transfusion.demo` and `make demo`."""
     config = tyro.cli(TrainConfig, default=replace(digits(), device="auto"), prog="python -m transfusion.demo", description=__doc__)
-    report(demo(config), config.out)
+    try:
+        report(demo(config), config.out)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt as stop:
+        raise SystemExit(f"stopped: {str(stop) or 'the same command goes on'}") from None
 
 
 if __name__ == "__main__":

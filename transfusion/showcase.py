@@ -9,7 +9,6 @@ CPU cores a small decoder learns them from nothing. With a GPU, start from a lan
 
 Leaves in runs/emoji: the checkpoint, samples.png (held-out pairs of name and style), loss.png, the judges and metrics.json.
 """
-import dataclasses
 import json
 import time
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from transfusion.eval.emoji import Judges, bits_per_byte, draw_emoji, read_capti
 from transfusion.eval.pictures import emoji_grid, loss_curves
 from transfusion.latents import open_dataset
 from transfusion.model import Transfusion
-from transfusion.train import TrainConfig, build_model, emoji, logged_seconds, saved_directory, start_model, train
+from transfusion.train import TrainConfig, build_model, emoji, logged_seconds, start_model, train_to_end
 
 
 @dataclass(frozen=True)
@@ -66,10 +65,7 @@ def showcase(settings: ShowcaseSettings) -> dict:
         raise ValueError(f"showcase: train.data.name is {config.data.name!r}; 'emoji', 'emoji-lively' and 'emoji-64' fit")
     metrics = {"text_bits_per_byte_before": bits_per_byte(
         (build_model(config, dataset) if config.tune.start is None else start_model(config, dataset, vae)).to(device).eval(), text)}
-    out = train(dataclasses.replace(config, resume=(saved_directory(config.out) / "run.json").is_file()))
-    done = json.loads((saved_directory(out) / "run.json").read_text())["step"]
-    if done < config.optim.steps:
-        raise KeyboardInterrupt(f"{done} of {config.optim.steps} steps; the same command goes on")
+    out = train_to_end(config)
     trained = time.perf_counter()
 
     held_out, real = (DATASETS[config.data.name](split) for split in ("held-out", "all"))

@@ -147,6 +147,8 @@ def emoji() -> TrainConfig:
         optim=OptimSettings(steps=6000, rows=4, seq_len=256, lr=1e-3, min_lr=1e-5, warmup=100, weight_decay=0.02, ema=0.995))
 
 
+SHARED = ("patch_size", "backbone", "positions", "image_layers", "unet_channels", "unet_blocks", "image_attention", "objective", "time_shift_tokens",
+          "diffusion_weight")  # fields of ModelSettings that a checkpoint's configuration has too
 PRESETS = {"digits": digits, "digits-paper": digits_paper, "emoji": emoji}
 
 
@@ -159,9 +161,7 @@ def build_model(config: TrainConfig, dataset) -> Transfusion:
         num_attention_heads=config.model.heads, num_key_value_heads=config.model.kv_heads, tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     channels, *size = dataset.image_shape
-    names = ("patch_size", "backbone", "positions", "image_layers", "unet_channels", "unet_blocks", "image_attention", "objective", "time_shift_tokens",
-             "diffusion_weight")
-    shared = {name: getattr(config.model, name) for name in names}
+    shared = {name: getattr(config.model, name) for name in SHARED}
     return Transfusion(TransfusionConfig(
         text_config=AutoConfig.for_model(**text_config.to_dict()), image_channels=channels, image_size=size, **shared,
         boi_token_id=tokenizer.convert_tokens_to_ids(BOI), eoi_token_id=tokenizer.convert_tokens_to_ids(EOI)), tokenizer)
@@ -170,6 +170,9 @@ def build_model(config: TrainConfig, dataset) -> Transfusion:
 def start_model(config: TrainConfig, dataset, vae: VAE | None) -> Transfusion:
     """Load the checkpoint to start from and check that the data set's images, and what their latents are of, fit it."""
     model = Transfusion.from_pretrained(config.tune.start)
+    kept = {name: getattr(model.config, name) for name in SHARED}
+    if differ := [f"{name} {value}" for name, value in kept.items() if value != getattr(config.model, name)]:
+        print(f"{config.tune.start} keeps its own {', '.join(differ)}; --model settings are not used", flush=True)
     channels, *size = dataset.image_shape
     if channels != model.config.image_channels or any(side % model.config.patch_size for side in size):
         raise ValueError(f"train: data.name is {config.data.name!r}, whose images are {tuple(dataset.image_shape)}, and tune.start a model of "
@@ -209,6 +212,7 @@ def build_average(model: torch.nn.Module, optim: OptimSettings) -> AveragedModel
 def train(config: TrainConfig) -> Path:
     """Run `config` to its end, to `stop_after` or to Ctrl-C; return the directory with the checkpoint."""
     # data and model
+    check_out(config)
     device = choose_device(config.device)
     dataset, vae = open_dataset(config.data)
     base = (build_model(config, dataset) if config.tune.start is None else start_model(config, dataset, vae)).to(device)
@@ -356,6 +360,29 @@ def saved_directory(out: Path) -> Path:
     return next((path for path in (out / "resume", out / "resume.old") if (path / "run.json").is_file()), out / "resume")
 
 
+def has_run(out: Path) -> bool:
+    """Whether `out` holds a run that `save_state` wrote."""
+    return (saved_directory(out) / "run.json").is_file()
+
+
+def check_out(config) -> None:
+    """Refuse to go on with a run that is not there, and to write over one that is."""
+    if config.resume and not has_run(config.out):
+        raise ValueError(f"train: resume is set and out is {str(config.out)!r}, which holds no saved run; a directory that train has saved into fits")
+    if not config.resume and has_run(config.out):
+        step = json.loads((saved_directory(config.out) / "run.json").read_text())["step"]
+        raise ValueError(f"train: out is {str(config.out)!r}, which holds a run of {step:,} steps; --resume goes on with it, another --out starts anew")
+
+
+def train_to_end(config: TrainConfig) -> Path:
+    """`train`, going on with what `out` holds; KeyboardInterrupt where it was stopped before the last step."""
+    out = train(dataclasses.replace(config, resume=has_run(config.out)))
+    step = json.loads((saved_directory(out) / "run.json").read_text())["step"]
+    if step < config.optim.steps:
+        raise KeyboardInterrupt(f"{out}: {step:,} of {config.optim.steps:,} steps are done; the same command goes on")
+    return out
+
+
 def logged_seconds(log: Path) -> float:
     """Seconds of training so far, by a log's last line; interruptions do not count."""
     lines = log.read_text().splitlines()
@@ -375,8 +402,6 @@ def _restore(config: TrainConfig, model: Transfusion, averaged: AveragedModel, o
 def load_state(config, parts: tuple[str, ...], device: torch.device) -> tuple[dict[str, torch.Tensor], int]:
     """Return what `save_state` wrote and its step, and cut the log there; `parts` of the settings must be what they were."""
     kept = saved_directory(config.out)
-    if not (kept / "run.json").is_file():
-        raise ValueError(f"train: resume is set and out is {str(config.out)!r}, which holds no saved run; a directory that train has saved into fits")
     saved = json.loads((kept / "run.json").read_text())
     ours = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     changed = [key for part in parts for key in ours[part] if saved["config"][part].get(key) != ours[part][key]]

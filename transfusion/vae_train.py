@@ -27,6 +27,7 @@ from transfusion.train import (
     Interrupt,
     build_average,
     build_optimizer,
+    check_out,
     learning_rate,
     load_state,
     load_training_state,
@@ -254,6 +255,7 @@ def latent_statistics(autoencoder: AutoencoderKL, pictures, batch: int) -> tuple
 def train(config: VAETrainConfig) -> Path:
     """Run `config` to its end, to `stop_after` or to Ctrl-C; return the directory with the autoencoder."""
     # data and models
+    check_out(config)
     device = choose_device(config.device)
     pictures = open_pictures(config.data)
     autoencoder = build_autoencoder(config.model, tuple(pictures.shape[1:]), config.seed).to(device).train()

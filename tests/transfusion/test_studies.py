@@ -14,11 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 import transfusion.studies.run as runs
+import transfusion.train as trainer
 from transfusion import Image, Text
 from transfusion.data import DATASETS, DataSettings, Digits, draw_batch, step_generator
 from transfusion.emoji import STYLES, Emoji
 from transfusion.model import Transfusion
-from transfusion.sequence import encode
+from transfusion.sequence import encode, pack
 from transfusion.studies.__main__ import fast, main
 from transfusion.studies.arms import DATA, METRICS, Study, studies
 from transfusion.studies.data import KINDS, EmojiKinds
@@ -83,14 +84,14 @@ def test_finished_runs_are_read_and_only_changed_ones_run_again(finished, bench,
 
 def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(finished, bench, monkeypatch, tmp_path):
     again, arm = runs.Bench(bench.data, finished[0]), bench.data.arms()["codes"]
-    again.out, train = tmp_path, runs.train
+    again.out, train = tmp_path, trainer.train
     monkeypatch.setattr(again, "autoencoder", load_autoencoder(next(bench.out.glob("autoencoder-*"))))
-    monkeypatch.setattr(runs, "train", lambda config: train(dataclasses.replace(config, stop_after=1)))
-    with pytest.raises(KeyboardInterrupt, match="1 of 2 steps"):
+    monkeypatch.setattr(trainer, "train", lambda config: train(dataclasses.replace(config, stop_after=1)))
+    with pytest.raises(KeyboardInterrupt, match="1 of 2 steps are done"):
         runs.run(again, arm, 0)
     assert not (tmp_path / "codes-0" / "metrics.json").exists()
     resumed = []
-    monkeypatch.setattr(runs, "train", lambda config: resumed.append(config.resume) or train(config))
+    monkeypatch.setattr(trainer, "train", lambda config: resumed.append(config.resume) or train(config))
     result, whole = runs.run(again, arm, 0), json.loads((bench.out / "codes-0" / "metrics.json").read_text())
     assert resumed == [True] and result["metrics"] == whole["metrics"]
     (tmp_path / "codes-0" / "left over").touch()
@@ -118,7 +119,8 @@ def test_both_kinds_of_pictures_cost_the_same_in_the_layers_and_what_transformer
     for name, pictures in (("linear", Patches()), ("codes", bench.codes())):
         model = model_of(bench, name)
         document = encode([Text(Digits.caption(3)), *pictures.parts(bench.train.images[:1])], model.tokenizer, model.config)
-        found[name], lengths[name] = flops(model, document), len(document.tokens)
+        lengths[name] = len(document.tokens)
+        found[name] = flops(model, pack([document], lengths[name], model.config.patch_dim))
         config = model.config.text_config
         plain = LlamaForCausalLM._from_config(type(config)(**config.to_dict()), attn_implementation="eager")
         with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from transfusion.train import PRESETS, DataSettings, ModelSettings, OptimSettings, TrainConfig, learning_rate, train
+from transfusion.train import PRESETS, DataSettings, ModelSettings, OptimSettings, TrainConfig, learning_rate, train, train_to_end
 
 
 def small(out, **changes):
@@ -91,6 +91,23 @@ def test_a_run_resumes_only_with_its_own_settings(tmp_path):
     (tmp_path / "resume").rename(tmp_path / "resume.old")  # where a crash between two renames leaves it
     train(small(tmp_path, resume=True, stop_after=2))
     assert losses(tmp_path)[:1] == whole and not (tmp_path / "resume.old").exists()
+
+
+def test_a_run_is_not_written_over_unasked(tmp_path):
+    train(small(tmp_path, stop_after=1))
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="holds a run of 1 steps; --resume goes on with it, another --out starts anew"):
+        train(small(tmp_path, stop_after=1))
+    assert kept == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_train_to_end_goes_on_and_says_where_it_was_stopped(tmp_path):
+    with pytest.raises(KeyboardInterrupt, match="3 of 12 steps are done; the same command goes on"):
+        train_to_end(small(tmp_path, stop_after=3))
+    assert train_to_end(small(tmp_path)) == tmp_path and len(losses(tmp_path)) == 12
+    log = (tmp_path / "log.jsonl").read_bytes()
+    train_to_end(small(tmp_path))
+    assert (tmp_path / "log.jsonl").read_bytes() == log
 
 
 def test_the_learning_rate_warms_up_and_ends_at_its_minimum():

@@ -121,3 +121,9 @@ def test_a_checkpoint_of_other_images_is_refused(tmp_path):
     start = init(InitSettings(llm=llm, out=tmp_path / "model", image_channels=3, image_size=(8, 8)))
     with pytest.raises(ValueError, match="whose images are .1, 8, 8., and tune.start a model of 3 channels"):
         run(tmp_path / "out", start, "all")
+
+
+def test_a_start_says_which_settings_it_keeps(tmp_path, start, capsys):
+    run(tmp_path, start, "images", stop_after=1)
+    said, config = capsys.readouterr().out, Transfusion.from_pretrained(start).config
+    assert ("keeps its own" in said) == (config.backbone != "decoder") == (f"backbone {config.backbone}" in said)

@@ -16,7 +16,7 @@ from transfusion.eval.classifier import accuracy
 from transfusion.eval.features import Features, in_batches
 from transfusion.eval.metrics import frechet_distance, precision_recall
 from transfusion.model import Transfusion
-from transfusion.sequence import Document, Part, Text, encode, pack
+from transfusion.sequence import Document, Part, Sequence, Text, encode, pack
 
 
 class Yardstick:
@@ -72,17 +72,16 @@ def _caption_alone(document: Document, caption: str, tokenizer) -> Document:
     return document._replace(targets=[False] * (len(document.tokens) - count) + [True] * count)
 
 
-def flops(model: Transfusion, document: Document) -> dict[str, int]:
-    """Multiplications and additions of matrices in one document's forward pass: backbone, and what is in front of and behind it.
+def flops(model: Transfusion, sequence: Sequence) -> dict[str, int]:
+    """Multiplications and additions of matrices in the forward pass of packed documents: backbone, and what is in front of and behind it.
 
     The backbone's are 2 for each weight of its layers' matrices and token, and 4 H D for each visible pair; heads are the text's where there is a text
     target, and linear image layers at each patch. A U-Net's convolutions are not counted. Training costs three times as much.
     """
-    sequence = pack([document], len(document.tokens), model.config.patch_dim)
     decoder, text = model.backbone.decoder.get_decoder(), model.config.text_config
     matrices = sum(p.numel() for p in decoder.layers.parameters() if p.ndim == 2)
     pairs = int(model.image_attention.mask(sequence).area())
     head = 2 * model.get_output_embeddings().weight.numel() * len(sequence.text_targets)
     linear = sum(p.numel() for name, p in model.named_parameters() if name in ("patch_embedding.linear.weight", "image_head.linear.weight"))
-    return {"layers": 2 * matrices * len(document.tokens), "attention": 4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * pairs,
+    return {"layers": 2 * matrices * sequence.tokens.numel(), "attention": 4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * pairs,
             "heads": head + 2 * linear * len(sequence.patches)}

@@ -15,12 +15,12 @@ from transfusion.data import DATASETS
 from transfusion.eval.classifier import train_classifier
 from transfusion.eval.features import Features
 from transfusion.model import Transfusion
-from transfusion.sequence import Text, encode
+from transfusion.sequence import Text, encode, pack
 from transfusion.studies.arms import Arm, StudyData
 from transfusion.studies.measure import Yardstick, caption_accuracy, flops, text_loss
 from transfusion.studies.pictures import Codes, Patches
 from transfusion.studies.vq import from_codes, load_autoencoder, to_codes, train_autoencoder
-from transfusion.train import logged_seconds, train
+from transfusion.train import logged_seconds, train, train_to_end
 
 SHOWN = 8  # pictures of each class that a run keeps
 
@@ -96,17 +96,15 @@ def run(bench: Bench, arm: Arm, seed: int) -> dict:
         out.mkdir(parents=True)
         mark.write_text(settings)
     config, pictures = arm.config(bench.data.base, out, seed), bench.pictures(arm)
-    config = dataclasses.replace(pictures.prepare(config), resume=(out / "resume" / "run.json").is_file())
-    train(config)
-    began, done = time.perf_counter(), json.loads((out / "resume" / "run.json").read_text())["step"]
-    if done < config.optim.steps:  # train itself stops at Ctrl-C and saves
-        raise KeyboardInterrupt(f"{arm.name}, seed {seed}, was stopped after {done} of {config.optim.steps} steps; the same command goes on")
+    train_to_end(pictures.prepare(config))
+    began = time.perf_counter()
     model = Transfusion.from_pretrained(out).eval()
     metrics, drawn = measure(bench, model, pictures, seed)
-    example = encode([Text(bench.data.captions[0]), *pictures.parts(bench.train.images[:1])], model.tokenizer, model.config)
+    document = encode([Text(bench.data.captions[0]), *pictures.parts(bench.train.images[:1])], model.tokenizer, model.config)
+    example = pack([document], len(document.tokens), model.config.patch_dim)
     result = {
         "key": settings, "arm": arm.name, "seed": seed, "metrics": metrics, "parameters": sum(p.numel() for p in model.parameters()),
-        "document_tokens": len(example.tokens), "document_flops": flops(model, example),
+        "document_tokens": len(document.tokens), "document_flops": flops(model, example),
         "seconds": {"train": logged_seconds(out / "log.jsonl"), "measure": time.perf_counter() - began}}
     save_file({"drawn": drawn}, out / "drawn.safetensors")
     (out / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
