@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from tfkernels import TransfusionMask, unpatchify
+from tfkernels import unpatchify
+from transfusion.cache import Canvas, PrefixCache, embed_images
 from transfusion.guidance import Guidance
 from transfusion.objective import solve
 from transfusion.sampler import make_sampler
-from transfusion.sequence import Document, Image, ImageLayout, Modality, Part, Text, encode, lay_out
+from transfusion.sequence import Document, Image, ImageLayout, Part, Text, encode, lay_out
 
-_EVER = torch.iinfo(torch.int32).max
 WRITING, DRAWING, DONE = range(3)
 
 
@@ -66,6 +66,7 @@ class Sampling:
         min_p: sample only tokens at least this many times as likely as the likeliest (arXiv:2407.01082).
         seed: prompt i draws its random numbers from seed + i, whatever the rest of the batch is.
         previews: make a `Preview` after each denoising step; each one waits for the device.
+        cuda_graph: replay the denoising step as a CUDA graph, captured for each image anew.
     """
 
     max_new_tokens: int = 64
@@ -79,6 +80,7 @@ class Sampling:
     min_p: float = 0.0
     seed: int = 0
     previews: bool = False
+    cuda_graph: bool = False
 
     def __post_init__(self):
         for name, fits, low, high in (("max_new_tokens", "at least 0", 0, None), ("max_images", "at least 0", 0, None), ("steps", "at least 1", 1, None),
@@ -157,53 +159,6 @@ class _Row:
     written: int = 0
 
 
-class _Cache:
-    """A DynamicCache whose rows each know which of its columns they see, and their next position."""
-
-    def __init__(self, cache: DynamicCache, seen: Tensor, positions: Tensor):
-        self.cache, self.seen, self.positions = cache, seen, positions                     # seen (B, columns) bool, positions (B,)
-
-    def feed(self, model, x: Tensor, valid: Tensor, condition: Tensor, grid: tuple[int, int] = (0, 0)) -> Tensor:
-        """Append n columns (B, n, C), the first of them an image of `grid` at the time of `condition` (1, C), and return their hidden states."""
-        (batch, count, _), block = x.shape, grid[0] * grid[1]
-        columns = self.seen.shape[1]
-        self.seen = torch.cat([self.seen, valid], 1)
-        order = torch.arange(count, device=x.device)
-        hi = torch.where(valid, columns + model.image_attention.seen(order, block), 0)             # (B, n); 0: an empty row
-        until = torch.where(self.seen, _EVER, 0)
-        mask = TransfusionMask.from_intervals(torch.zeros_like(hi), hi, since=torch.zeros_like(until), until=until, offset=columns)
-        image = torch.where(order < block, torch.arange(batch, device=x.device)[:, None], -1)  # (B, n)
-        positions = model.positions(self.positions[:, None] + order, image, torch.full((batch,), max(1, grid[1]), dtype=torch.int32, device=x.device))
-        rows = torch.arange(batch * count, device=x.device).view(batch, count)
-        modality = Modality(image, rows[:, block:].flatten(), rows[:, :block].flatten())
-        hidden = model.backbone(x, positions, mask, condition.expand(batch, -1), modality, self.cache)
-        self.positions = self.positions + valid.sum(1)
-        return hidden
-
-    def crop(self, count: int, before: tuple[Tensor, Tensor]) -> None:
-        """Forget the last `count` columns; `before` is what `seen` and `positions` were."""
-        self.cache.crop(-count)
-        self.seen, self.positions = before
-
-    def select(self, rows: list[int]) -> "_Cache":
-        """Copy some rows."""
-        cache = DynamicCache()
-        for number, layer in enumerate(self.cache.layers):
-            cache.update(layer.keys[rows], layer.values[rows], number)
-        return _Cache(cache, self.seen[rows], self.positions[rows])
-
-    @staticmethod
-    def stack(parts: list["_Cache"]) -> "_Cache":
-        """All rows of several caches, each in the last columns."""
-        columns = max(part.seen.shape[1] for part in parts)
-        right = lambda x, axis: torch.nn.functional.pad(x, (0, 0) * (x.ndim - 1 - axis) + (columns - x.shape[axis], 0))  # noqa: E731
-        cache = DynamicCache()
-        for number in range(len(parts[0].cache.layers)):
-            layers = [part.cache.layers[number] for part in parts]
-            cache.update(torch.cat([right(layer.keys, 2) for layer in layers]), torch.cat([right(layer.values, 2) for layer in layers]), number)
-        return _Cache(cache, torch.cat([right(part.seen, 1) for part in parts]), torch.cat([part.positions for part in parts]))
-
-
 class _Sampler:
     def __init__(self, model, prompts: list[list[Part]], options: Sampling, force_image: bool = False):
         config = model.config
@@ -217,6 +172,8 @@ class _Sampler:
         self.grid = size[0] // patch, size[1] // patch
         self.guidance = options.guidance if isinstance(options.guidance, Guidance) else Guidance(options.guidance)
         self.sampler()  # refuses what does not fit before anything runs
+        if options.cuda_graph and model.device.type != "cuda":
+            raise ValueError(f"generate: cuda_graph is True and the model is on {str(model.device)!r}; a model on a CUDA device fits")
         self.rows = [_Row(torch.Generator().manual_seed(options.seed + i)) for i in range(len(prompts))]
         self.eos = model.tokenizer.eos_token_id
 
@@ -242,7 +199,7 @@ class _Sampler:
         for row in self.rows:
             row.parts += self.flush(row)
 
-    def prefill(self, documents: list[Document]) -> tuple[_Cache, Tensor]:
+    def prefill(self, documents: list[Document]) -> tuple[PrefixCache, Tensor]:
         """Run the prompts, left-padded; return the cache and the last column's hidden states (B, C)."""
         sequence = lay_out([[d] for d in documents], max(len(d.tokens) for d in documents), self.config.patch_dim, left=True).to(self.model.device)
         condition = self.clean.expand(sequence.image_count, -1)
@@ -250,12 +207,12 @@ class _Sampler:
         cache, seen = DynamicCache(), sequence.documents >= 0
         positions = self.model.positions(sequence.positions, sequence.image, sequence.layout.columns)
         hidden = self.model.backbone(x, positions, self.model.image_attention.mask(sequence), condition, sequence.modality, cache)
-        return _Cache(cache, seen, seen.sum(1)), hidden[:, -1]
+        return PrefixCache(cache, seen, seen.sum(1)), hidden[:, -1]
 
     def write(self, hidden: Tensor) -> Iterator[Event]:
         """Write text in every row that is writing, until each is done or wants to draw."""
         while any(row.state == WRITING for row in self.rows):
-            logits = self.model.backbone.logits(hidden).float()                            # (B, V)
+            logits = self.model.backbone.logits(hidden).float().cpu()                      # (B, V)
             tokens, valid = [], []
             for number, (row, scores) in enumerate(zip(self.rows, logits)):
                 tokens.append(self.choose(row, scores) if row.state == WRITING else self.eos)
@@ -263,8 +220,8 @@ class _Sampler:
                 if row.state == WRITING:
                     yield from self.take(number, row, tokens[-1])
             if any(valid):
-                at = torch.tensor(tokens, device=logits.device)[:, None]
-                fed = self.cache.feed(self.model, self.model.backbone.embed(at), torch.tensor(valid, device=logits.device)[:, None], self.clean)
+                at = torch.tensor(tokens, device=hidden.device)[:, None]
+                fed = self.cache.feed(self.model, self.model.backbone.embed(at), torch.tensor(valid, device=hidden.device)[:, None], self.clean)
                 hidden = fed[:, -1]
 
     def take(self, number: int, row: _Row, token: int) -> Iterator[Event]:
@@ -285,7 +242,7 @@ class _Sampler:
         options = self.options
         if row.written >= options.max_new_tokens:
             return self.eos
-        scores = scores.cpu().clone()
+        scores = scores.clone()
         scores[self.config.eoi_token_id] = -torch.inf
         if row.images >= options.max_images:
             scores[self.config.boi_token_id] = -torch.inf
@@ -296,13 +253,11 @@ class _Sampler:
         ranked[0] = ranked[0].clamp(min=torch.finfo(ranked.dtype).tiny)                    # top_p 0 leaves the likeliest
         return int(order[torch.multinomial(ranked, 1, generator=row.generator)])
 
-    def contexts(self, rows: list[int]) -> dict[bool, _Cache]:
-        """The caches to denoise `rows` against: without guidance (False) and with it (True), one row for each context and prompt."""
-        whole = self.cache.select(rows)
-        prefixes = {"whole": lambda: whole, "images": lambda: self.prefill([self.images_of(i) for i in rows])[0],
-                    "nothing": lambda: self.prefill([self.then_image(self.nothing())])[0].select([0] * len(rows))}
-        names = self.guidance.contexts
-        return {False: whole, True: _Cache.stack([prefixes[name]() for name in names])} if len(names) > 1 else {False: whole}
+    def prefix(self, rows: list[int], contexts: tuple[str, ...]) -> PrefixCache:
+        """What `rows` are denoised against: one row for each context and prompt."""
+        made = {"whole": lambda: self.cache.select(rows), "images": lambda: self.prefill([self.images_of(i) for i in rows])[0],
+                "nothing": lambda: self.prefill([self.then_image(self.nothing())])[0].select([0] * len(rows))}
+        return PrefixCache.stack([made[name]() for name in contexts])
 
     def nothing(self) -> Document:
         return Document([self.model.tokenizer.bos_token_id], [False], [])
@@ -315,16 +270,15 @@ class _Sampler:
     def draw_images(self, rows: list[int]) -> Iterator[Event]:
         """Denoise one image in each of `rows`, put them clean into the cache with EOI; return the last column's hidden states."""
         shape = self.grid[0] * self.grid[1], self.config.patch_dim
-        sampler, contexts = self.sampler(), self.contexts(rows)
+        sampler, canvases = self.sampler(), {}
         x = sampler.start(torch.stack([torch.randn(shape, generator=self.rows[i].generator) for i in rows])).to(self.model.device)
         for number, t in enumerate(sampler.times.tolist()):
-            given, guided = sampler.input(x, number), self.guidance.active(t)
-            time = torch.full((), t, device=x.device)
-            if guided:
-                copies = len(self.guidance.contexts)
-                prediction = self.guidance.combine(self.predict(contexts[True], given.repeat(copies, 1, 1), time).unflatten(0, (copies, -1)))
-            else:
-                prediction = self.predict(contexts[False], given, time)
+            given, contexts = sampler.input(x, number), self.guidance.contexts if self.guidance.active(t) else ("whole",)
+            if contexts not in canvases:
+                canvases[contexts] = Canvas(self.model, self.prefix(rows, contexts), self.grid, graph=self.options.cuda_graph)
+            time, copies = torch.full((), t, device=x.device), len(contexts)
+            predictions = canvases[contexts].predict(given.repeat(copies, 1, 1), time).unflatten(0, (copies, -1))
+            prediction = self.guidance.combine(predictions)
             x = sampler.advance(x, prediction, number)
             if self.options.previews:
                 estimates = solve(self.model.objective, given, prediction, time)[0]
@@ -336,30 +290,11 @@ class _Sampler:
             yield Drawn(i, self.image(patches))
         return self.append_images(rows, x)
 
-    def predict(self, context: _Cache, x: Tensor, t: Tensor) -> Tensor:
-        """The image head's prediction (R, count, patch_dim) at time t; the cache is as before afterwards."""
-        rows, count, _ = x.shape
-        condition, before = self.model.timestep(t[None]), (context.seen, context.positions)
-        embedded, layout, skips = self.embed_patches(x, condition)
-        valid = torch.ones(rows, count, dtype=torch.bool, device=x.device)
-        hidden = context.feed(self.model, embedded, valid, condition, self.grid)
-        context.crop(count, before)
-        return self.model.image_head(hidden.flatten(0, 1), condition.expand(rows, -1), layout, skips).view_as(x).float()
-
-    def embed_patches(self, x: Tensor, condition: Tensor) -> tuple[Tensor, ImageLayout, list[Tensor]]:
-        """Embeddings (R, count, C) of R images at the time of `condition` (1, C), their layout, and what skips the decoder."""
-        rows, count, _ = x.shape
-        layout = ImageLayout.of([self.grid] * rows, x.device)
-        places = torch.arange(rows * count, device=x.device)
-        buffer = condition.new_zeros(rows * count, condition.shape[1])
-        embedded, skips = self.model.patch_embedding(buffer, x.flatten(0, 1).to(buffer.dtype), condition.expand(rows, -1), layout, places)
-        return embedded.view(rows, count, -1), layout, skips
-
     def append_images(self, rows: list[int], x: Tensor) -> Tensor:
         batch, count = len(self.rows), x.shape[1]
         valid = torch.zeros(batch, count + 1, dtype=torch.bool, device=x.device)
         valid[rows] = True
-        embedded, *_ = self.embed_patches(x, self.clean)
+        embedded, _ = embed_images(self.model, x, self.clean, ImageLayout.of([self.grid] * len(rows), x.device))
         full = embedded.new_zeros(batch, count + 1, embedded.shape[-1])
         full[rows, :count] = embedded
         full[:, count] = self.model.backbone.embed(torch.tensor(self.config.eoi_token_id, device=x.device))

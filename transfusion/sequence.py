@@ -66,6 +66,8 @@ class ImageLayout(NamedTuple):
 
     def by_grid(self) -> list[tuple[tuple[int, int], Tensor, Tensor]]:
         """Images of one grid together: (grid, their numbers (n,), their patches' rows (n * rows * columns,)) for each grid there is."""
+        if len(set(self.grids)) == 1:  # nothing to sort out, and nothing to carry to the device
+            return [(self.grids[0], *(torch.arange(count, device=self.image.device) for count in (len(self.grids), len(self.image))))]
         ends, found = 0, {}
         for number, (rows, columns) in enumerate(self.grids):
             numbers, patches = found.setdefault((rows, columns), ([], []))

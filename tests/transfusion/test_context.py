@@ -10,6 +10,7 @@ from tests.transfusion.conftest import tiny_model
 from tests.transfusion.plain import add_noise, noise_of, plain_output
 from tests.transfusion.test_train import losses, small
 from transfusion import Image, Text, Transfusion
+from transfusion.cache import Canvas
 from transfusion.data import DataSettings, Digits, draw_batch, step_generator
 from transfusion.sample import Sampling, _Sampler
 from transfusion.sequence import encode, pack, with_clean_copies
@@ -112,7 +113,7 @@ def test_losses_are_those_of_what_the_sampler_predicts_and_text_goes_on_as_after
         sampler.cache, _ = sampler.prefill(sampler.documents)
         own = sequence.layout.image == image
         noised, target = add_noise(model.objective, sequence.patches[own], noise_of(sequence, SEED)[own], times[image])
-        prediction = sampler.predict(sampler.cache, noised[None], times[image])[0]
+        prediction = Canvas(model, sampler.cache, sampler.grid).predict(noised[None], times[image])[0]
         torch.testing.assert_close(output.image_losses[image], (prediction - target).square().mean())
         torch.testing.assert_close(sampler.append_images([0], sequence.patches[own][None]), hidden[:, sequence.spans[0, image + 1, 1]])
 

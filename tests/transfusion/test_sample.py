@@ -5,11 +5,14 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from tests.conftest import DEVICE
 from tests.transfusion.conftest import tiny_model
 from tfkernels import patchify
 from transfusion import Image, Text
+from transfusion.cache import Canvas
+from transfusion.guidance import Guidance
 from transfusion.objective import step
-from transfusion.sample import Drawn, Preview
+from transfusion.sample import Drawn, Preview, Sampling, _Sampler
 from transfusion.sequence import Document, encode, lay_out
 
 
@@ -121,6 +124,40 @@ def test_later_text_reads_the_finished_image(model, monkeypatch):
     states.clear()
     model.generate_batch([[*prompt, image] for prompt, image in zip(prompts, images)], max_new_tokens=1, max_images=0)
     torch.testing.assert_close(drawn, states[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_prefix_stays_where_it_is_while_an_image_is_drawn_against_it(model, pictures):
+    sampler = _Sampler(model, [[Text("a handwritten seven")], [pictures[0], Text("b")]], Sampling(guidance=1.0), force_image=True)
+    with torch.inference_mode():
+        sampler.clean = model.timestep(torch.zeros(1))
+        prefix, _ = sampler.prefill(sampler.documents)
+        canvas, columns = Canvas(model, prefix, sampler.grid), prefix.seen.shape[1]
+        layers = canvas.cache.layers
+        addresses = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in layers]
+        x = torch.randn(2, 16, 4, generator=torch.Generator().manual_seed(0))
+        first, other, again = (canvas.predict(given, torch.tensor(t)) for given, t in ((x, 0.9), (-x, 0.2), (x, 0.9)))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert addresses == [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in layers]
+    for layer, kept in zip(layers, prefix.cache.layers, strict=True):
+        assert layer.get_seq_length() == columns == kept.keys.shape[2] and layer.keys.shape[2] == columns + 16
+        assert torch.equal(layer.keys[:, :, :columns], kept.keys) and torch.equal(layer.values[:, :, :columns], kept.values)
+
+
+def test_a_cuda_graph_needs_cuda(model):
+    if DEVICE == "cuda":
+        pytest.skip("torch.cuda.is_available() is True: this is what a machine without one is told")
+    with pytest.raises(ValueError, match="cuda_graph is True and the model is on 'cpu'; a model on a CUDA device fits"):
+        model.draw(["a"], steps=2, cuda_graph=True)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="torch.cuda.is_available() is False: CUDA graphs exist on CUDA only")
+@pytest.mark.parametrize("backbone,layers", [("decoder", "linear"), ("adaln", "dit"), ("decoder", "unet")])
+def test_a_cuda_graph_draws_the_same(backbone, layers):
+    model = tiny_model(backbone=backbone, image_layers=layers).cuda()
+    options = dict(steps=5, guidance=Guidance(3.0, interval=(0.3, 0.8)), seed=1)
+    plain, graphed = (model.draw(["a handwritten seven", "a"], cuda_graph=graph, **options) for graph in (False, True))
+    for a, b in zip(plain, graphed, strict=True):
+        assert torch.equal(a.latent, b.latent)
 
 
 def test_a_seed_gives_the_same_image_and_another_seed_another(model):
