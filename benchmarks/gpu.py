@@ -21,7 +21,7 @@ import torch
 from benchmarks.harness import environment
 
 # each is `python -m benchmarks.<name> --out DIR --seconds S` and writes DIR/<name>.json
-BENCHMARKS = ("attention", "decode", "norm", "rotary", "patchify", "diffusion_loss", "image_chain", "cross_entropy")
+BENCHMARKS = ("attention", "decode", "norm", "rotary", "patchify", "diffusion_loss", "image_chain", "cross_entropy", "train_step", "sample")
 TESTS_SHARE = 0.6            # of the whole time at most; the benchmarks get the rest
 STOP_SECONDS = 60            # what a benchmark needs to finish the configuration it is in
 ROOT = Path(__file__).parent.parent
