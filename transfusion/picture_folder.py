@@ -50,10 +50,10 @@ class PictureFolder:
         self.settings = settings
         found = sorted(path for path in settings.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
         held_out = [zlib.crc32(path.relative_to(settings.folder).as_posix().encode()) % 10 == 0 for path in found]
-        self.paths, self.skipped = [], []
-        for path, held in zip(tqdm(found, desc=f"check {settings.folder.name}", unit="file", disable=len(found) < 1000), held_out):
-            if held == (split == "held-out"):
-                (self.paths if _readable(path) else self.skipped).append(path)
+        own = [path for path, held in zip(found, held_out) if held == (split == "held-out")]
+        with ThreadPoolExecutor(8) as threads:
+            readable = list(tqdm(threads.map(_readable, own), desc=f"check {settings.folder.name}", total=len(own), unit="file", disable=len(own) < 1000))
+        self.paths, self.skipped = ([path for path, good in zip(own, readable) if good == wanted] for wanted in (True, False))
         if not self.paths:
             raise ValueError(f"PictureFolder: folder is {str(settings.folder)!r}, in which no {split} picture of {len(self.skipped)} can be read; a folder of "
                              f"{', '.join(sorted(SUFFIXES))} files fits, of which about one in ten is held out")
