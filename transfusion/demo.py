@@ -15,8 +15,9 @@ from transfusion.data import DIGIT_NAMES, Digits
 from transfusion.eval.digits import draw_digits, evaluate, tell_story
 from transfusion.eval.pictures import loss_curves, sample_grid
 from transfusion.model import Transfusion
+from transfusion.run_state import logged_seconds
 from transfusion.sequence import Image
-from transfusion.train import TrainConfig, digits, logged_seconds, train_to_end
+from transfusion.train import TrainConfig, digits, train_to_end
 
 STEPS, GUIDANCE = 30, 2.0
 

@@ -25,7 +25,8 @@ from transfusion.eval.emoji import Judges, bits_per_byte, draw_emoji, read_capti
 from transfusion.eval.pictures import emoji_grid, loss_curves
 from transfusion.latents import open_dataset
 from transfusion.model import Transfusion
-from transfusion.train import TrainConfig, build_model, emoji, logged_seconds, start_model, train_to_end
+from transfusion.run_state import logged_seconds
+from transfusion.train import TrainConfig, build_model, emoji, start_model, train_to_end
 
 
 @dataclass(frozen=True)

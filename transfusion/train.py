@@ -3,13 +3,9 @@
 Each step draws documents, noises their images and takes one AdamW step on text loss + lambda * diffusion loss. Documents, times
 and noise of a step depend on (seed, step) alone, so a resumed run gives the losses of one that never stopped. Ctrl-C saves.
 """
-import contextlib
 import dataclasses
 import json
 import math
-import os
-import shutil
-import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -17,8 +13,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from safetensors.torch import load_file, save_file
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from transformers import AutoConfig, LlamaConfig
 
@@ -28,6 +23,18 @@ from transfusion.device import choose_device, seconds_of
 from transfusion.latents import open_dataset
 from transfusion.model import Transfusion
 from transfusion.objective import sample_times
+from transfusion.optim import build_average, build_optimizer, learning_rate
+from transfusion.run_state import (
+    Interrupt,
+    check_out,
+    load_state,
+    load_training_state,
+    logged_seconds,
+    save_state,
+    saved_step,
+    trained_parameters,
+    training_state,
+)
 from transfusion.tokenizer import BOI, EOI, train_tokenizer
 from transfusion.tuning import TuneSettings, prepare, trained_table
 from transfusion.vae import VAE
@@ -184,31 +191,6 @@ def start_model(config: TrainConfig, dataset, vae: VAE | None) -> Transfusion:
     return model
 
 
-def learning_rate(step: int, optim: OptimSettings) -> float:
-    """Linear warm-up, then a cosine down to min_lr."""
-    if step < optim.warmup:
-        return optim.lr * (step + 1) / optim.warmup
-    progress = (step - optim.warmup) / max(1, optim.steps - optim.warmup)
-    return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def build_optimizer(model: Transfusion, optim: OptimSettings) -> torch.optim.AdamW:
-    """AdamW whose weight decay reaches matrices only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
-    return torch.optim.AdamW([{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-                             lr=optim.lr, betas=optim.betas, fused=True)
-
-
-def build_average(model: torch.nn.Module, optim: OptimSettings) -> AveragedModel:
-    """Exponential moving average of what is trained; what is frozen stays in memory once."""
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(optim.ema))
-    for copied, p in zip(averaged.module.parameters(), model.parameters()):
-        if not p.requires_grad:
-            copied.data = p.data
-    return averaged
-
-
 def train(config: TrainConfig) -> Path:
     """Run `config` to its end, to `stop_after` or to Ctrl-C; return the directory with the checkpoint."""
     # data and model
@@ -273,6 +255,14 @@ def train(config: TrainConfig) -> Path:
     return config.out
 
 
+def train_to_end(config: TrainConfig) -> Path:
+    """`train`, going on with what `out` holds; KeyboardInterrupt where it was stopped before the last step."""
+    out = train(dataclasses.replace(config, resume=saved_step(config.out) is not None))
+    if (step := saved_step(out)) < config.optim.steps:
+        raise KeyboardInterrupt(f"{out}: {step:,} of {config.optim.steps:,} steps are done; the same command goes on")
+    return out
+
+
 def _cost(config: TrainConfig, forward, optimizer, step: int, device: torch.device) -> str:
     """Say what is left to do and, by the second of two passes that change nothing, about how long it takes."""
     steps, tokens = config.optim.steps - step, config.optim.rows * config.optim.seq_len
@@ -287,106 +277,12 @@ def _cost(config: TrainConfig, forward, optimizer, step: int, device: torch.devi
     return f"{steps:,} steps of {tokens:,} tokens at {seconds:.2f} s: about {steps * seconds / 60:,.0f} min"
 
 
-class Interrupt:
-    """The first Ctrl-C asks the loop to save and stop; a second one stops at once."""
-
-    asked = False
-    previous = None
-
-    def __enter__(self):
-        with contextlib.suppress(ValueError):  # not the main thread: leave signals alone
-            self.previous = signal.signal(signal.SIGINT, self.ask)
-        return self
-
-    def ask(self, *_):
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __exit__(self, *_):
-        if self.previous is not None:
-            signal.signal(signal.SIGINT, self.previous)
-
-
-def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Parameters that training changes, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
 def _save(config: TrainConfig, model: Transfusion, averaged: AveragedModel, optimizer, step: int) -> None:
     """Write the checkpoint and, beside it, what resuming needs; a crash while writing leaves the save before whole."""
     final = averaged.module if config.optim.ema else model
     final.save_pretrained(config.out)
     state = training_state(model, optimizer) | {f"averaged.{name}": p for name, p in trained_parameters(averaged.module).items()}
     save_state(config, state | {"averaged_steps": averaged.n_averaged}, step)
-
-
-def training_state(model: torch.nn.Module, optimizer) -> dict[str, torch.Tensor]:
-    """What is trained of a model, and the optimizer's moments, by name; `load_training_state` undoes it."""
-    trained = trained_parameters(model)
-    return {f"model.{name}": p for name, p in trained.items()} | {
-        f"optimizer.{name}.{key}": x for name, p in trained.items() for key, x in optimizer.state[p].items()}
-
-
-def load_training_state(state: dict[str, torch.Tensor], model: torch.nn.Module, optimizer) -> None:
-    """Put what `training_state` returned into a model and its optimizer."""
-    for name, p in trained_parameters(model).items():
-        p.data.copy_(state[f"model.{name}"])
-        optimizer.state[p] = {key: state[f"optimizer.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{name}.{key}" in state}
-
-
-def save_state(config, state: dict[str, torch.Tensor], step: int) -> None:
-    """Write tensors and settings to `config.out`/resume, for `load_state`; a crash while writing leaves those before whole."""
-    fresh, kept = config.out / "resume.new", config.out / "resume"
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
-    save_file({name: x.detach().contiguous().cpu().clone() for name, x in state.items()}, fresh / "state.safetensors")
-    (fresh / "run.json").write_text(json.dumps({"step": step, "config": dataclasses.asdict(config)}, default=str, indent=2))
-    replace_directory(fresh, kept)
-
-
-def replace_directory(fresh: Path, kept: Path) -> None:
-    """Put `fresh` where `kept` is; at any moment one of them, or what `saved_directory` finds, is whole."""
-    old = kept.with_name(kept.name + ".old")
-    if kept.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(kept, old)
-    os.replace(fresh, kept)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def saved_directory(out: Path) -> Path:
-    """The directory that `save_state` wrote last; the one before where a crash left no other."""
-    return next((path for path in (out / "resume", out / "resume.old") if (path / "run.json").is_file()), out / "resume")
-
-
-def has_run(out: Path) -> bool:
-    """Whether `out` holds a run that `save_state` wrote."""
-    return (saved_directory(out) / "run.json").is_file()
-
-
-def check_out(config) -> None:
-    """Refuse to go on with a run that is not there, and to write over one that is."""
-    if config.resume and not has_run(config.out):
-        raise ValueError(f"train: resume is set and out is {str(config.out)!r}, which holds no saved run; a directory that train has saved into fits")
-    if not config.resume and has_run(config.out):
-        step = json.loads((saved_directory(config.out) / "run.json").read_text())["step"]
-        raise ValueError(f"train: out is {str(config.out)!r}, which holds a run of {step:,} steps; --resume goes on with it, another --out starts anew")
-
-
-def train_to_end(config: TrainConfig) -> Path:
-    """`train`, going on with what `out` holds; KeyboardInterrupt where it was stopped before the last step."""
-    out = train(dataclasses.replace(config, resume=has_run(config.out)))
-    step = json.loads((saved_directory(out) / "run.json").read_text())["step"]
-    if step < config.optim.steps:
-        raise KeyboardInterrupt(f"{out}: {step:,} of {config.optim.steps:,} steps are done; the same command goes on")
-    return out
-
-
-def logged_seconds(log: Path) -> float:
-    """Seconds of training so far, by a log's last line; interruptions do not count."""
-    lines = log.read_text().splitlines()
-    return json.loads(lines[-1])["seconds"] if lines else 0.0
 
 
 def _restore(config: TrainConfig, model: Transfusion, averaged: AveragedModel, optimizer) -> int:
@@ -397,21 +293,6 @@ def _restore(config: TrainConfig, model: Transfusion, averaged: AveragedModel, o
         p.data.copy_(state[f"averaged.{name}"])
     averaged.n_averaged.copy_(state["averaged_steps"])
     return step
-
-
-def load_state(config, parts: tuple[str, ...], device: torch.device) -> tuple[dict[str, torch.Tensor], int]:
-    """Return what `save_state` wrote and its step, and cut the log there; `parts` of the settings must be what they were."""
-    kept = saved_directory(config.out)
-    saved = json.loads((kept / "run.json").read_text())
-    ours = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    changed = [key for part in parts for key in ours[part] if saved["config"][part].get(key) != ours[part][key]]
-    changed += [key for key in ("seed", "autocast") if saved["config"][key] != ours[key]]
-    if changed:
-        raise ValueError(f"train: {', '.join(changed)} differ from the run saved in {str(config.out)!r}; the same settings fit; start anew with another --out")
-    state = load_file(kept / "state.safetensors", device=str(device))
-    lines = (config.out / "log.jsonl").read_text().splitlines()[:saved["step"]]
-    (config.out / "log.jsonl").write_text("".join(line + "\n" for line in lines))
-    return state, saved["step"]
 
 
 def main(args: list[str] | None = None) -> None:

@@ -22,19 +22,9 @@ from tqdm import tqdm
 from transfusion.data import step_generator
 from transfusion.device import choose_device, seconds_of
 from transfusion.eval.features import Features
+from transfusion.optim import build_average, build_optimizer, learning_rate
 from transfusion.picture_folder import PictureSettings, describe, open_pictures
-from transfusion.train import (
-    Interrupt,
-    build_average,
-    build_optimizer,
-    check_out,
-    learning_rate,
-    load_state,
-    load_training_state,
-    logged_seconds,
-    save_state,
-    training_state,
-)
+from transfusion.run_state import Interrupt, check_out, load_state, load_training_state, logged_seconds, save_state, training_state
 from transfusion.vae_losses import (
     PatchDiscriminator,
     discriminator_loss,

@@ -5,12 +5,12 @@ from transformers import LlamaConfig
 
 from transfusion import Image, Text, Transfusion, TransfusionConfig
 from transfusion.objective import OBJECTIVES
+from transfusion.optim import learning_rate
 from transfusion.presets import PAPER, Size, mlp_width, paper, paper_sampling, paper_training
 from transfusion.sample import Sampling
 from transfusion.sampler import make_sampler
 from transfusion.sequence import encode, pack
 from transfusion.tokenizer import train_tokenizer
-from transfusion.train import learning_rate
 
 LINEAR = {"0.16B": 0.5, "0.37B": 0.4, "0.76B": 0.4, "1.4B": 0.4, "7B": 0.3}                # table 7: percent of the decoder's parameters
 UNET = {"0.16B": 160.1, "0.37B": 70.6, "0.76B": 35.1, "1.4B": 20.7, "7B": 4.0}             # ours; table 7 has 106.1, 71.3, 35.5, 19.3, 3.8

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from transfusion.train import PRESETS, DataSettings, ModelSettings, OptimSettings, TrainConfig, learning_rate, train, train_to_end
+from transfusion.optim import learning_rate
+from transfusion.train import PRESETS, DataSettings, ModelSettings, OptimSettings, TrainConfig, train, train_to_end
 
 
 def small(out, **changes):

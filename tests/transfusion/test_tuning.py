@@ -10,7 +10,8 @@ from tests.transfusion.test_train import losses, small
 from transfusion import Text, Transfusion
 from transfusion.config import BACKBONES
 from transfusion.init import InitSettings, init
-from transfusion.train import OptimSettings, build_average, train
+from transfusion.optim import build_average
+from transfusion.train import OptimSettings, train
 from transfusion.tuning import TuneSettings, prepare, trained_table
 
 

@@ -15,7 +15,8 @@ from transfusion.data import DataSettings, Digits, step_generator
 from transfusion.eval.features import Features
 from transfusion.latents import EncodeSettings, encode_dataset, open_dataset
 from transfusion.picture_folder import PictureFolder, PictureSettings, describe, open_pictures, read_picture
-from transfusion.train import ModelSettings, OptimSettings, TrainConfig, load_state
+from transfusion.run_state import load_state
+from transfusion.train import ModelSettings, OptimSettings, TrainConfig
 from transfusion.train import train as train_transfusion
 from transfusion.tuning import TuneSettings
 from transfusion.vae import VAE

@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import shutil
 import zlib
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ from transfusion.data import DATASETS, DIGIT_NAMES, step_generator
 from transfusion.device import choose_device, seconds_of
 from transfusion.emoji import STYLES
 from transfusion.eval.features import Features, Preprocessing, in_batches
+from transfusion.run_state import replace_directory, saved_directory
 
 _EMOJI = {
     "name": lambda dataset: (dataset.labels, dataset.names), "style": lambda dataset: (dataset.styles, STYLES),
@@ -222,13 +222,12 @@ def _keep(out: Path, run: dict, network: ResNetForImageClassification, optimizer
     save_file({name: x.contiguous() for name, x in state.items()}, fresh / "state.safetensors")
     (fresh / "run.json").write_text(json.dumps({"step": step, "run": run}))
     (out / "classifier.json").write_text(json.dumps(run | {"finished": False}, indent=2) + "\n")
-    shutil.rmtree(kept, ignore_errors=True)  # a crash here costs the steps since the start, not the classifier
-    os.replace(fresh, kept)
+    replace_directory(fresh, kept)
 
 
 def _restore(out: Path, run: dict, network: ResNetForImageClassification, optimizer: torch.optim.Optimizer) -> int:
     """Load what `_keep` wrote for the same pictures, labels and settings; return the step to go on from, 0 where there is no such state."""
-    kept = out / "resume"
+    kept = saved_directory(out)
     saved = json.loads((kept / "run.json").read_text()) if (kept / "run.json").is_file() else {"run": None}
     if saved["run"] != run:
         return 0

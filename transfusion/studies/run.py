@@ -15,12 +15,13 @@ from transfusion.data import DATASETS
 from transfusion.eval.classifier import train_classifier
 from transfusion.eval.features import Features
 from transfusion.model import Transfusion
+from transfusion.run_state import logged_seconds
 from transfusion.sequence import Text, encode, pack
 from transfusion.studies.arms import Arm, StudyData
 from transfusion.studies.measure import Yardstick, caption_accuracy, flops, text_loss
 from transfusion.studies.pictures import Codes, Patches
 from transfusion.studies.vq import from_codes, load_autoencoder, to_codes, train_autoencoder
-from transfusion.train import logged_seconds, train, train_to_end
+from transfusion.train import train, train_to_end
 
 SHOWN = 8  # pictures of each class that a run keeps
 

@@ -1,0 +1,33 @@
+"""What training runs share: AdamW, its learning rate, and the moving average of the weights.
+
+`optim` are a run's settings, with steps, lr, min_lr, warmup, betas, weight_decay and ema.
+"""
+import math
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+
+def learning_rate(step: int, optim) -> float:
+    """Linear warm-up, then a cosine down to min_lr."""
+    if step < optim.warmup:
+        return optim.lr * (step + 1) / optim.warmup
+    progress = (step - optim.warmup) / max(1, optim.steps - optim.warmup)
+    return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_optimizer(model: torch.nn.Module, optim) -> torch.optim.AdamW:
+    """AdamW whose weight decay reaches matrices only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+                             lr=optim.lr, betas=optim.betas, fused=True)
+
+
+def build_average(model: torch.nn.Module, optim) -> AveragedModel:
+    """Exponential moving average of what is trained; what is frozen stays in memory once."""
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(optim.ema))
+    for copied, p in zip(averaged.module.parameters(), model.parameters()):
+        if not p.requires_grad:
+            copied.data = p.data
+    return averaged
