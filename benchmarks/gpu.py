@@ -1,15 +1,16 @@
-"""Everything a CUDA machine can prove, in one run and one file: the whole test suite, then every benchmark.
+"""Everything a CUDA machine can prove, in one run and one file: the whole test suite, compute-sanitizer on the attention kernels, then every benchmark.
 
     python -m benchmarks.gpu --out DIR [--quick] [--seconds 530]
 
 Each step runs in its own process and gets what is left of the time; one that is cut is recorded as cut. DIR/gpu.json is
-complete after every step. The exit status is 0 where every test and every step passed.
+complete after every step. The exit status is 0 where every test and every step passed; without compute-sanitizer its steps are left out and say so.
 """
 import argparse
 import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from benchmarks.harness import environment
 # each is `python -m benchmarks.<name> --out DIR --seconds S` and writes DIR/<name>.json
 BENCHMARKS = ("attention", "decode", "norm", "rotary", "patchify", "diffusion_loss", "image_chain", "cross_entropy", "train_step", "sample")
 TESTS_SHARE = 0.6            # of the whole time at most; the benchmarks get the rest
+SANITIZERS = ("memcheck", "racecheck")
+SANITIZER_SECONDS = 90       # for each at most
 STOP_SECONDS = 60            # what a benchmark needs to finish the configuration it is in
 ROOT = Path(__file__).parent.parent
 _OUTCOME = re.compile(r"^(?:\[gw\d+\] \[ *\d+%\] )?(?:(?P<first>[A-Z]+) )?(?P<test>\S+\.py::.+?)(?: (?P<last>PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b.*)?$")
@@ -74,6 +77,15 @@ def run_tests(out: Path, seconds: float, workers: int) -> dict:
     return {**step, **read_tests((out / "tests.log").read_text(errors="replace"))}
 
 
+def run_sanitizer(tool: str, out: Path, seconds: float) -> dict:
+    """Run `benchmarks.sanitize` under a tool of compute-sanitizer, every tensor in an allocation of its own."""
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        return {"status": None, "cut": False, "left_out": "compute-sanitizer is not installed", "tail": ""}
+    command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.sanitize"]
+    return run_step(command, out / f"{tool}.log", min(seconds, SANITIZER_SECONDS))
+
+
 def run_benchmark(name: str, out: Path, seconds: float, quick: bool, commit: str | None) -> dict:
     """Run one benchmark and take in the file it wrote, as far as it came."""
     path = out / f"{name}.json"
@@ -87,7 +99,7 @@ def run_benchmark(name: str, out: Path, seconds: float, quick: bool, commit: str
 def run(out: Path, *, seconds: float, quick: bool, commit: str | None, workers: int) -> dict:
     """Run every step, writing DIR/gpu.json after each; a step that breaks is recorded and the next one runs."""
     begin = time.monotonic()
-    result = {"environment": environment("cuda", commit), "seconds": seconds, "tests": None, "benchmarks": {}}
+    result = {"environment": environment("cuda", commit), "seconds": seconds, "tests": None, "sanitizers": {}, "benchmarks": {}}
 
     def step(store, key, function, share):
         left = seconds - (time.monotonic() - begin)
@@ -101,6 +113,8 @@ def run(out: Path, *, seconds: float, quick: bool, commit: str | None, workers: 
         save(result, out / "gpu.json")
 
     step(result, "tests", lambda left: run_tests(out, left, workers), TESTS_SHARE)
+    for tool in SANITIZERS:
+        step(result["sanitizers"], tool, lambda left, tool=tool: run_sanitizer(tool, out, left), 1.0)
     for number, name in enumerate(BENCHMARKS):
         step(result["benchmarks"], name, lambda left, name=name: run_benchmark(name, out, left, quick, commit), 1 / (len(BENCHMARKS) - number))
     return result
@@ -115,7 +129,8 @@ def save(result: dict, path: Path) -> None:
 
 def passed(result: dict) -> bool:
     """Whether every test and step ended well: a cut step did not."""
-    return all(step["status"] == 0 and not step["cut"] for step in (result["tests"], *result["benchmarks"].values()))
+    steps = (result["tests"], *result["sanitizers"].values(), *result["benchmarks"].values())
+    return all(step["status"] == 0 and not step["cut"] for step in steps if not step.get("left_out"))
 
 
 def summary(result: dict) -> str:
@@ -127,6 +142,7 @@ def summary(result: dict) -> str:
     lines += [f"  not collected: {name}: {reason[:120]}" for name, reason in tests.get("not_collected", {}).items()]
     if tests["status"] not in (0, 1) and not tests.get("failing"):
         lines.append("  " + tests["tail"][-300:])
+    lines += [f"{tool}: {step.get('left_out') or _ending(step)}" for tool, step in result["sanitizers"].items()]
     for name, step in result["benchmarks"].items():
         report = step.get("report") or {"rows": []}
         lines.append(f"benchmark {name}: {_ending(step)}, {len(report['rows'])} rows, {sum(bool(r.get('error')) for r in report['rows'])} with errors")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import attention as attention_benchmark
-from benchmarks import gpu, harness
+from benchmarks import gpu, harness, sanitize
 from benchmarks import mask as mask_benchmark
 from benchmarks.attention_peers import contender, sdpa_dense
 from benchmarks.batches import dense_definition, packed_batch
@@ -267,9 +267,30 @@ def test_every_step_is_recorded_though_one_breaks_and_one_finds_no_time(tmp_path
 
     monkeypatch.setattr(gpu, "environment", lambda device, commit: harness.environment("cpu", commit))
     monkeypatch.setattr(gpu, "run_tests", breaks)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
     monkeypatch.setattr(gpu, "run_benchmark", benchmark)
     result = gpu.run(tmp_path, seconds=100, quick=True, commit="abc", workers=1)
     assert written == ["OSError: no such program"] * len(gpu.BENCHMARKS) and json.loads((tmp_path / "gpu.json").read_text()) == result
     assert not gpu.passed(result) and "benchmark attention: ended" in gpu.summary(result) and "commit abc" in gpu.summary(result)
+    assert "memcheck: compute-sanitizer is not installed" in gpu.summary(result) and result["sanitizers"].keys() == {"memcheck", "racecheck"}
     late = gpu.run(tmp_path, seconds=1, quick=True, commit=None, workers=1)
     assert late["tests"]["cut"] and late["benchmarks"]["attention"]["cut"] and not gpu.passed(late)
+
+
+def test_a_sanitizer_that_finds_something_fails_the_run_and_a_missing_one_does_not(tmp_path, monkeypatch):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("#!/bin/sh\necho $PYTORCH_NO_CUDA_MEMORY_CACHING $@; exit 9\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: str(tool))
+    step = gpu.run_sanitizer("racecheck", tmp_path, 10)
+    assert step["status"] == 9 and "1 --tool racecheck --error-exitcode 9" in step["tail"] and "benchmarks.sanitize" in step["tail"]
+    good = {"status": 0, "cut": False}
+    assert not gpu.passed({"tests": good, "sanitizers": {"racecheck": step}, "benchmarks": {}})
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    assert gpu.passed({"tests": good, "sanitizers": {"racecheck": gpu.run_sanitizer("racecheck", tmp_path, 10)}, "benchmarks": {}})
+
+
+def test_what_the_sanitizers_watch_is_right(capsys):
+    sanitize.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 14 and all(line.endswith("as the reference") for line in lines)

@@ -153,6 +153,7 @@ def test_a_cuda_graph_needs_cuda(model):
 @pytest.mark.skipif(DEVICE != "cuda", reason="torch.cuda.is_available() is False: CUDA graphs exist on CUDA only")
 @pytest.mark.parametrize("backbone,layers", [("decoder", "linear"), ("adaln", "dit"), ("decoder", "unet")])
 def test_a_cuda_graph_draws_the_same(backbone, layers):
+    torch.use_deterministic_algorithms(False)  # its fills and sorts are not what production captures
     model = tiny_model(backbone=backbone, image_layers=layers).cuda()
     options = dict(steps=5, guidance=Guidance(3.0, interval=(0.3, 0.8)), seed=1)
     plain, graphed = (model.draw(["a handwritten seven", "a"], cuda_graph=graph, **options) for graph in (False, True))
