@@ -69,7 +69,7 @@ def showcase(settings: ShowcaseSettings) -> dict:
     out = train_to_end(config)
     trained = time.perf_counter()
 
-    held_out, real = (DATASETS[config.data.name](split) for split in ("held-out", "all"))
+    train_set, held_out, real = (DATASETS[config.data.name](split) for split in ("train", "held-out", "all"))
     judges = Judges(real, out / "judges", settings.judge)
     model = Transfusion.from_pretrained(out).to(device).eval()
     if model.vae is not None:
@@ -78,22 +78,24 @@ def showcase(settings: ShowcaseSettings) -> dict:
     images = open_dataset(config.data, "held-out")[0].images
     options = {"steps": settings.steps, "guidance": settings.guidance, "seed": config.seed, "image_size": tuple(images.shape[-2:])}
     pair = torch.arange(len(held_out.labels)).repeat_interleave(settings.each)
-    asked = {"held_out": held_out.styles[pair], "trained": 1 - held_out.styles[pair]}  # the same names, in the style never shown and in the other
+    labels, styles = held_out.labels[pair], held_out.styles[pair]
     drawn = {}
-    for name, styles in asked.items():
-        captions = [held_out.caption(held_out.names[label], STYLES[style]) for label, style in zip(held_out.labels[pair], styles)]
+    for name, asked in (("held_out", styles), ("trained", 1 - styles)):  # the same names, in the style never shown and in the other
+        captions = [held_out.caption(held_out.names[label], STYLES[style]) for label, style in zip(labels, asked)]
         print(f"drawing {len(captions)} pictures of {name.replace('_', '-')} pairs ...", flush=True)
         drawn[name] = draw_emoji(model, captions, **options)
-        metrics |= {f"{name}_{key}": value for key, value in judges.read(drawn[name], held_out.labels[pair], styles).items()}
-    real_pictures = judges.real_pictures(held_out.labels[pair], held_out.styles[pair])
-    metrics |= {f"real_{key}": value for key, value in judges.read(real_pictures, held_out.labels[pair], held_out.styles[pair]).items()}
-    metrics |= read_captions(model, images, held_out)
+        metrics |= {f"{name}_{key}": value for key, value in judges.read(drawn[name], labels, asked).items()}
+    shown = real.images[judges.places(held_out.labels, 1 - held_out.styles)]
+    metrics |= {f"shown_{key}": value for key, value in judges.read(shown[pair], labels, styles).items()}  # had the model drawn what it was shown
+    of_held_out = torch.isin(train_set.labels, held_out.labels).nonzero()[:, 0].tolist()
+    for name, dataset, split, chosen in (("held_out", held_out, "held-out", range(len(held_out.labels))), ("trained", train_set, "train", of_held_out)):
+        read = read_captions(model, open_dataset(config.data, split)[0].images[list(chosen)], [dataset.caption_of(i) for i in chosen])
+        metrics |= {f"{name}_{key}": value for key, value in read.items()}
     metrics |= {"guidance": settings.guidance, "sampling_steps": settings.steps, "train_seconds": logged_seconds(out / "log.jsonl"),
                 "measure_seconds": time.perf_counter() - trained, "total_seconds": time.perf_counter() - began}
 
-    seen = [real.images[(real.labels == label) & (real.styles != style)][0] for label, style in zip(held_out.labels, held_out.styles)]
     titles = [held_out.caption_of(i) for i in range(len(held_out.labels))]
-    emoji_grid(out / "samples.png", titles, torch.stack(seen), drawn["held_out"].unflatten(0, (-1, settings.each)), held_out.images)
+    emoji_grid(out / "samples.png", titles, shown, drawn["held_out"].unflatten(0, (-1, settings.each)), held_out.images)
     loss_curves(out / "loss.png", out / "log.jsonl")
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics

@@ -5,8 +5,8 @@ Two judges that never saw the model (`transfusion.eval.classifier`), trained on 
     name, name_in_five      share of drawn pictures that the judge of names reads as asked, first or among its first five guesses
     style                   share that the judge of styles reads as asked
     nearest                 share whose nearest real picture, among both styles of all names in the judge's features, is exactly the asked one
-    frechet                 Frechet distance in the judge's features between drawn pictures and all real ones
-    caption, caption_name   share of held-out pictures whose written caption is exactly theirs, or has the right name
+    frechet                 Frechet distance in the judge's features between drawn pictures and the real ones of the asked names and styles
+    caption, caption_name   share of pictures whose written caption is exactly theirs, or has the right name
 """
 import math
 from pathlib import Path
@@ -41,12 +41,13 @@ class Judges:
             "name": guesses[:, 0] == labels, "name_in_five": (guesses == labels[:, None]).any(1),
             "style": in_batches(self.styles.logits, drawn).argmax(1) == styles,
             "nearest": (self.real.labels[nearest] == labels) & (self.real.styles[nearest] == styles)}
-        return {name: x.double().mean().item() for name, x in right.items()} | {"frechet": frechet_distance(features, self.features)}
+        asked = self.features[self.places(labels, styles)]
+        return {name: x.double().mean().item() for name, x in right.items()} | {"frechet": frechet_distance(features, asked)}
 
-    def real_pictures(self, labels: Tensor, styles: Tensor) -> Tensor:
-        """The real picture of each asked (label, style), (M, C, H, W): what a perfect model would draw."""
+    def places(self, labels: Tensor, styles: Tensor) -> list[int]:
+        """Where the real picture of each (label, style) stands in `real`."""
         place = {pair: i for i, pair in enumerate(zip(self.real.labels.tolist(), self.real.styles.tolist()))}
-        return self.real.images[[place[pair] for pair in zip(labels.tolist(), styles.tolist())]]
+        return [place[pair] for pair in zip(labels.tolist(), styles.tolist())]
 
 
 def draw_emoji(model: Transfusion, captions: list[str], **options) -> Tensor:
@@ -55,13 +56,12 @@ def draw_emoji(model: Transfusion, captions: list[str], **options) -> Tensor:
     return (latents if model.vae is None else model.vae.decode(latents)).clamp(-1, 1)
 
 
-def read_captions(model: Transfusion, images: Tensor, dataset: Emoji) -> dict[str, float]:
-    """Let the model write behind `images` (N, C, H, W), pictures or latents of `dataset`, in its order, and compare with their captions."""
+def read_captions(model: Transfusion, images: Tensor, captions: list[str]) -> dict[str, float]:
+    """Let the model write behind `images` (N, C, H, W), pictures or latents, and compare with their captions, "a red apple, noto style"."""
     written = model.caption([Image(image) for image in images], max_new_tokens=48)
-    named = [dataset.names[label] for label in dataset.labels]
-    exact = [said == dataset.caption_of(i) for i, said in enumerate(written)]
-    name = [said.rpartition(",")[0] == dataset.caption_of(i).rpartition(",")[0] for i, said in enumerate(written)]
-    return {"caption": sum(exact) / len(named), "caption_name": sum(name) / len(named)}
+    name = [said.rpartition(",")[0] == caption.rpartition(",")[0] for said, caption in zip(written, captions, strict=True)]
+    exact = [said == caption for said, caption in zip(written, captions)]
+    return {"caption": sum(exact) / len(captions), "caption_name": sum(name) / len(captions)}
 
 
 @torch.no_grad()
