@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from torch import Tensor
 
 from transfusion.data import DATASETS
 from transfusion.device import choose_device
@@ -69,35 +70,49 @@ def showcase(settings: ShowcaseSettings) -> dict:
     out = train_to_end(config)
     trained = time.perf_counter()
 
-    train_set, held_out, real = (DATASETS[config.data.name](split) for split in ("train", "held-out", "all"))
-    judges = Judges(real, out / "judges", settings.judge)
+    held_out = DATASETS[config.data.name]("held-out")
+    judges = Judges(DATASETS[config.data.name]("all"), out / "judges", settings.judge)
     model = Transfusion.from_pretrained(out).to(device).eval()
     if model.vae is not None:
         model.vae.autoencoder.to(device)
     metrics["text_bits_per_byte_after"] = bits_per_byte(model, text)
-    images = open_dataset(config.data, "held-out")[0].images
-    options = {"steps": settings.steps, "guidance": settings.guidance, "seed": config.seed, "image_size": tuple(images.shape[-2:])}
-    pair = torch.arange(len(held_out.labels)).repeat_interleave(settings.each)
-    labels, styles = held_out.labels[pair], held_out.styles[pair]
-    drawn = {}
-    for name, asked in (("held_out", styles), ("trained", 1 - styles)):  # the same names, in the style never shown and in the other
-        captions = [held_out.caption(held_out.names[label], STYLES[style]) for label, style in zip(labels, asked)]
-        print(f"drawing {len(captions)} pictures of {name.replace('_', '-')} pairs ...", flush=True)
-        drawn[name] = draw_emoji(model, captions, **options)
-        metrics |= {f"{name}_{key}": value for key, value in judges.read(drawn[name], labels, asked).items()}
-    shown = real.images[judges.places(held_out.labels, 1 - held_out.styles)]
-    metrics |= {f"shown_{key}": value for key, value in judges.read(shown[pair], labels, styles).items()}  # had the model drawn what it was shown
-    of_held_out = torch.isin(train_set.labels, held_out.labels).nonzero()[:, 0].tolist()
-    for name, dataset, split, chosen in (("held_out", held_out, "held-out", range(len(held_out.labels))), ("trained", train_set, "train", of_held_out)):
-        read = read_captions(model, open_dataset(config.data, split)[0].images[list(chosen)], [dataset.caption_of(i) for i in chosen])
-        metrics |= {f"{name}_{key}": value for key, value in read.items()}
+    shown = judges.real.images[judges.places(held_out.labels, 1 - held_out.styles)]
+    drawn, found = judge_drawings(settings, model, judges, held_out, shown)
+    metrics |= found | judge_captions(config, model, held_out)
     metrics |= {"guidance": settings.guidance, "sampling_steps": settings.steps, "train_seconds": logged_seconds(out / "log.jsonl"),
                 "measure_seconds": time.perf_counter() - trained, "total_seconds": time.perf_counter() - began}
 
     titles = [held_out.caption_of(i) for i in range(len(held_out.labels))]
-    emoji_grid(out / "samples.png", titles, shown, drawn["held_out"].unflatten(0, (-1, settings.each)), held_out.images)
+    emoji_grid(out / "samples.png", titles, shown, drawn.unflatten(0, (-1, settings.each)), held_out.images)
     loss_curves(out / "loss.png", out / "log.jsonl")
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    return metrics
+
+
+def judge_drawings(settings: ShowcaseSettings, model: Transfusion, judges: Judges, held_out: Emoji, shown: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Draw the held-out names in the style never shown and in the other; return the first and what the judges read.
+
+    Beside them they read the pictures that were `shown` (N, C, H, W), one for each held-out pair, as if they had been drawn for it.
+    """
+    size = tuple(open_dataset(settings.train.data, "held-out")[0].images.shape[-2:])
+    pair = torch.arange(len(held_out.labels)).repeat_interleave(settings.each)
+    labels, styles, drawn, metrics = held_out.labels[pair], held_out.styles[pair], {}, {}
+    for name, asked in (("held_out", styles), ("trained", 1 - styles)):
+        captions = [held_out.caption(held_out.names[label], STYLES[style]) for label, style in zip(labels, asked)]
+        print(f"drawing {len(captions)} pictures of {name.replace('_', '-')} pairs ...", flush=True)
+        drawn[name] = draw_emoji(model, captions, steps=settings.steps, guidance=settings.guidance, seed=settings.train.seed, image_size=size)
+        metrics |= {f"{name}_{key}": value for key, value in judges.read(drawn[name], labels, asked).items()}
+    return drawn["held_out"], metrics | {f"shown_{key}": value for key, value in judges.read(shown[pair], labels, styles).items()}
+
+
+def judge_captions(config: TrainConfig, model: Transfusion, held_out: Emoji) -> dict[str, float]:
+    """Let the model caption the held-out pictures, and those of the same names that it was shown."""
+    metrics = {}
+    for name, split in (("held_out", "held-out"), ("trained", "train")):
+        real, images = DATASETS[config.data.name](split), open_dataset(config.data, split)[0].images
+        chosen = torch.isin(real.labels, held_out.labels).nonzero()[:, 0].tolist()
+        read = read_captions(model, images[chosen], [real.caption_of(i) for i in chosen])
+        metrics |= {f"{name}_{key}": value for key, value in read.items()}
     return metrics
 
 
