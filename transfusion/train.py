@@ -177,8 +177,8 @@ def build_model(config: TrainConfig, dataset) -> Transfusion:
 def start_model(config: TrainConfig, dataset, vae: VAE | None) -> Transfusion:
     """Load the checkpoint to start from and check that the data set's images, and what their latents are of, fit it."""
     model = Transfusion.from_pretrained(config.tune.start)
-    kept = {name: getattr(model.config, name) for name in SHARED}
-    if differ := [f"{name} {value}" for name, value in kept.items() if value != getattr(config.model, name)]:
+    asked = json.loads(json.dumps(dataclasses.asdict(config.model)))  # lists, as in a checkpoint's configuration
+    if differ := [f"{name} {getattr(model.config, name)}" for name in SHARED if getattr(model.config, name) != asked[name]]:
         print(f"{config.tune.start} keeps its own {', '.join(differ)}; --model settings are not used", flush=True)
     channels, *size = dataset.image_shape
     if channels != model.config.image_channels or any(side % model.config.patch_size for side in size):
