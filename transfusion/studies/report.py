@@ -40,7 +40,7 @@ def difference(a: dict[int, float], b: dict[int, float]) -> Difference:
     """Compare values by seed."""
     paired = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
     error = statistics.stdev(paired) / math.sqrt(len(paired)) if len(paired) > 1 else math.nan
-    return Difference(statistics.fmean(paired), error, len(paired))
+    return Difference(round(statistics.fmean(paired), 12), error, len(paired))
 
 
 def sentence(metric: str, labels: tuple[str, str], ours: Difference, paper: tuple[float, float]) -> str:
@@ -96,7 +96,8 @@ def notes(study: Study, data: StudyData, results: list[dict]) -> list[str]:
     """How the numbers were made, and what one document of each arm costs."""
     model, optim, measuring = data.base.model, data.base.optim, data.measuring
     seeds = len({result["seed"] for result in results})
-    lines = [f"{data.name}, {seeds} seeds (± is the standard deviation over them); {optim.steps} steps of {optim.rows} x {optim.seq_len} tokens, lr "
+    lines = [f"{data.name}, {seeds} seeds: ± is the standard deviation over them, behind a difference the standard error of its mean over equal seeds; one "
+             f"is called better where Student's t at 95 % tells them apart. {optim.steps} steps of {optim.rows} x {optim.seq_len} tokens, lr "
              f"{optim.lr:g}; {model.layers} layers of width {model.hidden}, {model.objective}-prediction, lambda {model.diffusion_weight:g}, captions first "
              f"{data.base.data.caption_first:.0%}, guidance {measuring.guidance:g}; {measuring.draws} pictures drawn in "
              f"{measuring.steps} steps. Pictures are pixels, without a VAE.",
@@ -172,7 +173,9 @@ def report(study: Study, data: StudyData, results: list[dict], bench, columns: i
     results, real = [result for result in results if result["arm"] in arms], bench.real()
     stem = bench.out.parent / f"{data.name}-{study.name}"
     lines = [f"# {study.question[0].upper() + study.question[1:]}: {data.name}", "", f"Table {study.table} of arXiv:2408.11039, reproduced small.", "",
-             *table(study, results, real), "", *(f"- {line}" for line in comparisons(study, results)), "", *notes(study, data, results)]
+             *table(study, results, real), "", *(f"- {line}" for line in comparisons(study, results)), "",
+             f"![every seed of every arm]({stem.name}.png)", "", f"![drawn pictures beside real ones]({stem.name}-samples.png)", "",
+             "How it was made:", "", *(f"- {line}" for line in notes(study, data, results))]
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
     stem.with_suffix(".json").write_text(json.dumps({"study": study._asdict(), "real": real, "runs": results}, indent=2) + "\n")
     plot(stem.with_suffix(".png"), study, results, real)
