@@ -72,10 +72,13 @@ def prompts(case: Case, boi: int) -> list[str]:
 
 
 def build(case: Case, device: str, dtype: torch.dtype) -> Transfusion:
-    """The model with random weights."""
+    """The model with random weights, the same each time; EOS's logit is 0, below the best of all others, so that no text ends early."""
     config = configuration(case)
+    torch.manual_seed(0)
     model = Transfusion(config, word_tokenizer(config.text_config.vocab_size)).to(device).eval()
     randomize(model)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[model.tokenizer.eos_token_id] = 0
     return cast(model, dtype)
 
 

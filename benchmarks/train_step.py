@@ -123,6 +123,7 @@ def losses(model: Transfusion, sequence: Sequence, device: str, eps: torch.Tenso
 def contenders(case: Case, device: str) -> tuple[list[Contender], Transfusion]:
     """Everything that runs on one set of weights, and the model."""
     config = configuration(case)
+    torch.manual_seed(0)
     model = Transfusion(config).to(device).train()
     randomize(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
