@@ -4,15 +4,13 @@ A benchmark names its cases and, for each, a `Problem`: tensors that get gradien
 the functions that compete. Every contender passes the tests' accuracy rule against float64, in its outputs and every gradient, before it is
 timed. Beside ms at three quantiles a row holds the peak memory and the bytes that autograd keeps from forward to backward, inputs aside.
 """
-import argparse
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Contender, Report, environment, measure
+from benchmarks.harness import Contender, Report, measure, run_command
 from tests.compare import assert_as_accurate
 
 OURS, EAGER, COMPILED = "tfkernels", "reference, eager", "reference, torch.compile"
@@ -109,24 +107,11 @@ def run_problem(problem: Problem, configuration: dict, report: Report, device: s
 
 def run_benchmark(name: str, description: str, settings: dict, cases: Callable[[bool], Iterable], cpu_cases: Iterable,
                   problem: Callable[[NamedTuple, str, torch.dtype], Problem], arguments: list[str] | None) -> int:
-    """Command line of a benchmark: run its cases until they end or `--seconds` are over; the file is complete after each."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="the first cases only")
-    parser.add_argument("--cpu", action="store_true", help="small cases on the CPU")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after this many seconds")
-    parser.add_argument("--commit", help="the commit being measured, where there is no git")
-    options = parser.parse_args(arguments)
-    device = "cpu" if options.cpu else "cuda"
-    if device == "cuda" and not torch.cuda.is_available():
-        print(f"benchmarks.{name}: no CUDA device; pass --cpu for small cases on the CPU")
-        return 1
-    report = Report(name, {"quick": options.quick, **settings, "timing": "interleaved, L2 flushed on CUDA"}, environment(device, options.commit))
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    status = report.run(cpu_cases if options.cpu else cases(options.quick),
-                        lambda case: run_problem(problem(case, device, dtype), case._asdict(), report, device),
-                        options.out / f"{name}{'-cpu' * options.cpu}.json", options.seconds)
-    return status or int(any(row["error"] for row in report.rows if row["contender"] == OURS))
+    """Command line of a benchmark whose cases are problems of this module."""
+    def measure_case(case, report, device):
+        run_problem(problem(case, device, torch.bfloat16 if device == "cuda" else torch.float32), case._asdict(), report, device)
+
+    return run_command(name, description, {**settings, "timing": "interleaved, L2 flushed on CUDA"}, cases, cpu_cases, measure_case, arguments)
 
 
 def _tuple(outputs) -> tuple[Tensor, ...]:

@@ -9,15 +9,13 @@ torch.nn.functional.linear_cross_entropy in chunks, liger-kernel's fused linear 
 filter and without. The peers gather the rows within the measured time. "saved" counts what autograd holds: the gradients that PyTorch's operator
 makes in its forward are held elsewhere and are seen in the peak alone.
 """
-import argparse
 import functools
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from benchmarks.bandwidth import OURS, Problem, contenders, functions, saved_bytes
-from benchmarks.harness import Contender, Report, environment, measure, peak_tflops
+from benchmarks.bandwidth import Problem, contenders, functions, saved_bytes
+from benchmarks.harness import Contender, Report, measure, peak_tflops, run_command
 from tfkernels import linear_cross_entropy, linear_cross_entropy_reference
 
 
@@ -119,23 +117,9 @@ def run_case(case: Case, report: Report, device: str, dtype: torch.dtype, second
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the grid until it ends or `--seconds` are over; the file is complete after every case."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="the first cases only")
-    parser.add_argument("--cpu", action="store_true", help="a small case on the CPU")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after this many seconds")
-    parser.add_argument("--commit", help="the commit being measured, where there is no git")
-    options = parser.parse_args(arguments)
-    device = "cpu" if options.cpu else "cuda"
-    if device == "cuda" and not torch.cuda.is_available():
-        print("benchmarks.cross_entropy: no CUDA device; pass --cpu for a small case on the CPU")
-        return 1
-    report = Report("cross_entropy", {"quick": options.quick, "timing": "interleaved, L2 flushed on CUDA"}, environment(device, options.commit))
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    status = report.run([Case(512, 128, 500)] if options.cpu else cases(options.quick), lambda case: run_case(case, report, device, dtype),
-                        options.out / f"cross_entropy{'-cpu' * options.cpu}.json", options.seconds)
-    return status or int(any(row["error"] for row in report.rows if row["contender"] == OURS))
+    """Run the grid."""
+    return run_command("cross_entropy", __doc__.splitlines()[0], {"timing": "interleaved, L2 flushed on CUDA"}, cases, [Case(512, 128, 500)],
+                       lambda case, report, device: run_case(case, report, device, torch.bfloat16 if device == "cuda" else torch.float32), arguments)
 
 
 if __name__ == "__main__":

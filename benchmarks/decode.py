@@ -5,15 +5,13 @@
 What counts is bytes: GB/s are those of the keys and values that the mask leaves visible, read once, over the median time. Half of the
 batch's rows hold half as many tokens as the others. Every contender passes the tests' accuracy rule against float64 before it is timed.
 """
-import argparse
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.harness import Contender, Report, environment, measure
+from benchmarks.harness import Contender, Report, measure, run_command
 from tests.compare import assert_as_accurate
 from tfkernels import TransfusionMask, attention, attention_reference, paged_attention
 
@@ -116,23 +114,9 @@ def run_case(case: Case, report: Report, device: str, seconds: float) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the grid until it ends or `--seconds` are over; the file is complete after every configuration."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="grouped heads, caches of 8k and 32k")
-    parser.add_argument("--cpu", action="store_true", help="small caches on the CPU")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no configuration after this many seconds")
-    parser.add_argument("--commit", help="the commit being measured, where there is no git")
-    options = parser.parse_args(arguments)
-    device = "cpu" if options.cpu else "cuda"
-    if device == "cuda" and not torch.cuda.is_available():
-        print("benchmarks.decode: no CUDA device; pass --cpu for small caches on the CPU")
-        return 1
-    report = Report("decode", {"quick": options.quick, "page_size": PAGE, "timing": "interleaved, L2 flushed on CUDA"}, environment(device, options.commit))
-    chosen = [Case(2, n, 1024, 8, 2, 64) for n in (1, 16, 64)] if options.cpu else cases(options.quick)
-    path = options.out / f"decode{'-cpu' * options.cpu}.json"
-    status = report.run(chosen, lambda case: run_case(case, report, device, seconds=0.5), path, options.seconds)
-    return status or int(any(row["error"] for row in report.rows if row["contender"].startswith("tfkernels")))
+    """Run the grid."""
+    return run_command("decode", __doc__.splitlines()[0], {"page_size": PAGE, "timing": "interleaved, L2 flushed on CUDA"}, cases,
+                       [Case(2, n, 1024, 8, 2, 64) for n in (1, 16, 64)], lambda case, report, device: run_case(case, report, device, seconds=0.5), arguments)
 
 
 if __name__ == "__main__":

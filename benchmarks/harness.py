@@ -4,6 +4,7 @@ A contender is a list of phases over one state (build the mask, run forward, run
 round runs every phase of every contender once, so that a drifting clock hits all alike; before each phase a buffer larger than
 any L2 is written, which also keeps the device busy while the host launches. Times are CUDA events (on a CPU, wall time).
 """
+import argparse
 import gc
 import importlib.metadata
 import json
@@ -207,6 +208,29 @@ class Report:
     def load(cls, path: Path) -> "Report":
         """Read what `save` wrote."""
         return cls(**json.loads(path.read_text()))
+
+
+def run_command(name: str, description: str, settings: dict, cases: Callable[[bool], Iterable], cpu_cases: Iterable,
+                measure_case: Callable[[object, Report, str], None], arguments: list[str] | None) -> int:
+    """Command line of a benchmark: run its cases until they end or `--seconds` are over; the file is complete after each.
+
+    `cases` gets whether the run is quick, `measure_case` a case, the report and the device. Returns 1 where a case, or a contender of ours, failed.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help="the first cases only")
+    parser.add_argument("--cpu", action="store_true", help="small cases on the CPU")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after this many seconds")
+    parser.add_argument("--commit", help="the commit being measured, where there is no git")
+    options = parser.parse_args(arguments)
+    device = "cpu" if options.cpu else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        print(f"benchmarks.{name}: no CUDA device; pass --cpu for small cases on the CPU")
+        return 1
+    report = Report(name, {"quick": options.quick, **settings}, environment(device, options.commit))
+    status = report.run(cpu_cases if options.cpu else cases(options.quick), lambda case: measure_case(case, report, device),
+                        options.out / f"{name}{'-cpu' * options.cpu}.json", options.seconds)
+    return status or int(any(row["error"] for row in report.rows if row["contender"].startswith("tfkernels")))
 
 
 def environment(device: str, commit: str | None = None) -> dict:

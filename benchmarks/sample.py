@@ -10,11 +10,9 @@ bf16 peak and of its bytes (weights, the cache's keys and values once) at the ba
 after a draw of two steps passes the tests' accuracy rule against float32 (float64 on a CPU), or eight tokens are those of `generate` there;
 of transfusion-pytorch, another model, only that its images are finite.
 """
-import argparse
 import contextlib
 import importlib
 import io
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tfkernels.integrations.transformers as integration
 from benchmarks.bandwidth import copy_contender
-from benchmarks.harness import Contender, Report, Result, environment, measure, peak_tflops
+from benchmarks.harness import Contender, Report, Result, measure, peak_tflops, run_command
 from benchmarks.model_peers import randomize, transfusion_pytorch
 from benchmarks.train_step import configuration
 from tests.compare import assert_as_accurate
@@ -35,7 +33,7 @@ from transfusion.sequence import Image, Text, encode, lay_out
 from transfusion.tokenizer import BOS, EOS, PAD
 
 OURS, GRAPH, UNCACHED, PEER, GENERATE = "tfkernels", "tfkernels, CUDA graph", "without a prefix cache", "transfusion-pytorch", "transformers generate, SDPA"
-GUIDANCE, CHECKED_STEPS, CHECKED_TOKENS, COPIED = 5.0, 2, 8, 2**30
+GUIDANCE, CHECKED_STEPS, CHECKED_TOKENS = 5.0, 2, 8
 OUR_FACTOR, PEER_FACTOR = 2.0, 4.0
 
 
@@ -227,8 +225,9 @@ def run_case(case: Case, report: Report, device: str, seconds: float) -> None:
             chosen.append(peer_contender(case, device, dtype))
         except ImportError as error:
             left_out.append(Result(PEER, error=f"not installed: {error}"))
-    copy, *found = measure([copy_contender(COPIED if device == "cuda" else 2**20, device), *chosen], device=device, seconds=seconds, warmup=0, least=2)
-    bandwidth = (COPIED if device == "cuda" else 2**20) / copy.milliseconds["forward"]["p50"] / 1e6 if copy.milliseconds else None  # GB/s
+    copied = 2**30 if device == "cuda" else 2**20
+    copy, *found = measure([copy_contender(copied, device), *chosen], device=device, seconds=seconds, warmup=0, least=2)
+    bandwidth = copied / copy.milliseconds["forward"]["p50"] / 1e6 if copy.milliseconds else None  # GB/s
     peak = peak_tflops(report.environment["device"])
     roof = 1e3 * max(cost["operations"] / (1e12 * peak), cost["bytes"] / (1e9 * bandwidth)) if cost and peak and bandwidth else None
     for result in found + left_out:
@@ -253,23 +252,10 @@ def line(case: Case, row: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the grid until it ends or `--seconds` are over; the file is complete after every case."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="one model, 50 steps, 64 tokens")
-    parser.add_argument("--cpu", action="store_true", help="a tiny model on the CPU")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after this many seconds")
-    parser.add_argument("--commit", help="the commit being measured, where there is no git")
-    options = parser.parse_args(arguments)
-    device = "cpu" if options.cpu else "cuda"
-    if device == "cuda" and not torch.cuda.is_available():
-        print("benchmarks.sample: no CUDA device; pass --cpu for a tiny model on the CPU")
-        return 1
-    report = Report("sample", {"quick": options.quick, "guidance": GUIDANCE, "timing": "interleaved"}, environment(device, options.commit))
-    chosen = [Case("draw", "tiny", 2, 24, 4), Case("write", "tiny", 2, 24, 8)] if options.cpu else cases(options.quick)
-    path = options.out / f"sample{'-cpu' * options.cpu}.json"
-    status = report.run(chosen, lambda case: run_case(case, report, device, seconds=5.0), path, options.seconds)
-    return status or int(any(row["error"] for row in report.rows if row["contender"].startswith(OURS)))
+    """Run the grid."""
+    return run_command("sample", __doc__.splitlines()[0], {"guidance": GUIDANCE, "timing": "interleaved"}, cases,
+                       [Case("draw", "tiny", 2, 24, 4), Case("write", "tiny", 2, 24, 8)],
+                       lambda case, report, device: run_case(case, report, device, seconds=5.0), arguments)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,14 @@ is timed, its loss and all its gradients together pass the tests' accuracy rule 
 whose loss is another, only that loss and gradients are finite. Utilisation counts three times the forward's matrix products (visible pairs,
 logits of text targets alone) against the device's dense bf16 peak; memory is weights, moments and what the step needs at most.
 """
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from transformers import LlamaConfig
 
 import tfkernels.integrations.transformers as integration
-from benchmarks.harness import Contender, Report, Result, environment, measure, peak_tflops
+from benchmarks.harness import Contender, Report, Result, measure, peak_tflops, run_command
 from benchmarks.model_peers import block_mask, dense_mask, peer_samples, plain_loss, randomize, training_sequence, transfusion_pytorch
 from tfkernels.patchify import noise_reference
 from transfusion.config import TransfusionConfig
@@ -204,23 +202,9 @@ def line(case: Case, row: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the grid until it ends or `--seconds` are over; the file is complete after every case."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="one batch size for each model")
-    parser.add_argument("--cpu", action="store_true", help="a tiny model on the CPU")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after this many seconds")
-    parser.add_argument("--commit", help="the commit being measured, where there is no git")
-    options = parser.parse_args(arguments)
-    device = "cpu" if options.cpu else "cuda"
-    if device == "cuda" and not torch.cuda.is_available():
-        print("benchmarks.train_step: no CUDA device; pass --cpu for a tiny model on the CPU")
-        return 1
-    report = Report("train_step", {"quick": options.quick, "timing": "interleaved; transfusion-pytorch apart, for memory"}, environment(device, options.commit))
-    path = options.out / f"train_step{'-cpu' * options.cpu}.json"
-    status = report.run([Case("tiny", 2, 256)] if options.cpu else cases(options.quick), lambda case: run_case(case, report, device, seconds=4.0), path,
-                        options.seconds)
-    return status or int(any(row["error"] for row in report.rows if row["contender"] == OURS))
+    """Run the grid."""
+    return run_command("train_step", __doc__.splitlines()[0], {"timing": "interleaved; transfusion-pytorch apart, for memory"}, cases, [Case("tiny", 2, 256)],
+                       lambda case, report, device: run_case(case, report, device, seconds=4.0), arguments)
 
 
 if __name__ == "__main__":

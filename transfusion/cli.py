@@ -10,6 +10,7 @@ from PIL import Image as Picture
 
 from transfusion.guidance import Guidance
 from transfusion.model import Transfusion
+from transfusion.run_state import plain_errors
 from transfusion.sequence import Image, Text
 from transfusion.vae import VAE
 
@@ -176,10 +177,8 @@ def run_verb(prog: str, verbs: dict, args: list[str]) -> None:
     if args[0] not in verbs:
         near = difflib.get_close_matches(args[0], verbs, n=1)
         raise SystemExit(f"error: {args[0]!r} is not a verb; {', '.join(verbs)} fit" + (f"; did you mean {near[0]}?" if near else ""))
-    try:
+    with plain_errors():
         verbs[args[0]][1](args[1:])
-    except (ValueError, FloatingPointError) as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 def main(args: list[str] | None = None) -> None:

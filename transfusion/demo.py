@@ -1,7 +1,7 @@
 """The whole road in one command: `python -m transfusion.demo` trains on handwritten digits, draws, reads and measures;
 it goes on where it was interrupted.
 
-Leaves in runs/digits: the checkpoint, samples.png, loss.png, story.png and metrics.json.
+Leaves in runs/digits: the checkpoint, samples.png, loss.png and metrics.json.
 """
 import json
 import time
@@ -15,7 +15,7 @@ from transfusion.data import DIGIT_NAMES, Digits
 from transfusion.eval.digits import draw_digits, evaluate, tell_story
 from transfusion.eval.pictures import loss_curves, sample_grid
 from transfusion.model import Transfusion
-from transfusion.run_state import logged_seconds
+from transfusion.run_state import logged_seconds, plain_errors
 from transfusion.sequence import Image
 from transfusion.train import TrainConfig, digits, train_to_end
 
@@ -57,12 +57,8 @@ def report(metrics: dict, out: Path) -> None:
 def main() -> None:
     """Entry point of `python -m transfusion.demo` and `make demo`."""
     config = tyro.cli(TrainConfig, default=replace(digits(), device="auto"), prog="python -m transfusion.demo", description=__doc__)
-    try:
+    with plain_errors(resumes=True):
         report(demo(config), config.out)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt as stop:
-        raise SystemExit(f"stopped: {str(stop) or 'the same command goes on'}") from None
 
 
 if __name__ == "__main__":

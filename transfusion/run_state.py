@@ -15,6 +15,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 
+@contextlib.contextmanager
+def plain_errors(resumes: bool = False):
+    """End a command with one line in place of a traceback where its input is wrong, its loss is not finite or it was stopped.
+
+    `resumes`: the same command goes on from there.
+    """
+    try:
+        yield
+    except (ValueError, FloatingPointError) as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt as stop:
+        raise SystemExit(f"stopped: {str(stop) or ('the same command goes on' if resumes else 'by Ctrl-C')}") from None
+
+
 class Interrupt:
     """The first Ctrl-C asks the loop to save and stop; a second one stops at once."""
 

@@ -26,7 +26,7 @@ from transfusion.eval.emoji import Judges, bits_per_byte, draw_emoji, read_capti
 from transfusion.eval.pictures import emoji_grid, loss_curves
 from transfusion.latents import open_dataset
 from transfusion.model import Transfusion
-from transfusion.run_state import logged_seconds
+from transfusion.run_state import logged_seconds, plain_errors
 from transfusion.train import TrainConfig, build_model, emoji, start_model, train_to_end
 
 
@@ -128,12 +128,8 @@ def report(metrics: dict, out: Path) -> None:
 def main(args: list[str] | None = None) -> None:
     """Entry point of `python -m transfusion.showcase`."""
     settings = tyro.cli(ShowcaseSettings, prog="python -m transfusion.showcase", description=__doc__, args=args)
-    try:
+    with plain_errors(resumes=True):
         report(showcase(settings), settings.train.out)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt as stop:
-        raise SystemExit(f"stopped: {str(stop) or 'the same command goes on'}") from None
 
 
 if __name__ == "__main__":

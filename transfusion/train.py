@@ -30,6 +30,7 @@ from transfusion.run_state import (
     load_state,
     load_training_state,
     logged_seconds,
+    plain_errors,
     save_state,
     saved_step,
     trained_parameters,
@@ -299,10 +300,8 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of `transfusion train` and `python -m transfusion.train`."""
     config = tyro.extras.overridable_config_cli({name: (preset.__doc__.strip(), preset()) for name, preset in PRESETS.items()},
                                                 prog="transfusion train", description=__doc__, args=args)
-    try:
+    with plain_errors():
         train(config)
-    except (ValueError, FloatingPointError) as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from transfusion.optim import learning_rate
+from transfusion.run_state import plain_errors
 from transfusion.train import PRESETS, DataSettings, ModelSettings, OptimSettings, TrainConfig, train, train_to_end
 
 
@@ -109,6 +110,17 @@ def test_train_to_end_goes_on_and_says_where_it_was_stopped(tmp_path):
     log = (tmp_path / "log.jsonl").read_bytes()
     train_to_end(small(tmp_path))
     assert (tmp_path / "log.jsonl").read_bytes() == log
+
+
+@pytest.mark.parametrize("error,resumes,line", [
+    (ValueError("lr is 0"), False, "error: lr is 0"), (FloatingPointError("nan"), True, "error: nan"), (KeyboardInterrupt(), False, "stopped: by Ctrl-C"),
+    (KeyboardInterrupt(), True, "stopped: the same command goes on"), (KeyboardInterrupt("3 of 12"), True, "stopped: 3 of 12")])
+def test_a_command_ends_with_one_line(error, resumes, line):
+    with pytest.raises(SystemExit) as stopped, plain_errors(resumes):
+        raise error
+    assert stopped.value.code == line
+    with pytest.raises(KeyError), plain_errors(resumes):  # a defect keeps its traceback
+        raise KeyError
 
 
 def test_the_learning_rate_warms_up_and_ends_at_its_minimum():

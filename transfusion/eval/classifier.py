@@ -28,7 +28,7 @@ from transfusion.data import DATASETS, DIGIT_NAMES, step_generator
 from transfusion.device import choose_device, seconds_of
 from transfusion.emoji import STYLES
 from transfusion.eval.features import Features, Preprocessing, in_batches
-from transfusion.run_state import replace_directory, saved_directory
+from transfusion.run_state import plain_errors, replace_directory, saved_directory
 
 _EMOJI = {
     "name": lambda dataset: (dataset.labels, dataset.names), "style": lambda dataset: (dataset.styles, STYLES),
@@ -251,10 +251,8 @@ def _step_seconds(network: ResNetForImageClassification, loss_of: Callable) -> f
 def main(args: list[str] | None = None) -> None:
     """Entry point of `python -m transfusion.eval.classifier`."""
     config = tyro.cli(JudgeConfig, prog="python -m transfusion.eval.classifier", description=__doc__, args=args)
-    try:
+    with plain_errors(resumes=True):
         judge(config)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import tyro
 
 import transfusion.studies
 from transfusion.eval.classifier import ClassifierSettings
+from transfusion.run_state import plain_errors
 from transfusion.studies.arms import DATA, Measuring, StudyData, studies
 from transfusion.studies.report import report
 from transfusion.studies.run import Bench, run_all
@@ -54,12 +55,8 @@ def run_studies(settings: StudySettings) -> list[Path]:
 def main(args: list[str] | None = None) -> None:
     """Entry point of `python -m transfusion.studies`."""
     settings = tyro.cli(StudySettings, prog="python -m transfusion.studies", description=transfusion.studies.__doc__, args=args)
-    try:
+    with plain_errors(resumes=True):
         run_studies(settings)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt as stop:
-        raise SystemExit(f"stopped: {str(stop) or 'the same command goes on'}") from None
 
 
 if __name__ == "__main__":
