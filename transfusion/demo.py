@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import tyro
 
+from transfusion.checkpoint import write_text
 from transfusion.data import DIGIT_NAMES, Digits
 from transfusion.eval.digits import draw_digits, evaluate, tell_story
 from transfusion.eval.pictures import loss_curves, sample_grid
@@ -41,7 +42,7 @@ def demo(config: TrainConfig) -> dict:
     by_digit = torch.stack([drawn[asked == label][:10] for label in range(10)])
     sample_grid(out / "samples.png", by_digit, real, list(DIGIT_NAMES), ("generated from captions", "real, held out"))
     loss_curves(out / "loss.png", out / "log.jsonl")
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from transfusion.config import TransfusionConfig
 from transfusion.model import Transfusion
+from transfusion.run_state import claim
 from transfusion.tokenizer import BOI, EOI
 from transfusion.vae import VAE
 
@@ -95,7 +96,16 @@ def from_language_model(decoder, tokenizer, *, seed: int = 0, **config) -> Trans
 
 
 def init(settings: InitSettings) -> Path:
-    """Run `transfusion init`; return the new checkpoint's directory."""
+    """Run `transfusion init`; return the new checkpoint's directory.
+
+    Raises:
+        ValueError: `out` is a file, cannot be written, holds a checkpoint or is, holds or lies in `llm` or `vae`.
+    """
+    with claim("init", settings.out, {"llm": settings.llm, "vae": settings.vae}, resume=False):
+        return _init(settings)
+
+
+def _init(settings: InitSettings) -> Path:
     vae = None if settings.vae is None else VAE.from_pretrained(settings.vae)
     decoder, tokenizer = load_language_model(settings.llm)
     config = {name: getattr(settings, name) for name in ("image_channels", "image_size", "patch_size", "backbone", "image_layers", "unet_channels",

@@ -18,6 +18,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from transfusion.checkpoint import write_text
 from transfusion.data import DATASETS
 from transfusion.device import choose_device
 from transfusion.emoji import STYLES, Emoji
@@ -85,7 +86,7 @@ def showcase(settings: ShowcaseSettings) -> dict:
     titles = [held_out.caption_of(i) for i in range(len(held_out.labels))]
     emoji_grid(out / "samples.png", titles, shown, drawn.unflatten(0, (-1, settings.each)), held_out.images)
     loss_curves(out / "loss.png", out / "log.jsonl")
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
