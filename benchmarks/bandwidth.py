@@ -25,7 +25,7 @@ class Problem(NamedTuple):
     moved: dict[str, int]                # bytes that must move, by phase
     functions: dict[str, Callable]       # OURS, EAGER, ... in the order of the report
     terms: dict[str, Tensor] | None = None  # of outputs and gradients ("d" + name) that are sums which cancel: see tests.compare
-    left_out: dict[str, str] | None = None  # peers that cannot take part, and why
+    others: list[Result] | None = None      # of peers that cannot take part
 
 
 def functions(ours: Callable, reference: Callable, *, compiled: bool, peers: dict[str, Callable] | None = None) -> dict[str, Callable]:
@@ -106,7 +106,7 @@ def run_problem(problem: Problem, configuration: dict, report: Report, device: s
                              percent_of_copy={phase: 100 * rate / roof for phase, rate in rates.items()} if rates and roof else None)
 
     found = measure([copy_contender(problem.moved["forward"], device), *contenders(problem)], device=device, seconds=seconds, record=record, until=report.until)
-    for row in map(record, found + [Result(name, left_out=why) for name, why in (problem.left_out or {}).items()]):
+    for row in map(record, found + (problem.others or [])):
         numbers = [f"{phase} {times['p50']:8.4f} ms {row['gb_per_s'][phase]:6.0f} GB/s" for phase, times in row["milliseconds"].items()]
         numbers += [f"{name} {row[key] / 2**20:.1f} MiB" for name, key in (("peak", "peak_bytes"), ("saved", "saved_bytes")) if row[key] is not None]
         print(f"{label:56} {row['contender']:24} " + (row["error"] or row["left_out"] or ", ".join(numbers)), flush=True)

@@ -54,11 +54,11 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
     if device == "cuda":
         makers |= {"liger-kernel": lambda: _liger(targets, rows)} | {
             f"cut-cross-entropy-{impl.replace('_', '-')}": functools.partial(_cut, targets, rows, impl) for impl in ("cce", "cce_exact")}
-    peers, left_out = present(makers)
+    peers, others = present(makers)
     return Problem(tensors, arriving, {}, functions(
         lambda hidden, weight: linear_cross_entropy(hidden, weight, targets, rows).loss,
         lambda hidden, weight: linear_cross_entropy_reference(hidden, weight, targets, rows).loss,
-        compiled=device == "cuda", peers=peers), left_out=left_out)
+        compiled=device == "cuda", peers=peers), others=others)
 
 
 def _torch(targets, rows):
@@ -114,7 +114,7 @@ def run_case(case: Case, report: Report, device: str, dtype: torch.dtype, second
 
     competing = [with_evaluation(c, chosen.functions[c.name], tensors) for c in contenders(chosen)]
     found = measure(competing, device=device, seconds=seconds, record=record, until=report.until)
-    for row in map(record, found + [Result(name, left_out=why) for name, why in (chosen.left_out or {}).items()]):
+    for row in map(record, found + (chosen.others or [])):
         numbers = [f"{phase} {times['p50']:8.3f} ms" for phase, times in row["milliseconds"].items()]
         numbers += [f"{name} {rate:5.2f} TFLOP/s" for name, rate in (row["tflops"] or {}).items()]
         numbers += [f"{name} {row[key] / 2**20:.1f} MiB" for name, key in (("peak", "peak_bytes"), ("saved", "saved_bytes")) if row[key] is not None]

@@ -152,17 +152,24 @@ def measure(contenders: list[Contender], *, device: str, seconds: float = 1.0, w
     return list(results.values())
 
 
-def present(makers: dict[str, Callable[[], object]]) -> tuple[dict[str, object], dict[str, str]]:
-    """Call every maker: what they made by name, and by name why the others are left out: a package is missing, or the maker raised LeftOut."""
-    made, left_out = {}, {}
+def present(makers: dict[str, Callable[[], object]]) -> tuple[dict[str, object], list[Result]]:
+    """Call every maker: what they made by name, and a Result for each that made nothing.
+
+    A contender whose package is missing, or whose maker raised LeftOut, is left out, with the reason; any other exception is its error.
+    """
+    made, others = {}, []
     for name, make in makers.items():
         try:
             made[name] = make()
         except LeftOut as why:
-            left_out[name] = str(why)
+            others.append(Result(name, left_out=str(why)))
         except ImportError as error:
-            left_out[name] = f"not installed: {error}"
-    return made, left_out
+            others.append(Result(name, left_out=f"not installed: {error}"))
+        except DeviceLost:
+            raise
+        except Exception as error:
+            others.append(Result(name, error=f"{type(error).__name__}: {str(error).strip()[:500]}"))
+    return made, others
 
 
 class _Guard:

@@ -53,9 +53,9 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
     arriving = {name: torch.randn(case.tokens, case.width, generator=generator, device=device).to(dtype) for name in outputs}
     size = case.tokens * case.width * torch.empty(0, dtype=dtype).element_size()
     ours, reference = (getattr(tfkernels, f"{case.op}{suffix}") for suffix in ("", "_reference"))
-    peers, left_out = present({} if case.text or case.op != "modulated_rms_norm" else {"liger-kernel": _liger})
+    peers, others = present({} if case.text or case.op != "modulated_rms_norm" else {"liger-kernel": _liger})
     return Problem(tensors, arriving, dict(zip(("forward", "backward"), (n * size for n in MOVED[case.op]))), functions(
-        lambda *tensors: ours(*tensors, index), lambda *tensors: reference(*tensors, index), compiled=device == "cuda", peers=peers), left_out=left_out)
+        lambda *tensors: ours(*tensors, index), lambda *tensors: reference(*tensors, index), compiled=device == "cuda", peers=peers), others=others)
 
 
 def _liger():

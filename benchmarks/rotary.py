@@ -49,11 +49,11 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
 
     q, k, dq, dk = (random(1, case.tokens, n, case.dim).transpose(1, 2) for n in (case.heads, case.kv_heads) * 2)
     tensors = {"q": q, "k": k} | ({n: random(case.dim) for n in ("q_weight", "k_weight")} if case.op == "qk_norm_rotary" else {})
-    peers, left_out = present({"liger-kernel": lambda: _liger(table)} if case.op == "rotary" and device == "cuda" else {})
+    peers, others = present({"liger-kernel": lambda: _liger(table)} if case.op == "rotary" and device == "cuda" else {})
     size = case.tokens * (case.heads + case.kv_heads) * case.dim * q.element_size()
     return Problem({n: x.requires_grad_() for n, x in tensors.items()}, {"q": dq, "k": dk},
                    dict(zip(("forward", "backward"), (n * size for n in MOVED[case.op]))), functions(
-        _of(qk_norm_rotary, table), _of(qk_norm_rotary_reference, table), compiled=device == "cuda", peers=peers), left_out=left_out)
+        _of(qk_norm_rotary, table), _of(qk_norm_rotary_reference, table), compiled=device == "cuda", peers=peers), others=others)
 
 
 def _of(function, table):
