@@ -18,6 +18,8 @@ from benchmarks.bandwidth import Problem, contenders, functions, saved_bytes
 from benchmarks.harness import Contender, LeftOut, Report, Result, measure, peak_tflops, present, run_command
 from tfkernels import linear_cross_entropy, linear_cross_entropy_reference
 
+EXACT_ROWS = 2048
+
 
 class Case(NamedTuple):
     """`rows` of twice as many tokens of `width` have a target among the words of `vocabulary`."""
@@ -58,7 +60,18 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
     return Problem(tensors, arriving, {}, functions(
         lambda hidden, weight: linear_cross_entropy(hidden, weight, targets, rows).loss,
         lambda hidden, weight: linear_cross_entropy_reference(hidden, weight, targets, rows).loss,
-        compiled=device == "cuda", peers=peers), others=others)
+        compiled=device == "cuda", peers=peers), others=others, exact=functools.partial(_exact, targets, rows))
+
+
+def _exact(targets, rows, inputs, arriving):
+    """Loss and gradients by EXACT_ROWS rows: all logits in float64, and their gradients, can be more than a device holds."""
+    loss, gradients = torch.zeros_like(arriving[0]), [torch.zeros_like(x) for x in inputs]
+    for some in zip(targets.split(EXACT_ROWS), rows.split(EXACT_ROWS)):
+        part = linear_cross_entropy_reference(*inputs, *some).loss
+        loss += part.detach()
+        for total, gradient in zip(gradients, torch.autograd.grad(part, inputs, arriving)):
+            total += gradient
+    return [loss, *gradients]
 
 
 def _torch(targets, rows):
@@ -98,6 +111,7 @@ def with_evaluation(contender: Contender, function, tensors: list) -> Contender:
 
 def run_case(case: Case, report: Report, device: str, dtype: torch.dtype, seconds: float = 0.5) -> None:
     """Measure one case, and record and print a row per contender."""
+    torch._dynamo.reset()  # as benchmarks.bandwidth does
     chosen, count = problem(case, device, dtype), operations(case)
     tensors = list(chosen.tensors.values())
     peak = peak_tflops(torch.cuda.get_device_name()) if device == "cuda" else None

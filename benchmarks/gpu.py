@@ -74,7 +74,8 @@ def run_step(command: list[str], log: Path, seconds: float, look: Callable[[], o
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     with log.open("a") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, process_group=0,
-                                   env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path, "COLUMNS": "400", **variables})
+                                   env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path, "COLUMNS": "400",
+                                        "TRITON_DEFAULT_FP_FUSION": os.environ.get("TRITON_DEFAULT_FP_FUSION", "1"), **variables})
         cut = False
         try:
             while process.poll() is None and not cut:
