@@ -7,7 +7,6 @@ TFLOP/s count the mask's visible pairs and nothing else: 4 * area * H * D forwar
 drawn from N(0, 1), go to every contender, and each contender's output and gradients must pass the tests' accuracy rule against
 float64 in this very run before it is timed.
 """
-import argparse
 import importlib.util
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from torch.nn.attention import SDPBackend
 from benchmarks import attention_peers as peers
 from benchmarks import mask as mask_benchmark
 from benchmarks.batches import PackedBatch, packed_batch
-from benchmarks.harness import Contender, LeftOut, Report, Result, clocks, environment, measure, peak_tflops, present
+from benchmarks.harness import Contender, LeftOut, Report, Result, clocks, environment, make_parser, measure, peak_tflops, present
 from tests.compare import assert_as_accurate
 from tfkernels import TransfusionMask, attention, attention_reference
 
@@ -155,7 +154,7 @@ def run_case(case: Case, report: Report, seconds: float) -> None:
                              sum_ms=sum(medians.values()) if medians else None, tflops=rates or None,
                              percent_of_peak={phase: 100 * rate / peak for phase, rate in rates.items()} if peak and rates else None)
 
-    found = measure(chosen, device="cuda", seconds=seconds, record=record, until=report.until)
+    found = measure(chosen, device="cuda", seconds=seconds, record=record, **report.limits)
     print(table([record(result) for result in found + others]), flush=True)
 
 
@@ -202,12 +201,8 @@ def plot(report: Report, out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid until it ends or `--seconds` are over; the file is complete after every row."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="three lengths, images of 256 tokens")
+    parser = make_parser(__doc__.splitlines()[0], "three lengths, images of 256 tokens")
     parser.add_argument("--cpu", action="store_true", help="measure what needs no CUDA device")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no configuration and no contender after this many seconds")
-    parser.add_argument("--commit", help="the commit being measured, where there is no git")
     options = parser.parse_args(arguments)
     if options.cpu:
         return mask_benchmark.run(options.out, quick=options.quick, commit=options.commit)
@@ -216,6 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     settings = {"quick": options.quick, "timing": "interleaved, L2 flushed before each phase"}
     report, path = Report("attention", settings, environment("cuda", options.commit)), options.out / "attention.json"
+    report.obey(options)
 
     status = report.run(cases(options.quick), lambda case: run_case(case, report, seconds=1.0), path, options.seconds)
     report.environment["clocks_after"] = clocks()

@@ -109,7 +109,7 @@ def run_problem(problem: Problem, configuration: dict, report: Report, device: s
                              saved_bytes=saved.get(result.name) if result.checked else None,
                              percent_of_copy={phase: 100 * rate / roof for phase, rate in rates.items()} if rates and roof else None)
 
-    found = measure([copy_contender(problem.moved["forward"], device), *contenders(problem)], device=device, seconds=seconds, record=record, until=report.until)
+    found = measure([copy_contender(problem.moved["forward"], device), *contenders(problem)], device=device, seconds=seconds, record=record, **report.limits)
     for row in map(record, found + (problem.others or [])):
         numbers = [f"{phase} {times['p50']:8.4f} ms {row['gb_per_s'][phase]:6.0f} GB/s" for phase, times in row["milliseconds"].items()]
         numbers += [f"{name} {row[key] / 2**20:.1f} MiB" for name, key in (("peak", "peak_bytes"), ("saved", "saved_bytes")) if row[key] is not None]

@@ -127,7 +127,7 @@ def run_case(case: Case, report: Report, device: str, dtype: torch.dtype, second
                              percent_of_peak={name: 100 * rate / peak for name, rate in rates.items()} if rates and peak else None)
 
     competing = [with_evaluation(c, chosen.functions[c.name], tensors) for c in contenders(chosen)]
-    found = measure(competing, device=device, seconds=seconds, record=record, until=report.until)
+    found = measure(competing, device=device, seconds=seconds, record=record, **report.limits)
     for row in map(record, found + (chosen.others or [])):
         numbers = [f"{phase} {times['p50']:8.3f} ms" for phase, times in row["milliseconds"].items()]
         numbers += [f"{name} {rate:5.2f} TFLOP/s" for name, rate in (row["tflops"] or {}).items()]

@@ -111,7 +111,7 @@ def run_case(case: Case, report: Report, device: str, seconds: float) -> None:
         times = result.milliseconds.get("forward")
         return report.record({**case._asdict(), "kv_bytes": count}, result, gb_per_s=count / times["p50"] / 1e6 if times else None)
 
-    for row in map(record, measure(chosen, device=device, seconds=seconds, record=record, until=report.until)):
+    for row in map(record, measure(chosen, device=device, seconds=seconds, record=record, **report.limits)):
         times = {phase: found["p50"] for phase, found in row["milliseconds"].items()}
         numbers = f"{times['forward']:8.4f} ms {row['gb_per_s']:7.0f} GB/s, mask {times['build']:.4f} ms" if times else ""
         print(f"batch {case.batch} queries {case.query_len:3} cached {case.cached:6} heads {case.heads}:{case.kv_heads:<2} {row['contender']:20} "

@@ -31,6 +31,8 @@ class LeftOut(Exception):
 class DeviceLost(RuntimeError):
     """The device answers nothing any more: no later number would mean anything."""
 
+    contender: str | None = None  # whose phase it was lost in
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -91,11 +93,11 @@ def quantiles(samples: Iterable[float]) -> dict[str, float]:
 
 
 def measure(contenders: list[Contender], *, device: str, seconds: float = 1.0, warmup: int = 3, least: int = 5, most: int = 100,
-            record: Callable[[Result], object] | None = None, until: float = math.inf, timer=None) -> list[Result]:
+            record: Callable[[Result], object] | None = None, until: float = math.inf, without: Iterable[str] = (), timer=None) -> list[Result]:
     """Check every contender, then time those that passed in interleaved rounds of about `seconds` in all.
 
     With `record` each contender is timed alone as soon as it has passed, and `record` gets what is known of it; after `until`, a time of
-    time.monotonic(), no other contender begins and the rounds end.
+    time.monotonic(), no other contender begins and the rounds end. Those named in `without` are left out.
     """
     results, states = {c.name: Result(c.name) for c in contenders}, {}
     timer = timer or make_timer(device)
@@ -117,8 +119,11 @@ def measure(contenders: list[Contender], *, device: str, seconds: float = 1.0, w
 
     def start(contender: Contender) -> None:
         result = results[contender.name]
-        if time.monotonic() > until:
+        if contender.name in without:
+            result.left_out = "it lost the device in another case"
+        elif time.monotonic() > until:
             result.left_out = "the time was over"
+        if result.left_out:
             return
         with _Guard(result, device):
             states[contender.name] = _checked_state(contender, result, device)
@@ -172,6 +177,16 @@ def present(makers: dict[str, Callable[[], object]]) -> tuple[dict[str, object],
     return made, others
 
 
+def device_answers() -> bool:
+    """Whether the CUDA device, if this process uses one, still does what it is told."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
 class _Guard:
     """Turn a contender's exception into its `error`, and stop everything where the device itself is gone."""
 
@@ -190,10 +205,10 @@ class _Guard:
         self.result.error = f"{kind.__name__}: {str(error).strip()[:500]}"
         self.result.checked = self.result.checked and kind is not AssertionError
         if self.device == "cuda":
-            try:
-                torch.cuda.synchronize()
-            except RuntimeError as lost:
-                raise DeviceLost(f"{self.result.name}: {self.result.error}") from lost
+            if not device_answers():
+                gone = DeviceLost(f"{self.result.name}: {self.result.error}")
+                gone.contender = self.result.name
+                raise gone from error
             gc.collect()
             torch.cuda.empty_cache()
         return True
@@ -220,7 +235,8 @@ def _checked_state(contender: Contender, result: Result, device: str) -> dict:
 class Report:
     """One benchmark's file: where and with what it ran, and a row per configuration and contender.
 
-    While `run` runs, the file is written after each row, and `until` is when the time is over, as time.monotonic() counts.
+    While `run` runs, the file is written after each row. `lost` says in which case and by whom the device was lost, where it was: another process
+    may go on there, with `skip` cases passed over and the contenders in `without` left out.
     """
 
     benchmark: str
@@ -228,9 +244,14 @@ class Report:
     environment: dict
     rows: list[dict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    lost: dict | None = None
 
     def __post_init__(self):
-        self.path, self.until = None, math.inf  # no fields: they are not written
+        self.path, self.skip, self.limits = None, 0, {}  # no fields: they are not written
+
+    def obey(self, options: argparse.Namespace) -> None:
+        """Go on where another process lost the device, if the options say so."""
+        self.skip, self.limits = options.skip, {"without": tuple(options.without)}
 
     def record(self, configuration: dict, result: Result, **derived) -> dict:
         """Add a row, or replace the one that this configuration and contender have; `derived` are numbers computed from the result's times.
@@ -245,7 +266,8 @@ class Report:
         row = {**key, **{k: v for k, v in asdict(result).items() if k != "name"}, **derived}
         for place, old in enumerate(self.rows):
             if all(name in old and old[name] == value for name, value in key.items()):
-                self.rows[place] = row
+                if not (old["error"] and result.left_out):  # that it lost the device says more
+                    self.rows[place] = row
                 break
         else:
             self.rows.append(row)
@@ -255,20 +277,29 @@ class Report:
 
     def run(self, cases: Iterable, measure_case: Callable[[object], None], path: Path, seconds: float) -> int:
         """Call `measure_case` on each case until `seconds` are over, the file complete after each row; 1 where a case failed, which becomes a note."""
-        status, self.path, self.until = 0, path, time.monotonic() + seconds
-        for case in cases:
-            if time.monotonic() > self.until:
+        status, self.path = 0, path
+        self.limits = {**self.limits, "until": time.monotonic() + seconds}
+        if (self.skip or self.limits.get("without")) and path.exists():
+            earlier = Report.load(path)
+            self.rows, self.notes = earlier.rows, earlier.notes
+        for number, case in enumerate(cases):
+            if number < self.skip:
+                continue
+            if time.monotonic() > self.limits["until"]:
                 self.notes.append(f"cut before {case}: the time was over")
                 break
             try:
                 measure_case(case)
             except DeviceLost as lost:
                 self.notes.append(f"stopped at {case}, the device was lost: {lost}")
-                status = 1
+                self.lost, status = {"case": number, "contender": lost.contender}, 1
                 break
             except Exception as error:
                 self.notes.append(f"{case} failed: {type(error).__name__}: {str(error)[:500]}")
                 status = 1
+                if not device_answers():
+                    self.lost = {"case": number, "contender": None}
+                    break
             self.save(path)
         self.save(path)
         print("\n".join(self.notes))
@@ -287,24 +318,33 @@ class Report:
         return cls(**json.loads(path.read_text()))
 
 
+def make_parser(description: str, quick: str) -> argparse.ArgumentParser:
+    """The options of every benchmark; `quick` says what that one does."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no case and no contender after this many seconds")
+    parser.add_argument("--commit", help="the commit being measured, where there is no git")
+    parser.add_argument("--skip", type=int, default=0, help="go on in the file that is there, behind so many cases")
+    parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="go on in the file that is there, without these contenders")
+    return parser
+
+
 def run_command(name: str, description: str, settings: dict, cases: Callable[[bool], Iterable], cpu_cases: Iterable,
                 measure_case: Callable[[object, Report, str], None], arguments: list[str] | None) -> int:
     """Command line of a benchmark: run its cases until they end or `--seconds` are over; the file is complete after each row.
 
     `cases` gets whether the run is quick, `measure_case` a case, the report and the device. Returns 1 where a case, or a contender of ours, failed.
     """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="the first cases only")
+    parser = make_parser(description, "the first cases only")
     parser.add_argument("--cpu", action="store_true", help="small cases on the CPU")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case and no contender after this many seconds")
-    parser.add_argument("--commit", help="the commit being measured, where there is no git")
     options = parser.parse_args(arguments)
     device = "cpu" if options.cpu else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         print(f"benchmarks.{name}: no CUDA device; pass --cpu for small cases on the CPU")
         return 1
     report = Report(name, {"quick": options.quick, **settings}, environment(device, options.commit))
+    report.obey(options)
     status = report.run(cpu_cases if options.cpu else cases(options.quick), lambda case: measure_case(case, report, device),
                         options.out / f"{name}{'-cpu' * options.cpu}.json", options.seconds)
     return status or int(any(row["error"] for row in report.rows if row["contender"].startswith("tfkernels")))

@@ -235,7 +235,7 @@ def run_case(case: Case, report: Report, device: str, seconds: float) -> None:
         return report.record({**case._asdict(), **cost, "copy_gb_per_s": bandwidth}, result, step_ms=step, per_second=1e3 * done / whole if whole else None,
                              of_roofline=step / roof if step and roof and result.name != PEER else None)
 
-    results = measure([*chosen, *found.values()], device=device, seconds=seconds, warmup=0, least=2, record=record, until=report.until)
+    results = measure([*chosen, *found.values()], device=device, seconds=seconds, warmup=0, least=2, record=record, **report.limits)
     for result in results + others:
         print(line(case, record(result)), flush=True)
 

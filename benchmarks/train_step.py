@@ -183,7 +183,7 @@ def run_case(case: Case, report: Report, device: str, seconds: float) -> None:
                              memory_bytes=result.peak_bytes + size["bytes"] if step and result.peak_bytes else None)
 
     def compete(chosen: list[Contender], size: dict, seconds: float) -> None:
-        for result in measure(chosen, device=device, seconds=seconds, warmup=1, record=lambda result: record(result, size), until=report.until):
+        for result in measure(chosen, device=device, seconds=seconds, warmup=1, record=lambda result: record(result, size), **report.limits):
             print(line(case, record(result, size)), flush=True)
 
     compete(chosen, model_size(model), seconds)

@@ -7,16 +7,14 @@ it is timed against all others in interleaved rounds; what is known of it is sav
 shared memory end as errors in the report. A row that wins goes into its table by hand, and from there through
 tests/tfkernels/test_resources.py: a tile that spills may be fast, and is looked at twice.
 """
-import argparse
 import contextlib
 import itertools
-from pathlib import Path
 
 import torch
 
 from benchmarks.attention import Case, checker, mask_builder, random_inputs
 from benchmarks.batches import packed_batch
-from benchmarks.harness import Contender, Report, Result, environment, measure
+from benchmarks.harness import Contender, Report, Result, environment, make_parser, measure
 from tfkernels import _attention_backward as backward
 from tfkernels import _attention_forward as forward
 from tfkernels import attention
@@ -78,26 +76,23 @@ def tune(kernel: str, case: Case, key: tuple, report: Report, device: str, secon
     def record(result: Result) -> dict:
         return report.record({"kernel": kernel, **case._asdict(), "row": list(key)}, result)
 
-    rows = [record(result) for result in measure(chosen, device=device, seconds=seconds, record=record, until=report.until)]
+    rows = [record(result) for result in measure(chosen, device=device, seconds=seconds, record=record, **report.limits)]
     timed = sorted((row["milliseconds"][phase]["p50"], row["contender"]) for row in rows if row["milliseconds"])
     print(f"{kernel} {key} {case.seq_len} tokens, table {tuple(own)}: " + ", ".join(f"{config} {ms:.4f} ms" for ms, config in timed[:5]), flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Tune the kernels asked for until they are done or `--seconds` are over."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="8,192 tokens; the table's tile and 128x128, each with 2 and 3 stages")
+    parser = make_parser(__doc__.splitlines()[0], "8,192 tokens; the table's tile and 128x128, each with 2 and 3 stages")
     parser.add_argument("--kernels", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--head-dims", nargs="+", type=int, choices=(32, 64, 128, 256), default=[128, 64])
     parser.add_argument("--lengths", nargs="+", type=int, help="8192 and 1024 where none are given; with --quick 8192")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no candidate after this many seconds")
-    parser.add_argument("--commit", help="the commit being measured, where there is no git")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("benchmarks.tune: no CUDA device; run it on a machine with one")
         return 1
     report = Report("tune", {"quick": options.quick, "timing": "interleaved, L2 flushed before each phase"}, environment("cuda", options.commit))
+    report.obey(options)
     newest = architecture(torch.device("cuda", torch.cuda.current_device()))
 
     def measure_case(case):

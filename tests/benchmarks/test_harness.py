@@ -14,10 +14,14 @@ from benchmarks import mask as mask_benchmark
 from benchmarks.attention_peers import contender, sdpa_dense
 from benchmarks.batches import dense_definition, packed_batch
 from benchmarks.harness import Contender, Report, Result, measure, quantiles
+from benchmarks.timing import CpuTimer
 from tests.conftest import DEVICE
 from tfkernels import TransfusionMask, attention_reference
 
 SMALL = attention_benchmark.Case(512, 16, 4, 2, 64)
+
+
+checked = harness._checked_state
 
 
 def passes(state):
@@ -109,7 +113,7 @@ def test_each_contenders_row_is_saved_before_the_next_begins_and_replaced_by_the
         return Contender(name, {"forward": passes}, check)
 
     def measure_case(case):
-        for result in measure([contender(n) for n in "abc"], device="cpu", seconds=0, record=lambda r: report.record({"n": case}, r), until=report.until):
+        for result in measure([contender(n) for n in "abc"], device="cpu", seconds=0, record=lambda r: report.record({"n": case}, r), **report.limits):
             report.record({"n": case}, result)
 
     assert report.run([1], measure_case, path, 60.0) == 0
@@ -150,24 +154,61 @@ def test_a_missing_package_is_left_out_with_the_reason_and_a_broken_maker_is_an_
 
 
 def test_a_lost_device_leaves_the_rows_of_those_before_and_the_loss(tmp_path, monkeypatch):
+    lost = []
+
     def loses(state):
+        lost.append(1)
         raise RuntimeError("an illegal memory access")
 
+    monkeypatch.setattr(harness, "device_answers", lambda: not lost)
+    monkeypatch.setattr(harness, "_checked_state", lambda contender, result, device: checked(contender, result, "cpu"))
+    chosen = [Contender(name, {"forward": phase}, passes) for name, phase in (("ours", passes), ("theirs", loses), ("last", passes))]
+    report, path = Report("attention", {}, {}), tmp_path / "x.json"
+
+    def measure_case(case):
+        measure(chosen, device="cuda", seconds=0, record=lambda result: report.record({}, result), timer=CpuTimer())
+
+    assert report.run([1, 2], measure_case, path, 60.0) == 1
+    rows, found = {row["contender"]: row for row in report.load(path).rows}, Report.load(path)
+    assert rows["ours"]["milliseconds"] and rows["theirs"]["error"] == "RuntimeError: an illegal memory access" and not rows["theirs"]["milliseconds"]
+    assert not rows["last"]["checked"] and "the device was lost: theirs" in found.notes[0] and found.lost == {"case": 0, "contender": "theirs"}
+
+
+def test_a_device_that_is_lost_before_any_contender_begins_stops_the_run_there(tmp_path, monkeypatch):
+    def measure_case(case):
+        if case == 1:
+            monkeypatch.setattr(harness, "device_answers", lambda: False)
+            raise RuntimeError("an illegal memory access")
+
     report = Report("attention", {}, {})
-    guard = harness._Guard.__exit__
+    assert report.run([0, 1, 2], measure_case, tmp_path / "x.json", 60.0) == 1
+    assert Report.load(tmp_path / "x.json").lost == {"case": 1, "contender": None} and len(report.notes) == 1
 
-    def leave(self, kind, error, trace):
-        if kind is RuntimeError:
-            self.result.error = str(error)
-            raise harness.DeviceLost(f"{self.result.name}: {error}")
-        return guard(self, kind, error, trace)
 
-    monkeypatch.setattr(harness._Guard, "__exit__", leave)
-    chosen = [Contender("ours", {"forward": passes}, passes), Contender("theirs", {"forward": loses}, passes), Contender("last", {"forward": passes}, passes)]
-    status = report.run([1], lambda case: measure(chosen, device="cpu", seconds=0, record=lambda r: report.record({}, r)), tmp_path / "x.json", 60.0)
-    rows = {row["contender"]: row for row in Report.load(tmp_path / "x.json").rows}
-    assert status == 1 and rows["ours"]["milliseconds"] and rows["theirs"]["error"] == "an illegal memory access" and not rows["theirs"]["milliseconds"]
-    assert "the device was lost: theirs" in report.notes[0]
+def test_another_process_goes_on_without_the_contender_that_lost_the_device_and_keeps_its_error(tmp_path):
+    path, lost = tmp_path / "x.json", harness.DeviceLost("theirs: an illegal memory access")
+    lost.contender = "theirs"
+
+    def cases(report, broken):
+        def measure_case(case):
+            if broken and case == 1:
+                report.record({"n": case}, Result("theirs", error="an illegal memory access"))
+                raise lost
+            chosen = [Contender(name, {"forward": passes}, passes) for name in ("ours", "theirs")]
+            for result in measure(chosen, device="cpu", seconds=0, **report.limits):
+                report.record({"n": case}, result)
+        return measure_case
+
+    report = Report("attention", {}, {})
+    assert report.run([0, 1, 2], cases(report, True), path, 60.0) == 1 and Report.load(path).lost == {"case": 1, "contender": "theirs"}
+    report = Report("attention", {}, {})
+    report.obey(harness.make_parser("", "").parse_args(["--out", "x", "--skip", "1", "--without", "theirs"]))
+    assert report.run([0, 1, 2], cases(report, False), path, 60.0) == 0
+    rows = {(row["n"], row["contender"]): row for row in Report.load(path).rows}
+    assert [(key, bool(row["milliseconds"])) for key, row in sorted(rows.items())] == [
+        ((0, "ours"), True), ((0, "theirs"), True), ((1, "ours"), True), ((1, "theirs"), False), ((2, "ours"), True), ((2, "theirs"), False)]
+    assert rows[1, "theirs"]["error"] == "an illegal memory access" and rows[2, "theirs"]["left_out"] == "it lost the device in another case"
+    assert Report.load(path).lost is None and len(Report.load(path).notes) == 1
 
 
 def test_a_run_of_cases_survives_one_that_fails_stops_when_the_device_is_lost_and_ends_with_the_time(tmp_path):
