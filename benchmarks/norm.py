@@ -12,6 +12,7 @@ import torch
 
 import tfkernels
 from benchmarks.bandwidth import Problem, functions, run_benchmark
+from benchmarks.harness import present
 
 IMAGE = 256
 ARGUMENTS = {
@@ -52,18 +53,14 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
     arriving = {name: torch.randn(case.tokens, case.width, generator=generator, device=device).to(dtype) for name in outputs}
     size = case.tokens * case.width * torch.empty(0, dtype=dtype).element_size()
     ours, reference = (getattr(tfkernels, f"{case.op}{suffix}") for suffix in ("", "_reference"))
+    peers, others = present({} if case.text or case.op != "modulated_rms_norm" else {"liger-kernel": _liger})
     return Problem(tensors, arriving, dict(zip(("forward", "backward"), (n * size for n in MOVED[case.op]))), functions(
-        lambda *tensors: ours(*tensors, index), lambda *tensors: reference(*tensors, index), compiled=device == "cuda", liger_kernel=_liger(case)))
+        lambda *tensors: ours(*tensors, index), lambda *tensors: reference(*tensors, index), compiled=device == "cuda", peers=peers), others=others)
 
 
-def _liger(case: Case):
-    """liger-kernel's modulated RMS norm, for rows of images alone; None where it is not installed or has none."""
-    if case.text or case.op != "modulated_rms_norm":
-        return None
-    try:
-        from liger_kernel.ops.modulated_rms_norm import LigerModulatedRMSNormFunction
-    except ImportError:
-        return None
+def _liger():
+    """liger-kernel's modulated RMS norm, for rows of images alone."""
+    from liger_kernel.ops.modulated_rms_norm import LigerModulatedRMSNormFunction
 
     def function(x, weight, scale, shift):
         in_place = False  # in place, backward would overwrite dy, which the next round needs

@@ -8,7 +8,8 @@ whose midpoint rule asks twice a step, so it gets half as many. Writing: ours, a
 A denoising step's time is what one draw takes longer than a draw of one step, per step; its roofline is the larger of its matrix products at the dense
 bf16 peak and of its bytes (weights, the cache's keys and values once) at the bandwidth of a device copy measured in the same run. A contender is timed
 after a draw of two steps passes the tests' accuracy rule against float32 (float64 on a CPU), or eight tokens are those of `generate` there;
-of transfusion-pytorch, another model, only that its images are finite.
+of transfusion-pytorch, another model, which samples in float32 under autocast, only that its images are finite. All times are those that a user
+waits for, the host's included.
 """
 import contextlib
 import importlib
@@ -22,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tfkernels.integrations.transformers as integration
 from benchmarks.bandwidth import copy_contender
-from benchmarks.harness import Contender, Report, Result, measure, peak_tflops, run_command
+from benchmarks.harness import Contender, Report, Result, measure, peak_tflops, present, run_command
 from benchmarks.model_peers import randomize, transfusion_pytorch
 from benchmarks.train_step import configuration
 from tests.compare import assert_as_accurate
@@ -139,21 +140,21 @@ def draw_contenders(case: Case, device: str, dtype: torch.dtype) -> tuple[list[C
             assert_as_accurate("images", latents(draw(few, CHECKED_STEPS)), rounded, exact, exact.abs().amax().expand_as(exact),
                                factor=PEER_FACTOR if name == UNCACHED else OUR_FACTOR)
 
-        return Contender(name, {"one step": lambda state: draw(texts, 1), "draw": lambda state: draw(texts, case.count)}, check)
+        return Contender(name, {"one step": lambda state: draw(texts, 1), "draw": lambda state: draw(texts, case.count)}, check, wall=True)
 
     return [contender(name, draw) for name, draw in ways.items()], model
 
 
 def peer_contender(case: Case, device: str, dtype: torch.dtype) -> Contender:
-    """transfusion-pytorch; ModuleNotFoundError where it is not installed."""
+    """transfusion-pytorch; ModuleNotFoundError where it is not installed. Its sampler mixes in float32 of its own: other dtypes are autocast's work."""
     config = configuration(case)
-    model = transfusion_pytorch(config, device, flex=False).to(dtype).eval()
+    model = transfusion_pytorch(config, device, flex=False).eval()
     importlib.import_module("loguru").logger.disable("transfusion_pytorch")
     count = config.image_size[0] * config.image_size[1] // config.patch_size**2
     ids = torch.randint(5, config.boi_token_id, (case.batch, case.prompt - 2), generator=torch.Generator().manual_seed(0)).to(device)
 
     def draw(state, steps):
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+        with contextlib.redirect_stderr(io.StringIO()), torch.autocast(device, dtype, enabled=dtype != torch.float32):  # its progress bar goes nowhere
             state["samples"] = model.sample_many(list(ids), force_modality_at_start=(0, (count,)), modality_steps=max(2, steps // 2 + 1),
                                                  cfg_scale=GUIDANCE, max_length=case.prompt, return_without_prompt=True)
 
@@ -161,7 +162,7 @@ def peer_contender(case: Case, device: str, dtype: torch.dtype) -> Contender:
         images = [part[1] for sample in state["samples"] for part in sample if isinstance(part, tuple)]
         assert len(images) == case.batch and all(image.numel() == count * config.patch_dim and torch.isfinite(image).all() for image in images)
 
-    return Contender(PEER, {"one step": lambda state: draw(state, 1), "draw": lambda state: draw(state, case.count)}, check)
+    return Contender(PEER, {"one step": lambda state: draw(state, 1), "draw": lambda state: draw(state, case.count)}, check, wall=True)
 
 
 def write_contenders(case: Case, device: str, dtype: torch.dtype) -> tuple[list[Contender], Transfusion]:
@@ -199,7 +200,7 @@ def write_contenders(case: Case, device: str, dtype: torch.dtype) -> tuple[list[
         def run(state):
             state["texts"] = write(texts, case.count)
 
-        return Contender(name, {"write": run}, check)
+        return Contender(name, {"write": run}, check, wall=True)
 
     return [contender(OURS, ours), contender(GENERATE, generate)], model
 
@@ -219,33 +220,32 @@ def run_case(case: Case, report: Report, device: str, seconds: float) -> None:
     """Measure one case and record a row per contender."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     chosen, model = (draw_contenders if case.task == "draw" else write_contenders)(case, device, dtype)
-    cost, left_out = step_cost(model, case) if case.task == "draw" else {}, []
-    if case.task == "draw":
-        try:
-            chosen.append(peer_contender(case, device, dtype))
-        except ImportError as error:
-            left_out.append(Result(PEER, error=f"not installed: {error}"))
-    copied = 2**30 if device == "cuda" else 2**20
-    copy, *found = measure([copy_contender(copied, device), *chosen], device=device, seconds=seconds, warmup=0, least=2)
+    cost = step_cost(model, case) if case.task == "draw" else {}
+    found, others = present({PEER: lambda: peer_contender(case, device, dtype)} if case.task == "draw" else {})
+    copied, peak = 2**30 if device == "cuda" else 2**20, peak_tflops(report.environment["device"])
+    copy, = measure([copy_contender(copied, device)], device=device, seconds=0.1)
     bandwidth = copied / copy.milliseconds["forward"]["p50"] / 1e6 if copy.milliseconds else None  # GB/s
-    peak = peak_tflops(report.environment["device"])
     roof = 1e3 * max(cost["operations"] / (1e12 * peak), cost["bytes"] / (1e9 * bandwidth)) if cost and peak and bandwidth else None
-    for result in found + left_out:
+
+    def record(result: Result) -> dict:
         p50 = {phase: times["p50"] for phase, times in result.milliseconds.items()}
         whole, asked = p50.get(case.task), 2 if result.name == PEER else 1                 # the model is asked in the shortest draw
         step = (whole - p50["one step"]) / (case.count - asked) if whole and case.task == "draw" else None
         done = case.batch * (case.count if case.task == "write" else 1)
-        row = report.record({**case._asdict(), **cost, "copy_gb_per_s": bandwidth}, result, step_ms=step, per_second=1e3 * done / whole if whole else None,
-                            of_roofline=step / roof if step and roof and result.name != PEER else None)
-        print(line(case, row), flush=True)
+        return report.record({**case._asdict(), **cost, "copy_gb_per_s": bandwidth}, result, step_ms=step, per_second=1e3 * done / whole if whole else None,
+                             of_roofline=step / roof if step and roof and result.name != PEER else None)
+
+    results = measure([*chosen, *found.values()], device=device, seconds=seconds, warmup=0, least=2, record=record, **report.limits)
+    for result in results + others:
+        print(line(case, record(result)), flush=True)
 
 
 def line(case: Case, row: dict) -> str:
     """A row in words."""
     counted, made = ("steps", "images") if case.task == "draw" else ("tokens", "tokens")
     head = f"{case.task:5} {case.size:6} batch {case.batch:2} prompt {case.prompt:4} {counted} {case.count:3} {row['contender']:28}"
-    if row["error"]:
-        return f"{head} {row['error'].splitlines()[0][:200]}"
+    if not row["milliseconds"]:
+        return f"{head} {(row['error'] or row['left_out'] or '').splitlines()[0][:200]}"
     step = f", step {row['step_ms']:7.3f} ms" if row["step_ms"] else ""
     roof = f", {row['of_roofline']:.2f} x roofline" if row["of_roofline"] else ""
     return f"{head} {row['milliseconds'][case.task]['p50']:9.1f} ms, {row['per_second']:8.2f} {made}/s{step}{roof}"
@@ -253,7 +253,7 @@ def line(case: Case, row: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
-    return run_command("sample", __doc__.splitlines()[0], {"guidance": GUIDANCE, "timing": "interleaved"}, cases,
+    return run_command("sample", __doc__.splitlines()[0], {"guidance": GUIDANCE, "timing": "interleaved, wall time"}, cases,
                        [Case("draw", "tiny", 2, 24, 4), Case("write", "tiny", 2, 24, 8)],
                        lambda case, report, device: run_case(case, report, device, seconds=5.0), arguments)
 

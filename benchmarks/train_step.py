@@ -8,7 +8,8 @@ compiled; the same weights in plain PyTorch with SDPA and a dense mask, and with
 and depth, which has parameters that ours has not and reads a row as one document. The learning rate is 0, so all see the same weights; before one
 is timed, its loss and all its gradients together pass the tests' accuracy rule against a float32 step (float64 on a CPU); of transfusion-pytorch,
 whose loss is another, only that loss and gradients are finite. Utilisation counts three times the forward's matrix products (visible pairs,
-logits of text targets alone) against the device's dense bf16 peak; memory is weights, moments and what the step needs at most.
+logits of text targets alone) against the device's dense bf16 peak; memory is weights, moments and what the step needs at most. A step is timed as a
+user waits for it: its phases one behind the other, the host's time included.
 """
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import torch
 from transformers import LlamaConfig
 
 import tfkernels.integrations.transformers as integration
-from benchmarks.harness import Contender, Report, Result, measure, peak_tflops, run_command
+from benchmarks.harness import Contender, Report, Result, measure, peak_tflops, present, run_command
 from benchmarks.model_peers import block_mask, dense_mask, peer_samples, plain_loss, randomize, training_sequence, transfusion_pytorch
 from tfkernels.patchify import noise_reference
 from transfusion.config import TransfusionConfig
@@ -75,7 +76,7 @@ class Step:
 
     def contender(self, name: str, check) -> Contender:
         """The step by name."""
-        return Contender(name, {"forward": self.forward, "backward": self.backward, "optimizer": self.update}, check)
+        return Contender(name, {"forward": self.forward, "backward": self.backward, "optimizer": self.update}, check, wall=True)
 
 
 def distance(model: torch.nn.Module, loss, exact: tuple[float, list], device: str) -> tuple[float, float]:
@@ -171,31 +172,35 @@ def run_case(case: Case, report: Report, device: str, seconds: float) -> None:
     chosen, model = contenders(case, device)
     sequence = training_sequence(configuration(case), case.rows, case.seq_len).to(device)
     operations = 3 * sum(flops(model, sequence).values())
-    found = [(result, model_size(model)) for result in measure(chosen, device=device, seconds=seconds, warmup=1)]
-    del chosen, model
-    try:
-        chosen, model = peer_contenders(case, device)
-        found += [(result, model_size(model)) for result in measure(chosen, device=device, seconds=seconds / 2, warmup=1)]
-    except ImportError as error:
-        found.append((Result(PEER, error=f"not installed: {error}"), None))
-    except RuntimeError as error:  # its memory
-        found.append((Result(PEER, error=f"{type(error).__name__}: {str(error)[:300]}"), None))
     counts = {"tokens": sequence.tokens.numel(), "patches": len(sequence.patches), "text_targets": len(sequence.text_targets), "operations": operations}
     peak = peak_tflops(report.environment["device"])
-    for result, size in found:
+
+    def record(result: Result, size: dict | None) -> dict:
         step = sum(times["p50"] for times in result.milliseconds.values()) or None
         rate = operations / step / 1e9 if step and result.name != PEER else None
-        row = report.record({**case._asdict(), **counts, "parameters": size and size["parameters"]}, result, step_ms=step,
-                            tokens_per_s=step and 1e3 * counts["tokens"] / step, tflops=rate, mfu=100 * rate / peak if rate and peak else None,
-                            memory_bytes=result.peak_bytes + size["bytes"] if step and result.peak_bytes else None)
-        print(line(case, row), flush=True)
+        return report.record({**case._asdict(), **counts, "parameters": size and size["parameters"]}, result, step_ms=step,
+                             tokens_per_s=step and 1e3 * counts["tokens"] / step, tflops=rate, mfu=100 * rate / peak if rate and peak else None,
+                             memory_bytes=result.peak_bytes + size["bytes"] if step and result.peak_bytes else None)
+
+    def compete(chosen: list[Contender], size: dict, seconds: float) -> None:
+        for result in measure(chosen, device=device, seconds=seconds, warmup=1, record=lambda result: record(result, size), **report.limits):
+            print(line(case, record(result, size)), flush=True)
+
+    compete(chosen, model_size(model), seconds)
+    chosen.clear()
+    del model
+    peer, others = present({PEER: lambda: peer_contenders(case, device)})
+    for result in others:
+        print(line(case, record(result, None)), flush=True)
+    for chosen, model in peer.values():
+        compete(chosen, model_size(model), seconds / 2)
 
 
 def line(case: Case, row: dict) -> str:
     """A row in words."""
     head = f"{case.size:6} {case.rows:2} x {case.seq_len} {row['contender']:26}"
-    if row["error"]:
-        return f"{head} {row['error'].splitlines()[0][:200]}"
+    if not row["milliseconds"]:
+        return f"{head} {(row['error'] or row['left_out'] or '').splitlines()[0][:200]}"
     parts = ", ".join(f"{phase} {times['p50']:8.1f}" for phase, times in row["milliseconds"].items())
     numbers = [("tokens_per_s", "{:9,.0f} tokens/s", 1), ("mfu", "MFU {:4.1f} %", 1), ("memory_bytes", "{:5.1f} GiB", 2**30)]
     return ", ".join([f"{head} {parts} ms", *(form.format(row[name] / unit) for name, form, unit in numbers if row[name])])
@@ -203,7 +208,8 @@ def line(case: Case, row: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
-    return run_command("train_step", __doc__.splitlines()[0], {"timing": "interleaved; transfusion-pytorch apart, for memory"}, cases, [Case("tiny", 2, 256)],
+    timing = "interleaved, wall time; transfusion-pytorch apart, for memory"
+    return run_command("train_step", __doc__.splitlines()[0], {"timing": timing}, cases, [Case("tiny", 2, 256)],
                        lambda case, report, device: run_case(case, report, device, seconds=4.0), arguments)
 
 

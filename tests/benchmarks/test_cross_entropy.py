@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import cross_entropy
-from benchmarks.bandwidth import EAGER, OURS, contenders, saved_bytes
+from benchmarks.bandwidth import EAGER, OURS, contenders, results, saved_bytes
 from benchmarks.cross_entropy import Case, cases, operations, problem, with_evaluation
 from benchmarks.harness import measure
 
@@ -30,6 +30,21 @@ def test_a_contender_that_forgets_which_rows_have_a_target_is_refused():
     chosen.functions["first rows"] = lambda hidden, weight: chosen.functions[EAGER](hidden.roll(1, 0), weight)
     result, = run(chosen, ["first rows"])
     assert result.error.startswith("AssertionError: loss") and not result.milliseconds
+
+
+def test_the_exact_results_by_parts_are_those_at_once(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "EXACT_ROWS", 24)  # 64 rows: two parts and a rest
+    chosen = problem(SMALL, "cpu", torch.float32)
+    wide = [x.detach().double().requires_grad_() for x in chosen.tensors.values()], [x.double() for x in chosen.arriving.values()]
+    for parts, whole in zip(chosen.exact(*wide), results(chosen.functions[EAGER], *wide), strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_what_this_torch_lacks_is_left_out_with_the_reason(monkeypatch):
+    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
+    chosen = problem(SMALL, "cpu", torch.float32)
+    assert [(r.name, r.left_out) for r in chosen.others] == [("torch-chunked", f"torch {torch.__version__} has no linear_cross_entropy; 2.13 has")]
+    assert "torch-chunked" not in chosen.functions
 
 
 def test_the_evaluation_wants_no_gradient():
@@ -68,4 +83,5 @@ def test_liger_kernels_arguments_stand_where_the_benchmark_puts_them():
 def test_the_command_writes_a_complete_file(tmp_path):
     assert cross_entropy.main(["--cpu", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "cross_entropy-cpu.json").read_text())["rows"]
-    assert len(rows) >= 2 and all(row["checked"] and row["tflops"]["training"] > 0 and row["saved_bytes"] > 0 for row in rows)
+    assert len(rows) >= 2 and all(row["checked"] and row["tflops"]["training"] > 0 and row["saved_bytes"] > 0 for row in rows if not row["left_out"])
+    assert {row["contender"] for row in rows if row["checked"]} >= {OURS, EAGER}

@@ -261,7 +261,7 @@ def test_linear_codecs_are_the_projections_on_the_leading_components():
 
 
 def test_an_evaluation_writes_numbers_of_every_codec_and_a_grid(trained, judge, tmp_path, capsys):
-    main(["vae", "eval", "--vae", str(trained), "--classifier", str(judge), "--out", str(tmp_path), "--data.name", "digits"])
+    main(["vae", "eval", "--vae", str(trained), "--classifier", str(judge), "--out", str(tmp_path), "--data.name", "digits", "--device", "cpu"])
     results = json.loads((tmp_path / "metrics.json").read_text())
     assert results["pictures"] == 360 and results["latent"] == [2, 4, 4] and set(results["codecs"]) == {"vae", "patch PCA", "picture PCA"}
     assert all(set(numbers) == {"psnr", "ssim", "frechet_distance"} for numbers in results["codecs"].values())
@@ -360,7 +360,7 @@ def test_settings_that_do_not_fit_are_answered_by_name(folder, tmp_path, trained
     with pytest.raises(ValueError, match="channels is 2; 1 .grey. or 3"):
         open_pictures(PictureSettings(folder=folder, channels=2))
     with pytest.raises(ValueError, match="pictures have 3 channels and the autoencoder of .* takes 1"):
-        evaluate(VAEEvalSettings(vae=trained, out=tmp_path, data=PictureSettings(folder=folder, size=8)))
+        evaluate(VAEEvalSettings(vae=trained, out=tmp_path, data=PictureSettings(folder=folder, size=8), device="cpu"))
     with pytest.raises(SystemExit, match="'trian' is not a verb; train, eval, encode fit; did you mean train"):
         main(["vae", "trian"])
 

@@ -34,7 +34,7 @@ def fast(data: StudyData) -> StudyData:
     base = replace(data.base, optim=replace(data.base.optim, steps=2, rows=1, warmup=1), model=replace(data.base.model, hidden=24, layers=1, mlp=32))
     return replace(data, base=base, measuring=Measuring(draws=2 * len(data.captions), steps=2), channels=(8,) * len(data.channels),
                    autoencoder=replace(data.autoencoder, steps=3, batch=8, codes=8),
-                   classifier=ClassifierSettings(size=16, width=8, depths=(1,), steps=2, batch=8))
+                   classifier=ClassifierSettings(size=16, width=8, depths=(1,), steps=2, batch=8, device=base.device))
 
 
 def run_studies(settings: StudySettings) -> list[Path]:
