@@ -207,6 +207,16 @@ class TransfusionMask:
         return None if self.rows_exact else self.query_hi
 
     @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, 1, Sq, Sk), that of `dense()`."""
+        return self.batch_size, 1, self.query_len, self.key_len
+
+    @property
+    def ndim(self) -> int:
+        """4, as many as `dense()` has: what takes a mask for a tensor finds the size of one."""
+        return 4
+
+    @property
     def batch_size(self) -> int:
         """B; 1 serves every batch size."""
         return self.lo.shape[0]
