@@ -9,12 +9,13 @@ INT32 = -2**31, 2**31 - 1
 
 
 def got(x) -> str:
-    """Return what an error says of an argument."""
-    if isinstance(x, Tensor):
-        return f"{x.dtype} of shape {tuple(x.shape)} on {x.device}"
-    if x is None or isinstance(x, (bool, int, float, complex, str)):
-        return repr(x)
-    return f"a {type(x).__name__}"
+    """Return what an error says of an argument of the wrong kind."""
+    return f"{x.dtype} of shape {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+
+
+def shown(x) -> str:
+    """Return what an error says of an argument of the wrong value: the value, where it is short."""
+    return repr(x)[:80] if x is None or isinstance(x, (bool, int, float, complex, str, list, tuple)) else got(x)
 
 
 def need_tensors(op: str, tensors: dict, optional: tuple[str, ...] = ()) -> None:
@@ -22,7 +23,7 @@ def need_tensors(op: str, tensors: dict, optional: tuple[str, ...] = ()) -> None
     for name, x in tensors.items():
         if not isinstance(x, Tensor) and not (x is None and name in optional):
             way = f"pass {name}.weight, and its bias where there is one" if isinstance(x, nn.Module) else "convert it with torch.as_tensor"
-            raise ValueError(f"{op}: {name} is {got(x)}; a tensor{' or None' if name in optional else ''} fits; {way}")
+            raise ValueError(f"{op}: {name} is {None if x is None else got(x)}; a tensor{' or None' if name in optional else ''} fits; {way}")
 
 
 def need_integer(op: str, name: str, x, least: int = 0) -> int:
@@ -31,14 +32,14 @@ def need_integer(op: str, name: str, x, least: int = 0) -> int:
     if not isinstance(x, (bool, int, torch.SymInt, Tensor)) and hasattr(x, "__index__"):   # numpy's integers
         number = operator.index(x)
     if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt)) or not least <= number <= INT32[1]:
-        raise ValueError(f"{op}: {name} is {got(x)}; an int from {least} to {INT32[1]} fits")
+        raise ValueError(f"{op}: {name} is {shown(x)}; an int from {least} to {INT32[1]} fits")
     return number
 
 
 def need_eps(op: str, eps) -> float:
     """Return eps as a float; refuse what is not a finite number of at least 0."""
     if isinstance(eps, bool) or not isinstance(eps, (int, float, torch.SymFloat)) or not 0 <= eps < math.inf:
-        raise ValueError(f"{op}: eps is {got(eps)}; a finite number of 0 or more fits")
+        raise ValueError(f"{op}: eps is {shown(eps)}; 0 or more fits, a finite number")
     return float(eps)
 
 
@@ -47,7 +48,7 @@ def need_integers(op: str, name: str, x, shape: str, device=None, *, flags: bool
     try:
         tensor = torch.as_tensor(x, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{op}: {name} is {str(x)[:80] if isinstance(x, (list, tuple)) else got(x)}; an integer tensor {shape} fits") from error
+        raise ValueError(f"{op}: {name} is {shown(x)}; an integer tensor {shape} fits") from error
     if not integers(tensor) and not (flags and tensor.dtype == torch.bool):
         raise ValueError(f"{op}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}; an integer tensor {shape} fits")
     return tensor
@@ -59,8 +60,9 @@ def integers(x: Tensor) -> bool:
 
 
 def looks(*tensors: Tensor | None) -> bool:
-    """Return whether values may be looked at: on a CPU, where nothing waits, and not while a graph is traced."""
-    return all(x is None or x.device.type == "cpu" for x in tensors) and not torch.compiler.is_compiling()
+    """Return whether values may be looked at: plain tensors on a CPU, where nothing waits, and not while a graph is traced."""
+    return not torch.compiler.is_compiling() and all(
+        x is None or x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) for x in tensors)
 
 
 def need_range(op: str, name: str, x: Tensor, least: int, most: int, fits: str) -> None:
@@ -81,9 +83,10 @@ def need_offsets(op: str, name: str, offsets: Tensor, rows: int) -> None:
         raise ValueError(f"{op}: {name} goes from {ends[0]} to {ends[-1]} and there are {rows} rows; 0 to {rows} fits")
 
 
-def need_distinct(op: str, name: str, places: Tensor, most: int, fits: str) -> None:
-    """Refuse places that are named twice, where looking is free; negative ones are none."""
-    if looks(places):
-        places = places[places >= 0]
-        if len(places) and (counts := places.clamp(max=most).bincount()).max() > 1:
-            raise ValueError(f"{op}: {name} names row {counts.argmax().item()} {counts.max().item()} times; {fits}")
+def need_distinct(op: str, name: str, places: Tensor) -> None:
+    """Refuse rows that are named twice, where looking is free."""
+    if looks(places) and len(places):
+        rows, counts = places.unique(return_counts=True)
+        if counts.max() > 1:
+            row = counts.argmax()
+            raise ValueError(f"{op}: {name} names row {rows[row].item()} {counts[row].item()} times; each row at most once fits")

@@ -241,7 +241,9 @@ def backward(dloss: Tensor, hidden: Tensor, places: Tensor, scale: Tensor, weigh
         return (dhidden, scale.new_zeros(scale.shape if of_scale else 0), weight.new_zeros(weight.shape if of_weight else 0),
                 dloss.new_zeros((images, dim) if of_base else 0))
     hidden, scale, weight = _columns(hidden), _columns(scale), weight.contiguous()
-    k = dloss * 2 / (_counts(offsets, images, rows, dloss.device).clamp(min=1) * dim) * (1 if loss_weight is None else loss_weight)
+    counts = _counts(offsets, images, rows, dloss.device)
+    k = dloss * 2 / (counts.clamp(min=1) * dim) * (1 if loss_weight is None else loss_weight)
+    k = torch.where(counts > 0, k, 0)                                                      # of an image without rows they may hold anything
     top = k.abs().amax().clamp(min=torch.finfo(k.dtype).tiny)
     offsets = uniform_offsets(images, rows, hidden.device) if offsets is None else offsets
     launch, constants = config(BACKWARD, hidden.element_size()), tile(dim, hidden.element_size())

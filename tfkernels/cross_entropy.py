@@ -93,7 +93,7 @@ def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tens
 
 def _weighted(losses: Tensor, targets: Tensor, row_weight: Tensor | None) -> Tensor:
     """losses * row_weight, 0 without a target whatever the weight holds."""
-    return losses if row_weight is None else torch.where(targets < 0, 0, losses * row_weight)
+    return losses if row_weight is None else torch.where(targets < 0, losses, losses * row_weight)
 
 
 def chunk_rows(rows: int, vocabulary: int, width: int) -> int:

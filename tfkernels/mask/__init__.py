@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tfkernels._arguments import INT32, got, integers, looks, need_integer, need_integers, need_range
+from tfkernels._arguments import INT32, integers, looks, need_integer, need_integers, need_range, shown
 from tfkernels.mask._build import intervals
 from tfkernels.mask._flex import block_mask
 
@@ -158,7 +158,7 @@ class TransfusionMask:
         try:
             visible = torch.as_tensor(visible)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"TransfusionMask.from_dense: visible is {got(visible)}; a bool tensor (B, 1, Sq, Sk), one mask for all heads, fits") from error
+            raise ValueError(f"TransfusionMask.from_dense: visible is {shown(visible)}; a bool tensor (B, 1, Sq, Sk), one mask for all heads, fits") from error
         if visible.ndim != 4 or visible.shape[1] != 1 or visible.dtype != torch.bool:
             raise ValueError(f"TransfusionMask.from_dense: visible is {_shape(visible)}; a bool tensor (B, 1, Sq, Sk), one mask for all heads, fits")
         visible = visible[:, 0]
@@ -276,7 +276,7 @@ def _hull(visible: Tensor) -> tuple[Tensor, Tensor]:
 def _window(window) -> int:
     if isinstance(window, int) and not isinstance(window, bool) and window >= 1:
         return window
-    raise ValueError(f"TransfusionMask.from_spans: window is {got(window)}; a window of at least 1 key (the query itself) fits; pass None for no window")
+    raise ValueError(f"TransfusionMask.from_spans: window is {shown(window)}; a window of at least 1 key (the query itself) fits; pass None for no window")
 
 
 def _int32(op: str, name: str, x: Tensor) -> Tensor:
