@@ -193,6 +193,11 @@ def geometry(x: Tensor, offsets: Tensor | None, columns: Tensor | None, patch: i
     return pointers, [steps, *grid, *strides], {"LAYOUT": layout, "SEARCH": offsets is not None, "PATCH": patch}
 
 
+def dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    """What a kernel reads without strides, contiguous; latents (N, C, H, W) keep theirs."""
+    return [x if x is None or x.ndim == 4 else x.contiguous() for x in tensors]
+
+
 def tile(dim: int) -> dict:
     """Return the constexprs of a program's tile: the D elements of a row and how many rows and elements it takes at a time."""
     block = min(max(4, triton.next_power_of_2(dim)), WIDEST)

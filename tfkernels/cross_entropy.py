@@ -260,6 +260,7 @@ def _walk(entropy, alignment, hidden, weight, targets, rows, bias, row_weight, h
 
 def _forward_kernel(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor, bias: Tensor | None, row_weight: Tensor | None,
                     hidden_wanted: bool, weight_wanted: bool, bias_wanted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    targets, rows, row_weight = (x if x is None else x.contiguous() for x in (targets, rows, row_weight))
     return _walk(_entropy_kernel, ALIGNMENT, hidden, weight, targets, rows, bias, row_weight, hidden_wanted, weight_wanted, bias_wanted)
 
 

@@ -27,6 +27,7 @@ from tfkernels._latents import (
     check_constant,
     check_floating,
     check_per_image,
+    dense,
     geometry,
     locate,
     locate_reference,
@@ -201,6 +202,7 @@ def _loss_kernel(prediction: Tensor, x0: Tensor, p: Tensor, q: Tensor, weight: T
     sums = torch.empty(rows, dtype=torch.float32, device=prediction.device)
     if loss.numel() == 0 or rows * dim == 0:
         return loss.zero_()
+    prediction, x0, p, q, weight, seed, offsets, columns = dense(prediction, x0, p, q, weight, seed, offsets, columns)
     pointers, numbers, constants = geometry(x0, offsets, columns, patch)
     constants |= tile(dim)
     _diffusion_loss_rows[(triton.cdiv(rows, constants["BLOCK_R"]),)](prediction, x0, p, q, seed, *pointers, sums, len(p), rows, *numbers, **constants,
@@ -212,9 +214,10 @@ def _loss_kernel(prediction: Tensor, x0: Tensor, p: Tensor, q: Tensor, weight: T
 
 def _backward_kernel(dloss: Tensor, prediction: Tensor, x0: Tensor, p: Tensor, q: Tensor, weight: Tensor | None, seed: Tensor,
                      offsets: Tensor | None, columns: Tensor | None, channels: int, patch: int) -> Tensor:
-    dprediction, (rows, dim) = torch.empty_like(prediction), prediction.shape
+    dprediction, (rows, dim) = prediction.new_empty(prediction.shape), prediction.shape
     if len(p) == 0 or rows * dim == 0:
         return dprediction.zero_()
+    dloss, prediction, x0, p, q, weight, seed, offsets, columns = dense(dloss, prediction, x0, p, q, weight, seed, offsets, columns)
     pointers, numbers, constants = geometry(x0, offsets, columns, patch)
     constants |= tile(dim)
     grid = triton.cdiv(rows, constants["BLOCK_R"]), triton.cdiv(dim, constants["BLOCK_D"])
@@ -225,7 +228,7 @@ def _backward_kernel(dloss: Tensor, prediction: Tensor, x0: Tensor, p: Tensor, q
 
 def _loss_cpu(prediction: Tensor, x0: Tensor, p: Tensor, q: Tensor, weight: Tensor | None, seed: Tensor, offsets: Tensor | None,
               columns: Tensor | None, channels: int, patch: int) -> Tensor:
-    return diffusion_loss_reference(prediction.to(p.dtype), x0, p, q, weight, seed, offsets, columns, channels, patch)
+    return diffusion_loss_reference(prediction.to(p.dtype), x0, p, q, weight, seed, offsets, columns, channels, patch).contiguous()
 
 
 def _backward_cpu(dloss: Tensor, prediction: Tensor, x0: Tensor, p: Tensor, q: Tensor, weight: Tensor | None, seed: Tensor,
@@ -233,15 +236,15 @@ def _backward_cpu(dloss: Tensor, prediction: Tensor, x0: Tensor, p: Tensor, q: T
     error, image, inside = _error(prediction.to(p.dtype), x0, p, q, seed, offsets, columns, channels, patch)
     scale = dloss * 2 / (_counts(offsets, len(p), len(prediction), p.device).clamp(min=1) * max(1, prediction.shape[1]))
     scale = scale if weight is None else scale * weight
-    return torch.where(inside[:, None], scale[image][:, None] * error, 0).to(prediction.dtype)
+    return torch.where(inside[:, None], scale[image][:, None] * error, 0).to(prediction.dtype).contiguous()
 
 
 def _loss_fake(prediction, x0, p, q, weight, seed, offsets, columns, channels, patch):
-    return torch.empty_like(p)
+    return p.new_empty(p.shape)
 
 
 def _backward_fake(dloss, prediction, x0, p, q, weight, seed, offsets, columns, channels, patch):
-    return torch.empty_like(prediction)
+    return prediction.new_empty(prediction.shape)
 
 
 _loss = register("diffusion_loss", kernel=_loss_kernel, cpu=_loss_cpu, fake=_loss_fake)

@@ -213,7 +213,7 @@ def _denominators(offsets: Tensor | None, p: Tensor, error: Tensor) -> Tensor:
 
 def _loss_fake(hidden, places, scale, weight, base, x0, p, q, loss_weight, seed, offsets, columns, channels, patch, eps, center):
     rows = places.shape[0]
-    return torch.empty_like(p), hidden.new_empty(rows, weight.shape[0]), p.new_empty(4 if center else 2, rows)
+    return p.new_empty(p.shape), hidden.new_empty(rows, weight.shape[0]), p.new_empty(4 if center else 2, rows)
 
 
 def _backward_fake(dloss, hidden, places, scale, weight, loss_weight, offsets, error, statistics, wanted):

@@ -27,6 +27,7 @@ from tfkernels._latents import (
     check_floating,
     check_patch_size,
     check_per_image,
+    dense,
     geometry,
     locate,
     locate_reference,
@@ -146,7 +147,7 @@ def patchify_reference(x: Tensor, offsets: Tensor | None, columns: Tensor | None
         x = x.reshape(n, c, h // patch, patch, w // patch, patch).permute(0, 2, 4, 1, 3, 5)
         return x.clone(memory_format=torch.contiguous_format).view(n * (h // patch) * (w // patch), c * patch * patch)
     if x.ndim == 2:
-        return torch.where(locate_reference(offsets, len(x))[2][:, None], x, 0)
+        return torch.where(locate_reference(offsets, len(x))[2][:, None], x, 0).contiguous()
     at = packed_index(offsets, columns, channels, patch, len(x) // (channels * patch**2))
     return torch.where(at >= 0, x[at.clamp(min=0)], 0) if x.numel() else x.new_empty(at.shape)
 
@@ -223,6 +224,7 @@ def _launch(kernel, operands: list, x: Tensor, out: Tensor, offsets: Tensor | No
             noise: bool, dim: int) -> Tensor:
     """Run `kernel` over `rows` rows, x being the operand that has the layout."""
     if rows * dim:
+        x, offsets, columns, *operands = dense(x, offsets, columns, *operands)
         pointers, numbers, constants = geometry(x, offsets, columns, patch)
         constants |= tile(dim)
         grid = triton.cdiv(rows, constants["BLOCK_R"]), triton.cdiv(dim, constants["BLOCK_D"])
@@ -273,7 +275,7 @@ def _noise_kernel(x: Tensor, signal: Tensor, noise: Tensor, seed: Tensor, offset
 
 
 def _noise_cpu(x: Tensor, signal: Tensor, noise: Tensor, seed: Tensor, offsets: Tensor | None, columns: Tensor | None, channels: int, patch: int) -> Tensor:
-    return noise_patchify_reference(x.to(signal.dtype), signal, noise, seed, offsets, columns, channels, patch).to(x.dtype)
+    return noise_patchify_reference(x.to(signal.dtype), signal, noise, seed, offsets, columns, channels, patch).to(x.dtype).contiguous()
 
 
 def _noise_backward_kernel(dtokens: Tensor, signal: Tensor, offsets: Tensor | None, columns: Tensor | None, channels: int, patch: int,

@@ -339,6 +339,7 @@ def _forward_kernel(q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Ten
                     eps: float) -> tuple[Tensor, Tensor]:
     outputs, (batch, heads, tokens, dim) = (_empty_like(q), _empty_like(k)), q.shape
     if batch * tokens:
+        q, k, cos, sin = (_dense_rows(x) for x in (q, k, cos, sin))
         constants, warps = launch_config(heads, k.shape[1], dim, cos.shape[-1], *FORWARD)
         strides = [n for x in (cos, sin) for n in x.stride()[:2]] + [n for x in (q, k, *outputs) for n in x.stride()[:3]]
         _qk_norm_rotary_fwd[(batch * tokens,)](q, k, *_or(q, q_weight, k_weight), cos, sin, *outputs, tokens, eps, *strides, **constants,
@@ -354,6 +355,7 @@ def _backward_kernel(dq_out: Tensor | None, dk_out: Tensor | None, q: Tensor | N
         return dq, dk, *(x.zero_() for x in dweights)
     heads, kv_heads = (0 if x is None else x.shape[1] for x in (dq_out, dk_out))
     given = dk_out if dq_out is None else dq_out
+    cos, sin = _dense_rows(cos), _dense_rows(sin)
     constants, warps = launch_config(heads, kv_heads, given.shape[-1], half, *BACKWARD)
     rows = triton.cdiv(batch * tokens, PROGRAMS)
     programs = triton.cdiv(batch * tokens, rows)
