@@ -185,7 +185,7 @@ def _backwards(backward):
                                 mean: Tensor, rstd: Tensor, center: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         level = bias is not None or shift is not None
         dx, _, (a, *b) = backward(dy, None, x, None, None, weight, scale, index, mean, rstd, center, level)
-        return dx, *_tables(a, b[0] if level else None, weight, bias, scale, shift, index)
+        return dx, *_tables(a, b[0] if level else None, weight, bias, scale, shift)
 
     def gated_residual_backward(dout: Tensor, branch: Tensor, gate: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         empty = dout.new_empty(0)
@@ -195,31 +195,28 @@ def _backwards(backward):
     def gated_residual_norm_backward(dout: Tensor, dy: Tensor, out: Tensor, branch: Tensor, gate: Tensor, weight: Tensor | None, scale: Tensor,
                                      shift: Tensor | None, index: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         dx, dbranch, (a, *b, g) = backward(dy, dout, out, branch, gate, weight, scale, index, rstd.new_empty(0), rstd, False, shift is not None)
-        dweight, _, dscale, dshift = _tables(a, b[0] if b else None, weight, None, scale, shift, index)
+        dweight, _, dscale, dshift = _tables(a, b[0] if b else None, weight, None, scale, shift)
         return dx, dbranch, g[1:].to(gate.dtype, copy=True), dweight, dscale, dshift
 
     return modulated_norm_backward, gated_residual_backward, gated_residual_norm_backward
 
 
-def _tables(a: Tensor, b: Tensor | None, weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor | None,
-            index: Tensor) -> tuple[Tensor, ...]:
+def _tables(a: Tensor, b: Tensor | None, weight: Tensor | None, bias: Tensor | None, scale: Tensor,
+            shift: Tensor | None) -> tuple[Tensor, ...]:
     """Return dweight, dbias, dscale and dshift from a = sum dy xhat and b = sum dy, (N + 1, C) with text first."""
-    factor = 1 + torch.where(_named(index, scale.shape[0])[:, None], scale.to(a.dtype), 0)  # else 0 * NaN of an image without tokens
+
+    def over_images(sums):  # an image without tokens has sums of 0, and its scale may hold anything
+        return sums[0] + torch.where(sums[1:] == 0, 0, (1 + scale.to(sums.dtype)) * sums[1:]).sum(0)
+
     dscale, dweight, dbias, dshift = a[1:] if weight is None else a[1:] * weight, *(a.new_empty(0) for _ in range(3))
     if weight is not None:
-        dweight = (a[0] + (factor * a[1:]).sum(0)).to(weight.dtype)
+        dweight = over_images(a).to(weight.dtype)
     if bias is not None:
         dscale = dscale + b[1:] * bias
-        dbias = (b[0] + (factor * b[1:]).sum(0)).to(bias.dtype)
+        dbias = over_images(b).to(bias.dtype)
     if shift is not None:
         dshift = b[1:].to(shift.dtype, copy=True)
     return dweight, dbias, dscale.to(scale.dtype, copy=True), dshift
-
-
-def _named(index: Tensor, images: int) -> Tensor:
-    """Which images (N,) have a token."""
-    index = index.reshape(-1).long()
-    return index.new_zeros(images + 1, dtype=torch.bool).index_fill_(0, torch.where((index >= 0) & (index < images), index, images), True)[:images]
 
 
 def _statistics(x: Tensor, wanted: bool = True) -> Tensor:

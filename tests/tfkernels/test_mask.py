@@ -443,6 +443,17 @@ def test_arrays_and_nested_lists_mean_what_tensors_mean():
         assert dense(TransfusionMask.from_cache(convert([1]), 1, 2)).sum() == 2
 
 
+@pytest.mark.parametrize("block_size", [0, -128, 128.0, None, True])
+def test_a_block_size_that_is_none_is_refused_by_name(block_size):
+    with pytest.raises(ValueError, match="TransfusionMask.block_mask: block_size is .*; an int from 1 to 2147483647 fits"):
+        TransfusionMask.causal(8).block_mask(block_size)
+
+
+def test_a_mask_has_the_shape_of_its_dense_form():
+    mask = build([[(1, 3)], []], 6).queries(2, 5)
+    assert mask.shape == tuple(mask.dense().shape) and mask.ndim == mask.dense().ndim
+
+
 def test_a_window_longer_than_int32_is_no_window():
     assert torch.equal(dense(build([[(2, 5)]], 8, window=2**40)), dense(build([[(2, 5)]], 8)))
 

@@ -262,7 +262,7 @@ class TransfusionMask:
 
     def block_mask(self, block_size: int = 128):
         """Return FlexAttention's BlockMask of this mask, built from tile bounds: O((S / block_size)^2), no S x S tensor."""
-        return block_mask(self, block_size)
+        return block_mask(self, need_integer("TransfusionMask.block_mask", "block_size", block_size, 1))
 
 
 def _hull(visible: Tensor) -> tuple[Tensor, Tensor]:
