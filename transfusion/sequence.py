@@ -154,10 +154,11 @@ class Sequence:
     image_first: Tensor   # (N,) bool: the image stands before any text of its document
     drawn: Tensor         # (N,) bool: the image has a time and a diffusion loss; a clean copy has time 0 and none
     layout: ImageLayout   # of the patches
+    left_out: int = 0     # documents that were drawn for it and are longer than a row
 
     def to(self, device) -> "Sequence":
         """Return the same sequence on `device`."""
-        tensors = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name not in ("modality", "layout")}
+        tensors = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name not in ("modality", "layout", "left_out")}
         return replace(self, **tensors, modality=self.modality.to(device), layout=self.layout.to(device))
 
     def mask(self) -> TransfusionMask:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, LlamaConfig
 
 from transfusion.config import TransfusionConfig
-from transfusion.data import DataSettings, draw_batch, step_generator
+from transfusion.data import DataSettings, document_lengths, draw_batch, step_generator
 from transfusion.device import choose_device, seconds_of
 from transfusion.latents import open_dataset
 from transfusion.model import Transfusion
@@ -204,6 +204,9 @@ def train(config: TrainConfig) -> Path:
     model = prepare(base, config.tune).train()
     averaged = build_average(model, config.optim)
     print(trained_table(model), flush=True)
+    if share := document_lengths(dataset, config.data, base.tokenizer, base.config, config.optim.seq_len).left_out:
+        print(f"documents of more than optim.seq_len, {config.optim.seq_len} tokens, are left out, about {100 * share:.1f} % of those drawn; the log counts "
+              "them (left_out)", flush=True)
 
     # optimizer
     optimizer = build_optimizer(model, config.optim)
@@ -214,7 +217,7 @@ def train(config: TrainConfig) -> Path:
         sequence, limit = draw_batch(dataset, config.data, base.tokenizer, base.config, config.optim.rows, config.optim.seq_len, generator)
         times = sample_times(config.optim.times, limit, sequence.layout.offsets.diff(), base.config.time_shift_tokens, generator).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
-            return model(sequence.to(device), times, torch.tensor([config.seed, step], device=device))
+            return model(sequence.to(device), times, torch.tensor([config.seed, step], device=device)), sequence.left_out
 
     print(_cost(config, forward, optimizer, start, device), flush=True)
 
@@ -229,7 +232,7 @@ def train(config: TrainConfig) -> Path:
         for step in progress:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config.optim)
-            output = forward(step)
+            output, left_out = forward(step)
             output.loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
             optimizer.step()
@@ -239,6 +242,7 @@ def train(config: TrainConfig) -> Path:
             tokens += config.optim.rows * config.optim.seq_len
             record = {"step": step, "loss": output.loss.item(), "text_loss": output.text_loss.item(), "diffusion_loss": output.diffusion_loss.item(),
                       "grad_norm": norm.item(), "lr": learning_rate(step, config.optim), "seconds": time.perf_counter() - began}
+            record |= {"left_out": left_out} if left_out else {}
             if not math.isfinite(record["loss"]):
                 raise FloatingPointError(f"train: the loss of step {step} is {record['loss']}; the last save stands in {config.out}; lower --optim.lr")
             log.write(json.dumps(record) + "\n")
@@ -271,7 +275,7 @@ def _cost(config: TrainConfig, forward, optimizer, step: int, device: torch.devi
         return f"all {config.optim.steps:,} steps are done"
 
     def once():
-        forward(step).loss.backward()
+        forward(step)[0].loss.backward()
         optimizer.zero_grad()
 
     seconds = seconds_of(once, device)
