@@ -11,14 +11,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
 from transfusion.emoji import large_emoji, lively_emoji, small_emoji
 from transfusion.sequence import Document, Image, Part, Sequence, Text, encode, lay_out, with_clean_copies
+from transfusion.settings import OneOf, Range, Share, check
 
+DATASETS: dict[str, Callable] = {}
+"""Data sets by name: calls that take a split, "train" or "held-out"."""
+CONTEXTS = {"noised": lambda document: document, "clean": with_clean_copies}
+PROBED = 500  # documents that tell how long they are
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -26,21 +31,21 @@ DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 class DataSettings:
     """What documents look like."""
 
-    name: str = "digits"
+    name: Annotated[str, OneOf(DATASETS)] = "digits"
     """the data set; see DATASETS in transfusion/data.py"""
     latents: Path | None = None
     """a cache of its latents that `transfusion vae encode` wrote: what is drawn in place of pictures; the checkpoint carries their autoencoder"""
-    caption_first: float = 0.8
+    caption_first: Share = 0.8
     """share of pairs whose caption stands before the image (the paper: 0.8)"""
-    caption_dropout: float = 0.1
+    caption_dropout: Share = 0.1
     """share of caption-first pairs whose caption is left out, so that guidance has an unconditional model"""
-    story: float = 0.0
+    story: Share = 0.0
     """share of documents that hold two pairs, joined by "and" """
-    noise_limit: float = 0.5
+    noise_limit: Share = 0.5
     """largest noise time of an image that stands before its caption (the paper: 0.5); with context clean, where captions read no noise, there is none"""
-    context: str = "noised"
+    context: Annotated[str, OneOf(CONTEXTS)] = "noised"
     """what later tokens read of an image: noised, the patches it is drawn from (the paper), or clean, a copy that makes it twice as long (BAGEL)"""
-    jitter: float = 0.0
+    jitter: Annotated[float, Range(0, 6)] = 0.0
     """half of the images to be read are turned, shifted and scaled at random: 1 is up to 15 degrees, 1/16 of the side and 15 %; images to be drawn never"""
 
 
@@ -90,9 +95,7 @@ def jitter(image: Tensor, strength: float, generator: torch.Generator) -> Tensor
     return torch.nn.functional.grid_sample(image[None] + 1, grid, align_corners=False)[0] - 1
 
 
-DATASETS = {"digits": Digits, "emoji": small_emoji, "emoji-lively": lively_emoji, "emoji-64": large_emoji}
-PROBED = 500  # documents that tell how long they are
-CONTEXTS = {"noised": lambda document: document, "clean": with_clean_copies}
+DATASETS.update({"digits": Digits, "emoji": small_emoji, "emoji-lively": lively_emoji, "emoji-64": large_emoji})
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -140,8 +143,7 @@ def draw_batch(dataset, settings: DataSettings, tokenizer, config, rows: int, se
     Raises:
         ValueError: settings that do not exist, or every document is longer than a row.
     """
-    if settings.context not in CONTEXTS:
-        raise ValueError(f"draw_batch: settings.context is {settings.context!r}; one of {', '.join(map(repr, CONTEXTS))} fits")
+    check("draw_batch", settings, "settings.")
     longest = document_lengths(dataset, settings, tokenizer, config, seq_len).longest
     packed, left_out = fill_rows(lambda: _draw(dataset.document, settings, tokenizer, config, generator), rows, seq_len, longest)
     sequence = replace(lay_out(packed, seq_len, config.patch_dim), left_out=left_out)

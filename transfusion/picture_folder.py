@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from transfusion.data import DATASETS
+from transfusion.settings import Count, check
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SPLITS = ("train", "held-out")
@@ -32,7 +33,7 @@ class PictureSettings:
     """the data set, where there is no folder; see DATASETS in transfusion/data.py"""
     folder: Path | None = None
     """a folder of picture files, with those in folders inside it, in place of the data set; one in ten is held out"""
-    size: int = 32
+    size: Count = 32
     """side that a folder's pictures are cropped and resized to; a data set's stay as they are"""
     channels: int = 3
     """of a folder's pictures: 3, colour, or 1, grey"""
@@ -126,6 +127,7 @@ def open_pictures(settings: PictureSettings, split: str = "train") -> Tensor | P
     Raises:
         ValueError: a data set or split that does not exist, or a folder without pictures.
     """
+    check("open_pictures", settings)
     if split not in SPLITS:
         raise ValueError(f"open_pictures: split is {split!r}; {' or '.join(map(repr, SPLITS))} fits")
     if settings.folder is not None:
