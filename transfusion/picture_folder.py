@@ -35,7 +35,7 @@ class PictureSettings:
     """a folder of picture files, with those in folders inside it, in place of the data set; one in ten is held out"""
     size: Count = 32
     """side that a folder's pictures are cropped and resized to; a data set's stay as they are"""
-    channels: int = 3
+    channels: Count = 3
     """of a folder's pictures: 3, colour, or 1, grey"""
 
 

@@ -337,6 +337,10 @@ def _token_ids(tokenizer, size: int, text: str, special: bool, template: bool, i
     """
     if not isinstance(text, str):
         raise ValueError(f"Text: text is a {type(text).__name__}; a str fits")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"Text: text is {text[:60]!r}, which is no Unicode text ({error.reason}); what UTF-8 can write fits") from None
     bos = tokenizer.bos_token
     begins = bool(bos) and text.startswith(bos)
     if special or begins and template:
@@ -355,10 +359,7 @@ def _spelled(tokenizer, text: str, image_ids: tuple[int, int]) -> tuple[int, ...
 
 
 def _ids(tokenizer, text: str, *, split: bool) -> tuple[int, ...]:
-    try:
-        return tuple(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split))
-    except UnicodeEncodeError as error:
-        raise ValueError(f"Text: text is {text[:60]!r}, which is no Unicode text ({error.reason}); characters that UTF-8 can write fit") from None
+    return tuple(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split))
 
 
 def _host_latent(image: Image, config) -> Tensor:

@@ -57,6 +57,8 @@ def check(op: str, settings, prefix: str = "") -> None:
     for name, hint in _hints(type(settings)).items():
         value = getattr(settings, name)
         if dataclasses.is_dataclass(hint):
+            if not isinstance(value, hint):
+                raise ValueError(f"{op}: {prefix}{name} is {value!r}; settings of class {hint.__name__} fit")
             check(op, value, f"{prefix}{name}.")
         elif misfit := _misfit(value, hint):
             raise ValueError(f"{op}: {prefix}{name} is {value!r}; {misfit}")
