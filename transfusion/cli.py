@@ -12,6 +12,7 @@ from PIL import Image as Picture
 from transfusion.checkpoint import check_writable, written
 from transfusion.guidance import Guidance
 from transfusion.model import Transfusion
+from transfusion.picture_folder import read_picture
 from transfusion.run_state import plain_errors
 from transfusion.sequence import Image, Text
 from transfusion.vae import VAE
@@ -74,19 +75,12 @@ class Caption:
 
 
 def load_image(path: Path, config, vae: VAE | None = None) -> Image:
-    """Read a picture file as the model sees it: its channels and size, values in [-1, 1], or the latent that its VAE makes of them."""
+    """Read a picture file as training reads it, in the model's channels and size, values in [-1, 1], or the latent that its VAE makes of them."""
     channels, factor = (config.image_channels, 1) if vae is None else (vae.picture_channels, vae.factor)
     if channels not in (1, 3):
         raise ValueError(f"load_image: the model's images have {channels} channels and no VAE; picture files fit models of 1 (grey) or 3 (colour), "
                          "or with a VAE (transfusion init --vae)")
-    try:
-        with Picture.open(path) as picture:
-            height, width = (side * factor for side in config.image_size)
-            picture = picture.convert("L" if channels == 1 else "RGB").resize((width, height), Picture.Resampling.LANCZOS)
-            pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, -1)
-    except OSError as error:
-        raise ValueError(f"load_image: {path} is not a picture that can be read ({error})") from error
-    pixels = pixels.movedim(-1, 0).float() / 127.5 - 1
+    pixels = read_picture(path, tuple(side * factor for side in config.image_size), channels)
     return Image(pixels if vae is None else vae.encode(pixels[None])[0])
 
 

@@ -19,6 +19,7 @@ from transfusion.data import DATASETS, DataSettings
 from transfusion.device import choose_device
 from transfusion.picture_folder import SPLITS, PictureSettings
 from transfusion.run_state import claim
+from transfusion.settings import Count, check
 from transfusion.vae import VAE
 
 
@@ -31,7 +32,7 @@ class EncodeSettings:
     out: Path
     """directory of the cache"""
     data: PictureSettings = field(default_factory=PictureSettings)
-    batch: int = 64
+    batch: Count = 64
     """pictures encoded at once"""
     device: str = "auto"
     """cpu, cuda, or auto: the accelerator if there is one"""
@@ -50,16 +51,18 @@ def encode_dataset(settings: EncodeSettings) -> Path:
     Raises:
         ValueError: a folder in place of a data set, or an `out` that holds something else.
     """
+    check("vae encode", settings)
+    device = choose_device(settings.device)
     if settings.data.folder is not None or settings.data.name not in DATASETS:
         raise ValueError(f"vae encode: data.name is {settings.data.name!r} and data.folder {str(settings.data.folder)!r}; a data set with captions fits, "
                          f"one of {', '.join(map(repr, DATASETS))}")
     with claim("vae encode", settings.out, {"vae": settings.vae}):
-        return _encode(settings)
+        return _encode(settings, device)
 
 
-def _encode(settings: EncodeSettings) -> Path:
+def _encode(settings: EncodeSettings, device: torch.device) -> Path:
     vae = VAE.from_pretrained(settings.vae)
-    vae.autoencoder.to(choose_device(settings.device))
+    vae.autoencoder.to(device)
     pictures = {split: DATASETS[settings.data.name](split).images for split in SPLITS}
     if pictures["train"].shape[1] != vae.picture_channels:
         raise ValueError(f"vae encode: data.name is {settings.data.name!r}, of {pictures['train'].shape[1]} channels, and the autoencoder of "

@@ -28,7 +28,8 @@ from transfusion.eval.pictures import emoji_grid, loss_curves
 from transfusion.latents import open_dataset
 from transfusion.model import Transfusion
 from transfusion.run_state import logged_seconds, plain_errors
-from transfusion.train import TrainConfig, build_model, emoji, start_model, train_to_end
+from transfusion.settings import Count, NotNegative, check
+from transfusion.train import TrainConfig, build_model, check_settings, emoji, start_model, train_to_end
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,11 @@ class ShowcaseSettings:
     """the training run; data.name is one of the emoji data sets"""
     judge: ClassifierSettings = field(default_factory=lambda: ClassifierSettings(width=48, steps=1200, batch=96, move=0.06, scale=0.1))
     """of the judges"""
-    each: int = 4
+    each: Count = 4
     """pictures drawn for each held-out pair of name and style"""
-    steps: int = 40
+    steps: Count = 40
     """denoising steps"""
-    guidance: float = 2.0
+    guidance: NotNegative = 2.0
     """classifier-free guidance scale"""
     plain_text: Path | None = None
     """text that the language model is measured on before and after; None: Python's reference manual, which every Python holds (pydoc_data)"""
@@ -61,6 +62,8 @@ def read_plain_text(path: Path | None) -> str:
 
 def showcase(settings: ShowcaseSettings) -> dict:
     """Train what is not trained yet, draw, judge; return what metrics.json holds."""
+    check("showcase", settings)
+    check_settings("showcase", settings.train, "train.")
     config, began = settings.train, time.perf_counter()
     text, device = read_plain_text(settings.plain_text), choose_device(config.device)
     dataset, vae = open_dataset(config.data)

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
@@ -18,12 +19,12 @@ from tqdm import tqdm
 from transformers import AutoConfig, LlamaConfig
 
 from transfusion.checkpoint import replacing
-from transfusion.config import TransfusionConfig
-from transfusion.data import DataSettings, draw_batch, step_generator
+from transfusion.config import BACKBONES, IMAGE_ATTENTION, IMAGE_LAYERS, POSITIONS, TransfusionConfig
+from transfusion.data import DataSettings, document_lengths, draw_batch, step_generator
 from transfusion.device import choose_device, seconds_of
 from transfusion.latents import open_dataset
 from transfusion.model import Transfusion
-from transfusion.objective import sample_times
+from transfusion.objective import OBJECTIVES, TIMES, sample_times
 from transfusion.optim import build_average, build_optimizer, learning_rate
 from transfusion.run_state import (
     Interrupt,
@@ -40,6 +41,7 @@ from transfusion.run_state import (
     training_state,
     write_state,
 )
+from transfusion.settings import Count, Decay, NotNegative, OneOf, Positive, Range, Seed, WholeNumber, check
 from transfusion.tokenizer import BOI, EOI, train_tokenizer
 from transfusion.tuning import TuneSettings, name_base, prepare, trained_table
 from transfusion.vae import VAE
@@ -49,38 +51,38 @@ from transfusion.vae import VAE
 class ModelSettings:
     """The decoder and the image layers."""
 
-    vocabulary: int = 512
+    vocabulary: Annotated[int, Range(261)] = 512
     """tokens of the tokenizer trained on the data set's texts, at most"""
-    hidden: int = 128
+    hidden: Count = 128
     """width of the decoder"""
-    layers: int = 4
+    layers: Count = 4
     """blocks of the decoder"""
-    heads: int = 4
+    heads: Count = 4
     """query heads"""
-    kv_heads: int = 4
+    kv_heads: Count = 4
     """key and value heads"""
-    mlp: int = 352
+    mlp: Count = 352
     """width inside the SwiGLU"""
-    patch_size: int = 2
+    patch_size: Count = 2
     """side of an image patch"""
-    backbone: str = "decoder"
+    backbone: Annotated[str, OneOf(BACKBONES)] = "decoder"
     """decoder: the language model as it is (the paper); adaln: each image's timestep modulates its norms and residuals; experts: so, and
     patches have weights of their own"""
-    positions: str = "1d"
+    positions: Annotated[str, OneOf(POSITIONS)] = "1d"
     """of patches: 1d, one after the other (the paper), or 2d, a row and a column (with backbone adaln or experts)"""
-    image_layers: str = "dit"
+    image_layers: Annotated[str, OneOf(IMAGE_LAYERS)] = "dit"
     """linear (the paper), dit (a modulated final layer) or unet (the paper's other choice)"""
-    unet_channels: tuple[int, ...] = (64, 128)
+    unet_channels: tuple[Count, ...] = (64, 128)
     """channels at each resolution of the U-Net, down to one position a patch"""
-    unet_blocks: int = 2
+    unet_blocks: Count = 2
     """residual blocks at each resolution of the U-Net"""
-    image_attention: str = "bidirectional"
+    image_attention: Annotated[str, OneOf(IMAGE_ATTENTION)] = "bidirectional"
     """inside an image: bidirectional (the paper) or causal (its table 5)"""
-    objective: str = "flow"
+    objective: Annotated[str, OneOf(OBJECTIVES)] = "flow"
     """what the image head predicts: eps (the paper), v, flow or x0"""
-    time_shift_tokens: int | None = None
+    time_shift_tokens: Count | None = None
     """patches of an image whose times are not shifted; larger images get more noise; None: no shift"""
-    diffusion_weight: float = 5.0
+    diffusion_weight: NotNegative = 5.0
     """lambda in text loss + lambda * diffusion loss"""
 
 
@@ -88,27 +90,27 @@ class ModelSettings:
 class OptimSettings:
     """Steps, batches and AdamW (the paper: 3e-4, betas 0.9 and 0.95, decay 0.1, clip 1)."""
 
-    steps: int = 1000
+    steps: Count = 1000
     """optimizer steps in all"""
-    rows: int = 8
+    rows: Count = 8
     """packed rows in a batch"""
-    seq_len: int = 512
+    seq_len: Count = 512
     """tokens in a row"""
-    lr: float = 3e-4
+    lr: Positive = 3e-4
     """peak learning rate"""
-    min_lr: float = 1.5e-5
+    min_lr: NotNegative = 1.5e-5
     """learning rate at the end of the cosine"""
-    warmup: int = 100
+    warmup: WholeNumber = 100
     """steps of linear warm-up"""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's betas"""
-    weight_decay: float = 0.1
+    weight_decay: NotNegative = 0.1
     """AdamW's decay of matrices"""
-    clip: float = 1.0
+    clip: Positive = 1.0
     """largest gradient norm"""
-    times: str = "uniform"
+    times: Annotated[str, OneOf(TIMES)] = "uniform"
     """how an image's time is drawn: uniform (the paper) or logit-normal"""
-    ema: float = 0.999
+    ema: Decay = 0.999
     """decay of the averaged weights that are saved; 0 saves the last ones"""
 
 
@@ -118,13 +120,13 @@ class TrainConfig:
 
     out: Path = Path("runs/train")
     """directory for the checkpoint, the log and what resuming needs"""
-    seed: int = 0
+    seed: Seed = 0
     """seed of initialisation, data, times and noise"""
-    save_every: int = 500
+    save_every: Count = 500
     """steps between saves"""
     resume: bool = False
     """go on from what `out` holds"""
-    stop_after: int | None = None
+    stop_after: Count | None = None
     """stop (and save) after this step, as Ctrl-C would"""
     device: str = "auto"
     """cpu, cuda, or auto: the accelerator if there is one"""
@@ -164,6 +166,21 @@ SHARED = ("patch_size", "backbone", "positions", "image_layers", "unet_channels"
 PRESETS = {"digits": digits, "digits-paper": digits_paper, "emoji": emoji}
 
 
+def check_settings(op: str, config: TrainConfig, prefix: str = "") -> None:
+    """Refuse settings that do not fit, or not each other, named behind `prefix`.
+
+    Raises:
+        ValueError: the first of them.
+    """
+    check(op, config, prefix)
+    model = config.model
+    if model.hidden % (2 * model.heads):
+        raise ValueError(f"{op}: {prefix}model.heads is {model.heads} and {prefix}model.hidden {model.hidden}; heads of an even width fit, whose number "
+                         "times their width is hidden")
+    if model.heads % model.kv_heads:
+        raise ValueError(f"{op}: {prefix}model.kv_heads is {model.kv_heads} and {prefix}model.heads {model.heads}; a divisor of heads fits")
+
+
 def build_model(config: TrainConfig, dataset) -> Transfusion:
     """Return a freshly initialised model and its tokenizer for a data set."""
     tokenizer = train_tokenizer(dataset.texts(), config.model.vocabulary)
@@ -198,6 +215,7 @@ def start_model(config: TrainConfig, dataset, vae: VAE | None) -> Transfusion:
 
 def train(config: TrainConfig) -> Path:
     """Run `config` to its end, to `stop_after`, or to Ctrl-C, SIGTERM or SIGHUP; return the directory with the checkpoint."""
+    check_settings("train", config)
     with claim("train", config.out, {"tune.start": config.tune.start, "data.latents": config.data.latents}, config.resume):
         return _train(config)
 
@@ -212,6 +230,9 @@ def _train(config: TrainConfig) -> Path:
     model = prepare(base, config.tune).train()
     averaged = build_average(model, config.optim)
     print(trained_table(model), flush=True)
+    if share := document_lengths(dataset, config.data, base.tokenizer, base.config, config.optim.seq_len).left_out:
+        print(f"documents of more than optim.seq_len, {config.optim.seq_len} tokens, are left out, about {100 * share:.1f} % of those drawn; the log counts "
+              "them (left_out)", flush=True)
 
     # optimizer
     optimizer = build_optimizer(model, config.optim)
@@ -222,7 +243,7 @@ def _train(config: TrainConfig) -> Path:
         sequence, limit = draw_batch(dataset, config.data, base.tokenizer, base.config, config.optim.rows, config.optim.seq_len, generator)
         times = sample_times(config.optim.times, limit, sequence.layout.offsets.diff(), base.config.time_shift_tokens, generator).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
-            return model(sequence.to(device), times, torch.tensor([config.seed, step], device=device))
+            return model(sequence.to(device), times, torch.tensor([config.seed, step], device=device)), sequence.left_out
 
     print(_cost(config, forward, optimizer, start, device), flush=True)
 
@@ -236,7 +257,7 @@ def _train(config: TrainConfig) -> Path:
         for step in progress:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config.optim)
-            output = forward(step)
+            output, left_out = forward(step)
             output.loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
             found = numbers(loss=output.loss, text_loss=output.text_loss, diffusion_loss=output.diffusion_loss, grad_norm=norm)
@@ -247,6 +268,7 @@ def _train(config: TrainConfig) -> Path:
 
             tokens += config.optim.rows * config.optim.seq_len
             record = {"step": step, **found, "lr": learning_rate(step, config.optim), "seconds": time.perf_counter() - began}
+            record |= {"left_out": left_out} if left_out else {}
             log.write(json.dumps(record) + "\n")
             speed = tokens / (record["seconds"] - spent)
             progress.set_postfix(text=f"{record['text_loss']:.3f}", image=f"{record['diffusion_loss']:.3f}", tok_s=f"{speed:,.0f}")
@@ -278,7 +300,7 @@ def _cost(config: TrainConfig, forward, optimizer, step: int, device: torch.devi
         return f"all {config.optim.steps:,} steps are done"
 
     def once():
-        forward(step).loss.backward()
+        forward(step)[0].loss.backward()
         optimizer.zero_grad()
 
     seconds = seconds_of(once, device)

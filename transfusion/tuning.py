@@ -11,13 +11,17 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from torch import nn
 
 from transfusion.checkpoint import check_files, checksums, current, read_json
 
+from transfusion.settings import Count, OneOf
+
 BASE = "base.json"  # beside an adapter: the way to its model
+
 TRAINED = ("all", "images", "lora")
 
 
@@ -27,11 +31,11 @@ class TuneSettings:
 
     start: Path | None = None
     """checkpoint to start from, as `transfusion init` makes it; the model's settings are then its own; None starts anew"""
-    trained: str = "all"
+    trained: Annotated[str, OneOf(TRAINED)] = "all"
     """all; images: the image layers and BOI's and EOI's rows; lora: these and adapters of the decoder"""
-    lora_rank: int = 16
+    lora_rank: Count = 16
     """rank of the adapters"""
-    lora_alpha: int = 32
+    lora_alpha: Count = 32
     """the adapters' product counts alpha / rank"""
 
 

@@ -11,6 +11,7 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from transfusion.eval.features import Features, in_batches
 from transfusion.eval.metrics import frechet_distance, psnr, ssim
 from transfusion.eval.pictures import reconstruction_grid
 from transfusion.picture_folder import PictureFolder, PictureSettings, describe, open_pictures
+from transfusion.settings import Count, Range, check
 from transfusion.vae import VAE
 
 FITTED_NUMBERS = 2**27  # pixels times channels that the linear codecs are fitted to, at most: 1 GB in float64
@@ -39,11 +41,11 @@ class VAEEvalSettings:
     out: Path | None = None
     """directory for metrics.json and reconstructions.png; None: eval/ inside that of the autoencoder"""
     data: PictureSettings = field(default_factory=PictureSettings)
-    pictures: int = 2000
+    pictures: Count = 2000
     """held-out pictures at most"""
-    fitted: int = 5000
+    fitted: Annotated[int, Range(2)] = 5000
     """training pictures that the linear codecs are fitted to, at most; fewer where they are large"""
-    batch: int = 64
+    batch: Count = 64
     """pictures at once"""
     device: str = "auto"
     """cpu, cuda, or auto: the accelerator if there is one"""
@@ -109,10 +111,11 @@ def evaluate(settings: VAEEvalSettings) -> dict:
     Raises:
         ValueError: pictures that the autoencoder cannot take.
     """
+    check("vae eval", settings)
     out = settings.out or settings.vae / "eval"
-    vae = VAE.from_pretrained(settings.vae)
     check_writable("vae eval", out)
     device = choose_device(settings.device)
+    vae = VAE.from_pretrained(settings.vae)
     vae.autoencoder.to(device)
     features = None if settings.classifier is None else Features.from_pretrained(settings.classifier).to(device)
     sets = {split: open_pictures(settings.data, split) for split in ("train", "held-out")}

@@ -39,6 +39,7 @@ from transfusion.run_state import (
     training_state,
     write_state,
 )
+from transfusion.settings import Count, Decay, NotNegative, Positive, Seed, Share, WholeNumber, check
 from transfusion.vae_losses import (
     PatchDiscriminator,
     discriminator_loss,
@@ -57,13 +58,13 @@ MEASURED = 4096  # training pictures, evenly spread, that scale and shift are me
 class AutoencoderSettings:
     """The shape of diffusers' AutoencoderKL."""
 
-    latent_channels: int = 4
+    latent_channels: Count = 4
     """channels of the latent"""
-    widths: tuple[int, ...] = (16, 48, 96)
+    widths: tuple[Count, ...] = (16, 48, 96)
     """channels at each resolution, from the picture down; each after the first halves the sides"""
-    blocks: int = 1
+    blocks: Count = 1
     """residual blocks at each resolution of the encoder; the decoder has one more"""
-    groups: int = 8
+    groups: Count = 8
     """of the group norms"""
     attention: bool = False
     """attention at the lowest resolution"""
@@ -77,19 +78,19 @@ class LossSettings:
     """directory of an image classifier (transformers, safetensors) whose stages the perceptual term compares; None leaves the term out"""
     identity_model: Path | None = None
     """directory of the model whose pooled features the identity term compares (the paper: MoCo v2); None leaves the term out"""
-    perceptual: float = 1.0
+    perceptual: NotNegative = 1.0
     """weight of the perceptual term"""
-    identity: float = 0.2
+    identity: NotNegative = 0.2
     """weight of the identity term"""
-    adversarial: float = 0.5
+    adversarial: NotNegative = 0.5
     """weight of the adversarial term"""
-    adversarial_from: int | None = None
+    adversarial_from: WholeNumber | None = None
     """step from which the discriminator plays (the paper: 50,000); None: never"""
-    kl: float = 1e-6
+    kl: NotNegative = 1e-6
     """weight of the KL divergence, summed over a picture's latent"""
-    discriminator_width: int = 64
+    discriminator_width: Count = 64
     """channels of the discriminator's first layer"""
-    discriminator_layers: int = 3
+    discriminator_layers: Count = 3
     """its layers of stride 2: 3 see patches of 70x70 pixels, 1 of 16x16"""
 
 
@@ -97,25 +98,25 @@ class LossSettings:
 class VAEOptimSettings:
     """Steps, batches and AdamW, the same for the autoencoder and the discriminator."""
 
-    steps: int = 1000
+    steps: Count = 1000
     """optimizer steps in all"""
-    batch: int = 32
+    batch: Count = 32
     """pictures in a step"""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """peak learning rate"""
-    min_lr: float = 1e-5
+    min_lr: NotNegative = 1e-5
     """learning rate at the end of the cosine"""
-    warmup: int = 50
+    warmup: WholeNumber = 50
     """steps of linear warm-up"""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
     """AdamW's betas"""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """AdamW's decay of matrices and filters"""
-    clip: float = 1.0
+    clip: Positive = 1.0
     """largest gradient norm"""
-    ema: float = 0.99
+    ema: Decay = 0.99
     """decay of the averaged weights that are saved; 0 saves the last ones"""
-    flip: float = 0.5
+    flip: Share = 0.5
     """share of pictures that are mirrored"""
 
 
@@ -125,13 +126,13 @@ class VAETrainConfig:
 
     out: Path = Path("runs/vae")
     """directory for the autoencoder, the log and what resuming needs"""
-    seed: int = 0
+    seed: Seed = 0
     """seed of initialisation, pictures and samples"""
-    save_every: int = 500
+    save_every: Count = 500
     """steps between saves"""
     resume: bool = False
     """go on from what `out` holds"""
-    stop_after: int | None = None
+    stop_after: Count | None = None
     """stop (and save) after this step, as Ctrl-C would"""
     device: str = "auto"
     """cpu, cuda, or auto: the accelerator if there is one"""
@@ -171,13 +172,15 @@ def build_autoencoder(settings: AutoencoderSettings, shape: tuple[int, int, int]
     """Return a freshly initialised autoencoder for pictures of `shape` (C, H, W), its posteriors narrow.
 
     Raises:
-        ValueError: sides that the halvings do not divide.
+        ValueError: sides that the halvings do not divide, or widths that the groups do not.
     """
     channels, *sides = shape
     factor, levels = 2 ** (len(settings.widths) - 1), len(settings.widths)
     if any(side % factor for side in sides):
         raise ValueError(f"vae train: pictures have shape {tuple(shape)} and model.widths is {settings.widths}; sides that {factor} divides fit; set "
                          "--data.size (folders) or fewer widths")
+    if any(width % settings.groups for width in settings.widths):
+        raise ValueError(f"vae train: model.groups is {settings.groups} and model.widths {settings.widths}; a divisor of each width fits")
     torch.manual_seed(seed)
     autoencoder = AutoencoderKL(
         in_channels=channels, out_channels=channels, latent_channels=settings.latent_channels, block_out_channels=settings.widths,
@@ -260,6 +263,7 @@ def train(config: VAETrainConfig) -> Path:
     """Run `config` to its end, to `stop_after`, or to Ctrl-C, SIGTERM or SIGHUP; return the directory with the autoencoder."""
     inputs = {"data.folder": config.data.folder, "losses.perceptual_model": config.losses.perceptual_model,
               "losses.identity_model": config.losses.identity_model}
+    check("vae train", config)
     with claim("vae train", config.out, inputs, config.resume):
         return _train(config)
 

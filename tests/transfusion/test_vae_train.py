@@ -210,7 +210,7 @@ def test_a_folders_pictures_are_their_middle_squares_resized_and_bad_files_are_l
     assert PictureFolder(dataclasses.replace(settings, channels=1)).shape[1:] == (1, 8, 8)
 
 
-def test_pictures_stand_as_their_camera_held_them_and_16_bits_are_left_out(tmp_path):
+def test_pictures_stand_as_their_camera_held_them_and_16_bits_are_scaled(tmp_path):
     picture = Picture.new("RGB", (8, 8), "red")
     picture.paste("blue", (0, 0, 8, 4))
     exif = Picture.Exif()
@@ -221,10 +221,13 @@ def test_pictures_stand_as_their_camera_held_them_and_16_bits_are_left_out(tmp_p
     torch.testing.assert_close(turned[:, 4, 7], torch.tensor([-1.0, -1.0, 1.0]))
     torch.testing.assert_close(turned[:, 4, 0], torch.tensor([1.0, -1.0, -1.0]))
     Picture.new("I;16", (8, 8), 40_000).save(tmp_path / "deep.png")
+    Picture.new("F", (8, 8), 0.5).save(tmp_path / "float.tiff")
     folders = [PictureFolder(PictureSettings(folder=tmp_path, size=8), split) for split in ("train", "held-out")]
-    assert sorted(path.name for folder in folders for path in folder.skipped) == ["deep.png"]
-    with pytest.raises(ValueError, match="pixels of kind I;16; 8 bits a channel fit"):
-        read_picture(tmp_path / "deep.png", 8, 3)
+    assert sorted(path.name for folder in folders for path in folder.skipped) == ["float.tiff"]
+    deep = read_picture(tmp_path / "deep.png", 8, 3)
+    torch.testing.assert_close(deep, torch.full((3, 8, 8), round(40_000 * 255 / 65_535) / 127.5 - 1))
+    with pytest.raises(ValueError, match="float.tiff is not a picture that can be read .pixels of kind F"):
+        read_picture(tmp_path / "float.tiff", 8, 3)
 
 
 def test_transparent_parts_are_white(tmp_path):

@@ -30,6 +30,7 @@ from transfusion.device import choose_device, seconds_of
 from transfusion.emoji import STYLES
 from transfusion.eval.features import Features, Preprocessing, in_batches
 from transfusion.run_state import Interrupt, check_finite, check_weights, claim, numbers, plain_errors, saved_run
+from transfusion.settings import Count, Decay, NotNegative, Positive, Seed, Share, check
 
 _EMOJI = {
     "name": lambda dataset: (dataset.labels, dataset.names), "style": lambda dataset: (dataset.styles, STYLES),
@@ -44,33 +45,33 @@ LABELS: dict[str, dict[str, Callable[[object], tuple[Tensor, Sequence[str]]]]] =
 class ClassifierSettings:
     """What is trained, and how long."""
 
-    size: int = 32
+    size: Count = 32
     """side that pictures are stretched to; the network halves it twice before its first stage and once before each other"""
-    width: int = 32
+    width: Count = 32
     """channels of the first stage; each next one has twice as many"""
-    depths: tuple[int, ...] = (1, 1, 1)
+    depths: tuple[Count, ...] = (1, 1, 1)
     """basic blocks of each stage"""
-    steps: int = 400
+    steps: Count = 400
     """batches to train on"""
-    batch: int = 128
+    batch: Count = 128
     """pictures of a batch, drawn with replacement"""
-    lr: float = 3e-3
+    lr: Positive = 3e-3
     """highest learning rate, reached after a twentieth of the steps; a cosine takes it to 0"""
-    weight_decay: float = 0.05
+    weight_decay: NotNegative = 0.05
     """AdamW's, on matrices and kernels only"""
-    smoothing: float = 0.1
+    smoothing: Share = 0.1
     """share of the target that all labels have in common"""
-    move: float = 0.1
+    move: Share = 0.1
     """pictures are moved by up to this share of their side, each way"""
-    scale: float = 0.15
+    scale: Decay = 0.15
     """pictures are scaled by up to this share"""
-    brightness: float = 0.1
+    brightness: NotNegative = 0.1
     """up to this much is added to all pixels of a picture"""
-    seed: int = 0
+    seed: Seed = 0
     """of the weights, the batches and what is done to pictures"""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
-    keep_every: int = 200
+    keep_every: Count = 200
     """steps after which the state is kept, so that the same call goes on from there"""
 
 
@@ -92,8 +93,9 @@ def train_classifier(images: Tensor, labels: Tensor, label_names: Sequence[str],
     """Train on pictures (N, C, H, W) in [-1, 1] with labels (N,), write a checkpoint to `out` and return it as it loads.
 
     Raises:
-        ValueError: labels without a name or of another count than pictures, or a directory that holds something else.
+        ValueError: settings that do not fit, labels without a name or of another count than pictures, or a directory that holds something else.
     """
+    check("train_classifier", settings)
     if images.ndim != 4 or labels.shape != images.shape[:1] or not len(images):
         raise ValueError(f"train_classifier: images has shape {tuple(images.shape)} and labels {tuple(labels.shape)}; (N, C, height, width) and (N,) "
                          "fit")
@@ -211,6 +213,7 @@ def balanced_accuracy(features: Features, images: Tensor, labels: Tensor) -> flo
 
 def judge(config: JudgeConfig) -> float:
     """Train on a data set's pictures; print and return the balanced accuracy on held-out ones."""
+    check("classifier", config)
     for name, value, fits in (("data.name", config.data, LABELS), ("label", config.label, LABELS.get(config.data, ()))):
         if value not in fits:
             raise ValueError(f"classifier: {name} is {value!r}; {', '.join(fits)} fit")

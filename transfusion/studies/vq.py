@@ -15,23 +15,26 @@ from tqdm import tqdm
 
 from transfusion.checkpoint import check_files, current, replacing, whole
 from transfusion.run_state import check_finite, check_weights, claim, numbers
+from transfusion.settings import Count, Positive, check
+
+GROUPS = 8
 
 
 @dataclass(frozen=True)
 class VQSettings:
     """A VQ autoencoder and its training."""
 
-    channels: tuple[int, ...] = (16, 32)
+    channels: tuple[Count, ...] = (16, 32)
     """at each resolution; each further one halves the sides"""
-    codes: int = 128
+    codes: Count = 128
     """vectors in the codebook"""
-    code_dim: int = 8
+    code_dim: Count = 8
     """numbers in one"""
-    steps: int = 900
+    steps: Count = 900
     """optimizer steps"""
-    batch: int = 64
+    batch: Count = 64
     """pictures in one"""
-    lr: float = 2e-3
+    lr: Positive = 2e-3
     """peak learning rate; it falls to 0 along a cosine"""
 
 
@@ -39,7 +42,7 @@ def build_autoencoder(channels: int, settings: VQSettings) -> VQModel:
     """A VQModel without attention for pictures of `channels`."""
     depth = len(settings.channels)
     autoencoder = VQModel(
-        in_channels=channels, out_channels=channels, latent_channels=settings.code_dim, block_out_channels=settings.channels, norm_num_groups=8,
+        in_channels=channels, out_channels=channels, latent_channels=settings.code_dim, block_out_channels=settings.channels, norm_num_groups=GROUPS,
         down_block_types=("DownEncoderBlock2D",) * depth, up_block_types=("UpDecoderBlock2D",) * depth, num_vq_embeddings=settings.codes,
         mid_block_add_attention=False)
     autoencoder.quantize.legacy = False  # the default has 0.25 on the other term
@@ -48,6 +51,9 @@ def build_autoencoder(channels: int, settings: VQSettings) -> VQModel:
 
 def train_autoencoder(images: Tensor, out: Path, settings: VQSettings, seed: int = 0) -> VQModel:
     """Train on pictures (N, C, H, W) in [-1, 1], save to `out` as safetensors and return the autoencoder, frozen."""
+    check("train_autoencoder", settings)
+    if any(width % GROUPS for width in settings.channels):
+        raise ValueError(f"train_autoencoder: channels is {settings.channels}; multiples of {GROUPS}, the groups of the norms, fit")
     with claim("train_autoencoder", out):
         return _train(images, out, settings, seed)
 
