@@ -17,7 +17,6 @@ from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from torch import nn
 
 from transfusion.checkpoint import check_files, checksums, current, read_json
-
 from transfusion.settings import Count, OneOf
 
 BASE = "base.json"  # beside an adapter: the way to its model
