@@ -138,9 +138,21 @@ def _without_mask(query_len: int, key_len: int, is_causal: bool, device) -> Tran
     return TransfusionMask.from_intervals(torch.zeros_like(hi), hi, key_len=key_len, columns_exact=True)
 
 
+def as_attention_mask(mask: TransfusionMask) -> Tensor:
+    """Return `mask` as what transformers takes for a ready 4-D mask, (B, 2, 1, Sq + Sk) or (B, 1, 2, Sq + Sk) int32, and hands to every layer.
+
+        model(inputs_embeds=x, position_ids=positions, attention_mask=as_attention_mask(mask))
+
+    Beside `transfusion_mask` transformers makes a mask of its own, from position_ids that start anew even one of S x S; with this it makes none and
+    nothing waits for the device. Decoders whose layers differ take a dict of such tensors, one for each name in `layer_types`.
+    """
+    return _as_tensor(mask)
+
+
 def _as_tensor(mask: TransfusionMask) -> Tensor:
     """Lay [lo, query_lo] and [hi, query_hi] side by side: (B, 2, 1, Sq + Sk) where each side alone is exact, else (B, 1, 2, Sq + Sk)."""
-    sides = torch.stack([torch.cat([mask.lo, mask.query_lo], 1), torch.cat([mask.hi, mask.query_hi], 1)], 1)
+    query_lo, query_hi = ((x - mask.offset).clamp(min=0) if mask.offset else x for x in (mask.query_lo, mask.query_hi))  # of rows from 0 on
+    sides = torch.stack([torch.cat([mask.lo, query_lo], 1), torch.cat([mask.hi, query_hi], 1)], 1)
     return sides[:, :, None] if mask.rows_exact and mask.columns_exact else sides[:, None]
 
 
