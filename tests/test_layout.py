@@ -9,7 +9,7 @@ ORDER = ("tfkernels._library", "tfkernels._launch", "tfkernels.mask", "tfkernels
          "tfkernels._attention_forward", "tfkernels._attention_backward", "tfkernels._attention_decode", "tfkernels.attention", "tfkernels._norm_cpu",
          "tfkernels._norm_kernels", "tfkernels.norm", "tfkernels.rotary", "tfkernels._philox", "tfkernels._latents", "tfkernels.patchify",
          "tfkernels.embed", "tfkernels.diffusion_loss", "tfkernels._head_loss_kernels", "tfkernels.head_loss", "tfkernels.cross_entropy",
-         "tfkernels", "tfkernels.integrations", "transfusion.objective", "transfusion.guidance", "transfusion.sampler", "transfusion.config",
+         "tfkernels", "tfkernels.integrations", "transfusion.values", "transfusion.objective", "transfusion.guidance", "transfusion.sampler", "transfusion.config",
          "transfusion.sequence", "transfusion.embed", "transfusion.backbone", "transfusion.experts", "transfusion.heads", "transfusion.unet",
          "transfusion.tuning", "transfusion.vae", "transfusion.eval.metrics", "transfusion.eval.features", "transfusion.cache", "transfusion.sample",
          "transfusion.model", "transfusion", "transfusion.tokenizer", "transfusion.device", "transfusion.optim", "transfusion.run_state",
