@@ -18,7 +18,6 @@ from tfkernels.attention import MAX_HEAD_DIM
 from transfusion.embed import ZeroLinear
 from transfusion.sequence import Modality
 
-
 FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names for kinds of layers
 _LINEAR = "decoders whose logits are one linear layer of the hidden states fit (Llama, Mistral, Qwen2, Qwen3)"
 _DROPOUT = "0 fits, for attention weights are never formed; set it to 0"
@@ -129,7 +128,7 @@ def _check_config(config) -> None:
     if unknown := sorted(set(layer_kinds(config)) - {FULL, SLIDING}):
         raise ValueError(f"Backbone: text_config.layer_types holds {unknown[0]!r}; {FULL!r} and {SLIDING!r} fit")
     if getattr(config, "is_heterogeneous", False):
-        raise ValueError(f"Backbone: text_config.per_layer_config makes layers of several shapes; layers of one shape fit")
+        raise ValueError("Backbone: text_config.per_layer_config makes layers of several shapes; layers of one shape fit")
     heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if heads % kv_heads:
         raise ValueError(f"Backbone: text_config.num_attention_heads is {heads} and num_key_value_heads {kv_heads}; a multiple of it fits")
@@ -200,8 +199,8 @@ class AdaLNBackbone(Backbone):
         tables, entries = self.tables(condition)
         norms = [layer.input_layernorm for layer in decoder.layers] + [decoder.norm]
         normed = modulated_rms_norm(x, norms[0].weight, *entries[0], image, eps=norms[0].variance_epsilon)
-        for layer, table, norm, entry, mask in zip(decoder.layers, tables, norms[1:], entries[1:], self.layer_masks(mask)):
-            x, normed = self.run(layer, x, normed, table, norm, entry, rotation, mask, image, cache)
+        for layer, table, norm, entry, own in zip(decoder.layers, tables, norms[1:], entries[1:], self.layer_masks(mask)):
+            x, normed = self.run(layer, x, normed, table, norm, entry, rotation, own, image, cache)
         return normed
 
     def layer_masks(self, mask: TransfusionMask) -> list[TransfusionMask]:

@@ -73,7 +73,9 @@ class TransfusionConfig(PreTrainedConfig):
             raise ValueError(f"TransfusionConfig: time_shift_tokens is {time_shift_tokens!r}; a whole number of at least 1, or None, fits")
         if not is_number(diffusion_weight, 0):
             raise ValueError(f"TransfusionConfig: diffusion_weight is {diffusion_weight!r}; a finite number of at least 0 fits")
-        vocabulary = text_config.get_text_config().vocab_size
+        vocabulary = getattr(text_config.get_text_config(), "vocab_size", None)
+        if vocabulary is None:
+            raise ValueError(f"TransfusionConfig: text_config is a {type(text_config).__name__}; the configuration of a causal language model fits")
         for name, value in (("boi_token_id", boi_token_id), ("eoi_token_id", eoi_token_id)):
             if not is_whole(value, 0, vocabulary - 1):
                 raise ValueError(f"TransfusionConfig: {name} is {value!r}; a token of the decoder's vocabulary, 0 to {vocabulary - 1}, fits")

@@ -7,11 +7,13 @@
 The last two are peft's: what is trained is saved as one adapter (adapter_model.safetensors), a few per cent of the model, and
 `Transfusion.from_pretrained` on its directory loads the model it was made from and puts the adapter in.
 """
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from torch import nn
+from transformers.quantizers import AutoQuantizationConfig
 
 TRAINED = ("all", "images", "lora")
 
@@ -63,6 +65,20 @@ def image_modules(model) -> list[str]:
     names += [f"backbone.{name}" for name, module in model.backbone.named_children() if name != "decoder" and not isinstance(module, nn.ModuleList)]
     lists = [(name, module) for name, module in model.backbone.named_children() if isinstance(module, nn.ModuleList)]
     return names + [f"backbone.{name}.{i}" for name, module in lists for i in range(len(module))]
+
+
+def spare_images(model, quantization):
+    """Return a quantiser's settings, transformers' or a dict of them, with every module of images, and the text head, among those it leaves alone.
+
+    Operators of images read their layers' weights themselves, which must therefore be numbers.
+    """
+    quantization = AutoQuantizationConfig.from_dict(dict(quantization)) if isinstance(quantization, dict) else copy.deepcopy(quantization)
+    heads = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    for field in ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"):
+        if hasattr(quantization, field):
+            left_alone = getattr(quantization, field)
+            setattr(quantization, field, list(dict.fromkeys([*(heads if left_alone is None else left_alone), *image_modules(model)])))
+    return quantization
 
 
 def load_adapter(base, path: Path):
