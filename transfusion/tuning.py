@@ -76,8 +76,7 @@ def spare_images(model, quantization):
     heads = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
     for field in ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"):
         if hasattr(quantization, field):
-            left_alone = getattr(quantization, field)
-            setattr(quantization, field, list(dict.fromkeys([*(heads if left_alone is None else left_alone), *image_modules(model)])))
+            setattr(quantization, field, list(dict.fromkeys([*(getattr(quantization, field) or ()), *heads, *image_modules(model)])))
     return quantization
 
 

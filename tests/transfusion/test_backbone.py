@@ -25,10 +25,10 @@ HEADS, BOTH = dict(head_dim=8), dict(sliding_window=WINDOW, layer_types=[SLIDING
 GPT2 = dict(vocab_size=512, n_embd=32, n_layer=2, n_head=4, n_positions=128, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
 FAMILIES = {
     "llama": SIZES, "mistral": SIZES | dict(sliding_window=WINDOW), "ministral": SIZES | HEADS | dict(sliding_window=WINDOW, layer_types=[SLIDING] * 2),
-    "qwen2": SIZES | BOTH | dict(use_sliding_window=True), "qwen3": SIZES | HEADS, "gemma": SIZES | HEADS, "olmo2": SIZES, "olmo3": SIZES | BOTH, "granite": SIZES,
+    "qwen2": SIZES | BOTH | dict(use_sliding_window=True), "qwen3": SIZES | HEADS, "gemma": SIZES | HEADS, "olmo2": SIZES, "olmo3": SIZES | BOTH,
     "gemma2": SIZES | HEADS | BOTH | dict(final_logit_softcapping=None, query_pre_attn_scalar=8, attn_logit_softcapping=0.5),
     "gemma3_text": SIZES | HEADS | BOTH | dict(query_pre_attn_scalar=8), "phi3": SIZES | dict(sliding_window=WINDOW),
-    "mixtral": SIZES | dict(num_local_experts=4), "qwen3_moe": SIZES | HEADS | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    "granite": SIZES, "mixtral": SIZES | dict(num_local_experts=4), "qwen3_moe": SIZES | HEADS | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
     "starcoder2": {**SIZES, "residual_dropout": 0.0, "embedding_dropout": 0.0}, "gpt_neox": {**SIZES, "num_key_value_heads": 4}, "gpt2": GPT2,
     "cohere2": SIZES | BOTH | dict(logit_scale=1.0, head_dim=8),
     "opt": dict(vocab_size=512, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32, dropout=0.0,
