@@ -7,6 +7,7 @@
 The last two are peft's: what is trained is saved as one adapter (adapter_model.safetensors), a few per cent of the model, and
 `Transfusion.from_pretrained` on its directory loads the model it was made from and puts the adapter in.
 """
+import copy
 import json
 import os
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Annotated
 
 from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from torch import nn
+from transformers.quantizers import AutoQuantizationConfig
 
 from transfusion.checkpoint import check_files, checksums, current, read_json
 from transfusion.settings import Count, OneOf
@@ -71,6 +73,19 @@ def image_modules(model) -> list[str]:
     names += [f"backbone.{name}" for name, module in model.backbone.named_children() if name != "decoder" and not isinstance(module, nn.ModuleList)]
     lists = [(name, module) for name, module in model.backbone.named_children() if isinstance(module, nn.ModuleList)]
     return names + [f"backbone.{name}.{i}" for name, module in lists for i in range(len(module))]
+
+
+def spare_images(model, quantization):
+    """Return a quantiser's settings, transformers' or a dict of them, with every module of images, and the text head, among those it leaves alone.
+
+    Operators of images read their layers' weights themselves, which must therefore be numbers.
+    """
+    quantization = AutoQuantizationConfig.from_dict(dict(quantization)) if isinstance(quantization, dict) else copy.deepcopy(quantization)
+    heads = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    for field in ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"):
+        if hasattr(quantization, field):
+            setattr(quantization, field, list(dict.fromkeys([*(getattr(quantization, field) or ()), *heads, *image_modules(model)])))
+    return quantization
 
 
 def load_adapter(base, path: Path):
