@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._attention_forward import LOG2E, batch_stride, core, dot_precision, load_rows, row_bounds, rows_contiguous, tanh
+from tfkernels._attention_forward import batch_stride, core, dot_precision, load_rows, row_bounds, rows_contiguous
+from tfkernels._attention_rows import LOG2E, dkv_row, dq_row, finite_rows, next_of, tanh
 from tfkernels._attention_tiles import FAR, alive, next_run, tile_bounds, walks_runs
 from tfkernels._launch import Config, lookup
 
@@ -65,7 +66,8 @@ def _attention_bwd_delta(out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, stride
     at = (b * heads + h) * sq + rows
     lse = tl.load(lse_ptr + at, mask=rows < sq, other=float("-inf"))
     dlse = tl.load(dlse_ptr + at, mask=rows < sq, other=0.0)
-    delta = tl.where(lse == float("-inf"), 0.0, tl.sum(out * dout, 1) - dlse)
+    empty = (lse == float("-inf")) & (tl.sum(tl.abs(out), 1) == 0)  # not so where every visible score is -inf: NaN
+    delta = tl.where(empty, 0.0, tl.sum(out * dout, 1) - dlse)
     tl.store(delta_ptr + at, delta, mask=rows < sq)
 
 
@@ -77,12 +79,12 @@ def _load_lse(lse_ptr, rows, sq):
 
 
 @triton.jit
-def _dq_tile(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi, query_lo_ptr, query_hi_ptr, sk, scale, softcap,
+def _dq_tile(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi, query_lo_ptr, query_hi_ptr, limit, scale, softcap,
              HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_COLUMNS: tl.constexpr,
              SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     offs_n = tl.arange(0, BLOCK_N)
-    k = load_rows(k_ptr, n, offs_n, stride_ks, sk, HEAD_DIM, D, MASKED)
-    v = load_rows(v_ptr, n, offs_n, stride_vs, sk, HEAD_DIM, D, MASKED)
+    k = load_rows(k_ptr, n, offs_n, stride_ks, limit, HEAD_DIM, D, MASKED)
+    v = load_rows(v_ptr, n, offs_n, stride_vs, limit, HEAD_DIM, D, MASKED)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if SOFTCAP:
         bent = tanh(s * (scale / softcap))
@@ -96,19 +98,19 @@ def _dq_tile(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, n, row
         cols = n + offs_n
         visible = (cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None])
         if CHECK_COLUMNS:
-            since = tl.load(query_lo_ptr + cols, mask=cols < sk, other=FAR)
-            until = tl.load(query_hi_ptr + cols, mask=cols < sk, other=0)
+            since = tl.load(query_lo_ptr + cols, mask=cols < limit, other=FAR)
+            until = tl.load(query_hi_ptr + cols, mask=cols < limit, other=0)
             visible &= (since[None, :] <= rows[:, None]) & (rows[:, None] < until[None, :])
         ds = tl.where(visible, ds, 0.0)
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
 @triton.jit
-def _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, start, stop, rows, lo, hi, query_lo_ptr, query_hi_ptr, sk, scale, softcap,
+def _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, start, stop, rows, lo, hi, query_lo_ptr, query_hi_ptr, limit, scale, softcap,
              HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_COLUMNS: tl.constexpr,
              SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     for n in range(start, stop, BLOCK_N):
-        dq = _dq_tile(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi, query_lo_ptr, query_hi_ptr, sk, scale, softcap,
+        dq = _dq_tile(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi, query_lo_ptr, query_hi_ptr, limit, scale, softcap,
                       HEAD_DIM, D, BLOCK_N, MASKED, CHECK_COLUMNS, SOFTCAP, PRECISION)
     return dq
 
@@ -146,24 +148,40 @@ def _attention_bwd_dq(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr,
             while at < stop:
                 partial, full, at = next_run(bounds_ptr, at, stop, tiles_n, start, end, core_first, core_last, BLOCK_N)
                 dq = _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, partial * BLOCK_N, full * BLOCK_N, rows + offset, lo, hi,
-                              query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP, PRECISION)
+                              query_lo_ptr, query_hi_ptr, last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP, PRECISION)
                 dq = _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, full * BLOCK_N, at * BLOCK_N, rows + offset, lo, hi,
-                              query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N, False, False, SOFTCAP, PRECISION)
+                              query_lo_ptr, query_hi_ptr, last, scale, softcap, HEAD_DIM, D, BLOCK_N, False, False, SOFTCAP, PRECISION)
         else:
             for tile in range(at, stop):
                 if alive(bounds_ptr, tile, tiles_n, start, end):
                     dq = _dq_tile(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, tile * BLOCK_N, rows + offset, lo, hi,
-                                  query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP, PRECISION)
+                                  query_lo_ptr, query_hi_ptr, last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP, PRECISION)
     else:
         core_start, core_stop = core(first, core_first, core_last, last, BLOCK_N)
         dq = _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, first, core_start, rows + offset, lo, hi, query_lo_ptr, query_hi_ptr,
-                      sk, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
+                      last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
         dq = _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, core_start, core_stop, rows + offset, lo, hi, query_lo_ptr, query_hi_ptr,
-                      sk, scale, softcap, HEAD_DIM, D, BLOCK_N, False, False, SOFTCAP, PRECISION)
+                      last, scale, softcap, HEAD_DIM, D, BLOCK_N, False, False, SOFTCAP, PRECISION)
         dq = _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, core_stop, last, rows + offset, lo, hi, query_lo_ptr, query_hi_ptr,
-                      sk, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
-    pointers = dq_ptr + b * stride_db + h * stride_dh + start_m.to(tl.int64) * stride_ds + offs_m[:, None] * stride_ds + offs_d[None, :]
-    tl.store(pointers, (dq * scale).to(dq_ptr.dtype.element_ty), mask=(rows < sq)[:, None] & (offs_d < HEAD_DIM)[None, :])
+                      last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
+    good = (rows < sq) & ((lo >= hi) | finite_rows(dq))
+    dq_ptr += b * stride_db + h * stride_dh
+    pointers = dq_ptr + start_m.to(tl.int64) * stride_ds + offs_m[:, None] * stride_ds + offs_d[None, :]
+    dq = tl.where((lo < hi)[:, None], dq * scale, 0.0)
+    tl.store(pointers, dq.to(dq_ptr.dtype.element_ty), mask=good[:, None] & (offs_d < HEAD_DIM)[None, :])
+
+    bad = (rows < sq) & (good == 0)
+    m = next_of(bad, offs_m, -1, BLOCK_M)
+    while m < BLOCK_M:
+        row = (start_m + m).to(tl.int64)
+        place = (b * heads + h) * sq + row
+        row_first = tl.maximum(tl.load(lo_ptr + b * stride_mask_rows + row), 0)
+        row_last = tl.minimum(tl.load(hi_ptr + b * stride_mask_rows + row), sk)
+        row_dq = dq_row(q_ptr + b * stride_qb + h * stride_qh + row * stride_qs, k_ptr, v_ptr, dout_ptr + b * stride_ob + h * stride_oh + row * stride_os,
+                        stride_ks, stride_vs, tl.load(lse_ptr + place), tl.load(delta_ptr + place), row_first, row_last, row + offset,
+                        query_lo_ptr, query_hi_ptr, scale, softcap, HEAD_DIM, D, CHECK_COLUMNS, SOFTCAP)
+        tl.store(dq_ptr + row * stride_ds + offs_d, (row_dq * scale).to(dq_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+        m = next_of(bad, offs_m, m, BLOCK_M)
 
 
 @triton.jit
@@ -175,30 +193,30 @@ def _query_bounds(query_lo_ptr, query_hi_ptr, cols, offset, sq, sk):
 
 
 @triton.jit
-def _dkv_tile(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, stride_qs, stride_os, m, compare, cols, sq, sk,
+def _dkv_tile(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, stride_qs, stride_os, m, compare, cols, limit, sk,
               offset, scale, softcap, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, CHECK_ROWS: tl.constexpr,
               SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     offs_m = tl.arange(0, BLOCK_M)
     rows = m + offs_m
-    q = load_rows(q_ptr, m, offs_m, stride_qs, sq, HEAD_DIM, D, True)
-    dout = load_rows(dout_ptr, m, offs_m, stride_os, sq, HEAD_DIM, D, True)
+    q = load_rows(q_ptr, m, offs_m, stride_qs, limit, HEAD_DIM, D, True)
+    dout = load_rows(dout_ptr, m, offs_m, stride_os, limit, HEAD_DIM, D, True)
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    lse = _load_lse(lse_ptr, rows, sq)
+    lse = _load_lse(lse_ptr, rows, limit)
     if SOFTCAP:
         bent = tanh(s * (scale / softcap))
         p = tl.exp2(bent * (softcap * LOG2E) - lse[None, :])
     else:
         p = tl.exp2(s * (scale * LOG2E) - lse[None, :])
     if compare:
-        since, until = _query_bounds(query_lo_ptr, query_hi_ptr, cols, offset, sq, sk)
+        since, until = _query_bounds(query_lo_ptr, query_hi_ptr, cols, offset, limit, sk)
         visible = (since[:, None] <= rows[None, :]) & (rows[None, :] < until[:, None])
         if CHECK_ROWS:
-            lo = tl.load(lo_ptr + rows, mask=rows < sq, other=0)
-            hi = tl.load(hi_ptr + rows, mask=rows < sq, other=0)
+            lo = tl.load(lo_ptr + rows, mask=rows < limit, other=0)
+            hi = tl.load(hi_ptr + rows, mask=rows < limit, other=0)
             visible &= (cols[:, None] >= lo[None, :]) & (cols[:, None] < hi[None, :])
         p = tl.where(visible, p, 0.0)
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-    delta = tl.load(delta_ptr + rows, mask=rows < sq, other=0.0)
+    delta = tl.load(delta_ptr + rows, mask=rows < limit, other=0.0)
     ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
     if SOFTCAP:
         ds *= 1 - bent * bent
@@ -208,11 +226,11 @@ def _dkv_tile(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr,
 
 @triton.jit
 def _dkv_step(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, stride_qs, stride_os, first, core_start,
-              core_stop, last, cols, sq, sk, offset, scale, softcap, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, CHECK_ROWS: tl.constexpr,
+              core_stop, last, cols, limit, sk, offset, scale, softcap, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, CHECK_ROWS: tl.constexpr,
               SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     for m in tl.range(first, last, BLOCK_M, disable_licm=True):
         dk, dv = _dkv_tile(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, stride_qs, stride_os, m,
-                           (m < core_start) | (m >= core_stop), cols, sq, sk, offset, scale, softcap, HEAD_DIM, D, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION)
+                           (m < core_start) | (m >= core_stop), cols, limit, sk, offset, scale, softcap, HEAD_DIM, D, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION)
     return dk, dv
 
 
@@ -256,23 +274,41 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
                 while at < stop:
                     partial, full, at = next_run(bounds_ptr, at, stop, tiles_m, start_n, end, core_first, core_last, BLOCK_M)
                     dk, dv = _dkv_step(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr,
-                                       stride_qs, stride_os, partial * BLOCK_M, full * BLOCK_M, at * BLOCK_M, at * BLOCK_M, cols, sq, sk, offset,
+                                       stride_qs, stride_os, partial * BLOCK_M, full * BLOCK_M, at * BLOCK_M, at * BLOCK_M, cols, last, sk, offset,
                                        scale, softcap, HEAD_DIM, D, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION)
             else:
                 for tile in tl.range(at, stop, disable_licm=True):
                     if alive(bounds_ptr, tile, tiles_m, start_n, end):
                         dk, dv = _dkv_tile(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr,
-                                           stride_qs, stride_os, tile * BLOCK_M, True, cols, sq, sk, offset, scale, softcap,
+                                           stride_qs, stride_os, tile * BLOCK_M, True, cols, last, sk, offset, scale, softcap,
                                            HEAD_DIM, D, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION)
         else:
             dk, dv = _dkv_step(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr,
-                               stride_qs, stride_os, first, core_start, core_stop, last, cols, sq, sk, offset,
+                               stride_qs, stride_os, first, core_start, core_stop, last, cols, last, sk, offset,
                                scale, softcap, HEAD_DIM, D, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION)
-    inside = (cols < sk)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    good = (cols < sk) & ((seen == 0) | (finite_rows(dk) & finite_rows(dv)))
+    inside = good[:, None] & (offs_d < HEAD_DIM)[None, :]
     dk, dv = tl.where(seen[:, None], dk * scale, 0.0), tl.where(seen[:, None], dv, 0.0)
+    dk_ptr += b * stride_dkb + h * stride_dkh
+    dv_ptr += b * stride_dvb + h * stride_dvh
     row = start_n.to(tl.int64) + offs_n[:, None]
-    tl.store(dk_ptr + b * stride_dkb + h * stride_dkh + row * stride_dks + offs_d[None, :], dk.to(dk_ptr.dtype.element_ty), mask=inside)
-    tl.store(dv_ptr + b * stride_dvb + h * stride_dvh + row * stride_dvs + offs_d[None, :], dv.to(dv_ptr.dtype.element_ty), mask=inside)
+    tl.store(dk_ptr + row * stride_dks + offs_d[None, :], dk.to(dk_ptr.dtype.element_ty), mask=inside)
+    tl.store(dv_ptr + row * stride_dvs + offs_d[None, :], dv.to(dv_ptr.dtype.element_ty), mask=inside)
+
+    bad = (cols < sk) & (good == 0)
+    n = next_of(bad, offs_n, -1, BLOCK_N)
+    while n < BLOCK_N:
+        col = (start_n + n).to(tl.int64)
+        col_first = tl.maximum(tl.load(query_lo_ptr + col) - offset, 0)
+        col_last = tl.minimum(tl.load(query_hi_ptr + col) - offset, sq)
+        place = (b * kv_heads + h) * group * sq
+        col_dk, col_dv = dkv_row(k_ptr + b * stride_kb + h * stride_kh + col * stride_ks, v_ptr + b * stride_vb + h * stride_vh + col * stride_vs,
+                                 q_ptr + b * stride_qb + h * group * stride_qh, dout_ptr + b * stride_ob + h * group * stride_oh,
+                                 lse_ptr + place, delta_ptr + place, lo_ptr, hi_ptr, stride_qh, stride_qs, stride_oh, stride_os, col_first, col_last, col, group, sq,
+                                 scale, softcap, HEAD_DIM, D, CHECK_ROWS, SOFTCAP)
+        tl.store(dk_ptr + col * stride_dks + offs_d, (col_dk * scale).to(dk_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+        tl.store(dv_ptr + col * stride_dvs + offs_d, col_dv.to(dv_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+        n = next_of(bad, offs_n, n, BLOCK_N)
 
 
 def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lo: Tensor, hi: Tensor,

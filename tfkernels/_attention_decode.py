@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._attention_forward import LOG2E, base2_scores, batch_stride, dot_precision, row_bounds, rows_contiguous, softmax_step
+from tfkernels._attention_forward import base2_scores, batch_stride, dot_precision, row_bounds, rows_contiguous, softmax_step
+from tfkernels._attention_rows import LOG2E, LOWEST, attend_row, finished, finite_rows, next_of
 from tfkernels._attention_tiles import FAR
 from tfkernels._launch import Config, lookup
 from tfkernels._library import INTERPRET
@@ -42,15 +43,16 @@ WIDE_CONFIGS = {
 }
 
 
-@triton.jit(do_not_specialize=["sq", "sk", "offset", "splits", "stride_mask_rows", "stride_mask_columns", "stride_table"])
+@triton.jit(do_not_specialize=["sq", "sk", "offset", "splits", "batch", "stride_mask_rows", "stride_mask_columns", "stride_table"])
 def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, table_ptr, out_ptr, lse_ptr,
                       stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
                       stride_ob, stride_oh, stride_os, stride_mask_rows, stride_mask_columns, stride_table,
-                      kv_heads, group, sq, sk, offset, splits, scale, softcap,
+                      kv_heads, group, sq, sk, offset, splits, batch, scale, softcap,
                       HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr,
                       SPLIT: tl.constexpr, CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    b, h = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
-    split, tile = tl.program_id(0) % splits, tl.program_id(0) // splits
+    programs = splits * tl.cdiv(sq * group, BLOCK_M)  # of one key head
+    b, h = (tl.program_id(0) // programs // kv_heads).to(tl.int64), (tl.program_id(0) // programs % kv_heads).to(tl.int64)
+    split, tile = tl.program_id(0) % programs % splits, tl.program_id(0) % programs // splits
     offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
     item = tile * BLOCK_M + offs_m                                                         # query * group + head of the group
     rows, heads = item // group, h * group + item % group
@@ -87,22 +89,45 @@ def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_h
             since = tl.load(query_lo_ptr + cols, mask=inside, other=FAR)
             until = tl.load(query_hi_ptr + cols, mask=inside, other=0)
             visible &= (since[None, :] <= rows[:, None] + offset) & (rows[:, None] + offset < until[None, :])
+            s = tl.maximum(s, LOWEST, propagate_nan=tl.PropagateNan.ALL)                   # -inf is left to rows that see nothing
         p, shrink, total, peak = softmax_step(tl.where(visible, s, float("-inf")), total, peak, True)
         v = tl.load(v_ptr + v_at[:, None] + offs_d[None, :], mask=inside[:, None] & inside_d, other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
 
-    some = total > 0
+    some = tl.maximum(lo, first) < tl.minimum(hi, last)
+    if CHECK_COLUMNS:
+        some &= total != 0
+    good = (rows < sq) & ((some == 0) | ((total > 0) & (peak > LOWEST) & finite_rows(acc)))
     out = tl.where(some[:, None], acc / tl.where(some, total, 1.0)[:, None], 0.0)
     lse = tl.where(some, peak + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
     if not SPLIT:
         lse = lse / LOG2E
-    at = ((split * (tl.num_programs(1) // kv_heads) + b) * kv_heads * group + heads) * sq + rows
-    tl.store(lse_ptr + at, lse, mask=rows < sq)
+    at = ((split * batch + b) * kv_heads * group + heads) * sq + rows
+    tl.store(lse_ptr + at, lse, mask=good)
     if SPLIT:  # parts, float32 (splits, B, H, Sq, HEAD_DIM)
-        tl.store(out_ptr + at[:, None] * HEAD_DIM + offs_d[None, :], out, mask=inside_m & inside_d)
+        out_at = at * HEAD_DIM
     else:
-        tl.store(out_ptr + b * stride_ob + heads[:, None] * stride_oh + rows[:, None].to(tl.int64) * stride_os + offs_d[None, :],
-                 out.to(out_ptr.dtype.element_ty), mask=inside_m & inside_d)
+        out_at = b * stride_ob + heads * stride_oh + rows.to(tl.int64) * stride_os
+    tl.store(out_ptr + out_at[:, None] + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=good[:, None] & inside_d)
+
+    bad = (rows < sq) & (good == 0)
+    m = next_of(bad, offs_m, -1, BLOCK_M)
+    while m < BLOCK_M:
+        row, head = ((tile * BLOCK_M + m) // group).to(tl.int64), h * group + (tile * BLOCK_M + m) % group
+        row_first = tl.maximum(tl.load(lo_ptr + b * stride_mask_rows + row), first)
+        row_last = tl.minimum(tl.load(hi_ptr + b * stride_mask_rows + row), last)
+        row_out, row_lse = attend_row(q_ptr + b * stride_qb + head * stride_qh + row * stride_qs, k_ptr, v_ptr, table_ptr + b * stride_table,
+                                      stride_kb, stride_ks, stride_vb, stride_vs, row_first, row_last, row + offset, query_lo_ptr, query_hi_ptr,
+                                      scale, softcap, HEAD_DIM, D, PAGE_SIZE, CHECK_COLUMNS, SOFTCAP)
+        row_at = ((split * batch + b) * kv_heads * group + head) * sq + row
+        if SPLIT:
+            row_out_at = row_at * HEAD_DIM
+        else:
+            row_out, row_lse = finished(row_out, row_lse)
+            row_out_at = b * stride_ob + head * stride_oh + row * stride_os
+        tl.store(lse_ptr + row_at, row_lse)
+        tl.store(out_ptr + row_out_at + offs_d, row_out.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+        m = next_of(bad, offs_m, m, BLOCK_M)
 
 
 @triton.jit(do_not_specialize=["sq", "splits", "items"])
@@ -112,7 +137,7 @@ def _attention_merge(parts_ptr, parts_lse_ptr, out_ptr, lse_ptr, stride_ob, stri
     b, h, row = item // sq // heads, item // sq % heads, item % sq
     offs_d = tl.arange(0, D)
     acc = tl.zeros([D], tl.float32)
-    total, peak = 0.0, float("-inf")
+    total, peak, unknown = 0.0, float("-inf"), 0
     for first in range(0, splits, MERGED):
         split = first + tl.arange(0, MERGED)
         at = split.to(tl.int64) * items + item
@@ -124,10 +149,12 @@ def _attention_merge(parts_ptr, parts_lse_ptr, out_ptr, lse_ptr, stride_ob, stri
         total = total * shrink + tl.sum(weights, 0)
         acc = acc * shrink + tl.sum(parts * weights[:, None], 0)
         peak = new_peak
-    some = total > 0
-    tl.store(lse_ptr + item, tl.where(some, (peak + tl.log2(tl.where(some, total, 1.0))) / LOG2E, float("-inf")))
-    tl.store(out_ptr + b * stride_ob + h * stride_oh + row * stride_os + offs_d, (acc / tl.where(some, total, 1.0)).to(out_ptr.dtype.element_ty),
-             mask=offs_d < HEAD_DIM)
+        unknown |= tl.max((lse != lse).to(tl.int32))                                       # the maximum passes over NaN
+    lse = tl.where(tl.abs(peak) < float("inf"), peak + tl.log2(total), peak)
+    lse = tl.where(peak == LOWEST, LOWEST, tl.where(unknown > 0, float("nan"), lse))
+    out, lse = finished(acc / tl.where(total == 0, 1.0, total), lse)
+    tl.store(lse_ptr + item, lse)
+    tl.store(out_ptr + b * stride_ob + h * stride_oh + row * stride_os + offs_d, out.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
 
 
 @functools.cache
@@ -162,9 +189,9 @@ def attention_decode(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None
     parts, parts_lse = out, lse
     if splits > 1:
         parts, parts_lse = q.new_empty(splits, batch, heads, sq, head_dim, dtype=torch.float32), q.new_empty(splits, batch, heads, sq, dtype=torch.float32)
-    _attention_decode[(tiles * splits, batch * kv_heads)](
+    _attention_decode[(tiles * splits * batch * kv_heads,)](
         q, k, v, lo, hi, query_lo, query_hi, block_table if paged else lo, parts, parts_lse, *q.stride()[:3], *strides, *out.stride()[:3],
-        batch_stride(lo), batch_stride(query_lo), block_table.stride(0) if paged else 0, kv_heads, group, sq, sk, offset, splits, scale, softcap,
+        batch_stride(lo), batch_stride(query_lo), block_table.stride(0) if paged else 0, kv_heads, group, sq, sk, offset, splits, batch, scale, softcap,
         HEAD_DIM=head_dim, D=padded, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PAGE_SIZE=page_size, SPLIT=splits > 1, CHECK_COLUMNS=not rows_exact,
         SOFTCAP=softcap > 0, PRECISION=dot_precision(q), num_warps=config.num_warps, num_stages=config.num_stages)
     if splits > 1:
