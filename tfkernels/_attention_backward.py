@@ -286,7 +286,7 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
             dk, dv = _dkv_step(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr,
                                stride_qs, stride_os, first, core_start, core_stop, last, cols, last, sk, offset,
                                scale, softcap, HEAD_DIM, D, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION)
-    good = (cols < sk) & ((seen == 0) | (finite_rows(dk) & finite_rows(dv)))
+    good = (cols < sk) & ((seen == 0) | finite_rows(dk * 0.0 + dv * 0.0))
     inside = good[:, None] & (offs_d < HEAD_DIM)[None, :]
     dk, dv = tl.where(seen[:, None], dk * scale, 0.0), tl.where(seen[:, None], dv, 0.0)
     dk_ptr += b * stride_dkb + h * stride_dkh
