@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tfkernels._attention_forward import batch_stride, core, dot_precision, load_rows, row_bounds, rows_contiguous
-from tfkernels._attention_rows import LOG2E, dkv_row, dq_row, finite_rows, next_of, tanh
+from tfkernels._attention_rows import LOG2E, dkv_row, dq_row, finite_rows, next_of, program_again, tanh
 from tfkernels._attention_tiles import FAR, alive, next_run, tile_bounds, walks_runs
 from tfkernels._launch import Config, lookup
 
@@ -126,10 +126,8 @@ def _attention_bwd_dq(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr,
     pid = tl.program_id(0)
     start_m = (tiles - 1 - pid % tiles) * BLOCK_M
     b, h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
-    k_ptr += b * stride_kb + h // group * stride_kh
-    v_ptr += b * stride_vb + h // group * stride_vh
-    query_lo_ptr += b * stride_mask_columns
-    query_hi_ptr += b * stride_mask_columns
+    k_head, v_head = k_ptr + b * stride_kb + h // group * stride_kh, v_ptr + b * stride_vb + h // group * stride_vh
+    query_lo, query_hi = query_lo_ptr + b * stride_mask_columns, query_hi_ptr + b * stride_mask_columns
     offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, D)
     rows = start_m + offs_m
 
@@ -147,40 +145,47 @@ def _attention_bwd_dq(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr,
         if walks_runs(D, 128, q_ptr.dtype.element_ty):
             while at < stop:
                 partial, full, at = next_run(bounds_ptr, at, stop, tiles_n, start, end, core_first, core_last, BLOCK_N)
-                dq = _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, partial * BLOCK_N, full * BLOCK_N, rows + offset, lo, hi,
-                              query_lo_ptr, query_hi_ptr, last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP, PRECISION)
-                dq = _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, full * BLOCK_N, at * BLOCK_N, rows + offset, lo, hi,
-                              query_lo_ptr, query_hi_ptr, last, scale, softcap, HEAD_DIM, D, BLOCK_N, False, False, SOFTCAP, PRECISION)
+                dq = _dq_step(dq, q, dout, lse, delta, k_head, v_head, stride_ks, stride_vs, partial * BLOCK_N, full * BLOCK_N, rows + offset, lo, hi,
+                              query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP, PRECISION)
+                dq = _dq_step(dq, q, dout, lse, delta, k_head, v_head, stride_ks, stride_vs, full * BLOCK_N, at * BLOCK_N, rows + offset, lo, hi,
+                              query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N, False, False, SOFTCAP, PRECISION)
         else:
             for tile in range(at, stop):
                 if alive(bounds_ptr, tile, tiles_n, start, end):
-                    dq = _dq_tile(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, tile * BLOCK_N, rows + offset, lo, hi,
-                                  query_lo_ptr, query_hi_ptr, last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP, PRECISION)
+                    dq = _dq_tile(dq, q, dout, lse, delta, k_head, v_head, stride_ks, stride_vs, tile * BLOCK_N, rows + offset, lo, hi,
+                                  query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP, PRECISION)
     else:
         core_start, core_stop = core(first, core_first, core_last, last, BLOCK_N)
-        dq = _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, first, core_start, rows + offset, lo, hi, query_lo_ptr, query_hi_ptr,
+        dq = _dq_step(dq, q, dout, lse, delta, k_head, v_head, stride_ks, stride_vs, first, core_start, rows + offset, lo, hi, query_lo, query_hi,
                       last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
-        dq = _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, core_start, core_stop, rows + offset, lo, hi, query_lo_ptr, query_hi_ptr,
+        dq = _dq_step(dq, q, dout, lse, delta, k_head, v_head, stride_ks, stride_vs, core_start, core_stop, rows + offset, lo, hi, query_lo, query_hi,
                       last, scale, softcap, HEAD_DIM, D, BLOCK_N, False, False, SOFTCAP, PRECISION)
-        dq = _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, core_stop, last, rows + offset, lo, hi, query_lo_ptr, query_hi_ptr,
+        dq = _dq_step(dq, q, dout, lse, delta, k_head, v_head, stride_ks, stride_vs, core_stop, last, rows + offset, lo, hi, query_lo, query_hi,
                       last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
-    good = (rows < sq) & ((lo >= hi) | finite_rows(dq))
-    dq_ptr += b * stride_db + h * stride_dh
-    pointers = dq_ptr + start_m.to(tl.int64) * stride_ds + offs_m[:, None] * stride_ds + offs_d[None, :]
+    good = finite_rows(dq)
+    pid = program_again(tl.min(good.to(tl.int32)), 2)
+    b, h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
+    rows = (tiles - 1 - pid % tiles) * BLOCK_M + offs_m
+    good = (rows < sq) & (good | (lo >= hi))
+    pointers = dq_ptr + b * stride_db + h * stride_dh + rows.to(tl.int64)[:, None] * stride_ds + offs_d[None, :]
     dq = tl.where((lo < hi)[:, None], dq * scale, 0.0)
     tl.store(pointers, dq.to(dq_ptr.dtype.element_ty), mask=good[:, None] & (offs_d < HEAD_DIM)[None, :])
 
     bad = (rows < sq) & (good == 0)
     m = next_of(bad, offs_m, -1, BLOCK_M)
     while m < BLOCK_M:
-        row = (start_m + m).to(tl.int64)
-        place = (b * heads + h) * sq + row
-        row_first = tl.maximum(tl.load(lo_ptr + b * stride_mask_rows + row), 0)
-        row_last = tl.minimum(tl.load(hi_ptr + b * stride_mask_rows + row), sk)
-        row_dq = dq_row(q_ptr + b * stride_qb + h * stride_qh + row * stride_qs, k_ptr, v_ptr, dout_ptr + b * stride_ob + h * stride_oh + row * stride_os,
-                        stride_ks, stride_vs, tl.load(lse_ptr + place), tl.load(delta_ptr + place), row_first, row_last, row + offset,
-                        query_lo_ptr, query_hi_ptr, scale, softcap, HEAD_DIM, D, CHECK_COLUMNS, SOFTCAP)
-        tl.store(dq_ptr + row * stride_ds + offs_d, (row_dq * scale).to(dq_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+        pid_m = program_again(m, BLOCK_M)
+        row = ((tiles - 1 - pid_m % tiles) * BLOCK_M + m).to(tl.int64)
+        b_m, h_m = (pid_m // tiles // heads).to(tl.int64), (pid_m // tiles % heads).to(tl.int64)
+        row_dq = dq_row(
+            q_ptr + b_m * stride_qb + h_m * stride_qh + row * stride_qs, k_ptr + b_m * stride_kb + h_m // group * stride_kh,
+            v_ptr + b_m * stride_vb + h_m // group * stride_vh, dout_ptr + b_m * stride_ob + h_m * stride_oh + row * stride_os, stride_ks, stride_vs,
+            tl.load(lse_ptr + (b_m * heads + h_m) * sq + row), tl.load(delta_ptr + (b_m * heads + h_m) * sq + row),
+            tl.maximum(tl.load(lo_ptr + b_m * stride_mask_rows + row), 0), tl.minimum(tl.load(hi_ptr + b_m * stride_mask_rows + row), sk),
+            row + offset, query_lo_ptr + b_m * stride_mask_columns, query_hi_ptr + b_m * stride_mask_columns,
+            scale, softcap, HEAD_DIM, D, CHECK_COLUMNS, SOFTCAP)
+        tl.store(dq_ptr + b_m * stride_db + h_m * stride_dh + row * stride_ds + offs_d, (row_dq * scale).to(dq_ptr.dtype.element_ty),
+                 mask=offs_d < HEAD_DIM)
         m = next_of(bad, offs_m, m, BLOCK_M)
 
 
@@ -226,8 +231,8 @@ def _dkv_tile(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr,
 
 @triton.jit
 def _dkv_step(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, stride_qs, stride_os, first, core_start,
-              core_stop, last, cols, limit, sk, offset, scale, softcap, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, CHECK_ROWS: tl.constexpr,
-              SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+              core_stop, last, cols, limit, sk, offset, scale, softcap, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+              CHECK_ROWS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     for m in tl.range(first, last, BLOCK_M, disable_licm=True):
         dk, dv = _dkv_tile(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, stride_qs, stride_os, m,
                            (m < core_start) | (m >= core_stop), cols, limit, sk, offset, scale, softcap, HEAD_DIM, D, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION)
@@ -247,9 +252,8 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
     b, h = (pid // tiles // kv_heads).to(tl.int64), (pid // tiles % kv_heads).to(tl.int64)
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, D)
     cols = start_n + offs_n
-    query_lo_ptr += b * stride_mask_columns
-    query_hi_ptr += b * stride_mask_columns
-    since, until = _query_bounds(query_lo_ptr, query_hi_ptr, cols, offset, sq, sk)
+    query_lo, query_hi = query_lo_ptr + b * stride_mask_columns, query_hi_ptr + b * stride_mask_columns
+    since, until = _query_bounds(query_lo, query_hi, cols, offset, sq, sk)
     seen = since < until
     first, last = tl.min(tl.where(seen, since, FAR)), tl.max(tl.where(seen, until, 0))
     core_first, core_last = tl.max(tl.where(seen, since, 0)), tl.min(tl.where(seen, until, FAR))
@@ -257,8 +261,7 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
 
     k = load_rows(k_ptr + b * stride_kb + h * stride_kh, start_n, offs_n, stride_ks, sk, HEAD_DIM, D, True)
     v = load_rows(v_ptr + b * stride_vb + h * stride_vh, start_n, offs_n, stride_vs, sk, HEAD_DIM, D, True)
-    lo_ptr += b * stride_mask_rows
-    hi_ptr += b * stride_mask_rows
+    row_lo, row_hi = lo_ptr + b * stride_mask_rows, hi_ptr + b * stride_mask_rows
     dk = tl.zeros([BLOCK_N, D], tl.float32)
     dv = tl.zeros([BLOCK_N, D], tl.float32)
     core_start, core_stop = core(first, core_first, core_last, last, BLOCK_M)
@@ -273,41 +276,47 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
             if walks_runs(D, 64, q_ptr.dtype.element_ty):
                 while at < stop:
                     partial, full, at = next_run(bounds_ptr, at, stop, tiles_m, start_n, end, core_first, core_last, BLOCK_M)
-                    dk, dv = _dkv_step(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr,
+                    dk, dv = _dkv_step(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, row_lo, row_hi, query_lo, query_hi,
                                        stride_qs, stride_os, partial * BLOCK_M, full * BLOCK_M, at * BLOCK_M, at * BLOCK_M, cols, last, sk, offset,
                                        scale, softcap, HEAD_DIM, D, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION)
             else:
                 for tile in tl.range(at, stop, disable_licm=True):
                     if alive(bounds_ptr, tile, tiles_m, start_n, end):
-                        dk, dv = _dkv_tile(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr,
+                        dk, dv = _dkv_tile(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, row_lo, row_hi, query_lo, query_hi,
                                            stride_qs, stride_os, tile * BLOCK_M, True, cols, last, sk, offset, scale, softcap,
                                            HEAD_DIM, D, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION)
         else:
-            dk, dv = _dkv_step(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr,
+            dk, dv = _dkv_step(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, row_lo, row_hi, query_lo, query_hi,
                                stride_qs, stride_os, first, core_start, core_stop, last, cols, last, sk, offset,
                                scale, softcap, HEAD_DIM, D, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION)
-    good = (cols < sk) & ((seen == 0) | finite_rows(dk * 0.0 + dv * 0.0))
+    good = finite_rows(dk * 0.0 + dv * 0.0)
+    pid = program_again(tl.min(good.to(tl.int32)), 2)
+    b, h = (pid // tiles // kv_heads).to(tl.int64), (pid // tiles % kv_heads).to(tl.int64)
+    start_n = pid % tiles * BLOCK_N
+    cols = start_n + offs_n
+    good = (cols < sk) & (good | (seen == 0))
     inside = good[:, None] & (offs_d < HEAD_DIM)[None, :]
     dk, dv = tl.where(seen[:, None], dk * scale, 0.0), tl.where(seen[:, None], dv, 0.0)
-    dk_ptr += b * stride_dkb + h * stride_dkh
-    dv_ptr += b * stride_dvb + h * stride_dvh
     row = start_n.to(tl.int64) + offs_n[:, None]
-    tl.store(dk_ptr + row * stride_dks + offs_d[None, :], dk.to(dk_ptr.dtype.element_ty), mask=inside)
-    tl.store(dv_ptr + row * stride_dvs + offs_d[None, :], dv.to(dv_ptr.dtype.element_ty), mask=inside)
+    tl.store(dk_ptr + b * stride_dkb + h * stride_dkh + row * stride_dks + offs_d[None, :], dk.to(dk_ptr.dtype.element_ty), mask=inside)
+    tl.store(dv_ptr + b * stride_dvb + h * stride_dvh + row * stride_dvs + offs_d[None, :], dv.to(dv_ptr.dtype.element_ty), mask=inside)
 
     bad = (cols < sk) & (good == 0)
     n = next_of(bad, offs_n, -1, BLOCK_N)
     while n < BLOCK_N:
-        col = (start_n + n).to(tl.int64)
-        col_first = tl.maximum(tl.load(query_lo_ptr + col) - offset, 0)
-        col_last = tl.minimum(tl.load(query_hi_ptr + col) - offset, sq)
-        place = (b * kv_heads + h) * group * sq
-        col_dk, col_dv = dkv_row(k_ptr + b * stride_kb + h * stride_kh + col * stride_ks, v_ptr + b * stride_vb + h * stride_vh + col * stride_vs,
-                                 q_ptr + b * stride_qb + h * group * stride_qh, dout_ptr + b * stride_ob + h * group * stride_oh,
-                                 lse_ptr + place, delta_ptr + place, lo_ptr, hi_ptr, stride_qh, stride_qs, stride_oh, stride_os, col_first, col_last, col, group, sq,
-                                 scale, softcap, HEAD_DIM, D, CHECK_ROWS, SOFTCAP)
-        tl.store(dk_ptr + col * stride_dks + offs_d, (col_dk * scale).to(dk_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
-        tl.store(dv_ptr + col * stride_dvs + offs_d, col_dv.to(dv_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+        pid_n = program_again(n, BLOCK_N)
+        col = (pid_n % tiles * BLOCK_N + n).to(tl.int64)
+        b_n, h_n = (pid_n // tiles // kv_heads).to(tl.int64), (pid_n // tiles % kv_heads).to(tl.int64)
+        place = (b_n * kv_heads + h_n) * group * sq
+        col_dk, col_dv = dkv_row(
+            k_ptr + b_n * stride_kb + h_n * stride_kh + col * stride_ks, v_ptr + b_n * stride_vb + h_n * stride_vh + col * stride_vs,
+            q_ptr + b_n * stride_qb + h_n * group * stride_qh, dout_ptr + b_n * stride_ob + h_n * group * stride_oh, lse_ptr + place, delta_ptr + place,
+            lo_ptr + b_n * stride_mask_rows, hi_ptr + b_n * stride_mask_rows, stride_qh, stride_qs, stride_oh, stride_os,
+            tl.maximum(tl.load(query_lo_ptr + b_n * stride_mask_columns + col) - offset, 0),
+            tl.minimum(tl.load(query_hi_ptr + b_n * stride_mask_columns + col) - offset, sq), col, group, sq,
+            scale, softcap, HEAD_DIM, D, CHECK_ROWS, SOFTCAP)
+        tl.store(dk_ptr + b_n * stride_dkb + h_n * stride_dkh + col * stride_dks + offs_d, (col_dk * scale).to(dk_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+        tl.store(dv_ptr + b_n * stride_dvb + h_n * stride_dvh + col * stride_dvs + offs_d, col_dv.to(dv_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
         n = next_of(bad, offs_n, n, BLOCK_N)
 
 

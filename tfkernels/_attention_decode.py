@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tfkernels._attention_forward import base2_scores, batch_stride, dot_precision, row_bounds, rows_contiguous, softmax_step
-from tfkernels._attention_rows import LOG2E, LOWEST, attend_row, finished, finite_rows, next_of
+from tfkernels._attention_rows import LOG2E, LOWEST, attend_row, finished, finite_rows, next_of, program_again
 from tfkernels._attention_tiles import FAR
 from tfkernels._launch import Config, lookup
 from tfkernels._library import INTERPRET
@@ -43,6 +43,13 @@ WIDE_CONFIGS = {
 }
 
 
+@triton.jit
+def _part(first, last, split, splits, BLOCK_N: tl.constexpr):
+    """The keys of one of `splits` equal parts of [first, last)."""
+    part = tl.cdiv(tl.cdiv(last - first, splits), BLOCK_N) * BLOCK_N
+    return first + split * part, tl.minimum(first + split * part + part, last)
+
+
 @triton.jit(do_not_specialize=["sq", "sk", "offset", "splits", "batch", "stride_mask_rows", "stride_mask_columns", "stride_table"])
 def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, table_ptr, out_ptr, lse_ptr,
                       stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
@@ -57,18 +64,13 @@ def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_h
     item = tile * BLOCK_M + offs_m                                                         # query * group + head of the group
     rows, heads = item // group, h * group + item % group
     inside_m, inside_d = (rows < sq)[:, None], (offs_d < HEAD_DIM)[None, :]
-    k_ptr += h * stride_kh
-    v_ptr += h * stride_vh
+    k_head, v_head = k_ptr + h * stride_kh, v_ptr + h * stride_vh
     if PAGE_SIZE == 0:
-        k_ptr += b * stride_kb
-        v_ptr += b * stride_vb
-    query_lo_ptr += b * stride_mask_columns
-    query_hi_ptr += b * stride_mask_columns
+        k_head += b * stride_kb
+        v_head += b * stride_vb
 
     lo, hi, first, _, _, last = row_bounds(lo_ptr + b * stride_mask_rows, hi_ptr + b * stride_mask_rows, rows, sq, sk)
-    part = tl.cdiv(tl.cdiv(last - first, splits), BLOCK_N) * BLOCK_N
-    first += split * part
-    last = tl.minimum(first + part, last)
+    first, last = _part(first, last, split, splits, BLOCK_N)
     q = tl.load(q_ptr + b * stride_qb + heads[:, None] * stride_qh + rows[:, None].to(tl.int64) * stride_qs + offs_d[None, :],
                 mask=inside_m & inside_d, other=0.0)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
@@ -82,51 +84,55 @@ def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_h
         if PAGE_SIZE > 0:
             page = tl.load(table_ptr + b * stride_table + at // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
             k_at, v_at = page * stride_kb + at % PAGE_SIZE * stride_ks, page * stride_vb + at % PAGE_SIZE * stride_vs
-        k = tl.load(k_ptr + k_at[:, None] + offs_d[None, :], mask=inside[:, None] & inside_d, other=0.0)
+        k = tl.load(k_head + k_at[:, None] + offs_d[None, :], mask=inside[:, None] & inside_d, other=0.0)
         s = base2_scores(q, k, scale, softcap, SOFTCAP, PRECISION)
         visible = (cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None]) & inside[None, :]
         if CHECK_COLUMNS:
-            since = tl.load(query_lo_ptr + cols, mask=inside, other=FAR)
-            until = tl.load(query_hi_ptr + cols, mask=inside, other=0)
+            since = tl.load(query_lo_ptr + b * stride_mask_columns + cols, mask=inside, other=FAR)
+            until = tl.load(query_hi_ptr + b * stride_mask_columns + cols, mask=inside, other=0)
             visible &= (since[None, :] <= rows[:, None] + offset) & (rows[:, None] + offset < until[None, :])
-            s = tl.maximum(s, LOWEST, propagate_nan=tl.PropagateNan.ALL)                   # -inf is left to rows that see nothing
+        s = tl.maximum(s, LOWEST, propagate_nan=tl.PropagateNan.ALL)                       # -inf is left to rows that see nothing
         p, shrink, total, peak = softmax_step(tl.where(visible, s, float("-inf")), total, peak, True)
-        v = tl.load(v_ptr + v_at[:, None] + offs_d[None, :], mask=inside[:, None] & inside_d, other=0.0)
+        v = tl.load(v_head + v_at[:, None] + offs_d[None, :], mask=inside[:, None] & inside_d, other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
 
-    some = tl.maximum(lo, first) < tl.minimum(hi, last)
-    if CHECK_COLUMNS:
-        some &= total != 0
-    good = (rows < sq) & ((some == 0) | ((total > 0) & (peak > LOWEST) & finite_rows(acc)))
-    out = tl.where(some[:, None], acc / tl.where(some, total, 1.0)[:, None], 0.0)
-    lse = tl.where(some, peak + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
+    some = total != 0
+    out = acc / total[:, None]                                                             # 0 / 0 is NaN
+    good = (rows < sq) & ((some == 0) | (finite_rows(out) & (peak > LOWEST)))
+    out = tl.where(some[:, None], out, 0.0)
+    lse = tl.where(some, peak + tl.log2(total), float("-inf"))
     if not SPLIT:
         lse = lse / LOG2E
     at = ((split * batch + b) * kv_heads * group + heads) * sq + rows
     tl.store(lse_ptr + at, lse, mask=good)
-    if SPLIT:  # parts, float32 (splits, B, H, Sq, HEAD_DIM)
-        out_at = at * HEAD_DIM
-    else:
-        out_at = b * stride_ob + heads * stride_oh + rows.to(tl.int64) * stride_os
+    out_at = at * HEAD_DIM if SPLIT else b * stride_ob + heads * stride_oh + rows.to(tl.int64) * stride_os  # parts: (splits, B, H, Sq, HEAD_DIM)
     tl.store(out_ptr + out_at[:, None] + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=good[:, None] & inside_d)
 
     bad = (rows < sq) & (good == 0)
     m = next_of(bad, offs_m, -1, BLOCK_M)
     while m < BLOCK_M:
-        row, head = ((tile * BLOCK_M + m) // group).to(tl.int64), h * group + (tile * BLOCK_M + m) % group
-        row_first = tl.maximum(tl.load(lo_ptr + b * stride_mask_rows + row), first)
-        row_last = tl.minimum(tl.load(hi_ptr + b * stride_mask_rows + row), last)
-        row_out, row_lse = attend_row(q_ptr + b * stride_qb + head * stride_qh + row * stride_qs, k_ptr, v_ptr, table_ptr + b * stride_table,
-                                      stride_kb, stride_ks, stride_vb, stride_vs, row_first, row_last, row + offset, query_lo_ptr, query_hi_ptr,
-                                      scale, softcap, HEAD_DIM, D, PAGE_SIZE, CHECK_COLUMNS, SOFTCAP)
-        row_at = ((split * batch + b) * kv_heads * group + head) * sq + row
+        pid_m = program_again(m, BLOCK_M)
+        b_m, h_m = (pid_m // programs // kv_heads).to(tl.int64), (pid_m // programs % kv_heads).to(tl.int64)
+        split_m, tile_m = pid_m % programs % splits, pid_m % programs // splits
+        row, head = ((tile_m * BLOCK_M + m) // group).to(tl.int64), h_m * group + (tile_m * BLOCK_M + m) % group
+        lo_m, hi_m = lo_ptr + b_m * stride_mask_rows, hi_ptr + b_m * stride_mask_rows
+        _, _, first_m, _, _, last_m = row_bounds(lo_m, hi_m, (tile_m * BLOCK_M + offs_m) // group, sq, sk)
+        first_m, last_m = _part(first_m, last_m, split_m, splits, BLOCK_N)
+        page_b = b_m * (PAGE_SIZE == 0)
+        row_out, row_lse = attend_row(
+            q_ptr + b_m * stride_qb + head * stride_qh + row * stride_qs, k_ptr + page_b * stride_kb + h_m * stride_kh,
+            v_ptr + page_b * stride_vb + h_m * stride_vh, table_ptr + b_m * stride_table, stride_kb, stride_ks, stride_vb, stride_vs,
+            tl.maximum(tl.load(lo_m + row), first_m), tl.minimum(tl.load(hi_m + row), last_m),
+            row + offset, query_lo_ptr + b_m * stride_mask_columns, query_hi_ptr + b_m * stride_mask_columns,
+            scale, softcap, HEAD_DIM, D, PAGE_SIZE, CHECK_COLUMNS, SOFTCAP)
+        at_m = ((split_m * batch + b_m) * kv_heads * group + head) * sq + row
         if SPLIT:
-            row_out_at = row_at * HEAD_DIM
+            out_m = out_ptr + at_m * HEAD_DIM
         else:
             row_out, row_lse = finished(row_out, row_lse)
-            row_out_at = b * stride_ob + head * stride_oh + row * stride_os
-        tl.store(lse_ptr + row_at, row_lse)
-        tl.store(out_ptr + row_out_at + offs_d, row_out.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+            out_m = out_ptr + b_m * stride_ob + head * stride_oh + row * stride_os
+        tl.store(lse_ptr + at_m, row_lse)
+        tl.store(out_m + offs_d, row_out.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
         m = next_of(bad, offs_m, m, BLOCK_M)
 
 

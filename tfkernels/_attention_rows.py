@@ -4,7 +4,8 @@ The tiles multiply what a mask hides by 0, which is exact unless NaN or inf stan
 may come from what the row sees or from what it must not see. A program therefore looks at its sums once, after its loops,
 and does those rows over without matrix units: here a hidden pair is never loaded, so that nothing of it is left, and what the
 row sees goes through the same multiplications and additions as in the reference. A loop ends early once its result is all NaN, so that
-a run that has diverged is not slowed down much.
+a run that has diverged is not slowed down much. What ends a loop is a maximum of integers, which the compiler knows to be the same
+in all threads; a condition on floats makes it spill.
 """
 import triton
 import triton.language as tl
@@ -37,6 +38,15 @@ def finite_rows(x):
 def next_of(flags, items, after, COUNT: tl.constexpr):
     """Return the first of `items` (0, 1, ... COUNT - 1) behind `after` that is flagged, else COUNT."""
     return tl.min(tl.where(flags & (items > after), items, COUNT))
+
+
+@triton.jit
+def program_again(item, COUNT: tl.constexpr):
+    """tl.program_id(0), for an `item` < COUNT, in a form that the compiler cannot merge with the program's first one.
+
+    So what only a row done over needs is computed anew there, rather than held in registers through the loops before.
+    """
+    return tl.program_id(0) + item // COUNT
 
 
 @triton.jit
@@ -88,7 +98,7 @@ def attend_row(q_ptr, k_ptr, v_ptr, table_ptr, stride_k_page, stride_ks, stride_
     N: tl.constexpr = LOADED // D
     offs_n, offs_d = tl.arange(0, N), tl.arange(0, D)
     q = tl.load(q_ptr + offs_d, mask=offs_d < HEAD_DIM, other=0.0).to(tl.float32)
-    total, peak, seen, unknown = 0.0, float("-inf"), 0, 0
+    total, peak, seen, infinite, unknown = 0.0, float("-inf"), 0, 0, 0
     n = first
     while (n < last) & (unknown == 0):
         visible = _visible_keys(n + offs_n, first, last, position, query_lo_ptr, query_hi_ptr, CHECK_COLUMNS)
@@ -100,6 +110,7 @@ def attend_row(q_ptr, k_ptr, v_ptr, table_ptr, stride_k_page, stride_ks, stride_
         total = total * tl.exp2(peak - shift) + tl.sum(tl.exp2(s - shift))
         peak = new_peak
         seen = tl.maximum(seen, tl.max(visible.to(tl.int32)))
+        infinite = tl.maximum(infinite, tl.max((s == float("inf")).to(tl.int32)))
         unknown = tl.max((s != s).to(tl.int32))
         n += N
     lse = tl.where(tl.abs(peak) < float("inf"), peak + tl.log2(total), peak)
@@ -107,14 +118,14 @@ def attend_row(q_ptr, k_ptr, v_ptr, table_ptr, stride_k_page, stride_ks, stride_
     lse = tl.where(unknown > 0, float("nan"), lse)
     out = tl.zeros([D], tl.float32)
     n = first
-    while (n < last) & (tl.abs(lse) < float("inf")):
+    while (n < last) & (seen > infinite + unknown):
         visible = _visible_keys(n + offs_n, first, last, position, query_lo_ptr, query_hi_ptr, CHECK_COLUMNS)
         k = _load_visible(k_ptr, _places(n + offs_n, visible, table_ptr, stride_k_page, stride_ks, PAGE_SIZE), visible, HEAD_DIM, D)
         s, _ = _scores(q, k, scale, softcap, SOFTCAP)
         v = _load_visible(v_ptr, _places(n + offs_n, visible, table_ptr, stride_v_page, stride_vs, PAGE_SIZE), visible, HEAD_DIM, D)
         out += tl.sum(tl.where(visible, tl.exp2(s - lse), 0.0)[:, None] * v, 0)
         n += N
-    return tl.where((unknown > 0) | (peak == float("inf")), float("nan"), out), lse
+    return tl.where(infinite + unknown > 0, float("nan"), out), lse
 
 
 @triton.jit
