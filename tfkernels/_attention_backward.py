@@ -15,6 +15,7 @@ from tfkernels._attention_forward import batch_stride, core, dot_precision, load
 from tfkernels._attention_rows import LOG2E, dkv_row, dq_row, finite_rows, next_of, program_again, tanh
 from tfkernels._attention_tiles import FAR, alive, next_run, tile_bounds, walks_runs
 from tfkernels._launch import Config, lookup
+from tfkernels._library import result_like
 
 DQ_CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (80, 2, 32): Config(128, 32, 4, 3), (80, 2, 64): Config(128, 32, 8, 3),
@@ -323,8 +324,8 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
 def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lo: Tensor, hi: Tensor,
                        query_lo: Tensor, query_hi: Tensor, rows_exact: bool, columns_exact: bool, offset: int, scale: float,
                        softcap: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the three backward kernels; return dq, dk, dv in the inputs' dtype and layout."""
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    """Launch the three backward kernels; return dq, dk, dv in the inputs' dtype, laid out as `result_like` says."""
+    dq, dk, dv = (result_like(x) for x in (q, k, v))
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     q, k, v, out, dout, lo, hi = (rows_contiguous(x) for x in (q, k, v, out, dout, lo, hi))
@@ -338,20 +339,16 @@ def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tens
     shared = (batch_stride(lo), batch_stride(query_lo))
     sizes = (heads // kv_heads, sq, sk, offset, scale, softcap)
     constants = dict(HEAD_DIM=head_dim, D=padded, SOFTCAP=softcap > 0, PRECISION=dot_precision(q))
-    grads = [g if g.stride(-1) == 1 else torch.empty_like(g, memory_format=torch.contiguous_format) for g in (dq, dk, dv)]
     config = lookup(DQ_CONFIGS, q, padded, heavy=not rows_exact)
     bounds = lo if rows_exact else tile_bounds(query_lo, query_hi, config.block_n)
     _attention_bwd_dq[(triton.cdiv(sq, config.block_m) * batch * heads,)](
-        q, k, v, dout, lse, delta, lo, hi, query_lo, query_hi, bounds, grads[0],
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *grads[0].stride()[:3], *shared, heads, *sizes,
+        q, k, v, dout, lse, delta, lo, hi, query_lo, query_hi, bounds, dq,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *dq.stride()[:3], *shared, heads, *sizes,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_COLUMNS=not rows_exact, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
     config = lookup(DKV_CONFIGS, q, padded, heavy=softcap > 0 or not columns_exact)
     bounds = lo if columns_exact else tile_bounds(lo, hi, config.block_m)
     _attention_bwd_dkv[(triton.cdiv(sk, config.block_n) * batch * kv_heads,)](
-        q, k, v, dout, lse, delta, lo, hi, query_lo, query_hi, bounds, grads[1], grads[2],
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *grads[1].stride()[:3], *grads[2].stride()[:3], *shared, kv_heads, *sizes,
+        q, k, v, dout, lse, delta, lo, hi, query_lo, query_hi, bounds, dk, dv,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *shared, kv_heads, *sizes,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_ROWS=not columns_exact, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
-    for ours, grad in zip((dq, dk, dv), grads):
-        if ours is not grad:
-            ours.copy_(grad)
     return dq, dk, dv

@@ -17,7 +17,7 @@ from tfkernels._attention_forward import base2_scores, batch_stride, dot_precisi
 from tfkernels._attention_rows import LOG2E, LOWEST, attend_row, finished, finite_rows, next_of, program_again
 from tfkernels._attention_tiles import FAR
 from tfkernels._launch import Config, lookup
-from tfkernels._library import INTERPRET
+from tfkernels._library import INTERPRET, result_like
 
 MAX_QUERIES = 16  # longer runs of queries fill the multiprocessors by themselves
 MAX_SPLITS = 128
@@ -175,8 +175,9 @@ def attention_decode(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None
 
     k and v are (B, K, Sk, D), or with `block_table` (B, T) pages (P, page_size, K, D) of which row b uses those its table names.
     """
-    q, k, v, lo, hi = (rows_contiguous(x) for x in (q, k, v, lo, hi))
     batch, heads, sq, head_dim = q.shape
+    out, lse = result_like(q), q.new_empty(batch, heads, sq, dtype=torch.float32)
+    q, k, v, lo, hi = (rows_contiguous(x) for x in (q, k, v, lo, hi))
     paged = block_table is not None
     if paged:
         block_table, page_size, kv_heads, sk = rows_contiguous(block_table), *k.shape[1:3], block_table.shape[1] * k.shape[1]
@@ -184,7 +185,6 @@ def attention_decode(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None
     else:
         page_size, kv_heads, sk = 0, *k.shape[1:3]
         strides = [*k.stride()[:3], *v.stride()[:3]]
-    out, lse = torch.empty_like(q), q.new_empty(batch, heads, sq, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
     group = heads // kv_heads

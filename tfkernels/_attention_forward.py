@@ -16,6 +16,7 @@ from torch import Tensor
 from tfkernels._attention_rows import LOG2E, LOWEST, attend_row, finished, finite_rows, next_of, program_again, tanh
 from tfkernels._attention_tiles import FAR, alive, next_run, tile_bounds, walks_runs
 from tfkernels._launch import Config, lookup
+from tfkernels._library import result_like
 
 CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (80, 2, 32): Config(128, 64, 4, 3), (80, 2, 64): Config(128, 64, 8, 3),
@@ -222,9 +223,9 @@ def dot_precision(x: Tensor) -> str:
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, query_lo: Tensor, query_hi: Tensor,
                       rows_exact: bool, columns_exact: bool, offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel: (B, H, Sq, D) x (B, K, Sk, D) -> output like q, LSE (B, H, Sq) float32."""
-    q, k, v, lo, hi = (rows_contiguous(x) for x in (q, k, v, lo, hi))
     batch, heads, sq, head_dim = q.shape
-    out, lse = torch.empty_like(q), q.new_empty(batch, heads, sq, dtype=torch.float32)
+    out, lse = result_like(q), q.new_empty(batch, heads, sq, dtype=torch.float32)
+    q, k, v, lo, hi = (rows_contiguous(x) for x in (q, k, v, lo, hi))
     if out.numel() == 0:
         return out, lse
     padded = max(32, triton.next_power_of_2(head_dim))
