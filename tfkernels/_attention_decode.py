@@ -44,6 +44,13 @@ WIDE_CONFIGS = {
 
 
 @triton.jit
+def _place(program, tiles, splits, kv_heads):
+    """A program's batch row, key head, part of the keys and tile of queries; the parts of a tile are neighbours."""
+    head = program // (splits * tiles)
+    return (head // kv_heads).to(tl.int64), (head % kv_heads).to(tl.int64), program % splits, program // splits % tiles
+
+
+@triton.jit
 def _part(first, last, split, splits, BLOCK_N: tl.constexpr):
     """The keys of one of `splits` equal parts of [first, last)."""
     part = tl.cdiv(tl.cdiv(last - first, splits), BLOCK_N) * BLOCK_N
@@ -57,9 +64,7 @@ def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_h
                       kv_heads, group, sq, sk, offset, splits, batch, scale, softcap,
                       HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr,
                       SPLIT: tl.constexpr, CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    programs = splits * tl.cdiv(sq * group, BLOCK_M)  # of one key head
-    b, h = (tl.program_id(0) // programs // kv_heads).to(tl.int64), (tl.program_id(0) // programs % kv_heads).to(tl.int64)
-    split, tile = tl.program_id(0) % programs % splits, tl.program_id(0) % programs // splits
+    b, h, split, tile = _place(tl.program_id(0), tl.cdiv(sq * group, BLOCK_M), splits, kv_heads)
     offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
     item = tile * BLOCK_M + offs_m                                                         # query * group + head of the group
     rows, heads = item // group, h * group + item % group
@@ -96,9 +101,14 @@ def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_h
         v = tl.load(v_head + v_at[:, None] + offs_d[None, :], mask=inside[:, None] & inside_d, other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
 
-    some = total != 0
     out = acc / total[:, None]                                                             # 0 / 0 is NaN
-    good = (rows < sq) & ((some == 0) | (finite_rows(out) & (peak > LOWEST)))
+    good = finite_rows(out) & (peak > LOWEST)
+    b, h, split, tile = _place(program_again(tl.min(good.to(tl.int32)), 2), tl.cdiv(sq * group, BLOCK_M), splits, kv_heads)
+    item = tile * BLOCK_M + offs_m
+    rows, heads = item // group, h * group + item % group
+    some = total != 0
+    bad = (rows < sq) & some & (good == 0)
+    good = (rows < sq) & (bad == 0)
     out = tl.where(some[:, None], out, 0.0)
     lse = tl.where(some, peak + tl.log2(total), float("-inf"))
     if not SPLIT:
@@ -106,14 +116,11 @@ def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_h
     at = ((split * batch + b) * kv_heads * group + heads) * sq + rows
     tl.store(lse_ptr + at, lse, mask=good)
     out_at = at * HEAD_DIM if SPLIT else b * stride_ob + heads * stride_oh + rows.to(tl.int64) * stride_os  # parts: (splits, B, H, Sq, HEAD_DIM)
-    tl.store(out_ptr + out_at[:, None] + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=good[:, None] & inside_d)
+    tl.store(out_ptr + out_at[:, None] + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=good[:, None] & (offs_d < HEAD_DIM)[None, :])
 
-    bad = (rows < sq) & (good == 0)
     m = next_of(bad, offs_m, -1, BLOCK_M)
     while m < BLOCK_M:
-        pid_m = program_again(m, BLOCK_M)
-        b_m, h_m = (pid_m // programs // kv_heads).to(tl.int64), (pid_m // programs % kv_heads).to(tl.int64)
-        split_m, tile_m = pid_m % programs % splits, pid_m % programs // splits
+        b_m, h_m, split_m, tile_m = _place(program_again(m, BLOCK_M), tl.cdiv(sq * group, BLOCK_M), splits, kv_heads)
         row, head = ((tile_m * BLOCK_M + m) // group).to(tl.int64), h_m * group + (tile_m * BLOCK_M + m) % group
         lo_m, hi_m = lo_ptr + b_m * stride_mask_rows, hi_ptr + b_m * stride_mask_rows
         _, _, first_m, _, _, last_m = row_bounds(lo_m, hi_m, (tile_m * BLOCK_M + offs_m) // group, sq, sk)
