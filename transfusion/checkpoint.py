@@ -12,6 +12,7 @@ CRC-32 of each file of weights, which finds every flipped bit at some 3.5 GB/s (
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import os
 import re
@@ -73,6 +74,9 @@ def written(path: Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{ASIDE}{os.getpid()}-{path.name}")
+    for left in path.parent.glob(f"{ASIDE}*-{glob.escape(path.name)}"):
+        if not _runs(left.name.removeprefix(ASIDE).split("-")[0]):  # its writer was killed
+            left.unlink(missing_ok=True)
     try:
         with file_errors(path):
             aside.touch()
@@ -84,6 +88,10 @@ def written(path: Path) -> Iterator[Path]:
             sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _runs(pid: str) -> bool:
+    return not pid.isdigit() or Path("/proc", pid).exists() or not Path("/proc/self").exists()
 
 
 def check_writable(command: str, directory: Path) -> None:

@@ -16,7 +16,7 @@ from transfusion.data import DIGIT_NAMES, Digits
 from transfusion.eval.digits import draw_digits, evaluate, tell_story
 from transfusion.eval.pictures import loss_curves, sample_grid
 from transfusion.model import Transfusion
-from transfusion.run_state import logged_seconds, plain_errors
+from transfusion.run_state import claim, logged_seconds, plain_errors, saved_step
 from transfusion.sequence import Image
 from transfusion.train import TrainConfig, digits, train_to_end
 
@@ -25,6 +25,11 @@ STEPS, GUIDANCE = 30, 2.0
 
 def demo(config: TrainConfig) -> dict:
     """Train, sample and measure; return what metrics.json holds."""
+    with claim("demo", config.out, {"tune.start": config.tune.start}, resume=saved_step(config.out) is not None):
+        return _demo(config)
+
+
+def _demo(config: TrainConfig) -> dict:
     began = time.perf_counter()
     out = train_to_end(config)
     model = Transfusion.from_pretrained(out).eval()

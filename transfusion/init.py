@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from transfusion.checkpoint import check_files
 from transfusion.config import TransfusionConfig
 from transfusion.model import Transfusion
 from transfusion.run_state import claim
@@ -59,6 +60,8 @@ def load_language_model(path: Path):
         where, options, weights = path, {}, {"use_safetensors": True}
     if not (path.is_file() if options else (path / "config.json").is_file()):
         raise ValueError(f"init: llm is {str(path)!r}, which is no checkpoint; a directory with config.json and *.safetensors, or a .gguf file, fits")
+    if not options:
+        check_files(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
         decoder = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, trust_remote_code=False, **options, **weights)

@@ -12,6 +12,7 @@ import os
 import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from safetensors import SafetensorError
@@ -178,29 +179,30 @@ def numbers(**values: torch.Tensor) -> dict[str, float]:
     return dict(zip(values, torch.stack([x.detach().float() for x in values.values()]).tolist()))
 
 
-def check_finite(command: str, out: Path, step: int, values: Mapping[str, float]) -> None:
+def check_finite(command: str, out: Path, step: int, values: Mapping[str, float], way_on: str = "") -> None:
     """Refuse to take a step whose losses or gradient are not finite.
 
     Raises:
-        FloatingPointError: with what stands and how to go on.
+        FloatingPointError: with what stands and how to go on; `way_on` says it of trainers without --resume.
     """
     bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
     if bad:
-        raise FloatingPointError(f"{command}: in step {step:,} {', '.join(bad)}; {_way_on(out, step)}")
+        raise FloatingPointError(f"{command}: in step {step:,} {', '.join(bad)}; {way_on or _way_on(out, step)}")
 
 
-def check_weights(command: str, out: Path, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
+def check_weights(command: str, out: Path, step: int, tensors: Mapping[str, torch.Tensor], way_on: str = "") -> None:
     """Refuse to save weights or moments that are not finite, before anything of the older save is touched.
 
     Raises:
-        FloatingPointError: with what stands and how to go on.
+        FloatingPointError: as `check_finite`.
     """
     names = [name for name, x in tensors.items() if x.is_floating_point()]
     flags = [torch.isfinite(tensors[name]).all() for name in names]
     flags = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()  # one wait for the device
     bad = [name for name, fine in zip(names, flags) if not fine]
     if bad:
-        raise FloatingPointError(f"{command}: after {step:,} steps {len(bad)} tensors are not finite ({bad[0]}); they are not saved; {_way_on(out, step)}")
+        raise FloatingPointError(f"{command}: after {step:,} steps {len(bad)} tensors are not finite ({bad[0]}); they are not saved; "
+                                 f"{way_on or _way_on(out, step)}")
 
 
 def _way_on(out: Path, step: int) -> str:
@@ -290,6 +292,18 @@ def start_log(log: Path, step: int) -> float:
     with written(log) as aside:
         aside.write_text("".join(json.dumps(record) + "\n" for record in records))
     return records[-1].get("seconds", 0.0) if records else 0.0
+
+
+@contextlib.contextmanager
+def open_log(log: Path) -> Iterator[TextIO]:
+    """Open a log to add records; a full disk is said with its name."""
+    try:
+        with log.open("a") as file:
+            yield file
+    except OSError as error:
+        if error.filename is not None or error.errno not in FULL:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(log)) from error
 
 
 def logged_seconds(log: Path) -> float:

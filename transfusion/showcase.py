@@ -27,7 +27,7 @@ from transfusion.eval.emoji import Judges, bits_per_byte, draw_emoji, read_capti
 from transfusion.eval.pictures import emoji_grid, loss_curves
 from transfusion.latents import open_dataset
 from transfusion.model import Transfusion
-from transfusion.run_state import logged_seconds, plain_errors
+from transfusion.run_state import claim, logged_seconds, plain_errors, saved_step
 from transfusion.settings import Count, NotNegative, check
 from transfusion.train import TrainConfig, build_model, check_settings, emoji, start_model, train_to_end
 
@@ -64,6 +64,13 @@ def showcase(settings: ShowcaseSettings) -> dict:
     """Train what is not trained yet, draw, judge; return what metrics.json holds."""
     check("showcase", settings)
     check_settings("showcase", settings.train, "train.")
+    config = settings.train
+    with claim("showcase", config.out, {"train.tune.start": config.tune.start, "train.data.latents": config.data.latents},
+               resume=saved_step(config.out) is not None):
+        return _showcase(settings)
+
+
+def _showcase(settings: ShowcaseSettings) -> dict:
     config, began = settings.train, time.perf_counter()
     text, device = read_plain_text(settings.plain_text), choose_device(config.device)
     dataset, vae = open_dataset(config.data)

@@ -34,6 +34,7 @@ from transfusion.run_state import (
     load_state,
     load_training_state,
     numbers,
+    open_log,
     plain_errors,
     saved_step,
     start_log,
@@ -252,7 +253,7 @@ def _train(config: TrainConfig) -> Path:
     progress = tqdm(range(start, config.optim.steps), initial=start, total=config.optim.steps, desc=f"train {config.out.name}", smoothing=0.05,
                     unit="step", dynamic_ncols=True)
     began, tokens = time.perf_counter() - spent, 0
-    with Interrupt() as stop, (config.out / "log.jsonl").open("a") as log:
+    with Interrupt() as stop, open_log(config.out / "log.jsonl") as log:
         step = start
         for step in progress:
             for group in optimizer.param_groups:

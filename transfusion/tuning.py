@@ -138,7 +138,8 @@ def _named_bases(path: Path) -> list[Path]:
     file = current(path, BASE)
     kept = read_json(file) if file.is_file() else {}
     said = [kept.get("relative"), kept.get("absolute"), read_json(current(path, "adapter_config.json")).get("base_model_name_or_path")]
-    places = [home / place for place in said if isinstance(place, str) for home in dict.fromkeys((path, path.resolve(), Path()))]
+    places = [home / place for place in said if isinstance(place, str) for home in dict.fromkeys((path, path.resolve()))]
+    places += [Path(said[2])] if isinstance(said[2], str) else []
     return [place for place in places if not kept.get("weights") or checksums(place) in ({}, kept["weights"])]
 
 

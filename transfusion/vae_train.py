@@ -34,6 +34,7 @@ from transfusion.run_state import (
     load_state,
     load_training_state,
     numbers,
+    open_log,
     plain_errors,
     start_log,
     training_state,
@@ -298,7 +299,7 @@ def _train(config: VAETrainConfig) -> Path:
     progress = tqdm(range(start, config.optim.steps), initial=start, total=config.optim.steps, desc=f"vae train {config.out.name}", smoothing=0.05,
                     unit="step", dynamic_ncols=True)
     began = time.perf_counter() - spent
-    with Interrupt() as stop, (config.out / "log.jsonl").open("a") as log:
+    with Interrupt() as stop, open_log(config.out / "log.jsonl") as log:
         step = start
         for step in progress:
             for group in (*optimizer.param_groups, *opponent.param_groups):

@@ -32,6 +32,7 @@ from transfusion.eval.features import Features, Preprocessing, in_batches
 from transfusion.run_state import Interrupt, check_finite, check_weights, claim, numbers, plain_errors, saved_run
 from transfusion.settings import Count, Decay, NotNegative, Positive, Seed, Share, check
 
+DIVERGED = "what was saved before stands; train again with a lower lr"
 _EMOJI = {
     "name": lambda dataset: (dataset.labels, dataset.names), "style": lambda dataset: (dataset.styles, STYLES),
     "category": lambda dataset: (dataset.categories, dataset.category_names), "kind": lambda dataset: (dataset.kinds, dataset.kind_names)}
@@ -140,7 +141,7 @@ def _train(images: Tensor, labels: Tensor, label_names: Sequence[str], out: Path
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             found = numbers(loss=loss, grad_norm=norm)
-            check_finite("train_classifier", out, step, found)
+            check_finite("train_classifier", out, step, found, DIVERGED)
             optimizer.step()
             optimizer.zero_grad()
             progress.set_postfix(loss=f"{found['loss']:.3f}")
@@ -192,7 +193,7 @@ def check_out(out: Path) -> None:
 def save(network: ResNetForImageClassification, out: Path, run: dict) -> None:
     """Write the checkpoint, what its pictures go through, and what it was made of, together; the state kept on the way goes."""
     size = run["settings"]["size"]
-    check_weights("train_classifier", out, run["settings"]["steps"], network.state_dict())
+    check_weights("train_classifier", out, run["settings"]["steps"], network.state_dict(), DIVERGED)
     with replacing(out) as fresh:
         network.save_pretrained(fresh)
         ViTImageProcessorPil(size={"height": size, "width": size}, image_mean=[0.5], image_std=[0.5]).save_pretrained(fresh)
@@ -237,7 +238,7 @@ def _keep(out: Path, run: dict, network: ResNetForImageClassification, optimizer
     """Write what going on needs; a kill while writing leaves the state before, and an older classifier stays until the new one is whole."""
     state = {f"network.{name}": x for name, x in network.state_dict().items()}
     state |= {f"optimizer.{i}.{key}": x for i, values in optimizer.state_dict()["state"].items() for key, x in values.items()}
-    check_weights("train_classifier", out, step, state)
+    check_weights("train_classifier", out, step, state, DIVERGED)
     with replacing(out, weights=False) as fresh:
         (fresh / "resume").mkdir()
         save_file({name: x.contiguous() for name, x in state.items()}, fresh / "resume" / "state.safetensors")

@@ -70,6 +70,9 @@ def emoji_grid(path: Path, titles: list[str], shown: Tensor, drawn: Tensor, real
 def loss_curves(path: Path, log: Path) -> None:
     """Plot the text and the diffusion loss of a training log (JSON lines), raw and as a running mean."""
     records = read_log(log)
+    if not records:
+        print(f"{log} holds no step: {path} is not drawn", flush=True)
+        return
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for axis, key, title in zip(axes, ("text_loss", "diffusion_loss"), ("text loss (nats per token)", "diffusion loss (mean squared error)")):
         values = torch.tensor([record[key] for record in records])

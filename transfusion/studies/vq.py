@@ -19,6 +19,8 @@ from transfusion.settings import Count, Positive, check
 
 GROUPS = 8
 
+DIVERGED = "nothing was saved; train again with a lower lr"
+
 
 @dataclass(frozen=True)
 class VQSettings:
@@ -73,11 +75,11 @@ def _train(images: Tensor, out: Path, settings: VQSettings, seed: int) -> VQMode
             loss = torch.nn.functional.mse_loss(decoded.sample, batch) + decoded.commit_loss.mean()
             loss.backward()
             norm = torch.nn.utils.get_total_norm([p.grad for p in autoencoder.parameters() if p.grad is not None])
-            check_finite("train_autoencoder", out, step, numbers(loss=loss, grad_norm=norm))
+            check_finite("train_autoencoder", out, step, numbers(loss=loss, grad_norm=norm), DIVERGED)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-    check_weights("train_autoencoder", out, settings.steps, autoencoder.state_dict())
+    check_weights("train_autoencoder", out, settings.steps, autoencoder.state_dict(), DIVERGED)
     with replacing(out) as fresh:
         autoencoder.save_pretrained(fresh, safe_serialization=True)
     return autoencoder.eval().requires_grad_(False)
