@@ -90,21 +90,21 @@ def test_no_number_of_any_settings_may_be_nan_infinite_negative_or_no_number(nam
 
 
 @pytest.mark.parametrize("changes,message", [
-    ({"steps": 0}, "op: steps is 0; a whole number at least 1 fits"),
-    ({"steps": 2.0}, "op: steps is 2.0; a whole number at least 1 fits"),
-    ({"warmup": -1}, "op: warmup is -1; a whole number at least 0 fits"),
+    ({"steps": 0}, "op: steps is 0; a whole number of at least 1 fits"),
+    ({"steps": 2.0}, "op: steps is 2.0; a whole number of at least 1 fits"),
+    ({"warmup": -1}, "op: warmup is -1; a whole number of at least 0 fits"),
     ({"lr": 0.0}, "op: lr is 0.0; a number above 0 fits"),
     ({"free": math.nan}, "op: free is nan; a number fits"),
     ({"limit": 1.0}, "op: limit is 1.0; a number above 1 and at most 2 fits"),
-    ({"stop": 0}, "op: stop is 0; a whole number at least 1 or None fits"),
+    ({"stop": 0}, "op: stop is 0; a whole number of at least 1 or None fits"),
     ({"out": "runs"}, "op: out is 'runs'; a pathlib.Path or None fits"),
     ({"on": "no"}, "op: on is 'no'; True or False fits"),
     ({"mode": "c"}, "op: mode is 'c'; one of 'a', 'b' fits"),
-    ({"inner": Inner(share=1.5)}, "op: inner.share is 1.5; a number at least 0 and at most 1 fits"),
-    ({"inner": Inner(decays=(0.9, 1.0))}, r"op: inner.decays is \(0.9, 1.0\); a number at least 0 and below 1 fits at each place"),
+    ({"inner": Inner(share=1.5)}, "op: inner.share is 1.5; a number of at least 0 and at most 1 fits"),
+    ({"inner": Inner(decays=(0.9, 1.0))}, r"op: inner.decays is \(0.9, 1.0\); a number of at least 0 and below 1 fits at each place"),
     ({"inner": Inner(decays=(0.9,))}, r"op: inner.decays is \(0.9,\); a tuple of 2 fits"),
     ({"inner": Inner(widths=())}, r"op: inner.widths is \(\); a tuple of one or more fits"),
-    ({"inner": Inner(widths=(8, 0))}, r"op: inner.widths is \(8, 0\); a whole number at least 1 fits at each place"),
+    ({"inner": Inner(widths=(8, 0))}, r"op: inner.widths is \(8, 0\); a whole number of at least 1 fits at each place"),
     ({"inner": Inner(kind="flw")}, "op: inner.kind is 'flw'; one of 'flow', 'eps' fits; did you mean 'flow'?"),
     ({"inner": None}, "op: inner is None; settings of class Inner fit"),
     ({"inner": Inner(kind=["flow"])}, r"op: inner.kind is \['flow'\]; one of 'flow', 'eps' fits"),
@@ -162,7 +162,7 @@ def test_what_holds_other_settings_names_theirs_as_they_are_typed(tmp_path):
 
 def test_a_command_answers_in_one_line(tmp_path):
     for args, line in ((["train", "digits", "--optim.clip", "-1"], "error: train: optim.clip is -1.0; a number above 0 fits"),
-                       (["vae", "train", "small", "--optim.ema", "nan"], "error: vae train: optim.ema is nan; a number at least 0 and below 1 fits")):
+                       (["vae", "train", "small", "--optim.ema", "nan"], "error: vae train: optim.ema is nan; a number of at least 0 and below 1 fits")):
         with pytest.raises(SystemExit) as stop:
             main([*args, "--out", str(tmp_path / "run")])
         assert str(stop.value) == line and not (tmp_path / "run").exists()
@@ -171,5 +171,5 @@ def test_a_command_answers_in_one_line(tmp_path):
 def test_devices_are_those_of_the_machine():
     assert choose_device("cpu").type == "cpu" and choose_device("auto") is not None
     for name in ("gpu", "cuda:99", "meta", "cpuu", ""):
-        with pytest.raises(ValueError, match=f"device is {name!r}; 'auto', 'cpu'.* fit on this machine"):
+        with pytest.raises(ValueError, match=f"device is {name!r}, which this machine does not have; auto, cpu.* fit"):
             choose_device(name)
