@@ -160,8 +160,8 @@ def fill_rows(draw: Callable[[], Document], rows: int, seq_len: int, longest: in
 
     Whether to draw again is decided before the next document is seen, and what is drawn is used. So, by Wald's
     identity, a batch holds in expectation the share of each kind of document times the number of documents: to throw
-    away what does not fit would favour the short ones. A document of more than `longest` tokens that fits no more, rarer than one in
-    `PROBED`, begins the rows anew: it has no second chance, the others have.
+    away what does not fit would favour the short ones. A document of more than `longest` tokens that fits no more,
+    rarer than one in `PROBED`, begins the rows anew: it has no second chance, the others have.
 
     Returns:
         The rows, and how many documents were left out because they are longer than a row.
