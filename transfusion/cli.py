@@ -75,7 +75,7 @@ class Caption:
 
 
 def load_image(path: Path, config, vae: VAE | None = None) -> Image:
-    """Read a picture file as training reads it, in the model's channels and size, values in [-1, 1], or the latent that its VAE makes of them."""
+    """Read a picture file as training does: the model's channels and size, in [-1, 1], or what its VAE makes of it."""
     channels, factor = (config.image_channels, 1) if vae is None else (vae.picture_channels, vae.factor)
     if channels not in (1, 3):
         raise ValueError(f"load_image: the model's images have {channels} channels and no VAE; picture files fit models of 1 (grey) or 3 (colour), "

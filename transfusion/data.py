@@ -104,7 +104,7 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 
 class Lengths(NamedTuple):
-    """Of `PROBED` documents: `longest`, tokens of the longest that fits in a row, and `left_out`, the share that is longer than one."""
+    """Of `PROBED` documents: tokens of the longest that fits in a row, and the share of those that do not."""
 
     longest: int
     left_out: float
@@ -116,18 +116,21 @@ def document_lengths(dataset, settings: DataSettings, tokenizer, config, seq_len
     Raises:
         ValueError: every document is longer than a row.
     """
-    return _document_lengths(dataset.document, settings, tokenizer, config.boi_token_id, config.eoi_token_id, config.image_channels, config.patch_size, seq_len)
+    names = "boi_token_id", "eoi_token_id", "image_channels", "patch_size"
+    kind = tuple((name, getattr(config, name)) for name in names)
+    return _document_lengths(dataset.document, settings, tokenizer, kind, seq_len)
 
 
 @functools.lru_cache(maxsize=16)
-def _document_lengths(document: Callable, settings: DataSettings, tokenizer, *shape: int) -> Lengths:
-    *tokens, channels, patch_size, seq_len = shape
-    config = SimpleNamespace(boi_token_id=tokens[0], eoi_token_id=tokens[1], image_channels=channels, patch_size=patch_size)
-    generator = torch.Generator().manual_seed(0)
+def _document_lengths(document: Callable, settings: DataSettings, tokenizer, kind: tuple, seq_len: int) -> Lengths:
+    config, generator = SimpleNamespace(**dict(kind)), torch.Generator().manual_seed(0)
     lengths = [len(_draw(document, settings, tokenizer, config, generator).tokens) for _ in range(PROBED)]
     if min(lengths) > seq_len:
-        raise ValueError(f"draw_batch: seq_len is {seq_len} and the shortest of {PROBED} documents has {min(lengths)} tokens; raise seq_len")
-    return Lengths(max(length for length in lengths if length <= seq_len), sum(length > seq_len for length in lengths) / PROBED)
+        shortest = min(lengths)
+        raise ValueError(f"draw_batch: seq_len is {seq_len} and the shortest of {PROBED} documents has {shortest} "
+                         "tokens; raise seq_len")
+    fits = [length for length in lengths if length <= seq_len]
+    return Lengths(max(fits), (PROBED - len(fits)) / PROBED)
 
 
 def _draw(document: Callable, settings: DataSettings, tokenizer, config, generator: torch.Generator) -> Document:
@@ -135,29 +138,33 @@ def _draw(document: Callable, settings: DataSettings, tokenizer, config, generat
 
 
 def draw_batch(dataset, settings: DataSettings, tokenizer, config, rows: int, seq_len: int, generator: torch.Generator) -> tuple[Sequence, Tensor]:
-    """Draw documents until the longest there is might not fit any more; return them packed, and each image's noise limit (N,).
+    """Draw documents until the longest might not fit any more; return them packed, and each image's noise limit (N,).
 
-    Every document that is drawn is trained on, so that all are in the shares in which the data set draws them, whatever their lengths (`fill_rows`).
-    Only those longer than a row are left out: `left_out` of the sequence says how many.
+    Every document that is drawn is trained on, so that long ones and short ones are trained on as often as the data set
+    draws them (`fill_rows`). Only those longer than a row are left out: `left_out` of the sequence says how many.
 
     Raises:
         ValueError: settings that do not exist, or every document is longer than a row.
     """
     check("draw_batch", settings, "settings.")
     longest = document_lengths(dataset, settings, tokenizer, config, seq_len).longest
-    packed, left_out = fill_rows(lambda: _draw(dataset.document, settings, tokenizer, config, generator), rows, seq_len, longest)
+    draw = functools.partial(_draw, dataset.document, settings, tokenizer, config, generator)
+    packed, left_out = fill_rows(draw, rows, seq_len, longest)
     sequence = replace(lay_out(packed, seq_len, config.patch_dim), left_out=left_out)
     limit = settings.noise_limit if settings.context == "noised" else 1.0
     return sequence, torch.where(sequence.image_first & _captioned(sequence), limit, 1.0)
 
 
 def fill_rows(draw: Callable[[], Document], rows: int, seq_len: int, longest: int) -> tuple[list[list[Document]], int]:
-    """Pack what `draw` gives into rows, as long as one of them, once they are packed anew, has room for `longest` tokens; return the rows and
-    how many documents were left out, being longer than a row.
+    """Pack what `draw` gives into rows as long as one of them has room for `longest` tokens, if need be packed anew.
 
-    Whether to draw again is decided before the next document is seen, and what is drawn is used: so (Wald's identity) the expected number of documents
-    of any kind in a batch is their share times the expected number of documents. To throw away what does not fit would favour the short ones.
-    A document longer than `longest` that fits no more, rarer than one in `PROBED`, begins the rows anew: it has no second chance, the others have.
+    Whether to draw again is decided before the next document is seen, and what is drawn is used. So, by Wald's
+    identity, a batch holds in expectation the share of each kind of document times the number of documents: to throw
+    away what does not fit would favour the short ones. A document of more than `longest` tokens that fits no more,
+    rarer than one in `PROBED`, begins the rows anew: it has no second chance, the others have.
+
+    Returns:
+        The rows, and how many documents were left out because they are longer than a row.
     """
     packed, free, left_out = [[] for _ in range(rows)], [seq_len] * rows, 0
     while True:
@@ -178,8 +185,8 @@ def fill_rows(draw: Callable[[], Document], rows: int, seq_len: int, longest: in
         free[at] -= size
 
 
-def _pack_anew(packed: list[list[Document]], free: list[int], seq_len: int, longest: int) -> tuple[list[list[Document]], list[int]]:
-    """Pack documents best-fit decreasing, where that may make room for `longest` tokens; else, and where they fit worse, leave them as they are."""
+def _pack_anew(packed: list, free: list[int], seq_len: int, longest: int) -> tuple[list[list[Document]], list[int]]:
+    """Pack documents best-fit decreasing where that may make room for `longest` tokens; where they fit worse, not."""
     if sum(free) < longest:
         return packed, free
     rooms, anew = [(seq_len, i) for i in range(len(packed))], [[] for _ in packed]

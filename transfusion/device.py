@@ -1,5 +1,4 @@
 """The device that a setting names, and how long it takes for something."""
-import difflib
 import time
 from collections.abc import Callable
 
@@ -7,22 +6,23 @@ import torch
 
 
 def choose_device(name: str) -> torch.device:
-    """Return cpu, cuda, cuda:1, ... as named, or for "auto" the accelerator if there is one.
+    """Return cpu, cuda, ... as named, or for "auto" the accelerator if there is one.
 
     Raises:
-        ValueError: a device that this machine has not.
+        ValueError: a device that does not exist or that this machine has not.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":
         return accelerator or torch.device("cpu")
-    names = ["cpu"]
-    if accelerator is not None:
-        names += [accelerator.type, *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
-    if name not in names:
-        near = difflib.get_close_matches(str(name), names, n=1)
-        raise ValueError(f"device is {name!r}; 'auto', {', '.join(map(repr, names))} fit on this machine"
-                         + (f"; did you mean {near[0]!r}?" if near else ""))
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        device = None
+    here = {"cpu": 1} | ({accelerator.type: torch.accelerator.device_count()} if accelerator else {})
+    if device is None or (device.index or 0) >= here.get(device.type, 0):
+        fits = ["auto", "cpu"] + ([accelerator.type, f"{accelerator.type}:0 to :{here[accelerator.type] - 1}"] if accelerator else [])
+        raise ValueError(f"device is {name!r}, which this machine does not have; {', '.join(fits)} fit")
+    return device
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:

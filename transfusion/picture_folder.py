@@ -21,8 +21,9 @@ from transfusion.settings import Count, check
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SPLITS = ("train", "held-out")
-UNREADABLE = (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, EOFError, NotImplementedError, MemoryError,
-              struct.error, zlib.error, Picture.DecompressionBombError)  # what Pillow raises of bad files
+UNREADABLE = (  # what Pillow raises of bad files
+    OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, EOFError, MemoryError,
+    NotImplementedError, struct.error, zlib.error, Picture.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class PictureSettings:
 class PictureFolder:
     """The picture files of one split of a folder, each cropped to its central square and resized (Lanczos); transparent parts become white.
 
-    Files that cannot be read are left out at the start and counted (`skipped`); one that breaks later is replaced by the next.
+    Files that cannot be read are left out at the start and counted (`skipped`); one that breaks later is replaced by
+    the next.
     """
 
     def __init__(self, settings: PictureSettings, split: str = "train"):
@@ -80,9 +82,10 @@ class PictureFolder:
 
 
 def read_picture(path: Path, size: int | tuple[int, int], channels: int) -> Tensor:
-    """Read a file as (channels, height, width) in [-1, 1], of `size` or (height, width): as its camera held it, its central part of that shape, resized.
+    """Read a file as (channels, height, width) in [-1, 1]: its central part, of `size` or (height, width), resized.
 
-    It is white where it is transparent. 16 bits a channel are rounded to 8; of an animation, the first picture is read.
+    It stands as its camera held it and is white where it is transparent. 16 bits a channel are rounded to 8; of an
+    animation, the first picture is read.
 
     Raises:
         ValueError: a file that is no picture, is damaged, or is so large that Pillow takes it for an attack.
@@ -90,9 +93,11 @@ def read_picture(path: Path, size: int | tuple[int, int], channels: int) -> Tens
     height, width = (size, size) if isinstance(size, int) else size
     picture = _open_picture(path)
     columns, lines = picture.size
-    wide, high = min(columns, max(1, round(lines * width / height))), min(lines, max(1, round(columns * height / width)))
+    wide = min(columns, max(1, round(lines * width / height)))
+    high = min(lines, max(1, round(columns * height / width)))
     left, top = (columns - wide) // 2, (lines - high) // 2
-    picture = Picture.alpha_composite(Picture.new("RGBA", picture.size, "white"), picture).convert("L" if channels == 1 else "RGB")
+    picture = Picture.alpha_composite(Picture.new("RGBA", picture.size, "white"), picture)
+    picture = picture.convert("L" if channels == 1 else "RGB")
     picture = picture.resize((width, height), Picture.Resampling.LANCZOS, box=(left, top, left + wide, top + high))
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, channels)
     return pixels.movedim(-1, 0).float() / 127.5 - 1
@@ -103,10 +108,12 @@ def _open_picture(path: Path) -> Picture.Image:
     try:
         with Picture.open(path) as picture:
             upright = ImageOps.exif_transpose(picture)
-            if upright.mode.startswith("I;16") or upright.mode == "I" and picture.format == "PNG":  # Pillow before 11.3 opens 16 bits of a PNG as I
-                upright = Picture.fromarray(((np.asarray(upright).astype(np.int64) * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8))
+            if upright.mode.startswith("I;16") or upright.mode == "I" and picture.format == "PNG":  # both are 16 bits
+                pixels = np.asarray(upright).astype(np.int64)
+                upright = Picture.fromarray(((pixels * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8))
             if upright.mode in ("I", "F"):
-                raise ValueError(f"pixels of kind {upright.mode}, whose white is not known, where 8 or 16 bits a channel fit; convert it")
+                raise ValueError(f"pixels of kind {upright.mode}, whose white is not known; 8 or 16 bits a channel "
+                                 "fit; convert it")
             return upright.convert("RGBA")
     except UNREADABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""What fits in settings: each number says its range and each choice its names beside the field; `check` refuses all else before anything runs.
+"""What fits in settings: beside its field a number says its range and a choice its names; `check` refuses all else.
 
     steps: Annotated[int, Range(1)] = 1000                  betas: tuple[Share, Share] = (0.9, 0.95)
     times: Annotated[str, OneOf(TIMES)] = "uniform"
@@ -31,7 +31,7 @@ class Range:
 
     def words(self) -> str:
         """Say which fit, behind "a number"."""
-        ends = {"at least ": self.low, "above ": self.above, "at most ": self.high, "below ": self.below}
+        ends = {"of at least ": self.low, "above ": self.above, "at most ": self.high, "below ": self.below}
         return " and ".join(f"{words}{end:g}" for words, end in ends.items() if math.isfinite(end))
 
 
@@ -49,10 +49,11 @@ Seed = Annotated[int, Range(0, 2**63 - 1)]
 
 
 def check(op: str, settings, prefix: str = "") -> None:
-    """Refuse settings, a dataclass, and those in its fields, where a value does not fit; the error names the first, behind `prefix`.
+    """Refuse settings, a dataclass, where a value does not fit, in its fields' settings too.
 
     Raises:
-        ValueError: a number out of its range, NaN or infinite, a value of another kind, or a name that is none of the choices.
+        ValueError: a number out of its range, NaN or infinite, a value of another kind, or a name that is none of the
+            choices; the first of them is named, behind `prefix`.
     """
     for name, hint in _hints(type(settings)).items():
         value = getattr(settings, name)
@@ -80,8 +81,8 @@ def _misfit(value, hint) -> str | None:
         return _tuple_misfit(value, inner)
     if origin is Literal:
         return _choice_misfit(value, inner)
-    rule = next((rule for rule in inner[1:] if isinstance(rule, Range | OneOf)), Range()) if origin is Annotated else Range()
-    kind = inner[0] if origin is Annotated else hint
+    kind, *notes = inner if origin is Annotated else (hint,)
+    rule = next((note for note in notes if isinstance(note, Range | OneOf)), Range())
     if isinstance(rule, OneOf):
         return _choice_misfit(value, rule.choices)
     if kind in (int, float):
@@ -90,8 +91,10 @@ def _misfit(value, hint) -> str | None:
 
 
 def _number_misfit(value, kind: type, rule: Range) -> str | None:
-    right = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return None if right and value in rule else " ".join(filter(None, (KINDS[kind], rule.words(), "fits")))
+    right = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    if right and math.isfinite(value) and value in rule:
+        return None
+    return " ".join(filter(None, (KINDS[kind], rule.words(), "fits")))
 
 
 def _choice_misfit(value, choices: Container) -> str | None:
@@ -104,5 +107,6 @@ def _choice_misfit(value, choices: Container) -> str | None:
 def _tuple_misfit(value, inner: tuple) -> str | None:
     if isinstance(value, tuple | list) and value and (inner[-1] is ... or len(value) == len(inner)):
         parts = inner[:1] * len(value) if inner[-1] is ... else inner
-        return next((f"{misfit} at each place" for part, one in zip(parts, value) if (misfit := _misfit(one, part))), None)
+        misfits = filter(None, map(_misfit, value, parts))
+        return next((f"{misfit} at each place" for misfit in misfits), None)
     return f"a tuple of {'one or more' if inner[-1] is ... else len(inner)} fits"

@@ -176,10 +176,11 @@ def check_settings(op: str, config: TrainConfig, prefix: str = "") -> None:
     check(op, config, prefix)
     model = config.model
     if model.hidden % (2 * model.heads):
-        raise ValueError(f"{op}: {prefix}model.heads is {model.heads} and {prefix}model.hidden {model.hidden}; heads of an even width fit, whose number "
-                         "times their width is hidden")
+        raise ValueError(f"{op}: {prefix}model.heads is {model.heads} and {prefix}model.hidden {model.hidden}; "
+                         "heads of an even width fit, whose number times their width is hidden")
     if model.heads % model.kv_heads:
-        raise ValueError(f"{op}: {prefix}model.kv_heads is {model.kv_heads} and {prefix}model.heads {model.heads}; a divisor of heads fits")
+        raise ValueError(f"{op}: {prefix}model.kv_heads is {model.kv_heads} and {prefix}model.heads {model.heads}; "
+                         "a divisor of heads fits")
 
 
 def build_model(config: TrainConfig, dataset) -> Transfusion:
@@ -232,8 +233,8 @@ def _train(config: TrainConfig) -> Path:
     averaged = build_average(model, config.optim)
     print(trained_table(model), flush=True)
     if share := document_lengths(dataset, config.data, base.tokenizer, base.config, config.optim.seq_len).left_out:
-        print(f"documents of more than optim.seq_len, {config.optim.seq_len} tokens, are left out, about {100 * share:.1f} % of those drawn; the log counts "
-              "them (left_out)", flush=True)
+        print(f"documents of more than optim.seq_len, {config.optim.seq_len} tokens, are left out, about "
+              f"{100 * share:.1f} % of those drawn; the log counts them (left_out)", flush=True)
 
     # optimizer
     optimizer = build_optimizer(model, config.optim)
@@ -244,7 +245,8 @@ def _train(config: TrainConfig) -> Path:
         sequence, limit = draw_batch(dataset, config.data, base.tokenizer, base.config, config.optim.rows, config.optim.seq_len, generator)
         times = sample_times(config.optim.times, limit, sequence.layout.offsets.diff(), base.config.time_shift_tokens, generator).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
-            return model(sequence.to(device), times, torch.tensor([config.seed, step], device=device)), sequence.left_out
+            output = model(sequence.to(device), times, torch.tensor([config.seed, step], device=device))
+        return output, sequence.left_out
 
     print(_cost(config, forward, optimizer, start, device), flush=True)
 

@@ -181,7 +181,8 @@ def build_autoencoder(settings: AutoencoderSettings, shape: tuple[int, int, int]
         raise ValueError(f"vae train: pictures have shape {tuple(shape)} and model.widths is {settings.widths}; sides that {factor} divides fit; set "
                          "--data.size (folders) or fewer widths")
     if any(width % settings.groups for width in settings.widths):
-        raise ValueError(f"vae train: model.groups is {settings.groups} and model.widths {settings.widths}; a divisor of each width fits")
+        raise ValueError(f"vae train: model.groups is {settings.groups} and model.widths {settings.widths}; "
+                         "a divisor of each width fits")
     torch.manual_seed(seed)
     autoencoder = AutoencoderKL(
         in_channels=channels, out_channels=channels, latent_channels=settings.latent_channels, block_out_channels=settings.widths,

@@ -97,7 +97,7 @@ class Mixture:
     def document(self, generator, settings):
         kind = int(torch.multinomial(self.shares, 1, generator=generator))
         self.drawn.append(self.lengths[kind])
-        return [Text("a" * (self.lengths[kind] - 2))]                                     # between BOS and EOS, a token for each character
+        return [Text("a" * (self.lengths[kind] - 2))]  # between BOS and EOS, a token for each character
 
 
 @pytest.fixture(scope="module")
@@ -112,16 +112,18 @@ def trained_lengths(model, dataset, rows, seq_len, steps, seed=0):
     """Lengths of the documents of so many batches, and the share of padding."""
     lengths, padding = [], 0.0
     for step in range(steps):
-        sequence, _ = draw_batch(dataset, DataSettings(), model.tokenizer, model.config, rows, seq_len, step_generator(seed, step))
+        generator = step_generator(seed, step)
+        sequence, _ = draw_batch(dataset, DataSettings(), model.tokenizer, model.config, rows, seq_len, generator)
         padding += (sequence.documents < 0).float().mean().item() / steps
         lengths += [int(count) for row in sequence.documents for count in row[row >= 0].bincount()]
     return torch.tensor(lengths), padding
 
 
 @pytest.mark.parametrize("lengths,shares,rows,seq_len", [
-    ((10, 90), (0.5, 0.5), 1, 100), ((10, 90), (0.5, 0.5), 4, 128), ((5, 70), (0.9, 0.1), 2, 100), ((40, 60), (0.5, 0.5), 1, 100),
+    ((10, 90), (0.5, 0.5), 1, 100), ((10, 90), (0.5, 0.5), 4, 128), ((5, 70), (0.9, 0.1), 2, 100),
+    ((40, 60), (0.5, 0.5), 1, 100),
     (tuple(range(4, 60)), None, 1, 128), (tuple(range(4, 60)), None, 8, 128), ((33, 34, 64), (1.0, 1.0, 1.0), 3, 64)])
-def test_documents_are_trained_on_as_often_as_they_are_drawn_whatever_their_lengths(letters, lengths, shares, rows, seq_len):
+def test_documents_of_all_lengths_are_trained_on_as_often_as_drawn(letters, lengths, shares, rows, seq_len):
     dataset = Mixture(lengths, shares)
     found, _ = trained_lengths(letters, dataset, rows, seq_len, steps=600 // rows)
     assert sorted(found.tolist()) == sorted(dataset.drawn[PROBED:])                         # none is thrown away
@@ -149,18 +151,19 @@ def test_documents_longer_than_a_row_are_left_out_and_counted(letters):
     assert lengths.longest == 20 and lengths.left_out == dataset.drawn.count(200) / PROBED > 0.05
     left_out = 0
     for step in range(50):
-        sequence, _ = draw_batch(dataset, DataSettings(), letters.tokenizer, letters.config, 2, 64, step_generator(0, step))
+        generator = step_generator(0, step)
+        sequence, _ = draw_batch(dataset, DataSettings(), letters.tokenizer, letters.config, 2, 64, generator)
         left_out += sequence.left_out
         assert sequence.documents.max() == 2 and sequence.to("cpu").left_out == sequence.left_out
     assert left_out == dataset.drawn[PROBED:].count(200) > 10
-    with pytest.raises(ValueError, match="seq_len is 16 and the shortest of 500 documents has 20 tokens; raise seq_len"):
+    with pytest.raises(ValueError, match="seq_len is 16 and the shortest of 500 documents has 20 tokens; raise"):
         draw_batch(dataset, DataSettings(), letters.tokenizer, letters.config, 2, 16, step_generator(0, 0))
 
 
 @pytest.mark.parametrize("changes,message", [
-    ({"caption_first": 2.0}, "settings.caption_first is 2.0; a number at least 0 and at most 1 fits"),
-    ({"noise_limit": -1.0}, "settings.noise_limit is -1.0; a number at least 0 and at most 1 fits"),
-    ({"story": math.nan}, "settings.story is nan; a number at least 0 and at most 1 fits"),
+    ({"caption_first": 2.0}, "settings.caption_first is 2.0; a number of at least 0 and at most 1 fits"),
+    ({"noise_limit": -1.0}, "settings.noise_limit is -1.0; a number of at least 0 and at most 1 fits"),
+    ({"story": math.nan}, "settings.story is nan; a number of at least 0 and at most 1 fits"),
     ({"name": "digit"}, "settings.name is 'digit'; one of .* fits; did you mean 'digits'"),
 ])
 def test_settings_of_documents_that_do_not_fit_are_refused_by_name(letters, changes, message):

@@ -25,8 +25,8 @@ from transfusion.vae_train import PRESETS as VAE_PRESETS
 from transfusion.vae_train import AutoencoderSettings, LossSettings, VAEOptimSettings, VAETrainConfig
 from transfusion.vae_train import train as train_vae
 
-SETTINGS = (TrainConfig(), VAETrainConfig(), JudgeConfig(), ShowcaseSettings(), Measuring(), VQSettings(), StudySettings("all"),
-            VAEEvalSettings(Path("vae")), EncodeSettings(Path("vae"), Path("out")))
+SETTINGS = (TrainConfig(), VAETrainConfig(), JudgeConfig(), ShowcaseSettings(), Measuring(), VQSettings(),
+            StudySettings("all"), VAEEvalSettings(Path("vae")), EncodeSettings(Path("vae"), Path("out")))
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,21 @@ class Outer:
     inner: Inner = field(default_factory=Inner)
 
 
+def _with(settings, name, value):
+    return dataclasses.replace(settings, **{name: value})
+
+
 def numbers(settings, prefix=""):
     """Every number of settings, also in tuples, as (dotted name, settings with another value there)."""
     for f in dataclasses.fields(settings):
         value = getattr(settings, f.name)
         if dataclasses.is_dataclass(value):
-            yield from ((name, lambda bad, change=change, f=f: dataclasses.replace(settings, **{f.name: change(bad)}))
+            yield from ((name, lambda bad, change=change, f=f: _with(settings, f.name, change(bad)))
                         for name, change in numbers(value, f"{prefix}{f.name}."))
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield prefix + f.name, lambda bad, f=f: dataclasses.replace(settings, **{f.name: bad})
+            yield prefix + f.name, lambda bad, f=f: _with(settings, f.name, bad)
         elif isinstance(value, tuple) and not isinstance(value[0], str):
-            yield prefix + f.name, lambda bad, f=f, value=value: dataclasses.replace(settings, **{f.name: (*value[:-1], bad)})
+            yield prefix + f.name, lambda bad, f=f, first=value[:-1]: _with(settings, f.name, (*first, bad))
 
 
 NUMBERS = [(name, change) for settings in SETTINGS for name, change in numbers(settings)]
@@ -90,21 +94,22 @@ def test_no_number_of_any_settings_may_be_nan_infinite_negative_or_no_number(nam
 
 
 @pytest.mark.parametrize("changes,message", [
-    ({"steps": 0}, "op: steps is 0; a whole number at least 1 fits"),
-    ({"steps": 2.0}, "op: steps is 2.0; a whole number at least 1 fits"),
-    ({"warmup": -1}, "op: warmup is -1; a whole number at least 0 fits"),
+    ({"steps": 0}, "op: steps is 0; a whole number of at least 1 fits"),
+    ({"steps": 2.0}, "op: steps is 2.0; a whole number of at least 1 fits"),
+    ({"warmup": -1}, "op: warmup is -1; a whole number of at least 0 fits"),
     ({"lr": 0.0}, "op: lr is 0.0; a number above 0 fits"),
     ({"free": math.nan}, "op: free is nan; a number fits"),
     ({"limit": 1.0}, "op: limit is 1.0; a number above 1 and at most 2 fits"),
-    ({"stop": 0}, "op: stop is 0; a whole number at least 1 or None fits"),
+    ({"stop": 0}, "op: stop is 0; a whole number of at least 1 or None fits"),
     ({"out": "runs"}, "op: out is 'runs'; a pathlib.Path or None fits"),
     ({"on": "no"}, "op: on is 'no'; True or False fits"),
     ({"mode": "c"}, "op: mode is 'c'; one of 'a', 'b' fits"),
-    ({"inner": Inner(share=1.5)}, "op: inner.share is 1.5; a number at least 0 and at most 1 fits"),
-    ({"inner": Inner(decays=(0.9, 1.0))}, r"op: inner.decays is \(0.9, 1.0\); a number at least 0 and below 1 fits at each place"),
+    ({"inner": Inner(share=1.5)}, "op: inner.share is 1.5; a number of at least 0 and at most 1 fits"),
+    ({"inner": Inner(decays=(0.9, 1.0))},
+     r"op: inner.decays is \(0.9, 1.0\); a number of at least 0 and below 1 fits at each"),
     ({"inner": Inner(decays=(0.9,))}, r"op: inner.decays is \(0.9,\); a tuple of 2 fits"),
     ({"inner": Inner(widths=())}, r"op: inner.widths is \(\); a tuple of one or more fits"),
-    ({"inner": Inner(widths=(8, 0))}, r"op: inner.widths is \(8, 0\); a whole number at least 1 fits at each place"),
+    ({"inner": Inner(widths=(8, 0))}, r"op: inner.widths is \(8, 0\); a whole number of at least 1 fits at each place"),
     ({"inner": Inner(kind="flw")}, "op: inner.kind is 'flw'; one of 'flow', 'eps' fits; did you mean 'flow'?"),
     ({"inner": None}, "op: inner is None; settings of class Inner fit"),
     ({"inner": Inner(kind=["flow"])}, r"op: inner.kind is \['flow'\]; one of 'flow', 'eps' fits"),
@@ -119,17 +124,30 @@ MODEL = ModelSettings(hidden=32, layers=1, heads=2, kv_heads=2, mlp=32)
 
 
 @pytest.mark.parametrize("changes,name", [
-    ({"save_every": 0}, "save_every"), ({"stop_after": 0}, "stop_after"), ({"seed": -1}, "seed"), ({"device": "cudo"}, "device"),
-    ({"optim": OptimSettings(clip=-1.0)}, "optim.clip"), ({"optim": OptimSettings(ema=math.nan)}, "optim.ema"),
-    ({"optim": OptimSettings(steps=0)}, "optim.steps"), ({"optim": OptimSettings(warmup=-1)}, "optim.warmup"),
-    ({"optim": OptimSettings(ema=1.0)}, "optim.ema"), ({"optim": OptimSettings(betas=(1.0, 0.9))}, "optim.betas"),
-    ({"optim": OptimSettings(times="logit")}, "optim.times"), ({"data": DataSettings(caption_first=2.0)}, "data.caption_first"),
-    ({"data": DataSettings(noise_limit=-1.0)}, "data.noise_limit"), ({"data": DataSettings(context="claen")}, "data.context"),
-    ({"data": DataSettings(name="digitz")}, "data.name"), ({"tune": TuneSettings(lora_rank=0)}, "tune.lora_rank"),
-    ({"model": dataclasses.replace(MODEL, heads=3)}, "model.heads"), ({"model": dataclasses.replace(MODEL, kv_heads=3)}, "model.kv_heads"),
-    ({"model": dataclasses.replace(MODEL, heads=32, kv_heads=32)}, "model.heads"), ({"model": dataclasses.replace(MODEL, layers=0)}, "model.layers"),
-    ({"model": dataclasses.replace(MODEL, vocabulary=100)}, "model.vocabulary"), ({"model": dataclasses.replace(MODEL, objective="flw")}, "model.objective"),
-    ({"model": dataclasses.replace(MODEL, diffusion_weight=math.inf)}, "model.diffusion_weight")])
+    ({"save_every": 0}, "save_every"),
+    ({"stop_after": 0}, "stop_after"),
+    ({"seed": -1}, "seed"),
+    ({"device": "cudo"}, "device"),
+    ({"optim": OptimSettings(clip=-1.0)}, "optim.clip"),
+    ({"optim": OptimSettings(ema=math.nan)}, "optim.ema"),
+    ({"optim": OptimSettings(steps=0)}, "optim.steps"),
+    ({"optim": OptimSettings(warmup=-1)}, "optim.warmup"),
+    ({"optim": OptimSettings(ema=1.0)}, "optim.ema"),
+    ({"optim": OptimSettings(betas=(1.0, 0.9))}, "optim.betas"),
+    ({"optim": OptimSettings(times="logit")}, "optim.times"),
+    ({"data": DataSettings(caption_first=2.0)}, "data.caption_first"),
+    ({"data": DataSettings(noise_limit=-1.0)}, "data.noise_limit"),
+    ({"data": DataSettings(context="claen")}, "data.context"),
+    ({"data": DataSettings(name="digitz")}, "data.name"),
+    ({"tune": TuneSettings(lora_rank=0)}, "tune.lora_rank"),
+    ({"model": dataclasses.replace(MODEL, heads=3)}, "model.heads"),
+    ({"model": dataclasses.replace(MODEL, kv_heads=3)}, "model.kv_heads"),
+    ({"model": dataclasses.replace(MODEL, heads=32, kv_heads=32)}, "model.heads"),
+    ({"model": dataclasses.replace(MODEL, layers=0)}, "model.layers"),
+    ({"model": dataclasses.replace(MODEL, vocabulary=100)}, "model.vocabulary"),
+    ({"model": dataclasses.replace(MODEL, objective="flw")}, "model.objective"),
+    ({"model": dataclasses.replace(MODEL, diffusion_weight=math.inf)}, "model.diffusion_weight"),
+])
 def test_a_run_that_cannot_be_meant_does_not_begin(tmp_path, changes, name):
     with pytest.raises(ValueError, match=rf"\b{name} is .* fit"):
         train(dataclasses.replace(TrainConfig(out=tmp_path / "run", model=MODEL), **changes))
@@ -137,10 +155,16 @@ def test_a_run_that_cannot_be_meant_does_not_begin(tmp_path, changes, name):
 
 
 @pytest.mark.parametrize("changes,name", [
-    ({"save_every": 0}, "save_every"), ({"optim": VAEOptimSettings(batch=0)}, "optim.batch"), ({"optim": VAEOptimSettings(flip=1.5)}, "optim.flip"),
-    ({"losses": LossSettings(kl=-1.0)}, "losses.kl"), ({"losses": LossSettings(adversarial_from=-1)}, "losses.adversarial_from"),
-    ({"model": AutoencoderSettings(widths=())}, "model.widths"), ({"model": AutoencoderSettings(widths=(8, 12))}, "model.groups"),
-    ({"data": PictureSettings(size=0)}, "data.size"), ({"device": "cudo"}, "device")])
+    ({"save_every": 0}, "save_every"),
+    ({"optim": VAEOptimSettings(batch=0)}, "optim.batch"),
+    ({"optim": VAEOptimSettings(flip=1.5)}, "optim.flip"),
+    ({"losses": LossSettings(kl=-1.0)}, "losses.kl"),
+    ({"losses": LossSettings(adversarial_from=-1)}, "losses.adversarial_from"),
+    ({"model": AutoencoderSettings(widths=())}, "model.widths"),
+    ({"model": AutoencoderSettings(widths=(8, 12))}, "model.groups"),
+    ({"data": PictureSettings(size=0)}, "data.size"),
+    ({"device": "cudo"}, "device"),
+])
 def test_an_autoencoder_that_cannot_be_meant_is_not_trained(tmp_path, changes, name):
     with pytest.raises(ValueError, match=rf"\b{name} is .* fit"):
         train_vae(dataclasses.replace(VAETrainConfig(out=tmp_path / "vae"), **changes))
@@ -154,22 +178,23 @@ def test_what_holds_other_settings_names_theirs_as_they_are_typed(tmp_path):
     with pytest.raises(ValueError, match="^showcase: judge.depths is"):
         showcase(ShowcaseSettings(judge=ClassifierSettings(depths=(1, 0))))
     with pytest.raises(ValueError, match="^showcase: train.model.heads is 5 and train.model.hidden 256"):
-        showcase(dataclasses.replace(ShowcaseSettings(), train=dataclasses.replace(ShowcaseSettings().train, model=ModelSettings(hidden=256, heads=5))))
+        showcase(ShowcaseSettings(train=TrainConfig(out=tmp_path / "run", model=ModelSettings(hidden=256, heads=5))))
     with pytest.raises(ValueError, match=r"^studies: seeds is \(\)"):
         run_studies(StudySettings("all", seeds=(), out=tmp_path))
     check_settings("train", TrainConfig())
 
 
 def test_a_command_answers_in_one_line(tmp_path):
-    for args, line in ((["train", "digits", "--optim.clip", "-1"], "error: train: optim.clip is -1.0; a number above 0 fits"),
-                       (["vae", "train", "small", "--optim.ema", "nan"], "error: vae train: optim.ema is nan; a number at least 0 and below 1 fits")):
+    for args, line in ((["train", "digits", "--optim.clip", "-1"], "train: optim.clip is -1.0; a number above 0 fits"),
+                       (["vae", "train", "small", "--optim.ema", "nan"],
+                        "vae train: optim.ema is nan; a number of at least 0 and below 1 fits")):
         with pytest.raises(SystemExit) as stop:
             main([*args, "--out", str(tmp_path / "run")])
-        assert str(stop.value) == line and not (tmp_path / "run").exists()
+        assert str(stop.value) == f"error: {line}" and not (tmp_path / "run").exists()
 
 
 def test_devices_are_those_of_the_machine():
     assert choose_device("cpu").type == "cpu" and choose_device("auto") is not None
     for name in ("gpu", "cuda:99", "meta", "cpuu", ""):
-        with pytest.raises(ValueError, match=f"device is {name!r}; 'auto', 'cpu'.* fit on this machine"):
+        with pytest.raises(ValueError, match=f"device is {name!r}, which this machine does not have; auto, cpu.* fit"):
             choose_device(name)

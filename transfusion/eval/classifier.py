@@ -94,7 +94,8 @@ def train_classifier(images: Tensor, labels: Tensor, label_names: Sequence[str],
     """Train on pictures (N, C, H, W) in [-1, 1] with labels (N,), write a checkpoint to `out` and return it as it loads.
 
     Raises:
-        ValueError: settings that do not fit, labels without a name or of another count than pictures, or a directory that holds something else.
+        ValueError: settings that do not fit, labels without a name or of another count than pictures, or a directory
+            that holds something else.
     """
     check("train_classifier", settings)
     if images.ndim != 4 or labels.shape != images.shape[:1] or not len(images):

@@ -114,5 +114,6 @@ class CodeDocuments:
     def document(self, generator: torch.Generator, settings: DataSettings) -> list[Part]:
         """Draw a document. After a lone picture stands a blank without loss: as everywhere, that a picture has no caption is not learned."""
         parts = self.dataset.document(generator, settings)
-        written = [CodeText(self.pictures.text(part.latent.long())) if isinstance(part, Image) else part for part in parts]
+        code = self.pictures.text
+        written = [CodeText(code(part.latent.long())) if isinstance(part, Image) else part for part in parts]
         return written if len(written) > 1 else [*written, Text(" ", loss=False)]

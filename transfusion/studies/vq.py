@@ -44,7 +44,8 @@ def build_autoencoder(channels: int, settings: VQSettings) -> VQModel:
     """A VQModel without attention for pictures of `channels`."""
     depth = len(settings.channels)
     autoencoder = VQModel(
-        in_channels=channels, out_channels=channels, latent_channels=settings.code_dim, block_out_channels=settings.channels, norm_num_groups=GROUPS,
+        in_channels=channels, out_channels=channels, latent_channels=settings.code_dim,
+        block_out_channels=settings.channels, norm_num_groups=GROUPS,
         down_block_types=("DownEncoderBlock2D",) * depth, up_block_types=("UpDecoderBlock2D",) * depth, num_vq_embeddings=settings.codes,
         mid_block_add_attention=False)
     autoencoder.quantize.legacy = False  # the default has 0.25 on the other term
@@ -55,7 +56,7 @@ def train_autoencoder(images: Tensor, out: Path, settings: VQSettings, seed: int
     """Train on pictures (N, C, H, W) in [-1, 1], save to `out` as safetensors and return the autoencoder, frozen."""
     check("train_autoencoder", settings)
     if any(width % GROUPS for width in settings.channels):
-        raise ValueError(f"train_autoencoder: channels is {settings.channels}; multiples of {GROUPS}, the groups of the norms, fit")
+        raise ValueError(f"train_autoencoder: channels is {settings.channels}; multiples of {GROUPS} fit")
     with claim("train_autoencoder", out):
         return _train(images, out, settings, seed)
 
