@@ -26,12 +26,20 @@ class Problem(NamedTuple):
     functions: dict[str, Callable]       # OURS, EAGER, ... in the order of the report
     terms: dict[str, Tensor] | None = None  # of outputs and gradients ("d" + name) that are sums which cancel: see tests.compare
     others: list[Result] | None = None      # of peers that cannot take part
-    exact: Callable | None = None           # of inputs and arriving in float64: what `results` gives, where the reference at once would not fit
+    exact: Callable | None = (
+        None  # of inputs and arriving in float64: what `results` gives, where the reference at once would not fit
+    )
 
 
-def functions(ours: Callable, reference: Callable, *, compiled: bool, peers: dict[str, Callable] | None = None) -> dict[str, Callable]:
+def functions(
+    ours: Callable, reference: Callable, *, compiled: bool, peers: dict[str, Callable] | None = None
+) -> dict[str, Callable]:
     """Return ours, the reference in eager PyTorch and under torch.compile, and the peers, by name."""
-    return {OURS: ours, EAGER: reference} | ({COMPILED: torch.compile(reference, dynamic=False)} if compiled else {}) | (peers or {})
+    return (
+        {OURS: ours, EAGER: reference}
+        | ({COMPILED: torch.compile(reference, dynamic=False)} if compiled else {})
+        | (peers or {})
+    )
 
 
 def results(function: Callable, inputs: list[Tensor], arriving: list[Tensor]) -> list[Tensor]:
@@ -58,9 +66,17 @@ def contenders(problem: Problem) -> list[Contender]:
             state["grads"] = torch.autograd.grad(state["outputs"], tensors, arriving)
 
         def check(state):
-            for label, actual, theirs, truth in zip(names, (*state["outputs"], *state["grads"]), rounded, exact, strict=True):
-                assert_as_accurate(label, actual.detach(), theirs, truth.to(actual.device), (problem.terms or {}).get(label),
-                                   factor=OUR_FACTOR if name == OURS else PEER_FACTOR)
+            for label, actual, theirs, truth in zip(
+                names, (*state["outputs"], *state["grads"]), rounded, exact, strict=True
+            ):
+                assert_as_accurate(
+                    label,
+                    actual.detach(),
+                    theirs,
+                    truth.to(actual.device),
+                    (problem.terms or {}).get(label),
+                    factor=OUR_FACTOR if name == OURS else PEER_FACTOR,
+                )
 
         return Contender(name, {"forward": forward, "backward": backward}, check)
 
@@ -94,7 +110,7 @@ def saved_bytes(function: Callable, tensors: list[Tensor]) -> int:
 
 def run_problem(problem: Problem, configuration: dict, report: Report, device: str, seconds: float = 0.5) -> None:
     """Measure one problem, and record and print a row per contender."""
-    torch._dynamo.reset()  # every case compiles anew, so that no limit on recompilation sends the compiled one to its slow path
+    torch._dynamo.reset()  # every case compiles anew: no limit on recompilation sends the compiled one to its slow path
     label, saved, roof = " ".join(f"{key} {value}" for key, value in configuration.items()), {}, None
 
     def record(result: Result) -> dict:
@@ -105,24 +121,61 @@ def run_problem(problem: Problem, configuration: dict, report: Report, device: s
             roof = rates["forward"]
         if result.checked and result.name in problem.functions and result.name not in saved:
             saved[result.name] = saved_bytes(problem.functions[result.name], list(problem.tensors.values()))
-        return report.record({**configuration, "bytes": problem.moved}, result, gb_per_s=rates or None,
-                             saved_bytes=saved.get(result.name) if result.checked else None,
-                             percent_of_copy={phase: 100 * rate / roof for phase, rate in rates.items()} if rates and roof else None)
+        return report.record(
+            {**configuration, "bytes": problem.moved},
+            result,
+            gb_per_s=rates or None,
+            saved_bytes=saved.get(result.name) if result.checked else None,
+            percent_of_copy={phase: 100 * rate / roof for phase, rate in rates.items()} if rates and roof else None,
+        )
 
-    found = measure([copy_contender(problem.moved["forward"], device), *contenders(problem)], device=device, seconds=seconds, record=record, **report.limits)
+    found = measure(
+        [copy_contender(problem.moved["forward"], device), *contenders(problem)],
+        device=device,
+        seconds=seconds,
+        record=record,
+        **report.limits,
+    )
     for row in map(record, found + (problem.others or [])):
-        numbers = [f"{phase} {times['p50']:8.4f} ms {row['gb_per_s'][phase]:6.0f} GB/s" for phase, times in row["milliseconds"].items()]
-        numbers += [f"{name} {row[key] / 2**20:.1f} MiB" for name, key in (("peak", "peak_bytes"), ("saved", "saved_bytes")) if row[key] is not None]
-        print(f"{label:56} {row['contender']:24} " + (row["error"] or row["left_out"] or ", ".join(numbers)), flush=True)
+        numbers = [
+            f"{phase} {times['p50']:8.4f} ms {row['gb_per_s'][phase]:6.0f} GB/s"
+            for phase, times in row["milliseconds"].items()
+        ]
+        numbers += [
+            f"{name} {row[key] / 2**20:.1f} MiB"
+            for name, key in (("peak", "peak_bytes"), ("saved", "saved_bytes"))
+            if row[key] is not None
+        ]
+        print(
+            f"{label:56} {row['contender']:24} " + (row["error"] or row["left_out"] or ", ".join(numbers)), flush=True
+        )
 
 
-def run_benchmark(name: str, description: str, settings: dict, cases: Callable[[bool], Iterable], cpu_cases: Iterable,
-                  problem: Callable[[NamedTuple, str, torch.dtype], Problem], arguments: list[str] | None) -> int:
+def run_benchmark(
+    name: str,
+    description: str,
+    settings: dict,
+    cases: Callable[[bool], Iterable],
+    cpu_cases: Iterable,
+    problem: Callable[[NamedTuple, str, torch.dtype], Problem],
+    arguments: list[str] | None,
+) -> int:
     """Command line of a benchmark whose cases are problems of this module."""
-    def measure_case(case, report, device):
-        run_problem(problem(case, device, torch.bfloat16 if device == "cuda" else torch.float32), case._asdict(), report, device)
 
-    return run_command(name, description, {**settings, "timing": "interleaved, L2 flushed on CUDA"}, cases, cpu_cases, measure_case, arguments)
+    def measure_case(case, report, device):
+        run_problem(
+            problem(case, device, torch.bfloat16 if device == "cuda" else torch.float32), case._asdict(), report, device
+        )
+
+    return run_command(
+        name,
+        description,
+        {**settings, "timing": "interleaved, L2 flushed on CUDA"},
+        cases,
+        cpu_cases,
+        measure_case,
+        arguments,
+    )
 
 
 def _tuple(outputs) -> tuple[Tensor, ...]:

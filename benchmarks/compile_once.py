@@ -1,11 +1,13 @@
-"""Triton's cache on disk, with a lock: of several processes that want the same kernel at once, one compiles and the others wait for its result.
+"""Triton's cache on disk, with a lock: of several processes that want the same kernel at once, one compiles and the
+others wait for its result.
 
     TRITON_CACHE_MANAGER=benchmarks.compile_once:WaitingCacheManager
 
-Triton looks a kernel up, compiles it where it is missing and writes what it found; processes that look before another has written all compile. Here
-the look-up of a missing kernel takes a lock that writing it gives back. A process that dies gives its lock back by that, and nobody waits for a
-lock longer than WAIT seconds: then it compiles too.
+Triton looks a kernel up, compiles it where it is missing and writes what it found; processes that look before another
+has written all compile. Here the look-up of a missing kernel takes a lock that writing it gives back. A process that
+dies gives its lock back by that, and nobody waits for a lock longer than WAIT seconds: then it compiles too.
 """
+
 import fcntl
 import os
 import time

@@ -55,16 +55,27 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
     makers = {"torch-chunked": lambda: _torch(targets, rows)}
     if device == "cuda":
         makers |= {"liger-kernel": lambda: _liger(targets, rows)} | {
-            f"cut-cross-entropy-{impl.replace('_', '-')}": functools.partial(_cut, targets, rows, impl) for impl in ("cce", "cce_exact")}
+            f"cut-cross-entropy-{impl.replace('_', '-')}": functools.partial(_cut, targets, rows, impl)
+            for impl in ("cce", "cce_exact")
+        }
     peers, others = present(makers)
-    return Problem(tensors, arriving, {}, functions(
-        lambda hidden, weight: linear_cross_entropy(hidden, weight, targets, rows).loss,
-        lambda hidden, weight: linear_cross_entropy_reference(hidden, weight, targets, rows).loss,
-        compiled=device == "cuda", peers=peers), others=others, exact=functools.partial(_exact, targets, rows))
+    return Problem(
+        tensors,
+        arriving,
+        {},
+        functions(
+            lambda hidden, weight: linear_cross_entropy(hidden, weight, targets, rows).loss,
+            lambda hidden, weight: linear_cross_entropy_reference(hidden, weight, targets, rows).loss,
+            compiled=device == "cuda",
+            peers=peers,
+        ),
+        others=others,
+        exact=functools.partial(_exact, targets, rows),
+    )
 
 
 def _exact(targets, rows, inputs, arriving):
-    """Loss and gradients by EXACT_ROWS rows: all logits in float64, and their gradients, can be more than a device holds."""
+    """Loss and gradients by EXACT_ROWS rows: all logits in float64 can be more than a device holds."""
     loss, gradients = torch.zeros_like(arriving[0]), [torch.zeros_like(x) for x in inputs]
     for some in zip(targets.split(EXACT_ROWS), rows.split(EXACT_ROWS)):
         part = linear_cross_entropy_reference(*inputs, *some).loss
@@ -87,7 +98,17 @@ def _liger(targets, rows):
     """liger-kernel's fused linear cross-entropy."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
 
-    options = None, None, -100, 0.0, 0.0, "sum", None, False, torch.float32  # from the bias to the dtype that weight's gradient is summed in
+    options = (
+        None,
+        None,
+        -100,
+        0.0,
+        0.0,
+        "sum",
+        None,
+        False,
+        torch.float32,
+    )  # from the bias to the dtype that weight's gradient is summed in
     return lambda hidden, weight: Liger.apply(hidden[rows], weight, targets, *options)[0].float()
 
 
@@ -95,7 +116,9 @@ def _cut(targets, rows, impl):
     """cut-cross-entropy, with its gradient filter or, exact, without."""
     from cut_cross_entropy import linear_cross_entropy
 
-    return lambda hidden, weight: linear_cross_entropy(hidden[rows], weight, targets, reduction="sum", impl=impl).float()
+    return lambda hidden, weight: linear_cross_entropy(
+        hidden[rows], weight, targets, reduction="sum", impl=impl
+    ).float()
 
 
 def with_evaluation(contender: Contender, function, tensors: list) -> Contender:
@@ -119,27 +142,51 @@ def run_case(case: Case, report: Report, device: str, dtype: torch.dtype, second
 
     def record(result: Result) -> dict:
         times = {phase: found["p50"] for phase, found in result.milliseconds.items()}
-        rates = {"evaluation": count["evaluation"] / times["evaluation"] / 1e9,
-                 "training": count["training"] / (times["forward"] + times["backward"]) / 1e9} if times else None
+        rates = (
+            {
+                "evaluation": count["evaluation"] / times["evaluation"] / 1e9,
+                "training": count["training"] / (times["forward"] + times["backward"]) / 1e9,
+            }
+            if times
+            else None
+        )
         if result.checked and result.name not in saved:
             saved[result.name] = saved_bytes(chosen.functions[result.name], tensors)
-        return report.record({**case._asdict(), "operations": count}, result, tflops=rates, saved_bytes=saved.get(result.name) if result.checked else None,
-                             percent_of_peak={name: 100 * rate / peak for name, rate in rates.items()} if rates and peak else None)
+        return report.record(
+            {**case._asdict(), "operations": count},
+            result,
+            tflops=rates,
+            saved_bytes=saved.get(result.name) if result.checked else None,
+            percent_of_peak={name: 100 * rate / peak for name, rate in rates.items()} if rates and peak else None,
+        )
 
     competing = [with_evaluation(c, chosen.functions[c.name], tensors) for c in contenders(chosen)]
     found = measure(competing, device=device, seconds=seconds, record=record, **report.limits)
     for row in map(record, found + (chosen.others or [])):
         numbers = [f"{phase} {times['p50']:8.3f} ms" for phase, times in row["milliseconds"].items()]
         numbers += [f"{name} {rate:5.2f} TFLOP/s" for name, rate in (row["tflops"] or {}).items()]
-        numbers += [f"{name} {row[key] / 2**20:.1f} MiB" for name, key in (("peak", "peak_bytes"), ("saved", "saved_bytes")) if row[key] is not None]
+        numbers += [
+            f"{name} {row[key] / 2**20:.1f} MiB"
+            for name, key in (("peak", "peak_bytes"), ("saved", "saved_bytes"))
+            if row[key] is not None
+        ]
         label = f"rows {case.rows:5} width {case.width:4} words {case.vocabulary:6}"
         print(f"{label} {row['contender']:27} " + (row["error"] or row["left_out"] or ", ".join(numbers)), flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
-    return run_command("cross_entropy", __doc__.splitlines()[0], {"timing": "interleaved, L2 flushed on CUDA"}, cases, [Case(512, 128, 500)],
-                       lambda case, report, device: run_case(case, report, device, torch.bfloat16 if device == "cuda" else torch.float32), arguments)
+    return run_command(
+        "cross_entropy",
+        __doc__.splitlines()[0],
+        {"timing": "interleaved, L2 flushed on CUDA"},
+        cases,
+        [Case(512, 128, 500)],
+        lambda case, report, device: run_case(
+            case, report, device, torch.bfloat16 if device == "cuda" else torch.float32
+        ),
+        arguments,
+    )
 
 
 if __name__ == "__main__":

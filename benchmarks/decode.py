@@ -109,19 +109,33 @@ def run_case(case: Case, report: Report, device: str, seconds: float) -> None:
 
     def record(result: Result) -> dict:
         times = result.milliseconds.get("forward")
-        return report.record({**case._asdict(), "kv_bytes": count}, result, gb_per_s=count / times["p50"] / 1e6 if times else None)
+        return report.record(
+            {**case._asdict(), "kv_bytes": count}, result, gb_per_s=count / times["p50"] / 1e6 if times else None
+        )
 
     for row in map(record, measure(chosen, device=device, seconds=seconds, record=record, **report.limits)):
         times = {phase: found["p50"] for phase, found in row["milliseconds"].items()}
-        numbers = f"{times['forward']:8.4f} ms {row['gb_per_s']:7.0f} GB/s, mask {times['build']:.4f} ms" if times else ""
-        print(f"batch {case.batch} queries {case.query_len:3} cached {case.cached:6} heads {case.heads}:{case.kv_heads:<2} {row['contender']:20} "
-              + (row["error"] or row["left_out"] or numbers), flush=True)
+        numbers = (
+            f"{times['forward']:8.4f} ms {row['gb_per_s']:7.0f} GB/s, mask {times['build']:.4f} ms" if times else ""
+        )
+        print(
+            f"batch {case.batch} queries {case.query_len:3} cached {case.cached:6} heads {case.heads}:{case.kv_heads:<2} {row['contender']:20} "
+            + (row["error"] or row["left_out"] or numbers),
+            flush=True,
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
-    return run_command("decode", __doc__.splitlines()[0], {"page_size": PAGE, "timing": "interleaved, L2 flushed on CUDA"}, cases,
-                       [Case(2, n, 1024, 8, 2, 64) for n in (1, 16, 64)], lambda case, report, device: run_case(case, report, device, seconds=0.5), arguments)
+    return run_command(
+        "decode",
+        __doc__.splitlines()[0],
+        {"page_size": PAGE, "timing": "interleaved, L2 flushed on CUDA"},
+        cases,
+        [Case(2, n, 1024, 8, 2, 64) for n in (1, 16, 64)],
+        lambda case, report, device: run_case(case, report, device, seconds=0.5),
+        arguments,
+    )
 
 
 if __name__ == "__main__":

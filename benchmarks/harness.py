@@ -1,8 +1,9 @@
 """Timing of contenders that do the same work: interleaved, with a cold L2 cache, and only after each has proven correct.
 
-A contender is a list of phases over one state (build the mask, run forward, run backward) and a check of that state. Each in turn, ours first, is
-checked and gets a few numbers of its own, so that a run that is cut keeps what it has; then every round runs every phase of every contender once, so
-that a drifting clock hits all alike. What a time means, and how the host's is kept out of it, is told in benchmarks/timing.py.
+A contender is a list of phases over one state (build the mask, run forward, run backward) and a check of that state.
+Each in turn, ours first, is checked and gets a few numbers of its own, so that a run that is cut keeps what it has;
+then every round runs every phase of every contender once, so that a drifting clock hits all alike. What a time means,
+and how the host's is kept out of it, is told in benchmarks/timing.py.
 """
 import argparse
 import gc
@@ -20,8 +21,19 @@ import torch
 
 from benchmarks.timing import FLUSH_BYTES, Sample, chosen, make_timer
 
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "B200": 2250}  # dense bf16, vendors' data sheets
-_PACKAGES = ("torch", "triton", "numpy", "transformers", "xformers", "flash-attn", "liger-kernel", "cut-cross-entropy", "transfusion-pytorch")
+# dense bf16, vendors' data sheets; the first name that the device's holds counts
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "B200": 2250}
+_PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "transformers",
+    "xformers",
+    "flash-attn",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "transfusion-pytorch",
+)
 
 
 class LeftOut(Exception):
@@ -36,7 +48,7 @@ class DeviceLost(RuntimeError):
 
 @dataclass(frozen=True)
 class Contender:
-    """`phases` run in order on one state dict; `check` gets the state after them and raises AssertionError where it is wrong.
+    """Phases that run in order on one state dict, and a check of the state after them, which raises AssertionError.
 
     With `wall` the phases are timed as a user waits for them, the host's time included.
     """
@@ -48,16 +60,20 @@ class Contender:
 
     def __post_init__(self):
         if not callable(self.check):
-            raise ValueError(f"Contender: check of {self.name} is {self.check}; a function of the state that asserts the results fits; "
-                             "no number is recorded without one")
+            raise ValueError(
+                f"Contender: check of {self.name} is {self.check}; a function of the state that asserts "
+                "the results fits; "
+                "no number is recorded without one"
+            )
 
 
 @dataclass
 class Result:
-    """What `measure` found: milliseconds per phase as {p20, p50, p80, repetitions}, or the error that stopped the contender, or why it did not start.
+    """What `measure` found: milliseconds per phase as {p20, p50, p80, repetitions}, or why there are none.
 
-    `timing` says what each phase's milliseconds are (benchmarks/timing.py), `host_us` holds the host's own median, and `interleaved` says whether
-    the numbers come from rounds with the others or from the contender's first ones alone.
+    That is the error that stopped the contender, or why it was left out. `timing` says what each phase's milliseconds
+    are (benchmarks/timing.py), `host_us` holds the host's own median, and `interleaved` says whether the numbers come
+    from rounds with the others or from the contender's first ones alone.
     """
 
     name: str
@@ -92,17 +108,31 @@ def quantiles(samples: Iterable[float]) -> dict[str, float]:
     return {"p20": at(0.2), "p50": at(0.5), "p80": at(0.8), "repetitions": len(ordered)}
 
 
-def measure(contenders: list[Contender], *, device: str, seconds: float = 1.0, warmup: int = 3, least: int = 5, most: int = 100,
-            record: Callable[[Result], object] | None = None, until: float = math.inf, without: Iterable[str] = (), timer=None) -> list[Result]:
+def measure(
+    contenders: list[Contender],
+    *,
+    device: str,
+    seconds: float = 1.0,
+    warmup: int = 3,
+    least: int = 5,
+    most: int = 100,
+    record: Callable[[Result], object] | None = None,
+    until: float = math.inf,
+    without: Iterable[str] = (),
+    timer=None,
+) -> list[Result]:
     """Check every contender, then time those that passed in interleaved rounds of about `seconds` in all.
 
-    With `record` each contender is timed alone as soon as it has passed, and `record` gets what is known of it; after `until`, a time of
-    time.monotonic(), no other contender begins and the rounds end. Those named in `without` are left out.
+    With `record` each contender is timed alone as soon as it has passed, and `record` gets what is known of it; after
+    `until`, a time of time.monotonic(), no other contender begins and the rounds end. Those named in `without` are
+    left out.
     """
     results, states = {c.name: Result(c.name) for c in contenders}, {}
     timer = timer or make_timer(device)
 
-    def rounds_of(contenders: list[Contender], count: int, seconds: float = math.inf) -> dict[str, list[dict[str, Sample]]]:
+    def rounds_of(
+        contenders: list[Contender], count: int, seconds: float = math.inf
+    ) -> dict[str, list[dict[str, Sample]]]:
         found, begin = {c.name: [] for c in contenders}, time.monotonic()
         for number in range(count):
             if number and (time.monotonic() > until or time.monotonic() - begin > seconds):
@@ -111,7 +141,9 @@ def measure(contenders: list[Contender], *, device: str, seconds: float = 1.0, w
                 result = results[contender.name]
                 with _Guard(result, device):
                     if result.error is None:
-                        found[contender.name].append(timer.run(contender.name, contender.phases, states[contender.name], contender.wall))
+                        found[contender.name].append(
+                            timer.run(contender.name, contender.phases, states[contender.name], contender.wall)
+                        )
                 if result.error is not None:
                     states.pop(contender.name, None)
                     result.milliseconds, result.timing, result.host_us = {}, {}, {}
@@ -160,7 +192,8 @@ def measure(contenders: list[Contender], *, device: str, seconds: float = 1.0, w
 def present(makers: dict[str, Callable[[], object]]) -> tuple[dict[str, object], list[Result]]:
     """Call every maker: what they made by name, and a Result for each that made nothing.
 
-    A contender whose package is missing, or whose maker raised LeftOut, is left out, with the reason; any other exception is its error.
+    One whose package is missing, or whose maker raised LeftOut, is left out, with the reason; any other exception is an
+    error.
     """
     made, others = {}, []
     for name, make in makers.items():
@@ -235,8 +268,9 @@ def _checked_state(contender: Contender, result: Result, device: str) -> dict:
 class Report:
     """One benchmark's file: where and with what it ran, and a row per configuration and contender.
 
-    While `run` runs, the file is written after each row. `lost` says in which case and by whom the device was lost, where it was: another process
-    may go on there, with `skip` cases passed over and the contenders in `without` left out.
+    While `run` runs, the file is written after each row. `lost` says in which case and by whom the device was lost,
+    where it was: another process may go on there, with `skip` cases passed over and the contenders in `without` left
+    out.
     """
 
     benchmark: str
@@ -254,14 +288,19 @@ class Report:
         self.skip, self.limits = options.skip, {"without": tuple(options.without)}
 
     def record(self, configuration: dict, result: Result, **derived) -> dict:
-        """Add a row, or replace the one that this configuration and contender have; `derived` are numbers computed from the result's times.
+        """Add a row, or replace this configuration and contender's; `derived` are numbers computed from the times.
 
         Refuses numbers that no check stands behind.
         """
         if not isinstance(result, Result):
-            raise ValueError(f"Report.record: result is a {type(result).__name__}; a Result of measure() fits; time the contender with measure()")
+            raise ValueError(
+                f"Report.record: result is a {type(result).__name__}; a Result of measure() fits; "
+                "time the contender with measure()"
+            )
         if (result.milliseconds or any(value is not None for value in derived.values())) and not result.checked:
-            raise ValueError(f"Report.record: {result.name} has numbers and passed no correctness check; a Result of measure() fits")
+            raise ValueError(
+                f"Report.record: {result.name} has numbers and passed no correctness check; a Result of measure() fits"
+            )
         key = {**configuration, "contender": result.name}
         row = {**key, **{k: v for k, v in asdict(result).items() if k != "name"}, **derived}
         for place, old in enumerate(self.rows):
@@ -276,7 +315,10 @@ class Report:
         return row
 
     def run(self, cases: Iterable, measure_case: Callable[[object], None], path: Path, seconds: float) -> int:
-        """Call `measure_case` on each case until `seconds` are over, the file complete after each row; 1 where a case failed, which becomes a note."""
+        """Call `measure_case` on each case until `seconds` are over, the file complete after each row.
+
+        Returns 1 where a case failed, which becomes a note.
+        """
         status, self.path = 0, path
         self.limits = {**self.limits, "until": time.monotonic() + seconds}
         if (self.skip or self.limits.get("without")) and path.exists():
@@ -323,18 +365,35 @@ def make_parser(description: str, quick: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="start no case and no contender after this many seconds")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="start no case and no contender after this many seconds"
+    )
     parser.add_argument("--commit", help="the commit being measured, where there is no git")
     parser.add_argument("--skip", type=int, default=0, help="go on in the file that is there, behind so many cases")
-    parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="go on in the file that is there, without these contenders")
+    parser.add_argument(
+        "--without",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="go on in the file that is there, without these contenders",
+    )
     return parser
 
 
-def run_command(name: str, description: str, settings: dict, cases: Callable[[bool], Iterable], cpu_cases: Iterable,
-                measure_case: Callable[[object, Report, str], None], arguments: list[str] | None) -> int:
-    """Command line of a benchmark: run its cases until they end or `--seconds` are over; the file is complete after each row.
+def run_command(
+    name: str,
+    description: str,
+    settings: dict,
+    cases: Callable[[bool], Iterable],
+    cpu_cases: Iterable,
+    measure_case: Callable[[object, Report, str], None],
+    arguments: list[str] | None,
+) -> int:
+    """Command line of a benchmark: run its cases until they end or `--seconds` are over.
 
-    `cases` gets whether the run is quick, `measure_case` a case, the report and the device. Returns 1 where a case, or a contender of ours, failed.
+    The file is complete after each row.
+    `cases` gets whether the run is quick, `measure_case` a case, the report and the device. Returns 1 where a case,
+    or a contender of ours, failed.
     """
     parser = make_parser(description, "the first cases only")
     parser.add_argument("--cpu", action="store_true", help="small cases on the CPU")
@@ -345,8 +404,12 @@ def run_command(name: str, description: str, settings: dict, cases: Callable[[bo
         return 1
     report = Report(name, {"quick": options.quick, **settings}, environment(device, options.commit))
     report.obey(options)
-    status = report.run(cpu_cases if options.cpu else cases(options.quick), lambda case: measure_case(case, report, device),
-                        options.out / f"{name}{'-cpu' * options.cpu}.json", options.seconds)
+    status = report.run(
+        cpu_cases if options.cpu else cases(options.quick),
+        lambda case: measure_case(case, report, device),
+        options.out / f"{name}{'-cpu' * options.cpu}.json",
+        options.seconds,
+    )
     return status or int(any(row["error"] for row in report.rows if row["contender"].startswith("tfkernels")))
 
 
@@ -358,8 +421,15 @@ def environment(device: str, commit: str | None = None) -> dict:
         name, memory = properties.name, properties.total_memory
     else:
         name, memory = f"CPU: {_cpu_name()}, {torch.get_num_threads()} threads", None
-    return {"device": name, "device_memory_bytes": memory, "cuda": torch.version.cuda, "versions": versions, "commit": commit or _commit(),
-            "flush_bytes": FLUSH_BYTES if device == "cuda" else 0, "clocks": clocks()}
+    return {
+        "device": name,
+        "device_memory_bytes": memory,
+        "cuda": torch.version.cuda,
+        "versions": versions,
+        "commit": commit or _commit(),
+        "flush_bytes": FLUSH_BYTES if device == "cuda" else 0,
+        "clocks": clocks(),
+    }
 
 
 def clocks() -> dict | None:
@@ -388,7 +458,11 @@ def _commit() -> str | None:
 
 
 def _cpu_name() -> str:
-    names = [line.split(":", 1)[1].strip() for line in (_output("cat", "/proc/cpuinfo") or "").splitlines() if line.startswith("model name")]
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in (_output("cat", "/proc/cpuinfo") or "").splitlines()
+        if line.startswith("model name")
+    ]
     return names[0] if names else platform.processor() or platform.machine()
 
 

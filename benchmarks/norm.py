@@ -54,8 +54,18 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
     size = case.tokens * case.width * torch.empty(0, dtype=dtype).element_size()
     ours, reference = (getattr(tfkernels, f"{case.op}{suffix}") for suffix in ("", "_reference"))
     peers, others = present({} if case.text or case.op != "modulated_rms_norm" else {"liger-kernel": _liger})
-    return Problem(tensors, arriving, dict(zip(("forward", "backward"), (n * size for n in MOVED[case.op]))), functions(
-        lambda *tensors: ours(*tensors, index), lambda *tensors: reference(*tensors, index), compiled=device == "cuda", peers=peers), others=others)
+    return Problem(
+        tensors,
+        arriving,
+        dict(zip(("forward", "backward"), (n * size for n in MOVED[case.op]))),
+        functions(
+            lambda *tensors: ours(*tensors, index),
+            lambda *tensors: reference(*tensors, index),
+            compiled=device == "cuda",
+            peers=peers,
+        ),
+        others=others,
+    )
 
 
 def _liger():
@@ -64,14 +74,24 @@ def _liger():
 
     def function(x, weight, scale, shift):
         in_place = False  # in place, backward would overwrite dy, which the next round needs
-        return LigerModulatedRMSNormFunction.apply(x.unflatten(0, (-1, IMAGE)), weight, scale, shift, 1e-6, 0.0, "llama", in_place).flatten(0, 1)
+        return LigerModulatedRMSNormFunction.apply(
+            x.unflatten(0, (-1, IMAGE)), weight, scale, shift, 1e-6, 0.0, "llama", in_place
+        ).flatten(0, 1)
 
     return function
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
-    return run_benchmark("norm", __doc__.splitlines()[0], {"image_tokens": IMAGE}, cases, [Case(op, 1024, 256) for op in ARGUMENTS], problem, arguments)
+    return run_benchmark(
+        "norm",
+        __doc__.splitlines()[0],
+        {"image_tokens": IMAGE},
+        cases,
+        [Case(op, 1024, 256) for op in ARGUMENTS],
+        problem,
+        arguments,
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""Pytest plugin: each test's outcome and reason in a file as soon as it is known, so that a run that is killed leaves all it learned.
+"""Pytest plugin: each test's outcome and reason in a file as soon as it is known, so that a run that is killed leaves
+all it learned.
 
     python -m pytest -p benchmarks.outcomes --outcomes FILE
 
-FILE holds a line of JSON per event and is added to. A test that passed, or was skipped, in an earlier run into the same file is not run again, and
-neither is one that any run after the last "run" line has ended. Tests whose name says "spill" are left out: they compile for GPUs that need not be
-there, which any machine can do. Attention's tests come first. A test that loses the device, or takes longer than `--test-seconds`, ends its process:
-under pytest-xdist another takes its place and the other tests go on; without, the status is LOST or 1 and whoever started the run starts it again.
+FILE holds a line of JSON per event and is added to. A test that passed, or was skipped, in an earlier run into the same
+file is not run again, and neither is one that any run after the last "run" line has ended. Tests whose name says
+"spill" are left out: they compile for GPUs that need not be there, which any machine can do. Attention's tests come
+first. A test that loses the device, or takes longer than `--test-seconds`, ends its process: under pytest-xdist another
+takes its place and the other tests go on; without, the status is LOST or 1 and whoever started the run starts it again.
 """
+
 import faulthandler
 import json
 import os
@@ -19,6 +22,7 @@ import pytest
 LOST = 70  # exit status: the device answers nothing any more
 FIRST = ("tests/tfkernels/test_attention", "tests/tfkernels/test_mask", "tests/tfkernels/")
 LEFT_OUT = "spill"
+KEPT_BYTES = 2**30
 DONE = ("passed", "skipped", "xfailed")
 FAILED = ("failed", "error", "xpassed")
 
@@ -26,7 +30,7 @@ FAILED = ("failed", "error", "xpassed")
 def pytest_addoption(parser):
     """Add the two options."""
     parser.addoption("--outcomes", help="file to which each test's outcome is added as it comes")
-    parser.addoption("--test-seconds", type=float, default=150.0, help="with --outcomes: a test that takes longer ends its process")
+    parser.addoption("--test-seconds", type=float, default=150.0, help="a test that takes longer ends its process")
 
 
 def pytest_configure(config):
@@ -94,7 +98,8 @@ class Writer:
             outcome = "error" if report.outcome == "failed" and not call else report.outcome
         if outcome in FAILED:
             self.failed.add(report.nodeid)
-        self.write(test=report.nodeid, outcome=outcome, seconds=round(getattr(report, "duration", 0.0), 2), **reason(report))
+        seconds = round(getattr(report, "duration", 0.0), 2)
+        self.write(test=report.nodeid, outcome=outcome, seconds=seconds, **reason(report))
 
     def pytest_collectreport(self, report):
         """A file could not be imported."""
@@ -129,7 +134,7 @@ class Watch:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
-        """Wait for the device after each test, so that what its kernels broke is its own failure and no later test's."""
+        """Wait for the device after each test: what its kernels broke is its own failure and no later test's."""
         report = yield
         error = None if self.lost else device_error()
         if error:
@@ -146,6 +151,8 @@ def device_error() -> str | None:
         return None
     try:
         torch.cuda.synchronize()
+        if torch.cuda.memory_reserved() > KEPT_BYTES:  # the other workers need memory too
+            torch.cuda.empty_cache()
     except RuntimeError as error:
         return str(error).strip().splitlines()[0]
     return None
@@ -162,14 +169,20 @@ def reason(report) -> dict[str, str]:
         return {}
     if isinstance(report.longrepr, tuple):  # of a skip: file, line, reason
         return {"reason": report.longrepr[2]}
-    text = re.sub(r"^\[gw\d+\] .*\n", "", getattr(report, "longreprtext", "") or str(report.longrepr))  # pytest-xdist's head
+    text = getattr(report, "longreprtext", "") or str(report.longrepr)
+    text = re.sub(r"^\[gw\d+\] .*\n", "", text)  # pytest-xdist's head
     crash, errors = getattr(report.longrepr, "reprcrash", None), re.findall(r"^E +(.*)", text, re.MULTILINE)
-    said = crash.message if crash else errors[-1] if errors and report.when == "collect" else text  # of a file the last line
-    return {"reason": said[:400], "text": text[-3000:]}
+    if crash:
+        text_of_one_line = crash.message
+    elif errors and report.when == "collect":
+        text_of_one_line = errors[-1]
+    else:
+        text_of_one_line = text
+    return {"reason": text_of_one_line[:400], "text": text[-3000:]}
 
 
 def read(path: Path) -> dict:
-    """Counts, failing tests and files that could not be imported, with their reasons, and the tests that had begun and not ended."""
+    """Counts; failing tests and files that could not be imported, with reasons; tests that had begun and not ended."""
     tests, files, collected = {}, {}, None
     for event in events(path):
         collected = event.get("collected", collected)
@@ -177,12 +190,15 @@ def read(path: Path) -> dict:
             tests = {name: test for name, test in tests.items() if test["outcome"] != "begun"}
         if "file" in event:
             files[event["file"]] = event.get("reason", "")
-        if "test" in event and (event["outcome"] != "begun" or tests.get(event["test"], {}).get("outcome") not in FAILED):
-            tests[event["test"]] = event
-    outcomes = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
-    return {"collected": collected, "counts": {name: sum(t["outcome"] == name for t in tests.values()) for name in outcomes},
-            "failing": {name: {key: t.get(key, "") for key in ("reason", "text")} for name, t in tests.items() if t["outcome"] in FAILED},
-            "not_collected": files, "begun": [name for name, t in tests.items() if t["outcome"] == "begun"]}
+        test = event.get("test")
+        if test and (event["outcome"] != "begun" or tests.get(test, {}).get("outcome") not in FAILED):
+            tests[test] = event
+    names = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
+    counts = {outcome: sum(test["outcome"] == outcome for test in tests.values()) for outcome in names}
+    failing = {name: test for name, test in tests.items() if test["outcome"] in FAILED}
+    reasons = {name: {key: test.get(key, "") for key in ("reason", "text")} for name, test in failing.items()}
+    begun = [name for name, test in tests.items() if test["outcome"] == "begun"]
+    return {"collected": collected, "counts": counts, "failing": reasons, "not_collected": files, "begun": begun}
 
 
 def finished(path: Path) -> set[str]:

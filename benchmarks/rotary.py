@@ -51,9 +51,15 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
     tensors = {"q": q, "k": k} | ({n: random(case.dim) for n in ("q_weight", "k_weight")} if case.op == "qk_norm_rotary" else {})
     peers, others = present({"liger-kernel": lambda: _liger(table)} if case.op == "rotary" and device == "cuda" else {})
     size = case.tokens * (case.heads + case.kv_heads) * case.dim * q.element_size()
-    return Problem({n: x.requires_grad_() for n, x in tensors.items()}, {"q": dq, "k": dk},
-                   dict(zip(("forward", "backward"), (n * size for n in MOVED[case.op]))), functions(
-        _of(qk_norm_rotary, table), _of(qk_norm_rotary_reference, table), compiled=device == "cuda", peers=peers), others=others)
+    return Problem(
+        {n: x.requires_grad_() for n, x in tensors.items()},
+        {"q": dq, "k": dk},
+        dict(zip(("forward", "backward"), (n * size for n in MOVED[case.op]))),
+        functions(
+            _of(qk_norm_rotary, table), _of(qk_norm_rotary_reference, table), compiled=device == "cuda", peers=peers
+        ),
+        others=others,
+    )
 
 
 def _of(function, table):
@@ -89,8 +95,15 @@ def _liger(table: tuple):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
-    return run_benchmark("rotary", __doc__.splitlines()[0], {"document_tokens": DOCUMENT}, cases, [Case(op, 256, 4, 2, 64) for op in MOVED], problem,
-                         arguments)
+    return run_benchmark(
+        "rotary",
+        __doc__.splitlines()[0],
+        {"document_tokens": DOCUMENT},
+        cases,
+        [Case(op, 256, 4, 2, 64) for op in MOVED],
+        problem,
+        arguments,
+    )
 
 
 if __name__ == "__main__":

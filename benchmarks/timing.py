@@ -1,11 +1,13 @@
 """How long a phase keeps the device, with the host's own time beside it and not in it.
 
-Events around a phase measure the host wherever the device waits for the next launch, and the Python of one operator takes longer than most kernels.
-So the device is first given work that outlasts the enqueuing: it writes a buffer larger than any L2 and then spins. A sample counts as "queued" if
-the event in front of the phase has not been reached when the whole phase is enqueued; one that the device did reach, because the phase waits for the
-device inside or launches more than the queue holds, is "host-bound" and says so. What a user waits for, such as a whole training step, is timed as
+Events around a phase measure the host wherever the device waits for the next launch, and the Python of one operator
+takes longer than most kernels. So the device is first given work that outlasts the enqueuing: it writes a buffer larger
+than any L2 and then spins. A sample counts as "queued" if the event in front of the phase has not been reached when the
+whole phase is enqueued; one that the device did reach, because the phase waits for the device inside or launches more
+than the queue holds, is "host-bound" and says so. What a user waits for, such as a whole training step, is timed as
 "wall": its phases back to back behind an idle device, the host's time included.
 """
+
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,8 +17,8 @@ import torch
 FLUSH_BYTES = 2**29
 QUEUED, HOST_BOUND, WALL = "queued", "host-bound", "wall"
 FIRST_SPIN, LONGEST_SPIN = 2.0, 50.0  # milliseconds
-HEADROOM = 2.0                        # times the longest host time that was seen
-TRIES = 5                             # longer and longer spins that a phase gets before it counts as one that waits for the device inside
+HEADROOM = 2.0  # times the longest host time that was seen
+TRIES = 5  # longer and longer spins that a phase gets before it counts as one that waits for the device inside
 CALIBRATION_CYCLES = 10_000_000
 
 
@@ -43,7 +45,10 @@ class CpuTimer:
 
 
 class CudaTimer:
-    """Events around each phase. `cuda` offers what torch.cuda does of Event, synchronize and _sleep; `flush` empties the L2 on the device."""
+    """Events around each phase.
+
+    `cuda` offers what torch.cuda does of Event, synchronize and _sleep; `flush` empties the device's L2.
+    """
 
     def __init__(self, flush: Callable[[], object], cuda=torch.cuda, clock: Callable[[], float] = time.perf_counter):
         self.flush, self.cuda, self.clock = flush, cuda, clock
@@ -81,7 +86,7 @@ class CudaTimer:
         return Sample(start.elapsed_time(stop), 1e3 * host, QUEUED if queued else HOST_BOUND)
 
     def _learn(self, key: tuple[str, str], spin: float, host: float, queued: bool) -> None:
-        """Choose the next spin: from the longest host time, longer after a miss, none for a phase that no spin has covered."""
+        """Choose the next spin: from the longest host time, longer after a miss, none where no spin has sufficed."""
         if queued:
             self.failed[key] = 0
             self.host[key] = max(host, 0.9 * self.host.get(key, 0.0))  # one slow call is forgotten
@@ -109,7 +114,9 @@ class CudaTimer:
 
 def make_timer(device: str) -> CpuTimer | CudaTimer:
     """The timer of a device."""
-    return CudaTimer(torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device).zero_) if device == "cuda" else CpuTimer()
+    return (
+        CudaTimer(torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device).zero_) if device == "cuda" else CpuTimer()
+    )
 
 
 def chosen(samples: list[Sample]) -> tuple[list[Sample], str]:

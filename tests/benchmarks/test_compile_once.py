@@ -1,4 +1,6 @@
-"""Triton's cache with a lock: one process compiles, the others read what it wrote; no death and no failure keeps anyone waiting for ever."""
+"""Triton's cache with a lock: one process compiles, the others read what it wrote; no death and no failure keeps anyone
+waiting for ever."""
+
 import os
 import subprocess
 import sys
@@ -66,7 +68,10 @@ def test_a_lock_that_is_kept_is_waited_for_so_long_and_no_longer(monkeypatch):
 
 
 def test_a_process_that_dies_gives_its_lock_back(tmp_path):
-    code = "from benchmarks.compile_once import WaitingCacheManager as M; import os; m = M('KEY'); m.get_group('kernel.json'); os._exit(9)"
+    code = (
+        "import os; from benchmarks.compile_once import WaitingCacheManager\n"
+        "manager = WaitingCacheManager('KEY'); manager.get_group('kernel.json'); os._exit(9)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)})
     begin = time.monotonic()
     assert done.returncode == 9 and compiled("KEY", lambda: "code") == "code" and time.monotonic() - begin < 5
@@ -74,6 +79,11 @@ def test_a_process_that_dies_gives_its_lock_back(tmp_path):
 
 def test_triton_takes_it_by_its_name():
     code = "from triton import knobs; print(knobs.cache.manager_class.__name__)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "TRITON_CACHE_MANAGER": "benchmarks.compile_once:WaitingCacheManager"})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_CACHE_MANAGER": "benchmarks.compile_once:WaitingCacheManager"},
+    )
     assert done.stdout.strip() == "WaitingCacheManager", done.stderr

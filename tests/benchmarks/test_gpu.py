@@ -1,4 +1,6 @@
-"""The whole schedule of a CUDA machine, rehearsed with stubs: order, shares of the time, cuts, losses, kills, and what lies in the files after each."""
+"""The whole schedule of a CUDA machine, rehearsed with stubs: order, shares of the time, cuts, losses, kills, and what
+lies in the files after each."""
+
 import json
 import os
 import signal
@@ -21,7 +23,8 @@ name, arguments = sys.argv[1], sys.argv[2:]
 path = Path(arguments[arguments.index("--out") + 1]) / f"{name}.json"
 def save(rows, notes=(), lost=None):
     part = path.with_suffix(".part")
-    part.write_text(json.dumps({"benchmark": name, "arguments": arguments, "rows": rows, "notes": list(notes), "lost": lost}))
+    report = {"benchmark": name, "arguments": arguments, "rows": rows, "notes": list(notes), "lost": lost}
+    part.write_text(json.dumps(report))
     part.replace(path)
 ours = {"contender": "tfkernels", "milliseconds": {"forward": {"p50": 1.0}}, "error": None, "left_out": None}
 print(f"this is {name}", flush=True)
@@ -48,8 +51,10 @@ if name == "patchify":
     raise OSError("no such thing")
 save([ours, {**ours, "contender": "flash-attn", "milliseconds": {}, "left_out": "not installed"}])
 """
-SUITE = "from benchmarks import outcomes\ndef test_good(): pass\ndef test_bad(): assert 3 == 4, 'three is not four'\n" \
-        "def test_loses(): outcomes.device_error = lambda: 'CUDA error: an illegal memory access'\ndef test_after(): pass\n"
+SUITE = (
+    "from benchmarks import outcomes\ndef test_good(): pass\ndef test_bad(): assert 3 == 4, 'three is not four'\n"
+    "def test_loses(): outcomes.device_error = lambda: 'CUDA error: an illegal memory access'\ndef test_after(): pass\n"
+)
 
 
 @pytest.fixture
@@ -65,7 +70,9 @@ def stage(tmp_path, monkeypatch):
     suite.mkdir()
     (suite / "test_some.py").write_text(SUITE)
     monkeypatch.setattr(gpu, "environment", lambda device, commit=None: harness.environment("cpu", commit))
-    monkeypatch.setattr(gpu, "benchmark_command", lambda name, out: [sys.executable, "-c", STUB, name, "--out", str(out)])
+    monkeypatch.setattr(
+        gpu, "benchmark_command", lambda name, out: [sys.executable, "-c", STUB, name, "--out", str(out)]
+    )
     monkeypatch.setattr(gpu, "TEST_PATHS", (str(suite),))
     monkeypatch.setattr(gpu, "run_step", step)
     monkeypatch.setattr(gpu, "POLL_SECONDS", 0.1)
@@ -75,49 +82,98 @@ def stage(tmp_path, monkeypatch):
 
 
 def names_of(began):
-    return [next((name for name in ("pytest", *NAMES, "memcheck", "racecheck") if name in command), "?") for command, _, _ in began]
+    return [
+        next((name for name in ("pytest", *NAMES, "memcheck", "racecheck") if name in command), "?")
+        for command, _, _ in began
+    ]
 
 
 def test_the_whole_schedule_runs_in_order_gives_the_benchmarks_two_thirds_and_outlives_every_kind_of_end(stage, capsys):
     out, began = stage
     result = gpu.run(Call(out, 3000.0, commit="abc"))
     assert names_of(began) == ["pytest", *[n for name in NAMES for n in [name] * (3 if name == "rotary" else 1)]]
-    assert NAMES == ["tune", "attention", "decode", "norm", "rotary", "patchify", "diffusion_loss", "image_chain", "cross_entropy", "train_step", "sample"]
+    assert NAMES == [
+        "tune",
+        "attention",
+        "decode",
+        "norm",
+        "rotary",
+        "patchify",
+        "diffusion_loss",
+        "image_chain",
+        "cross_entropy",
+        "train_step",
+        "sample",
+    ]
     times = {name: seconds for name, (_, seconds, _) in reversed(list(zip(names_of(began), began)))}
-    assert 900 < times["pytest"] < 1000.1 and all(times[name] > 0.9 * (3000 - 4) * 2 / 3 * step.weight / sum(s.weight for s in BENCHMARKS)
-                                                  for name, step in zip(NAMES, BENCHMARKS))
-    assert result["tests"]["counts"] == {"passed": 2, "failed": 2, "error": 0, "skipped": 0, "xfailed": 0, "xpassed": 0} and not result["tests"]["cut"]
+    assert 900 < times["pytest"] < 1000.1 and all(
+        times[name] > 0.9 * (3000 - 4) * 2 / 3 * step.weight / sum(s.weight for s in BENCHMARKS)
+        for name, step in zip(NAMES, BENCHMARKS)
+    )
+    assert (
+        result["tests"]["counts"] == {"passed": 2, "failed": 2, "error": 0, "skipped": 0, "xfailed": 0, "xpassed": 0}
+        and not result["tests"]["cut"]
+    )
     reasons = " ".join(test["reason"] for test in result["tests"]["failing"].values())
     assert "three is not four" in reasons and "the device was lost in this test" in reasons
-    ends = {name: (step["status"], step["cut"], len((step["report"] or {"rows": []})["rows"])) for name, step in result["benchmarks"].items()}
-    assert ends == {name: (0, False, 2) for name in NAMES} | {"decode": (-signal.SIGKILL, True, 1), "norm": (1, False, 2), "rotary": (0, False, 4),
-                                                             "patchify": (1, False, 0)}
-    goes_on = [command[command.index("--skip"):] for command, _, _ in began if "rotary" in command and "--skip" in command]
+    ends = {
+        name: (step["status"], step["cut"], len((step["report"] or {"rows": []})["rows"]))
+        for name, step in result["benchmarks"].items()
+    }
+    assert ends == {name: (0, False, 2) for name in NAMES} | {
+        "decode": (-signal.SIGKILL, True, 1),
+        "norm": (1, False, 2),
+        "rotary": (0, False, 4),
+        "patchify": (1, False, 0),
+    }
+    goes_on = [
+        command[command.index("--skip") :] for command, _, _ in began if "rotary" in command and "--skip" in command
+    ]
     assert goes_on == [["--skip", "3", "--without", "theirs"], ["--skip", "5", "--without", "theirs"]]
     assert "no such thing" in result["benchmarks"]["patchify"]["tail"]
     missing = "compute-sanitizer is not installed"
-    assert {tool: step["left_out"] for tool, step in result["sanitizers"].items()} == {"memcheck": missing, "racecheck": missing}
+    assert {tool: step["left_out"] for tool, step in result["sanitizers"].items()} == {
+        "memcheck": missing,
+        "racecheck": missing,
+    }
     assert json.loads((out / "gpu.json").read_text()) == result and not gpu.passed(result)
     assert sorted(path.name for path in out.iterdir()) == ["benchmarks.log", "gpu.json", "tests.jsonl", "tests.log"]
     assert "this is sample" in (out / "benchmarks.log").read_text()
     said = gpu.summary(result)
-    assert "test_bad: AssertionError: three is not four" in said and "decode: cut after" in said and "1 with numbers, 0 with errors, 1 left out" in said
+    assert (
+        "test_bad: AssertionError: three is not four" in said
+        and "decode: cut after" in said
+        and "1 with numbers, 0 with errors, 1 left out" in said
+    )
     assert "norm: ended" in capsys.readouterr().out  # as it comes
 
 
 def test_tests_run_one_thread_each_and_compile_each_kernel_once(stage, monkeypatch):
     out, began = stage
-    monkeypatch.setattr(gpu, "run_step", lambda *given, **variables: began.append((*given[:1], given[2], variables)) or {"status": 0, "cut": False})
+    monkeypatch.setattr(
+        gpu,
+        "run_step",
+        lambda *given, **variables: began.append((*given[:1], given[2], variables)) or {"status": 0, "cut": False},
+    )
     gpu.run_tests(out, 100.0, 1)
-    (command, _, variables), = began
-    assert variables["OMP_NUM_THREADS"] == "1" and variables["TRITON_CACHE_MANAGER"] == "benchmarks.compile_once:WaitingCacheManager"
-    assert "benchmarks.outcomes" in command and str(out / "tests.jsonl") in command and ("-n" in command) == bool(gpu.importlib.util.find_spec("xdist"))
+    ((command, _, variables),) = began
+    assert (
+        variables["OMP_NUM_THREADS"] == "1"
+        and variables["TRITON_CACHE_MANAGER"] == "benchmarks.compile_once:WaitingCacheManager"
+    )
+    assert (
+        "benchmarks.outcomes" in command
+        and str(out / "tests.jsonl") in command
+        and ("-n" in command) == bool(gpu.importlib.util.find_spec("xdist"))
+    )
 
 
 def test_without_xdist_the_tests_start_again_behind_the_one_that_lost_the_device(stage, monkeypatch):
     out, began = stage
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
-    (Path(gpu.TEST_PATHS[0]) / "test_more.py").write_text("import os\ndef test_dies(): os._exit(3)\ndef test_last(): pass\n")
+    (Path(gpu.TEST_PATHS[0]) / "test_more.py").write_text(
+        "import os\ndef test_dies(): os._exit(3)\ndef test_last(): pass\n"
+    )
     found = gpu.run_tests(out, 200.0, 1)
     assert len(began) == 3 and not found["cut"] and found["counts"]["passed"] == 3 and found["counts"]["failed"] == 3
     assert "its process ended in this test, status 3" in str(found["failing"])
@@ -130,26 +186,40 @@ def test_three_calls_fill_one_file_and_a_further_one_loses_nothing(stage):
         earlier = json.loads((out / "gpu.json").read_text()) if number else None
         result = gpu.run(Call(out, 1000.0, part=part, commit="abc", quick=part == "models"), earlier)
     kernels, models = NAMES[:6], NAMES[6:]
-    assert list(dict.fromkeys(names_of(began)[:-8])) == ["pytest", *kernels, *models] and set(names_of(began)[-8:]) == set(kernels)
+    assert list(dict.fromkeys(names_of(began)[:-8])) == ["pytest", *kernels, *models] and set(
+        names_of(began)[-8:]
+    ) == set(kernels)
     assert began[0][1] > 980 and result["tests"]["counts"]["failed"] == 1 and result["benchmarks"].keys() == set(NAMES)
     assert [call["part"] for call in result["calls"]] == ["tests", "kernels", "models", "kernels"]
     assert result["benchmarks"]["attention"]["earlier"]["report"]["rows"]
-    assert all(("--quick" in result["benchmarks"][name]["report"]["arguments"]) == (name in models) for name in ("attention", "sample"))
+    assert all(
+        ("--quick" in result["benchmarks"][name]["report"]["arguments"]) == (name in models)
+        for name in ("attention", "sample")
+    )
     given = result["benchmarks"]["attention"]["report"]["arguments"]
-    assert given[given.index("--commit") + 1] == "abc" and 0 < float(given[given.index("--seconds") + 1]) < 1000 * 250 / (560 - 90)
+    assert given[given.index("--commit") + 1] == "abc" and 0 < float(
+        given[given.index("--seconds") + 1]
+    ) < 1000 * 250 / (560 - 90)
 
 
 def test_a_kill_in_the_middle_leaves_what_was_measured(tmp_path):
     """The program itself, killed by its machine while a benchmark hangs."""
     script = tmp_path / "stage.py"
-    script.write_text(f"import sys; from pathlib import Path; from benchmarks import gpu, harness\nSTUB = {STUB!r}\n"
-                      "gpu.environment = lambda device, commit=None: harness.environment('cpu', commit)\ngpu.POLL_SECONDS = 0.1\n"
-                      "gpu.benchmark_command = lambda name, out: [sys.executable, '-c', STUB, name, '--out', str(out)]\n"
-                      "gpu.run(gpu.Call(Path(sys.argv[1]), 1000.0, part='kernels'))\n")
+    script.write_text(
+        f"import sys; from pathlib import Path; from benchmarks import gpu, harness\nSTUB = {STUB!r}\n"
+        "gpu.environment = lambda device, commit=None: harness.environment('cpu', commit)\ngpu.POLL_SECONDS = 0.1\n"
+        "gpu.benchmark_command = lambda name, out: [sys.executable, '-c', STUB, name, '--out', str(out)]\n"
+        "gpu.run(gpu.Call(Path(sys.argv[1]), 1000.0, part='kernels'))\n"
+    )
     for number, sent in enumerate((signal.SIGINT, signal.SIGKILL)):
         out = tmp_path / str(number)
         out.mkdir()
-        process = subprocess.Popen([sys.executable, str(script), str(out)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, str(script), str(out)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+        )
         try:
             deadline, found = time.monotonic() + 120, {}
             while time.monotonic() < deadline and not (found.get("decode") or {}).get("report"):
@@ -164,6 +234,16 @@ def test_a_kill_in_the_middle_leaves_what_was_measured(tmp_path):
         assert found["decode"]["tail"] == ("still running" if sent == signal.SIGKILL else gpu.STOPPED)
 
 
+def test_tests_that_passed_run_again_where_the_commit_does_not_say_which_code_they_passed_on(stage, monkeypatch):
+    out, _ = stage
+    monkeypatch.setattr(gpu, "run_tests", lambda out, *_: {"status": 0, "cut": False, "tail": ""})
+    for commit, kept in (("abc", True), ("abc with local changes", False), (None, False)):
+        (out / "tests.jsonl").write_text('{"test": "a.py::test_a", "outcome": "passed"}\n')
+        earlier = {"environment": {"commit": commit}, "calls": [], "tests": None, "sanitizers": {}, "benchmarks": {}}
+        gpu.run(Call(out, 100.0, part="tests"), earlier)
+        assert (out / "tests.jsonl").exists() == kept
+
+
 def test_what_breaks_before_its_process_and_what_finds_no_time_is_recorded(stage, monkeypatch):
     out, _ = stage
 
@@ -174,8 +254,14 @@ def test_what_breaks_before_its_process_and_what_finds_no_time_is_recorded(stage
     result = gpu.run(Call(out, 1000.0, part="tests"))
     assert result["tests"]["tail"] == "OSError: no such program" and not gpu.passed(result)
     late = gpu.run(Call(out, 3.0))
-    assert late["benchmarks"]["attention"]["cut"] and late["tests"]["tail"] == "the time was over before it began" and not gpu.passed(late)
-    assert {step["left_out"] for step in late["sanitizers"].values()} == {"no time was left for it; --sanitize keeps some"}
+    assert (
+        late["benchmarks"]["attention"]["cut"]
+        and late["tests"]["tail"] == "the time was over before it began"
+        and not gpu.passed(late)
+    )
+    assert {step["left_out"] for step in late["sanitizers"].values()} == {
+        "no time was left for it; --sanitize keeps some"
+    }
 
 
 def test_sanitizers_come_last_and_have_time_of_their_own_only_where_they_are_asked_for(stage, monkeypatch):
@@ -185,13 +271,23 @@ def test_sanitizers_come_last_and_have_time_of_their_own_only_where_they_are_ask
     tool.chmod(0o755)
     monkeypatch.setattr(gpu.shutil, "which", lambda name: str(tool))
     result = gpu.run(Call(out, 2000.0, part="models", sanitize=True))
-    assert names_of(began)[-2:] == ["memcheck", "racecheck"] and began[0][1] < 2000 * 50 / (540 + 180) and not gpu.passed(result)
+    assert (
+        names_of(began)[-2:] == ["memcheck", "racecheck"]
+        and began[0][1] < 2000 * 50 / (540 + 180)
+        and not gpu.passed(result)
+    )
     step = result["sanitizers"]["racecheck"]
-    assert step["status"] == 9 and "1 --tool racecheck --error-exitcode 9" in step["tail"] and "benchmarks.sanitize" in step["tail"]
+    assert (
+        step["status"] == 9
+        and "1 --tool racecheck --error-exitcode 9" in step["tail"]
+        and "benchmarks.sanitize" in step["tail"]
+    )
     good = {"status": 0, "cut": False}
     assert not gpu.passed({"tests": good, "sanitizers": {"racecheck": step}, "benchmarks": {}})
     monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
-    assert gpu.passed({"tests": good, "sanitizers": {"racecheck": gpu.run_sanitizer("racecheck", out, 10)}, "benchmarks": {}})
+    assert gpu.passed(
+        {"tests": good, "sanitizers": {"racecheck": gpu.run_sanitizer("racecheck", out, 10)}, "benchmarks": {}}
+    )
     assert [step.name for step in SANITIZERS] == ["memcheck", "racecheck"]
 
 
@@ -237,5 +333,7 @@ def test_every_benchmark_of_the_schedule_is_there_and_takes_its_options(capsys):
         with pytest.raises(SystemExit) as ended:
             module.main(["--help"])
         said = capsys.readouterr().out
-        assert ended.value.code == 0 and all(option in said for option in ("--out", "--seconds", "--quick", "--commit")), step.name
+        assert ended.value.code == 0 and all(
+            option in said for option in ("--out", "--seconds", "--quick", "--commit")
+        ), step.name
     assert outcomes.LEFT_OUT == "spill"

@@ -109,16 +109,29 @@ def test_each_contenders_row_is_saved_before_the_next_begins_and_replaced_by_the
     def contender(name):
         def check(state):
             rows = {row["contender"]: row for row in Report.load(path).rows} if path.exists() else {}
-            seen.append((name, [other for other, row in rows.items() if row["milliseconds"] and not row["interleaved"]]))
+            seen.append(
+                (name, [other for other, row in rows.items() if row["milliseconds"] and not row["interleaved"]])
+            )
+
         return Contender(name, {"forward": passes}, check)
 
     def measure_case(case):
-        for result in measure([contender(n) for n in "abc"], device="cpu", seconds=0, record=lambda r: report.record({"n": case}, r), **report.limits):
+        for result in measure(
+            [contender(n) for n in "abc"],
+            device="cpu",
+            seconds=0,
+            record=lambda r: report.record({"n": case}, r),
+            **report.limits,
+        ):
             report.record({"n": case}, result)
 
     assert report.run([1], measure_case, path, 60.0) == 0
     assert seen == [("a", []), ("b", ["a"]), ("c", ["a", "b"])]
-    assert [(row["contender"], row["interleaved"]) for row in Report.load(path).rows] == [("a", True), ("b", True), ("c", True)]
+    assert [(row["contender"], row["interleaved"]) for row in Report.load(path).rows] == [
+        ("a", True),
+        ("b", True),
+        ("c", True),
+    ]
 
 
 def test_contenders_that_the_time_does_not_reach_are_left_out_and_the_others_keep_their_first_numbers(monkeypatch):
@@ -131,7 +144,14 @@ def test_contenders_that_the_time_does_not_reach_are_left_out_and_the_others_kee
     def record(result):
         recorded[result.name] = result.left_out or bool(result.milliseconds)
 
-    found = measure([Contender(n, {"forward": slow}, passes) for n in "abc"], device="cpu", seconds=1, warmup=0, record=record, until=25.0)
+    found = measure(
+        [Contender(n, {"forward": slow}, passes) for n in "abc"],
+        device="cpu",
+        seconds=1,
+        warmup=0,
+        record=record,
+        until=25.0,
+    )
     assert recorded == {"a": True, "b": "the time was over", "c": "the time was over"} and not found[0].interleaved
     assert found[0].milliseconds["forward"]["repetitions"] == 1 and found[1].error is None and not found[1].checked
 
@@ -148,8 +168,10 @@ def test_a_missing_package_is_left_out_with_the_reason_and_a_broken_maker_is_an_
 
     made, others = harness.present({"there": lambda: 1, "missing": missing, "unfit": unfit, "broken": broken})
     assert made == {"there": 1} and [(r.name, r.left_out, r.error) for r in others] == [
-        ("missing", "not installed: No module named 'a_package_that_nobody_has'", None), ("unfit", "it has no such mask", None),
-        ("broken", None, "RuntimeError: it broke")]
+        ("missing", "not installed: No module named 'a_package_that_nobody_has'", None),
+        ("unfit", "it has no such mask", None),
+        ("broken", None, "RuntimeError: it broke"),
+    ]
     assert not any(r.checked or r.milliseconds for r in others)
 
 
@@ -162,7 +184,10 @@ def test_a_lost_device_leaves_the_rows_of_those_before_and_the_loss(tmp_path, mo
 
     monkeypatch.setattr(harness, "device_answers", lambda: not lost)
     monkeypatch.setattr(harness, "_checked_state", lambda contender, result, device: checked(contender, result, "cpu"))
-    chosen = [Contender(name, {"forward": phase}, passes) for name, phase in (("ours", passes), ("theirs", loses), ("last", passes))]
+    chosen = [
+        Contender(name, {"forward": phase}, passes)
+        for name, phase in (("ours", passes), ("theirs", loses), ("last", passes))
+    ]
     report, path = Report("attention", {}, {}), tmp_path / "x.json"
 
     def measure_case(case):
@@ -170,8 +195,16 @@ def test_a_lost_device_leaves_the_rows_of_those_before_and_the_loss(tmp_path, mo
 
     assert report.run([1, 2], measure_case, path, 60.0) == 1
     rows, found = {row["contender"]: row for row in report.load(path).rows}, Report.load(path)
-    assert rows["ours"]["milliseconds"] and rows["theirs"]["error"] == "RuntimeError: an illegal memory access" and not rows["theirs"]["milliseconds"]
-    assert not rows["last"]["checked"] and "the device was lost: theirs" in found.notes[0] and found.lost == {"case": 0, "contender": "theirs"}
+    assert (
+        rows["ours"]["milliseconds"]
+        and rows["theirs"]["error"] == "RuntimeError: an illegal memory access"
+        and not rows["theirs"]["milliseconds"]
+    )
+    assert (
+        not rows["last"]["checked"]
+        and "the device was lost: theirs" in found.notes[0]
+        and found.lost == {"case": 0, "contender": "theirs"}
+    )
 
 
 def test_a_device_that_is_lost_before_any_contender_begins_stops_the_run_there(tmp_path, monkeypatch):
@@ -197,17 +230,30 @@ def test_another_process_goes_on_without_the_contender_that_lost_the_device_and_
             chosen = [Contender(name, {"forward": passes}, passes) for name in ("ours", "theirs")]
             for result in measure(chosen, device="cpu", seconds=0, **report.limits):
                 report.record({"n": case}, result)
+
         return measure_case
 
     report = Report("attention", {}, {})
-    assert report.run([0, 1, 2], cases(report, True), path, 60.0) == 1 and Report.load(path).lost == {"case": 1, "contender": "theirs"}
+    assert report.run([0, 1, 2], cases(report, True), path, 60.0) == 1 and Report.load(path).lost == {
+        "case": 1,
+        "contender": "theirs",
+    }
     report = Report("attention", {}, {})
     report.obey(harness.make_parser("", "").parse_args(["--out", "x", "--skip", "1", "--without", "theirs"]))
     assert report.run([0, 1, 2], cases(report, False), path, 60.0) == 0
     rows = {(row["n"], row["contender"]): row for row in Report.load(path).rows}
     assert [(key, bool(row["milliseconds"])) for key, row in sorted(rows.items())] == [
-        ((0, "ours"), True), ((0, "theirs"), True), ((1, "ours"), True), ((1, "theirs"), False), ((2, "ours"), True), ((2, "theirs"), False)]
-    assert rows[1, "theirs"]["error"] == "an illegal memory access" and rows[2, "theirs"]["left_out"] == "it lost the device in another case"
+        ((0, "ours"), True),
+        ((0, "theirs"), True),
+        ((1, "ours"), True),
+        ((1, "theirs"), False),
+        ((2, "ours"), True),
+        ((2, "theirs"), False),
+    ]
+    assert (
+        rows[1, "theirs"]["error"] == "an illegal memory access"
+        and rows[2, "theirs"]["left_out"] == "it lost the device in another case"
+    )
     assert Report.load(path).lost is None and len(Report.load(path).notes) == 1
 
 
@@ -224,21 +270,40 @@ def test_a_run_of_cases_survives_one_that_fails_stops_when_the_device_is_lost_an
     assert Report("attention", {}, {}).run([1, 3], measure_case, path, 60.0) == 0 and seen == [1, 3]
     report = Report("attention", {}, {})
     assert report.run([1, 2, 3, 4, 5], measure_case, path, 60.0) == 1 and seen == [1, 3, 1, 2, 3, 4]
-    assert report.notes == ["2 failed: ValueError: no such shape", "stopped at 4, the device was lost: gone"] == Report.load(path).notes
+    assert (
+        report.notes
+        == ["2 failed: ValueError: no such shape", "stopped at 4, the device was lost: gone"]
+        == Report.load(path).notes
+    )
     late = Report("attention", {}, {})
-    assert late.run([1], measure_case, path, -1.0) == 0 and late.notes == ["cut before 1: the time was over"] and len(seen) == 6
+    assert (
+        late.run([1], measure_case, path, -1.0) == 0
+        and late.notes == ["cut before 1: the time was over"]
+        and len(seen) == 6
+    )
 
 
 def test_packed_batches_hold_whole_images_and_the_definition_is_their_mask():
     batch = packed_batch(1500, 64, seed=3)
     assert batch.documents.shape == (1, 1500) and batch.documents.max() > 0 and len(batch.spans[0]) > 3
-    assert all(stop - start == 64 and batch.documents[0, start] == batch.documents[0, stop - 1] for start, stop in batch.spans[0])
+    assert all(
+        stop - start == 64 and batch.documents[0, start] == batch.documents[0, stop - 1]
+        for start, stop in batch.spans[0]
+    )
     mask = attention_benchmark.mask_builder(batch)()
-    assert torch.equal(mask.dense(), dense_definition(batch)) and torch.equal(mask.dense()[:, :, 100:200], dense_definition(batch, 100, 200))
-    assert torch.equal(dense_definition(packed_batch(1500, 64, seed=3)), dense_definition(batch)) and batch.hidden is None
+    assert torch.equal(mask.dense(), dense_definition(batch)) and torch.equal(
+        mask.dense()[:, :, 100:200], dense_definition(batch, 100, 200)
+    )
+    assert (
+        torch.equal(dense_definition(packed_batch(1500, 64, seed=3)), dense_definition(batch)) and batch.hidden is None
+    )
     noised = packed_batch(1500, 64, seed=3, hidden=True)
     mask = attention_benchmark.mask_builder(noised)()
-    assert noised.hidden == [noised.spans[0][::2]] and torch.equal(mask.dense(), dense_definition(noised)) and mask.area() < dense_definition(batch).sum()
+    assert (
+        noised.hidden == [noised.spans[0][::2]]
+        and torch.equal(mask.dense(), dense_definition(noised))
+        and mask.area() < dense_definition(batch).sum()
+    )
 
 
 def test_flops_count_visible_pairs_one_by_one():
@@ -248,21 +313,35 @@ def test_flops_count_visible_pairs_one_by_one():
     for _ in range(heads):
         for i in range(7):
             for j in range(7):
-                operations += (2 * dim + 2 * dim) * visible[i][j]  # q . k and p * v: a multiplication and an addition per number
-    assert mask.area().item() == 21 and attention_benchmark.flops(21, heads, dim) == {"forward": operations, "backward": 2.5 * operations}
+                operations += (2 * dim + 2 * dim) * visible[i][
+                    j
+                ]  # q . k and p * v: a multiplication and an addition per number
+    assert mask.area().item() == 21 and attention_benchmark.flops(21, heads, dim) == {
+        "forward": operations,
+        "backward": 2.5 * operations,
+    }
 
 
 def test_tiles_visited_and_needed_count_as_by_hand():
     batch = packed_batch(300, 32, seed=1)
     mask, seen = attention_benchmark.mask_builder(batch)(), dense_definition(batch)[0, 0]
-    rows = [seen[start:start + 64].any(0).nonzero() for start in range(0, 300, 64)]
+    rows = [seen[start : start + 64].any(0).nonzero() for start in range(0, 300, 64)]
     visited = sum(-(-(keys.max() - keys.min() + 1).item() // 32) for keys in rows)
     counts = mask_benchmark.tile_counts(mask, lambda a, b: dense_definition(batch, a, b), 64, 32)
-    assert counts == {"visited": visited, "minimum": sum(-(-len(keys) // 32) for keys in rows), "area_in_tiles": seen.sum().item() / (64 * 32)}
+    assert counts == {
+        "visited": visited,
+        "minimum": sum(-(-len(keys) // 32) for keys in rows),
+        "area_in_tiles": seen.sum().item() / (64 * 32),
+    }
     noised = packed_batch(300, 32, seed=1, hidden=True)
-    mask, tiles = attention_benchmark.mask_builder(noised)(), torch.nn.functional.pad(dense_definition(noised)[0, 0], (0, 20, 0, 20))
+    mask, tiles = (
+        attention_benchmark.mask_builder(noised)(),
+        torch.nn.functional.pad(dense_definition(noised)[0, 0], (0, 20, 0, 20)),
+    )
     needed = tiles.unflatten(1, (10, 32)).unflatten(0, (5, 64)).any(1).any(-1)
-    assert mask_benchmark.tile_counts(mask, lambda a, b: dense_definition(noised, a, b), 64, 32)["visited"] == needed.sum()
+    assert (
+        mask_benchmark.tile_counts(mask, lambda a, b: dense_definition(noised, a, b), 64, 32)["visited"] == needed.sum()
+    )
     with pytest.raises(AssertionError, match="the mask is wrong in rows 0"):
         mask_benchmark.tile_counts(TransfusionMask.causal(300), lambda a, b: ~dense_definition(batch, a, b), 64, 32)
 
@@ -281,14 +360,21 @@ def test_the_benchmarks_reference_equals_the_specification(hidden, monkeypatch):
 
 
 def test_the_accuracy_check_passes_right_contenders_and_stops_wrong_ones():
-    batch, inputs = packed_batch(SMALL.seq_len, SMALL.image_tokens, device=DEVICE), attention_benchmark.random_inputs(SMALL, DEVICE, torch.float32)
+    batch, inputs = (
+        packed_batch(SMALL.seq_len, SMALL.image_tokens, device=DEVICE),
+        attention_benchmark.random_inputs(SMALL, DEVICE, torch.float32),
+    )
     make_mask = attention_benchmark.mask_builder(batch)
     check = attention_benchmark.checker(inputs, make_mask())(4.0)
 
     def leaky(q, k, v, mask):
         return attention_reference(q, k, v, TransfusionMask.causal(SMALL.seq_len, device=DEVICE)).out
 
-    chosen = [attention_benchmark.our_contender(make_mask, inputs, check), sdpa_dense(batch, inputs, check), contender("leaky", inputs, check, leaky)]
+    chosen = [
+        attention_benchmark.our_contender(make_mask, inputs, check),
+        sdpa_dense(batch, inputs, check),
+        contender("leaky", inputs, check, leaky),
+    ]
     ours, dense, wrong = measure(chosen, device="cpu", seconds=0, warmup=1)
     assert set(ours.milliseconds) == set(dense.milliseconds) == {"build", "forward", "backward"}, (ours, dense)
     assert not wrong.checked and wrong.milliseconds == {} and wrong.error.startswith("AssertionError: out: max error")
@@ -296,13 +382,15 @@ def test_the_accuracy_check_passes_right_contenders_and_stops_wrong_ones():
 
 def test_the_quick_cases_come_first_and_the_grid_is_whole():
     everything, quick = attention_benchmark.cases(), attention_benchmark.cases(quick=True)
-    assert len(everything) == len(set(everything)) == 82 and everything[:len(quick)] == quick and len(quick) == 10
+    assert len(everything) == len(set(everything)) == 82 and everything[: len(quick)] == quick and len(quick) == 10
 
 
 def test_the_table_and_plot_take_results_and_errors(tmp_path):
     report = Report("attention", {}, {"device": "a device"})
     case = attention_benchmark.Case(1024, 64, 16, 16, 256)._asdict()
-    times = {phase: {"p20": 1.0, "p50": 2.0, "p80": 3.0, "repetitions": 5} for phase in ("build", "forward", "backward")}
+    times = {
+        phase: {"p20": 1.0, "p50": 2.0, "p80": 3.0, "repetitions": 5} for phase in ("build", "forward", "backward")
+    }
     report.record(case, Result("tfkernels", True, times, 2**20), sum_ms=6.0, tflops={"forward": 5.0, "backward": 4.0})
     report.record(case, Result("xformers, dense bias", left_out="not installed"), sum_ms=None, tflops=None)
     ours, theirs = attention_benchmark.table(report.rows).splitlines()
@@ -312,7 +400,10 @@ def test_the_table_and_plot_take_results_and_errors(tmp_path):
     assert {path.name for path in tmp_path.glob("*.png")} == {"attention_d64.png", "attention_d128.png"}
 
 
-@pytest.mark.parametrize("name,peak", [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989), ("CPU: something", None)])
+@pytest.mark.parametrize(
+    "name,peak",
+    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989), ("CPU: something", None)],
+)
 def test_the_roofline_is_known_by_the_devices_name(name, peak):
     assert harness.peak_tflops(name) == peak
 
@@ -320,8 +411,12 @@ def test_the_roofline_is_known_by_the_devices_name(name, peak):
 @pytest.mark.skipif(DEVICE == "cuda", reason="says what happens without a CUDA device")
 @pytest.mark.parametrize("module", ["gpu", "attention"])
 def test_without_cuda_one_line_says_so_and_the_status_is_1(module, tmp_path):
-    done = subprocess.run([sys.executable, "-m", f"benchmarks.{module}", "--out", str(tmp_path / "out")], capture_output=True, text=True,
-                          cwd=Path(gpu.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        cwd=Path(gpu.__file__).parent.parent,
+    )
     assert done.returncode == 1 and len(done.stdout.splitlines()) == 1 and "no CUDA device" in done.stdout
     assert not (tmp_path / "out").exists()
 

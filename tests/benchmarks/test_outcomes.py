@@ -1,4 +1,6 @@
-"""The plugin that keeps every test's outcome, seen on small suites: what a kill leaves, what a lost device costs, and what is not run again."""
+"""The plugin that keeps every test's outcome, seen on small suites: what a kill leaves, what a lost device costs, and
+what is not run again."""
+
 import ast
 import json
 import os
@@ -35,8 +37,27 @@ HANGS = "import time\ndef test_hangs(): time.sleep(300)\ndef test_after_it(): pa
 
 
 def command(suite, path, *more):
-    return [sys.executable, "-m", "pytest", "-q", "--tb=short", "--color=no", "-p", "no:cacheprovider", "-p", "benchmarks.outcomes", "--outcomes", str(path),
-            "--rootdir", str(suite), "-c", "/dev/null", "--continue-on-collection-errors", *more, str(suite)]
+    return [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--tb=short",
+        "--color=no",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "benchmarks.outcomes",
+        "--outcomes",
+        str(path),
+        "--rootdir",
+        str(suite),
+        "-c",
+        "/dev/null",
+        "--continue-on-collection-errors",
+        *more,
+        str(suite),
+    ]
 
 
 def run(suite, path, *more):
@@ -46,7 +67,11 @@ def run(suite, path, *more):
 
 
 def last_of(path):
-    return {event["test"]: event for event in outcomes.events(path) if event.get("outcome", "begun") != "begun" and "test" in event}
+    return {
+        event["test"]: event
+        for event in outcomes.events(path)
+        if event.get("outcome", "begun") != "begun" and "test" in event
+    }
 
 
 @pytest.fixture
@@ -61,25 +86,53 @@ def test_under_xdist_a_lost_device_and_a_dead_worker_cost_their_own_tests_alone(
     pytest.importorskip("xdist")
     found, done = run(suite, tmp_path / "tests.jsonl", "-n", "1", "--max-worker-restart", "100")
     assert {name: event["outcome"] for name, event in found.items()} == {
-        "test_good": "passed", "test_bad": "failed", "test_whose_fixture_breaks": "error", "test_skipped": "skipped", "test_expected_to_fail": "xfailed",
-        "test_loses_the_device": "failed", "test_after_the_loss": "passed", "test_dies": "failed", "test_last": "passed"}, done.stdout
-    assert "the device was lost in this test: CUDA error: an illegal memory access" in found["test_loses_the_device"]["reason"]
-    assert "crashed while running" in found["test_dies"]["reason"] and found["test_bad"]["reason"].startswith("AssertionError: three is not four")
-    assert "no fixture" in found["test_whose_fixture_breaks"]["reason"] and found["test_skipped"]["reason"].endswith("not here")
+        "test_good": "passed",
+        "test_bad": "failed",
+        "test_whose_fixture_breaks": "error",
+        "test_skipped": "skipped",
+        "test_expected_to_fail": "xfailed",
+        "test_loses_the_device": "failed",
+        "test_after_the_loss": "passed",
+        "test_dies": "failed",
+        "test_last": "passed",
+    }, done.stdout
+    assert (
+        "the device was lost in this test: CUDA error: an illegal memory access"
+        in found["test_loses_the_device"]["reason"]
+    )
+    assert "crashed while running" in found["test_dies"]["reason"] and found["test_bad"]["reason"].startswith(
+        "AssertionError: three is not four"
+    )
+    assert "no fixture" in found["test_whose_fixture_breaks"]["reason"] and found["test_skipped"]["reason"].endswith(
+        "not here"
+    )
     whole = outcomes.read(tmp_path / "tests.jsonl")
-    assert whole["collected"] == 9 and whole["counts"] == {"passed": 3, "failed": 3, "error": 1, "skipped": 1, "xfailed": 1, "xpassed": 0}
+    assert whole["collected"] == 9 and whole["counts"] == {
+        "passed": 3,
+        "failed": 3,
+        "error": 1,
+        "skipped": 1,
+        "xfailed": 1,
+        "xpassed": 0,
+    }
     assert "a_package_that_nobody_has" in str(whole["not_collected"]) and not whole["begun"]
 
 
 def test_a_further_run_leaves_out_what_has_passed_and_runs_again_what_has_failed(tmp_path):
     suite, path = tmp_path / "suite", tmp_path / "tests.jsonl"
     suite.mkdir()
-    (suite / "test_few.py").write_text("import os\ndef test_good(): pass\ndef test_bad(): assert 'MENDED' in os.environ\n")
+    (suite / "test_few.py").write_text(
+        "import os\ndef test_good(): pass\ndef test_bad(): assert 'MENDED' in os.environ\n"
+    )
     assert run(suite, path)[1].returncode == 1
-    done = subprocess.run(command(suite, path), capture_output=True, text=True, cwd=ROOT)  # no new "run" line: all have ended
+    done = subprocess.run(
+        command(suite, path), capture_output=True, text=True, cwd=ROOT
+    )  # no new "run" line: all have ended
     assert done.returncode == 5 and "2 deselected" in done.stdout
     outcomes.add(path, run=1)
-    done = subprocess.run(command(suite, path), capture_output=True, text=True, cwd=ROOT, env={**os.environ, "MENDED": "1"})
+    done = subprocess.run(
+        command(suite, path), capture_output=True, text=True, cwd=ROOT, env={**os.environ, "MENDED": "1"}
+    )
     assert done.returncode == 0 and "1 passed, 1 deselected" in done.stdout
     assert outcomes.read(path)["counts"]["passed"] == 2 and not outcomes.read(path)["failing"]
 
@@ -89,7 +142,11 @@ def test_a_test_that_hangs_ends_its_process(tmp_path):
     suite.mkdir()
     (suite / "test_hang.py").write_text(HANGS)
     found, done = run(suite, path, "--test-seconds", "2")
-    assert done.returncode not in (0, outcomes.LOST) and "in test_hangs" in done.stderr and outcomes.read(path)["begun"] == ["test_hang.py::test_hangs"]
+    assert (
+        done.returncode not in (0, outcomes.LOST)
+        and "in test_hangs" in done.stderr
+        and outcomes.read(path)["begun"] == ["test_hang.py::test_hangs"]
+    )
     pytest.importorskip("xdist")
     found, done = run(suite, path, "--test-seconds", "2", "-n", "1")
     assert found["test_hangs"]["outcome"] == "failed" and found["test_after_it"]["outcome"] == "passed"
@@ -121,18 +178,29 @@ def test_a_line_that_was_cut_is_passed_over(tmp_path):
 
 
 def test_attentions_tests_come_first():
-    names = ["tests/test_layout.py::a", "tests/tfkernels/test_norm.py::b", "tests/tfkernels/test_attention.py::c", "tests/tfkernels/test_mask.py::d",
-             "tests/transfusion/test_model.py::e"]
+    names = [
+        "tests/test_layout.py::a",
+        "tests/tfkernels/test_norm.py::b",
+        "tests/tfkernels/test_attention.py::c",
+        "tests/tfkernels/test_mask.py::d",
+        "tests/transfusion/test_model.py::e",
+    ]
     assert [name[-1] for name in sorted(names, key=outcomes.place)] == ["c", "d", "b", "a", "e"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("test_*.py")), ids=lambda p: p.name)
-def test_every_test_that_compiles_for_a_gpu_that_is_not_there_says_spill(path):
-    """It is by this word that the plugin knows them."""
+def test_every_test_that_compiles_for_a_gpu_that_is_not_there_is_known_by_its_name(path):
     tree = ast.parse(path.read_text())
     compiling = {"resources", "compiled"} & {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     for test in (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")):
-        used = {node.func.id for node in ast.walk(test) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+        used = {
+            node.func.id for node in ast.walk(test) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
         taken = {argument.arg for argument in test.args.args}
-        if "resources" in compiling and "resources" in used or path.name == "test_resources.py" and "result_of" in taken:
+        if (
+            "resources" in compiling
+            and "resources" in used
+            or path.name == "test_resources.py"
+            and "result_of" in taken
+        ):
             assert outcomes.LEFT_OUT in test.name, f"{path.name}: {test.name} compiles offline"

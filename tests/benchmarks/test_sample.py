@@ -112,19 +112,29 @@ def test_a_missing_peer_is_left_out_and_all_times_are_those_a_user_waits_for(mon
     report = Report("sample", {}, {"device": "cpu"})
     sample.run_case(Case("draw", "tiny", 1, 24, 2), report, "cpu", 0.0)
     rows = {row["contender"]: row for row in report.rows}
-    assert rows[sample.PEER]["left_out"].startswith("not installed: ") and rows[sample.PEER]["error"] is None and not rows[sample.PEER]["milliseconds"]
+    assert (
+        rows[sample.PEER]["left_out"].startswith("not installed: ")
+        and rows[sample.PEER]["error"] is None
+        and not rows[sample.PEER]["milliseconds"]
+    )
     assert rows[OURS]["timing"] == {"one step": "wall", "draw": "wall"} and rows[OURS]["interleaved"]
-    assert all(c.wall for case, make in ((DRAW, draw_contenders), (WRITE, write_contenders)) for c in make(case, "cpu", torch.float32)[0])
+    assert all(
+        c.wall
+        for case, make in ((DRAW, draw_contenders), (WRITE, write_contenders))
+        for c in make(case, "cpu", torch.float32)[0]
+    )
 
 
 def test_the_quick_grid_is_the_beginning_of_the_whole():
     quick, whole = cases(True), cases(False)
-    assert whole[:len(quick)] == quick and len(set(whole)) == len(whole) > len(quick) > 0
+    assert whole[: len(quick)] == quick and len(set(whole)) == len(whole) > len(quick) > 0
 
 
 def test_the_command_writes_a_complete_file(tmp_path, capsys):
     assert sample.main(["--cpu", "--out", str(tmp_path)]) == 0
-    rows = {(row["task"], row["contender"]): row for row in json.loads((tmp_path / "sample-cpu.json").read_text())["rows"]}
+    rows = {
+        (row["task"], row["contender"]): row for row in json.loads((tmp_path / "sample-cpu.json").read_text())["rows"]
+    }
     for key in (("draw", OURS), ("draw", UNCACHED), ("write", OURS), ("write", GENERATE)):
         assert rows[key]["checked"] and rows[key]["per_second"] > 0
     assert rows["draw", OURS]["step_ms"] > 0 and OURS in capsys.readouterr().out

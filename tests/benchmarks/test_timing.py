@@ -1,4 +1,6 @@
-"""What a time is made of, on a device that is played: one clock of the host, one of the device, and launches that the host does not wait for."""
+"""What a time is made of, on a device that is played: one clock of the host, one of the device, and launches that the
+host does not wait for."""
+
 import pytest
 
 from benchmarks.harness import Contender, Report, measure
@@ -25,7 +27,10 @@ class Event:
 
 
 class Machine:
-    """Milliseconds on the host and on the device, which begins a kernel when it is enqueued and the one before is done; as torch.cuda is used."""
+    """Milliseconds on the host and on the device, used as torch.cuda is.
+
+    The device begins a kernel when it is enqueued and the one before is done.
+    """
 
     def __init__(self, depth=1000):
         self.host = self.device = 0.0
@@ -58,12 +63,14 @@ class Machine:
 
     def kernels(self, *each, python=0.0, waits=False):
         """A phase: `python` milliseconds of the host before each kernel, of so many milliseconds."""
+
         def phase(state):
             for milliseconds in each:
                 self.host += python
                 self.enqueue(milliseconds)
             if waits:
                 self.synchronize()
+
         return phase
 
 
@@ -76,7 +83,11 @@ def test_a_kernel_shorter_than_its_python_is_timed_alone():
     machine = Machine()
     samples = [s["forward"] for s in run(machine, {"forward": machine.kernels(0.05, 0.02, python=0.9)})]
     for sample in samples[1:]:
-        assert sample.timing == QUEUED and sample.milliseconds == pytest.approx(0.07) and sample.host_us == pytest.approx(1800)
+        assert (
+            sample.timing == QUEUED
+            and sample.milliseconds == pytest.approx(0.07)
+            and sample.host_us == pytest.approx(1800)
+        )
     assert machine.flushed == 8
 
 
@@ -91,7 +102,9 @@ def test_a_phase_that_waits_for_the_device_is_host_bound_and_costs_no_spin_for_l
     machine = Machine()
     samples = [s["forward"] for s in run(machine, {"forward": machine.kernels(0.05, python=0.5, waits=True)}, 12)]
     assert all(s.timing == HOST_BOUND for s in samples)
-    assert samples[-1].milliseconds == pytest.approx(0.5 + 0.05 - 0.18) and samples[-1].host_us == pytest.approx(550)  # no spin is in them
+    assert samples[-1].milliseconds == pytest.approx(0.5 + 0.05 - 0.18) and samples[-1].host_us == pytest.approx(
+        550
+    )  # no spin is in them
 
 
 def test_more_launches_than_the_queue_holds_are_host_bound():
@@ -110,12 +123,18 @@ def test_every_phase_gets_a_spin_of_its_own():
 
 def test_what_a_user_waits_for_holds_the_hosts_time_and_no_phase_waits_for_the_one_before():
     machine = Machine()
-    phases = {"forward": machine.kernels(1.0, 1.0, python=3.0), "backward": machine.kernels(4.0, python=0.5), "update": machine.kernels(0.1, python=2.0)}
+    phases = {
+        "forward": machine.kernels(1.0, 1.0, python=3.0),
+        "backward": machine.kernels(4.0, python=0.5),
+        "update": machine.kernels(0.1, python=2.0),
+    }
     begin = machine.host
     found = run(machine, phases, 1, wall=True)[0]
     assert all(sample.timing == WALL for sample in found.values())
     whole = machine.host - begin - 2 * CALIBRATION_CYCLES / CYCLES - 0.18
-    assert sum(sample.milliseconds for sample in found.values()) == pytest.approx(whole) == pytest.approx(6 + 1 + 4 + 0.1)
+    assert (
+        sum(sample.milliseconds for sample in found.values()) == pytest.approx(whole) == pytest.approx(6 + 1 + 4 + 0.1)
+    )
     assert found["update"].host_us == pytest.approx(2000) and found["backward"].milliseconds == pytest.approx(4)
 
 
@@ -142,11 +161,15 @@ def test_queued_samples_count_where_they_are_the_most():
 
 def test_a_row_says_what_its_times_are_and_what_the_host_took():
     machine = Machine()
-    contenders = [Contender("ours", {"forward": machine.kernels(0.05, python=0.7)}, lambda state: None),
-                  Contender("waits", {"forward": machine.kernels(0.05, python=0.7, waits=True)}, lambda state: None),
-                  Contender("step", {"forward": machine.kernels(0.05, python=0.7)}, lambda state: None, wall=True)]
+    contenders = [
+        Contender("ours", {"forward": machine.kernels(0.05, python=0.7)}, lambda state: None),
+        Contender("waits", {"forward": machine.kernels(0.05, python=0.7, waits=True)}, lambda state: None),
+        Contender("step", {"forward": machine.kernels(0.05, python=0.7)}, lambda state: None, wall=True),
+    ]
     report = Report("attention", {}, {})
-    for result in measure(contenders, device="cpu", timer=CudaTimer(machine.flush, machine, machine.clock), seconds=0, warmup=6):
+    for result in measure(
+        contenders, device="cpu", timer=CudaTimer(machine.flush, machine, machine.clock), seconds=0, warmup=6
+    ):
         report.record({}, result)
     ours, waits, step = report.rows
     assert ours["timing"] == {"forward": QUEUED} and ours["milliseconds"]["forward"]["p50"] == pytest.approx(0.05)

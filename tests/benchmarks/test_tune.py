@@ -40,13 +40,19 @@ def test_the_quick_candidates_are_the_tables_tile_and_128_by_128_with_two_and_th
     for dim in (64, 128):
         own = tune.TABLES[kernel][90, 2, dim]
         found = tune.quick_candidates(own)
-        assert {c.num_stages for c in found} == {2, 3} and {c[:2] for c in found} == {(128, 128), own[:2]} and len(found) == 4
+        assert (
+            {c.num_stages for c in found} == {2, 3}
+            and {c[:2] for c in found} == {(128, 128), own[:2]}
+            and len(found) == 4
+        )
 
 
 def test_a_wrong_row_gets_no_number_and_rows_are_saved_one_by_one(monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "random_inputs", lambda case, device, dtype: tune_inputs(case, device))
     report, seen, record = Report("tune", {}, {}), [], Report.record
-    monkeypatch.setattr(Report, "record", lambda self, *given, **more: seen.append(given[1].name) or record(self, *given, **more))
+    monkeypatch.setattr(
+        Report, "record", lambda self, *given, **more: seen.append(given[1].name) or record(self, *given, **more)
+    )
     wrong, right = Config(64, 32, 4, 2), Config(32, 32, 4, 2)
 
     def attention(q, k, v, mask):
@@ -63,6 +69,7 @@ def test_a_wrong_row_gets_no_number_and_rows_are_saved_one_by_one(monkeypatch, t
 
 def tune_inputs(case, device):
     from benchmarks.attention import random_inputs
+
     return random_inputs(case, device, torch.float32)
 
 

@@ -1,8 +1,8 @@
 """Every row of the launch tables, compiled for its architecture without a GPU: no spills, shared memory within the card's limit.
 
 `python -m tests.tfkernels.test_resources` prints the table of docs/resources.md, with rare variants that the tests leave out for time.
-Rows are compiled by two processes ahead of the tests that ask for them, or under pytest-xdist by the worker that asks; Triton's own cache makes a
-second run quick.
+Rows are compiled by two processes ahead of the tests that ask for them, or under pytest-xdist by the worker that asks;
+Triton's own cache makes a second run quick.
 """
 import multiprocessing
 import os

@@ -264,7 +264,8 @@ def test_linear_codecs_are_the_projections_on_the_leading_components():
 
 
 def test_an_evaluation_writes_numbers_of_every_codec_and_a_grid(trained, judge, tmp_path, capsys):
-    main(["vae", "eval", "--vae", str(trained), "--classifier", str(judge), "--out", str(tmp_path), "--data.name", "digits", "--device", "cpu"])
+    main(["vae", "eval", "--vae", str(trained), "--classifier", str(judge), "--out", str(tmp_path),
+          "--data.name", "digits", "--device", "cpu"])
     results = json.loads((tmp_path / "metrics.json").read_text())
     assert results["pictures"] == 360 and results["latent"] == [2, 4, 4] and set(results["codecs"]) == {"vae", "patch PCA", "picture PCA"}
     assert all(set(numbers) == {"psnr", "ssim", "frechet_distance"} for numbers in results["codecs"].values())
