@@ -1,4 +1,5 @@
-"""What callers give the public functions, checked in one way and told in one form: tensors, numbers, and values where looking at them is free."""
+"""What callers give the public functions, checked in one way and told in one form: tensors, numbers, and values where
+looking at them is free."""
 import math
 import operator
 
@@ -22,12 +23,15 @@ def need_tensors(op: str, tensors: dict, optional: tuple[str, ...] = ()) -> None
     """Refuse, by name, what is not a tensor; those in `optional` may be None."""
     for name, x in tensors.items():
         if not isinstance(x, Tensor) and not (x is None and name in optional):
-            way = f"pass {name}.weight, and its bias where there is one" if isinstance(x, nn.Module) else "convert it with torch.as_tensor"
-            raise ValueError(f"{op}: {name} is {None if x is None else got(x)}; a tensor{' or None' if name in optional else ''} fits; {way}")
+            module = isinstance(x, nn.Module)
+            way = f"pass {name}.weight, and its bias where there is one" if module else "convert it with torch.as_tensor"
+            raise ValueError(f"{op}: {name} is {None if x is None else got(x)}; a "
+                             f"tensor{' or None' if name in optional else ''} fits; {way}")
 
 
 def need_integer(op: str, name: str, x, least: int = 0) -> int:
-    """Return an int of at least `least` that int32 holds; refuse bools, floats and tensors (reading one could wait for a device)."""
+    """Return an int of at least `least` that int32 holds; refuse bools, floats and tensors (reading one could wait for
+    a device)."""
     number = x
     if not isinstance(x, (bool, int, torch.SymInt, Tensor)) and hasattr(x, "__index__"):   # numpy's integers
         number = operator.index(x)
@@ -44,13 +48,15 @@ def need_eps(op: str, eps) -> float:
 
 
 def need_integers(op: str, name: str, x, shape: str, device=None, *, flags: bool = False) -> Tensor:
-    """Return an integer tensor from a tensor, an array or nested lists; `flags` lets bool pass. `shape` is what the error says fits."""
+    """Return an integer tensor from a tensor, an array or nested lists; `flags` lets bool pass. `shape` is what the
+    error says fits."""
     try:
         tensor = torch.as_tensor(x, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{op}: {name} is {shown(x)}; an integer tensor {shape} fits") from error
     if not integers(tensor) and not (flags and tensor.dtype == torch.bool):
-        raise ValueError(f"{op}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}; an integer tensor {shape} fits")
+        raise ValueError(f"{op}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}; an integer tensor {shape} "
+                         "fits")
     return tensor
 
 
@@ -60,7 +66,8 @@ def integers(x: Tensor) -> bool:
 
 
 def looks(*tensors: Tensor | None) -> bool:
-    """Return whether values may be looked at: plain tensors on a CPU, where nothing waits, and not while a graph is traced."""
+    """Return whether values may be looked at: plain tensors on a CPU, where nothing waits, and not while a graph is
+    traced."""
     return not torch.compiler.is_compiling() and all(
         x is None or x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) for x in tensors)
 
@@ -72,13 +79,15 @@ def need_range(op: str, name: str, x: Tensor, least: int, most: int, fits: str) 
 
 
 def need_offsets(op: str, name: str, offsets: Tensor, rows: int) -> None:
-    """Refuse offsets that fall or leave [0, rows], where looking is free. What lies before the first and behind the last is padding."""
+    """Refuse offsets that fall or leave [0, rows], where looking is free. What lies before the first and behind the
+    last is padding."""
     if not looks(offsets):
         return
     ends = offsets.tolist()
     for n, (start, stop) in enumerate(zip(ends, ends[1:])):
         if start > stop:
-            raise ValueError(f"{op}: {name} falls from {start} to {stop} at image {n}; offsets that never fall fit; put the images in order")
+            raise ValueError(f"{op}: {name} falls from {start} to {stop} at image {n}; offsets that never fall fit; "
+                             "put the images in order")
     if ends and not 0 <= ends[0] <= ends[-1] <= rows:
         raise ValueError(f"{op}: {name} goes from {ends[0]} to {ends[-1]} and there are {rows} rows; 0 to {rows} fits")
 
@@ -89,4 +98,5 @@ def need_distinct(op: str, name: str, places: Tensor) -> None:
         rows, counts = places.unique(return_counts=True)
         if counts.max() > 1:
             row = counts.argmax()
-            raise ValueError(f"{op}: {name} names row {rows[row].item()} {counts[row].item()} times; each row at most once fits")
+            raise ValueError(f"{op}: {name} names row {rows[row].item()} {counts[row].item()} times; each row at "
+                             "most once fits")

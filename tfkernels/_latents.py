@@ -53,11 +53,12 @@ def pack_latents(latents: list[Tensor], patch_size: int) -> PackedLatents:
     """Pack a list of (C, H_n, W_n) latents of any sizes that `patch_size` divides. One copy of each; gradients flow.
 
     Raises:
-        ValueError: the list is empty, a latent is not (C, H, W), has no elements, differs in channels, dtype or device, or the patch size
-            does not divide it.
+        ValueError: the list is empty, a latent is not (C, H, W), has no elements, differs in channels, dtype or device,
+            or the patch size does not divide it.
     """
     if not isinstance(latents, (list, tuple)):
-        raise ValueError(f"pack_latents: latents is {got(latents)}; a list of (C, H, W) tensors fits; take list(x) of a batch (N, C, H, W)")
+        raise ValueError(f"pack_latents: latents is {got(latents)}; a list of (C, H, W) tensors fits; take list(x) "
+                         "of a batch (N, C, H, W)")
     if not latents:
         raise ValueError("pack_latents: latents is empty; at least one (C, H, W) tensor fits")
     need_tensors("pack_latents", {f"latents[{i}]": x for i, x in enumerate(latents)})
@@ -65,7 +66,8 @@ def pack_latents(latents: list[Tensor], patch_size: int) -> PackedLatents:
     check_floating("pack_latents", "latents[0]", first)
     for i, x in enumerate(latents):
         if x.ndim == 3 and 0 in x.shape:
-            raise ValueError(f"pack_latents: latents[{i}] has shape {tuple(x.shape)}; at least one channel and one patch fit")
+            raise ValueError(f"pack_latents: latents[{i}] has shape {tuple(x.shape)}; at least one channel and one "
+                             "patch fit")
         if x.ndim != 3 or x.shape[0] != first.shape[0] or x.dtype != first.dtype or x.device != first.device:
             raise ValueError(f"pack_latents: latents[{i}] is {x.dtype} of shape {tuple(x.shape)} on {x.device} and latents[0] {first.dtype} of shape "
                              f"{tuple(first.shape)} on {first.device}; (C, H, W) of one C, dtype and device fit")
@@ -94,7 +96,8 @@ def check_floating(op: str, name: str, x: Tensor) -> None:
 def check_per_image(op: str, name: str, x: Tensor, images: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return (N,) numbers in `dtype`; refuse other shapes, devices, integers, and what asks for a gradient that the operator does not give."""
     if not isinstance(x, Tensor) or x.shape != (images,) or not x.is_floating_point() or x.device != device:
-        raise ValueError(f"{op}: {name} is {got(x)}; a floating-point tensor ({images},) on {device} fits, one number per image")
+        raise ValueError(f"{op}: {name} is {got(x)}; a floating-point tensor ({images},) on {device} fits, one "
+                         "number per image")
     check_constant(op, name, x)
     return x.to(dtype).contiguous()
 
@@ -107,19 +110,22 @@ def check_constant(op: str, name: str, x: Tensor) -> None:
 
 def check_offsets(op: str, name: str, offsets: Tensor, device: torch.device, rows: int) -> None:
     """Refuse what is not (N + 1,) int32 on `device`, and on a CPU what falls or leaves [0, rows]."""
-    if not isinstance(offsets, Tensor) or offsets.ndim != 1 or offsets.shape[0] < 1 or offsets.dtype != torch.int32 or offsets.device != device:
-        raise ValueError(f"{op}: {name} is {got(offsets)}; an int32 tensor (N + 1,) on {device} fits, image n's tokens being the rows "
-                         "[offsets[n], offsets[n + 1])")
+    shaped = isinstance(offsets, Tensor) and offsets.ndim == 1 and offsets.shape[0] > 0
+    if not shaped or offsets.dtype != torch.int32 or offsets.device != device:
+        raise ValueError(f"{op}: {name} is {got(offsets)}; an int32 tensor (N + 1,) on {device} fits, image n's "
+                         "tokens being the rows [offsets[n], offsets[n + 1])")
     need_offsets(op, name, offsets, rows)
 
 
 def check_columns(op: str, name: str, columns: Tensor, offsets: Tensor) -> None:
-    """Refuse, on a CPU, a number of columns that does not divide its image's tokens; elsewhere less than 1 is 1 and no element lies outside."""
+    """Refuse, on a CPU, a number of columns that does not divide its image's tokens; elsewhere less than 1 is 1 and no
+    element lies outside."""
     if not looks(columns, offsets):
         return
     for n, (width, count) in enumerate(zip(columns.tolist(), offsets.diff().tolist())):
         if width < 1 or count % width:
-            raise ValueError(f"{op}: {name} holds {width} for image {n} of {count} tokens; a divisor of them, its patches in a row, fits")
+            raise ValueError(f"{op}: {name} holds {width} for image {n} of {count} tokens; a divisor of them, its "
+                             "patches in a row, fits")
 
 
 def source(op: str, name: str, x: Tensor | PackedLatents, patch_size: int | None, offsets: Tensor | None) -> Source:
@@ -132,11 +138,13 @@ def source(op: str, name: str, x: Tensor | PackedLatents, patch_size: int | None
         need_tensors(op, {f"{name}.values": x.values, f"{name}.offsets": x.offsets, f"{name}.columns": x.columns})
         dim = need_integer(op, f"{name}.channels", x.channels, 1) * x.patch_size**2
         if x.values.ndim != 1 or x.values.shape[0] % dim:
-            raise ValueError(f"{op}: {name}.values has shape {tuple(x.values.shape)}; one dimension, a multiple of channels * patch_size^2 = {dim}, "
-                             "fits")
+            raise ValueError(f"{op}: {name}.values has shape {tuple(x.values.shape)}; one dimension, a multiple of "
+                             f"channels * patch_size^2 = {dim}, fits")
         check_offsets(op, f"{name}.offsets", x.offsets, x.values.device, x.values.shape[0] // dim)
-        if x.columns.shape != (x.offsets.shape[0] - 1,) or x.columns.dtype != torch.int32 or x.columns.device != x.values.device:
-            raise ValueError(f"{op}: {name}.columns is {got(x.columns)}; int32 ({x.offsets.shape[0] - 1},) on {x.values.device} fits")
+        shaped = x.columns.shape == (x.offsets.shape[0] - 1,)
+        if not shaped or x.columns.dtype != torch.int32 or x.columns.device != x.values.device:
+            raise ValueError(f"{op}: {name}.columns is {got(x.columns)}; int32 ({x.offsets.shape[0] - 1},) on "
+                             f"{x.values.device} fits")
         check_columns(op, f"{name}.columns", x.columns, x.offsets)
         check_floating(op, f"{name}.values", x.values)
         return Source(x.values.contiguous(), x.offsets.contiguous(), x.columns.contiguous(), x.channels, x.patch_size, len(x.values) // dim, dim,

@@ -238,9 +238,27 @@ def forward(x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tenso
         gate, scale, shift = (_columns(t) for t in (gate, scale, shift))
         launch = forward_config(width)
         _norm_fwd[(tokens,)](
-            x, *_or(x, branch, gate, _vector(weight), _vector(bias), scale, shift), index.reshape(-1).contiguous(), out, y, mean, rstd, table.shape[0], eps,
-            *(_stride(t) for t in (x, branch, gate, scale, shift)), C=width, GATED=gated, NORM=norm, CENTER=center, WEIGHT=weight is not None,
-            BIAS=bias is not None, SHIFT=shift is not None, BLOCK=launch.block_n, num_warps=launch.num_warps, num_stages=launch.num_stages)
+            x,
+            *_or(x, branch, gate, _vector(weight), _vector(bias), scale, shift),
+            index.reshape(-1).contiguous(),
+            out,
+            y,
+            mean,
+            rstd,
+            table.shape[0],
+            eps,
+            *(_stride(t) for t in (x, branch, gate, scale, shift)),
+            C=width,
+            GATED=gated,
+            NORM=norm,
+            CENTER=center,
+            WEIGHT=weight is not None,
+            BIAS=bias is not None,
+            SHIFT=shift is not None,
+            BLOCK=launch.block_n,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
     return out, y, mean, rstd
 
 

@@ -53,12 +53,12 @@ def diffusion_loss(prediction: Tensor, x0: Tensor | PackedLatents, p: Tensor, q:
         p, q: (N,) the target's share of x0 and of eps: `objective.target(t)`.
         weight: (N,), or None for 1; see `min_snr_weight`.
         seed: the int64 tensor (2,), [seed, offset], or the int that `noise_patchify` was given.
-        offsets: (N + 1,) int32, image n in the rows [offsets_n, offsets_n+1); rows outside count nowhere, whatever they hold. Offsets that
-            do not fit are treated as `noise_patchify` treats them.
+        offsets: (N + 1,) int32, image n in the rows [offsets_n, offsets_n+1); rows outside count nowhere, whatever they
+            hold. Offsets that do not fit are treated as `noise_patchify` treats them.
 
     Returns:
-        (N,) float32 (float64 for float64), 0 for an image without rows, whatever its p, q and weight. Differentiable in prediction, in
-        its dtype; deterministic.
+        (N,) float32 (float64 for float64), 0 for an image without rows, whatever its p, q and weight. Differentiable in
+        prediction, in its dtype; deterministic.
 
     Raises:
         ValueError: a shape, dtype, device or value that does not fit, named; also another argument that requires a gradient.
@@ -217,7 +217,8 @@ def _backward_kernel(dloss: Tensor, prediction: Tensor, x0: Tensor, p: Tensor, q
     dprediction, (rows, dim) = prediction.new_empty(prediction.shape), prediction.shape
     if len(p) == 0 or rows * dim == 0:
         return dprediction.zero_()
-    dloss, prediction, x0, p, q, weight, seed, offsets, columns = dense(dloss, prediction, x0, p, q, weight, seed, offsets, columns)
+    dloss, prediction, x0, p, q, weight = dense(dloss, prediction, x0, p, q, weight)
+    seed, offsets, columns = dense(seed, offsets, columns)
     pointers, numbers, constants = geometry(x0, offsets, columns, patch)
     constants |= tile(dim)
     grid = triton.cdiv(rows, constants["BLOCK_R"]), triton.cdiv(dim, constants["BLOCK_D"])
@@ -228,7 +229,8 @@ def _backward_kernel(dloss: Tensor, prediction: Tensor, x0: Tensor, p: Tensor, q
 
 def _loss_cpu(prediction: Tensor, x0: Tensor, p: Tensor, q: Tensor, weight: Tensor | None, seed: Tensor, offsets: Tensor | None,
               columns: Tensor | None, channels: int, patch: int) -> Tensor:
-    return diffusion_loss_reference(prediction.to(p.dtype), x0, p, q, weight, seed, offsets, columns, channels, patch).contiguous()
+    prediction = prediction.to(p.dtype)
+    return diffusion_loss_reference(prediction, x0, p, q, weight, seed, offsets, columns, channels, patch).contiguous()
 
 
 def _backward_cpu(dloss: Tensor, prediction: Tensor, x0: Tensor, p: Tensor, q: Tensor, weight: Tensor | None, seed: Tensor,

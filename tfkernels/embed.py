@@ -53,11 +53,12 @@ def embed_patches(hidden: Tensor, patches: Tensor, weight: Tensor, condition: Te
         patches: (P, D), what `noise_patchify` returns.
         weight: (C, D), an nn.Linear's.
         condition: (N, C), what is added to all patches of an image: the linear layer's bias and its image of the timestep.
-        places: (P,) int64, the flat row of hidden that each patch takes, each at most once; negative for none. T or more, and a row named
-            twice, raise on a CPU; on a GPU, where looking would synchronise, T or more is none, and one of the patches takes the row.
-        offsets: (N + 1,) int32, image n in the rows [offsets_n, offsets_n+1) of patches; rows outside go nowhere, whatever they hold. Offsets
-            that fall or leave [0, P] raise on a CPU; on a GPU a patch belongs to the last image whose offset is not above it, and no
-            memory outside is touched.
+        places: (P,) int64, the flat row of hidden that each patch takes, each at most once; negative for none. T or
+            more, and a row named twice, raise on a CPU; on a GPU, where looking would synchronise, T or more is none,
+            and one of the patches takes the row.
+        offsets: (N + 1,) int32, image n in the rows [offsets_n, offsets_n+1) of patches; rows outside go nowhere,
+            whatever they hold. Offsets that fall or leave [0, P] raise on a CPU; on a GPU a patch belongs to the last
+            image whose offset is not above it, and no memory outside is touched.
 
     Returns:
         Like hidden, contiguous. Each argument may have its own dtype; products are taken in hidden's and summed in float32. Gradients flow to
@@ -105,7 +106,8 @@ def _check(hidden: Tensor, patches: Tensor, weight: Tensor, condition: Tensor, p
             raise ValueError(f"embed_patches: {name} is {x.dtype} on {x.device} and hidden {hidden.dtype} on {hidden.device}; "
                              "float16, bfloat16 or float32 on the same device fits (float64 for float64)")
     if not isinstance(places, Tensor) or places.shape != (count,) or places.dtype != torch.int64 or places.device != hidden.device:
-        raise ValueError(f"embed_patches: places is {got(places)}; an int64 tensor ({count},) on {hidden.device} fits, the row of hidden for each patch")
+        raise ValueError(f"embed_patches: places is {got(places)}; an int64 tensor ({count},) on {hidden.device} "
+                         "fits, the row of hidden for each patch")
 
 
 @triton.jit(do_not_specialize=["images", "steps", "rows", "tokens"])

@@ -44,18 +44,18 @@ def modulated_layer_norm_diffusion_loss(hidden: Tensor, places: Tensor, scale: T
         hidden: (T, C) or (B, S, C) the last hidden states in float16, bfloat16 or float32 (float64 on CPU), C at most 16384; any strides
             (unit columns cost no copy).
         places: (P,) int64, the row of hidden, flat over its first dimensions, of each of x0's P patches, each at most once; of a row of
-            x0 outside every image anything. A row that is not there, or is named twice, raises on a CPU; on a GPU, where looking would
-            synchronise, the loss and gradients of the image of a row that is not there are NaN, and a row named twice counts twice in the
-            loss and gets the gradient of one of them.
+            x0 outside every image anything. A row that is not there, or is named twice, raises on a CPU; on a GPU,
+            where looking would synchronise, the loss and gradients of the image of a row that is not there are NaN, and
+            a row named twice counts twice in the loss and gets the gradient of one of them.
         scale, shift: (N, C), a row per image; slices of one wider table cost no copy. shift may be None for 0.
         weight, bias: (D, C) and (D,) the head; bias may be None for 0. weight is rounded to hidden's dtype where it is multiplied.
         x0, p, q, loss_weight, seed, patch_size, offsets: what `diffusion_loss` takes, loss_weight as its weight.
         eps: added to the variance.
 
     Returns:
-        (N,) float32 (float64 for float64), 0 for an image without rows, whatever its numbers. Differentiable in hidden (rows without a
-        patch get 0), scale, shift, weight and bias, which may each have their own dtype; statistics and sums are float32; deterministic.
-        Autocast changes nothing
+        (N,) float32 (float64 for float64), 0 for an image without rows, whatever its numbers. Differentiable in hidden
+        (rows without a patch get 0), scale, shift, weight and bias, which may each have their own dtype; statistics and
+        sums are float32; deterministic. Autocast changes nothing
         (of shift and weight where, as PyTorch asks, backward runs outside it).
 
     Raises:
@@ -119,7 +119,8 @@ def _public(op, hidden, places, scale, shift, weight, bias, x0, p, q, loss_weigh
     p, q, *weights = (check_per_image(op, name, x, s.images, s.x.device, dtype) for name, x in named)
     seed = seed_tensor(op, seed, s.x.device)
     with torch.autocast(hidden.device.type, enabled=False):
-        some = _counts(s.offsets, s.images, s.rows, hidden.device) > 0                     # 0 * NaN of an image without rows would reach dweight
+        # 0 * NaN of an image without rows would reach dweight
+        some = _counts(s.offsets, s.images, s.rows, hidden.device) > 0
         base = None if shift is None else torch.where(some[:, None], shift.to(dtype), 0) @ weight.to(dtype).T
         if bias is not None:
             base = bias.to(dtype).expand(s.images, s.dim) if base is None else base + bias.to(dtype)
@@ -127,13 +128,23 @@ def _public(op, hidden, places, scale, shift, weight, bias, x0, p, q, loss_weigh
                  s.offsets, s.columns, s.channels, s.patch, eps, center)[0]
 
 
-def _check(op: str, s: Source, hidden: Tensor, places: Tensor, scale: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
+def _check(
+    op: str,
+    s: Source,
+    hidden: Tensor,
+    places: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> None:
     if hidden.ndim not in (2, 3) or not 1 <= hidden.shape[-1] <= MAX_WIDTH or hidden.device != s.x.device:
         raise ValueError(f"{op}: hidden has shape {tuple(hidden.shape)} on {hidden.device}; (tokens, C) or (batch, tokens, C) on {s.x.device} fits, "
                          f"C 1 to {MAX_WIDTH}")
     check_floating(op, "hidden", hidden)
     if not isinstance(places, Tensor) or places.dtype != torch.int64 or places.shape != (s.rows,) or places.device != s.x.device:
-        raise ValueError(f"{op}: places is {got(places)}; int64 ({s.rows},) on {s.x.device} fits, the row of hidden of each of x0's patches")
+        raise ValueError(f"{op}: places is {got(places)}; int64 ({s.rows},) on {s.x.device} fits, the row of hidden "
+                         "of each of x0's patches")
     width = hidden.shape[-1]
     shapes = {"scale": (scale, (s.images, width)), "shift": (shift, (s.images, width)), "weight": (weight, (s.dim, width)), "bias": (bias, (s.dim,))}
     for name, (x, shape) in shapes.items():
@@ -141,7 +152,8 @@ def _check(op: str, s: Source, hidden: Tensor, places: Tensor, scale: Tensor, sh
             continue
         if not isinstance(x, Tensor) or x.shape != shape:
             found = f"has shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"is {shown(x)}"
-            raise ValueError(f"{op}: {name} {found}; {shape} fits {s.images} images of {s.dim} elements a patch and {width} columns of hidden")
+            raise ValueError(f"{op}: {name} {found}; {shape} fits {s.images} images of {s.dim} elements a patch and "
+                             f"{width} columns of hidden")
         if x.dtype not in (torch.float16, torch.bfloat16, torch.float32) and not x.dtype == hidden.dtype == torch.float64 or x.device != hidden.device:
             raise ValueError(f"{op}: {name} is {x.dtype} on {x.device} and hidden {hidden.dtype} on {hidden.device}; "
                              "float16, bfloat16 or float32 on the same device fits (float64 for float64)")

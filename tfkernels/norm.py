@@ -87,7 +87,8 @@ def gated_residual_rms_norm(residual: Tensor, branch: Tensor, gate: Tensor, weig
 
     Between two sublayers: gate of the one, scale and shift of the next. What is normalised is the residual as returned, rounded to its dtype.
     """
-    _check("gated_residual_rms_norm", "residual", residual, index, {"weight": weight}, {"gate": gate, "scale": scale, "shift": shift}, {"branch": branch})
+    tables = {"gate": gate, "scale": scale, "shift": shift}
+    _check("gated_residual_rms_norm", "residual", residual, index, {"weight": weight}, tables, {"branch": branch})
     eps = need_eps("gated_residual_rms_norm", eps)
     return ResidualNorm(*_gated_norm_forward(residual, branch, gate, weight, scale, shift, index, eps)[:2])
 
@@ -131,7 +132,9 @@ def _of_token(table: Tensor, index: Tensor, text: float) -> Tensor:
     return torch.nn.functional.pad(table, (0, 0, 0, 1), value=text)[index.clamp(min=-1)]
 
 
-def _check(op: str, name: str, x: Tensor, index: Tensor, vectors: dict, tables: dict, branch: dict | None = None) -> None:
+def _check(
+    op: str, name: str, x: Tensor, index: Tensor, vectors: dict, tables: dict, branch: dict | None = None
+) -> None:
     branch = branch or {}
     need_tensors(op, {name: x, **branch, **vectors, **tables}, ("weight", "bias", "shift"))
     branch = branch.get("branch")
@@ -142,7 +145,8 @@ def _check(op: str, name: str, x: Tensor, index: Tensor, vectors: dict, tables: 
     if not 1 <= x.shape[-1] <= MAX_WIDTH:
         raise ValueError(f"{op}: {name} has {x.shape[-1]} columns; 1 to {MAX_WIDTH} fits")
     if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64) or index.shape != x.shape[:-1] or index.device != x.device:
-        raise ValueError(f"{op}: index is {got(index)}; int32 or int64 of shape {tuple(x.shape[:-1])} on {x.device} fits, the image of each token, -1 for text")
+        raise ValueError(f"{op}: index is {got(index)}; int32 or int64 of shape {tuple(x.shape[:-1])} on {x.device} "
+                         "fits, the image of each token, -1 for text")
     if branch is not None and (branch.shape != x.shape or branch.device != x.device):
         raise ValueError(f"{op}: branch has shape {tuple(branch.shape)} on {branch.device} and {name} {tuple(x.shape)} on {x.device}; equal ones fit")
     first = next(iter(tables))

@@ -123,9 +123,10 @@ def noise_patchify(x0: Tensor | PackedLatents, signal: Tensor, noise: Tensor, se
         signal, noise: (N,) one number per image.
         seed: int64 tensor (2,) on x0's device, [seed, offset], or an int (offset 0). Give every training step another offset (its low
             32 bits count). `diffusion_loss` with the same seed sees the same eps.
-        offsets: (N + 1,) int32, image n in the rows [offsets_n, offsets_n+1); rows outside are padding, may hold anything and come out
-            0. Offsets that fall or leave [0, P] raise on a CPU; on a GPU, where looking would synchronise, each row goes to the last image
-            whose offset is not above it, and what lies outside is never read.
+        offsets: (N + 1,) int32, image n in the rows [offsets_n, offsets_n+1); rows outside are padding, may hold
+            anything and come out 0. Offsets that fall or leave [0, P] raise on a CPU; on a GPU, where looking would
+            synchronise, each row goes to the last image whose offset is not above it, and what lies outside is never
+            read.
 
     Returns:
         (P, D) in x0's dtype, computed in float32. Differentiable in x0.
@@ -275,7 +276,8 @@ def _noise_kernel(x: Tensor, signal: Tensor, noise: Tensor, seed: Tensor, offset
 
 
 def _noise_cpu(x: Tensor, signal: Tensor, noise: Tensor, seed: Tensor, offsets: Tensor | None, columns: Tensor | None, channels: int, patch: int) -> Tensor:
-    return noise_patchify_reference(x.to(signal.dtype), signal, noise, seed, offsets, columns, channels, patch).to(x.dtype).contiguous()
+    tokens = noise_patchify_reference(x.to(signal.dtype), signal, noise, seed, offsets, columns, channels, patch)
+    return tokens.to(x.dtype).contiguous()
 
 
 def _noise_backward_kernel(dtokens: Tensor, signal: Tensor, offsets: Tensor | None, columns: Tensor | None, channels: int, patch: int,

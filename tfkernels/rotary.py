@@ -58,7 +58,8 @@ def qk_norm_rotary(q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tens
     Raises:
         ValueError: a shape, dtype, device or value that does not fit, named; cos or sin that requires a gradient.
     """
-    need_tensors("qk_norm_rotary", {"q": q, "k": k, "q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin}, ("q_weight", "k_weight"))
+    need_tensors("qk_norm_rotary", {"q": q, "k": k, "q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin},
+                 ("q_weight", "k_weight"))
     eps = need_eps("qk_norm_rotary", eps)
     _check(q, k, {"q_weight": q_weight, "k_weight": k_weight}, {"cos": cos, "sin": sin})
     cos, sin = (_dense_rows(x).expand(q.shape[0], -1, -1) for x in (cos, sin))
@@ -86,8 +87,9 @@ def rotary_table(positions: Tensor, frequencies: Tensor, axes: Tensor | None = N
         positions: (S,) or (B, S), or with `axes` (..., S, A): a number for each of A axes, such as row and column. Tokens whose numbers are
             equal, text, turn to the bit as in one dimension.
         frequencies: (R/2,) float32, such as theta^(-2 i / R).
-        axes: (R/2,) int64, the axis that each frequency turns with; `torch.arange(R // 2) % 2` gives them out in turn. A number that is none
-            of 0 to A - 1 raises on a CPU; on a GPU, where looking would synchronise, it is the nearest of them.
+        axes: (R/2,) int64, the axis that each frequency turns with; `torch.arange(R // 2) % 2` gives them out in turn.
+            A number that is none of 0 to A - 1 raises on a CPU; on a GPU, where looking would synchronise, it is the
+            nearest of them.
 
     Raises:
         ValueError: a shape or dtype that does not fit, named.
@@ -121,9 +123,11 @@ def grid_positions(positions: Tensor, index: Tensor, columns: Tensor) -> Tensor:
 
     Args:
         positions: (B, S) or (S,) integers, one more for each token of an image.
-        index: like positions, int32 or int64: the image of each token, over the whole batch, negative for text. An image's first token must be
-            there. N or more raises on a CPU; on a GPU, where looking would synchronise, it is text.
-        columns: (N,) int32 or int64, how many patches of image n make a row; less than 1 raises on a CPU and is 1 on a GPU.
+        index: like positions, int32 or int64: the image of each token, over the whole batch, negative for text. An
+            image's first token must be there. N or more raises on a CPU; on a GPU, where looking would synchronise, it
+            is text.
+        columns: (N,) int32 or int64, how many patches of image n make a row; less than 1 raises on a CPU and is 1 on a
+            GPU.
 
     Raises:
         ValueError: a shape or dtype that does not fit, named.
@@ -139,14 +143,18 @@ def grid_positions(positions: Tensor, index: Tensor, columns: Tensor) -> Tensor:
         raise ValueError(f"grid_positions: columns is {columns.dtype} of shape {tuple(columns.shape)}; int32 or int64 (images,) fits, "
                          "the patches in a row of each")
     images = columns.shape[0]
-    need_range("grid_positions", "index", index, torch.iinfo(index.dtype).min, images - 1, f"negative for text, for columns has {images} images")
+    need_range("grid_positions", "index", index, torch.iinfo(index.dtype).min, images - 1, "negative for text, for "
+                                                                                           f"columns has {images} "
+                                                                                           "images")
     need_range("grid_positions", "columns", columns, 1, torch.iinfo(columns.dtype).max, "the patches in a row")
     text = (index < 0) | (index >= images)
-    image = torch.where(text, images, index.long())                                        # text is behind the last image
+    # text is behind the last image
+    image = torch.where(text, images, index.long())
     first = positions.new_full((images + 1,), torch.iinfo(positions.dtype).max)
     first = first.scatter_reduce(0, image.flatten(), positions.flatten(), "amin")          # a minimum of integers: the order is nothing
     start = torch.where(text, positions, first[image])
-    patch, width = positions - start, torch.nn.functional.pad(columns.to(positions.dtype).clamp(min=1), (0, 1), value=1)[image]
+    patch = positions - start
+    width = torch.nn.functional.pad(columns.to(positions.dtype).clamp(min=1), (0, 1), value=1)[image]
     return torch.stack((start + patch // width, start + patch % width), -1)
 
 

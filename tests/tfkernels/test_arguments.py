@@ -1,4 +1,5 @@
-"""What every public function does with arguments of the wrong kind: a ValueError that names the function and the caller's argument."""
+"""What every public function does with arguments of the wrong kind: a ValueError that names the function and the
+caller's argument."""
 import inspect
 import math
 
@@ -19,53 +20,177 @@ def whole(values, dtype=torch.int64):
 
 
 def packed():
-    return tfkernels.pack_latents([numbers(3, 4, 4), numbers(3, 2, 6)], 2)                  # 4 and 3 tokens of 12 elements
+    # 4 and 3 tokens of 12 elements
+    return tfkernels.pack_latents([numbers(3, 4, 4), numbers(3, 2, 6)], 2)
 
 
 def head_loss(op):
-    return lambda: (op, {"hidden": numbers(12, 8), "places": torch.arange(8, device=DEVICE), "scale": numbers(2, 8), "shift": numbers(2, 8),
-                         "weight": numbers(12, 8), "bias": numbers(12), "x0": numbers(2, 3, 4, 4), "p": numbers(2), "q": numbers(2),
-                         "loss_weight": numbers(2), "seed": 3, "patch_size": 2, "eps": 1e-6})
+    return lambda: (
+        op,
+        {
+            "hidden": numbers(12, 8),
+            "places": torch.arange(8, device=DEVICE),
+            "scale": numbers(2, 8),
+            "shift": numbers(2, 8),
+            "weight": numbers(12, 8),
+            "bias": numbers(12),
+            "x0": numbers(2, 3, 4, 4),
+            "p": numbers(2),
+            "q": numbers(2),
+            "loss_weight": numbers(2),
+            "seed": 3,
+            "patch_size": 2,
+            "eps": 1e-6,
+        },
+    )
 
 
 CALLS = {
-    "linear_cross_entropy": lambda: (tfkernels.linear_cross_entropy, {
-        "hidden": numbers(6, 8), "weight": numbers(5, 8), "targets": whole([0, 4, -1]), "rows": whole([5, 0, 2]), "bias": numbers(5), "row_weight": numbers(3)}),
-    "diffusion_loss": lambda: (tfkernels.diffusion_loss, {
-        "prediction": numbers(8, 12), "x0": numbers(2, 3, 4, 4), "p": numbers(2), "q": numbers(2), "weight": numbers(2), "seed": 3, "patch_size": 2}),
-    "min_snr_weight": lambda: (tfkernels.min_snr_weight, {"signal": numbers(2), "noise": numbers(2), "p": numbers(2), "q": numbers(2), "gamma": 5.0}),
+    "linear_cross_entropy": lambda: (
+        tfkernels.linear_cross_entropy,
+        {
+            "hidden": numbers(6, 8),
+            "weight": numbers(5, 8),
+            "targets": whole([0, 4, -1]),
+            "rows": whole([5, 0, 2]),
+            "bias": numbers(5),
+            "row_weight": numbers(3),
+        },
+    ),
+    "diffusion_loss": lambda: (
+        tfkernels.diffusion_loss,
+        {
+            "prediction": numbers(8, 12),
+            "x0": numbers(2, 3, 4, 4),
+            "p": numbers(2),
+            "q": numbers(2),
+            "weight": numbers(2),
+            "seed": 3,
+            "patch_size": 2,
+        },
+    ),
+    "min_snr_weight": lambda: (
+        tfkernels.min_snr_weight,
+        {"signal": numbers(2), "noise": numbers(2), "p": numbers(2), "q": numbers(2), "gamma": 5.0},
+    ),
     "modulated_layer_norm_diffusion_loss": head_loss(tfkernels.modulated_layer_norm_diffusion_loss),
     "modulated_rms_norm_diffusion_loss": head_loss(tfkernels.modulated_rms_norm_diffusion_loss),
-    "embed_patches": lambda: (tfkernels.embed_patches, {
-        "hidden": numbers(9, 8), "patches": numbers(4, 6), "weight": numbers(8, 6), "condition": numbers(2, 8), "places": whole([3, 4, 7, -1]),
-        "offsets": whole([0, 2, 4], torch.int32)}),
+    "embed_patches": lambda: (
+        tfkernels.embed_patches,
+        {
+            "hidden": numbers(9, 8),
+            "patches": numbers(4, 6),
+            "weight": numbers(8, 6),
+            "condition": numbers(2, 8),
+            "places": whole([3, 4, 7, -1]),
+            "offsets": whole([0, 2, 4], torch.int32),
+        },
+    ),
     "patchify": lambda: (tfkernels.patchify, {"x": numbers(2, 3, 4, 4), "patch_size": 2}),
-    "unpatchify": lambda: (tfkernels.unpatchify, {"tokens": numbers(8, 12), "patch_size": 2, "height": 4, "width": 4}),
+    "unpatchify": lambda: (
+        tfkernels.unpatchify,
+        {"tokens": numbers(8, 12), "patch_size": 2, "height": 4, "width": 4},
+    ),
     "patchify_packed": lambda: (tfkernels.patchify_packed, {"x": packed()}),
     "unpatchify_packed": lambda: (tfkernels.unpatchify_packed, {"tokens": numbers(7, 12), "like": packed()}),
     "pack_latents": lambda: (tfkernels.pack_latents, {"latents": [numbers(3, 4, 4)], "patch_size": 2}),
-    "noise_patchify": lambda: (tfkernels.noise_patchify, {
-        "x0": numbers(7, 12), "signal": numbers(2), "noise": numbers(2), "seed": whole([3, 1]), "offsets": whole([0, 4, 7], torch.int32)}),
-    "modulated_rms_norm": lambda: (tfkernels.modulated_rms_norm, {
-        "x": numbers(6, 8), "weight": numbers(8), "scale": numbers(2, 8), "shift": numbers(2, 8), "index": whole([-1, 0, 0, 1, 1, -1]), "eps": 1e-6}),
-    "modulated_layer_norm": lambda: (tfkernels.modulated_layer_norm, {
-        "x": numbers(6, 8), "weight": numbers(8), "bias": numbers(8), "scale": numbers(2, 8), "shift": numbers(2, 8),
-        "index": whole([-1, 0, 0, 1, 1, -1]), "eps": 1e-6}),
-    "gated_residual": lambda: (tfkernels.gated_residual, {
-        "residual": numbers(6, 8), "branch": numbers(6, 8), "gate": numbers(2, 8), "index": whole([-1, 0, 0, 1, 1, -1])}),
-    "gated_residual_rms_norm": lambda: (tfkernels.gated_residual_rms_norm, {
-        "residual": numbers(6, 8), "branch": numbers(6, 8), "gate": numbers(2, 8), "weight": numbers(8), "scale": numbers(2, 8), "shift": numbers(2, 8),
-        "index": whole([-1, 0, 0, 1, 1, -1]), "eps": 1e-6}),
-    "qk_norm_rotary": lambda: (tfkernels.qk_norm_rotary, {
-        "q": numbers(1, 4, 5, 8), "k": numbers(1, 2, 5, 8), "q_weight": numbers(8), "k_weight": numbers(8), "cos": numbers(5, 4), "sin": numbers(5, 4),
-        "eps": 1e-6}),
-    "rotary_table": lambda: (tfkernels.rotary_table, {"positions": whole([[0, 1], [2, 3]]), "frequencies": numbers(4), "axes": whole([0, 1, 0, 1])}),
-    "grid_positions": lambda: (tfkernels.grid_positions, {
-        "positions": whole([[0, 1, 2, 3, 4]]), "index": whole([[-1, 0, 0, 0, 0]]), "columns": whole([2])}),
+    "noise_patchify": lambda: (
+        tfkernels.noise_patchify,
+        {
+            "x0": numbers(7, 12),
+            "signal": numbers(2),
+            "noise": numbers(2),
+            "seed": whole([3, 1]),
+            "offsets": whole([0, 4, 7], torch.int32),
+        },
+    ),
+    "modulated_rms_norm": lambda: (
+        tfkernels.modulated_rms_norm,
+        {
+            "x": numbers(6, 8),
+            "weight": numbers(8),
+            "scale": numbers(2, 8),
+            "shift": numbers(2, 8),
+            "index": whole([-1, 0, 0, 1, 1, -1]),
+            "eps": 1e-6,
+        },
+    ),
+    "modulated_layer_norm": lambda: (
+        tfkernels.modulated_layer_norm,
+        {
+            "x": numbers(6, 8),
+            "weight": numbers(8),
+            "bias": numbers(8),
+            "scale": numbers(2, 8),
+            "shift": numbers(2, 8),
+            "index": whole([-1, 0, 0, 1, 1, -1]),
+            "eps": 1e-6,
+        },
+    ),
+    "gated_residual": lambda: (
+        tfkernels.gated_residual,
+        {
+            "residual": numbers(6, 8),
+            "branch": numbers(6, 8),
+            "gate": numbers(2, 8),
+            "index": whole([-1, 0, 0, 1, 1, -1]),
+        },
+    ),
+    "gated_residual_rms_norm": lambda: (
+        tfkernels.gated_residual_rms_norm,
+        {
+            "residual": numbers(6, 8),
+            "branch": numbers(6, 8),
+            "gate": numbers(2, 8),
+            "weight": numbers(8),
+            "scale": numbers(2, 8),
+            "shift": numbers(2, 8),
+            "index": whole([-1, 0, 0, 1, 1, -1]),
+            "eps": 1e-6,
+        },
+    ),
+    "qk_norm_rotary": lambda: (
+        tfkernels.qk_norm_rotary,
+        {
+            "q": numbers(1, 4, 5, 8),
+            "k": numbers(1, 2, 5, 8),
+            "q_weight": numbers(8),
+            "k_weight": numbers(8),
+            "cos": numbers(5, 4),
+            "sin": numbers(5, 4),
+            "eps": 1e-6,
+        },
+    ),
+    "rotary_table": lambda: (
+        tfkernels.rotary_table,
+        {"positions": whole([[0, 1], [2, 3]]), "frequencies": numbers(4), "axes": whole([0, 1, 0, 1])},
+    ),
+    "grid_positions": lambda: (
+        tfkernels.grid_positions,
+        {"positions": whole([[0, 1, 2, 3, 4]]), "index": whole([[-1, 0, 0, 0, 0]]), "columns": whole([2])},
+    ),
 }
-OPTIONAL = {"bias", "row_weight", "weight", "loss_weight", "shift", "q_weight", "k_weight", "axes", "patch_size", "offsets"}
-PER_OP = {"linear_cross_entropy": {"weight"}, "embed_patches": {"weight", "offsets"}, "modulated_layer_norm_diffusion_loss": {"weight"},
-          "modulated_rms_norm_diffusion_loss": {"weight"}, "patchify": {"patch_size"}, "unpatchify": {"patch_size"}, "pack_latents": {"patch_size"}}
+OPTIONAL = {
+    "bias",
+    "row_weight",
+    "weight",
+    "loss_weight",
+    "shift",
+    "q_weight",
+    "k_weight",
+    "axes",
+    "patch_size",
+    "offsets",
+}
+PER_OP = {
+    "linear_cross_entropy": {"weight"},
+    "embed_patches": {"weight", "offsets"},
+    "modulated_layer_norm_diffusion_loss": {"weight"},
+    "modulated_rms_norm_diffusion_loss": {"weight"},
+    "patchify": {"patch_size"},
+    "unpatchify": {"patch_size"},
+    "pack_latents": {"patch_size"},
+}
 
 
 def test_every_public_operator_is_here():
@@ -129,11 +254,17 @@ def test_images_have_sides(size):
     for shape in ((2, 3, 0, 4), (2, 3, 4, 0), (2, 0, 4, 4)):
         with pytest.raises(ValueError, match="^patchify: x has shape .*; at least one channel and one patch fit"):
             tfkernels.patchify(torch.zeros(shape, device=DEVICE), 2)
-        with pytest.raises(ValueError, match=r"^pack_latents: latents\[1\] has shape .*; at least one channel and one patch fit"):
+        with pytest.raises(ValueError, match=r"^pack_latents: latents\[1\] has shape .*; at least one channel and "
+                                             r"one patch fit"):
             tfkernels.pack_latents([numbers(3, 4, 4), torch.zeros(shape[1:], device=DEVICE)], 2)
 
 
-OFFSETS = {"falls from 5 to 2 at image 1": [0, 5, 2], "goes from -1 to 7": [-1, 4, 7], "goes from 0 to 9": [0, 4, 9], "falls from 2147483647 to 7": [0, 2**31 - 1, 7]}
+OFFSETS = {
+    "falls from 5 to 2 at image 1": [0, 5, 2],
+    "goes from -1 to 7": [-1, 4, 7],
+    "goes from 0 to 9": [0, 4, 9],
+    "falls from 2147483647 to 7": [0, 2**31 - 1, 7],
+}
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU looking would synchronise")
@@ -141,13 +272,18 @@ OFFSETS = {"falls from 5 to 2 at image 1": [0, 5, 2], "goes from -1 to 7": [-1, 
 def test_offsets_that_fall_or_leave_the_rows_are_refused_where_looking_costs_nothing(message):
     offsets, x = whole(OFFSETS[message], torch.int32), numbers(7, 12)
     pair = numbers(2), numbers(2)
-    calls = {"noise_patchify": lambda: tfkernels.noise_patchify(x, *pair, 0, offsets=offsets),
-             "diffusion_loss": lambda: tfkernels.diffusion_loss(x, x, *pair, None, 0, offsets=offsets),
-             "modulated_rms_norm_diffusion_loss": lambda: tfkernels.modulated_rms_norm_diffusion_loss(
-                 x, torch.arange(7), numbers(2, 12), None, numbers(12, 12), None, x, *pair, None, 0, offsets=offsets),
-             "embed_patches": lambda: tfkernels.embed_patches(numbers(9, 8), x, numbers(8, 12), numbers(2, 8), torch.arange(7), offsets),
-             "patchify_packed": lambda: tfkernels.patchify_packed(packed()._replace(offsets=offsets)),
-             "unpatchify_packed": lambda: tfkernels.unpatchify_packed(x, packed()._replace(offsets=offsets))}
+    calls = {
+        "noise_patchify": lambda: tfkernels.noise_patchify(x, *pair, 0, offsets=offsets),
+        "diffusion_loss": lambda: tfkernels.diffusion_loss(x, x, *pair, None, 0, offsets=offsets),
+        "modulated_rms_norm_diffusion_loss": lambda: tfkernels.modulated_rms_norm_diffusion_loss(
+            x, torch.arange(7), numbers(2, 12), None, numbers(12, 12), None, x, *pair, None, 0, offsets=offsets
+        ),
+        "embed_patches": lambda: tfkernels.embed_patches(
+            numbers(9, 8), x, numbers(8, 12), numbers(2, 8), torch.arange(7), offsets
+        ),
+        "patchify_packed": lambda: tfkernels.patchify_packed(packed()._replace(offsets=offsets)),
+        "unpatchify_packed": lambda: tfkernels.unpatchify_packed(x, packed()._replace(offsets=offsets)),
+    }
     for name, call in calls.items():
         with pytest.raises(ValueError, match=rf"^{name}: ((x|like)\.)?offsets {message}"):
             call()
@@ -156,7 +292,8 @@ def test_offsets_that_fall_or_leave_the_rows_are_refused_where_looking_costs_not
 @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU looking would synchronise")
 @pytest.mark.parametrize("columns", [[2, 2], [0, 3], [-2, 3], [5, 3]])
 def test_columns_that_do_not_divide_an_images_tokens_are_refused_where_looking_costs_nothing(columns):
-    with pytest.raises(ValueError, match=r"^patchify_packed: x.columns holds .* for image [01] of [34] tokens; a divisor of them"):
+    with pytest.raises(ValueError, match=r"^patchify_packed: x.columns holds .* for image [01] of [34] tokens; a "
+                                         r"divisor of them"):
         tfkernels.patchify_packed(packed()._replace(columns=whole(columns, torch.int32)))
 
 

@@ -169,7 +169,8 @@ def test_nan_that_a_target_reaches_shows_in_its_loss_and_gradients(name):
     changed[at] = float("nan")
     found, expected = (run(f, case._replace(**{name: changed}), torch.float32) for f in (linear_cross_entropy, linear_cross_entropy_reference))
     assert expected["loss"].isnan()
-    expected["dhidden"][case.rows[case.targets < 0]] = 0                                    # plain PyTorch multiplies 0 by the weight
+    # plain PyTorch multiplies 0 by the weight
+    expected["dhidden"][case.rows[case.targets < 0]] = 0
     for key in expected:
         assert not (expected[key].isnan() & ~found[key].isnan()).any(), key
 
@@ -262,7 +263,8 @@ def test_only_the_gradients_that_are_wanted_are_made(wanted, monkeypatch):
     inputs = [x.requires_grad_(bool(wanted >> i & 1)) for i, x in enumerate(case.inputs(torch.float32))]
     given = [x for x in inputs if x.requires_grad]
     kept = []
-    passed = {x.data_ptr() for x in (*inputs, case.targets, case.rows, case.row_weight)}    # kept too, but no memory of ours
+    # kept too, but no memory of ours
+    passed = {x.data_ptr() for x in (*inputs, case.targets, case.rows, case.row_weight)}
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel() * (x.data_ptr() not in passed)) or x, lambda x: x):
         output = linear_cross_entropy(inputs[0], inputs[1], case.targets, case.rows, bias=inputs[2], row_weight=case.row_weight)
     assert bool(made) == (wanted >> 1 & 1) and output.loss.requires_grad == output.losses.requires_grad == bool(wanted)

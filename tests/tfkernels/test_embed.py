@@ -144,9 +144,11 @@ def test_a_place_named_twice_is_refused_where_looking_costs_nothing():
     row, place, _ = embed._placed(case.places, case.offsets)
     places = case.places.clone()
     places[row[3]] = place[7]
-    with pytest.raises(ValueError, match=f"embed_patches: places names row {int(place[7])} 2 times; each row at most once fits"):
+    with pytest.raises(ValueError, match=f"embed_patches: places names row {int(place[7])} 2 times; each row at most "
+                                         "once fits"):
         embed_patches(*case.inputs(torch.float32), places, case.offsets)
-    places[row[3]] = -1                                                                    # rows of padding may name anything, as often as they like
+    # rows of padding may name anything, as often as they like
+    places[row[3]] = -1
     embed_patches(*case.inputs(torch.float32), places, case.offsets)
 
 

@@ -402,8 +402,11 @@ def written_one_by_one(model, x, attention_mask, count, masks):
 
 
 @pytest.mark.parametrize("padding", ["attention_mask", "documents"])
-@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"use_cache": False}, {"num_beams": 1, "num_return_sequences": 1}],
-                         ids=["dynamic", "static", "no cache", "one beam"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cache_implementation": "static"}, {"use_cache": False}, {"num_beams": 1, "num_return_sequences": 1}],
+    ids=["dynamic", "static", "no cache", "one beam"],
+)
 @torch.no_grad()
 def test_generate_writes_behind_images_what_the_whole_mask_gives(options, padding):
     model, (x, attention_mask) = build("llama", "tfkernels"), padded_prompt()
@@ -475,7 +478,8 @@ def test_gradients_reach_only_the_keys_that_attention_mask_keeps():
 def test_a_ready_mask_beside_ours_is_refused_unless_it_is_a_stand_in():
     model, x, mask = build("llama", "tfkernels"), tokens(), TransfusionMask.from_spans(SPANS, 24, device=DEVICE)
     for ready in (mask.dense(), additive(mask.dense()), torch.ones(2, 1, 1, 24, dtype=torch.bool, device=DEVICE)):
-        with pytest.raises(ValueError, match=r"attention_mask is torch.*beside transfusion_mask; \(B, Sk\).* or None fits"):
+        with pytest.raises(ValueError, match=r"attention_mask is torch.*beside transfusion_mask; \(B, Sk\).* or None "
+                                             r"fits"):
             model(x, attention_mask=ready, transfusion_mask=mask)
     with torch.no_grad():
         for stand_in in (x.new_empty(1, 1, 1, 1), x.new_empty(0, 0, 0, 0)):
@@ -484,10 +488,12 @@ def test_a_ready_mask_beside_ours_is_refused_unless_it_is_a_stand_in():
 
 def test_a_mask_in_the_wrong_place_or_of_the_wrong_kind_is_refused_by_name():
     model, mask = build("llama", "tfkernels"), TransfusionMask.causal(24, device=DEVICE)
-    with pytest.raises(ValueError, match="attention_mask is a TransfusionMask; .*; a TransfusionMask is given as transfusion_mask"):
+    with pytest.raises(ValueError, match="attention_mask is a TransfusionMask; .*; a TransfusionMask is given as "
+                                         "transfusion_mask"):
         model(tokens(), attention_mask=mask)
     for other in (mask.dense(), [mask], "mask", {"full_attention": mask.dense()}):
-        with pytest.raises(ValueError, match="transfusion_mask is .*; a tfkernels.TransfusionMask, or a mapping of them"):
+        with pytest.raises(ValueError, match="transfusion_mask is .*; a tfkernels.TransfusionMask, or a mapping of "
+                                             "them"):
             model(tokens(), transfusion_mask=other)
     with pytest.raises(ValueError, match="mask is 20 queries by 20 keys, q has 24 tokens"):
         model(tokens(), attention_mask=tokens().new_empty(1, 1, 1, 1), transfusion_mask=TransfusionMask.causal(20, device=DEVICE))
@@ -499,7 +505,8 @@ def test_a_prompt_read_in_chunks_that_cut_an_image_is_refused():
     mask, x = TransfusionMask.from_spans([[(8, 14)]], 22), tokens(batch=1, length=22)
     whole = model.generate(x, transfusion_mask=mask, **options)
     assert torch.equal(model.generate(x, transfusion_mask=mask, prefill_chunk_size=14, **options), whole)
-    with pytest.raises(ValueError, match="transfusion_mask shows a query keys up to 14 and there are 11 yet; images within one pass fit"):
+    with pytest.raises(ValueError, match="transfusion_mask shows a query keys up to 14 and there are 11 yet; images "
+                                         "within one pass fit"):
         model.generate(x, transfusion_mask=mask, prefill_chunk_size=11, **options)
 
 
@@ -507,7 +514,8 @@ def test_a_prompt_read_in_chunks_that_cut_an_image_is_refused():
 def test_other_implementations_refuse_our_mask_and_do_the_same_as_ever_without_it():
     mask, x = TransfusionMask.causal(24, device=DEVICE), tokens()
     model = build("llama", "sdpa")
-    with pytest.raises(ValueError, match="transfusion_mask is given to a model with attn_implementation 'sdpa', which drops it; 'tfkernels' fits"):
+    with pytest.raises(ValueError, match="transfusion_mask is given to a model with attn_implementation 'sdpa', "
+                                         "which drops it; 'tfkernels' fits"):
         model(x, transfusion_mask=mask)
     with pytest.raises(ValueError, match="transfusion_mask is given to a model with attn_implementation 'sdpa'"):
         model.generate(x, transfusion_mask=mask, max_new_tokens=2)
@@ -523,10 +531,12 @@ def test_a_model_that_would_drop_our_mask_is_refused_when_asked():
     integration.require(build("llama", "tfkernels"))
     integration.require(CONFIGS["llama"]())
     for implementation in ("sdpa", "eager"):
-        with pytest.raises(ValueError, match=f"model has attn_implementation '{implementation}', which drops transfusion_mask; 'tfkernels' fits"):
+        with pytest.raises(ValueError, match=f"model has attn_implementation '{implementation}', which drops "
+                                             "transfusion_mask; 'tfkernels' fits"):
             integration.require(build("llama", implementation))
     for config in (FalconConfig(), BloomConfig(), GPTJConfig(), MptConfig()):
-        with pytest.raises(ValueError, match=f"model_type is '{config.model_type}', whose attention is its own and asks no registry"):
+        with pytest.raises(ValueError, match=f"model_type is '{config.model_type}', whose attention is its own and "
+                                             "asks no registry"):
             integration.require(config)
     for other in (None, "model", torch.nn.Linear(2, 2)):
         with pytest.raises(ValueError, match="model is .*; a transformers.PreTrainedModel or PreTrainedConfig fits"):
@@ -537,13 +547,35 @@ ONE = dict(vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_hea
 OTHERS = {
     "gpt2": lambda: GPT2Config(vocab_size=97, n_embd=64, n_layer=2, n_head=4, attn_pdrop=0.0, initializer_range=0.15),
     "gpt_neox": lambda: GPTNeoXConfig(**ONE, intermediate_size=96),
-    "opt": lambda: OPTConfig(vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=96, word_embed_proj_dim=64,
-                             attention_dropout=0.0, init_std=0.15),
+    "opt": lambda: OPTConfig(
+        vocab_size=97,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=96,
+        word_embed_proj_dim=64,
+        attention_dropout=0.0,
+        init_std=0.15,
+    ),
     "phi": lambda: PhiConfig(**ONE, intermediate_size=96),
-    "gemma3": lambda: Gemma3TextConfig(**ONE, intermediate_size=96, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16, sliding_window=WINDOW,
-                                       layer_types=["sliding_attention", "full_attention"]),
-    "qwen3_moe": lambda: Qwen3MoeConfig(**ONE, intermediate_size=96, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, num_key_value_heads=2,
-                                        head_dim=16),
+    "gemma3": lambda: Gemma3TextConfig(
+        **ONE,
+        intermediate_size=96,
+        num_key_value_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **ONE,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_key_value_heads=2,
+        head_dim=16,
+    ),
 }
 
 

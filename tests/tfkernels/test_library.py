@@ -1,4 +1,5 @@
-"""Every registered operator's fake: sizes, dtypes and strides are those of the real result, whatever the strides of the inputs are."""
+"""Every registered operator's fake: sizes, dtypes and strides are those of the real result, whatever the strides of the
+inputs are."""
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -7,9 +8,18 @@ from tests.conftest import DEVICE
 from tests.tfkernels.test_arguments import CALLS, whole
 from tfkernels import PackedLatents, TransfusionMask
 
-MASKS = {"mask from spans": lambda: (TransfusionMask.from_spans, {
-    "spans": whole([[[1, 4], [5, 6]]]), "seq_len": 8, "documents": whole([[0, 0, 0, 0, 1, 1, 1, -1]]), "hidden": whole([[[1, 4]]])}),
-    "mask from token types": lambda: (TransfusionMask.from_token_types, {"token_types": whole([[0, 1, 1, 0, 2, 2]])})}
+MASKS = {
+    "mask from spans": lambda: (
+        TransfusionMask.from_spans,
+        {
+            "spans": whole([[[1, 4], [5, 6]]]),
+            "seq_len": 8,
+            "documents": whole([[0, 0, 0, 0, 1, 1, 1, -1]]),
+            "hidden": whole([[[1, 4]]]),
+        },
+    ),
+    "mask from token types": lambda: (TransfusionMask.from_token_types, {"token_types": whole([[0, 1, 1, 0, 2, 2]])}),
+}
 REVERSED = [tuple(range(ndim))[::-1] for ndim in range(6)]
 LAID = {
     "transposed": lambda x: x.mT.contiguous().mT if x.ndim > 1 else torch.stack([x, x], -1)[..., 0],
@@ -37,8 +47,9 @@ class Recorded(TorchDispatchMode):
 def calls_of(name):
     """The operators that a public function and its backward call, with their arguments."""
     function, arguments = {**CALLS, **MASKS}[name]()
-    constant = {"row_weight", "p", "q", "loss_weight", "signal", "noise", "cos", "sin", "eps", *(() if name in ("noise_patchify", "patchify_packed") else ["x0"]),
-                *(["weight"] if name == "diffusion_loss" else [])}
+    constant = {"row_weight", "p", "q", "loss_weight", "signal", "noise", "cos", "sin", "eps"}
+    constant |= set() if name in ("noise_patchify", "patchify_packed") else {"x0"}
+    constant |= {"weight"} if name == "diffusion_loss" else set()
     if name == "qk_norm_rotary":
         constant -= {"q"}
     for key, x in arguments.items():
@@ -70,5 +81,8 @@ def test_every_registered_operator_is_checked():
     found = set().union(*(calls_of(name) for name in (*CALLS, *MASKS)))
     names = {str(operator).split(".")[1] for operator in found}
     assert names | {"attention_forward", "attention_backward", "paged_attention"} >= {
-        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("tfkernels::") and "." not in name}
+        name.split("::")[1]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("tfkernels::") and "." not in name
+    }
     assert DEVICE in ("cpu", "cuda")

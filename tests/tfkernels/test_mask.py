@@ -60,7 +60,8 @@ def uncut(spans, document):
 
 @st.composite
 def arguments(draw, max_len=36, cut=False):
-    """Arguments of from_spans as plain lists: batch 1 or 2, padding anywhere, hidden spans that need not be images; `cut`: ends of documents within spans."""
+    """Arguments of from_spans as plain lists: batch 1 or 2, padding anywhere, hidden spans that need not be images;
+    `cut`: ends of documents within spans."""
     seq_len, batch = draw(st.integers(1, max_len)), draw(st.integers(1, 2))
     rows = range(batch)
     documents = hidden = None
@@ -334,11 +335,22 @@ def test_32k_tokens_cost_16_bytes_each_and_nothing_quadratic(with_hidden):
 
 LO, KEYS = torch.zeros(2, 4, dtype=torch.int32), torch.zeros(2, 6, dtype=torch.int32)
 BAD_SPANS = {
-    r"spans\[0\] holds \(1099511627776, 1099511627778\); 0 <= start <= end <= 8": {"spans": torch.tensor([[[2**40, 2**40 + 2]]])},
-    r"spans\[0\] holds \(2, 6\), which an end of a document in documents\[0\] cuts": {"spans": [[(2, 6)]], "documents": [[0] * 4 + [1] * 4]},
-    r"spans\[1\] holds \(0, 3\), which an end of a document in documents\[0\] cuts": {"spans": [[(3, 5)], [(0, 3)]], "documents": [[-1] + [0] * 7]},
-    r"hidden\[0\] holds \(2, 6\), which an end of a document in documents\[1\] cuts":
-        {"spans": [[]], "hidden": [[(2, 6)]], "documents": [[0] * 8, [0] * 4 + [1] * 4]},
+    r"spans\[0\] holds \(1099511627776, 1099511627778\); 0 <= start <= end <= 8": {
+        "spans": torch.tensor([[[2**40, 2**40 + 2]]])
+    },
+    r"spans\[0\] holds \(2, 6\), which an end of a document in documents\[0\] cuts": {
+        "spans": [[(2, 6)]],
+        "documents": [[0] * 4 + [1] * 4],
+    },
+    r"spans\[1\] holds \(0, 3\), which an end of a document in documents\[0\] cuts": {
+        "spans": [[(3, 5)], [(0, 3)]],
+        "documents": [[-1] + [0] * 7],
+    },
+    r"hidden\[0\] holds \(2, 6\), which an end of a document in documents\[1\] cuts": {
+        "spans": [[]],
+        "hidden": [[(2, 6)]],
+        "documents": [[0] * 8, [0] * 4 + [1] * 4],
+    },
     r"spans is an empty list; one list per batch row fits": {"spans": []},
     r"spans is torch.bool": {"spans": torch.ones(1, 1, 2, dtype=torch.bool)},
     r"spans is torch.complex64": {"spans": torch.ones(1, 1, 2, dtype=torch.complex64)},
@@ -363,9 +375,15 @@ BAD_SPANS = {
     r"spans is \[\(1, 3\)\]; a list of \(start, end\) per batch row": {"spans": [(1, 3)]},
     r"spans is None": {"spans": None},
     r"documents decreases along a row": {"spans": [[]], "documents": torch.tensor([[0, 0, 1, 1, -1, 0, 0, 0]])},
-    r"documents is torch.int64 of shape \(1, 7\); an integer tensor \(B, 8\)": {"spans": [[]], "documents": torch.zeros(1, 7, dtype=torch.int64)},
+    r"documents is torch.int64 of shape \(1, 7\); an integer tensor \(B, 8\)": {
+        "spans": [[]],
+        "documents": torch.zeros(1, 7, dtype=torch.int64),
+    },
     r"documents is torch.float32": {"spans": [[]], "documents": torch.zeros(1, 8)},
-    r"spans has 2 batch rows where another argument has 3": {"spans": [[], []], "documents": torch.zeros(3, 8, dtype=torch.int64)},
+    r"spans has 2 batch rows where another argument has 3": {
+        "spans": [[], []],
+        "documents": torch.zeros(3, 8, dtype=torch.int64),
+    },
     r"hidden has 2 batch rows where another argument has 3": {"spans": [[]] * 3, "hidden": [[], []]},
     r"window is 0; a window of at least 1 key": {"spans": [[]], "window": 0},
 }
@@ -406,7 +424,17 @@ def test_intervals_that_do_not_fit_are_refused_by_name(message):
         TransfusionMask.from_intervals(*BAD_INTERVALS[message])
 
 
-@pytest.mark.parametrize("types", [torch.zeros(4, dtype=torch.int64), torch.zeros(1, 4), torch.zeros(1, 4, dtype=torch.complex64), None, "text", [[0], [1, 2]]])
+@pytest.mark.parametrize(
+    "types",
+    [
+        torch.zeros(4, dtype=torch.int64),
+        torch.zeros(1, 4),
+        torch.zeros(1, 4, dtype=torch.complex64),
+        None,
+        "text",
+        [[0], [1, 2]],
+    ],
+)
 def test_token_types_that_do_not_fit_are_refused_by_name(types):
     with pytest.raises(ValueError, match="TransfusionMask.from_token_types: token_types is"):
         TransfusionMask.from_token_types(types)
@@ -420,11 +448,15 @@ def test_lengths_that_are_none_are_refused_by_name(seq_len):
 
 
 def test_negative_token_types_are_refused_where_looking_costs_nothing():
-    with pytest.raises(ValueError, match="from_token_types: token_types holds -1; 0 to 9223372036854775807 fits, 0 for text and k > 0 for image k"):
+    with pytest.raises(ValueError, match="from_token_types: token_types holds -1; 0 to 9223372036854775807 fits, 0 "
+                                         "for text and k > 0 for image k"):
         TransfusionMask.from_token_types([[-1, 0]])
 
 
-@pytest.mark.parametrize("visible", [torch.ones(1, 1, 2, 2), torch.ones(2, 2, dtype=torch.bool), None, "dense", [[[[True], [True, False]]]]])
+@pytest.mark.parametrize(
+    "visible",
+    [torch.ones(1, 1, 2, 2), torch.ones(2, 2, dtype=torch.bool), None, "dense", [[[[True], [True, False]]]]],
+)
 def test_dense_masks_that_do_not_fit_are_refused_by_name(visible):
     with pytest.raises(ValueError, match=r"TransfusionMask.from_dense: visible is .*; a bool tensor \(B, 1, Sq, Sk\)"):
         TransfusionMask.from_dense(visible)
@@ -445,7 +477,8 @@ def test_arrays_and_nested_lists_mean_what_tensors_mean():
 
 @pytest.mark.parametrize("block_size", [0, -128, 128.0, None, True])
 def test_a_block_size_that_is_none_is_refused_by_name(block_size):
-    with pytest.raises(ValueError, match="TransfusionMask.block_mask: block_size is .*; an int from 1 to 2147483647 fits"):
+    with pytest.raises(ValueError, match="TransfusionMask.block_mask: block_size is .*; an int from 1 to 2147483647 "
+                                         "fits"):
         TransfusionMask.causal(8).block_mask(block_size)
 
 

@@ -29,7 +29,8 @@ class TransfusionAttnProcessor:
 
     def __init__(self, mask: TransfusionMask | None = None):
         if not isinstance(mask, TransfusionMask | None):
-            raise ValueError(f"{_OP}: mask is {got(mask)}; a tfkernels.TransfusionMask or None fits; build one with TransfusionMask.from_spans")
+            raise ValueError(f"{_OP}: mask is {got(mask)}; a tfkernels.TransfusionMask or None fits; build one with "
+                             "TransfusionMask.from_spans")
         self.mask = mask
 
     def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None,

@@ -7,18 +7,19 @@
     model(inputs_embeds=x, transfusion_mask={"full_attention": mask, "sliding_attention": windowed})   # layers that differ (Gemma-2)
     model.generate(x, transfusion_mask=mask)           # mask of the prompt; what is written behind it is causal
 
-`transfusion_mask` reaches every layer as a keyword argument and replaces the mask that transformers would make, except that the keys
-which a 2-D `attention_mask` hides stay hidden. A mask of fewer tokens than there are belongs to a prompt: tokens behind it see what the
-prompt's last token sees, and each other causally, with any cache. Its batch is 1, or what generate makes of the prompts: with beams or
-several returned sequences, a row for each of them.
+`transfusion_mask` reaches every layer as a keyword argument and replaces the mask that transformers would make, except
+that the keys which a 2-D `attention_mask` hides stay hidden. A mask of fewer tokens than there are belongs to a prompt:
+tokens behind it see what the prompt's last token sees, and each other causally, with any cache. Its batch is 1, or what
+generate makes of the prompts: with beams or several returned sequences, a row for each of them.
 
-A mask that transformers makes travels as what it takes for a ready 4-D mask: our integers in one int32 tensor (see `_as_tensor`),
-which it may copy, keep in a static buffer or trace. A ready 4-D mask of at most one element beside `transfusion_mask` is a stand-in
-that keeps transformers from making one; a larger one is refused.
+A mask that transformers makes travels as what it takes for a ready 4-D mask: our integers in one int32 tensor (see
+`_as_tensor`), which it may copy, keep in a static buffer or trace. A ready 4-D mask of at most one element beside
+`transfusion_mask` is a stand-in that keeps transformers from making one; a larger one is refused.
 
-Other registered implementations (sdpa, flash, flex) refuse `transfusion_mask` once `register` has been called. The functions called eager are no
-part of a registry and swallow any keyword argument: `require(model)` refuses such a model once, when it is loaded. A family
-whose layers do not hand keyword arguments on to their attention (StableLM) runs on it, but never sees a `transfusion_mask`.
+Other registered implementations (sdpa, flash, flex) refuse `transfusion_mask` once `register` has been called. The
+functions called eager are no part of a registry and swallow any keyword argument: `require(model)` refuses such a model
+once, when it is loaded. A family whose layers do not hand keyword arguments on to their attention (StableLM) runs on
+it, but never sees a `transfusion_mask`.
 """
 import functools
 import importlib
@@ -48,21 +49,23 @@ _REFUSED = {"s_aux": "attention sinks", "sinks": "attention sinks", "position_bi
 
 
 class _Made(NamedTuple):
-    """What `make_mask` laid into a tensor: the mask, where its queries and keys stand in the sequence, and which keys attention_mask keeps."""
+    """What `make_mask` laid into a tensor: the mask, where its queries and keys stand in the sequence, and which keys
+    attention_mask keeps."""
 
     mask: TransfusionMask
     query_position: Tensor                                                                 # (B, Sq) int32
     key_position: Tensor                                                                   # (B, Sk) int32
-    kept: Tensor | None                                                                    # (B, Sk) bool; None: all of them
+    # (B, Sk) bool; None: all of them
+    kept: Tensor | None
 
 
 def register() -> str:
     """Make `attn_implementation="tfkernels"` known to transformers and return that name. Calling it again is harmless.
 
-    No function of transformers is replaced. Three entries are added or wrapped: ours in both registries; the other implementations in the
-    attention registry, which from then on refuse `transfusion_mask` instead of dropping it (implementations that are registered later, such as
-    kernels from the hub, are wrapped by calling register again); and the name `transfusion_mask` among the keyword arguments that
-    generate lets through to every model.
+    No function of transformers is replaced. Three entries are added or wrapped: ours in both registries; the other
+    implementations in the attention registry, which from then on refuse `transfusion_mask` instead of dropping it
+    (implementations that are registered later, such as kernels from the hub, are wrapped by calling register again);
+    and the name `transfusion_mask` among the keyword arguments that generate lets through to every model.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.utils import TransformersKwargs
@@ -77,11 +80,13 @@ def register() -> str:
 
 
 def require(model) -> None:
-    """Refuse a model, or the config of one to be made, that would not attend through `attend` and drop `transfusion_mask`.
+    """Refuse a model, or the config of one to be made, that would not attend through `attend` and drop
+    `transfusion_mask`.
 
     Raises:
-        ValueError: model is neither a PreTrainedModel nor a PreTrainedConfig; its family has an attention of its own that asks no registry
-            (Bloom, Falcon, GPT-J, MPT); or a part of the model has another attn_implementation than "tfkernels".
+        ValueError: model is neither a PreTrainedModel nor a PreTrainedConfig; its family has an attention of its own
+            that asks no registry (Bloom, Falcon, GPT-J, MPT); or a part of the model has another attn_implementation
+            than "tfkernels".
     """
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -93,16 +98,18 @@ def require(model) -> None:
         if isinstance(part, PreTrainedModel):
             _need_registry(part.config)
             if part.config._attn_implementation != NAME:
-                raise ValueError(f"{_OP}: model{'.' * bool(name)}{name} has attn_implementation {part.config._attn_implementation!r}, which drops "
-                                 f"{ARGUMENT}; {NAME!r} fits; {_WAY}")
+                raise ValueError(f"{_OP}: model{'.' * bool(name)}{name} has attn_implementation "
+                                 f"{part.config._attn_implementation!r}, which drops {ARGUMENT}; {NAME!r} fits; {_WAY}")
 
 
 def _need_registry(config) -> None:
     """Refuse a family whose modeling file does not import the attention registry; code from elsewhere is not judged."""
     modeling = type(config).__module__.replace(".configuration_", ".modeling_")
     if modeling.startswith("transformers.models.") and not _imports_registry(modeling):
-        raise ValueError(f"{_OP}: model_type is {config.model_type!r}, whose attention is its own and asks no registry; families that attend "
-                         "through transformers' AttentionInterface fit, such as Llama; load this one with attn_implementation='eager'")
+        raise ValueError(f"{_OP}: model_type is {config.model_type!r}, whose attention is its own and asks no "
+                         "registry; families that attend "
+                         "through transformers' AttentionInterface fit, such as Llama; load this one with "
+                         "attn_implementation='eager'")
 
 
 @functools.cache
@@ -117,8 +124,8 @@ def _refusing(name: str, function):
     @functools.wraps(function)
     def attention_forward(*args, **options):
         if options.pop(ARGUMENT, None) is not None:
-            raise ValueError(f"{_OP}: {ARGUMENT} is given to a model with attn_implementation {name!r}, which drops it; {NAME!r} fits; "
-                             f"{_WAY}")
+            raise ValueError(f"{_OP}: {ARGUMENT} is given to a model with attn_implementation {name!r}, which drops "
+                             f"it; {NAME!r} fits; {_WAY}")
         return function(*args, **options)
 
     attention_forward.refuses_transfusion_mask = True
@@ -158,21 +165,23 @@ def make_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_fun
     if (config := options.get("config")) is not None and not torch.compiler.is_compiling():
         _need_registry(config)
     if not isinstance(attention_mask, Tensor | None):
-        raise ValueError(f"{_OP}: attention_mask is {got(attention_mask)}; a tensor (B, Sk), 1 for keys and 0 for padding, fits; "
-                         f"a TransfusionMask is given as {ARGUMENT}")
+        raise ValueError(f"{_OP}: attention_mask is {got(attention_mask)}; a tensor (B, Sk), 1 for keys and 0 for "
+                         f"padding, fits; a TransfusionMask is given as {ARGUMENT}")
     kept = None
     if attention_mask is not None and (torch.compiler.is_compiling() or not bool(attention_mask.all())):
-        kept = torch.nn.functional.pad(attention_mask.bool(), (0, max(0, kv_offset + kv_length - attention_mask.shape[1])))[:, kv_offset:kv_offset + kv_length]
+        missing = max(0, kv_offset + kv_length - attention_mask.shape[1])
+        kept = torch.nn.functional.pad(attention_mask.bool(), (0, missing))[:, kv_offset:kv_offset + kv_length]
     if mask_function is bidirectional_mask_function:
         hi = torch.full((1, q_length), kv_length, device=device)
     elif mask_function is None or mask_function is causal_mask_function:
         hi = torch.arange(1, q_length + 1, device=device)[None] + (q_offset - kv_offset)   # (1, Sq)
     else:
-        mask = _read_off(batch_size, q_length, kv_length, q_offset, device, kv_offset=kv_offset, mask_function=mask_function,
-                         attention_mask=attention_mask, **options)
+        mask = _read_off(batch_size, q_length, kv_length, q_offset, device, kv_offset=kv_offset,
+                         mask_function=mask_function, attention_mask=attention_mask, **options)
         return _as_tensor(mask, q_offset, kv_offset, kept)
     if kept is None:
-        return _as_tensor(TransfusionMask.from_intervals(torch.zeros_like(hi), hi, key_len=kv_length, columns_exact=True), q_offset, kv_offset, None)
+        mask = TransfusionMask.from_intervals(torch.zeros_like(hi), hi, key_len=kv_length, columns_exact=True)
+        return _as_tensor(mask, q_offset, kv_offset, None)
     hi, until = hi.expand(kept.shape[0], -1), torch.where(kept, _FAR, 0)
     mask = TransfusionMask.from_intervals(torch.zeros_like(hi), hi, since=torch.zeros_like(until), until=until)
     return _as_tensor(mask, q_offset, kv_offset, kept)
@@ -214,58 +223,71 @@ def _hull(visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.where(count > 0, first, 0), torch.where(count > 0, last, 0), count
 
 
-def _of_layer(masks: TransfusionMask | Mapping, module, sliding_window, windowed: bool, key_len: int) -> TransfusionMask:
+def _of_layer(
+    masks: TransfusionMask | Mapping, module, sliding_window, windowed: bool, key_len: int
+) -> TransfusionMask:
     """The mask of one layer: the one mask, where the layer has no window to cut it, or the one of the layer's kind."""
     if isinstance(masks, Mapping):
         types = getattr(module.config, "layer_types", None)
         kind = types[module.layer_idx] if types else "full_attention" if sliding_window is None else "sliding_attention"
         if kind not in masks:
-            raise ValueError(f"tfkernels attention: transfusion_mask has masks for {sorted(masks)} and layer {module.layer_idx} is {kind}; "
-                             f"one for each kind of layer fits; add {kind!r}")
+            raise ValueError(f"tfkernels attention: transfusion_mask has masks for {sorted(masks)} and layer "
+                             f"{module.layer_idx} is {kind}; one for each kind of layer fits; add {kind!r}")
         masks = masks[kind]
     elif windowed:
-        raise ValueError(f"tfkernels attention: transfusion_mask is one mask in a layer with sliding_window {sliding_window} and {key_len} keys; a mapping "
-                         '{"full_attention": mask, "sliding_attention": windowed mask} fits, the latter alone where all layers have the window; '
+        raise ValueError("tfkernels attention: transfusion_mask is one mask in a layer with sliding_window "
+                         f"{sliding_window} and {key_len} keys; a mapping "
+                         '{"full_attention": mask, "sliding_attention": windowed mask} fits, the latter alone where '
+                         'all layers have the window; '
                          "pass it, or set the config's sliding_window to None")
     if not isinstance(masks, TransfusionMask):
-        raise ValueError(f"{_OP}: {ARGUMENT} is {got(masks)}; a tfkernels.TransfusionMask, or a mapping of them by kind of layer, fits; build one "
-                         "with TransfusionMask.from_spans")
+        raise ValueError(f"{_OP}: {ARGUMENT} is {got(masks)}; a tfkernels.TransfusionMask, or a mapping of them by "
+                         "kind of layer, fits; build one with TransfusionMask.from_spans")
     return masks
 
 
-def _fitted(mask: TransfusionMask, made: _Made | None, attention_mask, query_len: int, key_len: int, window: int | None) -> TransfusionMask:
-    """`mask` without the keys that attention_mask hides, and for the queries and keys of this pass where it is a prompt's."""
+def _fitted(
+    mask: TransfusionMask, made: _Made | None, attention_mask, query_len: int, key_len: int, window: int | None
+) -> TransfusionMask:
+    """`mask` without the keys that attention_mask hides, and for the queries and keys of this pass where it is a
+    prompt's."""
     if made is None:
         if attention_mask is not None and attention_mask.numel() > 1:
-            raise ValueError(f"{_OP}: attention_mask is {got(attention_mask)} beside {ARGUMENT}; (B, Sk), 1 for keys and 0 for padding, or None fits; "
+            raise ValueError(f"{_OP}: attention_mask is {got(attention_mask)} beside {ARGUMENT}; (B, Sk), 1 for keys "
+                             "and 0 for padding, or None fits; "
                              f"put what it hides into {ARGUMENT}: padding is documents of -1")
         return mask
     if (mask.query_len, mask.key_len) != (query_len, key_len) and mask.offset == 0 and mask.query_len == mask.key_len:
         mask = _behind(mask, made, window)
-    if made.kept is None or mask.key_len != key_len:                                       # `attention` refuses what does not fit
+    # `attention` refuses what does not fit
+    if made.kept is None or mask.key_len != key_len:
         return mask
     mask = _sized(mask, len(made.kept))
-    return replace(mask, query_hi=torch.where(made.kept, mask.query_hi, mask.offset), query_lo=torch.where(made.kept, mask.query_lo, mask.offset),
-                   rows_exact=False)
+    query_lo, query_hi = (torch.where(made.kept, x, mask.offset) for x in (mask.query_lo, mask.query_hi))
+    return replace(mask, query_lo=query_lo, query_hi=query_hi, rows_exact=False)
 
 
 def _sized(mask: TransfusionMask, batch: int) -> TransfusionMask:
     """A mask of batch 1 for `batch` rows."""
     if mask.batch_size != 1 or batch == 1:
         return mask
-    return replace(mask, **{name: getattr(mask, name).expand(batch, -1).contiguous() for name in ("lo", "hi", "query_lo", "query_hi")})
+    lo, hi, query_lo, query_hi = (x.expand(batch, -1).contiguous() for x in (mask.lo, mask.hi, mask.query_lo, mask.query_hi))
+    return replace(mask, lo=lo, hi=hi, query_lo=query_lo, query_hi=query_hi)
 
 
 def _behind(mask: TransfusionMask, made: _Made, window: int | None) -> TransfusionMask:
-    """The prompt's mask for the queries of this pass: a token behind the prompt sees what its last token sees, and the tokens since.
+    """The prompt's mask for the queries of this pass: a token behind the prompt sees what its last token sees, and the
+    tokens since.
 
-    Positions become columns of this pass's keys, of which a window's cache drops the oldest and a static cache has more than there are tokens.
+    Positions become columns of this pass's keys, of which a window's cache drops the oldest and a static cache has more
+    than there are tokens.
     """
     size, rows, keys = mask.query_len, made.query_position.long(), made.key_position.long()
     at, behind = rows.clamp(max=size - 1), rows >= size                                    # (B or 1, Sq)
     batch = max(mask.batch_size, len(rows))
     lo, hi, query_lo, query_hi = (x.long().expand(batch, -1) for x in (mask.lo, mask.hi, mask.query_lo, mask.query_hi))
-    last = torch.where(lo[:, -1:] < hi[:, -1:], lo[:, -1:], size)                          # an empty row: padding on the right
+    # an empty row: padding on the right
+    last = torch.where(lo[:, -1:] < hi[:, -1:], lo[:, -1:], size)
     if window is not None:
         last = torch.maximum(last, rows + 1 - window)
     at, behind, last = (x.expand(batch, rows.shape[1]) for x in (at, behind, last))
@@ -275,7 +297,8 @@ def _behind(mask: TransfusionMask, made: _Made, window: int | None) -> Transfusi
     since = torch.where(new, keys, query_lo.gather(1, place))                              # (B, Sk)
     until = query_hi.gather(1, place)
     until = torch.where(new | (until >= size), _FAR, until)
-    first, start = keys[:, :1], rows[:, :1]                                                # a mask's rows and columns begin at 0
+    # a mask's rows and columns begin at 0
+    first, start = keys[:, :1], rows[:, :1]
     lo, hi, since, until = lo - first, hi - first, since - start, torch.where(until == _FAR, _FAR, until - start)
     _need_all_keys(hi, keys.shape[1])
     lo, hi, since, until = (x.clamp(-_FAR, _FAR).int() for x in (lo, hi, since, until))
@@ -283,10 +306,11 @@ def _behind(mask: TransfusionMask, made: _Made, window: int | None) -> Transfusi
 
 
 def _need_all_keys(hi: Tensor, key_len: int) -> None:
-    """A prompt read in chunks must not end one within an image; on a CUDA device, where looking would wait, such a query sees what is there."""
+    """A prompt read in chunks must not end one within an image; on a CUDA device, where looking would wait, such a
+    query sees what is there."""
     if hi.device.type == "cpu" and not torch.compiler.is_compiling() and hi.numel() and int(hi.max()) > key_len:
-        raise ValueError(f"{_OP}: {ARGUMENT} shows a query keys up to {int(hi.max())} and there are {key_len} yet; images within one pass fit; read the "
-                         "prompt at once (prefill_chunk_size=None)")
+        raise ValueError(f"{_OP}: {ARGUMENT} shows a query keys up to {int(hi.max())} and there are {key_len} yet; "
+                         "images within one pass fit; read the prompt at once (prefill_chunk_size=None)")
 
 
 def _without_mask(query_len: int, key_len: int, is_causal: bool, device) -> TransfusionMask:
@@ -314,12 +338,13 @@ def as_attention_mask(mask: TransfusionMask) -> Tensor:
 
 
 def _as_tensor(mask: TransfusionMask, q_offset, kv_offset, kept: Tensor | None) -> Tensor:
-    """Lay two rows of integers over each other: (B, 2, 1, W) where each side of the mask alone is exact, else (B, 1, 2, W).
+    """Lay two rows of integers over each other: (B, 2, 1, W) where either side of the mask is exact, else (B, 1, 2, W).
 
-        lo, query_lo, query positions, key positions            W = 2 (Sq + Sk), and one more, of nothing, where attention_mask hides keys
-        hi, query_hi, nothing,         whether a key is kept
+        lo, query_lo, query positions, key positions                W = 2 (Sq + Sk), and one column more, of nothing,
+        hi, query_hi, nothing,         whether a key is kept        where attention_mask hides keys
     """
-    rows, keys = (torch.arange(n, device=mask.lo.device) + start for n, start in ((mask.query_len, q_offset), (mask.key_len, kv_offset)))
+    rows = torch.arange(mask.query_len, device=mask.lo.device) + q_offset
+    keys = torch.arange(mask.key_len, device=mask.lo.device) + kv_offset
     mask = mask if kept is None else _sized(mask, len(kept))
     ones = torch.ones_like(mask.query_lo)
     low = [mask.lo, mask.query_lo, *(x[None].int().expand(mask.batch_size, -1) for x in (rows, keys))]
@@ -336,12 +361,13 @@ def _from_tensor(x, query_len: int, key_len: int) -> _Made | None:
     if not isinstance(x, Tensor):
         if x is None:
             return None
-        raise ValueError(f"{_OP}: attention_mask is {got(x)}; a tensor (B, Sk), or (B, 1, Sq, Sk) for all heads alike, fits; "
-                         f"a TransfusionMask is given as {ARGUMENT}")
+        raise ValueError(f"{_OP}: attention_mask is {got(x)}; a tensor (B, Sk), or (B, 1, Sq, Sk) for all heads "
+                         f"alike, fits; a TransfusionMask is given as {ARGUMENT}")
     if x.ndim != 4 or x.dtype != torch.int32 or sorted(x.shape[1:3]) != [1, 2] or x.shape[3] not in (width, width + 1):
         return None
     exact = x.shape[1] == 2
-    low, high = (side.split([query_len, key_len, query_len, key_len, x.shape[3] - width], 1) for side in x.flatten(1, 2).unbind(1))
+    sizes = [query_len, key_len, query_len, key_len, x.shape[3] - width]
+    low, high = (side.split(sizes, 1) for side in x.flatten(1, 2).unbind(1))
     mask = TransfusionMask(low[0], high[0], low[1], high[1], exact, exact)
     return _Made(mask, low[2], low[3], high[3] != 0 if x.shape[3] > width else None)
 

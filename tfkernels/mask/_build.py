@@ -2,8 +2,8 @@
 
 Token i lies in the document [d0, d1) and in the image [s, e), which for text is [i, i + 1); an image ends where its document does.
 
-    lo = max(d0, i + 1 - window)        query_lo = s                                  lo = d0, query_hi = d1 without a window
-    hi = e                              query_hi = min(d1, i + window)
+    lo = max(d0, i + 1 - window)        query_lo = s                                  lo = d0, query_hi = d1 without a
+    window hi = e                              query_hi = min(d1, i + window)
 
 A token in the hidden span [h0, h1) is a key for its span only: query_lo = max(s, h0), query_hi = min(query_hi, h1). Padding is empty on
 both sides. Runs of equal labels (documents, token types) are found by a scan within a block of tokens, and from its first
