@@ -21,7 +21,7 @@ from transfusion.sequence import Modality
 FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names for kinds of layers
 _LINEAR = "decoders whose logits are one linear layer of the hidden states fit (Llama, Mistral, Qwen2, Qwen3)"
 _DROPOUT = "0 fits, for attention weights are never formed; set it to 0"
-_DEAF = ("nemotron", "stablelm")
+_DEAF = ("moshi", "nemotron", "stablelm")  # in some version of transformers
 _UNFIT = {  # field of a decoder's configuration: the values that fit, and what is said of others
     "is_encoder_decoder": ((None, False), "a decoder without an encoder fits"),
     "final_logit_softcapping": ((None,), _LINEAR), "logits_scaling": ((None, 1), _LINEAR), "logit_scale": ((None, 1), _LINEAR),
