@@ -1,5 +1,6 @@
 """The `transfusion` command: init, train, sample, caption, vae."""
 import difflib
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 import tyro
 from PIL import Image as Picture
 
+from transfusion.checkpoint import check_writable, written
 from transfusion.guidance import Guidance
 from transfusion.model import Transfusion
 from transfusion.run_state import plain_errors
@@ -89,15 +91,35 @@ def load_image(path: Path, config, vae: VAE | None = None) -> Image:
 
 
 def save_image(image: Image, path: Path, vae: VAE | None = None) -> None:
-    """Write an image of 1 or 3 channels, or what the VAE makes of its latent, as a picture file."""
+    """Write an image of 1 or 3 channels, or what the VAE makes of its latent, as a picture file, in one piece."""
     pixels = image.latent if vae is None else vae.decode(image.latent[None])[0]
     pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(0, -1).squeeze(-1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Picture.fromarray(pixels.numpy()).save(path)
+    with written(path) as aside:
+        Picture.fromarray(pixels.numpy()).save(aside)
+
+
+def check_picture_path(path: Path) -> None:
+    """Refuse a path that no picture can be written to; its directory is made where it is missing.
+
+    Raises:
+        ValueError: a suffix of no kind of picture that Pillow writes, a directory, or one that cannot be written into.
+    """
+    Picture.init()
+    kind = Picture.registered_extensions().get(path.suffix.lower())
+    try:
+        for mode in ("L", "RGB"):
+            Picture.new(mode, (8, 8)).save(io.BytesIO(), kind)
+    except (KeyError, OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"sample: out is {str(path)!r}, whose suffix {path.suffix!r} names no kind of picture that can be written; .png, .jpg and .webp "
+                         "fit") from error
+    if path.is_dir():
+        raise ValueError(f"sample: out is {str(path)!r}, which is a directory; a file such as {str(path / 'sample.png')!r} fits")
+    check_writable("sample: the directory of out", path.parent)
 
 
 def sample(options: Sample) -> None:
     """Run `transfusion sample`."""
+    check_picture_path(options.out)
     model = Transfusion.from_pretrained(options.model).eval()
     guidance = Guidance(options.guidance, options.image_guidance, options.guidance_interval, options.guidance_rescale)
     settings = {name: getattr(options, name) for name in ("steps", "sampler", "temperature", "top_p", "min_p", "seed")}

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from transfusion.checkpoint import check_files
 from transfusion.config import TransfusionConfig
 from transfusion.model import Transfusion
+from transfusion.run_state import claim
 from transfusion.tokenizer import BOI, EOI
 from transfusion.vae import VAE
 from transfusion.values import is_whole
@@ -58,6 +60,8 @@ def load_language_model(path: Path):
         where, options, weights = path, {}, {"use_safetensors": True}
     if not (path.is_file() if options else (path / "config.json").is_file()):
         raise ValueError(f"init: llm is {str(path)!r}, which is no checkpoint; a directory with config.json and *.safetensors, or a .gguf file, fits")
+    if not options:
+        check_files(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
         decoder = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, trust_remote_code=False, **options, **weights)
@@ -109,7 +113,16 @@ def _check(seed: int, config: dict) -> None:
 
 
 def init(settings: InitSettings) -> Path:
-    """Run `transfusion init`; return the new checkpoint's directory."""
+    """Run `transfusion init`; return the new checkpoint's directory.
+
+    Raises:
+        ValueError: `out` is a file, cannot be written, holds a checkpoint or is, holds or lies in `llm` or `vae`.
+    """
+    with claim("init", settings.out, {"llm": settings.llm, "vae": settings.vae}, resume=False):
+        return _init(settings)
+
+
+def _init(settings: InitSettings) -> Path:
     config = {name: getattr(settings, name) for name in ("image_channels", "image_size", "patch_size", "backbone", "image_layers", "unet_channels",
                                                          "unet_blocks", "objective", "positions", "diffusion_weight")}
     _check(settings.seed, config)

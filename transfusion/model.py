@@ -1,5 +1,4 @@
 """The model: one decoder that reads and writes text and images (Transfusion, arXiv:2408.11039)."""
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,18 +12,20 @@ import tfkernels.integrations.transformers as integration
 from tfkernels import grid_positions, noise_patchify
 from transfusion import sample
 from transfusion.backbone import AdaLNBackbone, Backbone, LayerOffsets
+from transfusion.checkpoint import check_files, replacing, unfinished, whole
 from transfusion.config import TransfusionConfig
 from transfusion.embed import PatchEmbedding, TimestepEmbedding, ZeroLinear
 from transfusion.experts import ExpertBackbone
 from transfusion.heads import DiTHead, LinearHead
 from transfusion.objective import OBJECTIVES
 from transfusion.sequence import IMAGE_ATTENTION, Image, Part, Sequence
-from transfusion.tuning import load_adapter, spare_images
+from transfusion.tuning import find_base, holds_adapter, load_adapter, spare_images
 from transfusion.unet import UNetDown, UNetUp, ZeroConv2d
 from transfusion.vae import VAE
 from transfusion.values import nearest
 
 BACKBONES = {"decoder": Backbone, "adaln": AdaLNBackbone, "experts": ExpertBackbone}
+HUB = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")  # of transformers' push_to_hub
 IMAGE_LAYERS = {"linear": (PatchEmbedding, LinearHead), "dit": (PatchEmbedding, DiTHead), "unet": (UNetDown, UNetUp)}
 
 
@@ -84,29 +85,37 @@ class Transfusion(PreTrainedModel):
         return self.backbone.decoder.get_output_embeddings()
 
     @classmethod
-    def from_pretrained(cls, path, *args, **kwargs) -> "Transfusion":
+    def from_pretrained(cls, path, *args, base=None, **kwargs) -> "Transfusion":
         """Load a checkpoint directory: config.json, model.safetensors and the tokenizer's files; or an adapter's, put into the model it was trained on.
 
-        Pickled weights are refused. Options are those of transformers; settings of `TransfusionConfig` among them stand above the checkpoint's. With
-        `output_loading_info=True` the result is (model, what was missing or left over). A `quantization_config` quantises the decoder alone: the image
-        layers and the text head stay as they are.
+        That model is looked for where it lay, as seen from the adapter, unless `base` names it. Pickled weights are refused, damaged ones too.
+
+        Options are those of transformers; settings of `TransfusionConfig` among them stand above the checkpoint's. With `output_loading_info=True` the
+        result is (model, what was missing or left over). A `quantization_config` quantises the decoder alone: the image layers and the text head stay
+        as they are.
 
         Raises:
             ValueError: no checkpoint, or an option that does not fit, named.
         """
         if kwargs.pop("output_loading_info", False):
             found: dict = {}
-            return cls.from_pretrained(path, *args, loading_info=found, **kwargs), found
+            return cls.from_pretrained(path, *args, base=base, loading_info=found, **kwargs), found
         path = Path(path)
+        base = find_base(path, base) if holds_adapter(path) else base
+        if unfinished(path):  # a kill left the newest save in two places
+            with whole(path) as directory:
+                return cls.from_pretrained(directory, *args, base=base, **kwargs)
         if (path / "adapter_config.json").is_file():
-            base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
             return load_adapter(cls.from_pretrained(base, *args, **kwargs), path)
+        if base is not None:
+            raise ValueError(f"Transfusion.from_pretrained: base is {str(base)!r} and path {str(path)!r}, which holds no adapter; leave base out")
         if not (path / "config.json").is_file():
             raise ValueError(f"Transfusion.from_pretrained: path is {str(path)!r}, which holds no config.json; a directory written by save_pretrained "
                              "or `transfusion train` fits")
+        check_files(path)
         model = cls._load(path, *args, **kwargs)
-        if (path / "tokenizer.json").is_file():
-            model.tokenizer = AutoTokenizer.from_pretrained(path)
+        if model.tokenizer is None and (path / "tokenizer.json").is_file():
+            model.tokenizer = _load_tokenizer(path)
         if (path / "vae").is_dir():
             model.vae = VAE.from_pretrained(path / "vae")
         return model
@@ -133,13 +142,27 @@ class Transfusion(PreTrainedModel):
             loading_info.update(found)
         return model
 
-    def save_pretrained(self, path, *args, **kwargs) -> None:
-        """Write config.json, model.safetensors, the tokenizer's files and the autoencoder, if there is one."""
-        super().save_pretrained(path, *args, **kwargs)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(path)
-        if self.vae is not None:
-            self.vae.save_pretrained(Path(path) / "vae")
+    def save_pretrained(self, path, is_main_process: bool = True, state_dict: dict | None = None, *, push_to_hub: bool = False, variant: str | None = None,
+                        **kwargs) -> None:
+        """Write config.json, model.safetensors, the tokenizer's files and the autoencoder, if there is one; what the directory held stands until all are whole.
+
+        Options are those of transformers; what `push_to_hub` takes is handed on to it.
+
+        Raises:
+            ValueError: `path` is a file, or another process writes there.
+        """
+        if Path(path).exists() and not Path(path).is_dir():
+            raise ValueError(f"Transfusion.save_pretrained: path is {str(path)!r}, which is a file; a directory fits")
+        hub = {name: kwargs.pop(name) for name in HUB if name in kwargs}
+        if is_main_process:
+            with replacing(Path(path), weights=variant is None) as fresh:
+                super().save_pretrained(fresh, True, state_dict, variant=variant, **kwargs)
+                if self.tokenizer is not None:
+                    self.tokenizer.save_pretrained(fresh)
+                if self.vae is not None:
+                    self.vae.save_pretrained(fresh / "vae")
+        if push_to_hub and is_main_process:
+            self.push_to_hub(hub.pop("repo_id", Path(path).name), **hub)
 
     def embed(self, sequence: Sequence, patches: Tensor, condition: Tensor) -> tuple[Tensor, list]:
         """Token embeddings (B, S, C) with the (noised) patches' embeddings in their places, and what skips the decoder to the image head."""
@@ -196,6 +219,13 @@ class Transfusion(PreTrainedModel):
 def _check_implementation(op: str, wanted) -> None:
     if not all(one == integration.NAME for one in (wanted.values() if isinstance(wanted, dict) else [wanted])):
         raise ValueError(f"{op}: attn_implementation is {wanted!r}; {integration.NAME!r} fits, which alone sees this model's masks; leave it out")
+
+
+def _load_tokenizer(path: Path):
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # tokenizers raises nothing narrower for a file that it cannot read
+        raise ValueError(f"{path / 'tokenizer.json'} cannot be read ({' '.join(str(error).split())}); copy it again or make it anew") from error
 
 
 AutoConfig.register(TransfusionConfig.model_type, TransfusionConfig, exist_ok=True)

@@ -18,6 +18,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from transfusion.checkpoint import write_text
 from transfusion.data import DATASETS
 from transfusion.device import choose_device
 from transfusion.emoji import STYLES, Emoji
@@ -26,7 +27,7 @@ from transfusion.eval.emoji import Judges, bits_per_byte, draw_emoji, read_capti
 from transfusion.eval.pictures import emoji_grid, loss_curves
 from transfusion.latents import open_dataset
 from transfusion.model import Transfusion
-from transfusion.run_state import logged_seconds, plain_errors
+from transfusion.run_state import claim, logged_seconds, plain_errors, saved_step
 from transfusion.train import TrainConfig, build_model, emoji, start_model, train_to_end
 
 
@@ -60,6 +61,13 @@ def read_plain_text(path: Path | None) -> str:
 
 def showcase(settings: ShowcaseSettings) -> dict:
     """Train what is not trained yet, draw, judge; return what metrics.json holds."""
+    config = settings.train
+    with claim("showcase", config.out, {"train.tune.start": config.tune.start, "train.data.latents": config.data.latents},
+               resume=saved_step(config.out) is not None):
+        return _showcase(settings)
+
+
+def _showcase(settings: ShowcaseSettings) -> dict:
     config, began = settings.train, time.perf_counter()
     text, device = read_plain_text(settings.plain_text), choose_device(config.device)
     dataset, vae = open_dataset(config.data)
@@ -85,7 +93,7 @@ def showcase(settings: ShowcaseSettings) -> dict:
     titles = [held_out.caption_of(i) for i in range(len(held_out.labels))]
     emoji_grid(out / "samples.png", titles, shown, drawn.unflatten(0, (-1, settings.each)), held_out.images)
     loss_curves(out / "loss.png", out / "log.jsonl")
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 

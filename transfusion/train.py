@@ -5,7 +5,7 @@ and noise of a step depend on (seed, step) alone, so a resumed run gives the los
 """
 import dataclasses
 import json
-import math
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from transformers import AutoConfig, LlamaConfig
 
+from transfusion.checkpoint import replacing
 from transfusion.config import TransfusionConfig
 from transfusion.data import DataSettings, draw_batch, step_generator
 from transfusion.device import choose_device, seconds_of
@@ -26,18 +27,22 @@ from transfusion.objective import sample_times
 from transfusion.optim import build_average, build_optimizer, learning_rate
 from transfusion.run_state import (
     Interrupt,
-    check_out,
+    check_finite,
+    check_weights,
+    claim,
     load_state,
     load_training_state,
-    logged_seconds,
+    numbers,
+    open_log,
     plain_errors,
-    save_state,
     saved_step,
+    start_log,
     trained_parameters,
     training_state,
+    write_state,
 )
 from transfusion.tokenizer import BOI, EOI, train_tokenizer
-from transfusion.tuning import TuneSettings, prepare, trained_table
+from transfusion.tuning import TuneSettings, name_base, prepare, trained_table
 from transfusion.vae import VAE
 
 
@@ -193,9 +198,13 @@ def start_model(config: TrainConfig, dataset, vae: VAE | None) -> Transfusion:
 
 
 def train(config: TrainConfig) -> Path:
-    """Run `config` to its end, to `stop_after` or to Ctrl-C; return the directory with the checkpoint."""
+    """Run `config` to its end, to `stop_after`, or to Ctrl-C, SIGTERM or SIGHUP; return the directory with the checkpoint."""
+    with claim("train", config.out, {"tune.start": config.tune.start, "data.latents": config.data.latents}, config.resume):
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> Path:
     # data and model
-    check_out(config)
     device = choose_device(config.device)
     dataset, vae = open_dataset(config.data)
     base = (build_model(config, dataset) if config.tune.start is None else start_model(config, dataset, vae)).to(device)
@@ -219,12 +228,11 @@ def train(config: TrainConfig) -> Path:
     print(_cost(config, forward, optimizer, start, device), flush=True)
 
     # loop
-    config.out.mkdir(parents=True, exist_ok=True)
-    spent = logged_seconds(config.out / "log.jsonl") if start else 0.0
+    spent = start_log(config.out / "log.jsonl", start)
     progress = tqdm(range(start, config.optim.steps), initial=start, total=config.optim.steps, desc=f"train {config.out.name}", smoothing=0.05,
                     unit="step", dynamic_ncols=True)
     began, tokens = time.perf_counter() - spent, 0
-    with (config.out / "log.jsonl").open("a" if start else "w") as log, Interrupt() as stop:
+    with Interrupt() as stop, open_log(config.out / "log.jsonl") as log:
         step = start
         for step in progress:
             for group in optimizer.param_groups:
@@ -232,21 +240,21 @@ def train(config: TrainConfig) -> Path:
             output = forward(step)
             output.loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+            found = numbers(loss=output.loss, text_loss=output.text_loss, diffusion_loss=output.diffusion_loss, grad_norm=norm)
+            check_finite("train", config.out, step, found)
             optimizer.step()
             optimizer.zero_grad()
             averaged.update_parameters(model)
 
             tokens += config.optim.rows * config.optim.seq_len
-            record = {"step": step, "loss": output.loss.item(), "text_loss": output.text_loss.item(), "diffusion_loss": output.diffusion_loss.item(),
-                      "grad_norm": norm.item(), "lr": learning_rate(step, config.optim), "seconds": time.perf_counter() - began}
-            if not math.isfinite(record["loss"]):
-                raise FloatingPointError(f"train: the loss of step {step} is {record['loss']}; the last save stands in {config.out}; lower --optim.lr")
+            record = {"step": step, **found, "lr": learning_rate(step, config.optim), "seconds": time.perf_counter() - began}
             log.write(json.dumps(record) + "\n")
             speed = tokens / (record["seconds"] - spent)
             progress.set_postfix(text=f"{record['text_loss']:.3f}", image=f"{record['diffusion_loss']:.3f}", tok_s=f"{speed:,.0f}")
             last = step + 1 == config.optim.steps or stop.asked or step + 1 == config.stop_after
             if last or (step + 1) % config.save_every == 0:
                 log.flush()
+                os.fsync(log.fileno())
                 _save(config, model, averaged, optimizer, step + 1)
             if last and step + 1 < config.optim.steps:
                 progress.close()
@@ -279,16 +287,21 @@ def _cost(config: TrainConfig, forward, optimizer, step: int, device: torch.devi
 
 
 def _save(config: TrainConfig, model: Transfusion, averaged: AveragedModel, optimizer, step: int) -> None:
-    """Write the checkpoint and, beside it, what resuming needs; a crash while writing leaves the save before whole."""
+    """Write the checkpoint and what resuming needs, together; a kill while writing leaves the save before whole."""
     final = averaged.module if config.optim.ema else model
-    final.save_pretrained(config.out)
     state = training_state(model, optimizer) | {f"averaged.{name}": p for name, p in trained_parameters(averaged.module).items()}
-    save_state(config, state | {"averaged_steps": averaged.n_averaged}, step)
+    check_weights("train", config.out, step, state)
+    with replacing(config.out) as fresh:
+        final.save_pretrained(fresh)
+        if config.tune.trained != "all":
+            name_base(fresh, config.tune.start, config.out)
+        write_state(fresh, config, state | {"averaged_steps": averaged.n_averaged}, step)
 
 
 def _restore(config: TrainConfig, model: Transfusion, averaged: AveragedModel, optimizer) -> int:
-    """Load what `_save` wrote; return the step to go on from."""
-    state, step = load_state(config, ("model", "data", "optim", "tune"), next(model.parameters()).device)
+    """Load what `_save` wrote; return the step to go on from. What decides what was trained on must be what it was."""
+    fixed = ("model", "data", "tune", "seed", "optim.rows", "optim.seq_len", "optim.times")
+    state, step = load_state(config, fixed, next(model.parameters()).device)
     load_training_state(state, model, optimizer)
     for name, p in trained_parameters(averaged.module).items():
         p.data.copy_(state[f"averaged.{name}"])

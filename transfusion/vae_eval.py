@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from transfusion.checkpoint import check_writable, write_text
 from transfusion.device import choose_device
 from transfusion.eval.features import Features, in_batches
 from transfusion.eval.metrics import frechet_distance, psnr, ssim
@@ -108,7 +109,9 @@ def evaluate(settings: VAEEvalSettings) -> dict:
     Raises:
         ValueError: pictures that the autoencoder cannot take.
     """
+    out = settings.out or settings.vae / "eval"
     vae = VAE.from_pretrained(settings.vae)
+    check_writable("vae eval", out)
     device = choose_device(settings.device)
     vae.autoencoder.to(device)
     features = None if settings.classifier is None else Features.from_pretrained(settings.classifier).to(device)
@@ -133,9 +136,7 @@ def evaluate(settings: VAEEvalSettings) -> dict:
 
     results = {"pictures": len(real), "latent": list(latent), "features": features and features.name,
                "codecs": {name: measure(real, pictures, features) for name, pictures in kept.items()}}
-    out = settings.out or settings.vae / "eval"
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "metrics.json").write_text(json.dumps(results, indent=2))
+    write_text(out / "metrics.json", json.dumps(results, indent=2))
     shown = torch.linspace(0, len(real) - 1, min(16, len(real))).round().long()
     reconstruction_grid(out / "reconstructions.png", {"picture": real[shown], **{name: pictures[shown] for name, pictures in kept.items()}})
     columns = list(results["codecs"]["vae"])

@@ -1,4 +1,6 @@
 """The `transfusion` command: draws a file, reads a file, and answers what does not fit in one line."""
+import shutil
+
 import pytest
 import torch
 from PIL import Image as Picture
@@ -51,6 +53,41 @@ def test_a_saved_picture_reads_back_equal(tmp_path):
     image = Image(torch.linspace(-1, 1, 64).view(1, 8, 8))
     save_image(image, tmp_path / "x.png")
     assert (load_image(tmp_path / "x.png", config).latent - image.latent).abs().max() <= 1 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("out,message", [
+    ("five", "whose suffix '' names no kind of picture"), ("five.doc", "suffix '.doc' names no kind"), ("five.mpo.hdf", "suffix '.hdf'"),
+    ("folder.png", "which is a directory; a file such as"), ("file/five.png", "cannot be written into")])
+def test_a_picture_that_could_not_be_written_is_refused_before_it_is_drawn(checkpoint, tmp_path, monkeypatch, out, message):
+    monkeypatch.setattr("transfusion.sample.draw", lambda *_, **__: pytest.fail("drawn"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(SystemExit, match=message) as stop:
+        main(["sample", "--model", str(checkpoint), "--prompt", "a", "--out", str(tmp_path / out)])
+    assert str(stop.value).startswith("error: ") and "\n" not in str(stop.value)
+
+
+def test_init_writes_over_no_checkpoint_and_no_model_that_it_reads(tmp_path, checkpoint):
+    llm = language_model(tmp_path / "llm", "llama")
+    kept = {path: path.read_bytes() for place in (llm, checkpoint) for path in place.rglob("*") if path.is_file()}
+    (tmp_path / "file").write_text("")
+    for out, message in ((llm, "what is read would be written over"), (llm / "in", "what is read would be written over"),
+                         (checkpoint, "holds config.json of something else"), (tmp_path / "file", "which is a file; a directory fits")):
+        with pytest.raises(SystemExit, match=f"error: init: out is .*{message}"):
+            main(["init", "--llm", str(llm), "--out", str(out), "--image-channels", "1", "--image-size", "8", "8"])
+    assert kept == {path: path.read_bytes() for place in (llm, checkpoint) for path in place.rglob("*") if path.is_file()}
+
+
+def test_a_damaged_checkpoint_ends_a_command_in_one_line(checkpoint, tmp_path):
+    Picture.new("L", (8, 8)).save(tmp_path / "grey.png")
+    for command in (["sample", "--prompt", "a", "--out", str(tmp_path / "a.png")], ["caption", "--images", str(tmp_path / "grey.png")]):
+        for name in ("model.safetensors", "config.json", "tokenizer.json"):
+            copy = shutil.copytree(checkpoint, tmp_path / "copy")
+            (copy / name).write_bytes((copy / name).read_bytes()[:200])
+            with pytest.raises(SystemExit, match=f"^error: {copy / name} is damaged") as stop:
+                main([command[0], "--model", str(copy), *command[1:]])
+            assert "\n" not in str(stop.value)
+            shutil.rmtree(copy)
 
 
 @pytest.mark.parametrize("args,message", [

@@ -2,14 +2,17 @@
 import dataclasses
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from PIL import Image as Picture
 from safetensors.torch import load_file
 
+import transfusion.vae_train as vae_train
 from tests.transfusion.test_vae_losses import classifier
 from transfusion import Transfusion
+from transfusion.checkpoint import locked
 from transfusion.cli import main
 from transfusion.data import DataSettings, Digits, step_generator
 from transfusion.eval.features import Features
@@ -71,8 +74,53 @@ def test_a_resumed_run_has_the_losses_and_weights_of_one_that_never_stopped(trai
     for name in ("diffusion_pytorch_model.safetensors", "resume/state.safetensors"):
         ours, theirs = load_file(tmp_path / name), load_file(trained / name)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    with pytest.raises(ValueError, match="lr differ"):
-        train(tiny(tmp_path, resume=True, optim=dataclasses.replace(tiny(tmp_path).optim, lr=1.0)))
+    with pytest.raises(ValueError, match="losses.kl, optim.batch differ"):
+        train(tiny(tmp_path, resume=True, losses=dataclasses.replace(tiny(tmp_path).losses, kl=1.0), optim=dataclasses.replace(tiny(tmp_path).optim, batch=4)))
+    capsys.readouterr()
+    train(tiny(tmp_path, resume=True, optim=dataclasses.replace(tiny(tmp_path).optim, lr=1e-4, steps=12)))
+    assert "going on with optim.steps 12 (was 10), optim.lr 0.0001 (was 0.003)" in capsys.readouterr().out and len(log(tmp_path)) == 12
+
+
+@pytest.mark.parametrize("where", ["reconstruction_loss", "discriminator_loss"])
+def test_a_step_that_is_not_finite_reaches_neither_network(tmp_path, monkeypatch, where):
+    real, calls = getattr(vae_train, where), []
+
+    def spoilt(*given):
+        calls.append(where)
+        return real(*given) * (float("nan") if len(calls) == 6 else 1.0)  # two calls say what the run costs
+
+    monkeypatch.setattr(vae_train, where, spoilt)
+    step = 3 if where == "reconstruction_loss" else 9
+    with pytest.raises(FloatingPointError, match=rf"vae train: in step {step} .*nan.*the save of {step - step % 2} steps in .* stands|holds the very weights"):
+        train(tiny(tmp_path, save_every=2))
+    VAE.from_pretrained(tmp_path)
+    assert all(torch.isfinite(x).all() for x in load_file(tmp_path / "resume" / "state.safetensors").values()) and len(log(tmp_path)) == step
+    monkeypatch.setattr(vae_train, where, real)
+    train(tiny(tmp_path, resume=True))
+    assert [record["step"] for record in log(tmp_path)] == list(range(10))
+
+
+def test_an_out_that_does_not_fit_is_refused_before_anything_is_built(tmp_path, trained, judge, monkeypatch):
+    monkeypatch.setattr(vae_train, "build_autoencoder", lambda *_: pytest.fail("built"))
+    (tmp_path / "file").write_text("")
+    for config, message in ((tiny(tmp_path / "file"), "which is a file"), (tiny(trained), "holds a run of 10 steps"),
+                            (tiny(judge, losses=LossSettings(perceptual_model=judge)), "what is read would be written over"),
+                            (tiny(judge), "holds config.json of something else"), (tiny(tmp_path / "new", device="foo"), "device is 'foo'")):
+        with pytest.raises(ValueError, match=message):
+            train(config)
+    with pytest.raises(ValueError, match="vae encode: out is .* what is read would be written over"):
+        encode_dataset(EncodeSettings(vae=trained, out=trained, device="cpu"))
+    with locked(tmp_path / "new"), ThreadPoolExecutor(1) as other, pytest.raises(ValueError, match="vae train: .* is in use by process"):
+        other.submit(train, tiny(tmp_path / "new")).result()
+
+
+def test_a_flipped_bit_in_cached_latents_is_refused_by_the_files_name(cache, tmp_path):
+    copy = shutil.copytree(cache, tmp_path / "copy")
+    data = bytearray((copy / "train.safetensors").read_bytes())
+    data[-3] ^= 4
+    (copy / "train.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="train.safetensors is damaged"):
+        open_dataset(DataSettings(latents=copy))
 
 
 def test_the_discriminator_does_not_play_before_its_step_and_plays_from_it(trained, tmp_path):

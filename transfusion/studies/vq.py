@@ -13,6 +13,11 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 from tqdm import tqdm
 
+from transfusion.checkpoint import check_files, current, replacing, whole
+from transfusion.run_state import check_finite, check_weights, claim, numbers
+
+DIVERGED = "nothing was saved; train again with a lower lr"
+
 
 @dataclass(frozen=True)
 class VQSettings:
@@ -45,6 +50,11 @@ def build_autoencoder(channels: int, settings: VQSettings) -> VQModel:
 
 def train_autoencoder(images: Tensor, out: Path, settings: VQSettings, seed: int = 0) -> VQModel:
     """Train on pictures (N, C, H, W) in [-1, 1], save to `out` as safetensors and return the autoencoder, frozen."""
+    with claim("train_autoencoder", out):
+        return _train(images, out, settings, seed)
+
+
+def _train(images: Tensor, out: Path, settings: VQSettings, seed: int) -> VQModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         autoencoder = build_autoencoder(images.shape[1], settings).train()
@@ -58,10 +68,14 @@ def train_autoencoder(images: Tensor, out: Path, settings: VQSettings, seed: int
             decoded = autoencoder.decode(autoencoder.encode(batch).latents, force_not_quantize=not quantized)
             loss = torch.nn.functional.mse_loss(decoded.sample, batch) + decoded.commit_loss.mean()
             loss.backward()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in autoencoder.parameters() if p.grad is not None])
+            check_finite("train_autoencoder", out, step, numbers(loss=loss, grad_norm=norm), DIVERGED)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-    autoencoder.save_pretrained(out, safe_serialization=True)
+    check_weights("train_autoencoder", out, settings.steps, autoencoder.state_dict(), DIVERGED)
+    with replacing(out) as fresh:
+        autoencoder.save_pretrained(fresh, safe_serialization=True)
     return autoencoder.eval().requires_grad_(False)
 
 
@@ -74,9 +88,16 @@ def start_codebook(autoencoder: VQModel, images: Tensor, seed: int) -> None:
     book.copy_(torch.from_numpy(centres))
 
 
+def holds_autoencoder(path: Path) -> bool:
+    """Whether a directory holds what `train_autoencoder` saves."""
+    return current(path, "diffusion_pytorch_model.safetensors").is_file()
+
+
 def load_autoencoder(path: Path) -> VQModel:
     """Load what `train_autoencoder` saved, frozen."""
-    return VQModel.from_pretrained(path, use_safetensors=True).eval().requires_grad_(False)
+    with whole(path) as directory:
+        check_files(directory)
+        return VQModel.from_pretrained(directory, use_safetensors=True).eval().requires_grad_(False)
 
 
 @torch.no_grad()
