@@ -1,7 +1,8 @@
 """Attention on the CPU, quick enough to train with: blocks of queries against the keys that block can see.
 
 Each block runs PyTorch's own fused CPU kernel; a soft cap or a gradient of the LSE, which that kernel lacks, takes the
-written-out form. Nothing larger than (block, its keys) is built; a mask that hides little is one call for the whole row.
+written-out form, and so do inputs that are not finite: there a hidden pair is left out, whatever it holds. Nothing larger than
+(block, its keys) is built; a mask that hides little is one call for the whole row.
 """
 import math
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from tfkernels._library import result_like
 
 BLOCK = 32
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -21,21 +24,23 @@ class _Block(NamedTuple):
     bias: Tensor | None   # (B or 1, 1, rows, keys) additive mask, 0 or -inf; None for plain causal attention
     empty: Tensor | None  # (B or 1, 1, rows) rows that see nothing; None where there are none
 
+    def visible(self) -> Tensor:
+        """(B or 1, 1, 1, rows, keys) bool."""
+        if self.bias is not None:
+            return self.bias[:, :, None] == 0
+        return torch.ones(1, 1, 1, self.rows.stop - self.rows.start, self.keys.stop - self.keys.start, dtype=torch.bool).tril()
+
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, query_lo: Tensor, query_hi: Tensor,
                       rows_exact: bool, columns_exact: bool, offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
     """(B, H, Sq, D) x (B, K, Sk, D) -> output like q, LSE (B, H, Sq) float32 (float64 for float64)."""
-    out = torch.zeros_like(q)
+    out = result_like(q).zero_()
     q, k, v = (_rows_contiguous(x) for x in (q, k, v))
     lse = q.new_full(q.shape[:3], -math.inf, dtype=_statistics(q))
+    written_out = bool(softcap) or not _finite(q, k, v)
     for block in _blocks(q, lo, hi, query_lo, query_hi, rows_exact, offset):
         part = q[:, :, block.rows], k[:, :, block.keys], v[:, :, block.keys]
-        if softcap:
-            scores, _ = _scores(*part[:2], block, scale, softcap)
-            o = (_weights(scores, block) @ _grouped(part[2])).flatten(1, 2).to(q.dtype)
-            peak = scores.logsumexp(-1).flatten(1, 2)
-        else:
-            o, peak = _fused(*part, 0.0, block.bias is None, attn_mask=block.bias, scale=scale)
+        o, peak = _block_forward(*part, block, written_out, scale, softcap)
         out[:, :, block.rows] = o if block.empty is None else o.masked_fill(block.empty[..., None], 0)
         lse[:, :, block.rows] = peak if block.empty is None else peak.masked_fill(block.empty, -math.inf)
     return out, lse
@@ -44,51 +49,81 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, q
 def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lo: Tensor, hi: Tensor,
                        query_lo: Tensor, query_hi: Tensor, rows_exact: bool, columns_exact: bool, offset: int, scale: float,
                        softcap: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk, dv in the inputs' dtype and layout."""
-    dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+    """Return dq, dk, dv in the inputs' dtype, laid out as `result_like` says; dk and dv are summed over the blocks in the statistics' dtype."""
+    dq, (dk, dv) = result_like(q).zero_(), (torch.zeros(x.shape, dtype=_statistics(x)) for x in (k, v))
+    results = dq, result_like(k), result_like(v)
     q, k, v, out, dout = (_rows_contiguous(x) for x in (q, k, v, out, dout))
-    empty = lse == -math.inf
-    dlse, finite = dlse.masked_fill(empty, 0), lse.masked_fill(empty, 0)
-    written_out = bool(softcap) or bool(dlse.any())
+    empty = (lse == -math.inf) & (out == 0).all(-1)  # not so where every visible score is -inf: there `out` is NaN
+    dlse, known = dlse.masked_fill(empty, 0), lse.masked_fill(empty, 0)
+    written_out = bool(softcap) or bool((dlse != 0).any()) or not _finite(q, k, v, out, dout)
     for block in _blocks(q, lo, hi, query_lo, query_hi, rows_exact, offset):
         rows, keys = (slice(None), slice(None), block.rows), (slice(None), slice(None), block.keys)
         if written_out:
             grads = _block_backward(dout[rows], dlse[rows], q[rows], k[keys], v[keys], block, scale, softcap)
         else:
-            grads = _fused_backward(dout[rows], q[rows], k[keys], v[keys], out[rows], finite[rows], 0.0, block.bias is None, attn_mask=block.bias, scale=scale)
+            grads = _fused_backward(dout[rows], q[rows], k[keys], v[keys], out[rows], known[rows], 0.0, block.bias is None, attn_mask=block.bias, scale=scale)
         dq[rows] = grads[0]
         dk[keys] += grads[1]
         dv[keys] += grads[2]
-    return dq.masked_fill_(empty[..., None], 0), dk, dv
+    return dq.masked_fill_(empty[..., None], 0), results[1].copy_(dk), results[2].copy_(dv)
+
+
+def visible_sums(weights: Tensor, x: Tensor, visible: Tensor) -> Tensor:
+    """sum_j weights_ij x_j over the pairs that are visible: (..., m, n) x (..., n, D) -> (..., m, D). What hidden pairs hold has no say."""
+    weights, finite = weights.masked_fill(~visible, 0), x.isfinite()
+    sums = weights @ x.masked_fill(~finite, 0)
+    if bool(finite.all()):
+        return sums
+
+    def meets(pairs: Tensor, values: Tensor) -> Tensor:
+        return pairs.to(sums.dtype) @ values.to(sums.dtype) > 0
+
+    up = meets(weights > 0, x == math.inf) | meets(weights < 0, x == -math.inf)
+    down = meets(weights > 0, x == -math.inf) | meets(weights < 0, x == math.inf)
+    unknown = meets(visible, x.isnan()) | meets(visible & (weights == 0), x.isinf()) | (up & down)
+    return torch.where(up, math.inf, torch.where(down, -math.inf, sums)).masked_fill(unknown | sums.isnan(), math.nan)
+
+
+def _block_forward(q, k, v, block, written_out, scale, softcap):
+    if not written_out:
+        out, lse = _fused(q, k, v, 0.0, block.bias is None, attn_mask=block.bias, scale=scale)
+        if _finite(lse if block.empty is None else lse.masked_fill(block.empty, 0)):
+            return out, lse                                                                # else the scores of finite inputs overflow
+    scores, _ = _scores(q, k, block, scale, softcap)
+    out = visible_sums(_weights(scores, block), _grouped(v), block.visible())
+    return out.flatten(1, 2).to(q.dtype), scores.logsumexp(-1).flatten(1, 2)
 
 
 def _block_backward(dout, dlse, q, k, v, block, scale, softcap):
-    group = k.shape[1], q.shape[1] // k.shape[1]
+    group, visible = (k.shape[1], q.shape[1] // k.shape[1]), block.visible()
     scores, slope = _scores(q, k, block, scale, softcap)                                   # (B, K, G, m, n)
     p = _weights(scores, block)
     d = dout.to(p.dtype).unflatten(1, group)
-    dp = d @ _grouped(v).mT
+    dp = (d @ _grouped(v).mT).masked_fill(~visible, 0)
     ds = p * (dp - (p * dp).sum(-1, keepdim=True) + dlse.to(p.dtype).unflatten(1, group)[..., None]) * slope * scale
-    dq = (ds @ _grouped(k)).flatten(1, 2)
-    dk = (ds.mT @ q.to(p.dtype).unflatten(1, group)).sum(2)
-    return dq.to(q.dtype), dk.to(k.dtype), (p.mT @ d).sum(2).to(v.dtype)
+    dq = visible_sums(ds, _grouped(k), visible).flatten(1, 2)
+    dk = visible_sums(ds.mT, q.to(p.dtype).unflatten(1, group), visible.mT).sum(2)
+    return dq, dk, visible_sums(p.mT, d, visible.mT).sum(2)
 
 
 def _scores(q, k, block, scale, softcap):
     """Return masked scores (B, K, G, m, n) and the slope of the soft cap (1 without one)."""
-    dtype = _statistics(q)
-    scores = q.to(dtype).unflatten(1, (k.shape[1], -1)) @ _grouped(k).mT * scale
+    hidden = ~block.visible()
+    scores = (q.to(_statistics(q)).unflatten(1, (k.shape[1], -1)) @ _grouped(k).mT * scale).masked_fill(hidden, 0)
     slope = 1.0
     if softcap:
         bent = torch.tanh(scores / softcap)
         scores, slope = softcap * bent, 1 - bent**2
-    causal = block.bias is None
-    return scores + (scores.new_full(scores.shape[-2:], -math.inf).triu(1) if causal else block.bias[:, :, None].to(dtype)), slope
+    return scores.masked_fill(hidden, -math.inf), slope
 
 
 def _weights(scores, block):
-    weights = scores.softmax(-1)
-    return weights if block.empty is None else weights.masked_fill(block.empty[:, None, ..., None], 0)  # softmax of an empty row is NaN
+    return scores.softmax(-1).masked_fill(~block.visible(), 0)  # softmax of an empty row is NaN
+
+
+def _finite(*tensors: Tensor) -> bool:
+    """Whether every value is finite, in one pass that writes nothing: the extremes of what holds a NaN are NaN."""
+    return all(math.isfinite(end) for x in tensors if x.numel() for end in x.aminmax())
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._attention_forward import LOG2E, base2_scores, batch_stride, dot_precision, row_bounds, rows_contiguous, softmax_step
+from tfkernels._attention_forward import base2_scores, batch_stride, dot_precision, row_bounds, rows_contiguous, softmax_step
+from tfkernels._attention_rows import LOG2E, LOWEST, attend_row, finished, finite_rows, next_of, program_again
 from tfkernels._attention_tiles import FAR
 from tfkernels._launch import Config, lookup
-from tfkernels._library import INTERPRET
+from tfkernels._library import INTERPRET, result_like
 
 MAX_QUERIES = 16  # longer runs of queries fill the multiprocessors by themselves
 MAX_SPLITS = 128
@@ -42,31 +43,39 @@ WIDE_CONFIGS = {
 }
 
 
-@triton.jit(do_not_specialize=["sq", "sk", "offset", "splits", "stride_mask_rows", "stride_mask_columns", "stride_table"])
+@triton.jit
+def _place(program, tiles, splits, kv_heads):
+    """A program's batch row, key head, part of the keys and tile of queries; the parts of a tile are neighbours."""
+    head = program // (splits * tiles)
+    return (head // kv_heads).to(tl.int64), (head % kv_heads).to(tl.int64), program % splits, program // splits % tiles
+
+
+@triton.jit
+def _part(first, last, split, splits, BLOCK_N: tl.constexpr):
+    """The keys of one of `splits` equal parts of [first, last)."""
+    part = tl.cdiv(tl.cdiv(last - first, splits), BLOCK_N) * BLOCK_N
+    return first + split * part, tl.minimum(first + split * part + part, last)
+
+
+@triton.jit(do_not_specialize=["sq", "sk", "offset", "splits", "batch", "stride_mask_rows", "stride_mask_columns", "stride_table"])
 def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, table_ptr, out_ptr, lse_ptr,
                       stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
                       stride_ob, stride_oh, stride_os, stride_mask_rows, stride_mask_columns, stride_table,
-                      kv_heads, group, sq, sk, offset, splits, scale, softcap,
+                      kv_heads, group, sq, sk, offset, splits, batch, scale, softcap,
                       HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr,
                       SPLIT: tl.constexpr, CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    b, h = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
-    split, tile = tl.program_id(0) % splits, tl.program_id(0) // splits
+    b, h, split, tile = _place(tl.program_id(0), tl.cdiv(sq * group, BLOCK_M), splits, kv_heads)
     offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
     item = tile * BLOCK_M + offs_m                                                         # query * group + head of the group
     rows, heads = item // group, h * group + item % group
     inside_m, inside_d = (rows < sq)[:, None], (offs_d < HEAD_DIM)[None, :]
-    k_ptr += h * stride_kh
-    v_ptr += h * stride_vh
+    k_head, v_head = k_ptr + h * stride_kh, v_ptr + h * stride_vh
     if PAGE_SIZE == 0:
-        k_ptr += b * stride_kb
-        v_ptr += b * stride_vb
-    query_lo_ptr += b * stride_mask_columns
-    query_hi_ptr += b * stride_mask_columns
+        k_head += b * stride_kb
+        v_head += b * stride_vb
 
     lo, hi, first, _, _, last = row_bounds(lo_ptr + b * stride_mask_rows, hi_ptr + b * stride_mask_rows, rows, sq, sk)
-    part = tl.cdiv(tl.cdiv(last - first, splits), BLOCK_N) * BLOCK_N
-    first += split * part
-    last = tl.minimum(first + part, last)
+    first, last = _part(first, last, split, splits, BLOCK_N)
     q = tl.load(q_ptr + b * stride_qb + heads[:, None] * stride_qh + rows[:, None].to(tl.int64) * stride_qs + offs_d[None, :],
                 mask=inside_m & inside_d, other=0.0)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
@@ -80,29 +89,58 @@ def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_h
         if PAGE_SIZE > 0:
             page = tl.load(table_ptr + b * stride_table + at // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
             k_at, v_at = page * stride_kb + at % PAGE_SIZE * stride_ks, page * stride_vb + at % PAGE_SIZE * stride_vs
-        k = tl.load(k_ptr + k_at[:, None] + offs_d[None, :], mask=inside[:, None] & inside_d, other=0.0)
+        k = tl.load(k_head + k_at[:, None] + offs_d[None, :], mask=inside[:, None] & inside_d, other=0.0)
         s = base2_scores(q, k, scale, softcap, SOFTCAP, PRECISION)
         visible = (cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None]) & inside[None, :]
         if CHECK_COLUMNS:
-            since = tl.load(query_lo_ptr + cols, mask=inside, other=FAR)
-            until = tl.load(query_hi_ptr + cols, mask=inside, other=0)
+            since = tl.load(query_lo_ptr + b * stride_mask_columns + cols, mask=inside, other=FAR)
+            until = tl.load(query_hi_ptr + b * stride_mask_columns + cols, mask=inside, other=0)
             visible &= (since[None, :] <= rows[:, None] + offset) & (rows[:, None] + offset < until[None, :])
+        s = tl.maximum(s, LOWEST, propagate_nan=tl.PropagateNan.ALL)                       # -inf is left to rows that see nothing
         p, shrink, total, peak = softmax_step(tl.where(visible, s, float("-inf")), total, peak, True)
-        v = tl.load(v_ptr + v_at[:, None] + offs_d[None, :], mask=inside[:, None] & inside_d, other=0.0)
+        v = tl.load(v_head + v_at[:, None] + offs_d[None, :], mask=inside[:, None] & inside_d, other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
 
-    some = total > 0
-    out = tl.where(some[:, None], acc / tl.where(some, total, 1.0)[:, None], 0.0)
-    lse = tl.where(some, peak + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
+    out = acc / total[:, None]                                                             # 0 / 0 is NaN
+    good = finite_rows(out) & (peak > LOWEST)
+    b, h, split, tile = _place(program_again(tl.min(good.to(tl.int32)), 2), tl.cdiv(sq * group, BLOCK_M), splits, kv_heads)
+    item = tile * BLOCK_M + offs_m
+    rows, heads = item // group, h * group + item % group
+    some = total != 0
+    bad = (rows < sq) & some & (good == 0)
+    good = (rows < sq) & (bad == 0)
+    out = tl.where(some[:, None], out, 0.0)
+    lse = tl.where(some, peak + tl.log2(total), float("-inf"))
     if not SPLIT:
         lse = lse / LOG2E
-    at = ((split * (tl.num_programs(1) // kv_heads) + b) * kv_heads * group + heads) * sq + rows
-    tl.store(lse_ptr + at, lse, mask=rows < sq)
-    if SPLIT:  # parts, float32 (splits, B, H, Sq, HEAD_DIM)
-        tl.store(out_ptr + at[:, None] * HEAD_DIM + offs_d[None, :], out, mask=inside_m & inside_d)
-    else:
-        tl.store(out_ptr + b * stride_ob + heads[:, None] * stride_oh + rows[:, None].to(tl.int64) * stride_os + offs_d[None, :],
-                 out.to(out_ptr.dtype.element_ty), mask=inside_m & inside_d)
+    at = ((split * batch + b) * kv_heads * group + heads) * sq + rows
+    tl.store(lse_ptr + at, lse, mask=good)
+    out_at = at * HEAD_DIM if SPLIT else b * stride_ob + heads * stride_oh + rows.to(tl.int64) * stride_os  # parts: (splits, B, H, Sq, HEAD_DIM)
+    tl.store(out_ptr + out_at[:, None] + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=good[:, None] & (offs_d < HEAD_DIM)[None, :])
+
+    m = next_of(bad, offs_m, -1, BLOCK_M)
+    while m < BLOCK_M:
+        b_m, h_m, split_m, tile_m = _place(program_again(m, BLOCK_M), tl.cdiv(sq * group, BLOCK_M), splits, kv_heads)
+        row, head = ((tile_m * BLOCK_M + m) // group).to(tl.int64), h_m * group + (tile_m * BLOCK_M + m) % group
+        lo_m, hi_m = lo_ptr + b_m * stride_mask_rows, hi_ptr + b_m * stride_mask_rows
+        _, _, first_m, _, _, last_m = row_bounds(lo_m, hi_m, (tile_m * BLOCK_M + offs_m) // group, sq, sk)
+        first_m, last_m = _part(first_m, last_m, split_m, splits, BLOCK_N)
+        page_b = b_m * (PAGE_SIZE == 0)
+        row_out, row_lse = attend_row(
+            q_ptr + b_m * stride_qb + head * stride_qh + row * stride_qs, k_ptr + page_b * stride_kb + h_m * stride_kh,
+            v_ptr + page_b * stride_vb + h_m * stride_vh, table_ptr + b_m * stride_table, stride_kb, stride_ks, stride_vb, stride_vs,
+            tl.maximum(tl.load(lo_m + row), first_m), tl.minimum(tl.load(hi_m + row), last_m),
+            row + offset, query_lo_ptr + b_m * stride_mask_columns, query_hi_ptr + b_m * stride_mask_columns,
+            scale, softcap, HEAD_DIM, D, PAGE_SIZE, CHECK_COLUMNS, SOFTCAP)
+        at_m = ((split_m * batch + b_m) * kv_heads * group + head) * sq + row
+        if SPLIT:
+            out_m = out_ptr + at_m * HEAD_DIM
+        else:
+            row_out, row_lse = finished(row_out, row_lse)
+            out_m = out_ptr + b_m * stride_ob + head * stride_oh + row * stride_os
+        tl.store(lse_ptr + at_m, row_lse)
+        tl.store(out_m + offs_d, row_out.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+        m = next_of(bad, offs_m, m, BLOCK_M)
 
 
 @triton.jit(do_not_specialize=["sq", "splits", "items"])
@@ -112,7 +150,7 @@ def _attention_merge(parts_ptr, parts_lse_ptr, out_ptr, lse_ptr, stride_ob, stri
     b, h, row = item // sq // heads, item // sq % heads, item % sq
     offs_d = tl.arange(0, D)
     acc = tl.zeros([D], tl.float32)
-    total, peak = 0.0, float("-inf")
+    total, peak, unknown = 0.0, float("-inf"), 0
     for first in range(0, splits, MERGED):
         split = first + tl.arange(0, MERGED)
         at = split.to(tl.int64) * items + item
@@ -124,10 +162,12 @@ def _attention_merge(parts_ptr, parts_lse_ptr, out_ptr, lse_ptr, stride_ob, stri
         total = total * shrink + tl.sum(weights, 0)
         acc = acc * shrink + tl.sum(parts * weights[:, None], 0)
         peak = new_peak
-    some = total > 0
-    tl.store(lse_ptr + item, tl.where(some, (peak + tl.log2(tl.where(some, total, 1.0))) / LOG2E, float("-inf")))
-    tl.store(out_ptr + b * stride_ob + h * stride_oh + row * stride_os + offs_d, (acc / tl.where(some, total, 1.0)).to(out_ptr.dtype.element_ty),
-             mask=offs_d < HEAD_DIM)
+        unknown |= tl.max((lse != lse).to(tl.int32))                                       # the maximum passes over NaN
+    lse = tl.where(tl.abs(peak) < float("inf"), peak + tl.log2(total), peak)
+    lse = tl.where(peak == LOWEST, LOWEST, tl.where(unknown > 0, float("nan"), lse))
+    out, lse = finished(acc / tl.where(total == 0, 1.0, total), lse)
+    tl.store(lse_ptr + item, lse)
+    tl.store(out_ptr + b * stride_ob + h * stride_oh + row * stride_os + offs_d, out.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
 
 
 @functools.cache
@@ -142,8 +182,9 @@ def attention_decode(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None
 
     k and v are (B, K, Sk, D), or with `block_table` (B, T) pages (P, page_size, K, D) of which row b uses those its table names.
     """
-    q, k, v, lo, hi = (rows_contiguous(x) for x in (q, k, v, lo, hi))
     batch, heads, sq, head_dim = q.shape
+    out, lse = result_like(q), q.new_empty(batch, heads, sq, dtype=torch.float32)
+    q, k, v, lo, hi = (rows_contiguous(x) for x in (q, k, v, lo, hi))
     paged = block_table is not None
     if paged:
         block_table, page_size, kv_heads, sk = rows_contiguous(block_table), *k.shape[1:3], block_table.shape[1] * k.shape[1]
@@ -151,7 +192,6 @@ def attention_decode(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None
     else:
         page_size, kv_heads, sk = 0, *k.shape[1:3]
         strides = [*k.stride()[:3], *v.stride()[:3]]
-    out, lse = torch.empty_like(q), q.new_empty(batch, heads, sq, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
     group = heads // kv_heads
@@ -162,9 +202,9 @@ def attention_decode(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None
     parts, parts_lse = out, lse
     if splits > 1:
         parts, parts_lse = q.new_empty(splits, batch, heads, sq, head_dim, dtype=torch.float32), q.new_empty(splits, batch, heads, sq, dtype=torch.float32)
-    _attention_decode[(tiles * splits, batch * kv_heads)](
+    _attention_decode[(tiles * splits * batch * kv_heads,)](
         q, k, v, lo, hi, query_lo, query_hi, block_table if paged else lo, parts, parts_lse, *q.stride()[:3], *strides, *out.stride()[:3],
-        batch_stride(lo), batch_stride(query_lo), block_table.stride(0) if paged else 0, kv_heads, group, sq, sk, offset, splits, scale, softcap,
+        batch_stride(lo), batch_stride(query_lo), block_table.stride(0) if paged else 0, kv_heads, group, sq, sk, offset, splits, batch, scale, softcap,
         HEAD_DIM=head_dim, D=padded, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PAGE_SIZE=page_size, SPLIT=splits > 1, CHECK_COLUMNS=not rows_exact,
         SOFTCAP=softcap > 0, PRECISION=dot_precision(q), num_warps=config.num_warps, num_stages=config.num_stages)
     if splits > 1:

@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tfkernels._attention_rows import LOG2E, LOWEST, attend_row, finished, finite_rows, next_of, program_again, tanh
 from tfkernels._attention_tiles import FAR, alive, next_run, tile_bounds, walks_runs
 from tfkernels._launch import Config, lookup
+from tfkernels._library import result_like
 
 CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (80, 2, 32): Config(128, 64, 4, 3), (80, 2, 64): Config(128, 64, 8, 3),
@@ -35,18 +37,6 @@ CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (100, 2, 32, "heavy"): Config(128, 64, 8, 3), (100, 2, 64, "heavy"): Config(128, 64, 8, 3),
     (100, 2, 128, "heavy"): Config(128, 32, 8, 3), (100, 2, 256, "heavy"): Config(64, 32, 8, 2),
 }
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def tanh(x):
-    """Hyperbolic tangent to about an ulp: its Taylor series near 0, where 1 - exp2(...) would cancel, exp2 elsewhere."""
-    z = tl.minimum(x * x, 0.25)
-    series = z * (-929569.0 / 638512875) + 21844.0 / 6081075
-    series = z * (z * (z * (z * (z * series - 1382.0 / 155925) + 62.0 / 2835) - 17.0 / 315) + 2.0 / 15) - 1.0 / 3
-    e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
-    y = (1 - e) / (1 + e)
-    return tl.where(x * x < 0.25, x + x * z * series, tl.where(x < 0, -y, y))
 
 
 @triton.jit
@@ -102,32 +92,33 @@ def softmax_step(s, total, peak, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _forward_tile(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi, query_lo_ptr, query_hi_ptr, sk, scale, softcap,
+def _forward_tile(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi, query_lo_ptr, query_hi_ptr, limit, scale, softcap,
                   HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_COLUMNS: tl.constexpr,
                   SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     offs_n = tl.arange(0, BLOCK_N)
-    k = load_rows(k_ptr, n, offs_n, stride_ks, sk, HEAD_DIM, D, MASKED)
+    k = load_rows(k_ptr, n, offs_n, stride_ks, limit, HEAD_DIM, D, MASKED)
     s = base2_scores(q, k, scale, softcap, SOFTCAP, PRECISION)
     if MASKED:
         cols = n + offs_n
         visible = (cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None])
         if CHECK_COLUMNS:
-            since = tl.load(query_lo_ptr + cols, mask=cols < sk, other=FAR)
-            until = tl.load(query_hi_ptr + cols, mask=cols < sk, other=0)
+            since = tl.load(query_lo_ptr + cols, mask=cols < limit, other=FAR)
+            until = tl.load(query_hi_ptr + cols, mask=cols < limit, other=0)
             visible &= (since[None, :] <= rows[:, None]) & (rows[:, None] < until[None, :])
+            s = tl.maximum(s, LOWEST, propagate_nan=tl.PropagateNan.ALL)                   # -inf is left to rows that see nothing
         s = tl.where(visible, s, float("-inf"))
     p, shrink, total, peak = softmax_step(s, total, peak, MASKED)
-    v = load_rows(v_ptr, n, offs_n, stride_vs, sk, HEAD_DIM, D, MASKED)
+    v = load_rows(v_ptr, n, offs_n, stride_vs, limit, HEAD_DIM, D, MASKED)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return acc, total, peak
 
 
 @triton.jit
-def _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, start, stop, rows, lo, hi, query_lo_ptr, query_hi_ptr, sk, scale, softcap,
+def _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, start, stop, rows, lo, hi, query_lo_ptr, query_hi_ptr, limit, scale, softcap,
                   HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_COLUMNS: tl.constexpr,
                   SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     for n in range(start, stop, BLOCK_N):
-        acc, total, peak = _forward_tile(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi, query_lo_ptr, query_hi_ptr, sk, scale,
+        acc, total, peak = _forward_tile(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi, query_lo_ptr, query_hi_ptr, limit, scale,
                                          softcap, HEAD_DIM, D, BLOCK_N, MASKED, CHECK_COLUMNS, SOFTCAP, PRECISION)
     return acc, total, peak
 
@@ -142,17 +133,13 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_p
     pid = tl.program_id(0)
     start_m = (tiles - 1 - pid % tiles) * BLOCK_M  # causal rows grow longer: start the long ones first
     b, h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
-    q_ptr += b * stride_qb + h * stride_qh
-    k_ptr += b * stride_kb + h // group * stride_kh
-    v_ptr += b * stride_vb + h // group * stride_vh
-    out_ptr += b * stride_ob + h * stride_oh
+    k_head, v_head = k_ptr + b * stride_kb + h // group * stride_kh, v_ptr + b * stride_vb + h // group * stride_vh
     offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, D)
     rows = start_m + offs_m
-    query_lo_ptr += b * stride_mask_columns
-    query_hi_ptr += b * stride_mask_columns
+    query_lo, query_hi = query_lo_ptr + b * stride_mask_columns, query_hi_ptr + b * stride_mask_columns
 
     lo, hi, first, core_first, core_last, last = row_bounds(lo_ptr + b * stride_mask_rows, hi_ptr + b * stride_mask_rows, rows, sq, sk)
-    q = load_rows(q_ptr, start_m, offs_m, stride_qs, sq, HEAD_DIM, D, True)
+    q = load_rows(q_ptr + b * stride_qb + h * stride_qh, start_m, offs_m, stride_qs, sq, HEAD_DIM, D, True)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -164,32 +151,58 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_p
         if walks_runs(D, 128, q_ptr.dtype.element_ty):
             while at < stop:
                 partial, full, at = next_run(bounds_ptr, at, stop, tiles_n, start, end, core_first, core_last, BLOCK_N)
-                acc, total, peak = _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, partial * BLOCK_N, full * BLOCK_N,
-                                                 rows + offset, lo, hi, query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N,
+                acc, total, peak = _forward_step(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs, partial * BLOCK_N, full * BLOCK_N,
+                                                 rows + offset, lo, hi, query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N,
                                                  True, True, SOFTCAP, PRECISION)
-                acc, total, peak = _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, full * BLOCK_N, at * BLOCK_N,
-                                                 rows + offset, lo, hi, query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N,
+                acc, total, peak = _forward_step(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs, full * BLOCK_N, at * BLOCK_N,
+                                                 rows + offset, lo, hi, query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N,
                                                  False, False, SOFTCAP, PRECISION)
         else:
             for tile in range(at, stop):
                 if alive(bounds_ptr, tile, tiles_n, start, end):
-                    acc, total, peak = _forward_tile(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, tile * BLOCK_N, rows + offset, lo, hi,
-                                                     query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP, PRECISION)
+                    acc, total, peak = _forward_tile(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs, tile * BLOCK_N, rows + offset, lo, hi,
+                                                     query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP, PRECISION)
     else:
         core_start, core_stop = core(first, core_first, core_last, last, BLOCK_N)
-        acc, total, peak = _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, first, core_start, rows + offset, lo, hi,
-                                         query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
-        acc, total, peak = _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, core_start, core_stop, rows + offset, lo, hi,
-                                         query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N, False, False, SOFTCAP, PRECISION)
-        acc, total, peak = _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, core_stop, last, rows + offset, lo, hi,
-                                         query_lo_ptr, query_hi_ptr, sk, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
+        acc, total, peak = _forward_step(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs, first, core_start, rows + offset, lo, hi,
+                                         query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
+        acc, total, peak = _forward_step(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs, core_start, core_stop, rows + offset, lo, hi,
+                                         query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N, False, False, SOFTCAP, PRECISION)
+        acc, total, peak = _forward_step(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs, core_stop, last, rows + offset, lo, hi,
+                                         query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
 
-    some = (lo < hi) & (total > 0)
-    out = tl.where(some[:, None], acc / tl.where(some, total, 1.0)[:, None], 0.0)
-    lse = tl.where(some, (peak + tl.log2(tl.where(some, total, 1.0))) / LOG2E, float("-inf"))
-    tl.store(lse_ptr + (b * heads + h) * sq + rows, lse, mask=rows < sq)
-    pointers = out_ptr + start_m.to(tl.int64) * stride_os + offs_m[:, None] * stride_os + offs_d[None, :]
-    tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=(rows < sq)[:, None] & (offs_d < HEAD_DIM)[None, :])
+    some = lo < hi
+    out = acc / total[:, None]                                                             # 0 / 0 is NaN
+    good = finite_rows(out)
+    if CHECK_COLUMNS:
+        some &= total != 0
+        good &= peak > LOWEST
+    pid = program_again(tl.min(good.to(tl.int32)), 2)
+    b, h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
+    rows = (tiles - 1 - pid % tiles) * BLOCK_M + offs_m
+    good = (rows < sq) & (good | (some == 0))
+    out = tl.where(some[:, None], out, 0.0)
+    lse = tl.where(some, (peak + tl.log2(total)) / LOG2E, float("-inf"))
+    tl.store(lse_ptr + (b * heads + h) * sq + rows, lse, mask=good)
+    pointers = out_ptr + b * stride_ob + h * stride_oh + rows.to(tl.int64)[:, None] * stride_os + offs_d[None, :]
+    tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=good[:, None] & (offs_d < HEAD_DIM)[None, :])
+
+    bad = (rows < sq) & (good == 0)
+    m = next_of(bad, offs_m, -1, BLOCK_M)
+    while m < BLOCK_M:
+        pid_m = program_again(m, BLOCK_M)
+        row = ((tiles - 1 - pid_m % tiles) * BLOCK_M + m).to(tl.int64)
+        b_m, h_m = (pid_m // tiles // heads).to(tl.int64), (pid_m // tiles % heads).to(tl.int64)
+        row_out, row_lse = attend_row(
+            q_ptr + b_m * stride_qb + h_m * stride_qh + row * stride_qs, k_ptr + b_m * stride_kb + h_m // group * stride_kh,
+            v_ptr + b_m * stride_vb + h_m // group * stride_vh, lo_ptr, 0, stride_ks, 0, stride_vs,
+            tl.maximum(tl.load(lo_ptr + b_m * stride_mask_rows + row), 0), tl.minimum(tl.load(hi_ptr + b_m * stride_mask_rows + row), sk),
+            row + offset, query_lo_ptr + b_m * stride_mask_columns, query_hi_ptr + b_m * stride_mask_columns,
+            scale, softcap, HEAD_DIM, D, 0, CHECK_COLUMNS, SOFTCAP)
+        row_out, row_lse = finished(row_out, row_lse)
+        tl.store(lse_ptr + (b_m * heads + h_m) * sq + row, row_lse)
+        tl.store(out_ptr + b_m * stride_ob + h_m * stride_oh + row * stride_os + offs_d, row_out.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+        m = next_of(bad, offs_m, m, BLOCK_M)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
@@ -210,9 +223,9 @@ def dot_precision(x: Tensor) -> str:
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, query_lo: Tensor, query_hi: Tensor,
                       rows_exact: bool, columns_exact: bool, offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel: (B, H, Sq, D) x (B, K, Sk, D) -> output like q, LSE (B, H, Sq) float32."""
-    q, k, v, lo, hi = (rows_contiguous(x) for x in (q, k, v, lo, hi))
     batch, heads, sq, head_dim = q.shape
-    out, lse = torch.empty_like(q), q.new_empty(batch, heads, sq, dtype=torch.float32)
+    out, lse = result_like(q), q.new_empty(batch, heads, sq, dtype=torch.float32)
+    q, k, v, lo, hi = (rows_contiguous(x) for x in (q, k, v, lo, hi))
     if out.numel() == 0:
         return out, lse
     padded = max(32, triton.next_power_of_2(head_dim))

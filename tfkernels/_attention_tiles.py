@@ -19,8 +19,9 @@ TILES = 16                 # tiles of one program of _tile_bounds
 
 @triton.jit(do_not_specialize=["stride_mask", "length", "tiles"])
 def _tile_bounds(low_ptr, high_ptr, bounds_ptr, stride_mask, length, tiles, SIZE: tl.constexpr, TILES: tl.constexpr):
-    b = tl.program_id(1).to(tl.int64)
-    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    programs = tl.cdiv(tiles, TILES)  # of one batch row
+    b = (tl.program_id(0) // programs).to(tl.int64)
+    tile = tl.program_id(0) % programs * TILES + tl.arange(0, TILES)
     items = tile[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     low = tl.load(low_ptr + b * stride_mask + items, mask=items < length, other=0)
     high = tl.load(high_ptr + b * stride_mask + items, mask=items < length, other=0)
@@ -38,7 +39,7 @@ def tile_bounds(low: Tensor, high: Tensor, size: int) -> Tensor:
     batch, length = low.shape
     tiles = triton.cdiv(length, size)
     bounds = torch.empty(batch, 4, tiles, dtype=torch.int32, device=low.device)
-    _tile_bounds[(triton.cdiv(tiles, TILES), batch)](low, high, bounds, low.stride(0), length, tiles, SIZE=size, TILES=TILES, num_warps=4)
+    _tile_bounds[(triton.cdiv(tiles, TILES) * batch,)](low, high, bounds, low.stride(0), length, tiles, SIZE=size, TILES=TILES, num_warps=4)
     return bounds
 
 

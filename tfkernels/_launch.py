@@ -11,7 +11,7 @@ import torch
 from tfkernels._library import INTERPRET
 
 ARCHITECTURES = (80, 90, 100)
-SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}  # bytes a block may use; the 80 rows also fit the 99 KiB of sm_86 and sm_89
+SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}  # bytes a block may use; the 80 rows also fit the 99 KiB of sm_86, sm_89 and sm_120
 
 
 class Config(NamedTuple):
@@ -28,9 +28,16 @@ INTERPRETER = Config(32, 16, 4, 1)  # small and unequal, so that short test sequ
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """Return the newest table architecture that `device` can run."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return max((a for a in ARCHITECTURES if a <= 10 * major + minor), default=80)
+    """Return the table architecture whose rows `device` can run."""
+    return table_architecture(torch.cuda.get_device_capability(device))
+
+
+def table_architecture(capability: tuple[int, int]) -> int:
+    """Return the table architecture of a compute capability: 90 and 100 for their data-centre families, whose blocks may use 227 KiB.
+
+    Every other card, sm_86, sm_89 and sm_120 among them, takes the 80 rows, which fit the 99 KiB of their blocks.
+    """
+    return {9: 90, 10: 100}.get(capability[0], 80)
 
 
 def lookup(table: dict, tensor: torch.Tensor, head_dim: int, *, heavy: bool = False) -> Config:

@@ -28,3 +28,12 @@ def register(name, *, kernel, cpu, fake):
     op.register_kernel("cpu")(launch if INTERPRET else cpu)
     op.register_fake(fake)
     return op
+
+
+def result_like(x: Tensor) -> Tensor:
+    """Return an empty tensor like x for a result: the last dimension contiguous, the others dense in the order of x's strides.
+
+    A kernel and its fake both take their results from here, so that they agree on the layout whatever x's is: expanded, sliced, transposed.
+    """
+    order = sorted(range(x.ndim - 1), key=x.stride, reverse=True)
+    return torch.empty_permuted(x.shape, (*order, x.ndim - 1), dtype=x.dtype, device=x.device)

@@ -8,13 +8,14 @@ operator serves every device: Triton kernels on CUDA (`_attention_forward`, `_at
 cache `_attention_decode`), blocks of PyTorch's own fused attention on CPU (`_attention_cpu`). `attention_reference` is the specification.
 """
 import math
+import numbers
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tfkernels import _attention_backward, _attention_cpu, _attention_decode, _attention_forward
-from tfkernels._library import register
+from tfkernels._library import register, result_like
 from tfkernels.mask import TransfusionMask
 
 MAX_HEAD_DIM = 256
@@ -51,12 +52,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *, scale: 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *, scale: float | None = None,
                        softcap: float | None = None) -> AttentionOutput:
     """Return `attention`'s output and the scores' log-sum-exp, both differentiable: what merging partial results needs."""
+    _check_kinds("attention", mask, scale, softcap, q=q, k=k, v=v)
     if _autocast(q):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):
             return attention_with_lse(q, k, v, mask, scale=scale, softcap=softcap)
-    _check("attention", q, k, v, mask, softcap)
+    _check("attention", q, k, v, mask)
     scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
     out, lse = _forward(q, k, v, mask.lo, mask.hi, mask.query_lo, mask.query_hi, mask.rows_exact, mask.columns_exact, mask.offset,
                         float(scale), float(softcap or 0))
@@ -80,6 +82,9 @@ def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Te
     Raises:
         ValueError: a shape, dtype, device or value that does not fit, named.
     """
+    _check_kinds("paged_attention", mask, scale, softcap, q=q, k_pages=k_pages, v_pages=v_pages, block_table=block_table)
+    if q.ndim != 4:
+        raise ValueError(f"paged_attention: q has shape {tuple(q.shape)}; 4 dimensions (batch, heads, tokens, head dim) fit")
     if block_table.ndim != 2 or block_table.shape[0] != q.shape[0] or block_table.dtype != torch.int32:
         raise ValueError(f"paged_attention: block_table is {block_table.dtype} of shape {tuple(block_table.shape)} and q has {q.shape[0]} rows; "
                          "an int32 tensor (B, T) fits, the numbers of each row's pages")
@@ -87,7 +92,7 @@ def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Te
         raise ValueError(f"paged_attention: k_pages has shape {tuple(k_pages.shape)}, v_pages {tuple(v_pages.shape)} and block_table is on "
                          f"{block_table.device}; (P, page_size, K, D) and {q.device} fit")
     keys = [x[:1, :1].transpose(1, 2).expand(q.shape[0], -1, block_table.shape[1] * x.shape[1], -1) for x in (k_pages, v_pages)]
-    _check("paged_attention", q, *keys, mask, softcap)
+    _check("paged_attention", q, *keys, mask, keys=("k_pages", "v_pages"))
     scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
     return _paged(q, k_pages, v_pages, block_table, mask.lo, mask.hi, mask.query_lo, mask.query_hi, mask.rows_exact, mask.offset,
                   float(scale), float(softcap or 0))[0]
@@ -101,19 +106,49 @@ def paged_attention_reference(q: Tensor, k_pages: Tensor, v_pages: Tensor, block
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *, scale: float | None = None,
                         softcap: float | None = None) -> AttentionOutput:
-    """The specification in plain PyTorch, in the inputs' dtype, with the whole score matrix in memory."""
+    """The specification in plain PyTorch, in the inputs' dtype, with the whole score matrix in memory.
+
+    What the mask hides from a query takes no part in its row, nor in a gradient, whatever stands there.
+    """
     scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = q @ k.mT * scale                                                              # (B, H, Sq, Sk)
+    visible = mask.dense()
+    scores = _VisibleProducts.apply(q, k, visible) * scale                                 # (B, H, Sq, Sk)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    visible = mask.dense()
-    scores = scores.masked_fill(~visible, -math.inf)
     empty = ~visible.any(-1, keepdim=True)                                                 # (B, 1, Sq, 1)
-    weights = scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
-    lse = scores.masked_fill(empty, 0).logsumexp(-1).masked_fill(empty[..., 0], -math.inf)
-    return AttentionOutput(weights @ v, lse)
+    scores = scores.masked_fill(~visible, -math.inf).masked_fill(empty, 0)
+    weights = scores.softmax(-1).masked_fill(~visible, 0)
+    return AttentionOutput(_VisibleSums.apply(weights, v, visible), scores.logsumexp(-1).masked_fill(empty[..., 0], -math.inf))
+
+
+class _VisibleProducts(torch.autograd.Function):
+    """x_i . y_j for the visible pairs, 0 for the hidden ones."""
+
+    @staticmethod
+    def forward(ctx, x, y, visible):
+        ctx.save_for_backward(x, y, visible)
+        return (x @ y.mT).masked_fill(~visible, 0)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, y, visible = ctx.saved_tensors
+        return _VisibleSums.apply(g, y, visible), _VisibleSums.apply(g.mT, x, visible.mT), None
+
+
+class _VisibleSums(torch.autograd.Function):
+    """sum_j weights_ij y_j over the visible pairs."""
+
+    @staticmethod
+    def forward(ctx, weights, y, visible):
+        ctx.save_for_backward(weights, y, visible)
+        return _attention_cpu.visible_sums(weights, y, visible)
+
+    @staticmethod
+    def backward(ctx, g):
+        weights, y, visible = ctx.saved_tensors
+        return _VisibleProducts.apply(g, y, visible), _VisibleSums.apply(weights.mT, g, visible.mT), None
 
 
 def _autocast(x: Tensor) -> bool:
@@ -121,10 +156,26 @@ def _autocast(x: Tensor) -> bool:
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
-def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, softcap: float | None) -> None:
+def _check_kinds(op: str, mask: TransfusionMask, scale: float | None, softcap: float | None, **tensors: Tensor) -> None:
+    """Check what each argument is, and the numbers, before anything is asked of them."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{op}: {name} is a {type(x).__name__}; a tensor fits")
     if not isinstance(mask, TransfusionMask):
         raise ValueError(f"{op}: mask is a {type(mask).__name__}; a tfkernels.TransfusionMask fits; build one with TransfusionMask.from_spans")
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    if scale is not None and not (_is_number(scale) and abs(scale) < math.inf):
+        raise ValueError(f"{op}: scale is {scale!r}; a finite number fits; pass None for 1 / sqrt(head dim)")
+    if softcap is not None and not (_is_number(softcap) and 0 < softcap < math.inf):
+        raise ValueError(f"{op}: softcap is {softcap!r}; a positive, finite bound fits; pass None for no bound")
+
+
+def _is_number(x) -> bool:
+    return isinstance(x, (int, float, numbers.Real))  # NumPy's float32 is only the last
+
+
+def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, keys: tuple[str, str] = ("k", "v")) -> None:
+    """Check that shapes, dtypes and devices fit each other; `keys` are the caller's names for k and v."""
+    for name, x in zip(("q", *keys), (q, k, v)):
         if x.ndim != 4:
             raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; 4 dimensions (batch, heads, tokens, head dim) fit")
         if x.dtype != q.dtype or x.device != q.device:
@@ -146,21 +197,18 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, soft
         raise ValueError(f"{op}: mask has {mask.batch_size} batch rows and q has {q.shape[0]}; the same number, or 1 for all, fits")
     if mask.lo.device != q.device:
         raise ValueError(f"{op}: mask is on {mask.lo.device} and q on {q.device}; one device fits; call mask.to(q.device)")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"{op}: softcap is {softcap}; a positive bound fits; pass None for no bound")
-
 
 def _forward_fake(q, k, v, lo, hi, query_lo, query_hi, rows_exact, columns_exact, offset, scale, softcap):
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
+    return result_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
 def _backward_fake(dout, dlse, q, k, v, out, lse, lo, hi, query_lo, query_hi, rows_exact, columns_exact, offset, scale, softcap):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return result_like(q), result_like(k), result_like(v)
 
 
 def _paged_fake(q, k, v, block_table, lo, hi, query_lo, query_hi, rows_exact, offset, scale, softcap):
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    return result_like(q), q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
 def _forward_kernel(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, query_lo: Tensor, query_hi: Tensor, rows_exact: bool, columns_exact: bool,

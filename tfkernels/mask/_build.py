@@ -86,7 +86,8 @@ def _span(ptr, count, rows, seq_len, SPANS: tl.constexpr):
 def _mask_intervals(images_ptr, documents_ptr, hidden_ptr, out_ptr, spans, hidden_spans, seq_len, window,
                     stride_images, stride_documents, stride_hidden, stride_out,
                     TYPES: tl.constexpr, DOCUMENTS: tl.constexpr, HIDDEN: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, SPANS: tl.constexpr):
-    first_row, b = tl.program_id(0) * BLOCK, tl.program_id(1).to(tl.int64)
+    programs = tl.cdiv(seq_len, BLOCK)  # of one batch row
+    first_row, b = tl.program_id(0) % programs * BLOCK, (tl.program_id(0) // programs).to(tl.int64)
     rows = first_row + tl.arange(0, BLOCK)
     images_ptr += b * stride_images
     document_start, document_end, padding = rows * 0, rows * 0 + seq_len, rows < 0
@@ -125,7 +126,7 @@ def _intervals(spans: Tensor | None, types: Tensor | None, documents: Tensor | N
     if out.numel() == 0:
         return out
     strides = (0 if x is None or x.shape[0] == 1 else x.stride(0) for x in (images, documents, hidden))
-    _mask_intervals[(triton.cdiv(seq_len, BLOCK), batch)](
+    _mask_intervals[(triton.cdiv(seq_len, BLOCK) * batch,)](
         images, images if documents is None else documents, images if hidden is None else hidden, out, 0 if spans is None else spans.shape[1],
         0 if hidden is None else hidden.shape[1], seq_len, window, *strides, batch * seq_len,
         TYPES=types is not None, DOCUMENTS=documents is not None, HIDDEN=hidden is not None, WINDOW=window > 0, BLOCK=BLOCK, SPANS=SPANS, num_warps=WARPS)
