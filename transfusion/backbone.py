@@ -21,6 +21,7 @@ from transfusion.sequence import Modality
 FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names for kinds of layers
 _LINEAR = "decoders whose logits are one linear layer of the hidden states fit (Llama, Mistral, Qwen2, Qwen3)"
 _DROPOUT = "0 fits, for attention weights are never formed; set it to 0"
+_DEAF = ("moshi", "nemotron", "stablelm")  # in some version of transformers
 _UNFIT = {  # field of a decoder's configuration: the values that fit, and what is said of others
     "is_encoder_decoder": ((None, False), "a decoder without an encoder fits"),
     "final_logit_softcapping": ((None,), _LINEAR), "logits_scaling": ((None, 1), _LINEAR), "logit_scale": ((None, 1), _LINEAR),
@@ -57,16 +58,14 @@ class Backbone(nn.Module):
         and the mask counts them.
         """
         _check_implementation(self.decoder)
-        masks = {kind: integration.as_attention_mask(one) for kind, one in self.masks(mask).items()}
-        return self.decoder.get_decoder()(inputs_embeds=x, position_ids=positions, attention_mask=masks if len(masks) > 1 else masks.popitem()[1],
+        ready = x.new_empty(0, 0, 0, 0)  # instead of the mask of S x S that transformers would make, waiting for the device, and throw away
+        return self.decoder.get_decoder()(inputs_embeds=x, position_ids=positions, attention_mask=ready, transfusion_mask=self.masks(mask),
                                           past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
     def masks(self, mask: TransfusionMask) -> dict[str, TransfusionMask]:
-        """Return the mask of each kind of layer there is; one alone where all are the same."""
-        if self.window is None or mask.key_len <= self.window or SLIDING not in self.kinds:
-            return {FULL: mask}
-        narrow = windowed(mask, self.window)
-        return {SLIDING: narrow, FULL: mask} if FULL in self.kinds else {SLIDING: narrow}
+        """Return the mask of each kind of layer."""
+        narrow = SLIDING in self.kinds and self.window is not None and mask.key_len > self.window
+        return {FULL: mask, SLIDING: windowed(mask, self.window) if narrow else mask}
 
     def load_text(self, decoder) -> None:
         """Take the weights of a language model of the same configuration."""
@@ -96,7 +95,7 @@ def layer_kinds(text_config) -> list[str]:
 
 
 def windowed(mask: TransfusionMask, window: int) -> TransfusionMask:
-    """Return `mask` with queries that see the last `window` keys of theirs, themselves included, and all of their own image.
+    """Return `mask` with queries that look back on the last `window` keys of theirs, themselves included: `from_spans(window=)`, of any mask.
 
     Keys that nobody behind them sees (noised copies, columns of a cache that stand empty) are not counted: the window is as long in sampling as in training.
     """
@@ -105,10 +104,9 @@ def windowed(mask: TransfusionMask, window: int) -> TransfusionMask:
     keys = torch.arange(mask.key_len, device=mask.lo.device, dtype=torch.int32).repeat(len(floor), 1)
     lasting = mask.query_hi >= torch.searchsorted(floor.contiguous(), keys, right=True) + mask.offset  # seen by all whose run of keys holds them
     count = lasting.cumsum(1)                                                              # (B, Sk)
-    start, own = mask.query_lo[:, rows], count[:, rows]                                    # (B, Sq): of the query's image, and of what lasts up to it
-    own = torch.where(lasting[:, rows], own, own + rows + 1 - start)
-    first = torch.searchsorted(count, own - window, right=True)
-    lo = torch.maximum(mask.lo, torch.minimum(first, start))
+    start, own, lasts = mask.query_lo[:, rows], count[:, rows], lasting[:, rows]           # (B, Sq): of the query's image, of what lasts up to it
+    first = torch.searchsorted(count, torch.where(lasts, own, own + rows + 1 - start) - window, right=True)
+    lo = torch.maximum(mask.lo, torch.where(lasts | (rows + 1 - window < start), first, rows + 1 - window))
     sides = (None, None) if mask.rows_exact else (mask.query_lo, mask.query_hi)
     return TransfusionMask.from_intervals(lo, mask.hi, *sides, key_len=mask.key_len, offset=mask.offset, columns_exact=mask.columns_exact)
 
@@ -125,6 +123,9 @@ def _check_config(config) -> None:
     if not family._supports_attention_backend or family._is_stateful or not hasattr(sys.modules[family.__module__], "ALL_ATTENTION_FUNCTIONS"):
         raise ValueError(f"Backbone: text_config.model_type is {config.model_type!r}, which has layers whose attention does not go through transformers' "
                          "AttentionInterface (ALiBi, state spaces, convolutions, an older model); Llama, Mistral, Qwen2, Qwen3, Gemma 3 and others fit")
+    if config.model_type in _DEAF:
+        raise ValueError(f"Backbone: text_config.model_type is {config.model_type!r}, whose layers do not hand keyword arguments on to their attention, which "
+                         "never sees this model's masks; Llama, Mistral, Qwen2, Qwen3, Gemma 3 and others fit")
     if unknown := sorted(set(layer_kinds(config)) - {FULL, SLIDING}):
         raise ValueError(f"Backbone: text_config.layer_types holds {unknown[0]!r}; {FULL!r} and {SLIDING!r} fit")
     if getattr(config, "is_heterogeneous", False):
@@ -206,7 +207,7 @@ class AdaLNBackbone(Backbone):
     def layer_masks(self, mask: TransfusionMask) -> list[TransfusionMask]:
         """Return each layer's mask."""
         masks = self.masks(mask)
-        return [masks.get(kind, mask) for kind in self.kinds]
+        return [masks[kind] for kind in self.kinds]
 
     def run(self, *arguments):
         """`block`, whose intermediates are made again in backward under gradient checkpointing."""

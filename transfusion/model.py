@@ -113,10 +113,32 @@ class Transfusion(PreTrainedModel):
                              "or `transfusion train` fits")
         check_files(path)
         model = cls._load(path, *args, **kwargs)
-        if (path / "tokenizer.json").is_file():
+        if model.tokenizer is None and (path / "tokenizer.json").is_file():
             model.tokenizer = _load_tokenizer(path)
         if (path / "vae").is_dir():
             model.vae = VAE.from_pretrained(path / "vae")
+        return model
+
+    @classmethod
+    def _load(cls, path: Path, *args, loading_info: dict | None = None, use_safetensors: bool = True, attn_implementation: str | None = None,
+              quantization_config=None, **kwargs) -> "Transfusion":
+        if not use_safetensors:
+            raise ValueError("Transfusion.from_pretrained: use_safetensors is False; True fits, for pickled weights are refused")
+        _check_implementation("Transfusion.from_pretrained", attn_implementation or integration.NAME)
+        if quantization_config is not None:
+            with torch.device("meta"):
+                outline = cls(kwargs.get("config") or TransfusionConfig.from_pretrained(path))
+            kwargs["quantization_config"] = spare_images(outline, quantization_config)
+        try:
+            model, found = super().from_pretrained(path, *args, use_safetensors=True, output_loading_info=True, **kwargs)
+        except TypeError as error:
+            if "__init__() got an unexpected keyword argument" not in str(error):
+                raise
+            name = str(error).split("'")[1]
+            raise ValueError(f"Transfusion.from_pretrained: {name} is no option; those of transformers' from_pretrained and settings of TransfusionConfig "
+                             f"fit{nearest(name, TransfusionConfig.names())}") from error
+        if loading_info is not None:
+            loading_info.update(found)
         return model
 
     def save_pretrained(self, path, is_main_process: bool = True, state_dict: dict | None = None, *, push_to_hub: bool = False, variant: str | None = None,
@@ -140,28 +162,6 @@ class Transfusion(PreTrainedModel):
                     self.vae.save_pretrained(fresh / "vae")
         if push_to_hub and is_main_process:
             self.push_to_hub(hub.pop("repo_id", Path(path).name), **hub)
-
-    @classmethod
-    def _load(cls, path: Path, *args, loading_info: dict | None = None, use_safetensors: bool = True, attn_implementation: str | None = None,
-              quantization_config=None, **kwargs) -> "Transfusion":
-        if not use_safetensors:
-            raise ValueError("Transfusion.from_pretrained: use_safetensors is False; True fits, for pickled weights are refused")
-        _check_implementation("Transfusion.from_pretrained", attn_implementation or integration.NAME)
-        if quantization_config is not None:
-            with torch.device("meta"):
-                outline = cls(kwargs.get("config") or TransfusionConfig.from_pretrained(path))
-            kwargs["quantization_config"] = spare_images(outline, quantization_config)
-        try:
-            model, found = super().from_pretrained(path, *args, use_safetensors=True, output_loading_info=True, **kwargs)
-        except TypeError as error:
-            if "__init__() got an unexpected keyword argument" not in str(error):
-                raise
-            name = str(error).split("'")[1]
-            raise ValueError(f"Transfusion.from_pretrained: {name} is no option; those of transformers' from_pretrained and settings of TransfusionConfig "
-                             f"fit{nearest(name, TransfusionConfig.names())}") from error
-        if loading_info is not None:
-            loading_info.update(found)
-        return model
 
     def embed(self, sequence: Sequence, patches: Tensor, condition: Tensor) -> tuple[Tensor, list]:
         """Token embeddings (B, S, C) with the (noised) patches' embeddings in their places, and what skips the decoder to the image head."""
@@ -215,14 +215,16 @@ class Transfusion(PreTrainedModel):
         return sample.caption(self, images, question, **options)
 
 
+def _check_implementation(op: str, wanted) -> None:
+    if not all(one == integration.NAME for one in (wanted.values() if isinstance(wanted, dict) else [wanted])):
+        raise ValueError(f"{op}: attn_implementation is {wanted!r}; {integration.NAME!r} fits, which alone sees this model's masks; leave it out")
+
+
 def _load_tokenizer(path: Path):
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # tokenizers raises nothing narrower for a file that it cannot read
         raise ValueError(f"{path / 'tokenizer.json'} cannot be read ({' '.join(str(error).split())}); copy it again or make it anew") from error
-def _check_implementation(op: str, wanted) -> None:
-    if not all(one == integration.NAME for one in (wanted.values() if isinstance(wanted, dict) else [wanted])):
-        raise ValueError(f"{op}: attn_implementation is {wanted!r}; {integration.NAME!r} fits, which alone sees this model's masks; leave it out")
 
 
 AutoConfig.register(TransfusionConfig.model_type, TransfusionConfig, exist_ok=True)

@@ -28,7 +28,8 @@ FAMILIES = {
     "qwen2": SIZES | BOTH | dict(use_sliding_window=True), "qwen3": SIZES | HEADS, "gemma": SIZES | HEADS, "olmo2": SIZES, "olmo3": SIZES | BOTH,
     "gemma2": SIZES | HEADS | BOTH | dict(final_logit_softcapping=None, query_pre_attn_scalar=8, attn_logit_softcapping=0.5),
     "gemma3_text": SIZES | HEADS | BOTH | dict(query_pre_attn_scalar=8), "phi3": SIZES | dict(sliding_window=WINDOW),
-    "granite": SIZES, "mixtral": SIZES | dict(num_local_experts=4), "qwen3_moe": SIZES | HEADS | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    "granite": SIZES, "mixtral": SIZES | dict(num_local_experts=4),
+    "qwen3_moe": SIZES | HEADS | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
     "starcoder2": {**SIZES, "residual_dropout": 0.0, "embedding_dropout": 0.0}, "gpt_neox": {**SIZES, "num_key_value_heads": 4}, "gpt2": GPT2,
     "cohere2": SIZES | BOTH | dict(logit_scale=1.0, head_dim=8),
     "opt": dict(vocab_size=512, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32, dropout=0.0,
@@ -52,12 +53,12 @@ def packed(documents, seq_len=48, clean=False):
 
 
 def dense(sequence, window=None):
-    """Who sees whom, written out: causal or the same image, within a document; with a window, the last keys and one's own image."""
+    """Who sees whom, written out: causal or the same image, within a document; with a window, no further back than that."""
     image, documents, order = sequence.image, sequence.documents, sequence.positions
     same = (image[:, :, None] == image[:, None]) & (image[:, :, None] >= 0)
     rows = torch.arange(image.shape[1])
     visible = (same | (rows[:, None] >= rows)) & (documents[:, :, None] == documents[:, None]) & (documents[:, :, None] >= 0)
-    near = same | (order[:, :, None] - order[:, None] < window) if window else visible
+    near = order[:, :, None] - order[:, None] < window if window else visible
     return (visible & near)[:, None]
 
 
@@ -115,17 +116,17 @@ def test_the_window_of_a_decoder_reaches_blocks_of_ours(backbone, pictures):
     assert not torch.allclose(wide[real], theirs[real], atol=0.1)
 
 
-def test_a_window_counts_what_lasts_and_shows_an_image_whole():
+def test_a_window_counts_what_lasts():
     small = Image(torch.zeros(1, 4, 4))
     sequence = packed([[Text("a b"), small, Text("c d e f g")], [Text("h i j k l m n o"), small, Text("p q r s t u")]], 64)
     for window in (1, 2, 5, 30, 100):
         assert torch.equal(windowed(sequence.mask(), window).dense(), dense(sequence, window))
+        spans = TransfusionMask.from_spans(sequence.spans, 64, documents=sequence.documents, window=window)
+        assert torch.equal(windowed(sequence.mask(), window).dense(), spans.dense())
     sequence = packed([[Text("a b"), small, Text("c d e f g")]], 32, clean=True)
     order, whole = sequence.positions[0], sequence.mask().dense()[0, 0]
-    same = (sequence.image[0][:, None] == sequence.image[0]) & (sequence.image[0][:, None] >= 0)
-    for window in (1, 3, 6):
-        expected = whole & (same | (order[:, None] - order < window))
-        assert torch.equal(windowed(sequence.mask(), window).dense()[0, 0], expected)
+    for window in (1, 2, 3, 6, 9):
+        assert torch.equal(windowed(sequence.mask(), window).dense()[0, 0], whole & (order[:, None] - order < window))
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
@@ -251,6 +252,7 @@ REFUSED = {
                                                                    "num_hidden_layers": 1, "intermediate_size": 32}),
     "a ViTConfig; .* causal language model": ("vit", {}), "a MllamaTextConfig; .* causal language model": ("mllama_text_model", {}),
     "heads of 512; 1 to 256": ("llama", SIZES | {"head_dim": 512}),
+    "is 'nemotron', whose layers do not hand keyword arguments": ("nemotron", {}),
     "num_attention_heads is 4 and num_key_value_heads 3": ("llama", SIZES | {"num_key_value_heads": 3}),
 }
 
@@ -281,5 +283,6 @@ def test_the_decoders_attention_may_not_be_swapped_for_one_that_does_not_know_th
 
 def test_a_single_mask_serves_rows_that_fit_into_the_window():
     mask = TransfusionMask.causal(WINDOW)
-    assert family_model("gemma3_text").backbone.masks(mask) == {FULL: mask}
-    assert set(family_model("gemma3_text").backbone.masks(TransfusionMask.causal(WINDOW + 1))) == {FULL, SLIDING}
+    backbone, longer = family_model("gemma3_text").backbone, TransfusionMask.causal(WINDOW + 1)
+    assert backbone.masks(mask) == {FULL: mask, SLIDING: mask}
+    assert backbone.masks(longer)[FULL] is longer and backbone.masks(longer)[SLIDING].area() == longer.area() - 1

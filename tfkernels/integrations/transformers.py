@@ -323,20 +323,6 @@ def _without_mask(query_len: int, key_len: int, is_causal: bool, device) -> Tran
     return TransfusionMask.from_intervals(torch.zeros_like(hi), hi, key_len=key_len, columns_exact=True)
 
 
-def as_attention_mask(mask: TransfusionMask) -> Tensor:
-    """Return `mask` as what transformers takes for a ready 4-D mask, (B, 2, 1, W) or (B, 1, 2, W) int32, and hands to every layer.
-
-        model(inputs_embeds=x, position_ids=positions, attention_mask=as_attention_mask(mask))
-
-    Beside `transfusion_mask` transformers makes a mask of its own, from position_ids that start anew even one of S x S; with this it makes none and
-    nothing waits for the device. Decoders whose layers differ take a dict of such tensors, one for each name in `layer_types`.
-    """
-    if mask.offset:                                                                        # what travels counts its queries from 0
-        query_lo, query_hi = ((x - mask.offset).clamp(min=0) for x in (mask.query_lo, mask.query_hi))
-        mask = replace(mask, query_lo=query_lo, query_hi=query_hi, offset=0)
-    return _as_tensor(mask, 0, 0, None)
-
-
 def _as_tensor(mask: TransfusionMask, q_offset, kv_offset, kept: Tensor | None) -> Tensor:
     """Lay two rows of integers over each other: (B, 2, 1, W) where either side of the mask is exact, else (B, 1, 2, W).
 

@@ -352,7 +352,7 @@ def _check_within_documents(name: str, spans: Tensor, documents: Tensor) -> None
     changes = changes.expand(batch, -1)
     held = start < end
     first, last = (changes.gather(1, torch.where(held, at, 0)) for at in (start, end - 1))
-    if bool((cut := held & (first != last)).any()):
+    if any((cut := held & (first != last)).any(1).tolist()):
         row, m = cut.nonzero()[0].tolist()
         of_spans, of_documents = (row if len(x) > 1 else 0 for x in (spans, documents))
         raise ValueError(f"TransfusionMask.from_spans: {name}[{of_spans}] holds ({start[row, m]}, {end[row, m]}), "
