@@ -1,5 +1,8 @@
 """The digits, their documents and the batches made of them."""
+import dataclasses
+import json
 import math
+import re
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from transfusion.data import (
 )
 from transfusion.sequence import Image, Text, encode
 from transfusion.tokenizer import train_tokenizer
+from transfusion.train import ModelSettings, OptimSettings, TrainConfig, train
 
 
 def test_the_held_out_digits_are_not_among_the_training_digits():
@@ -169,3 +173,20 @@ def test_documents_longer_than_a_row_are_left_out_and_counted(letters):
 def test_settings_of_documents_that_do_not_fit_are_refused_by_name(letters, changes, message):
     with pytest.raises(ValueError, match=message):
         draw_batch(Digits(), DataSettings(**changes), letters.tokenizer, letters.config, 2, 64, step_generator(0, 0))
+
+
+def test_a_run_says_and_counts_what_it_leaves_out(tmp_path, capsys):
+    model = ModelSettings(hidden=32, layers=1, heads=2, kv_heads=2, mlp=64)
+    optim = OptimSettings(steps=6, rows=2, seq_len=40, warmup=1)
+    config = TrainConfig(out=tmp_path / "run", model=model, data=DataSettings(story=0.3), optim=optim, device="cpu")
+    train(config)
+    said = capsys.readouterr().out
+    words = r"documents of more than optim.seq_len, 40 tokens, are left out, about (2|3)\d\.\d % of those drawn"
+    assert re.search(words, said)
+    counts = [json.loads(line).get("left_out", 0) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert len(counts) == 6 and sum(counts) > 0
+    train(dataclasses.replace(config, out=tmp_path / "whole", optim=dataclasses.replace(optim, seq_len=64)))
+    assert "left out" not in capsys.readouterr().out
+    assert "left_out" not in (tmp_path / "whole" / "log.jsonl").read_text()
+    with pytest.raises(ValueError, match="seq_len is 16 and the shortest of 500 documents has"):
+        train(dataclasses.replace(config, out=tmp_path / "none", optim=dataclasses.replace(optim, seq_len=16)))
