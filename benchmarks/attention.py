@@ -30,6 +30,7 @@ from benchmarks.harness import (
     peak_tflops,
     present,
 )
+from benchmarks.timing import remark
 from tests.compare import assert_as_accurate
 from tfkernels import TransfusionMask, attention, attention_reference
 
@@ -229,12 +230,13 @@ def table(rows: list[dict]) -> str:
         image = f"{row['image_tokens']:<4}{' hidden' * row['hidden']}"
         head = f"{row['seq_len']:6} D{row['head_dim']:<3} {row['heads']}:{row['kv_heads']:<2} img {image} {row['contender'][:46]:46}"
         if not row["milliseconds"]:
-            lines.append(f"{head} {(row['error'] or row['left_out'] or '').splitlines()[0][:90]}")
+            lines.append(f"{head} {(row['error'] or row['left_out'] or 'no numbers').splitlines()[0][:90]}")
         else:
             p50 = {phase: times["p50"] for phase, times in row["milliseconds"].items()}
             lines.append(
-                f"{head} build {p50.get('build', 0):7.3f} fwd {p50['forward']:8.3f} bwd {p50['backward']:8.3f} sum {row['sum_ms']:8.3f} ms  "
-                f"{row['tflops']['forward']:4.0f}/{row['tflops']['backward']:4.0f} TFLOP/s {row['peak_bytes'] / 2**20:7.0f} MiB"
+                f"{head} build {p50.get('build', 0):7.3f} fwd {p50['forward']:8.3f} bwd {p50['backward']:8.3f} "
+                f"sum {row['sum_ms']:8.3f} ms  {row['tflops']['forward']:4.0f}/{row['tflops']['backward']:4.0f} "
+                f"TFLOP/s {row['peak_bytes'] / 2**20:7.0f} MiB{remark(row['timing'])}"
             )
     return "\n".join(lines)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Contender, Report, Result, measure, run_command
+from benchmarks.timing import remark
 from tests.compare import assert_as_accurate
 
 OURS, EAGER, COMPILED, COPY = "tfkernels", "reference, eager", "reference, torch.compile", "device copy"
@@ -146,9 +147,8 @@ def run_problem(problem: Problem, configuration: dict, report: Report, device: s
             for name, key in (("peak", "peak_bytes"), ("saved", "saved_bytes"))
             if row[key] is not None
         ]
-        print(
-            f"{label:56} {row['contender']:24} " + (row["error"] or row["left_out"] or ", ".join(numbers)), flush=True
-        )
+        said = row["error"] or row["left_out"] or ", ".join(numbers) + remark(row["timing"])
+        print(f"{label:56} {row['contender']:24} {said}", flush=True)
 
 
 def run_benchmark(

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.bandwidth import Problem, contenders, functions, saved_bytes
 from benchmarks.harness import Contender, LeftOut, Report, Result, measure, peak_tflops, present, run_command
+from benchmarks.timing import remark
 from tfkernels import linear_cross_entropy, linear_cross_entropy_reference
 
 EXACT_ROWS = 2048
@@ -171,7 +172,8 @@ def run_case(case: Case, report: Report, device: str, dtype: torch.dtype, second
             if row[key] is not None
         ]
         label = f"rows {case.rows:5} width {case.width:4} words {case.vocabulary:6}"
-        print(f"{label} {row['contender']:27} " + (row["error"] or row["left_out"] or ", ".join(numbers)), flush=True)
+        said = row["error"] or row["left_out"] or ", ".join(numbers) + remark(row["timing"])
+        print(f"{label} {row['contender']:27} {said}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.harness import Contender, Report, Result, measure, run_command
+from benchmarks.timing import remark
 from tests.compare import assert_as_accurate
 from tfkernels import TransfusionMask, attention, attention_reference, paged_attention
 
@@ -119,8 +120,8 @@ def run_case(case: Case, report: Report, device: str, seconds: float) -> None:
             f"{times['forward']:8.4f} ms {row['gb_per_s']:7.0f} GB/s, mask {times['build']:.4f} ms" if times else ""
         )
         print(
-            f"batch {case.batch} queries {case.query_len:3} cached {case.cached:6} heads {case.heads}:{case.kv_heads:<2} {row['contender']:20} "
-            + (row["error"] or row["left_out"] or numbers),
+            f"batch {case.batch} queries {case.query_len:3} cached {case.cached:6} "
+            f"heads {case.heads}:{case.kv_heads:<2} {row['contender']:20} {row['error'] or row['left_out'] or numbers + remark(row['timing'])}",
             flush=True,
         )
 

@@ -127,66 +127,91 @@ def measure(
     `until`, a time of time.monotonic(), no other contender begins and the rounds end. Those named in `without` are
     left out.
     """
-    results, states = {c.name: Result(c.name) for c in contenders}, {}
-    timer = timer or make_timer(device)
+    race = _Race(contenders, device, timer or make_timer(device), until)
+    try:
+        for contender in contenders:
+            race.start(contender, warmup, frozenset(without))
+            if record:
+                race.alone(contender, least, seconds / len(contenders))
+                record(race.results[contender.name])
+        if not record or time.monotonic() <= until:
+            race.together(seconds, least, most)
+    except DeviceLost:
+        if record:
+            for result in race.results.values():
+                record(result)
+        raise
+    return list(race.results.values())
 
-    def rounds_of(
-        contenders: list[Contender], count: int, seconds: float = math.inf
-    ) -> dict[str, list[dict[str, Sample]]]:
-        found, begin = {c.name: [] for c in contenders}, time.monotonic()
-        for number in range(count):
-            if number and (time.monotonic() > until or time.monotonic() - begin > seconds):
-                break
-            for contender in contenders:
-                result = results[contender.name]
-                with _Guard(result, device):
-                    if result.error is None:
-                        found[contender.name].append(
-                            timer.run(contender.name, contender.phases, states[contender.name], contender.wall)
-                        )
-                if result.error is not None:
-                    states.pop(contender.name, None)
-                    result.milliseconds, result.timing, result.host_us = {}, {}, {}
-        return {name: rounds for name, rounds in found.items() if rounds and results[name].error is None}
 
-    def start(contender: Contender) -> None:
-        result = results[contender.name]
+class _Race:
+    """The contenders' results and states, and the rounds that they run."""
+
+    def __init__(self, contenders: list[Contender], device: str, timer, until: float):
+        self.device, self.timer, self.until = device, timer, until
+        self.results = {c.name: Result(c.name) for c in contenders}
+        self.states: dict[str, dict] = {}
+        self.running: list[Contender] = []
+
+    def start(self, contender: Contender, warmup: int, without: frozenset[str]) -> None:
+        """Check a contender and warm it up."""
+        result = self.results[contender.name]
         if contender.name in without:
             result.left_out = "it lost the device in another case"
-        elif time.monotonic() > until:
+        elif time.monotonic() > self.until:
             result.left_out = "the time was over"
         if result.left_out:
             return
-        with _Guard(result, device):
-            states[contender.name] = _checked_state(contender, result, device)
-        if result.checked and result.error is None:
-            rounds_of([contender], warmup)
-            if record:
-                for rounds in rounds_of([contender], least, seconds / len(contenders)).values():
-                    result.take(rounds)
+        with _Guard(result, self.device):
+            self.states[contender.name] = _checked_state(contender, result, self.device)
+        if contender.name in self.states:
+            self.rounds([contender], warmup)
+        if contender.name in self.states:
+            self.running.append(contender)
 
-    try:
-        for contender in contenders:
-            start(contender)
-            if record:
-                record(results[contender.name])
-        if record and time.monotonic() > until:
-            return list(results.values())
-        running = [c for c in contenders if c.name in states]
+    def alone(self, contender: Contender, least: int, seconds: float) -> None:
+        """Give a contender that runs its first numbers."""
+        if contender in self.running:
+            for samples in self.rounds([contender], least, seconds).values():
+                self.results[contender.name].take(samples)
+
+    def together(self, seconds: float, least: int, most: int) -> None:
+        """Interleave all that run, in rounds of about `seconds` in all."""
         begin = time.perf_counter()
-        first = rounds_of(running, 1)
-        rounds = max(least, min(most, math.ceil(seconds / max(time.perf_counter() - begin, 1e-9))))
-        rest = rounds_of(running, rounds - 1)
-    except DeviceLost:
-        if record:
-            for result in results.values():
-                record(result)
-        raise
-    for name in first.keys() & rest.keys() if rounds > 1 else first:
-        if results[name].error is None:
-            results[name].take(first[name] + rest.get(name, []))
-            results[name].interleaved = True
-    return list(results.values())
+        found = self.rounds(self.running, 1)
+        count = max(least, min(most, math.ceil(seconds / max(time.perf_counter() - begin, 1e-9))))
+        rest = self.rounds(self.running, count - 1)
+        for name, samples in found.items():
+            if self.results[name].error is None:
+                self.results[name].take(samples + rest.get(name, []))
+                self.results[name].interleaved = True
+
+    def rounds(
+        self, contenders: list[Contender], count: int, seconds: float = math.inf
+    ) -> dict[str, list[dict[str, Sample]]]:
+        """Run every phase of every contender that has no error `count` times: {name: [{phase: Sample}, ...]}.
+
+        After `seconds`, or when the time is over, no other round begins; an error costs a contender all its numbers.
+        """
+        found, begin = {c.name: [] for c in contenders}, time.monotonic()
+        for number in range(count):
+            if number and (time.monotonic() > self.until or time.monotonic() - begin > seconds):
+                break
+            for contender in contenders:
+                if contender.name in self.states:
+                    self.run(contender, found[contender.name])
+        return {name: samples for name, samples in found.items() if samples and name in self.states}
+
+    def run(self, contender: Contender, found: list[dict[str, Sample]]) -> None:
+        """Run a contender once, adding to `found`."""
+        result, state = self.results[contender.name], self.states[contender.name]
+        try:
+            with _Guard(result, self.device):
+                found.append(self.timer.run(contender.name, contender.phases, state, contender.wall))
+        finally:
+            if result.error is not None:
+                del self.states[contender.name]
+                result.milliseconds, result.timing, result.host_us = {}, {}, {}
 
 
 def present(makers: dict[str, Callable[[], object]]) -> tuple[dict[str, object], list[Result]]:

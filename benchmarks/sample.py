@@ -335,7 +335,7 @@ def line(case: Case, row: dict) -> str:
     counted, made = ("steps", "images") if case.task == "draw" else ("tokens", "tokens")
     head = f"{case.task:5} {case.size:6} batch {case.batch:2} prompt {case.prompt:4} {counted} {case.count:3} {row['contender']:28}"
     if not row["milliseconds"]:
-        return f"{head} {(row['error'] or row['left_out'] or '').splitlines()[0][:200]}"
+        return f"{head} {(row['error'] or row['left_out'] or 'no numbers').splitlines()[0][:200]}"
     step = f", step {row['step_ms']:7.3f} ms" if row["step_ms"] else ""
     roof = f", {row['of_roofline']:.2f} x roofline" if row["of_roofline"] else ""
     return f"{head} {row['milliseconds'][case.task]['p50']:9.1f} ms, {row['per_second']:8.2f} {made}/s{step}{roof}"

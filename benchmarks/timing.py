@@ -125,3 +125,9 @@ def chosen(samples: list[Sample]) -> tuple[list[Sample], str]:
         return samples, WALL
     queued = [s for s in samples if s.timing == QUEUED]
     return (queued, QUEUED) if 2 * len(queued) >= len(samples) > 0 else (samples, HOST_BOUND)
+
+
+def remark(timing: dict[str, str]) -> str:
+    """For a printed line: the phases whose times hold the host's."""
+    phases = [phase for phase, kind in timing.items() if kind == HOST_BOUND]
+    return f", {HOST_BOUND}: {', '.join(phases)}" if phases else ""

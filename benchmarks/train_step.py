@@ -261,7 +261,7 @@ def line(case: Case, row: dict) -> str:
     """A row in words."""
     head = f"{case.size:6} {case.rows:2} x {case.seq_len} {row['contender']:26}"
     if not row["milliseconds"]:
-        return f"{head} {(row['error'] or row['left_out'] or '').splitlines()[0][:200]}"
+        return f"{head} {(row['error'] or row['left_out'] or 'no numbers').splitlines()[0][:200]}"
     parts = ", ".join(f"{phase} {times['p50']:8.1f}" for phase, times in row["milliseconds"].items())
     numbers = [
         ("tokens_per_s", "{:9,.0f} tokens/s", 1),

@@ -393,7 +393,11 @@ def test_the_table_and_plot_take_results_and_errors(tmp_path):
     }
     report.record(case, Result("tfkernels", True, times, 2**20), sum_ms=6.0, tflops={"forward": 5.0, "backward": 4.0})
     report.record(case, Result("xformers, dense bias", left_out="not installed"), sum_ms=None, tflops=None)
-    ours, theirs = attention_benchmark.table(report.rows).splitlines()
+    timing = {"build": "host-bound", "forward": "queued", "backward": "queued"}
+    tflops = {"forward": 5.0, "backward": 4.0}
+    report.record(case, Result("FlexAttention", True, times, 2**20, timing=timing), sum_ms=6.0, tflops=tflops)
+    ours, theirs, bound = attention_benchmark.table(report.rows).splitlines()
+    assert bound.endswith("MiB, host-bound: build") and "host-bound" not in ours
     assert "sum    6.000 ms" in ours and "5/   4 TFLOP/s" in ours and "1 MiB" in ours and "not installed" in theirs
     pytest.importorskip("matplotlib")
     attention_benchmark.plot(report, tmp_path)

@@ -141,14 +141,14 @@ def test_a_test_that_hangs_ends_its_process(tmp_path):
     suite, path = tmp_path / "suite", tmp_path / "tests.jsonl"
     suite.mkdir()
     (suite / "test_hang.py").write_text(HANGS)
-    found, done = run(suite, path, "--test-seconds", "2")
+    found, done = run(suite, path, "--test-seconds", "5")
     assert (
         done.returncode not in (0, outcomes.LOST)
         and "in test_hangs" in done.stderr
         and outcomes.read(path)["begun"] == ["test_hang.py::test_hangs"]
     )
     pytest.importorskip("xdist")
-    found, done = run(suite, path, "--test-seconds", "2", "-n", "1")
+    found, done = run(suite, path, "--test-seconds", "5", "-n", "1")
     assert found["test_hangs"]["outcome"] == "failed" and found["test_after_it"]["outcome"] == "passed"
 
 
