@@ -20,10 +20,12 @@ from transformers import (
     MistralConfig,
     MptConfig,
     OPTConfig,
+    PaliGemmaConfig,
     PhiConfig,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    StableLmConfig,
     ViTConfig,
     ViTModel,
 )
@@ -529,7 +531,8 @@ def test_other_implementations_refuse_our_mask_and_do_the_same_as_ever_without_i
 
 def test_a_model_that_would_drop_our_mask_is_refused_when_asked():
     integration.require(build("llama", "tfkernels"))
-    integration.require(CONFIGS["llama"]())
+    for config in (CONFIGS["llama"](), PaliGemmaConfig()):
+        integration.require(config)
     for implementation in ("sdpa", "eager"):
         with pytest.raises(ValueError, match=f"model has attn_implementation '{implementation}', which drops "
                                              "transfusion_mask; 'tfkernels' fits"):
@@ -538,6 +541,8 @@ def test_a_model_that_would_drop_our_mask_is_refused_when_asked():
         with pytest.raises(ValueError, match=f"model_type is '{config.model_type}', whose attention is its own and "
                                              "asks no registry"):
             integration.require(config)
+    with pytest.raises(ValueError, match="model_type is 'stablelm', whose layers do not hand transfusion_mask on"):
+        integration.require(StableLmConfig())
     for other in (None, "model", torch.nn.Linear(2, 2)):
         with pytest.raises(ValueError, match="model is .*; a transformers.PreTrainedModel or PreTrainedConfig fits"):
             integration.require(other)

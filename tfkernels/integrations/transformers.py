@@ -18,8 +18,8 @@ A mask that transformers makes travels as what it takes for a ready 4-D mask: ou
 
 Other registered implementations (sdpa, flash, flex) refuse `transfusion_mask` once `register` has been called. The
 functions called eager are no part of a registry and swallow any keyword argument: `require(model)` refuses such a model
-once, when it is loaded. A family whose layers do not hand keyword arguments on to their attention (StableLM) runs on
-it, but never sees a `transfusion_mask`.
+once, when it is loaded. So it does with the families whose layers hand no keyword argument on to their attention
+(StableLM): they run on it, but never see a `transfusion_mask`.
 """
 import functools
 import importlib
@@ -38,6 +38,7 @@ from tfkernels.mask import TransfusionMask
 
 NAME = "tfkernels"
 ARGUMENT = "transfusion_mask"
+_DEAF = ("moshi", "nemotron", "stablelm")  # in some version of transformers
 _OP = "tfkernels attention"
 _FAR = torch.iinfo(torch.int32).max
 _WAY = f"load the model with attn_implementation={NAME!r}, or call model.set_attn_implementation({NAME!r})"
@@ -85,37 +86,47 @@ def require(model) -> None:
 
     Raises:
         ValueError: model is neither a PreTrainedModel nor a PreTrainedConfig; its family has an attention of its own
-            that asks no registry (Bloom, Falcon, GPT-J, MPT); or a part of the model has another attn_implementation
-            than "tfkernels".
+            that asks no registry (Bloom, Falcon, GPT-J, MPT), or layers that hand no keyword argument on to it
+            (StableLM); or a part of the model has another attn_implementation than "tfkernels".
     """
     from transformers import PreTrainedConfig, PreTrainedModel
 
     if isinstance(model, PreTrainedConfig):
-        return _need_registry(model)
+        return _need_family(model)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{_OP}: model is {got(model)}; a transformers.PreTrainedModel or PreTrainedConfig fits")
     for name, part in model.named_modules():
         if isinstance(part, PreTrainedModel):
-            _need_registry(part.config)
+            _need_family(part.config)
             if part.config._attn_implementation != NAME:
                 raise ValueError(f"{_OP}: model{'.' * bool(name)}{name} has attn_implementation "
                                  f"{part.config._attn_implementation!r}, which drops {ARGUMENT}; {NAME!r} fits; {_WAY}")
 
 
+def _need_family(config) -> None:
+    """Refuse a family whose attention never sees the mask."""
+    _need_registry(config)
+    if config.model_type in _DEAF:
+        raise ValueError(f"{_OP}: model_type is {config.model_type!r}, whose layers do not hand {ARGUMENT} on to their "
+                         "attention; families that hand keyword arguments on fit, such as Llama")
+
+
 def _need_registry(config) -> None:
-    """Refuse a family whose modeling file does not import the attention registry; code from elsewhere is not judged."""
+    """Refuse a family whose modeling file defines an attention and does not import the registry; code from elsewhere is
+    not judged, nor is a model made of others (PaliGemma)."""
     modeling = type(config).__module__.replace(".configuration_", ".modeling_")
-    if modeling.startswith("transformers.models.") and not _imports_registry(modeling):
-        raise ValueError(f"{_OP}: model_type is {config.model_type!r}, whose attention is its own and asks no "
-                         "registry; families that attend "
-                         "through transformers' AttentionInterface fit, such as Llama; load this one with "
-                         "attn_implementation='eager'")
+    if modeling.startswith("transformers.models.") and _attends_by_itself(modeling):
+        raise ValueError(f"{_OP}: model_type is {config.model_type!r}, whose attention is its own and asks no registry; "
+                         "families that attend through transformers' AttentionInterface fit, such as Llama; load this one "
+                         "with attn_implementation='eager'")
 
 
 @functools.cache
-def _imports_registry(modeling: str) -> bool:
-    found = importlib.util.find_spec(modeling)
-    return found is None or hasattr(importlib.import_module(modeling), "ALL_ATTENTION_FUNCTIONS")
+def _attends_by_itself(modeling: str) -> bool:
+    if importlib.util.find_spec(modeling) is None:
+        return False
+    names = vars(importlib.import_module(modeling))
+    return "ALL_ATTENTION_FUNCTIONS" not in names and any(name.endswith("Attention") for name in names)
 
 
 def _refusing(name: str, function):
@@ -223,9 +234,8 @@ def _hull(visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.where(count > 0, first, 0), torch.where(count > 0, last, 0), count
 
 
-def _of_layer(
-    masks: TransfusionMask | Mapping, module, sliding_window, windowed: bool, key_len: int
-) -> TransfusionMask:
+def _of_layer(masks: TransfusionMask | Mapping, module, sliding_window, windowed: bool,
+              key_len: int) -> TransfusionMask:
     """The mask of one layer: the one mask, where the layer has no window to cut it, or the one of the layer's kind."""
     if isinstance(masks, Mapping):
         types = getattr(module.config, "layer_types", None)
@@ -246,9 +256,8 @@ def _of_layer(
     return masks
 
 
-def _fitted(
-    mask: TransfusionMask, made: _Made | None, attention_mask, query_len: int, key_len: int, window: int | None
-) -> TransfusionMask:
+def _fitted(mask: TransfusionMask, made: _Made | None, attention_mask, query_len: int, key_len: int,
+            window: int | None) -> TransfusionMask:
     """`mask` without the keys that attention_mask hides, and for the queries and keys of this pass where it is a
     prompt's."""
     if made is None:

@@ -87,8 +87,8 @@ class TransfusionMask:
         if token_types.ndim != 2:
             raise ValueError(f"{op}: token_types is {_shape(token_types)}; an integer tensor {fits} fits")
         if token_types.dtype != torch.bool:
-            need_range(op, "token_types", token_types, 0, torch.iinfo(token_types.dtype).max, "0 for text and k > 0 "
-                                                                                              "for image k")
+            most = torch.iinfo(token_types.dtype).max
+            need_range(op, "token_types", token_types, 0, most, "0 for text and k > 0 for image k")
         seq_len = token_types.shape[1]
         documents = _documents(op, documents, seq_len, token_types.device)
         return cls._build(op, None, token_types, documents, None, seq_len, None)
@@ -121,9 +121,8 @@ class TransfusionMask:
         if query_len > key_len:
             raise ValueError(f"{op}: query_len is {query_len} and key_len {key_len}; 0 <= query_len <= key_len fits: "
                              "the cache holds the new tokens too")
-        need_range(op, "cached_lens", cached_lens, 0, key_len - query_len, f"for key_len {key_len} holds the "
-                                                                           f"{query_len} new tokens too; make the "
-                                                                           "cache longer")
+        need_range(op, "cached_lens", cached_lens, 0, key_len - query_len,
+                   f"for key_len {key_len} holds the {query_len} new tokens too; make the cache longer")
         cached = cached_lens.long().clamp(0, key_len - query_len).int()[:, None]           # (B, 1)
         order = torch.arange(query_len, device=cached.device, dtype=torch.int32)
         keys = torch.arange(key_len, device=cached.device, dtype=torch.int32)
@@ -190,16 +189,8 @@ class TransfusionMask:
         return mask
 
     @classmethod
-    def _build(
-        cls,
-        op: str,
-        spans: Tensor | None,
-        types: Tensor | None,
-        documents: Tensor | None,
-        hidden: Tensor | None,
-        seq_len: int,
-        window: int | None,
-    ) -> "TransfusionMask":
+    def _build(cls, op: str, spans: Tensor | None, types: Tensor | None, documents: Tensor | None, hidden: Tensor | None,
+               seq_len: int, window: int | None) -> "TransfusionMask":
         given = {"spans": spans, "token_types": types, "documents": documents, "hidden": hidden}
         batch = max(x.shape[0] for x in given.values() if x is not None)
         for name, x in given.items():
@@ -344,8 +335,7 @@ def _span_tensor(name: str, spans) -> Tensor:
 def _check_within_documents(name: str, spans: Tensor, documents: Tensor) -> None:
     """Refuse a span that a document's end or padding cuts; one that lies in padding altogether is padding."""
     if 0 in spans.shape or 0 in documents.shape or len({1, len(spans), len(documents)}) > 2:
-        # the batch sizes are refused later
-        return
+        return  # batch sizes that do not fit are refused by the caller
     changes = torch.nn.functional.pad((documents[:, 1:] != documents[:, :-1]).cumsum(1), (1, 0))
     batch = max(len(spans), len(documents))
     start, end = spans.long().expand(batch, -1, -1).unbind(-1)
@@ -355,10 +345,9 @@ def _check_within_documents(name: str, spans: Tensor, documents: Tensor) -> None
     if any((cut := held & (first != last)).any(1).tolist()):
         row, m = cut.nonzero()[0].tolist()
         of_spans, of_documents = (row if len(x) > 1 else 0 for x in (spans, documents))
-        raise ValueError(f"TransfusionMask.from_spans: {name}[{of_spans}] holds ({start[row, m]}, {end[row, m]}), "
-                         "which an end of a document in "
-                         f"documents[{of_documents}] cuts; spans within one document fit; split the span, or give "
-                         "its tokens one id")
+        raise ValueError(f"TransfusionMask.from_spans: {name}[{of_spans}] holds ({start[row, m]}, {end[row, m]}), which an "
+                         f"end of a document in documents[{of_documents}] cuts; spans within one document fit; split the "
+                         "span, or give its tokens one id")
 
 
 def _check_spans(name: str, spans: Tensor, seq_len: int) -> None:
