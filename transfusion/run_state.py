@@ -280,13 +280,13 @@ def read_log(log: Path) -> list[dict]:
     for line in log.read_text(errors="replace").splitlines() if log.is_file() else []:
         with contextlib.suppress(ValueError):
             record = json.loads(line)
-            records += [record] if isinstance(record, dict) and isinstance(record.get("step"), int) else []
+            records += [record] if isinstance(record, dict) else []
     return records
 
 
 def start_log(log: Path, step: int) -> float:
     """Make a log ready for step `step`, with the records of the steps before alone; return the seconds of training that they say were spent."""
-    records = [record for record in read_log(log) if record["step"] < step]
+    records = [record for record in read_log(log) if isinstance(record.get("step"), int) and record["step"] < step]
     if len(records) < step:
         print(f"{log} holds {len(records):,} of the {step:,} steps so far; the run goes on without the others' records", flush=True)
     with written(log) as aside:

@@ -288,3 +288,23 @@ def test_codes_train_on_what_they_are_and_pictures_are_never_images(bench):
 def test_a_wrong_name_is_refused(tmp_path):
     with pytest.raises(SystemExit):
         main(["attension", "--out", str(tmp_path)])
+
+
+def test_an_autoencoder_of_a_step_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
+    images = Digits().images[:64]
+    settings = VQSettings(channels=(8, 8), codes=8, steps=6, batch=4)
+    with pytest.raises(FloatingPointError, match="train_autoencoder: in step 0 loss is nan.*; nothing was saved"):
+        train_autoencoder(images * math.nan, tmp_path / "vq", settings)
+    assert not (tmp_path / "vq").exists()
+    train_autoencoder(images, tmp_path / "vq", settings)
+    (tmp_path / "vq" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match="vq/diffusion_pytorch_model.safetensors is damaged"):
+        load_autoencoder(tmp_path / "vq")
+
+
+def test_damaged_metrics_of_a_run_are_refused_by_the_files_name(tmp_path):
+    bench = SimpleNamespace(data=fast(DATA["digits"]()), out=tmp_path)
+    (tmp_path / "linear-0").mkdir()
+    (tmp_path / "linear-0" / "metrics.json").write_text('{"key": ')
+    with pytest.raises(ValueError, match="linear-0/metrics.json is damaged .*; delete it, and the same command"):
+        runs.finished(bench, bench.data.arms()["linear"], 0)

@@ -65,8 +65,9 @@ class Codes:
         channels, *size = dataset.image_shape
         model = from_language_model(decoder, tokenizer, seed=config.seed, image_channels=channels, image_size=size, patch_size=settings.patch_size,
                                     image_layers="linear")
-        model.save_pretrained(config.out / "start")
-        return replace(config, data=replace(config.data, name=name), tune=replace(config.tune, start=config.out / "start"))
+        start = config.out.with_name(f"{config.out.name}-start")
+        model.save_pretrained(start)
+        return replace(config, data=replace(config.data, name=name), tune=replace(config.tune, start=start))
 
     def text(self, codes: Tensor) -> str:
         """What codes (h, w) are in a document."""

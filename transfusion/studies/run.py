@@ -147,10 +147,10 @@ def cost(bench: Bench, arm: Arm, steps: int = 4) -> float:
     """Estimate an arm's seconds for one seed: a few timed training steps, and a tenth of its drawing by what they leave."""
     base, pictures = bench.data.base, bench.pictures(arm)
     with tempfile.TemporaryDirectory() as directory:
-        config = dataclasses.replace(pictures.prepare(arm.config(base, Path(directory), 0)), stop_after=min(steps, base.optim.steps))
+        config = dataclasses.replace(pictures.prepare(arm.config(base, Path(directory) / "run", 0)), stop_after=min(steps, base.optim.steps))
         train(config)
-        seconds = [record["seconds"] for record in read_log(Path(directory) / "log.jsonl")]
-        model = Transfusion.from_pretrained(directory).eval()
+        seconds = [record["seconds"] for record in read_log(config.out / "log.jsonl")]
+        model = Transfusion.from_pretrained(config.out).eval()
     few = asked(bench.data)[:max(1, bench.data.measuring.draws // 10)]
     began = time.perf_counter()
     pictures.draw(model, [bench.data.captions[i] for i in few], bench.data.measuring.steps, bench.data.measuring.guidance, 0)
