@@ -6,7 +6,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = ("tfkernels._library", "tfkernels._launch", "tfkernels.mask", "tfkernels._attention_cpu", "tfkernels._attention_tiles",
-         "tfkernels._attention_rows", "tfkernels._attention_forward", "tfkernels._attention_backward", "tfkernels._attention_decode", "tfkernels.attention", "tfkernels._norm_cpu",
+         "tfkernels._attention_rows", "tfkernels._attention_forward",
+         "tfkernels._attention_backward", "tfkernels._attention_decode", "tfkernels.attention", "tfkernels._norm_cpu",
          "tfkernels._norm_kernels", "tfkernels.norm", "tfkernels.rotary", "tfkernels._philox", "tfkernels._latents", "tfkernels.patchify",
          "tfkernels.embed", "tfkernels.diffusion_loss", "tfkernels._head_loss_kernels", "tfkernels.head_loss", "tfkernels.cross_entropy",
          "tfkernels", "tfkernels.integrations", "transfusion.objective", "transfusion.guidance", "transfusion.sampler", "transfusion.config",

@@ -113,8 +113,8 @@ def attend_row(q_ptr, k_ptr, v_ptr, table_ptr, stride_k_page, stride_ks, stride_
         infinite = tl.maximum(infinite, tl.max((s == float("inf")).to(tl.int32)))
         unknown = tl.max((s != s).to(tl.int32))
         n += N
-    lse = tl.where(seen > 0, tl.where(peak == float("-inf"), LOWEST, peak + tl.log2(total)), float("-inf"))
-    lse = tl.where(infinite > 0, float("inf"), lse)
+    lse = tl.where(tl.abs(peak) < float("inf"), peak + tl.log2(total), peak)
+    lse = tl.where((seen > 0) & (peak == float("-inf")), LOWEST, lse)
     lse = tl.where(unknown > 0, float("nan"), lse)
     out = tl.zeros([D], tl.float32)
     n = first
