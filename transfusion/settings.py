@@ -19,7 +19,7 @@ KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`, both fit; `above` and `below` are ends that do not."""
+    """Numbers from `low` to `high`, both fit; `above` and `below` are ends that do not. NaN and infinity never fit."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -92,7 +92,7 @@ def _misfit(value, hint) -> str | None:
 
 def _number_misfit(value, kind: type, rule: Range) -> str | None:
     right = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-    if right and math.isfinite(value) and value in rule:
+    if right and value in rule:  # NaN and infinities are in no range
         return None
     return " ".join(filter(None, (KINDS[kind], rule.words(), "fits")))
 

@@ -99,6 +99,8 @@ def test_no_number_of_any_settings_may_be_nan_infinite_negative_or_no_number(nam
     ({"warmup": -1}, "op: warmup is -1; a whole number of at least 0 fits"),
     ({"lr": 0.0}, "op: lr is 0.0; a number above 0 fits"),
     ({"free": math.nan}, "op: free is nan; a number fits"),
+    ({"free": -math.inf}, "op: free is -inf; a number fits"),
+    ({"limit": 10**400}, "op: limit is 10*; a number above 1 and at most 2 fits"),
     ({"limit": 1.0}, "op: limit is 1.0; a number above 1 and at most 2 fits"),
     ({"stop": 0}, "op: stop is 0; a whole number of at least 1 or None fits"),
     ({"out": "runs"}, "op: out is 'runs'; a pathlib.Path or None fits"),
