@@ -66,8 +66,8 @@ def test_ours_keeps_less_than_the_reference_where_the_vocabulary_is_large():
     chosen = problem(Case(64, 16, 2000), "cpu", torch.float32)
     kept = {name: saved_bytes(chosen.functions[name], list(chosen.tensors.values())) for name in (OURS, EAGER)}
     assert (
-        kept[OURS] <= 4 * 16 * (64 + 2000) + 8 * 64 < 4 * 64 * 2000 < kept[EAGER]
-    )  # dhidden's rows, dweight and the rows; the logits
+        kept[OURS] <= 4 * 16 * (64 + 2000) + 16 * 64 < 4 * 64 * 2000 < kept[EAGER]
+    )  # dhidden's rows, dweight, the rows and their targets; the logits
 
 
 def test_operations_are_two_for_each_product_of_a_row_a_word_and_a_column():

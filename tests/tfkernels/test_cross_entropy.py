@@ -491,4 +491,4 @@ def test_the_kernel_spills_nothing(vocabulary, gradient, size, architecture):
     launch, stride = launch_config(vocabulary), -(-vocabulary // module.ALIGNMENT) * module.ALIGNMENT
     constants = {"V": vocabulary, "STRIDE": stride, "WEIGHT": gradient, "GRADIENT": gradient, "BLOCK": launch.block_n}
     found = resources(_cross_entropy_rows, constants, launch, architecture=architecture, element_size=size, float32=("row_weight_ptr", "losses_ptr"))
-    assert found.stack_bytes == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
+    assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found

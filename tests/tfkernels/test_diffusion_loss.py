@@ -297,7 +297,7 @@ def test_the_kernels_spill_nothing(name, layout, size, dim, patch, architecture)
     kernel, constants = KERNELS[name]
     constants = {**constants, "LAYOUT": layout, "SEARCH": layout != "latents", "PATCH": patch, **layouts.tile(dim)}
     found = resources(kernel, constants, Config(0, 0, 4, 3), architecture=architecture, element_size=size, float32=PER_IMAGE)
-    assert found.stack_bytes == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
+    assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
 
 
 @pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1: kernels are interpreted functions, which do not compile")
@@ -305,4 +305,4 @@ def test_the_kernels_spill_nothing(name, layout, size, dim, patch, architecture)
 def test_the_sum_over_an_images_rows_spills_nothing(architecture):
     constants = {"SEARCH": True, "WEIGHT": True, "DIM": 16, "BLOCK": BLOCK}
     found = resources(_diffusion_loss_images, constants, Config(0, 0, 4, 3), architecture=architecture, element_size=2, float32=PER_IMAGE)
-    assert found.stack_bytes == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
+    assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found

@@ -352,7 +352,7 @@ def test_the_kernels_that_multiply_spill_nothing(name, size, dim, architecture):
     constants = embed.tiles(table, size, 2048, dim) | {"PRECISION": "ieee"}
     launch = Config(0, 0, constants.pop("num_warps"), constants.pop("num_stages"))
     found = resources(kernel, constants, launch, architecture=architecture, element_size=size, float32=("products_ptr",))
-    assert found.stack_bytes == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
+    assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
     assert size == 4 or found.tensor_core, found
 
 
@@ -363,4 +363,4 @@ def test_the_kernels_that_multiply_spill_nothing(name, size, dim, architecture):
                                                (embed._embed_bwd_images, {"C": 2048, "BLOCK_M": 32, "BLOCK": 64})])
 def test_the_other_kernels_spill_nothing(kernel, constants, architecture):
     found = resources(kernel, constants, Config(0, 0, 4, 3), architecture=architecture, element_size=2)
-    assert found.stack_bytes == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
+    assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found

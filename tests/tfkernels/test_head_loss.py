@@ -405,4 +405,4 @@ def test_the_kernels_spill_nothing(dim, size, architecture):
         flags = dict.fromkeys(("HIDDEN", "SCALE", "WEIGHT", "BASE"), True) | FLAGS[flags]
         found.append(resources(kernels._head_loss_bwd, constants | flags | {"BLOCK_R": launch.block_m, "BLOCK_C": launch.block_n}, launch,
                                architecture=architecture, element_size=size, float32=("k_ptr", "dweight_ptr")))
-    assert all(f.stack_bytes == 0 and f.shared_bytes <= SHARED_LIMIT[architecture] for f in found), found
+    assert all(f.spills == 0 and f.shared_bytes <= SHARED_LIMIT[architecture] for f in found), found

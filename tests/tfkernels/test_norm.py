@@ -442,7 +442,7 @@ def test_the_kernels_spill_nothing(width, size, architecture):
     variants = [(kernel, op) for kernel in ("fwd", "bwd") for op in FLAGS] + [("means", "norm")] * (width > kernels.WIDEST_BACKWARD) + [("images", "norm")]
     for kernel, op in variants:
         found = compiled(kernel, op, width, architecture, size)
-        assert found.stack_bytes == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], (kernel, op, found)
+        assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], (kernel, op, found)
 
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter's blocks are small")

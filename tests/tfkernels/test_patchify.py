@@ -276,4 +276,4 @@ def test_the_kernels_spill_nothing(name, layout, size, dim, patch, architecture)
     kernel, noise = KERNELS[name]
     constants = {"NOISE": noise, "LAYOUT": layout, "SEARCH": layout != "latents", "PATCH": patch, **layouts.tile(dim)}
     found = resources(kernel, constants, Config(0, 0, 4, 3), architecture=architecture, element_size=size)
-    assert found.stack_bytes == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
+    assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found

@@ -93,7 +93,7 @@ def result_of(request):
 @pytest.mark.parametrize("row", ROWS + VARIANTS + DELTA_ROWS, ids=str)
 def test_a_row_spills_nothing_and_fits_shared_memory(row, result_of):
     found = result_of(row)
-    assert found.stack_bytes == 0, found
+    assert found.spills == 0, found
     assert found.shared_bytes <= SHARED_LIMIT[row.architecture], found
     if row.element_size == 2 and row.kernel != "delta":
         held = row.config.block_n if row.kernel == "dkv" else row.config.block_m
@@ -114,7 +114,7 @@ def test_the_small_kernels_spill_nothing(name, architecture):
     kernel, constants = SMALL[name]
     warps = build.WARPS if kernel is build._mask_intervals else 4
     found = resources(kernel, constants, Config(0, 0, warps, 3), architecture=architecture, element_size=2)
-    assert found.stack_bytes == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
+    assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -135,10 +135,10 @@ The kernels around attention are compiled by the tests of their own operators (`
     failures = 0
     with pool() as processes:
         for row, found in zip(rows, processes.map(compiled, rows)):
-            failures += found.stack_bytes > 0 or found.shared_bytes > SHARED_LIMIT[row.architecture]
+            failures += found.spills > 0 or found.shared_bytes > SHARED_LIMIT[row.architecture]
             c, kernel = row.config, " ".join(x for x in (row.kernel, row.variant) if x)
             tile = f"{c.block_m}x{c.block_n}" if c.block_n else f"{c.block_m}"
             multiplies = ", ".join(f"{count} {name}" for name, count in found.tensor_core.items()) or "-"
             print(f"| {row.architecture} | {row.element_size} | {row.head_dim} | {kernel} | {tile} | {c.num_warps} | {c.num_stages} | "
-                  f"{found.registers} | {found.stack_bytes} | {found.shared_bytes / 1024:.1f} | {multiplies} |", flush=True)
+                  f"{found.registers} | {found.spills} | {found.shared_bytes / 1024:.1f} | {multiplies} |", flush=True)
     print(f"\n{failures} of {len(rows)} rows spill or exceed shared memory.")
