@@ -7,7 +7,6 @@ TFLOP/s count the mask's visible pairs and nothing else: 4 * area * H * D forwar
 drawn from N(0, 1), go to every contender, and each contender's output and gradients must pass the tests' accuracy rule against
 float64 in this very run before it is timed.
 """
-import argparse
 import importlib.util
 from pathlib import Path
 from typing import NamedTuple
@@ -19,11 +18,28 @@ from torch.nn.attention import SDPBackend
 from benchmarks import attention_peers as peers
 from benchmarks import mask as mask_benchmark
 from benchmarks.batches import PackedBatch, packed_batch
-from benchmarks.harness import Contender, Report, Result, clocks, environment, measure, peak_tflops
+from benchmarks.harness import (
+    Contender,
+    LeftOut,
+    Report,
+    Result,
+    clocks,
+    environment,
+    make_parser,
+    measure,
+    peak_tflops,
+    present,
+)
+from benchmarks.timing import remark
 from tests.compare import assert_as_accurate
 from tfkernels import TransfusionMask, attention, attention_reference
 
-LENGTHS, HEAD_DIMS, HEADS, IMAGES = (1024, 2048, 4096, 8192, 16384, 32768), (64, 128), ((16, 16), (32, 4)), (256, 64, 1024)
+LENGTHS, HEAD_DIMS, HEADS, IMAGES = (
+    (1024, 2048, 4096, 8192, 16384, 32768),
+    (64, 128),
+    ((16, 16), (32, 4)),
+    (256, 64, 1024),
+)
 OUR_FACTOR, PEER_FACTOR = 2.0, 4.0  # times PyTorch's own error; a peer need only have computed the same function
 CEILINGS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 REFERENCE_BYTES = 2**29
@@ -43,7 +59,11 @@ class Case(NamedTuple):
 def cases(quick: bool = False) -> list[Case]:
     """Every configuration, those of `quick` first: a run that is cut has measured the ones that matter most."""
     grid = [Case(s, d, h, k, n) for n in IMAGES for (h, k) in HEADS for d in reversed(HEAD_DIMS) for s in LENGTHS]
-    first = [c for c in grid if c.image_tokens == 256 and c.seq_len in (1024, 4096, 16384) and (c.heads == c.kv_heads or c.head_dim == 128)]
+    first = [
+        c
+        for c in grid
+        if c.image_tokens == 256 and c.seq_len in (1024, 4096, 16384) and (c.heads == c.kv_heads or c.head_dim == 128)
+    ]
     first.append(Case(16384, 128, 16, 16, 256, hidden=True))
     grid += [Case(s, d, 16, 16, 256, hidden=True) for d in reversed(HEAD_DIMS) for s in LENGTHS[1:]]
     return first if quick else first + [c for c in grid if c not in first]
@@ -58,8 +78,12 @@ def flops(area: int, heads: int, head_dim: int) -> dict[str, float]:
 def random_inputs(case: Case, device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """q, k, v and dout from N(0, 1)."""
     generator = torch.Generator(device).manual_seed(0)
-    sizes = [(1, heads, case.seq_len, case.head_dim) for heads in (case.heads, case.kv_heads, case.kv_heads, case.heads)]
-    q, k, v, dout = (torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(dtype) for size in sizes)
+    sizes = [
+        (1, heads, case.seq_len, case.head_dim) for heads in (case.heads, case.kv_heads, case.kv_heads, case.heads)
+    ]
+    q, k, v, dout = (
+        torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(dtype) for size in sizes
+    )
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout
 
 
@@ -67,13 +91,20 @@ def reference(inputs, mask: TransfusionMask, dtype: torch.dtype) -> tuple[Tensor
     """out, dq, dk, dv of `attention_reference` in `dtype`, by key head and by blocks of rows against the keys they see."""
     q, k, v, dout = (x.detach().to(dtype) for x in inputs)
     group, total = q.shape[1] // k.shape[1], torch.promote_types(dtype, torch.float32)
-    out, dq, dk, dv = torch.zeros_like(q), torch.zeros_like(q), torch.zeros_like(k, dtype=total), torch.zeros_like(v, dtype=total)
+    out, dq, dk, dv = (
+        torch.zeros_like(q),
+        torch.zeros_like(q),
+        torch.zeros_like(k, dtype=total),
+        torch.zeros_like(v, dtype=total),
+    )
     block = max(16, REFERENCE_BYTES // (8 * group * mask.key_len))
     for start in range(0, mask.query_len, block):
         part = mask.queries(start, min(start + block, mask.query_len))
         first, last = part.lo.min().item(), part.hi.max().item()
         sides = (None, None) if mask.rows_exact else (mask.since[:, first:last], mask.until[:, first:last])
-        near = TransfusionMask.from_intervals(part.lo - first, part.hi - first, *sides, key_len=last - first, offset=start)
+        near = TransfusionMask.from_intervals(
+            part.lo - first, part.hi - first, *sides, key_len=last - first, offset=start
+        )
         for head in range(k.shape[1]):
             rows = slice(None), slice(head * group, (head + 1) * group), slice(start, start + part.query_len)
             keys = slice(None), slice(head, head + 1), slice(first, last)
@@ -92,8 +123,11 @@ def checker(inputs, mask: TransfusionMask):
 
     def check(factor):
         def assert_right(state):
-            for name, *values in zip(("out", "dq", "dk", "dv"), (state["out"].detach(), *state["grads"]), rounded, exact):
+            for name, *values in zip(
+                ("out", "dq", "dk", "dv"), (state["out"].detach(), *state["grads"]), rounded, exact
+            ):
                 assert_as_accurate(name, *values, factor=factor)
+
         return assert_right
 
     return check
@@ -106,65 +140,104 @@ def our_contender(make_mask, inputs, check) -> Contender:
 
 def mask_builder(batch: PackedBatch):
     """Return a function that builds the batch's mask from tensors where the batch lives, as a training step does."""
-    spans, hidden = (None if x is None else torch.tensor(x, dtype=torch.int64, device=batch.documents.device).view(1, -1, 2)
-                     for x in (batch.spans, batch.hidden))
+    spans, hidden = (
+        None if x is None else torch.tensor(x, dtype=torch.int64, device=batch.documents.device).view(1, -1, 2)
+        for x in (batch.spans, batch.hidden)
+    )
     return lambda: TransfusionMask.from_spans(spans, batch.documents.shape[1], documents=batch.documents, hidden=hidden)
 
 
-def contenders(case: Case, batch: PackedBatch, inputs) -> tuple[list[Contender], dict[str, str], dict[str, int]]:
-    """Return the contenders, why the others are left out, and each one's area where its mask is another."""
+def contenders(case: Case, batch: PackedBatch, inputs) -> tuple[list[Contender], list[Result], dict[str, int]]:
+    """Return the contenders, the results of those that cannot take part, and areas where the mask is another."""
     make_mask = mask_builder(batch)
     check = checker(inputs, make_mask())
-    chosen, left_out, areas = [our_contender(make_mask, inputs, check(OUR_FACTOR))], {}, {}
+    chosen, areas = [our_contender(make_mask, inputs, check(OUR_FACTOR))], {}
     torch.cuda.empty_cache()
-    dense_bytes, free = 8 * case.seq_len**2, torch.cuda.mem_get_info()[0]  # bool mask, its bf16 bias, and room for a copy of each
-    for name, source, make in (("FlexAttention, create_block_mask", batch, peers.flex),
-                               ("FlexAttention, mask.block_mask()", make_mask, peers.flex_with_our_blocks), ("SDPA, dense mask", batch, peers.sdpa_dense),
-                               ("xformers, dense bias", batch, peers.xformers_dense), ("flash-attn, per segment", batch, peers.flash_segments)):
-        try:
+    dense_bytes, free = (
+        8 * case.seq_len**2,
+        torch.cuda.mem_get_info()[0],
+    )  # bool mask, its bf16 bias, and room for a copy of each
+
+    def maker(name, source, make):
+        def made():
             if "dense" in name and dense_bytes > free:
-                raise MemoryError(f"its mask needs about {dense_bytes} bytes, the device has {free} free")
-            chosen.append(make(source, inputs, check(PEER_FACTOR)))
-        except ModuleNotFoundError as error:
-            left_out[name] = f"not installed: {error}"
-        except Exception as error:
-            left_out[name] = f"{type(error).__name__}: {error}"
+                raise LeftOut(f"its mask needs about {dense_bytes} bytes, the device has {free} free")
+            return make(source, inputs, check(PEER_FACTOR))
+
+        return made
+
+    found, others = present(
+        {
+            name: maker(name, source, make)
+            for name, source, make in (
+                ("FlexAttention, create_block_mask", batch, peers.flex),
+                ("FlexAttention, mask.block_mask()", make_mask, peers.flex_with_our_blocks),
+                ("SDPA, dense mask", batch, peers.sdpa_dense),
+                ("xformers, dense bias", batch, peers.xformers_dense),
+                ("flash-attn, per segment", batch, peers.flash_segments),
+            )
+        }
+    )
+    chosen += found.values()
     if case.image_tokens == IMAGES[0] and not case.hidden:
         causal = TransfusionMask.causal(case.seq_len, device=batch.documents.device)
         check = checker(inputs, causal)
         for backend in CEILINGS:
             chosen.append(peers.sdpa_causal(backend, inputs, check(PEER_FACTOR)))
             areas[chosen[-1].name] = causal.area().item()
-    return chosen, left_out, areas
+    return chosen, others, areas
 
 
 def run_case(case: Case, report: Report, seconds: float) -> None:
-    """Measure one configuration and record a row per contender."""
+    """Measure one configuration, and record and print a row per contender."""
     torch._dynamo.reset()  # every shape compiles anew, so that no limit on recompilation sends a peer to its slow path
-    batch, inputs = packed_batch(case.seq_len, case.image_tokens, device="cuda", hidden=case.hidden), random_inputs(case, "cuda", torch.bfloat16)
+    batch, inputs = (
+        packed_batch(case.seq_len, case.image_tokens, device="cuda", hidden=case.hidden),
+        random_inputs(case, "cuda", torch.bfloat16),
+    )
     area, peak = mask_builder(batch)().area().item(), peak_tflops(report.environment["device"])
-    chosen, left_out, areas = contenders(case, batch, inputs)
-    for result in measure(chosen, device="cuda", seconds=seconds) + [Result(name, error=why) for name, why in left_out.items()]:
+    chosen, others, areas = contenders(case, batch, inputs)
+
+    def record(result: Result) -> dict:
         own_area = areas.get(result.name, area)
         medians = {phase: times["p50"] for phase, times in result.milliseconds.items()}
-        rates = {phase: count / medians[phase] / 1e9 for phase, count in flops(own_area, case.heads, case.head_dim).items() if phase in medians}
-        report.record({**case._asdict(), "dtype": "bfloat16", "area": own_area, "mask": "causal" if result.name in areas else "transfusion"}, result,
-                      sum_ms=sum(medians.values()) if medians else None, tflops=rates or None,
-                      percent_of_peak={phase: 100 * rate / peak for phase, rate in rates.items()} if peak and rates else None)
+        rates = {
+            phase: count / medians[phase] / 1e9
+            for phase, count in flops(own_area, case.heads, case.head_dim).items()
+            if phase in medians
+        }
+        return report.record(
+            {
+                **case._asdict(),
+                "dtype": "bfloat16",
+                "area": own_area,
+                "mask": "causal" if result.name in areas else "transfusion",
+            },
+            result,
+            sum_ms=sum(medians.values()) if medians else None,
+            tflops=rates or None,
+            percent_of_peak={phase: 100 * rate / peak for phase, rate in rates.items()} if peak and rates else None,
+        )
+
+    found = measure(chosen, device="cuda", seconds=seconds, record=record, **report.limits)
+    print(table([record(result) for result in found + others]), flush=True)
 
 
 def table(rows: list[dict]) -> str:
-    """One line per row: milliseconds (p50), TFLOP/s, MiB, or the error."""
+    """One line per row: milliseconds (p50), TFLOP/s, MiB, or the error, or why it was left out."""
     lines = []
     for row in rows:
         image = f"{row['image_tokens']:<4}{' hidden' * row['hidden']}"
         head = f"{row['seq_len']:6} D{row['head_dim']:<3} {row['heads']}:{row['kv_heads']:<2} img {image} {row['contender'][:46]:46}"
-        if row["error"]:
-            lines.append(f"{head} {row['error'].splitlines()[0][:60]}")
+        if not row["milliseconds"]:
+            lines.append(f"{head} {(row['error'] or row['left_out'] or 'no numbers').splitlines()[0][:90]}")
         else:
             p50 = {phase: times["p50"] for phase, times in row["milliseconds"].items()}
-            lines.append(f"{head} build {p50.get('build', 0):7.3f} fwd {p50['forward']:8.3f} bwd {p50['backward']:8.3f} sum {row['sum_ms']:8.3f} ms  "
-                         f"{row['tflops']['forward']:4.0f}/{row['tflops']['backward']:4.0f} TFLOP/s {row['peak_bytes'] / 2**20:7.0f} MiB")
+            lines.append(
+                f"{head} build {p50.get('build', 0):7.3f} fwd {p50['forward']:8.3f} bwd {p50['backward']:8.3f} "
+                f"sum {row['sum_ms']:8.3f} ms  {row['tflops']['forward']:4.0f}/{row['tflops']['backward']:4.0f} "
+                f"TFLOP/s {row['peak_bytes'] / 2**20:7.0f} MiB{remark(row['timing'])}"
+            )
     return "\n".join(lines)
 
 
@@ -173,18 +246,30 @@ def plot(report: Report, out: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         return
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     for dim in HEAD_DIMS:
         figure, axes = pyplot.subplots(2, len(HEADS), figsize=(13, 8), squeeze=False)
         for column, (heads, kv_heads) in enumerate(HEADS):
-            rows = [r for r in report.rows if (r["head_dim"], r["heads"], r["image_tokens"]) == (dim, heads, IMAGES[0]) and not r["hidden"] and r["tflops"]]
+            rows = [
+                r
+                for r in report.rows
+                if (r["head_dim"], r["heads"], r["image_tokens"]) == (dim, heads, IMAGES[0])
+                and not r["hidden"]
+                and r["tflops"]
+            ]
             for axis, phase in zip(axes[:, column], ("forward", "backward")):
                 for name in dict.fromkeys(r["contender"] for r in rows):
                     points = sorted((r["seq_len"], r["tflops"][phase]) for r in rows if r["contender"] == name)
                     axis.plot(*zip(*points), "--" if "another mask" in name else "-", marker="o", label=name)
-                axis.set(xscale="log", xlabel="tokens", ylabel="TFLOP/s over visible pairs", title=f"{phase}, D {dim}, heads {heads}:{kv_heads}")
+                axis.set(
+                    xscale="log",
+                    xlabel="tokens",
+                    ylabel="TFLOP/s over visible pairs",
+                    title=f"{phase}, D {dim}, heads {heads}:{kv_heads}",
+                )
                 axis.set_xscale("log", base=2)
         if axes[0, 0].lines:
             axes[0, 0].legend(fontsize=7)
@@ -195,27 +280,20 @@ def plot(report: Report, out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the grid until it ends or `--seconds` are over; the file is complete after every configuration."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="three lengths, images of 256 tokens")
+    """Run the grid until it ends or `--seconds` are over; the file is complete after every row."""
+    parser = make_parser(__doc__.splitlines()[0], "three lengths, images of 256 tokens")
     parser.add_argument("--cpu", action="store_true", help="measure what needs no CUDA device")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no configuration after this many seconds")
-    parser.add_argument("--commit", help="the commit being measured, where there is no git")
     options = parser.parse_args(arguments)
     if options.cpu:
         return mask_benchmark.run(options.out, quick=options.quick, commit=options.commit)
     if not torch.cuda.is_available():
         print("benchmarks.attention: no CUDA device; pass --cpu for what can be measured without one")
         return 1
-    settings = {"quick": options.quick, "timing": "CUDA events, interleaved, L2 flushed before each phase"}
+    settings = {"quick": options.quick, "timing": "interleaved, L2 flushed before each phase"}
     report, path = Report("attention", settings, environment("cuda", options.commit)), options.out / "attention.json"
+    report.obey(options)
 
-    def measure_case(case):
-        run_case(case, report, seconds=1.0)
-        print(table([row for row in report.rows if all(row[key] == value for key, value in case._asdict().items())]), flush=True)
-
-    status = report.run(cases(options.quick), measure_case, path, options.seconds)
+    status = report.run(cases(options.quick), lambda case: run_case(case, report, seconds=1.0), path, options.seconds)
     report.environment["clocks_after"] = clocks()
     report.save(path)
     plot(report, options.out)

@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.batches import PackedBatch, dense_definition
-from benchmarks.harness import Contender
+from benchmarks.harness import Contender, LeftOut
 
 
 def contender(name, inputs, check, forward, build=None) -> Contender:
@@ -73,7 +73,12 @@ def _flex_forward():
 
 def xformers_dense(batch: PackedBatch, inputs, check) -> Contender:
     """xformers' memory-efficient attention with the dense additive bias; it has no form of this mask without one."""
+    from xformers import _cpp_lib
     from xformers.ops import memory_efficient_attention
+
+    broken = getattr(_cpp_lib, "_cpp_library_load_exception", None)
+    if broken is not None:
+        raise LeftOut(f"its compiled part does not load, what it runs then is PyTorch's: {broken}")
 
     q = inputs[0]
 
@@ -92,7 +97,7 @@ def flash_segments(batch: PackedBatch, inputs, check) -> Contender:
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     if batch.hidden is not None:
-        raise ValueError("hidden images would need a copy of the other keys for each segment")
+        raise LeftOut("hidden images would need a copy of the other keys for each segment")
     counts = torch.bincount(batch.documents[0].long())
     ends = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
     starts, longest, documents = ends.tolist(), counts.max().item(), batch.documents[0].tolist()

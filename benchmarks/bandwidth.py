@@ -10,10 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Contender, Report, measure, run_command
+from benchmarks.harness import Contender, Report, Result, measure, run_command
+from benchmarks.timing import remark
 from tests.compare import assert_as_accurate
 
-OURS, EAGER, COMPILED = "tfkernels", "reference, eager", "reference, torch.compile"
+OURS, EAGER, COMPILED, COPY = "tfkernels", "reference, eager", "reference, torch.compile", "device copy"
 OUR_FACTOR, PEER_FACTOR = 2.0, 4.0
 
 
@@ -25,12 +26,21 @@ class Problem(NamedTuple):
     moved: dict[str, int]                # bytes that must move, by phase
     functions: dict[str, Callable]       # OURS, EAGER, ... in the order of the report
     terms: dict[str, Tensor] | None = None  # of outputs and gradients ("d" + name) that are sums which cancel: see tests.compare
+    others: list[Result] | None = None      # of peers that cannot take part
+    exact: Callable | None = (
+        None  # of inputs and arriving in float64: what `results` gives, where the reference at once would not fit
+    )
 
 
-def functions(ours: Callable, reference: Callable, *, compiled: bool, **peers: Callable | None) -> dict[str, Callable]:
-    """Return ours, the reference in eager PyTorch and under torch.compile, and the peers that are there, by name."""
-    found = {OURS: ours, EAGER: reference} | ({COMPILED: torch.compile(reference, dynamic=False)} if compiled else {})
-    return found | {name.replace("_", "-"): peer for name, peer in peers.items() if peer is not None}
+def functions(
+    ours: Callable, reference: Callable, *, compiled: bool, peers: dict[str, Callable] | None = None
+) -> dict[str, Callable]:
+    """Return ours, the reference in eager PyTorch and under torch.compile, and the peers, by name."""
+    return (
+        {OURS: ours, EAGER: reference}
+        | ({COMPILED: torch.compile(reference, dynamic=False)} if compiled else {})
+        | (peers or {})
+    )
 
 
 def results(function: Callable, inputs: list[Tensor], arriving: list[Tensor]) -> list[Tensor]:
@@ -44,7 +54,9 @@ def contenders(problem: Problem) -> list[Contender]:
     tensors, arriving = list(problem.tensors.values()), list(problem.arriving.values())
     reference = problem.functions[EAGER]
     rounded = results(reference, tensors, arriving)
-    exact = [x.cpu() for x in results(reference, [x.detach().double().requires_grad_() for x in tensors], [g.double() for g in arriving])]
+    wide = [x.detach().double().requires_grad_() for x in tensors], [g.double() for g in arriving]
+    exact = [x.cpu() for x in (problem.exact(*wide) if problem.exact else results(reference, *wide))]
+    del wide
     names = *problem.arriving, *(f"d{name}" for name in problem.tensors)
 
     def contender(name, function):
@@ -55,9 +67,17 @@ def contenders(problem: Problem) -> list[Contender]:
             state["grads"] = torch.autograd.grad(state["outputs"], tensors, arriving)
 
         def check(state):
-            for label, actual, theirs, truth in zip(names, (*state["outputs"], *state["grads"]), rounded, exact, strict=True):
-                assert_as_accurate(label, actual.detach(), theirs, truth.to(actual.device), (problem.terms or {}).get(label),
-                                   factor=OUR_FACTOR if name == OURS else PEER_FACTOR)
+            for label, actual, theirs, truth in zip(
+                names, (*state["outputs"], *state["grads"]), rounded, exact, strict=True
+            ):
+                assert_as_accurate(
+                    label,
+                    actual.detach(),
+                    theirs,
+                    truth.to(actual.device),
+                    (problem.terms or {}).get(label),
+                    factor=OUR_FACTOR if name == OURS else PEER_FACTOR,
+                )
 
         return Contender(name, {"forward": forward, "backward": backward}, check)
 
@@ -72,7 +92,7 @@ def copy_contender(size: int, device: str) -> Contender:
     def check(state):
         assert torch.equal(source, target)
 
-    return Contender("device copy", {"forward": lambda state: target.copy_(source)}, check)
+    return Contender(COPY, {"forward": lambda state: target.copy_(source)}, check)
 
 
 def saved_bytes(function: Callable, tensors: list[Tensor]) -> int:
@@ -91,27 +111,71 @@ def saved_bytes(function: Callable, tensors: list[Tensor]) -> int:
 
 def run_problem(problem: Problem, configuration: dict, report: Report, device: str, seconds: float = 0.5) -> None:
     """Measure one problem, and record and print a row per contender."""
-    found = measure([copy_contender(problem.moved["forward"], device), *contenders(problem)], device=device, seconds=seconds)
-    copy = found[0].milliseconds.get("forward")
-    roof = problem.moved["forward"] / copy["p50"] / 1e6 if copy else None
-    for result in found:
-        rates = {phase: problem.moved[phase] / times["p50"] / 1e6 for phase, times in result.milliseconds.items()}
-        saved = saved_bytes(problem.functions[result.name], list(problem.tensors.values())) if result.name in problem.functions and result.checked else None
-        row = report.record({**configuration, "bytes": problem.moved}, result, gb_per_s=rates or None, saved_bytes=saved,
-                            percent_of_copy={phase: 100 * rate / roof for phase, rate in rates.items()} if rates and roof else None)
-        numbers = [f"{phase} {result.milliseconds[phase]['p50']:8.4f} ms {rate:6.0f} GB/s" for phase, rate in rates.items()]
-        numbers += [f"{name} {size / 2**20:.1f} MiB" for name, size in (("peak", result.peak_bytes), ("saved", saved)) if size is not None]
-        label = " ".join(f"{key} {value}" for key, value in configuration.items())
-        print(f"{label:56} {result.name:24} " + (row["error"] or ", ".join(numbers)), flush=True)
+    torch._dynamo.reset()  # every case compiles anew: no limit on recompilation sends the compiled one to its slow path
+    label, saved, roof = " ".join(f"{key} {value}" for key, value in configuration.items()), {}, None
+
+    def record(result: Result) -> dict:
+        nonlocal roof
+        medians = {phase: times["p50"] for phase, times in result.milliseconds.items()}
+        rates = {phase: problem.moved[phase] / median / 1e6 for phase, median in medians.items()}
+        if result.name == COPY and rates:
+            roof = rates["forward"]
+        if result.checked and result.name in problem.functions and result.name not in saved:
+            saved[result.name] = saved_bytes(problem.functions[result.name], list(problem.tensors.values()))
+        return report.record(
+            {**configuration, "bytes": problem.moved},
+            result,
+            gb_per_s=rates or None,
+            saved_bytes=saved.get(result.name) if result.checked else None,
+            percent_of_copy={phase: 100 * rate / roof for phase, rate in rates.items()} if rates and roof else None,
+        )
+
+    found = measure(
+        [copy_contender(problem.moved["forward"], device), *contenders(problem)],
+        device=device,
+        seconds=seconds,
+        record=record,
+        **report.limits,
+    )
+    for row in map(record, found + (problem.others or [])):
+        numbers = [
+            f"{phase} {times['p50']:8.4f} ms {row['gb_per_s'][phase]:6.0f} GB/s"
+            for phase, times in row["milliseconds"].items()
+        ]
+        numbers += [
+            f"{name} {row[key] / 2**20:.1f} MiB"
+            for name, key in (("peak", "peak_bytes"), ("saved", "saved_bytes"))
+            if row[key] is not None
+        ]
+        said = row["error"] or row["left_out"] or ", ".join(numbers) + remark(row["timing"])
+        print(f"{label:56} {row['contender']:24} {said}", flush=True)
 
 
-def run_benchmark(name: str, description: str, settings: dict, cases: Callable[[bool], Iterable], cpu_cases: Iterable,
-                  problem: Callable[[NamedTuple, str, torch.dtype], Problem], arguments: list[str] | None) -> int:
+def run_benchmark(
+    name: str,
+    description: str,
+    settings: dict,
+    cases: Callable[[bool], Iterable],
+    cpu_cases: Iterable,
+    problem: Callable[[NamedTuple, str, torch.dtype], Problem],
+    arguments: list[str] | None,
+) -> int:
     """Command line of a benchmark whose cases are problems of this module."""
-    def measure_case(case, report, device):
-        run_problem(problem(case, device, torch.bfloat16 if device == "cuda" else torch.float32), case._asdict(), report, device)
 
-    return run_command(name, description, {**settings, "timing": "interleaved, L2 flushed on CUDA"}, cases, cpu_cases, measure_case, arguments)
+    def measure_case(case, report, device):
+        run_problem(
+            problem(case, device, torch.bfloat16 if device == "cuda" else torch.float32), case._asdict(), report, device
+        )
+
+    return run_command(
+        name,
+        description,
+        {**settings, "timing": "interleaved, L2 flushed on CUDA"},
+        cases,
+        cpu_cases,
+        measure_case,
+        arguments,
+    )
 
 
 def _tuple(outputs) -> tuple[Tensor, ...]:

@@ -15,8 +15,11 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.bandwidth import Problem, contenders, functions, saved_bytes
-from benchmarks.harness import Contender, Report, measure, peak_tflops, run_command
+from benchmarks.harness import Contender, LeftOut, Report, Result, measure, peak_tflops, present, run_command
+from benchmarks.timing import remark
 from tfkernels import linear_cross_entropy, linear_cross_entropy_reference
+
+EXACT_ROWS = 2048
 
 
 class Case(NamedTuple):
@@ -50,40 +53,73 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
     tensors["weight"] /= case.width**0.5
     tensors = {n: x.to(dtype).requires_grad_() for n, x in tensors.items()}
     arriving = {"loss": torch.full((), 1 / case.rows, device=device)}
-    return Problem(tensors, arriving, {}, functions(
-        lambda hidden, weight: linear_cross_entropy(hidden, weight, targets, rows).loss,
-        lambda hidden, weight: linear_cross_entropy_reference(hidden, weight, targets, rows).loss,
-        compiled=device == "cuda", torch_chunked=_torch(targets, rows), **(_triton_peers(targets, rows) if device == "cuda" else {})))
+    makers = {"torch-chunked": lambda: _torch(targets, rows)}
+    if device == "cuda":
+        makers |= {"liger-kernel": lambda: _liger(targets, rows)} | {
+            f"cut-cross-entropy-{impl.replace('_', '-')}": functools.partial(_cut, targets, rows, impl)
+            for impl in ("cce", "cce_exact")
+        }
+    peers, others = present(makers)
+    return Problem(
+        tensors,
+        arriving,
+        {},
+        functions(
+            lambda hidden, weight: linear_cross_entropy(hidden, weight, targets, rows).loss,
+            lambda hidden, weight: linear_cross_entropy_reference(hidden, weight, targets, rows).loss,
+            compiled=device == "cuda",
+            peers=peers,
+        ),
+        others=others,
+        exact=functools.partial(_exact, targets, rows),
+    )
+
+
+def _exact(targets, rows, inputs, arriving):
+    """Loss and gradients by EXACT_ROWS rows: all logits in float64 can be more than a device holds."""
+    loss, gradients = torch.zeros_like(arriving[0]), [torch.zeros_like(x) for x in inputs]
+    for some in zip(targets.split(EXACT_ROWS), rows.split(EXACT_ROWS)):
+        part = linear_cross_entropy_reference(*inputs, *some).loss
+        loss += part.detach()
+        for total, gradient in zip(gradients, torch.autograd.grad(part, inputs, arriving)):
+            total += gradient
+    return [loss, *gradients]
 
 
 def _torch(targets, rows):
-    """PyTorch's own operator in chunks; None before 2.13."""
+    """PyTorch's own operator in chunks."""
     operator = getattr(torch.nn.functional, "linear_cross_entropy", None)
     if operator is None:
-        return None
+        raise LeftOut(f"torch {torch.__version__} has no linear_cross_entropy; 2.13 has")
     options = torch.nn.LinearCrossEntropyOptions()
     return lambda hidden, weight: operator(hidden[rows], weight, targets, reduction="sum", options=options).float()
 
 
-def _triton_peers(targets, rows) -> dict:
-    """liger-kernel and cut-cross-entropy, where they are installed, by name."""
-    found = {}
-    try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
-    except ImportError:
-        pass
-    else:
-        options = None, None, -100, 0.0, 0.0, "sum", None, False, torch.float32  # from the bias to the dtype that weight's gradient is summed in
-        found["liger_kernel"] = lambda hidden, weight: Liger.apply(hidden[rows], weight, targets, *options)[0].float()
-    try:
-        from cut_cross_entropy import linear_cross_entropy as cut
-    except ImportError:
-        pass
-    else:
-        for impl in ("cce", "cce_exact"):
-            call = functools.partial(cut, targets=targets, reduction="sum", impl=impl)
-            found[f"cut_cross_entropy_{impl}"] = lambda hidden, weight, call=call: call(hidden[rows], weight).float()
-    return found
+def _liger(targets, rows):
+    """liger-kernel's fused linear cross-entropy."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
+
+    options = (
+        None,
+        None,
+        -100,
+        0.0,
+        0.0,
+        "sum",
+        None,
+        False,
+        torch.float32,
+    )  # from the bias to the dtype that weight's gradient is summed in
+    return lambda hidden, weight: Liger.apply(hidden[rows], weight, targets, *options)[0].float()
+
+
+def _cut(targets, rows, impl):
+    """cut-cross-entropy, with its gradient filter or, exact, without."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda hidden, weight: linear_cross_entropy(
+        hidden[rows], weight, targets, reduction="sum", impl=impl
+    ).float()
 
 
 def with_evaluation(contender: Contender, function, tensors: list) -> Contender:
@@ -99,27 +135,60 @@ def with_evaluation(contender: Contender, function, tensors: list) -> Contender:
 
 def run_case(case: Case, report: Report, device: str, dtype: torch.dtype, seconds: float = 0.5) -> None:
     """Measure one case, and record and print a row per contender."""
+    torch._dynamo.reset()  # as benchmarks.bandwidth does
     chosen, count = problem(case, device, dtype), operations(case)
     tensors = list(chosen.tensors.values())
     peak = peak_tflops(torch.cuda.get_device_name()) if device == "cuda" else None
-    for result in measure([with_evaluation(c, chosen.functions[c.name], tensors) for c in contenders(chosen)], device=device, seconds=seconds):
+    saved = {}
+
+    def record(result: Result) -> dict:
         times = {phase: found["p50"] for phase, found in result.milliseconds.items()}
-        rates = {"evaluation": count["evaluation"] / times["evaluation"] / 1e9,
-                 "training": count["training"] / (times["forward"] + times["backward"]) / 1e9} if times else None
-        saved = saved_bytes(chosen.functions[result.name], tensors) if result.checked else None
-        row = report.record({**case._asdict(), "operations": count}, result, tflops=rates, saved_bytes=saved,
-                            percent_of_peak={name: 100 * rate / peak for name, rate in rates.items()} if rates and peak else None)
-        numbers = [f"{phase} {time:8.3f} ms" for phase, time in times.items()]
-        numbers += [f"{name} {rate:5.2f} TFLOP/s" for name, rate in (rates or {}).items()]
-        numbers += [f"{name} {size / 2**20:.1f} MiB" for name, size in (("peak", result.peak_bytes), ("saved", saved)) if size is not None]
+        rates = (
+            {
+                "evaluation": count["evaluation"] / times["evaluation"] / 1e9,
+                "training": count["training"] / (times["forward"] + times["backward"]) / 1e9,
+            }
+            if times
+            else None
+        )
+        if result.checked and result.name not in saved:
+            saved[result.name] = saved_bytes(chosen.functions[result.name], tensors)
+        return report.record(
+            {**case._asdict(), "operations": count},
+            result,
+            tflops=rates,
+            saved_bytes=saved.get(result.name) if result.checked else None,
+            percent_of_peak={name: 100 * rate / peak for name, rate in rates.items()} if rates and peak else None,
+        )
+
+    competing = [with_evaluation(c, chosen.functions[c.name], tensors) for c in contenders(chosen)]
+    found = measure(competing, device=device, seconds=seconds, record=record, **report.limits)
+    for row in map(record, found + (chosen.others or [])):
+        numbers = [f"{phase} {times['p50']:8.3f} ms" for phase, times in row["milliseconds"].items()]
+        numbers += [f"{name} {rate:5.2f} TFLOP/s" for name, rate in (row["tflops"] or {}).items()]
+        numbers += [
+            f"{name} {row[key] / 2**20:.1f} MiB"
+            for name, key in (("peak", "peak_bytes"), ("saved", "saved_bytes"))
+            if row[key] is not None
+        ]
         label = f"rows {case.rows:5} width {case.width:4} words {case.vocabulary:6}"
-        print(f"{label} {result.name:27} " + (row["error"] or ", ".join(numbers)), flush=True)
+        said = row["error"] or row["left_out"] or ", ".join(numbers) + remark(row["timing"])
+        print(f"{label} {row['contender']:27} {said}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
-    return run_command("cross_entropy", __doc__.splitlines()[0], {"timing": "interleaved, L2 flushed on CUDA"}, cases, [Case(512, 128, 500)],
-                       lambda case, report, device: run_case(case, report, device, torch.bfloat16 if device == "cuda" else torch.float32), arguments)
+    return run_command(
+        "cross_entropy",
+        __doc__.splitlines()[0],
+        {"timing": "interleaved, L2 flushed on CUDA"},
+        cases,
+        [Case(512, 128, 500)],
+        lambda case, report, device: run_case(
+            case, report, device, torch.bfloat16 if device == "cuda" else torch.float32
+        ),
+        arguments,
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.harness import Contender, Report, measure, run_command
+from benchmarks.harness import Contender, Report, Result, measure, run_command
+from benchmarks.timing import remark
 from tests.compare import assert_as_accurate
 from tfkernels import TransfusionMask, attention, attention_reference, paged_attention
 
@@ -106,17 +107,36 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, dtype: to
 def run_case(case: Case, report: Report, device: str, seconds: float) -> None:
     """Measure one configuration and record a row per contender."""
     chosen, count = contenders(case, device, torch.bfloat16 if device == "cuda" else torch.float32)
-    for result in measure(chosen, device=device, seconds=seconds):
+
+    def record(result: Result) -> dict:
         times = result.milliseconds.get("forward")
-        row = report.record({**case._asdict(), "kv_bytes": count}, result, gb_per_s=count / times["p50"] / 1e6 if times else None)
-        print(f"batch {case.batch} queries {case.query_len:3} cached {case.cached:6} heads {case.heads}:{case.kv_heads:<2} {result.name:20} "
-              + (row["error"] or f"{times['p50']:8.4f} ms {row['gb_per_s']:7.0f} GB/s, mask {result.milliseconds['build']['p50']:.4f} ms"), flush=True)
+        return report.record(
+            {**case._asdict(), "kv_bytes": count}, result, gb_per_s=count / times["p50"] / 1e6 if times else None
+        )
+
+    for row in map(record, measure(chosen, device=device, seconds=seconds, record=record, **report.limits)):
+        times = {phase: found["p50"] for phase, found in row["milliseconds"].items()}
+        numbers = (
+            f"{times['forward']:8.4f} ms {row['gb_per_s']:7.0f} GB/s, mask {times['build']:.4f} ms" if times else ""
+        )
+        print(
+            f"batch {case.batch} queries {case.query_len:3} cached {case.cached:6} "
+            f"heads {case.heads}:{case.kv_heads:<2} {row['contender']:20} {row['error'] or row['left_out'] or numbers + remark(row['timing'])}",
+            flush=True,
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
-    return run_command("decode", __doc__.splitlines()[0], {"page_size": PAGE, "timing": "interleaved, L2 flushed on CUDA"}, cases,
-                       [Case(2, n, 1024, 8, 2, 64) for n in (1, 16, 64)], lambda case, report, device: run_case(case, report, device, seconds=0.5), arguments)
+    return run_command(
+        "decode",
+        __doc__.splitlines()[0],
+        {"page_size": PAGE, "timing": "interleaved, L2 flushed on CUDA"},
+        cases,
+        [Case(2, n, 1024, 8, 2, 64) for n in (1, 16, 64)],
+        lambda case, report, device: run_case(case, report, device, seconds=0.5),
+        arguments,
+    )
 
 
 if __name__ == "__main__":

@@ -123,7 +123,13 @@ def run(out: Path, *, quick: bool = False, commit: str | None = None, lengths=LE
         torch._dynamo.reset()
         batch = packed_batch(seq_len, image_tokens)
         ways = contenders(batch, compiled=not quick)
-        for result in measure([contender for contender, _ in ways.values()], device="cpu", seconds=2, warmup=1):
+
+        def record(result, seq_len=seq_len):
+            report.record({"seq_len": seq_len}, result)
+            report.save(path)
+
+        chosen = [contender for contender, _ in ways.values()]
+        for result in measure(chosen, device="cpu", seconds=2, warmup=1, record=record):
             build, found = ways[result.name][1], {}
             if result.checked:
                 found["bytes"] = mask_bytes(build())

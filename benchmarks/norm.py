@@ -12,6 +12,7 @@ import torch
 
 import tfkernels
 from benchmarks.bandwidth import Problem, functions, run_benchmark
+from benchmarks.harness import present
 
 IMAGE = 256
 ARGUMENTS = {
@@ -52,29 +53,45 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
     arriving = {name: torch.randn(case.tokens, case.width, generator=generator, device=device).to(dtype) for name in outputs}
     size = case.tokens * case.width * torch.empty(0, dtype=dtype).element_size()
     ours, reference = (getattr(tfkernels, f"{case.op}{suffix}") for suffix in ("", "_reference"))
-    return Problem(tensors, arriving, dict(zip(("forward", "backward"), (n * size for n in MOVED[case.op]))), functions(
-        lambda *tensors: ours(*tensors, index), lambda *tensors: reference(*tensors, index), compiled=device == "cuda", liger_kernel=_liger(case)))
+    peers, others = present({} if case.text or case.op != "modulated_rms_norm" else {"liger-kernel": _liger})
+    return Problem(
+        tensors,
+        arriving,
+        dict(zip(("forward", "backward"), (n * size for n in MOVED[case.op]))),
+        functions(
+            lambda *tensors: ours(*tensors, index),
+            lambda *tensors: reference(*tensors, index),
+            compiled=device == "cuda",
+            peers=peers,
+        ),
+        others=others,
+    )
 
 
-def _liger(case: Case):
-    """liger-kernel's modulated RMS norm, for rows of images alone; None where it is not installed or has none."""
-    if case.text or case.op != "modulated_rms_norm":
-        return None
-    try:
-        from liger_kernel.ops.modulated_rms_norm import LigerModulatedRMSNormFunction
-    except ImportError:
-        return None
+def _liger():
+    """liger-kernel's modulated RMS norm, for rows of images alone."""
+    from liger_kernel.ops.modulated_rms_norm import LigerModulatedRMSNormFunction
 
     def function(x, weight, scale, shift):
         in_place = False  # in place, backward would overwrite dy, which the next round needs
-        return LigerModulatedRMSNormFunction.apply(x.unflatten(0, (-1, IMAGE)), weight, scale, shift, 1e-6, 0.0, "llama", in_place).flatten(0, 1)
+        return LigerModulatedRMSNormFunction.apply(
+            x.unflatten(0, (-1, IMAGE)), weight, scale, shift, 1e-6, 0.0, "llama", in_place
+        ).flatten(0, 1)
 
     return function
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
-    return run_benchmark("norm", __doc__.splitlines()[0], {"image_tokens": IMAGE}, cases, [Case(op, 1024, 256) for op in ARGUMENTS], problem, arguments)
+    return run_benchmark(
+        "norm",
+        __doc__.splitlines()[0],
+        {"image_tokens": IMAGE},
+        cases,
+        [Case(op, 1024, 256) for op in ARGUMENTS],
+        problem,
+        arguments,
+    )
 
 
 if __name__ == "__main__":

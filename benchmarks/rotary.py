@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.bandwidth import Problem, functions, run_benchmark
+from benchmarks.harness import present
 from tfkernels import qk_norm_rotary, qk_norm_rotary_reference, rotary_table
 
 DOCUMENT = 1024
@@ -48,10 +49,17 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
 
     q, k, dq, dk = (random(1, case.tokens, n, case.dim).transpose(1, 2) for n in (case.heads, case.kv_heads) * 2)
     tensors = {"q": q, "k": k} | ({n: random(case.dim) for n in ("q_weight", "k_weight")} if case.op == "qk_norm_rotary" else {})
+    peers, others = present({"liger-kernel": lambda: _liger(table)} if case.op == "rotary" and device == "cuda" else {})
     size = case.tokens * (case.heads + case.kv_heads) * case.dim * q.element_size()
-    return Problem({n: x.requires_grad_() for n, x in tensors.items()}, {"q": dq, "k": dk},
-                   dict(zip(("forward", "backward"), (n * size for n in MOVED[case.op]))), functions(
-        _of(qk_norm_rotary, table), _of(qk_norm_rotary_reference, table), compiled=device == "cuda", liger_kernel=_liger(case, table, device)))
+    return Problem(
+        {n: x.requires_grad_() for n, x in tensors.items()},
+        {"q": dq, "k": dk},
+        dict(zip(("forward", "backward"), (n * size for n in MOVED[case.op]))),
+        functions(
+            _of(qk_norm_rotary, table), _of(qk_norm_rotary_reference, table), compiled=device == "cuda", peers=peers
+        ),
+        others=others,
+    )
 
 
 def _of(function, table):
@@ -72,14 +80,10 @@ class _Copied(torch.autograd.Function):
         return dout.clone() if ctx.backward else dout, None
 
 
-def _liger(case: Case, table: tuple, device: str):
-    """liger-kernel's rotary embedding, which has no norm; None where it is not installed or there is no GPU."""
-    if case.op != "rotary" or device != "cuda":
-        return None
-    try:
-        from liger_kernel.ops.rope import LigerRopeFunction
-    except ImportError:
-        return None
+def _liger(table: tuple):
+    """liger-kernel's rotary embedding, which has no norm."""
+    from liger_kernel.ops.rope import LigerRopeFunction
+
     twice = [torch.cat([x, x], -1) for x in table]
 
     def function(q, k):
@@ -91,8 +95,15 @@ def _liger(case: Case, table: tuple, device: str):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
-    return run_benchmark("rotary", __doc__.splitlines()[0], {"document_tokens": DOCUMENT}, cases, [Case(op, 256, 4, 2, 64) for op in MOVED], problem,
-                         arguments)
+    return run_benchmark(
+        "rotary",
+        __doc__.splitlines()[0],
+        {"document_tokens": DOCUMENT},
+        cases,
+        [Case(op, 256, 4, 2, 64) for op in MOVED],
+        problem,
+        arguments,
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""pytest-benchmark entry: `pytest benchmarks --benchmark-enable`; small on a CPU, one real size on CUDA."""
+"""pytest-benchmark entry: `pytest benchmarks --benchmark-enable`; small on a CPU, one real size on CUDA.
+
+Wall time until the device is done, the host's included; `python -m benchmarks.attention` tells the two apart.
+"""
 import pytest
 import torch
 

@@ -9,7 +9,9 @@ and depth, which has parameters that ours has not and reads a row as one documen
 is timed, its loss and all its gradients together pass the tests' accuracy rule against a float32 step (float64 on a CPU); of transfusion-pytorch,
 whose loss is another, only that loss and gradients are finite. Utilisation counts three times the forward's matrix products (visible pairs,
 logits of text targets alone) against the device's dense bf16 peak; memory is weights, moments and what the step needs at most.
+A step is timed as a user waits for it: its phases one behind the other, the host's time included.
 """
+
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,8 +19,16 @@ import torch
 from transformers import LlamaConfig
 
 import tfkernels.integrations.transformers as integration
-from benchmarks.harness import Contender, Report, Result, measure, peak_tflops, run_command
-from benchmarks.model_peers import block_mask, dense_mask, peer_samples, plain_loss, randomize, training_sequence, transfusion_pytorch
+from benchmarks.harness import Contender, Report, Result, measure, peak_tflops, present, run_command
+from benchmarks.model_peers import (
+    block_mask,
+    dense_mask,
+    peer_samples,
+    plain_loss,
+    randomize,
+    training_sequence,
+    transfusion_pytorch,
+)
 from tfkernels.patchify import noise_reference
 from transfusion.config import TransfusionConfig
 from transfusion.model import Transfusion
@@ -26,10 +36,16 @@ from transfusion.presets import PAPER, paper
 from transfusion.sequence import Sequence
 from transfusion.studies.measure import flops
 
-OURS, COMPILED, DENSE, FLEX, PEER = "tfkernels", "tfkernels, torch.compile", "SDPA, dense mask", "FlexAttention, block mask", "transfusion-pytorch"
+OURS, COMPILED, DENSE, FLEX, PEER = (
+    "tfkernels",
+    "tfkernels, torch.compile",
+    "SDPA, dense mask",
+    "FlexAttention, block mask",
+    "transfusion-pytorch",
+)
 OUR_FACTOR, PEER_FACTOR = 2.0, 4.0
 ROUNDING = 1e-6  # of a float32 loss
-SEED = (5, 7)    # of our noise
+SEED = (5, 7)  # of our noise
 
 
 class Case(NamedTuple):
@@ -50,10 +66,24 @@ def configuration(case: Case) -> TransfusionConfig:
     """The paper's model, or "tiny", which a CPU can time."""
     if case.size in PAPER:
         return paper(case.size)
-    text_config = LlamaConfig(vocab_size=258, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-                              max_position_embeddings=4096)
-    return TransfusionConfig(text_config=text_config, image_channels=8, image_size=(16, 16), image_layers="linear", objective="eps", boi_token_id=256,
-                             eoi_token_id=257)
+    text_config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+    )
+    return TransfusionConfig(
+        text_config=text_config,
+        image_channels=8,
+        image_size=(16, 16),
+        image_layers="linear",
+        objective="eps",
+        boi_token_id=256,
+        eoi_token_id=257,
+    )
 
 
 class Step:
@@ -75,7 +105,9 @@ class Step:
 
     def contender(self, name: str, check) -> Contender:
         """The step by name."""
-        return Contender(name, {"forward": self.forward, "backward": self.backward, "optimizer": self.update}, check)
+        return Contender(
+            name, {"forward": self.forward, "backward": self.backward, "optimizer": self.update}, check, wall=True
+        )
 
 
 def distance(model: torch.nn.Module, loss, exact: tuple[float, list], device: str) -> tuple[float, float]:
@@ -100,7 +132,9 @@ def exact_step(model: Transfusion, loss, wide: torch.dtype) -> tuple[float, list
     return value.item(), list(gradients)
 
 
-def losses(model: Transfusion, sequence: Sequence, device: str, eps: torch.Tensor | None = None) -> dict[str, Callable[[], torch.Tensor]]:
+def losses(
+    model: Transfusion, sequence: Sequence, device: str, eps: torch.Tensor | None = None
+) -> dict[str, Callable[[], torch.Tensor]]:
     """The loss of a batch by everything that runs on one set of weights; the plain ones draw their noise where `eps` is not given."""
     times, seed = torch.linspace(0.05, 0.95, sequence.image_count, device=device), torch.tensor(SEED, device=device)
 
@@ -128,16 +162,23 @@ def contenders(case: Case, device: str) -> tuple[list[Contender], Transfusion]:
     timed = losses(model, training_sequence(config, case.rows, case.seq_len).to(device), device)
 
     sequence = training_sequence(config, 1, min(case.seq_len, 1024), seed=1).to(device)
-    eps = noise_reference(torch.tensor(SEED, device=device), sequence.layout.offsets, sequence.image_count, *sequence.patches.shape)[1]
+    eps = noise_reference(
+        torch.tensor(SEED, device=device), sequence.layout.offsets, sequence.image_count, *sequence.patches.shape
+    )[1]
     checked, wide = losses(model, sequence, device, eps), torch.float32 if device == "cuda" else torch.float64
     exact = exact_step(model, checked[DENSE], wide)
     allowed = distance(model, checked[DENSE], exact, device)
 
     def check(name):
         def assert_right(state):
-            for what, error, bound in zip(("loss", "gradients"), distance(model, checked[name], exact, device), allowed):
+            for what, error, bound in zip(
+                ("loss", "gradients"), distance(model, checked[name], exact, device), allowed
+            ):
                 factor = OUR_FACTOR if name in (OURS, COMPILED) else PEER_FACTOR
-                assert error <= factor * bound + ROUNDING, f"{what}: relative error {error:.2e}, plain PyTorch's {bound:.2e}"
+                assert error <= factor * bound + ROUNDING, (
+                    f"{what}: relative error {error:.2e}, plain PyTorch's {bound:.2e}"
+                )
+
         return assert_right
 
     return [Step(timed[name], model, optimizer, device).contender(name, check(name)) for name in timed], model
@@ -162,7 +203,10 @@ def peer_contenders(case: Case, device: str) -> tuple[list[Contender], torch.nn.
 
 def model_size(model: torch.nn.Module) -> dict[str, int]:
     """Parameters, and bytes of them and of AdamW's two moments."""
-    return {"parameters": sum(p.numel() for p in model.parameters()), "bytes": sum(3 * p.numel() * p.element_size() for p in model.parameters())}
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "bytes": sum(3 * p.numel() * p.element_size() for p in model.parameters()),
+    }
 
 
 def run_case(case: Case, report: Report, device: str, seconds: float) -> None:
@@ -171,40 +215,76 @@ def run_case(case: Case, report: Report, device: str, seconds: float) -> None:
     chosen, model = contenders(case, device)
     sequence = training_sequence(configuration(case), case.rows, case.seq_len).to(device)
     operations = 3 * sum(flops(model, sequence).values())
-    found = [(result, model_size(model)) for result in measure(chosen, device=device, seconds=seconds, warmup=1)]
-    del chosen, model
-    try:
-        chosen, model = peer_contenders(case, device)
-        found += [(result, model_size(model)) for result in measure(chosen, device=device, seconds=seconds / 2, warmup=1)]
-    except ImportError as error:
-        found.append((Result(PEER, error=f"not installed: {error}"), None))
-    except RuntimeError as error:  # its memory
-        found.append((Result(PEER, error=f"{type(error).__name__}: {str(error)[:300]}"), None))
-    counts = {"tokens": sequence.tokens.numel(), "patches": len(sequence.patches), "text_targets": len(sequence.text_targets), "operations": operations}
+    counts = {
+        "tokens": sequence.tokens.numel(),
+        "patches": len(sequence.patches),
+        "text_targets": len(sequence.text_targets),
+        "operations": operations,
+    }
     peak = peak_tflops(report.environment["device"])
-    for result, size in found:
+
+    def record(result: Result, size: dict | None) -> dict:
         step = sum(times["p50"] for times in result.milliseconds.values()) or None
         rate = operations / step / 1e9 if step and result.name != PEER else None
-        row = report.record({**case._asdict(), **counts, "parameters": size and size["parameters"]}, result, step_ms=step,
-                            tokens_per_s=step and 1e3 * counts["tokens"] / step, tflops=rate, mfu=100 * rate / peak if rate and peak else None,
-                            memory_bytes=result.peak_bytes + size["bytes"] if step and result.peak_bytes else None)
-        print(line(case, row), flush=True)
+        return report.record(
+            {**case._asdict(), **counts, "parameters": size and size["parameters"]},
+            result,
+            step_ms=step,
+            tokens_per_s=step and 1e3 * counts["tokens"] / step,
+            tflops=rate,
+            mfu=100 * rate / peak if rate and peak else None,
+            memory_bytes=result.peak_bytes + size["bytes"] if step and result.peak_bytes else None,
+        )
+
+    def compete(chosen: list[Contender], size: dict, seconds: float) -> None:
+        for result in measure(
+            chosen,
+            device=device,
+            seconds=seconds,
+            warmup=1,
+            record=lambda result: record(result, size),
+            **report.limits,
+        ):
+            print(line(case, record(result, size)), flush=True)
+
+    compete(chosen, model_size(model), seconds)
+    chosen.clear()
+    del model
+    peer, others = present({PEER: lambda: peer_contenders(case, device)})
+    for result in others:
+        print(line(case, record(result, None)), flush=True)
+    for chosen, model in peer.values():
+        compete(chosen, model_size(model), seconds / 2)
 
 
 def line(case: Case, row: dict) -> str:
     """A row in words."""
     head = f"{case.size:6} {case.rows:2} x {case.seq_len} {row['contender']:26}"
-    if row["error"]:
-        return f"{head} {row['error'].splitlines()[0][:200]}"
+    if not row["milliseconds"]:
+        return f"{head} {(row['error'] or row['left_out'] or 'no numbers').splitlines()[0][:200]}"
     parts = ", ".join(f"{phase} {times['p50']:8.1f}" for phase, times in row["milliseconds"].items())
-    numbers = [("tokens_per_s", "{:9,.0f} tokens/s", 1), ("mfu", "MFU {:4.1f} %", 1), ("memory_bytes", "{:5.1f} GiB", 2**30)]
-    return ", ".join([f"{head} {parts} ms", *(form.format(row[name] / unit) for name, form, unit in numbers if row[name])])
+    numbers = [
+        ("tokens_per_s", "{:9,.0f} tokens/s", 1),
+        ("mfu", "MFU {:4.1f} %", 1),
+        ("memory_bytes", "{:5.1f} GiB", 2**30),
+    ]
+    return ", ".join(
+        [f"{head} {parts} ms", *(form.format(row[name] / unit) for name, form, unit in numbers if row[name])]
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
-    return run_command("train_step", __doc__.splitlines()[0], {"timing": "interleaved; transfusion-pytorch apart, for memory"}, cases, [Case("tiny", 2, 256)],
-                       lambda case, report, device: run_case(case, report, device, seconds=4.0), arguments)
+    timing = "interleaved, wall time; transfusion-pytorch apart, for memory"
+    return run_command(
+        "train_step",
+        __doc__.splitlines()[0],
+        {"timing": timing},
+        cases,
+        [Case("tiny", 2, 256)],
+        lambda case, report, device: run_case(case, report, device, seconds=4.0),
+        arguments,
+    )
 
 
 if __name__ == "__main__":

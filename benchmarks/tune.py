@@ -1,21 +1,21 @@
 """Time launch configurations of the attention kernels on this device and print the rows that win: the tables' offline tuner.
 
-    python -m benchmarks.tune --out DIR [--kernels fwd dq dkv] [--head-dims 64 128] [--lengths 1024 8192] [--seconds 500]
+    python -m benchmarks.tune --out DIR [--quick] [--kernels fwd dq dkv] [--head-dims 64 128] [--lengths 1024 8192]
 
-Each candidate takes the place of its table's row and must give, to the accuracy rule, what the table's own row gave before it is timed
-against all others in interleaved rounds. Candidates that do not fit shared memory end as errors in the report. A row that wins goes into
-its table by hand, and from there through tests/tfkernels/test_resources.py: a tile that spills may be fast, and is looked at twice.
+Each candidate takes the place of its table's row and must pass the accuracy rule before it is timed against all
+others in interleaved rounds; what is known of it is saved as it comes. Candidates that do not fit shared memory end
+as errors in the report. A row that wins goes into its table by hand, and from there through
+tests/tfkernels/test_resources.py: a tile that spills may be fast, and is looked at twice.
 """
-import argparse
+
 import contextlib
 import itertools
-from pathlib import Path
 
 import torch
 
 from benchmarks.attention import Case, checker, mask_builder, random_inputs
 from benchmarks.batches import packed_batch
-from benchmarks.harness import Contender, Report, environment, measure
+from benchmarks.harness import Contender, Report, Result, environment, make_parser, measure
 from tfkernels import _attention_backward as backward
 from tfkernels import _attention_forward as forward
 from tfkernels import attention
@@ -29,9 +29,22 @@ def candidates(kernel: str, head_dim: int) -> list[Config]:
     """Every tile worth timing; dkv holds keys and walks queries, the others hold queries and walk keys."""
     found = []
     for held, walked, warps, stages in itertools.product(ROWS, WALKED, (4, 8), (2, 3, 4)):
-        if held * head_dim <= 64 * 32 * warps * 2 and walked * head_dim <= 128 * 128:  # accumulators of 64 registers and more spill by themselves
-            found.append(Config(walked, held, warps, stages) if kernel == "dkv" else Config(held, walked, warps, stages))
+        if (
+            held * head_dim <= 64 * 32 * warps * 2 and walked * head_dim <= 128 * 128
+        ):  # accumulators of 64 registers and more spill by themselves
+            found.append(
+                Config(walked, held, warps, stages) if kernel == "dkv" else Config(held, walked, warps, stages)
+            )
     return found
+
+
+def quick_candidates(own: Config) -> list[Config]:
+    """The first ones to time: the table's own tile and 128x128, each with 2 and 3 stages."""
+    return [
+        Config(m, n, warps, stages)
+        for m, n, warps in ((own.block_m, own.block_n, own.num_warps), (128, 128, 8))
+        for stages in (2, 3)
+    ]
 
 
 @contextlib.contextmanager
@@ -60,40 +73,67 @@ def contender(table: dict, key: tuple, config: Config, inputs, mask, check) -> C
     return Contender(str(tuple(config)), {"forward": run_forward, "backward": run_backward}, check)
 
 
-def tune(kernel: str, case: Case, key: tuple, report: Report, device: str, seconds: float, configs: list[Config]) -> None:
+def tune(
+    kernel: str, case: Case, key: tuple, report: Report, device: str, seconds: float, configs: list[Config]
+) -> None:
     """Time `configs` for one kernel and shape; record a row each and print the fastest five beside the table's."""
-    batch, inputs = packed_batch(case.seq_len, case.image_tokens, device=device), random_inputs(case, device, torch.bfloat16)
+    batch, inputs = (
+        packed_batch(case.seq_len, case.image_tokens, device=device),
+        random_inputs(case, device, torch.bfloat16),
+    )
     mask = mask_builder(batch)()
     own = TABLES[kernel][key]
     check = checker(inputs, mask)(2.0)
     chosen = [contender(TABLES[kernel], key, c, inputs, mask, check) for c in dict.fromkeys([own, *configs])]
     phase = "forward" if kernel == "fwd" else "backward"
-    rows = [report.record({"kernel": kernel, **case._asdict(), "row": list(key)}, result) for result in measure(chosen, device=device, seconds=seconds)]
+
+    def record(result: Result) -> dict:
+        return report.record({"kernel": kernel, **case._asdict(), "row": list(key)}, result)
+
+    rows = [
+        record(result) for result in measure(chosen, device=device, seconds=seconds, record=record, **report.limits)
+    ]
     timed = sorted((row["milliseconds"][phase]["p50"], row["contender"]) for row in rows if row["milliseconds"])
-    print(f"{kernel} {key} {case.seq_len} tokens, table {tuple(own)}: " + ", ".join(f"{config} {ms:.4f} ms" for ms, config in timed[:5]), flush=True)
+    print(
+        f"{kernel} {key} {case.seq_len} tokens, table {tuple(own)}: "
+        + ", ".join(f"{config} {ms:.4f} ms" for ms, config in timed[:5]),
+        flush=True,
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Tune the kernels asked for until they are done or `--seconds` are over."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser = make_parser(
+        __doc__.splitlines()[0], "8,192 tokens; the table's tile and 128x128, each with 2 and 3 stages"
+    )
     parser.add_argument("--kernels", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--head-dims", nargs="+", type=int, choices=(32, 64, 128, 256), default=[128, 64])
-    parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 1024])
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no configuration after this many seconds")
-    parser.add_argument("--commit", help="the commit being measured, where there is no git")
+    parser.add_argument("--lengths", nargs="+", type=int, help="8192 and 1024 where none are given; with --quick 8192")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("benchmarks.tune: no CUDA device; run it on a machine with one")
         return 1
-    report = Report("tune", {"timing": "CUDA events, interleaved, L2 flushed before each phase"}, environment("cuda", options.commit))
+    report = Report(
+        "tune",
+        {"quick": options.quick, "timing": "interleaved, L2 flushed before each phase"},
+        environment("cuda", options.commit),
+    )
+    report.obey(options)
     newest = architecture(torch.device("cuda", torch.cuda.current_device()))
 
     def measure_case(case):
         seq_len, dim, kernel = case
-        tune(kernel, Case(seq_len, dim, 16, 16, 256), (newest, 2, dim), report, "cuda", 5.0, candidates(kernel, dim))
+        key = newest, 2, dim
+        chosen = quick_candidates(TABLES[kernel][key]) if options.quick else candidates(kernel, dim)
+        tune(kernel, Case(seq_len, dim, 16, 16, 256), key, report, "cuda", 1.0 if options.quick else 5.0, chosen)
 
-    return report.run(itertools.product(options.lengths, options.head_dims, options.kernels), measure_case, options.out / "tune.json", options.seconds)
+    lengths = options.lengths or ([8192] if options.quick else [8192, 1024])
+    return report.run(
+        itertools.product(lengths, options.head_dims, options.kernels),
+        measure_case,
+        options.out / "tune.json",
+        options.seconds,
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._attention_forward import batch_stride, core, dot_precision, load_rows, row_bounds, rows_contiguous
+from tfkernels._attention_forward import batch_stride, core, dot_precision, load_rows, row_bounds, rows_contiguous, sees_keys
 from tfkernels._attention_rows import LOG2E, dkv_row, dq_row, finite_rows, next_of, program_again, tanh
 from tfkernels._attention_tiles import FAR, alive, next_run, tile_bounds, walks_runs
 from tfkernels._launch import Config, lookup
@@ -20,35 +20,35 @@ from tfkernels._library import result_like
 DQ_CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (80, 2, 32): Config(128, 32, 4, 3), (80, 2, 64): Config(128, 32, 8, 3),
     (80, 2, 128): Config(64, 32, 4, 2), (80, 2, 256): Config(32, 16, 8, 2),
-    (80, 4, 32): Config(32, 32, 4, 2), (80, 4, 64): Config(32, 16, 4, 2),
-    (80, 4, 128): Config(16, 16, 4, 2), (80, 4, 256): Config(16, 16, 8, 1),
+    (80, 4, 32): Config(32, 32, 4, 2, 255), (80, 4, 64): Config(32, 16, 4, 2, 255),
+    (80, 4, 128): Config(16, 16, 4, 2, 255), (80, 4, 256): Config(16, 16, 8, 1, 255),
     (90, 2, 32): Config(128, 64, 8, 3), (90, 2, 64): Config(128, 64, 8, 3),
     (90, 2, 128): Config(128, 64, 8, 2), (90, 2, 256): Config(128, 32, 8, 2),
-    (90, 4, 32): Config(32, 32, 4, 2), (90, 4, 64): Config(32, 16, 4, 2),
-    (90, 4, 128): Config(16, 16, 8, 2), (90, 4, 256): Config(16, 16, 8, 1),
+    (90, 4, 32): Config(32, 32, 4, 2, 255), (90, 4, 64): Config(32, 16, 4, 2, 255),
+    (90, 4, 128): Config(16, 16, 8, 2, 255), (90, 4, 256): Config(16, 16, 8, 1, 255),
     (100, 2, 32): Config(128, 32, 4, 3), (100, 2, 64): Config(128, 32, 4, 3),
     (100, 2, 128): Config(64, 64, 8, 2), (100, 2, 256): Config(64, 32, 8, 2),
-    (100, 4, 32): Config(32, 32, 4, 2), (100, 4, 64): Config(32, 16, 4, 2),
-    (100, 4, 128): Config(16, 16, 4, 2), (100, 4, 256): Config(16, 16, 4, 1),
-    (80, 2, 64, "heavy"): Config(128, 16, 8, 3), (80, 2, 128, "heavy"): Config(64, 32, 8, 2), (80, 4, 32, "heavy"): Config(32, 16, 4, 2),
-    (90, 2, 128, "heavy"): Config(128, 32, 8, 2), (90, 2, 256, "heavy"): Config(128, 16, 8, 2), (90, 4, 256, "heavy"): Config(16, 16, 4, 1),
+    (100, 4, 32): Config(32, 32, 4, 2, 255), (100, 4, 64): Config(32, 16, 4, 2, 255),
+    (100, 4, 128): Config(16, 16, 4, 2, 255), (100, 4, 256): Config(16, 16, 4, 1, 255),
+    (80, 2, 64, "heavy"): Config(128, 16, 8, 3), (80, 2, 128, "heavy"): Config(64, 32, 8, 2), (80, 4, 32, "heavy"): Config(32, 16, 4, 2, 255),
+    (90, 2, 128, "heavy"): Config(128, 32, 8, 2), (90, 2, 256, "heavy"): Config(128, 16, 8, 2), (90, 4, 256, "heavy"): Config(16, 16, 4, 1, 255),
     (100, 2, 64, "heavy"): Config(128, 32, 8, 3), (100, 2, 128, "heavy"): Config(64, 32, 8, 2),
 }
 DKV_CONFIGS = {
     (80, 2, 32): Config(32, 128, 8, 3), (80, 2, 64): Config(16, 128, 8, 2),
     (80, 2, 128): Config(32, 64, 8, 2), (80, 2, 256): Config(16, 32, 8, 2),
-    (80, 4, 32): Config(16, 32, 4, 2), (80, 4, 64): Config(32, 16, 8, 2),
-    (80, 4, 128): Config(16, 16, 16, 1), (80, 4, 256): Config(16, 16, 4, 1),
+    (80, 4, 32): Config(16, 32, 4, 2, 255), (80, 4, 64): Config(32, 16, 8, 2, 255),
+    (80, 4, 128): Config(16, 16, 16, 1, 255), (80, 4, 256): Config(16, 16, 4, 1, 255),
     (90, 2, 32): Config(64, 128, 8, 2), (90, 2, 64): Config(32, 128, 8, 2),
     (90, 2, 128): Config(32, 128, 8, 2), (90, 2, 256): Config(16, 64, 8, 2),
-    (90, 4, 32): Config(32, 32, 8, 2), (90, 4, 64): Config(32, 16, 8, 2),
-    (90, 4, 128): Config(16, 16, 8, 2), (90, 4, 256): Config(16, 16, 16, 1),
+    (90, 4, 32): Config(32, 32, 8, 2, 255), (90, 4, 64): Config(32, 16, 8, 2, 255),
+    (90, 4, 128): Config(16, 16, 8, 2, 255), (90, 4, 256): Config(16, 16, 16, 1, 255),
     (100, 2, 32): Config(32, 64, 8, 2), (100, 2, 64): Config(64, 128, 8, 2),
     (100, 2, 128): Config(16, 128, 8, 2), (100, 2, 256): Config(16, 64, 8, 2),
-    (100, 4, 32): Config(16, 32, 8, 2), (100, 4, 64): Config(16, 16, 8, 2),
-    (100, 4, 128): Config(16, 16, 4, 1), (100, 4, 256): Config(16, 16, 16, 1),
-    (90, 2, 128, "heavy"): Config(16, 128, 8, 2), (90, 2, 256, "heavy"): Config(16, 32, 8, 2), (100, 4, 64, "heavy"): Config(16, 32, 8, 2),
-    (80, 4, 32, "heavy"): Config(32, 16, 4, 2), (80, 4, 128, "heavy"): Config(16, 16, 4, 1), (80, 4, 256, "heavy"): Config(16, 16, 16, 1),
+    (100, 4, 32): Config(16, 32, 8, 2, 255), (100, 4, 64): Config(16, 16, 8, 2, 255),
+    (100, 4, 128): Config(16, 16, 4, 1, 255), (100, 4, 256): Config(16, 16, 16, 1, 255),
+    (90, 2, 128, "heavy"): Config(16, 128, 8, 2), (90, 2, 256, "heavy"): Config(16, 32, 8, 2), (100, 4, 64, "heavy"): Config(16, 32, 8, 2, 255),
+    (80, 4, 32, "heavy"): Config(32, 16, 4, 2, 255), (80, 4, 128, "heavy"): Config(16, 16, 4, 1, 255), (80, 4, 256, "heavy"): Config(16, 16, 16, 1, 255),
 }
 DELTA_ROWS = 16
 
@@ -157,19 +157,20 @@ def _attention_bwd_dq(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr,
                                   query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP, PRECISION)
     else:
         core_start, core_stop = core(first, core_first, core_last, last, BLOCK_N)
-        dq = _dq_step(dq, q, dout, lse, delta, k_head, v_head, stride_ks, stride_vs, first, core_start, rows + offset, lo, hi, query_lo, query_hi,
-                      last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
+        for n in range(first, last - core_stop + core_start, BLOCK_N):                     # the partial tiles on both sides of the core
+            tile = n + tl.where(n >= core_start, core_stop - core_start, 0)
+            dq = _dq_tile(dq, q, dout, lse, delta, k_head, v_head, stride_ks, stride_vs, tile, rows + offset, lo, hi, query_lo, query_hi,
+                          last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
         dq = _dq_step(dq, q, dout, lse, delta, k_head, v_head, stride_ks, stride_vs, core_start, core_stop, rows + offset, lo, hi, query_lo, query_hi,
                       last, scale, softcap, HEAD_DIM, D, BLOCK_N, False, False, SOFTCAP, PRECISION)
-        dq = _dq_step(dq, q, dout, lse, delta, k_head, v_head, stride_ks, stride_vs, core_stop, last, rows + offset, lo, hi, query_lo, query_hi,
-                      last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
     good = finite_rows(dq)
     pid = program_again(tl.min(good.to(tl.int32)), 2)
     b, h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
     rows = (tiles - 1 - pid % tiles) * BLOCK_M + offs_m
-    good = (rows < sq) & (good | (lo >= hi))
+    some = sees_keys(lo_ptr + b * stride_mask_rows, hi_ptr + b * stride_mask_rows, rows, sq, sk)
+    good = (rows < sq) & (good | (some == 0))
     pointers = dq_ptr + b * stride_db + h * stride_dh + rows.to(tl.int64)[:, None] * stride_ds + offs_d[None, :]
-    dq = tl.where((lo < hi)[:, None], dq * scale, 0.0)
+    dq = tl.where(some[:, None], dq * scale, 0.0)
     tl.store(pointers, dq.to(dq_ptr.dtype.element_ty), mask=good[:, None] & (offs_d < HEAD_DIM)[None, :])
 
     bad = (rows < sq) & (good == 0)
@@ -344,11 +345,11 @@ def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tens
     _attention_bwd_dq[(triton.cdiv(sq, config.block_m) * batch * heads,)](
         q, k, v, dout, lse, delta, lo, hi, query_lo, query_hi, bounds, dq,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *dq.stride()[:3], *shared, heads, *sizes,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_COLUMNS=not rows_exact, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_COLUMNS=not rows_exact, **constants, **config.options)
     config = lookup(DKV_CONFIGS, q, padded, heavy=softcap > 0 or not columns_exact)
     bounds = lo if columns_exact else tile_bounds(lo, hi, config.block_m)
     _attention_bwd_dkv[(triton.cdiv(sk, config.block_n) * batch * kv_heads,)](
         q, k, v, dout, lse, delta, lo, hi, query_lo, query_hi, bounds, dk, dv,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *shared, kv_heads, *sizes,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_ROWS=not columns_exact, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_ROWS=not columns_exact, **constants, **config.options)
     return dq, dk, dv

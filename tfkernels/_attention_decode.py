@@ -26,20 +26,20 @@ MERGED = tl.constexpr(16)  # parts merged at a time
 
 # (architecture, bytes per element, padded head dim): 16 rows (queries x heads of a key head), "wide" 64 of them
 CONFIGS = {
-    (80, 2, 32): Config(16, 128, 4, 3), (80, 2, 64): Config(16, 128, 4, 3), (80, 2, 128): Config(16, 64, 4, 3), (80, 2, 256): Config(16, 32, 4, 3),
-    (80, 4, 32): Config(16, 64, 4, 2), (80, 4, 64): Config(16, 32, 4, 2), (80, 4, 128): Config(16, 16, 4, 2), (80, 4, 256): Config(16, 16, 4, 2),
-    (90, 2, 32): Config(16, 128, 2, 3), (90, 2, 64): Config(16, 128, 4, 3), (90, 2, 128): Config(16, 64, 4, 3), (90, 2, 256): Config(16, 32, 4, 3),
-    (90, 4, 32): Config(16, 64, 4, 2), (90, 4, 64): Config(16, 32, 4, 2), (90, 4, 128): Config(16, 16, 8, 2), (90, 4, 256): Config(16, 16, 4, 2),
-    (100, 2, 32): Config(16, 128, 2, 3), (100, 2, 64): Config(16, 128, 4, 3), (100, 2, 128): Config(16, 64, 4, 3), (100, 2, 256): Config(16, 32, 4, 3),
-    (100, 4, 32): Config(16, 64, 4, 2), (100, 4, 64): Config(16, 32, 4, 2), (100, 4, 128): Config(16, 16, 4, 2), (100, 4, 256): Config(16, 16, 4, 2),
+    (80, 2, 32): Config(16, 128, 4, 3, 255), (80, 2, 64): Config(16, 128, 4, 3, 255), (80, 2, 128): Config(16, 64, 4, 3, 255), (80, 2, 256): Config(16, 32, 4, 3, 255),
+    (80, 4, 32): Config(16, 64, 4, 2, 255), (80, 4, 64): Config(16, 32, 4, 2, 255), (80, 4, 128): Config(16, 16, 4, 2, 255), (80, 4, 256): Config(16, 16, 4, 2, 255),
+    (90, 2, 32): Config(16, 128, 2, 3, 255), (90, 2, 64): Config(16, 128, 4, 3, 255), (90, 2, 128): Config(16, 64, 4, 3, 255), (90, 2, 256): Config(16, 32, 4, 3, 255),
+    (90, 4, 32): Config(16, 64, 4, 2, 255), (90, 4, 64): Config(16, 32, 4, 2, 255), (90, 4, 128): Config(16, 16, 8, 2, 255), (90, 4, 256): Config(16, 16, 4, 2, 255),
+    (100, 2, 32): Config(16, 128, 2, 3, 255), (100, 2, 64): Config(16, 128, 4, 3, 255), (100, 2, 128): Config(16, 64, 4, 3, 255), (100, 2, 256): Config(16, 32, 4, 3, 255),
+    (100, 4, 32): Config(16, 64, 4, 2, 255), (100, 4, 64): Config(16, 32, 4, 2, 255), (100, 4, 128): Config(16, 16, 4, 2, 255), (100, 4, 256): Config(16, 16, 4, 2, 255),
 }
 WIDE_CONFIGS = {
-    (80, 2, 32): Config(64, 64, 4, 3), (80, 2, 64): Config(64, 64, 4, 3), (80, 2, 128): Config(64, 32, 4, 3), (80, 2, 256): Config(64, 16, 8, 2),
-    (80, 4, 32): Config(32, 32, 4, 2), (80, 4, 64): Config(32, 32, 4, 2), (80, 4, 128): Config(32, 16, 8, 2), (80, 4, 256): Config(16, 16, 4, 2),
-    (90, 2, 32): Config(64, 64, 4, 3), (90, 2, 64): Config(64, 64, 4, 3), (90, 2, 128): Config(64, 64, 8, 3), (90, 2, 256): Config(64, 32, 8, 2),
-    (90, 4, 32): Config(32, 32, 4, 2), (90, 4, 64): Config(32, 32, 8, 2), (90, 4, 128): Config(32, 16, 8, 2), (90, 4, 256): Config(16, 16, 4, 2),
-    (100, 2, 32): Config(64, 64, 4, 3), (100, 2, 64): Config(64, 64, 4, 3), (100, 2, 128): Config(64, 64, 8, 3), (100, 2, 256): Config(64, 32, 8, 2),
-    (100, 4, 32): Config(32, 32, 4, 2), (100, 4, 64): Config(32, 32, 8, 2), (100, 4, 128): Config(32, 16, 8, 2), (100, 4, 256): Config(16, 16, 4, 2),
+    (80, 2, 32): Config(64, 64, 4, 3, 255), (80, 2, 64): Config(64, 64, 4, 3, 255), (80, 2, 128): Config(64, 32, 4, 3, 255), (80, 2, 256): Config(64, 16, 8, 2, 255),
+    (80, 4, 32): Config(32, 32, 4, 2, 255), (80, 4, 64): Config(32, 32, 4, 2, 255), (80, 4, 128): Config(32, 16, 8, 2, 255), (80, 4, 256): Config(16, 16, 4, 2, 255),
+    (90, 2, 32): Config(64, 64, 4, 3, 255), (90, 2, 64): Config(64, 64, 4, 3, 255), (90, 2, 128): Config(64, 64, 8, 3, 255), (90, 2, 256): Config(64, 32, 8, 2, 255),
+    (90, 4, 32): Config(32, 32, 4, 2, 255), (90, 4, 64): Config(32, 32, 8, 2, 255), (90, 4, 128): Config(32, 16, 8, 2, 255), (90, 4, 256): Config(16, 16, 4, 2, 255),
+    (100, 2, 32): Config(64, 64, 4, 3, 255), (100, 2, 64): Config(64, 64, 4, 3, 255), (100, 2, 128): Config(64, 64, 8, 3, 255), (100, 2, 256): Config(64, 32, 8, 2, 255),
+    (100, 4, 32): Config(32, 32, 4, 2, 255), (100, 4, 64): Config(32, 32, 8, 2, 255), (100, 4, 128): Config(32, 16, 8, 2, 255), (100, 4, 256): Config(16, 16, 4, 2, 255),
 }
 
 
@@ -206,7 +206,7 @@ def attention_decode(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None
         q, k, v, lo, hi, query_lo, query_hi, block_table if paged else lo, parts, parts_lse, *q.stride()[:3], *strides, *out.stride()[:3],
         batch_stride(lo), batch_stride(query_lo), block_table.stride(0) if paged else 0, kv_heads, group, sq, sk, offset, splits, batch, scale, softcap,
         HEAD_DIM=head_dim, D=padded, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PAGE_SIZE=page_size, SPLIT=splits > 1, CHECK_COLUMNS=not rows_exact,
-        SOFTCAP=softcap > 0, PRECISION=dot_precision(q), num_warps=config.num_warps, num_stages=config.num_stages)
+        SOFTCAP=softcap > 0, PRECISION=dot_precision(q), **config.options)
     if splits > 1:
         items = batch * heads * sq
         _attention_merge[(items,)](parts, parts_lse, out, lse, *out.stride()[:3], heads, sq, splits, items, HEAD_DIM=head_dim, D=padded, num_warps=4)

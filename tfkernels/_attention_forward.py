@@ -21,19 +21,19 @@ from tfkernels._library import result_like
 CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (80, 2, 32): Config(128, 64, 4, 3), (80, 2, 64): Config(128, 64, 8, 3),
     (80, 2, 128): Config(128, 32, 8, 3), (80, 2, 256): Config(64, 32, 8, 2),
-    (80, 4, 32): Config(64, 16, 4, 2), (80, 4, 64): Config(32, 32, 4, 2),
-    (80, 4, 128): Config(32, 16, 8, 2), (80, 4, 256): Config(16, 16, 4, 2),
+    (80, 4, 32): Config(64, 16, 4, 2, 255), (80, 4, 64): Config(32, 32, 4, 2, 255),
+    (80, 4, 128): Config(32, 16, 8, 2, 255), (80, 4, 256): Config(16, 16, 4, 2, 255),
     (90, 2, 32): Config(128, 128, 8, 3), (90, 2, 64): Config(128, 128, 8, 3),
     (90, 2, 128): Config(128, 64, 8, 2), (90, 2, 256): Config(128, 32, 8, 2),
-    (90, 4, 32): Config(64, 32, 4, 2), (90, 4, 64): Config(32, 32, 8, 2),
-    (90, 4, 128): Config(32, 16, 8, 2), (90, 4, 256): Config(16, 16, 4, 2),
+    (90, 4, 32): Config(64, 32, 4, 2, 255), (90, 4, 64): Config(32, 32, 8, 2, 255),
+    (90, 4, 128): Config(32, 16, 8, 2, 255), (90, 4, 256): Config(16, 16, 4, 2, 255),
     (100, 2, 32): Config(128, 64, 4, 3), (100, 2, 64): Config(128, 64, 4, 3),
-    (100, 2, 128): Config(128, 64, 8, 2), (100, 2, 256): Config(128, 32, 8, 2),
-    (100, 4, 32): Config(64, 32, 4, 2), (100, 4, 64): Config(32, 32, 8, 2),
-    (100, 4, 128): Config(32, 16, 8, 2), (100, 4, 256): Config(16, 16, 4, 2),
-    (80, 2, 64, "heavy"): Config(128, 32, 8, 3), (80, 2, 128, "heavy"): Config(64, 32, 8, 2), (80, 4, 256, "heavy"): Config(16, 16, 8, 2),
+    (100, 2, 128): Config(128, 64, 8, 2), (100, 2, 256): Config(64, 32, 8, 2),
+    (100, 4, 32): Config(64, 32, 4, 2, 255), (100, 4, 64): Config(32, 32, 8, 2, 255),
+    (100, 4, 128): Config(32, 16, 8, 2, 255), (100, 4, 256): Config(16, 16, 4, 2, 255),
+    (80, 2, 64, "heavy"): Config(128, 32, 8, 3), (80, 2, 128, "heavy"): Config(64, 32, 8, 2), (80, 4, 256, "heavy"): Config(16, 16, 8, 2, 255),
     (90, 2, 64, "heavy"): Config(128, 64, 8, 3), (90, 2, 128, "heavy"): Config(128, 32, 8, 3), (90, 2, 256, "heavy"): Config(128, 16, 8, 2),
-    (90, 4, 64, "heavy"): Config(32, 16, 4, 2), (90, 4, 256, "heavy"): Config(16, 16, 8, 2), (100, 4, 64, "heavy"): Config(32, 16, 4, 2),
+    (90, 4, 64, "heavy"): Config(32, 16, 4, 2, 255), (90, 4, 256, "heavy"): Config(16, 16, 8, 2, 255), (100, 4, 64, "heavy"): Config(32, 16, 4, 2, 255),
     (100, 2, 32, "heavy"): Config(128, 64, 8, 3), (100, 2, 64, "heavy"): Config(128, 64, 8, 3),
     (100, 2, 128, "heavy"): Config(128, 32, 8, 3), (100, 2, 256, "heavy"): Config(64, 32, 8, 2),
 }
@@ -48,6 +48,14 @@ def row_bounds(lo_ptr, hi_ptr, rows, sq, sk):
     first, last = tl.min(tl.where(some, lo, FAR)), tl.max(tl.where(some, hi, 0))
     core_first, core_last = tl.max(tl.where(some, lo, 0)), tl.min(tl.where(some, hi, FAR))
     return lo, hi, tl.minimum(first, last), core_first, core_last, last
+
+
+@triton.jit
+def sees_keys(lo_ptr, hi_ptr, rows, sq, sk):
+    """Whether each row has an interval of keys; read anew, for registers are short in the loops."""
+    lo = tl.load(lo_ptr + rows, mask=rows < sq, other=0)
+    hi = tl.load(hi_ptr + rows, mask=rows < sq, other=0)
+    return tl.maximum(lo, 0) < tl.minimum(hi, sk)
 
 
 @triton.jit
@@ -164,22 +172,23 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_p
                                                      query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP, PRECISION)
     else:
         core_start, core_stop = core(first, core_first, core_last, last, BLOCK_N)
-        acc, total, peak = _forward_step(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs, first, core_start, rows + offset, lo, hi,
-                                         query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
+        for n in range(first, last - core_stop + core_start, BLOCK_N):                     # the partial tiles on both sides of the core
+            tile = n + tl.where(n >= core_start, core_stop - core_start, 0)
+            acc, total, peak = _forward_tile(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs, tile, rows + offset, lo, hi,
+                                             query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
         acc, total, peak = _forward_step(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs, core_start, core_stop, rows + offset, lo, hi,
                                          query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N, False, False, SOFTCAP, PRECISION)
-        acc, total, peak = _forward_step(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs, core_stop, last, rows + offset, lo, hi,
-                                         query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
 
-    some = lo < hi
     out = acc / total[:, None]                                                             # 0 / 0 is NaN
     good = finite_rows(out)
     if CHECK_COLUMNS:
-        some &= total != 0
         good &= peak > LOWEST
     pid = program_again(tl.min(good.to(tl.int32)), 2)
     b, h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
     rows = (tiles - 1 - pid % tiles) * BLOCK_M + offs_m
+    some = sees_keys(lo_ptr + b * stride_mask_rows, hi_ptr + b * stride_mask_rows, rows, sq, sk)
+    if CHECK_COLUMNS:
+        some &= total != 0
     good = (rows < sq) & (good | (some == 0))
     out = tl.where(some[:, None], out, 0.0)
     lse = tl.where(some, (peak + tl.log2(total)) / LOG2E, float("-inf"))
@@ -236,5 +245,5 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, q
         q, k, v, lo, hi, query_lo, query_hi, bounds, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         batch_stride(lo), batch_stride(query_lo), heads, heads // k.shape[1], sq, k.shape[2], offset, scale, softcap,
         HEAD_DIM=head_dim, D=padded, BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_COLUMNS=not rows_exact, SOFTCAP=softcap > 0,
-        PRECISION=dot_precision(q), num_warps=config.num_warps, num_stages=config.num_stages)
+        PRECISION=dot_precision(q), **config.options)
     return out, lse

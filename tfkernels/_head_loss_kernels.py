@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tfkernels._attention_forward import dot_precision
-from tfkernels._latents import SCALAR_ARGUMENTS, addresses, geometry, locate, uniform_offsets
+from tfkernels._latents import SCALAR_ARGUMENTS, addresses, dense, geometry, locate, uniform_offsets
 from tfkernels._launch import Config
 from tfkernels._library import INTERPRET
 from tfkernels._norm_kernels import IMAGES, _columns, _norm_bwd_images
@@ -211,21 +211,52 @@ def forward(hidden: Tensor, places: Tensor, scale: Tensor, weight: Tensor, base:
             center: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return each image's loss (N,), the error (P, D) in hidden's dtype and, (2 or 4, P), 1 / std, along and, of a layer norm, mean and level."""
     rows, (dim, width) = len(places), weight.shape
-    loss, error = torch.empty_like(p), hidden.new_empty(rows, dim)
+    loss, error = p.new_empty(p.shape), hidden.new_empty(rows, dim)
     statistics = hidden.new_empty(4 if center else 2, rows, dtype=torch.float32)
     if loss.numel() == 0 or rows * dim == 0:
         return loss.zero_(), error.zero_(), statistics.zero_()
     hidden, scale, weight = _columns(hidden), _columns(scale), weight.contiguous()
+    places, base, x0, p, q = dense(places, base, x0, p, q)
+    loss_weight, seed, offsets, columns = dense(loss_weight, seed, offsets, columns)
     with torch.autocast(hidden.device.type, enabled=False):
         ws = (1 + scale.float()) @ weight.to(hidden.dtype).float().T if center else p
     sums = p.new_empty(rows)
     pointers, numbers, constants = geometry(x0, offsets, columns, patch)
     launch = config(FORWARD, hidden.element_size())
     _head_loss_fwd[(triton.cdiv(rows, launch.block_m),)](
-        hidden, places, scale, weight, p if base is None else base.contiguous(), ws, x0, p, q, seed, *pointers, error, statistics, sums, len(p), rows,
-        *numbers, len(hidden), eps, hidden.stride(0), scale.stride(0), C=width, CENTER=center, BASE=base is not None,
-        GUESS=min(width, PILOT * launch.block_n), **constants, **tile(dim, hidden.element_size()), BLOCK_R=launch.block_m, BLOCK_C=launch.block_n,
-        PRECISION=dot_precision(hidden), num_warps=launch.num_warps, num_stages=launch.num_stages)
+        hidden,
+        places,
+        scale,
+        weight,
+        p if base is None else base,
+        ws,
+        x0,
+        p,
+        q,
+        seed,
+        *pointers,
+        error,
+        statistics,
+        sums,
+        len(p),
+        rows,
+        *numbers,
+        len(hidden),
+        eps,
+        hidden.stride(0),
+        scale.stride(0),
+        C=width,
+        CENTER=center,
+        BASE=base is not None,
+        GUESS=min(width, PILOT * launch.block_n),
+        **constants,
+        **tile(dim, hidden.element_size()),
+        BLOCK_R=launch.block_m,
+        BLOCK_C=launch.block_n,
+        PRECISION=dot_precision(hidden),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
     _diffusion_loss_images[(len(p),)](sums, p if loss_weight is None else loss_weight, pointers[0], loss, _tokens(x0, patch), SEARCH=offsets is not None,
                                       WEIGHT=loss_weight is not None, DIM=dim, BLOCK=BLOCK, num_warps=4)
     return loss, error, statistics
@@ -241,7 +272,12 @@ def backward(dloss: Tensor, hidden: Tensor, places: Tensor, scale: Tensor, weigh
         return (dhidden, scale.new_zeros(scale.shape if of_scale else 0), weight.new_zeros(weight.shape if of_weight else 0),
                 dloss.new_zeros((images, dim) if of_base else 0))
     hidden, scale, weight = _columns(hidden), _columns(scale), weight.contiguous()
-    k = dloss * 2 / (_counts(offsets, images, rows, dloss.device).clamp(min=1) * dim) * (1 if loss_weight is None else loss_weight)
+    dloss, places, loss_weight = dense(dloss, places, loss_weight)
+    offsets, error, statistics = dense(offsets, error, statistics)
+    counts = _counts(offsets, images, rows, dloss.device)
+    k = dloss * 2 / (counts.clamp(min=1) * dim) * (1 if loss_weight is None else loss_weight)
+    # of an image without rows they may hold anything
+    k = torch.where(counts > 0, k, 0)
     top = k.abs().amax().clamp(min=torch.finfo(k.dtype).tiny)
     offsets = uniform_offsets(images, rows, hidden.device) if offsets is None else offsets
     launch, constants = config(BACKWARD, hidden.element_size()), tile(dim, hidden.element_size())

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tfkernels._arguments import got, looks, need_integer, need_offsets, need_tensors
 from tfkernels._library import INTERPRET
 
 TILE, WIDEST = (64, 16) if INTERPRET else (2048, 1024)  # elements of one program, and of one row in it; the interpreter's cross many edges
@@ -52,12 +53,21 @@ def pack_latents(latents: list[Tensor], patch_size: int) -> PackedLatents:
     """Pack a list of (C, H_n, W_n) latents of any sizes that `patch_size` divides. One copy of each; gradients flow.
 
     Raises:
-        ValueError: the list is empty, a latent is not (C, H, W), differs in channels, dtype or device, or the patch size does not divide it.
+        ValueError: the list is empty, a latent is not (C, H, W), has no elements, differs in channels, dtype or device,
+            or the patch size does not divide it.
     """
+    if not isinstance(latents, (list, tuple)):
+        raise ValueError(f"pack_latents: latents is {got(latents)}; a list of (C, H, W) tensors fits; take list(x) "
+                         "of a batch (N, C, H, W)")
     if not latents:
         raise ValueError("pack_latents: latents is empty; at least one (C, H, W) tensor fits")
+    need_tensors("pack_latents", {f"latents[{i}]": x for i, x in enumerate(latents)})
     first = latents[0]
+    check_floating("pack_latents", "latents[0]", first)
     for i, x in enumerate(latents):
+        if x.ndim == 3 and 0 in x.shape:
+            raise ValueError(f"pack_latents: latents[{i}] has shape {tuple(x.shape)}; at least one channel and one "
+                             "patch fit")
         if x.ndim != 3 or x.shape[0] != first.shape[0] or x.dtype != first.dtype or x.device != first.device:
             raise ValueError(f"pack_latents: latents[{i}] is {x.dtype} of shape {tuple(x.shape)} on {x.device} and latents[0] {first.dtype} of shape "
                              f"{tuple(first.shape)} on {first.device}; (C, H, W) of one C, dtype and device fit")
@@ -86,8 +96,8 @@ def check_floating(op: str, name: str, x: Tensor) -> None:
 def check_per_image(op: str, name: str, x: Tensor, images: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return (N,) numbers in `dtype`; refuse other shapes, devices, integers, and what asks for a gradient that the operator does not give."""
     if not isinstance(x, Tensor) or x.shape != (images,) or not x.is_floating_point() or x.device != device:
-        got = f"{x.dtype} of shape {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-        raise ValueError(f"{op}: {name} is {got}; a floating-point tensor ({images},) on {device} fits, one number per image")
+        raise ValueError(f"{op}: {name} is {got(x)}; a floating-point tensor ({images},) on {device} fits, one "
+                         "number per image")
     check_constant(op, name, x)
     return x.to(dtype).contiguous()
 
@@ -98,11 +108,24 @@ def check_constant(op: str, name: str, x: Tensor) -> None:
         raise ValueError(f"{op}: {name} requires a gradient, which {op} does not compute; a tensor without one fits; pass {name}.detach()")
 
 
-def check_offsets(op: str, name: str, offsets: Tensor, device: torch.device) -> None:
-    """Refuse what is not (N + 1,) int32 on `device`."""
-    if not isinstance(offsets, Tensor) or offsets.ndim != 1 or len(offsets) < 1 or offsets.dtype != torch.int32 or offsets.device != device:
-        got = f"{offsets.dtype} of shape {tuple(offsets.shape)} on {offsets.device}" if isinstance(offsets, Tensor) else f"a {type(offsets).__name__}"
-        raise ValueError(f"{op}: {name} is {got}; an int32 tensor (N + 1,) on {device} fits, image n's tokens being the rows [offsets[n], offsets[n + 1])")
+def check_offsets(op: str, name: str, offsets: Tensor, device: torch.device, rows: int) -> None:
+    """Refuse what is not (N + 1,) int32 on `device`, and on a CPU what falls or leaves [0, rows]."""
+    shaped = isinstance(offsets, Tensor) and offsets.ndim == 1 and offsets.shape[0] > 0
+    if not shaped or offsets.dtype != torch.int32 or offsets.device != device:
+        raise ValueError(f"{op}: {name} is {got(offsets)}; an int32 tensor (N + 1,) on {device} fits, image n's "
+                         "tokens being the rows [offsets[n], offsets[n + 1])")
+    need_offsets(op, name, offsets, rows)
+
+
+def check_columns(op: str, name: str, columns: Tensor, offsets: Tensor) -> None:
+    """Refuse, on a CPU, a number of columns that does not divide its image's tokens; elsewhere less than 1 is 1 and no
+    element lies outside."""
+    if not looks(columns, offsets):
+        return
+    for n, (width, count) in enumerate(zip(columns.tolist(), offsets.diff().tolist())):
+        if width < 1 or count % width:
+            raise ValueError(f"{op}: {name} holds {width} for image {n} of {count} tokens; a divisor of them, its "
+                             "patches in a row, fits")
 
 
 def source(op: str, name: str, x: Tensor | PackedLatents, patch_size: int | None, offsets: Tensor | None) -> Source:
@@ -112,24 +135,28 @@ def source(op: str, name: str, x: Tensor | PackedLatents, patch_size: int | None
             raise ValueError(f"{op}: patch_size is {patch_size} and offsets {'given' if offsets is not None else None} beside packed latents; None and None "
                              f"fit; {name} has both")
         check_patch_size(op, name, (0, 0), x.patch_size)
-        dim = x.channels * x.patch_size**2
-        check_offsets(op, f"{name}.offsets", x.offsets, x.values.device)
-        if x.columns.shape != (len(x.offsets) - 1,) or x.columns.dtype != torch.int32 or x.columns.device != x.values.device:
-            raise ValueError(f"{op}: {name}.columns is {x.columns.dtype} of shape {tuple(x.columns.shape)} on {x.columns.device}; int32 "
-                             f"({len(x.offsets) - 1},) on {x.values.device} fits")
-        if x.values.ndim != 1 or len(x.values) % dim:
-            raise ValueError(f"{op}: {name}.values has shape {tuple(x.values.shape)}; one dimension, a multiple of channels * patch_size^2 = {dim}, fits")
+        need_tensors(op, {f"{name}.values": x.values, f"{name}.offsets": x.offsets, f"{name}.columns": x.columns})
+        dim = need_integer(op, f"{name}.channels", x.channels, 1) * x.patch_size**2
+        if x.values.ndim != 1 or x.values.shape[0] % dim:
+            raise ValueError(f"{op}: {name}.values has shape {tuple(x.values.shape)}; one dimension, a multiple of "
+                             f"channels * patch_size^2 = {dim}, fits")
+        check_offsets(op, f"{name}.offsets", x.offsets, x.values.device, x.values.shape[0] // dim)
+        shaped = x.columns.shape == (x.offsets.shape[0] - 1,)
+        if not shaped or x.columns.dtype != torch.int32 or x.columns.device != x.values.device:
+            raise ValueError(f"{op}: {name}.columns is {got(x.columns)}; int32 ({x.offsets.shape[0] - 1},) on "
+                             f"{x.values.device} fits")
+        check_columns(op, f"{name}.columns", x.columns, x.offsets)
         check_floating(op, f"{name}.values", x.values)
         return Source(x.values.contiguous(), x.offsets.contiguous(), x.columns.contiguous(), x.channels, x.patch_size, len(x.values) // dim, dim,
                       len(x.offsets) - 1)
     if not isinstance(x, Tensor) or x.ndim not in (2, 4):
-        got = f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-        raise ValueError(f"{op}: {name} is {got}; latents (N, C, H, W), PackedLatents or tokens (P, D) fit")
+        kind = f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else got(x)
+        raise ValueError(f"{op}: {name} is {kind}; latents (N, C, H, W), PackedLatents or tokens (P, D) fit")
     check_floating(op, name, x)
     if x.ndim == 2:
         if patch_size is not None:
             raise ValueError(f"{op}: patch_size is {patch_size} and {name} are tokens {tuple(x.shape)}; None fits tokens, which are in patches already")
-        check_offsets(op, "offsets", offsets, x.device)
+        check_offsets(op, "offsets", offsets, x.device, x.shape[0])
         return Source(x.contiguous(), offsets.contiguous(), None, x.shape[1], 1, x.shape[0], x.shape[1], len(offsets) - 1)
     if offsets is not None:
         raise ValueError(f"{op}: offsets is given and {name} are latents of one size {tuple(x.shape)}; None fits, for their offsets are known")
@@ -172,6 +199,11 @@ def geometry(x: Tensor, offsets: Tensor | None, columns: Tensor | None, patch: i
     steps = 0 if offsets is None else len(offsets).bit_length()
     pointers = [x if offsets is None else offsets, x if columns is None else columns]
     return pointers, [steps, *grid, *strides], {"LAYOUT": layout, "SEARCH": offsets is not None, "PATCH": patch}
+
+
+def dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    """What a kernel reads without strides, contiguous; latents (N, C, H, W) keep theirs."""
+    return [x if x is None or x.ndim == 4 else x.contiguous() for x in tensors]
 
 
 def tile(dim: int) -> dict:

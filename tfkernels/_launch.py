@@ -15,12 +15,21 @@ SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}  # bytes a block may use
 
 
 class Config(NamedTuple):
-    """Tile of `block_m` queries by `block_n` keys, and the warps and pipeline stages that work on it."""
+    """Tile of `block_m` queries by `block_n` keys, and the warps and pipeline stages that work on it.
+
+    max_registers: registers of a thread at most. Without it ptxas aims at an occupancy of its own and would rather spill than pass it.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """What a launch is told beside the tile."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
 
 
 INTERPRETER = Config(32, 16, 4, 1)  # small and unequal, so that short test sequences cross many tile edges

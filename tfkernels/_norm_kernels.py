@@ -238,9 +238,27 @@ def forward(x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tenso
         gate, scale, shift = (_columns(t) for t in (gate, scale, shift))
         launch = forward_config(width)
         _norm_fwd[(tokens,)](
-            x, *_or(x, branch, gate, _vector(weight), _vector(bias), scale, shift), index.reshape(-1), out, y, mean, rstd, table.shape[0], eps,
-            *(_stride(t) for t in (x, branch, gate, scale, shift)), C=width, GATED=gated, NORM=norm, CENTER=center, WEIGHT=weight is not None,
-            BIAS=bias is not None, SHIFT=shift is not None, BLOCK=launch.block_n, num_warps=launch.num_warps, num_stages=launch.num_stages)
+            x,
+            *_or(x, branch, gate, _vector(weight), _vector(bias), scale, shift),
+            index.reshape(-1).contiguous(),
+            out,
+            y,
+            mean,
+            rstd,
+            table.shape[0],
+            eps,
+            *(_stride(t) for t in (x, branch, gate, scale, shift)),
+            C=width,
+            GATED=gated,
+            NORM=norm,
+            CENTER=center,
+            WEIGHT=weight is not None,
+            BIAS=bias is not None,
+            SHIFT=shift is not None,
+            BLOCK=launch.block_n,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
     return out, y, mean, rstd
 
 
@@ -262,7 +280,7 @@ def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor |
     starts = torch.searchsorted(ordered, torch.arange(-1, images + 1, device=index.device, dtype=index.dtype), out_int32=True)
     parts = x.new_empty(kinds, slots, width, dtype=torch.float32)
     dy, dout, x, branch = (_rows(t) for t in (dy, dout, x, branch))
-    gate, scale, weight = _columns(gate), _columns(scale), _vector(weight)
+    gate, scale, weight, mean, rstd = _columns(gate), _columns(scale), _vector(weight), _vector(mean), _vector(rstd)
     launch = backward_config(width)
     options = {"BLOCK": launch.block_n, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
     means = rstd

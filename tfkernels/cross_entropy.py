@@ -7,10 +7,13 @@
 Only the rows that have a target are multiplied: images cost no logits. The logits of a chunk come from one matrix product, one program per
 row reads them once for their maximum and sum (online softmax, arXiv:1805.02867) and, where a gradient is wanted, overwrites them with dz,
 which two more products turn into dhidden and dweight: the gradients are made in the forward (arXiv:2410.10989, section 3.2), and the
-backward scales them by dloss. Sums over rows are float32, in an order that depends on the sizes alone.
+backward scales them by dloss. Where a gradient arrives at losses too, the backward makes them anew, with row weights
+dloss * row_weight + dlosses: another 6 R V C operations. Sums over rows are float32, in an order that depends on the
+sizes alone.
 
 With R rows, V words, C columns, e bytes an element and K rows in a chunk, beside inputs and gradients there are K V e bytes of logits, R C e of
-dhidden's rows and 4 V C of dweight, which stays float32 until dloss has scaled it: rounded once, and no sum overflows float16. Products take
+dhidden's rows and 4 V C of dweight, which stays float32 until dloss has scaled it: rounded once, and no sum overflows
+float16; hidden and weight themselves are kept for a gradient of losses. Products take
 2 R V C operations for the loss alone and 6 R V C with all gradients; 8 R V C would keep no gradient between the passes.
 
 liger-kernel's `fused_linear_cross_entropy_forward` (0.8.5) divides the work likewise. It is not called from here: it counts the targets with
@@ -24,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tfkernels._arguments import need_tensors
 from tfkernels._latents import check_constant, check_floating
 from tfkernels._launch import Config
 from tfkernels._library import INTERPRET, register
@@ -35,7 +39,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class LinearCrossEntropy(NamedTuple):
-    """`loss` (), differentiable, and `losses` (R,) of each row without its weight, for logging: not differentiable. Both float32, in nats."""
+    """`loss` () and `losses` (R,) of each row without its weight, both differentiable, float32, in nats;
+    `losses.detach()` is for logging."""
 
     loss: Tensor
     losses: Tensor
@@ -48,22 +53,29 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows: 
     Args:
         hidden: (T, C) or (B, S, C) in float16, bfloat16 or float32 (float64 on CPU); any strides, only the named rows are read.
         weight: (V, C) in hidden's dtype.
-        targets: (R,) int64 in [0, V), or negative: no loss and no gradient. V or more raises on a CPU; on a GPU, where looking would
-            synchronise, the loss and the gradients that such a row reaches are NaN.
+        targets: (R,) int64 in [0, V), or negative: no loss and no gradient, whatever its row of hidden and its
+            row_weight hold. V or more raises on a CPU; on a GPU, where looking would synchronise, the loss and the
+            gradients that such a row reaches are NaN.
         rows: (R,) int64, the flat rows of hidden that have a target (b S + s of a batch), in any order, each at most once; a row
-            outside [0, T) is treated like a target outside the vocabulary, and one named twice raises on a CPU. R may be 0.
+            outside [0, T) is treated like a target outside the vocabulary. One named twice raises on a CPU; on a GPU
+            its loss counts twice and its gradient in hidden is that of one of them. R may be 0.
         bias: (V,) in hidden's dtype, or None for 0.
         row_weight: (R,) floating-point constants, or None for 1.
 
     Returns:
-        `LinearCrossEntropy`, float32 (float64 for float64), 0 for no rows. Gradients flow from loss to hidden, weight and bias, are
-        deterministic, and are computed in the forward for those of the three that require them; a second backward through the
-        gradients is refused. Under torch.autocast hidden, weight and bias are cast to its dtype (float64 stays), as F.linear does.
+        `LinearCrossEntropy`, float32 (float64 for float64), 0 for no rows. Gradients flow from loss and losses to
+        hidden, weight and bias and are deterministic. Those of loss are computed in the forward, for those of the three
+        that require them; a backward from losses (row weights of one's own) computes them anew, so that row_weight is
+        the cheaper way. A second backward through the gradients is refused. Under torch.autocast hidden, weight and
+        bias are cast to its dtype (float64 stays), as F.linear does.
 
     Raises:
         ValueError: a shape, dtype, device or value that does not fit, named; also a row_weight that requires a gradient.
         RuntimeError: the backward runs with create_graph=True.
     """
+    need_tensors("linear_cross_entropy",
+                 {"hidden": hidden, "weight": weight, "targets": targets, "rows": rows, "bias": bias, "row_weight": row_weight},
+                 ("bias", "row_weight"))
     if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = (x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype)
@@ -81,7 +93,12 @@ def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tens
     """The specification in plain PyTorch: logits in hidden's dtype, the softmax in float32 (float64 stays), every row's logits in memory."""
     logits = torch.nn.functional.linear(hidden.reshape(-1, hidden.shape[-1])[rows], weight, bias)
     losses = torch.nn.functional.cross_entropy(logits.to(_wide(logits)), targets.clamp(min=-1), reduction="none", ignore_index=-1)
-    return LinearCrossEntropy((losses if row_weight is None else losses * row_weight).sum(), losses.detach())
+    return LinearCrossEntropy(_weighted(losses, targets, row_weight).sum(), losses)
+
+
+def _weighted(losses: Tensor, targets: Tensor, row_weight: Tensor | None) -> Tensor:
+    """losses * row_weight, 0 without a target whatever the weight holds."""
+    return losses if row_weight is None else torch.where(targets < 0, losses, losses * row_weight)
 
 
 def chunk_rows(rows: int, vocabulary: int, width: int) -> int:
@@ -229,7 +246,8 @@ def _walk(entropy, alignment, hidden, weight, targets, rows, bias, row_weight, h
     buffer = weight.new_empty(min(size, count), triton.cdiv(vocabulary, alignment) * alignment)[:, :vocabulary]
     for start in range(0, count, size):
         part = slice(start, start + size)
-        x = _gather(hidden, rows[part], tokens)
+        # 0 * NaN would reach dweight
+        x = _gather(hidden, rows[part], tokens).masked_fill_(targets[part, None] < 0, 0)
         z = buffer[:len(x)]
         if bias is None:
             torch.mm(x, weight.mT, out=z)
@@ -243,11 +261,12 @@ def _walk(entropy, alignment, hidden, weight, targets, rows, bias, row_weight, h
             _accumulate(dweight, dz.mT, x)
         if bias_wanted:
             dbias += dz.sum(0, dtype=dbias.dtype)
-    return (losses if row_weight is None else losses * row_weight).sum(), losses, dx, dweight, dbias
+    return _weighted(losses, targets, row_weight).sum(), losses, dx, dweight, dbias
 
 
 def _forward_kernel(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor, bias: Tensor | None, row_weight: Tensor | None,
                     hidden_wanted: bool, weight_wanted: bool, bias_wanted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    targets, rows, row_weight = (x if x is None else x.contiguous() for x in (targets, rows, row_weight))
     return _walk(_entropy_kernel, ALIGNMENT, hidden, weight, targets, rows, bias, row_weight, hidden_wanted, weight_wanted, bias_wanted)
 
 
@@ -282,19 +301,40 @@ _scale = register("linear_cross_entropy_backward", kernel=_backward, cpu=_backwa
 
 
 def _save(ctx, inputs, output):
-    hidden, _, _, rows, *_, hidden_wanted, weight_wanted, bias_wanted = inputs
-    ctx.wanted = hidden_wanted, weight_wanted, bias_wanted
-    ctx.shape = hidden.shape if hidden_wanted else (0, hidden.shape[-1])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[2:], rows if hidden_wanted else rows[:0])
+    hidden, weight, targets, rows, bias, row_weight, *ctx.wanted = inputs
+    ctx.shape = hidden.shape if ctx.wanted[0] else (0, hidden.shape[-1])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+    given = (hidden, weight, targets, rows, bias, row_weight) if any(ctx.wanted) else (None,) * 6
+    ctx.save_for_backward(*output[2:], *given)
 
 
-def _gradients(ctx, dloss, *_):
+def _gradients(ctx, dloss, dlosses, *_):
     if torch.is_grad_enabled():
         raise RuntimeError("linear_cross_entropy: the backward runs with create_graph=True; gradients of its gradients are not computed; "
                            "False fits; take linear_cross_entropy_reference where they are needed")
-    dhidden, dweight, dbias = (g if wanted else None for g, wanted in zip(_scale(dloss, *ctx.saved_tensors, list(ctx.shape)), ctx.wanted))
+    if dloss is None and dlosses is None:
+        return (None,) * 9
+    dx, dweight, dbias, *inputs = ctx.saved_tensors
+    if dlosses is not None:
+        dloss, dx, dweight, dbias = _from_losses(dloss, dlosses, *inputs, ctx.wanted)
+    rows = inputs[3] if ctx.wanted[0] else inputs[3][:0]
+    found = _scale(dloss, dx, dweight, dbias, rows, list(ctx.shape))
+    dhidden, dweight, dbias = (g if wanted else None for g, wanted in zip(found, ctx.wanted))
     return dhidden, dweight, None, None, dbias, *(None,) * 4
+
+
+def _from_losses(dloss, dlosses, hidden, weight, targets, rows, bias, row_weight, wanted):
+    """The gradients made with each row's own factor: what is left to scale by, and dhidden's rows, dweight and
+    dbias."""
+    factor = dlosses if dloss is None else dlosses + dloss * (1 if row_weight is None else row_weight)
+    factor = torch.where(targets < 0, 0, factor)
+    top = torch.where(factor.isfinite(), factor.abs(), 0).amax() if factor.shape[0] else factor.new_ones(())
+    # dz is rounded at about 1, as in the forward
+    top = torch.where(top > 0, top, 1)
+    with torch.autocast(hidden.device.type, enabled=False):
+        _, _, dx, dweight, dbias = _forward(hidden, weight, targets, rows, bias, factor / top, *wanted)
+    return top, dx, dweight, dbias
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

@@ -12,11 +12,14 @@ flow (-1, 1). Bytes that must move, E elements of e bytes:
     diffusion_loss   2 E e             E e + 12 E: products and sum of the target 8 e,       3 E e              3 E e, and 8 E
                                        float32 difference and its square 8, kept
 """
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tfkernels._arguments import need_tensors, shown
 from tfkernels._latents import (
     SCALAR_ARGUMENTS,
     PackedLatents,
@@ -24,6 +27,7 @@ from tfkernels._latents import (
     check_constant,
     check_floating,
     check_per_image,
+    dense,
     geometry,
     locate,
     locate_reference,
@@ -49,14 +53,17 @@ def diffusion_loss(prediction: Tensor, x0: Tensor | PackedLatents, p: Tensor, q:
         p, q: (N,) the target's share of x0 and of eps: `objective.target(t)`.
         weight: (N,), or None for 1; see `min_snr_weight`.
         seed: the int64 tensor (2,), [seed, offset], or the int that `noise_patchify` was given.
-        offsets: (N + 1,) int32, image n in the rows [offsets_n, offsets_n+1); rows outside count nowhere.
+        offsets: (N + 1,) int32, image n in the rows [offsets_n, offsets_n+1); rows outside count nowhere, whatever they
+            hold. Offsets that do not fit are treated as `noise_patchify` treats them.
 
     Returns:
-        (N,) float32 (float64 for float64), 0 for an image without rows. Differentiable in prediction, in its dtype; deterministic.
+        (N,) float32 (float64 for float64), 0 for an image without rows, whatever its p, q and weight. Differentiable in
+        prediction, in its dtype; deterministic.
 
     Raises:
         ValueError: a shape, dtype, device or value that does not fit, named; also another argument that requires a gradient.
     """
+    need_tensors("diffusion_loss", {"prediction": prediction})
     s = source("diffusion_loss", "x0", x0, patch_size, offsets)
     if prediction.shape != (s.rows, s.dim) or prediction.device != s.x.device:
         raise ValueError(f"diffusion_loss: prediction has shape {tuple(prediction.shape)} on {prediction.device} and x0 {s.rows} tokens of {s.dim} elements "
@@ -77,7 +84,8 @@ def diffusion_loss_reference(prediction: Tensor, x0: Tensor, p: Tensor, q: Tenso
     rows = torch.where(inside, error.square().sum(-1), 0)
     counts = _counts(offsets, len(p), len(prediction), p.device).to(rows.dtype) * max(1, prediction.shape[1])
     sums = rows.new_zeros(len(p)).index_add(0, image, rows)
-    return sums / counts.clamp(min=1) * (1 if weight is None else weight.to(rows.dtype))
+    loss = sums / counts.clamp(min=1)
+    return loss if weight is None else torch.where(counts > 0, loss * weight.to(rows.dtype), 0)
 
 
 def min_snr_weight(signal: Tensor, noise: Tensor, p: Tensor, q: Tensor, gamma: float = 5.0) -> Tensor:
@@ -92,8 +100,9 @@ def min_snr_weight(signal: Tensor, noise: Tensor, p: Tensor, q: Tensor, gamma: f
     Raises:
         ValueError: gamma is not positive.
     """
-    if not gamma > 0:
-        raise ValueError(f"min_snr_weight: gamma is {gamma}; a positive number fits; the paper takes 5")
+    need_tensors("min_snr_weight", {"signal": signal, "noise": noise, "p": p, "q": q})
+    if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not 0 < gamma < math.inf:
+        raise ValueError(f"min_snr_weight: gamma is {shown(gamma)}; a positive number fits; the paper takes 5")
     determinant = (p * noise - q * signal).square()
     end = determinant == 0                                                                 # eps at signal 0, x0 at noise 0
     weight = torch.minimum(signal.square(), gamma * noise.square()) / torch.where(end, 1, determinant)
@@ -162,7 +171,7 @@ def _diffusion_loss_images(sums_ptr, weight_ptr, offsets_ptr, loss_ptr, tokens,
         total += tl.load(sums_ptr + row, mask=row < end, other=0)
     loss = tl.sum(total) / (tl.maximum(end - start, 1).to(tl.float32) * DIM)
     if WEIGHT:
-        loss *= tl.load(weight_ptr + n)
+        loss *= tl.load(weight_ptr + n, mask=end > start, other=0.0)  # of an image without rows it may hold anything
     tl.store(loss_ptr + n, loss)
 
 
@@ -193,6 +202,7 @@ def _loss_kernel(prediction: Tensor, x0: Tensor, p: Tensor, q: Tensor, weight: T
     sums = torch.empty(rows, dtype=torch.float32, device=prediction.device)
     if loss.numel() == 0 or rows * dim == 0:
         return loss.zero_()
+    prediction, x0, p, q, weight, seed, offsets, columns = dense(prediction, x0, p, q, weight, seed, offsets, columns)
     pointers, numbers, constants = geometry(x0, offsets, columns, patch)
     constants |= tile(dim)
     _diffusion_loss_rows[(triton.cdiv(rows, constants["BLOCK_R"]),)](prediction, x0, p, q, seed, *pointers, sums, len(p), rows, *numbers, **constants,
@@ -204,9 +214,11 @@ def _loss_kernel(prediction: Tensor, x0: Tensor, p: Tensor, q: Tensor, weight: T
 
 def _backward_kernel(dloss: Tensor, prediction: Tensor, x0: Tensor, p: Tensor, q: Tensor, weight: Tensor | None, seed: Tensor,
                      offsets: Tensor | None, columns: Tensor | None, channels: int, patch: int) -> Tensor:
-    dprediction, (rows, dim) = torch.empty_like(prediction), prediction.shape
+    dprediction, (rows, dim) = prediction.new_empty(prediction.shape), prediction.shape
     if len(p) == 0 or rows * dim == 0:
         return dprediction.zero_()
+    dloss, prediction, x0, p, q, weight = dense(dloss, prediction, x0, p, q, weight)
+    seed, offsets, columns = dense(seed, offsets, columns)
     pointers, numbers, constants = geometry(x0, offsets, columns, patch)
     constants |= tile(dim)
     grid = triton.cdiv(rows, constants["BLOCK_R"]), triton.cdiv(dim, constants["BLOCK_D"])
@@ -217,7 +229,8 @@ def _backward_kernel(dloss: Tensor, prediction: Tensor, x0: Tensor, p: Tensor, q
 
 def _loss_cpu(prediction: Tensor, x0: Tensor, p: Tensor, q: Tensor, weight: Tensor | None, seed: Tensor, offsets: Tensor | None,
               columns: Tensor | None, channels: int, patch: int) -> Tensor:
-    return diffusion_loss_reference(prediction.to(p.dtype), x0, p, q, weight, seed, offsets, columns, channels, patch)
+    prediction = prediction.to(p.dtype)
+    return diffusion_loss_reference(prediction, x0, p, q, weight, seed, offsets, columns, channels, patch).contiguous()
 
 
 def _backward_cpu(dloss: Tensor, prediction: Tensor, x0: Tensor, p: Tensor, q: Tensor, weight: Tensor | None, seed: Tensor,
@@ -225,15 +238,15 @@ def _backward_cpu(dloss: Tensor, prediction: Tensor, x0: Tensor, p: Tensor, q: T
     error, image, inside = _error(prediction.to(p.dtype), x0, p, q, seed, offsets, columns, channels, patch)
     scale = dloss * 2 / (_counts(offsets, len(p), len(prediction), p.device).clamp(min=1) * max(1, prediction.shape[1]))
     scale = scale if weight is None else scale * weight
-    return torch.where(inside[:, None], scale[image][:, None] * error, 0).to(prediction.dtype)
+    return torch.where(inside[:, None], scale[image][:, None] * error, 0).to(prediction.dtype).contiguous()
 
 
 def _loss_fake(prediction, x0, p, q, weight, seed, offsets, columns, channels, patch):
-    return torch.empty_like(p)
+    return p.new_empty(p.shape)
 
 
 def _backward_fake(dloss, prediction, x0, p, q, weight, seed, offsets, columns, channels, patch):
-    return torch.empty_like(prediction)
+    return prediction.new_empty(prediction.shape)
 
 
 _loss = register("diffusion_loss", kernel=_loss_kernel, cpu=_loss_cpu, fake=_loss_fake)

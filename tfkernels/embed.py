@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from tfkernels._arguments import got, need_distinct, need_tensors
 from tfkernels._attention_forward import dot_precision
 from tfkernels._latents import check_floating, check_offsets, locate, locate_reference
 from tfkernels._launch import Config
@@ -52,9 +53,12 @@ def embed_patches(hidden: Tensor, patches: Tensor, weight: Tensor, condition: Te
         patches: (P, D), what `noise_patchify` returns.
         weight: (C, D), an nn.Linear's.
         condition: (N, C), what is added to all patches of an image: the linear layer's bias and its image of the timestep.
-        places: (P,) int64, the flat row of hidden that each patch takes, each at most once; negative for none. T or more raises on a CPU; on
-            a GPU, where looking would synchronise, it is none.
-        offsets: (N + 1,) int32, image n in the rows [offsets_n, offsets_n+1) of patches; rows outside go nowhere.
+        places: (P,) int64, the flat row of hidden that each patch takes, each at most once; negative for none. T or
+            more, and a row named twice, raise on a CPU; on a GPU, where looking would synchronise, T or more is none,
+            and one of the patches takes the row.
+        offsets: (N + 1,) int32, image n in the rows [offsets_n, offsets_n+1) of patches; rows outside go nowhere,
+            whatever they hold. Offsets that fall or leave [0, P] raise on a CPU; on a GPU a patch belongs to the last
+            image whose offset is not above it, and no memory outside is touched.
 
     Returns:
         Like hidden, contiguous. Each argument may have its own dtype; products are taken in hidden's and summed in float32. Gradients flow to
@@ -64,6 +68,7 @@ def embed_patches(hidden: Tensor, patches: Tensor, weight: Tensor, condition: Te
     Raises:
         ValueError: a shape, dtype or device that does not fit, named.
     """
+    need_tensors("embed_patches", {"hidden": hidden, "patches": patches, "weight": weight, "condition": condition})
     _check(hidden, patches, weight, condition, places, offsets)
     return _embed(hidden, patches, weight, condition, places, offsets)
 
@@ -88,8 +93,8 @@ def _check(hidden: Tensor, patches: Tensor, weight: Tensor, condition: Tensor, p
     check_floating("embed_patches", "hidden", hidden)
     if patches.ndim != 2 or patches.shape[1] == 0:
         raise ValueError(f"embed_patches: patches has shape {tuple(patches.shape)}; (P, D) fits, D at least 1; patchify latents first")
-    check_offsets("embed_patches", "offsets", offsets, hidden.device)
-    (count, dim), width, images = patches.shape, hidden.shape[-1], len(offsets) - 1
+    check_offsets("embed_patches", "offsets", offsets, hidden.device, patches.shape[0])
+    (count, dim), width, images = patches.shape, hidden.shape[-1], offsets.shape[0] - 1
     if weight.shape != (width, dim):
         raise ValueError(f"embed_patches: weight has shape {tuple(weight.shape)}, hidden {width} columns and patches {dim} elements; "
                          f"({width}, {dim}) fits, as an nn.Linear holds it")
@@ -101,8 +106,8 @@ def _check(hidden: Tensor, patches: Tensor, weight: Tensor, condition: Tensor, p
             raise ValueError(f"embed_patches: {name} is {x.dtype} on {x.device} and hidden {hidden.dtype} on {hidden.device}; "
                              "float16, bfloat16 or float32 on the same device fits (float64 for float64)")
     if not isinstance(places, Tensor) or places.shape != (count,) or places.dtype != torch.int64 or places.device != hidden.device:
-        got = f"{places.dtype} of shape {tuple(places.shape)} on {places.device}" if isinstance(places, Tensor) else f"a {type(places).__name__}"
-        raise ValueError(f"embed_patches: places is {got}; an int64 tensor ({count},) on {hidden.device} fits, the row of hidden for each patch")
+        raise ValueError(f"embed_patches: places is {got(places)}; an int64 tensor ({count},) on {hidden.device} "
+                         "fits, the row of hidden for each patch")
 
 
 @triton.jit(do_not_specialize=["images", "steps", "rows", "tokens"])
@@ -302,6 +307,7 @@ def _embed_cpu(hidden: Tensor, patches: Tensor, weight: Tensor, condition: Tenso
     tokens = hidden.numel() // hidden.shape[-1]
     if len(places) and places.max() >= tokens:
         raise ValueError(f"embed_patches: places names row {places.max().item()} and hidden has {tokens}; negative (none) to {tokens - 1} fits")
+    need_distinct("embed_patches", "places", _placed(places, offsets)[1])
     with torch.autocast("cpu", enabled=False):
         patches, weight = patches.to(hidden.dtype), weight.to(hidden.dtype)
         return embed_patches_reference(hidden.to(_wide(hidden)), patches, weight, condition, places, offsets).to(hidden.dtype).contiguous()

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from tfkernels import _head_loss_kernels
+from tfkernels._arguments import got, need_distinct, need_eps, need_tensors, shown
 from tfkernels._latents import PackedLatents, Source, check_constant, check_floating, check_per_image, locate_reference, source, uniform_offsets
 from tfkernels._library import register
 from tfkernels._philox import seed_tensor
@@ -43,16 +44,18 @@ def modulated_layer_norm_diffusion_loss(hidden: Tensor, places: Tensor, scale: T
         hidden: (T, C) or (B, S, C) the last hidden states in float16, bfloat16 or float32 (float64 on CPU), C at most 16384; any strides
             (unit columns cost no copy).
         places: (P,) int64, the row of hidden, flat over its first dimensions, of each of x0's P patches, each at most once; of a row of
-            x0 outside every image anything. A row that is not there raises on a CPU; on a GPU, where looking would synchronise, its
-            image's loss and gradients are NaN.
+            x0 outside every image anything. A row that is not there, or is named twice, raises on a CPU; on a GPU,
+            where looking would synchronise, the loss and gradients of the image of a row that is not there are NaN, and
+            a row named twice counts twice in the loss and gets the gradient of one of them.
         scale, shift: (N, C), a row per image; slices of one wider table cost no copy. shift may be None for 0.
         weight, bias: (D, C) and (D,) the head; bias may be None for 0. weight is rounded to hidden's dtype where it is multiplied.
         x0, p, q, loss_weight, seed, patch_size, offsets: what `diffusion_loss` takes, loss_weight as its weight.
         eps: added to the variance.
 
     Returns:
-        (N,) float32 (float64 for float64), 0 for an image without rows. Differentiable in hidden (rows without a patch get 0), scale, shift,
-        weight and bias, which may each have their own dtype; statistics and sums are float32; deterministic. Autocast changes nothing
+        (N,) float32 (float64 for float64), 0 for an image without rows, whatever its numbers. Differentiable in hidden
+        (rows without a patch get 0), scale, shift, weight and bias, which may each have their own dtype; statistics and
+        sums are float32; deterministic. Autocast changes nothing
         (of shift and weight where, as PyTorch asks, backward runs outside it).
 
     Raises:
@@ -106,43 +109,54 @@ def _patches(hidden: Tensor, places: Tensor, offsets: Tensor | None, images: int
 
 
 def _public(op, hidden, places, scale, shift, weight, bias, x0, p, q, loss_weight, seed, patch_size, offsets, eps, center):
+    need_tensors(op, {"hidden": hidden})
     s = source(op, "x0", x0, patch_size, offsets)
-    _check(op, s, hidden, places, scale, shift, weight, bias, eps)
+    eps = need_eps(op, eps)
+    _check(op, s, hidden, places, scale, shift, weight, bias)
     check_constant(op, "x0", s.x)
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, s.x.dtype), torch.float32)
     named = (("p", p), ("q", q)) + (() if loss_weight is None else (("loss_weight", loss_weight),))
     p, q, *weights = (check_per_image(op, name, x, s.images, s.x.device, dtype) for name, x in named)
     seed = seed_tensor(op, seed, s.x.device)
     with torch.autocast(hidden.device.type, enabled=False):
-        base = None if shift is None else shift.to(dtype) @ weight.to(dtype).T
+        # 0 * NaN of an image without rows would reach dweight
+        some = _counts(s.offsets, s.images, s.rows, hidden.device) > 0
+        base = None if shift is None else torch.where(some[:, None], shift.to(dtype), 0) @ weight.to(dtype).T
         if bias is not None:
             base = bias.to(dtype).expand(s.images, s.dim) if base is None else base + bias.to(dtype)
     return _loss(hidden.reshape(-1, hidden.shape[-1]), places.contiguous(), scale, weight, base, s.x, p, q, weights[0] if weights else None, seed,
-                 s.offsets, s.columns, s.channels, s.patch, float(eps), center)[0]
+                 s.offsets, s.columns, s.channels, s.patch, eps, center)[0]
 
 
-def _check(op: str, s: Source, hidden: Tensor, places: Tensor, scale: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor | None,
-           eps: float) -> None:
+def _check(
+    op: str,
+    s: Source,
+    hidden: Tensor,
+    places: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> None:
     if hidden.ndim not in (2, 3) or not 1 <= hidden.shape[-1] <= MAX_WIDTH or hidden.device != s.x.device:
         raise ValueError(f"{op}: hidden has shape {tuple(hidden.shape)} on {hidden.device}; (tokens, C) or (batch, tokens, C) on {s.x.device} fits, "
                          f"C 1 to {MAX_WIDTH}")
     check_floating(op, "hidden", hidden)
     if not isinstance(places, Tensor) or places.dtype != torch.int64 or places.shape != (s.rows,) or places.device != s.x.device:
-        got = f"{places.dtype} of shape {tuple(places.shape)} on {places.device}" if isinstance(places, Tensor) else f"a {type(places).__name__}"
-        raise ValueError(f"{op}: places is {got}; int64 ({s.rows},) on {s.x.device} fits, the row of hidden of each of x0's patches")
+        raise ValueError(f"{op}: places is {got(places)}; int64 ({s.rows},) on {s.x.device} fits, the row of hidden "
+                         "of each of x0's patches")
     width = hidden.shape[-1]
     shapes = {"scale": (scale, (s.images, width)), "shift": (shift, (s.images, width)), "weight": (weight, (s.dim, width)), "bias": (bias, (s.dim,))}
     for name, (x, shape) in shapes.items():
         if x is None and name in ("shift", "bias"):
             continue
         if not isinstance(x, Tensor) or x.shape != shape:
-            got = f"has shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"is {x}"
-            raise ValueError(f"{op}: {name} {got}; {shape} fits {s.images} images of {s.dim} elements a patch and {width} columns of hidden")
+            found = f"has shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"is {shown(x)}"
+            raise ValueError(f"{op}: {name} {found}; {shape} fits {s.images} images of {s.dim} elements a patch and "
+                             f"{width} columns of hidden")
         if x.dtype not in (torch.float16, torch.bfloat16, torch.float32) and not x.dtype == hidden.dtype == torch.float64 or x.device != hidden.device:
             raise ValueError(f"{op}: {name} is {x.dtype} on {x.device} and hidden {hidden.dtype} on {hidden.device}; "
                              "float16, bfloat16 or float32 on the same device fits (float64 for float64)")
-    if eps < 0:
-        raise ValueError(f"{op}: eps is {eps}; 0 or more fits")
 
 
 def _normed(hidden: Tensor, places: Tensor, offsets: Tensor | None, images: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -158,7 +172,8 @@ def _normed(hidden: Tensor, places: Tensor, offsets: Tensor | None, images: int,
 def _loss_cpu(hidden: Tensor, places: Tensor, scale: Tensor, weight: Tensor, base: Tensor | None, x0: Tensor, p: Tensor, q: Tensor,
               loss_weight: Tensor | None, seed: Tensor, offsets: Tensor | None, columns: Tensor | None, channels: int, patch: int, eps: float,
               center: bool) -> tuple[Tensor, Tensor, Tensor]:
-    inside, image, _, x = _normed(hidden, places, offsets, len(p), p.dtype)
+    inside, image, at, x = _normed(hidden, places, offsets, len(p), p.dtype)
+    need_distinct("head loss", "places", at)
     mean = x.mean(-1, keepdim=True) if center else x.new_zeros(len(x), 1)
     rstd = ((x - mean).square().mean(-1, keepdim=True) + eps).rsqrt()
     factor, weight = 1 + scale.to(p.dtype), weight.to(p.dtype)
@@ -172,7 +187,9 @@ def _loss_cpu(hidden: Tensor, places: Tensor, scale: Tensor, weight: Tensor, bas
     means = [(error * acc).sum(-1)[inside]] + ([(error[inside] * (factor @ weight.T)[image]).sum(-1)] if center else [])
     statistics = p.new_zeros(4 if center else 2, len(places))
     statistics[:, inside] = torch.stack([rstd[:, 0], means[0] / x.shape[1]] + ([mean[:, 0], means[1] / x.shape[1]] if center else []))
-    return loss if loss_weight is None else loss * loss_weight, error.to(hidden.dtype, copy=True), statistics
+    if loss_weight is not None:
+        loss = torch.where(_counts(offsets, len(p), len(places), p.device) > 0, loss * loss_weight, 0)
+    return loss, error.to(hidden.dtype, copy=True), statistics
 
 
 @torch.autocast("cpu", enabled=False)
@@ -208,7 +225,7 @@ def _denominators(offsets: Tensor | None, p: Tensor, error: Tensor) -> Tensor:
 
 def _loss_fake(hidden, places, scale, weight, base, x0, p, q, loss_weight, seed, offsets, columns, channels, patch, eps, center):
     rows = places.shape[0]
-    return torch.empty_like(p), hidden.new_empty(rows, weight.shape[0]), p.new_empty(4 if center else 2, rows)
+    return p.new_empty(p.shape), hidden.new_empty(rows, weight.shape[0]), p.new_empty(4 if center else 2, rows)
 
 
 def _backward_fake(dloss, hidden, places, scale, weight, loss_weight, offsets, error, statistics, wanted):

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from tfkernels import _norm_cpu, _norm_kernels
+from tfkernels._arguments import got, need_eps, need_tensors
 from tfkernels._library import register
 
 MAX_WIDTH = 16384
@@ -48,7 +49,7 @@ def modulated_rms_norm(x: Tensor, weight: Tensor | None, scale: Tensor, shift: T
         scale, shift: (N, C), a row per image; slices of one wider table cost no copy. shift may be None for 0; N may be 0.
         index: (T,) or (B, S) like x's tokens, int32 or int64: the image of each token in any order, negative for text. N or more
             raises on a CPU; on a GPU, where looking would synchronise, such a token's output and gradients are NaN.
-        eps: added to the mean square.
+        eps: added to the mean square, 0 or more.
 
     Returns:
         Like x, contiguous, in x's dtype; weight, scale and shift may each have their own. Statistics and sums are float32. Gradients
@@ -57,8 +58,8 @@ def modulated_rms_norm(x: Tensor, weight: Tensor | None, scale: Tensor, shift: T
     Raises:
         ValueError: a shape, dtype, device or value that does not fit, named.
     """
-    _check("modulated_rms_norm", "x", x, index, eps, {"weight": weight}, {"scale": scale, "shift": shift})
-    return _norm_forward(x, weight, None, scale, shift, index, float(eps), False)[0]
+    _check("modulated_rms_norm", "x", x, index, {"weight": weight}, {"scale": scale, "shift": shift})
+    return _norm_forward(x, weight, None, scale, shift, index, need_eps("modulated_rms_norm", eps), False)[0]
 
 
 def modulated_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor | None, index: Tensor, *,
@@ -67,8 +68,8 @@ def modulated_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, 
 
     bias is (C,) or None for 0; everything else as in `modulated_rms_norm`.
     """
-    _check("modulated_layer_norm", "x", x, index, eps, {"weight": weight, "bias": bias}, {"scale": scale, "shift": shift})
-    return _norm_forward(x, weight, bias, scale, shift, index, float(eps), True)[0]
+    _check("modulated_layer_norm", "x", x, index, {"weight": weight, "bias": bias}, {"scale": scale, "shift": shift})
+    return _norm_forward(x, weight, bias, scale, shift, index, need_eps("modulated_layer_norm", eps), True)[0]
 
 
 def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor, index: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor, index: Tensor
 
     residual is what x and gate (N, C) what scale is in `modulated_rms_norm`; branch has residual's shape and may have a dtype of its own.
     """
-    _check("gated_residual", "residual", residual, index, 0.0, {}, {"gate": gate}, branch)
+    _check("gated_residual", "residual", residual, index, {}, {"gate": gate}, {"branch": branch})
     return _gated_forward(residual, branch, gate, index)
 
 
@@ -86,8 +87,10 @@ def gated_residual_rms_norm(residual: Tensor, branch: Tensor, gate: Tensor, weig
 
     Between two sublayers: gate of the one, scale and shift of the next. What is normalised is the residual as returned, rounded to its dtype.
     """
-    _check("gated_residual_rms_norm", "residual", residual, index, eps, {"weight": weight}, {"gate": gate, "scale": scale, "shift": shift}, branch)
-    return ResidualNorm(*_gated_norm_forward(residual, branch, gate, weight, scale, shift, index, float(eps))[:2])
+    tables = {"gate": gate, "scale": scale, "shift": shift}
+    _check("gated_residual_rms_norm", "residual", residual, index, {"weight": weight}, tables, {"branch": branch})
+    eps = need_eps("gated_residual_rms_norm", eps)
+    return ResidualNorm(*_gated_norm_forward(residual, branch, gate, weight, scale, shift, index, eps)[:2])
 
 
 def modulated_rms_norm_reference(x: Tensor, weight: Tensor | None, scale: Tensor, shift: Tensor | None, index: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -129,7 +132,12 @@ def _of_token(table: Tensor, index: Tensor, text: float) -> Tensor:
     return torch.nn.functional.pad(table, (0, 0, 0, 1), value=text)[index.clamp(min=-1)]
 
 
-def _check(op: str, name: str, x: Tensor, index: Tensor, eps: float, vectors: dict, tables: dict, branch: Tensor | None = None) -> None:
+def _check(
+    op: str, name: str, x: Tensor, index: Tensor, vectors: dict, tables: dict, branch: dict | None = None
+) -> None:
+    branch = branch or {}
+    need_tensors(op, {name: x, **branch, **vectors, **tables}, ("weight", "bias", "shift"))
+    branch = branch.get("branch")
     if x.ndim not in (2, 3):
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; (tokens, C) or (batch, tokens, C) fits")
     if x.dtype not in _DTYPES and not (x.dtype == torch.float64 and x.device.type == "cpu"):
@@ -137,13 +145,10 @@ def _check(op: str, name: str, x: Tensor, index: Tensor, eps: float, vectors: di
     if not 1 <= x.shape[-1] <= MAX_WIDTH:
         raise ValueError(f"{op}: {name} has {x.shape[-1]} columns; 1 to {MAX_WIDTH} fits")
     if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64) or index.shape != x.shape[:-1] or index.device != x.device:
-        got = f"{index.dtype} of shape {tuple(index.shape)} on {index.device}" if isinstance(index, Tensor) else f"a {type(index).__name__}"
-        raise ValueError(f"{op}: index is {got}; int32 or int64 of shape {tuple(x.shape[:-1])} on {x.device} fits, the image of each token, -1 for text")
+        raise ValueError(f"{op}: index is {got(index)}; int32 or int64 of shape {tuple(x.shape[:-1])} on {x.device} "
+                         "fits, the image of each token, -1 for text")
     if branch is not None and (branch.shape != x.shape or branch.device != x.device):
         raise ValueError(f"{op}: branch has shape {tuple(branch.shape)} on {branch.device} and {name} {tuple(x.shape)} on {x.device}; equal ones fit")
-    for key, table in tables.items():
-        if table is None and key != "shift":
-            raise ValueError(f"{op}: {key} is None; a tensor (images, {x.shape[-1]}) fits, a row for each image")
     first = next(iter(tables))
     for key, t in {**vectors, **tables, "branch": branch}.items():
         if t is None:
@@ -157,8 +162,6 @@ def _check(op: str, name: str, x: Tensor, index: Tensor, eps: float, vectors: di
             raise ValueError(f"{op}: {key} has shape {tuple(t.shape)} and {name} {x.shape[-1]} columns; (images, {x.shape[-1]}) fits, a row for each image")
         if key in tables and t.shape[0] != tables[first].shape[0]:
             raise ValueError(f"{op}: {key} has {t.shape[0]} rows and {first} {tables[first].shape[0]}; one row per image in each fits")
-    if eps < 0:
-        raise ValueError(f"{op}: eps is {eps}; 0 or more fits")
 
 
 def _forwards(forward):
@@ -202,14 +205,19 @@ def _backwards(backward):
     return modulated_norm_backward, gated_residual_backward, gated_residual_norm_backward
 
 
-def _tables(a: Tensor, b: Tensor | None, weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, ...]:
+def _tables(a: Tensor, b: Tensor | None, weight: Tensor | None, bias: Tensor | None, scale: Tensor,
+            shift: Tensor | None) -> tuple[Tensor, ...]:
     """Return dweight, dbias, dscale and dshift from a = sum dy xhat and b = sum dy, (N + 1, C) with text first."""
+
+    def over_images(sums):  # an image without tokens has sums of 0, and its scale may hold anything
+        return sums[0] + torch.where(sums[1:] == 0, 0, (1 + scale.to(sums.dtype)) * sums[1:]).sum(0)
+
     dscale, dweight, dbias, dshift = a[1:] if weight is None else a[1:] * weight, *(a.new_empty(0) for _ in range(3))
     if weight is not None:
-        dweight = (a[0] + ((1 + scale.to(a.dtype)) * a[1:]).sum(0)).to(weight.dtype)
+        dweight = over_images(a).to(weight.dtype)
     if bias is not None:
         dscale = dscale + b[1:] * bias
-        dbias = (b[0] + ((1 + scale.to(b.dtype)) * b[1:]).sum(0)).to(bias.dtype)
+        dbias = over_images(b).to(bias.dtype)
     if shift is not None:
         dshift = b[1:].to(shift.dtype, copy=True)
     return dweight, dbias, dscale.to(scale.dtype, copy=True), dshift

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tfkernels._arguments import got, need_integer, need_tensors
 from tfkernels._latents import (
     SCALAR_ARGUMENTS,
     PackedLatents,
@@ -26,6 +27,7 @@ from tfkernels._latents import (
     check_floating,
     check_patch_size,
     check_per_image,
+    dense,
     geometry,
     locate,
     locate_reference,
@@ -53,6 +55,7 @@ def patchify(x: Tensor, patch_size: int) -> Tensor:
     Raises:
         ValueError: a shape, dtype or patch size that does not fit, named.
     """
+    need_tensors("patchify", {"x": x})
     if x.ndim != 4:
         raise ValueError(f"patchify: x has shape {tuple(x.shape)}; 4 dimensions (N, C, H, W) fit; patchify_packed takes latents of different sizes")
     s = source("patchify", "x", x, patch_size, None)
@@ -65,6 +68,8 @@ def unpatchify(tokens: Tensor, patch_size: int, height: int, width: int) -> Tens
     Raises:
         ValueError: a shape, dtype or size that does not fit, named.
     """
+    need_tensors("unpatchify", {"tokens": tokens})
+    height, width = need_integer("unpatchify", "height", height, 1), need_integer("unpatchify", "width", width, 1)
     if tokens.ndim != 2:
         raise ValueError(f"unpatchify: tokens has shape {tuple(tokens.shape)}; 2 dimensions (N * H/p * W/p, C * p * p) fit; flatten a batch's first two")
     check_floating("unpatchify", "tokens", tokens)
@@ -82,6 +87,7 @@ def patchify_packed(x: PackedLatents) -> Tensor:
     Raises:
         ValueError: a shape, dtype or device that does not fit, named.
     """
+    _need_packed("patchify_packed", "x", x)
     s = source("patchify_packed", "x", x, None, None)
     return _patchify(s.x, s.offsets, s.columns, s.channels, s.patch)
 
@@ -92,12 +98,19 @@ def unpatchify_packed(tokens: Tensor, like: PackedLatents) -> PackedLatents:
     Raises:
         ValueError: a shape, dtype or device that does not fit, named.
     """
+    _need_packed("unpatchify_packed", "like", like)
+    need_tensors("unpatchify_packed", {"tokens": tokens})
     s = source("unpatchify_packed", "like", like, None, None)
     if tokens.shape != (s.rows, s.dim) or tokens.device != s.x.device:
         raise ValueError(f"unpatchify_packed: tokens has shape {tuple(tokens.shape)} on {tokens.device} and like {s.rows} rows of {s.dim} elements on "
                          f"{s.x.device}; ({s.rows}, {s.dim}) fits")
     check_floating("unpatchify_packed", "tokens", tokens)
     return PackedLatents(_unpatchify(tokens.contiguous(), s.offsets, s.columns, s.channels, s.patch, 0, 0), *like[1:])
+
+
+def _need_packed(op: str, name: str, x) -> None:
+    if not isinstance(x, PackedLatents):
+        raise ValueError(f"{op}: {name} is {got(x)}; PackedLatents fit; pack_latents makes them of a list of latents")
 
 
 def noise_patchify(x0: Tensor | PackedLatents, signal: Tensor, noise: Tensor, seed: Tensor | int, *, patch_size: int | None = None,
@@ -110,7 +123,10 @@ def noise_patchify(x0: Tensor | PackedLatents, signal: Tensor, noise: Tensor, se
         signal, noise: (N,) one number per image.
         seed: int64 tensor (2,) on x0's device, [seed, offset], or an int (offset 0). Give every training step another offset (its low
             32 bits count). `diffusion_loss` with the same seed sees the same eps.
-        offsets: (N + 1,) int32, image n in the rows [offsets_n, offsets_n+1); rows outside are padding and come out 0.
+        offsets: (N + 1,) int32, image n in the rows [offsets_n, offsets_n+1); rows outside are padding, may hold
+            anything and come out 0. Offsets that fall or leave [0, P] raise on a CPU; on a GPU, where looking would
+            synchronise, each row goes to the last image whose offset is not above it, and what lies outside is never
+            read.
 
     Returns:
         (P, D) in x0's dtype, computed in float32. Differentiable in x0.
@@ -132,7 +148,7 @@ def patchify_reference(x: Tensor, offsets: Tensor | None, columns: Tensor | None
         x = x.reshape(n, c, h // patch, patch, w // patch, patch).permute(0, 2, 4, 1, 3, 5)
         return x.clone(memory_format=torch.contiguous_format).view(n * (h // patch) * (w // patch), c * patch * patch)
     if x.ndim == 2:
-        return torch.where(locate_reference(offsets, len(x))[2][:, None], x, 0)
+        return torch.where(locate_reference(offsets, len(x))[2][:, None], x, 0).contiguous()
     at = packed_index(offsets, columns, channels, patch, len(x) // (channels * patch**2))
     return torch.where(at >= 0, x[at.clamp(min=0)], 0) if x.numel() else x.new_empty(at.shape)
 
@@ -209,6 +225,7 @@ def _launch(kernel, operands: list, x: Tensor, out: Tensor, offsets: Tensor | No
             noise: bool, dim: int) -> Tensor:
     """Run `kernel` over `rows` rows, x being the operand that has the layout."""
     if rows * dim:
+        x, offsets, columns, *operands = dense(x, offsets, columns, *operands)
         pointers, numbers, constants = geometry(x, offsets, columns, patch)
         constants |= tile(dim)
         grid = triton.cdiv(rows, constants["BLOCK_R"]), triton.cdiv(dim, constants["BLOCK_D"])
@@ -259,7 +276,8 @@ def _noise_kernel(x: Tensor, signal: Tensor, noise: Tensor, seed: Tensor, offset
 
 
 def _noise_cpu(x: Tensor, signal: Tensor, noise: Tensor, seed: Tensor, offsets: Tensor | None, columns: Tensor | None, channels: int, patch: int) -> Tensor:
-    return noise_patchify_reference(x.to(signal.dtype), signal, noise, seed, offsets, columns, channels, patch).to(x.dtype)
+    tokens = noise_patchify_reference(x.to(signal.dtype), signal, noise, seed, offsets, columns, channels, patch)
+    return tokens.to(x.dtype).contiguous()
 
 
 def _noise_backward_kernel(dtokens: Tensor, signal: Tensor, offsets: Tensor | None, columns: Tensor | None, channels: int, patch: int,

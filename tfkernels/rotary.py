@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tfkernels._arguments import got, need_eps, need_range, need_tensors
 from tfkernels._library import INTERPRET, register
 
 MAX_HEAD_DIM = 256
@@ -57,9 +58,12 @@ def qk_norm_rotary(q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tens
     Raises:
         ValueError: a shape, dtype, device or value that does not fit, named; cos or sin that requires a gradient.
     """
-    _check(q, k, {"q_weight": q_weight, "k_weight": k_weight}, {"cos": cos, "sin": sin}, eps)
+    need_tensors("qk_norm_rotary", {"q": q, "k": k, "q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin},
+                 ("q_weight", "k_weight"))
+    eps = need_eps("qk_norm_rotary", eps)
+    _check(q, k, {"q_weight": q_weight, "k_weight": k_weight}, {"cos": cos, "sin": sin})
     cos, sin = (_dense_rows(x).expand(q.shape[0], -1, -1) for x in (cos, sin))
-    return RotatedQK(*_forward(_dense_rows(q), _dense_rows(k), q_weight, k_weight, cos, sin, float(eps)))
+    return RotatedQK(*_forward(_dense_rows(q), _dense_rows(k), q_weight, k_weight, cos, sin, eps))
 
 
 def qk_norm_rotary_reference(q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, *,
@@ -84,10 +88,13 @@ def rotary_table(positions: Tensor, frequencies: Tensor, axes: Tensor | None = N
             equal, text, turn to the bit as in one dimension.
         frequencies: (R/2,) float32, such as theta^(-2 i / R).
         axes: (R/2,) int64, the axis that each frequency turns with; `torch.arange(R // 2) % 2` gives them out in turn.
+            A number that is none of 0 to A - 1 raises on a CPU; on a GPU, where looking would synchronise, it is the
+            nearest of them.
 
     Raises:
         ValueError: a shape or dtype that does not fit, named.
     """
+    need_tensors("rotary_table", {"positions": positions, "frequencies": frequencies, "axes": axes}, ("axes",))
     if frequencies.ndim != 1 or frequencies.dtype != torch.float32:
         raise ValueError(f"rotary_table: frequencies is {frequencies.dtype} of shape {tuple(frequencies.shape)}; float32 (R/2,) fits")
     if axes is not None and (axes.shape != frequencies.shape or axes.dtype != torch.int64):
@@ -97,6 +104,11 @@ def rotary_table(positions: Tensor, frequencies: Tensor, axes: Tensor | None = N
     if positions.ndim not in (least, least + 1):
         raise ValueError(f"rotary_table: positions has shape {tuple(positions.shape)} and axes is {'None' if axes is None else 'given'}; "
                          "(S,) or (B, S) fits without axes, (S, A) or (B, S, A) with them")
+    if positions.is_complex() or positions.dtype == torch.bool:
+        raise ValueError(f"rotary_table: positions is {got(positions)}; integers or floating-point numbers fit")
+    if axes is not None:
+        need_range("rotary_table", "axes", axes, 0, positions.shape[-1] - 1, "for positions has that many axes")
+        axes = axes.clamp(0, max(0, positions.shape[-1] - 1))
     positions = positions.float()
     angles = (positions[..., None] if axes is None else positions[..., axes]) * frequencies
     return angles.cos(), angles.sin()
@@ -111,12 +123,16 @@ def grid_positions(positions: Tensor, index: Tensor, columns: Tensor) -> Tensor:
 
     Args:
         positions: (B, S) or (S,) integers, one more for each token of an image.
-        index: like positions, int32 or int64: the image of each token, over the whole batch, negative for text. An image's first token must be there.
-        columns: (N,) int32 or int64, how many patches of image n make a row.
+        index: like positions, int32 or int64: the image of each token, over the whole batch, negative for text. An
+            image's first token must be there. N or more raises on a CPU; on a GPU, where looking would synchronise, it
+            is text.
+        columns: (N,) int32 or int64, how many patches of image n make a row; less than 1 raises on a CPU and is 1 on a
+            GPU.
 
     Raises:
         ValueError: a shape or dtype that does not fit, named.
     """
+    need_tensors("grid_positions", {"positions": positions, "index": index, "columns": columns})
     integers = (torch.int32, torch.int64)
     if positions.dtype not in integers:
         raise ValueError(f"grid_positions: positions is {positions.dtype}; int32 or int64 fits")
@@ -126,15 +142,23 @@ def grid_positions(positions: Tensor, index: Tensor, columns: Tensor) -> Tensor:
     if columns.ndim != 1 or columns.dtype not in integers:
         raise ValueError(f"grid_positions: columns is {columns.dtype} of shape {tuple(columns.shape)}; int32 or int64 (images,) fits, "
                          "the patches in a row of each")
-    image = torch.where(index < 0, len(columns), index.long())                             # text is behind the last image
-    first = positions.new_full((len(columns) + 1,), torch.iinfo(positions.dtype).max)
+    images = columns.shape[0]
+    need_range("grid_positions", "index", index, torch.iinfo(index.dtype).min, images - 1, "negative for text, for "
+                                                                                           f"columns has {images} "
+                                                                                           "images")
+    need_range("grid_positions", "columns", columns, 1, torch.iinfo(columns.dtype).max, "the patches in a row")
+    text = (index < 0) | (index >= images)
+    # text is behind the last image
+    image = torch.where(text, images, index.long())
+    first = positions.new_full((images + 1,), torch.iinfo(positions.dtype).max)
     first = first.scatter_reduce(0, image.flatten(), positions.flatten(), "amin")          # a minimum of integers: the order is nothing
-    start = torch.where(index < 0, positions, first[image])
-    patch, width = positions - start, torch.nn.functional.pad(columns.to(positions.dtype), (0, 1), value=1)[image]
+    start = torch.where(text, positions, first[image])
+    patch = positions - start
+    width = torch.nn.functional.pad(columns.to(positions.dtype).clamp(min=1), (0, 1), value=1)[image]
     return torch.stack((start + patch // width, start + patch % width), -1)
 
 
-def _check(q: Tensor, k: Tensor, weights: dict, tables: dict, eps: float) -> None:
+def _check(q: Tensor, k: Tensor, weights: dict, tables: dict) -> None:
     op = "qk_norm_rotary"
     if q.ndim != 4 or q.shape[1] < 1:
         raise ValueError(f"{op}: q has shape {tuple(q.shape)}; (batch, heads, tokens, D) with at least one head fits")
@@ -163,8 +187,6 @@ def _check(q: Tensor, k: Tensor, weights: dict, tables: dict, eps: float) -> Non
                              "device fits")
         if table.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{op}: {name} requires a gradient, which {op} does not compute; a tensor without one fits; pass {name}.detach()")
-    if eps < 0:
-        raise ValueError(f"{op}: eps is {eps}; 0 or more fits")
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -325,6 +347,7 @@ def _forward_kernel(q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Ten
                     eps: float) -> tuple[Tensor, Tensor]:
     outputs, (batch, heads, tokens, dim) = (_empty_like(q), _empty_like(k)), q.shape
     if batch * tokens:
+        q, k, cos, sin = (_dense_rows(x) for x in (q, k, cos, sin))
         constants, warps = launch_config(heads, k.shape[1], dim, cos.shape[-1], *FORWARD)
         strides = [n for x in (cos, sin) for n in x.stride()[:2]] + [n for x in (q, k, *outputs) for n in x.stride()[:3]]
         _qk_norm_rotary_fwd[(batch * tokens,)](q, k, *_or(q, q_weight, k_weight), cos, sin, *outputs, tokens, eps, *strides, **constants,
@@ -340,6 +363,7 @@ def _backward_kernel(dq_out: Tensor | None, dk_out: Tensor | None, q: Tensor | N
         return dq, dk, *(x.zero_() for x in dweights)
     heads, kv_heads = (0 if x is None else x.shape[1] for x in (dq_out, dk_out))
     given = dk_out if dq_out is None else dq_out
+    cos, sin = _dense_rows(cos), _dense_rows(sin)
     constants, warps = launch_config(heads, kv_heads, given.shape[-1], half, *BACKWARD)
     rows = triton.cdiv(batch * tokens, PROGRAMS)
     programs = triton.cdiv(batch * tokens, rows)

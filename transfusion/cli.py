@@ -1,5 +1,6 @@
 """The `transfusion` command: init, train, sample, caption, vae."""
 import difflib
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +9,10 @@ import torch
 import tyro
 from PIL import Image as Picture
 
+from transfusion.checkpoint import check_writable, written
 from transfusion.guidance import Guidance
 from transfusion.model import Transfusion
+from transfusion.picture_folder import read_picture
 from transfusion.run_state import plain_errors
 from transfusion.sequence import Image, Text
 from transfusion.vae import VAE
@@ -72,32 +75,45 @@ class Caption:
 
 
 def load_image(path: Path, config, vae: VAE | None = None) -> Image:
-    """Read a picture file as the model sees it: its channels and size, values in [-1, 1], or the latent that its VAE makes of them."""
+    """Read a picture file as training does: the model's channels and size, in [-1, 1], or what its VAE makes of it."""
     channels, factor = (config.image_channels, 1) if vae is None else (vae.picture_channels, vae.factor)
     if channels not in (1, 3):
         raise ValueError(f"load_image: the model's images have {channels} channels and no VAE; picture files fit models of 1 (grey) or 3 (colour), "
                          "or with a VAE (transfusion init --vae)")
-    try:
-        with Picture.open(path) as picture:
-            height, width = (side * factor for side in config.image_size)
-            picture = picture.convert("L" if channels == 1 else "RGB").resize((width, height), Picture.Resampling.LANCZOS)
-            pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, -1)
-    except OSError as error:
-        raise ValueError(f"load_image: {path} is not a picture that can be read ({error})") from error
-    pixels = pixels.movedim(-1, 0).float() / 127.5 - 1
+    pixels = read_picture(path, tuple(side * factor for side in config.image_size), channels)
     return Image(pixels if vae is None else vae.encode(pixels[None])[0])
 
 
 def save_image(image: Image, path: Path, vae: VAE | None = None) -> None:
-    """Write an image of 1 or 3 channels, or what the VAE makes of its latent, as a picture file."""
+    """Write an image of 1 or 3 channels, or what the VAE makes of its latent, as a picture file, in one piece."""
     pixels = image.latent if vae is None else vae.decode(image.latent[None])[0]
     pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(0, -1).squeeze(-1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Picture.fromarray(pixels.numpy()).save(path)
+    with written(path) as aside:
+        Picture.fromarray(pixels.numpy()).save(aside)
+
+
+def check_picture_path(path: Path) -> None:
+    """Refuse a path that no picture can be written to; its directory is made where it is missing.
+
+    Raises:
+        ValueError: a suffix of no kind of picture that Pillow writes, a directory, or one that cannot be written into.
+    """
+    Picture.init()
+    kind = Picture.registered_extensions().get(path.suffix.lower())
+    try:
+        for mode in ("L", "RGB"):
+            Picture.new(mode, (8, 8)).save(io.BytesIO(), kind)
+    except (KeyError, OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"sample: out is {str(path)!r}, whose suffix {path.suffix!r} names no kind of picture that can be written; .png, .jpg and .webp "
+                         "fit") from error
+    if path.is_dir():
+        raise ValueError(f"sample: out is {str(path)!r}, which is a directory; a file such as {str(path / 'sample.png')!r} fits")
+    check_writable("sample: the directory of out", path.parent)
 
 
 def sample(options: Sample) -> None:
     """Run `transfusion sample`."""
+    check_picture_path(options.out)
     model = Transfusion.from_pretrained(options.model).eval()
     guidance = Guidance(options.guidance, options.image_guidance, options.guidance_interval, options.guidance_rescale)
     settings = {name: getattr(options, name) for name in ("steps", "sampler", "temperature", "top_p", "min_p", "seed")}

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 import tyro
 
+from transfusion.checkpoint import write_text
 from transfusion.data import DIGIT_NAMES, Digits
 from transfusion.eval.digits import draw_digits, evaluate, tell_story
 from transfusion.eval.pictures import loss_curves, sample_grid
 from transfusion.model import Transfusion
-from transfusion.run_state import logged_seconds, plain_errors
+from transfusion.run_state import claim, logged_seconds, plain_errors, saved_step
 from transfusion.sequence import Image
 from transfusion.train import TrainConfig, digits, train_to_end
 
@@ -24,6 +25,11 @@ STEPS, GUIDANCE = 30, 2.0
 
 def demo(config: TrainConfig) -> dict:
     """Train, sample and measure; return what metrics.json holds."""
+    with claim("demo", config.out, {"tune.start": config.tune.start}, resume=saved_step(config.out) is not None):
+        return _demo(config)
+
+
+def _demo(config: TrainConfig) -> dict:
     began = time.perf_counter()
     out = train_to_end(config)
     model = Transfusion.from_pretrained(out).eval()
@@ -41,7 +47,7 @@ def demo(config: TrainConfig) -> dict:
     by_digit = torch.stack([drawn[asked == label][:10] for label in range(10)])
     sample_grid(out / "samples.png", by_digit, real, list(DIGIT_NAMES), ("generated from captions", "real, held out"))
     loss_curves(out / "loss.png", out / "log.jsonl")
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 

@@ -6,10 +6,23 @@ import torch
 
 
 def choose_device(name: str) -> torch.device:
-    """Return cpu, cuda, ... as named, or for "auto" the accelerator if there is one."""
-    if name == "auto" and torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator()
-    return torch.device("cpu" if name == "auto" else name)
+    """Return cpu, cuda, ... as named, or for "auto" the accelerator if there is one.
+
+    Raises:
+        ValueError: a device that does not exist or that this machine has not.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        device = None
+    here = {"cpu": 1} | ({accelerator.type: torch.accelerator.device_count()} if accelerator else {})
+    if device is None or (device.index or 0) >= here.get(device.type, 0):
+        fits = ["auto", "cpu"] + ([accelerator.type, f"{accelerator.type}:0 to :{here[accelerator.type] - 1}"] if accelerator else [])
+        raise ValueError(f"device is {name!r}, which this machine does not have; {', '.join(fits)} fit")
+    return device
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:

@@ -19,7 +19,7 @@ class TimestepEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         rates = torch.exp(torch.arange(self.frequencies, device=t.device) * (-math.log(10_000) / self.frequencies))
         angles = 1000 * t.float()[:, None] * rates                                         # (N, F)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(self.mlp[0].bias.dtype))  # a quantised weight's dtype is its storage's
 
 
 class ZeroLinear(nn.Linear):

@@ -46,8 +46,8 @@ class ExpertBackbone(AdaLNBackbone):
         x, images = modality.split(x), modality.split(modality.image)
         normed = [modulated_rms_norm(rows, norm.weight, *entries[0], image, eps=norm.variance_epsilon)
                   for rows, norm, image in zip(x, norms[0], images)]
-        for pair, table, norm, entry in zip(layers, tables, norms[1:], entries[1:]):
-            x, normed = self.run(pair, x, normed, table, norm, entry, rotations, mask, images, modality, cache)
+        for pair, table, norm, entry, own in zip(layers, tables, norms[1:], entries[1:], self.layer_masks(mask)):
+            x, normed = self.run(pair, x, normed, table, norm, entry, rotations, own, images, modality, cache)
         return modality.join(*normed)
 
     def block(self, layers, x, normed, table: Tensor, next_norms, next_entry, rotations, mask, images, modality: Modality, cache):

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from transfusion.values import is_number, is_pair
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -28,11 +30,14 @@ class Guidance:
     rescale: float = 0.0
 
     def __post_init__(self):
-        low, high = self.interval
-        if not 0 <= low <= high <= 1:
+        if not is_number(self.text, 0):
+            raise ValueError(f"Guidance: text is {self.text!r}; a finite number of at least 0 fits")
+        if self.image is not None and not is_number(self.image, 0):
+            raise ValueError(f"Guidance: image is {self.image!r}; a finite number of at least 0, or None, fits")
+        if not is_pair(self.interval, lambda t: is_number(t, 0, 1)) or self.interval[0] > self.interval[1]:
             raise ValueError(f"Guidance: interval is {self.interval}; two times 0 <= low <= high <= 1 fit")
-        if not 0 <= self.rescale <= 1:
-            raise ValueError(f"Guidance: rescale is {self.rescale}; a number from 0 to 1 fits")
+        if not is_number(self.rescale, 0, 1):
+            raise ValueError(f"Guidance: rescale is {self.rescale!r}; a number from 0 to 1 fits")
 
     @property
     def contexts(self) -> tuple[str, ...]:

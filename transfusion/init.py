@@ -8,10 +8,13 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from transfusion.checkpoint import check_files
 from transfusion.config import TransfusionConfig
 from transfusion.model import Transfusion
+from transfusion.run_state import claim
 from transfusion.tokenizer import BOI, EOI
 from transfusion.vae import VAE
+from transfusion.values import is_whole
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ def load_language_model(path: Path):
         where, options, weights = path, {}, {"use_safetensors": True}
     if not (path.is_file() if options else (path / "config.json").is_file()):
         raise ValueError(f"init: llm is {str(path)!r}, which is no checkpoint; a directory with config.json and *.safetensors, or a .gguf file, fits")
+    if not options:
+        check_files(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
         decoder = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, trust_remote_code=False, **options, **weights)
@@ -73,7 +78,13 @@ def from_language_model(decoder, tokenizer, *, seed: int = 0, **config) -> Trans
 
     BOI and EOI are added to the vocabulary, their rows start as the mean of all rows; text logits over the old vocabulary stay the decoder's own.
     Documents begin with the tokenizer's BOS or, where it has none, its EOS.
+
+    Raises:
+        ValueError: a setting that does not fit, a decoder that does not (see `transfusion.backbone`), or a tokenizer without EOS.
     """
+    _check(seed, config)
+    if tokenizer.eos_token is None:
+        raise ValueError("init: the tokenizer has no EOS, without which no document ends; set tokenizer.eos_token")
     for name in ("bos_token", "pad_token"):
         if getattr(tokenizer, name) is None:
             setattr(tokenizer, name, tokenizer.eos_token)
@@ -94,12 +105,34 @@ def from_language_model(decoder, tokenizer, *, seed: int = 0, **config) -> Trans
     return model
 
 
+def _check(seed: int, config: dict) -> None:
+    """Refuse settings that do not fit before a language model is loaded for them."""
+    if not is_whole(seed, 0, 2**63 - 1):
+        raise ValueError(f"init: seed is {seed!r}; a whole number of at least 0 fits")
+    TransfusionConfig(**config)
+
+
 def init(settings: InitSettings) -> Path:
-    """Run `transfusion init`; return the new checkpoint's directory."""
+    """Run `transfusion init`; return the new checkpoint's directory.
+
+    Raises:
+        ValueError: settings that do not fit; `out` is a file, cannot be written, holds a checkpoint or is, holds or lies in `llm` or `vae`.
+    """
+    _check(settings.seed, _config(settings))
+    with claim("init", settings.out, {"llm": settings.llm, "vae": settings.vae}, resume=False):
+        return _init(settings)
+
+
+def _config(settings: InitSettings) -> dict:
+    """The fields of `TransfusionConfig` among the settings."""
+    return {name: getattr(settings, name) for name in ("image_channels", "image_size", "patch_size", "backbone", "image_layers", "unet_channels",
+                                                       "unet_blocks", "objective", "positions", "diffusion_weight")}
+
+
+def _init(settings: InitSettings) -> Path:
+    config = _config(settings)
     vae = None if settings.vae is None else VAE.from_pretrained(settings.vae)
     decoder, tokenizer = load_language_model(settings.llm)
-    config = {name: getattr(settings, name) for name in ("image_channels", "image_size", "patch_size", "backbone", "image_layers", "unet_channels",
-                                                         "unet_blocks", "objective", "positions", "diffusion_weight")}
     model = from_language_model(decoder, tokenizer, seed=settings.seed, **config | ({} if vae is None else {"image_channels": vae.channels}))
     model.vae = vae
     model.save_pretrained(settings.out)

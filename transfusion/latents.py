@@ -4,21 +4,22 @@ A cache is a directory: {train, held-out}.safetensors with `latents` (N, C, h, w
 `transfusion train --data.latents DIR` trains on them as if they were the data set's pictures, and its checkpoints carry the autoencoder.
 """
 import json
-import os
-import shutil
 import time
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from transfusion.checkpoint import LOCK, current, load_tensors, read_json, replacing, whole
 from transfusion.data import DATASETS, DataSettings
 from transfusion.device import choose_device
 from transfusion.picture_folder import SPLITS, PictureSettings
+from transfusion.run_state import claim
+from transfusion.settings import Count, check
 from transfusion.vae import VAE
 
 
@@ -31,7 +32,7 @@ class EncodeSettings:
     out: Path
     """directory of the cache"""
     data: PictureSettings = field(default_factory=PictureSettings)
-    batch: int = 64
+    batch: Count = 64
     """pictures encoded at once"""
     device: str = "auto"
     """cpu, cuda, or auto: the accelerator if there is one"""
@@ -50,18 +51,25 @@ def encode_dataset(settings: EncodeSettings) -> Path:
     Raises:
         ValueError: a folder in place of a data set, or an `out` that holds something else.
     """
+    check("vae encode", settings)
+    device = choose_device(settings.device)
     if settings.data.folder is not None or settings.data.name not in DATASETS:
         raise ValueError(f"vae encode: data.name is {settings.data.name!r} and data.folder {str(settings.data.folder)!r}; a data set with captions fits, "
                          f"one of {', '.join(map(repr, DATASETS))}")
+    with claim("vae encode", settings.out, {"vae": settings.vae}):
+        return _encode(settings, device)
+
+
+def _encode(settings: EncodeSettings, device: torch.device) -> Path:
     vae = VAE.from_pretrained(settings.vae)
-    vae.autoencoder.to(choose_device(settings.device))
+    vae.autoencoder.to(device)
     pictures = {split: DATASETS[settings.data.name](split).images for split in SPLITS}
     if pictures["train"].shape[1] != vae.picture_channels:
         raise ValueError(f"vae encode: data.name is {settings.data.name!r}, of {pictures['train'].shape[1]} channels, and the autoencoder of "
                          f"{str(settings.vae)!r} takes {vae.picture_channels}; name the pictures it is for with --data.name")
     about = {"vae": vae.fingerprint(), "splits": [identity(settings.data.name, split, pictures[split]) for split in SPLITS]}
-    if settings.out.exists():
-        if not (settings.out / "cache.json").is_file() or json.loads((settings.out / "cache.json").read_text()) != about:
+    if any(path.name != LOCK for path in settings.out.iterdir()):
+        if not (settings.out / "cache.json").is_file() or read_json(settings.out / "cache.json") != about:
             raise ValueError(f"vae encode: out is {str(settings.out)!r}, which holds something else; a new directory, or a cache of the same pictures and "
                              "autoencoder, fits")
         print(f"{settings.out} holds these latents already")
@@ -72,19 +80,15 @@ def encode_dataset(settings: EncodeSettings) -> Path:
     minutes = (time.perf_counter() - began) * count / settings.batch / 60
     print(f"{count:,} pictures of {'x'.join(map(str, pictures['train'].shape[1:]))} ({settings.data.name}) to latents of {shape}: about {minutes:,.1f} min",
           flush=True)
-    fresh = settings.out.with_name(settings.out.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    with tqdm(total=count, desc=f"vae encode {settings.out.name}", unit="picture", dynamic_ncols=True) as progress:
+    with replacing(settings.out) as fresh, tqdm(total=count, desc=f"vae encode {settings.out.name}", unit="picture", dynamic_ncols=True) as progress:
         for split in SPLITS:
             latents = []
             for batch in pictures[split].split(settings.batch):
                 latents.append(vae.encode(batch))
                 progress.update(len(batch))
             save_file({"latents": torch.cat(latents).contiguous()}, fresh / f"{split}.safetensors")
-    vae.save_pretrained(fresh / "vae")
-    (fresh / "cache.json").write_text(json.dumps(about, indent=2))
-    os.replace(fresh, settings.out)
+        vae.save_pretrained(fresh / "vae")
+        (fresh / "cache.json").write_text(json.dumps(about, indent=2))
     return settings.out
 
 
@@ -101,17 +105,18 @@ def open_dataset(settings: DataSettings, split: str = "train"):
         return dataset, None
     if settings.jitter:
         raise ValueError(f"open_dataset: jitter is {settings.jitter} and latents {str(cache)!r}; 0 fits latents, which cannot be turned and shifted as pixels")
-    if not (cache / "cache.json").is_file():
+    if not current(cache, "cache.json").is_file():
         raise ValueError(f"open_dataset: latents is {str(cache)!r}, which holds no cache.json; a directory that `transfusion vae encode` wrote fits")
-    about, ours = json.loads((cache / "cache.json").read_text()), identity(settings.name, split, dataset.images)
+    about, ours = read_json(current(cache, "cache.json"), "encode the data set anew"), identity(settings.name, split, dataset.images)
     kept = next(kept for kept in about["splits"] if kept["split"] == split)
     if kept != ours:
         changed = ", ".join(f"{key} {kept[key]} (now {ours[key]})" for key in ours if kept[key] != ours[key])
         raise ValueError(f"open_dataset: latents is {str(cache)!r}, made of other pictures: {changed}; a cache of {settings.name!r} as it is fits; "
                          "encode it anew")
-    vae = VAE.from_pretrained(cache / "vae")
+    with whole(cache) as directory:
+        vae, latents = VAE.from_pretrained(directory / "vae"), load_tensors(directory / f"{split}.safetensors")["latents"]
     if vae.fingerprint() != about["vae"]:
         raise ValueError(f"open_dataset: latents is {str(cache)!r}, whose vae is not the one that made them; encode the data set anew")
-    dataset.images = load_file(cache / f"{split}.safetensors")["latents"]
+    dataset.images = latents
     dataset.image_shape = tuple(dataset.images.shape[1:])
     return dataset, vae

@@ -1,5 +1,4 @@
 """The model: one decoder that reads and writes text and images (Transfusion, arXiv:2408.11039)."""
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -9,20 +8,24 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers import initialization as init
 
+import tfkernels.integrations.transformers as integration
 from tfkernels import grid_positions, noise_patchify
 from transfusion import sample
 from transfusion.backbone import AdaLNBackbone, Backbone, LayerOffsets
+from transfusion.checkpoint import check_files, replacing, unfinished, whole
 from transfusion.config import TransfusionConfig
 from transfusion.embed import PatchEmbedding, TimestepEmbedding, ZeroLinear
 from transfusion.experts import ExpertBackbone
 from transfusion.heads import DiTHead, LinearHead
 from transfusion.objective import OBJECTIVES
 from transfusion.sequence import IMAGE_ATTENTION, Image, Part, Sequence
-from transfusion.tuning import load_adapter
+from transfusion.tuning import find_base, holds_adapter, load_adapter, spare_images
 from transfusion.unet import UNetDown, UNetUp, ZeroConv2d
 from transfusion.vae import VAE
+from transfusion.values import nearest
 
 BACKBONES = {"decoder": Backbone, "adaln": AdaLNBackbone, "experts": ExpertBackbone}
+HUB = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")  # of transformers' push_to_hub
 IMAGE_LAYERS = {"linear": (PatchEmbedding, LinearHead), "dit": (PatchEmbedding, DiTHead), "unet": (UNetDown, UNetUp)}
 
 
@@ -43,9 +46,10 @@ class Transfusion(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_attention_backend = True
     _supports_sdpa = True
-    _can_set_attn_implementation = True
 
     def __init__(self, config: TransfusionConfig, tokenizer=None):
+        _check_implementation("Transfusion", config._attn_implementation or integration.NAME)
+        config._attn_implementation_internal = integration.register()  # the public name would set it on text_config, which is the caller's
         super().__init__(config)
         hidden = config.text_config.get_text_config().hidden_size
         self.backbone = BACKBONES[config.backbone](config.text_config)
@@ -68,6 +72,10 @@ class Transfusion(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    def set_attn_implementation(self, attn_implementation, *args, **kwargs) -> None:
+        """Refuse all but "tfkernels": no other attention sees this model's masks."""
+        _check_implementation("Transfusion.set_attn_implementation", attn_implementation)
+
     def get_input_embeddings(self) -> nn.Module:
         """The decoder's token embeddings."""
         return self.backbone.decoder.get_input_embeddings()
@@ -77,32 +85,83 @@ class Transfusion(PreTrainedModel):
         return self.backbone.decoder.get_output_embeddings()
 
     @classmethod
-    def from_pretrained(cls, path, *args, **kwargs) -> "Transfusion":
+    def from_pretrained(cls, path, *args, base=None, **kwargs) -> "Transfusion":
         """Load a checkpoint directory: config.json, model.safetensors and the tokenizer's files; or an adapter's, put into the model it was trained on.
 
-        Pickled weights are refused.
+        That model is looked for where it lay, as seen from the adapter, unless `base` names it. Pickled weights are refused, damaged ones too.
+        Options are those of transformers; settings of `TransfusionConfig` among them stand above the checkpoint's. With
+        `output_loading_info=True` the result is (model, what was missing or left over). A `quantization_config` quantises the decoder alone: the image
+        layers and the text head stay as they are.
+
+        Raises:
+            ValueError: no checkpoint, a damaged one, or an option that does not fit, named.
         """
+        if kwargs.pop("output_loading_info", False):
+            found: dict = {}
+            return cls.from_pretrained(path, *args, base=base, loading_info=found, **kwargs), found
         path = Path(path)
+        base = find_base(path, base) if holds_adapter(path) else base
+        if unfinished(path):  # a kill left the newest save in two places
+            with whole(path) as directory:
+                return cls.from_pretrained(directory, *args, base=base, **kwargs)
         if (path / "adapter_config.json").is_file():
-            base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
             return load_adapter(cls.from_pretrained(base, *args, **kwargs), path)
+        if base is not None:
+            raise ValueError(f"Transfusion.from_pretrained: base is {str(base)!r} and path {str(path)!r}, which holds no adapter; leave base out")
         if not (path / "config.json").is_file():
             raise ValueError(f"Transfusion.from_pretrained: path is {str(path)!r}, which holds no config.json; a directory written by save_pretrained "
                              "or `transfusion train` fits")
-        model = super().from_pretrained(path, *args, use_safetensors=True, **kwargs)
-        if (path / "tokenizer.json").is_file():
-            model.tokenizer = AutoTokenizer.from_pretrained(path)
+        check_files(path)
+        model = cls._load(path, *args, **kwargs)
+        if model.tokenizer is None and (path / "tokenizer.json").is_file():
+            model.tokenizer = _load_tokenizer(path)
         if (path / "vae").is_dir():
             model.vae = VAE.from_pretrained(path / "vae")
         return model
 
-    def save_pretrained(self, path, *args, **kwargs) -> None:
-        """Write config.json, model.safetensors, the tokenizer's files and the autoencoder, if there is one."""
-        super().save_pretrained(path, *args, **kwargs)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(path)
-        if self.vae is not None:
-            self.vae.save_pretrained(Path(path) / "vae")
+    @classmethod
+    def _load(cls, path: Path, *args, loading_info: dict | None = None, use_safetensors: bool = True, attn_implementation: str | None = None,
+              quantization_config=None, **kwargs) -> "Transfusion":
+        if not use_safetensors:
+            raise ValueError("Transfusion.from_pretrained: use_safetensors is False; True fits, for pickled weights are refused")
+        _check_implementation("Transfusion.from_pretrained", attn_implementation or integration.NAME)
+        if quantization_config is not None:
+            with torch.device("meta"):
+                outline = cls(kwargs.get("config") or TransfusionConfig.from_pretrained(path))
+            kwargs["quantization_config"] = spare_images(outline, quantization_config)
+        try:
+            model, found = super().from_pretrained(path, *args, use_safetensors=True, output_loading_info=True, **kwargs)
+        except TypeError as error:
+            if "__init__() got an unexpected keyword argument" not in str(error):
+                raise
+            name = str(error).split("'")[1]
+            raise ValueError(f"Transfusion.from_pretrained: {name} is no option; those of transformers' from_pretrained and settings of TransfusionConfig "
+                             f"fit{nearest(name, TransfusionConfig.names())}") from error
+        if loading_info is not None:
+            loading_info.update(found)
+        return model
+
+    def save_pretrained(self, path, is_main_process: bool = True, state_dict: dict | None = None, *, push_to_hub: bool = False, variant: str | None = None,
+                        **kwargs) -> None:
+        """Write config.json, model.safetensors, the tokenizer's files and the autoencoder, if there is one; what the directory held stands until all are whole.
+
+        Options are those of transformers; what `push_to_hub` takes is handed on to it.
+
+        Raises:
+            ValueError: `path` is a file, or another process writes there.
+        """
+        if Path(path).exists() and not Path(path).is_dir():
+            raise ValueError(f"Transfusion.save_pretrained: path is {str(path)!r}, which is a file; a directory fits")
+        hub = {name: kwargs.pop(name) for name in HUB if name in kwargs}
+        if is_main_process:
+            with replacing(Path(path), weights=variant is None) as fresh:
+                super().save_pretrained(fresh, True, state_dict, variant=variant, **kwargs)
+                if self.tokenizer is not None:
+                    self.tokenizer.save_pretrained(fresh)
+                if self.vae is not None:
+                    self.vae.save_pretrained(fresh / "vae")
+        if push_to_hub and is_main_process:
+            self.push_to_hub(hub.pop("repo_id", Path(path).name), **hub)
 
     def embed(self, sequence: Sequence, patches: Tensor, condition: Tensor) -> tuple[Tensor, list]:
         """Token embeddings (B, S, C) with the (noised) patches' embeddings in their places, and what skips the decoder to the image head."""
@@ -135,25 +194,37 @@ class Transfusion(PreTrainedModel):
         """Next-token logits (B, S, V) of plain text (B, S): what the decoder alone would say."""
         return self.backbone.decoder(input_ids=tokens, use_cache=False).logits
 
-    def generate(self, parts: list[Part], **options) -> list[Part]:
+    def generate(self, parts: str | list[Part], **options) -> list[Part]:
         """Go on from `parts`, writing text and drawing images as the model sees fit; options as in `generate_batch`."""
-        return sample.generate_batch(self, [parts], **options)[0]
+        return sample.generate_batch(self, [sample.as_parts("generate", "parts", parts)], **options)[0]
 
-    def generate_batch(self, prompts: list[list[Part]], **options) -> list[list[Part]]:
+    def generate_batch(self, prompts: list[str | list[Part]], **options) -> list[list[Part]]:
         """Go on from several prompts at once; see `transfusion.sample.generate_batch`."""
         return sample.generate_batch(self, prompts, **options)
 
-    def stream(self, parts: list[Part], **options) -> Iterator[sample.Event]:
+    def stream(self, parts: str | list[Part], **options) -> Iterator[sample.Event]:
         """`generate` as an iterator of events: text as it is written, previews, finished images."""
-        return sample.stream(self, [parts], **options)
+        return sample.stream(self, [sample.as_parts("stream", "parts", parts)], **options)
 
-    def draw(self, prompts: list[str | list[Part]], **options) -> list[Image]:
+    def draw(self, prompts: str | list[str | list[Part]], **options) -> list[Image]:
         """Draw one image for each prompt, a text or parts such as [image, instruction]; options as in `generate_batch`."""
         return sample.draw(self, prompts, **options)
 
-    def caption(self, images: list[Image], question: str = "", **options) -> list[str]:
+    def caption(self, images: Image | list[Image], question: str = "", **options) -> list[str]:
         """Write the text that follows each image and the question, greedily; options as in `generate_batch`."""
         return sample.caption(self, images, question, **options)
+
+
+def _check_implementation(op: str, wanted) -> None:
+    if not all(one == integration.NAME for one in (wanted.values() if isinstance(wanted, dict) else [wanted])):
+        raise ValueError(f"{op}: attn_implementation is {wanted!r}; {integration.NAME!r} fits, which alone sees this model's masks; leave it out")
+
+
+def _load_tokenizer(path: Path):
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # tokenizers raises nothing narrower for a file that it cannot read
+        raise ValueError(f"{path / 'tokenizer.json'} cannot be read ({' '.join(str(error).split())}); copy it again or make it anew") from error
 
 
 AutoConfig.register(TransfusionConfig.model_type, TransfusionConfig, exist_ok=True)

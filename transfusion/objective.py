@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from transfusion.values import is_whole
+
 
 @dataclass(frozen=True)
 class Flow:
@@ -84,9 +86,15 @@ def shift_times(t: Tensor, tokens: Tensor | int, base: int | None) -> Tensor:
     """Return s t / (1 + (s - 1) t) with s = sqrt(tokens / base): as much is left of a larger image after as much noise (arXiv:2403.03206, eq. 23).
 
     t (N,) and tokens (N,) or an int; without `base`, t.
+
+    Raises:
+        ValueError: `base`, or `tokens` where it is a number, is not whole and positive.
     """
     if base is None:
         return t
+    for name, value in (("base", base), ("tokens", 1 if isinstance(tokens, Tensor) else tokens)):
+        if not is_whole(value, 1):
+            raise ValueError(f"shift_times: {name} is {value!r}; a whole number of at least 1 fits")
     s = torch.as_tensor(tokens, device=t.device, dtype=t.dtype).div(base).sqrt()
     return s * t / (1 + (s - 1) * t)
 

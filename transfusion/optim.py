@@ -24,9 +24,24 @@ def build_optimizer(model: torch.nn.Module, optim) -> torch.optim.AdamW:
                              lr=optim.lr, betas=optim.betas, fused=True)
 
 
+def average_decay(count: int, ema: float) -> float:
+    """Decay of the average once it holds the weights of `count` steps: min(ema, (1 + count) / (10 + count)).
+
+    Without this warm-up (TensorFlow's ExponentialMovingAverage with num_updates) the first step's weights would keep a
+    share of ema^steps, most of the average of a short run; with it a short run averages its last tenth.
+    """
+    return min(ema, (1 + count) / (10 + count))
+
+
 def build_average(model: torch.nn.Module, optim) -> AveragedModel:
-    """Exponential moving average of what is trained; what is frozen stays in memory once."""
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(optim.ema))
+    """Exponential moving average of what is trained, its decay warmed up; what is frozen stays in memory once."""
+    averaged = AveragedModel(model)
+
+    def update(kept: list[torch.Tensor], new: list[torch.Tensor], _) -> None:
+        decay = average_decay(int(averaged.n_averaged), optim.ema)  # a count on the host: nothing waits
+        get_ema_multi_avg_fn(decay)(kept, new, None)
+
+    averaged.multi_avg_fn = update
     for copied, p in zip(averaged.module.parameters(), model.parameters()):
         if not p.requires_grad:
             copied.data = p.data

@@ -3,11 +3,13 @@
 Both are indexed alike: `len(pictures)`, `pictures.shape` (N, C, H, W) and `pictures[indices]`, float32 (n, C, H, W) in [-1, 1].
 One file of a folder in ten is held out, chosen by its name, so that new files move no old one.
 """
+import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image as Picture
 from PIL import ImageOps
@@ -15,10 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from transfusion.data import DATASETS
+from transfusion.settings import Count, check
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SPLITS = ("train", "held-out")
-UNREADABLE = (OSError, SyntaxError, ValueError, Picture.DecompressionBombError)  # what Pillow raises of bad files
+UNREADABLE = (  # what Pillow raises of bad files
+    OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, EOFError, MemoryError,
+    NotImplementedError, struct.error, zlib.error, Picture.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -29,17 +34,17 @@ class PictureSettings:
     """the data set, where there is no folder; see DATASETS in transfusion/data.py"""
     folder: Path | None = None
     """a folder of picture files, with those in folders inside it, in place of the data set; one in ten is held out"""
-    size: int = 32
+    size: Count = 32
     """side that a folder's pictures are cropped and resized to; a data set's stay as they are"""
-    channels: int = 3
+    channels: Count = 3
     """of a folder's pictures: 3, colour, or 1, grey"""
 
 
 class PictureFolder:
     """The picture files of one split of a folder, each cropped to its central square and resized (Lanczos); transparent parts become white.
 
-    Files that cannot be read, and those of more than 8 bits a channel, are left out at the start and counted (`skipped`); one that breaks later is
-    replaced by the next.
+    Files that cannot be read are left out at the start and counted (`skipped`); one that breaks later is replaced by
+    the next.
     """
 
     def __init__(self, settings: PictureSettings, split: str = "train"):
@@ -71,33 +76,54 @@ class PictureFolder:
         for at in range(index, index + len(self.paths)):
             try:
                 return read_picture(self.paths[at % len(self.paths)], self.settings.size, self.settings.channels)
-            except UNREADABLE:
+            except ValueError:
                 continue
         raise ValueError(f"PictureFolder: no picture of {str(self.settings.folder)!r} can be read any more; put them back")
 
 
-def read_picture(path: Path, size: int, channels: int) -> Tensor:
-    """Read a file as (channels, size, size) in [-1, 1]: its central square, resized; white where it is transparent."""
-    with Picture.open(path) as picture:
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith(("I", "F")):
-            raise ValueError(f"read_picture: {path} has pixels of kind {picture.mode}; 8 bits a channel fit; convert it")
-        picture = picture.convert("RGBA")
-        side = min(picture.size)
-        left, top = ((length - side) // 2 for length in picture.size)
-        picture = Picture.alpha_composite(Picture.new("RGBA", picture.size, "white"), picture).convert("L" if channels == 1 else "RGB")
-        picture = picture.resize((size, size), Picture.Resampling.LANCZOS, box=(left, top, left + side, top + side))
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(size, size, channels)
+def read_picture(path: Path, size: int | tuple[int, int], channels: int) -> Tensor:
+    """Read a file as (channels, height, width) in [-1, 1]: its central part, of `size` or (height, width), resized.
+
+    It stands as its camera held it and is white where it is transparent. 16 bits a channel are rounded to 8; of an
+    animation, the first picture is read.
+
+    Raises:
+        ValueError: a file that is no picture, is damaged, or is so large that Pillow takes it for an attack.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    picture = _open_picture(path)
+    columns, lines = picture.size
+    wide = min(columns, max(1, round(lines * width / height)))
+    high = min(lines, max(1, round(columns * height / width)))
+    left, top = (columns - wide) // 2, (lines - high) // 2
+    picture = Picture.alpha_composite(Picture.new("RGBA", picture.size, "white"), picture)
+    picture = picture.convert("L" if channels == 1 else "RGB")
+    picture = picture.resize((width, height), Picture.Resampling.LANCZOS, box=(left, top, left + wide, top + high))
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, channels)
     return pixels.movedim(-1, 0).float() / 127.5 - 1
+
+
+def _open_picture(path: Path) -> Picture.Image:
+    """A file's pixels, upright, as RGBA of 8 bits."""
+    try:
+        with Picture.open(path) as picture:
+            upright = ImageOps.exif_transpose(picture)
+            if upright.mode.startswith("I;16") or upright.mode == "I" and picture.format == "PNG":  # both are 16 bits
+                pixels = np.asarray(upright).astype(np.int64)
+                upright = Picture.fromarray(((pixels * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8))
+            if upright.mode in ("I", "F"):
+                raise ValueError(f"pixels of kind {upright.mode}, whose white is not known; 8 or 16 bits a channel "
+                                 "fit; convert it")
+            return upright.convert("RGBA")
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"read_picture: {path} is not a picture that can be read ({reason})") from error
 
 
 def _readable(path: Path) -> bool:
     try:
-        with Picture.open(path) as picture:
-            if picture.mode.startswith(("I", "F")):
-                return False
-            picture.load()
-    except UNREADABLE:
+        _open_picture(path)
+    except ValueError:
         return False
     return True
 
@@ -108,6 +134,7 @@ def open_pictures(settings: PictureSettings, split: str = "train") -> Tensor | P
     Raises:
         ValueError: a data set or split that does not exist, or a folder without pictures.
     """
+    check("open_pictures", settings)
     if split not in SPLITS:
         raise ValueError(f"open_pictures: split is {split!r}; {' or '.join(map(repr, SPLITS))} fits")
     if settings.folder is not None:

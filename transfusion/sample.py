@@ -5,7 +5,6 @@ for the others gets columns that nobody sees (the mask's `until` is 0 there). An
 queries: the prefix stays in the cache over all steps, guided and unguided rows run as one batch, and the finished
 image is fed once more, clean, so that later text reads it (arXiv:2408.11039, section 3.3).
 """
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from transfusion.guidance import Guidance
 from transfusion.objective import solve
 from transfusion.sampler import make_sampler
 from transfusion.sequence import Document, Image, ImageLayout, Part, Text, encode, lay_out
+from transfusion.values import is_number, is_pair, is_whole, nearest
 
 WRITING, DRAWING, DONE = range(3)
 
@@ -48,6 +48,16 @@ class Drawn(NamedTuple):
 
 
 Event = Written | Preview | Drawn
+
+
+_FITS = {  # what each option of `Sampling` may be, and how that is said
+    "max_new_tokens": (lambda x: is_whole(x, 0), "a whole number of at least 0"), "max_images": (lambda x: is_whole(x, 0), "a whole number of at least 0"),
+    "image_size": (lambda x: x is None or is_pair(x, lambda side: is_whole(side, 1)), "(height, width), two whole numbers of at least 1, or None"),
+    "steps": (lambda x: is_whole(x, 1), "a whole number of at least 1"),
+    "guidance": (lambda x: isinstance(x, Guidance) or is_number(x, 0), "a finite number of at least 0, or a Guidance,"),
+    "temperature": (lambda x: is_number(x, 0), "a finite number of at least 0"), "top_p": (lambda x: is_number(x, 0, 1), "a number from 0 to 1"),
+    "min_p": (lambda x: is_number(x, 0, 1), "a number from 0 to 1"), "seed": (lambda x: is_whole(x, -2**63, 2**63 - 1), "a whole number of 64 bits"),
+    "previews": (lambda x: isinstance(x, bool), "True or False"), "cuda_graph": (lambda x: isinstance(x, bool), "True or False")}
 
 
 @dataclass(frozen=True)
@@ -83,11 +93,9 @@ class Sampling:
     cuda_graph: bool = False
 
     def __post_init__(self):
-        for name, fits, low, high in (("max_new_tokens", "at least 0", 0, None), ("max_images", "at least 0", 0, None), ("steps", "at least 1", 1, None),
-                                      ("temperature", "at least 0", 0, None), ("top_p", "0 to 1", 0, 1), ("min_p", "0 to 1", 0, 1)):
-            value = getattr(self, name)
-            if value < low or high is not None and value > high:
-                raise ValueError(f"generate: {name} is {value}; {fits} fits")
+        for name, (fits, what) in _FITS.items():
+            if not fits(getattr(self, name)):
+                raise ValueError(f"generate: {name} is {getattr(self, name)!r}; {what} fits")
 
     @classmethod
     def of(cls, options: dict) -> "Sampling":
@@ -95,17 +103,16 @@ class Sampling:
         names = [f.name for f in fields(cls)]
         for name in options:
             if name not in names:
-                near = difflib.get_close_matches(name, names, n=1)
-                raise ValueError(f"generate: {name} is not an option; {', '.join(names)} fit" + (f"; did you mean {near[0]}?" if near else ""))
+                raise ValueError(f"generate: {name} is not an option; {', '.join(names)} fit{nearest(name, names)}")
         return cls(**options)
 
 
-def generate_batch(model, prompts: list[list[Part]], *, on_event=None, **options) -> list[list[Part]]:
+def generate_batch(model, prompts: list[str | list[Part]], *, on_event=None, **options) -> list[list[Part]]:
     """Go on from each prompt; the model decides when to draw by writing BOI and when to stop by writing EOS.
 
     Args:
         model: a `Transfusion` with its tokenizer.
-        prompts: lists of Text and Image, of any lengths.
+        prompts: texts, or lists of Text and Image, of any lengths; none give none back.
         on_event: called with each `Written`, `Preview` and `Drawn` as it happens.
         options: the fields of `Sampling`.
 
@@ -115,28 +122,66 @@ def generate_batch(model, prompts: list[list[Part]], *, on_event=None, **options
     Raises:
         ValueError: a prompt or an option that does not fit, named.
     """
-    return _consume(_Sampler(model, prompts, Sampling.of(options)), on_event)
+    return _consume(_Sampler(model, _as_prompts("generate_batch", prompts), Sampling.of(options)), on_event)
 
 
 def stream(model, prompts: list[list[Part]], **options) -> Iterator[Event]:
     """`generate_batch` as an iterator of what happens."""
-    return _Sampler(model, prompts, Sampling.of(options)).events()
+    return _Sampler(model, _as_prompts("stream", prompts), Sampling.of(options)).events()
 
 
-def draw(model, prompts: list[str | list[Part]], *, on_event=None, **options) -> list[Image]:
-    """Draw one image for each prompt, whatever the model would have done: from text, or from parts such as [image, instruction] to edit an image."""
-    prompts = [[Text(prompt)] if isinstance(prompt, str) else prompt for prompt in prompts]
+def draw(model, prompts: str | list[str | list[Part]], *, on_event=None, **options) -> list[Image]:
+    """Draw one image for each prompt, whatever the model would have done: from text, or from parts such as [image, instruction] to edit an image.
+
+    One text alone is one prompt.
+    """
+    prompts = _as_prompts("draw", prompts)
+    if options.get("max_images", 1) != 1:
+        raise ValueError(f"draw: max_images is {options['max_images']!r}; 1 fits, one image for each prompt; generate_batch draws more")
     if any(all(isinstance(part, Text) and not part.text.strip() for part in prompt) for prompt in prompts):
         raise ValueError("draw: a prompt is empty; some text or an image fits, e.g. 'a handwritten seven'")
     results = _consume(_Sampler(model, prompts, Sampling.of({"max_new_tokens": 0, **options, "max_images": 1}), force_image=True), on_event)
     return [next(part for part in parts if isinstance(part, Image)) for parts in results]
 
 
-def caption(model, images: list[Image], question: str = "", **options) -> list[str]:
+def caption(model, images: Image | list[Image], question: str = "", **options) -> list[str]:
     """Write the text that follows each image and, where one is given, a question; no image is drawn."""
+    images = [images] if isinstance(images, Image) else images
+    if not isinstance(images, (list, tuple)):
+        raise ValueError(f"caption: images is a {type(images).__name__}; a list of Image fits, e.g. [Image(latent)]")
+    if others := [i for i, image in enumerate(images) if not isinstance(image, Image)]:
+        raise ValueError(f"caption: images[{others[0]}] is a {type(images[others[0]]).__name__}; an Image fits, e.g. Image(latent)")
+    if not isinstance(question, str):
+        raise ValueError(f"caption: question is a {type(question).__name__}; a str fits")
+    if options.get("max_images", 0) != 0:
+        raise ValueError(f"caption: max_images is {options['max_images']!r}; 0 fits, for no image is drawn; generate_batch draws")
     prompts = [[image, Text(question)] if question else [image] for image in images]
     results = generate_batch(model, prompts, **{**options, "max_images": 0})
     return ["".join(part.text for part in parts if isinstance(part, Text)).strip() for parts in results]
+
+
+def as_parts(op: str, name: str, given) -> list[Part]:
+    """Return a prompt's parts, checked. A str, a Text or an Image alone is a list of one."""
+    given = [Text(given)] if isinstance(given, str) else [given] if isinstance(given, (Text, Image)) else given
+    if not isinstance(given, (list, tuple)):
+        raise ValueError(f"{op}: {name} is a {type(given).__name__}; a list of Text and Image fits, e.g. [Text('a handwritten seven')]")
+    for i, part in enumerate(given):
+        if not isinstance(part, (Text, Image)):
+            raise ValueError(f"{op}: {name}[{i}] is a {type(part).__name__}; a Text or an Image fits, e.g. Text('a handwritten seven')")
+    return given
+
+
+def _as_prompts(op: str, given) -> list[list[Part]]:
+    """Return prompts, checked. One alone is a list of one; a Text or an Image among several could be a prompt or a part of one, and is refused."""
+    if isinstance(given, (str, Text, Image)):
+        given = [as_parts(op, "prompts", given)]
+    if not isinstance(given, (list, tuple)):
+        raise ValueError(f"{op}: prompts is a {type(given).__name__}; a list of texts, or of lists of Text and Image, fits, e.g. ['a handwritten seven']")
+    for i, prompt in enumerate(given):
+        if isinstance(prompt, (Text, Image)):
+            raise ValueError(f"{op}: prompts[{i}] is a {type(prompt).__name__}; a str or a list of Text and Image fits, one for each prompt: "
+                             "write [[first, second]] for one prompt of two parts")
+    return [as_parts(op, f"prompts[{i}]", prompt) for i, prompt in enumerate(given)]
 
 
 def _consume(sampler: "_Sampler", on_event) -> list[list[Part]]:
@@ -162,6 +207,8 @@ class _Row:
 class _Sampler:
     def __init__(self, model, prompts: list[list[Part]], options: Sampling, force_image: bool = False):
         config = model.config
+        if model.tokenizer is None or model.tokenizer.eos_token_id is None:
+            raise ValueError("generate: the model has no tokenizer with an EOS; set model.tokenizer to the one that it was trained with")
         size, patch = tuple(options.image_size or config.image_size), config.patch_size
         if any(side < patch or side % patch for side in size):
             raise ValueError(f"generate: image_size is {size} and the patch size {patch}; multiples of the patch size fit")
@@ -186,6 +233,8 @@ class _Sampler:
     @torch.inference_mode()
     def events(self) -> Iterator[Event]:
         """Run to the end; `rows` holds the parts then."""
+        if not self.rows:
+            return
         self.clean = self.model.timestep(torch.zeros(1, device=self.model.device))         # (1, C), what finished images are fed with
         self.cache, hidden = self.prefill(self.documents)
         for row in self.rows:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from transfusion.objective import Flow, shift_times, step
+from transfusion.values import is_whole
 
 TRAIN_STEPS = 1000  # diffusers' schedulers tabulate the path
 _PREDICTION = {"EpsPrediction": "epsilon", "VPrediction": "v_prediction", "X0Prediction": "sample"}
@@ -34,7 +35,7 @@ class DDIMSampler:
 
     def advance(self, x: Tensor, prediction: Tensor, number: int) -> Tensor:
         """Take the prediction at `times[number]`; return the next x."""
-        t, s = self.ends[number:number + 2].to(x.device)
+        t, s = self.ends[number:number + 2]  # scalars on the host go into a kernel's arguments: nothing is carried to the device, which nothing waits for
         return step(self.objective, x, prediction, t, s)
 
 
@@ -68,10 +69,13 @@ def make_sampler(name: str, objective, steps: int, tokens: int, shift_tokens: in
     """Return the sampler `name` for images of `tokens` patches.
 
     Raises:
-        ValueError: an unknown name, or a path that the solver does not know.
+        ValueError: an unknown name, numbers that are not whole and positive, or a path that the solver does not know.
     """
     if name not in SAMPLERS:
         raise ValueError(f"sampler: name is {name!r}; one of {', '.join(map(repr, SAMPLERS))} fits")
+    for argument, value in (("steps", steps), ("tokens", tokens), ("shift_tokens", 1 if shift_tokens is None else shift_tokens)):
+        if not is_whole(value, 1):
+            raise ValueError(f"sampler: {argument} is {value!r}; a whole number of at least 1 fits")
     if name == "ddim":
         return DDIMSampler(objective, steps, tokens, shift_tokens)
     import diffusers

@@ -1,7 +1,8 @@
 """From parts to packed rows: Text and Image in, one `Sequence` of tokens, patches, spans and targets out.
 
 A document is BOS, its parts in order (an image is BOI, its patches in raster order, EOI), and EOS. Text that begins with BOS, as
-a chat template's does, gets no second one. Several documents share a row; they do not see each other and their positions start at 0.
+a chat template's does, gets no second one; other names of special tokens in a text are plain characters: see `Text`.
+Several documents share a row; they do not see each other and their positions start at 0.
 Text loss stands on every token that follows text, EOI or BOS in the same document, never where the input is BOI or a patch
 (arXiv:2408.11039, footnote 8). The EOS of an image without any text is no target: its caption was left out for guidance, and the
 model must not learn that nothing can be said about an image.
@@ -22,10 +23,22 @@ from tfkernels import TransfusionMask
 
 @dataclass(frozen=True)
 class Text:
-    """A run of text; `loss=False` for text the model reads but is not trained to write (questions, instructions)."""
+    """A run of text; `loss=False` for text the model reads but is not trained to write (questions, instructions).
+
+    Text is characters: "<boi>", "</s>" and other names of special tokens in it are spelled out, and decoding gives them
+    back. Special tokens are read in what a chat template wrote, but for BOI and EOI, which only an image has: in text
+    that begins with BOS, where the tokenizer has a template, and in text of which `special=True` says that it is a
+    template's or a piece of it. A BOS at the beginning of a text is always one.
+    """
 
     text: str
     loss: bool = True
+    special: bool = False
+
+    def token_ids(self, tokenizer, config) -> tuple[int, ...]:
+        """Return its tokens."""
+        images, template = (config.boi_token_id, config.eoi_token_id), bool(tokenizer.chat_template)
+        return _token_ids(tokenizer, len(tokenizer), self.text, self.special, template, images)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,10 +156,13 @@ class Sequence:
     image_first: Tensor   # (N,) bool: the image stands before any text of its document
     drawn: Tensor         # (N,) bool: the image has a time and a diffusion loss; a clean copy has time 0 and none
     layout: ImageLayout   # of the patches
+    left_out: int = 0     # documents that were drawn for it and are longer than a row
 
     def to(self, device) -> "Sequence":
         """Return the same sequence on `device`."""
-        tensors = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name not in ("modality", "layout")}
+        others = ("modality", "layout", "left_out")
+        names = [f.name for f in fields(self) if f.name not in others]
+        tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         return replace(self, **tensors, modality=self.modality.to(device), layout=self.layout.to(device))
 
     def mask(self) -> TransfusionMask:
@@ -202,21 +218,35 @@ IMAGE_ATTENTION = {"bidirectional": Bidirectional(), "causal": Causal()}
 
 
 def encode(parts: list[Part], tokenizer, config, *, end: bool = True) -> Document:
-    """Turn one document's parts into tokens, targets and patches; `end=False` leaves EOS out (a prompt)."""
+    """Turn one document's parts into tokens, targets and patches; `end=False` leaves EOS out (a prompt).
+
+    Raises:
+        ValueError: parts that are none, text that is no str or cannot be spelled without special tokens, images that do
+            not fit the model (not floating point, not finite, other channels, no or broken patches, a gradient), or BOI
+            and EOI that are not tokens of their own.
+    """
+    if not isinstance(parts, list | tuple):
+        raise ValueError(f"encode: parts is a {type(parts).__name__}; a list of Text and Image fits, "
+                         "e.g. [Text('a handwritten seven')]")
     if not parts:
         raise ValueError("encode: parts is empty; at least one Text or Image fits, e.g. [Text('a handwritten seven')]")
+    boi, eoi, others = config.boi_token_id, config.eoi_token_id, (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    if boi == eoi or boi in others or eoi in others:
+        raise ValueError(f"encode: boi_token_id is {boi} and eoi_token_id {eoi}, BOS and EOS are {others[0]} and "
+                         f"{others[1]}; two tokens of their own fit")
     tokens, targets, images, text_seen = [tokenizer.bos_token_id], [False], [], False
     for part in parts:
         if isinstance(part, Text):
-            ids = _token_ids(tokenizer, part.text)
+            ids = part.token_ids(tokenizer, config)
             if list(ids[:1]) == tokens:  # a second BOS
                 ids = ids[1:]
             tokens += ids
             targets += [part.loss] * len(ids)
             text_seen = text_seen or bool(ids)
         elif isinstance(part, Image):
-            _check_image(part, config)
-            patches = torch.nn.functional.pixel_unshuffle(part.latent.float(), config.patch_size).flatten(1).T  # tfkernels.patchify, cheaper here
+            latent = _host_latent(part, config)
+            unshuffled = torch.nn.functional.pixel_unshuffle(latent, config.patch_size)  # tfkernels.patchify, cheaper
+            patches = unshuffled.flatten(1).T
             grid = part.latent.shape[1] // config.patch_size, part.latent.shape[2] // config.patch_size
             images.append((len(tokens) + 1, patches, grid, not text_seen))
             tokens += [config.boi_token_id] + [config.eoi_token_id] * (len(patches) + 1)
@@ -308,14 +338,65 @@ def _pad(spans: list[list[tuple[int, int]]]) -> Tensor:
 
 
 @functools.lru_cache(maxsize=2**16)
-def _token_ids(tokenizer, text: str) -> tuple[int, ...]:
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
+def _token_ids(tokenizer, size: int, text: str, special: bool, template: bool, images: tuple) -> tuple[int, ...]:
+    """Tokens of a text: special tokens are spelled out or, in a chat template's text, read, but for `images`: BOI, EOI.
+
+    `size`, the tokenizer's, keeps apart what it made before tokens were added and what it makes after.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"Text: text is a {type(text).__name__}; a str fits")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"Text: text is {text[:60]!r}, which is no Unicode text ({error.reason}); "
+                         "what UTF-8 can write fits") from None
+    bos = tokenizer.bos_token
+    begins = bool(bos) and text.startswith(bos)
+    if special or begins and template:
+        found = _ids(tokenizer, text, split=False)
+        spelled = {i: _spelled(tokenizer, tokenizer.convert_ids_to_tokens(i), images) for i in images if i in found}
+        return tuple(i for one in found for i in spelled.get(one, (one,)))
+    if begins:
+        return tokenizer.bos_token_id, *_spelled(tokenizer, text[len(bos):], images)
+    return _spelled(tokenizer, text, images)
 
 
-def _check_image(image: Image, config) -> None:
-    shape = tuple(image.latent.shape)
-    if len(shape) != 3 or shape[0] != config.image_channels:
-        raise ValueError(f"Image: latent has shape {shape}; ({config.image_channels}, height, width) fits this model")
-    if shape[1] % config.patch_size or shape[2] % config.patch_size:
-        raise ValueError(f"Image: latent is {shape[1]}x{shape[2]} and the patch size {config.patch_size}; multiples of the patch size fit; "
-                         "resize or crop the image")
+def _spelled(tokenizer, text: str, images: tuple[int, int]) -> tuple[int, ...]:
+    """Tokens of a text in which no special token is read."""
+    ids = _ids(tokenizer, text, split=True)
+    control = {tokenizer.bos_token_id, tokenizer.eos_token_id, *images} - {tokenizer.unk_token_id}
+    if found := control.intersection(ids):
+        raise ValueError(f"Text: text is {text[:60]!r}, in which this tokenizer reads "
+                         f"{tokenizer.convert_ids_to_tokens(min(found))!r} as a special token even where it is told to "
+                         "spell it; text without it fits")
+    return ids
+
+
+def _ids(tokenizer, text: str, *, split: bool) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split))
+
+
+def _host_latent(image: Image, config) -> Tensor:
+    """The image's latent as (channels, height, width) float32 on the host; on the way it is checked."""
+    x, size, channels = image.latent, config.patch_size, config.image_channels
+    if not isinstance(x, Tensor):
+        kind = type(x).__name__
+        raise ValueError(f"Image: latent is a {kind}; a floating-point tensor ({channels}, height, width) fits")
+    shape = tuple(x.shape)
+    if len(shape) != 3 or shape[0] != channels:
+        raise ValueError(f"Image: latent has shape {shape}; ({channels}, height, width) fits this model")
+    if min(shape[1:]) < size or shape[1] % size or shape[2] % size:
+        raise ValueError(f"Image: latent is {shape[1]}x{shape[2]} and the patch size {size}; multiples of the patch "
+                         "size fit; resize or crop the image")
+    if not x.is_floating_point():
+        raise ValueError(f"Image: latent is of {x.dtype}; floating point around [-1, 1] fits; of bytes, "
+                         "latent.float() / 127.5 - 1")
+    if x.requires_grad:
+        raise ValueError("Image: latent requires a gradient, which nothing computes; a tensor without one fits; "
+                         "pass latent.detach()")
+    if x.is_meta:
+        raise ValueError("Image: latent is on the meta device and has no values; a tensor with values fits")
+    x = x.to("cpu", torch.float32)
+    if not x.isfinite().all():
+        raise ValueError("Image: latent has values that are NaN or infinite; finite numbers around [-1, 1] fit")
+    return x

@@ -18,6 +18,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from transfusion.checkpoint import write_text
 from transfusion.data import DATASETS
 from transfusion.device import choose_device
 from transfusion.emoji import STYLES, Emoji
@@ -26,8 +27,9 @@ from transfusion.eval.emoji import Judges, bits_per_byte, draw_emoji, read_capti
 from transfusion.eval.pictures import emoji_grid, loss_curves
 from transfusion.latents import open_dataset
 from transfusion.model import Transfusion
-from transfusion.run_state import logged_seconds, plain_errors
-from transfusion.train import TrainConfig, build_model, emoji, start_model, train_to_end
+from transfusion.run_state import claim, logged_seconds, plain_errors, saved_step
+from transfusion.settings import Count, NotNegative, check
+from transfusion.train import TrainConfig, build_model, check_settings, emoji, start_model, train_to_end
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,11 @@ class ShowcaseSettings:
     """the training run; data.name is one of the emoji data sets"""
     judge: ClassifierSettings = field(default_factory=lambda: ClassifierSettings(width=48, steps=1200, batch=96, move=0.06, scale=0.1))
     """of the judges"""
-    each: int = 4
+    each: Count = 4
     """pictures drawn for each held-out pair of name and style"""
-    steps: int = 40
+    steps: Count = 40
     """denoising steps"""
-    guidance: float = 2.0
+    guidance: NotNegative = 2.0
     """classifier-free guidance scale"""
     plain_text: Path | None = None
     """text that the language model is measured on before and after; None: Python's reference manual, which every Python holds (pydoc_data)"""
@@ -60,6 +62,15 @@ def read_plain_text(path: Path | None) -> str:
 
 def showcase(settings: ShowcaseSettings) -> dict:
     """Train what is not trained yet, draw, judge; return what metrics.json holds."""
+    check("showcase", settings)
+    check_settings("showcase", settings.train, "train.")
+    config = settings.train
+    with claim("showcase", config.out, {"train.tune.start": config.tune.start, "train.data.latents": config.data.latents},
+               resume=saved_step(config.out) is not None):
+        return _showcase(settings)
+
+
+def _showcase(settings: ShowcaseSettings) -> dict:
     config, began = settings.train, time.perf_counter()
     text, device = read_plain_text(settings.plain_text), choose_device(config.device)
     dataset, vae = open_dataset(config.data)
@@ -85,7 +96,7 @@ def showcase(settings: ShowcaseSettings) -> dict:
     titles = [held_out.caption_of(i) for i in range(len(held_out.labels))]
     emoji_grid(out / "samples.png", titles, shown, drawn.unflatten(0, (-1, settings.each)), held_out.images)
     loss_curves(out / "loss.png", out / "log.jsonl")
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 

@@ -5,11 +5,12 @@ and noise of a step depend on (seed, step) alone, so a resumed run gives the los
 """
 import dataclasses
 import json
-import math
+import os
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
@@ -17,27 +18,33 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from transformers import AutoConfig, LlamaConfig
 
-from transfusion.config import TransfusionConfig
-from transfusion.data import DataSettings, draw_batch, step_generator
+from transfusion.checkpoint import replacing
+from transfusion.config import BACKBONES, IMAGE_ATTENTION, IMAGE_LAYERS, POSITIONS, TransfusionConfig
+from transfusion.data import DataSettings, document_lengths, draw_batch, step_generator
 from transfusion.device import choose_device, seconds_of
 from transfusion.latents import open_dataset
 from transfusion.model import Transfusion
-from transfusion.objective import sample_times
+from transfusion.objective import OBJECTIVES, TIMES, sample_times
 from transfusion.optim import build_average, build_optimizer, learning_rate
 from transfusion.run_state import (
     Interrupt,
-    check_out,
+    check_finite,
+    check_weights,
+    claim,
     load_state,
     load_training_state,
-    logged_seconds,
+    numbers,
+    open_log,
     plain_errors,
-    save_state,
     saved_step,
+    start_log,
     trained_parameters,
     training_state,
+    write_state,
 )
+from transfusion.settings import Count, Decay, NotNegative, OneOf, Positive, Range, Seed, WholeNumber, check
 from transfusion.tokenizer import BOI, EOI, train_tokenizer
-from transfusion.tuning import TuneSettings, prepare, trained_table
+from transfusion.tuning import TuneSettings, name_base, prepare, trained_table
 from transfusion.vae import VAE
 
 
@@ -45,38 +52,38 @@ from transfusion.vae import VAE
 class ModelSettings:
     """The decoder and the image layers."""
 
-    vocabulary: int = 512
+    vocabulary: Annotated[int, Range(261)] = 512
     """tokens of the tokenizer trained on the data set's texts, at most"""
-    hidden: int = 128
+    hidden: Count = 128
     """width of the decoder"""
-    layers: int = 4
+    layers: Count = 4
     """blocks of the decoder"""
-    heads: int = 4
+    heads: Count = 4
     """query heads"""
-    kv_heads: int = 4
+    kv_heads: Count = 4
     """key and value heads"""
-    mlp: int = 352
+    mlp: Count = 352
     """width inside the SwiGLU"""
-    patch_size: int = 2
+    patch_size: Count = 2
     """side of an image patch"""
-    backbone: str = "decoder"
+    backbone: Annotated[str, OneOf(BACKBONES)] = "decoder"
     """decoder: the language model as it is (the paper); adaln: each image's timestep modulates its norms and residuals; experts: so, and
     patches have weights of their own"""
-    positions: str = "1d"
+    positions: Annotated[str, OneOf(POSITIONS)] = "1d"
     """of patches: 1d, one after the other (the paper), or 2d, a row and a column (with backbone adaln or experts)"""
-    image_layers: str = "dit"
+    image_layers: Annotated[str, OneOf(IMAGE_LAYERS)] = "dit"
     """linear (the paper), dit (a modulated final layer) or unet (the paper's other choice)"""
-    unet_channels: tuple[int, ...] = (64, 128)
+    unet_channels: tuple[Count, ...] = (64, 128)
     """channels at each resolution of the U-Net, down to one position a patch"""
-    unet_blocks: int = 2
+    unet_blocks: Count = 2
     """residual blocks at each resolution of the U-Net"""
-    image_attention: str = "bidirectional"
+    image_attention: Annotated[str, OneOf(IMAGE_ATTENTION)] = "bidirectional"
     """inside an image: bidirectional (the paper) or causal (its table 5)"""
-    objective: str = "flow"
+    objective: Annotated[str, OneOf(OBJECTIVES)] = "flow"
     """what the image head predicts: eps (the paper), v, flow or x0"""
-    time_shift_tokens: int | None = None
+    time_shift_tokens: Count | None = None
     """patches of an image whose times are not shifted; larger images get more noise; None: no shift"""
-    diffusion_weight: float = 5.0
+    diffusion_weight: NotNegative = 5.0
     """lambda in text loss + lambda * diffusion loss"""
 
 
@@ -84,27 +91,27 @@ class ModelSettings:
 class OptimSettings:
     """Steps, batches and AdamW (the paper: 3e-4, betas 0.9 and 0.95, decay 0.1, clip 1)."""
 
-    steps: int = 1000
+    steps: Count = 1000
     """optimizer steps in all"""
-    rows: int = 8
+    rows: Count = 8
     """packed rows in a batch"""
-    seq_len: int = 512
+    seq_len: Count = 512
     """tokens in a row"""
-    lr: float = 3e-4
+    lr: Positive = 3e-4
     """peak learning rate"""
-    min_lr: float = 1.5e-5
+    min_lr: NotNegative = 1.5e-5
     """learning rate at the end of the cosine"""
-    warmup: int = 100
+    warmup: WholeNumber = 100
     """steps of linear warm-up"""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's betas"""
-    weight_decay: float = 0.1
+    weight_decay: NotNegative = 0.1
     """AdamW's decay of matrices"""
-    clip: float = 1.0
+    clip: Positive = 1.0
     """largest gradient norm"""
-    times: str = "uniform"
+    times: Annotated[str, OneOf(TIMES)] = "uniform"
     """how an image's time is drawn: uniform (the paper) or logit-normal"""
-    ema: float = 0.999
+    ema: Decay = 0.999
     """decay of the averaged weights that are saved; 0 saves the last ones"""
 
 
@@ -114,13 +121,13 @@ class TrainConfig:
 
     out: Path = Path("runs/train")
     """directory for the checkpoint, the log and what resuming needs"""
-    seed: int = 0
+    seed: Seed = 0
     """seed of initialisation, data, times and noise"""
-    save_every: int = 500
+    save_every: Count = 500
     """steps between saves"""
     resume: bool = False
     """go on from what `out` holds"""
-    stop_after: int | None = None
+    stop_after: Count | None = None
     """stop (and save) after this step, as Ctrl-C would"""
     device: str = "auto"
     """cpu, cuda, or auto: the accelerator if there is one"""
@@ -160,6 +167,22 @@ SHARED = ("patch_size", "backbone", "positions", "image_layers", "unet_channels"
 PRESETS = {"digits": digits, "digits-paper": digits_paper, "emoji": emoji}
 
 
+def check_settings(op: str, config: TrainConfig, prefix: str = "") -> None:
+    """Refuse settings that do not fit, or not each other, named behind `prefix`.
+
+    Raises:
+        ValueError: the first of them.
+    """
+    check(op, config, prefix)
+    model = config.model
+    if model.hidden % (2 * model.heads):
+        raise ValueError(f"{op}: {prefix}model.heads is {model.heads} and {prefix}model.hidden {model.hidden}; "
+                         "heads of an even width fit, whose number times their width is hidden")
+    if model.heads % model.kv_heads:
+        raise ValueError(f"{op}: {prefix}model.kv_heads is {model.kv_heads} and {prefix}model.heads {model.heads}; "
+                         "a divisor of heads fits")
+
+
 def build_model(config: TrainConfig, dataset) -> Transfusion:
     """Return a freshly initialised model and its tokenizer for a data set."""
     tokenizer = train_tokenizer(dataset.texts(), config.model.vocabulary)
@@ -193,9 +216,14 @@ def start_model(config: TrainConfig, dataset, vae: VAE | None) -> Transfusion:
 
 
 def train(config: TrainConfig) -> Path:
-    """Run `config` to its end, to `stop_after` or to Ctrl-C; return the directory with the checkpoint."""
+    """Run `config` to its end, to `stop_after`, or to Ctrl-C, SIGTERM or SIGHUP; return the directory with the checkpoint."""
+    check_settings("train", config)
+    with claim("train", config.out, {"tune.start": config.tune.start, "data.latents": config.data.latents}, config.resume):
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> Path:
     # data and model
-    check_out(config)
     device = choose_device(config.device)
     dataset, vae = open_dataset(config.data)
     base = (build_model(config, dataset) if config.tune.start is None else start_model(config, dataset, vae)).to(device)
@@ -204,6 +232,9 @@ def train(config: TrainConfig) -> Path:
     model = prepare(base, config.tune).train()
     averaged = build_average(model, config.optim)
     print(trained_table(model), flush=True)
+    if share := document_lengths(dataset, config.data, base.tokenizer, base.config, config.optim.seq_len).left_out:
+        print(f"documents of more than optim.seq_len, {config.optim.seq_len} tokens, are left out, about "
+              f"{100 * share:.1f} % of those drawn; the log counts them (left_out)", flush=True)
 
     # optimizer
     optimizer = build_optimizer(model, config.optim)
@@ -214,39 +245,40 @@ def train(config: TrainConfig) -> Path:
         sequence, limit = draw_batch(dataset, config.data, base.tokenizer, base.config, config.optim.rows, config.optim.seq_len, generator)
         times = sample_times(config.optim.times, limit, sequence.layout.offsets.diff(), base.config.time_shift_tokens, generator).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
-            return model(sequence.to(device), times, torch.tensor([config.seed, step], device=device))
+            output = model(sequence.to(device), times, torch.tensor([config.seed, step], device=device))
+        return output, sequence.left_out
 
     print(_cost(config, forward, optimizer, start, device), flush=True)
 
     # loop
-    config.out.mkdir(parents=True, exist_ok=True)
-    spent = logged_seconds(config.out / "log.jsonl") if start else 0.0
+    spent = start_log(config.out / "log.jsonl", start)
     progress = tqdm(range(start, config.optim.steps), initial=start, total=config.optim.steps, desc=f"train {config.out.name}", smoothing=0.05,
                     unit="step", dynamic_ncols=True)
     began, tokens = time.perf_counter() - spent, 0
-    with (config.out / "log.jsonl").open("a" if start else "w") as log, Interrupt() as stop:
+    with Interrupt() as stop, open_log(config.out / "log.jsonl") as log:
         step = start
         for step in progress:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config.optim)
-            output = forward(step)
+            output, left_out = forward(step)
             output.loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+            found = numbers(loss=output.loss, text_loss=output.text_loss, diffusion_loss=output.diffusion_loss, grad_norm=norm)
+            check_finite("train", config.out, step, found)
             optimizer.step()
             optimizer.zero_grad()
             averaged.update_parameters(model)
 
             tokens += config.optim.rows * config.optim.seq_len
-            record = {"step": step, "loss": output.loss.item(), "text_loss": output.text_loss.item(), "diffusion_loss": output.diffusion_loss.item(),
-                      "grad_norm": norm.item(), "lr": learning_rate(step, config.optim), "seconds": time.perf_counter() - began}
-            if not math.isfinite(record["loss"]):
-                raise FloatingPointError(f"train: the loss of step {step} is {record['loss']}; the last save stands in {config.out}; lower --optim.lr")
+            record = {"step": step, **found, "lr": learning_rate(step, config.optim), "seconds": time.perf_counter() - began}
+            record |= {"left_out": left_out} if left_out else {}
             log.write(json.dumps(record) + "\n")
             speed = tokens / (record["seconds"] - spent)
             progress.set_postfix(text=f"{record['text_loss']:.3f}", image=f"{record['diffusion_loss']:.3f}", tok_s=f"{speed:,.0f}")
             last = step + 1 == config.optim.steps or stop.asked or step + 1 == config.stop_after
             if last or (step + 1) % config.save_every == 0:
                 log.flush()
+                os.fsync(log.fileno())
                 _save(config, model, averaged, optimizer, step + 1)
             if last and step + 1 < config.optim.steps:
                 progress.close()
@@ -271,7 +303,7 @@ def _cost(config: TrainConfig, forward, optimizer, step: int, device: torch.devi
         return f"all {config.optim.steps:,} steps are done"
 
     def once():
-        forward(step).loss.backward()
+        forward(step)[0].loss.backward()
         optimizer.zero_grad()
 
     seconds = seconds_of(once, device)
@@ -279,16 +311,21 @@ def _cost(config: TrainConfig, forward, optimizer, step: int, device: torch.devi
 
 
 def _save(config: TrainConfig, model: Transfusion, averaged: AveragedModel, optimizer, step: int) -> None:
-    """Write the checkpoint and, beside it, what resuming needs; a crash while writing leaves the save before whole."""
+    """Write the checkpoint and what resuming needs, together; a kill while writing leaves the save before whole."""
     final = averaged.module if config.optim.ema else model
-    final.save_pretrained(config.out)
     state = training_state(model, optimizer) | {f"averaged.{name}": p for name, p in trained_parameters(averaged.module).items()}
-    save_state(config, state | {"averaged_steps": averaged.n_averaged}, step)
+    check_weights("train", config.out, step, state)
+    with replacing(config.out) as fresh:
+        final.save_pretrained(fresh)
+        if config.tune.trained != "all":
+            name_base(fresh, config.tune.start, config.out)
+        write_state(fresh, config, state | {"averaged_steps": averaged.n_averaged}, step)
 
 
 def _restore(config: TrainConfig, model: Transfusion, averaged: AveragedModel, optimizer) -> int:
-    """Load what `_save` wrote; return the step to go on from."""
-    state, step = load_state(config, ("model", "data", "optim", "tune"), next(model.parameters()).device)
+    """Load what `_save` wrote; return the step to go on from. What decides what was trained on must be what it was."""
+    fixed = ("model", "data", "tune", "seed", "optim.rows", "optim.seq_len", "optim.times")
+    state, step = load_state(config, fixed, next(model.parameters()).device)
     load_training_state(state, model, optimizer)
     for name, p in trained_parameters(averaged.module).items():
         p.data.copy_(state[f"averaged.{name}"])

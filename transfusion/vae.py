@@ -11,6 +11,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from transfusion.checkpoint import check_files, current, replacing, whole
+
 
 class VAE:
     """`encode` and `decode` of an AutoencoderKL; not a module, so that no optimizer, checkpoint or adapter of the model around it takes it along."""
@@ -29,16 +31,19 @@ class VAE:
     @classmethod
     def from_pretrained(cls, path: Path) -> "VAE":
         """Load a directory with config.json and safetensors, as diffusers writes it. Pickled weights are refused."""
-        if not (Path(path) / "config.json").is_file():
+        if not current(path, "config.json").is_file():
             raise ValueError(f"VAE.from_pretrained: path is {str(path)!r}, which holds no config.json; a directory that diffusers' AutoencoderKL wrote fits")
         try:
-            return cls(AutoencoderKL.from_pretrained(path, use_safetensors=True))
+            with whole(path) as directory:
+                check_files(directory)
+                return cls(AutoencoderKL.from_pretrained(directory, use_safetensors=True))
         except OSError as error:
             raise ValueError(f"VAE.from_pretrained: path is {str(path)!r}, whose weights cannot be loaded ({error}); safetensors fit") from error
 
     def save_pretrained(self, path: Path) -> None:
-        """Write config.json and safetensors."""
-        self.autoencoder.save_pretrained(path, safe_serialization=True)
+        """Write config.json and safetensors; what the directory held stands until both are whole."""
+        with replacing(path) as fresh:
+            self.autoencoder.save_pretrained(fresh, safe_serialization=True)
 
     def fingerprint(self) -> str:
         """A hash of weights, scale and shift: equal for autoencoders that make the same latents."""

@@ -11,17 +11,20 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from transfusion.checkpoint import check_writable, write_text
 from transfusion.device import choose_device
 from transfusion.eval.features import Features, in_batches
 from transfusion.eval.metrics import frechet_distance, psnr, ssim
 from transfusion.eval.pictures import reconstruction_grid
 from transfusion.picture_folder import PictureFolder, PictureSettings, describe, open_pictures
+from transfusion.settings import Count, Range, check
 from transfusion.vae import VAE
 
 FITTED_NUMBERS = 2**27  # pixels times channels that the linear codecs are fitted to, at most: 1 GB in float64
@@ -38,11 +41,11 @@ class VAEEvalSettings:
     out: Path | None = None
     """directory for metrics.json and reconstructions.png; None: eval/ inside that of the autoencoder"""
     data: PictureSettings = field(default_factory=PictureSettings)
-    pictures: int = 2000
+    pictures: Count = 2000
     """held-out pictures at most"""
-    fitted: int = 5000
+    fitted: Annotated[int, Range(2)] = 5000
     """training pictures that the linear codecs are fitted to, at most; fewer where they are large"""
-    batch: int = 64
+    batch: Count = 64
     """pictures at once"""
     device: str = "auto"
     """cpu, cuda, or auto: the accelerator if there is one"""
@@ -108,8 +111,11 @@ def evaluate(settings: VAEEvalSettings) -> dict:
     Raises:
         ValueError: pictures that the autoencoder cannot take.
     """
-    vae = VAE.from_pretrained(settings.vae)
+    check("vae eval", settings)
+    out = settings.out or settings.vae / "eval"
+    check_writable("vae eval", out)
     device = choose_device(settings.device)
+    vae = VAE.from_pretrained(settings.vae)
     vae.autoencoder.to(device)
     features = None if settings.classifier is None else Features.from_pretrained(settings.classifier).to(device)
     sets = {split: open_pictures(settings.data, split) for split in ("train", "held-out")}
@@ -133,9 +139,7 @@ def evaluate(settings: VAEEvalSettings) -> dict:
 
     results = {"pictures": len(real), "latent": list(latent), "features": features and features.name,
                "codecs": {name: measure(real, pictures, features) for name, pictures in kept.items()}}
-    out = settings.out or settings.vae / "eval"
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "metrics.json").write_text(json.dumps(results, indent=2))
+    write_text(out / "metrics.json", json.dumps(results, indent=2))
     shown = torch.linspace(0, len(real) - 1, min(16, len(real))).round().long()
     reconstruction_grid(out / "reconstructions.png", {"picture": real[shown], **{name: pictures[shown] for name, pictures in kept.items()}})
     columns = list(results["codecs"]["vae"])

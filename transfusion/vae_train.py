@@ -7,6 +7,7 @@ the averaged weights, with scaling_factor and shift_factor such that the trainin
 """
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -19,12 +20,27 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from transfusion.checkpoint import replacing
 from transfusion.data import step_generator
 from transfusion.device import choose_device, seconds_of
 from transfusion.eval.features import Features
 from transfusion.optim import build_average, build_optimizer, learning_rate
 from transfusion.picture_folder import PictureSettings, describe, open_pictures
-from transfusion.run_state import Interrupt, check_out, load_state, load_training_state, logged_seconds, save_state, training_state
+from transfusion.run_state import (
+    Interrupt,
+    check_finite,
+    check_weights,
+    claim,
+    load_state,
+    load_training_state,
+    numbers,
+    open_log,
+    plain_errors,
+    start_log,
+    training_state,
+    write_state,
+)
+from transfusion.settings import Count, Decay, NotNegative, Positive, Seed, Share, WholeNumber, check
 from transfusion.vae_losses import (
     PatchDiscriminator,
     discriminator_loss,
@@ -43,13 +59,13 @@ MEASURED = 4096  # training pictures, evenly spread, that scale and shift are me
 class AutoencoderSettings:
     """The shape of diffusers' AutoencoderKL."""
 
-    latent_channels: int = 4
+    latent_channels: Count = 4
     """channels of the latent"""
-    widths: tuple[int, ...] = (16, 48, 96)
+    widths: tuple[Count, ...] = (16, 48, 96)
     """channels at each resolution, from the picture down; each after the first halves the sides"""
-    blocks: int = 1
+    blocks: Count = 1
     """residual blocks at each resolution of the encoder; the decoder has one more"""
-    groups: int = 8
+    groups: Count = 8
     """of the group norms"""
     attention: bool = False
     """attention at the lowest resolution"""
@@ -63,19 +79,19 @@ class LossSettings:
     """directory of an image classifier (transformers, safetensors) whose stages the perceptual term compares; None leaves the term out"""
     identity_model: Path | None = None
     """directory of the model whose pooled features the identity term compares (the paper: MoCo v2); None leaves the term out"""
-    perceptual: float = 1.0
+    perceptual: NotNegative = 1.0
     """weight of the perceptual term"""
-    identity: float = 0.2
+    identity: NotNegative = 0.2
     """weight of the identity term"""
-    adversarial: float = 0.5
+    adversarial: NotNegative = 0.5
     """weight of the adversarial term"""
-    adversarial_from: int | None = None
+    adversarial_from: WholeNumber | None = None
     """step from which the discriminator plays (the paper: 50,000); None: never"""
-    kl: float = 1e-6
+    kl: NotNegative = 1e-6
     """weight of the KL divergence, summed over a picture's latent"""
-    discriminator_width: int = 64
+    discriminator_width: Count = 64
     """channels of the discriminator's first layer"""
-    discriminator_layers: int = 3
+    discriminator_layers: Count = 3
     """its layers of stride 2: 3 see patches of 70x70 pixels, 1 of 16x16"""
 
 
@@ -83,25 +99,25 @@ class LossSettings:
 class VAEOptimSettings:
     """Steps, batches and AdamW, the same for the autoencoder and the discriminator."""
 
-    steps: int = 1000
+    steps: Count = 1000
     """optimizer steps in all"""
-    batch: int = 32
+    batch: Count = 32
     """pictures in a step"""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """peak learning rate"""
-    min_lr: float = 1e-5
+    min_lr: NotNegative = 1e-5
     """learning rate at the end of the cosine"""
-    warmup: int = 50
+    warmup: WholeNumber = 50
     """steps of linear warm-up"""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
     """AdamW's betas"""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """AdamW's decay of matrices and filters"""
-    clip: float = 1.0
+    clip: Positive = 1.0
     """largest gradient norm"""
-    ema: float = 0.99
+    ema: Decay = 0.99
     """decay of the averaged weights that are saved; 0 saves the last ones"""
-    flip: float = 0.5
+    flip: Share = 0.5
     """share of pictures that are mirrored"""
 
 
@@ -111,13 +127,13 @@ class VAETrainConfig:
 
     out: Path = Path("runs/vae")
     """directory for the autoencoder, the log and what resuming needs"""
-    seed: int = 0
+    seed: Seed = 0
     """seed of initialisation, pictures and samples"""
-    save_every: int = 500
+    save_every: Count = 500
     """steps between saves"""
     resume: bool = False
     """go on from what `out` holds"""
-    stop_after: int | None = None
+    stop_after: Count | None = None
     """stop (and save) after this step, as Ctrl-C would"""
     device: str = "auto"
     """cpu, cuda, or auto: the accelerator if there is one"""
@@ -157,13 +173,16 @@ def build_autoencoder(settings: AutoencoderSettings, shape: tuple[int, int, int]
     """Return a freshly initialised autoencoder for pictures of `shape` (C, H, W), its posteriors narrow.
 
     Raises:
-        ValueError: sides that the halvings do not divide.
+        ValueError: sides that the halvings do not divide, or widths that the groups do not.
     """
     channels, *sides = shape
     factor, levels = 2 ** (len(settings.widths) - 1), len(settings.widths)
     if any(side % factor for side in sides):
         raise ValueError(f"vae train: pictures have shape {tuple(shape)} and model.widths is {settings.widths}; sides that {factor} divides fit; set "
                          "--data.size (folders) or fewer widths")
+    if any(width % settings.groups for width in settings.widths):
+        raise ValueError(f"vae train: model.groups is {settings.groups} and model.widths {settings.widths}; "
+                         "a divisor of each width fits")
     torch.manual_seed(seed)
     autoencoder = AutoencoderKL(
         in_channels=channels, out_channels=channels, latent_channels=settings.latent_channels, block_out_channels=settings.widths,
@@ -243,9 +262,16 @@ def latent_statistics(autoencoder: AutoencoderKL, pictures, batch: int) -> tuple
 
 
 def train(config: VAETrainConfig) -> Path:
-    """Run `config` to its end, to `stop_after` or to Ctrl-C; return the directory with the autoencoder."""
+    """Run `config` to its end, to `stop_after`, or to Ctrl-C, SIGTERM or SIGHUP; return the directory with the autoencoder."""
+    inputs = {"data.folder": config.data.folder, "losses.perceptual_model": config.losses.perceptual_model,
+              "losses.identity_model": config.losses.identity_model}
+    check("vae train", config)
+    with claim("vae train", config.out, inputs, config.resume):
+        return _train(config)
+
+
+def _train(config: VAETrainConfig) -> Path:
     # data and models
-    check_out(config)
     device = choose_device(config.device)
     pictures = open_pictures(config.data)
     autoencoder = build_autoencoder(config.model, tuple(pictures.shape[1:]), config.seed).to(device).train()
@@ -270,39 +296,41 @@ def train(config: VAETrainConfig) -> Path:
     print(_cost(config, autoencoder, discriminator, losses, start), flush=True)
 
     # loop
-    config.out.mkdir(parents=True, exist_ok=True)
+    spent = start_log(config.out / "log.jsonl", start)
     progress = tqdm(range(start, config.optim.steps), initial=start, total=config.optim.steps, desc=f"vae train {config.out.name}", smoothing=0.05,
                     unit="step", dynamic_ncols=True)
-    began = time.perf_counter() - (logged_seconds(config.out / "log.jsonl") if start else 0.0)
-    with (config.out / "log.jsonl").open("a" if start else "w") as log, Interrupt() as stop:
+    began = time.perf_counter() - spent
+    with Interrupt() as stop, open_log(config.out / "log.jsonl") as log:
         step = start
         for step in progress:
             for group in (*optimizer.param_groups, *opponent.param_groups):
                 group["lr"] = learning_rate(step, config.optim)
             given, drawn, values, loss = losses(step)
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), config.optim.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            averaged.update_parameters(autoencoder)
+            norms = {"grad_norm": torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), config.optim.clip)}
             opponent.zero_grad()  # what the adversarial term left there
-            if "adversarial" in values:
+            plays = "adversarial" in values
+            if plays:
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
                     values["discriminator"] = discriminator_loss(discriminator, given, drawn)
                 values["discriminator"].backward()
-                torch.nn.utils.clip_grad_norm_(discriminator.parameters(), config.optim.clip)
+                norms["discriminator_grad_norm"] = torch.nn.utils.clip_grad_norm_(discriminator.parameters(), config.optim.clip)
+            found = numbers(loss=loss, **values, **norms)
+            check_finite("vae train", config.out, step, found)
+            optimizer.step()
+            optimizer.zero_grad()
+            averaged.update_parameters(autoencoder)
+            if plays:
                 opponent.step()
                 opponent.zero_grad()
 
-            record = {"step": step, "loss": loss.item(), **{name: value.item() for name, value in values.items()}, "grad_norm": norm.item(),
-                      "lr": learning_rate(step, config.optim), "seconds": time.perf_counter() - began}
-            if not all(math.isfinite(value) for value in record.values()):
-                raise FloatingPointError(f"vae train: a loss of step {step} is not finite ({record}); the last save stands in {config.out}; lower --optim.lr")
+            record = {"step": step, **found, "lr": learning_rate(step, config.optim), "seconds": time.perf_counter() - began}
             log.write(json.dumps(record) + "\n")
             progress.set_postfix({name: f"{value:.3f}" for name, value in record.items() if name in values and name != "kl"})
             last = step + 1 == config.optim.steps or stop.asked or step + 1 == config.stop_after
             if last or (step + 1) % config.save_every == 0:
                 log.flush()
+                os.fsync(log.fileno())
                 _save(config, pictures, autoencoder, averaged, discriminator, optimizer, opponent, step + 1)
             if last and step + 1 < config.optim.steps:
                 progress.close()
@@ -326,19 +354,24 @@ def _cost(config: VAETrainConfig, autoencoder: AutoencoderKL, discriminator: Pat
 
 def _save(config: VAETrainConfig, pictures, autoencoder: AutoencoderKL, averaged: AveragedModel, discriminator: PatchDiscriminator, optimizer, opponent,
           step: int) -> None:
-    """Write the autoencoder with its scale and shift and, beside it, what resuming needs."""
+    """Write the autoencoder with its scale and shift and what resuming needs, together; a kill while writing leaves the save before whole."""
     final = averaged.module if config.optim.ema else autoencoder
-    mean, std = latent_statistics(final, pictures, 4 * config.optim.batch)  # without gradients as little memory as a step
-    final.register_to_config(scaling_factor=1 / std, shift_factor=mean)
-    final.save_pretrained(config.out, safe_serialization=True)
     state = training_state(autoencoder, optimizer) | {"averaged_steps": averaged.n_averaged}
     state |= {f"averaged.{name}": p for name, p in averaged.module.named_parameters()}
-    save_state(config, state | {f"discriminator.{name}": x for name, x in training_state(discriminator, opponent).items()}, step)
+    state |= {f"discriminator.{name}": x for name, x in training_state(discriminator, opponent).items()}
+    check_weights("vae train", config.out, step, state)
+    mean, std = latent_statistics(final, pictures, 4 * config.optim.batch)  # without gradients as little memory as a step
+    check_finite("vae train", config.out, step, {"mean of the latents": mean, "1 / their standard deviation": 1 / std if std else math.inf})
+    final.register_to_config(scaling_factor=1 / std, shift_factor=mean)
+    with replacing(config.out) as fresh:
+        final.save_pretrained(fresh, safe_serialization=True)
+        write_state(fresh, config, state, step)
 
 
 def _restore(config: VAETrainConfig, autoencoder: AutoencoderKL, averaged: AveragedModel, discriminator: PatchDiscriminator, optimizer, opponent) -> int:
-    """Load what `_save` wrote; return the step to go on from."""
-    state, step = load_state(config, ("model", "data", "losses", "optim"), autoencoder.device)
+    """Load what `_save` wrote; return the step to go on from. What decides what was trained on must be what it was."""
+    fixed = ("model", "data", "losses", "seed", "optim.batch", "optim.flip")
+    state, step = load_state(config, fixed, autoencoder.device)
     load_training_state(state, autoencoder, optimizer)
     load_training_state({name.removeprefix("discriminator."): x for name, x in state.items() if name.startswith("discriminator.")}, discriminator, opponent)
     for name, p in averaged.module.named_parameters():
@@ -351,4 +384,5 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of `transfusion vae train`."""
     config = tyro.extras.overridable_config_cli({name: (preset.__doc__.strip(), preset()) for name, preset in PRESETS.items()},
                                                 prog="transfusion vae train", description=__doc__, args=args)
-    train(config)
+    with plain_errors():
+        train(config)

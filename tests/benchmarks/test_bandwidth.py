@@ -1,8 +1,8 @@
 """What the benchmarks of memory-bound operators share: wrong answers are refused, and the bytes kept for the backward are counted."""
 import torch
 
-from benchmarks.bandwidth import EAGER, OURS, contenders, copy_contender, saved_bytes
-from benchmarks.harness import Contender, measure
+from benchmarks.bandwidth import EAGER, OURS, contenders, copy_contender, run_problem, saved_bytes
+from benchmarks.harness import Contender, Report, measure
 from benchmarks.norm import Case, problem
 
 
@@ -16,6 +16,16 @@ def test_a_contender_whose_gate_gets_another_images_gradient_is_refused():
 
     result, = measure([Contender("swapped", {**ours.phases, "backward": swapped}, ours.check)], device="cpu", seconds=0, least=1, most=1)
     assert result.error.startswith("AssertionError: dgate") and not result.milliseconds
+
+
+def test_every_problem_compiles_anew(monkeypatch):
+    resets = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(1))
+    report = Report("norm", {}, {})
+    for op in ("gated_residual", "modulated_rms_norm"):
+        case = Case(op, 300, 32)
+        run_problem(problem(case, "cpu", torch.float32), case._asdict(), report, "cpu", 0.0)
+    assert len(resets) == 2 and all(row["percent_of_copy"] for row in report.rows)
 
 
 def test_a_copy_that_does_not_copy_is_refused():

@@ -1,8 +1,7 @@
-"""The benchmarks' own arithmetic: quantiles, files, what may be recorded, FLOPs, references, and reading pytest's output."""
+"""The benchmarks' own arithmetic: quantiles, files, what may be recorded and when, FLOPs, and references."""
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy
@@ -15,10 +14,14 @@ from benchmarks import mask as mask_benchmark
 from benchmarks.attention_peers import contender, sdpa_dense
 from benchmarks.batches import dense_definition, packed_batch
 from benchmarks.harness import Contender, Report, Result, measure, quantiles
+from benchmarks.timing import CpuTimer
 from tests.conftest import DEVICE
 from tfkernels import TransfusionMask, attention_reference
 
 SMALL = attention_benchmark.Case(512, 16, 4, 2, 64)
+
+
+checked = harness._checked_state
 
 
 def passes(state):
@@ -100,6 +103,160 @@ def test_the_phases_share_one_state_and_the_check_sees_it():
     assert result.checked and set(result.milliseconds) == {"build", "forward"}
 
 
+def test_each_contenders_row_is_saved_before_the_next_begins_and_replaced_by_the_interleaved_one(tmp_path):
+    report, path, seen = Report("attention", {}, {}), tmp_path / "report.json", []
+
+    def contender(name):
+        def check(state):
+            rows = {row["contender"]: row for row in Report.load(path).rows} if path.exists() else {}
+            seen.append(
+                (name, [other for other, row in rows.items() if row["milliseconds"] and not row["interleaved"]])
+            )
+
+        return Contender(name, {"forward": passes}, check)
+
+    def measure_case(case):
+        for result in measure(
+            [contender(n) for n in "abc"],
+            device="cpu",
+            seconds=0,
+            record=lambda r: report.record({"n": case}, r),
+            **report.limits,
+        ):
+            report.record({"n": case}, result)
+
+    assert report.run([1], measure_case, path, 60.0) == 0
+    assert seen == [("a", []), ("b", ["a"]), ("c", ["a", "b"])]
+    assert [(row["contender"], row["interleaved"]) for row in Report.load(path).rows] == [
+        ("a", True),
+        ("b", True),
+        ("c", True),
+    ]
+
+
+def test_contenders_that_the_time_does_not_reach_are_left_out_and_the_others_keep_their_first_numbers(monkeypatch):
+    recorded, clock = {}, [0.0]
+    monkeypatch.setattr(harness.time, "monotonic", lambda: clock[0])
+
+    def slow(state):
+        clock[0] += 10
+
+    def record(result):
+        recorded[result.name] = result.left_out or bool(result.milliseconds)
+
+    found = measure(
+        [Contender(n, {"forward": slow}, passes) for n in "abc"],
+        device="cpu",
+        seconds=1,
+        warmup=0,
+        record=record,
+        until=25.0,
+    )
+    assert recorded == {"a": True, "b": "the time was over", "c": "the time was over"} and not found[0].interleaved
+    assert found[0].milliseconds["forward"]["repetitions"] == 1 and found[1].error is None and not found[1].checked
+
+
+def test_a_missing_package_is_left_out_with_the_reason_and_a_broken_maker_is_an_error():
+    def missing():
+        import a_package_that_nobody_has  # noqa: F401
+
+    def unfit():
+        raise harness.LeftOut("it has no such mask")
+
+    def broken():
+        raise RuntimeError("it broke")
+
+    made, others = harness.present({"there": lambda: 1, "missing": missing, "unfit": unfit, "broken": broken})
+    assert made == {"there": 1} and [(r.name, r.left_out, r.error) for r in others] == [
+        ("missing", "not installed: No module named 'a_package_that_nobody_has'", None),
+        ("unfit", "it has no such mask", None),
+        ("broken", None, "RuntimeError: it broke"),
+    ]
+    assert not any(r.checked or r.milliseconds for r in others)
+
+
+def test_a_lost_device_leaves_the_rows_of_those_before_and_the_loss(tmp_path, monkeypatch):
+    lost = []
+
+    def loses(state):
+        lost.append(1)
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(harness, "device_answers", lambda: not lost)
+    monkeypatch.setattr(harness, "_checked_state", lambda contender, result, device: checked(contender, result, "cpu"))
+    chosen = [
+        Contender(name, {"forward": phase}, passes)
+        for name, phase in (("ours", passes), ("theirs", loses), ("last", passes))
+    ]
+    report, path = Report("attention", {}, {}), tmp_path / "x.json"
+
+    def measure_case(case):
+        measure(chosen, device="cuda", seconds=0, record=lambda result: report.record({}, result), timer=CpuTimer())
+
+    assert report.run([1, 2], measure_case, path, 60.0) == 1
+    rows, found = {row["contender"]: row for row in report.load(path).rows}, Report.load(path)
+    assert (
+        rows["ours"]["milliseconds"]
+        and rows["theirs"]["error"] == "RuntimeError: an illegal memory access"
+        and not rows["theirs"]["milliseconds"]
+    )
+    assert (
+        not rows["last"]["checked"]
+        and "the device was lost: theirs" in found.notes[0]
+        and found.lost == {"case": 0, "contender": "theirs"}
+    )
+
+
+def test_a_device_that_is_lost_before_any_contender_begins_stops_the_run_there(tmp_path, monkeypatch):
+    def measure_case(case):
+        if case == 1:
+            monkeypatch.setattr(harness, "device_answers", lambda: False)
+            raise RuntimeError("an illegal memory access")
+
+    report = Report("attention", {}, {})
+    assert report.run([0, 1, 2], measure_case, tmp_path / "x.json", 60.0) == 1
+    assert Report.load(tmp_path / "x.json").lost == {"case": 1, "contender": None} and len(report.notes) == 1
+
+
+def test_another_process_goes_on_without_the_contender_that_lost_the_device_and_keeps_its_error(tmp_path):
+    path, lost = tmp_path / "x.json", harness.DeviceLost("theirs: an illegal memory access")
+    lost.contender = "theirs"
+
+    def cases(report, broken):
+        def measure_case(case):
+            if broken and case == 1:
+                report.record({"n": case}, Result("theirs", error="an illegal memory access"))
+                raise lost
+            chosen = [Contender(name, {"forward": passes}, passes) for name in ("ours", "theirs")]
+            for result in measure(chosen, device="cpu", seconds=0, **report.limits):
+                report.record({"n": case}, result)
+
+        return measure_case
+
+    report = Report("attention", {}, {})
+    assert report.run([0, 1, 2], cases(report, True), path, 60.0) == 1 and Report.load(path).lost == {
+        "case": 1,
+        "contender": "theirs",
+    }
+    report = Report("attention", {}, {})
+    report.obey(harness.make_parser("", "").parse_args(["--out", "x", "--skip", "1", "--without", "theirs"]))
+    assert report.run([0, 1, 2], cases(report, False), path, 60.0) == 0
+    rows = {(row["n"], row["contender"]): row for row in Report.load(path).rows}
+    assert [(key, bool(row["milliseconds"])) for key, row in sorted(rows.items())] == [
+        ((0, "ours"), True),
+        ((0, "theirs"), True),
+        ((1, "ours"), True),
+        ((1, "theirs"), False),
+        ((2, "ours"), True),
+        ((2, "theirs"), False),
+    ]
+    assert (
+        rows[1, "theirs"]["error"] == "an illegal memory access"
+        and rows[2, "theirs"]["left_out"] == "it lost the device in another case"
+    )
+    assert Report.load(path).lost is None and len(Report.load(path).notes) == 1
+
+
 def test_a_run_of_cases_survives_one_that_fails_stops_when_the_device_is_lost_and_ends_with_the_time(tmp_path):
     seen, path = [], tmp_path / "report.json"
 
@@ -113,21 +270,40 @@ def test_a_run_of_cases_survives_one_that_fails_stops_when_the_device_is_lost_an
     assert Report("attention", {}, {}).run([1, 3], measure_case, path, 60.0) == 0 and seen == [1, 3]
     report = Report("attention", {}, {})
     assert report.run([1, 2, 3, 4, 5], measure_case, path, 60.0) == 1 and seen == [1, 3, 1, 2, 3, 4]
-    assert report.notes == ["2 failed: ValueError: no such shape", "stopped at 4, the device was lost: gone"] == Report.load(path).notes
+    assert (
+        report.notes
+        == ["2 failed: ValueError: no such shape", "stopped at 4, the device was lost: gone"]
+        == Report.load(path).notes
+    )
     late = Report("attention", {}, {})
-    assert late.run([1], measure_case, path, -1.0) == 0 and late.notes == ["cut before 1: the time was over"] and len(seen) == 6
+    assert (
+        late.run([1], measure_case, path, -1.0) == 0
+        and late.notes == ["cut before 1: the time was over"]
+        and len(seen) == 6
+    )
 
 
 def test_packed_batches_hold_whole_images_and_the_definition_is_their_mask():
     batch = packed_batch(1500, 64, seed=3)
     assert batch.documents.shape == (1, 1500) and batch.documents.max() > 0 and len(batch.spans[0]) > 3
-    assert all(stop - start == 64 and batch.documents[0, start] == batch.documents[0, stop - 1] for start, stop in batch.spans[0])
+    assert all(
+        stop - start == 64 and batch.documents[0, start] == batch.documents[0, stop - 1]
+        for start, stop in batch.spans[0]
+    )
     mask = attention_benchmark.mask_builder(batch)()
-    assert torch.equal(mask.dense(), dense_definition(batch)) and torch.equal(mask.dense()[:, :, 100:200], dense_definition(batch, 100, 200))
-    assert torch.equal(dense_definition(packed_batch(1500, 64, seed=3)), dense_definition(batch)) and batch.hidden is None
+    assert torch.equal(mask.dense(), dense_definition(batch)) and torch.equal(
+        mask.dense()[:, :, 100:200], dense_definition(batch, 100, 200)
+    )
+    assert (
+        torch.equal(dense_definition(packed_batch(1500, 64, seed=3)), dense_definition(batch)) and batch.hidden is None
+    )
     noised = packed_batch(1500, 64, seed=3, hidden=True)
     mask = attention_benchmark.mask_builder(noised)()
-    assert noised.hidden == [noised.spans[0][::2]] and torch.equal(mask.dense(), dense_definition(noised)) and mask.area() < dense_definition(batch).sum()
+    assert (
+        noised.hidden == [noised.spans[0][::2]]
+        and torch.equal(mask.dense(), dense_definition(noised))
+        and mask.area() < dense_definition(batch).sum()
+    )
 
 
 def test_flops_count_visible_pairs_one_by_one():
@@ -137,21 +313,35 @@ def test_flops_count_visible_pairs_one_by_one():
     for _ in range(heads):
         for i in range(7):
             for j in range(7):
-                operations += (2 * dim + 2 * dim) * visible[i][j]  # q . k and p * v: a multiplication and an addition per number
-    assert mask.area().item() == 21 and attention_benchmark.flops(21, heads, dim) == {"forward": operations, "backward": 2.5 * operations}
+                operations += (2 * dim + 2 * dim) * visible[i][
+                    j
+                ]  # q . k and p * v: a multiplication and an addition per number
+    assert mask.area().item() == 21 and attention_benchmark.flops(21, heads, dim) == {
+        "forward": operations,
+        "backward": 2.5 * operations,
+    }
 
 
 def test_tiles_visited_and_needed_count_as_by_hand():
     batch = packed_batch(300, 32, seed=1)
     mask, seen = attention_benchmark.mask_builder(batch)(), dense_definition(batch)[0, 0]
-    rows = [seen[start:start + 64].any(0).nonzero() for start in range(0, 300, 64)]
+    rows = [seen[start : start + 64].any(0).nonzero() for start in range(0, 300, 64)]
     visited = sum(-(-(keys.max() - keys.min() + 1).item() // 32) for keys in rows)
     counts = mask_benchmark.tile_counts(mask, lambda a, b: dense_definition(batch, a, b), 64, 32)
-    assert counts == {"visited": visited, "minimum": sum(-(-len(keys) // 32) for keys in rows), "area_in_tiles": seen.sum().item() / (64 * 32)}
+    assert counts == {
+        "visited": visited,
+        "minimum": sum(-(-len(keys) // 32) for keys in rows),
+        "area_in_tiles": seen.sum().item() / (64 * 32),
+    }
     noised = packed_batch(300, 32, seed=1, hidden=True)
-    mask, tiles = attention_benchmark.mask_builder(noised)(), torch.nn.functional.pad(dense_definition(noised)[0, 0], (0, 20, 0, 20))
+    mask, tiles = (
+        attention_benchmark.mask_builder(noised)(),
+        torch.nn.functional.pad(dense_definition(noised)[0, 0], (0, 20, 0, 20)),
+    )
     needed = tiles.unflatten(1, (10, 32)).unflatten(0, (5, 64)).any(1).any(-1)
-    assert mask_benchmark.tile_counts(mask, lambda a, b: dense_definition(noised, a, b), 64, 32)["visited"] == needed.sum()
+    assert (
+        mask_benchmark.tile_counts(mask, lambda a, b: dense_definition(noised, a, b), 64, 32)["visited"] == needed.sum()
+    )
     with pytest.raises(AssertionError, match="the mask is wrong in rows 0"):
         mask_benchmark.tile_counts(TransfusionMask.causal(300), lambda a, b: ~dense_definition(batch, a, b), 64, 32)
 
@@ -170,14 +360,21 @@ def test_the_benchmarks_reference_equals_the_specification(hidden, monkeypatch):
 
 
 def test_the_accuracy_check_passes_right_contenders_and_stops_wrong_ones():
-    batch, inputs = packed_batch(SMALL.seq_len, SMALL.image_tokens, device=DEVICE), attention_benchmark.random_inputs(SMALL, DEVICE, torch.float32)
+    batch, inputs = (
+        packed_batch(SMALL.seq_len, SMALL.image_tokens, device=DEVICE),
+        attention_benchmark.random_inputs(SMALL, DEVICE, torch.float32),
+    )
     make_mask = attention_benchmark.mask_builder(batch)
     check = attention_benchmark.checker(inputs, make_mask())(4.0)
 
     def leaky(q, k, v, mask):
         return attention_reference(q, k, v, TransfusionMask.causal(SMALL.seq_len, device=DEVICE)).out
 
-    chosen = [attention_benchmark.our_contender(make_mask, inputs, check), sdpa_dense(batch, inputs, check), contender("leaky", inputs, check, leaky)]
+    chosen = [
+        attention_benchmark.our_contender(make_mask, inputs, check),
+        sdpa_dense(batch, inputs, check),
+        contender("leaky", inputs, check, leaky),
+    ]
     ours, dense, wrong = measure(chosen, device="cpu", seconds=0, warmup=1)
     assert set(ours.milliseconds) == set(dense.milliseconds) == {"build", "forward", "backward"}, (ours, dense)
     assert not wrong.checked and wrong.milliseconds == {} and wrong.error.startswith("AssertionError: out: max error")
@@ -185,23 +382,32 @@ def test_the_accuracy_check_passes_right_contenders_and_stops_wrong_ones():
 
 def test_the_quick_cases_come_first_and_the_grid_is_whole():
     everything, quick = attention_benchmark.cases(), attention_benchmark.cases(quick=True)
-    assert len(everything) == len(set(everything)) == 82 and everything[:len(quick)] == quick and len(quick) == 10
+    assert len(everything) == len(set(everything)) == 82 and everything[: len(quick)] == quick and len(quick) == 10
 
 
 def test_the_table_and_plot_take_results_and_errors(tmp_path):
     report = Report("attention", {}, {"device": "a device"})
     case = attention_benchmark.Case(1024, 64, 16, 16, 256)._asdict()
-    times = {phase: {"p20": 1.0, "p50": 2.0, "p80": 3.0, "repetitions": 5} for phase in ("build", "forward", "backward")}
+    times = {
+        phase: {"p20": 1.0, "p50": 2.0, "p80": 3.0, "repetitions": 5} for phase in ("build", "forward", "backward")
+    }
     report.record(case, Result("tfkernels", True, times, 2**20), sum_ms=6.0, tflops={"forward": 5.0, "backward": 4.0})
-    report.record(case, Result("xformers, dense bias", error="not installed"), sum_ms=None, tflops=None)
-    ours, theirs = attention_benchmark.table(report.rows).splitlines()
+    report.record(case, Result("xformers, dense bias", left_out="not installed"), sum_ms=None, tflops=None)
+    timing = {"build": "host-bound", "forward": "queued", "backward": "queued"}
+    tflops = {"forward": 5.0, "backward": 4.0}
+    report.record(case, Result("FlexAttention", True, times, 2**20, timing=timing), sum_ms=6.0, tflops=tflops)
+    ours, theirs, bound = attention_benchmark.table(report.rows).splitlines()
+    assert bound.endswith("MiB, host-bound: build") and "host-bound" not in ours
     assert "sum    6.000 ms" in ours and "5/   4 TFLOP/s" in ours and "1 MiB" in ours and "not installed" in theirs
     pytest.importorskip("matplotlib")
     attention_benchmark.plot(report, tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == {"attention_d64.png", "attention_d128.png"}
 
 
-@pytest.mark.parametrize("name,peak", [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989), ("CPU: something", None)])
+@pytest.mark.parametrize(
+    "name,peak",
+    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989), ("CPU: something", None)],
+)
 def test_the_roofline_is_known_by_the_devices_name(name, peak):
     assert harness.peak_tflops(name) == peak
 
@@ -209,85 +415,14 @@ def test_the_roofline_is_known_by_the_devices_name(name, peak):
 @pytest.mark.skipif(DEVICE == "cuda", reason="says what happens without a CUDA device")
 @pytest.mark.parametrize("module", ["gpu", "attention"])
 def test_without_cuda_one_line_says_so_and_the_status_is_1(module, tmp_path):
-    done = subprocess.run([sys.executable, "-m", f"benchmarks.{module}", "--out", str(tmp_path / "out")], capture_output=True, text=True,
-                          cwd=Path(gpu.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        cwd=Path(gpu.__file__).parent.parent,
+    )
     assert done.returncode == 1 and len(done.stdout.splitlines()) == 1 and "no CUDA device" in done.stdout
     assert not (tmp_path / "out").exists()
-
-
-PYTEST_OUTPUT = """\
-tests/a/test_x.py::test_good[a-b c] PASSED                         [ 10%]
-tests/a/test_x.py::test_bad FAILED                                 [ 20%]
-[gw1] [ 30%] SKIPPED tests/a/test_x.py::test_not_here
-[gw0] [ 40%] FAILED tests/a/test_y.py::test_worse[spans: (1, 2)]
-tests/a/test_y.py::test_stops_here """
-PYTEST_SUMMARY = """
-=========================== short test summary info ============================
-FAILED tests/a/test_x.py::test_bad - AssertionError: 3 is not 4
-ERROR tests/a/test_z.py - ModuleNotFoundError: No module named 'tyro'
-"""
-
-
-@pytest.mark.parametrize("whole", [True, False])
-def test_pytests_output_is_read_whole_or_cut(whole):
-    found = gpu.read_tests(PYTEST_OUTPUT + whole * PYTEST_SUMMARY)
-    assert {name: n for name, n in found["counts"].items() if n} == {"passed": 1, "failed": 2, "skipped": 1}
-    assert found["failing"] == {"tests/a/test_x.py::test_bad": "AssertionError: 3 is not 4" if whole else "",
-                                "tests/a/test_y.py::test_worse[spans: (1, 2)]": ""}
-    assert found["not_collected"] == ({"tests/a/test_z.py": "ModuleNotFoundError: No module named 'tyro'"} if whole else {})
-
-
-def test_a_real_pytest_run_is_read(tmp_path):
-    (tmp_path / "test_some.py").write_text("import pytest\n@pytest.mark.parametrize('n', [1, 2])\ndef test_is_one(n):\n    assert n == 1, 'not one'\n")
-    (tmp_path / "test_lacks.py").write_text("import a_package_that_nobody_has\n")
-    done = gpu.run_step([sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "--color=no", "-p", "no:cacheprovider", "--continue-on-collection-errors",
-                         "-c", "/dev/null", "--rootdir", str(tmp_path), str(tmp_path)], tmp_path / "log", 100)
-    found = gpu.read_tests((tmp_path / "log").read_text())
-    assert done["status"] == 1 and not done["cut"] and found["counts"]["passed"] == found["counts"]["failed"] == 1, (tmp_path / "log").read_text()
-    (name, reason), = found["failing"].items()
-    assert name.endswith("test_some.py::test_is_one[2]") and "not one" in reason
-    assert any("test_lacks.py" in name for name in found["not_collected"])
-
-
-def test_a_step_that_takes_too_long_is_ended_with_its_children_and_called_cut(tmp_path):
-    begin = time.monotonic()
-    step = gpu.run_step(["bash", "-c", "echo begun; sleep 60 & wait"], tmp_path / "log", 1.0)
-    assert step["cut"] and step["status"] < 0 and "begun" in step["tail"] and time.monotonic() - begin < 20
-
-
-def test_every_step_is_recorded_though_one_breaks_and_one_finds_no_time(tmp_path, monkeypatch):
-    written = []
-
-    def breaks(out, seconds, workers):
-        raise OSError("no such program")
-
-    def benchmark(name, out, seconds, quick, commit):
-        written.append(json.loads((out / "gpu.json").read_text())["tests"]["tail"])
-        return {"status": 0, "cut": False, "seconds": 1.0, "tail": "", "report": {"rows": [{"error": None}]}}
-
-    monkeypatch.setattr(gpu, "environment", lambda device, commit: harness.environment("cpu", commit))
-    monkeypatch.setattr(gpu, "run_tests", breaks)
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
-    monkeypatch.setattr(gpu, "run_benchmark", benchmark)
-    result = gpu.run(tmp_path, seconds=100, quick=True, commit="abc", workers=1)
-    assert written == ["OSError: no such program"] * len(gpu.BENCHMARKS) and json.loads((tmp_path / "gpu.json").read_text()) == result
-    assert not gpu.passed(result) and "benchmark attention: ended" in gpu.summary(result) and "commit abc" in gpu.summary(result)
-    assert "memcheck: compute-sanitizer is not installed" in gpu.summary(result) and result["sanitizers"].keys() == {"memcheck", "racecheck"}
-    late = gpu.run(tmp_path, seconds=1, quick=True, commit=None, workers=1)
-    assert late["tests"]["cut"] and late["benchmarks"]["attention"]["cut"] and not gpu.passed(late)
-
-
-def test_a_sanitizer_that_finds_something_fails_the_run_and_a_missing_one_does_not(tmp_path, monkeypatch):
-    tool = tmp_path / "compute-sanitizer"
-    tool.write_text("#!/bin/sh\necho $PYTORCH_NO_CUDA_MEMORY_CACHING $@; exit 9\n")
-    tool.chmod(0o755)
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: str(tool))
-    step = gpu.run_sanitizer("racecheck", tmp_path, 10)
-    assert step["status"] == 9 and "1 --tool racecheck --error-exitcode 9" in step["tail"] and "benchmarks.sanitize" in step["tail"]
-    good = {"status": 0, "cut": False}
-    assert not gpu.passed({"tests": good, "sanitizers": {"racecheck": step}, "benchmarks": {}})
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
-    assert gpu.passed({"tests": good, "sanitizers": {"racecheck": gpu.run_sanitizer("racecheck", tmp_path, 10)}, "benchmarks": {}})
 
 
 def test_what_the_sanitizers_watch_is_right(capsys):

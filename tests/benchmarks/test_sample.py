@@ -1,12 +1,14 @@
 """The sampling benchmark: every way gives the same images and texts, wrong ones are refused, and a step's cost is counted as it is."""
 import json
+import sys
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import sample
-from benchmarks.harness import Contender, measure
+from benchmarks.harness import Contender, Report, measure
 from benchmarks.sample import GENERATE, OURS, UNCACHED, Case, build, cases, draw_contenders, draw_uncached, prompts, step_cost, word_tokenizer, write_contenders
 from tfkernels import patchify
 from transfusion.sequence import Text, encode
@@ -82,20 +84,57 @@ def test_the_whole_sequence_without_a_cache_needs_its_guidance():
     assert guided.shape == (8, 16, 16) and patchify(guided[None], 2).shape == (64, 32) and not torch.allclose(guided, other, atol=1e-2)
 
 
-def test_transfusion_pytorch_draws_one_image_for_each_prompt():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transfusion_pytorch_draws_one_image_for_each_prompt(dtype):
     pytest.importorskip("transfusion_pytorch", reason="transfusion-pytorch is not installed")
-    result, = once([sample.peer_contender(DRAW, "cpu", torch.float32)])
+    result, = once([sample.peer_contender(DRAW, "cpu", dtype)])
     assert result.error is None and result.checked
+
+
+def test_transfusion_pytorchs_products_are_in_the_dtype_asked_for():
+    pytest.importorskip("transfusion_pytorch", reason="transfusion-pytorch is not installed")
+    found, dtypes = sample.peer_contender(DRAW, "cpu", torch.bfloat16), set()
+
+    class Products(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if function is torch.nn.functional.linear:
+                dtypes.add(out.dtype)
+            return out
+
+    with Products():
+        found.phases["one step"]({})
+    assert dtypes == {torch.bfloat16}
+
+
+def test_a_missing_peer_is_left_out_and_all_times_are_those_a_user_waits_for(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transfusion_pytorch", None)
+    report = Report("sample", {}, {"device": "cpu"})
+    sample.run_case(Case("draw", "tiny", 1, 24, 2), report, "cpu", 0.0)
+    rows = {row["contender"]: row for row in report.rows}
+    assert (
+        rows[sample.PEER]["left_out"].startswith("not installed: ")
+        and rows[sample.PEER]["error"] is None
+        and not rows[sample.PEER]["milliseconds"]
+    )
+    assert rows[OURS]["timing"] == {"one step": "wall", "draw": "wall"} and rows[OURS]["interleaved"]
+    assert all(
+        c.wall
+        for case, make in ((DRAW, draw_contenders), (WRITE, write_contenders))
+        for c in make(case, "cpu", torch.float32)[0]
+    )
 
 
 def test_the_quick_grid_is_the_beginning_of_the_whole():
     quick, whole = cases(True), cases(False)
-    assert whole[:len(quick)] == quick and len(set(whole)) == len(whole) > len(quick) > 0
+    assert whole[: len(quick)] == quick and len(set(whole)) == len(whole) > len(quick) > 0
 
 
 def test_the_command_writes_a_complete_file(tmp_path, capsys):
     assert sample.main(["--cpu", "--out", str(tmp_path)]) == 0
-    rows = {(row["task"], row["contender"]): row for row in json.loads((tmp_path / "sample-cpu.json").read_text())["rows"]}
+    rows = {
+        (row["task"], row["contender"]): row for row in json.loads((tmp_path / "sample-cpu.json").read_text())["rows"]
+    }
     for key in (("draw", OURS), ("draw", UNCACHED), ("write", OURS), ("write", GENERATE)):
         assert rows[key]["checked"] and rows[key]["per_second"] > 0
     assert rows["draw", OURS]["step_ms"] > 0 and OURS in capsys.readouterr().out

@@ -1,11 +1,12 @@
 """The training step's benchmark: the contenders run one model, wrong ones are refused, and batches are what they are said to be."""
 import json
+import sys
 
 import pytest
 import torch
 
 from benchmarks import train_step
-from benchmarks.harness import measure
+from benchmarks.harness import Report, measure
 from benchmarks.model_peers import dense_mask, peer_samples, plain_loss, training_sequence
 from benchmarks.train_step import DENSE, OURS, Case, Step, cases, configuration, contenders, losses
 from transfusion.model import Transfusion
@@ -87,6 +88,14 @@ def test_a_peer_with_a_gradient_that_is_not_finite_is_refused(monkeypatch):
     assert result.error.startswith("AssertionError") and not result.milliseconds
 
 
+def test_a_missing_peer_is_left_out_with_the_reason(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transfusion_pytorch", None)
+    report = Report("train_step", {}, {"device": "cpu"})
+    train_step.run_case(TINY, report, "cpu", 0.0)
+    peer = next(row for row in report.rows if row["contender"] == train_step.PEER)
+    assert peer["left_out"].startswith("not installed: ") and peer["error"] is None and peer["step_ms"] is None
+
+
 def test_phases_are_those_of_a_step():
     model = torch.nn.Linear(1, 1)
     step, state = Step(lambda: model(torch.ones(1, 1)).sum(), model, torch.optim.SGD(model.parameters(), lr=1.0), "cpu"), {}
@@ -104,6 +113,7 @@ def test_the_quick_grid_is_the_beginning_of_the_whole():
 def test_operations_grow_with_the_rows_and_the_command_writes_a_complete_file(tmp_path, capsys):
     assert train_step.main(["--cpu", "--out", str(tmp_path)]) == 0
     rows = {row["contender"]: row for row in json.loads((tmp_path / "train_step-cpu.json").read_text())["rows"]}
+    assert all(row["timing"].get("forward", "wall") == "wall" for row in rows.values())
     assert all(rows[name]["checked"] and rows[name]["tokens_per_s"] > 0 and rows[name]["tflops"] > 0 for name in (OURS, DENSE))
     assert rows[OURS]["operations"] == rows[DENSE]["operations"] > 6 * rows[OURS]["tokens"] * 2 * (4 * 64 * 64 + 3 * 64 * 128)
     assert OURS in capsys.readouterr().out

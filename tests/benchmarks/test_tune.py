@@ -35,8 +35,41 @@ def test_every_candidate_is_checked_and_timed(capsys, monkeypatch):
     assert tune.TABLES["fwd"] == before and "fwd (90, 2, 64) 256 tokens" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kernel", tune.TABLES)
+def test_the_quick_candidates_are_the_tables_tile_and_128_by_128_with_two_and_three_stages(kernel):
+    for dim in (64, 128):
+        own = tune.TABLES[kernel][90, 2, dim]
+        found = tune.quick_candidates(own)
+        assert (
+            {c.num_stages for c in found} == {2, 3}
+            and {c[:2] for c in found} == {(128, 128), own[:2]}
+            and len(found) == 4
+        )
+
+
+def test_a_wrong_row_gets_no_number_and_rows_are_saved_one_by_one(monkeypatch, tmp_path):
+    monkeypatch.setattr(tune, "random_inputs", lambda case, device, dtype: tune_inputs(case, device))
+    report, seen, record = Report("tune", {}, {}), [], Report.record
+    monkeypatch.setattr(
+        Report, "record", lambda self, *given, **more: seen.append(given[1].name) or record(self, *given, **more)
+    )
+    wrong, right = Config(64, 32, 4, 2), Config(32, 32, 4, 2)
+
+    def attention(q, k, v, mask):
+        table = tune.TABLES["fwd"]
+        return right_attention(q, k, v, mask) * (1.5 if table[90, 2, 64] == wrong else 1.0)
+
+    right_attention = tune.attention
+    monkeypatch.setattr(tune, "attention", attention)
+    tune.tune("fwd", Case(256, 16, 2, 1, 64), (90, 2, 64), report, "cpu", 0.0, [wrong, right])
+    rows = {row["contender"]: row for row in report.rows}
+    assert rows[str(tuple(wrong))]["error"].startswith("AssertionError") and not rows[str(tuple(wrong))]["milliseconds"]
+    assert rows[str(tuple(right))]["checked"] and rows[str(tuple(right))]["milliseconds"] and seen[:3] == list(rows)
+
+
 def tune_inputs(case, device):
     from benchmarks.attention import random_inputs
+
     return random_inputs(case, device, torch.float32)
 
 

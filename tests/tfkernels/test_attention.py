@@ -89,7 +89,7 @@ def test_scale_and_softcap_follow_the_reference(options):
 
 
 @pytest.mark.parametrize("window", [1, 7, 40])
-def test_sliding_window_keeps_images_whole(window):
+def test_a_window_follows_the_reference_in_images_too(window):
     mask = TransfusionMask.from_spans([[(10, 50)], [(90, 100)]], 100, window=window, device=DEVICE)
     check(random_inputs(2, 2, 2, 100, 100, 32), mask, torch.float32)
 
@@ -160,16 +160,23 @@ def test_more_tiles_than_a_program_looks_at_together():
         check(random_inputs(1, 1, 1, stop - start, seq_len, 16), mask.queries(start, stop), torch.float16)
 
 
+def within_documents(spans, documents):
+    """Cut spans where the document (S,) changes and leave padding out: what `from_spans` takes."""
+    ends = [0, *(1 + (documents[1:] != documents[:-1]).nonzero()[:, 0]).tolist(), len(documents)]
+    whole = [(a, b) for a, b in zip(ends, ends[1:]) if a < b and documents[a] >= 0]
+    return [(max(a, start), min(b, stop)) for start, stop in spans for a, b in whole if max(a, start) < min(b, stop)]
+
+
 @given(st.data())
 def test_fuzzed_masks_follow_the_reference(data):
     seq_len = data.draw(st.integers(1, 90))
     cuts = sorted(data.draw(st.lists(st.integers(0, seq_len), max_size=8)))
-    spans = [[pair for pair in zip(cuts[::2], cuts[1::2])]]
-    hidden = [spans[0][::2]] if data.draw(st.booleans()) else None
     documents = torch.tensor(sorted(data.draw(st.lists(st.integers(0, 3), min_size=seq_len, max_size=seq_len))))[None]
     padding = data.draw(st.integers(0, seq_len))
     if data.draw(st.booleans()):
         documents[:, :padding] = -1
+    spans = [within_documents(zip(cuts[::2], cuts[1::2]), documents[0])]
+    hidden = [spans[0][::2]] if data.draw(st.booleans()) else None
     window = data.draw(st.one_of(st.none(), st.integers(1, seq_len)))
     start = data.draw(st.integers(0, seq_len - 1))
     mask = TransfusionMask.from_spans(spans, seq_len, documents=documents, hidden=hidden, window=window, device=DEVICE).queries(start, seq_len)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tests.compare import assert_as_accurate
 from tests.conftest import DEVICE, DTYPES
+from tests.tfkernels.test_attention import within_documents
 from tests.tfkernels.test_attention_decode import pages
 from tfkernels import TransfusionMask, attention_reference, attention_with_lse, paged_attention, paged_attention_reference
 from tfkernels._library import INTERPRET
@@ -47,11 +48,12 @@ def masks(draw, longest=40):
     start = draw(st.sampled_from([0, 0, size // 2, size - 1]))
     if kind in ("spans", "hidden"):
         cuts = sorted(draw(st.lists(st.integers(0, size), max_size=6)))
-        spans = list(zip(cuts[::2], cuts[1::2]))
         documents = torch.randint(0, 3, (2, size), generator=generator).sort(1).values - draw(st.integers(0, 1))
         documents[:, size - draw(st.integers(0, 5)) % size:] = -1
+        spans = [within_documents(zip(cuts[skip::2], cuts[skip + 1::2]), row) for skip, row in zip((0, 2), documents)]
         window = draw(st.sampled_from([None, 1, 7]))
-        mask = TransfusionMask.from_spans([spans, spans[1:]], size, documents=documents, window=window, hidden=[spans[::2], []] if kind == "hidden" else None)
+        hidden = [spans[0][::2], []] if kind == "hidden" else None
+        mask = TransfusionMask.from_spans(spans, size, documents=documents, window=window, hidden=hidden)
         return mask.queries(start, size).to(DEVICE)
     if kind in ("cache", "image in a cache"):
         queries = draw(st.integers(1, size))

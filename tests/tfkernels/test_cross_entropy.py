@@ -11,8 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from tests.compare import assert_as_accurate
 from tests.conftest import DEVICE, DTYPES
 from tests.resources import resources
+from tfkernels import LinearCrossEntropy, linear_cross_entropy, linear_cross_entropy_reference
 from tfkernels import cross_entropy as module
-from tfkernels import linear_cross_entropy, linear_cross_entropy_reference
 from tfkernels._launch import ARCHITECTURES, SHARED_LIMIT
 from tfkernels._library import INTERPRET
 from tfkernels.cross_entropy import _cross_entropy_rows, _forward, _scale, chunk_rows, launch_config
@@ -64,7 +64,17 @@ def run(function, case, dtype, divisor=7.0):
     output = function(hidden, weight, case.targets, case.rows, bias=bias, row_weight=case.row_weight)
     given = [x for x in inputs if x is not None]
     names = ["dhidden", "dweight", "dbias"][:len(given)]
-    return {"loss": output.loss.detach(), "losses": output.losses} | dict(zip(names, torch.autograd.grad(output.loss / divisor, given)))
+    return {"loss": output.loss.detach(), "losses": output.losses.detach()} | dict(zip(names, torch.autograd.grad(output.loss / divisor, given)))
+
+
+def run_from_losses(function, case, dtype, divisor=7.0):
+    """`run` with row_weight applied by the caller, to losses: the same numbers, but for how they are rounded."""
+    hidden, weight, bias = inputs = case.inputs(dtype)
+    output = function(hidden, weight, case.targets, case.rows, bias=bias)
+    loss = (output.losses * (1 if case.row_weight is None else case.row_weight)).sum()
+    given = [x for x in inputs if x is not None]
+    names = ["dhidden", "dweight", "dbias"][:len(given)]
+    return {"loss": loss.detach(), "losses": output.losses.detach()} | dict(zip(names, torch.autograd.grad(loss / divisor, given)))
 
 
 def terms_of(case, divisor=7.0):
@@ -84,7 +94,7 @@ def terms_of(case, divisor=7.0):
     return {"loss": (losses * scale).sum(), "losses": losses, "dhidden": dhidden, "dweight": dz.mT @ rows.abs(), "dbias": dz.sum(0)}
 
 
-def check(case, dtype):
+def check(case, dtype, run=run):
     """Hold the losses and every gradient to the accuracy rule."""
     rounded = case._replace(**{n: x.to(dtype).double() for n in ("hidden", "weight", "bias") if (x := getattr(case, n)) is not None})
     ours, theirs, exact = (run(f, rounded, t) for f, t in ((linear_cross_entropy, dtype), (linear_cross_entropy_reference, dtype),
@@ -100,6 +110,69 @@ def check(case, dtype):
 @pytest.mark.parametrize("name", CASES)
 def test_losses_and_gradients_are_as_accurate_as_pytorch(name, dtype):
     check(CASES[name], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_from_losses_are_as_accurate_as_pytorch(name, dtype):
+    check(CASES[name], dtype, run_from_losses)
+
+
+def test_gradients_from_loss_and_losses_add_up():
+    case = CASES["both, odd sizes"]
+    hidden, weight, bias = inputs = case.inputs(torch.float32)
+    factors = torch.randn(len(case.rows), device=DEVICE)
+    output = linear_cross_entropy(hidden, weight, case.targets, case.rows, bias=bias, row_weight=case.row_weight)
+    apart = [torch.autograd.grad(x, inputs, retain_graph=True) for x in (output.loss, (output.losses * factors).sum())]
+    both = torch.autograd.grad(output.loss + (output.losses * factors).sum(), inputs)
+    for a, b, c in zip(*apart, both):
+        torch.testing.assert_close(a + b, c, rtol=1e-5, atol=1e-5)
+        assert b.any()
+
+
+def test_a_mean_over_many_rows_does_not_vanish_in_float16():
+    case = CASES["plain"]
+    hidden, weight, _ = case.inputs(torch.float16)
+    losses = linear_cross_entropy(hidden, weight, case.targets, case.rows).losses
+    small, one = (torch.autograd.grad((losses * factor).sum(), weight, retain_graph=True)[0] for factor in (2.0**-10, 1.0))
+    torch.testing.assert_close(small.float() * 2**10, one.float(), rtol=2e-3, atol=2.0**-14)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_an_ignored_target_names_may_hold_anything(value):
+    case = CASES["both, odd sizes"]
+    without = case.targets < 0
+    others = torch.ones(len(case.hidden), dtype=torch.bool)
+    others[case.rows.cpu()] = False
+    for function in (run, run_from_losses):
+        plain = function(linear_cross_entropy, case._replace(row_weight=case.row_weight.masked_fill(without, 0)), torch.float32)
+        hidden = case.hidden.clone()
+        hidden[case.rows[without].cpu()] = value
+        hidden[others] = value
+        row_weight = case.row_weight.masked_fill(without, value) if function is run else case.row_weight
+        found = function(linear_cross_entropy, case._replace(hidden=hidden, row_weight=row_weight), torch.float32)
+        for name in plain:
+            assert torch.equal(found[name], plain[name]), name
+    hidden, weight, bias = inputs = case.inputs(torch.float32)
+    losses = linear_cross_entropy(hidden, weight, case.targets, case.rows, bias=bias).losses
+    ones, poisoned = (torch.autograd.grad(losses, inputs, x, retain_graph=True) for x in
+                      (torch.ones_like(losses), torch.ones_like(losses).masked_fill(without, value)))
+    assert all(torch.equal(a, b) for a, b in zip(ones, poisoned))
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias", "row_weight"])
+def test_nan_that_a_target_reaches_shows_in_its_loss_and_gradients(name):
+    case = CASES["both, odd sizes"]
+    r = int((case.targets >= 0).nonzero()[0])
+    at = {"hidden": (int(case.rows[r]), 3), "weight": (int(case.targets[r]), 3), "bias": (int(case.targets[r]),), "row_weight": (r,)}[name]
+    changed = getattr(case, name).clone()
+    changed[at] = float("nan")
+    found, expected = (run(f, case._replace(**{name: changed}), torch.float32) for f in (linear_cross_entropy, linear_cross_entropy_reference))
+    assert expected["loss"].isnan()
+    # plain PyTorch multiplies 0 by the weight
+    expected["dhidden"][case.rows[case.targets < 0]] = 0
+    for key in expected:
+        assert not (expected[key].isnan() & ~found[key].isnan()).any(), key
 
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter's chunks and blocks are small: every case has several")
@@ -190,11 +263,13 @@ def test_only_the_gradients_that_are_wanted_are_made(wanted, monkeypatch):
     inputs = [x.requires_grad_(bool(wanted >> i & 1)) for i, x in enumerate(case.inputs(torch.float32))]
     given = [x for x in inputs if x.requires_grad]
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+    # kept too, but no memory of ours
+    passed = {x.data_ptr() for x in (*inputs, case.targets, case.rows, case.row_weight)}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel() * (x.data_ptr() not in passed)) or x, lambda x: x):
         output = linear_cross_entropy(inputs[0], inputs[1], case.targets, case.rows, bias=inputs[2], row_weight=case.row_weight)
-    assert bool(made) == (wanted >> 1 & 1) and output.loss.requires_grad == bool(wanted) and not output.losses.requires_grad
+    assert bool(made) == (wanted >> 1 & 1) and output.loss.requires_grad == output.losses.requires_grad == bool(wanted)
     (width, vocabulary), count = (13, 37), len(case.rows)
-    sizes = [count * width + count, vocabulary * width, vocabulary]
+    sizes = [count * width, vocabulary * width, vocabulary]
     assert sum(kept) == sum(size for i, size in enumerate(sizes) if wanted >> i & 1)
     if given:
         assert all(g.shape == x.shape for g, x in zip(torch.autograd.grad(output.loss, given), given))
@@ -202,7 +277,7 @@ def test_only_the_gradients_that_are_wanted_are_made(wanted, monkeypatch):
         made.clear()
         quiet = linear_cross_entropy(inputs[0], inputs[1], case.targets, case.rows, bias=inputs[2], row_weight=case.row_weight)
     assert not made and not quiet.loss.requires_grad
-    torch.testing.assert_close((quiet.loss, quiet.losses), (output.loss.detach(), output.losses), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(quiet, LinearCrossEntropy(*(x.detach() for x in output)), rtol=1e-6, atol=1e-6)
 
 
 def test_each_gradient_is_right_without_the_others():
@@ -257,7 +332,12 @@ def test_gradients_pass_gradcheck(name):
     def function(*inputs):
         return linear_cross_entropy(*inputs[:2], case.targets, case.rows, bias=None if bias is None else inputs[2], row_weight=case.row_weight).loss
 
-    assert torch.autograd.gradcheck(function, [x for x in (hidden, weight, bias) if x is not None])
+    def losses(*inputs):
+        return linear_cross_entropy(*inputs[:2], case.targets, case.rows, bias=None if bias is None else inputs[2], row_weight=case.row_weight)
+
+    given = [x for x in (hidden, weight, bias) if x is not None]
+    assert torch.autograd.gradcheck(function, given)
+    assert torch.autograd.gradcheck(losses, given)
 
 
 @traced
@@ -282,14 +362,14 @@ def test_compiles_whole_and_serves_other_lengths_without_a_recompile():
 
     def step(hidden, weight, bias, targets, rows, row_weight):
         output = linear_cross_entropy(2 * hidden, weight, targets, rows, bias=bias, row_weight=row_weight)
-        return output.loss / len(rows), output.losses
+        return output.loss / len(rows) + (output.losses * row_weight.square()).mean(), output.losses
 
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     for batch, tokens, rows in ((2, 9, 7), (3, 11, 12), (5, 8, 31), (4, 20, 64)):
         case = random_case(batch * tokens, 16, 40, rows, bias=True, row_weight=True)
         hidden, weight, bias = case.inputs(torch.float32)
         inputs = [hidden.detach().unflatten(0, (batch, tokens)).requires_grad_(), weight, bias]
-        found, expected = ([losses, *torch.autograd.grad(loss, inputs)] for loss, losses in
+        found, expected = ([losses.detach(), *torch.autograd.grad(loss, inputs)] for loss, losses in
                            (f(*inputs, case.targets, case.rows, case.row_weight) for f in (compiled, step)))
         for a, b in zip(found, expected):
             torch.testing.assert_close(a, b)
@@ -377,6 +457,10 @@ def test_inputs_that_do_not_fit_are_refused_by_name():
         return linear_cross_entropy(hidden, weight, targets, rows, **options)
 
     assert call().losses.shape == (4,)
+    for name in ("hidden", "weight", "targets", "rows", "bias", "row_weight"):
+        for wrong in ([[1.0]], "tensor", torch.nn.Linear(8, 5)) + (() if name in ("bias", "row_weight") else (None,)):
+            with pytest.raises(ValueError, match=f"linear_cross_entropy: {name} is .*; a tensor( or None)? fits; "):
+                call(**{name: wrong})
     for bad, message in [
             ({"hidden": x[0]}, "hidden has shape \\(8,\\); \\(tokens, C\\) or \\(batch, tokens, C\\) fits"),
             ({"hidden": x.int()}, "hidden is torch.int32 .*; float16, bfloat16 or float32 fits"),
@@ -407,4 +491,4 @@ def test_the_kernel_spills_nothing(vocabulary, gradient, size, architecture):
     launch, stride = launch_config(vocabulary), -(-vocabulary // module.ALIGNMENT) * module.ALIGNMENT
     constants = {"V": vocabulary, "STRIDE": stride, "WEIGHT": gradient, "GRADIENT": gradient, "BLOCK": launch.block_n}
     found = resources(_cross_entropy_rows, constants, launch, architecture=architecture, element_size=size, float32=("row_weight_ptr", "losses_ptr"))
-    assert found.stack_bytes == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
+    assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found

@@ -72,6 +72,37 @@ def test_padding_counts_nowhere_and_an_empty_image_costs_nothing(name):
     assert not gradient[:offsets[0]].any() and not gradient[offsets[-1]:].any() and gradient[offsets[0]:offsets[-1]].all()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_padding_and_an_empty_image_hold_reaches_nothing(value):
+    case = rows_of_tokens([4, 0, 3], 16, before=2, behind=3)
+    empty = torch.tensor([False, True, False], device=DEVICE)
+    row = torch.arange(case.rows, device=DEVICE)
+    padding = (row < 2) | (row >= 9)
+    x0, dloss = case.data.float(), random(3, seed=5).float().to(DEVICE)
+
+    def run(fill):
+        p, q, weight, arriving = (x.masked_fill(empty, fill) for x in (*given(case), dloss))
+        prediction = random(case.rows, case.dim, seed=4).float().to(DEVICE).masked_fill(padding[:, None], fill).requires_grad_()
+        loss = diffusion_loss(prediction, x0.masked_fill(padding[:, None], fill), p, q, weight, SEED, **case.options)
+        return loss.detach(), *torch.autograd.grad(loss, prediction, arriving)
+
+    assert all(torch.equal(a, b) and not a.isnan().any() for a, b in zip(run(value), run(0.0)))
+
+
+@pytest.mark.parametrize("what", ["prediction", "x0", "p", "q", "weight"])
+def test_nan_that_an_image_sees_shows_in_its_loss_alone(what):
+    case = rows_of_tokens([4, 2, 3], 16, before=2, behind=3)
+    x0, prediction = case.data.float(), random(case.rows, case.dim, seed=4).float().to(DEVICE)
+    arguments = dict(zip(("p", "q", "weight"), (x.clone() for x in given(case)))) | {"x0": x0.clone(), "prediction": prediction}
+    arguments[what][(7, 3) if arguments[what].ndim == 2 else 1] = float("nan")
+    arguments["prediction"].requires_grad_()
+    loss = diffusion_loss(*(arguments[n] for n in ("prediction", "x0", "p", "q", "weight")), SEED, **case.options)
+    assert loss.isnan().tolist() == [False, True, False]
+    gradient, = torch.autograd.grad(loss.sum(), arguments["prediction"])
+    rows = gradient.isnan().any(1).nonzero().flatten().tolist()
+    assert rows == ([7] if what in ("prediction", "x0") else [6, 7])
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_loss_is_the_mean_square_on_the_noise_that_noise_patchify_added(objective):
     x0, t = random(3, 4, 8, 6).float().to(DEVICE), torch.tensor([0.1, 0.5, 0.9], device=DEVICE)
@@ -266,7 +297,7 @@ def test_the_kernels_spill_nothing(name, layout, size, dim, patch, architecture)
     kernel, constants = KERNELS[name]
     constants = {**constants, "LAYOUT": layout, "SEARCH": layout != "latents", "PATCH": patch, **layouts.tile(dim)}
     found = resources(kernel, constants, Config(0, 0, 4, 3), architecture=architecture, element_size=size, float32=PER_IMAGE)
-    assert found.stack_bytes == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
+    assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
 
 
 @pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1: kernels are interpreted functions, which do not compile")
@@ -274,4 +305,4 @@ def test_the_kernels_spill_nothing(name, layout, size, dim, patch, architecture)
 def test_the_sum_over_an_images_rows_spills_nothing(architecture):
     constants = {"SEARCH": True, "WEIGHT": True, "DIM": 16, "BLOCK": BLOCK}
     found = resources(_diffusion_loss_images, constants, Config(0, 0, 4, 3), architecture=architecture, element_size=2, float32=PER_IMAGE)
-    assert found.stack_bytes == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
+    assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found

@@ -112,6 +112,59 @@ def test_patches_that_go_nowhere_count_nowhere():
     assert empty.sum() == 3 and not found[4][empty].any() and found[4][~empty].any(1).all()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_condition_of_an_image_without_patches_reaches_nothing(value):
+    case = CASES[TYPICAL]
+    inputs = case.inputs(torch.float32)
+    expected = run(embed_patches, inputs, case)
+    _, _, image = embed._placed(case.places, case.offsets)
+    empty = torch.bincount(image, minlength=6) == 0
+    condition = inputs[3].detach().masked_fill(empty[:, None], value).requires_grad_()
+    found = run(embed_patches, [*inputs[:3], condition], case)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+@pytest.mark.parametrize("what", ["hidden", "patches", "weight", "condition", "dout"])
+def test_nan_that_shows_in_the_reference_shows_in_ours(what):
+    case = CASES[TYPICAL]
+    row, place, image = (int(x[4]) for x in embed._placed(case.places, case.offsets))
+    text = min(set(range(90)) - set(embed._placed(case.places, case.offsets)[1].tolist()))
+    at = {"hidden": text, "patches": row, "weight": 5, "condition": image, "dout": place}[what]
+    case = case._replace(tensors={n: x.clone() for n, x in case.tensors.items()}, dout=case.dout.clone())
+    (case.dout if what == "dout" else case.tensors[what])[at, 3] = float("nan")
+    found, expected = run(embed_patches, case.inputs(torch.float32), case), run(embed_patches_reference, case.inputs(torch.float64), case)
+    for name, a, b in zip(("out", *NAMES), found, expected):
+        assert not (b.isnan() & ~a.isnan()).any(), name
+    assert found[0].isnan().any() == (what != "dout")
+
+
+@pytest.mark.skipif(KERNEL_RUNS, reason="on a GPU looking would synchronise")
+def test_a_place_named_twice_is_refused_where_looking_costs_nothing():
+    case = CASES[TYPICAL]
+    row, place, _ = embed._placed(case.places, case.offsets)
+    places = case.places.clone()
+    places[row[3]] = place[7]
+    with pytest.raises(ValueError, match=f"embed_patches: places names row {int(place[7])} 2 times; each row at most "
+                                         "once fits"):
+        embed_patches(*case.inputs(torch.float32), places, case.offsets)
+    # rows of padding may name anything, as often as they like
+    places[row[3]] = -1
+    embed_patches(*case.inputs(torch.float32), places, case.offsets)
+
+
+@pytest.mark.skipif(not KERNEL_RUNS, reason="a CPU refuses it")
+def test_of_patches_that_name_one_place_one_takes_it():
+    case = CASES[TYPICAL]
+    row, place, _ = embed._placed(case.places, case.offsets)
+    places = case.places.clone()
+    places[row[3]] = place[7]
+    inputs = case.inputs(torch.float32)
+    found = embed_patches(*inputs, places, case.offsets)[place[7]]
+    each = [embed_patches_reference(*inputs, case.places.index_fill(0, row[other], -1).index_fill(0, row[one], int(place[7])), case.offsets)[place[7]]
+            for one, other in ((3, 7), (7, 3))]
+    assert any(torch.allclose(found, x, atol=1e-5) for x in each)
+
+
 def test_it_is_the_models_patch_embedding():
     torch.manual_seed(0)
     layer = PatchEmbedding(SimpleNamespace(patch_dim=20), 40).to(DEVICE)
@@ -299,7 +352,7 @@ def test_the_kernels_that_multiply_spill_nothing(name, size, dim, architecture):
     constants = embed.tiles(table, size, 2048, dim) | {"PRECISION": "ieee"}
     launch = Config(0, 0, constants.pop("num_warps"), constants.pop("num_stages"))
     found = resources(kernel, constants, launch, architecture=architecture, element_size=size, float32=("products_ptr",))
-    assert found.stack_bytes == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
+    assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
     assert size == 4 or found.tensor_core, found
 
 
@@ -310,4 +363,4 @@ def test_the_kernels_that_multiply_spill_nothing(name, size, dim, architecture):
                                                (embed._embed_bwd_images, {"C": 2048, "BLOCK_M": 32, "BLOCK": 64})])
 def test_the_other_kernels_spill_nothing(kernel, constants, architecture):
     found = resources(kernel, constants, Config(0, 0, 4, 3), architecture=architecture, element_size=2)
-    assert found.stack_bytes == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
+    assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found

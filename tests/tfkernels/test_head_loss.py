@@ -168,6 +168,44 @@ def test_what_no_patch_names_counts_nowhere_and_gets_no_gradient(norm):
     assert torch.equal(found["loss"] == 0, case.layout[0].diff() == 0) and not found["dscale"][1].any()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("norm", NORMS)
+def test_what_an_image_without_rows_and_padding_hold_reaches_nothing(norm, value, monkeypatch):
+    case = rows_of_tokens([4, 0, 3], 16, before=1, behind=3)
+    inputs, dloss, data = tensors(case), random(3, seed=5).to(DEVICE), case.data.clone()
+    expected = run(norm, case, inputs, torch.float32, dloss=dloss)
+    dloss[1] = value
+    for name in ("scale", "shift"):
+        inputs[name][1] = value
+    data[:1], data[8:] = value, value
+    count = numbers
+    monkeypatch.setitem(run.__globals__, "numbers", lambda images, seed: count(images, seed).index_fill(0, torch.tensor(1, device=DEVICE), value))
+    found = run(norm, case._replace(x=data), inputs, torch.float32, dloss=dloss)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("what", ["hidden", "scale", "shift", "weight", "bias"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_nan_that_a_patch_sees_shows_wherever_the_reference_has_it(norm, what):
+    case = rows_of_tokens([4, 2, 3], 16, before=1, behind=3)
+    inputs = tensors(case)
+    at = {"hidden": (int(places_of(case)[6]), 3), "bias": (3,)}.get(what, (1, 3))
+    inputs[what][at] = float("nan")
+    found, expected = run(norm, case, inputs, torch.float32), run(norm, case, inputs, torch.float64, reference=True)
+    assert expected["loss"].isnan().any() and torch.equal(found["loss"].isnan(), expected["loss"].isnan())
+    for name in expected:
+        assert not (expected[name].isnan() & ~found[name].isnan()).any(), name
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRET, reason="on a GPU looking would synchronise")
+def test_a_place_named_twice_is_refused_where_looking_costs_nothing():
+    case = rows_of_tokens([4, 3], 16)
+    places = places_of(case)
+    places[5] = places[2]
+    with pytest.raises(ValueError, match=f"places names row {places[2]} 2 times; each row at most once fits"):
+        run(NORMS[0], case, tensors(case), torch.float32, places=places)
+
+
 def test_strides_as_they_come_give_equal_results():
     case = CASES["one image"]
     inputs = {n: x.float() for n, x in tensors(case).items()}
@@ -367,4 +405,4 @@ def test_the_kernels_spill_nothing(dim, size, architecture):
         flags = dict.fromkeys(("HIDDEN", "SCALE", "WEIGHT", "BASE"), True) | FLAGS[flags]
         found.append(resources(kernels._head_loss_bwd, constants | flags | {"BLOCK_R": launch.block_m, "BLOCK_C": launch.block_n}, launch,
                                architecture=architecture, element_size=size, float32=("k_ptr", "dweight_ptr")))
-    assert all(f.stack_bytes == 0 and f.shared_bytes <= SHARED_LIMIT[architecture] for f in found), found
+    assert all(f.spills == 0 and f.shared_bytes <= SHARED_LIMIT[architecture] for f in found), found

@@ -239,6 +239,10 @@ def test_what_cannot_be_honoured_is_refused_by_name():
         layer(processor=processor)(x, (x, [x]))
     with pytest.raises(ValueError, match="attn is a SimpleNamespace without spatial_norm"):
         processor(SimpleNamespace(), x)
+    for mask in ([[0]], "mask", torch.ones(5, 5, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="TransfusionAttnProcessor: mask is a.*|TransfusionAttnProcessor: mask "
+                                             "is torch.bool"):
+            TransfusionAttnProcessor(mask)
     with pytest.raises(ValueError, match="attention_mask is given beside the processor's mask"):
         layer(processor=TransfusionAttnProcessor(TransfusionMask.causal(6, device=DEVICE)))(x, attention_mask=torch.zeros(2, 6, device=DEVICE))
     with pytest.raises(ValueError, match="mask is 5 queries by 5 keys, q has 6 tokens"):

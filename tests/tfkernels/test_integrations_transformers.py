@@ -9,11 +9,23 @@ from transformers import (
     BartModel,
     BertConfig,
     BertModel,
+    BloomConfig,
+    FalconConfig,
     Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTJConfig,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MptConfig,
+    OPTConfig,
+    PaliGemmaConfig,
+    PhiConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    StableLmConfig,
     ViTConfig,
     ViTModel,
 )
@@ -267,7 +279,7 @@ def both_masks(rule, compiled=False):
     config._attn_implementation = "tfkernels"
     create = torch.compile(create, backend="eager", fullgraph=True) if compiled else create
     ours = create(config=config, **arguments)
-    return integration._from_tensor(ours, 24, 24).dense().expand_as(theirs), theirs, ours
+    return integration._from_tensor(ours, 24, 24).mask.dense().expand_as(theirs), theirs, ours
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -284,7 +296,7 @@ def test_a_rule_is_read_off_exactly_in_blocks_of_rows(rule, monkeypatch):
 @pytest.mark.parametrize("rule", ["window", "packing", "images"])
 def test_a_rule_of_plain_runs_travels_as_rows_and_columns_exact_alone(rule, monkeypatch):
     monkeypatch.setattr(integration, "_BLOCK", 2 * 24 * 5)
-    assert both_masks(rule)[2].shape == (2, 2, 1, 48)
+    assert both_masks(rule)[2].shape == (2, 2, 1, 96)
 
 
 @pytest.mark.parametrize("rule", [masking.causal_mask_function, masking.bidirectional_mask_function])
@@ -294,7 +306,7 @@ def test_causal_and_full_masks_are_never_dense(rule, attention_mask, q_offset, k
     sizes = dict(batch_size=2, q_length=9, kv_length=20, q_offset=q_offset, kv_offset=kv_offset, mask_function=rule, attention_mask=attention_mask)
     expected = masking.sdpa_mask(**sizes, allow_is_causal_skip=False, device=DEVICE)
     monkeypatch.setattr(masking, "sdpa_mask", None)
-    assert torch.equal(integration._from_tensor(integration.make_mask(**sizes, device=DEVICE), 9, 20).dense().expand_as(expected), expected)
+    assert torch.equal(integration._from_tensor(integration.make_mask(**sizes, device=DEVICE), 9, 20).mask.dense().expand_as(expected), expected)
 
 
 @pytest.mark.parametrize("rule", ["window", "window with padding", "images"])
@@ -363,6 +375,243 @@ def test_a_ready_mask_that_does_not_fit_is_refused_by_name(mask, message):
     q = torch.zeros(1, 2, 4, 8)
     with pytest.raises(ValueError, match=f"tfkernels attention: attention_mask.*{message}" if "attention_mask" not in message else message):
         integration.attend(SimpleNamespace(), q, q, q, mask)
+
+
+LEFT = [0, 5]  # padding on the left, row by row
+PROMPT = [[(8, 14)], [(6, 9), (9, 20)]]
+
+
+def padded_prompt(length=22):
+    attention_mask = torch.ones(2, length, dtype=torch.int64, device=DEVICE)
+    for row, count in enumerate(LEFT):
+        attention_mask[row, :count] = 0
+    return tokens(length=length), attention_mask
+
+
+def whole_mask(length, padding=True, **more):
+    """The mask of `length` tokens: the prompt's images, and text behind them."""
+    documents = torch.tensor([[-1] * count + [0] * (length - count) for count in LEFT], device=DEVICE) if padding else None
+    return TransfusionMask.from_spans(PROMPT, length, documents=documents, device=DEVICE, **more)
+
+
+def written_one_by_one(model, x, attention_mask, count, masks):
+    """Greedy tokens without a cache, all of them read again for each, under the mask of all of them."""
+    for _ in range(count):
+        positions = attention_mask.cumsum(-1).sub(1).clamp(min=0)
+        logits = model(x, position_ids=positions, transfusion_mask=masks(x.shape[1]), use_cache=False).logits[:, -1]
+        x, attention_mask = torch.cat([x, logits.argmax(-1)[:, None]], 1), torch.nn.functional.pad(attention_mask, (0, 1), value=1)
+    return x
+
+
+@pytest.mark.parametrize("padding", ["attention_mask", "documents"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cache_implementation": "static"}, {"use_cache": False}, {"num_beams": 1, "num_return_sequences": 1}],
+    ids=["dynamic", "static", "no cache", "one beam"],
+)
+@torch.no_grad()
+def test_generate_writes_behind_images_what_the_whole_mask_gives(options, padding):
+    model, (x, attention_mask) = build("llama", "tfkernels"), padded_prompt()
+    prompt = whole_mask(22, padding == "documents")
+    got = model.generate(x, attention_mask=attention_mask, transfusion_mask=prompt, max_new_tokens=7, do_sample=False, **options)
+    assert torch.equal(got, written_one_by_one(model, x, attention_mask, 7, whole_mask))
+    assert not torch.equal(got, model.generate(x, attention_mask=attention_mask, max_new_tokens=7, do_sample=False))
+
+
+@torch.no_grad()
+def test_generate_takes_embeddings_and_one_mask_for_all_beams():
+    model, x = build("llama", "tfkernels"), tokens(batch=1, length=22)
+    prompt, options = TransfusionMask.from_spans(PROMPT[:1], 22, device=DEVICE), dict(max_new_tokens=6, do_sample=False)
+    written = model.generate(x, transfusion_mask=prompt, **options)
+    embeds = model.get_input_embeddings()(x)
+    assert torch.equal(model.generate(inputs_embeds=embeds, transfusion_mask=prompt, **options), written[:, 22:])
+    beams = model.generate(x, transfusion_mask=prompt, num_beams=3, num_return_sequences=3, return_dict_in_generate=True, output_scores=True, **options)
+    for sequence, score in zip(beams.sequences, beams.sequences_scores):
+        masks = TransfusionMask.from_spans(PROMPT[:1], len(sequence), device=DEVICE)
+        logits = model(sequence[None], transfusion_mask=masks, use_cache=False).logits[0, 21:-1].log_softmax(-1)
+        close(logits.gather(1, sequence[22:, None]).sum() / (len(sequence) - 22), score)
+    with pytest.raises(ValueError, match="mask has 2 batch rows and q has 6"):
+        model.generate(tokens(length=22), transfusion_mask=TransfusionMask.from_spans(PROMPT, 22, device=DEVICE), num_beams=3, **options)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "mistral"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@torch.no_grad()
+def test_generate_in_a_window_goes_on_past_it(family, cache):
+    model, (x, attention_mask) = build(family, "tfkernels"), padded_prompt()
+    kinds = {"full_attention": {}, "sliding_attention": {"window": WINDOW}}
+
+    def masks(length):
+        return {kind: whole_mask(length, **more) for kind, more in kinds.items()}
+
+    got = model.generate(x, attention_mask=attention_mask, transfusion_mask=masks(22), max_new_tokens=12, do_sample=False, cache_implementation=cache)
+    assert torch.equal(got, written_one_by_one(model, x, attention_mask, 12, masks))
+
+
+@torch.no_grad()
+def test_keys_that_attention_mask_hides_stay_hidden_beside_our_mask():
+    model, x = build("llama", "tfkernels"), tokens()
+    for attention_mask in (padded(), 1 - torch.eye(24, dtype=torch.int64, device=DEVICE)[[6, 20]]):
+        expected = TransfusionMask.from_spans(SPANS, 24, device=DEVICE).dense() & attention_mask.bool()[:, None, None]
+        some = expected[:, 0].any(-1)
+        got = model(x, attention_mask=attention_mask, transfusion_mask=TransfusionMask.from_spans(SPANS, 24, device=DEVICE)).logits
+        plain = build("llama", "sdpa")(x, attention_mask=expected).logits
+        close(got[some], plain[some])
+        differ(got[some], model(x, transfusion_mask=TransfusionMask.from_spans(SPANS, 24, device=DEVICE)).logits[some])
+    one = TransfusionMask.from_spans([[(8, 16)]], 24, device=DEVICE)
+    two = TransfusionMask.from_spans([[(8, 16)]] * 2, 24, device=DEVICE)
+    close(*(model(x, attention_mask=padded(), transfusion_mask=mask).logits for mask in (one, two)))
+
+
+def test_gradients_reach_only_the_keys_that_attention_mask_keeps():
+    model = build("llama", "tfkernels")
+    x = model.get_input_embeddings()(tokens()).detach().requires_grad_()
+    spans = [[(8, 14)], [(10, 22)]]
+    mask = TransfusionMask.from_spans(spans, 24, device=DEVICE)
+    model(inputs_embeds=x, attention_mask=padded(), transfusion_mask=mask).logits[0, 12:].sum().backward()
+    assert not x.grad[0, :5].any() and x.grad[0, 5:].any(-1).all()
+    documents = torch.where(torch.arange(24, device=DEVICE) < 5, -1, 0)[None]
+    alike = TransfusionMask.from_spans(spans, 24, documents=documents, device=DEVICE)
+    y = x.detach().clone().requires_grad_()
+    model(inputs_embeds=y, transfusion_mask=alike).logits[0, 12:].sum().backward()
+    close(x.grad[0, 5:], y.grad[0, 5:])
+
+
+def test_a_ready_mask_beside_ours_is_refused_unless_it_is_a_stand_in():
+    model, x, mask = build("llama", "tfkernels"), tokens(), TransfusionMask.from_spans(SPANS, 24, device=DEVICE)
+    for ready in (mask.dense(), additive(mask.dense()), torch.ones(2, 1, 1, 24, dtype=torch.bool, device=DEVICE)):
+        with pytest.raises(ValueError, match=r"attention_mask is torch.*beside transfusion_mask; \(B, Sk\).* or None "
+                                             r"fits"):
+            model(x, attention_mask=ready, transfusion_mask=mask)
+    with torch.no_grad():
+        for stand_in in (x.new_empty(1, 1, 1, 1), x.new_empty(0, 0, 0, 0)):
+            assert torch.equal(model(x, attention_mask=stand_in, transfusion_mask=mask).logits, model(x, transfusion_mask=mask).logits)
+
+
+def test_a_mask_in_the_wrong_place_or_of_the_wrong_kind_is_refused_by_name():
+    model, mask = build("llama", "tfkernels"), TransfusionMask.causal(24, device=DEVICE)
+    with pytest.raises(ValueError, match="attention_mask is a TransfusionMask; .*; a TransfusionMask is given as "
+                                         "transfusion_mask"):
+        model(tokens(), attention_mask=mask)
+    for other in (mask.dense(), [mask], "mask", {"full_attention": mask.dense()}):
+        with pytest.raises(ValueError, match="transfusion_mask is .*; a tfkernels.TransfusionMask, or a mapping of "
+                                             "them"):
+            model(tokens(), transfusion_mask=other)
+    with pytest.raises(ValueError, match="mask is 20 queries by 20 keys, q has 24 tokens"):
+        model(tokens(), attention_mask=tokens().new_empty(1, 1, 1, 1), transfusion_mask=TransfusionMask.causal(20, device=DEVICE))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU looking would wait for the device")
+def test_a_prompt_read_in_chunks_that_cut_an_image_is_refused():
+    model, options = build("llama", "tfkernels"), dict(max_new_tokens=4, do_sample=False)
+    mask, x = TransfusionMask.from_spans([[(8, 14)]], 22), tokens(batch=1, length=22)
+    whole = model.generate(x, transfusion_mask=mask, **options)
+    assert torch.equal(model.generate(x, transfusion_mask=mask, prefill_chunk_size=14, **options), whole)
+    with pytest.raises(ValueError, match="transfusion_mask shows a query keys up to 14 and there are 11 yet; images "
+                                         "within one pass fit"):
+        model.generate(x, transfusion_mask=mask, prefill_chunk_size=11, **options)
+
+
+@torch.no_grad()
+def test_other_implementations_refuse_our_mask_and_do_the_same_as_ever_without_it():
+    mask, x = TransfusionMask.causal(24, device=DEVICE), tokens()
+    model = build("llama", "sdpa")
+    with pytest.raises(ValueError, match="transfusion_mask is given to a model with attn_implementation 'sdpa', "
+                                         "which drops it; 'tfkernels' fits"):
+        model(x, transfusion_mask=mask)
+    with pytest.raises(ValueError, match="transfusion_mask is given to a model with attn_implementation 'sdpa'"):
+        model.generate(x, transfusion_mask=mask, max_new_tokens=2)
+    close(model(x).logits, build("llama", "eager")(x).logits)
+    from transformers import AttentionInterface
+    once = dict(AttentionInterface().items())
+    integration.register()
+    assert dict(AttentionInterface().items()) == once
+    assert all(f is integration.attend or f.refuses_transfusion_mask for f in once.values())
+
+
+def test_a_model_that_would_drop_our_mask_is_refused_when_asked():
+    integration.require(build("llama", "tfkernels"))
+    for config in (CONFIGS["llama"](), PaliGemmaConfig()):
+        integration.require(config)
+    for implementation in ("sdpa", "eager"):
+        with pytest.raises(ValueError, match=f"model has attn_implementation '{implementation}', which drops "
+                                             "transfusion_mask; 'tfkernels' fits"):
+            integration.require(build("llama", implementation))
+    for config in (FalconConfig(), BloomConfig(), GPTJConfig(), MptConfig()):
+        with pytest.raises(ValueError, match=f"model_type is '{config.model_type}', whose attention is its own and "
+                                             "asks no registry"):
+            integration.require(config)
+    with pytest.raises(ValueError, match="model_type is 'stablelm', whose layers do not hand transfusion_mask on"):
+        integration.require(StableLmConfig())
+    for other in (None, "model", torch.nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match="model is .*; a transformers.PreTrainedModel or PreTrainedConfig fits"):
+            integration.require(other)
+
+
+ONE = dict(vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.15)
+OTHERS = {
+    "gpt2": lambda: GPT2Config(vocab_size=97, n_embd=64, n_layer=2, n_head=4, attn_pdrop=0.0, initializer_range=0.15),
+    "gpt_neox": lambda: GPTNeoXConfig(**ONE, intermediate_size=96),
+    "opt": lambda: OPTConfig(
+        vocab_size=97,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=96,
+        word_embed_proj_dim=64,
+        attention_dropout=0.0,
+        init_std=0.15,
+    ),
+    "phi": lambda: PhiConfig(**ONE, intermediate_size=96),
+    "gemma3": lambda: Gemma3TextConfig(
+        **ONE,
+        intermediate_size=96,
+        num_key_value_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **ONE,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_key_value_heads=2,
+        head_dim=16,
+    ),
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+@torch.no_grad()
+def test_other_families_give_their_own_logits_and_see_our_mask(family):
+    integration.register()
+    models = []
+    for implementation in ("tfkernels", "eager"):
+        torch.manual_seed(0)
+        models.append(AutoModelForCausalLM.from_config(OTHERS[family](), attn_implementation=implementation).to(DEVICE).eval())
+    (ours, theirs), x = models, tokens()
+    close(ours(x).logits, theirs(x).logits)
+    kept = padded().bool() & (torch.arange(24, device=DEVICE) > 4)
+    close(ours(x, attention_mask=padded()).logits[kept], theirs(x, attention_mask=padded()).logits[kept])
+    masks = {"full_attention": TransfusionMask.from_spans(SPANS, 24, device=DEVICE),
+             "sliding_attention": TransfusionMask.from_spans(SPANS, 24, window=WINDOW, device=DEVICE)}
+    ready = {kind: additive(mask.dense()) for kind, mask in masks.items()}
+    ready, mask = (ready, masks) if family == "gemma3" else (ready["full_attention"], masks["full_attention"])
+    positions = torch.arange(24, device=DEVICE)[None]  # OPT counts them from attention_mask otherwise
+    close(ours(x, transfusion_mask=mask).logits, theirs(x, attention_mask=ready, position_ids=positions).logits)
+    differ(ours(x, transfusion_mask=mask).logits, ours(x).logits)
+
+
+@torch.no_grad()
+def test_families_with_an_attention_of_their_own_are_refused_by_name():
+    integration.register()
+    for config in (BloomConfig(vocab_size=97, hidden_size=64, n_layer=1, n_head=4), MptConfig(vocab_size=97, d_model=64, n_layers=1, n_heads=4)):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="tfkernels").to(DEVICE).eval()
+        with pytest.raises(ValueError, match=f"model_type is '{config.model_type}', whose attention is its own"):
+            model(tokens())
 
 
 def test_a_mask_that_is_no_meeting_of_intervals_is_refused():

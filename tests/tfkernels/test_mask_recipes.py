@@ -101,13 +101,41 @@ def test_bagel_hides_noised_images_from_all_but_themselves(spans, data):
     check(build([spans], 30, [sample.tolist()], [noised]), formula)
 
 
-@given(disjoint_spans(30), st.integers(1, 30))
-def test_gemma_3_keeps_an_image_longer_than_its_window_whole(spans, window):
-    """transformers' `or_masks(sliding_window_causal_mask_function(w), blockwise_overlay(ids))`."""
+def image_of(spans):
     ids = torch.full((30,), -1)
     for number, (a, b) in enumerate(sorted(spans)):
         ids[a:b] = number
-    check(build([spans], 30, window=window), lambda q, k: (k <= q) & (k > q - window) | (ids[q] == ids[k]) & (ids[q] >= 0))
+    return ids
+
+
+@given(disjoint_spans(30), st.integers(1, 40))
+def test_gemma_3_cuts_the_beginning_of_an_image_longer_than_its_window(spans, window):
+    """transformers' `create_masks_for_vision_model`: sliding layers are AND(sliding_window_overlay(w), OR(causal,
+    blockwise_overlay(ids)))."""
+    ids = image_of(spans)
+    check(build([spans], 30, window=window), lambda q, k: (k > q - window) & ((k <= q) | (ids[q] == ids[k]) & (ids[q] >= 0)))
+
+
+@given(disjoint_spans(30), st.integers(1, 8))
+def test_gemma_3s_own_code_makes_the_same_mask(spans, window):
+    gemma3 = pytest.importorskip("transformers.models.gemma3.modeling_gemma3")
+    config = gemma3.Gemma3TextConfig(sliding_window=window, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
+    config._attn_implementation = "eager"
+    theirs = gemma3.create_masks_for_vision_model(config, torch.zeros(1, 30, 8), None, None, torch.arange(30)[None], image_of(spans)[None])
+    for kind, ours in (("sliding_attention", build([spans], 30, window=window)), ("full_attention", build([spans], 30))):
+        assert torch.equal(dense(ours)[0], theirs[kind][0, 0] == 0)
+
+
+@given(disjoint_spans(30), st.integers(1, 40), st.integers(0, 30))
+def test_a_window_around_whole_images(spans, window, cut):
+    """transformers' `or_masks(sliding_window_causal_mask_function(w), blockwise_overlay(ids))`, within a document."""
+    spans = [(a, b) for a, b in spans if not a < cut < b]
+    ids, document = image_of(spans), (torch.arange(30) >= cut).long()
+
+    def formula(q, k):
+        return ((k <= q) & (k > q - window) | (ids[q] == ids[k]) & (ids[q] >= 0)) & (document[q] == document[k])
+
+    check(recipes.window_around_whole_images([spans], 30, window, documents=document[None].to(DEVICE), device=DEVICE), formula)
 
 
 @given(SIZES, st.integers(1, 30), st.one_of(st.none(), SIZES))
@@ -178,6 +206,55 @@ def test_lengths_that_do_not_fit_are_refused_by_name():
         TransfusionMask.from_cache([[3]], 1, 4)
     with pytest.raises(ValueError, match="from_cache: query_len is 5 and key_len 4"):
         TransfusionMask.from_cache([0], 5, 4)
+    for lens, message in (
+        ([8], "cached_lens holds 8; 0 to 7 fits, for key_len 8 holds the 1 new tokens too"),
+        ([2, 2**40], "cached_lens holds 1099511627776"),
+        ([-1], "cached_lens holds -1; 0 to 7 fits"),
+        ([2.0], "cached_lens is torch.float32"),
+        ([True], "cached_lens is torch.bool"),
+        (None, "cached_lens is None"),
+        ("three", "cached_lens is 'three'"),
+        ([[1], 2], "cached_lens is"),
+    ):
+        with pytest.raises(ValueError, match="TransfusionMask.from_cache: " + message):
+            TransfusionMask.from_cache(lens, 1, 8)
+    for query_len, key_len in ((-1, 4), (1.0, 4), (True, 4), (1, 2**31), (torch.tensor(1), 4), (1, None)):
+        with pytest.raises(ValueError, match="TransfusionMask.from_cache: (query|key)_len is .*; an int from 0 to "
+                                             "2147483647 fits"):
+            TransfusionMask.from_cache([0], query_len, key_len)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CPU lengths are checked, and then refused, instead of clipped")
+def test_lengths_on_the_device_are_clipped_to_the_cache_without_waiting():
+    mask = TransfusionMask.from_cache(torch.tensor([2**40, -3], device=DEVICE), 1, 8)
+    assert dense(mask).sum(-1).flatten().tolist() == [8, 1]
+
+
+@pytest.mark.parametrize(
+    "message, call",
+    [
+        ("prefix_lm: prefix_lens is None", lambda: recipes.prefix_lm(None, 4)),
+        ("prefix_lm: prefix_lens holds 5; 0 to 4 fits", lambda: recipes.prefix_lm([5], 4)),
+        ("prefix_lm: prefix_lens is torch.float32", lambda: recipes.prefix_lm(torch.ones(1), 4)),
+        ("prefix_lm: seq_len is -1", lambda: recipes.prefix_lm([0], -1)),
+        (
+            r"image_before_prompt: images is torch.int64 of shape \(3,\); integers \(B, 2\) fit",
+            lambda: recipes.image_before_prompt([1, 2, 3], 4),
+        ),
+        ("image_before_prompt: images holds -1", lambda: recipes.image_before_prompt([[-1, 2]], 4)),
+        ("chunk_causal: chunk_len is 0; an int from 1", lambda: recipes.chunk_causal(0, 4)),
+        ("chunk_causal: window is nan", lambda: recipes.chunk_causal(2, 4, float("nan"))),
+        ("shared_prefix: continuations is a NoneType", lambda: recipes.shared_prefix(None, 4)),
+        ("attention_sinks: window is 0", lambda: recipes.attention_sinks(1, 0, 4)),
+        ("attention_sinks: sinks is -1", lambda: recipes.attention_sinks(-1, 2, 4)),
+        ("block_diffusion: block_len is 0", lambda: recipes.block_diffusion(0, 2)),
+        ("block_diffusion_halves: blocks is 1.5", lambda: recipes.block_diffusion_halves(2, 1.5)),
+        ("window_around_whole_images: window is 0", lambda: recipes.window_around_whole_images([[]], 4, 0)),
+    ],
+)
+def test_recipes_refuse_what_does_not_fit_by_the_callers_name(message, call):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_every_example_is_drawn(tmp_path):

@@ -189,6 +189,29 @@ def test_images_without_tokens_get_zero_gradients(op):
         assert (found[name][1] == 0).all() and (found[name][[0, 2, 3]] != 0).any(1).all()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_what_an_image_without_tokens_holds_reaches_nothing(op, value):
+    case = random_case(packed_index(), 70, 4)
+    changed = {n: x.clone() for n, x in case.tensors.items()}
+    for name in ("gate", "scale", "shift"):
+        changed[name][1] = value
+    expected, found = (run(op, case._replace(tensors=t), torch.float32) for t in (case.tensors, changed))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("name", ["x", "branch", "weight", "bias", "scale", "shift", "gate"])
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_nan_that_a_token_sees_shows_wherever_the_reference_has_it(op, name):
+    case = random_case(packed_index(), 70, 4)
+    changed = {n: x.clone() for n, x in case.tensors.items()}
+    changed[name].view(-1, 70)[4 if name in ("x", "branch") else 2 if changed[name].ndim == 2 else 0, 5] = float("nan")
+    case = case._replace(tensors=changed)
+    found, expected = run(op, case, torch.float32), run(op, case, torch.float64, reference=True)
+    for key in expected:
+        assert not (expected[key].isnan() & ~found[key].isnan()).any(), key
+
+
 @pytest.mark.parametrize("images", [0, 3])
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_no_token_at_all_gives_empty_outputs_and_zero_gradients(op, images):
@@ -419,7 +442,7 @@ def test_the_kernels_spill_nothing(width, size, architecture):
     variants = [(kernel, op) for kernel in ("fwd", "bwd") for op in FLAGS] + [("means", "norm")] * (width > kernels.WIDEST_BACKWARD) + [("images", "norm")]
     for kernel, op in variants:
         found = compiled(kernel, op, width, architecture, size)
-        assert found.stack_bytes == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], (kernel, op, found)
+        assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], (kernel, op, found)
 
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter's blocks are small")

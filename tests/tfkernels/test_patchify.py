@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from tests.compare import assert_as_accurate
 from tests.conftest import DEVICE, DTYPES
 from tests.resources import resources
-from tests.tfkernels.latents import CASES, numbers, padded, random
+from tests.tfkernels.latents import CASES, numbers, padded, random, rows_of_tokens
 from tfkernels import PackedLatents, noise_patchify, pack_latents, patchify, patchify_packed, unpatchify, unpatchify_packed
 from tfkernels import _latents as layouts
 from tfkernels._launch import ARCHITECTURES, SHARED_LIMIT, Config
@@ -109,6 +109,21 @@ def test_padding_comes_out_zero_with_zero_gradient():
     (tokens, dx), _, _ = noised(case, torch.float32)
     for x in (tokens, dx.view(-1, case.dim)):
         assert not x[:2].any() and not x[-5:].any() and x[2:-5].all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_padding_and_an_image_without_rows_hold_reaches_nothing(value):
+    case = rows_of_tokens([4, 0, 3], 16, before=2, behind=3)
+    empty, row = torch.tensor([False, True, False], device=DEVICE), torch.arange(case.rows, device=DEVICE)
+    padding = ((row < 2) | (row >= 9))[:, None]
+
+    def run(fill):
+        x = case.data.float().masked_fill(padding, fill).requires_grad_()
+        signal, noise = (numbers(3, seed).masked_fill(empty, fill) for seed in (1, 2))
+        tokens = noise_patchify(x, signal, noise, SEED, **case.options)
+        return tokens.detach(), *torch.autograd.grad(tokens, x, random(*tokens.shape, seed=3).float().to(DEVICE).masked_fill(padding, fill))
+
+    assert all(torch.equal(a, b) and not a.isnan().any() for a, b in zip(run(value), run(0.0)))
 
 
 def test_noise_is_the_references_and_the_same_in_every_layout_and_batch():
@@ -261,4 +276,4 @@ def test_the_kernels_spill_nothing(name, layout, size, dim, patch, architecture)
     kernel, noise = KERNELS[name]
     constants = {"NOISE": noise, "LAYOUT": layout, "SEARCH": layout != "latents", "PATCH": patch, **layouts.tile(dim)}
     found = resources(kernel, constants, Config(0, 0, 4, 3), architecture=architecture, element_size=size)
-    assert found.stack_bytes == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
+    assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found

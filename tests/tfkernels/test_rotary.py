@@ -509,4 +509,4 @@ def test_the_kernels_spill_nothing(heads, kv_heads, dim, half, size, norm, archi
         constants, warps = rotary.launch_config(heads, kv_heads, dim, half, *table)
         found = resources(kernel, constants | {"Q_NORM": norm, "K_NORM": norm}, Config(0, 0, warps, 3), architecture=architecture, element_size=size,
                           float32=("cos_ptr", "sin_ptr"))
-        assert found.stack_bytes == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], (kernel, found)
+        assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], (kernel, found)

@@ -1,6 +1,8 @@
 """The judge: it learns to read digits, is the same for the same seed, and leaves what is not its own alone."""
 import dataclasses
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -78,6 +80,36 @@ def test_the_same_call_after_an_interruption_ends_with_the_weights_of_one_that_n
     whole = run("whole")
     assert all(torch.equal(parts[key], x) for key, x in whole.items())
     assert "going on" not in capsys.readouterr().out
+
+
+def test_a_signal_keeps_the_step_and_an_older_classifier_stands_until_the_new_one_is_whole(tmp_path, monkeypatch, capsys):
+    digits, newer = Digits(), dataclasses.replace(TINY, steps=8, seed=1)
+    train_classifier(digits.images, digits.labels, DIGIT_NAMES, tmp_path, TINY)
+    older, calls = (tmp_path / "model.safetensors").read_bytes(), []
+
+    def asked_to_stop(*given):
+        calls.append(given)
+        if len(calls) == 4:  # two calls say the cost
+            os.kill(os.getpid(), signal.SIGTERM)
+        return augment(*given)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="2 of 8 steps are done; the same command goes on"):
+        patch.setattr("transfusion.eval.classifier.augment", asked_to_stop)
+        train_classifier(digits.images, digits.labels, DIGIT_NAMES, tmp_path, newer)
+    assert (tmp_path / "model.safetensors").read_bytes() == older and Features.from_pretrained(tmp_path)
+    capsys.readouterr()
+    train_classifier(digits.images, digits.labels, DIGIT_NAMES, tmp_path, newer)
+    assert "going on from step 2" in capsys.readouterr().out and (tmp_path / "model.safetensors").read_bytes() != older
+
+
+def test_a_step_that_is_not_finite_ends_the_training_and_leaves_the_older_classifier(tmp_path, monkeypatch):
+    digits = Digits()
+    train_classifier(digits.images, digits.labels, DIGIT_NAMES, tmp_path, TINY)
+    older = (tmp_path / "model.safetensors").read_bytes()
+    monkeypatch.setattr("transfusion.eval.classifier.augment", lambda pictures, *_: pictures * float("nan"))
+    with pytest.raises(FloatingPointError, match="train_classifier: in step 0 loss is nan"):
+        train_classifier(digits.images, digits.labels, DIGIT_NAMES, tmp_path, dataclasses.replace(TINY, seed=1))
+    assert (tmp_path / "model.safetensors").read_bytes() == older
 
 
 def test_pictures_are_moved_scaled_and_brightened_within_their_limits_and_never_mirrored():

@@ -1,4 +1,8 @@
 """The `transfusion` command: draws a file, reads a file, and answers what does not fit in one line."""
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image as Picture
@@ -6,6 +10,7 @@ from PIL import Image as Picture
 from tests.transfusion.conftest import tiny_model
 from tests.transfusion.test_init import language_model
 from transfusion.cli import load_image, main, save_image
+from transfusion.picture_folder import read_picture
 from transfusion.sequence import Image
 
 
@@ -51,6 +56,97 @@ def test_a_saved_picture_reads_back_equal(tmp_path):
     image = Image(torch.linspace(-1, 1, 64).view(1, 8, 8))
     save_image(image, tmp_path / "x.png")
     assert (load_image(tmp_path / "x.png", config).latent - image.latent).abs().max() <= 1 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("out,message", [
+    ("five", "whose suffix '' names no kind of picture"), ("five.doc", "suffix '.doc' names no kind"), ("five.mpo.hdf", "suffix '.hdf'"),
+    ("folder.png", "which is a directory; a file such as"), ("file/five.png", "cannot be written into")])
+def test_a_picture_that_could_not_be_written_is_refused_before_it_is_drawn(checkpoint, tmp_path, monkeypatch, out, message):
+    monkeypatch.setattr("transfusion.sample.draw", lambda *_, **__: pytest.fail("drawn"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(SystemExit, match=message) as stop:
+        main(["sample", "--model", str(checkpoint), "--prompt", "a", "--out", str(tmp_path / out)])
+    assert str(stop.value).startswith("error: ") and "\n" not in str(stop.value)
+
+
+def test_init_writes_over_no_checkpoint_and_no_model_that_it_reads(tmp_path, checkpoint):
+    llm = language_model(tmp_path / "llm", "llama")
+    kept = {path: path.read_bytes() for place in (llm, checkpoint) for path in place.rglob("*") if path.is_file()}
+    (tmp_path / "file").write_text("")
+    for out, message in ((llm, "what is read would be written over"), (llm / "in", "what is read would be written over"),
+                         (checkpoint, "holds config.json of something else"), (tmp_path / "file", "which is a file; a directory fits")):
+        with pytest.raises(SystemExit, match=f"error: init: out is .*{message}"):
+            main(["init", "--llm", str(llm), "--out", str(out), "--image-channels", "1", "--image-size", "8", "8"])
+    assert kept == {path: path.read_bytes() for place in (llm, checkpoint) for path in place.rglob("*") if path.is_file()}
+
+
+def test_a_damaged_checkpoint_ends_a_command_in_one_line(checkpoint, tmp_path):
+    Picture.new("L", (8, 8)).save(tmp_path / "grey.png")
+    for command in (["sample", "--prompt", "a", "--out", str(tmp_path / "a.png")], ["caption", "--images", str(tmp_path / "grey.png")]):
+        for name in ("model.safetensors", "config.json", "tokenizer.json"):
+            copy = shutil.copytree(checkpoint, tmp_path / "copy")
+            (copy / name).write_bytes((copy / name).read_bytes()[:200])
+            with pytest.raises(SystemExit, match=f"^error: {copy / name} is damaged") as stop:
+                main([command[0], "--model", str(copy), *command[1:]])
+            assert "\n" not in str(stop.value)
+            shutil.rmtree(copy)
+
+
+def hostile_pictures(folder):
+    """Files that readers take differently: turned, transparent, deep, wide, in a palette, for print, moving."""
+    bars = Picture.new("RGB", (40, 20), "red")
+    bars.paste("blue", (30, 0, 40, 20))
+    exif = Picture.Exif()
+    exif[0x0112] = 6
+    bars.save(folder / "turned.png", exif=exif)
+    bars.convert("CMYK").save(folder / "print.jpg", quality=95)
+    bars.save(folder / "wide.png")
+    bars.quantize(4).save(folder / "palette.png", transparency=0)
+    bars.save(folder / "moving.gif", save_all=True, append_images=[Picture.new("RGB", (40, 20), "green")])
+    clear = bars.convert("RGBA")
+    clear.paste((0, 0, 0, 0), (0, 0, 20, 20))
+    clear.save(folder / "clear.png")
+    Picture.fromarray(np.linspace(0, 65_535, 800).reshape(20, 40).astype(np.uint16)).save(folder / "deep.png")
+    return sorted(folder.iterdir())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_are_read_in_sampling_as_in_training(tmp_path, channels):
+    config = SimpleNamespace(image_channels=channels, image_size=[8, 8])
+    for path in hostile_pictures(tmp_path):
+        assert torch.equal(load_image(path, config).latent, read_picture(path, 8, channels)), path.name
+    deep = load_image(tmp_path / "deep.png", config).latent
+    assert deep.amin() < -0.5 < 0.5 < deep.amax()
+    config.image_channels = 3
+    turned, clear = (load_image(tmp_path / name, config).latent for name in ("turned.png", "clear.png"))
+    red = torch.tensor([1.0, -1.0, -1.0])[:, None, None].expand(3, 8, 8)
+    torch.testing.assert_close(turned, red, rtol=0, atol=0.2)                               # its middle
+    assert (clear[:, :, 0] == 1).all() and (clear[1:, :, -1] < -0.8).all()                   # white where it is clear
+
+
+def test_a_picture_keeps_its_aspect_and_loses_its_rims(tmp_path):
+    picture = Picture.new("L", (60, 20), 0)
+    picture.paste(255, (10, 0, 50, 20))
+    picture.save(tmp_path / "wide.png")
+    assert (read_picture(tmp_path / "wide.png", (4, 8), 1) > 0.8).all()                     # its central 40 x 20
+    assert (read_picture(tmp_path / "wide.png", (8, 4), 1) == 1).all()                      # its central 10 x 20
+    assert (read_picture(tmp_path / "wide.png", (4, 16), 1)[0, :, [0, -1]] < -0.9).all()    # its central 60 x 15
+
+
+@pytest.mark.parametrize("kind", ["cut", "empty", "text", "bomb"])
+def test_damaged_pictures_are_answered_in_one_line_with_their_name(checkpoint, tmp_path, monkeypatch, kind):
+    Picture.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    contents = {"cut": whole[:len(whole) // 2], "empty": b"", "text": b"no picture", "bomb": whole}
+    (tmp_path / "bad.png").write_bytes(contents[kind])
+    if kind == "bomb":
+        monkeypatch.setattr(Picture, "MAX_IMAGE_PIXELS", 1000)
+    for args in (["caption", "--images"], ["sample", "--prompt", "a", "--image"]):
+        with pytest.raises(SystemExit) as stop:
+            main([args[0], "--model", str(checkpoint), *args[1:], str(tmp_path / "bad.png")])
+        line = str(stop.value)
+        assert line.startswith("error: ") and "bad.png is not a picture that can be read (" in line and "\n" not in line
 
 
 @pytest.mark.parametrize("args,message", [

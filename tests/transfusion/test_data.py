@@ -1,9 +1,26 @@
 """The digits, their documents and the batches made of them."""
+import dataclasses
+import json
+import math
+import re
+
+import pytest
 import torch
 
 from tests.transfusion.conftest import tiny_model
-from transfusion.data import DataSettings, Digits, draw_batch, jitter, step_generator
-from transfusion.sequence import Image, Text
+from transfusion.data import (
+    PROBED,
+    DataSettings,
+    Digits,
+    document_lengths,
+    draw_batch,
+    fill_rows,
+    jitter,
+    step_generator,
+)
+from transfusion.sequence import Image, Text, encode
+from transfusion.tokenizer import train_tokenizer
+from transfusion.train import ModelSettings, OptimSettings, TrainConfig, train
 
 
 def test_the_held_out_digits_are_not_among_the_training_digits():
@@ -71,3 +88,105 @@ def test_images_to_be_drawn_are_never_jittered():
         read += to_be_read
         assert to_be_read or image.latent.numpy().tobytes() in real
     assert 0.3 < jittered / read < 0.7
+
+
+class Mixture:
+    """Documents of `lengths` tokens, each as often as its `shares` say; what was drawn is counted."""
+
+    def __init__(self, lengths, shares=None):
+        self.lengths = lengths
+        self.shares = torch.tensor(shares or [1.0] * len(lengths)) / sum(shares or [1.0] * len(lengths))
+        self.drawn = []
+
+    def document(self, generator, settings):
+        kind = int(torch.multinomial(self.shares, 1, generator=generator))
+        self.drawn.append(self.lengths[kind])
+        return [Text("a" * (self.lengths[kind] - 2))]  # between BOS and EOS, a token for each character
+
+
+@pytest.fixture(scope="module")
+def letters():
+    """A model whose tokenizer has a token for each byte."""
+    model = tiny_model()
+    model.tokenizer = train_tokenizer([], 261)
+    return model
+
+
+def trained_lengths(model, dataset, rows, seq_len, steps, seed=0):
+    """Lengths of the documents of so many batches, and the share of padding."""
+    lengths, padding = [], 0.0
+    for step in range(steps):
+        generator = step_generator(seed, step)
+        sequence, _ = draw_batch(dataset, DataSettings(), model.tokenizer, model.config, rows, seq_len, generator)
+        padding += (sequence.documents < 0).float().mean().item() / steps
+        lengths += [int(count) for row in sequence.documents for count in row[row >= 0].bincount()]
+    return torch.tensor(lengths), padding
+
+
+@pytest.mark.parametrize("lengths,shares,rows,seq_len", [
+    ((10, 90), (0.5, 0.5), 1, 100), ((10, 90), (0.5, 0.5), 4, 128), ((5, 70), (0.9, 0.1), 2, 100),
+    ((40, 60), (0.5, 0.5), 1, 100),
+    (tuple(range(4, 60)), None, 1, 128), (tuple(range(4, 60)), None, 8, 128), ((33, 34, 64), (1.0, 1.0, 1.0), 3, 64)])
+def test_documents_of_all_lengths_are_trained_on_as_often_as_drawn(letters, lengths, shares, rows, seq_len):
+    dataset = Mixture(lengths, shares)
+    found, _ = trained_lengths(letters, dataset, rows, seq_len, steps=600 // rows)
+    assert sorted(found.tolist()) == sorted(dataset.drawn[PROBED:])                         # none is thrown away
+    for length, share in zip(lengths, dataset.shares.tolist()):
+        error = (share * (1 - share) / len(found)) ** 0.5
+        assert abs((found == length).float().mean().item() - share) < 4.5 * error, length
+
+
+def test_batches_are_as_full_as_the_longest_document_allows(letters):
+    for lengths, rows, most in (((20, 24, 28), 8, 0.04), (tuple(range(4, 60)), 8, 0.04), ((24, 46), 4, 0.08)):
+        _, padding = trained_lengths(letters, Mixture(lengths), rows, 256, steps=20)
+        assert padding < most, lengths
+
+
+def test_a_document_longer_than_any_before_begins_the_rows_anew_and_is_not_lost(letters):
+    documents = [encode([Text("a" * (size - 2))], letters.tokenizer, letters.config) for size in (10, 10, 95, 4)]
+    drawn = iter(documents)
+    (row,), left_out = fill_rows(lambda: next(drawn), 1, 100, longest=10)
+    assert [len(document.tokens) for document in row] == [95] and left_out == 0 and len(list(drawn)) == 1  # 5 are left
+
+
+def test_documents_longer_than_a_row_are_left_out_and_counted(letters):
+    dataset = Mixture((20, 200), (0.9, 0.1))
+    lengths = document_lengths(dataset, DataSettings(), letters.tokenizer, letters.config, 64)
+    assert lengths.longest == 20 and lengths.left_out == dataset.drawn.count(200) / PROBED > 0.05
+    left_out = 0
+    for step in range(50):
+        generator = step_generator(0, step)
+        sequence, _ = draw_batch(dataset, DataSettings(), letters.tokenizer, letters.config, 2, 64, generator)
+        left_out += sequence.left_out
+        assert sequence.documents.max() == 2 and sequence.to("cpu").left_out == sequence.left_out
+    assert left_out == dataset.drawn[PROBED:].count(200) > 10
+    with pytest.raises(ValueError, match="seq_len is 16 and the shortest of 500 documents has 20 tokens; raise"):
+        draw_batch(dataset, DataSettings(), letters.tokenizer, letters.config, 2, 16, step_generator(0, 0))
+
+
+@pytest.mark.parametrize("changes,message", [
+    ({"caption_first": 2.0}, "settings.caption_first is 2.0; a number of at least 0 and at most 1 fits"),
+    ({"noise_limit": -1.0}, "settings.noise_limit is -1.0; a number of at least 0 and at most 1 fits"),
+    ({"story": math.nan}, "settings.story is nan; a number of at least 0 and at most 1 fits"),
+    ({"name": "digit"}, "settings.name is 'digit'; one of .* fits; did you mean 'digits'"),
+])
+def test_settings_of_documents_that_do_not_fit_are_refused_by_name(letters, changes, message):
+    with pytest.raises(ValueError, match=message):
+        draw_batch(Digits(), DataSettings(**changes), letters.tokenizer, letters.config, 2, 64, step_generator(0, 0))
+
+
+def test_a_run_says_and_counts_what_it_leaves_out(tmp_path, capsys):
+    model = ModelSettings(hidden=32, layers=1, heads=2, kv_heads=2, mlp=64)
+    optim = OptimSettings(steps=6, rows=2, seq_len=40, warmup=1)
+    config = TrainConfig(out=tmp_path / "run", model=model, data=DataSettings(story=0.3), optim=optim, device="cpu")
+    train(config)
+    said = capsys.readouterr().out
+    words = r"documents of more than optim.seq_len, 40 tokens, are left out, about (2|3)\d\.\d % of those drawn"
+    assert re.search(words, said)
+    counts = [json.loads(line).get("left_out", 0) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert len(counts) == 6 and sum(counts) > 0
+    train(dataclasses.replace(config, out=tmp_path / "whole", optim=dataclasses.replace(optim, seq_len=64)))
+    assert "left out" not in capsys.readouterr().out
+    assert "left_out" not in (tmp_path / "whole" / "log.jsonl").read_text()
+    with pytest.raises(ValueError, match="seq_len is 16 and the shortest of 500 documents has"):
+        train(dataclasses.replace(config, out=tmp_path / "none", optim=dataclasses.replace(optim, seq_len=16)))

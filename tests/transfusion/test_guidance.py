@@ -67,3 +67,12 @@ def test_an_edit_follows_the_image_and_the_text_each_as_far_as_its_scale_says(mo
 def test_what_makes_no_sense_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Guidance(**options)
+
+
+@pytest.mark.parametrize("name,value", [
+    ("text", float("nan")), ("text", float("inf")), ("text", -1.0), ("text", "3"), ("text", None), ("image", float("nan")), ("image", -0.5), ("image", True),
+    ("interval", (0.2, float("nan"))), ("interval", (0.5,)), ("interval", 0.5), ("interval", (0.8, 0.2)), ("interval", (-0.1, 1)), ("rescale", float("nan")),
+    ("rescale", 1.5), ("rescale", "1")])
+def test_a_scale_that_nothing_can_be_moved_by_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"Guidance: {name} is .* fit"):
+        Guidance(**{name: value})

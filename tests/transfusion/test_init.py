@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from transfusion import Image, Text, Transfusion
 from transfusion.config import BACKBONES
-from transfusion.init import InitSettings, init
+from transfusion.init import InitSettings, from_language_model, init
 from transfusion.sequence import encode, pack
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -76,3 +76,27 @@ def test_what_is_no_checkpoint_and_what_is_pickled_is_refused(tmp_path):
     with pytest.raises(ValueError, match="which cannot be loaded .*; safetensors fit"):
         init(InitSettings(llm=path, out=tmp_path / "model"))
     assert AutoTokenizer.from_pretrained(path) is not None and not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("options,message", [
+    ({"objectve": "v"}, "objectve is no setting; .*did you mean objective"), ({"patch_size": 0}, "patch_size is 0"), ({"seed": 1.5}, "init: seed is 1.5"),
+    ({"seed": -1}, "init: seed is -1"), ({"diffusion_weight": float("nan")}, "diffusion_weight is nan")], ids=str)
+def test_settings_that_do_not_fit_are_refused_before_the_language_model_is_touched(tmp_path, monkeypatch, options, message):
+    path = language_model(tmp_path / "llm", "llama")
+    tokenizer, decoder = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
+    known = len(tokenizer)
+    with pytest.raises(ValueError, match=message):
+        from_language_model(decoder, tokenizer, **options)
+    assert len(tokenizer) == known and decoder.get_input_embeddings().weight.shape[0] == known
+    if "objectve" not in options:
+        monkeypatch.setattr("transfusion.init.load_language_model", lambda *_: pytest.fail("loaded"))
+        with pytest.raises(ValueError, match=message):
+            init(InitSettings(llm=path, out=tmp_path / "model", **options))
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path):
+    path = language_model(tmp_path / "llm", "llama")
+    tokenizer, decoder = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="the tokenizer has no EOS"):
+        from_language_model(decoder, tokenizer)

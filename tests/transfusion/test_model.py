@@ -5,7 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tests.compare import assert_as_accurate
 from tests.transfusion.conftest import tiny_model
@@ -14,6 +17,7 @@ from transfusion import Image, Text, Transfusion, TransfusionConfig
 from transfusion.config import BACKBONES
 from transfusion.objective import OBJECTIVES
 from transfusion.sequence import encode, pack
+from transfusion.tuning import spare_images
 
 SEED = 11
 
@@ -227,3 +231,123 @@ def test_paths_and_configs_that_do_not_fit_are_refused_by_name(tmp_path):
         TransfusionConfig(positions="2d")
     with pytest.raises(ValueError, match="image_size is .* patch_size 3"):
         TransfusionConfig(patch_size=3)
+
+
+NAN, INF = float("nan"), float("inf")
+UNFIT = [(name, value) for name, values in {
+    "image_channels": (0, -1, 1.5, True, NAN), "patch_size": (0, -2, 2.0, NAN, "2"), "image_size": (8, (8,), (0, 8), (8, -8), (8.0, 8.0), "88", None),
+    "unet_channels": ((), (0, 8), (8.5, 8), 64, None), "unet_blocks": (0, 1.5, True), "diffusion_weight": (NAN, INF, -1.0, True, "5"),
+    "time_shift_tokens": (0, -4, 2.5, NAN, True), "boi_token_id": (-1, 32_000, 3.5, None, True), "eoi_token_id": (3, -1, 10**9), "text_config": ("llama", 3),
+    "objective": (None, 3), "backbone": ("", None)}.items() for value in values]
+
+
+@pytest.mark.parametrize("name,value", UNFIT, ids=lambda x: str(x))
+def test_a_setting_that_no_model_can_have_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"TransfusionConfig: .*{name} (is|are both) .* fit"):
+        TransfusionConfig(**{name: value})
+
+
+def test_an_unknown_setting_is_answered_with_the_nearest():
+    for name, near in (("objectve", "objective"), ("image_chanels", "image_channels"), ("patchsize", "patch_size")):
+        with pytest.raises(ValueError, match=f"TransfusionConfig: {name} is no setting; .* fit; did you mean {near}"):
+            TransfusionConfig(**{name: 1})
+        with pytest.raises(ValueError, match=f"{name} is no setting; .*did you mean {near}"):
+            TransfusionConfig.from_dict({name: 1})
+    with pytest.raises(ValueError, match="sound_channels is no setting; text_config, image_channels, .* fit"):
+        TransfusionConfig(sound_channels=2)
+    with pytest.raises(ValueError, match="text_config is a dict without model_type"):
+        TransfusionConfig(text_config={"hidden_size": 32})
+
+
+def test_what_transformers_writes_into_a_configuration_stays_in_it(tmp_path):
+    config = tiny_model().config
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    old = {"torch_dtype": "float32", "use_bfloat16": False, "pruned_heads": {}, "transformers_version": "4.30.0", "_name_or_path": "x", "max_length": 20,
+           "is_decoder": False, "tokenizer_class": None, "id2label": {"0": "a", "1": "b"}, "a_key_of_another_library": [1]}
+    (tmp_path / "config.json").write_text(json.dumps(written | old))
+    again = TransfusionConfig.from_pretrained(tmp_path)
+    assert again.patch_size == config.patch_size and again.a_key_of_another_library == [1]
+    assert TransfusionConfig(**config.to_dict()).to_dict() == config.to_dict()
+    assert TransfusionConfig(text_config=config.text_config, architectures=["Transfusion"], dtype="float32", num_labels=2).architectures == ["Transfusion"]
+    loaded, unused = TransfusionConfig.from_pretrained(tmp_path, diffusion_weight=2.0, return_unused_kwargs=True, other=1)
+    assert loaded.diffusion_weight == 2.0 and unused == {"other": 1}
+
+
+def test_loading_says_what_was_missing_and_takes_the_options_of_transformers(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    again, found = Transfusion.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(again) is Transfusion and not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    wider, found = Transfusion.from_pretrained(str(tmp_path), output_loading_info=True, image_layers="linear")
+    assert any(key.startswith("image_head") for key in found["unexpected_keys"]) and wider.config.image_layers == "linear"
+    for options in ({"dtype": torch.bfloat16}, {"dtype": "bfloat16", "device_map": "cpu"}, {"torch_dtype": torch.bfloat16, "low_cpu_mem_usage": True}):
+        loaded = Transfusion.from_pretrained(tmp_path, **options)
+        assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16} and loaded.device.type == "cpu"
+    plain = Transfusion.from_pretrained(tmp_path, local_files_only=True, revision="main", trust_remote_code=False, diffusion_weight=2.0)
+    assert plain.config.diffusion_weight == 2.0 and torch.equal(plain.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("options,message", [
+    ({"use_safetensors": False}, "use_safetensors is False; True fits"), ({"objectve": "v"}, "objectve is no option; .*did you mean objective"),
+    ({"objective": "w"}, "TransfusionConfig: objective is 'w'"), ({"diffusion_weight": NAN}, "diffusion_weight is nan"), ({"colour": 3}, "colour is no option"),
+    ({"attn_implementation": "eager"}, "attn_implementation is 'eager'; 'tfkernels' fits")])
+def test_an_option_of_loading_that_does_not_fit_is_refused_by_name(tmp_path, options, message):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        Transfusion.from_pretrained(tmp_path, **options)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_quantiser_leaves_the_image_layers_and_the_text_head_as_they_are(tmp_path, backbone):
+    """A quantiser of our own, registered as others are: it puts the linear layers that transformers lets it have into bytes."""
+    tiny_model(backbone=backbone).save_pretrained(tmp_path)
+    for given, others in ((ByteConfig(), set()), (ByteConfig(["backbone.decoder.model.layers.0"]), {"0"}), ({"quant_method": "bytes_of_a_test"}, set())):
+        model = Transfusion.from_pretrained(tmp_path, quantization_config=given)
+        packed = {name for name, module in model.named_modules() if name in BYTES}
+        assert packed and all(name.startswith("backbone.decoder.model.layers.") for name in packed)
+        assert {name.split(".")[4] for name in packed} == {"0", "1"} - others
+    assert given == {"quant_method": "bytes_of_a_test"}
+    spared = spare_images(tiny_model(backbone=backbone), BitsAndBytesConfig(llm_int8_skip_modules=["here"])).llm_int8_skip_modules
+    assert {"here", "timestep", "patch_embedding", "image_head"} < set(spared)
+
+
+def test_the_condition_has_the_models_dtype_where_a_weight_is_stored_as_bytes():
+    timestep = tiny_model().timestep
+    expected, weight = timestep(torch.tensor([0.3])), timestep.mlp[0].weight
+    timestep.mlp[0] = BytesLinear(weight, timestep.mlp[0].bias)
+    assert timestep.mlp[0].weight.dtype == torch.uint8
+    torch.testing.assert_close(timestep(torch.tensor([0.3])), expected)
+
+
+class BytesLinear(torch.nn.Module):
+    """A linear layer whose weight is kept as the bytes of its numbers."""
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.weight, self.bias = torch.nn.Parameter(weight.detach().contiguous().view(torch.uint8), requires_grad=False), bias
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.view(x.dtype), self.bias)
+
+
+BYTES: set[str] = set()
+
+
+@register_quantization_config("bytes_of_a_test")
+class ByteConfig(QuantizationConfigMixin):
+    def __init__(self, modules_to_not_convert=None, **_):
+        self.quant_method, self.modules_to_not_convert = "bytes_of_a_test", modules_to_not_convert
+
+
+@register_quantizer("bytes_of_a_test")
+class ByteQuantizer(HfQuantizer):
+    requires_calibration, is_trainable = False, False
+
+    def is_serializable(self, *_, **__):
+        return False
+
+    def _process_model_before_weight_loading(self, model, **_):
+        kept = self.get_modules_to_not_convert(model, self.quantization_config.modules_to_not_convert, model._keep_in_fp32_modules)
+        BYTES.clear()
+        BYTES.update(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and should_convert_module(name, kept))

@@ -4,7 +4,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from tests.transfusion.plain import add_noise
-from transfusion.objective import OBJECTIVES, TIMES, sample_times, step
+from transfusion.objective import OBJECTIVES, TIMES, sample_times, shift_times, step
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -64,3 +64,9 @@ def test_times_stay_under_each_images_limit_and_follow_their_law(kind):
 def test_a_law_of_times_that_is_not_there_is_refused_by_name():
     with pytest.raises(ValueError, match="kind is 'uniforn'; one of 'uniform', 'logit-normal' fits"):
         sample_times("uniforn", torch.ones(1), torch.ones(1), None, torch.Generator())
+
+
+@pytest.mark.parametrize("name,value", [("base", 0), ("base", -4), ("base", float("nan")), ("base", 2.5), ("tokens", 0), ("tokens", float("inf"))])
+def test_a_shift_by_no_number_of_patches_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"shift_times: {name} is .*; a whole number of at least 1 fits"):
+        shift_times(torch.tensor([0.5]), **{"tokens": 16, "base": 4, name: value})

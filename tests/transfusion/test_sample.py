@@ -202,3 +202,73 @@ def test_every_step_can_be_watched(model):
 def test_requests_that_do_not_fit_are_refused_by_name(model, call, message):
     with pytest.raises(ValueError, match=message):
         call(model)
+
+
+NAN, INF = float("nan"), float("inf")
+MEANINGLESS = [(name, value) for name, values in {
+    "steps": (0, 1.5, True, NAN, "3", None), "max_new_tokens": (-1, 1.5, True, INF), "max_images": (-1, 0.5, False), "seed": (1.5, NAN, "1", 2**64),
+    "image_size": (8, 8.0, (8,), (8, 8, 8), (0, 8), (-8, 8), (8.0, 8), (True, 8), "88", (), (8, 7)), "guidance": (NAN, INF, -1.0, "3", None, True),
+    "temperature": (NAN, INF, -1.0, "0", True), "top_p": (NAN, -0.1, 1.1, True), "min_p": (NAN, INF, 1.5), "previews": (1, "no"), "cuda_graph": (0, None),
+    "sampler": ("dim", None, 3)}.items() for value in values]
+
+
+@pytest.mark.parametrize("name,value", MEANINGLESS, ids=lambda x: str(x))
+def test_an_option_that_no_sampler_can_mean_is_refused_by_name_before_anything_runs(model, monkeypatch, name, value):
+    monkeypatch.setattr(model.backbone, "forward", lambda *_: pytest.fail("the model ran"))
+    for call in (lambda: model.draw(["a"], **{name: value}), lambda: model.generate([Text("a")], **{name: value})):
+        with pytest.raises(ValueError, match=("name" if name == "sampler" else name) + " is .* fit"):
+            call()
+
+
+def test_an_unknown_option_is_answered_with_the_nearest(model, pictures):
+    for call in (lambda: model.draw(["a"], guidence=2.0), lambda: model.caption(pictures, guidence=2.0), lambda: model.stream([Text("a")], guidence=2.0)):
+        with pytest.raises(ValueError, match="guidence is not an option; .* fit; did you mean guidance"):
+            call()
+
+
+def test_a_prompt_alone_is_a_list_of_one(model, pictures):
+    options, written = dict(steps=1), dict(max_new_tokens=2, max_images=0)
+    one, listed = model.draw("a handwritten seven", **options), model.draw(["a handwritten seven"], **options)
+    assert len(one) == 1 and torch.equal(one[0].latent, listed[0].latent)
+    assert torch.equal(model.draw(Text("a handwritten seven"), **options)[0].latent, listed[0].latent)
+    for alone in ("a b", Text("a b")):
+        same(model.generate(alone, **written), model.generate([Text("a b")], **written))
+        assert list(model.stream(alone, **written)) == list(model.stream([Text("a b")], **written))
+        batch = model.generate_batch(alone, **written)
+        assert len(batch) == 1
+        same(batch[0], model.generate([Text("a b")], **written))
+    for ours, theirs in zip(model.generate_batch(["a", "a b"], **written), model.generate_batch([[Text("a")], [Text("a b")]], **written), strict=True):
+        same(ours, theirs)
+    assert model.caption(pictures[0], max_new_tokens=2) == model.caption([pictures[0]], max_new_tokens=2)
+
+
+def test_no_prompts_give_nothing_back(model):
+    assert model.draw([]) == model.caption([]) == model.generate_batch([]) == []
+    with pytest.raises(ValueError, match="steps is 0"):
+        model.draw([], steps=0)
+
+
+@pytest.mark.parametrize("call,message", [
+    (lambda m, x: m.draw([x, Text("a")]), r"draw: prompts\[0\] is a Image; a str or a list of Text and Image fits, one for each prompt"),
+    (lambda m, x: m.generate_batch([Text("a"), x]), r"generate_batch: prompts\[0\] is a Text; a str or a list"),
+    (lambda m, x: m.generate(["a"]), r"generate: parts\[0\] is a str; a Text or an Image fits"),
+    (lambda m, x: m.generate([[Text("a")]]), r"generate: parts\[0\] is a list; a Text or an Image fits"),
+    (lambda m, x: m.stream(None), "stream: parts is a NoneType; a list of Text and Image fits"),
+    (lambda m, x: m.draw([3]), r"draw: prompts\[0\] is a int"), (lambda m, x: m.draw({"a": 1}), "draw: prompts is a dict"),
+    (lambda m, x: m.draw([["a"]]), r"draw: prompts\[0\]\[0\] is a str"),
+    (lambda m, x: m.caption(x.latent), "caption: images is a Tensor; a list of Image fits"),
+    (lambda m, x: m.caption([x, "a"]), r"caption: images\[1\] is a str; an Image fits"), (lambda m, x: m.caption("a"), "caption: images is a str"),
+    (lambda m, x: m.caption([x], question=3), "caption: question is a int; a str fits"),
+    (lambda m, x: m.draw(["a"], max_images=2), "draw: max_images is 2; 1 fits"),
+    (lambda m, x: m.caption([x], max_images=1), "caption: max_images is 1; 0 fits"),
+])
+def test_prompts_of_another_shape_are_refused_by_name(model, pictures, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(model, pictures[0])
+
+
+def test_a_model_without_a_tokenizer_says_so():
+    model = tiny_model()
+    model.tokenizer = None
+    with pytest.raises(ValueError, match="the model has no tokenizer with an EOS; set model.tokenizer"):
+        model.draw(["a"])

@@ -68,3 +68,10 @@ def test_what_no_sampler_does_is_refused_by_name():
         make_sampler("dpm", OBJECTIVES["flow"], 10, 16)
     with pytest.raises(ValueError, match="time_shift_tokens is set on the cosine path"):
         make_sampler("unipc", OBJECTIVES["v"], 10, 16, 256)
+
+
+@pytest.mark.parametrize("name,value", [("steps", 0), ("steps", 1.5), ("steps", float("nan")), ("tokens", 0), ("tokens", 2.0), ("shift_tokens", 0),
+                                        ("shift_tokens", float("nan"))])
+def test_numbers_that_are_not_whole_and_positive_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"sampler: {name} is .*; a whole number of at least 1 fits"):
+        make_sampler("ddim", OBJECTIVES["flow"], **{"steps": 2, "tokens": 16, "shift_tokens": 4, name: value})

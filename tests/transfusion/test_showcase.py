@@ -14,7 +14,7 @@ from transfusion.sequence import Image
 from transfusion.showcase import ShowcaseSettings, read_plain_text, showcase
 from transfusion.train import emoji
 
-FEW = ClassifierSettings(size=16, width=8, depths=(1, 1), steps=4, batch=16)
+FEW = ClassifierSettings(size=16, width=8, depths=(1, 1), steps=4, batch=16, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +123,7 @@ def test_the_whole_road_leaves_pictures_numbers_and_a_model_and_goes_on_where_it
 def test_other_data_and_texts_that_are_not_there_are_refused(tmp_path):
     base = emoji()
     with pytest.raises(ValueError, match="data.name is 'digits'"):
-        showcase(ShowcaseSettings(train=dataclasses.replace(base, data=dataclasses.replace(base.data, name="digits"))))
+        digits = dataclasses.replace(base, device="cpu", data=dataclasses.replace(base.data, name="digits"))
+        showcase(ShowcaseSettings(train=digits))
     with pytest.raises(ValueError, match="which is no file"):
         read_plain_text(tmp_path / "none.txt")

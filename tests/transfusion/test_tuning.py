@@ -1,5 +1,7 @@
 """What is trained and what is not: full training, images alone, LoRA; adapters that come back as they were."""
 import dataclasses
+import json
+import shutil
 
 import pytest
 import torch
@@ -94,7 +96,8 @@ def test_the_average_copies_what_is_trained_and_shares_what_is_frozen(start):
             averaged.update_parameters(model)
     for copied, p, first in zip(averaged.module.parameters(), model.parameters(), before):
         assert (copied.data_ptr() == p.data_ptr()) != p.requires_grad and torch.equal(p, first) != p.requires_grad
-        torch.testing.assert_close(p - copied, torch.full_like(p, 0.75 * p.requires_grad))  # 1, 2, 3 and, averaged, 1, 1.5, 2.25
+        behind = 13 / 44 * p.requires_grad  # 1, 2, 3 and, averaged, 1, 20/11, 119/44
+        torch.testing.assert_close(p - copied, torch.full_like(p, behind))
 
 
 def test_the_table_counts_every_parameter_and_those_that_change(start, capsys, tmp_path):
@@ -115,6 +118,59 @@ def test_the_table_counts_every_parameter_and_those_that_change(start, capsys, t
 def test_settings_that_do_not_fit_are_refused_by_name(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         train(small(tmp_path, tune=settings))
+
+
+def test_an_adapter_finds_its_model_when_both_moved_when_it_is_named_and_where_it_was(tmp_path, start):
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(start, here / "start")
+    run(here / "adapters" / "one", here / "start", "lora", stop_after=1)
+    expected = text_logits(Transfusion.from_pretrained(here / "adapters" / "one"))
+    here.rename(there)
+    assert torch.equal(text_logits(Transfusion.from_pretrained(there / "adapters" / "one")), expected)
+    (there / "adapters" / "one").rename(tmp_path / "alone")
+    with pytest.raises(ValueError, match="the model that it was trained on is not there .tried .*name it with from_pretrained") as missing:
+        Transfusion.from_pretrained(tmp_path / "alone")
+    assert "\n" not in str(missing.value)
+    with pytest.raises(ValueError, match="nowhere"):
+        Transfusion.from_pretrained(tmp_path / "alone", base=tmp_path / "nowhere")
+    assert torch.equal(text_logits(Transfusion.from_pretrained(tmp_path / "alone", base=there / "start")), expected)
+    there.rename(here)  # where it was when the adapter was trained
+    assert torch.equal(text_logits(Transfusion.from_pretrained(tmp_path / "alone")), expected)
+    with pytest.raises(ValueError, match="base is .* which holds no adapter"):
+        Transfusion.from_pretrained(start, base=start)
+
+
+def test_an_adapter_does_not_take_a_model_of_other_weights_for_its_own(tmp_path, start):
+    shutil.copytree(start, tmp_path / "start")
+    run(tmp_path / "adapter", tmp_path / "start", "images", stop_after=1)
+    other = Transfusion.from_pretrained(start)
+    torch.nn.init.ones_(other.image_head.linear.weight)
+    other.save_pretrained(tmp_path / "start")
+    with pytest.raises(ValueError, match="the model that it was trained on is not there"):
+        Transfusion.from_pretrained(tmp_path / "adapter")
+
+
+def test_an_adapter_that_leads_back_to_itself_is_refused(tmp_path, start):
+    run(tmp_path / "one", start, "images", stop_after=1)
+    run(tmp_path / "two", tmp_path / "one", "images", stop_after=1)
+    assert Transfusion.from_pretrained(tmp_path / "two").config.backbone == Transfusion.from_pretrained(start).config.backbone
+    for name, base in (("one", "one"), ("one", "two")):
+        (tmp_path / "one" / "base.json").write_text(json.dumps({"absolute": str(tmp_path / base)}))
+        with pytest.raises(ValueError, match="an adapter that leads back to itself"):
+            Transfusion.from_pretrained(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_damaged_adapter_is_refused_by_the_files_name(tmp_path, start, name):
+    run(tmp_path, start, "images", stop_after=1)
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[:-20])
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        Transfusion.from_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_bytes(data if name == "adapter_config.json" else (tmp_path / "adapter_config.json").read_bytes())
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="an adapter without adapter_model.safetensors"):
+        Transfusion.from_pretrained(tmp_path)
 
 
 def test_a_checkpoint_of_other_images_is_refused(tmp_path):

@@ -2,14 +2,17 @@
 import dataclasses
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from PIL import Image as Picture
 from safetensors.torch import load_file
 
+import transfusion.vae_train as vae_train
 from tests.transfusion.test_vae_losses import classifier
 from transfusion import Transfusion
+from transfusion.checkpoint import locked
 from transfusion.cli import main
 from transfusion.data import DataSettings, Digits, step_generator
 from transfusion.eval.features import Features
@@ -71,8 +74,53 @@ def test_a_resumed_run_has_the_losses_and_weights_of_one_that_never_stopped(trai
     for name in ("diffusion_pytorch_model.safetensors", "resume/state.safetensors"):
         ours, theirs = load_file(tmp_path / name), load_file(trained / name)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    with pytest.raises(ValueError, match="lr differ"):
-        train(tiny(tmp_path, resume=True, optim=dataclasses.replace(tiny(tmp_path).optim, lr=1.0)))
+    with pytest.raises(ValueError, match="losses.kl, optim.batch differ"):
+        train(tiny(tmp_path, resume=True, losses=dataclasses.replace(tiny(tmp_path).losses, kl=1.0), optim=dataclasses.replace(tiny(tmp_path).optim, batch=4)))
+    capsys.readouterr()
+    train(tiny(tmp_path, resume=True, optim=dataclasses.replace(tiny(tmp_path).optim, lr=1e-4, steps=12)))
+    assert "going on with optim.steps 12 (was 10), optim.lr 0.0001 (was 0.003)" in capsys.readouterr().out and len(log(tmp_path)) == 12
+
+
+@pytest.mark.parametrize("where", ["reconstruction_loss", "discriminator_loss"])
+def test_a_step_that_is_not_finite_reaches_neither_network(tmp_path, monkeypatch, where):
+    real, calls = getattr(vae_train, where), []
+
+    def spoilt(*given):
+        calls.append(where)
+        return real(*given) * (float("nan") if len(calls) == 6 else 1.0)  # two calls say what the run costs
+
+    monkeypatch.setattr(vae_train, where, spoilt)
+    step = 3 if where == "reconstruction_loss" else 9
+    with pytest.raises(FloatingPointError, match=rf"vae train: in step {step} .*nan.*the save of {step - step % 2} steps in .* stands|holds the very weights"):
+        train(tiny(tmp_path, save_every=2))
+    VAE.from_pretrained(tmp_path)
+    assert all(torch.isfinite(x).all() for x in load_file(tmp_path / "resume" / "state.safetensors").values()) and len(log(tmp_path)) == step
+    monkeypatch.setattr(vae_train, where, real)
+    train(tiny(tmp_path, resume=True))
+    assert [record["step"] for record in log(tmp_path)] == list(range(10))
+
+
+def test_an_out_that_does_not_fit_is_refused_before_anything_is_built(tmp_path, trained, judge, monkeypatch):
+    monkeypatch.setattr(vae_train, "build_autoencoder", lambda *_: pytest.fail("built"))
+    (tmp_path / "file").write_text("")
+    for config, message in ((tiny(tmp_path / "file"), "which is a file"), (tiny(trained), "holds a run of 10 steps"),
+                            (tiny(judge, losses=LossSettings(perceptual_model=judge)), "what is read would be written over"),
+                            (tiny(judge), "holds config.json of something else"), (tiny(tmp_path / "new", device="foo"), "device is 'foo'")):
+        with pytest.raises(ValueError, match=message):
+            train(config)
+    with pytest.raises(ValueError, match="vae encode: out is .* what is read would be written over"):
+        encode_dataset(EncodeSettings(vae=trained, out=trained, device="cpu"))
+    with locked(tmp_path / "new"), ThreadPoolExecutor(1) as other, pytest.raises(ValueError, match="vae train: .* is in use by process"):
+        other.submit(train, tiny(tmp_path / "new")).result()
+
+
+def test_a_flipped_bit_in_cached_latents_is_refused_by_the_files_name(cache, tmp_path):
+    copy = shutil.copytree(cache, tmp_path / "copy")
+    data = bytearray((copy / "train.safetensors").read_bytes())
+    data[-3] ^= 4
+    (copy / "train.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="train.safetensors is damaged"):
+        open_dataset(DataSettings(latents=copy))
 
 
 def test_the_discriminator_does_not_play_before_its_step_and_plays_from_it(trained, tmp_path):
@@ -162,7 +210,7 @@ def test_a_folders_pictures_are_their_middle_squares_resized_and_bad_files_are_l
     assert PictureFolder(dataclasses.replace(settings, channels=1)).shape[1:] == (1, 8, 8)
 
 
-def test_pictures_stand_as_their_camera_held_them_and_16_bits_are_left_out(tmp_path):
+def test_pictures_stand_as_their_camera_held_them_and_16_bits_are_scaled(tmp_path):
     picture = Picture.new("RGB", (8, 8), "red")
     picture.paste("blue", (0, 0, 8, 4))
     exif = Picture.Exif()
@@ -173,10 +221,13 @@ def test_pictures_stand_as_their_camera_held_them_and_16_bits_are_left_out(tmp_p
     torch.testing.assert_close(turned[:, 4, 7], torch.tensor([-1.0, -1.0, 1.0]))
     torch.testing.assert_close(turned[:, 4, 0], torch.tensor([1.0, -1.0, -1.0]))
     Picture.new("I;16", (8, 8), 40_000).save(tmp_path / "deep.png")
+    Picture.new("F", (8, 8), 0.5).save(tmp_path / "float.tiff")
     folders = [PictureFolder(PictureSettings(folder=tmp_path, size=8), split) for split in ("train", "held-out")]
-    assert sorted(path.name for folder in folders for path in folder.skipped) == ["deep.png"]
-    with pytest.raises(ValueError, match="pixels of kind I;16; 8 bits a channel fit"):
-        read_picture(tmp_path / "deep.png", 8, 3)
+    assert sorted(path.name for folder in folders for path in folder.skipped) == ["float.tiff"]
+    deep = read_picture(tmp_path / "deep.png", 8, 3)
+    torch.testing.assert_close(deep, torch.full((3, 8, 8), round(40_000 * 255 / 65_535) / 127.5 - 1))
+    with pytest.raises(ValueError, match="float.tiff is not a picture that can be read .pixels of kind F"):
+        read_picture(tmp_path / "float.tiff", 8, 3)
 
 
 def test_transparent_parts_are_white(tmp_path):
@@ -213,7 +264,8 @@ def test_linear_codecs_are_the_projections_on_the_leading_components():
 
 
 def test_an_evaluation_writes_numbers_of_every_codec_and_a_grid(trained, judge, tmp_path, capsys):
-    main(["vae", "eval", "--vae", str(trained), "--classifier", str(judge), "--out", str(tmp_path), "--data.name", "digits"])
+    main(["vae", "eval", "--vae", str(trained), "--classifier", str(judge), "--out", str(tmp_path),
+          "--data.name", "digits", "--device", "cpu"])
     results = json.loads((tmp_path / "metrics.json").read_text())
     assert results["pictures"] == 360 and results["latent"] == [2, 4, 4] and set(results["codecs"]) == {"vae", "patch PCA", "picture PCA"}
     assert all(set(numbers) == {"psnr", "ssim", "frechet_distance"} for numbers in results["codecs"].values())
@@ -312,7 +364,7 @@ def test_settings_that_do_not_fit_are_answered_by_name(folder, tmp_path, trained
     with pytest.raises(ValueError, match="channels is 2; 1 .grey. or 3"):
         open_pictures(PictureSettings(folder=folder, channels=2))
     with pytest.raises(ValueError, match="pictures have 3 channels and the autoencoder of .* takes 1"):
-        evaluate(VAEEvalSettings(vae=trained, out=tmp_path, data=PictureSettings(folder=folder, size=8)))
+        evaluate(VAEEvalSettings(vae=trained, out=tmp_path, data=PictureSettings(folder=folder, size=8), device="cpu"))
     with pytest.raises(SystemExit, match="'trian' is not a verb; train, eval, encode fit; did you mean train"):
         main(["vae", "trian"])
 

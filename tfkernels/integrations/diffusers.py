@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from tfkernels._arguments import got, need_tensors
 from tfkernels.attention import attention
 from tfkernels.integrations._visible import visible_pairs
 from tfkernels.mask import TransfusionMask
@@ -27,6 +28,9 @@ class TransfusionAttnProcessor:
     """
 
     def __init__(self, mask: TransfusionMask | None = None):
+        if not isinstance(mask, TransfusionMask | None):
+            raise ValueError(f"{_OP}: mask is {got(mask)}; a tfkernels.TransfusionMask or None fits; build one with "
+                             "TransfusionMask.from_spans")
         self.mask = mask
 
     def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None,
@@ -99,6 +103,7 @@ def _every_key(query_len: int, key_len: int, device: torch.device) -> Transfusio
 
 def _read(attention_mask: Tensor, batch: int, query_len: int, key_len: int) -> TransfusionMask:
     """Read off which keys are hidden for all queries, (B, Sk) or (B, 1, Sk), or any mask (B, Sq, Sk) that from_dense takes."""
+    need_tensors(_OP, {"attention_mask": attention_mask})
     x = attention_mask[:, None] if attention_mask.ndim == 2 else attention_mask
     if x.ndim != 3 or x.shape[0] != batch or x.shape[1] not in (1, query_len) or x.shape[2] != key_len:
         raise ValueError(f"{_OP}: attention_mask has shape {tuple(attention_mask.shape)} for {query_len} queries and {key_len} keys in a batch of {batch}; "

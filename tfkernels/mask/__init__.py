@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tfkernels._arguments import INT32, integers, looks, need_integer, need_integers, need_range, shown
 from tfkernels.mask._build import intervals
 from tfkernels.mask._flex import block_mask
 
-_FAR = 2**31 - 1
+_FAR = INT32[1]
 _SPANS_FIT = "a list of (start, end) per batch row, or an integer tensor (B, M, 2), fits"
 
 
@@ -47,35 +48,50 @@ class TransfusionMask:
 
         Args:
             spans: per batch row a list of (start, end), or an integer tensor (B, M, 2) padded with start == end.
-                Lists and CPU tensors are checked; CUDA tensors are not (that would wait for the device) and are clipped.
+                Lists and CPU tensors are checked; CUDA tensors are not (that would wait for the device): there a span
+                is clipped to the sequence and to the document that a token lies in.
             seq_len: S, the number of tokens.
             documents: (B, S) non-decreasing document ids; tokens of different documents do not see each other; -1 is padding,
-                which sees nothing, is seen by nothing and ends the document before it.
+                which sees nothing, is seen by nothing and ends the document before it. On CUDA, where they are not
+                checked, each run of one id is a document. Tensors, arrays and nested lists fit.
             hidden: spans, in the form of `spans`, whose tokens only the same span's tokens see (noised copies).
-            window: keys a text query sees, itself included. A query in an image always sees its whole image.
+            window: keys a query looks back on, itself included; ahead, a query in an image sees the whole image. This
+                is the rule of Gemma 3's sliding layers, window and (causal or same image): of an image longer than the
+                window a query does not see the beginning. `recipes.window_around_whole_images` leaves images whole.
             device: where the mask lives; by default where the tensors given are.
 
         Raises:
-            ValueError: a span leaves the sequence, overlaps another or ends before it starts; a shape or value does not fit.
+            ValueError: a span leaves the sequence, overlaps another, ends before it starts or is cut by a document's
+                end; a shape or value does not fit.
         """
-        if window is not None and window < 1:
-            raise ValueError(f"TransfusionMask.from_spans: window is {window}; a window of at least 1 key (the query itself) fits; "
-                             "pass None for no window")
-        documents = _documents(documents, seq_len, device)
+        seq_len = need_integer("TransfusionMask.from_spans", "seq_len", seq_len)
+        if window is not None:
+            window = min(_window(window), max(1, seq_len))
+        documents = _documents("TransfusionMask.from_spans", documents, seq_len, device)
         device = device if device is not None else documents.device if documents is not None else None
-        spans = _spans("spans", spans, seq_len, device)
-        hidden = None if hidden is None else _spans("hidden", hidden, seq_len, spans.device)
-        return cls._build(spans, None, documents, hidden, seq_len, window)
+        spans = _spans("spans", spans, seq_len, device, documents)
+        hidden = None if hidden is None else _spans("hidden", hidden, seq_len, spans.device, documents)
+        return cls._build("TransfusionMask.from_spans", spans, None, documents, hidden, seq_len, window)
 
     @classmethod
     def from_token_types(cls, token_types, documents=None) -> "TransfusionMask":
-        """Causal attention in which each run of one value k > 0 in `token_types` (B, S) is an image that sees itself; 0 is text."""
-        token_types = torch.as_tensor(token_types)
-        if token_types.ndim != 2 or token_types.is_floating_point():
-            raise ValueError(f"TransfusionMask.from_token_types: token_types is {_shape(token_types)}; an integer tensor (B, S) fits; "
-                             "give 0 for text and k > 0 for image k")
+        """Causal attention in which each run of one value k > 0 in `token_types` (B, S) is an image that sees itself; 0
+        is text.
+
+        token_types may be bool, an array or nested lists. A run ends where its document does: two documents that meet
+        in images of one k have an image each. Negative types are refused on a CPU and are text on CUDA. documents: as
+        in `from_spans`.
+        """
+        op, fits = "TransfusionMask.from_token_types", "(B, S), 0 for text and k > 0 for image k,"
+        token_types = need_integers(op, "token_types", token_types, fits, flags=True)
+        if token_types.ndim != 2:
+            raise ValueError(f"{op}: token_types is {_shape(token_types)}; an integer tensor {fits} fits")
+        if token_types.dtype != torch.bool:
+            most = torch.iinfo(token_types.dtype).max
+            need_range(op, "token_types", token_types, 0, most, "0 for text and k > 0 for image k")
         seq_len = token_types.shape[1]
-        return cls._build(None, token_types, _documents(documents, seq_len, token_types.device), None, seq_len, None)
+        documents = _documents(op, documents, seq_len, token_types.device)
+        return cls._build(op, None, token_types, documents, None, seq_len, None)
 
     @classmethod
     def causal(cls, seq_len, documents=None, window=None, device=None) -> "TransfusionMask":
@@ -89,18 +105,25 @@ class TransfusionMask:
         visible(r, j) = j < cached_len + (query_len if image else r + 1)
 
         Args:
-            cached_lens: (B,) integer tensor; rows may differ.
+            cached_lens: (B,) integers, tokens before the new ones; rows may differ. Less than 0 or more than key_len -
+                query_len is refused on a CPU; on CUDA, where looking would wait for the device, it is clipped to that
+                range.
             query_len: new tokens: 1 for decoding, the prompt's length for a prefill, the patches of an image while it is denoised.
             key_len: columns of the cache, new tokens included; those behind a row's own are not seen.
             image: the new tokens are one image and all see each other.
         """
-        cached_lens = torch.as_tensor(cached_lens)
-        if cached_lens.ndim != 1 or cached_lens.is_floating_point():
-            raise ValueError(f"TransfusionMask.from_cache: cached_lens is {_shape(cached_lens)}; an integer tensor (B,) fits: tokens before the new ones")
-        if not 0 <= query_len <= key_len:
-            raise ValueError(f"TransfusionMask.from_cache: query_len is {query_len} and key_len {key_len}; 0 <= query_len <= key_len fits: "
+        op = "TransfusionMask.from_cache"
+        cached_lens = need_integers(op, "cached_lens", cached_lens, "(B,)")
+        if cached_lens.ndim != 1:
+            raise ValueError(f"{op}: cached_lens is {_shape(cached_lens)}; an integer tensor (B,) fits: tokens "
+                             "before the new ones")
+        query_len, key_len = need_integer(op, "query_len", query_len), need_integer(op, "key_len", key_len)
+        if query_len > key_len:
+            raise ValueError(f"{op}: query_len is {query_len} and key_len {key_len}; 0 <= query_len <= key_len fits: "
                              "the cache holds the new tokens too")
-        cached = cached_lens.int()[:, None]                                                # (B, 1)
+        need_range(op, "cached_lens", cached_lens, 0, key_len - query_len,
+                   f"for key_len {key_len} holds the {query_len} new tokens too; make the cache longer")
+        cached = cached_lens.long().clamp(0, key_len - query_len).int()[:, None]           # (B, 1)
         order = torch.arange(query_len, device=cached.device, dtype=torch.int32)
         keys = torch.arange(key_len, device=cached.device, dtype=torch.int32)
         hi = cached + (torch.full_like(order, query_len) if image else order + 1)
@@ -112,17 +135,32 @@ class TransfusionMask:
     def from_intervals(cls, lo, hi, since=None, until=None, key_len=None, offset=0, columns_exact=False) -> "TransfusionMask":
         """The general form: integers `lo`, `hi` (B, Sq) and optionally `since`, `until` (B, Sk); keys default to as many as queries.
 
+        Tensors, arrays and nested lists fit. Numbers that int32 does not hold are refused on a CPU and clipped to its
+        range on CUDA.
+
         `columns_exact=True` promises that lo and hi never decrease over the rows that see something; the backward pass then
         skips comparing rows. A promise that does not hold gives wrong gradients.
         """
-        if lo.ndim != 2 or lo.shape != hi.shape or lo.is_floating_point() or hi.is_floating_point():
-            raise ValueError(f"TransfusionMask.from_intervals: lo is {_shape(lo)} and hi is {_shape(hi)}; two integer tensors (B, Sq) fit")
+        op = "TransfusionMask.from_intervals"
+        lo, hi = need_integers(op, "lo", lo, "(B, Sq)"), need_integers(op, "hi", hi, "(B, Sq)")
+        if lo.ndim != 2 or lo.shape != hi.shape or lo.device != hi.device:
+            raise ValueError(f"{op}: lo is {_shape(lo)} and hi is {_shape(hi)}; two integer tensors (B, Sq) on one "
+                             "device fit")
         if (since is None) != (until is None):
-            raise ValueError("TransfusionMask.from_intervals: since and until come together; pass both or neither")
-        key_len = key_len if key_len is not None else lo.shape[1] if since is None else since.shape[-1]
+            raise ValueError(f"{op}: since and until come together; pass both or neither")
+        if since is not None:
+            since = need_integers(op, "since", since, "(B, Sk), one per key,")
+            until = need_integers(op, "until", until, "(B, Sk), one per key,")
+        if key_len is None:
+            key_len = lo.shape[1] if since is None else since.shape[-1] if since.ndim else 0
+        key_len, offset = need_integer(op, "key_len", key_len), need_integer(op, "offset", offset)
         for name, x in (("since", since), ("until", until)):
-            if x is not None and (x.ndim != 2 or x.shape[0] not in (1, lo.shape[0]) or x.shape[1] != key_len or x.is_floating_point()):
-                raise ValueError(f"TransfusionMask.from_intervals: {name} is {_shape(x)}; an integer tensor ({lo.shape[0]}, {key_len}) fits, one per key")
+            shaped = x is None or x.ndim == 2 and x.shape[0] in (1, lo.shape[0]) and x.shape[1] == key_len
+            if not shaped or x is not None and x.device != lo.device:
+                raise ValueError(f"{op}: {name} is {_shape(x)}; an integer tensor ({lo.shape[0]}, {key_len}) on "
+                                 f"{lo.device} fits, one per key")
+        lo, hi = _int32(op, "lo", lo), _int32(op, "hi", hi)
+        since, until = _int32(op, "since", since), _int32(op, "until", until)
         return cls._from_rows(lo, hi, since, until, key_len, offset, columns_exact=columns_exact)
 
     @classmethod
@@ -132,6 +170,11 @@ class TransfusionMask:
         Raises:
             ValueError: the mask is not the meeting of one run of keys per query and one run of queries per key.
         """
+        try:
+            visible = torch.as_tensor(visible)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"TransfusionMask.from_dense: visible is {shown(visible)}; a bool tensor (B, 1, Sq, "
+                             "Sk), one mask for all heads, fits") from error
         if visible.ndim != 4 or visible.shape[1] != 1 or visible.dtype != torch.bool:
             raise ValueError(f"TransfusionMask.from_dense: visible is {_shape(visible)}; a bool tensor (B, 1, Sq, Sk), one mask for all heads, fits")
         visible = visible[:, 0]
@@ -146,20 +189,20 @@ class TransfusionMask:
         return mask
 
     @classmethod
-    def _build(cls, spans: Tensor | None, types: Tensor | None, documents: Tensor | None, hidden: Tensor | None, seq_len: int,
-               window: int | None) -> "TransfusionMask":
+    def _build(cls, op: str, spans: Tensor | None, types: Tensor | None, documents: Tensor | None, hidden: Tensor | None,
+               seq_len: int, window: int | None) -> "TransfusionMask":
         given = {"spans": spans, "token_types": types, "documents": documents, "hidden": hidden}
         batch = max(x.shape[0] for x in given.values() if x is not None)
         for name, x in given.items():
             if x is not None and x.shape[0] not in (1, batch):
-                raise ValueError(f"TransfusionMask: {name} has {x.shape[0]} batch rows where another argument has {batch}; the same number, or 1 for all, fits")
+                raise ValueError(f"{op}: {name} has {x.shape[0]} batch rows where another argument has {batch}; the "
+                                 "same number, or 1 for all, fits")
         documents = documents if documents is None else documents.to((spans if types is None else types).device)
         return cls(*intervals(spans, types, documents, hidden, batch, seq_len, window or 0), hidden is None)
 
     @classmethod
     def _from_rows(cls, lo, hi, since, until, key_len, offset, *, columns_exact):
         """Add the key side: query_lo_j is the first row with hi > j, query_hi_j the last with lo <= j, then since and until cut in."""
-        lo, hi = lo.int(), hi.int()
         empty = lo >= hi
         reach = torch.where(empty, -1, hi).cummax(1).values                                # rows so far reach keys < reach_i
         floor = torch.where(empty, _FAR, lo).flip(1).cummin(1).values.flip(1)              # rows from here on start at floor_i
@@ -167,7 +210,7 @@ class TransfusionMask:
         query_lo = torch.searchsorted(reach.contiguous(), keys, right=True, out_int32=True) + offset
         query_hi = torch.searchsorted(floor.contiguous(), keys, right=True, out_int32=True) + offset
         if since is not None:
-            query_lo, query_hi = torch.maximum(query_lo, since.int()), torch.minimum(query_hi, until.int())
+            query_lo, query_hi = torch.maximum(query_lo, since), torch.minimum(query_hi, until)
         return cls(lo.contiguous(), hi.contiguous(), query_lo, query_hi, since is None, columns_exact, offset)
 
     @property
@@ -179,6 +222,16 @@ class TransfusionMask:
     def until(self) -> Tensor | None:
         """(B, Sk) end of the queries that may see each key; None where `lo` and `hi` say it all."""
         return None if self.rows_exact else self.query_hi
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, 1, Sq, Sk), that of `dense()`."""
+        return self.batch_size, 1, self.query_len, self.key_len
+
+    @property
+    def ndim(self) -> int:
+        """4, as many as `dense()` has: what takes a mask for a tensor finds the size of one."""
+        return 4
 
     @property
     def batch_size(self) -> int:
@@ -202,6 +255,8 @@ class TransfusionMask:
 
     def queries(self, start: int, stop: int) -> "TransfusionMask":
         """Return the mask of query rows [start, stop) against the same keys: cached decoding, chunked prefill, one image."""
+        start = need_integer("TransfusionMask.queries", "start", start, INT32[0])
+        stop = need_integer("TransfusionMask.queries", "stop", stop, INT32[0])
         if not 0 <= start <= stop <= self.query_len:
             raise ValueError(f"TransfusionMask.queries: [start, stop) is [{start}, {stop}); a range within [0, {self.query_len}) fits")
         return replace(self, lo=self.lo[:, start:stop], hi=self.hi[:, start:stop], offset=self.offset + start)
@@ -225,7 +280,7 @@ class TransfusionMask:
 
     def block_mask(self, block_size: int = 128):
         """Return FlexAttention's BlockMask of this mask, built from tile bounds: O((S / block_size)^2), no S x S tensor."""
-        return block_mask(self, block_size)
+        return block_mask(self, need_integer("TransfusionMask.block_mask", "block_size", block_size, 1))
 
 
 def _hull(visible: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,13 +291,30 @@ def _hull(visible: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(some, first, 0), torch.where(some, last, 0)
 
 
-def _spans(name: str, spans, seq_len: int, device) -> Tensor:
+def _window(window) -> int:
+    if isinstance(window, int) and not isinstance(window, bool) and window >= 1:
+        return window
+    raise ValueError(f"TransfusionMask.from_spans: window is {shown(window)}; a window of at least 1 key (the query "
+                     "itself) fits; pass None for no window")
+
+
+def _int32(op: str, name: str, x: Tensor | None) -> Tensor | None:
+    """Return integers in int32, clipped where they are not looked at."""
+    if x is None or x.dtype == torch.int32:
+        return x
+    need_range(op, name, x, *INT32, "which int32 holds")
+    return x.long().clamp(*INT32).int()
+
+
+def _spans(name: str, spans, seq_len: int, device, documents: Tensor | None) -> Tensor:
     """Return spans as an integer tensor (B, M, 2) on `device`, checked where that costs no synchronisation."""
     spans = spans if isinstance(spans, Tensor) else _span_tensor(name, spans)
-    if spans.ndim != 3 or spans.shape[-1] != 2 or spans.is_floating_point():
+    if spans.ndim != 3 or spans.shape[-1] != 2 or not integers(spans):
         raise ValueError(f"TransfusionMask.from_spans: {name} is {_shape(spans)}; {_SPANS_FIT}")
-    if spans.device.type == "cpu" and not torch.compiler.is_compiling():
+    if looks(spans):
         _check_spans(name, spans, seq_len)
+    if looks(spans, documents) and documents is not None:
+        _check_within_documents(name, spans, documents)
     return spans.to(device if device is not None else spans.device, non_blocking=True)
 
 
@@ -251,9 +323,31 @@ def _span_tensor(name: str, spans) -> Tensor:
     try:
         width = max(map(len, spans), default=0)
         rows = [[*map(list, row), *[[0, 0]] * (width - len(row))] for row in spans]
-        return torch.tensor(rows) if width else torch.zeros(len(rows), 0, 2, dtype=torch.int64)
-    except (TypeError, ValueError) as error:
+        tensor = torch.tensor(rows) if width else torch.zeros(len(rows), 0, 2, dtype=torch.int64)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"TransfusionMask.from_spans: {name} is {str(spans)[:80]}; {_SPANS_FIT}") from error
+    if not rows:
+        raise ValueError(f"TransfusionMask.from_spans: {name} is an empty list; one list per batch row fits; [[]] is "
+                         "one row without images")
+    return tensor
+
+
+def _check_within_documents(name: str, spans: Tensor, documents: Tensor) -> None:
+    """Refuse a span that a document's end or padding cuts; one that lies in padding altogether is padding."""
+    if 0 in spans.shape or 0 in documents.shape or len({1, len(spans), len(documents)}) > 2:
+        return  # batch sizes that do not fit are refused by the caller
+    changes = torch.nn.functional.pad((documents[:, 1:] != documents[:, :-1]).cumsum(1), (1, 0))
+    batch = max(len(spans), len(documents))
+    start, end = spans.long().expand(batch, -1, -1).unbind(-1)
+    changes = changes.expand(batch, -1)
+    held = start < end
+    first, last = (changes.gather(1, torch.where(held, at, 0)) for at in (start, end - 1))
+    if any((cut := held & (first != last)).any(1).tolist()):
+        row, m = cut.nonzero()[0].tolist()
+        of_spans, of_documents = (row if len(x) > 1 else 0 for x in (spans, documents))
+        raise ValueError(f"TransfusionMask.from_spans: {name}[{of_spans}] holds ({start[row, m]}, {end[row, m]}), which an "
+                         f"end of a document in documents[{of_documents}] cuts; spans within one document fit; split the "
+                         "span, or give its tokens one id")
 
 
 def _check_spans(name: str, spans: Tensor, seq_len: int) -> None:
@@ -269,17 +363,18 @@ def _check_spans(name: str, spans: Tensor, seq_len: int) -> None:
             end = b
 
 
-def _documents(documents, seq_len: int, device) -> Tensor | None:
+def _documents(op: str, documents, seq_len: int, device) -> Tensor | None:
     if documents is None:
         return None
-    documents = torch.as_tensor(documents, device=device)
-    if documents.ndim != 2 or documents.shape[1] != seq_len or documents.is_floating_point():
-        raise ValueError(f"TransfusionMask: documents is {_shape(documents)}; an integer tensor (B, {seq_len}) fits, one id per token, -1 for padding")
-    if documents.device.type == "cpu" and not torch.compiler.is_compiling():
+    fits = f"(B, {seq_len}), one id per token, -1 for padding,"
+    documents = need_integers(op, "documents", documents, fits, device)
+    if documents.ndim != 2 or documents.shape[1] != seq_len:
+        raise ValueError(f"{op}: documents is {_shape(documents)}; an integer tensor {fits} fits")
+    if looks(documents):
         known = torch.where(documents < 0, -1, documents).cummax(1).values
         if bool(((documents >= 0) & (documents < known)).any()):
-            raise ValueError("TransfusionMask: documents decreases along a row; non-decreasing ids fit (-1, padding, may stand anywhere); "
-                             "number documents in order")
+            raise ValueError(f"{op}: documents decreases along a row; non-decreasing ids fit (-1, padding, may stand "
+                             "anywhere); number documents in order")
     return documents
 
 

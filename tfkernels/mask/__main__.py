@@ -32,9 +32,9 @@ def picture(chosen: list[Example], path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns = 4
+    columns = 6
     rows = -(-len(chosen) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(2.6 * columns, 2.75 * rows), layout="constrained")
+    figure, axes = pyplot.subplots(rows, columns, figsize=(2.2 * columns, 2.35 * rows), layout="constrained")
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, (title, mask) in zip(axes.flat, chosen):

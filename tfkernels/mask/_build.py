@@ -2,8 +2,8 @@
 
 Token i lies in the document [d0, d1) and in the image [s, e), which for text is [i, i + 1); an image ends where its document does.
 
-    lo = max(d0, min(i + 1 - window, s))        query_lo = s                                  lo = d0, query_hi = d1 without a window
-    hi = e                                      query_hi = min(d1, max(i + window, e))
+    lo = max(d0, i + 1 - window)        query_lo = s                                  lo = d0, query_hi = d1 without a
+    window hi = e                              query_hi = min(d1, i + window)
 
 A token in the hidden span [h0, h1) is a key for its span only: query_lo = max(s, h0), query_hi = min(query_hi, h1). Padding is empty on
 both sides. Runs of equal labels (documents, token types) are found by a scan within a block of tokens, and from its first
@@ -63,13 +63,19 @@ def _run(ptr, first_row, seq_len, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _span(ptr, count, rows, SPANS: tl.constexpr):
+def _clipped(bound, seq_len):
+    """Clipped to [0, seq_len] before int32 could wrap it."""
+    return tl.minimum(tl.maximum(bound.to(tl.int64), 0), seq_len).to(tl.int32)
+
+
+@triton.jit
+def _span(ptr, count, rows, seq_len, SPANS: tl.constexpr):
     """Start and end of the span that holds each token, 0 and 0 where none does."""
     start, end = rows * 0, rows * 0
     for m in range(0, count, SPANS):
         offs = m + tl.arange(0, SPANS)
-        a = tl.load(ptr + 2 * offs, mask=offs < count, other=0).to(tl.int32)
-        b = tl.load(ptr + 2 * offs + 1, mask=offs < count, other=0).to(tl.int32)
+        a = _clipped(tl.load(ptr + 2 * offs, mask=offs < count, other=0), seq_len)
+        b = _clipped(tl.load(ptr + 2 * offs + 1, mask=offs < count, other=0), seq_len)
         inside = (a[:, None] <= rows[None, :]) & (rows[None, :] < b[:, None])
         start = tl.maximum(start, tl.max(tl.where(inside, a[:, None], 0), 0))
         end = tl.maximum(end, tl.max(tl.where(inside, b[:, None], 0), 0))
@@ -92,16 +98,16 @@ def _mask_intervals(images_ptr, documents_ptr, hidden_ptr, out_ptr, spans, hidde
         start, end, types = _run(images_ptr, first_row, seq_len, BLOCK)
         in_image = types > 0
     else:
-        start, end = _span(images_ptr, spans, rows, SPANS)
+        start, end = _span(images_ptr, spans, rows, seq_len, SPANS)
         in_image = end > 0
     start = tl.where(in_image, tl.maximum(start, document_start), rows)
     end = tl.where(in_image, tl.minimum(end, document_end), rows + 1)
     lo, hi, query_lo, query_hi = document_start, end, start, document_end
     if WINDOW:
-        lo = tl.maximum(lo, tl.minimum(rows + 1 - window, start))
-        query_hi = tl.minimum(query_hi, tl.maximum(rows + window, end))
+        lo = tl.maximum(lo, rows + 1 - window)
+        query_hi = tl.minimum(query_hi, rows + window)
     if HIDDEN:
-        hidden_start, hidden_end = _span(hidden_ptr + b * stride_hidden, hidden_spans, rows, SPANS)
+        hidden_start, hidden_end = _span(hidden_ptr + b * stride_hidden, hidden_spans, rows, seq_len, SPANS)
         is_hidden = hidden_end > 0
         query_lo = tl.where(is_hidden, tl.maximum(query_lo, hidden_start), query_lo)
         query_hi = tl.where(is_hidden, tl.minimum(query_hi, hidden_end), query_hi)
@@ -139,8 +145,8 @@ def intervals_reference(spans: Tensor | None, types: Tensor | None, documents: T
     end = torch.where(in_image, torch.minimum(end, document_end), rows + 1)
     lo, hi, query_lo, query_hi = document_start, end, start, document_end
     if window:
-        lo = torch.maximum(lo, torch.minimum(rows + 1 - window, start))
-        query_hi = torch.minimum(query_hi, torch.maximum(rows + window, end))
+        lo = torch.maximum(lo, rows + 1 - window)
+        query_hi = torch.minimum(query_hi, rows + window)
     if hidden is not None:
         hidden_start, hidden_end = _spans_of_tokens(hidden, seq_len)
         query_lo = torch.where(hidden_end > 0, torch.maximum(query_lo, hidden_start), query_lo)

@@ -19,17 +19,20 @@ from typing import Annotated
 
 import torch
 import tyro
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
+from transfusion.checkpoint import LOCK, load_tensors, read_json, replacing
 from transfusion.data import DATASETS, DIGIT_NAMES, step_generator
 from transfusion.device import choose_device, seconds_of
 from transfusion.emoji import STYLES
 from transfusion.eval.features import Features, Preprocessing, in_batches
-from transfusion.run_state import plain_errors, replace_directory, saved_directory
+from transfusion.run_state import Interrupt, check_finite, check_weights, claim, numbers, plain_errors, saved_run
+from transfusion.settings import Count, Decay, NotNegative, Positive, Seed, Share, check
 
+DIVERGED = "what was saved before stands; train again with a lower lr"
 _EMOJI = {
     "name": lambda dataset: (dataset.labels, dataset.names), "style": lambda dataset: (dataset.styles, STYLES),
     "category": lambda dataset: (dataset.categories, dataset.category_names), "kind": lambda dataset: (dataset.kinds, dataset.kind_names)}
@@ -43,33 +46,33 @@ LABELS: dict[str, dict[str, Callable[[object], tuple[Tensor, Sequence[str]]]]] =
 class ClassifierSettings:
     """What is trained, and how long."""
 
-    size: int = 32
+    size: Count = 32
     """side that pictures are stretched to; the network halves it twice before its first stage and once before each other"""
-    width: int = 32
+    width: Count = 32
     """channels of the first stage; each next one has twice as many"""
-    depths: tuple[int, ...] = (1, 1, 1)
+    depths: tuple[Count, ...] = (1, 1, 1)
     """basic blocks of each stage"""
-    steps: int = 400
+    steps: Count = 400
     """batches to train on"""
-    batch: int = 128
+    batch: Count = 128
     """pictures of a batch, drawn with replacement"""
-    lr: float = 3e-3
+    lr: Positive = 3e-3
     """highest learning rate, reached after a twentieth of the steps; a cosine takes it to 0"""
-    weight_decay: float = 0.05
+    weight_decay: NotNegative = 0.05
     """AdamW's, on matrices and kernels only"""
-    smoothing: float = 0.1
+    smoothing: Share = 0.1
     """share of the target that all labels have in common"""
-    move: float = 0.1
+    move: Share = 0.1
     """pictures are moved by up to this share of their side, each way"""
-    scale: float = 0.15
+    scale: Decay = 0.15
     """pictures are scaled by up to this share"""
-    brightness: float = 0.1
+    brightness: NotNegative = 0.1
     """up to this much is added to all pixels of a picture"""
-    seed: int = 0
+    seed: Seed = 0
     """of the weights, the batches and what is done to pictures"""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
-    keep_every: int = 200
+    keep_every: Count = 200
     """steps after which the state is kept, so that the same call goes on from there"""
 
 
@@ -91,17 +94,25 @@ def train_classifier(images: Tensor, labels: Tensor, label_names: Sequence[str],
     """Train on pictures (N, C, H, W) in [-1, 1] with labels (N,), write a checkpoint to `out` and return it as it loads.
 
     Raises:
-        ValueError: labels without a name or of another count than pictures, or a directory that holds something else.
+        ValueError: settings that do not fit, labels without a name or of another count than pictures, or a directory
+            that holds something else.
     """
+    check("train_classifier", settings)
     if images.ndim != 4 or labels.shape != images.shape[:1] or not len(images):
         raise ValueError(f"train_classifier: images has shape {tuple(images.shape)} and labels {tuple(labels.shape)}; (N, C, height, width) and (N,) "
                          "fit")
     if labels.min() < 0 or labels.max() >= len(label_names):
         raise ValueError(f"train_classifier: labels is from {labels.min()} to {labels.max()}; 0 to {len(label_names) - 1} fit: they have names")
-    check_out(out)
+    out = Path(out)
+    with claim("train_classifier", out):
+        check_out(out)
+        return _train(images, labels, label_names, out, settings)
+
+
+def _train(images: Tensor, labels: Tensor, label_names: Sequence[str], out: Path, settings: ClassifierSettings) -> Features:
     pictures = [*images.shape, zlib.crc32(images.contiguous().numpy()), zlib.crc32(labels.contiguous().numpy())]
     run = json.loads(json.dumps({"settings": dataclasses.asdict(settings), "labels": list(label_names), "pictures": pictures}))
-    if _finished(Path(out)) == run:
+    if _finished(out) == run:
         print(f"{out} is this classifier already", flush=True)
         return Features.from_pretrained(out)
     device = choose_device(settings.device)
@@ -117,23 +128,30 @@ def train_classifier(images: Tensor, labels: Tensor, label_names: Sequence[str],
     optimizer = torch.optim.AdamW([
         {"params": [p for p in network.parameters() if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in network.parameters() if p.ndim < 2], "weight_decay": 0.0}], lr=settings.lr)
-    start = _restore(Path(out), run, network, optimizer)
+    start = _restore(out, run, network, optimizer)
     print(f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters, {len(label_names)} labels, {len(images)} pictures: "
           f"{settings.steps - start} steps of {settings.batch} pictures take about "
           f"{(settings.steps - start) * _step_seconds(network, loss_of) / 60:.1f} minutes on {device}", flush=True)
-    progress = tqdm(range(start, settings.steps), initial=start, total=settings.steps, desc=f"judge {Path(out).name}", unit="step", smoothing=0.05,
+    progress = tqdm(range(start, settings.steps), initial=start, total=settings.steps, desc=f"judge {out.name}", unit="step", smoothing=0.05,
                     dynamic_ncols=True)
-    for step in progress:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings)
-        loss = loss_of(network, step)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        progress.set_postfix(loss=f"{loss.item():.3f}")
-        if (step + 1) % settings.keep_every == 0:
-            _keep(Path(out), run, network, optimizer, step + 1)
+    with Interrupt() as stop:
+        for step in progress:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, settings)
+            loss = loss_of(network, step)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            found = numbers(loss=loss, grad_norm=norm)
+            check_finite("train_classifier", out, step, found, DIVERGED)
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.set_postfix(loss=f"{found['loss']:.3f}")
+            stopped = stop.asked and step + 1 < settings.steps
+            if stopped or (step + 1) % settings.keep_every == 0:
+                _keep(out, run, network, optimizer, step + 1)
+            if stopped:
+                progress.close()
+                raise KeyboardInterrupt(f"{out}: {step + 1:,} of {settings.steps:,} steps are done; the same command goes on")
     save(network, out, run)
     return Features.from_pretrained(out)
 
@@ -166,18 +184,22 @@ def augment(pictures: Tensor, settings: ClassifierSettings, generator: torch.Gen
 
 def check_out(out: Path) -> None:
     """Refuse a directory that holds something else than a classifier of this module."""
-    if Path(out).is_dir() and any(Path(out).iterdir()) and not (Path(out) / "classifier.json").is_file():
+    theirs = [path for path in out.iterdir() if path.name != LOCK]
+    ours = (out / "classifier.json").is_file() or "run" in (saved_run(out) or {})
+    if theirs and not ours:
         raise ValueError(f"train_classifier: out is {str(out)!r}, which holds files and no classifier.json; an empty directory or one that this "
                          "command wrote fits")
 
 
 def save(network: ResNetForImageClassification, out: Path, run: dict) -> None:
-    """Write the checkpoint, what its pictures go through, and what it was made of; the state kept on the way goes."""
+    """Write the checkpoint, what its pictures go through, and what it was made of, together; the state kept on the way goes."""
     size = run["settings"]["size"]
-    network.save_pretrained(out)
-    ViTImageProcessorPil(size={"height": size, "width": size}, image_mean=[0.5], image_std=[0.5]).save_pretrained(out)
-    (Path(out) / "classifier.json").write_text(json.dumps(run | {"finished": True}, indent=2) + "\n")
-    shutil.rmtree(Path(out) / "resume", ignore_errors=True)
+    check_weights("train_classifier", out, run["settings"]["steps"], network.state_dict(), DIVERGED)
+    with replacing(out) as fresh:
+        network.save_pretrained(fresh)
+        ViTImageProcessorPil(size={"height": size, "width": size}, image_mean=[0.5], image_std=[0.5]).save_pretrained(fresh)
+        (fresh / "classifier.json").write_text(json.dumps(run | {"finished": True}, indent=2) + "\n")
+    shutil.rmtree(out / "resume", ignore_errors=True)
 
 
 def accuracy(features: Features, images: Tensor, labels: Tensor) -> float:
@@ -193,6 +215,7 @@ def balanced_accuracy(features: Features, images: Tensor, labels: Tensor) -> flo
 
 def judge(config: JudgeConfig) -> float:
     """Train on a data set's pictures; print and return the balanced accuracy on held-out ones."""
+    check("classifier", config)
     for name, value, fits in (("data.name", config.data, LABELS), ("label", config.label, LABELS.get(config.data, ()))):
         if value not in fits:
             raise ValueError(f"classifier: {name} is {value!r}; {', '.join(fits)} fit")
@@ -208,30 +231,27 @@ def judge(config: JudgeConfig) -> float:
 def _finished(out: Path) -> dict | None:
     """What the classifier in `out` was made of, None where there is none or only half of one."""
     path = out / "classifier.json"
-    run = json.loads(path.read_text()) if path.is_file() else {}
+    run = read_json(path, "delete the directory to train anew") if path.is_file() else {}
     return run if run.pop("finished", False) else None
 
 
 def _keep(out: Path, run: dict, network: ResNetForImageClassification, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Write what going on needs; a crash while writing leaves the state before whole."""
+    """Write what going on needs; a kill while writing leaves the state before, and an older classifier stays until the new one is whole."""
     state = {f"network.{name}": x for name, x in network.state_dict().items()}
     state |= {f"optimizer.{i}.{key}": x for i, values in optimizer.state_dict()["state"].items() for key, x in values.items()}
-    fresh, kept = out / "resume.new", out / "resume"
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    save_file({name: x.contiguous() for name, x in state.items()}, fresh / "state.safetensors")
-    (fresh / "run.json").write_text(json.dumps({"step": step, "run": run}))
-    (out / "classifier.json").write_text(json.dumps(run | {"finished": False}, indent=2) + "\n")
-    replace_directory(fresh, kept)
+    check_weights("train_classifier", out, step, state, DIVERGED)
+    with replacing(out, weights=False) as fresh:
+        (fresh / "resume").mkdir()
+        save_file({name: x.contiguous() for name, x in state.items()}, fresh / "resume" / "state.safetensors")
+        (fresh / "resume" / "run.json").write_text(json.dumps({"step": step, "run": run}))
 
 
 def _restore(out: Path, run: dict, network: ResNetForImageClassification, optimizer: torch.optim.Optimizer) -> int:
     """Load what `_keep` wrote for the same pictures, labels and settings; return the step to go on from, 0 where there is no such state."""
-    kept = saved_directory(out)
-    saved = json.loads((kept / "run.json").read_text()) if (kept / "run.json").is_file() else {"run": None}
-    if saved["run"] != run:
+    kept, saved = out / "resume", saved_run(out) or {}
+    if saved.get("run") != run:
         return 0
-    state, moments = load_file(kept / "state.safetensors"), {}
+    state, moments = load_tensors(kept / "state.safetensors"), {}
     network.load_state_dict({name.removeprefix("network."): x for name, x in state.items() if name.startswith("network.")})
     for name, x in state.items():
         if name.startswith("optimizer."):

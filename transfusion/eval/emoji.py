@@ -20,7 +20,7 @@ from transfusion.eval.classifier import ClassifierSettings, train_classifier
 from transfusion.eval.features import in_batches
 from transfusion.eval.metrics import frechet_distance
 from transfusion.model import Transfusion
-from transfusion.sequence import Image
+from transfusion.sequence import Image, Text
 
 
 class Judges:
@@ -67,7 +67,7 @@ def read_captions(model: Transfusion, images: Tensor, captions: list[str]) -> di
 @torch.no_grad()
 def bits_per_byte(model: Transfusion, text: str, window: int = 256, windows: int = 64) -> float:
     """Bits per byte of plain text, UTF-8, under the language model: its first `windows` pieces of `window` tokens, each behind BOS."""
-    tokens = torch.tensor(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+    tokens = torch.tensor(Text(text).token_ids(model.tokenizer, model.config))
     pieces = tokens[:len(tokens) // window * window].view(-1, window)[:windows]
     if not len(pieces):
         raise ValueError(f"bits_per_byte: text has {len(tokens)} tokens; at least {window} fit")

@@ -4,7 +4,6 @@ Pictures in [-1, 1] become what the classifier was trained on: repeated to its c
 antialiased, the whole picture: nothing is cropped), then (pixels in [0, 1] - mean) / std. Size, mean and std are read from preprocessor_config.json,
 else from the `pretrained_cfg` of a timm checkpoint, else the config's image_size (or the picture's own) and 0.5 hold.
 """
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import logging
+
+from transfusion.checkpoint import check_files, current, read_json, whole
 
 FITS = "a convolutional classifier of transformers (ResNet, ConvNeXt, RegNet, timm's through TimmWrapper) fits"
 
@@ -31,7 +32,7 @@ class Preprocessing(NamedTuple):
         """Read what a checkpoint directory says, its config.json given."""
         file, timm = Path(path) / "preprocessor_config.json", config.get("pretrained_cfg") or {}
         channels = timm.get("input_size", [config.get("num_channels", 3)])[0]
-        said = json.loads(file.read_text()) if file.is_file() else {}
+        said = read_json(file) if file.is_file() else {}
         if not said:
             size = timm["input_size"][1:] if timm else config.get("image_size")
             return cls(channels, _sides(size), timm.get("mean", [0.5]), timm.get("std", [0.5]))
@@ -79,8 +80,14 @@ class Features:
         Raises:
             ValueError: no such directory, another kind of model, or weights that are absent, pickled or incomplete.
         """
-        if not (Path(path) / "config.json").is_file():
+        if not current(path, "config.json").is_file():
             raise ValueError(f"Features.from_pretrained: path is {str(path)!r}, which holds no config.json; a directory that transformers wrote fits")
+        with whole(path) as directory:
+            return cls._load(directory, path)
+
+    @classmethod
+    def _load(cls, path: Path, home: Path) -> "Features":
+        check_files(path)
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # a head that the body does not load is no news
         try:
@@ -95,7 +102,7 @@ class Features:
         if missing := sorted(body_info["missing_keys"]):
             raise ValueError(f"Features.from_pretrained: path is {str(path)!r}, which has no weights for {', '.join(missing[:3])}; {FITS}")
         config = body.config.to_dict()
-        name = f"{config.get('architecture', body.config.model_type)} ({path})"
+        name = f"{config.get('architecture', body.config.model_type)} ({home})"
         return cls(body, None if info["missing_keys"] else classifier, Preprocessing.read(path, config), name)
 
     def to(self, device: torch.device | str) -> "Features":

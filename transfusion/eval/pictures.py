@@ -1,5 +1,4 @@
 """Pictures of a run: a labelled grid of generated beside real images, and the losses."""
-import json
 from pathlib import Path
 
 import matplotlib
@@ -8,6 +7,9 @@ from torch import Tensor
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
+
+from transfusion.checkpoint import written  # noqa: E402
+from transfusion.run_state import read_log  # noqa: E402
 
 
 def sample_grid(path: Path, generated: Tensor, real: Tensor, names: list[str], titles: tuple[str, str]) -> None:
@@ -23,7 +25,8 @@ def sample_grid(path: Path, generated: Tensor, real: Tensor, names: list[str], t
         axes[r][0].text(-0.3, 0.5, names[r], transform=axes[r][0].transAxes, ha="right", va="center", fontsize=9)
     for start, title in zip((0, columns + 1), titles):
         axes[0][start].text(0, 1.25, title, transform=axes[0][start].transAxes, fontsize=10, fontweight="bold")
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    with written(path) as aside:
+        figure.savefig(aside, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -36,7 +39,8 @@ def reconstruction_grid(path: Path, rows: dict[str, Tensor]) -> None:
             axis.axis("off")
             axis.imshow(_pixels(picture), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         line[0].text(-0.2, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    with written(path) as aside:
+        figure.savefig(aside, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -58,13 +62,17 @@ def emoji_grid(path: Path, titles: list[str], shown: Tensor, drawn: Tensor, real
         if i % lines == 0:
             for axis, title in zip((line[0], line[1], line[-1]), ("shown", "drawn", "never shown")):
                 axis.text(0, 1.45, title, transform=axis.transAxes, fontsize=8, fontweight="bold")
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    with written(path) as aside:
+        figure.savefig(aside, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 
 def loss_curves(path: Path, log: Path) -> None:
     """Plot the text and the diffusion loss of a training log (JSON lines), raw and as a running mean."""
-    records = [json.loads(line) for line in log.read_text().splitlines()]
+    records = read_log(log)
+    if not records:
+        print(f"{log} holds no step: {path} is not drawn", flush=True)
+        return
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for axis, key, title in zip(axes, ("text_loss", "diffusion_loss"), ("text loss (nats per token)", "diffusion loss (mean squared error)")):
         values = torch.tensor([record[key] for record in records])
@@ -74,7 +82,8 @@ def loss_curves(path: Path, log: Path) -> None:
         axis.set(xlabel="step", title=title, yscale="log")
         axis.grid(alpha=0.3, which="both")
         axis.legend()
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    with written(path) as aside:
+        figure.savefig(aside, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 

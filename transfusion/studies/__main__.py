@@ -8,6 +8,7 @@ import tyro
 import transfusion.studies
 from transfusion.eval.classifier import ClassifierSettings
 from transfusion.run_state import plain_errors
+from transfusion.settings import Seed, check
 from transfusion.studies.arms import DATA, Measuring, StudyData, studies
 from transfusion.studies.report import report
 from transfusion.studies.run import Bench, run_all
@@ -21,7 +22,7 @@ class StudySettings:
     """which; all makes every one"""
     data: Literal["digits", "emoji"] = "digits"
     """the pictures"""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     """runs of each arm; two processes may share the work by seeds, and the one command afterwards finds all of them done"""
     out: Path = Path("runs/studies")
     """directory of runs, tables and pictures"""
@@ -34,11 +35,12 @@ def fast(data: StudyData) -> StudyData:
     base = replace(data.base, optim=replace(data.base.optim, steps=2, rows=1, warmup=1), model=replace(data.base.model, hidden=24, layers=1, mlp=32))
     return replace(data, base=base, measuring=Measuring(draws=2 * len(data.captions), steps=2), channels=(8,) * len(data.channels),
                    autoencoder=replace(data.autoencoder, steps=3, batch=8, codes=8),
-                   classifier=ClassifierSettings(size=16, width=8, depths=(1,), steps=2, batch=8))
+                   classifier=ClassifierSettings(size=16, width=8, depths=(1,), steps=2, batch=8, device=base.device))
 
 
 def run_studies(settings: StudySettings) -> list[Path]:
     """Run one study or all of a data set; return their tables."""
+    check("studies", settings)
     data = DATA[settings.data]()
     data, out = (fast(data), settings.out / "fast") if settings.fast else (data, settings.out)
     known, arms = studies(data), data.arms()

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from transfusion.data import DIGIT_NAMES, Digits
 from transfusion.eval.classifier import ClassifierSettings
+from transfusion.settings import Count, NotNegative
 from transfusion.studies.data import EmojiKinds
 from transfusion.studies.vq import VQSettings
 from transfusion.train import DataSettings, ModelSettings, OptimSettings, TrainConfig
@@ -29,11 +30,11 @@ class Arm:
 class Measuring:
     """How a trained model is measured."""
 
-    draws: int = 300
+    draws: Count = 300
     """pictures drawn from captions, every class as often"""
-    steps: int = 30
+    steps: Count = 30
     """denoising steps of each"""
-    guidance: float = 3.0
+    guidance: NotNegative = 3.0
     """scale of classifier-free guidance, of patches and of codes (the paper's ablations: 3)"""
 
 

@@ -61,14 +61,14 @@ def caption_accuracy(model: Transfusion, prompts: list[list[Part]], captions: li
 @torch.no_grad()
 def text_loss(model: Transfusion, prompts: list[list[Part]], captions: list[str]) -> float:
     """Nats per token of captions, each behind its prompt; the prompts' own tokens and the end do not count."""
-    documents = [_caption_alone(encode([*prompt, Text(caption)], model.tokenizer, model.config, end=False), caption, model.tokenizer)
+    documents = [_caption_alone(encode([*prompt, Text(caption)], model.tokenizer, model.config, end=False),
+                                len(Text(caption).token_ids(model.tokenizer, model.config)))
                  for prompt, caption in zip(prompts, captions)]
     sequence = pack(documents, max(len(document.tokens) for document in documents), model.config.patch_dim)
     return model(sequence, torch.zeros(sequence.image_count), 0).text_loss.item()
 
 
-def _caption_alone(document: Document, caption: str, tokenizer) -> Document:
-    count = len(tokenizer.encode(caption, add_special_tokens=False))
+def _caption_alone(document: Document, count: int) -> Document:
     return document._replace(targets=[False] * (len(document.tokens) - count) + [True] * count)
 
 

@@ -35,6 +35,14 @@ class Patches:
         return torch.stack([image.latent for image in model.draw(captions, steps=steps, guidance=guidance, seed=seed)]).clamp(-1, 1)
 
 
+class CodeText(Text):
+    """Codes of a picture, among them BOI and EOI: here they are read as the tokens that they name."""
+
+    def token_ids(self, tokenizer, config) -> tuple[int, ...]:
+        """As `Text.token_ids`."""
+        return tuple(tokenizer.encode(self.text, add_special_tokens=False))
+
+
 class Codes:
     """Pictures as text: BOI, a token for each code in raster order, EOI."""
 
@@ -57,8 +65,9 @@ class Codes:
         channels, *size = dataset.image_shape
         model = from_language_model(decoder, tokenizer, seed=config.seed, image_channels=channels, image_size=size, patch_size=settings.patch_size,
                                     image_layers="linear")
-        model.save_pretrained(config.out / "start")
-        return replace(config, data=replace(config.data, name=name), tune=replace(config.tune, start=config.out / "start"))
+        start = config.out.with_name(f"{config.out.name}-start")
+        model.save_pretrained(start)
+        return replace(config, data=replace(config.data, name=name), tune=replace(config.tune, start=start))
 
     def text(self, codes: Tensor) -> str:
         """What codes (h, w) are in a document."""
@@ -66,7 +75,7 @@ class Codes:
 
     def parts(self, images: Tensor) -> list[Part]:
         """As `Patches.parts`."""
-        return [Text(self.text(codes)) for codes in to_codes(self.autoencoder, images)]
+        return [CodeText(self.text(codes)) for codes in to_codes(self.autoencoder, images)]
 
     @torch.no_grad()
     def draw(self, model: Transfusion, captions: list[str], steps: int, guidance: float, seed: int) -> Tensor:
@@ -106,5 +115,6 @@ class CodeDocuments:
     def document(self, generator: torch.Generator, settings: DataSettings) -> list[Part]:
         """Draw a document. After a lone picture stands a blank without loss: as everywhere, that a picture has no caption is not learned."""
         parts = self.dataset.document(generator, settings)
-        written = [Text(self.pictures.text(part.latent.long())) if isinstance(part, Image) else part for part in parts]
+        code = self.pictures.text
+        written = [CodeText(code(part.latent.long())) if isinstance(part, Image) else part for part in parts]
         return written if len(written) > 1 else [*written, Text(" ", loss=False)]

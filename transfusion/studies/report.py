@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import matplotlib
 import torch
-from safetensors.torch import load_file
 from scipy.stats import t as student
 from torch import Tensor
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
+from transfusion.checkpoint import load_tensors, write_text, written  # noqa: E402
 from transfusion.studies.arms import METRICS, Study, StudyData  # noqa: E402
 
 
@@ -131,7 +131,8 @@ def plot(path: Path, study: Study, results: list[dict], real: dict[str, dict[str
     axes.flat[0].legend(fontsize=8)
     axes.flat[-1].axis("off")
     figure.suptitle(f"{study.question} (the paper's table {study.table})")
-    figure.savefig(path, dpi=130)
+    with written(path) as aside:
+        figure.savefig(aside, dpi=130)
     plt.close(figure)
 
 
@@ -154,7 +155,8 @@ def samples(path: Path, study: Study, data: StudyData, drawn: dict[str, Tensor],
     height = images.shape[-1] + 1
     for i, title in enumerate(data.titles):
         axes[0][0].text(-2, (i + 0.5) * height, title, ha="right", va="center", fontsize=7)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    with written(path) as aside:
+        figure.savefig(aside, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -176,13 +178,13 @@ def report(study: Study, data: StudyData, results: list[dict], bench, columns: i
              *table(study, results, real), "", *(f"- {line}" for line in comparisons(study, results)), "",
              f"![every seed of every arm]({stem.name}.png)", "", f"![drawn pictures beside real ones]({stem.name}-samples.png)", "",
              "How it was made:", "", *(f"- {line}" for line in notes(study, data, results))]
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    stem.with_suffix(".json").write_text(json.dumps({"study": study._asdict(), "real": real, "runs": results}, indent=2) + "\n")
+    write_text(stem.with_suffix(".md"), "\n".join(lines) + "\n")
+    write_text(stem.with_suffix(".json"), json.dumps({"study": study._asdict(), "real": real, "runs": results}, indent=2) + "\n")
     plot(stem.with_suffix(".png"), study, results, real)
     classes, ink = len(data.captions), bench.held_out.images.shape[1] == 1
     columns, blank = min(columns, data.measuring.draws // classes), -1.0 if ink else 1.0
     seed = min(result["seed"] for result in results)
-    drawn = {row.arm: load_file(bench.out / f"{row.arm}-{seed}" / "drawn.safetensors")["drawn"] for row in study.rows}
+    drawn = {row.arm: load_tensors(bench.out / f"{row.arm}-{seed}" / "drawn.safetensors")["drawn"] for row in study.rows}
     labels = torch.arange(len(next(iter(drawn.values())))) % classes
     drawn = {arm: by_class(images, labels, classes, columns, blank) for arm, images in drawn.items()}
     held_out = by_class(bench.held_out.images, bench.held_out.labels, classes, columns, blank)

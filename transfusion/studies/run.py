@@ -1,4 +1,5 @@
 """Runs of a study: what they cost, trained once, measured once, kept under the hash of their settings."""
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -11,16 +12,17 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from transfusion.checkpoint import LOCK, current, locked, read_json, write_text, written
 from transfusion.data import DATASETS
 from transfusion.eval.classifier import train_classifier
 from transfusion.eval.features import Features
 from transfusion.model import Transfusion
-from transfusion.run_state import logged_seconds
+from transfusion.run_state import claim, logged_seconds, read_log
 from transfusion.sequence import Text, encode, pack
 from transfusion.studies.arms import Arm, StudyData
 from transfusion.studies.measure import Yardstick, caption_accuracy, flops, text_loss
 from transfusion.studies.pictures import Codes, Patches
-from transfusion.studies.vq import from_codes, load_autoencoder, to_codes, train_autoencoder
+from transfusion.studies.vq import from_codes, holds_autoencoder, load_autoencoder, to_codes, train_autoencoder
 from transfusion.train import train, train_to_end
 
 SHOWN = 8  # pictures of each class that a run keeps
@@ -44,8 +46,9 @@ class Bench:
     def classifier(self) -> Features:
         """The classifier, trained on real training pictures."""
         path = self.out / f"classifier-{key(self.data.classifier)}"
-        if not (path / "model.safetensors").is_file():
-            train_classifier(self.train.images, self.train.labels, list(self.data.titles), path, self.data.classifier)
+        if not current(path, "model.safetensors").is_file():
+            with locked(path, wait=True):  # two processes may share a study's work
+                train_classifier(self.train.images, self.train.labels, list(self.data.titles), path, self.data.classifier)
         return Features.from_pretrained(path)
 
     def pictures(self, arm: Arm) -> Patches | Codes:
@@ -56,8 +59,8 @@ class Bench:
         """Codes of the autoencoder, which is trained where it is not there yet."""
         if self.autoencoder is None:
             path = self.out / f"autoencoder-{key(self.data.autoencoder)}"
-            made = (path / "diffusion_pytorch_model.safetensors").is_file()
-            self.autoencoder = load_autoencoder(path) if made else train_autoencoder(self.train.images, path, self.data.autoencoder)
+            with locked(path, wait=True) if not holds_autoencoder(path) else contextlib.nullcontext():
+                self.autoencoder = load_autoencoder(path) if holds_autoencoder(path) else train_autoencoder(self.train.images, path, self.data.autoencoder)
         return Codes(self.autoencoder)
 
     def real(self) -> dict[str, dict[str, float]]:
@@ -81,21 +84,32 @@ def settings_key(bench: Bench, arm: Arm, seed: int) -> str:
 def finished(bench: Bench, arm: Arm, seed: int) -> dict | None:
     """The result of a run with these settings, if there is one."""
     path = bench.out / f"{arm.name}-{seed}" / "metrics.json"
-    result = json.loads(path.read_text()) if path.is_file() else {}
+    result = read_json(path, "delete it, and the same command measures the run again") if path.is_file() else {}
     return result if result.get("key") == settings_key(bench, arm, seed) else None
 
 
 def run(bench: Bench, arm: Arm, seed: int) -> dict:
     """Train and measure one arm with one seed; what an interrupted run left is gone on from, what other settings left is put aside."""
     out, settings = bench.out / f"{arm.name}-{seed}", settings_key(bench, arm, seed)
+    put_aside(out, settings)
+    with claim("studies", out):
+        write_text(out / "settings", settings)
+        return _run(bench, arm, seed, out, settings)
+
+
+def put_aside(out: Path, settings: str) -> None:
+    """Move a run of other settings out of the way; one that another process works on stays."""
     mark = out / "settings"
-    if not (mark.is_file() and mark.read_text() == settings):
-        if out.exists():
-            aside = out.with_name(f"{out.name}-{mark.read_text() if mark.is_file() else 'unknown'}")
-            shutil.rmtree(aside, ignore_errors=True)
-            out.rename(aside)
-        out.mkdir(parents=True)
-        mark.write_text(settings)
+    if not out.exists() or (mark.is_file() and mark.read_text() == settings):
+        return
+    with claim("studies", out):
+        aside = out.with_name(f"{out.name}-{mark.read_text() if mark.is_file() else 'unknown'}")
+        shutil.rmtree(aside, ignore_errors=True)
+        out.rename(aside)
+        (aside / LOCK).unlink(missing_ok=True)
+
+
+def _run(bench: Bench, arm: Arm, seed: int, out: Path, settings: str) -> dict:
     config, pictures = arm.config(bench.data.base, out, seed), bench.pictures(arm)
     train_to_end(pictures.prepare(config))
     began = time.perf_counter()
@@ -107,8 +121,9 @@ def run(bench: Bench, arm: Arm, seed: int) -> dict:
         "key": settings, "arm": arm.name, "seed": seed, "metrics": metrics, "parameters": sum(p.numel() for p in model.parameters()),
         "document_tokens": len(document.tokens), "document_flops": flops(model, example),
         "seconds": {"train": logged_seconds(out / "log.jsonl"), "measure": time.perf_counter() - began}}
-    save_file({"drawn": drawn}, out / "drawn.safetensors")
-    (out / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
+    with written(out / "drawn.safetensors") as aside:
+        save_file({"drawn": drawn}, aside)
+    write_text(out / "metrics.json", json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -132,10 +147,10 @@ def cost(bench: Bench, arm: Arm, steps: int = 4) -> float:
     """Estimate an arm's seconds for one seed: a few timed training steps, and a tenth of its drawing by what they leave."""
     base, pictures = bench.data.base, bench.pictures(arm)
     with tempfile.TemporaryDirectory() as directory:
-        config = dataclasses.replace(pictures.prepare(arm.config(base, Path(directory), 0)), stop_after=min(steps, base.optim.steps))
+        config = dataclasses.replace(pictures.prepare(arm.config(base, Path(directory) / "run", 0)), stop_after=min(steps, base.optim.steps))
         train(config)
-        seconds = [json.loads(line)["seconds"] for line in (Path(directory) / "log.jsonl").read_text().splitlines()]
-        model = Transfusion.from_pretrained(directory).eval()
+        seconds = [record["seconds"] for record in read_log(config.out / "log.jsonl")]
+        model = Transfusion.from_pretrained(config.out).eval()
     few = asked(bench.data)[:max(1, bench.data.measuring.draws // 10)]
     began = time.perf_counter()
     pictures.draw(model, [bench.data.captions[i] for i in few], bench.data.measuring.steps, bench.data.measuring.guidance, 0)

@@ -13,22 +13,30 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 from tqdm import tqdm
 
+from transfusion.checkpoint import check_files, current, replacing, whole
+from transfusion.run_state import check_finite, check_weights, claim, numbers
+from transfusion.settings import Count, Positive, check
+
+GROUPS = 8
+
+DIVERGED = "nothing was saved; train again with a lower lr"
+
 
 @dataclass(frozen=True)
 class VQSettings:
     """A VQ autoencoder and its training."""
 
-    channels: tuple[int, ...] = (16, 32)
+    channels: tuple[Count, ...] = (16, 32)
     """at each resolution; each further one halves the sides"""
-    codes: int = 128
+    codes: Count = 128
     """vectors in the codebook"""
-    code_dim: int = 8
+    code_dim: Count = 8
     """numbers in one"""
-    steps: int = 900
+    steps: Count = 900
     """optimizer steps"""
-    batch: int = 64
+    batch: Count = 64
     """pictures in one"""
-    lr: float = 2e-3
+    lr: Positive = 2e-3
     """peak learning rate; it falls to 0 along a cosine"""
 
 
@@ -36,7 +44,8 @@ def build_autoencoder(channels: int, settings: VQSettings) -> VQModel:
     """A VQModel without attention for pictures of `channels`."""
     depth = len(settings.channels)
     autoencoder = VQModel(
-        in_channels=channels, out_channels=channels, latent_channels=settings.code_dim, block_out_channels=settings.channels, norm_num_groups=8,
+        in_channels=channels, out_channels=channels, latent_channels=settings.code_dim,
+        block_out_channels=settings.channels, norm_num_groups=GROUPS,
         down_block_types=("DownEncoderBlock2D",) * depth, up_block_types=("UpDecoderBlock2D",) * depth, num_vq_embeddings=settings.codes,
         mid_block_add_attention=False)
     autoencoder.quantize.legacy = False  # the default has 0.25 on the other term
@@ -45,6 +54,14 @@ def build_autoencoder(channels: int, settings: VQSettings) -> VQModel:
 
 def train_autoencoder(images: Tensor, out: Path, settings: VQSettings, seed: int = 0) -> VQModel:
     """Train on pictures (N, C, H, W) in [-1, 1], save to `out` as safetensors and return the autoencoder, frozen."""
+    check("train_autoencoder", settings)
+    if any(width % GROUPS for width in settings.channels):
+        raise ValueError(f"train_autoencoder: channels is {settings.channels}; multiples of {GROUPS} fit")
+    with claim("train_autoencoder", out):
+        return _train(images, out, settings, seed)
+
+
+def _train(images: Tensor, out: Path, settings: VQSettings, seed: int) -> VQModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         autoencoder = build_autoencoder(images.shape[1], settings).train()
@@ -58,10 +75,14 @@ def train_autoencoder(images: Tensor, out: Path, settings: VQSettings, seed: int
             decoded = autoencoder.decode(autoencoder.encode(batch).latents, force_not_quantize=not quantized)
             loss = torch.nn.functional.mse_loss(decoded.sample, batch) + decoded.commit_loss.mean()
             loss.backward()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in autoencoder.parameters() if p.grad is not None])
+            check_finite("train_autoencoder", out, step, numbers(loss=loss, grad_norm=norm), DIVERGED)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-    autoencoder.save_pretrained(out, safe_serialization=True)
+    check_weights("train_autoencoder", out, settings.steps, autoencoder.state_dict(), DIVERGED)
+    with replacing(out) as fresh:
+        autoencoder.save_pretrained(fresh, safe_serialization=True)
     return autoencoder.eval().requires_grad_(False)
 
 
@@ -74,9 +95,16 @@ def start_codebook(autoencoder: VQModel, images: Tensor, seed: int) -> None:
     book.copy_(torch.from_numpy(centres))
 
 
+def holds_autoencoder(path: Path) -> bool:
+    """Whether a directory holds what `train_autoencoder` saves."""
+    return current(path, "diffusion_pytorch_model.safetensors").is_file()
+
+
 def load_autoencoder(path: Path) -> VQModel:
     """Load what `train_autoencoder` saved, frozen."""
-    return VQModel.from_pretrained(path, use_safetensors=True).eval().requires_grad_(False)
+    with whole(path) as directory:
+        check_files(directory)
+        return VQModel.from_pretrained(directory, use_safetensors=True).eval().requires_grad_(False)
 
 
 @torch.no_grad()

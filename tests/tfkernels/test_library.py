@@ -1,0 +1,88 @@
+"""Every registered operator's fake: sizes, dtypes and strides are those of the real result, whatever the strides of the
+inputs are."""
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.conftest import DEVICE
+from tests.tfkernels.test_arguments import CALLS, whole
+from tfkernels import PackedLatents, TransfusionMask
+
+MASKS = {
+    "mask from spans": lambda: (
+        TransfusionMask.from_spans,
+        {
+            "spans": whole([[[1, 4], [5, 6]]]),
+            "seq_len": 8,
+            "documents": whole([[0, 0, 0, 0, 1, 1, 1, -1]]),
+            "hidden": whole([[[1, 4]]]),
+        },
+    ),
+    "mask from token types": lambda: (TransfusionMask.from_token_types, {"token_types": whole([[0, 1, 1, 0, 2, 2]])}),
+}
+REVERSED = [tuple(range(ndim))[::-1] for ndim in range(6)]
+LAID = {
+    "transposed": lambda x: x.mT.contiguous().mT if x.ndim > 1 else torch.stack([x, x], -1)[..., 0],
+    "reversed": lambda x: x.permute(REVERSED[x.ndim]).contiguous().permute(REVERSED[x.ndim]),
+    "sliced": lambda x: torch.cat([x, x], -1)[..., :x.shape[-1]] if x.ndim else x,
+    "every other": lambda x: torch.stack([x, x], -1)[..., 0],
+    "expanded": lambda x: x[:1].expand(x.shape) if x.ndim > 1 and x.is_floating_point() else x,
+    "expanded columns": lambda x: x[..., :1].expand(x.shape) if x.ndim > 1 and x.is_floating_point() else x,
+}
+
+
+class Recorded(TorchDispatchMode):
+    """The calls of our operators, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "tfkernels":
+            self.calls[function] = args
+        return function(*args, **(kwargs or {}))
+
+
+def calls_of(name):
+    """The operators that a public function and its backward call, with their arguments."""
+    function, arguments = {**CALLS, **MASKS}[name]()
+    constant = {"row_weight", "p", "q", "loss_weight", "signal", "noise", "cos", "sin", "eps"}
+    constant |= set() if name in ("noise_patchify", "patchify_packed") else {"x0"}
+    constant |= {"weight"} if name == "diffusion_loss" else set()
+    if name == "qk_norm_rotary":
+        constant -= {"q"}
+    for key, x in arguments.items():
+        x = x.values if isinstance(x, PackedLatents) else x
+        if key not in constant and isinstance(x, torch.Tensor) and x.is_floating_point():
+            x.requires_grad_()
+    with Recorded() as recorded:
+        outputs = function(**arguments)
+        outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+        outputs = [x for x in outputs if isinstance(x, torch.Tensor) and x.requires_grad]
+        if outputs:
+            sum((x * torch.linspace(1, 2, x.numel(), device=DEVICE).view(x.shape)).sum() for x in outputs).backward()
+    return recorded.calls
+
+
+@pytest.mark.parametrize("layout", LAID)
+@pytest.mark.parametrize("name", [*CALLS, *MASKS])
+def test_a_fake_has_the_strides_of_the_real_result_whatever_its_inputs_are(name, layout):
+    calls = calls_of(name)
+    assert calls or name in ("min_snr_weight", "rotary_table", "grid_positions", "pack_latents")
+    for operator, arguments in calls.items():
+        laid = tuple(LAID[layout](x.detach()) if isinstance(x, torch.Tensor) else x for x in arguments)
+        torch.library.opcheck(operator, laid, test_utils=("test_schema", "test_faketensor"))
+        found, expected = operator(*laid), operator(*(x.contiguous() if isinstance(x, torch.Tensor) else x for x in laid))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_every_registered_operator_is_checked():
+    found = set().union(*(calls_of(name) for name in (*CALLS, *MASKS)))
+    names = {str(operator).split(".")[1] for operator in found}
+    assert names | {"attention_forward", "attention_backward", "paged_attention"} >= {
+        name.split("::")[1]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("tfkernels::") and "." not in name
+    }
+    assert DEVICE in ("cpu", "cuda")

@@ -1,0 +1,399 @@
+"""Files that stand whole: whatever is saved is written aside, synced and renamed, so that a kill at any moment leaves the older or the newer one.
+
+One file is renamed over the older one (`written`). The files of a checkpoint cannot all be renamed at once (`replacing`):
+
+    .saving/   the new files are written here and synced, then the directory is renamed; until then the older save stands
+    .saved/    from then on the new save counts: its files are renamed into their places one by one, the older save's last files go, then journal.json
+
+A kill in between leaves the new save partly in its place and partly in .saved. Readers put the two together without writing anything (`whole`,
+`current`), the next writer finishes the move (`settle`). `locked` keeps a second process from writing into the same directory, and checksums.json holds the
+CRC-32 of each file of weights, which finds every flipped bit at some 3.5 GB/s (SHA-256: 1.3 GB/s).
+"""
+import contextlib
+import errno
+import fcntl
+import glob
+import json
+import os
+import re
+import shutil
+import socket
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+SAVING, SAVED, JOURNAL, CHECKSUMS, LOCK, ASIDE = ".saving", ".saved", "journal.json", "checksums.json", ".lock", ".new-"
+WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors",
+           "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.safetensors.index.json", "vae/*")
+"""What a loader would take for a part of the new save if the older one left it behind."""
+_held: dict[tuple[int, int, str], int] = {}  # locks by process, thread and directory: whoever holds one may take it again
+_staging: list[Path] = []                    # directories being filled: what is saved inside one is a part of it
+
+
+@contextlib.contextmanager
+def file_errors(path: Path) -> Iterator[None]:
+    """Name `path` in errors of the file system that do not say where they arose, safetensors' among them."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
+def read_json(path: Path, advice: str = "copy it again or make it anew") -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: the file does not hold one; the message names it.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {advice}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged (it holds a {type(value).__name__}, not an object); {advice}")
+    return value
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """Yield a path to write to, of the same suffix, which takes the place of `path` at the end; the directory is made where it is missing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{ASIDE}{os.getpid()}-{path.name}")
+    for left in path.parent.glob(f"{ASIDE}*-{glob.escape(path.name)}"):
+        if not _runs(left.name.removeprefix(ASIDE).split("-")[0]):  # its writer was killed
+            left.unlink(missing_ok=True)
+    try:
+        with file_errors(path):
+            aside.touch()
+            mode = aside.stat().st_mode & 0o777  # as umask says; safetensors makes files of its own that only their owner reads
+            yield aside
+            aside.chmod(mode)
+            sync(aside)
+            os.replace(aside, path)
+            sync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _runs(pid: str) -> bool:
+    return not pid.isdigit() or Path("/proc", pid).exists() or not Path("/proc/self").exists()
+
+
+def check_writable(command: str, directory: Path) -> None:
+    """Refuse a directory, which is made where it is missing, that no file can be written into.
+
+    Raises:
+        ValueError: the message names it.
+    """
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ValueError(f"{command}: {str(directory)!r} cannot be written into ({error.strerror}); a directory that can be made and written fits") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one piece."""
+    with written(path) as aside:
+        aside.write_text(text)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's contents, or a directory's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot sync directories
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def locked(out: Path, wait: bool = False) -> Iterator[None]:
+    """Keep other processes from writing into `out`, which is made where it is missing; the lock goes when its process does.
+
+    Raises:
+        ValueError: another process holds it; `wait` waits for that one instead.
+    """
+    out = Path(out)
+    key = os.getpid(), threading.get_ident(), os.path.realpath(out)
+    if key in _held:
+        yield
+        return
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    handle = _lock(out, wait)
+    _held[key] = handle
+    try:
+        yield
+    finally:
+        del _held[key]
+        with contextlib.suppress(OSError):
+            if os.fstat(handle).st_ino == os.stat(out / LOCK).st_ino:
+                os.unlink(out / LOCK)
+        os.close(handle)
+        with contextlib.suppress(OSError):  # a directory that was made for nothing
+            for path in made:
+                path.rmdir()
+
+
+def _lock(out: Path, wait: bool) -> int:
+    """Open and lock `out`/.lock; a file that its last holder removed meanwhile does not count."""
+    while True:
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            if out.is_dir():
+                raise
+            continue  # its last holder removed the directory just now
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if os.fstat(handle).st_ino == os.stat(out / LOCK).st_ino:
+                with contextlib.suppress(OSError):  # a full disk: who holds it is good to know, no more
+                    os.truncate(handle, 0)
+                    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return handle
+        except BlockingIOError:
+            holder = os.read(handle, 200).decode(errors="replace") or "another process"
+            os.close(handle)
+            raise ValueError(f"{str(out)!r} is in use by {holder}; wait until it ends, stop it, or take another directory") from None
+        except FileNotFoundError:
+            pass
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                return handle  # a file system without locks
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _in_use(out: Path) -> bool:
+    """Whether some process holds the lock of `out`; writes nothing."""
+    try:
+        handle = os.open(out / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError as error:
+        return error.errno == errno.EWOULDBLOCK
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def replacing(out: Path, weights: bool = True) -> Iterator[Path]:
+    """Yield an empty directory; what is written there takes its place in `out` at the end, as a whole, and files of other names in `out` stay.
+
+    `weights`: the older save's weights, adapter and autoencoder go where the new one has no such file. Inside another `replacing` it is the directory itself.
+
+    Raises:
+        ValueError: another process writes into `out`.
+        OSError: the disk is full, or the like; the older save stands.
+    """
+    out = Path(out)
+    if any(stage == out or stage in out.parents for stage in _staging):
+        out.mkdir(parents=True, exist_ok=True)
+        yield out
+        return
+    with locked(out):
+        settle(out)
+        fresh = out / SAVING
+        fresh.mkdir()
+        _staging.append(fresh)
+        try:
+            with file_errors(out):
+                yield fresh
+                if not any(fresh.iterdir()):
+                    fresh.rmdir()
+                    return
+                _seal(out, fresh, weights)
+                os.rename(fresh, out / SAVED)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+        finally:
+            _staging.remove(fresh)
+        sync(out)
+        _finish(out)
+
+
+def _seal(out: Path, fresh: Path, weights: bool) -> None:
+    """Write the checksums and the journal of a new save, let others read it as umask says, and sync it."""
+    for directory in {path.parent for path in fresh.rglob("*.safetensors")}:
+        sums = {path.name: checksum(path) for path in sorted(directory.glob("*.safetensors"))}
+        (directory / CHECKSUMS).write_text(json.dumps({"crc32": sums}, indent=2) + "\n")
+    files = sorted(str(path.relative_to(fresh)) for path in fresh.rglob("*") if not path.is_dir())
+    patterns = WEIGHTS if weights else ()
+    left = {str(path.relative_to(out)) for pattern in patterns for path in out.glob(pattern) if path.is_file()} - set(files)
+    if weights and files and CHECKSUMS not in files and (out / CHECKSUMS).is_file():
+        left.add(CHECKSUMS)
+    (fresh / JOURNAL).write_text(json.dumps({"files": files, "obsolete": sorted(left)}))
+    mode = (fresh / JOURNAL).stat().st_mode & 0o777
+    for name in files:
+        (fresh / name).chmod(mode)
+        sync(fresh / name)
+    sync(fresh / JOURNAL)
+    for directory in [path for path in fresh.rglob("*") if path.is_dir()] + [fresh]:
+        sync(directory)
+
+
+def _finish(out: Path) -> None:
+    """Move what waits in .saved into its place; may be stopped and called again at any moment."""
+    saved = out / SAVED
+    journal = read_json(saved / JOURNAL)
+    places = {out}
+    for name in journal["files"]:
+        if (saved / name).exists():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(saved / name, out / name)
+            places.add((out / name).parent)
+    for name in journal["obsolete"]:
+        (out / name).unlink(missing_ok=True)
+        places.add((out / name).parent)
+    for place in places:
+        if place.is_dir():
+            sync(place)
+        if place != out:
+            with contextlib.suppress(OSError):
+                place.rmdir()  # where only obsolete files were
+    (saved / JOURNAL).unlink()
+    shutil.rmtree(saved)
+    sync(out)
+
+
+def settle(out: Path) -> None:
+    """Finish the save that a kill interrupted, if it was whole, and clear what killed saves left; for the holder of the lock of `out`."""
+    if (out / SAVED / JOURNAL).is_file():
+        _finish(out)
+    if (out / "resume.old").is_dir() and not (out / "resume" / "run.json").is_file():  # a kill between two renames of earlier versions
+        shutil.rmtree(out / "resume", ignore_errors=True)
+        os.rename(out / "resume.old", out / "resume")
+    for name in (SAVED, SAVING, "resume.new", "resume.old"):
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+    for path in out.glob(f"{ASIDE}*"):
+        path.unlink(missing_ok=True)
+
+
+def unfinished(out: Path) -> bool:
+    """Whether a kill left the newest save of `out` partly in .saved; a process that is moving it right now is waited for."""
+    journal, began = Path(out) / SAVED / JOURNAL, time.monotonic()
+    while journal.is_file() and _in_use(Path(out)) and time.monotonic() - began < 10:
+        time.sleep(0.02)
+    return journal.is_file()
+
+
+def current(out: Path, name: str) -> Path:
+    """The file `name` of the newest save in `out`, wherever it is."""
+    waiting = Path(out) / SAVED / name
+    return waiting if unfinished(out) and waiting.exists() else Path(out) / name
+
+
+@contextlib.contextmanager
+def whole(out: Path) -> Iterator[Path]:
+    """Yield a directory that holds the newest save of `out`: `out` itself or, where a kill left the save in two places, one of links to its files."""
+    out = Path(out)
+    if not unfinished(out):
+        yield out
+        return
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as view:
+        for name in read_json(out / SAVED / JOURNAL)["files"]:
+            (Path(view) / name).parent.mkdir(parents=True, exist_ok=True)
+            (Path(view) / name).symlink_to(current(out, name).resolve())
+        yield Path(view)
+
+
+def checksum(path: Path) -> str:
+    """The CRC-32 of a file, eight hexadecimal digits."""
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
+
+
+def verify(directory: Path) -> None:
+    """Refuse weights in `directory` that are cut off or differ from checksums.json; files that it does not name need only be whole.
+
+    Raises:
+        ValueError: a file is damaged; the message names it.
+    """
+    for path in sorted(Path(directory).glob("*.safetensors")):
+        _check(path)
+
+
+def _check(path: Path) -> None:
+    while True:
+        sums = checksums(path.parent)
+        problem = _problem(path, sums.get(path.name))
+        if problem is None or sums == checksums(path.parent):  # otherwise a newer save took its place meanwhile
+            break
+    if problem is not None:
+        raise ValueError(f"{path} is damaged ({problem}); copy it again or make it anew")
+
+
+def check_files(directory: Path) -> None:
+    """Refuse a checkpoint with a damaged file; what else is wrong with it, its loader says.
+
+    Raises:
+        ValueError: the message names the file.
+    """
+    for name in ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
+                 "model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json"):
+        if (Path(directory) / name).is_file():
+            read_json(Path(directory) / name)
+    verify(directory)
+
+
+def checksums(out: Path) -> dict[str, str]:
+    """The CRC-32 of each file of weights in `out`, as it was saved; {} for what other programs wrote."""
+    path = current(out, CHECKSUMS)
+    sums = read_json(path, "delete it to load the weights unchecked").get("crc32") if path.is_file() else {}
+    return sums if isinstance(sums, dict) else {}
+
+
+def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """The tensors of a safetensors file, checked against the checksums beside it.
+
+    Raises:
+        ValueError: the file is missing or damaged; the message names it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; restore it or make it anew")
+    _check(path)
+    return load_file(path, device=device)
+
+
+def _problem(path: Path, expected: str | None) -> str | None:
+    """What is wrong with a file of weights, None where nothing is."""
+    with open(path, "rb"):  # an error of the file system, safetensors' own would not name the file
+        pass
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except SafetensorError as error:
+        return str(error)
+    if expected is not None and (found := checksum(path)) != expected:
+        return f"its checksum is {found}, in {path.parent / CHECKSUMS} {expected}; delete that one if the weights were changed on purpose"
+    return None

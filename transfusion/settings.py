@@ -1,0 +1,112 @@
+"""What fits in settings: beside its field a number says its range and a choice its names; `check` refuses all else.
+
+    steps: Annotated[int, Range(1)] = 1000                  betas: tuple[Share, Share] = (0.9, 0.95)
+    times: Annotated[str, OneOf(TIMES)] = "uniform"
+
+Names are those of the command line: `optim.steps` is the field `steps` of the settings in the field `optim`.
+"""
+import dataclasses
+import difflib
+import functools
+import math
+import types
+from collections.abc import Container
+from pathlib import Path
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
+
+KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a str", Path: "a pathlib.Path"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, both fit; `above` and `below` are ends that do not. NaN and infinity never fit."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def __contains__(self, value) -> bool:
+        return self.low <= value <= self.high and self.above < value < self.below
+
+    def words(self) -> str:
+        """Say which fit, behind "a number"."""
+        ends = {"of at least ": self.low, "above ": self.above, "at most ": self.high, "below ": self.below}
+        return " and ".join(f"{words}{end:g}" for words, end in ends.items() if math.isfinite(end))
+
+
+class OneOf:
+    """The names in `choices`, which may grow after the class is made."""
+
+    def __init__(self, choices: Container):
+        self.choices = choices
+
+
+WholeNumber, Count = Annotated[int, Range(0)], Annotated[int, Range(1)]
+Share, Decay = Annotated[float, Range(0, 1)], Annotated[float, Range(0, below=1)]
+Positive, NotNegative = Annotated[float, Range(above=0)], Annotated[float, Range(0)]
+Seed = Annotated[int, Range(0, 2**63 - 1)]
+
+
+def check(op: str, settings, prefix: str = "") -> None:
+    """Refuse settings, a dataclass, where a value does not fit, in its fields' settings too.
+
+    Raises:
+        ValueError: a number out of its range, NaN or infinite, a value of another kind, or a name that is none of the
+            choices; the first of them is named, behind `prefix`.
+    """
+    for name, hint in _hints(type(settings)).items():
+        value = getattr(settings, name)
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, hint):
+                raise ValueError(f"{op}: {prefix}{name} is {value!r}; settings of class {hint.__name__} fit")
+            check(op, value, f"{prefix}{name}.")
+        elif misfit := _misfit(value, hint):
+            raise ValueError(f"{op}: {prefix}{name} is {value!r}; {misfit}")
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, object]:
+    hints = get_type_hints(kind, include_extras=True)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+
+
+def _misfit(value, hint) -> str | None:
+    """What fits `hint`, where `value` does not."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):                                                # X | None
+        misfit = None if value is None else _misfit(value, next(part for part in inner if part is not type(None)))
+        return misfit and f"{misfit.removesuffix(' fits')} or None fits"
+    if origin is tuple:
+        return _tuple_misfit(value, inner)
+    if origin is Literal:
+        return _choice_misfit(value, inner)
+    kind, *notes = inner if origin is Annotated else (hint,)
+    rule = next((note for note in notes if isinstance(note, Range | OneOf)), Range())
+    if isinstance(rule, OneOf):
+        return _choice_misfit(value, rule.choices)
+    if kind in (int, float):
+        return _number_misfit(value, kind, rule)
+    return None if kind not in KINDS or isinstance(value, kind) else f"{KINDS[kind]} fits"
+
+
+def _number_misfit(value, kind: type, rule: Range) -> str | None:
+    right = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    if right and value in rule:  # NaN and infinities are in no range
+        return None
+    return " ".join(filter(None, (KINDS[kind], rule.words(), "fits")))
+
+
+def _choice_misfit(value, choices: Container) -> str | None:
+    if isinstance(value, str | int) and value in choices:
+        return None
+    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
+    return f"one of {', '.join(map(repr, choices))} fits" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _tuple_misfit(value, inner: tuple) -> str | None:
+    if isinstance(value, tuple | list) and value and (inner[-1] is ... or len(value) == len(inner)):
+        parts = inner[:1] * len(value) if inner[-1] is ... else inner
+        misfits = filter(None, map(_misfit, value, parts))
+        return next((f"{misfit} at each place" for misfit in misfits), None)
+    return f"a tuple of {'one or more' if inner[-1] is ... else len(inner)} fits"
