@@ -6,8 +6,21 @@ from hypothesis import strategies as st
 
 from tests.compare import assert_as_accurate
 from tests.conftest import DEVICE, DTYPES
-from tests.tfkernels.test_attention import absolute_terms, check, random_inputs
-from tfkernels import TransfusionMask, attention, attention_reference, attention_with_lse, paged_attention, paged_attention_reference
+from tests.tfkernels.test_attention import LAYOUTS, absolute_terms, check, random_inputs
+from tfkernels import (
+    TransfusionMask,
+    _attention_backward,
+    _attention_decode,
+    _attention_forward,
+    _attention_tiles,
+    attention,
+    attention_reference,
+    attention_with_lse,
+    paged_attention,
+    paged_attention_reference,
+)
+from tfkernels._launch import Config
+from tfkernels.mask import _build
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -122,6 +135,16 @@ def test_opcheck_passes_for_pages():
     torch.library.opcheck(torch.ops.tfkernels.paged_attention.default, (q, store, store, table, *sides, mask.rows_exact, 0, 0.25, 0.0))
 
 
+@pytest.mark.parametrize("layout", ["tokens side by side", "(B, S, H, D)", "expanded", "sliced"])
+def test_the_fake_of_paged_attention_has_the_strides_of_its_result(layout):
+    q, k = torch.randn(2, 4, 3, 16, device=DEVICE), torch.randn(2, 2, 32, 16, device=DEVICE)
+    store, table = pages(k, 8, 0, seed=3)
+    mask = TransfusionMask.from_cache(torch.tensor([20, 2], device=DEVICE), 3, 32)
+    sides = mask.lo, mask.hi, mask.query_lo, mask.query_hi
+    torch.library.opcheck(torch.ops.tfkernels.paged_attention.default, (LAYOUTS[layout](q), store, store, table, *sides, mask.rows_exact, 0, 0.25, 0.0),
+                          test_utils=("test_faketensor",))
+
+
 def test_a_page_table_that_does_not_fit_is_refused_by_name():
     q, store, mask = torch.zeros(2, 2, 1, 16), torch.zeros(4, 8, 2, 16), TransfusionMask.causal(16).queries(15, 16)
     table = torch.zeros(2, 2, dtype=torch.int32)
@@ -135,3 +158,48 @@ def test_a_page_table_that_does_not_fit_is_refused_by_name():
         paged_attention(q, store, store, torch.zeros(2, 3, dtype=torch.int32), mask)
     with pytest.raises(ValueError, match="paged_attention: q has 2 heads and k has 3"):
         paged_attention(q, store[:, :, [0, 0, 0]], store[:, :, [0, 0, 0]], table, mask)
+
+
+@pytest.mark.parametrize("name", ["q", "k_pages", "v_pages", "block_table", "mask"])
+def test_what_is_no_tensor_or_mask_is_refused_by_the_arguments_name(name):
+    arguments = {"q": torch.zeros(1, 2, 1, 16), "k_pages": torch.zeros(4, 8, 2, 16), "v_pages": torch.zeros(4, 8, 2, 16),
+                 "block_table": torch.zeros(1, 2, dtype=torch.int32), "mask": TransfusionMask.causal(16).queries(15, 16)}
+    for wrong in (None, [[0, 1]], "pages", torch.nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match=f"paged_attention: {name} is a {type(wrong).__name__}"):
+            paged_attention(**arguments | {name: wrong})
+    with pytest.raises(ValueError, match="paged_attention: k_pages is torch.float16"):
+        paged_attention(**arguments | {"k_pages": arguments["k_pages"].half()})
+    with pytest.raises(ValueError, match="paged_attention: scale is nan"):
+        paged_attention(**arguments, scale=float("nan"))
+
+
+class Recorder:
+    """Stands for a kernel: keeps the grids it would be launched with."""
+
+    def __init__(self):
+        self.grids = []
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return lambda *args, **kwargs: None
+
+
+def test_no_launch_puts_the_batch_into_a_dimension_of_65535(monkeypatch):
+    """A grid may have 2**31 - 1 programs along its first dimension, 65,535 along the others."""
+    batch, recorder = 70_000, Recorder()
+    for module, kernels in ((_attention_decode, ("_attention_decode", "_attention_merge")), (_attention_forward, ("_attention_fwd",)),
+                            (_attention_backward, ("_attention_bwd_delta", "_attention_bwd_dq", "_attention_bwd_dkv")),
+                            (_attention_tiles, ("_tile_bounds",)), (_build, ("_mask_intervals",))):
+        for kernel in kernels:
+            monkeypatch.setattr(module, kernel, recorder)
+        if hasattr(module, "lookup"):
+            monkeypatch.setattr(module, "lookup", lambda *args, **kwargs: Config(16, 16, 4, 1))
+    monkeypatch.setattr(_attention_decode, "multiprocessors", lambda device: 10**6)
+    monkeypatch.setattr(_attention_decode, "SPLIT_KEYS", 1)
+    x, sides = torch.zeros(batch, 1, 2, 1), [torch.zeros(batch, 2, dtype=torch.int32)] * 4
+    _attention_decode.attention_decode(x, x, x, None, *sides, False, 0, 1.0, 0.0)
+    out, lse = _attention_forward.attention_forward(x, x, x, *sides, False, False, 0, 1.0, 0.0)
+    _attention_backward.attention_backward(x, lse, x, x, x, out, lse, *sides, False, False, 0, 1.0, 0.0)
+    _build._intervals(torch.zeros(batch, 1, 2, dtype=torch.int64), None, None, None, batch, 2, 0)
+    assert len(recorder.grids) == 10
+    assert all(grid[0] >= batch and all(size <= 65_535 for size in grid[1:]) for grid in recorder.grids), recorder.grids
