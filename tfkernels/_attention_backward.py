@@ -296,6 +296,8 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
     b, h = (pid // tiles // kv_heads).to(tl.int64), (pid // tiles % kv_heads).to(tl.int64)
     start_n = pid % tiles * BLOCK_N
     cols = start_n + offs_n
+    since, until = _query_bounds(query_lo_ptr + b * stride_mask_columns, query_hi_ptr + b * stride_mask_columns, cols, offset, sq, sk)
+    seen = since < until
     good = (cols < sk) & (good | (seen == 0))
     inside = good[:, None] & (offs_d < HEAD_DIM)[None, :]
     dk, dv = tl.where(seen[:, None], dk * scale, 0.0), tl.where(seen[:, None], dv, 0.0)

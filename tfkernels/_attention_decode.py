@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tfkernels._attention_forward import base2_scores, batch_stride, dot_precision, row_bounds, rows_contiguous, softmax_step
-from tfkernels._attention_rows import LOG2E, LOWEST, attend_row, finished, finite_rows, next_of, program_again
+from tfkernels._attention_rows import LOG2E, LOWEST, attend_row, finished, finite_rows, next_of, page_of, program_again
 from tfkernels._attention_tiles import FAR
 from tfkernels._launch import Config, lookup
 from tfkernels._library import INTERPRET, result_like
@@ -69,11 +69,11 @@ def _part(first, last, split, splits, BLOCK_N: tl.constexpr):
     return first + split * part, tl.minimum(first + split * part + part, last)
 
 
-@triton.jit(do_not_specialize=["sq", "sk", "offset", "splits", "batch", "stride_mask_rows", "stride_mask_columns", "stride_table"])
+@triton.jit(do_not_specialize=["sq", "sk", "offset", "splits", "batch", "pages", "stride_mask_rows", "stride_mask_columns", "stride_table"])
 def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, table_ptr, out_ptr, lse_ptr,
                       stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
                       stride_ob, stride_oh, stride_os, stride_mask_rows, stride_mask_columns, stride_table,
-                      kv_heads, group, sq, sk, offset, splits, batch, scale, softcap,
+                      kv_heads, group, sq, sk, offset, splits, batch, pages, scale, softcap,
                       HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr,
                       SPLIT: tl.constexpr, CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     b, h, split, tile = _place(tl.program_id(0), tl.cdiv(sq * group, BLOCK_M), splits, kv_heads)
@@ -99,7 +99,7 @@ def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_h
         at = cols.to(tl.int64)
         k_at, v_at = at * stride_ks, at * stride_vs
         if PAGE_SIZE > 0:
-            page = tl.load(table_ptr + b * stride_table + at // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
+            page = page_of(table_ptr + b * stride_table, at // PAGE_SIZE, inside, pages)
             k_at, v_at = page * stride_kb + at % PAGE_SIZE * stride_ks, page * stride_vb + at % PAGE_SIZE * stride_vs
         k = tl.load(k_head + k_at[:, None] + offs_d[None, :], mask=inside[:, None] & inside_d, other=0.0)
         s = base2_scores(q, k, scale, softcap, SOFTCAP, PRECISION)
@@ -140,7 +140,7 @@ def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_h
         page_b = b_m * (PAGE_SIZE == 0)
         row_out, row_lse = attend_row(
             q_ptr + b_m * stride_qb + head * stride_qh + row * stride_qs, k_ptr + page_b * stride_kb + h_m * stride_kh,
-            v_ptr + page_b * stride_vb + h_m * stride_vh, table_ptr + b_m * stride_table, stride_kb, stride_ks, stride_vb, stride_vs,
+            v_ptr + page_b * stride_vb + h_m * stride_vh, table_ptr + b_m * stride_table, pages, stride_kb, stride_ks, stride_vb, stride_vs,
             tl.maximum(tl.load(lo_m + row), first_m), tl.minimum(tl.load(hi_m + row), last_m),
             row + offset, query_lo_ptr + b_m * stride_mask_columns, query_hi_ptr + b_m * stride_mask_columns,
             scale, softcap, HEAD_DIM, D, PAGE_SIZE, CHECK_COLUMNS, SOFTCAP)
@@ -216,7 +216,8 @@ def attention_decode(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None
         parts, parts_lse = q.new_empty(splits, batch, heads, sq, head_dim, dtype=torch.float32), q.new_empty(splits, batch, heads, sq, dtype=torch.float32)
     _attention_decode[(tiles * splits * batch * kv_heads,)](
         q, k, v, lo, hi, query_lo, query_hi, block_table if paged else lo, parts, parts_lse, *q.stride()[:3], *strides, *out.stride()[:3],
-        batch_stride(lo), batch_stride(query_lo), block_table.stride(0) if paged else 0, kv_heads, group, sq, sk, offset, splits, batch, scale, softcap,
+        batch_stride(lo), batch_stride(query_lo), block_table.stride(0) if paged else 0, kv_heads, group, sq, sk, offset, splits, batch,
+        k.shape[0], scale, softcap,
         HEAD_DIM=head_dim, D=padded, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PAGE_SIZE=page_size, SPLIT=splits > 1, CHECK_COLUMNS=not rows_exact,
         SOFTCAP=softcap > 0, PRECISION=dot_precision(q), **config.options)
     if splits > 1:

@@ -204,7 +204,7 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_p
         b_m, h_m = (pid_m // tiles // heads).to(tl.int64), (pid_m // tiles % heads).to(tl.int64)
         row_out, row_lse = attend_row(
             q_ptr + b_m * stride_qb + h_m * stride_qh + row * stride_qs, k_ptr + b_m * stride_kb + h_m // group * stride_kh,
-            v_ptr + b_m * stride_vb + h_m // group * stride_vh, lo_ptr, 0, stride_ks, 0, stride_vs,
+            v_ptr + b_m * stride_vb + h_m // group * stride_vh, lo_ptr, 0, 0, stride_ks, 0, stride_vs,
             tl.maximum(tl.load(lo_ptr + b_m * stride_mask_rows + row), 0), tl.minimum(tl.load(hi_ptr + b_m * stride_mask_rows + row), sk),
             row + offset, query_lo_ptr + b_m * stride_mask_columns, query_hi_ptr + b_m * stride_mask_columns,
             scale, softcap, HEAD_DIM, D, 0, CHECK_COLUMNS, SOFTCAP)

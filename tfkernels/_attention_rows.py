@@ -67,12 +67,18 @@ def _load_visible(base, places, visible, HEAD_DIM: tl.constexpr, D: tl.constexpr
 
 
 @triton.jit
-def _places(cols, visible, table_ptr, stride_page, stride, PAGE_SIZE: tl.constexpr):
+def page_of(table_ptr, place, visible, pages):
+    """The numbers of pages that a block table names; what is none of the `pages` there are becomes the first or the last."""
+    return tl.minimum(tl.maximum(tl.load(table_ptr + place, mask=visible, other=0), 0), pages - 1).to(tl.int64)
+
+
+@triton.jit
+def _places(cols, visible, table_ptr, pages, stride_page, stride, PAGE_SIZE: tl.constexpr):
     """Offsets of the keys `cols` of a plain cache, or of a paged one."""
     at = cols.to(tl.int64)
     if PAGE_SIZE == 0:
         return at * stride
-    return tl.load(table_ptr + at // PAGE_SIZE, mask=visible, other=0).to(tl.int64) * stride_page + at % PAGE_SIZE * stride
+    return page_of(table_ptr, at // PAGE_SIZE, visible, pages) * stride_page + at % PAGE_SIZE * stride
 
 
 @triton.jit
@@ -92,7 +98,7 @@ def _weights(s, lse):
 
 
 @triton.jit
-def attend_row(q_ptr, k_ptr, v_ptr, table_ptr, stride_k_page, stride_ks, stride_v_page, stride_vs, first, last, position, query_lo_ptr, query_hi_ptr,
+def attend_row(q_ptr, k_ptr, v_ptr, table_ptr, pages, stride_k_page, stride_ks, stride_v_page, stride_vs, first, last, position, query_lo_ptr, query_hi_ptr,
                scale, softcap, HEAD_DIM: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr, CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr):
     """Return one row's output (D,) over the keys [first, last) and its base-2 LSE, LOWEST where it sees only scores of -inf."""
     N: tl.constexpr = LOADED // D
@@ -102,7 +108,7 @@ def attend_row(q_ptr, k_ptr, v_ptr, table_ptr, stride_k_page, stride_ks, stride_
     n = first
     while (n < last) & (unknown == 0):
         visible = _visible_keys(n + offs_n, first, last, position, query_lo_ptr, query_hi_ptr, CHECK_COLUMNS)
-        k = _load_visible(k_ptr, _places(n + offs_n, visible, table_ptr, stride_k_page, stride_ks, PAGE_SIZE), visible, HEAD_DIM, D)
+        k = _load_visible(k_ptr, _places(n + offs_n, visible, table_ptr, pages, stride_k_page, stride_ks, PAGE_SIZE), visible, HEAD_DIM, D)
         s, _ = _scores(q, k, scale, softcap, SOFTCAP)
         s = tl.where(visible, s, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(s))
@@ -120,9 +126,9 @@ def attend_row(q_ptr, k_ptr, v_ptr, table_ptr, stride_k_page, stride_ks, stride_
     n = first
     while (n < last) & (seen > infinite + unknown):
         visible = _visible_keys(n + offs_n, first, last, position, query_lo_ptr, query_hi_ptr, CHECK_COLUMNS)
-        k = _load_visible(k_ptr, _places(n + offs_n, visible, table_ptr, stride_k_page, stride_ks, PAGE_SIZE), visible, HEAD_DIM, D)
+        k = _load_visible(k_ptr, _places(n + offs_n, visible, table_ptr, pages, stride_k_page, stride_ks, PAGE_SIZE), visible, HEAD_DIM, D)
         s, _ = _scores(q, k, scale, softcap, SOFTCAP)
-        v = _load_visible(v_ptr, _places(n + offs_n, visible, table_ptr, stride_v_page, stride_vs, PAGE_SIZE), visible, HEAD_DIM, D)
+        v = _load_visible(v_ptr, _places(n + offs_n, visible, table_ptr, pages, stride_v_page, stride_vs, PAGE_SIZE), visible, HEAD_DIM, D)
         out += tl.sum(tl.where(visible, tl.exp2(s - lse), 0.0)[:, None] * v, 0)
         n += N
     return tl.where(infinite + unknown > 0, float("nan"), out), lse

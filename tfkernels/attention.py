@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tfkernels import _attention_backward, _attention_cpu, _attention_decode, _attention_forward
+from tfkernels._arguments import looks, need_range
 from tfkernels._library import register, result_like
 from tfkernels.mask import TransfusionMask
 
@@ -72,7 +73,8 @@ def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Te
     Args:
         q: (B, H, Sq, D) in float16, bfloat16 or float32, any strides.
         k_pages, v_pages: (P, page_size, K, D) like q, any strides, any page size; H a multiple of K.
-        block_table: (B, T) int32, the pages of each row in order; entries behind a row's last key are never read.
+        block_table: (B, T) int32, the pages of each row in order; entries behind a row's last key are never read. An entry that names none
+            of the P pages raises on a CPU; on a GPU, where looking would wait, the first or the last page stands for it.
         mask: Sq queries by T * page_size keys: `TransfusionMask.from_cache(cached_lens, Sq, T * page_size, image=...)`.
         scale, softcap: as in `attention`; autocast changes nothing here, for it would copy the whole cache.
 
@@ -88,14 +90,23 @@ def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Te
     if block_table.ndim != 2 or block_table.shape[0] != q.shape[0] or block_table.dtype != torch.int32:
         raise ValueError(f"paged_attention: block_table is {block_table.dtype} of shape {tuple(block_table.shape)} and q has {q.shape[0]} rows; "
                          "an int32 tensor (B, T) fits, the numbers of each row's pages")
-    if k_pages.ndim != 4 or v_pages.ndim != 4 or block_table.device != q.device:
+    if k_pages.ndim != 4 or v_pages.ndim != 4 or 0 in (len(k_pages), len(v_pages)) or block_table.device != q.device:
         raise ValueError(f"paged_attention: k_pages has shape {tuple(k_pages.shape)}, v_pages {tuple(v_pages.shape)} and block_table is on "
-                         f"{block_table.device}; (P, page_size, K, D) and {q.device} fit")
+                         f"{block_table.device}; (P, page_size, K, D), P at least 1, and {q.device} fit")
     keys = [x[:1, :1].transpose(1, 2).expand(q.shape[0], -1, block_table.shape[1] * x.shape[1], -1) for x in (k_pages, v_pages)]
     _check("paged_attention", q, *keys, mask, keys=("k_pages", "v_pages"))
+    _check_pages(block_table, mask.hi, len(k_pages), k_pages.shape[1])
     scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
     return _paged(q, k_pages, v_pages, block_table, mask.lo, mask.hi, mask.query_lo, mask.query_hi, mask.rows_exact, mask.offset,
                   float(scale), float(softcap or 0))[0]
+
+
+def _check_pages(block_table: Tensor, hi: Tensor, pages: int, page_size: int) -> None:
+    """Refuse a page that is not there, among those that a row reads, where looking is free."""
+    if looks(block_table, hi) and hi.numel():
+        read = torch.arange(block_table.shape[1]) * page_size < hi.amax(1, keepdim=True)   # (B or 1, T)
+        found = block_table[read.expand_as(block_table)]
+        need_range("paged_attention", "block_table", found, 0, pages - 1, "the pages there are")
 
 
 def paged_attention_reference(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, mask: TransfusionMask, *, scale: float | None = None,

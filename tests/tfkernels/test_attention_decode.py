@@ -203,3 +203,16 @@ def test_no_launch_puts_the_batch_into_a_dimension_of_65535(monkeypatch):
     _build._intervals(torch.zeros(batch, 1, 2, dtype=torch.int64), None, None, None, batch, 2, 0)
     assert len(recorder.grids) == 10
     assert all(grid[0] >= batch and all(size <= 65_535 for size in grid[1:]) for grid in recorder.grids), recorder.grids
+
+
+def test_a_page_that_is_not_there_is_refused_where_a_row_reads_it():
+    q, store, mask = torch.randn(2, 2, 1, 16), torch.randn(4, 8, 2, 16), TransfusionMask.from_cache(torch.tensor([3, 9]), 1, 16)
+    good = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
+    with pytest.raises(ValueError, match="paged_attention: block_table holds 4; 0 to 3 fits"):
+        paged_attention(q, store, store, good + 1, mask)
+    with pytest.raises(ValueError, match="paged_attention: block_table holds -1; 0 to 3 fits"):
+        paged_attention(q, store, store, torch.tensor([[0, 1], [2, -1]], dtype=torch.int32), mask)
+    behind = torch.tensor([[0, 9999], [2, 3]], dtype=torch.int32)  # row 0 has 4 keys, all in its first page
+    assert torch.equal(paged_attention(q, store, store, behind, mask), paged_attention(q, store, store, good, mask))
+    with pytest.raises(ValueError, match="paged_attention: k_pages has shape"):
+        paged_attention(q, store[:0], store[:0], good, mask)
