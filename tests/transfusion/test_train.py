@@ -176,6 +176,14 @@ def test_a_damaged_log_does_not_keep_a_run_from_going_on(tmp_path, damage, capsy
     assert (f"holds {len(kept)} of the 5 steps" in capsys.readouterr().out) == (damage != "not text")
 
 
+def test_a_run_cannot_stop_where_it_has_been(tmp_path):
+    train(small(tmp_path, stop_after=3))
+    with pytest.raises(ValueError, match="stop_after is 3 and the run saved in .* has 3 steps; a later step fits"):
+        train(small(tmp_path, stop_after=3, resume=True))
+    train(small(tmp_path, stop_after=4, resume=True))
+    assert saved_step(tmp_path) == 4
+
+
 def test_a_kill_while_resuming_loses_no_line_of_the_log(tmp_path):
     train(small(tmp_path, stop_after=5))
     before = (tmp_path / "log.jsonl").read_bytes()
