@@ -14,7 +14,7 @@ from tfkernels import TransfusionMask, attention_reference, attention_with_lse, 
 from tfkernels._library import INTERPRET
 
 JUNK = torch.tensor([math.nan, math.inf, -math.inf])
-few = settings(max_examples=6 if INTERPRET else 40)
+few = settings(max_examples=5 if INTERPRET else 40)
 CLOSE = dict(rtol=1e-4, atol=1e-4)
 
 
@@ -76,7 +76,7 @@ def test_a_row_is_what_zeros_in_all_that_it_does_not_see_would_give(mask, seed, 
     """For one query: every key that it does not see and every other query hold junk."""
     row = seed % mask.query_len
     hidden, others = ~mask.dense()[:, 0, row], torch.arange(mask.query_len, device=DEVICE).expand(2, -1) != row
-    tensors = inputs(2, 4, 2, mask.query_len, mask.key_len, 16, seed)
+    tensors = inputs(2, 2, 1, mask.query_len, mask.key_len, 16, seed)
     for function in (attention_with_lse, attention_reference):
         wanted, gotten = with_zeros_and_with_junk(function, tensors, others, hidden, mask, softcap)
         for got, want in zip(gotten[:3], wanted[:3]):                                      # out, lse, dq
@@ -91,7 +91,7 @@ def test_a_keys_gradients_are_what_zeros_in_the_queries_that_do_not_see_it_would
     others = ~dense[:, :, key]
     unrelated = ~(dense & ~others[..., None]).any(1)
     unrelated[:, key] = False
-    tensors = inputs(2, 4, 2, mask.query_len, mask.key_len, 16, seed)
+    tensors = inputs(2, 2, 1, mask.query_len, mask.key_len, 16, seed)
     for function in (attention_with_lse, attention_reference):
         wanted, gotten = with_zeros_and_with_junk(function, tensors, others, unrelated, mask, softcap)
         for got, want in zip(gotten[3:], wanted[3:]):                                      # dk, dv
@@ -106,8 +106,8 @@ def test_what_is_seen_shows_where_the_reference_shows_it(mask, seed, name, value
     if len(pairs) == 0:
         return
     row, key = pairs[seed % len(pairs)].tolist()
-    tensors = dict(zip(("q", "k", "v", "dout", "dlse"), inputs(2, 4, 2, mask.query_len, mask.key_len, 16, seed)))
-    place = (0, 1, key if name in ("k", "v") else row) + (() if name == "dlse" else (3,))
+    tensors = dict(zip(("q", "k", "v", "dout", "dlse"), inputs(2, 2, 1, mask.query_len, mask.key_len, 16, seed)))
+    place = (0, 0, key if name in ("k", "v") else row) + (() if name == "dlse" else (3,))
     tensors[name][place] = value
     got = run(attention_with_lse, *tensors.values(), mask, softcap=softcap)
     want = run(attention_reference, *(x.double() for x in tensors.values()), mask, softcap=softcap)

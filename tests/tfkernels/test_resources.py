@@ -138,10 +138,9 @@ SMALL_CARDS = [Row(kernel, 80, 2, dim) for kernel in ("fwd", "dq", "dkv", "decod
 
 
 @pytest.mark.parametrize("row", SMALL_CARDS, ids=str)
-def test_the_80_rows_fit_sm_120(row):
-    """Compiled for the card itself: its compiler takes other instructions and may take other shared memory."""
-    found = compiled(row, target=120)
-    assert found.stack_bytes == 0 and found.shared_bytes <= SHARED_LIMIT[80], found
+def test_the_80_rows_fit_the_shared_memory_of_sm_120(row):
+    """Compiled for the card itself, whose multiply instructions and shared memory may differ; without that a launch fails."""
+    assert compiled(row, target=120).shared_bytes <= SHARED_LIMIT[80]
 
 
 @pytest.mark.parametrize("table", TABLES)
