@@ -25,6 +25,7 @@ from PIL import Image as Picture
 from torch import Tensor
 from tqdm import tqdm
 
+from transfusion.checkpoint import replacing
 from transfusion.sequence import Image, Part, Text
 
 STYLES = ("noto", "twemoji")
@@ -162,7 +163,8 @@ def fetch(options: Fetch) -> Path:
             raise ValueError("emoji: the two packages name different pictures; the versions in transfusion/emoji.py fit each other")
         rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in tables["noto"])
         (fresh / "names.json").write_text(f'{{"size": {options.size}, "emoji": [\n{rows}\n]}}\n')
-        shutil.copytree(fresh, out, dirs_exist_ok=True)  # nothing is written before everything is there
+        with replacing(out, weights=False) as place:  # nothing is written before everything is there
+            shutil.copytree(fresh, place, dirs_exist_ok=True)
     print(f"{len(tables['noto'])} pictures of {options.size}x{options.size} in each of {', '.join(STYLES)}: {out}")
     return out
 
