@@ -70,7 +70,7 @@ def contender(table: dict, key: tuple, config: Config, inputs, mask, check) -> C
         with replaced(table, key, config):
             state["grads"] = torch.autograd.grad(state["out"], (q, k, v), dout)
 
-    return Contender(str(tuple(config)), {"forward": run_forward, "backward": run_backward}, check)
+    return Contender(str(config), {"forward": run_forward, "backward": run_backward}, check)
 
 
 def tune(
@@ -95,7 +95,7 @@ def tune(
     ]
     timed = sorted((row["milliseconds"][phase]["p50"], row["contender"]) for row in rows if row["milliseconds"])
     print(
-        f"{kernel} {key} {case.seq_len} tokens, table {tuple(own)}: "
+        f"{kernel} {key} {case.seq_len} tokens, table {own}: "
         + ", ".join(f"{config} {ms:.4f} ms" for ms, config in timed[:5]),
         flush=True,
     )

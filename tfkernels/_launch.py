@@ -26,6 +26,9 @@ class Config(NamedTuple):
     num_stages: int
     max_registers: int | None = None
 
+    def __str__(self) -> str:
+        return str(tuple(x for x in self if x is not None))
+
     @property
     def options(self) -> dict[str, int | None]:
         """What a launch is told beside the tile."""

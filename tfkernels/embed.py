@@ -220,7 +220,7 @@ def _embed_bwd_images(parts_ptr, offsets_ptr, dcondition_ptr, rows, chunk, C: tl
 
 def tiles(table: dict, element_size: int, width: int, dim: int) -> dict:
     """Return the constexprs and launch options of a row of `table` for `width` columns and patches of `dim` elements."""
-    (block_r, block_c, num_warps, num_stages), widest = INTERPRETER if INTERPRET else table[element_size]
+    (block_r, block_c, num_warps, num_stages, _), widest = INTERPRETER if INTERPRET else table[element_size]
     return {"C": width, "D": dim, "BLOCK_R": block_r, "BLOCK_C": block_c, "BLOCK_D": min(max(16, triton.next_power_of_2(dim)), widest),
             "num_warps": num_warps, "num_stages": num_stages}
 

@@ -260,7 +260,7 @@ def load_state(config, fixed: tuple[str, ...], device: torch.device) -> tuple[di
     other = [key for key in changed if any(key == name or key.startswith(f"{name}.") for name in fixed)]
     if other:
         raise ValueError(f"train: {', '.join(other)} differ from the run saved in {out!r}; the same settings fit; start anew with another --out")
-    if config.stop_after is not None and config.stop_after <= run["step"]:
+    if config.resume and config.stop_after is not None and config.stop_after <= run["step"]:
         raise ValueError(f"train: stop_after is {config.stop_after} and the run saved in {out!r} has {run['step']:,} steps; a later step fits, or leave it out")
     if changed:
         print(f"going on with {', '.join(f'{key} {ours[key]} (was {theirs[key]})' for key in changed)}", flush=True)

@@ -30,7 +30,7 @@ def test_every_candidate_is_checked_and_timed(capsys, monkeypatch):
     report, key = Report("tune", {}, {}), (90, 2, 64)
     before = dict(tune.TABLES["fwd"])
     tune.tune("fwd", Case(256, 16, 2, 1, 64), key, report, "cpu", 0.0, [Config(64, 32, 4, 2), before[key]])
-    assert [row["contender"] for row in report.rows] == [str(tuple(before[key])), "(64, 32, 4, 2)"]
+    assert [row["contender"] for row in report.rows] == [str(before[key]), "(64, 32, 4, 2)"]
     assert all(row["checked"] and row["milliseconds"]["forward"]["p50"] > 0 for row in report.rows)
     assert tune.TABLES["fwd"] == before and "fwd (90, 2, 64) 256 tokens" in capsys.readouterr().out
 
@@ -63,7 +63,7 @@ def test_a_wrong_row_gets_no_number_and_rows_are_saved_one_by_one(monkeypatch, t
     monkeypatch.setattr(tune, "attention", attention)
     tune.tune("fwd", Case(256, 16, 2, 1, 64), (90, 2, 64), report, "cpu", 0.0, [wrong, right])
     rows = {row["contender"]: row for row in report.rows}
-    assert rows[str(tuple(wrong))]["error"].startswith("AssertionError") and not rows[str(tuple(wrong))]["milliseconds"]
+    assert rows[str(wrong)]["error"].startswith("AssertionError") and not rows[str(wrong)]["milliseconds"]
     assert rows[str(tuple(right))]["checked"] and rows[str(tuple(right))]["milliseconds"] and seen[:3] == list(rows)
 
 
