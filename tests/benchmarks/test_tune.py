@@ -64,7 +64,7 @@ def test_a_wrong_row_gets_no_number_and_rows_are_saved_one_by_one(monkeypatch, t
     tune.tune("fwd", Case(256, 16, 2, 1, 64), (90, 2, 64), report, "cpu", 0.0, [wrong, right])
     rows = {row["contender"]: row for row in report.rows}
     assert rows[str(wrong)]["error"].startswith("AssertionError") and not rows[str(wrong)]["milliseconds"]
-    assert rows[str(tuple(right))]["checked"] and rows[str(tuple(right))]["milliseconds"] and seen[:3] == list(rows)
+    assert rows[str(right)]["checked"] and rows[str(right)]["milliseconds"] and seen[:3] == list(rows)
 
 
 def tune_inputs(case, device):
