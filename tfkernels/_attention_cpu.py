@@ -50,10 +50,12 @@ def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tens
                        query_lo: Tensor, query_hi: Tensor, rows_exact: bool, columns_exact: bool, offset: int, scale: float,
                        softcap: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk, dv in the inputs' dtype, laid out as `result_like` says; dk and dv are summed over the blocks in the statistics' dtype."""
-    dq, (dk, dv) = result_like(q).zero_(), (torch.zeros(x.shape, dtype=_statistics(x)) for x in (k, v))
-    results = dq, result_like(k), result_like(v)
+    dq, *results = (result_like(x).zero_() for x in (q, k, v))
+    dk, dv = (x if x.dtype == _statistics(x) else torch.zeros(x.shape, dtype=_statistics(x)) for x in results)
     q, k, v, out, dout = (_rows_contiguous(x) for x in (q, k, v, out, dout))
-    empty = (lse == -math.inf) & (out == 0).all(-1)  # not so where every visible score is -inf: there `out` is NaN
+    empty = lse == -math.inf
+    if bool(empty.any()):
+        empty &= (out == 0).all(-1)  # where every visible score is -inf a row is not empty, and `out` is NaN
     dlse, known = dlse.masked_fill(empty, 0), lse.masked_fill(empty, 0)
     written_out = bool(softcap) or bool((dlse != 0).any()) or not _finite(q, k, v, out, dout)
     for block in _blocks(q, lo, hi, query_lo, query_hi, rows_exact, offset):
@@ -65,7 +67,10 @@ def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tens
         dq[rows] = grads[0]
         dk[keys] += grads[1]
         dv[keys] += grads[2]
-    return dq.masked_fill_(empty[..., None], 0), results[1].copy_(dk), results[2].copy_(dv)
+    for result, total in zip(results, (dk, dv)):
+        if total is not result:
+            result.copy_(total)
+    return dq.masked_fill_(empty[..., None], 0), *results
 
 
 def visible_sums(weights: Tensor, x: Tensor, visible: Tensor) -> Tensor:
