@@ -16,7 +16,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["tfkernels*", "transfusion*"]),
-    package_data={"transfusion": ["assets/emoji/*.webp", "assets/emoji/*.json", "assets/emoji/licences/*"]},
+    package_data={"transfusion": ["recipes/assets/emoji/*.webp", "recipes/assets/emoji/*.json", "recipes/assets/emoji/licences/*"]},
     install_requires=[
         "torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "numpy", "transformers>=5.17,<6", "tokenizers>=0.22", "diffusers>=0.35", "peft>=0.17",
         "safetensors>=0.5", "pillow>=10", "tqdm>=4.66", *TRAIN[:1],

@@ -107,7 +107,7 @@ def tile_counts(mask: TransfusionMask, definition, rows: int, keys: int) -> dict
         first, last = torch.where(some, part.lo, mask.key_len).amin(1), torch.where(some, part.hi, 0).amax(1)
         if mask.rows_exact:
             visited += (-(-(last - first).clamp(min=0) // keys)).sum().item()
-        else:  # tiles counted from 0, the dead among them passed over (tfkernels._attention_tiles)
+        else:  # tiles counted from 0, the dead among them passed over (tfkernels.attention.triton.tiles)
             visited += live_tiles(mask, start, start + part.query_len, first // keys, -(-last // keys), keys)
         minimum += (-(-seen[:, 0].any(1).sum(-1) // keys)).sum().item()
     return {"visited": visited, "minimum": minimum, "area_in_tiles": mask.area().item() / (rows * keys)}

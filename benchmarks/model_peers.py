@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.batches import PackedBatch, dense_definition
-from transfusion.model import Transfusion
-from transfusion.sequence import Document, Sequence, lay_out
+from transfusion.model.transfusion import Transfusion
+from transfusion.sequence.packing import Document, Sequence, lay_out
 
 
 def training_sequence(config, rows: int, seq_len: int, seed: int = 0) -> Sequence:

@@ -16,8 +16,8 @@ import torch
 from benchmarks import diffusion_loss, image_chain, norm, patchify, rotary
 from benchmarks.batches import packed_batch
 from tfkernels import TransfusionMask
-from tfkernels._attention_backward import DKV_CONFIGS, DQ_CONFIGS
-from tfkernels._attention_forward import CONFIGS
+from tfkernels.attention.triton.backward import DKV_CONFIGS, DQ_CONFIGS
+from tfkernels.attention.triton.forward import CONFIGS
 
 PROCESSORS, GHZ = 132, 1.83
 TENSOR, SHARED, EXPONENTIALS, OTHERS = 4096, 128, 16, 128  # per cycle

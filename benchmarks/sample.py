@@ -29,10 +29,10 @@ from benchmarks.model_peers import randomize, transfusion_pytorch
 from benchmarks.train_step import configuration
 from tests.compare import assert_as_accurate
 from tfkernels import unpatchify
-from transfusion.model import Transfusion
-from transfusion.sampler import make_sampler
-from transfusion.sequence import Image, Text, encode, lay_out
-from transfusion.tokenizer import BOS, EOS, PAD
+from transfusion.diffusion.solvers import make_sampler
+from transfusion.model.transfusion import Transfusion
+from transfusion.sequence.packing import Image, Text, encode, lay_out
+from transfusion.sequence.tokenizer import BOS, EOS, PAD
 
 OURS, GRAPH, UNCACHED, PEER, GENERATE = (
     "tfkernels",

@@ -16,10 +16,9 @@ import torch
 from benchmarks.attention import Case, checker, mask_builder, random_inputs
 from benchmarks.batches import packed_batch
 from benchmarks.harness import Contender, Report, Result, environment, make_parser, measure
-from tfkernels import _attention_backward as backward
-from tfkernels import _attention_forward as forward
 from tfkernels import attention
 from tfkernels._launch import Config, architecture
+from tfkernels.attention.triton import backward, forward
 
 TABLES = {"fwd": forward.CONFIGS, "dq": backward.DQ_CONFIGS, "dkv": backward.DKV_CONFIGS}
 ROWS, WALKED = (64, 128), (16, 32, 64, 128)  # of the tile's own side, which the program holds; of the side it walks

@@ -4,18 +4,17 @@ embedding, patches, noise, and the losses of both heads.
 Dimensions, everywhere: B batch, S tokens (Sq queries, Sk keys), M image spans, N images, H query heads, K key/value heads,
 D head dim, C hidden size.
 """
-from tfkernels.attention import AttentionOutput, attention, attention_reference, attention_with_lse, paged_attention, paged_attention_reference
-from tfkernels.cross_entropy import LinearCrossEntropy, linear_cross_entropy, linear_cross_entropy_reference
-from tfkernels.diffusion_loss import diffusion_loss, diffusion_loss_reference, min_snr_weight
-from tfkernels.embed import embed_patches, embed_patches_reference
-from tfkernels.head_loss import (
+from tfkernels.attention.op import AttentionOutput, attention, attention_reference, attention_with_lse, paged_attention, paged_attention_reference
+from tfkernels.losses.cross_entropy import LinearCrossEntropy, linear_cross_entropy, linear_cross_entropy_reference
+from tfkernels.losses.diffusion import diffusion_loss, diffusion_loss_reference, min_snr_weight
+from tfkernels.losses.head import (
     modulated_layer_norm_diffusion_loss,
     modulated_layer_norm_diffusion_loss_reference,
     modulated_rms_norm_diffusion_loss,
     modulated_rms_norm_diffusion_loss_reference,
 )
 from tfkernels.mask import TransfusionMask
-from tfkernels.norm import (
+from tfkernels.norm.op import (
     ResidualNorm,
     gated_residual,
     gated_residual_reference,
@@ -26,8 +25,9 @@ from tfkernels.norm import (
     modulated_rms_norm,
     modulated_rms_norm_reference,
 )
-from tfkernels.patchify import PackedLatents, noise_patchify, pack_latents, patchify, patchify_packed, unpatchify, unpatchify_packed
-from tfkernels.rotary import RotatedQK, grid_positions, qk_norm_rotary, qk_norm_rotary_reference, rotary_table
+from tfkernels.patches.embed import embed_patches, embed_patches_reference
+from tfkernels.patches.patchify import PackedLatents, noise_patchify, pack_latents, patchify, patchify_packed, unpatchify, unpatchify_packed
+from tfkernels.rotary.op import RotatedQK, grid_positions, qk_norm_rotary, qk_norm_rotary_reference, rotary_table
 
 __all__ = ["AttentionOutput", "LinearCrossEntropy", "PackedLatents", "ResidualNorm", "RotatedQK", "TransfusionMask", "attention",
            "attention_reference", "attention_with_lse", "diffusion_loss", "diffusion_loss_reference", "embed_patches", "embed_patches_reference",

@@ -9,13 +9,13 @@ import torch
 import tyro
 from PIL import Image as Picture
 
-from transfusion.checkpoint import check_writable, written
-from transfusion.guidance import Guidance
-from transfusion.model import Transfusion
-from transfusion.picture_folder import read_picture
-from transfusion.run_state import plain_errors
-from transfusion.sequence import Image, Text
-from transfusion.vae import VAE
+from transfusion.data.pictures import read_picture
+from transfusion.diffusion.guidance import Guidance
+from transfusion.files import check_writable, written
+from transfusion.model.transfusion import Transfusion
+from transfusion.model.vae import VAE
+from transfusion.sequence.packing import Image, Text
+from transfusion.train.run_state import plain_errors
 
 
 @dataclass(frozen=True)
@@ -146,27 +146,27 @@ def caption(options: Caption) -> None:
 
 
 def _train(args: list[str]) -> None:
-    from transfusion.train import main as train_main
+    from transfusion.train.transfusion import main as train_main
     train_main(args)
 
 
 def _init(args: list[str]) -> None:
-    from transfusion.init import InitSettings, init
+    from transfusion.model.from_language_model import InitSettings, init
     init(tyro.cli(InitSettings, args=args, prog="transfusion init"))
 
 
 def _vae_train(args: list[str]) -> None:
-    from transfusion.vae_train import main as train_main
+    from transfusion.train.autoencoder import main as train_main
     train_main(args)
 
 
 def _vae_eval(args: list[str]) -> None:
-    from transfusion.vae_eval import VAEEvalSettings, evaluate
+    from transfusion.eval.autoencoder import VAEEvalSettings, evaluate
     evaluate(tyro.cli(VAEEvalSettings, args=args, prog="transfusion vae eval"))
 
 
 def _vae_encode(args: list[str]) -> None:
-    from transfusion.latents import EncodeSettings, encode_dataset
+    from transfusion.data.latents import EncodeSettings, encode_dataset
     encode_dataset(tyro.cli(EncodeSettings, args=args, prog="transfusion vae encode"))
 
 

@@ -9,7 +9,7 @@ from benchmarks import train_step
 from benchmarks.harness import Report, measure
 from benchmarks.model_peers import dense_mask, peer_samples, plain_loss, training_sequence
 from benchmarks.train_step import DENSE, OURS, Case, Step, cases, configuration, contenders, losses
-from transfusion.model import Transfusion
+from transfusion.model.transfusion import Transfusion
 
 TINY = Case("tiny", 2, 256)
 

@@ -14,13 +14,10 @@ import torch
 import triton
 
 from tests.resources import Resources, resources
-from tfkernels import _attention_backward as backward
-from tfkernels import _attention_decode as decode
-from tfkernels import _attention_forward as forward
-from tfkernels import _attention_tiles as tiles
 from tfkernels import _launch
 from tfkernels._launch import ARCHITECTURES, SHARED_LIMIT, Config, table_row
 from tfkernels._library import INTERPRET
+from tfkernels.attention.triton import backward, decode, forward, tiles
 from tfkernels.mask import _build as build
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1: kernels are interpreted functions, which do not compile")

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tests.conftest import DEVICE, DTYPES
-from tests.tfkernels.test_attention import random_inputs
+from tests.tfkernels.attention.test_attention import random_inputs
 from tfkernels import TransfusionMask, attention, attention_with_lse
 from tfkernels._library import INTERPRET
 

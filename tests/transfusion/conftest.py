@@ -4,8 +4,8 @@ import torch
 from transformers import LlamaConfig
 
 from transfusion import Image, Transfusion, TransfusionConfig
-from transfusion.data import Digits
-from transfusion.tokenizer import BOI, EOI, train_tokenizer
+from transfusion.data.batches import Digits
+from transfusion.sequence.tokenizer import BOI, EOI, train_tokenizer
 
 
 def tiny_model(objective="flow", backbone="decoder", image_layers="dit", positions="1d", image_attention="bidirectional", **text_options):

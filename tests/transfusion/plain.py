@@ -2,8 +2,8 @@
 import torch
 from torch import Tensor
 
-from tfkernels.patchify import noise_reference
-from transfusion.model import TransfusionOutput
+from tfkernels.patches.patchify import noise_reference
+from transfusion.model.transfusion import TransfusionOutput
 
 
 def add_noise(objective, x0: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,10 @@ import torch
 from PIL import Image as Picture
 
 from tests.transfusion.conftest import tiny_model
-from tests.transfusion.test_init import language_model
+from tests.transfusion.model.test_from_language_model import language_model
 from transfusion.cli import load_image, main, save_image
-from transfusion.picture_folder import read_picture
-from transfusion.sequence import Image
+from transfusion.data.pictures import read_picture
+from transfusion.sequence.packing import Image
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_a_saved_picture_reads_back_equal(tmp_path):
     ("five", "whose suffix '' names no kind of picture"), ("five.doc", "suffix '.doc' names no kind"), ("five.mpo.hdf", "suffix '.hdf'"),
     ("folder.png", "which is a directory; a file such as"), ("file/five.png", "cannot be written into")])
 def test_a_picture_that_could_not_be_written_is_refused_before_it_is_drawn(checkpoint, tmp_path, monkeypatch, out, message):
-    monkeypatch.setattr("transfusion.sample.draw", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr("transfusion.generate.generation.draw", lambda *_, **__: pytest.fail("drawn"))
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(SystemExit, match=message) as stop:

@@ -8,22 +8,22 @@ from typing import Annotated, Literal
 import pytest
 
 from transfusion.cli import main
-from transfusion.data import DataSettings
+from transfusion.data.batches import DataSettings
+from transfusion.data.latents import EncodeSettings
+from transfusion.data.pictures import PictureSettings
 from transfusion.device import choose_device
-from transfusion.eval.classifier import ClassifierSettings, JudgeConfig
-from transfusion.latents import EncodeSettings
-from transfusion.picture_folder import PictureSettings
+from transfusion.eval.autoencoder import VAEEvalSettings
+from transfusion.model.lora import TuneSettings
+from transfusion.recipes.showcase import ShowcaseSettings, showcase
+from transfusion.recipes.studies.arms import Measuring
+from transfusion.recipes.studies.command import StudySettings, run_studies
+from transfusion.recipes.studies.vq import VQSettings
 from transfusion.settings import Count, Decay, NotNegative, OneOf, Positive, Range, Share, WholeNumber, check
-from transfusion.showcase import ShowcaseSettings, showcase
-from transfusion.studies.__main__ import StudySettings, run_studies
-from transfusion.studies.arms import Measuring
-from transfusion.studies.vq import VQSettings
-from transfusion.train import PRESETS, ModelSettings, OptimSettings, TrainConfig, check_settings, train
-from transfusion.tuning import TuneSettings
-from transfusion.vae_eval import VAEEvalSettings
-from transfusion.vae_train import PRESETS as VAE_PRESETS
-from transfusion.vae_train import AutoencoderSettings, LossSettings, VAEOptimSettings, VAETrainConfig
-from transfusion.vae_train import train as train_vae
+from transfusion.train.autoencoder import PRESETS as VAE_PRESETS
+from transfusion.train.autoencoder import AutoencoderSettings, LossSettings, VAEOptimSettings, VAETrainConfig
+from transfusion.train.autoencoder import train as train_vae
+from transfusion.train.classifier import ClassifierSettings, JudgeConfig
+from transfusion.train.transfusion import PRESETS, ModelSettings, OptimSettings, TrainConfig, check_settings, train
 
 SETTINGS = (TrainConfig(), VAETrainConfig(), JudgeConfig(), ShowcaseSettings(), Measuring(), VQSettings(),
             StudySettings("all"), VAEEvalSettings(Path("vae")), EncodeSettings(Path("vae"), Path("out")))

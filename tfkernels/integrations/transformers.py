@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from tfkernels._arguments import got
-from tfkernels.attention import attention
+from tfkernels.attention.op import attention
 from tfkernels.integrations._visible import visible_pairs
 from tfkernels.mask import TransfusionMask
 

@@ -1,1 +1,1 @@
-"""Measurements of trained models."""
+"""Measures of pictures and of autoencoders."""

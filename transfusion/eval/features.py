@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import logging
 
-from transfusion.checkpoint import check_files, current, read_json, whole
+from transfusion.files import check_files, current, read_json, whole
 
 FITS = "a convolutional classifier of transformers (ResNet, ConvNeXt, RegNet, timm's through TimmWrapper) fits"
 

@@ -8,8 +8,8 @@ from torch import Tensor
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-from transfusion.checkpoint import written  # noqa: E402
-from transfusion.run_state import read_log  # noqa: E402
+from transfusion.files import written  # noqa: E402
+from transfusion.train.run_state import read_log  # noqa: E402
 
 
 def sample_grid(path: Path, generated: Tensor, real: Tensor, names: list[str], titles: tuple[str, str]) -> None:

@@ -1,0 +1,1 @@
+"""Attention in Triton: forward, backward and decode kernels, their launch tables and launchers."""

@@ -1,0 +1,1 @@
+"""Objectives, solvers and guidance: what is predicted of a noised image, and how one is drawn from predictions."""

@@ -1,0 +1,137 @@
+"""What sampling remembers: keys and values of a batch of prompts, and images that are drawn against them.
+
+All rows of a batch share the columns of one key/value cache; each knows which of them it sees and its next position. A `Canvas` holds the columns of
+one more image for each row and writes them anew at every denoising step, in place: the prefix is neither moved nor read but by attention, and what
+does not change from step to step is made once. So its `predict` is the same launches on the same addresses each time and can be a CUDA graph.
+"""
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from tfkernels import TransfusionMask
+from transfusion.sequence.packing import ImageLayout, Modality
+
+_EVER = torch.iinfo(torch.int32).max
+
+
+class PrefixCache:
+    """A DynamicCache whose rows each know which of its columns they see, and their next position."""
+
+    def __init__(self, cache: Cache, seen: Tensor, positions: Tensor):
+        self.cache, self.seen, self.positions = cache, seen, positions                     # seen (B, columns) bool, positions (B,)
+
+    def feed(self, model, x: Tensor, valid: Tensor, condition: Tensor, grid: tuple[int, int] = (0, 0)) -> Tensor:
+        """Append n columns (B, n, C), the first of them an image of `grid` at the time of `condition` (1, C), and return their hidden states.
+
+        Columns that are not `valid` (B, n) are seen by nobody.
+        """
+        mask, positions, modality = self.after(model, valid, grid)
+        hidden = model.backbone(x, positions, mask, condition.expand(len(x), -1), modality, self.cache)
+        self.seen, self.positions = torch.cat([self.seen, valid], 1), self.positions + valid.sum(1)
+        return hidden
+
+    def after(self, model, valid: Tensor, grid: tuple[int, int]) -> tuple[TransfusionMask, Tensor, Modality]:
+        """Mask, positions and modality of n columns behind these, `valid` (B, n), the first of them an image of `grid`."""
+        (batch, count), device, block = valid.shape, valid.device, grid[0] * grid[1]
+        order = torch.arange(count, device=device)
+        hi = torch.where(valid, self.seen.shape[1] + model.image_attention.seen(order, block), 0)  # (B, n); 0: an empty row
+        until = torch.where(torch.cat([self.seen, valid], 1), _EVER, 0)
+        mask = TransfusionMask.from_intervals(torch.zeros_like(hi), hi, since=torch.zeros_like(until), until=until, offset=self.seen.shape[1])
+        image = torch.where(order < block, torch.arange(batch, device=device)[:, None], -1)        # (B, n)
+        columns = torch.full((batch,), max(1, grid[1]), dtype=torch.int32, device=device)
+        rows = torch.arange(batch * count, device=device).view(batch, count)
+        modality = Modality(image, rows[:, block:].flatten(), rows[:, :block].flatten())
+        return mask, model.positions(self.positions[:, None] + order, image, columns), modality
+
+    def select(self, rows: list[int]) -> "PrefixCache":
+        """Copy some rows."""
+        cache = DynamicCache()
+        for number, layer in enumerate(self.cache.layers):
+            cache.update(layer.keys[rows], layer.values[rows], number)
+        return PrefixCache(cache, self.seen[rows], self.positions[rows])
+
+    @staticmethod
+    def stack(parts: list["PrefixCache"]) -> "PrefixCache":
+        """All rows of several caches, each in the last columns."""
+        columns = max(part.seen.shape[1] for part in parts)
+        right = lambda x, axis: torch.nn.functional.pad(x, (0, 0) * (x.ndim - 1 - axis) + (columns - x.shape[axis], 0))  # noqa: E731
+        cache = DynamicCache()
+        for number in range(len(parts[0].cache.layers)):
+            layers = [part.cache.layers[number] for part in parts]
+            cache.update(torch.cat([right(layer.keys, 2) for layer in layers]), torch.cat([right(layer.values, 2) for layer in layers]), number)
+        return PrefixCache(cache, torch.cat([right(part.seen, 1) for part in parts]), torch.cat([part.positions for part in parts]))
+
+
+class _LastColumns(DynamicLayer):
+    """A layer's keys and values (B, K, columns + count, D), whose last `count` columns each update writes anew."""
+
+    def __init__(self, layer: DynamicLayer, count: int):
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.prefix = layer.keys.shape[2]
+        self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, count)) for x in (layer.keys, layer.values))
+
+    def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        """Write the last columns; return all."""
+        self.keys[:, :, self.prefix:] = keys
+        self.values[:, :, self.prefix:] = values
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Columns before those that are written."""
+        return self.prefix
+
+
+class Canvas:
+    """One image of `grid` for each row of a prefix, as often as it is asked for at another time; `graph` replays a CUDA graph."""
+
+    def __init__(self, model, prefix: PrefixCache, grid: tuple[int, int], *, graph: bool = False):
+        rows, count, device = len(prefix.positions), grid[0] * grid[1], prefix.positions.device
+        valid = torch.ones(rows, count, dtype=torch.bool, device=device)
+        self.model, self.layout = model, ImageLayout.of([grid] * rows, device)
+        self.mask, self.positions, self.modality = prefix.after(model, valid, grid)
+        self.cache = Cache(layers=[_LastColumns(layer, count) for layer in prefix.cache.layers])
+        self.predict = Graph(self._predict) if graph else self._predict
+
+    def _predict(self, x: Tensor, t: Tensor) -> Tensor:
+        """The image head's prediction (R, count, patch_dim) of x at time t, a scalar."""
+        condition = self.model.timestep(t[None])
+        embedded, skips = embed_images(self.model, x, condition, self.layout)
+        condition = condition.expand(len(x), -1)
+        hidden = self.model.backbone(embedded, self.positions, self.mask, condition, self.modality, self.cache)
+        return self.model.image_head(hidden.flatten(0, 1), condition, self.layout, skips).view_as(x).float()
+
+
+def embed_images(model, x: Tensor, condition: Tensor, layout: ImageLayout) -> tuple[Tensor, list[Tensor]]:
+    """Embeddings (R, count, C) of R images' patches at the time of `condition` (1, C), and what skips the decoder."""
+    rows, count, _ = x.shape
+    hidden = condition.new_zeros(rows * count, condition.shape[1])
+    places = torch.arange(rows * count, device=x.device)
+    embedded, skips = model.patch_embedding(hidden, x.flatten(0, 1).to(hidden.dtype), condition.expand(rows, -1), layout, places)
+    return embedded.view(rows, count, -1), skips
+
+
+class Graph:
+    """A function of CUDA tensors whose shapes stay, captured at its first call and replayed after."""
+
+    def __init__(self, function):
+        self.function, self.graph = function, None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if self.graph is None:
+            self._capture(inputs)
+        for kept, x in zip(self.inputs, inputs):
+            kept.copy_(x)
+        self.graph.replay()
+        return self.output.clone()
+
+    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
+        self.inputs, stream = [x.clone() for x in inputs], torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.function(*self.inputs)  # kernels compile and libraries make their handles, which a capture forbids
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.output = self.function(*self.inputs)

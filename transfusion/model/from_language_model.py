@@ -1,0 +1,142 @@
+"""A Transfusion out of a pretrained language model: its weights as they are, two tokens more, image layers that start silent.
+
+    transfusion init --llm PATH --out DIR
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from transfusion.files import check_files
+from transfusion.model.config import TransfusionConfig
+from transfusion.model.transfusion import Transfusion
+from transfusion.model.vae import VAE
+from transfusion.sequence.tokenizer import BOI, EOI
+from transfusion.train.run_state import claim
+from transfusion.values import is_whole
+
+
+@dataclass(frozen=True)
+class InitSettings:
+    """Make a Transfusion checkpoint from a language model's."""
+
+    llm: Path
+    """directory of a causal language model in transformers' format (safetensors), or a GGUF file with its tokenizer inside"""
+    out: Path
+    """directory of the new checkpoint"""
+    vae: Path | None = None
+    """directory of a diffusers AutoencoderKL whose latents are the model's images; it is copied into the checkpoint"""
+    image_channels: int = 3
+    """channels of an image; with a VAE those of its latents, whatever is said here"""
+    image_size: tuple[int, int] = (32, 32)
+    """height and width, of latents where there is a VAE, that are drawn when not told otherwise"""
+    patch_size: int = 2
+    """side of an image patch"""
+    backbone: str = "decoder"
+    """decoder: the language model as it is; adaln: each image's timestep modulates its norms and residuals; experts: so, and patches
+    have copies of its weights of their own"""
+    image_layers: str = "dit"
+    """linear (the paper), dit (a modulated final layer) or unet (the paper's other choice)"""
+    unet_channels: tuple[int, ...] = (64, 128)
+    """channels at each resolution of the U-Net"""
+    unet_blocks: int = 2
+    """residual blocks at each resolution of the U-Net"""
+    objective: str = "flow"
+    """what the image head predicts: eps (the paper), v, flow or x0"""
+    positions: str = "1d"
+    """of patches: 1d, one after the other (the paper), or 2d, a row and a column (with backbone adaln or experts)"""
+    diffusion_weight: float = 5.0
+    """lambda in text loss + lambda * diffusion loss (the paper: 5, for errors of eps; those of x0 are a tenth of these)"""
+    seed: int = 0
+    """of the image layers' first weights"""
+
+
+def load_language_model(path: Path):
+    """Return (decoder, tokenizer) of a checkpoint directory or GGUF file, weights in float32. Pickled weights are refused, no remote code runs."""
+    if path.suffix == ".gguf":
+        where, options, weights = path.parent, {"gguf_file": path.name}, {"quantization_config": GgufConfig(dequantize=True)}
+    else:
+        where, options, weights = path, {}, {"use_safetensors": True}
+    if not (path.is_file() if options else (path / "config.json").is_file()):
+        raise ValueError(f"init: llm is {str(path)!r}, which is no checkpoint; a directory with config.json and *.safetensors, or a .gguf file, fits")
+    if not options:
+        check_files(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+        decoder = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, trust_remote_code=False, **options, **weights)
+    except (OSError, ImportError) as error:
+        raise ValueError(f"init: llm is {str(path)!r}, which cannot be loaded ({error}); safetensors fit, and GGUF where the packages gguf and "
+                         "accelerate are installed; convert other formats first") from error
+    if options and decoder.config.eos_token_id is not None:  # transformers 5.17 takes a GGUF file's BOS for the tokenizer's EOS
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(decoder.config.eos_token_id)
+    return decoder, tokenizer
+
+
+def from_language_model(decoder, tokenizer, *, seed: int = 0, **config) -> Transfusion:
+    """Return a Transfusion that holds `decoder`'s weights; `config` are fields of `TransfusionConfig`.
+
+    BOI and EOI are added to the vocabulary, their rows start as the mean of all rows; text logits over the old vocabulary stay the decoder's own.
+    Documents begin with the tokenizer's BOS or, where it has none, its EOS.
+
+    Raises:
+        ValueError: a setting that does not fit, a decoder that does not (see `transfusion.model.backbone`), or a tokenizer without EOS.
+    """
+    _check(seed, config)
+    if tokenizer.eos_token is None:
+        raise ValueError("init: the tokenizer has no EOS, without which no document ends; set tokenizer.eos_token")
+    for name in ("bos_token", "pad_token"):
+        if getattr(tokenizer, name) is None:
+            setattr(tokenizer, name, tokenizer.eos_token)
+    known = len(tokenizer)
+    tokenizer.add_tokens([BOI, EOI], special_tokens=True)
+    boi, eoi = tokenizer.convert_tokens_to_ids([BOI, EOI])
+    rows = decoder.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        decoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        for weight in (decoder.get_input_embeddings().weight, decoder.get_output_embeddings().weight):
+            weight[known:len(tokenizer)] = weight[:known].mean(0)
+    torch.manual_seed(seed)
+    left_out = "quantization_config", "_name_or_path"  # of the file, not of the model
+    text_config = AutoConfig.for_model(**{k: v for k, v in decoder.config.to_dict().items() if k not in left_out})
+    model = Transfusion(TransfusionConfig(text_config=text_config, boi_token_id=boi, eoi_token_id=eoi, **config), tokenizer)
+    model.backbone.load_text(decoder)
+    return model
+
+
+def _check(seed: int, config: dict) -> None:
+    """Refuse settings that do not fit before a language model is loaded for them."""
+    if not is_whole(seed, 0, 2**63 - 1):
+        raise ValueError(f"init: seed is {seed!r}; a whole number of at least 0 fits")
+    TransfusionConfig(**config)
+
+
+def init(settings: InitSettings) -> Path:
+    """Run `transfusion init`; return the new checkpoint's directory.
+
+    Raises:
+        ValueError: settings that do not fit; `out` is a file, cannot be written, holds a checkpoint or is, holds or lies in `llm` or `vae`.
+    """
+    _check(settings.seed, _config(settings))
+    with claim("init", settings.out, {"llm": settings.llm, "vae": settings.vae}, resume=False):
+        return _init(settings)
+
+
+def _config(settings: InitSettings) -> dict:
+    """The fields of `TransfusionConfig` among the settings."""
+    return {name: getattr(settings, name) for name in ("image_channels", "image_size", "patch_size", "backbone", "image_layers", "unet_channels",
+                                                       "unet_blocks", "objective", "positions", "diffusion_weight")}
+
+
+def _init(settings: InitSettings) -> Path:
+    config = _config(settings)
+    vae = None if settings.vae is None else VAE.from_pretrained(settings.vae)
+    decoder, tokenizer = load_language_model(settings.llm)
+    model = from_language_model(decoder, tokenizer, seed=settings.seed, **config | ({} if vae is None else {"image_channels": vae.channels}))
+    model.vae = vae
+    model.save_pretrained(settings.out)
+    text, images = (sum(p.numel() for name, p in model.named_parameters() if name.startswith("backbone.decoder.") == inside) for inside in (True, False))
+    print(f"{settings.out}: {text:,} parameters of {type(decoder).__name__}, {images:,} of images; BOI {model.config.boi_token_id}, "
+          f"EOI {model.config.eoi_token_id}")
+    return settings.out

@@ -1,0 +1,1 @@
+"""Layers into and out of the decoder for patches: linear, DiT and U-Net."""

@@ -1,0 +1,40 @@
+"""Into the backbone: the timestep's condition vector and the patch embedding."""
+import math
+
+import torch
+from torch import Tensor, nn
+
+from tfkernels import embed_patches
+from transfusion.sequence.packing import ImageLayout
+
+
+class TimestepEmbedding(nn.Module):
+    """t in [0, 1] -> condition (N, C): cosines and sines of 1000 t at geometric frequencies, then a two-layer perceptron."""
+
+    def __init__(self, hidden: int, frequencies: int = 128):
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+
+    def forward(self, t: Tensor) -> Tensor:
+        rates = torch.exp(torch.arange(self.frequencies, device=t.device) * (-math.log(10_000) / self.frequencies))
+        angles = 1000 * t.float()[:, None] * rates                                         # (N, F)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(self.mlp[0].bias.dtype))  # a quantised weight's dtype is its storage's
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero: what it feeds begins as if it were not there."""
+
+
+class PatchEmbedding(nn.Module):
+    """Linear(patch + timestep): the timestep is added to every patch vector before the linear layer (arXiv:2408.11039, footnote 6)."""
+
+    def __init__(self, config, hidden: int):
+        super().__init__()
+        self.time = ZeroLinear(hidden, config.patch_dim)
+        self.linear = nn.Linear(config.patch_dim, hidden)
+
+    def forward(self, hidden: Tensor, patches: Tensor, condition: Tensor, layout: ImageLayout, places: Tensor) -> tuple[Tensor, list]:
+        """Write the embeddings of patches (P, patch_dim) to the rows `places` (P,) of `hidden` (T, C); nothing skips the decoder."""
+        timestep = self.linear(self.time(condition))                                   # (N, C): the layer's image of the timestep, and its bias
+        return embed_patches(hidden, patches, self.linear.weight, timestep, places, layout.offsets), []

@@ -1,0 +1,56 @@
+"""Out of the backbone: patches predicted from hidden states, and the diffusion loss of what is predicted."""
+from torch import Tensor, nn
+
+from tfkernels import diffusion_loss, modulated_layer_norm, modulated_layer_norm_diffusion_loss
+from transfusion.model.image_layers.embedding import ZeroLinear
+from transfusion.sequence.packing import ImageLayout
+
+
+class ImageHead(nn.Module):
+    """What every head does: `forward` predicts patches, `loss` compares them with the objective's target."""
+
+    def forward(self, x: Tensor, condition: Tensor, layout: ImageLayout, skips: list) -> Tensor:
+        """Hidden states (P, C) of the patches -> predictions (P, patch_dim); condition (N, C), skips from the image layers in front."""
+        raise NotImplementedError
+
+    def loss(self, hidden: Tensor, places: Tensor, condition: Tensor, layout: ImageLayout, skips: list, x0: Tensor, p: Tensor, q: Tensor,
+             seed: Tensor | int) -> Tensor:
+        """Mean squared error of each image (N,) between the predictions of the rows `places` of hidden (T, C) and p x0 + q eps."""
+        return diffusion_loss(self(hidden[places], condition, layout, skips), x0, p, q, None, seed, offsets=layout.offsets)
+
+
+class LinearHead(ImageHead):
+    """One linear layer (the paper)."""
+
+    def __init__(self, config, hidden: int):
+        super().__init__()
+        self.linear = ZeroLinear(hidden, config.patch_dim)
+
+    def forward(self, x: Tensor, condition: Tensor, layout: ImageLayout, skips: list) -> Tensor:
+        """As `ImageHead.forward`."""
+        return self.linear(x)
+
+
+class DiTHead(ImageHead):
+    """Linear((1 + scale(t)) * norm(x) + shift(t)): a final layer whose norm the timestep modulates (arXiv:2212.09748)."""
+
+    def __init__(self, config, hidden: int):
+        super().__init__()
+        self.modulation = ZeroLinear(hidden, 2 * hidden)
+        self.linear = ZeroLinear(hidden, config.patch_dim)
+
+    def forward(self, x: Tensor, condition: Tensor, layout: ImageLayout, skips: list) -> Tensor:
+        """As `ImageHead.forward`."""
+        shift, scale = self.tables(condition)
+        return self.linear(modulated_layer_norm(x, None, None, scale, shift, layout.image))
+
+    def loss(self, hidden: Tensor, places: Tensor, condition: Tensor, layout: ImageLayout, skips: list, x0: Tensor, p: Tensor, q: Tensor,
+             seed: Tensor | int) -> Tensor:
+        """As `ImageHead.loss`, without the prediction."""
+        shift, scale = self.tables(condition)
+        return modulated_layer_norm_diffusion_loss(hidden, places, scale, shift, self.linear.weight, self.linear.bias, x0, p, q, None, seed,
+                                                   offsets=layout.offsets)
+
+    def tables(self, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Return shift and scale, (N, C) each."""
+        return self.modulation(nn.functional.silu(condition)).chunk(2, -1)

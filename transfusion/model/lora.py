@@ -1,0 +1,164 @@
+"""What of a pretrained model is trained: everything, images alone, or images and low-rank adapters of the decoder (LoRA, arXiv:2106.09685).
+
+    all      every parameter
+    images   the image layers and the rows of BOI and EOI; the language model stays what it was, to the bit, on text
+    lora     the same and W + (alpha / rank) B A for every linear layer of the decoder's blocks
+
+The last two are peft's: what is trained is saved as one adapter (adapter_model.safetensors), a few per cent of the model, and
+`Transfusion.from_pretrained` on its directory loads the model it was made from and puts the adapter in.
+"""
+import copy
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from torch import nn
+from transformers.quantizers import AutoQuantizationConfig
+
+from transfusion.files import check_files, checksums, current, read_json
+from transfusion.settings import Count, OneOf
+
+BASE = "base.json"  # beside an adapter: the way to its model
+
+TRAINED = ("all", "images", "lora")
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """Where training starts and what of the model it changes."""
+
+    start: Path | None = None
+    """checkpoint to start from, as `transfusion init` makes it; the model's settings are then its own; None starts anew"""
+    trained: Annotated[str, OneOf(TRAINED)] = "all"
+    """all; images: the image layers and BOI's and EOI's rows; lora: these and adapters of the decoder"""
+    lora_rank: Count = 16
+    """rank of the adapters"""
+    lora_alpha: Count = 32
+    """the adapters' product counts alpha / rank"""
+
+
+def prepare(model, settings: TuneSettings) -> nn.Module:
+    """Return `model` with what is not trained frozen: itself, or the PeftModel around it, whose `save_pretrained` writes the adapter alone.
+
+    Raises:
+        ValueError: `trained` is none of TRAINED, or an adapter is asked for without a checkpoint that it belongs to.
+    """
+    if settings.trained not in TRAINED:
+        raise ValueError(f"train: tune.trained is {settings.trained!r}; one of {', '.join(map(repr, TRAINED))} fits")
+    if settings.trained == "all":
+        return model
+    if settings.start is None:
+        raise ValueError(f"train: tune.trained is {settings.trained!r} and tune.start None; a checkpoint that the adapter belongs to fits; "
+                         "make one with `transfusion init`")
+    rows = [model.config.boi_token_id, model.config.eoi_token_id]
+    ends = [model.get_input_embeddings()] + [model.get_output_embeddings()] * (not model.config.tie_word_embeddings)  # peft follows a tie itself
+    tokens = {name.split(".")[-1]: rows for name, module in model.named_modules() if any(module is end for end in ends)}
+    if settings.trained == "images":
+        config = TrainableTokensConfig(target_modules=list(tokens), token_indices=rows)
+    else:
+        config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=r"backbone\.decoder\.model\.layers\..*_proj",
+                            trainable_token_indices=tokens)
+    config.modules_to_save = image_modules(model)
+    adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = str(Path(settings.start).resolve())
+    return adapted
+
+
+def image_modules(model) -> list[str]:
+    """Names of the modules that hold every parameter outside the decoder."""
+    names = [name for name, _ in model.named_children() if name != "backbone"]
+    names += [f"backbone.{name}" for name, module in model.backbone.named_children() if name != "decoder" and not isinstance(module, nn.ModuleList)]
+    lists = [(name, module) for name, module in model.backbone.named_children() if isinstance(module, nn.ModuleList)]
+    return names + [f"backbone.{name}.{i}" for name, module in lists for i in range(len(module))]
+
+
+def spare_images(model, quantization):
+    """Return a quantiser's settings, transformers' or a dict of them, with every module of images, and the text head, among those it leaves alone.
+
+    Operators of images read their layers' weights themselves, which must therefore be numbers.
+    """
+    quantization = AutoQuantizationConfig.from_dict(dict(quantization)) if isinstance(quantization, dict) else copy.deepcopy(quantization)
+    heads = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    for field in ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"):
+        if hasattr(quantization, field):
+            setattr(quantization, field, list(dict.fromkeys([*(getattr(quantization, field) or ()), *heads, *image_modules(model)])))
+    return quantization
+
+
+def load_adapter(base, path: Path):
+    """Put the adapter in `path` into its model for good; return the model."""
+    if not (path / "adapter_model.safetensors").is_file():
+        raise ValueError(f"Transfusion.from_pretrained: path is {str(path)!r}, an adapter without adapter_model.safetensors; copy it again or make it anew")
+    check_files(path)
+    return PeftModel.from_pretrained(base, path).merge_and_unload()
+
+
+def name_base(directory: Path, start: Path, out: Path) -> None:
+    """Write into an adapter's directory where its model lies as seen from `out`, where the adapter will be: both may then move together."""
+    relative, absolute = os.path.relpath(Path(start).resolve(), Path(out).resolve()), str(Path(start).resolve())
+    (directory / BASE).write_text(json.dumps({"relative": relative, "absolute": absolute, "weights": checksums(start)}, indent=2) + "\n")
+
+
+def find_base(path: Path, base: Path | None = None) -> Path:
+    """Where the model lies that the adapter in `path` belongs to: `base`, or beside the adapter as when it was made, or the directory it then was.
+
+    Raises:
+        ValueError: none of them holds a checkpoint, or the adapter names itself, or another that leads back to it.
+    """
+    path, tried = Path(path), [Path(base)] if base is not None else _named_bases(Path(path))
+    found = next(filter(holds_checkpoint, tried), None)
+    if found is None:
+        raise ValueError(f"Transfusion.from_pretrained: path is {str(path)!r}, an adapter, and the model that it was trained on is not there (tried "
+                         f"{', '.join(repr(str(place)) for place in dict.fromkeys(tried))}); put it back, or name it with from_pretrained(path, base=...)")
+    seen, place = {path.resolve()}, found
+    while place is not None and place.resolve() not in seen and holds_adapter(place):
+        seen.add(place.resolve())
+        place = next(filter(holds_checkpoint, _named_bases(place)), None)
+    if place is not None and place.resolve() in seen:
+        raise ValueError(f"Transfusion.from_pretrained: path is {str(path)!r}, an adapter whose model is {str(found)!r}, an adapter that leads back to itself; "
+                         "name the model it was trained on with from_pretrained(path, base=...)")
+    return found
+
+
+def holds_adapter(path: Path) -> bool:
+    """Whether a directory holds an adapter."""
+    return current(path, "adapter_config.json").is_file()
+
+
+def holds_checkpoint(path: Path) -> bool:
+    """Whether a directory holds a model or an adapter."""
+    return holds_adapter(path) or current(path, "config.json").is_file()
+
+
+def _named_bases(path: Path) -> list[Path]:
+    """Where an adapter's model may lie, likeliest first; models of other weights than it was trained on are left out."""
+    file = current(path, BASE)
+    kept = read_json(file) if file.is_file() else {}
+    said = [kept.get("relative"), kept.get("absolute"), read_json(current(path, "adapter_config.json")).get("base_model_name_or_path")]
+    places = [home / place for place in said if isinstance(place, str) for home in dict.fromkeys((path, path.resolve()))]
+    places += [Path(said[2])] if isinstance(said[2], str) else []
+    return [place for place in places if not kept.get("weights") or checksums(place) in ({}, kept["weights"])]
+
+
+_GROUPS = {"lora_": "decoder: adapters", "trainable_tokens": "decoder: BOI and EOI", "decoder.model.embed": "decoder: embeddings",
+           "decoder.lm_head": "decoder: text head", "backbone.decoder.": "decoder: blocks"}
+
+
+def trained_table(model: nn.Module) -> str:
+    """What is trained, group by group: parameters, and those that change."""
+    groups: dict[str, list[int]] = {}
+    for name, p in model.named_parameters():
+        if "original_module." in name:  # what peft keeps of a module beside its trained copy
+            continue
+        name = name.removeprefix("base_model.model.")
+        group = next((label for key, label in _GROUPS.items() if key in name), f"images: {name.removeprefix('backbone.').split('.')[0]}")
+        total = groups.setdefault(group, [0, 0])
+        total[0] += p.numel()
+        total[1] += p.numel() * p.requires_grad
+    lines = [f"{'what':<28}{'parameters':>14}{'trained':>14}"]
+    lines += [f"{group:<28}{count:>14,}{trained:>14,}" for group, (count, trained) in sorted(groups.items())]
+    total, trained = (sum(x[i] for x in groups.values()) for i in (0, 1))
+    return "\n".join([*lines, f"{'all':<28}{total:>14,}{trained:>14,} ({100 * trained / total:.2f} %)"])

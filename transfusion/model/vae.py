@@ -1,0 +1,71 @@
+"""Pictures to latents and back: a pretrained variational autoencoder of diffusers (AutoencoderKL: Stable Diffusion's, FLUX's, the paper's shape), frozen.
+
+    latent = (mean of the posterior - shift) * scale            picture = decoder(latent / scale + shift)
+
+scale and shift are the autoencoder's own `scaling_factor` and `shift_factor`. The mean, not a sample: the same picture gives the same latent.
+"""
+import hashlib
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from transfusion.files import check_files, current, replacing, whole
+
+
+class VAE:
+    """`encode` and `decode` of an AutoencoderKL; not a module, so that no optimizer, checkpoint or adapter of the model around it takes it along."""
+
+    def __init__(self, autoencoder: AutoencoderKL):
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        config = autoencoder.config
+        self.channels, self.picture_channels = config.latent_channels, config.in_channels
+        self.factor = 2 ** (len(config.block_out_channels) - 1)  # pixels to a side of a latent's element
+        self.scale = 1.0 if config.scaling_factor is None else config.scaling_factor
+        self.shift = 0.0 if config.shift_factor is None else config.shift_factor
+
+    def __deepcopy__(self, memo):
+        return self  # frozen: copies of the model around it share it
+
+    @classmethod
+    def from_pretrained(cls, path: Path) -> "VAE":
+        """Load a directory with config.json and safetensors, as diffusers writes it. Pickled weights are refused."""
+        if not current(path, "config.json").is_file():
+            raise ValueError(f"VAE.from_pretrained: path is {str(path)!r}, which holds no config.json; a directory that diffusers' AutoencoderKL wrote fits")
+        try:
+            with whole(path) as directory:
+                check_files(directory)
+                return cls(AutoencoderKL.from_pretrained(directory, use_safetensors=True))
+        except OSError as error:
+            raise ValueError(f"VAE.from_pretrained: path is {str(path)!r}, whose weights cannot be loaded ({error}); safetensors fit") from error
+
+    def save_pretrained(self, path: Path) -> None:
+        """Write config.json and safetensors; what the directory held stands until both are whole."""
+        with replacing(path) as fresh:
+            self.autoencoder.save_pretrained(fresh, safe_serialization=True)
+
+    def fingerprint(self) -> str:
+        """A hash of weights, scale and shift: equal for autoencoders that make the same latents."""
+        digest = hashlib.sha256(repr((self.scale, self.shift)).encode())
+        for name, x in sorted(self.autoencoder.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(x.float().cpu().contiguous().numpy())
+        return digest.hexdigest()
+
+    @torch.inference_mode()
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Pictures (N, channels, H, W) in [-1, 1] to latents (N, C, H / factor, W / factor)."""
+        if pictures.ndim != 4 or any(side % self.factor for side in pictures.shape[-2:]):
+            raise ValueError(f"VAE.encode: pictures has shape {tuple(pictures.shape)}; (N, channels, height, width) with sides that {self.factor} divides fit; "
+                             "resize or crop them")
+        mean = self.autoencoder.encode(pictures.to(self.autoencoder.device, self.autoencoder.dtype)).latent_dist.mode()
+        return ((mean.float() - self.shift) * self.scale).to(pictures.device)
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (N, C, h, w) to pictures (N, channels, h * factor, w * factor) in [-1, 1]."""
+        if latents.ndim != 4 or latents.shape[1] != self.channels:
+            raise ValueError(f"VAE.decode: latents has shape {tuple(latents.shape)}; (N, {self.channels}, height, width) fits")
+        given = (latents.float() / self.scale + self.shift).to(self.autoencoder.device, self.autoencoder.dtype)
+        return self.autoencoder.decode(given).sample.float().clamp(-1, 1).to(latents.device)
