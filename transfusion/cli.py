@@ -9,13 +9,13 @@ import torch
 import tyro
 from PIL import Image as Picture
 
+from transfusion.command import plain_errors
 from transfusion.data.pictures import read_picture
 from transfusion.diffusion.guidance import Guidance
 from transfusion.files import check_writable, written
 from transfusion.model.transfusion import Transfusion
 from transfusion.model.vae import VAE
 from transfusion.sequence.packing import Image, Text
-from transfusion.train.run_state import plain_errors
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from transfusion.command import claim
 from transfusion.data.batches import DATASETS, DataSettings
 from transfusion.data.pictures import SPLITS, PictureSettings
 from transfusion.device import choose_device
 from transfusion.files import LOCK, current, load_tensors, read_json, replacing, whole
 from transfusion.model.vae import VAE
 from transfusion.settings import Count, check
-from transfusion.train.run_state import claim
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,13 @@
-"""Pictures of a run: a labelled grid of generated beside real images, and the losses."""
+"""Grids of pictures: generated beside real ones, and what an autoencoder keeps of them."""
 from pathlib import Path
 
 import matplotlib
-import torch
 from torch import Tensor
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 from transfusion.files import written  # noqa: E402
-from transfusion.train.run_state import read_log  # noqa: E402
 
 
 def sample_grid(path: Path, generated: Tensor, real: Tensor, names: list[str], titles: tuple[str, str]) -> None:
@@ -62,26 +60,6 @@ def emoji_grid(path: Path, titles: list[str], shown: Tensor, drawn: Tensor, real
         if i % lines == 0:
             for axis, title in zip((line[0], line[1], line[-1]), ("shown", "drawn", "never shown")):
                 axis.text(0, 1.45, title, transform=axis.transAxes, fontsize=8, fontweight="bold")
-    with written(path) as aside:
-        figure.savefig(aside, dpi=150, bbox_inches="tight")
-    plt.close(figure)
-
-
-def loss_curves(path: Path, log: Path) -> None:
-    """Plot the text and the diffusion loss of a training log (JSON lines), raw and as a running mean."""
-    records = read_log(log)
-    if not records:
-        print(f"{log} holds no step: {path} is not drawn", flush=True)
-        return
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for axis, key, title in zip(axes, ("text_loss", "diffusion_loss"), ("text loss (nats per token)", "diffusion loss (mean squared error)")):
-        values = torch.tensor([record[key] for record in records])
-        width = max(1, len(values) // 50)
-        axis.plot(values, color="0.8", linewidth=0.8)
-        axis.plot(torch.arange(width - 1, len(values)), values.unfold(0, width, 1).mean(-1), linewidth=1.5, label=f"mean of {width} steps")
-        axis.set(xlabel="step", title=title, yscale="log")
-        axis.grid(alpha=0.3, which="both")
-        axis.legend()
     with written(path) as aside:
         figure.savefig(aside, dpi=150, bbox_inches="tight")
     plt.close(figure)

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from transfusion.command import claim
 from transfusion.files import check_files
 from transfusion.model.config import TransfusionConfig
 from transfusion.model.transfusion import Transfusion
 from transfusion.model.vae import VAE
 from transfusion.sequence.tokenizer import BOI, EOI
-from transfusion.train.run_state import claim
 from transfusion.values import is_whole
 
 

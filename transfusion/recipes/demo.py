@@ -11,13 +11,15 @@ from pathlib import Path
 import torch
 import tyro
 
+from transfusion.command import claim, plain_errors, saved_step
 from transfusion.data.batches import DIGIT_NAMES, Digits
-from transfusion.eval.pictures import loss_curves, sample_grid
+from transfusion.eval.pictures import sample_grid
 from transfusion.files import write_text
 from transfusion.model.transfusion import Transfusion
 from transfusion.recipes.digits_judge import draw_digits, evaluate, tell_story
 from transfusion.sequence.packing import Image
-from transfusion.train.run_state import claim, logged_seconds, plain_errors, saved_step
+from transfusion.train.log import logged_seconds
+from transfusion.train.plots import loss_curves
 from transfusion.train.transfusion import TrainConfig, digits, train_to_end
 
 STEPS, GUIDANCE = 30, 2.0

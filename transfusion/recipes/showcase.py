@@ -18,17 +18,19 @@ import torch
 import tyro
 from torch import Tensor
 
+from transfusion.command import claim, plain_errors, saved_step
 from transfusion.data.batches import DATASETS
 from transfusion.data.latents import open_dataset
 from transfusion.device import choose_device
-from transfusion.eval.pictures import emoji_grid, loss_curves
+from transfusion.eval.pictures import emoji_grid
 from transfusion.files import write_text
 from transfusion.model.transfusion import Transfusion
 from transfusion.recipes.emoji import STYLES, Emoji
 from transfusion.recipes.emoji_judges import Judges, bits_per_byte, draw_emoji, read_captions
 from transfusion.settings import Count, NotNegative, check
 from transfusion.train.classifier import ClassifierSettings
-from transfusion.train.run_state import claim, logged_seconds, plain_errors, saved_step
+from transfusion.train.log import logged_seconds
+from transfusion.train.plots import loss_curves
 from transfusion.train.transfusion import TrainConfig, build_model, check_settings, emoji, start_model, train_to_end
 
 

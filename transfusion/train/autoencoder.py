@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from transfusion.command import Interrupt, claim, plain_errors
 from transfusion.data.batches import step_generator
 from transfusion.data.pictures import PictureSettings, describe, open_pictures
 from transfusion.device import choose_device, seconds_of
@@ -35,21 +36,9 @@ from transfusion.train.autoencoder_losses import (
     perceptual_loss,
     reconstruction_loss,
 )
+from transfusion.train.checkpoint import check_finite, check_weights, load_state, load_training_state, numbers, training_state, write_state
+from transfusion.train.log import open_log, start_log
 from transfusion.train.optimizer import build_average, build_optimizer, learning_rate
-from transfusion.train.run_state import (
-    Interrupt,
-    check_finite,
-    check_weights,
-    claim,
-    load_state,
-    load_training_state,
-    numbers,
-    open_log,
-    plain_errors,
-    start_log,
-    training_state,
-    write_state,
-)
 
 FIRST_LOG_VARIANCE = -6.0  # of the posterior: at 0 the decoder would first read noise
 MEASURED = 4096  # training pictures, evenly spread, that scale and shift are measured on

@@ -24,13 +24,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
+from transfusion.command import Interrupt, claim, plain_errors, saved_run
 from transfusion.data.batches import DATASETS, DIGIT_NAMES, step_generator
 from transfusion.device import choose_device, seconds_of
 from transfusion.eval.features import Features, Preprocessing, in_batches
 from transfusion.files import LOCK, load_tensors, read_json, replacing
 from transfusion.recipes.emoji import STYLES
 from transfusion.settings import Count, Decay, NotNegative, Positive, Seed, Share, check
-from transfusion.train.run_state import Interrupt, check_finite, check_weights, claim, numbers, plain_errors, saved_run
+from transfusion.train.checkpoint import check_finite, check_weights, numbers
 
 DIVERGED = "what was saved before stands; train again with a lower lr"
 _EMOJI = {

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from transformers import AutoConfig, LlamaConfig
 
+from transfusion.command import Interrupt, claim, plain_errors, saved_step
 from transfusion.data.batches import DataSettings, document_lengths, draw_batch, step_generator
 from transfusion.data.latents import open_dataset
 from transfusion.device import choose_device, seconds_of
@@ -29,23 +30,9 @@ from transfusion.model.transfusion import Transfusion
 from transfusion.model.vae import VAE
 from transfusion.sequence.tokenizer import BOI, EOI, train_tokenizer
 from transfusion.settings import Count, Decay, NotNegative, OneOf, Positive, Range, Seed, WholeNumber, check
+from transfusion.train.checkpoint import check_finite, check_weights, load_state, load_training_state, numbers, trained_parameters, training_state, write_state
+from transfusion.train.log import open_log, start_log
 from transfusion.train.optimizer import build_average, build_optimizer, learning_rate
-from transfusion.train.run_state import (
-    Interrupt,
-    check_finite,
-    check_weights,
-    claim,
-    load_state,
-    load_training_state,
-    numbers,
-    open_log,
-    plain_errors,
-    saved_step,
-    start_log,
-    trained_parameters,
-    training_state,
-    write_state,
-)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from PIL import Image as Picture
 
 from tests.transfusion.conftest import tiny_model
 from transfusion.data.batches import Digits
-from transfusion.eval.pictures import loss_curves, sample_grid
+from transfusion.eval.pictures import sample_grid
 from transfusion.recipes.demo import demo, report
 from transfusion.recipes.digits_judge import draw_digits, evaluate, fit_judge, nearest_distance, read, tell_story, within_class_spread
+from transfusion.train.plots import loss_curves
 from transfusion.train.transfusion import DataSettings, ModelSettings, OptimSettings, TrainConfig
 
 

@@ -36,7 +36,7 @@ from transfusion.train.autoencoder import (
     train,
 )
 from transfusion.train.autoencoder_losses import PatchDiscriminator, discriminator_loss
-from transfusion.train.run_state import load_state
+from transfusion.train.checkpoint import load_state
 from transfusion.train.transfusion import ModelSettings, OptimSettings, TrainConfig
 from transfusion.train.transfusion import train as train_transfusion
 

@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from tests.transfusion.conftest import tiny_model
 from tests.transfusion.train.kills import in_a_child
 from transfusion import Transfusion
+from transfusion.command import Interrupt, plain_errors, saved_step
 from transfusion.device import choose_device
 from transfusion.files import locked
 from transfusion.model.lora import TuneSettings
+from transfusion.train.log import start_log
 from transfusion.train.optimizer import learning_rate
-from transfusion.train.run_state import Interrupt, plain_errors, saved_step, start_log
 from transfusion.train.transfusion import PRESETS, DataSettings, ModelSettings, OptimSettings, TrainConfig, train, train_to_end
 
 

@@ -6,12 +6,12 @@ from typing import Literal
 import tyro
 
 import transfusion.recipes.studies
+from transfusion.command import plain_errors
 from transfusion.recipes.studies.arms import DATA, Measuring, StudyData, studies
 from transfusion.recipes.studies.report import report
 from transfusion.recipes.studies.run import Bench, run_all
 from transfusion.settings import Seed, check
 from transfusion.train.classifier import ClassifierSettings
-from transfusion.train.run_state import plain_errors
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from transfusion.command import claim
 from transfusion.data.batches import DATASETS
 from transfusion.eval.features import Features
 from transfusion.files import LOCK, current, locked, read_json, write_text, written
@@ -22,7 +23,7 @@ from transfusion.recipes.studies.pictures import Codes, Patches
 from transfusion.recipes.studies.vq import from_codes, holds_autoencoder, load_autoencoder, to_codes, train_autoencoder
 from transfusion.sequence.packing import Text, encode, pack
 from transfusion.train.classifier import train_classifier
-from transfusion.train.run_state import claim, logged_seconds, read_log
+from transfusion.train.log import logged_seconds, read_log
 from transfusion.train.transfusion import train, train_to_end
 
 SHOWN = 8  # pictures of each class that a run keeps

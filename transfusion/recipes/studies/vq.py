@@ -13,9 +13,10 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 from tqdm import tqdm
 
+from transfusion.command import claim
 from transfusion.files import check_files, current, replacing, whole
 from transfusion.settings import Count, Positive, check
-from transfusion.train.run_state import check_finite, check_weights, claim, numbers
+from transfusion.train.checkpoint import check_finite, check_weights, numbers
 
 GROUPS = 8
 

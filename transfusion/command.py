@@ -1,0 +1,168 @@
+"""What a command does around its work: it claims the directory that it writes, stops when it is told to, and ends with one line where something is wrong."""
+import contextlib
+import errno
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from transfusion.files import current, locked, read_json, settle
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CHECKPOINT = ("config.json", "adapter_config.json", "cache.json", "classifier.json", "model.safetensors", "model.safetensors.index.json",
+              "diffusion_pytorch_model.safetensors")
+"""Files that show that a directory holds a checkpoint or a cache."""
+
+
+@contextlib.contextmanager
+def plain_errors(resumes: bool = False) -> Iterator[None]:
+    """End a command with one line in place of a traceback where its input or a file is wrong, its loss is not finite or it was stopped.
+
+    SIGTERM and SIGHUP stop a command as Ctrl-C does. `resumes`: the same command goes on from there.
+    """
+    with _signals(_stop, (signal.SIGTERM, signal.SIGHUP)):
+        try:
+            yield
+        except (ValueError, FloatingPointError) as error:
+            raise SystemExit(f"error: {error}") from None
+        except (OSError, SafetensorError) as error:
+            raise SystemExit(f"error: {file_error(error)}") from None
+        except KeyboardInterrupt as stop:
+            raise SystemExit(f"stopped: {str(stop) or ('the same command goes on' if resumes else 'by Ctrl-C')}") from None
+
+
+def file_error(error: Exception) -> str:
+    """One line for an error of the file system: the file, what is wrong, and the way out."""
+    number, name = getattr(error, "errno", None), getattr(error, "filename", None)
+    said = f"{name}: {error.strerror}" if name is not None and number is not None else " ".join(str(error).split()) or type(error).__name__
+    ways = {**dict.fromkeys(FULL, "what was saved before stands; make room, or name a directory on another disk, and run the command again (train: with "
+                            "--resume)"),
+            **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "a file or directory that this user may read and write fits"),
+            errno.ENOENT: "name one that is there"}
+    return f"{said}; {ways[number]}" if number in ways else said
+
+
+def _stop(number: int, _) -> None:
+    raise KeyboardInterrupt(f"by {signal.Signals(number).name}")
+
+
+@contextlib.contextmanager
+def _signals(handler, numbers) -> Iterator[None]:
+    """Handle signals in the main thread and put the handlers back; what is ignored, as by nohup, stays so."""
+    before = {}
+    with contextlib.suppress(ValueError):  # not the main thread: leave signals alone
+        for number in numbers:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+class Interrupt:
+    """The first Ctrl-C, SIGTERM or SIGHUP asks the loop to save and stop; a second one stops at once."""
+
+    asked = False
+
+    def __enter__(self):
+        self.handlers = _signals(self.ask, STOPS)
+        self.handlers.__enter__()
+        return self
+
+    def ask(self, number: int, _) -> None:
+        """Take note of a signal."""
+        if self.asked:
+            raise KeyboardInterrupt(f"at once, by {'a second Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}; "
+                                    "what was saved before stands")
+        self.asked = True
+
+    def __exit__(self, *error):
+        self.handlers.__exit__(*error)
+
+
+@contextlib.contextmanager
+def claim(command: str, out: Path, inputs: Mapping[str, Path | None] | None = None, resume: bool | None = None) -> Iterator[None]:
+    """Hold `out` for a command that will write there, having finished or cleared what killed saves left; nothing is written before all of this fits.
+
+    `inputs` are directories, by the settings that name them, that the command reads. `resume`: True goes on with the run in `out`, False starts one,
+    None leaves the contents of `out` to the command.
+
+    Raises:
+        ValueError: `out` is a file, cannot be written, is in use by another process, is or holds an input, or holds what is not this run; or the command
+            is one of several that a launcher started.
+    """
+    out = Path(out)
+    check_alone(command)
+    check_apart(command, out, inputs or {})
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(out))
+            settle(out)
+        except ValueError as error:
+            raise ValueError(f"{command}: {error}") from None
+        except OSError as error:
+            raise ValueError(f"{command}: out is {str(out)!r}, which cannot be written ({error.strerror}: {error.filename}); a directory that can be made and "
+                             "written fits") from error
+        if resume is not None:
+            check_out(command, out, resume)
+        yield
+
+
+def check_alone(command: str) -> None:
+    """Refuse to be one of several processes that train the same."""
+    for name, alone in (("WORLD_SIZE", 1), ("RANK", 0)):
+        value = os.environ.get(name, "").strip()
+        if value.isdigit() and int(value) > alone:
+            raise ValueError(f"{command}: {name} is {value}, as torchrun sets it; one process trains a run; start it without a launcher of several")
+
+
+def check_apart(command: str, out: Path, inputs: Mapping[str, Path | None]) -> None:
+    """Refuse an `out` that is a file, is one of `inputs`, lies in one or holds one."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{command}: out is {str(out)!r}, which is a file; a directory fits")
+    ours = out.resolve()
+    for name, path in inputs.items():
+        theirs = None if path is None else Path(path).resolve()
+        if theirs is not None and (ours == theirs or ours in theirs.parents or theirs in ours.parents):
+            raise ValueError(f"{command}: out is {str(out)!r} and {name} {str(path)!r}; what is read would be written over; a directory of its own fits "
+                             "for --out")
+
+
+def check_out(command: str, out: Path, resume: bool) -> None:
+    """Refuse to go on with a run that is not there, and to write over a run or a checkpoint that is."""
+    step = saved_step(out)
+    if resume and step is None:
+        raise ValueError(f"{command}: resume is set and out is {str(out)!r}, which holds no saved run; a directory that train has saved into fits")
+    if not resume and step is not None:
+        raise ValueError(f"{command}: out is {str(out)!r}, which holds a run of {step:,} steps; --resume goes on with it, another --out starts anew")
+    found = next((name for name in CHECKPOINT if (out / name).exists()), None)
+    if not resume and found is not None:
+        raise ValueError(f"{command}: out is {str(out)!r}, which holds {found} of something else; a new or an empty directory fits; take another --out")
+
+
+def saved_run(out: Path) -> dict | None:
+    """What resume/run.json says of the run that is saved in `out`, None where there is none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    old = out / "resume.old" / "run.json"  # where a kill between two renames of earlier versions left it
+    path = next((path for path in (current(out, "resume/run.json"), old) if path.is_file()), None)
+    if path is None:
+        return None
+    advice = "restore it, or start anew with another --out"
+    run = read_json(path, advice)
+    if not isinstance(run.get("step"), int):
+        raise ValueError(f"{path} is damaged (it names no step); {advice}")
+    return run
+
+
+def saved_step(out: Path) -> int | None:
+    """Steps of the run that is saved in `out`, None where there is none."""
+    run = saved_run(Path(out))
+    return None if run is None else run["step"]
