@@ -24,9 +24,10 @@ from transfusion.model.vae import VAE
 from transfusion.sequence.packing import IMAGE_ATTENTION, Image, Part, Sequence
 from transfusion.values import nearest
 
-BACKBONES = {"decoder": Backbone, "adaln": AdaLNBackbone, "experts": ExpertBackbone}
+BACKBONE_CLASSES = {"decoder": Backbone, "adaln": AdaLNBackbone, "experts": ExpertBackbone}
+IMAGE_LAYER_CLASSES = {
+    "linear": (PatchEmbedding, LinearHead), "dit": (PatchEmbedding, DiTHead), "unet": (UNetDown, UNetUp)}
 HUB = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")  # of transformers' push_to_hub
-IMAGE_LAYERS = {"linear": (PatchEmbedding, LinearHead), "dit": (PatchEmbedding, DiTHead), "unet": (UNetDown, UNetUp)}
 
 
 class TransfusionOutput(NamedTuple):
@@ -52,9 +53,9 @@ class Transfusion(PreTrainedModel):
         config._attn_implementation_internal = integration.register()  # the public name would set it on text_config, which is the caller's
         super().__init__(config)
         hidden = config.text_config.get_text_config().hidden_size
-        self.backbone = BACKBONES[config.backbone](config.text_config)
+        self.backbone = BACKBONE_CLASSES[config.backbone](config.text_config)
         self.timestep = TimestepEmbedding(hidden)
-        self.patch_embedding, self.image_head = (layer(config, hidden) for layer in IMAGE_LAYERS[config.image_layers])
+        self.patch_embedding, self.image_head = (layer(config, hidden) for layer in IMAGE_LAYER_CLASSES[config.image_layers])
         self.image_attention = IMAGE_ATTENTION[config.image_attention]
         self.objective = OBJECTIVES[config.objective]
         self.tokenizer = tokenizer
