@@ -12,7 +12,7 @@ from transfusion.sequence.packing import IMAGE_ATTENTION
 from transfusion.settings import Count, NotNegative, OneOf, WholeNumber, check
 from transfusion.values import nearest
 
-BACKBONES = ("decoder", "adaln", "experts")
+BACKBONES = ("decoder", "adaln", "mixture_of_transformers")
 POSITIONS = ("1d", "2d")
 IMAGE_LAYERS = ("linear", "dit", "unet")
 _COMMON = {field.name for field in fields(PreTrainedConfig)} | {  # what any configuration of transformers may hold
@@ -20,6 +20,11 @@ _COMMON = {field.name for field in fields(PreTrainedConfig)} | {  # what any con
     "experts_implementation", "is_decoder", "label2id", "model_type", "name_or_path", "num_labels",
     "output_attentions", "pad_token_id", "quantization_config", "sep_token_id", "tie_word_embeddings",
     "tokenizer_class", "torch_dtype", "use_cache"}
+
+
+def present_backbone(name):
+    """Return the name that a backbone has now: checkpoints, runs and command lines of earlier versions say "experts"."""
+    return "mixture_of_transformers" if name == "experts" else name
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class TransfusionSettings:
     """side of a square patch; an image's height and width are multiples of it"""
     backbone: Annotated[str, OneOf(BACKBONES)] = "decoder"
     """decoder: the language model as it is (the paper); adaln: each image's timestep modulates its norms and residuals;
-    experts: the same, and patches have weights of their own in all but attention (LMFusion, arXiv:2412.15188)"""
+    mixture_of_transformers: the same, and patches have weights of their own in all but attention (arXiv:2411.04996 and
+    LMFusion, arXiv:2412.15188; "experts", its name in earlier versions, means the same)"""
     positions: Annotated[str, OneOf(POSITIONS)] = "1d"
     """of patches: 1d, one after the other like text (the paper), or 2d, a row and a column (see
     `tfkernels.grid_positions`; not with the backbone decoder)"""
@@ -50,6 +56,9 @@ class TransfusionSettings:
     `transfusion.diffusion.objective.shift_times`); None: no shift"""
     diffusion_weight: NotNegative = 5.0
     """lambda in text loss + lambda * diffusion loss (the paper: 5, for errors of eps; those of x0 are a tenth of these)"""
+
+    def __post_init__(self):
+        object.__setattr__(self, "backbone", present_backbone(self.backbone))
 
     def shared(self) -> dict:
         """Return these options alone, by name, also where a subclass adds others."""
@@ -174,7 +183,7 @@ def _check_settings(settings: _OwnSettings, text_config: PreTrainedConfig) -> No
         raise ValueError(f"{op}: boi_token_id and eoi_token_id are both {settings.boi_token_id}; two tokens fit")
     if settings.positions == "2d" and settings.backbone == "decoder":
         raise ValueError(f"{op}: positions is '2d' and backbone 'decoder', which turns its heads itself; "
-                         "backbone 'adaln' or 'experts', or positions '1d' fits")
+                         "backbone 'adaln' or 'mixture_of_transformers', or positions '1d' fits")
     if settings.image_layers == "unet" and settings.patch_size != 2**(len(settings.unet_channels) - 1):
         raise ValueError(f"{op}: patch_size is {settings.patch_size} and unet_channels {tuple(settings.unet_channels)}; "
                          "a patch size of 2^k and k + 1 channels fit, one number for each resolution down to a patch")

@@ -19,12 +19,13 @@ from transfusion.model.image_layers.embedding import PatchEmbedding, TimestepEmb
 from transfusion.model.image_layers.heads import DiTHead, LinearHead
 from transfusion.model.image_layers.unet import UNetDown, UNetUp, ZeroConv2d
 from transfusion.model.lora import find_base, holds_adapter, load_adapter, spare_images
-from transfusion.model.mixture_of_transformers import ExpertBackbone
+from transfusion.model.mixture_of_transformers import MixtureOfTransformersBackbone
 from transfusion.model.vae import VAE
 from transfusion.sequence.packing import IMAGE_ATTENTION, Image, Part, Sequence
 from transfusion.values import nearest
 
-BACKBONE_CLASSES = {"decoder": Backbone, "adaln": AdaLNBackbone, "experts": ExpertBackbone}
+BACKBONE_CLASSES = {
+    "decoder": Backbone, "adaln": AdaLNBackbone, "mixture_of_transformers": MixtureOfTransformersBackbone}
 IMAGE_LAYER_CLASSES = {
     "linear": (PatchEmbedding, LinearHead), "dit": (PatchEmbedding, DiTHead), "unet": (UNetDown, UNetUp)}
 HUB = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")  # of transformers' push_to_hub

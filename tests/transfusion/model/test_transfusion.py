@@ -123,7 +123,7 @@ def test_a_fresh_model_predicts_nothing_about_images(pictures, backbone):
     torch.testing.assert_close(losses(fresh, [[pictures[0]]], 24).diffusion_loss, (noise_of(sequence, SEED) - sequence.patches).square().mean())
 
 
-@pytest.mark.parametrize("backbone", ["adaln", "experts"])
+@pytest.mark.parametrize("backbone", ["adaln", "mixture_of_transformers"])
 def test_a_fresh_backbone_is_the_unmodified_decoder_and_text_always_sees_that(pictures, backbone):
     plain, trained = tiny_model(), tiny_model(backbone=backbone)
     fresh = Transfusion(trained.config).eval()
@@ -148,7 +148,7 @@ def test_two_positions_tell_rows_from_columns_and_leave_text_alone(pictures):
     assert placed.tolist() == [[i // 4, i % 4] for i in range(16)]
 
 
-@pytest.mark.parametrize("backbone", ["adaln", "experts"])
+@pytest.mark.parametrize("backbone", ["adaln", "mixture_of_transformers"])
 def test_gradient_checkpointing_changes_no_gradient(pictures, backbone):
     model = tiny_model(backbone=backbone).train()
     gradients = []
@@ -227,7 +227,7 @@ def test_paths_and_configs_that_do_not_fit_are_refused_by_name(tmp_path):
         Transfusion.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="objective is 'fow'; one of 'eps', 'v', 'flow', 'x0'"):
         TransfusionConfig(objective="fow")
-    with pytest.raises(ValueError, match="backbone is 'adalm'; one of 'decoder', 'adaln', 'experts' fits"):
+    with pytest.raises(ValueError, match="backbone is 'adalm'; one of 'decoder', 'adaln', 'mixture_of_transformers' fits"):
         TransfusionConfig(backbone="adalm")
     with pytest.raises(ValueError, match="positions is '2d' and backbone 'decoder'"):
         TransfusionConfig(positions="2d")
