@@ -1,5 +1,6 @@
 """A mixture of transformers against a form that computes both sets of weights for every token and picks one."""
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -12,11 +13,13 @@ from tests.compare import assert_as_accurate
 from tests.transfusion.conftest import tiny_model
 from tests.transfusion.model.test_from_language_model import language_model
 from tests.transfusion.model.test_transfusion import hidden_states, losses, packed
+from tests.transfusion.train.test_transfusion import losses as steps_of
+from tests.transfusion.train.test_transfusion import small
 from transfusion import Image, Text, Transfusion, TransfusionConfig
 from transfusion.model.config import TransfusionSettings
 from transfusion.model.from_language_model import InitSettings, init
 from transfusion.sequence.packing import encode, pack
-from transfusion.train import ModelSettings
+from transfusion.train import ModelSettings, train
 
 
 @pytest.fixture(scope="module")
@@ -236,3 +239,13 @@ def test_with_its_text_frozen_a_model_learns_images_and_writes_as_before(picture
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, first[name])}
     assert moved == {name for name in first if not name.startswith("backbone.decoder.")}
     assert torch.equal(model.text_logits(tokens), written[0]) and torch.equal(hidden_states(model, alone, alone.patches, times), written[1])
+
+
+def test_a_run_that_was_saved_under_the_earlier_name_goes_on(tmp_path):
+    settings = dataclasses.replace(small(tmp_path).model, backbone="mixture_of_transformers")
+    train(small(tmp_path, model=settings, stop_after=2))
+    file = tmp_path / "resume" / "run.json"
+    file.write_text(file.read_text().replace('"mixture_of_transformers"', '"experts"'))
+    train(small(tmp_path, model=dataclasses.replace(settings, backbone="experts"), resume=True, stop_after=3))
+    assert json.loads(file.read_text())["config"]["model"]["backbone"] == "mixture_of_transformers"
+    assert [line["step"] for line in steps_of(tmp_path)] == [0, 1, 2]
