@@ -9,8 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from transfusion.diffusion.objective import OBJECTIVES
 from transfusion.sequence.packing import IMAGE_ATTENTION
-from transfusion.settings import Count, NotNegative, OneOf, WholeNumber, check
-from transfusion.values import nearest
+from transfusion.settings import Count, NotNegative, OneOf, WholeNumber, check, nearest
 
 BACKBONES = ("decoder", "adaln", "mixture_of_transformers")
 POSITIONS = ("1d", "2d")

@@ -22,7 +22,7 @@ from transfusion.model.lora import find_base, holds_adapter, load_adapter, spare
 from transfusion.model.mixture_of_transformers import MixtureOfTransformersBackbone
 from transfusion.model.vae import VAE
 from transfusion.sequence.packing import IMAGE_ATTENTION, Image, Part, Sequence
-from transfusion.values import nearest
+from transfusion.settings import nearest
 
 BACKBONE_CLASSES = {
     "decoder": Backbone, "adaln": AdaLNBackbone, "mixture_of_transformers": MixtureOfTransformersBackbone}
