@@ -14,7 +14,7 @@ from transfusion.data.pictures import read_picture
 from transfusion.diffusion.guidance import Guidance
 from transfusion.generate.sampling import Sampling, TextSampling
 from transfusion.sample import load_image, load_model, save_image
-from transfusion.sequence.packing import Image
+from transfusion.sequence import Image
 
 
 @pytest.fixture(scope="module")
