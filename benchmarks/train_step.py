@@ -34,7 +34,7 @@ from transfusion.model.config import TransfusionConfig
 from transfusion.model.transfusion import Transfusion
 from transfusion.recipes.paper import PAPER, paper
 from transfusion.recipes.studies.measure import flops
-from transfusion.sequence.packing import Sequence
+from transfusion.sequence import Sequence
 
 OURS, COMPILED, DENSE, FLEX, PEER = (
     "tfkernels",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from transfusion.recipes.emoji import large_emoji, lively_emoji, small_emoji
-from transfusion.sequence.packing import Document, Image, Part, Sequence, Text, encode, lay_out, with_clean_copies
+from transfusion.sequence import Document, Image, Part, Sequence, Text, encode, lay_out, with_clean_copies
 from transfusion.settings import OneOf, Range, Share, check
 
 DATASETS: dict[str, Callable] = {}

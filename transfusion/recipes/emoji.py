@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from transfusion.files import replacing
-from transfusion.sequence.packing import Image, Part, Text
+from transfusion.sequence import Image, Part, Text
 
 STYLES = ("noto", "twemoji")
 PACKAGES = {

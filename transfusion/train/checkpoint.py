@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from transfusion.command import saved_run, saved_step
 from transfusion.files import load_tensors, whole
+from transfusion.model.config import present_backbone
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -92,6 +93,8 @@ def load_state(config, fixed: tuple[str, ...], device: torch.device) -> tuple[di
     """
     run, out = saved_run(config.out), str(config.out)
     theirs, ours = _flat(run.get("config") or {}), _flat(json.loads(json.dumps(dataclasses.asdict(config), default=str)))
+    if "model.backbone" in theirs:
+        theirs["model.backbone"] = present_backbone(theirs["model.backbone"])
     if not {key.split(".")[0] for key in ours if "." in key} <= {key.split(".")[0] for key in theirs}:
         raise ValueError(f"train: out is {out!r}, which holds a run of another kind; --resume goes on with the same command's; take another --out")
     changed = [key for key in ours if key in theirs and theirs[key] != ours[key] and key not in ("out", "resume", "stop_after")]

@@ -18,7 +18,7 @@ from transfusion.data.batches import (
     jitter,
     step_generator,
 )
-from transfusion.sequence.packing import Image, Text, encode
+from transfusion.sequence import Image, Text, encode
 from transfusion.sequence.tokenizer import train_tokenizer
 from transfusion.train.transfusion import ModelSettings, OptimSettings, TrainConfig, train
 

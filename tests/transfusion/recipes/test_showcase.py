@@ -10,7 +10,7 @@ from transfusion import Transfusion
 from transfusion.recipes.emoji import STYLES, Emoji
 from transfusion.recipes.emoji_judges import Judges, bits_per_byte, draw_emoji, read_captions
 from transfusion.recipes.showcase import ShowcaseSettings, read_plain_text, showcase
-from transfusion.sequence.packing import Image
+from transfusion.sequence import Image
 from transfusion.train.classifier import ClassifierSettings
 from transfusion.train.transfusion import emoji
 

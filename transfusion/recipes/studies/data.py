@@ -3,7 +3,7 @@ import torch
 
 from transfusion.data.batches import DATASETS, DataSettings
 from transfusion.recipes.emoji import STYLES, Emoji
-from transfusion.sequence.packing import Image, Part, Text
+from transfusion.sequence import Image, Part, Text
 
 KINDS = {"Smileys & Emotion": "a smiley", "People & Body": "a person", "Animals & Nature": "an animal or a plant", "Food & Drink": "food or drink",
          "Travel & Places": "a place or a vehicle", "Activities": "an activity", "Objects": "an object", "Symbols": "a symbol", "Flags": "a flag"}
