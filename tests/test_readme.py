@@ -8,6 +8,8 @@ from tests.transfusion.conftest import tiny_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PRINTED = {ROOT / "docs" / "resources.md", *(ROOT / "docs" / "studies").glob("*-*.md")}  # written by a command
+WRITTEN = [page for page in PAGES if page not in PRINTED]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -64,7 +66,7 @@ def test_readme_shows_the_attention_call_and_the_model_in_fifteen_lines_each():
     assert max(len([line for line in code.splitlines() if line.strip()]) for code in (attention, model)) <= 15
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_prose_of_a_page_wraps_at_120_characters(page):
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_lines_of_a_page_wrap_at_120_characters_but_for_tables(page):
     for line in page.read_text().splitlines():
         assert len(line) <= 120 or line.startswith(("|", "![")), f"{page.name}: {line[:60]}..."
