@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor
 
-from tfkernels.patches.patchify import noise_reference
+from tfkernels.patches import noise_reference
 from transfusion.model.transfusion import TransfusionOutput
 
 

@@ -14,7 +14,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Dyna
 
 import tfkernels.integrations.transformers as integration
 from tfkernels import TransfusionMask, gated_residual_rms_norm, linear_cross_entropy, modulated_rms_norm, qk_norm_rotary, rotary_table
-from tfkernels.attention.op import MAX_HEAD_DIM
+from tfkernels.attention import MAX_HEAD_DIM
 from transfusion.model.image_layers.embedding import ZeroLinear
 from transfusion.sequence import Modality
 
