@@ -9,7 +9,7 @@ from transformers.utils import logging as transformers_logging
 @contextlib.contextmanager
 def without_progress_bars() -> Iterator[None]:
     """Show no progress bar of transformers and diffusers meanwhile; whatever the user has set for them comes back."""
-    hook = transformers_logging.set_tqdm_hook(_hidden)  # disable_progress_bar would change huggingface_hub's setting too
+    hook = transformers_logging.set_tqdm_hook(_hidden)  # its disable_progress_bar would change huggingface_hub too
     shown = diffusers_logging.is_progress_bar_enabled()
     diffusers_logging.disable_progress_bar()
     try:
