@@ -7,11 +7,6 @@ from transfusion.command import plain_errors
 from transfusion.settings import nearest
 
 
-def _train(args: list[str]) -> None:
-    from transfusion.train.transfusion import main as train_main
-    train_main(args)
-
-
 def _init(args: list[str]) -> None:
     from transfusion.model.from_language_model import InitSettings, init
     init(tyro.cli(InitSettings, args=args, prog="transfusion init"))
@@ -27,25 +22,30 @@ def _caption(args: list[str]) -> None:
     caption(tyro.cli(Caption, args=args, prog="transfusion caption"))
 
 
-def _vae_train(args: list[str]) -> None:
-    from transfusion.train.autoencoder import main as train_main
+def _train(args: list[str]) -> None:
+    from transfusion.recipes.command_line import train_main
     train_main(args)
 
 
+def _vae_train(args: list[str]) -> None:
+    from transfusion.recipes.command_line import vae_train_main
+    vae_train_main(args)
+
+
 def _vae_eval(args: list[str]) -> None:
-    from transfusion.eval.autoencoder import VAEEvalSettings, evaluate
-    evaluate(tyro.cli(VAEEvalSettings, args=args, prog="transfusion vae eval"))
+    from transfusion.recipes.command_line import vae_eval_main
+    vae_eval_main(args)
 
 
 def _vae_encode(args: list[str]) -> None:
-    from transfusion.data.latents import EncodeSettings, encode_dataset
-    encode_dataset(tyro.cli(EncodeSettings, args=args, prog="transfusion vae encode"))
+    from transfusion.recipes.command_line import vae_encode_main
+    vae_encode_main(args)
 
 
 VAE_VERBS = {
     "train": ("train an autoencoder from a preset", _vae_train),
     "eval": ("measure an autoencoder on held-out pictures", _vae_eval),
-    "encode": ("cache the latents of a data set", _vae_encode),
+    "encode": ("compute the latents of a data set and keep them", _vae_encode),
 }
 VERBS = {
     "init": ("make a model from a pretrained language model", _init),

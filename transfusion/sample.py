@@ -8,7 +8,7 @@ import torch
 from PIL import Image as Picture
 from tyro.conf import arg
 
-from transfusion.data.pictures import read_picture
+from transfusion.data.picture_files import read_picture
 from transfusion.device import choose_device
 from transfusion.files import check_writable, written
 from transfusion.generate.sampling import Sampling, TextSampling

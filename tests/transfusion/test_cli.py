@@ -10,7 +10,7 @@ from PIL import Image as Picture
 from tests.transfusion.conftest import tiny_model
 from tests.transfusion.model.test_from_language_model import language_model
 from transfusion.cli import main
-from transfusion.data.pictures import read_picture
+from transfusion.data.picture_files import read_picture
 from transfusion.diffusion.guidance import Guidance
 from transfusion.generate.sampling import Sampling, TextSampling
 from transfusion.sample import load_image, load_model, save_image

@@ -10,9 +10,10 @@ from tests.transfusion.conftest import tiny_model
 from tests.transfusion.plain import add_noise, noise_of, plain_output
 from tests.transfusion.train.test_transfusion import losses, small
 from transfusion import Image, Text, Transfusion
-from transfusion.data.batches import DataSettings, Digits, draw_batch, step_generator
+from transfusion.data.batches import draw_batch, step_generator
 from transfusion.generate.generation import Sampling, _Generation
 from transfusion.generate.kv_cache import Canvas
+from transfusion.recipes.digits import DigitsSettings
 from transfusion.sequence import encode, pack, with_clean_copies
 from transfusion.train.transfusion import train
 
@@ -172,16 +173,17 @@ def test_only_drawn_images_count_in_the_mean_and_clean_copies_are_at_time_0(mode
 
 
 def test_a_batch_with_clean_copies_fits_its_rows_and_needs_no_noise_limit():
-    settings = DataSettings(caption_first=0.5, caption_dropout=0.5, story=0.3, context="clean")
-    sequence, limit = draw_batch(Digits(), settings, TOKENIZER, CONFIG, 4, 128, step_generator(0, 0))
+    settings = DigitsSettings(caption_first=0.5, caption_dropout=0.5, story=0.3, context="clean")
+    digits, noised = settings.open(), dataclasses.replace(settings, context="noised")
+    sequence, limit = draw_batch(digits, settings, TOKENIZER, CONFIG, 4, 128, step_generator(0, 0))
     assert (limit == 1).all() and len(limit) == sequence.image_count and sequence.image_first.any()
     copies = int((sequence.hidden[..., 0] < sequence.hidden[..., 1]).sum())
     assert 0 < copies == (~sequence.drawn).sum() < sequence.drawn.sum()  # an image alone in its document has none
     assert (sequence.documents >= 0).float().mean() > 0.7
-    same, limited = draw_batch(Digits(), dataclasses.replace(settings, context="noised"), TOKENIZER, CONFIG, 4, 128, step_generator(0, 0))
+    same, limited = draw_batch(digits, noised, TOKENIZER, CONFIG, 4, 128, step_generator(0, 0))
     assert same.drawn.all() and same.mask().since is None and (limited < 1).any() and same.image_count < sequence.image_count + copies
     with pytest.raises(ValueError, match="settings.context is 'claen'; one of 'noised', 'clean' fits"):
-        draw_batch(Digits(), dataclasses.replace(settings, context="claen"), TOKENIZER, CONFIG, 4, 128, step_generator(0, 0))
+        draw_batch(digits, dataclasses.replace(settings, context="claen"), TOKENIZER, CONFIG, 4, 128, step_generator(0, 0))
 
 
 def test_training_with_clean_copies_lowers_both_losses(tmp_path):

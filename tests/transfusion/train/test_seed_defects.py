@@ -14,10 +14,11 @@ from tests.transfusion.model.test_transfusion import losses, packed
 from tests.transfusion.train.test_transfusion import small
 from tfkernels import diffusion_loss
 from transfusion import Image, Text, Transfusion, TransfusionConfig
-from transfusion.data.batches import DataSettings, Digits, draw_batch, step_generator
+from transfusion.data.batches import draw_batch, step_generator
 from transfusion.diffusion.guidance import Guidance
 from transfusion.diffusion.objective import OBJECTIVES
 from transfusion.model.transfusion import IMAGE_LAYER_CLASSES
+from transfusion.recipes.digits import DigitsSettings
 from transfusion.sequence import encode, pack
 from transfusion.train.transfusion import train
 
@@ -143,8 +144,8 @@ def test_14_a_denoising_step_runs_the_images_tokens_alone(model, recorded):
 
 
 def test_15_captions_stand_before_images_too_and_only_images_that_stand_first_have_limited_noise():
-    model, settings = tiny_model(), DataSettings(caption_first=0.5, noise_limit=0.3)
-    sequence, limit = draw_batch(Digits(), settings, model.tokenizer, model.config, 16, 128, step_generator(0, 0))
+    model, settings = tiny_model(), DigitsSettings(caption_first=0.5, noise_limit=0.3)
+    sequence, limit = draw_batch(settings.open(), settings, model.tokenizer, model.config, 16, 128, step_generator(0, 0))
     assert 0 < sequence.image_first.float().mean() < 1
     assert (limit[~sequence.image_first] == 1).all() and (limit == 0.3).any() and set(limit.tolist()) <= {torch.tensor(0.3).item(), 1.0}
 
