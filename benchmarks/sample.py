@@ -29,7 +29,7 @@ from benchmarks.model_peers import randomize, transfusion_pytorch
 from benchmarks.train_step import configuration
 from tests.compare import assert_as_accurate
 from tfkernels import unpatchify
-from transfusion.diffusion.solvers import make_sampler
+from transfusion.diffusion.solvers import make_solver
 from transfusion.model.transfusion import Transfusion
 from transfusion.sequence.packing import Image, Text, encode, lay_out
 from transfusion.sequence.tokenizer import BOS, EOS, PAD
@@ -129,7 +129,7 @@ def draw_uncached(model: Transfusion, texts: list[str], steps: int, seed: int = 
         )
 
     contexts = [laid_out([[Text(text)] for text in given]) for given in (texts, [""] * len(texts))]
-    sampler = make_sampler("ddim", model.objective, steps, count, config.time_shift_tokens)
+    sampler = make_solver("ddim", model.objective, steps, count, config.time_shift_tokens)
     x = torch.stack(
         [
             torch.randn(count, config.patch_dim, generator=torch.Generator().manual_seed(seed + i))

@@ -32,7 +32,7 @@ ORDER = (  # a folder is a layer: files inside it are free among themselves
     "transfusion.recipes",
     "transfusion.entry",
 )
-ENTRIES = ("cli", "demo", "showcase", "studies", "train.__main__")  # what people start: these may import everything
+ENTRIES = ("cli", "sample", "demo", "showcase", "studies", "train.__main__")  # what people start: these may import everything
 PACKAGES = [p for d in ("tfkernels", "transfusion") for p in sorted((ROOT / d).rglob("*.py"))]
 
 

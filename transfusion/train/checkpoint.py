@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transfusion.command import saved_run, saved_step
 from transfusion.data.dataset import DatasetSettings
 from transfusion.files import load_tensors, whole
+from transfusion.model.config import present_backbone
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -103,6 +104,8 @@ def load_state(config, fixed: tuple[str, ...], device: torch.device) -> tuple[di
     theirs, ours = _flat(run.get("config") or {}), _flat(recorded(config))
     if theirs.get("data.folder") is not None:
         theirs.pop("data.name", None)  # earlier versions wrote a data set's name beside a folder, too
+    if "model.backbone" in theirs:
+        theirs["model.backbone"] = present_backbone(theirs["model.backbone"])
     if not {key.split(".")[0] for key in ours if "." in key} <= {key.split(".")[0] for key in theirs}:
         raise ValueError(f"train: out is {out!r}, which holds a run of another kind; --resume goes on with the same command's; take another --out")
     changed = [key for key in ours if key in theirs and theirs[key] != ours[key] and key not in ("out", "resume", "stop_after")]

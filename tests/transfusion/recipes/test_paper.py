@@ -5,7 +5,7 @@ from transformers import LlamaConfig
 
 from transfusion import Image, Text, Transfusion, TransfusionConfig
 from transfusion.diffusion.objective import OBJECTIVES
-from transfusion.diffusion.solvers import make_sampler
+from transfusion.diffusion.solvers import make_solver
 from transfusion.generate.generation import Sampling
 from transfusion.recipes.paper import PAPER, Size, mlp_width, paper, paper_model, paper_sampling
 from transfusion.sequence.packing import encode, pack
@@ -115,6 +115,6 @@ def test_a_small_model_of_the_same_form_trains_and_draws_latents_of_eight_channe
 
 def test_the_sampling_is_the_papers():
     options = Sampling.of(paper_sampling(guidance=5.0))
-    times = make_sampler(options.sampler, OBJECTIVES["eps"], options.steps, 256).times
+    times = make_solver(options.sampler, OBJECTIVES["eps"], options.steps, 256).times
     assert len(times) == 250 and options.guidance == 5.0 and Sampling.of(paper_sampling()).guidance == 3.0 and options.temperature == 0
     torch.testing.assert_close(times, torch.arange(996, 0, -3.984) / 1000, rtol=0, atol=1e-6)  # 250 of the 1000 it was trained with, evenly
