@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from transfusion.data.dataset import Dataset, DatasetSettings
-from transfusion.sequence.packing import Document, Sequence, encode, lay_out, with_clean_copies
+from transfusion.sequence import Document, Sequence, encode, lay_out, with_clean_copies
 from transfusion.settings import check
 
 PROBED = 500  # documents that tell how long they are

@@ -19,7 +19,7 @@ from transfusion.diffusion.objective import solve
 from transfusion.diffusion.solvers import make_solver
 from transfusion.generate.kv_cache import Canvas, PrefixCache, embed_images
 from transfusion.generate.sampling import Sampling
-from transfusion.sequence.packing import Document, Image, ImageLayout, Part, Text, encode, lay_out
+from transfusion.sequence import Document, Image, ImageLayout, Part, Text, encode, lay_out
 
 WRITING, DRAWING, DONE = range(3)
 
@@ -197,7 +197,7 @@ class _Sampler:
         condition = self.clean.expand(sequence.image_count, -1)
         x, _ = self.model.embed(sequence, sequence.patches, condition)
         cache, seen = DynamicCache(), sequence.documents >= 0
-        positions = self.model.positions(sequence.positions, sequence.image, sequence.layout.columns)
+        positions = self.model.positions(sequence.positions, sequence.image_ids, sequence.layout.columns)
         hidden = self.model.backbone(x, positions, self.model.image_attention.mask(sequence), condition, sequence.modality, cache)
         return PrefixCache(cache, seen, seen.sum(1)), hidden[:, -1]
 

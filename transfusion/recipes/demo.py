@@ -17,7 +17,7 @@ from transfusion.model.transfusion import Transfusion
 from transfusion.recipes.command_line import shell_line
 from transfusion.recipes.digits import DIGIT_NAMES, Digits, digits
 from transfusion.recipes.digits_judge import draw_digits, evaluate, tell_story
-from transfusion.sequence.packing import Image
+from transfusion.sequence import Image
 from transfusion.train.log import logged_seconds
 from transfusion.train.plots import loss_curves
 from transfusion.train.transfusion import TrainConfig, train_to_end

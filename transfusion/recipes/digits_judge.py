@@ -13,7 +13,7 @@ from torch import Tensor
 
 from transfusion.model.transfusion import Transfusion
 from transfusion.recipes.digits import Digits
-from transfusion.sequence.packing import Image, Part, Text
+from transfusion.sequence import Image, Part, Text
 
 
 def fit_judge(train: Digits) -> SVC:

@@ -18,7 +18,7 @@ from PIL import Image as Picture
 from torch import Tensor
 
 from transfusion.data.dataset import Arrangement, DatasetSettings, Labels, PictureDataset
-from transfusion.sequence.packing import Image, Part, Text
+from transfusion.sequence import Image, Part, Text
 from transfusion.settings import check
 from transfusion.train.autoencoder import AutoencoderSettings, LossSettings, VAEOptimSettings, VAETrainConfig
 from transfusion.train.transfusion import ModelSettings, OptimSettings, TrainConfig

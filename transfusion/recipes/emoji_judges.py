@@ -19,7 +19,7 @@ from transfusion.eval.features import in_batches
 from transfusion.eval.metrics import frechet_distance
 from transfusion.model.transfusion import Transfusion
 from transfusion.recipes.emoji import STYLES, Emoji
-from transfusion.sequence.packing import Image, Text
+from transfusion.sequence import Image, Text
 from transfusion.train.classifier import ClassifierSettings, train_classifier
 
 

@@ -107,6 +107,8 @@ class TrainConfig:
     optim: OptimSettings = field(default_factory=OptimSettings)
 
 
+
+
 def check_settings(op: str, config: TrainConfig, prefix: str = "") -> None:
     """Refuse settings that do not fit, or not each other, named behind `prefix`.
 

@@ -17,7 +17,7 @@ from transfusion.data.batches import (
 )
 from transfusion.data.dataset import Arrangement, DatasetSettings
 from transfusion.recipes.digits import Digits, DigitsSettings, jitter
-from transfusion.sequence.packing import Image, Text, encode
+from transfusion.sequence import Image, Text, encode
 from transfusion.sequence.tokenizer import train_tokenizer
 from transfusion.train.transfusion import ModelSettings, OptimSettings, TrainConfig, train
 

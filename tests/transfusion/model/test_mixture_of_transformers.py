@@ -18,7 +18,7 @@ from tests.transfusion.train.test_transfusion import small
 from transfusion import Image, Text, Transfusion, TransfusionConfig
 from transfusion.model.config import TransfusionSettings
 from transfusion.model.from_language_model import InitSettings, init
-from transfusion.sequence.packing import encode, pack
+from transfusion.sequence import encode, pack
 from transfusion.train import ModelSettings, train
 
 
@@ -86,7 +86,7 @@ def states_and_gradients(model, sequence, plain, dtype):
     weight = torch.randn(x.shape, generator=generator).to(dtype)
     where = x, sequence.positions
     if plain:
-        out = both_and_pick(model.backbone, *where, sequence.mask().dense(), condition, sequence.image)
+        out = both_and_pick(model.backbone, *where, sequence.mask().dense(), condition, sequence.image_ids)
     else:
         out = model.backbone(*where, sequence.mask(), condition, sequence.modality)
     names, parameters = zip(*((n, p) for n, p in model.backbone.named_parameters() if "embed_tokens" not in n and "lm_head" not in n))
@@ -217,10 +217,10 @@ def test_text_alone_and_images_alone_are_batches(model):
     ours = hidden_states(model, text, text.patches, torch.zeros(0))
     tokens = text.tokens[:1, :int((text.documents[0] == 0).sum())]
     torch.testing.assert_close(ours[:1, :tokens.shape[1]], model.backbone.decoder.get_decoder()(tokens).last_hidden_state, rtol=1e-5, atol=1e-6)
-    modality = text.modality._replace(image=torch.zeros_like(text.image), text_rows=text.modality.image_rows, image_rows=torch.arange(16))
+    modality = text.modality._replace(image_ids=torch.zeros_like(text.image_ids), text_places=text.modality.patch_places, patch_places=torch.arange(16))
     x, condition = torch.randn(1, 16, 32), torch.randn(1, 32)
     ours = model.backbone(x, text.positions, text.mask(), condition, modality)
-    expected = both_and_pick(model.backbone, x, text.positions, text.mask().dense(), condition, modality.image)
+    expected = both_and_pick(model.backbone, x, text.positions, text.mask().dense(), condition, modality.image_ids)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -8,7 +8,7 @@ from transfusion.diffusion.objective import OBJECTIVES
 from transfusion.diffusion.solvers import make_solver
 from transfusion.generate.generation import Sampling
 from transfusion.recipes.paper import PAPER, Size, mlp_width, paper, paper_model, paper_sampling
-from transfusion.sequence.packing import encode, pack
+from transfusion.sequence import encode, pack
 from transfusion.sequence.tokenizer import train_tokenizer
 from transfusion.train.optimizer import learning_rate
 

@@ -11,7 +11,7 @@ from transfusion.recipes.digits import DigitsSettings
 from transfusion.recipes.emoji import STYLES, Emoji, emoji
 from transfusion.recipes.emoji_judges import Judges, bits_per_byte, draw_emoji, read_captions
 from transfusion.recipes.showcase import ShowcaseSettings, read_plain_text, showcase
-from transfusion.sequence.packing import Image
+from transfusion.sequence import Image
 from transfusion.train.classifier import ClassifierSettings
 
 FEW = ClassifierSettings(size=16, width=8, depths=(1, 1), steps=4, batch=16, device="cpu")

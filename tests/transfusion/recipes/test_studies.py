@@ -30,7 +30,7 @@ from transfusion.recipes.studies.measure import Yardstick, caption_accuracy, flo
 from transfusion.recipes.studies.report import Difference, by_class, cell, comparisons, difference, mosaic, sentence
 from transfusion.recipes.studies.representations import Codes, Patches
 from transfusion.recipes.studies.vq import VQSettings, from_codes, load_autoencoder, to_codes, train_autoencoder
-from transfusion.sequence.packing import encode, pack
+from transfusion.sequence import encode, pack
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from transfusion.data.batches import draw_batch, step_generator
 from transfusion.generate.generation import Sampling, _Sampler
 from transfusion.generate.kv_cache import Canvas
 from transfusion.recipes.digits import DigitsSettings
-from transfusion.sequence.packing import encode, pack, with_clean_copies
+from transfusion.sequence import encode, pack, with_clean_copies
 from transfusion.train.transfusion import train
 
 SEED = 11
@@ -29,9 +29,9 @@ def packed(*documents, clean=True, seq_len=160):
 
 
 def hidden_states(model, sequence, times, seed=SEED):
-    noised, _ = add_noise(model.objective, sequence.patches, noise_of(sequence, seed), times[sequence.layout.image][:, None])
+    noised, _ = add_noise(model.objective, sequence.patches, noise_of(sequence, seed), times[sequence.layout.image_ids][:, None])
     condition = model.timestep(times)
-    positions = model.positions(sequence.positions, sequence.image, sequence.layout.columns)
+    positions = model.positions(sequence.positions, sequence.image_ids, sequence.layout.columns)
     return model.backbone(model.embed(sequence, noised, condition)[0], positions, sequence.mask(), condition, sequence.modality)
 
 
@@ -76,7 +76,7 @@ def test_the_mask_of_a_document_is_the_one_written_by_hand():
     assert visible == [row.split()[0] for row in rows.strip().splitlines()]
     assert sequence.positions[0].tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 6, 7, 7, 8, 9, 10, 0, 1, 2, 3, 4]
     assert sequence.drawn.tolist() == [True, False, True, False, True]
-    assert sequence.patches[:, 0].tolist() == [0] * 4 + [1] * 3 and sequence.image[0].tolist().count(-1) == 12
+    assert sequence.patches[:, 0].tolist() == [0] * 4 + [1] * 3 and sequence.image_ids[0].tolist().count(-1) == 12
 
 
 def test_an_image_is_copied_where_a_loss_stands_behind_it(pictures):
@@ -112,7 +112,7 @@ def test_losses_are_those_of_what_the_sampler_predicts_and_text_goes_on_as_after
         sampler = _Sampler(model, [prompt], Sampling(guidance=1.0), force_image=True)
         sampler.clean = model.timestep(torch.zeros(1))
         sampler.cache, _ = sampler.prefill(sampler.documents)
-        own = sequence.layout.image == image
+        own = sequence.layout.image_ids == image
         noised, target = add_noise(model.objective, sequence.patches[own], noise_of(sequence, SEED)[own], times[image])
         prediction = Canvas(model, sampler.cache, sampler.grid).predict(noised[None], times[image])[0]
         torch.testing.assert_close(output.image_losses[image], (prediction - target).square().mean())

@@ -15,7 +15,7 @@ from torch import Tensor
 from transfusion.eval.features import Features, in_batches
 from transfusion.eval.metrics import frechet_distance, precision_recall
 from transfusion.model.transfusion import Transfusion
-from transfusion.sequence.packing import Document, Part, Sequence, Text, encode, pack
+from transfusion.sequence import Document, Part, Sequence, Text, encode, pack
 from transfusion.train.classifier import accuracy
 
 

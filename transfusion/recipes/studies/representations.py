@@ -15,7 +15,7 @@ from transfusion.data.dataset import Arrangement, Dataset, DatasetSettings, Pict
 from transfusion.model.from_language_model import from_language_model
 from transfusion.model.transfusion import Transfusion
 from transfusion.recipes.studies.vq import from_codes, load_autoencoder, to_codes
-from transfusion.sequence.packing import Image, Part, Text, encode
+from transfusion.sequence import Image, Part, Text, encode
 from transfusion.sequence.tokenizer import BOI, EOI, train_tokenizer
 from transfusion.train.transfusion import TrainConfig
 

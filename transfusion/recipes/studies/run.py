@@ -20,7 +20,7 @@ from transfusion.recipes.studies.arms import Arm, StudyData
 from transfusion.recipes.studies.measure import Yardstick, caption_accuracy, flops, text_loss
 from transfusion.recipes.studies.representations import Codes, Patches
 from transfusion.recipes.studies.vq import from_codes, holds_autoencoder, to_codes, train_autoencoder
-from transfusion.sequence.packing import Text, encode, pack
+from transfusion.sequence import Text, encode, pack
 from transfusion.train.classifier import train_classifier
 from transfusion.train.log import logged_seconds, read_log
 from transfusion.train.transfusion import train, train_to_end
