@@ -18,18 +18,10 @@ from torch.nn.attention import SDPBackend
 from benchmarks import attention_peers as peers
 from benchmarks import mask as mask_benchmark
 from benchmarks.batches import PackedBatch, packed_batch
-from benchmarks.harness import (
-    Contender,
-    LeftOut,
-    Report,
-    Result,
-    clocks,
-    environment,
-    make_parser,
-    measure,
-    peak_tflops,
-    present,
-)
+from benchmarks.command_line import run_command
+from benchmarks.environment import peak_tflops
+from benchmarks.harness import Contender, LeftOut, Result, measure, present
+from benchmarks.report import Report
 from benchmarks.timing import remark
 from tests.compare import assert_as_accurate
 from tfkernels import TransfusionMask, attention, attention_reference
@@ -280,24 +272,19 @@ def plot(report: Report, out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the grid until it ends or `--seconds` are over; the file is complete after every row."""
-    parser = make_parser(__doc__.splitlines()[0], "three lengths, images of 256 tokens")
-    parser.add_argument("--cpu", action="store_true", help="measure what needs no CUDA device")
-    options = parser.parse_args(arguments)
-    if options.cpu:
-        return mask_benchmark.run(options.out, quick=options.quick, commit=options.commit)
-    if not torch.cuda.is_available():
-        print("benchmarks.attention: no CUDA device; pass --cpu for what can be measured without one")
-        return 1
-    settings = {"quick": options.quick, "timing": "interleaved, L2 flushed before each phase"}
-    report, path = Report("attention", settings, environment("cuda", options.commit)), options.out / "attention.json"
-    report.obey(options)
+    """Run the grid, or with `--cpu` that of benchmarks/mask.py."""
 
-    status = report.run(cases(options.quick), lambda case: run_case(case, report, seconds=1.0), path, options.seconds)
-    report.environment["clocks_after"] = clocks()
-    report.save(path)
-    plot(report, options.out)
-    return status or int(any(row["contender"] == "tfkernels" and row["error"] for row in report.rows))
+    def measure_case(case: Case | mask_benchmark.Case, report: Report, device: str) -> None:
+        if device == "cpu":
+            mask_benchmark.run_case(case, report)
+        else:
+            run_case(case, report, seconds=1.0)
+
+    return run_command(
+        "attention", __doc__, arguments, cases=cases, cpu_cases=mask_benchmark.cases, measure_case=measure_case,
+        settings={"timing": "interleaved; on CUDA L2 flushed before each phase, on the CPU wall time, caches not flushed",
+                  "cpu_image_tokens": mask_benchmark.IMAGE},
+        quick="three lengths, images of 256 tokens", finish=plot)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Contender, Report, Result, measure, run_command
+from benchmarks.command_line import run_command
+from benchmarks.harness import Contender, Result, measure
+from benchmarks.report import Report
 from benchmarks.timing import remark
 from tests.compare import assert_as_accurate
 
@@ -153,29 +155,23 @@ def run_problem(problem: Problem, configuration: dict, report: Report, device: s
 
 def run_benchmark(
     name: str,
-    description: str,
+    documentation: str,
+    arguments: list[str] | None,
+    *,
     settings: dict,
     cases: Callable[[bool], Iterable],
     cpu_cases: Iterable,
     problem: Callable[[NamedTuple, str, torch.dtype], Problem],
-    arguments: list[str] | None,
 ) -> int:
-    """Command line of a benchmark whose cases are problems of this module."""
+    """Command line of a benchmark whose cases are problems of this module: bfloat16 on CUDA, float32 on the CPU."""
 
-    def measure_case(case, report, device):
-        run_problem(
-            problem(case, device, torch.bfloat16 if device == "cuda" else torch.float32), case._asdict(), report, device
-        )
+    def measure_case(case: NamedTuple, report: Report, device: str) -> None:
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        run_problem(problem(case, device, dtype), case._asdict(), report, device)
 
     return run_command(
-        name,
-        description,
-        {**settings, "timing": "interleaved, L2 flushed on CUDA"},
-        cases,
-        cpu_cases,
-        measure_case,
-        arguments,
-    )
+        name, documentation, arguments, settings={**settings, "timing": "interleaved, L2 flushed on CUDA"}, cases=cases,
+        cpu_cases=lambda quick: cpu_cases, measure_case=measure_case)
 
 
 def _tuple(outputs) -> tuple[Tensor, ...]:

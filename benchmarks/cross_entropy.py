@@ -15,7 +15,10 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.bandwidth import Problem, contenders, functions, saved_bytes
-from benchmarks.harness import Contender, LeftOut, Report, Result, measure, peak_tflops, present, run_command
+from benchmarks.command_line import run_command
+from benchmarks.environment import peak_tflops
+from benchmarks.harness import Contender, LeftOut, Result, measure, present
+from benchmarks.report import Report
 from benchmarks.timing import remark
 from tfkernels import linear_cross_entropy, linear_cross_entropy_reference
 
@@ -178,17 +181,12 @@ def run_case(case: Case, report: Report, device: str, dtype: torch.dtype, second
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
+    def measure_case(case: Case, report: Report, device: str) -> None:
+        run_case(case, report, device, torch.bfloat16 if device == "cuda" else torch.float32)
+
     return run_command(
-        "cross_entropy",
-        __doc__.splitlines()[0],
-        {"timing": "interleaved, L2 flushed on CUDA"},
-        cases,
-        [Case(512, 128, 500)],
-        lambda case, report, device: run_case(
-            case, report, device, torch.bfloat16 if device == "cuda" else torch.float32
-        ),
-        arguments,
-    )
+        "cross_entropy", __doc__, arguments, settings={"timing": "interleaved, L2 flushed on CUDA"}, cases=cases,
+        cpu_cases=lambda quick: [Case(512, 128, 500)], measure_case=measure_case)
 
 
 if __name__ == "__main__":

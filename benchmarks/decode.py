@@ -5,13 +5,16 @@
 What counts is bytes: GB/s are those of the keys and values that the mask leaves visible, read once, over the median time. Half of the
 batch's rows hold half as many tokens as the others. Every contender passes the tests' accuracy rule against float64 before it is timed.
 """
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.harness import Contender, Report, Result, measure, run_command
+from benchmarks.command_line import run_command
+from benchmarks.harness import Contender, Result, measure
+from benchmarks.report import Report
 from benchmarks.timing import remark
 from tests.compare import assert_as_accurate
 from tfkernels import TransfusionMask, attention, attention_reference, paged_attention
@@ -129,14 +132,9 @@ def run_case(case: Case, report: Report, device: str, seconds: float) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
     return run_command(
-        "decode",
-        __doc__.splitlines()[0],
-        {"page_size": PAGE, "timing": "interleaved, L2 flushed on CUDA"},
-        cases,
-        [Case(2, n, 1024, 8, 2, 64) for n in (1, 16, 64)],
-        lambda case, report, device: run_case(case, report, device, seconds=0.5),
-        arguments,
-    )
+        "decode", __doc__, arguments, settings={"page_size": PAGE, "timing": "interleaved, L2 flushed on CUDA"},
+        cases=cases, cpu_cases=lambda quick: [Case(2, n, 1024, 8, 2, 64) for n in (1, 16, 64)],
+        measure_case=functools.partial(run_case, seconds=0.5))
 
 
 if __name__ == "__main__":

@@ -86,7 +86,8 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
     small = [Case("diffusion_loss", 1024, 32)] + [Case(op, 1024, 32, 128) for op in HEADS]
-    return run_benchmark("diffusion_loss", __doc__.splitlines()[0], {"image_patches": IMAGE}, cases, small, problem, arguments)
+    return run_benchmark("diffusion_loss", __doc__, arguments, settings={"image_patches": IMAGE}, cases=cases,
+                         cpu_cases=small, problem=problem)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,8 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
-    return run_benchmark("image_chain", __doc__.splitlines()[0], {"image_patches": IMAGE, "patch_elements": DIM}, cases, [Case(1024, 128)], problem, arguments)
+    return run_benchmark("image_chain", __doc__, arguments, settings={"image_patches": IMAGE, "patch_elements": DIM},
+                         cases=cases, cpu_cases=[Case(1024, 128)], problem=problem)
 
 
 if __name__ == "__main__":

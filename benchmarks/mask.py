@@ -5,7 +5,7 @@ where the kernels would load it: the keys from the least lo to the greatest hi o
 The minimum is the keys that any of those queries sees, packed into as few tiles as hold them.
 """
 import functools
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,13 +13,27 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.batches import PackedBatch, dense_definition, packed_batch
-from benchmarks.harness import Contender, Report, environment, measure
+from benchmarks.harness import Contender, Result, measure
+from benchmarks.report import Report
 from tfkernels import TransfusionMask
 
+IMAGE = 256
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 TILES = ((128, 128), (128, 64), (64, 64))
 CHUNK = 1024
 EAGER_LIMIT = 8192  # tokens up to which create_block_mask also runs uncompiled; beyond, one call takes many seconds
+
+
+class Case(NamedTuple):
+    """A row of `seq_len` tokens; `compiled`: beside the others, create_block_mask under torch.compile."""
+
+    seq_len: int
+    compiled: bool = True
+
+
+def cases(quick: bool) -> list[Case]:
+    """Every length, or three of them, which compile nothing."""
+    return [Case(seq_len, not quick) for seq_len in (LENGTHS[:3] if quick else LENGTHS)]
 
 
 class LargestTensor(TorchDispatchMode):
@@ -113,38 +127,44 @@ def tile_counts(mask: TransfusionMask, definition, rows: int, keys: int) -> dict
     return {"visited": visited, "minimum": minimum, "area_in_tiles": mask.area().item() / (rows * keys)}
 
 
-def run(out: Path, *, quick: bool = False, commit: str | None = None, lengths=LENGTHS, image_tokens: int = 256) -> int:
-    """Measure every length, write attention-cpu-<commit>.json into `out` and print a short table."""
-    torch.set_num_threads(1)  # on a shared machine a second thread measures how long the other waits for a core
-    where = environment("cpu", commit)
-    report = Report("mask", {"image_tokens": image_tokens, "timing": "wall time, interleaved, caches not flushed"}, where)
-    path = out / f"attention-cpu-{(where['commit'] or 'unknown')[:10]}.json"
-    for seq_len in lengths[:3] if quick else lengths:
-        torch._dynamo.reset()
-        batch = packed_batch(seq_len, image_tokens)
-        ways = contenders(batch, compiled=not quick)
+def run_case(case: Case, report: Report) -> None:
+    """Measure one length, and record and print a row for each way to build the mask and for each mask's tiles."""
+    torch._dynamo.reset()
+    batch = packed_batch(case.seq_len, IMAGE)
+    ways = contenders(batch, case.compiled)
 
-        def record(result, seq_len=seq_len):
-            report.record({"seq_len": seq_len}, result)
-            report.save(path)
+    def record(result: Result, **found) -> dict:
+        return report.record({"seq_len": case.seq_len}, result, **found)
 
-        chosen = [contender for contender, _ in ways.values()]
-        for result in measure(chosen, device="cpu", seconds=2, warmup=1, record=record):
-            build, found = ways[result.name][1], {}
-            if result.checked:
-                found["bytes"] = mask_bytes(build())
-            if result.checked and "compiled" not in result.name:
-                with LargestTensor() as largest:
-                    build()
-                found["largest_tensor_bytes"] = largest.bytes
-            row = report.record({"seq_len": seq_len}, result, **found)
-            print(f"{seq_len:6} {result.name:32} " + (result.error or f"{row['milliseconds']['build']['p50']:10.3f} ms {row['bytes']:9} bytes, "
-                                                       f"largest tensor {row.get('largest_tensor_bytes', 'not traced')}"), flush=True)
-        for name, packed in (("packed", batch), ("packed, every other image hidden", packed_batch(seq_len, image_tokens, hidden=True))):
-            mask = TransfusionMask.from_spans(packed.spans, seq_len, documents=packed.documents, hidden=packed.hidden)
-            definition = functools.partial(dense_definition, packed)
-            counts = {f"{rows}x{keys}": tile_counts(mask, definition, rows, keys) for rows, keys in TILES}
-            report.rows.append({"seq_len": seq_len, "mask": name, "area": mask.area().item(), "tiles": counts})
-            print(f"{seq_len:6} {name:32} tiles of 128x128: {counts['128x128']}")
-        report.save(path)
-    return int(any(row.get("error") for row in report.rows))
+    chosen = [contender for contender, _ in ways.values()]
+    for result in measure(chosen, device="cpu", seconds=2, warmup=1, record=record, **report.limits):
+        row = record(result, **sizes(ways[result.name][1], traced="compiled" not in result.name) if result.checked else {})
+        print(f"{case.seq_len:6} {result.name:32} {words(row)}", flush=True)
+    for hidden in (False, True):
+        packed = packed_batch(case.seq_len, IMAGE, hidden=hidden)
+        mask = TransfusionMask.from_spans(
+            packed.spans, case.seq_len, documents=packed.documents, hidden=packed.hidden)
+        counts = {f"{rows}x{keys}": tile_counts(mask, functools.partial(dense_definition, packed), rows, keys)
+                  for rows, keys in TILES}
+        name = f"tiles, packed{', every other image hidden' * hidden}"
+        report.rows.append(
+            {"seq_len": case.seq_len, "contender": name, "area": mask.area().item(), "tiles": counts})
+        print(f"{case.seq_len:6} {name} of 128x128: {counts['128x128']}", flush=True)
+
+
+def sizes(build, traced: bool) -> dict[str, int]:
+    """Bytes of the mask that `build` returns and, where `traced`, of the largest tensor on the way to it."""
+    found = {"bytes": mask_bytes(build())}
+    if traced:
+        with LargestTensor() as largest:
+            build()
+        found["largest_tensor_bytes"] = largest.bytes
+    return found
+
+
+def words(row: dict) -> str:
+    """What a way to build the mask took, or why there are no numbers."""
+    if not row["milliseconds"]:
+        return row["error"] or row["left_out"] or "no numbers"
+    return (f"{row['milliseconds']['build']['p50']:10.3f} ms {row['bytes']:9} bytes, "
+            f"largest tensor {row.get('largest_tensor_bytes', 'not traced')}")

@@ -83,15 +83,8 @@ def _liger():
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
-    return run_benchmark(
-        "norm",
-        __doc__.splitlines()[0],
-        {"image_tokens": IMAGE},
-        cases,
-        [Case(op, 1024, 256) for op in ARGUMENTS],
-        problem,
-        arguments,
-    )
+    return run_benchmark("norm", __doc__, arguments, settings={"image_tokens": IMAGE}, cases=cases,
+                         cpu_cases=[Case(op, 1024, 256) for op in ARGUMENTS], problem=problem)
 
 
 if __name__ == "__main__":

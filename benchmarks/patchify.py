@@ -99,8 +99,9 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
-    return run_benchmark("patchify", __doc__.splitlines()[0], {"image_tokens": IMAGE, "patch_size": PATCH}, cases,
-                         [Case(op, 512, 32, 128 if "embed" in op else 0) for op in OPS], problem, arguments)
+    small = [Case(op, 512, 32, 128 if "embed" in op else 0) for op in OPS]
+    return run_benchmark("patchify", __doc__, arguments, settings={"image_tokens": IMAGE, "patch_size": PATCH},
+                         cases=cases, cpu_cases=small, problem=problem)
 
 
 if __name__ == "__main__":

@@ -95,15 +95,8 @@ def _liger(table: tuple):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
-    return run_benchmark(
-        "rotary",
-        __doc__.splitlines()[0],
-        {"document_tokens": DOCUMENT},
-        cases,
-        [Case(op, 256, 4, 2, 64) for op in MOVED],
-        problem,
-        arguments,
-    )
+    return run_benchmark("rotary", __doc__, arguments, settings={"document_tokens": DOCUMENT}, cases=cases,
+                         cpu_cases=[Case(op, 256, 4, 2, 64) for op in MOVED], problem=problem)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ All times are those that a user waits for, the host's included.
 """
 
 import contextlib
+import functools
 import importlib
 import io
 from typing import NamedTuple
@@ -24,8 +25,11 @@ from transformers import PreTrainedTokenizerFast
 
 import tfkernels.integrations.transformers as integration
 from benchmarks.bandwidth import copy_contender
-from benchmarks.harness import Contender, Report, Result, measure, peak_tflops, present, run_command
+from benchmarks.command_line import run_command
+from benchmarks.environment import peak_tflops
+from benchmarks.harness import Contender, Result, measure, present
 from benchmarks.model_peers import randomize, transfusion_pytorch
+from benchmarks.report import Report
 from benchmarks.train_step import configuration
 from tests.compare import assert_as_accurate
 from tfkernels import unpatchify
@@ -343,15 +347,10 @@ def line(case: Case, row: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
+    small = [Case("draw", "tiny", 2, 24, 4), Case("write", "tiny", 2, 24, 8)]
     return run_command(
-        "sample",
-        __doc__.splitlines()[0],
-        {"guidance": GUIDANCE, "timing": "interleaved, wall time"},
-        cases,
-        [Case("draw", "tiny", 2, 24, 4), Case("write", "tiny", 2, 24, 8)],
-        lambda case, report, device: run_case(case, report, device, seconds=5.0),
-        arguments,
-    )
+        "sample", __doc__, arguments, settings={"guidance": GUIDANCE, "timing": "interleaved, wall time"}, cases=cases,
+        cpu_cases=lambda quick: small, measure_case=functools.partial(run_case, seconds=5.0))
 
 
 if __name__ == "__main__":

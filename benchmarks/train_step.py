@@ -12,6 +12,7 @@ logits of text targets alone) against the device's dense bf16 peak; memory is we
 A step is timed as a user waits for it: its phases one behind the other, the host's time included.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,7 +20,9 @@ import torch
 from transformers import LlamaConfig
 
 import tfkernels.integrations.transformers as integration
-from benchmarks.harness import Contender, Report, Result, measure, peak_tflops, present, run_command
+from benchmarks.command_line import run_command
+from benchmarks.environment import peak_tflops
+from benchmarks.harness import Contender, Result, measure, present
 from benchmarks.model_peers import (
     block_mask,
     dense_mask,
@@ -29,6 +32,7 @@ from benchmarks.model_peers import (
     training_sequence,
     transfusion_pytorch,
 )
+from benchmarks.report import Report
 from tfkernels.patches.patchify import noise_reference
 from transfusion.model.config import TransfusionConfig
 from transfusion.model.transfusion import Transfusion
@@ -277,14 +281,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
     timing = "interleaved, wall time; transfusion-pytorch apart, for memory"
     return run_command(
-        "train_step",
-        __doc__.splitlines()[0],
-        {"timing": timing},
-        cases,
-        [Case("tiny", 2, 256)],
-        lambda case, report, device: run_case(case, report, device, seconds=4.0),
-        arguments,
-    )
+        "train_step", __doc__, arguments, settings={"timing": timing}, cases=cases,
+        cpu_cases=lambda quick: [Case("tiny", 2, 256)], measure_case=functools.partial(run_case, seconds=4.0))
 
 
 if __name__ == "__main__":

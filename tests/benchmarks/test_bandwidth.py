@@ -2,8 +2,9 @@
 import torch
 
 from benchmarks.bandwidth import EAGER, OURS, contenders, copy_contender, run_problem, saved_bytes
-from benchmarks.harness import Contender, Report, measure
+from benchmarks.harness import Contender, measure
 from benchmarks.norm import Case, problem
+from benchmarks.report import Report
 
 
 def test_a_contender_whose_gate_gets_another_images_gradient_is_refused():
