@@ -1,15 +1,17 @@
-"""The text head's cross-entropy: TFLOP/s of the loss alone and of loss and gradients, peak memory, and what is kept for the backward.
+"""The text head's cross-entropy: TFLOP/s, peak memory, and the bytes kept for the backward.
 
     python -m benchmarks.cross_entropy --out DIR [--quick] [--cpu]
 
-Half of the tokens have a target: R of T = 2 R rows, drawn at random. Operations are those of the equations in `tfkernels.cross_entropy`:
-2 R V C for the loss alone ("evaluation", no gradient wanted) and 6 R V C for "forward" and "backward" together, whichever of the two makes the
-gradients: ours makes them in the forward. Contenders: ours, the reference in eager PyTorch and under `torch.compile`, and where they are,
-torch.nn.functional.linear_cross_entropy in chunks, liger-kernel's fused linear cross-entropy and cut-cross-entropy, with its gradient
-filter and without. The peers gather the rows within the measured time. "saved" counts what autograd holds: the gradients that PyTorch's operator
-makes in its forward are held elsewhere and are seen in the peak alone.
+Half of the tokens have a target: R of T = 2 R rows, drawn at random. Operations are those of the equations in
+`tfkernels.losses.cross_entropy`: 2 R V C for the loss alone ("evaluation", where no gradient is wanted), and 6 R V C
+for "forward" and "backward" together, whichever of the two makes the gradients; ours makes them in the forward.
+Contenders are ours, the reference in eager PyTorch and under `torch.compile` and, where they are installed,
+torch.nn.functional.linear_cross_entropy in chunks, liger-kernel's fused linear cross-entropy, and cut-cross-entropy
+with its gradient filter and without. The peers' time includes gathering the rows. "saved" counts what autograd holds.
+The gradients that PyTorch's operator makes in its forward are held elsewhere, so they are seen in the peak alone.
 """
 import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -36,7 +38,7 @@ class Case(NamedTuple):
 def cases(quick: bool) -> list[Case]:
     """The grid, those of `quick` first."""
     first = [Case(16384, 2048, 32000), Case(4096, 4096, 128256)]
-    grid = [Case(rows, width, vocabulary) for rows in (4096, 16384) for width in (2048, 4096) for vocabulary in (32000, 128256)]
+    grid = [Case(*sizes) for sizes in itertools.product((4096, 16384), (2048, 4096), (32000, 128256))]
     return first if quick else first + [c for c in grid if c not in first]
 
 

@@ -143,8 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the steps and print the summary; 1 where there is no CUDA device, a test failed or a step did not finish."""
     parser = common_parser(__doc__.splitlines()[0], "the benchmarks' short grids", seconds=570.0)
     parser.add_argument("--part", choices=PARTS, help="one of the three parts; by default all of them")
-    parser.add_argument("--workers", type=int, help="test processes, with pytest-xdist; by default what fits the machine")
-    parser.add_argument("--sanitize", action="store_true", help="keep time for compute-sanitizer, which else has the rest")
+    parser.add_argument("--workers", type=int, help="test processes, with pytest-xdist; by default what fits")
+    parser.add_argument("--sanitize", action="store_true", help="keep time for compute-sanitizer, else what is left")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("benchmarks.gpu: no CUDA device; run it on a machine with one (benchmarks.attention --cpu needs none)")

@@ -1,4 +1,4 @@
-"""Timing of contenders that do the same work: interleaved, with a cold L2 cache, and only after each has proven correct.
+"""Timing of contenders that do the same work: each proves correct first, then they run in turn, with a cold L2 cache.
 
 A contender is a list of phases over one state (build the mask, run forward, run backward) and a check of that state.
 Each in turn, ours first, is checked and gets a few numbers of its own, so that a run that is cut keeps what it has;

@@ -1,8 +1,8 @@
-"""What a mask costs, measured without a GPU: time and bytes to build it, and the tiles a kernel then visits.
+"""What a mask costs, measured without a GPU: time and bytes to build it, and the tiles that a kernel then visits.
 
-`tfkernels` builds four integers per token; FlexAttention's create_block_mask looks at every pair. A tile counts as visited
-where the kernels would load it: the keys from the least lo to the greatest hi of a tile of queries, in steps of the key tile.
-The minimum is the keys that any of those queries sees, packed into as few tiles as hold them.
+`tfkernels` builds four integers per token; FlexAttention's create_block_mask looks at every pair. A tile counts as
+visited where the kernels would load it: the keys from the least lo to the greatest hi of a tile of queries, in steps
+of the key tile. The minimum is the keys that any of those queries sees, packed into as few tiles as hold them.
 """
 import functools
 from typing import NamedTuple
@@ -63,22 +63,31 @@ def contenders(batch: PackedBatch, compiled: bool) -> dict[str, tuple[Contender,
     def check_mask(state):
         for start in range(0, seq_len, CHUNK):
             part = state["mask"].queries(start, min(start + CHUNK, seq_len))
-            assert torch.equal(part.dense(), dense_definition(batch, start, start + CHUNK)), f"the mask is wrong in rows {start} to {start + CHUNK}"
+            right = torch.equal(part.dense(), dense_definition(batch, start, start + CHUNK))
+            assert right, f"the mask is wrong in rows {start} to {start + CHUNK}"
 
     def check_blocks(state):
-        assert torch.equal(state["mask"].to_dense().bool()[0, 0], needed), "the block mask lists other tiles than the definition needs"
+        right = torch.equal(state["mask"].to_dense().bool()[0, 0], needed)
+        assert right, "the block mask lists other tiles than the definition needs"
+
+    def ours(given):
+        return TransfusionMask.from_spans(given, seq_len, documents=batch.documents)
+
+    def flex(create):
+        return create(visible, None, None, seq_len, seq_len, device="cpu")
 
     ways = {
-        "tfkernels, from tensors": (lambda: TransfusionMask.from_spans(spans, seq_len, documents=batch.documents), check_mask),
-        "tfkernels, from lists": (lambda: TransfusionMask.from_spans(batch.spans, seq_len, documents=batch.documents), check_mask),
-        "tfkernels, with block_mask()": (lambda: TransfusionMask.from_spans(spans, seq_len, documents=batch.documents).block_mask(), check_blocks),
+        "tfkernels, from tensors": (lambda: ours(spans), check_mask),
+        "tfkernels, from lists": (lambda: ours(batch.spans), check_mask),
+        "tfkernels, with block_mask()": (lambda: ours(spans).block_mask(), check_blocks),
     }
     if seq_len <= EAGER_LIMIT:
-        ways["create_block_mask"] = (lambda: create_block_mask(visible, None, None, seq_len, seq_len, device="cpu"), check_blocks)
+        ways["create_block_mask"] = (lambda: flex(create_block_mask), check_blocks)
     if compiled:
         create = torch.compile(create_block_mask, dynamic=False)
-        ways["create_block_mask, compiled"] = (lambda: create(visible, None, None, seq_len, seq_len, device="cpu"), check_blocks)
-    return {name: (Contender(name, {"build": functools.partial(_build, build)}, check), build) for name, (build, check) in ways.items()}
+        ways["create_block_mask, compiled"] = (lambda: flex(create), check_blocks)
+    return {name: (Contender(name, {"build": functools.partial(_build, build)}, check), build)
+            for name, (build, check) in ways.items()}
 
 
 def _build(build, state):
@@ -86,9 +95,10 @@ def _build(build, state):
 
 
 def mask_bytes(mask) -> int:
-    """Return the bytes of the tensors that a TransfusionMask or a BlockMask holds; what a BlockMask's mask_mod captured is not counted."""
-    tensors = mask.as_tuple(flatten=True) if isinstance(mask, BlockMask) else (mask.lo, mask.hi, mask.query_lo, mask.query_hi)
-    return sum(x.nbytes for x in tensors if isinstance(x, Tensor))
+    """Bytes of the tensors that a TransfusionMask or a BlockMask holds, without those that its mask_mod captured."""
+    if isinstance(mask, BlockMask):
+        return sum(x.nbytes for x in mask.as_tuple(flatten=True) if isinstance(x, Tensor))
+    return sum(x.nbytes for x in (mask.lo, mask.hi, mask.key_since, mask.key_until))
 
 
 def needed_tiles(batch: PackedBatch, size: int) -> Tensor:
@@ -99,11 +109,14 @@ def needed_tiles(batch: PackedBatch, size: int) -> Tensor:
 
 
 def live_tiles(mask: TransfusionMask, start: int, end: int, first: Tensor, last: Tensor, size: int) -> int:
-    """Count the tiles [first, last) of `size` keys of which some key may be seen by a query of [start, end), all batch rows together."""
-    seen = mask.query_lo < mask.query_hi
-    pad = -mask.key_len % size
-    low = torch.nn.functional.pad(torch.where(seen, mask.query_lo, end), (0, pad), value=end).unflatten(1, (-1, size)).amin(-1)
-    high = torch.nn.functional.pad(torch.where(seen, mask.query_hi, 0), (0, pad), value=0).unflatten(1, (-1, size)).amax(-1)
+    """Count the tiles [first, last) of `size` keys of which a query of [start, end) sees one, over all batch rows."""
+    seen = mask.key_since < mask.key_until
+
+    def by_tile(keys: Tensor, fill: int) -> Tensor:
+        keys = torch.where(seen, keys, fill)
+        return torch.nn.functional.pad(keys, (0, -mask.key_len % size), value=fill).unflatten(1, (-1, size))
+
+    low, high = by_tile(mask.key_since, end).amin(-1), by_tile(mask.key_until, 0).amax(-1)
     tile = torch.arange(low.shape[1])
     return ((low < end) & (high > start) & (first[:, None] <= tile) & (tile < last[:, None])).sum().item()
 
@@ -138,7 +151,8 @@ def run_case(case: Case, report: Report) -> None:
 
     chosen = [contender for contender, _ in ways.values()]
     for result in measure(chosen, device="cpu", seconds=2, warmup=1, record=record, **report.limits):
-        row = record(result, **sizes(ways[result.name][1], traced="compiled" not in result.name) if result.checked else {})
+        build = ways[result.name][1]
+        row = record(result, **sizes(build, traced="compiled" not in result.name) if result.checked else {})
         print(f"{case.seq_len:6} {result.name:32} {words(row)}", flush=True)
     for hidden in (False, True):
         packed = packed_batch(case.seq_len, IMAGE, hidden=hidden)

@@ -1,9 +1,9 @@
-"""Time launch configurations of the attention kernels on this device and print the rows that win: the tables' offline tuner.
+"""Time launch configurations of the attention kernels on this device and print the fastest: the tables' offline tuner.
 
     python -m benchmarks.tune --out DIR [--quick] [--kernels fwd dq dkv] [--head-dims 64 128] [--lengths 1024 8192]
 
-Each candidate takes the place of its table's row and must pass the accuracy rule before it is timed against all
-others in interleaved rounds; what is known of it is saved as it comes. Candidates that do not fit shared memory end
+Each candidate takes the place of its table's row, and must pass the accuracy rule before it is timed against all
+others in interleaved rounds. What is known of it is saved as it comes. Candidates that do not fit shared memory end
 as errors in the report. A row that wins goes into its table by hand, and from there through
 tests/tfkernels/test_resources.py: a tile that spills may be fast, and is looked at twice.
 """

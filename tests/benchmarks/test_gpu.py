@@ -207,7 +207,8 @@ def test_a_kill_in_the_middle_leaves_what_was_measured(tmp_path):
     script = tmp_path / "stage.py"
     script.write_text(
         f"import sys; from pathlib import Path; from benchmarks import environment, gpu, gpu_steps\nSTUB = {STUB!r}\n"
-        "gpu.environment = lambda device, commit=None: environment.environment('cpu', commit)\ngpu_steps.POLL_SECONDS = 0.1\n"
+        "gpu.environment = lambda device, commit=None: environment.environment('cpu', commit)\n"
+        "gpu_steps.POLL_SECONDS = 0.1\n"
         "gpu_steps.benchmark_command = lambda name, out: [sys.executable, '-c', STUB, name, '--out', str(out)]\n"
         "gpu.run(gpu.Call(Path(sys.argv[1]), 1000.0, part='kernels'))\n"
     )
@@ -302,17 +303,19 @@ def test_a_step_that_takes_too_long_is_ended_with_its_children_and_called_cut(tm
 
 
 def test_the_callers_own_path_of_packages_is_kept(tmp_path, monkeypatch):
+    command = [sys.executable, "-c", "import os; print(os.environ['PYTHONPATH'])"]
     monkeypatch.setenv("PYTHONPATH", "/somewhere/else")
-    step = gpu_steps.run_step([sys.executable, "-c", "import os; print(os.environ['PYTHONPATH'])"], tmp_path / "log", 60)
+    step = gpu_steps.run_step(command, tmp_path / "log", 60)
     assert step["status"] == 0 and step["tail"].strip() == f"{ROOT}{os.pathsep}/somewhere/else"
     monkeypatch.delenv("PYTHONPATH")
-    step = gpu_steps.run_step([sys.executable, "-c", "import os; print(os.environ['PYTHONPATH'])"], tmp_path / "log", 60)
+    step = gpu_steps.run_step(command, tmp_path / "log", 60)
     assert step["tail"].strip() == str(ROOT)  # its own output alone, and no empty entry
 
 
 def test_workers_are_as_many_as_cores_and_memories_bear(monkeypatch):
     monkeypatch.setattr(gpu_steps.os, "sched_getaffinity", lambda pid: set(range(16)))
-    monkeypatch.setattr(gpu_steps.os, "sysconf", lambda name: {"SC_PHYS_PAGES": 2**25, "SC_PAGE_SIZE": 4096}[name])  # 128 GiB
+    pages = {"SC_PHYS_PAGES": 2**25, "SC_PAGE_SIZE": 4096}  # 128 GiB
+    monkeypatch.setattr(gpu_steps.os, "sysconf", pages.__getitem__)
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
     for free, workers in ((78 * 2**30, 15), (24 * 2**30, 6), (2**30, 1)):
         monkeypatch.setattr(gpu.torch.cuda, "mem_get_info", lambda free=free: (free, free))

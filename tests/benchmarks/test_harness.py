@@ -26,7 +26,8 @@ def fails(state):
 def test_quantiles_equal_numpys(count):
     samples = numpy.random.default_rng(count).normal(size=count)
     found = quantiles(samples.tolist())
-    assert [found["p20"], found["p50"], found["p80"]] == pytest.approx(numpy.quantile(samples, [0.2, 0.5, 0.8]).tolist())
+    expected = numpy.quantile(samples, [0.2, 0.5, 0.8]).tolist()
+    assert [found["p20"], found["p50"], found["p80"]] == pytest.approx(expected)
     assert found["repetitions"] == count
 
 
@@ -52,15 +53,18 @@ def test_a_contender_without_a_check_is_refused():
 
 
 def test_a_contender_that_fails_its_check_gets_no_number_and_the_others_theirs():
-    wrong, right = measure([Contender("wrong", {"forward": passes}, fails), Contender("right", {"forward": passes}, passes)], device="cpu", seconds=0)
+    chosen = [Contender("wrong", {"forward": passes}, fails), Contender("right", {"forward": passes}, passes)]
+    wrong, right = measure(chosen, device="cpu", seconds=0)
     assert (wrong.checked, wrong.milliseconds, wrong.error) == (False, {}, "AssertionError: out is wrong")
     assert right.checked and right.error is None and right.milliseconds["forward"]["p50"] > 0
     report = Report("attention", {}, {})
     assert report.record({}, wrong)["error"] and len(report.rows) == 1
 
 
-@pytest.mark.parametrize("result,derived", [({"p50": 1.0}, {}), (Result("by hand", milliseconds={"forward": {"p50": 1.0}}), {}),
-                                            (Result("by hand"), {"tflops": 700})])
+@pytest.mark.parametrize("result,derived", [
+    ({"p50": 1.0}, {}),
+    (Result("by hand", milliseconds={"forward": {"p50": 1.0}}), {}),
+    (Result("by hand"), {"tflops": 700})])
 def test_a_report_refuses_numbers_that_no_check_stands_behind(result, derived):
     with pytest.raises(ValueError, match=r"measure\(\) fits"):
         Report("attention", {}, {}).record({}, result, **derived)
@@ -74,13 +78,16 @@ def test_an_error_in_the_middle_of_timing_costs_that_contender_its_numbers_alone
         if len(calls) == 8:
             raise RuntimeError("out of luck")
 
-    broken, right = measure([Contender("broken", {"forward": breaks}, passes), Contender("right", {"forward": passes}, passes)], device="cpu", seconds=0)
-    assert broken.error == "RuntimeError: out of luck" and broken.milliseconds == {} and right.milliseconds["forward"]["repetitions"] == 5
+    chosen = [Contender("broken", {"forward": breaks}, passes), Contender("right", {"forward": passes}, passes)]
+    broken, right = measure(chosen, device="cpu", seconds=0)
+    assert broken.error == "RuntimeError: out of luck" and broken.milliseconds == {}
+    assert right.milliseconds["forward"]["repetitions"] == 5
 
 
 def test_rounds_interleave_the_contenders():
     order = []
-    measure([Contender(name, {"forward": lambda state, name=name: order.append(name)}, passes) for name in "ab"], device="cpu", seconds=0, warmup=0)
+    chosen = [Contender(name, {"forward": lambda state, name=name: order.append(name)}, passes) for name in "ab"]
+    measure(chosen, device="cpu", seconds=0, warmup=0)
     assert order == ["a", "a", "b", "b"] + ["a", "b"] * 5
 
 
@@ -88,8 +95,8 @@ def test_the_phases_share_one_state_and_the_check_sees_it():
     def check(state):
         assert state["out"] == 6
 
-    result, = measure([Contender("chain", {"build": lambda s: s.update(mask=2), "forward": lambda s: s.update(out=s["mask"] * 3)}, check)],
-                      device="cpu", seconds=0)
+    phases = {"build": lambda s: s.update(mask=2), "forward": lambda s: s.update(out=s["mask"] * 3)}
+    result, = measure([Contender("chain", phases, check)], device="cpu", seconds=0)
     assert result.checked and set(result.milliseconds) == {"build", "forward"}
 
 
