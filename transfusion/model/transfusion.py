@@ -19,14 +19,17 @@ from transfusion.model.image_layers.embedding import PatchEmbedding, TimestepEmb
 from transfusion.model.image_layers.heads import DiTHead, LinearHead
 from transfusion.model.image_layers.unet import UNetDown, UNetUp, ZeroConv2d
 from transfusion.model.lora import find_base, holds_adapter, load_adapter, spare_images
-from transfusion.model.mixture_of_transformers import ExpertBackbone
+from transfusion.model.mixture_of_transformers import MixtureOfTransformersBackbone
+from transfusion.model.progress import without_progress_bars
 from transfusion.model.vae import VAE
-from transfusion.sequence.packing import IMAGE_ATTENTION, Image, Part, Sequence
-from transfusion.values import nearest
+from transfusion.sequence import IMAGE_ATTENTION, Image, Part, Sequence
+from transfusion.settings import nearest
 
-BACKBONES = {"decoder": Backbone, "adaln": AdaLNBackbone, "experts": ExpertBackbone}
+BACKBONE_CLASSES = {
+    "decoder": Backbone, "adaln": AdaLNBackbone, "mixture_of_transformers": MixtureOfTransformersBackbone}
+IMAGE_LAYER_CLASSES = {
+    "linear": (PatchEmbedding, LinearHead), "dit": (PatchEmbedding, DiTHead), "unet": (UNetDown, UNetUp)}
 HUB = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")  # of transformers' push_to_hub
-IMAGE_LAYERS = {"linear": (PatchEmbedding, LinearHead), "dit": (PatchEmbedding, DiTHead), "unet": (UNetDown, UNetUp)}
 
 
 class TransfusionOutput(NamedTuple):
@@ -52,9 +55,9 @@ class Transfusion(PreTrainedModel):
         config._attn_implementation_internal = integration.register()  # the public name would set it on text_config, which is the caller's
         super().__init__(config)
         hidden = config.text_config.get_text_config().hidden_size
-        self.backbone = BACKBONES[config.backbone](config.text_config)
+        self.backbone = BACKBONE_CLASSES[config.backbone](config.text_config)
         self.timestep = TimestepEmbedding(hidden)
-        self.patch_embedding, self.image_head = (layer(config, hidden) for layer in IMAGE_LAYERS[config.image_layers])
+        self.patch_embedding, self.image_head = (layer(config, hidden) for layer in IMAGE_LAYER_CLASSES[config.image_layers])
         self.image_attention = IMAGE_ATTENTION[config.image_attention]
         self.objective = OBJECTIVES[config.objective]
         self.tokenizer = tokenizer
@@ -85,6 +88,7 @@ class Transfusion(PreTrainedModel):
         return self.backbone.decoder.get_output_embeddings()
 
     @classmethod
+    @without_progress_bars()
     def from_pretrained(cls, path, *args, base=None, **kwargs) -> "Transfusion":
         """Load a checkpoint directory: config.json, model.safetensors and the tokenizer's files; or an adapter's, put into the model it was trained on.
 
@@ -141,6 +145,7 @@ class Transfusion(PreTrainedModel):
             loading_info.update(found)
         return model
 
+    @without_progress_bars()
     def save_pretrained(self, path, is_main_process: bool = True, state_dict: dict | None = None, *, push_to_hub: bool = False, variant: str | None = None,
                         **kwargs) -> None:
         """Write config.json, model.safetensors, the tokenizer's files and the autoencoder, if there is one; what the directory held stands until all are whole.
@@ -166,7 +171,7 @@ class Transfusion(PreTrainedModel):
     def embed(self, sequence: Sequence, patches: Tensor, condition: Tensor) -> tuple[Tensor, list]:
         """Token embeddings (B, S, C) with the (noised) patches' embeddings in their places, and what skips the decoder to the image head."""
         x = self.backbone.embed(sequence.tokens)
-        embedded, skips = self.patch_embedding(x.flatten(0, 1), patches, condition, sequence.layout, sequence.patch_rows)
+        embedded, skips = self.patch_embedding(x.flatten(0, 1), patches, condition, sequence.layout, sequence.patch_places)
         return embedded.view_as(x), skips
 
     def positions(self, positions: Tensor, image: Tensor, columns: Tensor) -> Tensor:
@@ -183,10 +188,10 @@ class Transfusion(PreTrainedModel):
         condition = self.timestep(times)                                                   # (N, C)
         noised = noise_patchify(sequence.patches, signal, noise, seed, offsets=sequence.layout.offsets)
         x, skips = self.embed(sequence, noised, condition)
-        positions = self.positions(sequence.positions, sequence.image, sequence.layout.columns)
+        positions = self.positions(sequence.positions, sequence.image_ids, sequence.layout.columns)
         x = self.backbone(x, positions, self.image_attention.mask(sequence), condition, sequence.modality).flatten(0, 1)  # (B * S, C)
-        text = self.backbone.text_loss(x, sequence.text_rows, sequence.text_targets)
-        images = sequence.drawn * self.image_head.loss(x, sequence.patch_rows, condition, sequence.layout, skips, sequence.patches, p, q, seed)
+        text = self.backbone.text_loss(x, sequence.target_places, sequence.text_targets)
+        images = sequence.drawn * self.image_head.loss(x, sequence.patch_places, condition, sequence.layout, skips, sequence.patches, p, q, seed)
         diffusion = images.sum() / sequence.drawn.sum().clamp(min=1)
         return TransfusionOutput(text + self.config.diffusion_weight * diffusion, text, diffusion, images)
 

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from transfusion.files import check_files, current, replacing, whole
+from transfusion.model.progress import without_progress_bars
 
 
 class VAE:
@@ -28,7 +29,13 @@ class VAE:
     def __deepcopy__(self, memo):
         return self  # frozen: copies of the model around it share it
 
+    def to(self, device: torch.device) -> "VAE":
+        """Move it to `device`; what it makes comes back to the device of what it was given."""
+        self.autoencoder.to(device)
+        return self
+
     @classmethod
+    @without_progress_bars()
     def from_pretrained(cls, path: Path) -> "VAE":
         """Load a directory with config.json and safetensors, as diffusers writes it. Pickled weights are refused."""
         if not current(path, "config.json").is_file():
@@ -40,6 +47,7 @@ class VAE:
         except OSError as error:
             raise ValueError(f"VAE.from_pretrained: path is {str(path)!r}, whose weights cannot be loaded ({error}); safetensors fit") from error
 
+    @without_progress_bars()
     def save_pretrained(self, path: Path) -> None:
         """Write config.json and safetensors; what the directory held stands until both are whole."""
         with replacing(path) as fresh:

@@ -1,4 +1,4 @@
-"""Train a Transfusion: `python -m transfusion.train PRESET [--optim.steps 100 ...]`, or `transfusion train PRESET ...`.
+"""Train a Transfusion. Its commands are `transfusion train PRESET ...` and `python -m transfusion.train PRESET ...`.
 
 Each step draws documents, noises their images and takes one AdamW step on text loss + lambda * diffusion loss. Documents, times
 and noise of a step depend on (seed, step) alone, so a resumed run gives the losses of one that never stopped. Ctrl-C saves.
@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import tyro
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from transformers import AutoConfig, LlamaConfig
 
-from transfusion.command import Interrupt, claim, plain_errors, saved_step
-from transfusion.data.batches import DataSettings, document_lengths, draw_batch, step_generator
+from transfusion.command import Interrupt, claim, saved_step
+from transfusion.data.batches import document_lengths, draw_batch, step_generator
+from transfusion.data.dataset import DatasetSettings
 from transfusion.data.latents import open_dataset
 from transfusion.device import choose_device, seconds_of
-from transfusion.diffusion.objective import OBJECTIVES, TIMES, sample_times
+from transfusion.diffusion.objective import TIMES, sample_times
 from transfusion.files import replacing
-from transfusion.model.config import BACKBONES, IMAGE_ATTENTION, IMAGE_LAYERS, POSITIONS, TransfusionConfig
+from transfusion.model.config import TransfusionConfig, TransfusionSettings
 from transfusion.model.lora import TuneSettings, name_base, prepare, trained_table
 from transfusion.model.transfusion import Transfusion
 from transfusion.model.vae import VAE
@@ -36,8 +36,8 @@ from transfusion.train.optimizer import build_average, build_optimizer, learning
 
 
 @dataclass(frozen=True)
-class ModelSettings:
-    """The decoder and the image layers."""
+class ModelSettings(TransfusionSettings):
+    """The decoder and, as `TransfusionSettings`, the image layers."""
 
     vocabulary: Annotated[int, Range(261)] = 512
     """tokens of the tokenizer trained on the data set's texts, at most"""
@@ -51,27 +51,8 @@ class ModelSettings:
     """key and value heads"""
     mlp: Count = 352
     """width inside the SwiGLU"""
-    patch_size: Count = 2
-    """side of an image patch"""
-    backbone: Annotated[str, OneOf(BACKBONES)] = "decoder"
-    """decoder: the language model as it is (the paper); adaln: each image's timestep modulates its norms and residuals; experts: so, and
-    patches have weights of their own"""
-    positions: Annotated[str, OneOf(POSITIONS)] = "1d"
-    """of patches: 1d, one after the other (the paper), or 2d, a row and a column (with backbone adaln or experts)"""
-    image_layers: Annotated[str, OneOf(IMAGE_LAYERS)] = "dit"
-    """linear (the paper), dit (a modulated final layer) or unet (the paper's other choice)"""
-    unet_channels: tuple[Count, ...] = (64, 128)
-    """channels at each resolution of the U-Net, down to one position a patch"""
-    unet_blocks: Count = 2
-    """residual blocks at each resolution of the U-Net"""
-    image_attention: Annotated[str, OneOf(IMAGE_ATTENTION)] = "bidirectional"
-    """inside an image: bidirectional (the paper) or causal (its table 5)"""
-    objective: Annotated[str, OneOf(OBJECTIVES)] = "flow"
-    """what the image head predicts: eps (the paper), v, flow or x0"""
-    time_shift_tokens: Count | None = None
-    """patches of an image whose times are not shifted; larger images get more noise; None: no shift"""
-    diffusion_weight: NotNegative = 5.0
-    """lambda in text loss + lambda * diffusion loss"""
+    norm_eps: Positive = 1e-6
+    """epsilon of the decoder's RMS norms"""
 
 
 @dataclass(frozen=True)
@@ -122,36 +103,10 @@ class TrainConfig:
     """compute in bfloat16 under autocast"""
     tune: TuneSettings = field(default_factory=TuneSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
-    data: DataSettings = field(default_factory=DataSettings)
+    data: DatasetSettings = field(default_factory=DatasetSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
 
 
-def digits() -> TrainConfig:
-    """Handwritten digits, 8x8, flow matching: the demo, minutes on two CPU cores."""
-    return TrainConfig(
-        out=Path("runs/digits"), model=ModelSettings(), data=DataSettings(caption_first=0.4, story=0.1, noise_limit=0.3, jitter=1.0),
-        optim=OptimSettings(steps=1300, rows=8, seq_len=256, lr=2e-3, min_lr=1e-5, warmup=100, weight_decay=0.05, ema=0.995))
-
-
-def digits_paper() -> TrainConfig:
-    """The same digits with the paper's recipe: cosine eps-prediction, 80 % captions first, noise limit 0.5."""
-    base = digits()
-    return dataclasses.replace(base, out=Path("runs/digits-paper"), model=dataclasses.replace(base.model, objective="eps"),
-                               data=dataclasses.replace(base.data, caption_first=0.8))
-
-
-def emoji() -> TrainConfig:
-    """459 named emoji in two styles, 32x32, x0-prediction in patches of 8x8: the showcase, over an hour of one CPU core."""
-    return TrainConfig(
-        out=Path("runs/emoji"), save_every=200, data=DataSettings(name="emoji-lively", caption_first=0.8, noise_limit=0.5),
-        model=ModelSettings(vocabulary=2048, hidden=256, layers=6, heads=8, kv_heads=8, mlp=688, patch_size=8, backbone="adaln", positions="2d",
-                            objective="x0", diffusion_weight=50.0),
-        optim=OptimSettings(steps=6000, rows=4, seq_len=256, lr=1e-3, min_lr=1e-5, warmup=100, weight_decay=0.02, ema=0.995))
-
-
-SHARED = ("patch_size", "backbone", "positions", "image_layers", "unet_channels", "unet_blocks", "image_attention", "objective", "time_shift_tokens",
-          "diffusion_weight")  # fields of ModelSettings that a checkpoint's configuration has too
-PRESETS = {"digits": digits, "digits-paper": digits_paper, "emoji": emoji}
 
 
 def check_settings(op: str, config: TrainConfig, prefix: str = "") -> None:
@@ -177,19 +132,19 @@ def build_model(config: TrainConfig, dataset) -> Transfusion:
     text_config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=config.model.hidden, intermediate_size=config.model.mlp, num_hidden_layers=config.model.layers,
         num_attention_heads=config.model.heads, num_key_value_heads=config.model.kv_heads, tie_word_embeddings=False,
+        rms_norm_eps=config.model.norm_eps, max_position_embeddings=max(2048, config.optim.seq_len),
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     channels, *size = dataset.image_shape
-    shared = {name: getattr(config.model, name) for name in SHARED}
     return Transfusion(TransfusionConfig(
-        text_config=AutoConfig.for_model(**text_config.to_dict()), image_channels=channels, image_size=size, **shared,
+        text_config=AutoConfig.for_model(**text_config.to_dict()), image_channels=channels, image_size=size, **config.model.shared(),
         boi_token_id=tokenizer.convert_tokens_to_ids(BOI), eoi_token_id=tokenizer.convert_tokens_to_ids(EOI)), tokenizer)
 
 
 def start_model(config: TrainConfig, dataset, vae: VAE | None) -> Transfusion:
     """Load the checkpoint to start from and check that the data set's images, and what their latents are of, fit it."""
     model = Transfusion.from_pretrained(config.tune.start)
-    asked = json.loads(json.dumps(dataclasses.asdict(config.model)))  # lists, as in a checkpoint's configuration
-    if differ := [f"{name} {getattr(model.config, name)}" for name in SHARED if getattr(model.config, name) != asked[name]]:
+    asked = json.loads(json.dumps(config.model.shared()))  # lists, as in a checkpoint's configuration
+    if differ := [f"{name} {getattr(model.config, name)}" for name in asked if getattr(model.config, name) != asked[name]]:
         print(f"{config.tune.start} keeps its own {', '.join(differ)}; --model settings are not used", flush=True)
     channels, *size = dataset.image_shape
     if channels != model.config.image_channels or any(side % model.config.patch_size for side in size):
@@ -205,7 +160,8 @@ def start_model(config: TrainConfig, dataset, vae: VAE | None) -> Transfusion:
 def train(config: TrainConfig) -> Path:
     """Run `config` to its end, to `stop_after`, or to Ctrl-C, SIGTERM or SIGHUP; return the directory with the checkpoint."""
     check_settings("train", config)
-    with claim("train", config.out, {"tune.start": config.tune.start, "data.latents": config.data.latents}, config.resume):
+    inputs = {f"data.{name}": path for name, path in config.data.directories().items()}
+    with claim("train", config.out, {"tune.start": config.tune.start, **inputs}, config.resume):
         return _train(config)
 
 
@@ -318,15 +274,3 @@ def _restore(config: TrainConfig, model: Transfusion, averaged: AveragedModel, o
         p.data.copy_(state[f"averaged.{name}"])
     averaged.n_averaged.copy_(state["averaged_steps"])
     return step
-
-
-def main(args: list[str] | None = None) -> None:
-    """Entry point of `transfusion train` and `python -m transfusion.train`."""
-    config = tyro.extras.overridable_config_cli({name: (preset.__doc__.strip(), preset()) for name, preset in PRESETS.items()},
-                                                prog="transfusion train", description=__doc__, args=args)
-    with plain_errors():
-        train(config)
-
-
-if __name__ == "__main__":
-    main()
