@@ -3,9 +3,9 @@
     python -m benchmarks.attention --out DIR [--quick]      on a CUDA device
     python -m benchmarks.attention --out DIR --cpu          what needs none: mask build and tiles (see benchmarks.mask)
 
-TFLOP/s count the mask's visible pairs and nothing else: 4 * area * H * D forward, 2.5 times that backward. The same inputs,
-drawn from N(0, 1), go to every contender, and each contender's output and gradients must pass the tests' accuracy rule against
-float64 in this very run before it is timed.
+TFLOP/s count the mask's visible pairs and nothing else: 4 * area * H * D forward, 2.5 times that backward. The same
+inputs, drawn from N(0, 1), go to every contender, and each contender's output and gradients must pass the tests'
+accuracy rule against float64 in this very run before it is timed.
 """
 import importlib.util
 from pathlib import Path

@@ -1,8 +1,9 @@
 """Operators that memory bounds: GB/s of the bytes that must move, and what share of a measured device copy's that is.
 
-A benchmark names its cases and, for each, a `Problem`: tensors that get gradients, the gradients that arrive, the bytes that must move, and
-the functions that compete. Every contender passes the tests' accuracy rule against float64, in its outputs and every gradient, before it is
-timed. Beside ms at three quantiles a row holds the peak memory and the bytes that autograd keeps from forward to backward, inputs aside.
+A benchmark names its cases and, for each, a `Problem`: tensors that get gradients, the gradients that arrive, the
+bytes that must move, and the functions that compete. Every contender passes the tests' accuracy rule against float64,
+in its outputs and every gradient, before it is timed. Beside ms at three quantiles a row holds the peak memory and
+the bytes that autograd keeps from forward to backward, inputs aside.
 """
 from collections.abc import Callable, Iterable
 from typing import NamedTuple

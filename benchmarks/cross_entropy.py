@@ -2,12 +2,13 @@
 
     python -m benchmarks.cross_entropy --out DIR [--quick] [--cpu]
 
-Half of the tokens have a target: R of T = 2 R rows, drawn at random. Operations are those of the equations in `tfkernels.cross_entropy`:
-2 R V C for the loss alone ("evaluation", no gradient wanted) and 6 R V C for "forward" and "backward" together, whichever of the two makes the
-gradients: ours makes them in the forward. Contenders: ours, the reference in eager PyTorch and under `torch.compile`, and where they are,
-torch.nn.functional.linear_cross_entropy in chunks, liger-kernel's fused linear cross-entropy and cut-cross-entropy, with its gradient
-filter and without. The peers gather the rows within the measured time. "saved" counts what autograd holds: the gradients that PyTorch's operator
-makes in its forward are held elsewhere and are seen in the peak alone.
+Half of the tokens have a target: R of T = 2 R rows, drawn at random. Operations are those of the equations in
+`tfkernels.cross_entropy`: 2 R V C for the loss alone ("evaluation", no gradient wanted) and 6 R V C for "forward" and
+"backward" together, whichever of the two makes the gradients: ours makes them in the forward. Contenders: ours, the
+reference in eager PyTorch and under `torch.compile`, and where they are, torch.nn.functional.linear_cross_entropy in
+chunks, liger-kernel's fused linear cross-entropy and cut-cross-entropy, with its gradient filter and without. The
+peers gather the rows within the measured time. "saved" counts what autograd holds: the gradients that PyTorch's
+operator makes in its forward are held elsewhere and are seen in the peak alone.
 """
 import functools
 from typing import NamedTuple

@@ -2,8 +2,9 @@
 
     python -m benchmarks.decode --out DIR [--quick] [--cpu]
 
-What counts is bytes: GB/s are those of the keys and values that the mask leaves visible, read once, over the median time. Half of the
-batch's rows hold half as many tokens as the others. Every contender passes the tests' accuracy rule against float64 before it is timed.
+What counts is bytes: GB/s are those of the keys and values that the mask leaves visible, read once, over the median
+time. Half of the batch's rows hold half as many tokens as the others. Every contender passes the tests' accuracy rule
+against float64 before it is timed.
 """
 from typing import NamedTuple
 

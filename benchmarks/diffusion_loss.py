@@ -2,9 +2,10 @@
 
     python -m benchmarks.diffusion_loss --out DIR [--quick] [--cpu]
 
-Images of 256 patches. The bytes that must move are those of the tables in `tfkernels.diffusion_loss` and `tfkernels.head_loss`. The loss from the
-hidden states on has as many text tokens as patches in its packed row, in stretches of 256. Contenders: ours, and plain PyTorch, eager and
-compiled, which gets eps, Philox's, ready made in memory: neither its making nor its first write is timed, which favours plain PyTorch.
+Images of 256 patches. The bytes that must move are those of the tables in `tfkernels.diffusion_loss` and
+`tfkernels.head_loss`. The loss from the hidden states on has as many text tokens as patches in its packed row, in
+stretches of 256. Contenders: ours, and plain PyTorch, eager and compiled, which gets eps, Philox's, ready made in
+memory: neither its making nor its first write is timed, which favours plain PyTorch.
 """
 from typing import NamedTuple
 

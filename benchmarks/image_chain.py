@@ -2,9 +2,10 @@
 
     python -m benchmarks.image_chain --out DIR [--quick] [--cpu]
 
-`noise_patchify`, `embed_patches` and `modulated_layer_norm_diffusion_loss` with nothing between the last two, so that the sequence is the hidden
-states. As many rows of text as of patches, in stretches of 256. The bytes that must move are the sum of the three operators' tables. Contenders:
-ours, plain PyTorch eager and compiled; those get eps, Philox's, ready made in memory: its making is not timed, which favours them.
+`noise_patchify`, `embed_patches` and `modulated_layer_norm_diffusion_loss` with nothing between the last two, so that
+the sequence is the hidden states. As many rows of text as of patches, in stretches of 256. The bytes that must move
+are the sum of the three operators' tables. Contenders: ours, plain PyTorch eager and compiled; those get eps,
+Philox's, ready made in memory: its making is not timed, which favours them.
 """
 from typing import NamedTuple
 

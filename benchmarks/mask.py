@@ -1,8 +1,8 @@
 """What a mask costs, measured without a GPU: time and bytes to build it, and the tiles a kernel then visits.
 
-`tfkernels` builds four integers per token; FlexAttention's create_block_mask looks at every pair. A tile counts as visited
-where the kernels would load it: the keys from the least lo to the greatest hi of a tile of queries, in steps of the key tile.
-The minimum is the keys that any of those queries sees, packed into as few tiles as hold them.
+`tfkernels` builds four integers per token; FlexAttention's create_block_mask looks at every pair. A tile counts as
+visited where the kernels would load it: the keys from the least lo to the greatest hi of a tile of queries, in steps
+of the key tile. The minimum is the keys that any of those queries sees, packed into as few tiles as hold them.
 """
 import functools
 from pathlib import Path

@@ -2,9 +2,10 @@
 
     python -m benchmarks.norm --out DIR [--quick] [--cpu]
 
-A packed row of text and images of 256 tokens, half of the tokens each. The bytes that must move are those of the table in `tfkernels.norm`:
-token tensors once, no intermediate. Contenders: ours, the reference in eager PyTorch, `torch.compile` of the reference, and where
-liger-kernel has it, its modulated RMS norm, which has neither text nor an index: every token is of an image, all of one length.
+A packed row of text and images of 256 tokens, half of the tokens each. The bytes that must move are those of the
+table in `tfkernels.norm`: token tensors once, no intermediate. Contenders: ours, the reference in eager PyTorch,
+`torch.compile` of the reference, and where liger-kernel has it, its modulated RMS norm, which has neither text nor an
+index: every token is of an image, all of one length.
 """
 from typing import NamedTuple
 

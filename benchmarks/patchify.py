@@ -2,11 +2,13 @@
 
     python -m benchmarks.patchify --out DIR [--quick] [--cpu]
 
-Images of 256 tokens (patches of 2 x 2; 8 or 16 latent channels: D = 32 or 64). `embed_patches` puts them into a sequence that holds as many rows of
-text, stretch by stretch of 256; `noise_patchify_embed` is `noise_patchify` and then `embed_patches`, from latents that need no gradient. The bytes
-that must move are those of the tables in `tfkernels.patchify` and `tfkernels.embed`. x0 needs no gradient in training, but a problem without one has
-no backward: in the first two x0 gets one, an unpatchify. Contenders: ours, the same in eager PyTorch, and `torch.compile` of that. Theirs read an eps
-that is ready in memory (Philox's, so that all compute the same): making it is not timed, which favours them.
+Images of 256 tokens (patches of 2 x 2; 8 or 16 latent channels: D = 32 or 64). `embed_patches` puts them into a
+sequence that holds as many rows of text, stretch by stretch of 256; `noise_patchify_embed` is `noise_patchify` and
+then `embed_patches`, from latents that need no gradient. The bytes that must move are those of the tables in
+`tfkernels.patchify` and `tfkernels.embed`. x0 needs no gradient in training, but a problem without one has no
+backward: in the first two x0 gets one, an unpatchify. Contenders: ours, the same in eager PyTorch, and
+`torch.compile` of that. Theirs read an eps that is ready in memory (Philox's, so that all compute the same): making
+it is not timed, which favours them.
 """
 from typing import NamedTuple
 

@@ -2,11 +2,12 @@
 
     python -m benchmarks.roofline
 
-One multiprocessor (sm_90) gives 4096 bf16 operations a cycle on its tensor cores, 128 bytes a cycle from shared memory, 16
-exponentials and 128 other float32 operations; 132 of them at 1.83 GHz are the data sheet's 989 TFLOP/s. A wgmma of 64 x n x 16
-takes n / 2 cycles, and no fewer than its operands take to leave shared memory: 2 kB for A unless that is in registers, 32 n bytes for B.
-Two figures bracket a kernel: `apart`, where products, exponentials and the rest wait for each other, and `together`, where the slowest
-of the three hides the others. Programs are dealt to the multiprocessors in launch order, so that short sequences pay for the last wave.
+One multiprocessor (sm_90) gives 4096 bf16 operations a cycle on its tensor cores, 128 bytes a cycle from shared
+memory, 16 exponentials and 128 other float32 operations; 132 of them at 1.83 GHz are the data sheet's 989 TFLOP/s. A
+wgmma of 64 x n x 16 takes n / 2 cycles, and no fewer than its operands take to leave shared memory: 2 kB for A unless
+that is in registers, 32 n bytes for B. Two figures bracket a kernel: `apart`, where products, exponentials and the
+rest wait for each other, and `together`, where the slowest of the three hides the others. Programs are dealt to the
+multiprocessors in launch order, so that short sequences pay for the last wave.
 """
 import heapq
 from typing import NamedTuple

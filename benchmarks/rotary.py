@@ -2,10 +2,11 @@
 
     python -m benchmarks.rotary --out DIR [--quick] [--cpu]
 
-One packed row of documents of 1024 tokens, q and k as projections give them: (1, T, H, D), transposed. The bytes that must move are those of the
-table in `tfkernels.rotary`: q and k (and their gradients) once, no intermediate. Contenders: ours, the reference in eager PyTorch,
-`torch.compile` of the reference, and without a norm liger-kernel's rotary embedding. It works in place, in backward on the gradients that
-arrive, which the next round needs: it gets copies of both, and their time, that of a device copy of as many bytes again, is in its numbers.
+One packed row of documents of 1024 tokens, q and k as projections give them: (1, T, H, D), transposed. The bytes that
+must move are those of the table in `tfkernels.rotary`: q and k (and their gradients) once, no intermediate.
+Contenders: ours, the reference in eager PyTorch, `torch.compile` of the reference, and without a norm liger-kernel's
+rotary embedding. It works in place, in backward on the gradients that arrive, which the next round needs: it gets
+copies of both, and their time, that of a device copy of as many bytes again, is in its numbers.
 """
 from typing import NamedTuple
 

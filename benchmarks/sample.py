@@ -2,14 +2,16 @@
 
     python -m benchmarks.sample --out DIR [--quick] [--cpu]
 
-Models of the paper's sizes with random weights in bfloat16, prompts of equal length, guidance 5. Drawing: ours; ours with the denoising step as a CUDA
-graph; the same attention without a cache, the whole sequence run at every step; transfusion-pytorch's `sample_many` at equal width and depth,
-whose midpoint rule asks twice a step, so it gets half as many. Writing: ours, and transformers' `generate` of the same decoder with SDPA.
-A denoising step's time is what one draw takes longer than a draw of one step, per step; its roofline is the larger of its matrix products at the dense
-bf16 peak and of its bytes (weights, the cache's keys and values once) at the bandwidth of a device copy measured in the same run. A contender is timed
-after a draw of two steps passes the tests' accuracy rule against float32 (float64 on a CPU), or eight tokens are those of `generate` there;
-of transfusion-pytorch, another model, whose float32 weights run under autocast, only that its images are finite.
-All times are those that a user waits for, the host's included.
+Models of the paper's sizes with random weights in bfloat16, prompts of equal length, guidance 5. Drawing: ours; ours
+with the denoising step as a CUDA graph; the same attention without a cache, the whole sequence run at every step;
+transfusion-pytorch's `sample_many` at equal width and depth, whose midpoint rule asks twice a step, so it gets half
+as many. Writing: ours, and transformers' `generate` of the same decoder with SDPA. A denoising step's time is what
+one draw takes longer than a draw of one step, per step; its roofline is the larger of its matrix products at the
+dense bf16 peak and of its bytes (weights, the cache's keys and values once) at the bandwidth of a device copy
+measured in the same run. A contender is timed after a draw of two steps passes the tests' accuracy rule against
+float32 (float64 on a CPU), or eight tokens are those of `generate` there; of transfusion-pytorch, another model,
+whose float32 weights run under autocast, only that its images are finite. All times are those that a user waits for,
+the host's included.
 """
 
 import contextlib

@@ -2,7 +2,8 @@
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m benchmarks.sanitize      (or --tool racecheck)
 
-Forward, backward and decode over masks of one side and of two, lengths that no tile divides, grouped heads, and a paged cache.
+Forward, backward and decode over masks of one side and of two, lengths that no tile divides, grouped heads, and a
+paged cache.
 """
 import torch
 

@@ -2,14 +2,16 @@
 
     python -m benchmarks.train_step --out DIR [--quick] [--cpu]
 
-Rows of 4,096 tokens, half of them patches (latents of 8x32x32 in 256 patches), through forward, backward and AdamW: weights, gradients and moments in
-float32, computed in bfloat16 under autocast, as `transfusion train --autocast` does. Masks are made inside the step. Contenders: ours, eager and
-compiled; the same weights in plain PyTorch with SDPA and a dense mask, and with FlexAttention and its block mask; transfusion-pytorch of equal width
-and depth, which has parameters that ours has not and reads a row as one document. The learning rate is 0, so all see the same weights; before one
-is timed, its loss and all its gradients together pass the tests' accuracy rule against a float32 step (float64 on a CPU); of transfusion-pytorch,
-whose loss is another, only that loss and gradients are finite. Utilisation counts three times the forward's matrix products (visible pairs,
-logits of text targets alone) against the device's dense bf16 peak; memory is weights, moments and what the step needs at most.
-A step is timed as a user waits for it: its phases one behind the other, the host's time included.
+Rows of 4,096 tokens, half of them patches (latents of 8x32x32 in 256 patches), through forward, backward and AdamW:
+weights, gradients and moments in float32, computed in bfloat16 under autocast, as `transfusion train --autocast`
+does. Masks are made inside the step. Contenders: ours, eager and compiled; the same weights in plain PyTorch with
+SDPA and a dense mask, and with FlexAttention and its block mask; transfusion-pytorch of equal width and depth, which
+has parameters that ours has not and reads a row as one document. The learning rate is 0, so all see the same weights;
+before one is timed, its loss and all its gradients together pass the tests' accuracy rule against a float32 step
+(float64 on a CPU); of transfusion-pytorch, whose loss is another, only that loss and gradients are finite.
+Utilisation counts three times the forward's matrix products (visible pairs, logits of text targets alone) against the
+device's dense bf16 peak; memory is weights, moments and what the step needs at most. A step is timed as a user waits
+for it: its phases one behind the other, the host's time included.
 """
 
 from collections.abc import Callable
