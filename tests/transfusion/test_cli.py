@@ -15,7 +15,7 @@ from transfusion.diffusion.guidance import Guidance
 from transfusion.generate.sampling import Sampling, TextSampling
 from transfusion.sample import load_image, load_model, save_image
 <<<<<<< HEAD
-from transfusion.sequence.packing import Image
+from transfusion.sequence import Image
 =======
 from transfusion.sequence import Image
 >>>>>>> house
