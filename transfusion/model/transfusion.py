@@ -20,6 +20,7 @@ from transfusion.model.image_layers.heads import DiTHead, LinearHead
 from transfusion.model.image_layers.unet import UNetDown, UNetUp, ZeroConv2d
 from transfusion.model.lora import find_base, holds_adapter, load_adapter, spare_images
 from transfusion.model.mixture_of_transformers import MixtureOfTransformersBackbone
+from transfusion.model.progress import without_progress_bars
 from transfusion.model.vae import VAE
 from transfusion.sequence import IMAGE_ATTENTION, Image, Part, Sequence
 from transfusion.settings import nearest
@@ -87,6 +88,7 @@ class Transfusion(PreTrainedModel):
         return self.backbone.decoder.get_output_embeddings()
 
     @classmethod
+    @without_progress_bars()
     def from_pretrained(cls, path, *args, base=None, **kwargs) -> "Transfusion":
         """Load a checkpoint directory: config.json, model.safetensors and the tokenizer's files; or an adapter's, put into the model it was trained on.
 
@@ -143,6 +145,7 @@ class Transfusion(PreTrainedModel):
             loading_info.update(found)
         return model
 
+    @without_progress_bars()
     def save_pretrained(self, path, is_main_process: bool = True, state_dict: dict | None = None, *, push_to_hub: bool = False, variant: str | None = None,
                         **kwargs) -> None:
         """Write config.json, model.safetensors, the tokenizer's files and the autoencoder, if there is one; what the directory held stands until all are whole.

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from transfusion.files import check_files, current, replacing, whole
+from transfusion.model.progress import without_progress_bars
 
 
 class VAE:
@@ -34,6 +35,7 @@ class VAE:
         return self
 
     @classmethod
+    @without_progress_bars()
     def from_pretrained(cls, path: Path) -> "VAE":
         """Load a directory with config.json and safetensors, as diffusers writes it. Pickled weights are refused."""
         if not current(path, "config.json").is_file():
@@ -45,6 +47,7 @@ class VAE:
         except OSError as error:
             raise ValueError(f"VAE.from_pretrained: path is {str(path)!r}, whose weights cannot be loaded ({error}); safetensors fit") from error
 
+    @without_progress_bars()
     def save_pretrained(self, path: Path) -> None:
         """Write config.json and safetensors; what the directory held stands until both are whole."""
         with replacing(path) as fresh:
