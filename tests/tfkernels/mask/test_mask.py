@@ -1,4 +1,5 @@
-"""TransfusionMask against its stated semantics written out pair by pair, FlexAttention's block masks and transformers' masks."""
+"""TransfusionMask against its stated semantics written out pair by pair, FlexAttention's block masks and transformers'
+masks."""
 import time
 
 import pytest
@@ -32,7 +33,8 @@ def dense_by_definition(spans, seq_len, documents=None, hidden=None, window=None
     """(B, S, S) bool from per-row lists."""
     rows = []
     for b in range(len(spans)):
-        facts = {"spans": spans[b], "documents": documents[b] if documents else [0] * seq_len, "hidden": hidden[b] if hidden else [], "window": window}
+        facts = {"spans": spans[b], "documents": documents[b] if documents else [0] * seq_len,
+                 "hidden": hidden[b] if hidden else [], "window": window}
         rows.append([[visible(i, j, **facts) for j in range(seq_len)] for i in range(seq_len)])
     return torch.tensor(rows, dtype=torch.bool).view(len(spans), seq_len, seq_len)
 
@@ -75,7 +77,8 @@ def arguments(draw, max_len=36, cut=False):
         hidden = [draw(st.one_of(st.just(row[::2]), disjoint_spans(seq_len))) for row in spans]
     if documents and not cut:
         spans, hidden = ([uncut(*pair) for pair in zip(rows, documents)] if rows else rows for rows in (spans, hidden))
-    return {"spans": spans, "seq_len": seq_len, "documents": documents, "hidden": hidden, "window": draw(st.one_of(st.none(), st.integers(1, seq_len)))}
+    return {"spans": spans, "seq_len": seq_len, "documents": documents, "hidden": hidden,
+            "window": draw(st.one_of(st.none(), st.integers(1, seq_len)))}
 
 
 def build(spans, seq_len, documents=None, hidden=None, window=None):
@@ -85,7 +88,8 @@ def build(spans, seq_len, documents=None, hidden=None, window=None):
 
 def intervals(seed, sq=23, sk=31, batch=2):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(-4, limit + 5, (batch, size), generator=generator).to(DEVICE) for size, limit in ((sq, sk), (sq, sk), (sk, sq), (sk, sq))]
+    return [torch.randint(-4, limit + 5, (batch, size), generator=generator).to(DEVICE)
+            for size, limit in ((sq, sk), (sq, sk), (sk, sq), (sk, sq))]
 
 
 @given(arguments())
@@ -147,7 +151,8 @@ def test_from_token_types_makes_each_run_of_one_value_an_image(data):
     seq_len = data.draw(st.integers(1, 36))
     types = data.draw(st.lists(st.integers(0, 2), min_size=seq_len, max_size=seq_len))
     documents = sorted(data.draw(st.lists(st.integers(0, 2), min_size=seq_len, max_size=seq_len)))
-    mask = TransfusionMask.from_token_types(torch.tensor([types], device=DEVICE), torch.tensor([documents], device=DEVICE))
+    mask = TransfusionMask.from_token_types(torch.tensor([types], device=DEVICE),
+                                            torch.tensor([documents], device=DEVICE))
 
     def expected(i, j):
         image = types[i] > 0 and len(set(types[min(i, j):max(i, j) + 1])) == 1
@@ -159,7 +164,8 @@ def test_from_token_types_makes_each_run_of_one_value_an_image(data):
 def test_causal_is_the_lower_triangle_for_any_batch():
     mask = TransfusionMask.causal(9, device=DEVICE)
     assert mask.batch_size == 1 and torch.equal(dense(mask)[0], torch.ones(9, 9, dtype=torch.bool).tril())
-    assert torch.equal(dense(TransfusionMask.causal(9, window=3, device=DEVICE))[0], torch.ones(9, 9, dtype=torch.bool).tril().triu(-2))
+    assert torch.equal(dense(TransfusionMask.causal(9, window=3, device=DEVICE))[0],
+                       torch.ones(9, 9, dtype=torch.bool).tril().triu(-2))
 
 
 def test_adjacent_images_stay_apart():
@@ -170,7 +176,8 @@ def test_adjacent_images_stay_apart():
 
 
 def test_a_hidden_span_inside_an_image_is_hidden_from_the_image_too():
-    assert torch.equal(dense(build([[(0, 6)]], 8, hidden=[[(2, 4)]])), dense_by_definition([[(0, 6)]], 8, hidden=[[(2, 4)]]))
+    assert torch.equal(dense(build([[(0, 6)]], 8, hidden=[[(2, 4)]])),
+                       dense_by_definition([[(0, 6)]], 8, hidden=[[(2, 4)]]))
 
 
 def test_one_batch_row_of_documents_or_hidden_spans_serves_all():
@@ -189,18 +196,21 @@ def test_from_intervals_follows_its_equation_and_its_columns_cover_it(seed, offs
     rows, keys = torch.arange(offset, offset + 23, device=DEVICE)[:, None], torch.arange(31, device=DEVICE)
     seen = (lo[..., None] <= keys) & (keys < hi[..., None])
     mask = TransfusionMask.from_intervals(lo, hi, key_len=31, offset=offset)
-    assert torch.equal(mask.dense()[:, 0], seen) and mask.area() == seen.sum() and mask.since is None and mask.until is None
+    assert (torch.equal(mask.dense()[:, 0], seen) and mask.area() == seen.sum() and mask.since is None
+            and mask.until is None)
     assert not (dense(mask) & ~dense_by_columns(mask)).any()
     seen = seen & (since[:, None] <= rows) & (rows < until[:, None])
     mask = TransfusionMask.from_intervals(lo, hi, since, until, offset=offset)
-    assert torch.equal(mask.dense()[:, 0], seen) and mask.area() == seen.sum() and mask.since is not None and mask.until is not None
+    assert (torch.equal(mask.dense()[:, 0], seen) and mask.area() == seen.sum() and mask.since is not None
+            and mask.until is not None)
     assert not (dense(mask) & ~dense_by_columns(mask)).any()
 
 
 def test_one_row_of_since_and_until_serves_every_batch_row():
     lo, hi, since, until = intervals(0)
     one = TransfusionMask.from_intervals(lo, hi, since[:1], until[:1])
-    assert torch.equal(dense(one), dense(TransfusionMask.from_intervals(lo, hi, since[:1].expand(2, -1), until[:1].expand(2, -1))))
+    assert torch.equal(dense(one),
+                       dense(TransfusionMask.from_intervals(lo, hi, since[:1].expand(2, -1), until[:1].expand(2, -1))))
 
 
 @pytest.mark.parametrize("hidden", [None, [[(0, 2)]]])
@@ -212,7 +222,8 @@ def test_no_queries_and_no_tokens_have_area_zero(hidden):
 def listed_tiles(block_mask, shape):
     """(B, 1, row tiles, key tiles): the partial and the full tiles that a BlockMask lists."""
     tiles = []
-    for counts, indices in ((block_mask.kv_num_blocks, block_mask.kv_indices), (block_mask.full_kv_num_blocks, block_mask.full_kv_indices)):
+    for counts, indices in ((block_mask.kv_num_blocks, block_mask.kv_indices),
+                            (block_mask.full_kv_num_blocks, block_mask.full_kv_indices)):
         chosen = torch.zeros(shape, dtype=torch.bool)
         for at in torch.cartesian_prod(*map(torch.arange, shape[:3])).tolist():
             chosen[tuple(at)][indices[tuple(at)][:counts[tuple(at)]].long().cpu()] = True
@@ -222,14 +233,17 @@ def listed_tiles(block_mask, shape):
 
 def tile(x, size, fill):
     rows, keys = -x.shape[1] % size, -x.shape[2] % size
-    return torch.nn.functional.pad(x, (0, keys, 0, rows), value=fill).unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3).flatten(3)
+    return torch.nn.functional.pad(
+        x, (0, keys, 0, rows), value=fill
+    ).unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3).flatten(3)
 
 
 def check_block_mask(mask, size, tight):
     from torch.nn.attention.flex_attention import create_block_mask
 
     ours, seen = mask.block_mask(size), dense(mask)
-    theirs = create_block_mask(ours.mask_mod, mask.batch_size, None, mask.query_len, mask.key_len, device=DEVICE, BLOCK_SIZE=size)
+    theirs = create_block_mask(ours.mask_mod, mask.batch_size, None, mask.query_len, mask.key_len, device=DEVICE,
+                               BLOCK_SIZE=size)
     partial, full = listed_tiles(ours, tuple(theirs.to_dense().shape))
     needed = tile(seen, size, False).any(-1)[:, None]
     assert torch.equal(needed, theirs.to_dense().bool().cpu())
@@ -248,7 +262,8 @@ def test_block_mask_lists_the_tiles_that_create_block_mask_finds(given_arguments
 @given(arguments(), st.data())
 def test_block_mask_of_a_slice_of_the_queries_counts_from_its_first(given_arguments, data):
     start = data.draw(st.integers(0, given_arguments["seq_len"] - 1))
-    check_block_mask(build(**given_arguments).queries(start, given_arguments["seq_len"]), 8, tight=given_arguments["hidden"] is None)
+    check_block_mask(build(**given_arguments).queries(start, given_arguments["seq_len"]), 8,
+                     tight=given_arguments["hidden"] is None)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -261,7 +276,8 @@ def test_block_mask_of_general_intervals_misses_no_visible_pair(seed):
 def test_block_mask_marks_the_core_full_at_flex_attentions_tile_size():
     ours = build([[(100, 356)]], 640, documents=[[0] * 600 + [-1] * 40]).block_mask()
     assert ours.BLOCK_SIZE == (128, 128) and ours.seq_lengths == (640, 640)
-    assert ours.full_kv_num_blocks.tolist() == [[[0, 2, 2, 3, 0]]] and ours.kv_num_blocks.tolist() == [[[3, 1, 1, 1, 5]]]
+    assert (ours.full_kv_num_blocks.tolist() == [[[0, 2, 2, 3, 0]]]
+            and ours.kv_num_blocks.tolist() == [[[3, 1, 1, 1, 5]]])
 
 
 def test_to_moves_every_tensor_and_keeps_the_rest():
@@ -292,12 +308,14 @@ def test_equals_transformers_causal_mask_with_block_sequence_ids(data):
     for b in range(batch):
         cut = data.draw(st.integers(1, seq_len))
         documents[b, cut:], positions[b, cut:] = 1, torch.arange(seq_len - cut)
-        halves = data.draw(disjoint_spans(cut)), [(a + cut, e + cut) for a, e in data.draw(disjoint_spans(seq_len - cut))]
+        halves = (data.draw(disjoint_spans(cut)),
+                  [(a + cut, e + cut) for a, e in data.draw(disjoint_spans(seq_len - cut))])
         spans.append(halves[0] + halves[1])
         for number, (start, end) in enumerate(spans[b]):
             ids[b, start:end] = number
-    expected = masking_utils.create_causal_mask(config=config, inputs_embeds=torch.zeros(batch, seq_len, 4), attention_mask=None, past_key_values=None,
-                                                position_ids=positions, block_sequence_ids=ids)
+    expected = masking_utils.create_causal_mask(config=config, inputs_embeds=torch.zeros(batch, seq_len, 4),
+                                                attention_mask=None, past_key_values=None, position_ids=positions,
+                                                block_sequence_ids=ids)
     assert torch.equal(build(spans, seq_len, documents.tolist()).dense().cpu(), expected)
 
 
@@ -324,7 +342,8 @@ def test_32k_tokens_cost_16_bytes_each_and_nothing_quadratic(with_hidden):
     with LargestTensor() as largest:
         mask = TransfusionMask.from_spans(spans, seq_len, documents=documents, hidden=hidden, window=4096)
     assert sum(x.nbytes for x in (mask.lo, mask.hi, mask.key_since, mask.key_until)) == 16 * seq_len
-    assert largest.bytes <= 32 * (seq_len + 1), f"{largest.bytes / seq_len} bytes a token in one tensor; the four integers in int64 are the most"
+    each = largest.bytes / seq_len
+    assert largest.bytes <= 32 * (seq_len + 1), f"{each} bytes a token in one tensor; the most is four int64"
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
@@ -467,11 +486,16 @@ def test_arrays_and_nested_lists_mean_what_tensors_mean():
     spans, documents, types = [[(1, 3), (4, 6)]], [[0, 0, 0, 1, 1, 1]], [[0, 1, 1, 0, 2, 2]]
     expected = dense_by_definition(spans, 6, documents)
     for convert in (list, torch.tensor, numpy.array):
-        assert torch.equal(dense(TransfusionMask.from_spans(convert(spans), numpy.int64(6), documents=convert(documents))), expected)
+        assert torch.equal(
+            dense(TransfusionMask.from_spans(convert(spans), numpy.int64(6), documents=convert(documents))), expected
+        )
         assert torch.equal(dense(TransfusionMask.from_token_types(convert(types), convert(documents))), expected)
-        rows = TransfusionMask.from_intervals(convert([[0, 0]]), convert([[1, 2]]), convert([[0, 1]]), convert([[2, 2]]))
+        rows = TransfusionMask.from_intervals(
+            convert([[0, 0]]), convert([[1, 2]]), convert([[0, 1]]), convert([[2, 2]])
+        )
         assert torch.equal(dense(rows)[0], torch.ones(2, 2).tril().bool())
-        assert torch.equal(dense(TransfusionMask.from_dense(convert([[[[True, False], [True, True]]]])))[0], torch.ones(2, 2).tril().bool())
+        assert torch.equal(dense(TransfusionMask.from_dense(convert([[[[True, False], [True, True]]]])))[0],
+                           torch.ones(2, 2).tril().bool())
         assert dense(TransfusionMask.from_cache(convert([1]), 1, 2)).sum() == 2
 
 
@@ -502,11 +526,13 @@ def test_spans_on_the_device_are_clipped_without_waiting():
     for end in (99, 2**32 + 1, 2**40):
         spans = torch.tensor([[[3, end]]], device=DEVICE)
         assert torch.equal(dense(TransfusionMask.from_spans(spans, 8)), dense_by_definition([[(3, 8)]], 8))
-    cut = TransfusionMask.from_spans(torch.tensor([[[2, 6]]], device=DEVICE), 8, documents=torch.tensor([[0] * 4 + [1] * 4], device=DEVICE))
+    cut = TransfusionMask.from_spans(torch.tensor([[[2, 6]]], device=DEVICE), 8,
+                                     documents=torch.tensor([[0] * 4 + [1] * 4], device=DEVICE))
     assert torch.equal(dense(cut), dense_by_definition([[(2, 4), (4, 6)]], 8, [[0] * 4 + [1] * 4]))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="CPU integers are checked, and then refused, instead of clipped")
 def test_integers_on_the_device_are_clipped_to_int32_without_waiting():
     far = torch.full((1, 3), 2**40, device=DEVICE)
-    assert TransfusionMask.from_intervals(-far, far).area().item() == 9 and TransfusionMask.from_intervals(far, far).area().item() == 0
+    assert (TransfusionMask.from_intervals(-far, far).area().item() == 9
+            and TransfusionMask.from_intervals(far, far).area().item() == 0)
