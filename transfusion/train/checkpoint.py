@@ -19,7 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from transfusion.command import saved_run, saved_step
+from transfusion.data.dataset import DatasetSettings
 from transfusion.files import load_tensors, whole
+from transfusion.model.config import present_backbone
 from transfusion.train.optimizer import Player
 from transfusion.train.settings import RunSettings
 
@@ -158,8 +160,16 @@ def write_state(directory: Path, config: RunSettings, state: Mapping[str, Tensor
     kept.mkdir()
     tensors = {name: x.detach().contiguous().cpu().clone() for name, x in state.items()}
     save_file(tensors, kept / "state.safetensors")
-    run = {"step": step, "config": dataclasses.asdict(config), "optimizers": optimizers}
-    (kept / "run.json").write_text(json.dumps(run, default=str, indent=2))
+    run = {"step": step, "config": recorded(config), "optimizers": optimizers}
+    (kept / "run.json").write_text(json.dumps(run, indent=2))
+
+
+def recorded(config: RunSettings) -> dict:
+    """Return settings as JSON can hold them; beside the settings of a data set stands its name."""
+    named = {field.name: value.name for field in dataclasses.fields(config)
+             if isinstance(value := getattr(config, field.name), DatasetSettings)}
+    record = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return record | {field: record[field] | {"name": name} for field, name in named.items()}
 
 
 def load_state(config: RunSettings, fixed: tuple[str, ...]) -> tuple[dict[str, Tensor], dict]:
@@ -172,8 +182,11 @@ def load_state(config: RunSettings, fixed: tuple[str, ...]) -> tuple[dict[str, T
         ValueError: no run of this kind or of these settings, or a damaged one.
     """
     run, out = saved_run(config.out), str(config.out)
-    theirs = _flat(run.get("config") or {})
-    ours = _flat(json.loads(json.dumps(dataclasses.asdict(config), default=str)))
+    theirs, ours = _flat(run.get("config") or {}), _flat(recorded(config))
+    if theirs.get("data.folder") is not None:
+        theirs.pop("data.name", None)  # earlier versions wrote a data set's name beside a folder, too
+    if "model.backbone" in theirs:
+        theirs["model.backbone"] = present_backbone(theirs["model.backbone"])
     if not {key.split(".")[0] for key in ours if "." in key} <= {key.split(".")[0] for key in theirs}:
         raise ValueError(f"train: out is {out!r}, which holds a run of another kind; --resume goes on with the same "
                          "command's; take another --out")
@@ -194,7 +207,7 @@ def load_state(config: RunSettings, fixed: tuple[str, ...]) -> tuple[dict[str, T
 
 def same_run(config: RunSettings, names: tuple[str, ...]) -> bool:
     """Whether `out` holds a run that was stopped and whose settings of these names were equal; one line says so."""
-    saved, ours = saved_run(config.out) or {}, json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    saved, ours = saved_run(config.out) or {}, recorded(config)
     theirs = saved.get("config", {})
     same = bool(theirs) and all(theirs.get(name) == ours[name] for name in names)
     if same:
