@@ -14,11 +14,7 @@ from transfusion.data.picture_files import read_picture
 from transfusion.diffusion.guidance import Guidance
 from transfusion.generate.sampling import Sampling, TextSampling
 from transfusion.sample import load_image, load_model, save_image
-<<<<<<< HEAD
-from transfusion.sequence.packing import Image
-=======
 from transfusion.sequence import Image
->>>>>>> house
 
 
 @pytest.fixture(scope="module")
