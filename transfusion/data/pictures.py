@@ -8,6 +8,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -81,7 +82,7 @@ class PictureFolder:
         raise ValueError(f"PictureFolder: no picture of {str(self.settings.folder)!r} can be read any more; put them back")
 
 
-def read_picture(path: Path, size: int | tuple[int, int], channels: int) -> Tensor:
+def read_picture(path: Path | BinaryIO, size: int | tuple[int, int], channels: int) -> Tensor:
     """Read a file as (channels, height, width) in [-1, 1]: its central part, of `size` or (height, width), resized.
 
     It stands as its camera held it and is white where it is transparent. 16 bits a channel are rounded to 8; of an
@@ -90,8 +91,12 @@ def read_picture(path: Path, size: int | tuple[int, int], channels: int) -> Tens
     Raises:
         ValueError: a file that is no picture, is damaged, or is so large that Pillow takes it for an attack.
     """
+    return fit_picture(open_picture(path), size, channels)
+
+
+def fit_picture(picture: Picture.Image, size: int | tuple[int, int], channels: int) -> Tensor:
+    """Return the central part of a picture that `open_picture` opened, resized; as `read_picture` does."""
     height, width = (size, size) if isinstance(size, int) else size
-    picture = _open_picture(path)
     columns, lines = picture.size
     wide = min(columns, max(1, round(lines * width / height)))
     high = min(lines, max(1, round(columns * height / width)))
@@ -103,8 +108,12 @@ def read_picture(path: Path, size: int | tuple[int, int], channels: int) -> Tens
     return pixels.movedim(-1, 0).float() / 127.5 - 1
 
 
-def _open_picture(path: Path) -> Picture.Image:
-    """A file's pixels, upright, as RGBA of 8 bits."""
+def open_picture(path: Path | BinaryIO, name: str = "") -> Picture.Image:
+    """The pixels of a file, or of a picture's bytes opened as one, upright, as RGBA of 8 bits; messages call it `name`.
+
+    Raises:
+        ValueError: as `read_picture`.
+    """
     try:
         with Picture.open(path) as picture:
             upright = ImageOps.exif_transpose(picture)
@@ -117,12 +126,12 @@ def _open_picture(path: Path) -> Picture.Image:
             return upright.convert("RGBA")
     except UNREADABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"read_picture: {path} is not a picture that can be read ({reason})") from error
+        raise ValueError(f"read_picture: {name or path} is not a picture that can be read ({reason})") from error
 
 
 def _readable(path: Path) -> bool:
     try:
-        _open_picture(path)
+        open_picture(path)
     except ValueError:
         return False
     return True
