@@ -26,7 +26,7 @@ def tiny_model(objective="flow", backbone="decoder", image_layers="dit", positio
     return model.eval()
 
 
-@pytest.fixture(scope="session", params=["decoder", "adaln, 2d", "experts, 2d"])
+@pytest.fixture(scope="session", params=["decoder", "adaln, 2d", "mixture_of_transformers, 2d"])
 def model(request):
     backbone, *positions = request.param.split(", ")
     return tiny_model(backbone=backbone, positions=(positions or ["1d"])[0])

@@ -10,15 +10,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from transfusion.command import claim
 from transfusion.files import check_files
-from transfusion.model.config import TransfusionConfig
+from transfusion.model.config import TransfusionConfig, TransfusionSettings
 from transfusion.model.transfusion import Transfusion
 from transfusion.model.vae import VAE
 from transfusion.sequence.tokenizer import BOI, EOI
 from transfusion.values import is_whole
 
 
-@dataclass(frozen=True)
-class InitSettings:
+@dataclass(frozen=True, kw_only=True)
+class InitSettings(TransfusionSettings):
     """Make a Transfusion checkpoint from a language model's."""
 
     llm: Path
@@ -31,23 +31,6 @@ class InitSettings:
     """channels of an image; with a VAE those of its latents, whatever is said here"""
     image_size: tuple[int, int] = (32, 32)
     """height and width, of latents where there is a VAE, that are drawn when not told otherwise"""
-    patch_size: int = 2
-    """side of an image patch"""
-    backbone: str = "decoder"
-    """decoder: the language model as it is; adaln: each image's timestep modulates its norms and residuals; experts: so, and patches
-    have copies of its weights of their own"""
-    image_layers: str = "dit"
-    """linear (the paper), dit (a modulated final layer) or unet (the paper's other choice)"""
-    unet_channels: tuple[int, ...] = (64, 128)
-    """channels at each resolution of the U-Net"""
-    unet_blocks: int = 2
-    """residual blocks at each resolution of the U-Net"""
-    objective: str = "flow"
-    """what the image head predicts: eps (the paper), v, flow or x0"""
-    positions: str = "1d"
-    """of patches: 1d, one after the other (the paper), or 2d, a row and a column (with backbone adaln or experts)"""
-    diffusion_weight: float = 5.0
-    """lambda in text loss + lambda * diffusion loss (the paper: 5, for errors of eps; those of x0 are a tenth of these)"""
     seed: int = 0
     """of the image layers' first weights"""
 
@@ -125,8 +108,7 @@ def init(settings: InitSettings) -> Path:
 
 def _config(settings: InitSettings) -> dict:
     """The fields of `TransfusionConfig` among the settings."""
-    return {name: getattr(settings, name) for name in ("image_channels", "image_size", "patch_size", "backbone", "image_layers", "unet_channels",
-                                                       "unet_blocks", "objective", "positions", "diffusion_weight")}
+    return settings.shared() | {"image_channels": settings.image_channels, "image_size": settings.image_size}
 
 
 def _init(settings: InitSettings) -> Path:

@@ -1,10 +1,16 @@
-"""Modality experts: patches have norms, projections and MLPs of their own, text keeps the decoder's, and all see each other in one attention.
+"""Mixture of transformers: text and patches go through weights of their own and see each other in one attention.
 
-    m = text or image:  q, k, v = project_m(norm_m(x)),  x <- x + gate * output_m(attention(q, k, v)),  x <- x + gate * mlp_m(norm_m(x))
+Patches have norms, projections and MLPs of their own; text keeps the decoder's. For m = text or image:
 
-Sources: Mixture-of-Transformers arXiv:2411.04996 (section 2.2, algorithm 1), LMFusion arXiv:2412.15188, which starts both from a language model and
-freezes its text: `backbone.decoder.requires_grad_(False)`. Norms and residuals of patches are modulated as in `AdaLNBackbone`; text never is.
-Rows of text and rows of patches go through the layers apart, one matrix product of each for each weight, and are put together for attention alone.
+    q, k, v = project_m(norm_m(x))
+    x <- x + gate * output_m(attention(q, k, v))
+    x <- x + gate * mlp_m(norm_m(x))
+
+There is no router, as a mixture of experts has one: a token's modality says which weights are its own. Sources:
+Mixture-of-Transformers, arXiv:2411.04996 (section 2.2, algorithm 1), and LMFusion, arXiv:2412.15188, which starts both
+sets of weights from a language model and freezes those of text: `backbone.decoder.requires_grad_(False)`. Norms and
+residuals of patches are modulated as in `AdaLNBackbone`, those of text never are. Outside attention, text and patches are
+two separate tensors, so that each weight takes part in one matrix product; they are joined for attention alone.
 """
 import copy
 
@@ -16,8 +22,11 @@ from transfusion.model.backbone import AdaLNBackbone
 from transfusion.sequence.packing import Modality
 
 
-class ExpertBackbone(AdaLNBackbone):
-    """An `AdaLNBackbone` whose patches go through `image_layers` and `image_norm`, copies of the decoder's, which stays that of text."""
+class MixtureOfTransformersBackbone(AdaLNBackbone):
+    """An `AdaLNBackbone` whose patches go through `image_layers` and `image_norm`, copies of the decoder's layers and norm.
+
+    The decoder itself stays that of text.
+    """
 
     def __init__(self, text_config):
         super().__init__(text_config)
@@ -25,21 +34,21 @@ class ExpertBackbone(AdaLNBackbone):
         self.image_layers, self.image_norm = copy.deepcopy(decoder.layers), copy.deepcopy(decoder.norm)
 
     def start_from_text(self) -> None:
-        """Make the image experts copies of the decoder's layers again, as after loading a checkpoint that has none."""
+        """Copy the decoder's weights into the image layers again, as after loading a checkpoint that has none."""
         decoder = self.decoder.get_decoder()
         self.image_layers.load_state_dict(decoder.layers.state_dict())
         self.image_norm.load_state_dict(decoder.norm.state_dict())
 
     def load_text(self, decoder) -> None:
-        """As `Backbone.load_text`; the image experts start from the same weights."""
+        """As `Backbone.load_text`; the image layers start from the same weights."""
         super().load_text(decoder)
         self.start_from_text()
 
     def forward(self, x: Tensor, positions: Tensor, mask: TransfusionMask, condition: Tensor, modality: Modality,
                 cache: DynamicCache | None = None) -> Tensor:
-        """As `AdaLNBackbone.forward`; text and patches are pairs in between."""
+        """As `AdaLNBackbone.forward`; in between, everything is a pair (of text, of patches)."""
         decoder = self.decoder.get_decoder()
-        rotations = tuple(zip(*map(modality.split, self.rotation(x, positions))))          # (cos, sin) of text, (cos, sin) of patches
+        rotations = tuple(zip(*map(modality.split, self.rotation(x, positions))))          # (cos, sin) of each modality
         tables, entries = self.tables(condition)
         layers = list(zip(decoder.layers, self.image_layers))
         norms = [tuple(layer.input_layernorm for layer in pair) for pair in layers] + [(decoder.norm, self.image_norm)]
@@ -50,10 +59,11 @@ class ExpertBackbone(AdaLNBackbone):
             x, normed = self.run(pair, x, normed, table, norm, entry, rotations, own, images, modality, cache)
         return modality.join(*normed)
 
-    def block(self, layers, x, normed, table: Tensor, next_norms, next_entry, rotations, mask, images, modality: Modality, cache):
+    def block(self, layers, x, normed, table: Tensor, next_norms, next_entry, rotations, mask, images,
+              modality: Modality, cache):
         """As `AdaLNBackbone.block`, of pairs."""
         attentions = [layer.self_attn for layer in layers]
-        projected = zip(*map(self.project, attentions, normed, rotations))                 # q, k and v of text and of patches, (1, H, rows, D) each
+        projected = zip(*map(self.project, attentions, normed, rotations))                 # pairs of (1, H, rows, D)
         q, k, v = (modality.join(*(rows.transpose(1, 2) for rows in pair)).transpose(1, 2) for pair in projected)
         mixed = modality.split(self.attend(attentions[0], q, k, v, mask, cache))
         branches = [attention.o_proj(rows) for attention, rows in zip(attentions, mixed)]

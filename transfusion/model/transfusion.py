@@ -19,14 +19,16 @@ from transfusion.model.image_layers.embedding import PatchEmbedding, TimestepEmb
 from transfusion.model.image_layers.heads import DiTHead, LinearHead
 from transfusion.model.image_layers.unet import UNetDown, UNetUp, ZeroConv2d
 from transfusion.model.lora import find_base, holds_adapter, load_adapter, spare_images
-from transfusion.model.mixture_of_transformers import ExpertBackbone
+from transfusion.model.mixture_of_transformers import MixtureOfTransformersBackbone
 from transfusion.model.vae import VAE
 from transfusion.sequence.packing import IMAGE_ATTENTION, Image, Part, Sequence
 from transfusion.values import nearest
 
-BACKBONES = {"decoder": Backbone, "adaln": AdaLNBackbone, "experts": ExpertBackbone}
+BACKBONE_CLASSES = {
+    "decoder": Backbone, "adaln": AdaLNBackbone, "mixture_of_transformers": MixtureOfTransformersBackbone}
+IMAGE_LAYER_CLASSES = {
+    "linear": (PatchEmbedding, LinearHead), "dit": (PatchEmbedding, DiTHead), "unet": (UNetDown, UNetUp)}
 HUB = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")  # of transformers' push_to_hub
-IMAGE_LAYERS = {"linear": (PatchEmbedding, LinearHead), "dit": (PatchEmbedding, DiTHead), "unet": (UNetDown, UNetUp)}
 
 
 class TransfusionOutput(NamedTuple):
@@ -52,9 +54,9 @@ class Transfusion(PreTrainedModel):
         config._attn_implementation_internal = integration.register()  # the public name would set it on text_config, which is the caller's
         super().__init__(config)
         hidden = config.text_config.get_text_config().hidden_size
-        self.backbone = BACKBONES[config.backbone](config.text_config)
+        self.backbone = BACKBONE_CLASSES[config.backbone](config.text_config)
         self.timestep = TimestepEmbedding(hidden)
-        self.patch_embedding, self.image_head = (layer(config, hidden) for layer in IMAGE_LAYERS[config.image_layers])
+        self.patch_embedding, self.image_head = (layer(config, hidden) for layer in IMAGE_LAYER_CLASSES[config.image_layers])
         self.image_attention = IMAGE_ATTENTION[config.image_attention]
         self.objective = OBJECTIVES[config.objective]
         self.tokenizer = tokenizer

@@ -22,9 +22,9 @@ from transfusion.command import Interrupt, claim, plain_errors, saved_step
 from transfusion.data.batches import DataSettings, document_lengths, draw_batch, step_generator
 from transfusion.data.latents import open_dataset
 from transfusion.device import choose_device, seconds_of
-from transfusion.diffusion.objective import OBJECTIVES, TIMES, sample_times
+from transfusion.diffusion.objective import TIMES, sample_times
 from transfusion.files import replacing
-from transfusion.model.config import BACKBONES, IMAGE_ATTENTION, IMAGE_LAYERS, POSITIONS, TransfusionConfig
+from transfusion.model.config import TransfusionConfig, TransfusionSettings
 from transfusion.model.lora import TuneSettings, name_base, prepare, trained_table
 from transfusion.model.transfusion import Transfusion
 from transfusion.model.vae import VAE
@@ -36,8 +36,8 @@ from transfusion.train.optimizer import build_average, build_optimizer, learning
 
 
 @dataclass(frozen=True)
-class ModelSettings:
-    """The decoder and the image layers."""
+class ModelSettings(TransfusionSettings):
+    """The decoder and, as `TransfusionSettings`, the image layers."""
 
     vocabulary: Annotated[int, Range(261)] = 512
     """tokens of the tokenizer trained on the data set's texts, at most"""
@@ -51,27 +51,6 @@ class ModelSettings:
     """key and value heads"""
     mlp: Count = 352
     """width inside the SwiGLU"""
-    patch_size: Count = 2
-    """side of an image patch"""
-    backbone: Annotated[str, OneOf(BACKBONES)] = "decoder"
-    """decoder: the language model as it is (the paper); adaln: each image's timestep modulates its norms and residuals; experts: so, and
-    patches have weights of their own"""
-    positions: Annotated[str, OneOf(POSITIONS)] = "1d"
-    """of patches: 1d, one after the other (the paper), or 2d, a row and a column (with backbone adaln or experts)"""
-    image_layers: Annotated[str, OneOf(IMAGE_LAYERS)] = "dit"
-    """linear (the paper), dit (a modulated final layer) or unet (the paper's other choice)"""
-    unet_channels: tuple[Count, ...] = (64, 128)
-    """channels at each resolution of the U-Net, down to one position a patch"""
-    unet_blocks: Count = 2
-    """residual blocks at each resolution of the U-Net"""
-    image_attention: Annotated[str, OneOf(IMAGE_ATTENTION)] = "bidirectional"
-    """inside an image: bidirectional (the paper) or causal (its table 5)"""
-    objective: Annotated[str, OneOf(OBJECTIVES)] = "flow"
-    """what the image head predicts: eps (the paper), v, flow or x0"""
-    time_shift_tokens: Count | None = None
-    """patches of an image whose times are not shifted; larger images get more noise; None: no shift"""
-    diffusion_weight: NotNegative = 5.0
-    """lambda in text loss + lambda * diffusion loss"""
 
 
 @dataclass(frozen=True)
@@ -149,8 +128,6 @@ def emoji() -> TrainConfig:
         optim=OptimSettings(steps=6000, rows=4, seq_len=256, lr=1e-3, min_lr=1e-5, warmup=100, weight_decay=0.02, ema=0.995))
 
 
-SHARED = ("patch_size", "backbone", "positions", "image_layers", "unet_channels", "unet_blocks", "image_attention", "objective", "time_shift_tokens",
-          "diffusion_weight")  # fields of ModelSettings that a checkpoint's configuration has too
 PRESETS = {"digits": digits, "digits-paper": digits_paper, "emoji": emoji}
 
 
@@ -179,17 +156,16 @@ def build_model(config: TrainConfig, dataset) -> Transfusion:
         num_attention_heads=config.model.heads, num_key_value_heads=config.model.kv_heads, tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     channels, *size = dataset.image_shape
-    shared = {name: getattr(config.model, name) for name in SHARED}
     return Transfusion(TransfusionConfig(
-        text_config=AutoConfig.for_model(**text_config.to_dict()), image_channels=channels, image_size=size, **shared,
+        text_config=AutoConfig.for_model(**text_config.to_dict()), image_channels=channels, image_size=size, **config.model.shared(),
         boi_token_id=tokenizer.convert_tokens_to_ids(BOI), eoi_token_id=tokenizer.convert_tokens_to_ids(EOI)), tokenizer)
 
 
 def start_model(config: TrainConfig, dataset, vae: VAE | None) -> Transfusion:
     """Load the checkpoint to start from and check that the data set's images, and what their latents are of, fit it."""
     model = Transfusion.from_pretrained(config.tune.start)
-    asked = json.loads(json.dumps(dataclasses.asdict(config.model)))  # lists, as in a checkpoint's configuration
-    if differ := [f"{name} {getattr(model.config, name)}" for name in SHARED if getattr(model.config, name) != asked[name]]:
+    asked = json.loads(json.dumps(config.model.shared()))  # lists, as in a checkpoint's configuration
+    if differ := [f"{name} {getattr(model.config, name)}" for name in asked if getattr(model.config, name) != asked[name]]:
         print(f"{config.tune.start} keeps its own {', '.join(differ)}; --model settings are not used", flush=True)
     channels, *size = dataset.image_shape
     if channels != model.config.image_channels or any(side % model.config.patch_size for side in size):

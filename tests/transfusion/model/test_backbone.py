@@ -101,7 +101,7 @@ def test_a_family_trains_as_its_own_eager_attention_does_under_the_dense_mask(fa
         torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-3, atol=1e-5 * max(1.0, gradient.abs().max().item()), msg=name)
 
 
-@pytest.mark.parametrize("backbone", ["adaln", "experts"])
+@pytest.mark.parametrize("backbone", ["adaln", "mixture_of_transformers"])
 def test_the_window_of_a_decoder_reaches_blocks_of_ours(backbone, pictures):
     sequence = packed([[Text("a handwritten seven"), pictures[0], Text(" and")]])
     model, plain = family_model("mistral", backbone).eval(), family_model("mistral").eval()

@@ -4,8 +4,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from transfusion import Image, Text, Transfusion
-from transfusion.model.config import BACKBONES
+from transfusion import Image, Text, Transfusion, TransfusionConfig
+from transfusion.model.config import BACKBONES, TransfusionSettings
 from transfusion.model.from_language_model import InitSettings, from_language_model, init
 from transfusion.sequence.packing import encode, pack
 
@@ -92,6 +92,15 @@ def test_settings_that_do_not_fit_are_refused_before_the_language_model_is_touch
         monkeypatch.setattr("transfusion.model.from_language_model.load_language_model", lambda *_: pytest.fail("loaded"))
         with pytest.raises(ValueError, match=message):
             init(InitSettings(llm=path, out=tmp_path / "model", **options))
+
+
+def test_init_sets_every_option_that_a_run_sets(tmp_path):
+    shared = dict(patch_size=4, backbone="adaln", positions="2d", image_layers="unet", unet_channels=(8, 16, 32),
+                  unet_blocks=1, image_attention="causal", objective="x0", time_shift_tokens=8, diffusion_weight=2.0)
+    assert shared.keys() == TransfusionSettings().shared().keys()
+    out = init(InitSettings(llm=language_model(tmp_path / "llm", "llama"), out=tmp_path / "model", **shared))
+    config = TransfusionConfig.from_pretrained(out)
+    assert {name: getattr(config, name) for name in shared} == shared | {"unet_channels": [8, 16, 32]}
 
 
 def test_a_tokenizer_without_an_end_is_refused(tmp_path):

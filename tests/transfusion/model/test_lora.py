@@ -17,7 +17,7 @@ from transfusion.train.optimizer import build_average
 from transfusion.train.transfusion import OptimSettings, train
 
 
-@pytest.fixture(scope="module", params=["llama, untied", "qwen2, tied", "llama, adaln", "qwen3, experts"])
+@pytest.fixture(scope="module", params=["llama, untied", "qwen2, tied", "llama, adaln", "qwen3, mixture_of_transformers"])
 def start(request, tmp_path_factory):
     path, (family, kind) = tmp_path_factory.mktemp("start"), request.param.split(", ")
     llm = language_model(path / "llm", family, tied=kind == "tied")

@@ -1,5 +1,6 @@
-"""Modality experts against a form that computes both for every token and picks, and which weights what can reach."""
+"""A mixture of transformers against a form that computes both sets of weights for every token and picks one."""
 import copy
+import json
 
 import pytest
 import torch
@@ -12,20 +13,22 @@ from tests.transfusion.conftest import tiny_model
 from tests.transfusion.model.test_from_language_model import language_model
 from tests.transfusion.model.test_transfusion import hidden_states, losses, packed
 from transfusion import Image, Text, Transfusion, TransfusionConfig
+from transfusion.model.config import TransfusionSettings
 from transfusion.model.from_language_model import InitSettings, init
 from transfusion.sequence.packing import encode, pack
+from transfusion.train import ModelSettings
 
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model(backbone="experts")
+    return tiny_model(backbone="mixture_of_transformers")
 
 
 def random_model(family):
-    """Both experts, the modulation and the norms of weights of their own."""
+    """A model in which every weight, those of norms and of the modulation too, is its own random number."""
     text = AutoConfig.for_model(family, vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                                 num_key_value_heads=2, head_dim=8, pad_token_id=0)
-    model = Transfusion(TransfusionConfig(text_config=text, backbone="experts"), tiny_model().tokenizer).eval()
+    model = Transfusion(TransfusionConfig(text_config=text, backbone="mixture_of_transformers"), tiny_model().tokenizer).eval()
     torch.manual_seed(2)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2, mean=float(parameter.ndim == 1))
@@ -37,7 +40,7 @@ def rms_norm(x: Tensor, norm) -> Tensor:
 
 
 def both_and_pick(backbone, x: Tensor, positions: Tensor, visible: Tensor, condition: Tensor, image: Tensor) -> Tensor:
-    """Both experts of every layer for every token, and torch.where; attention with a dense mask."""
+    """Both sets of weights of every layer for every token, and torch.where; attention with a dense mask."""
     decoder, text = backbone.decoder.get_decoder(), (image < 0)[..., None]
     cos, sin = decoder.rotary_emb(x, position_ids=positions)
     for number, pair in enumerate(zip(decoder.layers, backbone.image_layers)):
@@ -89,7 +92,7 @@ def states_and_gradients(model, sequence, plain, dtype):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_states_and_every_gradient_are_those_of_both_experts_everywhere_and_a_pick(sequence, family):
+def test_states_and_every_gradient_are_those_of_both_sets_of_weights_everywhere_and_a_pick(sequence, family):
     model = random_model(family).double()
     assert sequence.tokens.shape[0] > 1 and (sequence.documents < 0).any()
     ours, plain = (states_and_gradients(model, sequence, plain, torch.float64) for plain in (False, True))
@@ -132,28 +135,43 @@ def test_nothing_waits_for_the_device(model, sequence):
 
 
 def copied(backbone, decoder):
-    """For each weight of the image experts, whether it is a copy of its counterpart in the decoder."""
+    """For each weight of the image layers, whether it is a copy of its counterpart in the decoder."""
     decoder = decoder.get_decoder()
     pairs = [*zip(backbone.image_layers.parameters(), decoder.layers.parameters()), (backbone.image_norm.weight, decoder.norm.weight)]
     assert len(pairs) == 2 * 9 + 1
     return [torch.equal(image, text) and image.data_ptr() != text.data_ptr() for image, text in pairs]
 
 
-def test_experts_start_as_copies_of_the_decoder_wherever_it_comes_from(model, tmp_path):
+def test_image_layers_start_as_copies_of_the_decoder_wherever_it_comes_from(model, tmp_path):
     fresh, other = Transfusion(model.config), tiny_model().backbone.decoder
     assert all(copied(fresh.backbone, fresh.backbone.decoder)) and not any(copied(fresh.backbone, other)[:7])
     fresh.backbone.load_text(other)
     assert all(copied(fresh.backbone, other)) and all(copied(fresh.backbone, fresh.backbone.decoder))
     tiny_model(backbone="adaln").save_pretrained(tmp_path)
-    again = Transfusion.from_pretrained(tmp_path, backbone="experts")
+    again = Transfusion.from_pretrained(tmp_path, backbone="mixture_of_transformers")
     again.backbone.start_from_text()
     assert all(copied(again.backbone, again.backbone.decoder))
 
 
-def test_experts_of_a_language_model_start_as_its_layers(tmp_path):
+def test_image_layers_of_a_language_model_start_as_its_layers(tmp_path):
     path = language_model(tmp_path / "llm", "llama")
-    out = init(InitSettings(llm=path, out=tmp_path / "model", image_channels=1, image_size=(8, 8), backbone="experts"))
+    out = init(InitSettings(llm=path, out=tmp_path / "model", image_channels=1, image_size=(8, 8), backbone="mixture_of_transformers"))
     assert all(copied(Transfusion.from_pretrained(out).backbone, AutoModelForCausalLM.from_pretrained(path)))
+
+
+def test_the_name_that_earlier_versions_gave_it_still_means_it(model, pictures, tmp_path):
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    written = json.loads(file.read_text())
+    assert written["backbone"] == "mixture_of_transformers"
+    file.write_text(json.dumps(written | {"backbone": "experts"}))
+    old = Transfusion.from_pretrained(tmp_path).eval()
+    assert old.config.backbone == "mixture_of_transformers" and old.state_dict().keys() == model.state_dict().keys()
+    documents = [[Text("a"), pictures[0], Text("b")]]
+    assert torch.equal(losses(old, documents, 32).loss, losses(model, documents, 32).loss)
+    for made in (TransfusionConfig(backbone="experts"), ModelSettings(backbone="experts"), TransfusionSettings(backbone="experts"),
+                 InitSettings(llm=tmp_path, out=tmp_path, backbone="experts")):
+        assert made.backbone == "mixture_of_transformers"
 
 
 def gradients(model, loss):
@@ -163,22 +181,22 @@ def gradients(model, loss):
     return {name for name, gradient in zip(names, found) if gradient is not None and gradient.abs().max() > 0}
 
 
-def test_gradients_reach_the_experts_of_what_was_read_and_no_others(model, pictures):
-    experts = {name for name, _ in model.backbone.named_parameters() if name.startswith("image_")}
+def test_gradients_reach_the_weights_of_what_was_read_and_no_others(model, pictures):
+    own = {name for name, _ in model.backbone.named_parameters() if name.startswith("image_")}
     text = {name for name, _ in model.backbone.named_parameters() if name.startswith("decoder.model.layers.")}
-    assert not experts & gradients(model, losses(model, [[Text("a b c")]], 24).loss)                                 # no image at all
+    assert not own & gradients(model, losses(model, [[Text("a b c")]], 24).loss)                                 # no image at all
     before = pack([encode([Text("a b"), pictures[0]], model.tokenizer, model.config, end=False)], 32, 4)
-    assert not experts & gradients(model, model(before, torch.tensor([0.5]), 0).text_loss)                           # no text behind the image
+    assert not own & gradients(model, model(before, torch.tensor([0.5]), 0).text_loss)                           # no text behind the image
     read = gradients(model, losses(model, [[pictures[0], Text("a b")]], 32).text_loss)
     keys = {f"{name}.weight" for name in ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj")}      # of a last layer, what the other reads
-    last = {name for name in experts if name.startswith(("image_layers.1.", "image_norm"))}
-    assert text <= read and experts & read == experts - last | {f"image_layers.1.{name}" for name in keys}
+    last = {name for name in own if name.startswith(("image_layers.1.", "image_norm"))}
+    assert text <= read and own & read == own - last | {f"image_layers.1.{name}" for name in keys}
     drawn = gradients(model, losses(model, [[Text("a b"), pictures[0]]], 32).diffusion_loss)
-    assert experts <= drawn
+    assert own <= drawn
     assert {name for name in text if ".layers.1." in name} & drawn == {f"decoder.model.layers.1.{name}" for name in keys}
 
 
-def test_a_changed_image_expert_never_changes_text_before_the_image(model, pictures):
+def test_a_changed_image_layer_never_changes_text_before_the_image(model, pictures):
     sequence, times = packed(model, [[Text("a b"), pictures[0], Text("c d")]], 32), torch.tensor([0.4])
     changed = copy.deepcopy(model)
     for parameter in (*changed.backbone.image_layers.parameters(), changed.backbone.image_norm.weight):
@@ -204,7 +222,7 @@ def test_text_alone_and_images_alone_are_batches(model):
 
 
 def test_with_its_text_frozen_a_model_learns_images_and_writes_as_before(pictures):
-    model = tiny_model(backbone="experts").train()
+    model = tiny_model(backbone="mixture_of_transformers").train()
     model.backbone.decoder.requires_grad_(False)
     tokens, alone, times = torch.randint(5, model.config.text_config.vocab_size, (2, 30)), packed(model, [[Text("a b c")]], 16), torch.zeros(0)
     first = {name: p.clone() for name, p in model.named_parameters()}

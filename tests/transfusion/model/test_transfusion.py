@@ -1,5 +1,6 @@
 """The model against transformers' own Llama, the paper's mask and loss, and its checkpoint's round trip."""
 import copy
+import inspect
 import json
 from dataclasses import replace
 
@@ -15,8 +16,9 @@ from tests.transfusion.conftest import tiny_model
 from tests.transfusion.plain import noise_of, plain_output
 from transfusion import Image, Text, Transfusion, TransfusionConfig
 from transfusion.diffusion.objective import OBJECTIVES
-from transfusion.model.config import BACKBONES
+from transfusion.model.config import BACKBONES, IMAGE_LAYERS, TransfusionSettings
 from transfusion.model.lora import spare_images
+from transfusion.model.transfusion import BACKBONE_CLASSES, IMAGE_LAYER_CLASSES
 from transfusion.sequence.packing import encode, pack
 
 SEED = 11
@@ -121,7 +123,7 @@ def test_a_fresh_model_predicts_nothing_about_images(pictures, backbone):
     torch.testing.assert_close(losses(fresh, [[pictures[0]]], 24).diffusion_loss, (noise_of(sequence, SEED) - sequence.patches).square().mean())
 
 
-@pytest.mark.parametrize("backbone", ["adaln", "experts"])
+@pytest.mark.parametrize("backbone", ["adaln", "mixture_of_transformers"])
 def test_a_fresh_backbone_is_the_unmodified_decoder_and_text_always_sees_that(pictures, backbone):
     plain, trained = tiny_model(), tiny_model(backbone=backbone)
     fresh = Transfusion(trained.config).eval()
@@ -146,7 +148,7 @@ def test_two_positions_tell_rows_from_columns_and_leave_text_alone(pictures):
     assert placed.tolist() == [[i // 4, i % 4] for i in range(16)]
 
 
-@pytest.mark.parametrize("backbone", ["adaln", "experts"])
+@pytest.mark.parametrize("backbone", ["adaln", "mixture_of_transformers"])
 def test_gradient_checkpointing_changes_no_gradient(pictures, backbone):
     model = tiny_model(backbone=backbone).train()
     gradients = []
@@ -225,7 +227,7 @@ def test_paths_and_configs_that_do_not_fit_are_refused_by_name(tmp_path):
         Transfusion.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="objective is 'fow'; one of 'eps', 'v', 'flow', 'x0'"):
         TransfusionConfig(objective="fow")
-    with pytest.raises(ValueError, match="backbone is 'adalm'; one of 'decoder', 'adaln', 'experts' fits"):
+    with pytest.raises(ValueError, match="backbone is 'adalm'; one of 'decoder', 'adaln', 'mixture_of_transformers' fits"):
         TransfusionConfig(backbone="adalm")
     with pytest.raises(ValueError, match="positions is '2d' and backbone 'decoder'"):
         TransfusionConfig(positions="2d")
@@ -245,6 +247,18 @@ UNFIT = [(name, value) for name, values in {
 def test_a_setting_that_no_model_can_have_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"TransfusionConfig: .*{name} (is|are both) .* fit"):
         TransfusionConfig(**{name: value})
+
+
+def test_every_backbone_and_every_image_layer_that_a_configuration_may_name_has_its_classes():
+    assert tuple(BACKBONE_CLASSES) == BACKBONES and tuple(IMAGE_LAYER_CLASSES) == IMAGE_LAYERS
+
+
+def test_a_configuration_begins_with_the_defaults_of_a_run_and_says_so_in_its_signature():
+    shared, config = TransfusionSettings().shared(), TransfusionConfig()
+    signature = inspect.signature(TransfusionConfig).parameters
+    assert {name: signature[name].default for name in shared} == shared
+    assert {name: getattr(config, name) for name in shared} == json.loads(json.dumps(shared))
+    assert [*signature][:-1] == TransfusionConfig.names()
 
 
 def test_an_unknown_setting_is_answered_with_the_nearest():

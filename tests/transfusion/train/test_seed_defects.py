@@ -17,7 +17,7 @@ from transfusion import Image, Text, Transfusion, TransfusionConfig
 from transfusion.data.batches import DataSettings, Digits, draw_batch, step_generator
 from transfusion.diffusion.guidance import Guidance
 from transfusion.diffusion.objective import OBJECTIVES
-from transfusion.model.transfusion import IMAGE_LAYERS
+from transfusion.model.transfusion import IMAGE_LAYER_CLASSES
 from transfusion.sequence.packing import encode, pack
 from transfusion.train.transfusion import train
 
@@ -122,10 +122,10 @@ def test_10_a_unet_gives_as_many_tokens_as_there_are_patches_and_runs():
     assert len(sequence.patch_rows) == 16 and torch.isfinite(model(sequence, torch.tensor([0.5]), SEED).loss)
 
 
-@pytest.mark.parametrize("layers", IMAGE_LAYERS)
+@pytest.mark.parametrize("layers", IMAGE_LAYER_CLASSES)
 def test_11_the_layers_that_are_asked_for_are_the_layers_that_are_built(layers):
     model = Transfusion(TransfusionConfig(text_config=tiny_model().config.text_config, image_layers=layers))
-    assert (type(model.patch_embedding), type(model.image_head)) == IMAGE_LAYERS[layers] and model.config.image_layers == layers
+    assert (type(model.patch_embedding), type(model.image_head)) == IMAGE_LAYER_CLASSES[layers] and model.config.image_layers == layers
 
 
 def test_13_lambda_is_the_papers_and_the_paths_are_the_papers(model):

@@ -1,0 +1,32 @@
+"""Every program in examples/ runs, learns and does what its docstring says."""
+import ast
+from pathlib import Path
+
+import pytest
+
+from examples import attention_block, dit_block
+
+PROGRAMS = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
+def test_an_example_is_short_and_says_what_it_shows_and_how_to_run_it(path):
+    text = path.read_text()
+    assert f"python examples/{path.name}" in ast.get_docstring(ast.parse(text))
+    assert 30 <= len(text.splitlines()) <= 80
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
+def test_an_example_is_run_by_a_test(path):
+    assert f"{path.stem}.main(" in Path(__file__).read_text()
+
+
+def test_attention_in_a_gpt_finds_the_token_before_last():
+    losses = attention_block.main(steps=40)
+    assert losses[0] > 4 and losses[-1] < 0.5
+
+
+def test_dit_blocks_learn_to_denoise():
+    losses = dit_block.main(steps=60)
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
