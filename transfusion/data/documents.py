@@ -3,7 +3,7 @@
 An outline is a `Document` whose images have a range in place of their patches. It is made from text and from pictures' headers alone, and
 its tokens and targets are those of the document: the plan counts outlines, the loader makes documents.
 """
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from transfusion.data.arrays import fingerprint
 from transfusion.data.grids import Grids
-from transfusion.data.sources.record import DataError, PictureRef, Record, Turn
+from transfusion.data.sources.record import DataError, PictureRef, Record
 from transfusion.sequence.packing import Document, Image, Text, encode, with_clean_copies
 
 CONTEXTS = ("noised", "clean")
@@ -50,13 +50,14 @@ class Documents:
         tokenizer: of the model.
         kind: of the model's configuration.
         grids: sizes of pictures.
-        template: turns of a conversation to its parts; without one, conversations are refused.
+        template: makes parts of a conversation; it is called with the record, the tokens that fit (`max_length`) and a
+            function that tells the tokens of a picture. Without one, conversations are refused.
         context: what later tokens read of an image that is drawn: noised, its noised patches, or clean, a clean copy.
         max_length: tokens that a document is cut to, before an image where the cut would go through it; None: never cut.
         name: of the template, in fingerprints.
     """
 
-    def __init__(self, tokenizer, kind: Kind, grids: Grids, *, template: Callable[[Sequence[Turn]], Parts] | None = None,
+    def __init__(self, tokenizer, kind: Kind, grids: Grids, *, template: Callable[..., Parts] | None = None,
                  context: str = "noised", max_length: int | None = None, name: str = ""):
         if context not in CONTEXTS:
             raise ValueError(f"Documents: context is {context!r}; {' or '.join(map(repr, CONTEXTS))} fits")
@@ -85,7 +86,7 @@ class Documents:
         if record.turns:
             if self.template is None:
                 raise DataError(record.where, "this is a conversation, and no chat template is named; name one", "no chat template")
-            return list(self.template(record.turns))
+            return list(self.template(record, self.max_length, self.picture_tokens))
         if record.parts:
             return list(record.parts)
         if record.picture is None and not record.captions:
@@ -93,6 +94,15 @@ class Documents:
         texts = [Text(record.captions[caption])] if record.captions and not dropped else []
         pictures = [] if record.picture is None else [record.picture]
         return pictures + texts if image_first or pictures and not record.picture.loss else texts + pictures
+
+    def picture_tokens(self, picture: PictureRef) -> int:
+        """Tokens that a picture takes, with BOI and EOI.
+
+        Raises:
+            DataError: its header cannot be read.
+        """
+        rows, columns = self.grids.of(picture)
+        return rows * columns + 2
 
     def outline(self, parts: Parts) -> Document:
         """Return the outline of arranged parts, as long as their document.

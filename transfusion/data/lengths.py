@@ -30,7 +30,7 @@ VERSION = 1
 CHUNK = 1000      # records in a chunk
 EXAMPLES = 20     # failures that are kept with their words, of each kind
 KEYS = ("name", "content")
-NO_TARGET = "nothing to learn"
+NO_TARGET = "no target"
 BAD_TEXT = "text that cannot be tokenized"
 TYPES = {"starts": np.int64, "lengths": np.int32, "bare": np.int32, "extra": np.int64, "reason": np.uint8, "images": np.uint16,
          "patches": np.int32, "low": np.uint32, "high": np.uint32}

@@ -10,7 +10,7 @@ from transfusion.data import lengths as module
 from transfusion.data.documents import cut, extra_area, has_target
 from transfusion.data.grids import Grids, GridSettings
 from transfusion.data.lengths import count_lengths, picture_name
-from transfusion.data.sources.record import DataError, PictureFile, PictureRef, Record
+from transfusion.data.sources.record import DataError, PictureFile, PictureRef, Record, Turn
 from transfusion.sequence.packing import Text, encode, lay_out
 
 
@@ -125,12 +125,12 @@ def test_records_that_cannot_be_used_are_counted_by_reason(documents, tmp_path):
         DataError("row 8", "the row is cut off", "bad json"),
     ]
     lengths = count_lengths(MemorySource("bad", records), documents, tmp_path)
-    assert lengths.failures() == {"missing picture": 1, "empty picture": 1, "unreadable picture": 1, "nothing to learn": 2,
+    assert lengths.failures() == {"missing picture": 1, "empty picture": 1, "unreadable picture": 1, "no target": 2,
                                   "text that cannot be tokenized": 1, "empty record": 1, "bad json": 1}
     assert lengths.records("train", 0.0).tolist() == [6]
     (number, where, reason), = lengths.examples["empty picture"]
     assert (number, where) == (1, "b.png") and "empty" in reason
-    assert [one[0] for one in lengths.examples["nothing to learn"]] == [3, 7]
+    assert [one[0] for one in lengths.examples["no target"]] == [3, 7]
 
 
 def test_no_picture_is_in_both_splits(documents, tmp_path):
@@ -206,13 +206,14 @@ def test_text_is_tokenized_as_encode_does_even_where_it_begins_with_bos(document
 
 
 def test_a_conversation_without_a_template_is_refused(documents, tmp_path):
-    from transfusion.data.sources.record import Turn
-
     record = Record("row 0", turns=(Turn("user", ("hello",)), Turn("assistant", ("hi",))))
     lengths = count_lengths(MemorySource("chat", [record]), documents, tmp_path)
     assert lengths.failures() == {"no chat template": 1}
     shutil.rmtree(tmp_path)
-    template = lambda turns: [Text(part, loss=turn.role == "assistant") for turn in turns for part in turn.parts]  # noqa: E731
+
+    def template(record, room, picture_tokens):
+        return [Text(part, loss=turn.role == "assistant") for turn in record.turns for part in turn.parts]
+
     chatty = documents_of(documents.tokenizer, template=template, name="plain")
     lengths = count_lengths(MemorySource("chat", [record]), chatty, tmp_path)
-    assert lengths.arrays["lengths"].tolist() == [len(chatty.encode(template(record.turns)).document.tokens)]
+    assert lengths.arrays["lengths"].tolist() == [len(chatty.encode(template(record, None, None)).document.tokens)]
