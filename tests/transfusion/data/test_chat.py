@@ -20,21 +20,25 @@ SMOL = ("{% for message in messages %}{% if loop.first and messages[0]['role'] !
 MISTRAL = ("{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] | "
            "trim + ' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] | trim + eos_token }}"
            "{% else %}{{ raise_exception('no system here') }}{% endif %}{% endfor %}")
-WORDS = ("the cat sat on a mat what colour is bus white and red describe image in detail USER ASSISTANT Answer question using "
-         "single word or phrase two three 12 1985 naïve straße 猫 ünïcode don't it's [0.12, 0.5] yes no").split()
+VOCABULARY = ("the cat sat on a mat what colour is bus white and red describe image in detail USER ASSISTANT Answer question "
+              "using single word or phrase two three 12 1985 naïve straße 猫 ünïcode don't it's [0.12, 0.5] yes no")
+WORDS = VOCABULARY.split()
 
 
 def llama_like(legacy):
     """A tokenizer as Llama's: word pieces with "▁" for a space, bytes for what is unknown.
 
-    Legacy ones put "▁" in front of every text behind a special token, later ones only at the beginning.
+    Legacy ones put "▁" in front of every text behind a special token, later ones only at the beginning. As in Llama's,
+    "USER" is one token and "▁USER" two, which LLaVA's lengths rely on.
     """
     trained = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False)
     generator = random.Random(0)
-    lines = [" ".join(generator.choices(WORDS, k=12)) for _ in range(300)] + [VICUNA] * 20 + ["USER", "x USER:"] * 50
+    words = [word for word in WORDS if word != "USER"]
+    lines = [" ".join(generator.choices(words, k=12)) for _ in range(300)] + [VICUNA] * 20
+    lines += [f"{letter}USER" for letter in "abcdefghijklmnop"] * 30
     trained.train_from_iterator(lines, trainer)
     model = json.loads(trained.to_str())["model"]
     bpe = models.BPE(model["vocab"], [tuple(pair) for pair in model["merges"]], unk_token="<unk>", byte_fallback=True,
@@ -164,7 +168,9 @@ def ours(parts, tokenizer):
 
 
 def test_text_rows_of_vicuna_have_the_ids_and_labels_of_llava(llama):
-    legacy, compared = llama.encode("</s>USER", add_special_tokens=False)[1] == llama.encode("USER", add_special_tokens=False)[0], 0
+    compared, apart, behind = 0, *(llama.encode(text, add_special_tokens=False) for text in ("USER", "</s>USER"))
+    legacy = behind[1:] == apart
+    assert len(apart) == 2 and len(behind) == 2 + legacy
     for said in rows(200):
         expected_ids, expected = llava_preprocess_v1(said, llama, legacy)
         ids, labels = ours(chat_parts(record(said), llama, ChatSettings()), llama)
@@ -172,7 +178,7 @@ def test_text_rows_of_vicuna_have_the_ids_and_labels_of_llava(llama):
         if any(label != IGNORED for label in expected):  # LLaVA gives a row up where its lengths do not add up
             assert labels == expected, said
             compared += 1
-    assert compared == 200 if legacy else compared > 40
+    assert compared == 200
 
 
 def test_picture_rows_of_vicuna_have_the_ids_and_labels_of_llava(legacy):
