@@ -78,7 +78,7 @@ class Documents:
     def parts(self, record: Record, image_first: bool = False, dropped: bool = False, caption: int = 0) -> Parts:
         """Arrange a record; the options are for pairs: which caption, whether it is left out, or behind the picture.
 
-        A picture that is only read stands before its caption, which is what is learned then.
+        A picture that is only read stands before its caption, which is never left out: it is what is learned then.
 
         Raises:
             DataError: a record without anything in it, or a conversation without a template.
@@ -91,9 +91,10 @@ class Documents:
             return list(record.parts)
         if record.picture is None and not record.captions:
             raise DataError(record.where, "there is nothing in this record; text or a picture fits", "empty record")
-        texts = [Text(record.captions[caption])] if record.captions and not dropped else []
+        drawn = record.picture is not None and record.picture.loss
+        texts = [Text(record.captions[caption])] if record.captions and not (dropped and drawn) else []
         pictures = [] if record.picture is None else [record.picture]
-        return pictures + texts if image_first or pictures and not record.picture.loss else texts + pictures
+        return texts + pictures if drawn and not image_first else pictures + texts
 
     def picture_tokens(self, picture: PictureRef) -> int:
         """Tokens that a picture takes, with BOI and EOI.

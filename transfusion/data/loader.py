@@ -98,9 +98,9 @@ class PlannedRows:
             self._open_next(make=True)
 
     def row(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Sources, records and passes of a row's documents. Its plan has been made; see `ensure`."""
+        """Sources, records and passes of a row's documents; a copy in another process reads plans and makes none."""
         while self._firsts[-1] <= number:
-            self._open_next(make=False)
+            self._open_next(make=self.streams is not None)
         at = int(np.searchsorted(self._firsts, number, side="right")) - 1
         plan, row = self._plans[at], number - self._firsts[at]
         piece = slice(*plan["offsets"][row:row + 2].tolist())
@@ -169,7 +169,15 @@ class PackedRows(Dataset):
 
     def read_row(self, number: int) -> list[Encoded | Failure]:
         """The documents of a row, or why one could not be made."""
-        return [self.read(int(i), int(record), int(passes)) for i, record, passes in zip(*self.planned.row(number))]
+        read, room = [], self.seq_len
+        for source, record, passes in zip(*self.planned.row(number)):
+            one = self.read(int(source), int(record), int(passes))
+            if isinstance(one, Encoded) and len(one.document.tokens) > room:
+                one = Failure(f"{self.sources[source].name}, record {record}", "it is longer than when it was counted, for a "
+                              "picture changed; delete the cache, and it is counted anew", CHANGED)
+            room -= len(one.document.tokens) if isinstance(one, Encoded) else 0
+            read.append(one)
+        return read
 
     def read(self, source: int, number: int, passes: int) -> Encoded | Failure:
         """One document as it is shown in this pass over its source, or why it could not be made."""

@@ -21,12 +21,13 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from transfusion.data.chat import ChatSettings, chat_parts
 from transfusion.data.choices import source_key
-from transfusion.data.documents import CONTEXTS, Documents, Kind
+from transfusion.data.documents import CONTEXTS, Documents, Kind, Parts
 from transfusion.data.grids import Grids, GridSettings
 from transfusion.data.lengths import KEYS, Lengths, count_lengths
 from transfusion.data.plan import Stream
-from transfusion.data.sources import FORMATS, Source
+from transfusion.data.sources import FORMATS, PictureRef, Record, Source
 from transfusion.settings import Count, Decay, NotNegative, OneOf, Positive, Seed, Share, check
 from transfusion.values import nearest
 
@@ -75,12 +76,12 @@ class MixtureSettings:
     """share of the records that are held out, chosen by their pictures"""
     held_out_by: Annotated[str, OneOf(KEYS)] = "name"
     """what tells pictures apart: name, the last two parts of the path, or content, which reads every file once"""
-    template: str = ""
-    """the chat template of conversations"""
     max_length: Count | None = None
-    """tokens that a longer document is cut to, never through an image; none: what is longer than a row is left out and counted"""
+    """tokens that a longer document is cut to: never through an image, and conversations between two exchanges; none: what
+    is longer than a row is left out and counted"""
     seed: Seed = 0
     """seed of order, captions and mirrored pictures"""
+    chat: ChatSettings = field(default_factory=ChatSettings)
     pictures: GridSettings = field(default_factory=GridSettings)
     cache: Path | None = None
     """directory of what is counted and planned; none: one beside the mixture's file"""
@@ -166,8 +167,8 @@ def make_mixture(given: dict, folder: Path, op: str = "mixture", lines: dict[str
     return settings
 
 
-def open_mixture(settings: MixtureSettings, tokenizer, config, *, folder: Path = Path(), factor: int = 1, channels: int | None = None,
-                 template: Callable | None = None, workers: int | None = None) -> Mixture:
+def open_mixture(settings: MixtureSettings, tokenizer, config, *, folder: Path = Path(), factor: int = 1,
+                 channels: int | None = None, workers: int | None = None) -> Mixture:
     """Open the sources of a mixture and count the lengths of their records, or find them counted.
 
     Args:
@@ -175,7 +176,6 @@ def open_mixture(settings: MixtureSettings, tokenizer, config, *, folder: Path =
         folder: where the cache lies, if the settings name none: the directory of the mixture's file.
         factor: pixels to a position of the model's latents; 1 where it draws pixels.
         channels: of pictures, 3 or 1; those of the model, or 3 before an autoencoder.
-        template: turns of a conversation to its parts, where the settings' name is not to be used.
         workers: processes that count.
 
     Raises:
@@ -183,9 +183,12 @@ def open_mixture(settings: MixtureSettings, tokenizer, config, *, folder: Path =
     """
     kind = Kind.of(config, factor)
     channels = channels or (kind.image_channels if factor == 1 else 3)
+    if channels not in (1, 3):
+        raise ValueError(f"open_mixture: the model draws pictures of {channels} channels; 1 (grey) or 3 (colour) fits, or "
+                         "latents, with the factor of their autoencoder")
     grids = Grids(settings.pictures, kind.patch_size * factor, channels)
-    documents = Documents(tokenizer, kind, grids, template=template or chat_template(settings.template, tokenizer),
-                          context=settings.context, max_length=settings.max_length, name=settings.template)
+    documents = Documents(tokenizer, kind, grids, template=Chat(tokenizer, settings.chat), context=settings.context,
+                          max_length=settings.max_length, name=str(settings.chat))
     sources, names = [], []
     for i, entry in enumerate(settings.sources):
         try:
@@ -194,18 +197,24 @@ def open_mixture(settings: MixtureSettings, tokenizer, config, *, folder: Path =
             raise ValueError(f"mixture: sources[{i}] cannot be opened: {error}") from error
         name = entry.name or source.name
         if name in names:
-            raise ValueError(f"mixture: sources[{names.index(name)}] and sources[{i}] are both called {name!r}; different names "
-                             "fit; set `name` of one")
+            raise ValueError(f"mixture: sources[{names.index(name)}] and sources[{i}] are both called {name!r}; different "
+                             "names fit; set `name` of one")
         sources.append(source)
         names.append(name)
     cache = settings.cache or Path(folder) / ".transfusion"
-    lengths = tuple(count_lengths(source, documents, cache, held_out_by=settings.held_out_by, workers=workers) for source in sources)
+    lengths = tuple(count_lengths(source, documents, cache, held_out_by=settings.held_out_by, workers=workers)
+                    for source in sources)
     return Mixture(settings, tuple(sources), tuple(names), documents, lengths, cache)
 
 
-def chat_template(name: str, tokenizer) -> Callable | None:
-    """The template of this name; None where none is named."""
-    return None
+class Chat:
+    """Makes parts of conversations, as `Documents` calls it; pickles with its tokenizer."""
+
+    def __init__(self, tokenizer, settings: ChatSettings):
+        self.tokenizer, self.settings = tokenizer, settings
+
+    def __call__(self, record: Record, room: int | None, picture_tokens: Callable[[PictureRef], int]) -> Parts:
+        return chat_parts(record, self.tokenizer, self.settings, room=room, picture_tokens=picture_tokens)
 
 
 class _Reader:
