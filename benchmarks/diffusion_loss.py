@@ -12,7 +12,7 @@ import torch
 
 import tfkernels
 from benchmarks.bandwidth import Problem, functions, results, run_benchmark
-from tfkernels.patches.patchify import noise_reference
+from tfkernels.patches import noise_reference
 
 IMAGE = 256
 HEADS = {"modulated_layer_norm_diffusion_loss": tfkernels.modulated_layer_norm_reference,

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import tfkernels
 from benchmarks.bandwidth import Problem, functions, results, run_benchmark
-from tfkernels.patches.patchify import noise_reference
+from tfkernels.patches import noise_reference
 
 IMAGE, DIM = 256, 64
 

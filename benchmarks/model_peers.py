@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from benchmarks.batches import PackedBatch, dense_definition
 from transfusion.model.transfusion import Transfusion
-from transfusion.sequence.packing import Document, Sequence, lay_out
+from transfusion.sequence import Document, Sequence, lay_out
 
 
 def training_sequence(config, rows: int, seq_len: int, seed: int = 0) -> Sequence:
@@ -51,7 +51,7 @@ def dense_mask(sequence: Sequence) -> Tensor:
 
 def block_mask(sequence: Sequence, create):
     """FlexAttention's BlockMask from the same ids; `create` is create_block_mask, compiled."""
-    documents, images = sequence.documents, sequence.image
+    documents, images = sequence.documents, sequence.image_ids
 
     def visible(b, h, i, j):
         return (documents[b, i] == documents[b, j]) & ((j <= i) | ((images[b, i] == images[b, j]) & (images[b, i] >= 0)))
@@ -73,14 +73,14 @@ def plain_loss(model: Transfusion, sequence: Sequence, times: Tensor, mask, atte
 
     Logits of text targets alone are made, not all. The noise is drawn where `eps` (P, patch_dim) is not given.
     """
-    image, x0 = sequence.layout.image, sequence.patches
+    image, x0 = sequence.layout.image_ids, sequence.patches
     eps = torch.randn_like(x0) if eps is None else eps
     (signal, noise), (p, q) = ((a[image][:, None] for a in pair) for pair in (model.objective.path(times), model.objective.target(times)))
     timestep = model.patch_embedding.time(model.timestep(times))[image]
-    x = plain_hidden(model, sequence.tokens, sequence.positions, signal * x0 + noise * eps, sequence.patch_rows, timestep, mask, attention)
+    x = plain_hidden(model, sequence.tokens, sequence.positions, signal * x0 + noise * eps, sequence.patch_places, timestep, mask, attention)
     wide = torch.promote_types(x.dtype, torch.float32)
-    text = F.cross_entropy(model.get_output_embeddings()(x[sequence.text_rows]).to(wide), sequence.text_targets)
-    prediction = model.image_head.linear(x[sequence.patch_rows]).to(wide)
+    text = F.cross_entropy(model.get_output_embeddings()(x[sequence.target_places]).to(wide), sequence.text_targets)
+    prediction = model.image_head.linear(x[sequence.patch_places]).to(wide)
     return text + model.config.diffusion_weight * (prediction - (p * x0 + q * eps)).square().mean()
 
 
@@ -97,7 +97,7 @@ def transfusion_pytorch(config, device: str, *, flex: bool):
 def peer_samples(sequence: Sequence) -> list[list]:
     """Packed rows as transfusion-pytorch takes them: each a list of text tokens and images, which it joins itself; document borders are lost."""
     samples, ends, image = [], sequence.layout.offsets.tolist(), 0
-    for tokens, numbers in zip(sequence.tokens, sequence.image):
+    for tokens, numbers in zip(sequence.tokens, sequence.image_ids):
         starts = [int((numbers == n).nonzero()[0]) for n in numbers.unique().tolist() if n >= 0]
         sample, at = [], 0
         for start in starts:
@@ -108,4 +108,4 @@ def peer_samples(sequence: Sequence) -> list[list]:
 
 
 def _ids(sequence: Sequence) -> PackedBatch:
-    return PackedBatch([], sequence.documents, sequence.image + 1, torch.zeros_like(sequence.image))
+    return PackedBatch([], sequence.documents, sequence.image_ids + 1, torch.zeros_like(sequence.image_ids))

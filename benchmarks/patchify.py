@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from benchmarks.bandwidth import Problem, functions, run_benchmark
 from tfkernels import embed_patches, noise_patchify, patchify
-from tfkernels.patches.patchify import noise_reference, patchify_reference
+from tfkernels.patches import noise_reference, patchify_reference
 
 IMAGE, PATCH = 256, 2
 SEED = 1

@@ -29,9 +29,9 @@ from benchmarks.model_peers import randomize, transfusion_pytorch
 from benchmarks.train_step import configuration
 from tests.compare import assert_as_accurate
 from tfkernels import unpatchify
-from transfusion.diffusion.solvers import make_sampler
+from transfusion.diffusion.solvers import make_solver
 from transfusion.model.transfusion import Transfusion
-from transfusion.sequence.packing import Image, Text, encode, lay_out
+from transfusion.sequence import Image, Text, encode, lay_out
 from transfusion.sequence.tokenizer import BOS, EOS, PAD
 
 OURS, GRAPH, UNCACHED, PEER, GENERATE = (
@@ -129,7 +129,7 @@ def draw_uncached(model: Transfusion, texts: list[str], steps: int, seed: int = 
         )
 
     contexts = [laid_out([[Text(text)] for text in given]) for given in (texts, [""] * len(texts))]
-    sampler = make_sampler("ddim", model.objective, steps, count, config.time_shift_tokens)
+    sampler = make_solver("ddim", model.objective, steps, count, config.time_shift_tokens)
     x = torch.stack(
         [
             torch.randn(count, config.patch_dim, generator=torch.Generator().manual_seed(seed + i))
@@ -142,10 +142,10 @@ def draw_uncached(model: Transfusion, texts: list[str], steps: int, seed: int = 
         for sequence in contexts:
             condition = model.timestep(torch.full((len(texts),), t, device=x.device))
             embedded, skips = model.embed(sequence, x.flatten(0, 1).to(condition.dtype), condition)
-            positions = model.positions(sequence.positions, sequence.image, sequence.layout.columns)
+            positions = model.positions(sequence.positions, sequence.image_ids, sequence.layout.columns)
             hidden = model.backbone(embedded, positions, sequence.mask(), condition, sequence.modality).flatten(0, 1)
             found.append(
-                model.image_head(hidden[sequence.patch_rows], condition, sequence.layout, skips).view_as(x).float()
+                model.image_head(hidden[sequence.patch_places], condition, sequence.layout, skips).view_as(x).float()
             )
         x = sampler.advance(x, torch.lerp(found[1], found[0], GUIDANCE), number)
     return [Image(image) for image in unpatchify(x.cpu().flatten(0, 1), config.patch_size, height, width)]

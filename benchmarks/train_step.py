@@ -29,12 +29,12 @@ from benchmarks.model_peers import (
     training_sequence,
     transfusion_pytorch,
 )
-from tfkernels.patches.patchify import noise_reference
+from tfkernels.patches import noise_reference
 from transfusion.model.config import TransfusionConfig
 from transfusion.model.transfusion import Transfusion
 from transfusion.recipes.paper import PAPER, paper
 from transfusion.recipes.studies.measure import flops
-from transfusion.sequence.packing import Sequence
+from transfusion.sequence import Sequence
 
 OURS, COMPILED, DENSE, FLEX, PEER = (
     "tfkernels",

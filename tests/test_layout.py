@@ -32,7 +32,7 @@ ORDER = (  # a folder is a layer: files inside it are free among themselves
     "transfusion.recipes",
     "transfusion.entry",
 )
-ENTRIES = ("cli", "demo", "showcase", "studies", "train.__main__")  # what people start: these may import everything
+ENTRIES = ("cli", "sample", "demo", "showcase", "studies", "train.__main__")  # what people start: these may import everything
 PACKAGES = [p for d in ("tfkernels", "transfusion") for p in sorted((ROOT / d).rglob("*.py"))]
 
 
@@ -49,9 +49,16 @@ def name_of(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def is_run_as_a_program(node):
+    """Whether a statement is `if __name__ == "__main__":`, beneath which a file is an entry, as those of ENTRIES are."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+
+
 def imported(path):
     """(line, module) of every import; `from package import module` counts as the module where there is one."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    tree.body = [node for node in tree.body if not is_run_as_a_program(node)]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -4,11 +4,11 @@ import json
 import pytest
 import torch
 
-import tfkernels
 from benchmarks import diffusion_loss
 from benchmarks.bandwidth import contenders
 from benchmarks.diffusion_loss import OPS, Case, cases, problem
 from benchmarks.harness import measure
+from tests.benchmarks.documentation import bytes_moved
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -19,14 +19,11 @@ def test_every_contender_is_right(op):
 
 
 def test_the_bytes_are_those_that_the_modules_tables_name():
-    line, = (line for line in tfkernels.diffusion_loss.__globals__["__doc__"].splitlines() if line.strip().startswith("diffusion_loss "))
-    assert line.split()[1:4] == ["2", "E", "e"] and line.split("8 e,")[1].split()[:3] == ["3", "E", "e"]
-    line, = (line for line in tfkernels.head_loss.__doc__.splitlines() if line.strip().startswith("norm, head, loss"))
-    assert line.split("loss")[1].startswith("   P C e  ") and "(P + T) C e" in line
-    e, d = 4, 16
-    assert problem(Case("diffusion_loss", 512, d), "cpu", torch.float32).moved == {"forward": 2 * 512 * d * e, "backward": 3 * 512 * d * e}
-    found = problem(Case(OPS[1], 512, d, 64), "cpu", torch.float32).moved
-    assert found == {"forward": 512 * 64 * e, "backward": (512 + 1024) * 64 * e}
+    found = problem(Case("diffusion_loss", 512, 16), "cpu", torch.float32).moved
+    assert list(found.values()) == bytes_moved("losses", "diffusion_loss", E=512 * 16, e=4) == [2 * 512 * 16 * 4, 3 * 512 * 16 * 4]
+    found = problem(Case(OPS[1], 512, 16, 64), "cpu", torch.float32).moved
+    assert list(found.values()) == bytes_moved("losses", "norm, head, loss", P=512, T=1024, C=64, e=4)
+    assert found == {"forward": 512 * 64 * 4, "backward": (512 + 1024) * 64 * 4}
 
 
 def test_the_quick_grid_is_the_beginning_of_the_whole():

@@ -1,7 +1,5 @@
 """The patches' benchmark: right answers pass, and the bytes are those of the operators' tables."""
-import importlib
 import json
-import re
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ from benchmarks import patchify
 from benchmarks.bandwidth import contenders
 from benchmarks.harness import measure
 from benchmarks.patchify import OPS, Case, cases, moved, problem
+from tests.benchmarks.documentation import bytes_moved
 from tfkernels._library import INTERPRET
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="images of 256 tokens take the interpreter minutes; the operators' own tests run in it")
@@ -31,20 +30,14 @@ def test_the_embedding_problems_hold_as_much_text_as_images():
         assert torch.equal(kept, torch.arange(1024) // 256 % 2 == 0)
 
 
-def table(module, op, **sizes):
-    """Forward and backward bytes of `op` in the table of a module's docstring."""
-    line = next(line for line in importlib.import_module(f"tfkernels.{module}").__doc__.splitlines() if line.split()[:1] == [op])
-    forward, _, backward = re.split(r" {2,}", line.strip())[1:4]
-    return [eval(re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", formula), dict(sizes)) for formula in (forward, backward)]
-
-
 def test_the_bytes_are_those_that_the_modules_tables_name():
-    patches = dict(E=512 * 32, e=2)
-    sizes = dict(T=1024, P=512, C=48, D=32, e=2)
-    noise, embedding = table("patchify", "noise_patchify", **patches), table("embed", "embed_patches", **sizes)
-    assert noise == [2 * 512 * 32 * 2] * 2
-    for op, expected in (("patchify", table("patchify", "patchify", **patches)), ("noise_patchify", noise), ("embed_patches", embedding),
-                         ("noise_patchify_embed", [noise[0] + embedding[0], embedding[1]])):  # x0 without a gradient
+    elements, sizes = dict(E=512 * 32, e=2), dict(T=1024, P=512, C=48, D=32, e=2)
+    tables = {op: bytes_moved("patches", op, **elements) for op in ("patchify", "noise_patchify")}
+    tables["embed_patches"] = bytes_moved("patches", "embed_patches", **sizes)
+    noise, embedding = tables["noise_patchify"], tables["embed_patches"]
+    tables["noise_patchify_embed"] = [noise[0] + embedding[0], embedding[1]]  # x0 without a gradient
+    assert noise == [2 * 512 * 32 * 2] * 2 and tables.keys() == set(OPS)
+    for op, expected in tables.items():
         assert list(moved(Case(op, 512, 32, 48 if "embed" in op else 0), 2).values()) == expected
 
 

@@ -4,11 +4,11 @@ import json
 import pytest
 import torch
 
-import tfkernels
 from benchmarks import rotary
 from benchmarks.bandwidth import EAGER, OURS, contenders, saved_bytes
 from benchmarks.harness import measure
 from benchmarks.rotary import MOVED, Case, _Copied, cases, problem
+from tests.benchmarks.documentation import bytes_moved
 
 
 @pytest.mark.parametrize("op", MOVED)
@@ -20,11 +20,10 @@ def test_every_contender_is_right(op):
 
 
 def test_the_bytes_are_those_that_the_modules_table_names():
-    lines = {line.split()[0]: line for line in tfkernels.rotary.__doc__.splitlines() if " T (H + K) D e" in line}
     for op, moved in MOVED.items():
-        assert tuple(int(word) for word in lines[op].split() if word.isdigit()) == moved
-        q, k = (problem(Case(op, 30, 4, 2, 16), "cpu", torch.float32).tensors[n] for n in "qk")
-        assert problem(Case(op, 30, 4, 2, 16), "cpu", torch.float32).moved["forward"] == moved[0] * 4 * (q.numel() + k.numel())
+        assert bytes_moved("rotary", op, T=30, H=4, K=2, D=16, e=4) == [n * 30 * (4 + 2) * 16 * 4 for n in moved]
+        found = problem(Case(op, 30, 4, 2, 16), "cpu", torch.float32)
+        assert found.moved["forward"] == moved[0] * 4 * (found.tensors["q"].numel() + found.tensors["k"].numel())
 
 
 @pytest.mark.parametrize("op", MOVED)

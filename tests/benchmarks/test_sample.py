@@ -11,7 +11,7 @@ from benchmarks import sample
 from benchmarks.harness import Contender, Report, measure
 from benchmarks.sample import GENERATE, OURS, UNCACHED, Case, build, cases, draw_contenders, draw_uncached, prompts, step_cost, word_tokenizer, write_contenders
 from tfkernels import patchify
-from transfusion.sequence.packing import Text, encode
+from transfusion.sequence import Text, encode
 
 DRAW, WRITE = Case("draw", "tiny", 3, 24, 3), Case("write", "tiny", 3, 24, 8)
 

@@ -57,9 +57,9 @@ def test_samples_for_transfusion_pytorch_hold_every_token_but_the_brackets(seque
     for row, sample in zip(range(2), peer_samples(sequence)):
         images = [part[1] for part in sample if isinstance(part, tuple)]
         text = torch.cat([part for part in sample if not isinstance(part, tuple)])
-        kept = sequence.tokens[row][sequence.image[row] < 0]
-        assert torch.equal(text, kept[(kept != 256) & (kept != 257)]) and len(images) == len(sequence.image[row].unique()) - 1
-        assert torch.equal(torch.cat(images), sequence.patches[torch.isin(sequence.layout.image, sequence.image[row])])
+        kept = sequence.tokens[row][sequence.image_ids[row] < 0]
+        assert torch.equal(text, kept[(kept != 256) & (kept != 257)]) and len(images) == len(sequence.image_ids[row].unique()) - 1
+        assert torch.equal(torch.cat(images), sequence.patches[torch.isin(sequence.layout.image_ids, sequence.image_ids[row])])
 
 
 def test_the_peer_is_as_wide_and_deep(monkeypatch):

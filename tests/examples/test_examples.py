@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from examples import attention_block, dit_block
+from examples import attention_block, dit_block, sample
+from tests.transfusion.conftest import tiny_model
 
 PROGRAMS = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 
@@ -30,3 +31,19 @@ def test_attention_in_a_gpt_finds_the_token_before_last():
 def test_dit_blocks_learn_to_denoise():
     losses = dit_block.main(steps=60)
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny model of grey 8x8 images, as `make demo` leaves one."""
+    where = tmp_path_factory.mktemp("checkpoint")
+    tiny_model().save_pretrained(where)
+    return where
+
+
+def test_sampling_draws_a_picture_for_each_prompt_and_captions_it(checkpoint, tmp_path, capsys):
+    captions = sample.main(checkpoint, tmp_path / "samples", steps=2)
+    names = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert names == [f"a handwritten {digit}.png" for digit in ("nine", "seven", "three")]
+    assert len(captions) == 3
+    assert capsys.readouterr().out.count("asked for") == 3

@@ -18,7 +18,7 @@ from tfkernels import _launch
 from tfkernels._launch import ARCHITECTURES, SHARED_LIMIT, Config, table_row
 from tfkernels._library import INTERPRET
 from tfkernels.attention.triton import backward, decode, forward, tiles
-from tfkernels.mask import _build as build
+from tfkernels.mask import triton as build
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1: kernels are interpreted functions, which do not compile")
 

@@ -166,8 +166,8 @@ class FromSpans(Block):
 
 
 class FromIntegers(Block):
-    def forward(self, x, lo, hi, query_lo, query_hi):
-        return super().forward(x, TransfusionMask(lo, hi, query_lo, query_hi))
+    def forward(self, x, lo, hi, since, until):
+        return super().forward(x, TransfusionMask(lo, hi, since, until))
 
 
 @traced
@@ -190,7 +190,7 @@ def test_exported_with_the_masks_integers_as_inputs_serves_other_lengths(strict)
 
     def inputs(seq_len, spans):
         mask = TransfusionMask.from_spans(spans, seq_len, device=DEVICE)
-        return tokens(2, seq_len), mask.lo, mask.hi, mask.query_lo, mask.query_hi
+        return tokens(2, seq_len), mask.lo, mask.hi, mask.key_since, mask.key_until
 
     exported = torch.export.export(module, inputs(64, [[(3, 40)], []]), dynamic_shapes=({1: length},) * 5, strict=strict).module()
     for given in (inputs(37, [[(1, 30)], [(0, 37)]]), inputs(130, [[], [(100, 130)]])):

@@ -4,7 +4,7 @@ import torch
 from transformers import LlamaConfig
 
 from transfusion import Image, Transfusion, TransfusionConfig
-from transfusion.data.batches import Digits
+from transfusion.recipes.digits import Digits
 from transfusion.sequence.tokenizer import BOI, EOI, train_tokenizer
 
 

@@ -9,9 +9,12 @@ from PIL import Image as Picture
 
 from tests.transfusion.conftest import tiny_model
 from tests.transfusion.model.test_from_language_model import language_model
-from transfusion.cli import load_image, main, save_image
-from transfusion.data.pictures import read_picture
-from transfusion.sequence.packing import Image
+from transfusion.cli import main
+from transfusion.data.picture_files import read_picture
+from transfusion.diffusion.guidance import Guidance
+from transfusion.generate.sampling import Sampling, TextSampling
+from transfusion.sample import load_image, load_model, save_image
+from transfusion.sequence import Image
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +35,30 @@ def test_caption_reads_pictures(checkpoint, tmp_path, capsys):
     Picture.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
     main(["caption", "--model", str(checkpoint), "--images", str(tmp_path / "red.png"), "--max-new-tokens", "2"])
     assert "red.png:" in capsys.readouterr().out
+
+
+def test_every_option_of_sampling_is_a_flag_with_the_default_of_python(checkpoint, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("transfusion.sample.sample", made.append)
+    monkeypatch.setattr("transfusion.sample.caption", made.append)
+    main(["sample", "--model", "m", "--prompt", "a"])
+    assert made.pop().sampling == Sampling()
+    main(["sample", "--model", "m", "--prompt", "a", "--steps", "2", "--sampler", "heun", "--guidance", "2", "--image-guidance", "1.5",
+          "--guidance-interval", "0.1", "0.9", "--guidance-rescale", "0.5", "--size", "8", "4", "--max-new-tokens", "3", "--max-images", "4",
+          "--temperature", "0.5", "--top-p", "0.9", "--min-p", "0.1", "--seed", "7", "--cuda-graph"])
+    assert made.pop().sampling == Sampling(
+        max_new_tokens=3, temperature=0.5, top_p=0.9, min_p=0.1, seed=7, max_images=4, image_size=(8, 4), steps=2, sampler="heun",
+        guidance=Guidance(2.0, 1.5, (0.1, 0.9), 0.5), cuda_graph=True)
+    main(["caption", "--model", "m", "--images", "x.png", "--max-new-tokens", "3", "--seed", "7"])
+    assert made.pop().sampling == TextSampling(max_new_tokens=3, seed=7)
+
+
+def test_a_device_that_is_not_there_ends_a_command_in_one_line(checkpoint, tmp_path):
+    Picture.new("L", (8, 8)).save(tmp_path / "grey.png")
+    for command in (["sample", "--prompt", "a", "--out", str(tmp_path / "a.png")], ["caption", "--images", str(tmp_path / "grey.png")]):
+        with pytest.raises(SystemExit, match="^error: device is 'cudo', which this machine does not have; auto, cpu.* fit$"):
+            main([command[0], "--model", str(checkpoint), *command[1:], "--device", "cudo"])
+    assert load_model(checkpoint, "cpu").device.type == "cpu"
 
 
 def test_a_picture_is_edited_and_asked_about(checkpoint, tmp_path, capsys):
@@ -153,7 +180,7 @@ def test_damaged_pictures_are_answered_in_one_line_with_their_name(checkpoint, t
     (["sample", "--model", "nowhere", "--prompt", "a"], "holds no config.json"),
     (["sample", "--model", "CHECKPOINT", "--prompt", " "], "prompt is empty"),
     (["sample", "--model", "CHECKPOINT", "--prompt", "a", "--size", "7", "8"], "multiples of the patch size"),
-    (["sample", "--model", "CHECKPOINT", "--prompt", "a", "--sampler", "dpm"], "name is 'dpm'; one of 'ddim'"),
+    (["sample", "--model", "CHECKPOINT", "--prompt", "a", "--sampler", "dpm"], "generate: sampler is 'dpm'; one of 'ddim'"),
     (["init", "--llm", "nowhere", "--out", "model"], "which is no checkpoint"),
     (["caption", "--model", "CHECKPOINT", "--images", "missing.png"], "missing.png is not a picture that can be read"),
 ])

@@ -1,15 +1,15 @@
 """Attention under a `TransfusionMask`: block-sparse, causal text with bidirectional images, forward and backward.
 
-    S_ij = softcap(q_i . k_j * scale)     where visible(i, j), else -inf        (softcap(x) = c * tanh(x / c), arXiv:2408.00118)
-    LSE_i = log sum_j exp(S_ij)           out_i = sum_j exp(S_ij - LSE_i) v_j
+    S_ij = softcap(q_i . k_j * scale)  where visible(i, j), else -inf      softcap(x) = c * tanh(x / c), arXiv:2408.00118
+    LSE_i = log sum_j exp(S_ij)        out_i = sum_j exp(S_ij - LSE_i) v_j
 
-The tiles that a mask hides are never visited: their bounds come from the mask's integers (see `tfkernels.mask`). One custom
-operator serves every device: Triton kernels on CUDA (`triton/forward.py`, `triton/backward.py`; for a few queries against a long
-cache `triton/decode.py`), blocks of PyTorch's own fused attention on CPU (`cpu.py`). `attention_reference` is the specification.
+The tiles that a mask hides are never visited: their bounds come from the mask's integers (see `tfkernels.mask`). One
+custom operator serves every device. On CUDA it runs Triton kernels: `triton/forward.py`, `triton/backward.py` and, for a
+few queries against a long cache, `triton/decode.py`. On the CPU it runs blocks of PyTorch's own fused attention
+(`cpu.py`). The specification is `attention_reference` in `reference.py`.
 """
 import math
 import numbers
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,18 +17,12 @@ from torch import Tensor
 from tfkernels._arguments import looks, need_range
 from tfkernels._library import register, result_like
 from tfkernels.attention import cpu
+from tfkernels.attention.reference import AttentionOutput
 from tfkernels.attention.triton import backward, decode, forward
 from tfkernels.mask import TransfusionMask
 
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-class AttentionOutput(NamedTuple):
-    """`out` (B, H, Sq, D) in the inputs' dtype and `lse` (B, H, Sq) in float32, natural logarithm, -inf for empty rows."""
-
-    out: Tensor
-    lse: Tensor
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *, scale: float | None = None, softcap: float | None = None) -> Tensor:
@@ -62,7 +56,7 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *
             return attention_with_lse(q, k, v, mask, scale=scale, softcap=softcap)
     _check("attention", q, k, v, mask)
     scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
-    out, lse = _forward(q, k, v, mask.lo, mask.hi, mask.query_lo, mask.query_hi, mask.rows_exact, mask.columns_exact, mask.offset,
+    out, lse = _forward(q, k, v, mask.lo, mask.hi, mask.key_since, mask.key_until, mask.rows_exact, mask.columns_exact, mask.offset,
                         float(scale), float(softcap or 0))
     return AttentionOutput(out, lse)
 
@@ -98,7 +92,7 @@ def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Te
     _check("paged_attention", q, *keys, mask, keys=("k_pages", "v_pages"))
     _check_pages(block_table, mask.hi, len(k_pages), k_pages.shape[1])
     scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
-    return _paged(q, k_pages, v_pages, block_table, mask.lo, mask.hi, mask.query_lo, mask.query_hi, mask.rows_exact, mask.offset,
+    return _paged(q, k_pages, v_pages, block_table, mask.lo, mask.hi, mask.key_since, mask.key_until, mask.rows_exact, mask.offset,
                   float(scale), float(softcap or 0))[0]
 
 
@@ -108,59 +102,6 @@ def _check_pages(block_table: Tensor, hi: Tensor, pages: int, page_size: int) ->
         read = torch.arange(block_table.shape[1]) * page_size < hi.amax(1, keepdim=True)   # (B or 1, T)
         found = block_table[read.expand_as(block_table)]
         need_range("paged_attention", "block_table", found, 0, pages - 1, "the pages there are")
-
-
-def paged_attention_reference(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, mask: TransfusionMask, *, scale: float | None = None,
-                              softcap: float | None = None) -> Tensor:
-    """The specification: gather each row's pages, then `attention_reference`."""
-    return attention_reference(q, *(_gather_pages(x, block_table, mask.hi) for x in (k_pages, v_pages)), mask, scale=scale, softcap=softcap).out
-
-
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *, scale: float | None = None,
-                        softcap: float | None = None) -> AttentionOutput:
-    """The specification in plain PyTorch, in the inputs' dtype, with the whole score matrix in memory.
-
-    What the mask hides from a query takes no part in its row, nor in a gradient, whatever stands there.
-    """
-    scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    visible = mask.dense()
-    scores = _VisibleProducts.apply(q, k, visible) * scale                                 # (B, H, Sq, Sk)
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    empty = ~visible.any(-1, keepdim=True)                                                 # (B, 1, Sq, 1)
-    scores = scores.masked_fill(~visible, -math.inf).masked_fill(empty, 0)
-    weights = scores.softmax(-1).masked_fill(~visible, 0)
-    return AttentionOutput(_VisibleSums.apply(weights, v, visible), scores.logsumexp(-1).masked_fill(empty[..., 0], -math.inf))
-
-
-class _VisibleProducts(torch.autograd.Function):
-    """x_i . y_j for the visible pairs, 0 for the hidden ones."""
-
-    @staticmethod
-    def forward(ctx, x, y, visible):
-        ctx.save_for_backward(x, y, visible)
-        return (x @ y.mT).masked_fill(~visible, 0)
-
-    @staticmethod
-    def backward(ctx, g):
-        x, y, visible = ctx.saved_tensors
-        return _VisibleSums.apply(g, y, visible), _VisibleSums.apply(g.mT, x, visible.mT), None
-
-
-class _VisibleSums(torch.autograd.Function):
-    """sum_j weights_ij y_j over the visible pairs."""
-
-    @staticmethod
-    def forward(ctx, weights, y, visible):
-        ctx.save_for_backward(weights, y, visible)
-        return cpu.visible_sums(weights, y, visible)
-
-    @staticmethod
-    def backward(ctx, g):
-        weights, y, visible = ctx.saved_tensors
-        return _VisibleProducts.apply(g, y, visible), _VisibleSums.apply(weights.mT, g, visible.mT), None
 
 
 def _autocast(x: Tensor) -> bool:
@@ -210,47 +151,35 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, keys
     if mask.lo.device != q.device:
         raise ValueError(f"{op}: mask is on {mask.lo.device} and q on {q.device}; one device fits; call mask.to(q.device)")
 
-def _forward_fake(q, k, v, lo, hi, query_lo, query_hi, rows_exact, columns_exact, offset, scale, softcap):
+
+def _forward_fake(q, k, v, lo, hi, since, until, rows_exact, columns_exact, offset, scale, softcap):
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return result_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
-def _backward_fake(dout, dlse, q, k, v, out, lse, lo, hi, query_lo, query_hi, rows_exact, columns_exact, offset, scale, softcap):
+def _backward_fake(dout, dlse, q, k, v, out, lse, lo, hi, since, until, rows_exact, columns_exact, offset, scale, softcap):
     return result_like(q), result_like(k), result_like(v)
 
 
-def _paged_fake(q, k, v, block_table, lo, hi, query_lo, query_hi, rows_exact, offset, scale, softcap):
+def _paged_fake(q, k, v, block_table, lo, hi, since, until, rows_exact, offset, scale, softcap):
     return result_like(q), q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
-def _forward_kernel(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, query_lo: Tensor, query_hi: Tensor, rows_exact: bool, columns_exact: bool,
+def _forward_kernel(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, rows_exact: bool, columns_exact: bool,
                     offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
     if q.shape[2] <= decode.MAX_QUERIES:
-        return decode.attention_decode(q, k, v, None, lo, hi, query_lo, query_hi, rows_exact, offset, scale, softcap)
-    return forward.attention_forward(q, k, v, lo, hi, query_lo, query_hi, rows_exact, columns_exact, offset, scale, softcap)
-
-
-def _gather_pages(pages: Tensor, block_table: Tensor, hi: Tensor) -> Tensor:
-    """Lay each row's pages out in order: (P, page_size, K, D) -> (B, K, T * page_size, D), 0 behind the last key that a query sees."""
-    rows = pages[block_table.long().clamp(0, pages.shape[0] - 1)].flatten(1, 2).transpose(1, 2)
-    seen = torch.arange(rows.shape[2], device=hi.device) < hi.amax(1, keepdim=True)        # (B or 1, Sk)
-    return torch.where(seen[:, None, :, None], rows, 0)
-
-
-def _paged_cpu(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lo: Tensor, hi: Tensor, query_lo: Tensor, query_hi: Tensor,
-               rows_exact: bool, offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
-    k, v = (_gather_pages(x, block_table, hi) for x in (k, v))
-    return cpu.attention_forward(q, k, v, lo, hi, query_lo, query_hi, rows_exact, False, offset, scale, softcap)
+        return decode.attention_decode(q, k, v, None, lo, hi, since, until, rows_exact, offset, scale, softcap)
+    return forward.attention_forward(q, k, v, lo, hi, since, until, rows_exact, columns_exact, offset, scale, softcap)
 
 
 _forward = register("attention_forward", kernel=_forward_kernel, cpu=cpu.attention_forward, fake=_forward_fake)
 _backward = register("attention_backward", kernel=backward.attention_backward, cpu=cpu.attention_backward, fake=_backward_fake)
-_paged = register("paged_attention", kernel=decode.paged_attention_forward, cpu=_paged_cpu, fake=_paged_fake)
+_paged = register("paged_attention", kernel=decode.paged_attention_forward, cpu=cpu.paged_forward, fake=_paged_fake)
 
 
 def _save(ctx, inputs, output):
-    q, k, v, lo, hi, query_lo, query_hi, *ctx.numbers = inputs
-    ctx.save_for_backward(q, k, v, *output, lo, hi, query_lo, query_hi)
+    q, k, v, lo, hi, since, until, *ctx.numbers = inputs
+    ctx.save_for_backward(q, k, v, *output, lo, hi, since, until)
 
 
 def _gradients(ctx, dout, dlse):

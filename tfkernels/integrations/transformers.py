@@ -272,16 +272,16 @@ def _fitted(mask: TransfusionMask, made: _Made | None, attention_mask, query_len
     if made.kept is None or mask.key_len != key_len:
         return mask
     mask = _sized(mask, len(made.kept))
-    query_lo, query_hi = (torch.where(made.kept, x, mask.offset) for x in (mask.query_lo, mask.query_hi))
-    return replace(mask, query_lo=query_lo, query_hi=query_hi, rows_exact=False)
+    key_since, key_until = (torch.where(made.kept, x, mask.offset) for x in (mask.key_since, mask.key_until))
+    return replace(mask, key_since=key_since, key_until=key_until, rows_exact=False)
 
 
 def _sized(mask: TransfusionMask, batch: int) -> TransfusionMask:
     """A mask of batch 1 for `batch` rows."""
     if mask.batch_size != 1 or batch == 1:
         return mask
-    lo, hi, query_lo, query_hi = (x.expand(batch, -1).contiguous() for x in (mask.lo, mask.hi, mask.query_lo, mask.query_hi))
-    return replace(mask, lo=lo, hi=hi, query_lo=query_lo, query_hi=query_hi)
+    lo, hi, key_since, key_until = (x.expand(batch, -1).contiguous() for x in (mask.lo, mask.hi, mask.key_since, mask.key_until))
+    return replace(mask, lo=lo, hi=hi, key_since=key_since, key_until=key_until)
 
 
 def _behind(mask: TransfusionMask, made: _Made, window: int | None) -> TransfusionMask:
@@ -294,7 +294,7 @@ def _behind(mask: TransfusionMask, made: _Made, window: int | None) -> Transfusi
     size, rows, keys = mask.query_len, made.query_position.long(), made.key_position.long()
     at, behind = rows.clamp(max=size - 1), rows >= size                                    # (B or 1, Sq)
     batch = max(mask.batch_size, len(rows))
-    lo, hi, query_lo, query_hi = (x.long().expand(batch, -1) for x in (mask.lo, mask.hi, mask.query_lo, mask.query_hi))
+    lo, hi, key_since, key_until = (x.long().expand(batch, -1) for x in (mask.lo, mask.hi, mask.key_since, mask.key_until))
     # an empty row: padding on the right
     last = torch.where(lo[:, -1:] < hi[:, -1:], lo[:, -1:], size)
     if window is not None:
@@ -303,8 +303,8 @@ def _behind(mask: TransfusionMask, made: _Made, window: int | None) -> Transfusi
     lo = torch.where(behind, last, lo.gather(1, at))
     hi = torch.where(behind, rows + 1, hi.gather(1, at))
     place, new = keys.clamp(max=size - 1).expand(batch, -1), (keys >= size).expand(batch, -1)
-    since = torch.where(new, keys, query_lo.gather(1, place))                              # (B, Sk)
-    until = query_hi.gather(1, place)
+    since = torch.where(new, keys, key_since.gather(1, place))                              # (B, Sk)
+    until = key_until.gather(1, place)
     until = torch.where(new | (until >= size), _FAR, until)
     # a mask's rows and columns begin at 0
     first, start = keys[:, :1], rows[:, :1]
@@ -335,15 +335,15 @@ def _without_mask(query_len: int, key_len: int, is_causal: bool, device) -> Tran
 def _as_tensor(mask: TransfusionMask, q_offset, kv_offset, kept: Tensor | None) -> Tensor:
     """Lay two rows of integers over each other: (B, 2, 1, W) where either side of the mask is exact, else (B, 1, 2, W).
 
-        lo, query_lo, query positions, key positions                W = 2 (Sq + Sk), and one column more, of nothing,
-        hi, query_hi, nothing,         whether a key is kept        where attention_mask hides keys
+        lo, key_since, query positions, key positions                W = 2 (Sq + Sk), and one column more, of nothing,
+        hi, key_until, nothing,         whether a key is kept        where attention_mask hides keys
     """
     rows = torch.arange(mask.query_len, device=mask.lo.device) + q_offset
     keys = torch.arange(mask.key_len, device=mask.lo.device) + kv_offset
     mask = mask if kept is None else _sized(mask, len(kept))
-    ones = torch.ones_like(mask.query_lo)
-    low = [mask.lo, mask.query_lo, *(x[None].int().expand(mask.batch_size, -1) for x in (rows, keys))]
-    high = [mask.hi, mask.query_hi, torch.zeros_like(mask.lo), ones if kept is None else kept.int()]
+    ones = torch.ones_like(mask.key_since)
+    low = [mask.lo, mask.key_since, *(x[None].int().expand(mask.batch_size, -1) for x in (rows, keys))]
+    high = [mask.hi, mask.key_until, torch.zeros_like(mask.lo), ones if kept is None else kept.int()]
     if kept is not None:
         low, high = low + [ones[:, :1]], high + [ones[:, :1]]
     sides = torch.stack([torch.cat(low, 1), torch.cat(high, 1)], 1)

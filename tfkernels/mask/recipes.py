@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tfkernels._arguments import need_integer, need_integers, need_range
-from tfkernels.mask import TransfusionMask
+from tfkernels.mask.mask import TransfusionMask
 
 
 def window_around_whole_images(spans, seq_len: int, window: int, documents=None, device=None) -> TransfusionMask:
@@ -26,9 +26,9 @@ def window_around_whole_images(spans, seq_len: int, window: int, documents=None,
     whole = TransfusionMask.from_spans(spans, seq_len, documents=documents, device=device)
     rows = torch.arange(seq_len, dtype=torch.int32, device=whole.lo.device)
     window = min(window, max(1, seq_len))
-    # query_lo: start of the token's image, or itself
-    return replace(whole, lo=torch.maximum(whole.lo, torch.minimum(rows + 1 - window, whole.query_lo)),
-                   query_hi=torch.minimum(whole.query_hi, torch.maximum(rows + window, whole.hi)))
+    # key_since: start of the token's image, or itself
+    return replace(whole, lo=torch.maximum(whole.lo, torch.minimum(rows + 1 - window, whole.key_since)),
+                   key_until=torch.minimum(whole.key_until, torch.maximum(rows + window, whole.hi)))
 
 
 def prefix_lm(prefix_lens: Tensor, seq_len: int) -> TransfusionMask:

@@ -1,43 +1,39 @@
-"""Norms modulated by the image that each token belongs to, and gated residuals: adaLN-zero for rows that mix text and images.
+"""Norms modulated by the image that each token belongs to, and gated residuals: adaLN-zero for rows of text and images.
 
-    n = index[t], -1 for text:                    scale[-1] = shift[-1] = 0, gate[-1] = 1
+With n the image id of a token, -1 for text, for which scale[-1] = shift[-1] = 0 and gate[-1] = 1:
+
     modulated_rms_norm        y = x / sqrt(mean(x^2) + eps) * weight * (1 + scale[n]) + shift[n]
     modulated_layer_norm      y = ((x - mean(x)) / sqrt(var(x) + eps) * weight + bias) * (1 + scale[n]) + shift[n]
     gated_residual            y = residual + gate[n] * branch
-    gated_residual_rms_norm   residual' = gated_residual(residual, branch, gate),  normed = modulated_rms_norm(residual', ...)
+    gated_residual_rms_norm   residual' = gated_residual(residual, branch, gate)
+                              normed = modulated_rms_norm(residual', ...)
 
-Sources: RMS norm arXiv:1910.07467, layer norm arXiv:1607.06450, adaLN-zero arXiv:2212.09748 (section 3.2). scale, shift and gate hold one
-row per image and are never expanded to tokens: a program reads its token's row. Backward saves x, 1 / std and the mean, recomputes the rest
-in one pass over the tokens, sorted by image, and sums dscale, dshift, dgate and dweight per image in an order that depends on the
-shapes alone: no atomics, equal to the bit each time, no host synchronisation.
+Sources: RMS norm arXiv:1910.07467, layer norm arXiv:1607.06450, adaLN-zero arXiv:2212.09748 (section 3.2). scale, shift
+and gate hold one row per image and are never expanded to tokens: a program reads its token's row. The forward saves x,
+1 / std and the mean. The backward computes the rest again in one pass over the tokens, sorted by image, and sums dscale,
+dshift, dgate and dweight per image in an order that depends on the shapes alone. There are no atomics and no host
+synchronisation, and gradients are equal to the bit each time. The specification is in `reference.py`, the kernels are in
+`triton.py`.
 
-Bytes that must move, with e bytes per element, T tokens and C columns (tables and statistics, a few bytes a token, aside):
+Bytes that must move, with e bytes per element, T tokens and C columns (tables and statistics aside):
 
     op                          forward    backward
     modulated norms             2 T C e    3 T C e     reads x (and dy), writes y (dx)
-    gated_residual              3 T C e    3 T C e     reads residual and branch (dy and branch), writes y (dbranch; dresidual is dy)
-    gated_residual_rms_norm     4 T C e    6 T C e     reads two, writes two; reads four, writes two
+    gated_residual              3 T C e    3 T C e     reads residual and branch, writes y; dresidual is dy
+    gated_residual_rms_norm     4 T C e    6 T C e     reads two and writes two; reads four and writes two
 
-Rows of more than 4096 columns take their two means in a pass of their own: x and dy are read twice in backward.
+Rows of more than 4096 columns take their two means in a pass of their own: backward reads their x and dy twice.
 """
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from tfkernels._arguments import got, need_eps, need_tensors
 from tfkernels._library import register
-from tfkernels.norm import cpu, kernels
+from tfkernels.norm import cpu, triton
+from tfkernels.norm.reference import ResidualNorm
 
 MAX_WIDTH = 16384
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-class ResidualNorm(NamedTuple):
-    """`residual`, the stream after the gated addition, and `normed`, its modulated norm; both like the residual that came in."""
-
-    residual: Tensor
-    normed: Tensor
 
 
 def modulated_rms_norm(x: Tensor, weight: Tensor | None, scale: Tensor, shift: Tensor | None, index: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -93,45 +89,6 @@ def gated_residual_rms_norm(residual: Tensor, branch: Tensor, gate: Tensor, weig
     return ResidualNorm(*_gated_norm_forward(residual, branch, gate, weight, scale, shift, index, eps)[:2])
 
 
-def modulated_rms_norm_reference(x: Tensor, weight: Tensor | None, scale: Tensor, shift: Tensor | None, index: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """The specification in plain PyTorch: statistics in float32 (float64 stays), the rest in x's dtype."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    y = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-    return _modulate_reference(y if weight is None else y * weight, scale, shift, index).to(x.dtype)
-
-
-def modulated_layer_norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor | None, index: Tensor, *,
-                                   eps: float = 1e-6) -> Tensor:
-    """The specification in plain PyTorch: statistics in float32 (float64 stays), the rest in x's dtype."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    centered = wide - wide.mean(-1, keepdim=True)
-    y = (centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-    y = y if weight is None else y * weight
-    return _modulate_reference(y if bias is None else y + bias, scale, shift, index).to(x.dtype)
-
-
-def gated_residual_reference(residual: Tensor, branch: Tensor, gate: Tensor, index: Tensor) -> Tensor:
-    """The specification in plain PyTorch."""
-    return (residual + _of_token(gate, index, 1) * branch).to(residual.dtype)
-
-
-def gated_residual_rms_norm_reference(residual: Tensor, branch: Tensor, gate: Tensor, weight: Tensor | None, scale: Tensor, shift: Tensor | None,
-                                      index: Tensor, *, eps: float = 1e-6) -> ResidualNorm:
-    """The specification: one after the other."""
-    residual = gated_residual_reference(residual, branch, gate, index)
-    return ResidualNorm(residual, modulated_rms_norm_reference(residual, weight, scale, shift, index, eps=eps))
-
-
-def _modulate_reference(y: Tensor, scale: Tensor, shift: Tensor | None, index: Tensor) -> Tensor:
-    y = y * (1 + _of_token(scale, index, 0))
-    return y if shift is None else y + _of_token(shift, index, 0)
-
-
-def _of_token(table: Tensor, index: Tensor, text: float) -> Tensor:
-    """Each token's row of (N, C): (..., C), `text` where it has none; a row behind the last, which -1 picks."""
-    return torch.nn.functional.pad(table, (0, 0, 0, 1), value=text)[index.clamp(min=-1)]
-
-
 def _check(
     op: str, name: str, x: Tensor, index: Tensor, vectors: dict, tables: dict, branch: dict | None = None
 ) -> None:
@@ -167,16 +124,16 @@ def _check(
 def _forwards(forward):
     """The three forward operators of an implementation."""
 
-    def modulated_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor | None, index: Tensor,
+    def modulated_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor | None, image_ids: Tensor,
                        eps: float, center: bool) -> tuple[Tensor, Tensor, Tensor]:
-        return forward(x, None, None, weight, bias, scale, shift, index, eps, center)[1:]
+        return forward(x, None, None, weight, bias, scale, shift, image_ids, eps, center)[1:]
 
-    def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor, index: Tensor) -> Tensor:
-        return forward(residual, branch, gate, None, None, None, None, index, 0.0, False)[0]
+    def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor, image_ids: Tensor) -> Tensor:
+        return forward(residual, branch, gate, None, None, None, None, image_ids, 0.0, False)[0]
 
     def gated_residual_norm(residual: Tensor, branch: Tensor, gate: Tensor, weight: Tensor | None, scale: Tensor, shift: Tensor | None,
-                            index: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        out, y, _, rstd = forward(residual, branch, gate, weight, None, scale, shift, index, eps, False)
+                            image_ids: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        out, y, _, rstd = forward(residual, branch, gate, weight, None, scale, shift, image_ids, eps, False)
         return out, y, rstd
 
     return modulated_norm, gated_residual, gated_residual_norm
@@ -185,20 +142,20 @@ def _forwards(forward):
 def _backwards(backward):
     """The three backward operators of an implementation; a gradient that nobody asked for, of an input that is None, is empty."""
 
-    def modulated_norm_backward(dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor | None, index: Tensor,
+    def modulated_norm_backward(dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor | None, image_ids: Tensor,
                                 mean: Tensor, rstd: Tensor, center: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         level = bias is not None or shift is not None
-        dx, _, (a, *b) = backward(dy, None, x, None, None, weight, scale, index, mean, rstd, center, level)
+        dx, _, (a, *b) = backward(dy, None, x, None, None, weight, scale, image_ids, mean, rstd, center, level)
         return dx, *_tables(a, b[0] if level else None, weight, bias, scale, shift)
 
-    def gated_residual_backward(dout: Tensor, branch: Tensor, gate: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    def gated_residual_backward(dout: Tensor, branch: Tensor, gate: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor]:
         empty = dout.new_empty(0)
-        _, dbranch, (g,) = backward(None, dout, dout, branch, gate, None, None, index, empty, empty, False, False)
+        _, dbranch, (g,) = backward(None, dout, dout, branch, gate, None, None, image_ids, empty, empty, False, False)
         return dbranch, g[1:].to(gate.dtype, copy=True)
 
     def gated_residual_norm_backward(dout: Tensor, dy: Tensor, out: Tensor, branch: Tensor, gate: Tensor, weight: Tensor | None, scale: Tensor,
-                                     shift: Tensor | None, index: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        dx, dbranch, (a, *b, g) = backward(dy, dout, out, branch, gate, weight, scale, index, rstd.new_empty(0), rstd, False, shift is not None)
+                                     shift: Tensor | None, image_ids: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        dx, dbranch, (a, *b, g) = backward(dy, dout, out, branch, gate, weight, scale, image_ids, rstd.new_empty(0), rstd, False, shift is not None)
         dweight, _, dscale, dshift = _tables(a, b[0] if b else None, weight, None, scale, shift)
         return dx, dbranch, g[1:].to(gate.dtype, copy=True), dweight, dscale, dshift
 
@@ -232,42 +189,42 @@ def _like(x: Tensor, *tensors: Tensor | None) -> list[Tensor]:
     return [x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32)) if t is None else t.new_empty(t.shape) for t in tensors]
 
 
-def _norm_fake(x, weight, bias, scale, shift, index, eps, center):
+def _norm_fake(x, weight, bias, scale, shift, image_ids, eps, center):
     return x.new_empty(x.shape), _statistics(x, center), _statistics(x)
 
 
-def _norm_backward_fake(dy, x, weight, bias, scale, shift, index, mean, rstd, center):
+def _norm_backward_fake(dy, x, weight, bias, scale, shift, image_ids, mean, rstd, center):
     return tuple(_like(x, x, weight, bias, scale, shift))
 
 
-def _gated_fake(residual, branch, gate, index):
+def _gated_fake(residual, branch, gate, image_ids):
     return residual.new_empty(residual.shape)
 
 
-def _gated_backward_fake(dout, branch, gate, index):
+def _gated_backward_fake(dout, branch, gate, image_ids):
     return tuple(_like(dout, branch, gate))
 
 
-def _gated_norm_fake(residual, branch, gate, weight, scale, shift, index, eps):
+def _gated_norm_fake(residual, branch, gate, weight, scale, shift, image_ids, eps):
     return residual.new_empty(residual.shape), residual.new_empty(residual.shape), _statistics(residual)
 
 
-def _gated_norm_backward_fake(dout, dy, out, branch, gate, weight, scale, shift, index, rstd):
+def _gated_norm_backward_fake(dout, dy, out, branch, gate, weight, scale, shift, image_ids, rstd):
     return tuple(_like(out, out, branch, gate, weight, scale, shift))
 
 
 _NAMES = ("modulated_norm", "gated_residual", "gated_residual_norm")
 _norm_forward, _gated_forward, _gated_norm_forward = (
     register(f"{name}_forward", kernel=kernel, cpu=cpu, fake=fake) for name, kernel, cpu, fake in
-    zip(_NAMES, _forwards(kernels.forward), _forwards(cpu.forward), (_norm_fake, _gated_fake, _gated_norm_fake)))
+    zip(_NAMES, _forwards(triton.forward), _forwards(cpu.forward), (_norm_fake, _gated_fake, _gated_norm_fake)))
 _norm_backward, _gated_backward, _gated_norm_backward = (
     register(f"{name}_backward", kernel=kernel, cpu=cpu, fake=fake) for name, kernel, cpu, fake in
-    zip(_NAMES, _backwards(kernels.backward), _backwards(cpu.backward), (_norm_backward_fake, _gated_backward_fake, _gated_norm_backward_fake)))
+    zip(_NAMES, _backwards(triton.backward), _backwards(cpu.backward), (_norm_backward_fake, _gated_backward_fake, _gated_norm_backward_fake)))
 
 
 def _save_norm(ctx, inputs, output):
-    x, weight, bias, scale, shift, index, _, ctx.center = inputs
-    ctx.save_for_backward(x, weight, bias, scale, shift, index, *output[1:])
+    x, weight, bias, scale, shift, image_ids, _, ctx.center = inputs
+    ctx.save_for_backward(x, weight, bias, scale, shift, image_ids, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 

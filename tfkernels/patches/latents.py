@@ -1,23 +1,19 @@
-"""Where a token's elements lie: latents of one size, latents of different sizes packed one behind the other, or tokens as they are.
+"""Where a token's elements lie: latents of one size, packed latents of different sizes, or tokens as they are.
 
     D = channels * patch^2         rows of image n: [offsets_n, offsets_n+1)         t = row - offsets_n
-    element (t, d) is latent[c, patch * (t // columns_n) + i, patch * (t % columns_n) + j]  with  (c, i, j) = divmod of d by patch^2 and patch
+    element (t, d) is latent[c, patch * (t // columns_n) + i, patch * (t % columns_n) + j]
+    with (c, i, j) = divmod of d by patch^2 and patch
 
-A latent has as many elements as its tokens, so the one array `offsets`, in rows of D elements, says where an image's tokens start and
-where its packed latent does. The image of a row is found by binary search on the device; rows outside [offsets_0, offsets_N) are padding.
+A latent has as many elements as its tokens. The one array `offsets`, in rows of D elements, therefore says both where an
+image's tokens start and where its packed latent does. The image of a row is found by binary search on the device; rows
+outside [offsets_0, offsets_N) are padding.
 """
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from tfkernels._arguments import got, looks, need_integer, need_offsets, need_tensors
-from tfkernels._library import INTERPRET
-
-TILE, WIDEST = (64, 16) if INTERPRET else (2048, 1024)  # elements of one program, and of one row in it; the interpreter's cross many edges
-SCALAR_ARGUMENTS = ["images", "steps", "rows", "grid_rows", "grid_columns", "stride_xn", "stride_xc", "stride_xh", "stride_xw"]
 
 
 class PackedLatents(NamedTuple):
@@ -181,6 +177,16 @@ def uniform_offsets(images: int, rows: int, device: torch.device) -> Tensor:
     return torch.arange(images + 1, dtype=torch.int32, device=device) * (rows // max(1, images))
 
 
+def rows_per_image(offsets: Tensor | None, images: int, rows: int, device: torch.device) -> Tensor:
+    """Return how many rows each image has, (N,), at least 0."""
+    return (uniform_offsets(images, rows, device) if offsets is None else offsets).diff().clamp(min=0)
+
+
+def images_of_rows(offsets: Tensor | None, images: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the image id of each row (P,), 0 where it has none, and whether it has one."""
+    return locate_reference(uniform_offsets(images, rows, device) if offsets is None else offsets, rows)[::2]
+
+
 def packed_index(offsets: Tensor, columns: Tensor, channels: int, patch: int, rows: int) -> Tensor:
     """Return where element (row, d) lies in packed latents, (P, D) int64; -1 for padding."""
     image, t, inside = locate_reference(offsets, rows)
@@ -189,65 +195,3 @@ def packed_index(offsets: Tensor, columns: Tensor, channels: int, patch: int, ro
     width = columns[image].long().clamp(min=1)[:, None]
     y, x = t[:, None] // width * patch + i, t[:, None] % width * patch + j
     return torch.where(inside[:, None], start * channels * patch**2 + (c * count * patch**2 + y * width * patch + x), -1)
-
-
-def geometry(x: Tensor, offsets: Tensor | None, columns: Tensor | None, patch: int) -> tuple[list[Tensor], list[int], dict]:
-    """Return a kernel's pointers (offsets, columns), its integers behind `images`, and its constexprs for `x` in any layout."""
-    layout = {1: "packed", 2: "tokens", 4: "latents"}[x.ndim]
-    grid = (x.shape[2] // patch, x.shape[3] // patch) if layout == "latents" else (1, 1)
-    strides = x.stride() if layout == "latents" else (0, 0, 0, 0)
-    steps = 0 if offsets is None else len(offsets).bit_length()
-    pointers = [x if offsets is None else offsets, x if columns is None else columns]
-    return pointers, [steps, *grid, *strides], {"LAYOUT": layout, "SEARCH": offsets is not None, "PATCH": patch}
-
-
-def dense(*tensors: Tensor | None) -> list[Tensor | None]:
-    """What a kernel reads without strides, contiguous; latents (N, C, H, W) keep theirs."""
-    return [x if x is None or x.ndim == 4 else x.contiguous() for x in tensors]
-
-
-def tile(dim: int) -> dict:
-    """Return the constexprs of a program's tile: the D elements of a row and how many rows and elements it takes at a time."""
-    block = min(max(4, triton.next_power_of_2(dim)), WIDEST)
-    return {"DIM": dim, "BLOCK_R": max(1, TILE // block), "BLOCK_D": block}
-
-
-@triton.jit
-def locate(row, offsets_ptr, images, steps, rows, tokens, SEARCH: tl.constexpr):
-    """Image, its first row, its rows and whether it exists, for each of the rows (R,) int32."""
-    if SEARCH:
-        low, high = row * 0, row * 0 + images + 1
-        for _ in range(steps):  # how many offsets are <= row
-            middle = (low + high) // 2
-            passed = (low < high) & (tl.load(offsets_ptr + middle, mask=low < high, other=0) <= row)
-            low, high = tl.where(passed, middle + 1, low), tl.where(passed, high, middle)
-        image = low - 1
-        inside = (image >= 0) & (image < images) & (row < rows)
-        start = tl.load(offsets_ptr + image, mask=inside, other=0)
-        count = tl.load(offsets_ptr + image + 1, mask=inside, other=1) - start
-    else:
-        image, inside = row // tokens, row < rows
-        start, count = image * tokens, row * 0 + tokens
-    return image, start, count, inside
-
-
-@triton.jit
-def addresses(row, image, start, count, inside, d, columns_ptr, rows, grid_columns, stride_xn, stride_xc, stride_xh, stride_xw,
-              LAYOUT: tl.constexpr, PATCH: tl.constexpr, DIM: tl.constexpr):
-    """Offsets (R, BLOCK_D) int64 of elements `d` of the rows, and which of them exist."""
-    valid = inside[:, None] & (d < DIM)[None, :]
-    c, i, j, t = d // (PATCH * PATCH), d // PATCH % PATCH, d % PATCH, row - start
-    if LAYOUT == "tokens":
-        at = row[:, None].to(tl.int64) * DIM + d[None, :]
-    elif LAYOUT == "latents":
-        y, x = t // grid_columns * PATCH, t % grid_columns * PATCH
-        of_row = image.to(tl.int64) * stride_xn + y.to(tl.int64) * stride_xh + x.to(tl.int64) * stride_xw
-        of_element = c.to(tl.int64) * stride_xc + i.to(tl.int64) * stride_xh + j.to(tl.int64) * stride_xw
-        at = of_row[:, None] + of_element[None, :]
-    else:
-        columns = tl.maximum(tl.load(columns_ptr + image, mask=inside, other=1), 1)
-        of_row = start.to(tl.int64) * DIM + (t // columns).to(tl.int64) * columns * (PATCH * PATCH) + t % columns * PATCH
-        plane = count.to(tl.int64) * (PATCH * PATCH)
-        at = of_row[:, None] + c[None, :] * plane[:, None] + (i[None, :] * columns[:, None] * PATCH + j[None, :])
-        valid &= at < rows.to(tl.int64) * DIM
-    return at, valid

@@ -6,7 +6,7 @@ queries: the prefix stays in the cache over all steps, guided and unguided rows 
 image is fed once more, clean, so that later text reads it (arXiv:2408.11039, section 3.3).
 """
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -16,10 +16,10 @@ from transformers import DynamicCache
 from tfkernels import unpatchify
 from transfusion.diffusion.guidance import Guidance
 from transfusion.diffusion.objective import solve
-from transfusion.diffusion.solvers import make_sampler
+from transfusion.diffusion.solvers import make_solver
 from transfusion.generate.kv_cache import Canvas, PrefixCache, embed_images
-from transfusion.sequence.packing import Document, Image, ImageLayout, Part, Text, encode, lay_out
-from transfusion.values import is_number, is_pair, is_whole, nearest
+from transfusion.generate.sampling import Sampling
+from transfusion.sequence import Document, Image, ImageLayout, Part, Text, encode, lay_out
 
 WRITING, DRAWING, DONE = range(3)
 
@@ -48,63 +48,6 @@ class Drawn(NamedTuple):
 
 
 Event = Written | Preview | Drawn
-
-
-_FITS = {  # what each option of `Sampling` may be, and how that is said
-    "max_new_tokens": (lambda x: is_whole(x, 0), "a whole number of at least 0"), "max_images": (lambda x: is_whole(x, 0), "a whole number of at least 0"),
-    "image_size": (lambda x: x is None or is_pair(x, lambda side: is_whole(side, 1)), "(height, width), two whole numbers of at least 1, or None"),
-    "steps": (lambda x: is_whole(x, 1), "a whole number of at least 1"),
-    "guidance": (lambda x: isinstance(x, Guidance) or is_number(x, 0), "a finite number of at least 0, or a Guidance,"),
-    "temperature": (lambda x: is_number(x, 0), "a finite number of at least 0"), "top_p": (lambda x: is_number(x, 0, 1), "a number from 0 to 1"),
-    "min_p": (lambda x: is_number(x, 0, 1), "a number from 0 to 1"), "seed": (lambda x: is_whole(x, -2**63, 2**63 - 1), "a whole number of 64 bits"),
-    "previews": (lambda x: isinstance(x, bool), "True or False"), "cuda_graph": (lambda x: isinstance(x, bool), "True or False")}
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to go on from a prompt.
-
-    Args:
-        max_new_tokens: text tokens written for each prompt at most.
-        max_images: images drawn for each prompt at most; then BOI is not sampled any more.
-        image_size: (height, width) of drawn images; the config's by default.
-        steps: denoising steps of each image (the paper: 250 of a model trained with 1000).
-        sampler: one of `transfusion.diffusion.solvers.SAMPLERS`.
-        guidance: a scale, or a `Guidance`; 1 is none, and then no other rows are run.
-        temperature: 0 takes the likeliest token, larger values sample.
-        top_p: sample from the smallest set of tokens that holds this much probability (arXiv:1904.09751).
-        min_p: sample only tokens at least this many times as likely as the likeliest (arXiv:2407.01082).
-        seed: prompt i draws its random numbers from seed + i, whatever the rest of the batch is.
-        previews: make a `Preview` after each denoising step; each one waits for the device.
-        cuda_graph: replay the denoising step as a CUDA graph, captured for each image anew.
-    """
-
-    max_new_tokens: int = 64
-    max_images: int = 1
-    image_size: tuple[int, int] | None = None
-    steps: int = 50
-    sampler: str = "ddim"
-    guidance: Guidance | float = 3.0
-    temperature: float = 0.0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    previews: bool = False
-    cuda_graph: bool = False
-
-    def __post_init__(self):
-        for name, (fits, what) in _FITS.items():
-            if not fits(getattr(self, name)):
-                raise ValueError(f"generate: {name} is {getattr(self, name)!r}; {what} fits")
-
-    @classmethod
-    def of(cls, options: dict) -> "Sampling":
-        """Make one of keyword arguments; a name that is not one is answered with the nearest."""
-        names = [f.name for f in fields(cls)]
-        for name in options:
-            if name not in names:
-                raise ValueError(f"generate: {name} is not an option; {', '.join(names)} fit{nearest(name, names)}")
-        return cls(**options)
 
 
 def generate_batch(model, prompts: list[str | list[Part]], *, on_event=None, **options) -> list[list[Part]]:
@@ -225,7 +168,7 @@ class _Sampler:
         self.eos = model.tokenizer.eos_token_id
 
     def sampler(self):
-        return make_sampler(self.options.sampler, self.model.objective, self.options.steps, self.grid[0] * self.grid[1], self.config.time_shift_tokens)
+        return make_solver(self.options.sampler, self.model.objective, self.options.steps, self.grid[0] * self.grid[1], self.config.time_shift_tokens)
 
     def then_image(self, document: Document) -> Document:
         return document._replace(tokens=[*document.tokens, self.config.boi_token_id], targets=[*document.targets, True])
@@ -254,7 +197,7 @@ class _Sampler:
         condition = self.clean.expand(sequence.image_count, -1)
         x, _ = self.model.embed(sequence, sequence.patches, condition)
         cache, seen = DynamicCache(), sequence.documents >= 0
-        positions = self.model.positions(sequence.positions, sequence.image, sequence.layout.columns)
+        positions = self.model.positions(sequence.positions, sequence.image_ids, sequence.layout.columns)
         hidden = self.model.backbone(x, positions, self.model.image_attention.mask(sequence), condition, sequence.modality, cache)
         return PrefixCache(cache, seen, seen.sum(1)), hidden[:, -1]
 

@@ -10,7 +10,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from tfkernels import TransfusionMask
-from transfusion.sequence.packing import ImageLayout, Modality
+from transfusion.sequence import ImageLayout, Modality
 
 _EVER = torch.iinfo(torch.int32).max
 

@@ -14,9 +14,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Dyna
 
 import tfkernels.integrations.transformers as integration
 from tfkernels import TransfusionMask, gated_residual_rms_norm, linear_cross_entropy, modulated_rms_norm, qk_norm_rotary, rotary_table
-from tfkernels.attention.op import MAX_HEAD_DIM
+from tfkernels.attention import MAX_HEAD_DIM
 from transfusion.model.image_layers.embedding import ZeroLinear
-from transfusion.sequence.packing import Modality
+from transfusion.sequence import Modality
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names for kinds of layers
 _LINEAR = "decoders whose logits are one linear layer of the hidden states fit (Llama, Mistral, Qwen2, Qwen3)"
@@ -196,7 +196,7 @@ class AdaLNBackbone(Backbone):
     def forward(self, x: Tensor, positions: Tensor, mask: TransfusionMask, condition: Tensor, modality: Modality,
                 cache: DynamicCache | None = None) -> Tensor:
         """As `Backbone.forward`; positions may also be (B, S, 2), a row and a column (see `tfkernels.grid_positions`)."""
-        decoder, image, rotation = self.decoder.get_decoder(), modality.image, self.rotation(x, positions)
+        decoder, image, rotation = self.decoder.get_decoder(), modality.image_ids, self.rotation(x, positions)
         tables, entries = self.tables(condition)
         norms = [layer.input_layernorm for layer in decoder.layers] + [decoder.norm]
         normed = modulated_rms_norm(x, norms[0].weight, *entries[0], image, eps=norms[0].variance_epsilon)

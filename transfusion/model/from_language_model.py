@@ -14,7 +14,7 @@ from transfusion.model.config import TransfusionConfig, TransfusionSettings
 from transfusion.model.transfusion import Transfusion
 from transfusion.model.vae import VAE
 from transfusion.sequence.tokenizer import BOI, EOI
-from transfusion.values import is_whole
+from transfusion.settings import Count, Seed, check_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +27,11 @@ class InitSettings(TransfusionSettings):
     """directory of the new checkpoint"""
     vae: Path | None = None
     """directory of a diffusers AutoencoderKL whose latents are the model's images; it is copied into the checkpoint"""
-    image_channels: int = 3
+    image_channels: Count = 3
     """channels of an image; with a VAE those of its latents, whatever is said here"""
-    image_size: tuple[int, int] = (32, 32)
+    image_size: tuple[Count, Count] = (32, 32)
     """height and width, of latents where there is a VAE, that are drawn when not told otherwise"""
-    seed: int = 0
+    seed: Seed = 0
     """of the image layers' first weights"""
 
 
@@ -90,8 +90,7 @@ def from_language_model(decoder, tokenizer, *, seed: int = 0, **config) -> Trans
 
 def _check(seed: int, config: dict) -> None:
     """Refuse settings that do not fit before a language model is loaded for them."""
-    if not is_whole(seed, 0, 2**63 - 1):
-        raise ValueError(f"init: seed is {seed!r}; a whole number of at least 0 fits")
+    check_value("init", "seed", seed, Seed)
     TransfusionConfig(**config)
 
 

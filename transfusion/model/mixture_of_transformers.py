@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from tfkernels import TransfusionMask, modulated_rms_norm
 from transfusion.model.backbone import AdaLNBackbone
-from transfusion.sequence.packing import Modality
+from transfusion.sequence import Modality
 
 
 class MixtureOfTransformersBackbone(AdaLNBackbone):
@@ -52,7 +52,7 @@ class MixtureOfTransformersBackbone(AdaLNBackbone):
         tables, entries = self.tables(condition)
         layers = list(zip(decoder.layers, self.image_layers))
         norms = [tuple(layer.input_layernorm for layer in pair) for pair in layers] + [(decoder.norm, self.image_norm)]
-        x, images = modality.split(x), modality.split(modality.image)
+        x, images = modality.split(x), modality.split(modality.image_ids)
         normed = [modulated_rms_norm(rows, norm.weight, *entries[0], image, eps=norm.variance_epsilon)
                   for rows, norm, image in zip(x, norms[0], images)]
         for pair, table, norm, entry, own in zip(layers, tables, norms[1:], entries[1:], self.layer_masks(mask)):

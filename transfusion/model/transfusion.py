@@ -21,8 +21,8 @@ from transfusion.model.image_layers.unet import UNetDown, UNetUp, ZeroConv2d
 from transfusion.model.lora import find_base, holds_adapter, load_adapter, spare_images
 from transfusion.model.mixture_of_transformers import MixtureOfTransformersBackbone
 from transfusion.model.vae import VAE
-from transfusion.sequence.packing import IMAGE_ATTENTION, Image, Part, Sequence
-from transfusion.values import nearest
+from transfusion.sequence import IMAGE_ATTENTION, Image, Part, Sequence
+from transfusion.settings import nearest
 
 BACKBONE_CLASSES = {
     "decoder": Backbone, "adaln": AdaLNBackbone, "mixture_of_transformers": MixtureOfTransformersBackbone}
@@ -168,7 +168,7 @@ class Transfusion(PreTrainedModel):
     def embed(self, sequence: Sequence, patches: Tensor, condition: Tensor) -> tuple[Tensor, list]:
         """Token embeddings (B, S, C) with the (noised) patches' embeddings in their places, and what skips the decoder to the image head."""
         x = self.backbone.embed(sequence.tokens)
-        embedded, skips = self.patch_embedding(x.flatten(0, 1), patches, condition, sequence.layout, sequence.patch_rows)
+        embedded, skips = self.patch_embedding(x.flatten(0, 1), patches, condition, sequence.layout, sequence.patch_places)
         return embedded.view_as(x), skips
 
     def positions(self, positions: Tensor, image: Tensor, columns: Tensor) -> Tensor:
@@ -185,10 +185,10 @@ class Transfusion(PreTrainedModel):
         condition = self.timestep(times)                                                   # (N, C)
         noised = noise_patchify(sequence.patches, signal, noise, seed, offsets=sequence.layout.offsets)
         x, skips = self.embed(sequence, noised, condition)
-        positions = self.positions(sequence.positions, sequence.image, sequence.layout.columns)
+        positions = self.positions(sequence.positions, sequence.image_ids, sequence.layout.columns)
         x = self.backbone(x, positions, self.image_attention.mask(sequence), condition, sequence.modality).flatten(0, 1)  # (B * S, C)
-        text = self.backbone.text_loss(x, sequence.text_rows, sequence.text_targets)
-        images = sequence.drawn * self.image_head.loss(x, sequence.patch_rows, condition, sequence.layout, skips, sequence.patches, p, q, seed)
+        text = self.backbone.text_loss(x, sequence.target_places, sequence.text_targets)
+        images = sequence.drawn * self.image_head.loss(x, sequence.patch_places, condition, sequence.layout, skips, sequence.patches, p, q, seed)
         diffusion = images.sum() / sequence.drawn.sum().clamp(min=1)
         return TransfusionOutput(text + self.config.diffusion_weight * diffusion, text, diffusion, images)
 

@@ -28,6 +28,11 @@ class VAE:
     def __deepcopy__(self, memo):
         return self  # frozen: copies of the model around it share it
 
+    def to(self, device: torch.device) -> "VAE":
+        """Move it to `device`; what it makes comes back to the device of what it was given."""
+        self.autoencoder.to(device)
+        return self
+
     @classmethod
     def from_pretrained(cls, path: Path) -> "VAE":
         """Load a directory with config.json and safetensors, as diffusers writes it. Pickled weights are refused."""

@@ -1,4 +1,4 @@
-"""Train the autoencoder whose latents a Transfusion draws: `transfusion vae train PRESET [--data.folder DIR --optim.steps 100 ...]`.
+"""Train the autoencoder whose latents a Transfusion draws: `transfusion vae train PRESET [data:folder --data.folder DIR ...]`.
 
 Each step draws pictures, encodes them, decodes a sample of the posterior and takes one AdamW step on the losses of
 transfusion/train/autoencoder_losses.py, then one on the discriminator's once it plays. Pictures, flips and samples of a step depend on (seed, step)
@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import tyro
 from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from transfusion.command import Interrupt, claim, plain_errors
+from transfusion.command import Interrupt, claim
 from transfusion.data.batches import step_generator
-from transfusion.data.pictures import PictureSettings, describe, open_pictures
+from transfusion.data.dataset import DatasetSettings
+from transfusion.data.picture_files import describe
 from transfusion.device import choose_device, seconds_of
 from transfusion.eval.features import Features
 from transfusion.files import replacing
@@ -129,33 +129,9 @@ class VAETrainConfig:
     autocast: bool = False
     """compute in bfloat16 under autocast"""
     model: AutoencoderSettings = field(default_factory=AutoencoderSettings)
-    data: PictureSettings = field(default_factory=PictureSettings)
+    data: DatasetSettings = field(default_factory=DatasetSettings)
     losses: LossSettings = field(default_factory=LossSettings)
     optim: VAEOptimSettings = field(default_factory=VAEOptimSettings)
-
-
-def small() -> VAETrainConfig:
-    """Emoji of 32x32 to latents of 16x16x4: twenty minutes of one CPU core."""
-    return VAETrainConfig(data=PictureSettings(name="emoji"), model=AutoencoderSettings(widths=(16, 48)),
-                          losses=LossSettings(discriminator_width=32, discriminator_layers=2), optim=VAEOptimSettings(steps=3000, batch=16, lr=2e-3))
-
-
-def paper() -> VAETrainConfig:
-    """Pictures of 256x256 to latents of 32x32x8 with the paper's weights, its discriminator from step 50,000, 1 M steps.
-
-    For all of its terms name --losses.perceptual-model and --losses.identity-model; what has no model is left out. The pictures are those of --data.folder.
-
-    The layers are Stable Diffusion's first autoencoder's, of three halvings: 83.7 M parameters, the nearest off-the-shelf shape to the paper's 86 M.
-    Batch, learning rate and decay are not in the paper; they are latent diffusion's (arXiv:2112.10752).
-    """
-    return VAETrainConfig(
-        out=Path("runs/vae-paper"), save_every=5000, autocast=True, data=PictureSettings(size=256),
-        model=AutoencoderSettings(latent_channels=8, widths=(128, 256, 512, 512), blocks=2, groups=32, attention=True),
-        losses=LossSettings(adversarial_from=50_000),
-        optim=VAEOptimSettings(steps=1_000_000, batch=32, lr=1e-4, min_lr=1e-5, warmup=5000, betas=(0.5, 0.9), ema=0.9999))
-
-
-PRESETS = {"small": small, "paper": paper}
 
 
 def build_autoencoder(settings: AutoencoderSettings, shape: tuple[int, int, int], seed: int) -> AutoencoderKL:
@@ -252,8 +228,8 @@ def latent_statistics(autoencoder: AutoencoderKL, pictures, batch: int) -> tuple
 
 def train(config: VAETrainConfig) -> Path:
     """Run `config` to its end, to `stop_after`, or to Ctrl-C, SIGTERM or SIGHUP; return the directory with the autoencoder."""
-    inputs = {"data.folder": config.data.folder, "losses.perceptual_model": config.losses.perceptual_model,
-              "losses.identity_model": config.losses.identity_model}
+    inputs = {f"data.{name}": path for name, path in config.data.directories().items()}
+    inputs |= {f"losses.{name}": getattr(config.losses, name) for name in ("perceptual_model", "identity_model")}
     check("vae train", config)
     with claim("vae train", config.out, inputs, config.resume):
         return _train(config)
@@ -262,7 +238,7 @@ def train(config: VAETrainConfig) -> Path:
 def _train(config: VAETrainConfig) -> Path:
     # data and models
     device = choose_device(config.device)
-    pictures = open_pictures(config.data)
+    pictures = config.data.open().pictures
     autoencoder = build_autoencoder(config.model, tuple(pictures.shape[1:]), config.seed).to(device).train()
     discriminator = build_discriminator(config.losses, tuple(pictures.shape[1:])).to(device)
     terms = Terms(config.losses, discriminator, device)
@@ -367,11 +343,3 @@ def _restore(config: VAETrainConfig, autoencoder: AutoencoderKL, averaged: Avera
         p.data.copy_(state[f"averaged.{name}"])
     averaged.n_averaged.copy_(state["averaged_steps"])
     return step
-
-
-def main(args: list[str] | None = None) -> None:
-    """Entry point of `transfusion vae train`."""
-    config = tyro.extras.overridable_config_cli({name: (preset.__doc__.strip(), preset()) for name, preset in PRESETS.items()},
-                                                prog="transfusion vae train", description=__doc__, args=args)
-    with plain_errors():
-        train(config)

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from transfusion.command import saved_run, saved_step
+from transfusion.data.dataset import DatasetSettings
 from transfusion.files import load_tensors, whole
+from transfusion.model.config import present_backbone
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -82,7 +84,15 @@ def write_state(directory: Path, config, state: dict[str, torch.Tensor], step: i
     kept = directory / "resume"
     kept.mkdir()
     save_file({name: x.detach().contiguous().cpu().clone() for name, x in state.items()}, kept / "state.safetensors")
-    (kept / "run.json").write_text(json.dumps({"step": step, "config": dataclasses.asdict(config)}, default=str, indent=2))
+    (kept / "run.json").write_text(json.dumps({"step": step, "config": recorded(config)}, indent=2))
+
+
+def recorded(config) -> dict:
+    """Return settings as JSON can hold them; beside the settings of a data set stands its name."""
+    named = {field.name: value.name for field in dataclasses.fields(config)
+             if isinstance(value := getattr(config, field.name), DatasetSettings)}
+    record = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return record | {field: record[field] | {"name": name} for field, name in named.items()}
 
 
 def load_state(config, fixed: tuple[str, ...], device: torch.device) -> tuple[dict[str, torch.Tensor], int]:
@@ -91,7 +101,11 @@ def load_state(config, fixed: tuple[str, ...], device: torch.device) -> tuple[di
     Others may change, and one line says which do.
     """
     run, out = saved_run(config.out), str(config.out)
-    theirs, ours = _flat(run.get("config") or {}), _flat(json.loads(json.dumps(dataclasses.asdict(config), default=str)))
+    theirs, ours = _flat(run.get("config") or {}), _flat(recorded(config))
+    if theirs.get("data.folder") is not None:
+        theirs.pop("data.name", None)  # earlier versions wrote a data set's name beside a folder, too
+    if "model.backbone" in theirs:
+        theirs["model.backbone"] = present_backbone(theirs["model.backbone"])
     if not {key.split(".")[0] for key in ours if "." in key} <= {key.split(".")[0] for key in theirs}:
         raise ValueError(f"train: out is {out!r}, which holds a run of another kind; --resume goes on with the same command's; take another --out")
     changed = [key for key in ours if key in theirs and theirs[key] != ours[key] and key not in ("out", "resume", "stop_after")]

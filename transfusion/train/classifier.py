@@ -1,6 +1,6 @@
 """A small ResNet (arXiv:1512.03385) that tells real pictures apart: a judge of drawn ones, and features where no pretrained network is at hand.
 
-    python -m transfusion.train.classifier --data.name digits --out runs/judge
+    python -m transfusion.train.classifier data:digits --out runs/judge
 
 Basic blocks, AdamW under a cosine, label smoothing (arXiv:1512.00567, section 7), and pictures moved, scaled and brightened a little, never mirrored:
 a mirrored seven is no seven. The batch of a step is a pure function of (seed, step): the same call after an interruption goes on from the last state
@@ -15,32 +15,23 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
-from transfusion.command import Interrupt, claim, plain_errors, saved_run
-from transfusion.data.batches import DATASETS, DIGIT_NAMES, step_generator
+from transfusion.command import Interrupt, claim, saved_run
+from transfusion.data.batches import step_generator
+from transfusion.data.dataset import DatasetSettings
 from transfusion.device import choose_device, seconds_of
 from transfusion.eval.features import Features, Preprocessing, in_batches
 from transfusion.files import LOCK, load_tensors, read_json, replacing
-from transfusion.recipes.emoji import STYLES
 from transfusion.settings import Count, Decay, NotNegative, Positive, Seed, Share, check
 from transfusion.train.checkpoint import check_finite, check_weights, numbers
 
 DIVERGED = "what was saved before stands; train again with a lower lr"
-_EMOJI = {
-    "name": lambda dataset: (dataset.labels, dataset.names), "style": lambda dataset: (dataset.styles, STYLES),
-    "category": lambda dataset: (dataset.categories, dataset.category_names), "kind": lambda dataset: (dataset.kinds, dataset.kind_names)}
-LABELS: dict[str, dict[str, Callable[[object], tuple[Tensor, Sequence[str]]]]] = {
-    "digits": {"name": lambda dataset: (dataset.labels, DIGIT_NAMES)}, "emoji": _EMOJI, "emoji-lively": _EMOJI, "emoji-64": _EMOJI,
-}
-"""What can be told apart in each data set: a labelling gives the label of each picture and the labels' names."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +70,11 @@ class ClassifierSettings:
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """Which pictures to tell apart, and where to write."""
+    """Train a classifier of a data set's pictures: a judge of drawn ones."""
 
-    data: Annotated[str, tyro.conf.arg(name="data.name")] = "digits"
-    """the data set; see DATASETS in transfusion/data/batches.py"""
+    data: DatasetSettings = field(default_factory=DatasetSettings)
     label: str = "name"
-    """what to tell apart; see LABELS in transfusion/train/classifier.py"""
+    """what to tell apart; a label that the data set does not have is answered with those that it has"""
     out: Path = Path("runs/judge")
     """directory of the checkpoint"""
     settings: ClassifierSettings = field(default_factory=ClassifierSettings)
@@ -217,15 +207,17 @@ def balanced_accuracy(features: Features, images: Tensor, labels: Tensor) -> flo
 def judge(config: JudgeConfig) -> float:
     """Train on a data set's pictures; print and return the balanced accuracy on held-out ones."""
     check("classifier", config)
-    for name, value, fits in (("data.name", config.data, LABELS), ("label", config.label, LABELS.get(config.data, ()))):
-        if value not in fits:
-            raise ValueError(f"classifier: {name} is {value!r}; {', '.join(fits)} fit")
-    (images, labels, names), (held_out, asked, _) = ((dataset.images, *LABELS[config.data][config.label](dataset))
-                                                     for dataset in map(DATASETS[config.data], ("train", "held-out")))
-    features = train_classifier(images, labels, names, config.out, config.settings)
-    share = balanced_accuracy(features, held_out, asked)
-    print(f"{100 * accuracy(features, held_out, asked):.2f} % of {len(held_out)} held-out pictures are read right, {100 * share:.2f} % in the mean "
-          f"over labels\ncheckpoint   {config.out}")
+    train, held_out = (config.data.open(split) for split in ("train", "held-out"))
+    known = train.labels_by_name()
+    if config.label not in known:
+        raise ValueError(f"classifier: label is {config.label!r}; {', '.join(known) or 'nothing'} fits data set "
+                         f"{config.data.name!r}")
+    labels, asked = (dataset.labels_by_name()[config.label] for dataset in (train, held_out))
+    pictures, real = (dataset.pictures[torch.arange(len(dataset.pictures))] for dataset in (train, held_out))
+    features = train_classifier(pictures, labels.of_pictures, labels.names, config.out, config.settings)
+    share = balanced_accuracy(features, real, asked.of_pictures)
+    print(f"{100 * accuracy(features, real, asked.of_pictures):.2f} % of {len(real)} held-out pictures are read right, "
+          f"{100 * share:.2f} % in the mean over labels\ncheckpoint   {config.out}")
     return share
 
 
@@ -269,12 +261,7 @@ def _step_seconds(network: ResNetForImageClassification, loss_of: Callable) -> f
     return seconds_of(lambda: loss_of(trial, 0).backward(), network.device)
 
 
-def main(args: list[str] | None = None) -> None:
-    """Entry point of `python -m transfusion.train.classifier`."""
-    config = tyro.cli(JudgeConfig, prog="python -m transfusion.train.classifier", description=__doc__, args=args)
-    with plain_errors(resumes=True):
-        judge(config)
-
-
 if __name__ == "__main__":
-    main()
+    from transfusion.recipes.command_line import judge_main
+
+    judge_main()

@@ -1,4 +1,4 @@
-"""Train a Transfusion: `python -m transfusion.train PRESET [--optim.steps 100 ...]`, or `transfusion train PRESET ...`.
+"""Train a Transfusion. Its commands are `transfusion train PRESET ...` and `python -m transfusion.train PRESET ...`.
 
 Each step draws documents, noises their images and takes one AdamW step on text loss + lambda * diffusion loss. Documents, times
 and noise of a step depend on (seed, step) alone, so a resumed run gives the losses of one that never stopped. Ctrl-C saves.
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import tyro
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from transformers import AutoConfig, LlamaConfig
 
-from transfusion.command import Interrupt, claim, plain_errors, saved_step
-from transfusion.data.batches import DataSettings, document_lengths, draw_batch, step_generator
+from transfusion.command import Interrupt, claim, saved_step
+from transfusion.data.batches import document_lengths, draw_batch, step_generator
+from transfusion.data.dataset import DatasetSettings
 from transfusion.data.latents import open_dataset
 from transfusion.device import choose_device, seconds_of
 from transfusion.diffusion.objective import TIMES, sample_times
@@ -51,6 +51,8 @@ class ModelSettings(TransfusionSettings):
     """key and value heads"""
     mlp: Count = 352
     """width inside the SwiGLU"""
+    norm_eps: Positive = 1e-6
+    """epsilon of the decoder's RMS norms"""
 
 
 @dataclass(frozen=True)
@@ -101,34 +103,10 @@ class TrainConfig:
     """compute in bfloat16 under autocast"""
     tune: TuneSettings = field(default_factory=TuneSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
-    data: DataSettings = field(default_factory=DataSettings)
+    data: DatasetSettings = field(default_factory=DatasetSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
 
 
-def digits() -> TrainConfig:
-    """Handwritten digits, 8x8, flow matching: the demo, minutes on two CPU cores."""
-    return TrainConfig(
-        out=Path("runs/digits"), model=ModelSettings(), data=DataSettings(caption_first=0.4, story=0.1, noise_limit=0.3, jitter=1.0),
-        optim=OptimSettings(steps=1300, rows=8, seq_len=256, lr=2e-3, min_lr=1e-5, warmup=100, weight_decay=0.05, ema=0.995))
-
-
-def digits_paper() -> TrainConfig:
-    """The same digits with the paper's recipe: cosine eps-prediction, 80 % captions first, noise limit 0.5."""
-    base = digits()
-    return dataclasses.replace(base, out=Path("runs/digits-paper"), model=dataclasses.replace(base.model, objective="eps"),
-                               data=dataclasses.replace(base.data, caption_first=0.8))
-
-
-def emoji() -> TrainConfig:
-    """459 named emoji in two styles, 32x32, x0-prediction in patches of 8x8: the showcase, over an hour of one CPU core."""
-    return TrainConfig(
-        out=Path("runs/emoji"), save_every=200, data=DataSettings(name="emoji-lively", caption_first=0.8, noise_limit=0.5),
-        model=ModelSettings(vocabulary=2048, hidden=256, layers=6, heads=8, kv_heads=8, mlp=688, patch_size=8, backbone="adaln", positions="2d",
-                            objective="x0", diffusion_weight=50.0),
-        optim=OptimSettings(steps=6000, rows=4, seq_len=256, lr=1e-3, min_lr=1e-5, warmup=100, weight_decay=0.02, ema=0.995))
-
-
-PRESETS = {"digits": digits, "digits-paper": digits_paper, "emoji": emoji}
 
 
 def check_settings(op: str, config: TrainConfig, prefix: str = "") -> None:
@@ -154,6 +132,7 @@ def build_model(config: TrainConfig, dataset) -> Transfusion:
     text_config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=config.model.hidden, intermediate_size=config.model.mlp, num_hidden_layers=config.model.layers,
         num_attention_heads=config.model.heads, num_key_value_heads=config.model.kv_heads, tie_word_embeddings=False,
+        rms_norm_eps=config.model.norm_eps, max_position_embeddings=max(2048, config.optim.seq_len),
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     channels, *size = dataset.image_shape
     return Transfusion(TransfusionConfig(
@@ -181,7 +160,8 @@ def start_model(config: TrainConfig, dataset, vae: VAE | None) -> Transfusion:
 def train(config: TrainConfig) -> Path:
     """Run `config` to its end, to `stop_after`, or to Ctrl-C, SIGTERM or SIGHUP; return the directory with the checkpoint."""
     check_settings("train", config)
-    with claim("train", config.out, {"tune.start": config.tune.start, "data.latents": config.data.latents}, config.resume):
+    inputs = {f"data.{name}": path for name, path in config.data.directories().items()}
+    with claim("train", config.out, {"tune.start": config.tune.start, **inputs}, config.resume):
         return _train(config)
 
 
@@ -294,15 +274,3 @@ def _restore(config: TrainConfig, model: Transfusion, averaged: AveragedModel, o
         p.data.copy_(state[f"averaged.{name}"])
     averaged.n_averaged.copy_(state["averaged_steps"])
     return step
-
-
-def main(args: list[str] | None = None) -> None:
-    """Entry point of `transfusion train` and `python -m transfusion.train`."""
-    config = tyro.extras.overridable_config_cli({name: (preset.__doc__.strip(), preset()) for name, preset in PRESETS.items()},
-                                                prog="transfusion train", description=__doc__, args=args)
-    with plain_errors():
-        train(config)
-
-
-if __name__ == "__main__":
-    main()

@@ -257,7 +257,7 @@ def test_gradcheck_in_float64(softcap):
 def test_opcheck_passes_forward_and_backward():
     mask = TransfusionMask.from_spans([[(2, 15)]], 20, device=DEVICE)
     q, k, v, dout, dlse = (x.float().to(DEVICE) for x in random_inputs(1, 2, 1, 20, 20, 16))
-    sides = mask.lo, mask.hi, mask.query_lo, mask.query_hi
+    sides = mask.lo, mask.hi, mask.key_since, mask.key_until
     numbers = mask.rows_exact, mask.columns_exact, 0, 0.2, 0.0
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(torch.ops.tfkernels.attention_forward.default, (*inputs, *sides, *numbers))
@@ -281,7 +281,7 @@ def test_fakes_have_the_strides_of_the_results_whatever_those_of_the_inputs(layo
     mask = TransfusionMask.from_spans([[(2, 15)]], 20, device=DEVICE).queries(20 - sq, 20)
     inputs = [x.float().to(DEVICE) for x in random_inputs(2, 4, 2, sq, 20, 16)[:4]]
     q, k, v, dout = (LAYOUTS[layout](x) for x in inputs)
-    sides, numbers = (mask.lo, mask.hi, mask.query_lo, mask.query_hi), (True, True, mask.offset, 0.2, 0.0)
+    sides, numbers = (mask.lo, mask.hi, mask.key_since, mask.key_until), (True, True, mask.offset, 0.2, 0.0)
     forward, backward = torch.ops.tfkernels.attention_forward.default, torch.ops.tfkernels.attention_backward.default
     torch.library.opcheck(forward, (q, k, v, *sides, *numbers), test_utils=("test_faketensor",))
     out, lse = forward(q, k, v, *sides, *numbers)

@@ -17,7 +17,7 @@ from tfkernels import (
 )
 from tfkernels._launch import Config
 from tfkernels.attention.triton import backward, decode, forward, tiles
-from tfkernels.mask import _build
+from tfkernels.mask import triton as build
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -128,7 +128,7 @@ def test_opcheck_passes_for_pages():
     q, k = torch.randn(2, 2, 3, 16, device=DEVICE), torch.randn(2, 1, 32, 16, device=DEVICE)
     store, table = pages(k, 8, 0, seed=3)
     mask = TransfusionMask.from_cache(torch.tensor([20, 2], device=DEVICE), 3, 32)
-    sides = mask.lo, mask.hi, mask.query_lo, mask.query_hi
+    sides = mask.lo, mask.hi, mask.key_since, mask.key_until
     torch.library.opcheck(torch.ops.tfkernels.paged_attention.default, (q, store, store, table, *sides, mask.rows_exact, 0, 0.25, 0.0))
 
 
@@ -137,7 +137,7 @@ def test_the_fake_of_paged_attention_has_the_strides_of_its_result(layout):
     q, k = torch.randn(2, 4, 3, 16, device=DEVICE), torch.randn(2, 2, 32, 16, device=DEVICE)
     store, table = pages(k, 8, 0, seed=3)
     mask = TransfusionMask.from_cache(torch.tensor([20, 2], device=DEVICE), 3, 32)
-    sides = mask.lo, mask.hi, mask.query_lo, mask.query_hi
+    sides = mask.lo, mask.hi, mask.key_since, mask.key_until
     torch.library.opcheck(torch.ops.tfkernels.paged_attention.default, (LAYOUTS[layout](q), store, store, table, *sides, mask.rows_exact, 0, 0.25, 0.0),
                           test_utils=("test_faketensor",))
 
@@ -186,7 +186,7 @@ def test_no_launch_puts_the_batch_into_a_dimension_of_65535(monkeypatch):
     batch, recorder = 70_000, Recorder()
     for module, kernels in ((decode, ("_attention_decode", "_attention_merge")), (forward, ("_attention_fwd",)),
                             (backward, ("_attention_bwd_delta", "_attention_bwd_dq", "_attention_bwd_dkv")),
-                            (tiles, ("_tile_bounds",)), (_build, ("_mask_intervals",))):
+                            (tiles, ("_tile_bounds",)), (build, ("_mask_intervals",))):
         for kernel in kernels:
             monkeypatch.setattr(module, kernel, recorder)
         if hasattr(module, "lookup"):
@@ -197,7 +197,7 @@ def test_no_launch_puts_the_batch_into_a_dimension_of_65535(monkeypatch):
     decode.attention_decode(x, x, x, None, *sides, False, 0, 1.0, 0.0)
     out, lse = forward.attention_forward(x, x, x, *sides, False, False, 0, 1.0, 0.0)
     backward.attention_backward(x, lse, x, x, x, out, lse, *sides, False, False, 0, 1.0, 0.0)
-    _build._intervals(torch.zeros(batch, 1, 2, dtype=torch.int64), None, None, None, batch, 2, 0)
+    build.intervals(torch.zeros(batch, 1, 2, dtype=torch.int64), None, None, None, batch, 2, 0)
     assert len(recorder.grids) == 10
     assert all(grid[0] >= batch and all(size <= 65_535 for size in grid[1:]) for grid in recorder.grids), recorder.grids
 

@@ -124,7 +124,7 @@ def test_what_is_seen_shows_where_the_reference_shows_it(mask, seed, name, value
 def test_scores_of_minus_infinity_alone_are_no_empty_row(sq, sk, columns):
     """A softmax over nothing but -inf is NaN, and so are the gradients; the LSE is -inf, as that of an empty row, whose output is 0."""
     mask = TransfusionMask.from_cache(torch.tensor([sk - sq]), sq, sk).to(DEVICE)
-    since, until = (mask.query_lo, mask.query_hi) if columns else (None, None)
+    since, until = (mask.key_since, mask.key_until) if columns else (None, None)
     lo, hi = mask.lo.repeat(2, 1), mask.hi.repeat(2, 1)
     hi[1, 0] = 0                                                                           # batch row 1: its first query sees nothing
     mask = TransfusionMask.from_intervals(lo, hi, since, until, key_len=sk)

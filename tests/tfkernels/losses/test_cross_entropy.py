@@ -15,7 +15,8 @@ from tfkernels import LinearCrossEntropy, linear_cross_entropy, linear_cross_ent
 from tfkernels._launch import ARCHITECTURES, SHARED_LIMIT
 from tfkernels._library import INTERPRET
 from tfkernels.losses import cross_entropy as module
-from tfkernels.losses.cross_entropy import _cross_entropy_rows, _forward, _scale, chunk_rows, launch_config
+from tfkernels.losses.cross_entropy import _forward, _scale, chunk_rows
+from tfkernels.losses.triton.cross_entropy import WIDEST, _cross_entropy_rows, launch_config
 
 KERNEL_RUNS = DEVICE == "cuda" or INTERPRET
 traced = pytest.mark.skipif(INTERPRET, reason="tracing does not see which implementation runs; once, without the interpreter, is enough")
@@ -179,7 +180,7 @@ def test_nan_that_a_target_reaches_shows_in_its_loss_and_gradients(name):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_more_rows_than_a_chunk_and_more_words_than_a_block(dtype):
     check(random_case(1500, 24, 300, 1500, bias=True, row_weight=True), dtype)
-    check(random_case(80, 8, 2 * module.WIDEST + 5, 70), dtype)
+    check(random_case(80, 8, 2 * WIDEST + 5, 70), dtype)
 
 
 def test_a_batch_and_its_flat_rows_give_equal_results():

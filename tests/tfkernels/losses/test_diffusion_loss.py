@@ -11,9 +11,10 @@ from tests.transfusion.plain import add_noise
 from tfkernels import diffusion_loss, diffusion_loss_reference, min_snr_weight, noise_patchify, pack_latents, patchify
 from tfkernels._launch import ARCHITECTURES, SHARED_LIMIT, Config
 from tfkernels._library import INTERPRET
-from tfkernels.losses.diffusion import BLOCK, _backward, _diffusion_loss_bwd, _diffusion_loss_images, _diffusion_loss_rows, _loss
-from tfkernels.patches import latents as layouts
-from tfkernels.patches.patchify import noise_reference
+from tfkernels.losses.diffusion import _backward, _loss
+from tfkernels.losses.triton.diffusion import BLOCK, _diffusion_loss_bwd, _diffusion_loss_images, _diffusion_loss_rows
+from tfkernels.patches import noise_reference
+from tfkernels.patches.triton import layout as layouts
 from transfusion.diffusion.objective import OBJECTIVES
 
 SEED = torch.tensor([-99, 2**31 + 5], device=DEVICE)
@@ -285,7 +286,7 @@ def test_bad_inputs_are_refused_by_name():
             call(**bad)
 
 
-PER_IMAGE = ("p_ptr", "q_ptr", "weight_ptr")
+PER_IMAGE = ("weight_ptr",)
 KERNELS = {"rows": (_diffusion_loss_rows, {}), "backward": (_diffusion_loss_bwd, {"WEIGHT": True})}
 
 

@@ -11,8 +11,8 @@ from tests.tfkernels.patches.latents import CASES, numbers, random, rows_of_toke
 from tfkernels import diffusion_loss, modulated_layer_norm_diffusion_loss, modulated_rms_norm_diffusion_loss, pack_latents, patchify
 from tfkernels._launch import ARCHITECTURES, SHARED_LIMIT
 from tfkernels._library import INTERPRET
-from tfkernels.losses import head_kernels as kernels
 from tfkernels.losses.head import _backward, _loss
+from tfkernels.losses.triton import head as kernels
 
 SEED = torch.tensor([-99, 2**31 + 5], device=DEVICE)
 NORMS = ("modulated_layer_norm", "modulated_rms_norm")
@@ -399,7 +399,7 @@ def test_the_kernels_spill_nothing(dim, size, architecture):
     constants = {"C": 4096, "CENTER": dim != 32, "PRECISION": "ieee", **tile}
     shared = constants | {"BASE": True, "GUESS": kernels.PILOT * launch.block_n, "LAYOUT": layout, "SEARCH": layout != "latents", "PATCH": patch}
     found = [resources(kernels._head_loss_fwd, shared | {"BLOCK_R": launch.block_m, "BLOCK_C": launch.block_n}, launch, architecture=architecture,
-                       element_size=size, float32=("p_ptr", "q_ptr"))]
+                       element_size=size)]
     launch = kernels.config(kernels.BACKWARD, size)
     for flags in ("all",) if dim <= tile["BLOCK_D"] else ("rows", "head"):
         flags = dict.fromkeys(("HIDDEN", "SCALE", "WEIGHT", "BASE"), True) | FLAGS[flags]

@@ -42,9 +42,9 @@ def dense(mask):
 
 
 def dense_by_columns(mask):
-    """What query_lo and query_hi alone say: (B, Sq, Sk)."""
+    """What key_since and key_until alone say: (B, Sq, Sk)."""
     rows = torch.arange(mask.offset, mask.offset + mask.query_len)[:, None]
-    return (mask.query_lo.cpu()[:, None] <= rows) & (rows < mask.query_hi.cpu()[:, None])
+    return (mask.key_since.cpu()[:, None] <= rows) & (rows < mask.key_until.cpu()[:, None])
 
 
 @st.composite
@@ -94,7 +94,7 @@ def test_from_spans_equals_its_definition_pair_by_pair(given_arguments):
     assert torch.equal(dense(mask), expected)
     assert mask.area().item() == expected.sum().item() and mask.area().dtype == torch.int64
     assert (mask.since is None) == (mask.until is None) == mask.rows_exact == (given_arguments["hidden"] is None)
-    assert all(x.dtype == torch.int32 and x.is_contiguous() for x in (mask.lo, mask.hi, mask.query_lo, mask.query_hi))
+    assert all(x.dtype == torch.int32 and x.is_contiguous() for x in (mask.lo, mask.hi, mask.key_since, mask.key_until))
 
 
 @given(arguments())
@@ -267,7 +267,7 @@ def test_block_mask_marks_the_core_full_at_flex_attentions_tile_size():
 def test_to_moves_every_tensor_and_keeps_the_rest():
     mask = build([[(1, 4)]], 8, hidden=[[(1, 4)]]).queries(2, 6)
     moved = mask.to("meta")
-    assert {x.device.type for x in (moved.lo, moved.hi, moved.query_lo, moved.query_hi)} == {"meta"}
+    assert {x.device.type for x in (moved.lo, moved.hi, moved.key_since, moved.key_until)} == {"meta"}
     assert (moved.rows_exact, moved.columns_exact, moved.offset) == (mask.rows_exact, mask.columns_exact, mask.offset)
     assert torch.equal(mask.to("cpu").dense(), mask.dense().cpu())
 
@@ -276,7 +276,7 @@ def test_the_mask_lives_where_its_arguments_do():
     documents = torch.zeros(1, 8, dtype=torch.int32, device=DEVICE)
     assert TransfusionMask.from_spans([[(1, 4)]], 8, documents=documents).lo.device.type == DEVICE
     assert TransfusionMask.from_spans(torch.tensor([[[1, 4]]], device=DEVICE), 8).hi.device.type == DEVICE
-    assert TransfusionMask.from_token_types(documents).query_lo.device.type == DEVICE
+    assert TransfusionMask.from_token_types(documents).key_since.device.type == DEVICE
     assert TransfusionMask.from_spans([[(1, 4)]], 8).lo.device.type == "cpu"
 
 
@@ -323,7 +323,7 @@ def test_32k_tokens_cost_16_bytes_each_and_nothing_quadratic(with_hidden):
     hidden = spans[:, ::2] if with_hidden else None
     with LargestTensor() as largest:
         mask = TransfusionMask.from_spans(spans, seq_len, documents=documents, hidden=hidden, window=4096)
-    assert sum(x.nbytes for x in (mask.lo, mask.hi, mask.query_lo, mask.query_hi)) == 16 * seq_len
+    assert sum(x.nbytes for x in (mask.lo, mask.hi, mask.key_since, mask.key_until)) == 16 * seq_len
     assert largest.bytes <= 32 * (seq_len + 1), f"{largest.bytes / seq_len} bytes a token in one tensor; the four integers in int64 are the most"
     seconds = []
     for _ in range(3):

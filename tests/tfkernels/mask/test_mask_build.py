@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from tests.conftest import DEVICE
 from tests.tfkernels.mask.test_mask import arguments, disjoint_spans
 from tfkernels import TransfusionMask
-from tfkernels.mask._build import intervals, intervals_reference
+from tfkernels.mask.intervals import intervals
+from tfkernels.mask.reference import intervals_reference
 
 
 def tensors(spans, seq_len, documents=None, hidden=None, window=None):
@@ -43,10 +44,10 @@ def test_runs_that_cross_many_blocks_are_followed_to_their_ends(seq_len):
     documents[1, seq_len // 2:] = 2**40  # wider than int32, and not padding
     documents[1, :seq_len // 7] = -1
     mask = TransfusionMask.from_spans([[(seq_len // 5, seq_len)], []], seq_len, documents=documents)
-    assert mask.lo[0].tolist() == [0] * seq_len and mask.query_hi[0].tolist() == [seq_len] * seq_len
+    assert mask.lo[0].tolist() == [0] * seq_len and mask.key_until[0].tolist() == [seq_len] * seq_len
     cut, start = seq_len // 2, seq_len // 7
     assert mask.lo[1].tolist() == [*range(start), *[start] * (cut - start), *[cut] * (seq_len - cut)]
-    assert mask.query_hi[1].tolist() == [*range(start), *[cut] * (cut - start), *[seq_len] * (seq_len - cut)]
+    assert mask.key_until[1].tolist() == [*range(start), *[cut] * (cut - start), *[seq_len] * (seq_len - cut)]
 
 
 def test_one_row_serves_a_batch_and_an_empty_sequence_has_no_integers():

@@ -27,7 +27,7 @@ def check(mask, formula):
     assert mask.area().item() == mask.batch_size * expected.sum().item()
     if mask.columns_exact:
         rows = torch.arange(mask.query_len)[:, None]
-        assert torch.equal((mask.query_lo.cpu()[:, None] <= rows) & (rows < mask.query_hi.cpu()[:, None]), dense(mask))
+        assert torch.equal((mask.key_since.cpu()[:, None] <= rows) & (rows < mask.key_until.cpu()[:, None]), dense(mask))
 
 
 @given(disjoint_spans(30))
@@ -197,7 +197,7 @@ def test_a_cache_with_prefixes_of_different_lengths_equals_rows_of_each_own_mask
         spans = [(length, length + query_len)] if image else []
         whole = dense(build([spans], length + query_len))[0, length:]
         assert torch.equal(dense(mask)[row, :, :length + query_len], whole) and not dense(mask)[row, :, length + query_len:].any()
-        columns = (mask.query_lo[row].cpu() <= rows) & (rows < mask.query_hi[row].cpu())
+        columns = (mask.key_since[row].cpu() <= rows) & (rows < mask.key_until[row].cpu())
         assert torch.equal(columns, dense(mask)[row])
 
 

@@ -13,7 +13,8 @@ from tests.resources import resources
 from tfkernels import gated_residual, gated_residual_rms_norm, modulated_layer_norm, modulated_rms_norm
 from tfkernels._launch import ARCHITECTURES, SHARED_LIMIT, Config
 from tfkernels._library import INTERPRET
-from tfkernels.norm import kernels
+from tfkernels.norm import triton as kernels
+from tfkernels.norm.reference import of_token
 
 ARGUMENTS = {
     "modulated_rms_norm": ("x", "weight", "scale", "shift"),
@@ -61,7 +62,7 @@ def run(op, case, dtype, *, reference=False, **options):
 def absolute_terms(op, case, eps=1e-6):
     """The sums behind every output and gradient over absolute values, in float64: what their rounding errors scale with."""
     t, names = case.tensors, ARGUMENTS[op]
-    rows = lambda name, text: tfkernels.norm._of_token(t[name], case.index.cpu(), text) if t.get(name) is not None else torch.zeros(())  # noqa: E731
+    rows = lambda name, text: of_token(t[name], case.index.cpu(), text) if t.get(name) is not None else torch.zeros(())  # noqa: E731
     vector = lambda name, missing: t[name] if name in names and t[name] is not None else torch.full((), missing, dtype=torch.float64)  # noqa: E731
     index = case.index.cpu().reshape(-1).clamp(min=-1) + 1
 

@@ -11,9 +11,12 @@ from tests.compare import assert_as_accurate
 from tests.conftest import DEVICE, DTYPES
 from tests.resources import resources
 from tests.tfkernels.patches.latents import random
-from tfkernels import embed, embed_patches, embed_patches_reference
+from tfkernels import embed_patches, embed_patches_reference
 from tfkernels._launch import ARCHITECTURES, SHARED_LIMIT, Config
 from tfkernels._library import INTERPRET
+from tfkernels.patches import embed as op
+from tfkernels.patches.reference import placed
+from tfkernels.patches.triton import embed
 from transfusion.model.image_layers.embedding import PatchEmbedding
 
 NAMES = ("hidden", "patches", "weight", "condition")
@@ -87,7 +90,7 @@ def test_output_and_gradients_are_as_accurate_as_pytorch(name, dtype):
 def test_text_is_copied_to_the_bit_and_what_images_replace_is_never_read():
     case = CASES[TYPICAL]
     hidden, *rest = case.inputs(torch.float32)
-    row, place, _ = embed._placed(case.places, case.offsets)
+    row, place, _ = placed(case.places, case.offsets)
     poisoned = hidden.detach().clone()
     poisoned[place] = float("nan")
     poisoned.requires_grad_()
@@ -102,7 +105,7 @@ def test_patches_that_go_nowhere_count_nowhere():
     case = CASES[TYPICAL]
     inputs = case.inputs(torch.float32)
     expected = run(embed_patches, inputs, case)
-    row, _, image = embed._placed(case.places, case.offsets)
+    row, _, image = placed(case.places, case.offsets)
     poisoned = torch.full_like(inputs[1], float("nan")).index_copy(0, row, inputs[1].detach()[row]).requires_grad_()
     found = run(embed_patches, [inputs[0], poisoned, *inputs[2:]], case)
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
@@ -117,7 +120,7 @@ def test_the_condition_of_an_image_without_patches_reaches_nothing(value):
     case = CASES[TYPICAL]
     inputs = case.inputs(torch.float32)
     expected = run(embed_patches, inputs, case)
-    _, _, image = embed._placed(case.places, case.offsets)
+    _, _, image = placed(case.places, case.offsets)
     empty = torch.bincount(image, minlength=6) == 0
     condition = inputs[3].detach().masked_fill(empty[:, None], value).requires_grad_()
     found = run(embed_patches, [*inputs[:3], condition], case)
@@ -127,8 +130,8 @@ def test_the_condition_of_an_image_without_patches_reaches_nothing(value):
 @pytest.mark.parametrize("what", ["hidden", "patches", "weight", "condition", "dout"])
 def test_nan_that_shows_in_the_reference_shows_in_ours(what):
     case = CASES[TYPICAL]
-    row, place, image = (int(x[4]) for x in embed._placed(case.places, case.offsets))
-    text = min(set(range(90)) - set(embed._placed(case.places, case.offsets)[1].tolist()))
+    row, place, image = (int(x[4]) for x in placed(case.places, case.offsets))
+    text = min(set(range(90)) - set(placed(case.places, case.offsets)[1].tolist()))
     at = {"hidden": text, "patches": row, "weight": 5, "condition": image, "dout": place}[what]
     case = case._replace(tensors={n: x.clone() for n, x in case.tensors.items()}, dout=case.dout.clone())
     (case.dout if what == "dout" else case.tensors[what])[at, 3] = float("nan")
@@ -141,7 +144,7 @@ def test_nan_that_shows_in_the_reference_shows_in_ours(what):
 @pytest.mark.skipif(KERNEL_RUNS, reason="on a GPU looking would synchronise")
 def test_a_place_named_twice_is_refused_where_looking_costs_nothing():
     case = CASES[TYPICAL]
-    row, place, _ = embed._placed(case.places, case.offsets)
+    row, place, _ = placed(case.places, case.offsets)
     places = case.places.clone()
     places[row[3]] = place[7]
     with pytest.raises(ValueError, match=f"embed_patches: places names row {int(place[7])} 2 times; each row at most "
@@ -155,7 +158,7 @@ def test_a_place_named_twice_is_refused_where_looking_costs_nothing():
 @pytest.mark.skipif(not KERNEL_RUNS, reason="a CPU refuses it")
 def test_of_patches_that_name_one_place_one_takes_it():
     case = CASES[TYPICAL]
-    row, place, _ = embed._placed(case.places, case.offsets)
+    row, place, _ = placed(case.places, case.offsets)
     places = case.places.clone()
     places[row[3]] = place[7]
     inputs = case.inputs(torch.float32)
@@ -171,7 +174,7 @@ def test_it_is_the_models_patch_embedding():
     torch.nn.init.normal_(layer.time.weight)
     case = CASES["images between text"]
     hidden, patches, _, times = (x.to(DEVICE).float() for x in case.tensors.values())
-    row, place, image = embed._placed(case.places, case.offsets)
+    row, place, image = placed(case.places, case.offsets)
     expected = hidden.index_copy(0, place, layer.linear(patches[row] + layer.time(times)[image]))  # the timestep before the linear layer
     layout = SimpleNamespace(offsets=case.offsets)
     torch.testing.assert_close(layer(hidden, patches, times, layout, case.places)[0], expected, rtol=1e-5, atol=1e-5)
@@ -261,7 +264,7 @@ def test_only_the_gradients_that_are_needed_are_computed(needed, asked):
     with Wanted() as mode:
         gradient, = torch.autograd.grad(out, inputs[needed], case.dout.to(out))
     assert mode.asked == asked and torch.equal(gradient, expected[needed])
-    found = embed._backward(case.dout.to(out), *(x.detach() for x in list(inputs.values())[1:]), case.places, case.offsets, *asked)
+    found = op._backward(case.dout.to(out), *(x.detach() for x in list(inputs.values())[1:]), case.places, case.offsets, *asked)
     assert [g.numel() > 0 for g in found] == [*asked, asked[-1]]
 
 
@@ -279,9 +282,9 @@ def test_gradients_pass_gradcheck(name):
 def test_opcheck(name):
     case = CASES[name]
     inputs = case.inputs(torch.float32)
-    torch.library.opcheck(embed._embed, (*inputs, case.places, case.offsets))
+    torch.library.opcheck(op._embed, (*inputs, case.places, case.offsets))
     for wanted in ((True, True, True), (False, False, True), (True, False, False)):
-        torch.library.opcheck(embed._backward, (case.dout.to(inputs[0]), *(x.detach() for x in inputs[1:]), case.places, case.offsets, *wanted))
+        torch.library.opcheck(op._backward, (case.dout.to(inputs[0]), *(x.detach() for x in inputs[1:]), case.places, case.offsets, *wanted))
 
 
 @traced

@@ -10,17 +10,10 @@ from tests.tfkernels.patches.latents import CASES, numbers, padded, random, rows
 from tfkernels import PackedLatents, noise_patchify, pack_latents, patchify, patchify_packed, unpatchify, unpatchify_packed
 from tfkernels._launch import ARCHITECTURES, SHARED_LIMIT, Config
 from tfkernels._library import INTERPRET
-from tfkernels.patches import latents as layouts
-from tfkernels.patches.patchify import (
-    _noise_patchify,
-    _noise_patchify_backward,
-    _patchify,
-    _patchify_bwd,
-    _patchify_fwd,
-    _unpatchify,
-    noise_patchify_reference,
-    noise_reference,
-)
+from tfkernels.patches import noise_patchify_reference, noise_reference
+from tfkernels.patches.patchify import _noise_patchify, _noise_patchify_backward, _patchify, _unpatchify
+from tfkernels.patches.triton import layout as layouts
+from tfkernels.patches.triton.patchify import _patchify_bwd, _patchify_fwd
 
 SEED = torch.tensor([1234, 56], device=DEVICE)
 SHAPES = [(3, 4, 8, 6, 2), (1, 1, 1, 1, 1), (2, 3, 8, 12, 4), (2, 5, 6, 9, 3), (4, 1, 7, 5, 1)]

@@ -12,9 +12,11 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_
 from tests.compare import assert_as_accurate
 from tests.conftest import DEVICE, DTYPES
 from tests.resources import resources
-from tfkernels import grid_positions, qk_norm_rotary, qk_norm_rotary_reference, rotary, rotary_table
+from tfkernels import grid_positions, qk_norm_rotary, qk_norm_rotary_reference, rotary_table
 from tfkernels._launch import ARCHITECTURES, SHARED_LIMIT, Config
 from tfkernels._library import INTERPRET
+from tfkernels.rotary import op, triton
+from tfkernels.rotary.reference import rotate
 
 
 class Sizes(NamedTuple):
@@ -81,7 +83,7 @@ def absolute_terms(tensors, table, arriving, eps=1e-6):
     found = {}
 
     def turned(x):
-        return torch.maximum(rotary._rotate(x, cos, -sin), rotary._rotate(x, cos, sin))
+        return torch.maximum(rotate(x, cos, -sin), rotate(x, cos, sin))
 
     for name, g in zip("qk", arriving):
         x, g, weight = tensors[name].abs(), turned(g.abs()), tensors.get(f"{name}_weight")
@@ -312,8 +314,8 @@ def test_gradients_that_nobody_asked_for_are_not_computed(name, wanted, monkeypa
     expected = run(qk_norm_rotary, tensors, table, arriving, torch.float32)
     inputs = {n: x.float().requires_grad_(n in wanted) for n, x in tensors.items()}
     outputs = qk_norm_rotary(inputs["q"], inputs["k"], inputs.get("q_weight"), inputs.get("k_weight"), *table)
-    calls, backward = [], rotary._backward
-    monkeypatch.setattr(rotary, "_backward", lambda *arguments: calls.append(arguments) or backward(*arguments))
+    calls, backward = [], op._backward
+    monkeypatch.setattr(op, "_backward", lambda *arguments: calls.append(arguments) or backward(*arguments))
     torch.autograd.backward(outputs, [g.float() for g in arriving])
     (call,) = calls
     assert [x is not None for x in call[:2]] == [any(n.startswith(x) for n in wanted) for x in "qk"]
@@ -505,8 +507,8 @@ RESOURCES = [(32, 8, 128, 64, 2, True), (32, 8, 128, 64, 4, True), (32, 32, 64, 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("heads,kv_heads,dim,half,size,norm", RESOURCES)
 def test_the_kernels_spill_nothing(heads, kv_heads, dim, half, size, norm, architecture):
-    for kernel, table in ((rotary._qk_norm_rotary_fwd, rotary.FORWARD), (rotary._qk_norm_rotary_bwd, rotary.BACKWARD)):
-        constants, warps = rotary.launch_config(heads, kv_heads, dim, half, *table)
+    for kernel, table in ((triton._qk_norm_rotary_fwd, triton.FORWARD), (triton._qk_norm_rotary_bwd, triton.BACKWARD)):
+        constants, warps = triton.launch_config(heads, kv_heads, dim, half, *table)
         found = resources(kernel, constants | {"Q_NORM": norm, "K_NORM": norm}, Config(0, 0, warps, 3), architecture=architecture, element_size=size,
                           float32=("cos_ptr", "sin_ptr"))
         assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], (kernel, found)

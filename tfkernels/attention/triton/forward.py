@@ -100,7 +100,7 @@ def softmax_step(s, total, peak, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _forward_tile(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi, query_lo_ptr, query_hi_ptr, limit, scale, softcap,
+def _forward_tile(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi, since_ptr, until_ptr, limit, scale, softcap,
                   HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_COLUMNS: tl.constexpr,
                   SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     offs_n = tl.arange(0, BLOCK_N)
@@ -110,8 +110,8 @@ def _forward_tile(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, n, ro
         cols = n + offs_n
         visible = (cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None])
         if CHECK_COLUMNS:
-            since = tl.load(query_lo_ptr + cols, mask=cols < limit, other=FAR)
-            until = tl.load(query_hi_ptr + cols, mask=cols < limit, other=0)
+            since = tl.load(since_ptr + cols, mask=cols < limit, other=FAR)
+            until = tl.load(until_ptr + cols, mask=cols < limit, other=0)
             visible &= (since[None, :] <= rows[:, None]) & (rows[:, None] < until[None, :])
             s = tl.maximum(s, LOWEST, propagate_nan=tl.PropagateNan.ALL)                   # -inf is left to rows that see nothing
         s = tl.where(visible, s, float("-inf"))
@@ -122,17 +122,17 @@ def _forward_tile(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, n, ro
 
 
 @triton.jit
-def _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, start, stop, rows, lo, hi, query_lo_ptr, query_hi_ptr, limit, scale, softcap,
+def _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, start, stop, rows, lo, hi, since_ptr, until_ptr, limit, scale, softcap,
                   HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_COLUMNS: tl.constexpr,
                   SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     for n in range(start, stop, BLOCK_N):
-        acc, total, peak = _forward_tile(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi, query_lo_ptr, query_hi_ptr, limit, scale,
+        acc, total, peak = _forward_tile(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi, since_ptr, until_ptr, limit, scale,
                                          softcap, HEAD_DIM, D, BLOCK_N, MASKED, CHECK_COLUMNS, SOFTCAP, PRECISION)
     return acc, total, peak
 
 
 @triton.jit(do_not_specialize=["sq", "sk", "offset", "stride_mask_rows", "stride_mask_columns"])
-def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, bounds_ptr, out_ptr, lse_ptr,
+def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, bounds_ptr, out_ptr, lse_ptr,
                    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
                    stride_ob, stride_oh, stride_os, stride_mask_rows, stride_mask_columns, heads, group, sq, sk, offset, scale, softcap,
                    HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -144,7 +144,7 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_p
     k_head, v_head = k_ptr + b * stride_kb + h // group * stride_kh, v_ptr + b * stride_vb + h // group * stride_vh
     offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, D)
     rows = start_m + offs_m
-    query_lo, query_hi = query_lo_ptr + b * stride_mask_columns, query_hi_ptr + b * stride_mask_columns
+    key_since, key_until = since_ptr + b * stride_mask_columns, until_ptr + b * stride_mask_columns
 
     lo, hi, first, core_first, core_last, last = row_bounds(lo_ptr + b * stride_mask_rows, hi_ptr + b * stride_mask_rows, rows, sq, sk)
     q = load_rows(q_ptr + b * stride_qb + h * stride_qh, start_m, offs_m, stride_qs, sq, HEAD_DIM, D, True)
@@ -160,24 +160,24 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_p
             while at < stop:
                 partial, full, at = next_run(bounds_ptr, at, stop, tiles_n, start, end, core_first, core_last, BLOCK_N)
                 acc, total, peak = _forward_step(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs, partial * BLOCK_N, full * BLOCK_N,
-                                                 rows + offset, lo, hi, query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N,
+                                                 rows + offset, lo, hi, key_since, key_until, last, scale, softcap, HEAD_DIM, D, BLOCK_N,
                                                  True, True, SOFTCAP, PRECISION)
                 acc, total, peak = _forward_step(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs, full * BLOCK_N, at * BLOCK_N,
-                                                 rows + offset, lo, hi, query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N,
+                                                 rows + offset, lo, hi, key_since, key_until, last, scale, softcap, HEAD_DIM, D, BLOCK_N,
                                                  False, False, SOFTCAP, PRECISION)
         else:
             for tile in range(at, stop):
                 if alive(bounds_ptr, tile, tiles_n, start, end):
                     acc, total, peak = _forward_tile(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs, tile * BLOCK_N, rows + offset, lo, hi,
-                                                     query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP, PRECISION)
+                                                     key_since, key_until, last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP, PRECISION)
     else:
         core_start, core_stop = core(first, core_first, core_last, last, BLOCK_N)
         for n in range(first, last - core_stop + core_start, BLOCK_N):                     # the partial tiles on both sides of the core
             tile = n + tl.where(n >= core_start, core_stop - core_start, 0)
             acc, total, peak = _forward_tile(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs, tile, rows + offset, lo, hi,
-                                             query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
+                                             key_since, key_until, last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
         acc, total, peak = _forward_step(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs, core_start, core_stop, rows + offset, lo, hi,
-                                         query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N, False, False, SOFTCAP, PRECISION)
+                                         key_since, key_until, last, scale, softcap, HEAD_DIM, D, BLOCK_N, False, False, SOFTCAP, PRECISION)
 
     out = acc / total[:, None]                                                             # 0 / 0 is NaN
     good = finite_rows(out)
@@ -206,7 +206,7 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_p
             q_ptr + b_m * stride_qb + h_m * stride_qh + row * stride_qs, k_ptr + b_m * stride_kb + h_m // group * stride_kh,
             v_ptr + b_m * stride_vb + h_m // group * stride_vh, lo_ptr, 0, 0, stride_ks, 0, stride_vs,
             tl.maximum(tl.load(lo_ptr + b_m * stride_mask_rows + row), 0), tl.minimum(tl.load(hi_ptr + b_m * stride_mask_rows + row), sk),
-            row + offset, query_lo_ptr + b_m * stride_mask_columns, query_hi_ptr + b_m * stride_mask_columns,
+            row + offset, since_ptr + b_m * stride_mask_columns, until_ptr + b_m * stride_mask_columns,
             scale, softcap, HEAD_DIM, D, 0, CHECK_COLUMNS, SOFTCAP)
         row_out, row_lse = finished(row_out, row_lse)
         tl.store(lse_ptr + (b_m * heads + h_m) * sq + row, row_lse)
@@ -229,7 +229,7 @@ def dot_precision(x: Tensor) -> str:
     return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, query_lo: Tensor, query_hi: Tensor,
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, since: Tensor, until: Tensor,
                       rows_exact: bool, columns_exact: bool, offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel: (B, H, Sq, D) x (B, K, Sk, D) -> output like q, LSE (B, H, Sq) float32."""
     batch, heads, sq, head_dim = q.shape
@@ -240,10 +240,10 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, q
     padded = max(32, triton.next_power_of_2(head_dim))
     config = lookup(CONFIGS, q, padded, heavy=not rows_exact)
     grid = (triton.cdiv(sq, config.block_m) * batch * heads,)
-    bounds = lo if rows_exact else tile_bounds(query_lo, query_hi, config.block_n)
+    bounds = lo if rows_exact else tile_bounds(since, until, config.block_n)
     _attention_fwd[grid](
-        q, k, v, lo, hi, query_lo, query_hi, bounds, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        batch_stride(lo), batch_stride(query_lo), heads, heads // k.shape[1], sq, k.shape[2], offset, scale, softcap,
+        q, k, v, lo, hi, since, until, bounds, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        batch_stride(lo), batch_stride(since), heads, heads // k.shape[1], sq, k.shape[2], offset, scale, softcap,
         HEAD_DIM=head_dim, D=padded, BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_COLUMNS=not rows_exact, SOFTCAP=softcap > 0,
         PRECISION=dot_precision(q), **config.options)
     return out, lse

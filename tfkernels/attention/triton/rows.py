@@ -50,11 +50,11 @@ def program_again(item, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _visible_keys(cols, first, last, position, query_lo_ptr, query_hi_ptr, CHECK_COLUMNS: tl.constexpr):
+def _visible_keys(cols, first, last, position, since_ptr, until_ptr, CHECK_COLUMNS: tl.constexpr):
     visible = (cols >= first) & (cols < last)
     if CHECK_COLUMNS:
-        since = tl.load(query_lo_ptr + cols, mask=visible, other=FAR)
-        until = tl.load(query_hi_ptr + cols, mask=visible, other=0)
+        since = tl.load(since_ptr + cols, mask=visible, other=FAR)
+        until = tl.load(until_ptr + cols, mask=visible, other=0)
         visible &= (since <= position) & (position < until)
     return visible
 
@@ -98,7 +98,7 @@ def _weights(s, lse):
 
 
 @triton.jit
-def attend_row(q_ptr, k_ptr, v_ptr, table_ptr, pages, stride_k_page, stride_ks, stride_v_page, stride_vs, first, last, position, query_lo_ptr, query_hi_ptr,
+def attend_row(q_ptr, k_ptr, v_ptr, table_ptr, pages, stride_k_page, stride_ks, stride_v_page, stride_vs, first, last, position, since_ptr, until_ptr,
                scale, softcap, HEAD_DIM: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr, CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr):
     """Return one row's output (D,) over the keys [first, last) and its base-2 LSE, LOWEST where it sees only scores of -inf."""
     N: tl.constexpr = LOADED // D
@@ -107,7 +107,7 @@ def attend_row(q_ptr, k_ptr, v_ptr, table_ptr, pages, stride_k_page, stride_ks, 
     total, peak, seen, infinite, unknown = 0.0, float("-inf"), 0, 0, 0
     n = first
     while (n < last) & (unknown == 0):
-        visible = _visible_keys(n + offs_n, first, last, position, query_lo_ptr, query_hi_ptr, CHECK_COLUMNS)
+        visible = _visible_keys(n + offs_n, first, last, position, since_ptr, until_ptr, CHECK_COLUMNS)
         k = _load_visible(k_ptr, _places(n + offs_n, visible, table_ptr, pages, stride_k_page, stride_ks, PAGE_SIZE), visible, HEAD_DIM, D)
         s, _ = _scores(q, k, scale, softcap, SOFTCAP)
         s = tl.where(visible, s, float("-inf"))
@@ -125,7 +125,7 @@ def attend_row(q_ptr, k_ptr, v_ptr, table_ptr, pages, stride_k_page, stride_ks, 
     out = tl.zeros([D], tl.float32)
     n = first
     while (n < last) & (seen > infinite + unknown):
-        visible = _visible_keys(n + offs_n, first, last, position, query_lo_ptr, query_hi_ptr, CHECK_COLUMNS)
+        visible = _visible_keys(n + offs_n, first, last, position, since_ptr, until_ptr, CHECK_COLUMNS)
         k = _load_visible(k_ptr, _places(n + offs_n, visible, table_ptr, pages, stride_k_page, stride_ks, PAGE_SIZE), visible, HEAD_DIM, D)
         s, _ = _scores(q, k, scale, softcap, SOFTCAP)
         v = _load_visible(v_ptr, _places(n + offs_n, visible, table_ptr, pages, stride_v_page, stride_vs, PAGE_SIZE), visible, HEAD_DIM, D)
@@ -141,7 +141,7 @@ def finished(out, lse):
 
 
 @triton.jit
-def dq_row(q_ptr, k_ptr, v_ptr, dout_ptr, stride_ks, stride_vs, lse, delta, first, last, position, query_lo_ptr, query_hi_ptr, scale, softcap,
+def dq_row(q_ptr, k_ptr, v_ptr, dout_ptr, stride_ks, stride_vs, lse, delta, first, last, position, since_ptr, until_ptr, scale, softcap,
            HEAD_DIM: tl.constexpr, D: tl.constexpr, CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr):
     """Return one query's gradient (D,), but for the factor `scale`, from the keys [first, last)."""
     N: tl.constexpr = LOADED // D
@@ -151,7 +151,7 @@ def dq_row(q_ptr, k_ptr, v_ptr, dout_ptr, stride_ks, stride_vs, lse, delta, firs
     dq = tl.zeros([D], tl.float32)
     n, known = first, 1
     while (n < last) & (known > 0):
-        visible = _visible_keys(n + offs_n, first, last, position, query_lo_ptr, query_hi_ptr, CHECK_COLUMNS)
+        visible = _visible_keys(n + offs_n, first, last, position, since_ptr, until_ptr, CHECK_COLUMNS)
         at = (n + offs_n).to(tl.int64)
         k = _load_visible(k_ptr, at * stride_ks, visible, HEAD_DIM, D)
         v = _load_visible(v_ptr, at * stride_vs, visible, HEAD_DIM, D)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from tfkernels import embed_patches
-from transfusion.sequence.packing import ImageLayout
+from transfusion.sequence import ImageLayout
 
 
 class TimestepEmbedding(nn.Module):

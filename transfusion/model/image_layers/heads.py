@@ -3,7 +3,7 @@ from torch import Tensor, nn
 
 from tfkernels import diffusion_loss, modulated_layer_norm, modulated_layer_norm_diffusion_loss
 from transfusion.model.image_layers.embedding import ZeroLinear
-from transfusion.sequence.packing import ImageLayout
+from transfusion.sequence import ImageLayout
 
 
 class ImageHead(nn.Module):
@@ -42,7 +42,7 @@ class DiTHead(ImageHead):
     def forward(self, x: Tensor, condition: Tensor, layout: ImageLayout, skips: list) -> Tensor:
         """As `ImageHead.forward`."""
         shift, scale = self.tables(condition)
-        return self.linear(modulated_layer_norm(x, None, None, scale, shift, layout.image))
+        return self.linear(modulated_layer_norm(x, None, None, scale, shift, layout.image_ids))
 
     def loss(self, hidden: Tensor, places: Tensor, condition: Tensor, layout: ImageLayout, skips: list, x0: Tensor, p: Tensor, q: Tensor,
              seed: Tensor | int) -> Tensor:

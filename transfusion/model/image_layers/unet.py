@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tfkernels import patchify, unpatchify
 from transfusion.model.image_layers.heads import ImageHead
-from transfusion.sequence.packing import ImageLayout
+from transfusion.sequence import ImageLayout
 
 
 class ZeroConv2d(nn.Conv2d):

@@ -70,11 +70,11 @@ def _modulate(y_ptr, xhat, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, images
 
 
 @triton.jit(do_not_specialize=["images"])
-def _norm_fwd(x_ptr, branch_ptr, gate_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, index_ptr, out_ptr, y_ptr, mean_ptr, rstd_ptr,
+def _norm_fwd(x_ptr, branch_ptr, gate_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, image_ids_ptr, out_ptr, y_ptr, mean_ptr, rstd_ptr,
               images, eps, stride_xs, stride_bs, stride_gn, stride_cn, stride_fn, C: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr,
               CENTER: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    n = tl.load(index_ptr + row).to(tl.int64)
+    n = tl.load(image_ids_ptr + row).to(tl.int64)
     x_ptr += row * stride_xs
     branch_ptr += row * stride_bs
     out_ptr += row * C
@@ -137,10 +137,10 @@ def _normed(dy_ptr, x_ptr, weight_ptr, scale_ptr, n, images, stride_cn, mean, rs
 
 
 @triton.jit(do_not_specialize=["images", "tokens"])
-def _norm_bwd_means(dy_ptr, x_ptr, weight_ptr, scale_ptr, index_ptr, mean_ptr, rstd_ptr, means_ptr, images, tokens, stride_ds, stride_xs, stride_cn,
+def _norm_bwd_means(dy_ptr, x_ptr, weight_ptr, scale_ptr, image_ids_ptr, mean_ptr, rstd_ptr, means_ptr, images, tokens, stride_ds, stride_xs, stride_cn,
                     C: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    n = tl.load(index_ptr + row).to(tl.int64)
+    n = tl.load(image_ids_ptr + row).to(tl.int64)
     rstd = tl.load(rstd_ptr + row)
     mean = tl.load(mean_ptr + row) if CENTER else 0.0
     along, level = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
@@ -167,7 +167,7 @@ def _write_parts(parts_ptr, slot, plane, a, b, g, cols, inside, C: tl.constexpr,
 
 
 @triton.jit(do_not_specialize=["images", "tokens", "rows", "slots"])
-def _norm_bwd(dy_ptr, dout_ptr, x_ptr, branch_ptr, gate_ptr, weight_ptr, scale_ptr, index_ptr, order_ptr, mean_ptr, rstd_ptr, means_ptr,
+def _norm_bwd(dy_ptr, dout_ptr, x_ptr, branch_ptr, gate_ptr, weight_ptr, scale_ptr, image_ids_ptr, order_ptr, mean_ptr, rstd_ptr, means_ptr,
               dx_ptr, dbranch_ptr, parts_ptr, images, tokens, rows, slots, stride_ds, stride_os, stride_xs, stride_bs, stride_gn, stride_cn,
               C: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr, LEVEL: tl.constexpr,
               BLOCK: tl.constexpr):
@@ -176,11 +176,11 @@ def _norm_bwd(dy_ptr, dout_ptr, x_ptr, branch_ptr, gate_ptr, weight_ptr, scale_p
     inside = cols < C
     first = program * rows
     plane = slots.to(tl.int64) * C
-    current = tl.load(index_ptr + first).to(tl.int64)
+    current = tl.load(image_ids_ptr + first).to(tl.int64)
     a, b, g = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for i in range(first, tl.minimum(first + rows, tokens)):
         row = tl.load(order_ptr + i).to(tl.int64)
-        n = tl.load(index_ptr + i).to(tl.int64)
+        n = tl.load(image_ids_ptr + i).to(tl.int64)
         if n != current:
             _write_parts(parts_ptr, program + current + 1, plane, a, b, g, cols, inside, C, NORM, LEVEL, GATED)
             a, b, g = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
@@ -227,20 +227,20 @@ def _norm_bwd_images(parts_ptr, starts_ptr, sums_ptr, images, rows, slots, C: tl
 
 
 def forward(x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
-            shift: Tensor | None, index: Tensor, eps: float, center: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            shift: Tensor | None, image_ids: Tensor, eps: float, center: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return out = x + gate branch, its modulated norm, mean and 1 / std; without `branch` no out, without `scale` no norm: empty instead."""
     gated, norm = branch is not None, scale is not None
-    width, tokens, table = x.shape[-1], index.numel(), scale if norm else gate
+    width, tokens, table = x.shape[-1], image_ids.numel(), scale if norm else gate
     out, y = (x.new_empty(x.shape if wanted else 0) for wanted in (gated, norm))
-    rstd, mean = (x.new_empty(index.shape if wanted else 0, dtype=torch.float32) for wanted in (norm, norm and center))
+    rstd, mean = (x.new_empty(image_ids.shape if wanted else 0, dtype=torch.float32) for wanted in (norm, norm and center))
     if tokens:
         x, branch = _rows(x), _rows(branch)
-        gate, scale, shift = (_columns(t) for t in (gate, scale, shift))
+        gate, scale, shift = (columns_together(t) for t in (gate, scale, shift))
         launch = forward_config(width)
         _norm_fwd[(tokens,)](
             x,
             *_or(x, branch, gate, _vector(weight), _vector(bias), scale, shift),
-            index.reshape(-1).contiguous(),
+            image_ids.reshape(-1).contiguous(),
             out,
             y,
             mean,
@@ -263,10 +263,10 @@ def forward(x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tenso
 
 
 def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, scale: Tensor | None,
-             index: Tensor, mean: Tensor, rstd: Tensor, center: bool, level: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+             image_ids: Tensor, mean: Tensor, rstd: Tensor, center: bool, level: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return dx, dbranch and the sums a, b (with `level`), g in float32, each (N + 1, C), text first; x is what the norm saw."""
     gated, norm = branch is not None, scale is not None
-    width, tokens, images = x.shape[-1], index.numel(), (scale if norm else gate).shape[0]
+    width, tokens, images = x.shape[-1], image_ids.numel(), (scale if norm else gate).shape[0]
     dx, dbranch = x.new_empty(x.shape if norm else 0), x.new_empty(x.shape, dtype=branch.dtype) if gated else x.new_empty(0)
     kinds = norm + (norm and level) + gated
     sums = x.new_empty(kinds, images + 1, width, dtype=torch.float32)
@@ -275,18 +275,18 @@ def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor |
     rows = max(FEWEST_ROWS, triton.cdiv(tokens, PROGRAMS))
     programs = triton.cdiv(tokens, rows)
     slots = programs + images + 2
-    index = index.reshape(-1)
-    ordered, order = index.clamp(-1, images).sort(stable=True)
-    starts = torch.searchsorted(ordered, torch.arange(-1, images + 1, device=index.device, dtype=index.dtype), out_int32=True)
+    image_ids = image_ids.reshape(-1)
+    ordered, order = image_ids.clamp(-1, images).sort(stable=True)
+    starts = torch.searchsorted(ordered, torch.arange(-1, images + 1, device=image_ids.device, dtype=image_ids.dtype), out_int32=True)
     parts = x.new_empty(kinds, slots, width, dtype=torch.float32)
     dy, dout, x, branch = (_rows(t) for t in (dy, dout, x, branch))
-    gate, scale, weight, mean, rstd = _columns(gate), _columns(scale), _vector(weight), _vector(mean), _vector(rstd)
+    gate, scale, weight, mean, rstd = columns_together(gate), columns_together(scale), _vector(weight), _vector(mean), _vector(rstd)
     launch = backward_config(width)
     options = {"BLOCK": launch.block_n, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
     means = rstd
     if norm and width > launch.block_n:
         means = x.new_empty(1 + center, tokens, dtype=torch.float32)
-        _norm_bwd_means[(tokens,)](dy, x, *_or(x, weight), scale, index, mean, rstd, means, images, tokens, _stride(dy), _stride(x), _stride(scale),
+        _norm_bwd_means[(tokens,)](dy, x, *_or(x, weight), scale, image_ids, mean, rstd, means, images, tokens, _stride(dy), _stride(x), _stride(scale),
                                    C=width, CENTER=center, WEIGHT=weight is not None, **options)
     _norm_bwd[(programs, triton.cdiv(width, launch.block_n))](
         *_or(x, dy, dout, x, branch, gate, weight, scale), ordered, order, mean, rstd, means, dx, dbranch, parts, images, tokens, rows, slots,
@@ -299,10 +299,10 @@ def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor |
 
 def _rows(x: Tensor | None) -> Tensor | None:
     """View (..., C) as (T, C) with the columns side by side; a copy only where the strides allow no such view."""
-    return x if x is None else _columns(x.reshape(-1, x.shape[-1]))
+    return x if x is None else columns_together(x.reshape(-1, x.shape[-1]))
 
 
-def _columns(x: Tensor | None) -> Tensor | None:
+def columns_together(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 

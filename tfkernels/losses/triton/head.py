@@ -19,10 +19,11 @@ from torch import Tensor
 from tfkernels._launch import Config
 from tfkernels._library import INTERPRET
 from tfkernels.attention.triton.forward import dot_precision
-from tfkernels.losses.diffusion import BLOCK, _counts, _diffusion_loss_images, _tokens
-from tfkernels.norm.kernels import IMAGES, _columns, _norm_bwd_images
-from tfkernels.patches.latents import SCALAR_ARGUMENTS, addresses, dense, geometry, locate, uniform_offsets
+from tfkernels.losses.triton.diffusion import BLOCK, _diffusion_loss_images, rows_of_one_size
+from tfkernels.norm.triton import IMAGES, _norm_bwd_images, columns_together
+from tfkernels.patches.latents import rows_per_image, uniform_offsets
 from tfkernels.patches.philox import philox_normal
+from tfkernels.patches.triton.layout import SCALAR_ARGUMENTS, addresses, dense, geometry, locate
 
 PROGRAMS = 9 if INTERPRET else 512              # of the backward kernel, about; fixed: the sums' order is, too
 FEWEST_ROWS = 9 if INTERPRET else 128           # patches of one of them at least
@@ -53,19 +54,19 @@ def chunks(rows: int, dim: int, width: int, element_size: int) -> tuple[int, int
 
 
 @triton.jit
-def _target(x0_ptr, p_ptr, q_ptr, seed_ptr, columns_ptr, row, first, image, start, count, inside, rows, grid_columns,
+def _target(x0_ptr, x0_factor_ptr, eps_factor_ptr, seed_ptr, columns_ptr, row, first, image, start, count, inside, rows, grid_columns,
             stride_xn, stride_xc, stride_xh, stride_xw, LAYOUT: tl.constexpr, PATCH: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """p x0 + q eps (R, BLOCK_D) float32."""
     at, valid = addresses(row, image, start, count, inside, first + tl.arange(0, BLOCK_D), columns_ptr, rows, grid_columns,
                           stride_xn, stride_xc, stride_xh, stride_xw, LAYOUT, PATCH, DIM)
     x = tl.load(x0_ptr + at, mask=valid, other=0).to(tl.float32)
-    p = tl.load(p_ptr + image, mask=inside, other=0)
-    q = tl.load(q_ptr + image, mask=inside, other=0)
-    return p[:, None] * x + q[:, None] * philox_normal(seed_ptr, image, row - start, first, BLOCK_D)
+    x0_factor = tl.load(x0_factor_ptr + image, mask=inside, other=0)
+    eps_factor = tl.load(eps_factor_ptr + image, mask=inside, other=0)
+    return x0_factor[:, None] * x + eps_factor[:, None] * philox_normal(seed_ptr, image, row - start, first, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=[*SCALAR_ARGUMENTS, "tokens"])
-def _head_loss_fwd(x_ptr, places_ptr, scale_ptr, weight_ptr, base_ptr, ws_ptr, x0_ptr, p_ptr, q_ptr, seed_ptr, offsets_ptr, columns_ptr,
+def _head_loss_fwd(x_ptr, places_ptr, scale_ptr, weight_ptr, base_ptr, ws_ptr, x0_ptr, x0_factor_ptr, eps_factor_ptr, seed_ptr, offsets_ptr, columns_ptr,
                    error_ptr, statistics_ptr, sums_ptr, images, rows, steps, grid_rows, grid_columns, stride_xn, stride_xc, stride_xh, stride_xw,
                    tokens, eps, stride_xs, stride_cn, C: tl.constexpr, CENTER: tl.constexpr, BASE: tl.constexpr, GUESS: tl.constexpr,
                    LAYOUT: tl.constexpr, SEARCH: tl.constexpr, PATCH: tl.constexpr, DIM: tl.constexpr,
@@ -112,7 +113,7 @@ def _head_loss_fwd(x_ptr, places_ptr, scale_ptr, weight_ptr, base_ptr, ws_ptr, x
             ws = tl.load(ws_ptr + of_image, mask=valid, other=0.0)
             acc -= away[:, None] * ws
         acc *= (rstd / guess)[:, None]
-        error = acc - _target(x0_ptr, p_ptr, q_ptr, seed_ptr, columns_ptr, row, first, image, start, count, inside, rows, grid_columns,
+        error = acc - _target(x0_ptr, x0_factor_ptr, eps_factor_ptr, seed_ptr, columns_ptr, row, first, image, start, count, inside, rows, grid_columns,
                               stride_xn, stride_xc, stride_xh, stride_xw, LAYOUT, PATCH, DIM, BLOCK_D)
         if BASE:
             error += tl.load(base_ptr + of_image, mask=valid, other=0.0)
@@ -206,21 +207,21 @@ def _head_loss_bwd(k_ptr, ratio_ptr, x_ptr, places_ptr, scale_ptr, weight_ptr, o
         tl.store(dweight_ptr + (chunk.to(tl.int64) * DIM + d[:, None]) * C + cols[None, :], dweight, mask=(d < DIM)[:, None] & (cols < C)[None, :])
 
 
-def forward(hidden: Tensor, places: Tensor, scale: Tensor, weight: Tensor, base: Tensor | None, x0: Tensor, p: Tensor, q: Tensor,
+def forward(hidden: Tensor, places: Tensor, scale: Tensor, weight: Tensor, base: Tensor | None, x0: Tensor, x0_factor: Tensor, eps_factor: Tensor,
             loss_weight: Tensor | None, seed: Tensor, offsets: Tensor | None, columns: Tensor | None, channels: int, patch: int, eps: float,
             center: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return each image's loss (N,), the error (P, D) in hidden's dtype and, (2 or 4, P), 1 / std, along and, of a layer norm, mean and level."""
     rows, (dim, width) = len(places), weight.shape
-    loss, error = p.new_empty(p.shape), hidden.new_empty(rows, dim)
+    loss, error = x0_factor.new_empty(x0_factor.shape), hidden.new_empty(rows, dim)
     statistics = hidden.new_empty(4 if center else 2, rows, dtype=torch.float32)
     if loss.numel() == 0 or rows * dim == 0:
         return loss.zero_(), error.zero_(), statistics.zero_()
-    hidden, scale, weight = _columns(hidden), _columns(scale), weight.contiguous()
-    places, base, x0, p, q = dense(places, base, x0, p, q)
+    hidden, scale, weight = columns_together(hidden), columns_together(scale), weight.contiguous()
+    places, base, x0, x0_factor, eps_factor = dense(places, base, x0, x0_factor, eps_factor)
     loss_weight, seed, offsets, columns = dense(loss_weight, seed, offsets, columns)
     with torch.autocast(hidden.device.type, enabled=False):
-        ws = (1 + scale.float()) @ weight.to(hidden.dtype).float().T if center else p
-    sums = p.new_empty(rows)
+        ws = (1 + scale.float()) @ weight.to(hidden.dtype).float().T if center else x0_factor
+    sums = x0_factor.new_empty(rows)
     pointers, numbers, constants = geometry(x0, offsets, columns, patch)
     launch = config(FORWARD, hidden.element_size())
     _head_loss_fwd[(triton.cdiv(rows, launch.block_m),)](
@@ -228,17 +229,17 @@ def forward(hidden: Tensor, places: Tensor, scale: Tensor, weight: Tensor, base:
         places,
         scale,
         weight,
-        p if base is None else base,
+        x0_factor if base is None else base,
         ws,
         x0,
-        p,
-        q,
+        x0_factor,
+        eps_factor,
         seed,
         *pointers,
         error,
         statistics,
         sums,
-        len(p),
+        len(x0_factor),
         rows,
         *numbers,
         len(hidden),
@@ -257,7 +258,7 @@ def forward(hidden: Tensor, places: Tensor, scale: Tensor, weight: Tensor, base:
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
-    _diffusion_loss_images[(len(p),)](sums, p if loss_weight is None else loss_weight, pointers[0], loss, _tokens(x0, patch), SEARCH=offsets is not None,
+    _diffusion_loss_images[(len(x0_factor),)](sums, x0_factor if loss_weight is None else loss_weight, pointers[0], loss, rows_of_one_size(x0, patch), SEARCH=offsets is not None,
                                       WEIGHT=loss_weight is not None, DIM=dim, BLOCK=BLOCK, num_warps=4)
     return loss, error, statistics
 
@@ -271,10 +272,10 @@ def backward(dloss: Tensor, hidden: Tensor, places: Tensor, scale: Tensor, weigh
     if images * rows * dim == 0:
         return (dhidden, scale.new_zeros(scale.shape if of_scale else 0), weight.new_zeros(weight.shape if of_weight else 0),
                 dloss.new_zeros((images, dim) if of_base else 0))
-    hidden, scale, weight = _columns(hidden), _columns(scale), weight.contiguous()
+    hidden, scale, weight = columns_together(hidden), columns_together(scale), weight.contiguous()
     dloss, places, loss_weight = dense(dloss, places, loss_weight)
     offsets, error, statistics = dense(offsets, error, statistics)
-    counts = _counts(offsets, images, rows, dloss.device)
+    counts = rows_per_image(offsets, images, rows, dloss.device)
     k = dloss * 2 / (counts.clamp(min=1) * dim) * (1 if loss_weight is None else loss_weight)
     # of an image without rows they may hold anything
     k = torch.where(counts > 0, k, 0)

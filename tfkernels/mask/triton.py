@@ -1,21 +1,14 @@
-"""The mask's integers from image spans, documents and hidden spans: one kernel, one pass, no host synchronisation.
+"""Kernel of the mask's integers: one pass over the tokens.
 
-Token i lies in the document [d0, d1) and in the image [s, e), which for text is [i, i + 1); an image ends where its document does.
-
-    lo = max(d0, i + 1 - window)        query_lo = s                                  lo = d0, query_hi = d1 without a
-    window hi = e                              query_hi = min(d1, i + window)
-
-A token in the hidden span [h0, h1) is a key for its span only: query_lo = max(s, h0), query_hi = min(query_hi, h1). Padding is empty on
-both sides. Runs of equal labels (documents, token types) are found by a scan within a block of tokens, and from its first
-and last token on by looking back and ahead until the run ends; spans by comparing each token with each span. Bytes that must move: the
-labels once and 16 bytes a token written, 0.5 MB for 32k tokens.
+Runs of equal labels (documents, token types) are found by a scan within a block of tokens. From the block's first and
+last token on, it looks back and ahead until their runs end. Spans are found by comparing each token with each span.
 """
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._library import INTERPRET, register
+from tfkernels._library import INTERPRET
 
 BLOCK = 16 if INTERPRET else 1024  # tokens of one program; small in the interpreter, so that short test sequences cross many edges
 SPANS = 8                          # spans compared at a time
@@ -102,24 +95,24 @@ def _mask_intervals(images_ptr, documents_ptr, hidden_ptr, out_ptr, spans, hidde
         in_image = end > 0
     start = tl.where(in_image, tl.maximum(start, document_start), rows)
     end = tl.where(in_image, tl.minimum(end, document_end), rows + 1)
-    lo, hi, query_lo, query_hi = document_start, end, start, document_end
+    lo, hi, since, until = document_start, end, start, document_end
     if WINDOW:
         lo = tl.maximum(lo, rows + 1 - window)
-        query_hi = tl.minimum(query_hi, rows + window)
+        until = tl.minimum(until, rows + window)
     if HIDDEN:
         hidden_start, hidden_end = _span(hidden_ptr + b * stride_hidden, hidden_spans, rows, seq_len, SPANS)
         is_hidden = hidden_end > 0
-        query_lo = tl.where(is_hidden, tl.maximum(query_lo, hidden_start), query_lo)
-        query_hi = tl.where(is_hidden, tl.minimum(query_hi, hidden_end), query_hi)
+        since = tl.where(is_hidden, tl.maximum(since, hidden_start), since)
+        until = tl.where(is_hidden, tl.minimum(until, hidden_end), until)
     inside = rows < seq_len
     out_ptr += b * seq_len + rows
     tl.store(out_ptr, tl.where(padding, rows, lo), mask=inside)
     tl.store(out_ptr + stride_out, tl.where(padding, rows, hi), mask=inside)
-    tl.store(out_ptr + 2 * stride_out, tl.where(padding, rows, query_lo), mask=inside)
-    tl.store(out_ptr + 3 * stride_out, tl.where(padding, rows, query_hi), mask=inside)
+    tl.store(out_ptr + 2 * stride_out, tl.where(padding, rows, since), mask=inside)
+    tl.store(out_ptr + 3 * stride_out, tl.where(padding, rows, until), mask=inside)
 
 
-def _intervals(spans: Tensor | None, types: Tensor | None, documents: Tensor | None, hidden: Tensor | None, batch: int, seq_len: int, window: int) -> Tensor:
+def intervals(spans: Tensor | None, types: Tensor | None, documents: Tensor | None, hidden: Tensor | None, batch: int, seq_len: int, window: int) -> Tensor:
     images = (spans if types is None else types).contiguous()
     documents, hidden = (x if x is None else x.contiguous() for x in (documents, hidden))
     out = torch.empty(4, batch, seq_len, dtype=torch.int32, device=images.device)
@@ -131,55 +124,3 @@ def _intervals(spans: Tensor | None, types: Tensor | None, documents: Tensor | N
         0 if hidden is None else hidden.shape[1], seq_len, window, *strides, batch * seq_len,
         TYPES=types is not None, DOCUMENTS=documents is not None, HIDDEN=hidden is not None, WINDOW=window > 0, BLOCK=BLOCK, SPANS=SPANS, num_warps=WARPS)
     return out
-
-
-def intervals_reference(spans: Tensor | None, types: Tensor | None, documents: Tensor | None, hidden: Tensor | None,
-                        batch: int, seq_len: int, window: int) -> Tensor:
-    """The specification in plain PyTorch, and what runs on a CPU."""
-    device = (spans if types is None else types).device
-    rows = torch.arange(seq_len, device=device).repeat(batch, 1)
-    document_start, document_end = (torch.zeros_like(rows), torch.full_like(rows, seq_len)) if documents is None else _runs(documents)
-    start, end = _runs(types) if spans is None else _spans_of_tokens(spans, seq_len)
-    in_image = end > 0 if types is None else types > 0
-    start = torch.where(in_image, torch.maximum(start, document_start), rows)
-    end = torch.where(in_image, torch.minimum(end, document_end), rows + 1)
-    lo, hi, query_lo, query_hi = document_start, end, start, document_end
-    if window:
-        lo = torch.maximum(lo, rows + 1 - window)
-        query_hi = torch.minimum(query_hi, rows + window)
-    if hidden is not None:
-        hidden_start, hidden_end = _spans_of_tokens(hidden, seq_len)
-        query_lo = torch.where(hidden_end > 0, torch.maximum(query_lo, hidden_start), query_lo)
-        query_hi = torch.where(hidden_end > 0, torch.minimum(query_hi, hidden_end), query_hi)
-    out = torch.stack([x.expand(batch, -1) for x in (lo, hi, query_lo, query_hi)])
-    return (out if documents is None else torch.where(documents < 0, rows, out)).int()
-
-
-def _runs(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (start, end) of each token's maximal run of equal labels, both (B, S) int64."""
-    seq_len = labels.shape[1]
-    rows = torch.arange(seq_len, device=labels.device).expand_as(labels)
-    edge = labels[:, 1:] != labels[:, :-1]
-    starts, ends = (torch.nn.functional.pad(edge, pad, value=True) if seq_len else edge for pad in ((1, 0), (0, 1)))
-    start = torch.where(starts, rows, 0).cummax(1).values
-    end = torch.where(ends, rows + 1, seq_len).flip(1).cummin(1).values.flip(1)
-    return start, end
-
-
-def _spans_of_tokens(spans: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
-    """Return (start, end) of the span that holds each token, both (B, S), 0 where none does: written at a span's start, erased at its end."""
-    spans = spans.long().clamp(0, seq_len)
-    a, b = spans[..., 0], torch.maximum(spans[..., 0], spans[..., 1])
-    sums = spans.new_zeros(2, spans.shape[0], seq_len + 1)
-    for bound, total in zip((a, b), sums):
-        bound = bound * (a < b)
-        total.scatter_add_(1, a, bound).scatter_add_(1, b, -bound)
-    start, end = sums.cumsum(2)[..., :seq_len]
-    return start, end
-
-
-def _fake(spans, types, documents, hidden, batch, seq_len, window):
-    return (spans if types is None else types).new_empty(4, batch, seq_len, dtype=torch.int32)
-
-
-intervals = register("mask_intervals", kernel=_intervals, cpu=intervals_reference, fake=_fake)
