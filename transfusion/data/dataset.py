@@ -22,7 +22,7 @@ from typing import Annotated, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from transfusion.sequence.packing import Image, Part, Text
+from transfusion.sequence import Image, Part, Text
 from transfusion.settings import OneOf, Share
 
 SPLITS = ("train", "held-out")

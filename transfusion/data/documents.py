@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from transfusion.data.arrays import fingerprint
+from transfusion.data.dataset import CONTEXTS
 from transfusion.data.grids import Grids
 from transfusion.data.sources.record import DataError, PictureRef, Record
-from transfusion.sequence.packing import Document, Image, Text, encode, with_clean_copies
+from transfusion.sequence import Document, Image, Text, encode, with_clean_copies
 
-CONTEXTS = ("noised", "clean")
 Parts = list[Text | PictureRef]
 
 
@@ -112,21 +112,22 @@ class Documents:
             DataError: a picture's header cannot be read. ValueError: text that cannot be tokenized.
         """
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        tokens, targets, images, text_seen = [bos], [False], [], False
+        tokens, targets, images, text_seen, read = [bos], [False], [], False, ()
         for part in parts:
             if isinstance(part, PictureRef):
                 grid = self.grids.of(part)
                 count = grid[0] * grid[1]
+                read += () if part.loss else (len(images),)
                 images.append((len(tokens) + 1, range(count), grid, not text_seen))
                 tokens += [self.kind.boi_token_id] + [self.kind.eoi_token_id] * (count + 1)
-                targets += [True] + [False] * (count + 1)
+                targets += [part.loss] + [False] * (count + 1)
             else:
                 ids = part.token_ids(self.tokenizer, self.kind)
                 ids = ids[1:] if ids[:1] == (bos,) else ids
                 tokens += ids
                 targets += [part.loss] * len(ids)
                 text_seen = text_seen or bool(ids)
-        return self._finish(Document([*tokens, eos], [*targets, text_seen], images))
+        return self._finish(Document([*tokens, eos], [*targets, text_seen], images, read=read))
 
     def encode(self, parts: Parts, flipped: bool = False) -> Encoded:
         """Decode the pictures of arranged parts and encode all; where an autoencoder is to encode them, latents are 0 for now.
@@ -142,7 +143,7 @@ class Documents:
                 if self.kind.factor > 1:
                     pictures.append(((pixels + 1) * 127.5).round().byte())
                     pixels = torch.zeros(self.kind.image_channels, *(side * self.kind.patch_size for side in grid))
-                found.append(Image(pixels))
+                found.append(Image(pixels, part.loss))
             else:
                 found.append(part)
         whole = encode(found, self.tokenizer, self.kind)
@@ -164,18 +165,15 @@ def cut(document: Document, length: int | None) -> Document:
             stop = min(stop, start - 1)
             break
         images.append((start, patches, *others))
-    return Document(document.tokens[:stop], document.targets[:stop], images)
+    read = tuple(n for n in document.read if n < len(images))
+    return Document(document.tokens[:stop], document.targets[:stop], images, read=read)
 
 
-def has_target(document: Document, parts: Parts, eos: int) -> bool:
-    """Whether anything is learned from a document: text with a loss, or an image that is drawn. BOI and a last EOS do not count."""
-    drawn = [part.loss for part in parts if isinstance(part, PictureRef)]
-    shown = len(document.images) - len(document.hidden)
-    if any(drawn[:shown]):
+def has_target(document: Document, eos: int) -> bool:
+    """Whether anything is learned from a document: text, or an image that is drawn. BOI and a last EOS do not count."""
+    if len(document.images) > len(document.read) + len(document.hidden):
         return True
-    spared = {start - 1 for start, *_ in document.images}
-    if document.tokens[-1] == eos:
-        spared.add(len(document.tokens) - 1)
+    spared = {len(document.tokens) - 1} if document.tokens[-1] == eos else set()
     return any(target and i not in spared for i, target in enumerate(document.targets))
 
 

@@ -13,7 +13,7 @@ from PIL import ExifTags
 from PIL import Image as Picture
 from torch import Tensor
 
-from transfusion.data.pictures import UNREADABLE, fit_picture, open_picture
+from transfusion.data.picture_files import UNREADABLE, fit_picture, open_picture
 from transfusion.data.sources.record import DataError, PictureRef
 from transfusion.settings import Count, OneOf, Range, check
 

@@ -148,7 +148,7 @@ class _Job:
         for caption in range(max(1, len(record.captions)) if is_pair else 1):
             parts = self.documents.parts(record, caption=caption)
             outline = self.documents.outline(parts)
-            if not has_target(outline, parts, self.documents.tokenizer.eos_token_id):
+            if not has_target(outline, self.documents.tokenizer.eos_token_id):
                 raise DataError(record.where, "no text with a loss and no picture that is drawn is left in it; "
                                 "at least one fits", NO_TARGET)
             forms.append(len(outline.tokens))

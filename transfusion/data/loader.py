@@ -9,7 +9,7 @@ reason; a rising share of them stops the run.
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,14 +19,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from transfusion.data.arrays import ABOUT, Arrays, fingerprint, write_arrays
+from transfusion.data.batches import noise_limits
 from transfusion.data.choices import choose, source_key
 from transfusion.data.documents import Documents, Encoded
-from transfusion.data.mixture import Mixture
+from transfusion.data.mixture import Mixture, MixtureSettings
 from transfusion.data.plan import Stream, make_plan
 from transfusion.data.sources.record import DataError, Source
 from transfusion.files import locked
-from transfusion.sequence.packing import Sequence as PackedSequence
-from transfusion.sequence.packing import lay_out
+from transfusion.sequence import Sequence as PackedSequence
+from transfusion.sequence import lay_out
 
 VERSION = 1
 CHANGED = "changed record"
@@ -71,7 +72,7 @@ class Batch(NamedTuple):
         if [len(x) for x in chosen] != sizes:
             raise ValueError(f"with_latents: latents have {[len(x) for x in chosen]} patches and their images {sizes}; "
                              "latents of `pictures`, in order, fit")
-        return replace_patches(self.sequence, torch.cat([self.sequence.patches[:0], *chosen]))
+        return replace(self.sequence, patches=torch.cat([self.sequence.patches[:0], *chosen]))
 
 
 class PlannedRows:
@@ -146,14 +147,14 @@ class PackedRows(Dataset):
         documents: how records become documents.
         planned: rows.
         rows: in a batch, on this rank. rank, ranks: which of a step's batches these are.
-        noise_limit: the largest noise time of an image that stands before its caption.
+        settings: of the mixture, which say the noise limit.
     """
 
     def __init__(self, sources: Sequence[Source], shares: Sequence[Shares], documents: Documents, planned: PlannedRows, *,
-                 seed: int, seq_len: int, rows: int, rank: int = 0, ranks: int = 1, noise_limit: float = 1.0):
+                 seed: int, seq_len: int, rows: int, settings: MixtureSettings, rank: int = 0, ranks: int = 1):
         self.sources, self.shares, self.documents, self.planned = sources, shares, documents, planned
         self.seed, self.seq_len, self.rows, self.rank, self.ranks = seed, seq_len, rows, rank, ranks
-        self.noise_limit = noise_limit
+        self.settings = settings
 
     def __getitem__(self, step: int) -> Batch:
         first = (step * self.ranks + self.rank) * self.rows
@@ -164,7 +165,7 @@ class PackedRows(Dataset):
         pictures, picture = _numbered([one for row in read for one in row if isinstance(one, Encoded)])
         pixels = torch.cat([torch.zeros(0, dtype=torch.uint8), *(one.flatten() for one in pictures)])
         failures = tuple(one for row in read for one in row if isinstance(one, Failure))
-        return Batch(sequence, noise_limits(sequence, self.noise_limit), pixels, tuple(tuple(x.shape[1:]) for x in pictures),
+        return Batch(sequence, noise_limits(sequence, self.settings), pixels, tuple(tuple(x.shape[1:]) for x in pictures),
                      picture, sum(map(len, read)), failures)
 
     def read_row(self, number: int) -> list[Encoded | Failure]:
@@ -297,24 +298,8 @@ def packed_rows(mixture: Mixture, *, rows: int, seq_len: int, split: str = "trai
                       options)
     planned = PlannedRows(streams, mixture.cache / f"plan-{split}-{key}", key, **options)
     shares = [Shares(source_key(name), **share) for name, share in zip(mixture.names, mixture.shares())]
-    limit = settings.noise_limit if settings.context == "noised" else 1.0
     return PackedRows(mixture.sources, shares, mixture.documents, planned, seed=settings.seed, seq_len=seq_len, rows=rows,
-                      rank=rank, ranks=ranks, noise_limit=limit)
-
-
-def noise_limits(sequence: PackedSequence, limit: float) -> Tensor:
-    """(N,) `limit` for images that stand before any text of their document and have text other than EOS behind them, 1 for others."""
-    length = sequence.tokens.shape[1]
-    stops = [b * length + int(stop) for b, row in enumerate(sequence.spans) for start, stop in row.tolist() if stop > start]
-    flat = torch.nn.functional.pad(sequence.documents.flatten(), (0, 2), value=-1)
-    stops = torch.tensor(stops, dtype=torch.int64)
-    captioned = flat[stops] == flat[stops + 2]         # EOI, then at least one token before EOS
-    return torch.where(sequence.image_first & captioned, limit, 1.0)
-
-
-def replace_patches(sequence: PackedSequence, patches: Tensor) -> PackedSequence:
-    """Return the sequence with other patches of the same images."""
-    return PackedSequence(**{**{name: getattr(sequence, name) for name in sequence.__dataclass_fields__}, "patches": patches})
+                      settings=settings, rank=rank, ranks=ranks)
 
 
 def _numbered(documents: list[Encoded]) -> tuple[list[Tensor], Tensor]:

@@ -23,15 +23,13 @@ import numpy as np
 
 from transfusion.data.chat import ChatSettings, chat_parts
 from transfusion.data.choices import source_key
-from transfusion.data.documents import CONTEXTS, Documents, Kind, Parts
+from transfusion.data.dataset import CONTEXTS, SPLITS
+from transfusion.data.documents import Documents, Kind, Parts
 from transfusion.data.grids import Grids, GridSettings
 from transfusion.data.lengths import KEYS, Lengths, count_lengths
 from transfusion.data.plan import Stream
 from transfusion.data.sources import FORMATS, PictureRef, Record, Source
-from transfusion.settings import Count, Decay, NotNegative, OneOf, Positive, Seed, Share, check
-from transfusion.values import nearest
-
-SPLITS = ("train", "held-out")
+from transfusion.settings import Count, Decay, NotNegative, OneOf, Positive, Seed, Share, check, nearest
 
 
 @dataclass(frozen=True)

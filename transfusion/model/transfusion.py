@@ -32,7 +32,7 @@ HUB = ("repo_id", "commit_message", "commit_description", "private", "token", "r
 
 
 class TransfusionOutput(NamedTuple):
-    """`loss` = text_loss + diffusion_weight * diffusion_loss, the mean of `image_losses` (N,) over drawn images; a clean copy's is 0."""
+    """`loss` = text_loss + diffusion_weight * diffusion_loss, the mean of `image_losses` (N,) over drawn images; others' is 0."""
 
     loss: Tensor
     text_loss: Tensor
@@ -178,7 +178,7 @@ class Transfusion(PreTrainedModel):
     def forward(self, sequence: Sequence, times: Tensor, seed: Tensor | int) -> TransfusionOutput:
         """Losses of packed documents whose images are noised to `times` (N,); `seed`, as in `tfkernels.noise_patchify`, makes the noise.
 
-        An image that is not drawn, a clean copy, is at time 0, whatever `times` says.
+        An image that is not drawn, but only read or a clean copy, is at time 0, whatever `times` says.
         """
         times = torch.where(sequence.drawn, times, 0)
         (signal, noise), (p, q) = self.objective.path(times), self.objective.target(times)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from transfusion.data.dataset import SPLITS, Arrangement, DatasetSettings, Labels, PictureDataset
-from transfusion.sequence.packing import Image, Part, Text
+from transfusion.sequence import Image, Part, Text
 from transfusion.settings import Range, Share, check
 from transfusion.train.transfusion import ModelSettings, OptimSettings, TrainConfig
 

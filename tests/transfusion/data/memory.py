@@ -8,7 +8,7 @@ from PIL import Image as Picture
 from transfusion.data.documents import Documents, Kind
 from transfusion.data.grids import Grids, GridSettings
 from transfusion.data.sources.record import DataError, PictureRef, Record
-from transfusion.sequence.packing import Text
+from transfusion.sequence import Text
 from transfusion.sequence.tokenizer import BOI, EOI, train_tokenizer
 
 WORDS = ("a", "the", "red", "green", "blue", "bus", "dog", "cat", "runs", "sleeps", "under", "over", "two", "three", "small",

@@ -8,7 +8,7 @@ from PIL import Image as Picture
 from PIL import PngImagePlugin
 
 from transfusion.data.grids import PADDING, Grids, GridSettings, grid_list, picture_size
-from transfusion.data.pictures import open_picture, read_picture
+from transfusion.data.picture_files import open_picture, read_picture
 from transfusion.data.sources.record import DataError, PictureFile, PictureRef
 
 

@@ -11,7 +11,7 @@ from transfusion.data.documents import cut, extra_area, has_target
 from transfusion.data.grids import Grids, GridSettings
 from transfusion.data.lengths import count_lengths, picture_name
 from transfusion.data.sources.record import DataError, PictureFile, PictureRef, Record, Turn
-from transfusion.sequence.packing import Text, encode, lay_out
+from transfusion.sequence import Text, encode, lay_out
 
 
 @pytest.fixture(scope="module")
@@ -186,8 +186,8 @@ def test_a_cut_never_goes_through_an_image():
 def test_a_document_whose_targets_were_cut_off_has_none():
     documents = documents_of(max_length=8)
     parts = [Text("a red bus under the large picture of two small cats", loss=False), Text("yes")]
-    assert not has_target(documents.outline(parts), parts, documents.tokenizer.eos_token_id)
-    assert has_target(documents_of().outline(parts), parts, documents.tokenizer.eos_token_id)
+    assert not has_target(documents.outline(parts), documents.tokenizer.eos_token_id)
+    assert has_target(documents_of().outline(parts), documents.tokenizer.eos_token_id)
 
 
 def test_pictures_for_an_autoencoder_are_handed_over_with_latents_still_to_come():

@@ -13,7 +13,7 @@ from transfusion.data.lengths import count_lengths
 from transfusion.data.loader import Failure, FailureWatch, Loader, packed_rows
 from transfusion.data.mixture import Mixture, MixtureSettings, SourceSettings
 from transfusion.data.sources.record import DataError, PictureFile, PictureRef, Record
-from transfusion.sequence.packing import Text, encode
+from transfusion.sequence import Text, encode
 
 
 def mixture_of(cache, *sources, documents=None, entries=None, **settings):
@@ -215,7 +215,7 @@ def test_latents_of_an_autoencoder_take_their_images_places(tmp_path, context):
 
 
 def _image():
-    from transfusion.sequence.packing import Image
+    from transfusion.sequence import Image
 
     return Image(torch.zeros(1, 1, 1))
 
