@@ -173,8 +173,7 @@ def has_target(document: Document, eos: int) -> bool:
     """Whether anything is learned from a document: text, or an image that is drawn. BOI and a last EOS do not count."""
     if len(document.images) > len(document.read) + len(document.hidden):
         return True
-    spared = {len(document.tokens) - 1} if document.tokens[-1] == eos else set()
-    return any(target and i not in spared for i, target in enumerate(document.targets))
+    return True in (document.targets[:-1] if document.tokens[-1] == eos else document.targets)
 
 
 def extra_area(document: Document) -> int:

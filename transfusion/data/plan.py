@@ -202,7 +202,7 @@ def pack_lengths(lengths: np.ndarray, seq_len: int, pool: int = POOL) -> tuple[n
     waiting: list[int] = []                            # length * 2^32 + number, ascending
     upcoming = done = oldest = 0
     while done < count:
-        if len(waiting) < pool and upcoming < count:
+        if 4 * len(waiting) <= 3 * pool and upcoming < count:
             block = np.arange(upcoming, min(upcoming + pool - len(waiting), count), dtype=np.int64)
             waiting += (lengths[block].astype(np.int64) << 32 | block).tolist()
             waiting.sort()
