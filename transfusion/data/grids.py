@@ -146,7 +146,7 @@ def _padded(picture: Picture.Image) -> Picture.Image:
     """The picture in the middle of a square, as LLaVA's expand2square."""
     side = max(picture.size)
     square = Picture.new("RGBA", (side, side), (*PADDING, 255))
-    white = Picture.alpha_composite(Picture.new("RGBA", picture.size, "white"), picture)
+    white = Picture.alpha_composite(Picture.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
     square.paste(white, ((side - picture.width) // 2, (side - picture.height) // 2))
     return square
 

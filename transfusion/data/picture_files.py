@@ -114,7 +114,8 @@ def fit_picture(picture: Picture.Image, size: int | tuple[int, int], channels: i
     wide = min(columns, max(1, round(lines * width / height)))
     high = min(lines, max(1, round(columns * height / width)))
     left, top = (columns - wide) // 2, (lines - high) // 2
-    picture = Picture.alpha_composite(Picture.new("RGBA", picture.size, "white"), picture)
+    if picture.mode == "RGBA":
+        picture = Picture.alpha_composite(Picture.new("RGBA", picture.size, "white"), picture)
     picture = picture.convert("L" if channels == 1 else "RGB")
     picture = picture.resize((width, height), Picture.Resampling.LANCZOS, box=(left, top, left + wide, top + high))
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, channels)
@@ -122,7 +123,9 @@ def fit_picture(picture: Picture.Image, size: int | tuple[int, int], channels: i
 
 
 def open_picture(path: Path | BinaryIO, name: str = "") -> Picture.Image:
-    """The pixels of a file, or of a picture's bytes opened as one, upright, as RGBA of 8 bits; messages call it `name`.
+    """Return the pixels of a file, upright, 8 bits a channel: RGB or, where some may be transparent, RGBA.
+
+    `path` may be an open file, such as bytes of a larger one; messages call it `name`.
 
     Raises:
         ValueError: as `read_picture`.
@@ -136,7 +139,8 @@ def open_picture(path: Path | BinaryIO, name: str = "") -> Picture.Image:
             if upright.mode in ("I", "F"):
                 raise ValueError(f"pixels of kind {upright.mode}, whose white is not known; 8 or 16 bits a channel "
                                  "fit; convert it")
-            return upright.convert("RGBA")
+            opaque = upright.mode in ("RGB", "L") and "transparency" not in upright.info
+            return upright.convert("RGB" if opaque else "RGBA")
     except UNREADABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"read_picture: {name or path} is not a picture that can be read ({reason})") from error

@@ -137,6 +137,14 @@ def test_sixteen_bits_and_transparency_are_read_rightly():
     assert grids.pixels(clear, (1, 1)).min() == 1                                                  # white
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_opaque_pictures_take_a_shorter_way_to_the_same_pixels(mode, channels):
+    grids, plain = Grids(GridSettings(side=16), 16, channels), gradient(50, 37, mode)
+    short, long = (grids.pixels(written(picture), (1, 1)) for picture in (plain, plain.convert("RGBA")))
+    assert open_picture(written(plain).open()).mode == "RGB" and torch.equal(short, long)
+
+
 def huge():
     """A PNG whose header says 60,000 x 60,000."""
     data = io.BytesIO()
