@@ -15,11 +15,15 @@ from triton.compiler import ASTSource
 
 from tfkernels._launch import Config
 
-INT32 = ("lo_ptr", "hi_ptr", "low_ptr", "high_ptr", "since_ptr", "until_ptr", "bounds_ptr", "table_ptr", "offsets_ptr", "columns_ptr", "starts_ptr",
-         "patch_image_ids_ptr")
-INT64 = ("images_ptr", "documents_ptr", "hidden_ptr", "seed_ptr", "image_ids_ptr", "order_ptr", "targets_ptr", "places_ptr")
-FLOAT32 = ("parts_ptr", "signal_ptr", "noise_ptr", "loss_ptr", "dloss_ptr", "sums_ptr", "mean_ptr", "means_ptr", "rstd_ptr", "statistics_ptr", "base_ptr",
-           "base_parts_ptr", "ws_ptr", "ratio_ptr", "x0_factor_ptr", "eps_factor_ptr")
+INT32 = (
+    "lo_ptr", "hi_ptr", "low_ptr", "high_ptr", "since_ptr", "until_ptr", "bounds_ptr", "table_ptr", "offsets_ptr",
+    "columns_ptr", "starts_ptr", "patch_image_ids_ptr")
+INT64 = (
+    "images_ptr", "documents_ptr", "hidden_ptr", "seed_ptr", "image_ids_ptr", "order_ptr", "targets_ptr",
+    "places_ptr")
+FLOAT32 = (
+    "parts_ptr", "signal_ptr", "noise_ptr", "loss_ptr", "dloss_ptr", "sums_ptr", "mean_ptr", "means_ptr", "rstd_ptr",
+    "statistics_ptr", "base_ptr", "base_parts_ptr", "ws_ptr", "ratio_ptr", "x0_factor_ptr", "eps_factor_ptr")
 ELEMENT = {2: "bf16", 4: "fp32"}
 TENSOR_CORE = re.compile(r"^\s*(?:@%\w+ )?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", re.MULTILINE)
 LOCAL_MEMORY = re.compile(r"\b(?:STL|LDL)\b")
@@ -66,7 +70,7 @@ def innermost_loops(ptx: str) -> list[str]:
 
 
 def compiled(kernel, constants: dict, config: Config, architecture: int, element: str, float32: tuple[str, ...]):
-    """Compile `kernel` for sm_`architecture` as a launch with the usual layouts would; Triton's cache keeps the result."""
+    """Compile `kernel` for sm_`architecture` as a launch with the usual layouts would."""
     def kind(name: str) -> str:
         if name in constants:
             return "constexpr"

@@ -1,11 +1,13 @@
 """Triton kernels for models that read and draw: attention over mixed text and images and its masks, norms modulated per
 image, rotary embedding, patches, noise, and the losses of both heads.
 
-Dimensions, everywhere: B batch, S tokens (Sq queries, Sk keys), M image spans, N images, H query heads, K key/value heads,
-D head dim, C hidden size.
+Dimensions, everywhere: B batch, S tokens (Sq queries, Sk keys), M image spans, N images, H query heads, K key/value
+heads, D head dim, C hidden size. Words, everywhere: `places` are flat rows of a batch's hidden states, b S + s; `index`
+holds image ids, the number of the image that each token belongs to, negative for text; `offsets` (N + 1,) are the ends
+of each image's rows among all patches.
 
-Each folder has the same shape: the public functions and their checks in op.py (or a file for each), what they compute in
-plain PyTorch in reference.py, and a backend each in cpu.py and triton (a file or a folder).
+Each folder has the same shape: the public functions and their checks in op.py (or a file for each), what they compute
+in plain PyTorch in reference.py, and a backend each in cpu.py and triton (a file or a folder).
 """
 from tfkernels.attention import (
     AttentionOutput,
@@ -52,8 +54,8 @@ from tfkernels.patches import (
 )
 from tfkernels.rotary import RotatedQK, grid_positions, qk_norm_rotary, qk_norm_rotary_reference, rotary_table
 
-# The functions *_reference, which say in plain PyTorch what an op computes, are attributes of this module for comparisons
-# like those of our tests, but no part of `from tfkernels import *`.
+# The functions *_reference say in plain PyTorch what an op computes. They are attributes of this module for comparisons
+# such as those of our tests, but are no part of `from tfkernels import *`.
 _REFERENCES = (
     attention_reference,
     diffusion_loss_reference,

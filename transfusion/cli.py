@@ -52,7 +52,8 @@ VERBS = {
     "train": ("train a model from a preset", _train),
     "sample": ("draw or write from a prompt", _sample),
     "caption": ("write what follows an image", _caption),
-    "vae": ("train an autoencoder, measure it, cache latents", lambda args: run_verb("transfusion vae", VAE_VERBS, args)),
+    "vae": ("train an autoencoder, measure it, cache latents",
+            lambda args: run_verb("transfusion vae", VAE_VERBS, args)),
 }
 
 

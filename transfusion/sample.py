@@ -1,4 +1,4 @@
-"""The commands `transfusion sample` and `transfusion caption`: from a prompt to picture files, from picture files to text."""
+"""The commands `transfusion sample`, from a prompt to picture files, and `transfusion caption`, from these to text."""
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,11 +61,11 @@ def load_model(path: Path, device: str) -> Transfusion:
 
 
 def load_image(path: Path, config, vae: VAE | None = None) -> Image:
-    """Read a picture file as training does: of the model's channels and size, in [-1, 1], or what its VAE makes of it."""
+    """Read a picture file as training does: in the model's channels and size, in [-1, 1], or as its VAE's latent."""
     channels, factor = (config.image_channels, 1) if vae is None else (vae.picture_channels, vae.factor)
     if channels not in (1, 3):
-        raise ValueError(f"load_image: the model's images have {channels} channels and no VAE; picture files fit models "
-                         "of 1 (grey) or 3 (colour), or with a VAE (transfusion init --vae)")
+        raise ValueError(f"load_image: the model's images have {channels} channels and no VAE; picture files fit "
+                         "models of 1 (grey) or 3 (colour), or with a VAE (transfusion init --vae)")
     pixels = read_picture(path, tuple(side * factor for side in config.image_size), channels)
     return Image(pixels if vae is None else vae.encode(pixels[None])[0])
 
@@ -90,8 +90,8 @@ def check_picture_path(path: Path) -> None:
         for mode in ("L", "RGB"):
             Picture.new(mode, (8, 8)).save(io.BytesIO(), kind)
     except (KeyError, OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"sample: out is {str(path)!r}, whose suffix {path.suffix!r} names no kind of picture that can be "
-                         "written; .png, .jpg and .webp fit") from error
+        raise ValueError(f"sample: out is {str(path)!r}, whose suffix {path.suffix!r} names no kind of picture that "
+                         "can be written; .png, .jpg and .webp fit") from error
     if path.is_dir():
         raise ValueError(f"sample: out is {str(path)!r}, which is a directory; "
                          f"a file such as {str(path / 'sample.png')!r} fits")
@@ -107,8 +107,8 @@ def sample(options: Sample) -> None:
     given = [] if options.image is None else [load_image(options.image, model.config, model.vae)]
     given += [Text(options.prompt)] if options.prompt.strip() else []
     if options.draw:
-        alone = {name: value for name, value in vars(options.sampling).items() if name not in ("max_new_tokens", "max_images")}
-        parts = model.draw([given], **alone)
+        limits = ("max_new_tokens", "max_images")  # of what the model chooses to write and draw
+        parts = model.draw([given], **{k: v for k, v in vars(options.sampling).items() if k not in limits})
     else:
         parts = model.generate(given, **vars(options.sampling))
     _write(parts, options.out, model.vae)

@@ -3,9 +3,9 @@
     steps: Annotated[int, Range(1)] = 1000                  betas: tuple[Share, Share] = (0.9, 0.95)
     times: Annotated[str, OneOf(TIMES)] = "uniform"
 
-Names are those of the command line: `optim.steps` is the field `steps` of the settings in the field `optim`. `check_value`
-does the same for one argument of a function. NaN passes every `<` and True is an int to Python: these ask what fits, not
-what does not.
+Names are those of the command line: `optim.steps` is the field `steps` of the settings in the field `optim`.
+`check_value` does the same for one argument of a function. NaN passes every `<` and True is an int to Python: these
+ask what fits, not what does not.
 """
 import dataclasses
 import difflib

@@ -1,24 +1,25 @@
 """The patches' benchmark: right answers pass, and the bytes are those of the operators' tables."""
-import json
 
 import pytest
 import torch
 
 from benchmarks import patchify
 from benchmarks.bandwidth import contenders
-from benchmarks.harness import measure
 from benchmarks.patchify import OPS, Case, cases, moved, problem
 from tests.benchmarks.documentation import bytes_moved
+from tests.benchmarks.measuring import measured_once, rows_of
 from tfkernels._library import INTERPRET
 
-pytestmark = pytest.mark.skipif(INTERPRET, reason="images of 256 tokens take the interpreter minutes; the operators' own tests run in it")
+pytestmark = pytest.mark.skipif(
+    INTERPRET, reason="images of 256 tokens take the interpreter minutes; the operators' own tests run in it")
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_contender_is_right(op):
     case = Case(op, 512, 32, 48 if "embed" in op else 0)
-    for result in measure(contenders(problem(case, "cpu", torch.float32)), device="cpu", seconds=0, warmup=0, least=1, most=1):
-        assert result.error is None and result.checked and result.milliseconds.keys() == {"forward", "backward"}
+    for result in measured_once(contenders(problem(case, "cpu", torch.float32))):
+        assert result.error is None and result.checked
+        assert result.milliseconds.keys() == {"forward", "backward"}
 
 
 def test_the_embedding_problems_hold_as_much_text_as_images():
@@ -49,5 +50,5 @@ def test_the_quick_grid_is_the_beginning_of_the_whole():
 
 def test_the_command_writes_a_complete_file(tmp_path):
     assert patchify.main(["--cpu", "--out", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "patchify-cpu.json").read_text())["rows"]
+    rows = rows_of(tmp_path, "patchify")
     assert len(rows) == 12 and all(row["checked"] and row["gb_per_s"]["forward"] > 0 for row in rows)

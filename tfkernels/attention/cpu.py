@@ -1,8 +1,8 @@
-"""Attention on the CPU, quick enough to train with: blocks of queries against the keys that block can see.
+"""Attention on the CPU, quick enough to train with: blocks of queries against the keys that each block can see.
 
-Each block runs PyTorch's own fused CPU kernel; a soft cap or a gradient of the LSE, which that kernel lacks, takes the
-written-out form, and so do inputs that are not finite: there a hidden pair is left out, whatever it holds. Nothing larger than
-(block, its keys) is built; a mask that hides little is one call for the whole row.
+A block runs PyTorch's own fused CPU kernel. That kernel has no soft cap and no gradient of the LSE; these take the form
+that is written out here. So do inputs that are not finite, for which a hidden pair must be left out whatever it holds.
+Nothing larger than (block, its keys) is built, and a mask that hides little is one call for the whole row.
 """
 import math
 from collections.abc import Iterator
@@ -29,11 +29,15 @@ class _Block(NamedTuple):
         """(B or 1, 1, 1, rows, keys) bool."""
         if self.bias is not None:
             return self.bias[:, :, None] == 0
-        return torch.ones(1, 1, 1, self.rows.stop - self.rows.start, self.keys.stop - self.keys.start, dtype=torch.bool).tril()
+        return torch.ones(
+            1, 1, 1, self.rows.stop - self.rows.start, self.keys.stop - self.keys.start, dtype=torch.bool
+        ).tril()
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, since: Tensor, until: Tensor,
-                      rows_exact: bool, columns_exact: bool, offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, rows_exact: bool,
+    columns_exact: bool, offset: int, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
     """(B, H, Sq, D) x (B, K, Sk, D) -> output like q, LSE (B, H, Sq) float32 (float64 for float64)."""
     out = result_like(q).zero_()
     q, k, v = (_rows_contiguous(x) for x in (q, k, v))
@@ -47,10 +51,13 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, s
     return out, lse
 
 
-def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lo: Tensor, hi: Tensor,
-                       since: Tensor, until: Tensor, rows_exact: bool, columns_exact: bool, offset: int, scale: float,
-                       softcap: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk, dv in the inputs' dtype, laid out as `result_like` says; dk and dv are summed over the blocks in the statistics' dtype."""
+def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                       lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, rows_exact: bool, columns_exact: bool,
+                       offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk, dv in the inputs' dtype, laid out as `result_like` says.
+
+    dk and dv are summed over the blocks in the statistics' dtype.
+    """
     dq, *results = (result_like(x).zero_() for x in (q, k, v))
     dk, dv = (x if x.dtype == _statistics(x) else torch.zeros(x.shape, dtype=_statistics(x)) for x in results)
     q, k, v, out, dout = (_rows_contiguous(x) for x in (q, k, v, out, dout))
@@ -64,7 +71,8 @@ def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tens
         if written_out:
             grads = _block_backward(dout[rows], dlse[rows], q[rows], k[keys], v[keys], block, scale, softcap)
         else:
-            grads = _fused_backward(dout[rows], q[rows], k[keys], v[keys], out[rows], known[rows], 0.0, block.bias is None, attn_mask=block.bias, scale=scale)
+            grads = _fused_backward(dout[rows], q[rows], k[keys], v[keys], out[rows], known[rows], 0.0,
+                                    block.bias is None, attn_mask=block.bias, scale=scale)
         dq[rows] = grads[0]
         dk[keys] += grads[1]
         dv[keys] += grads[2]
@@ -74,8 +82,9 @@ def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tens
     return dq.masked_fill_(empty[..., None], 0), *results
 
 
-def paged_forward(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lo: Tensor, hi: Tensor, since: Tensor, until: Tensor,
-               rows_exact: bool, offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+def paged_forward(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lo: Tensor, hi: Tensor, since: Tensor,
+                  until: Tensor, rows_exact: bool, offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    """Return `attention_forward` against a paged cache, whose pages are laid out in order first."""
     k, v = (gather_pages(x, block_table, hi) for x in (k, v))
     return attention_forward(q, k, v, lo, hi, since, until, rows_exact, False, offset, scale, softcap)
 
@@ -84,7 +93,7 @@ def _block_forward(q, k, v, block, written_out, scale, softcap):
     if not written_out:
         out, lse = _fused(q, k, v, 0.0, block.bias is None, attn_mask=block.bias, scale=scale)
         if _finite(lse if block.empty is None else lse.masked_fill(block.empty, 0)):
-            return out, lse                                                                # else the scores of finite inputs overflow
+            return out, lse  # else the scores of finite inputs overflow
     scores, _ = _scores(q, k, block, scale, softcap)
     out = visible_sums(_weights(scores, block), _grouped(v), block.visible())
     return out.flatten(1, 2).to(q.dtype), scores.logsumexp(-1).flatten(1, 2)
@@ -134,7 +143,9 @@ def _statistics(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _blocks(q: Tensor, lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, rows_exact: bool, offset: int) -> Iterator[_Block]:
+def _blocks(
+    q: Tensor, lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, rows_exact: bool, offset: int
+) -> Iterator[_Block]:
     sq, sk = lo.shape[1], since.shape[1]
     if sq == 0 or sk == 0:
         return

@@ -1,4 +1,4 @@
-"""Attention under a `TransfusionMask`, and against a paged cache, in plain PyTorch: the specification of the kernels."""
+"""Attention under a `TransfusionMask`, and against a paged cache, in plain PyTorch: the kernels' specification."""
 import math
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from tfkernels.mask import TransfusionMask
 
 
 class AttentionOutput(NamedTuple):
-    """`out` (B, H, Sq, D) in the inputs' dtype and `lse` (B, H, Sq) in float32, natural logarithm, -inf for empty rows."""
+    """`out` (B, H, Sq, D) in the inputs' dtype, and `lse` (B, H, Sq) in float32, natural, -inf for empty rows."""
 
     out: Tensor
     lse: Tensor
@@ -31,13 +31,15 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, 
     empty = ~visible.any(-1, keepdim=True)                                                 # (B, 1, Sq, 1)
     scores = scores.masked_fill(~visible, -math.inf).masked_fill(empty, 0)
     weights = scores.softmax(-1).masked_fill(~visible, 0)
-    return AttentionOutput(_VisibleSums.apply(weights, v, visible), scores.logsumexp(-1).masked_fill(empty[..., 0], -math.inf))
+    return AttentionOutput(_VisibleSums.apply(weights, v, visible),
+                           scores.logsumexp(-1).masked_fill(empty[..., 0], -math.inf))
 
 
-def paged_attention_reference(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, mask: TransfusionMask, *, scale: float | None = None,
-                              softcap: float | None = None) -> Tensor:
+def paged_attention_reference(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, mask: TransfusionMask,
+                              *, scale: float | None = None, softcap: float | None = None) -> Tensor:
     """The specification: gather each row's pages, then `attention_reference`."""
-    return attention_reference(q, *(gather_pages(x, block_table, mask.hi) for x in (k_pages, v_pages)), mask, scale=scale, softcap=softcap).out
+    return attention_reference(q, *(gather_pages(x, block_table, mask.hi) for x in (k_pages, v_pages)), mask,
+                               scale=scale, softcap=softcap).out
 
 
 class _VisibleProducts(torch.autograd.Function):
@@ -69,7 +71,10 @@ class _VisibleSums(torch.autograd.Function):
 
 
 def visible_sums(weights: Tensor, x: Tensor, visible: Tensor) -> Tensor:
-    """sum_j weights_ij x_j over the pairs that are visible: (..., m, n) x (..., n, D) -> (..., m, D). What hidden pairs hold has no say."""
+    """Return sum_j weights_ij x_j over the visible pairs: (..., m, n) x (..., n, D) -> (..., m, D).
+
+    What the hidden pairs hold, NaN and infinities included, has no influence.
+    """
     weights, finite = weights.masked_fill(~visible, 0), x.isfinite()
     sums = weights @ x.masked_fill(~finite, 0)
     if bool(finite.all()):
@@ -85,7 +90,10 @@ def visible_sums(weights: Tensor, x: Tensor, visible: Tensor) -> Tensor:
 
 
 def gather_pages(pages: Tensor, block_table: Tensor, hi: Tensor) -> Tensor:
-    """Lay each row's pages out in order: (P, page_size, K, D) -> (B, K, T * page_size, D), 0 behind the last key that a query sees."""
+    """Lay each row's pages out in order: (P, page_size, K, D) -> (B, K, T * page_size, D).
+
+    What lies behind the last key that a query sees is 0.
+    """
     rows = pages[block_table.long().clamp(0, pages.shape[0] - 1)].flatten(1, 2).transpose(1, 2)
     seen = torch.arange(rows.shape[2], device=hi.device) < hi.amax(1, keepdim=True)        # (B or 1, Sk)
     return torch.where(seen[:, None, :, None], rows, 0)

@@ -1,25 +1,26 @@
-"""The text head's cross-entropy without its logits: hidden rows times the vocabulary's weight, a chunk of rows at a time.
+"""The text head's cross-entropy without its logits: hidden rows times the vocabulary's weight, chunk by chunk.
 
     z_r = weight @ hidden[rows_r] + bias        losses_r = logsumexp(z_r) - z_r[targets_r]
     loss = sum_r row_weight_r * losses_r        dz_r = row_weight_r * (softmax(z_r) - onehot(targets_r))
     dhidden[rows_r] = weight^T dz_r             dweight = sum_r dz_r hidden[rows_r]^T             dbias = sum_r dz_r
 
 Only the rows that have a target are multiplied: images cost no logits. The logits of a chunk come from one matrix
-product. A program per row turns them into the row's loss and, where a gradient is wanted, into dz, which two more products
-turn into dhidden and dweight. The gradients are thus made in the forward (arXiv:2410.10989, section 3.2), and the backward
-scales them by dloss. Where a gradient arrives at losses too, the backward makes them anew with row weights
-dloss * row_weight + dlosses: another 6 R V C operations. Sums over rows are float32, in an order that depends on the sizes
-alone. The specification is in `reference.py`, the kernel is in `triton/cross_entropy.py`.
+product. A program per row turns them into the row's loss and, where a gradient is wanted, into dz, which two more
+products turn into dhidden and dweight. The gradients are thus made in the forward (arXiv:2410.10989, section 3.2), and
+the backward scales them by dloss. Where a gradient arrives at losses too, the backward makes them anew with row weights
+dloss * row_weight + dlosses: another 6 R V C operations. Sums over rows are float32, in an order that depends on the
+sizes alone. The specification is in `reference.py`, the kernel is in `triton/cross_entropy.py`.
 
-With R rows, V words, C columns, e bytes an element and K rows in a chunk, the memory beside inputs and gradients is K V e
-bytes of logits, R C e of dhidden's rows and 4 V C of dweight. dweight stays float32 until dloss has scaled it, so that it
-is rounded once and no sum overflows float16. hidden and weight themselves are kept for a gradient of losses. Products take
-2 R V C operations for the loss alone and 6 R V C with all gradients; to keep no gradient between the passes would take 8.
+With R rows, V words, C columns, e bytes an element and K rows in a chunk, the memory beside inputs and gradients is K V
+e bytes of logits, R C e of dhidden's rows and 4 V C of dweight. dweight stays float32 until dloss has scaled it, so
+that it is rounded once and no sum overflows float16. hidden and weight themselves are kept for a gradient of losses.
+Products take 2 R V C operations for the loss alone and 6 R V C with all gradients; to keep no gradient between the
+passes would take 8.
 
-liger-kernel's `fused_linear_cross_entropy_forward` (0.8.5) divides the work likewise. It is not called from here for three
-reasons. It counts the targets with `.item()`, which makes the host wait for the device in each step. A target outside the
-vocabulary makes its kernel read and write beyond the row. And losses by row need its reduction "none", whose row weights
-pass over the logits again. `benchmarks/cross_entropy.py` times it.
+liger-kernel's `fused_linear_cross_entropy_forward` (0.8.5) divides the work likewise. It is not called from here for
+three reasons. It counts the targets with `.item()`, which makes the host wait for the device in each step. A target
+outside the vocabulary makes its kernel read and write beyond the row. And losses by row need its reduction "none",
+whose row weights pass over the logits again. `benchmarks/cross_entropy.py` times it.
 """
 import torch
 import triton
@@ -32,23 +33,28 @@ from tfkernels.losses.reference import LinearCrossEntropy, statistics_dtype, wei
 from tfkernels.losses.triton import cross_entropy as kernels
 from tfkernels.patches.latents import check_constant, check_floating
 
-FEWEST_ROWS = 8 if INTERPRET else 1024  # of a chunk: from about 1000 on, dweight's 2 K V C operations outlast its 8 V C bytes
+# of a chunk: from about 1000 on, dweight's 2 K V C operations outlast its 8 V C bytes
+FEWEST_ROWS = 8 if INTERPRET else 1024
 ALIGNMENT = 16                          # the kernel's rows begin at multiples of so many elements, whatever V is
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor, *, bias: Tensor | None = None,
                          row_weight: Tensor | None = None) -> LinearCrossEntropy:
-    """Return loss = sum_r row_weight_r * losses_r, losses_r the cross-entropy of weight @ hidden[rows_r] + bias and targets_r; the caller divides.
+    """Return the cross-entropy of weight @ hidden[rows] + bias and targets, summed with weights; the caller divides.
+
+        losses_r = cross_entropy(weight @ hidden[rows_r] + bias, targets_r)      loss = sum_r row_weight_r * losses_r
 
     Args:
-        hidden: (T, C) or (B, S, C) in float16, bfloat16 or float32 (float64 on CPU); any strides, only the named rows are read.
+        hidden: (T, C) or (B, S, C) in float16, bfloat16 or float32 (float64 on CPU); any strides, only the named rows
+            are read.
         weight: (V, C) in hidden's dtype.
         targets: (R,) int64 in [0, V), or negative: no loss and no gradient, whatever its row of hidden and its
             row_weight hold. V or more raises on a CPU; on a GPU, where looking would synchronise, the loss and the
             gradients that such a row reaches are NaN.
-        rows: (R,) int64, the flat rows of hidden that have a target (b S + s of a batch), in any order, each at most once; a row
-            outside [0, T) is treated like a target outside the vocabulary. One named twice raises on a CPU; on a GPU
-            its loss counts twice and its gradient in hidden is that of one of them. R may be 0.
+        rows: (R,) int64, the flat rows of hidden that have a target (b S + s of a batch; `places` in other ops), in any
+            order, each at most once; a row outside [0, T) is treated like a target outside the vocabulary. One named
+            twice raises on a CPU; on a GPU its loss counts twice and its gradient in hidden is that of one of them. R
+            may be 0.
         bias: (V,) in hidden's dtype, or None for 0.
         row_weight: (R,) floating-point constants, or None for 1.
 
@@ -60,12 +66,13 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows: 
         bias are cast to its dtype (float64 stays), as F.linear does.
 
     Raises:
-        ValueError: a shape, dtype, device or value that does not fit, named; also a row_weight that requires a gradient.
+        ValueError: a shape, dtype, device or value that does not fit, named; also a row_weight that requires a
+            gradient.
         RuntimeError: the backward runs with create_graph=True.
     """
     need_tensors("linear_cross_entropy",
-                 {"hidden": hidden, "weight": weight, "targets": targets, "rows": rows, "bias": bias, "row_weight": row_weight},
-                 ("bias", "row_weight"))
+                 {"hidden": hidden, "weight": weight, "targets": targets, "rows": rows, "bias": bias,
+                  "row_weight": row_weight}, ("bias", "row_weight"))
     if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = (x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype)
@@ -75,11 +82,15 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows: 
     _check(hidden, weight, targets, rows, bias, row_weight)
     wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
     row_weight = row_weight if row_weight is None else row_weight.to(statistics_dtype(hidden)).contiguous()
-    return LinearCrossEntropy(*_forward(hidden, weight, targets.contiguous(), rows.contiguous(), bias, row_weight, *wanted)[:2])
+    return LinearCrossEntropy(*_forward(hidden, weight, targets.contiguous(), rows.contiguous(), bias, row_weight,
+                                        *wanted)[:2])
 
 
 def chunk_rows(rows: int, vocabulary: int, width: int) -> int:
-    """Rows whose logits are in memory together: about as many bytes as hidden's rows, a power of two, FEWEST_ROWS or more."""
+    """Return how many rows' logits are in memory together.
+
+    It is a power of two, FEWEST_ROWS or more, and otherwise about as many bytes as hidden's rows.
+    """
     return max(FEWEST_ROWS, triton.next_power_of_2(triton.cdiv(rows, triton.cdiv(vocabulary, width))))
 
 
@@ -90,22 +101,24 @@ def _check(hidden, weight, targets, rows, bias, row_weight):
     check_floating(op, "hidden", hidden)
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and (x.dtype != hidden.dtype or x.device != hidden.device):
-            raise ValueError(f"{op}: {name} is {x.dtype} on {x.device} and hidden {hidden.dtype} on {hidden.device}; one dtype and device fit; "
-                             f"convert {name}")
+            raise ValueError(f"{op}: {name} is {x.dtype} on {x.device} and hidden {hidden.dtype} on {hidden.device}; "
+                             f"one dtype and device fit; convert {name}")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or 0 in weight.shape:
-        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)} and hidden {hidden.shape[-1]} columns; (words, {hidden.shape[-1]}) fits, "
-                         "at least one of each")
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)} and hidden {hidden.shape[-1]} columns; "
+                         f"(words, {hidden.shape[-1]}) fits, at least one of each")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)} and weight {weight.shape[0]} words; ({weight.shape[0]},) or None fits")
+        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)} and weight {weight.shape[0]} words; "
+                         f"({weight.shape[0]},) or None fits")
     for name, x in (("rows", rows), ("targets", targets)):
         if x.dtype != torch.int64 or x.ndim != 1 or x.shape != rows.shape or x.device != hidden.device:
-            raise ValueError(f"{op}: {name} is {x.dtype} of shape {tuple(x.shape)} on {x.device}; int64 (R,) on {hidden.device} fits, "
-                             "one of each for every row of hidden that has a target")
+            raise ValueError(f"{op}: {name} is {x.dtype} of shape {tuple(x.shape)} on {x.device}; int64 (R,) on "
+                             f"{hidden.device} fits, one of each for every row of hidden that has a target")
     if row_weight is not None:
         check_constant(op, "row_weight", row_weight)
         if row_weight.shape != rows.shape or not row_weight.is_floating_point() or row_weight.device != hidden.device:
-            raise ValueError(f"{op}: row_weight is {row_weight.dtype} of shape {tuple(row_weight.shape)} on {row_weight.device}; "
-                             f"floating-point numbers {tuple(rows.shape)} on {hidden.device} fit, or None for 1")
+            raise ValueError(f"{op}: row_weight is {row_weight.dtype} of shape {tuple(row_weight.shape)} on "
+                             f"{row_weight.device}; floating-point numbers {tuple(rows.shape)} on {hidden.device} "
+                             "fit, or None for 1")
 
 
 def _gather(hidden: Tensor, places: Tensor, tokens: int) -> Tensor:
@@ -114,7 +127,8 @@ def _gather(hidden: Tensor, places: Tensor, tokens: int) -> Tensor:
     A batch whose rows have no one stride between them is not copied.
     """
     places = places.clamp(0, tokens - 1)
-    return hidden.index_select(0, places) if hidden.ndim == 2 else hidden[places // hidden.shape[1], places % hidden.shape[1]]
+    return (hidden.index_select(0, places)
+            if hidden.ndim == 2 else hidden[places // hidden.shape[1], places % hidden.shape[1]])
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -125,13 +139,16 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def _walk(entropy, alignment, hidden, weight, targets, places, bias, row_weight, hidden_wanted, weight_wanted, bias_wanted):
+def _walk(entropy, alignment, hidden, weight, targets, places, bias, row_weight, hidden_wanted, weight_wanted,
+          bias_wanted):
     """The operator, chunk by chunk; `entropy` turns logits, whose rows begin at multiples of `alignment` elements, into
     losses and dz."""
-    _, losses, dx, dweight, dbias = _forward_fake(hidden, weight, targets, places, bias, row_weight, hidden_wanted, weight_wanted, bias_wanted)
+    _, losses, dx, dweight, dbias = _forward_fake(hidden, weight, targets, places, bias, row_weight, hidden_wanted,
+                                                  weight_wanted, bias_wanted)
     tokens, count, vocabulary = hidden.shape[:-1].numel(), len(places), len(weight)
     if count > tokens:
-        raise ValueError(f"linear_cross_entropy: rows names {count} rows and hidden has {tokens}; each row at most once fits")
+        raise ValueError(f"linear_cross_entropy: rows names {count} rows and hidden has {tokens}; each row at most "
+                         "once fits")
     dweight.zero_(), dbias.zero_()
     size = chunk_rows(count, *weight.shape)
     buffer = weight.new_empty(min(size, count), triton.cdiv(vocabulary, alignment) * alignment)[:, :vocabulary]
@@ -144,8 +161,8 @@ def _walk(entropy, alignment, hidden, weight, targets, places, bias, row_weight,
             torch.mm(x, weight.mT, out=z)
         else:
             torch.addmm(bias, x, weight.mT, out=z)
-        dz = entropy(z, targets[part], places[part], None if row_weight is None else row_weight[part], losses[part], tokens,
-                     hidden_wanted or weight_wanted or bias_wanted)
+        dz = entropy(z, targets[part], places[part], None if row_weight is None else row_weight[part], losses[part],
+                     tokens, hidden_wanted or weight_wanted or bias_wanted)
         if hidden_wanted:
             torch.mm(dz, weight, out=dx[part])
         if weight_wanted:
@@ -155,10 +172,13 @@ def _walk(entropy, alignment, hidden, weight, targets, places, bias, row_weight,
     return weighted(losses, targets, row_weight).sum(), losses, dx, dweight, dbias
 
 
-def _forward_kernel(hidden: Tensor, weight: Tensor, targets: Tensor, places: Tensor, bias: Tensor | None, row_weight: Tensor | None,
-                    hidden_wanted: bool, weight_wanted: bool, bias_wanted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward_kernel(
+    hidden: Tensor, weight: Tensor, targets: Tensor, places: Tensor, bias: Tensor | None, row_weight: Tensor | None,
+    hidden_wanted: bool, weight_wanted: bool, bias_wanted: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     targets, places, row_weight = (x if x is None else x.contiguous() for x in (targets, places, row_weight))
-    return _walk(kernels.entropy, ALIGNMENT, hidden, weight, targets, places, bias, row_weight, hidden_wanted, weight_wanted, bias_wanted)
+    return _walk(kernels.entropy, ALIGNMENT, hidden, weight, targets, places, bias, row_weight, hidden_wanted,
+                 weight_wanted, bias_wanted)
 
 
 def _forward_cpu(hidden, weight, targets, places, *others):
@@ -167,16 +187,21 @@ def _forward_cpu(hidden, weight, targets, places, *others):
 
 
 def _forward_fake(hidden, weight, targets, places, bias, row_weight, hidden_wanted, weight_wanted, bias_wanted):
-    """Return loss, losses, and for dloss = 1 dhidden's rows (R, C), dweight and dbias; those not wanted have no rows."""
+    """Return loss, losses, and for dloss = 1 dhidden's rows (R, C), dweight and dbias; not wanted: without rows."""
     (words, width), count, wide = weight.shape, places.shape[0], statistics_dtype(hidden)
-    return (hidden.new_empty((), dtype=wide), hidden.new_empty(count, dtype=wide), hidden.new_empty(count if hidden_wanted else 0, width),
-            hidden.new_empty(words if weight_wanted else 0, width, dtype=wide), hidden.new_empty(words if bias_wanted else 0, dtype=wide))
+    return (hidden.new_empty((), dtype=wide), hidden.new_empty(count, dtype=wide),
+            hidden.new_empty(count if hidden_wanted else 0, width),
+            hidden.new_empty(words if weight_wanted else 0, width, dtype=wide),
+            hidden.new_empty(words if bias_wanted else 0, dtype=wide))
 
 
-def _backward(dloss: Tensor, dx: Tensor, dweight: Tensor, dbias: Tensor, places: Tensor, shape: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    dloss: Tensor, dx: Tensor, dweight: Tensor, dbias: Tensor, places: Tensor, shape: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
     """dhidden of `shape`, dweight and dbias in the inputs' dtype."""
     def scaled(x):
-        return torch.mul(x, dloss.reshape(1), out=x.new_empty(x.shape, dtype=dx.dtype))  # (1,) and not (), which would be rounded to x's dtype first
+        # (1,) and not (), which would be rounded to x's dtype first
+        return torch.mul(x, dloss.reshape(1), out=x.new_empty(x.shape, dtype=dx.dtype))
 
     dhidden = dx.new_zeros(shape)
     dhidden.view(-1, dx.shape[1]).index_copy_(0, places.clamp(0, max(0, dhidden.shape[:-1].numel() - 1)), scaled(dx))
@@ -202,8 +227,9 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, dloss, dlosses, *_):
     if torch.is_grad_enabled():
-        raise RuntimeError("linear_cross_entropy: the backward runs with create_graph=True; gradients of its gradients are not computed; "
-                           "False fits; take linear_cross_entropy_reference where they are needed")
+        raise RuntimeError("linear_cross_entropy: the backward runs with create_graph=True; gradients of its "
+                           "gradients are not computed; False fits; take linear_cross_entropy_reference where they "
+                           "are needed")
     if dloss is None and dlosses is None:
         return (None,) * 9
     dx, dweight, dbias, *inputs = ctx.saved_tensors

@@ -1,4 +1,4 @@
-"""The losses of both heads written out in plain PyTorch, with logits, noise and targets in memory: their specification."""
+"""The losses of both heads in plain PyTorch, with logits, noise and targets in memory: the kernels' specification."""
 from typing import NamedTuple
 
 import torch
@@ -17,11 +17,15 @@ class LinearCrossEntropy(NamedTuple):
     losses: Tensor
 
 
-def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor, *, bias: Tensor | None = None,
-                                   row_weight: Tensor | None = None) -> LinearCrossEntropy:
-    """The specification in plain PyTorch: logits in hidden's dtype, the softmax in float32 (float64 stays), every row's logits in memory."""
+def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor, *,
+                                   bias: Tensor | None = None, row_weight: Tensor | None = None) -> LinearCrossEntropy:
+    """The specification in plain PyTorch, with every row's logits in memory.
+
+    Logits are in hidden's dtype and the softmax in float32 (float64 stays).
+    """
     logits = torch.nn.functional.linear(hidden.reshape(-1, hidden.shape[-1])[rows], weight, bias)
-    losses = torch.nn.functional.cross_entropy(logits.to(statistics_dtype(logits)), targets.clamp(min=-1), reduction="none", ignore_index=-1)
+    losses = torch.nn.functional.cross_entropy(logits.to(statistics_dtype(logits)), targets.clamp(min=-1),
+                                               reduction="none", ignore_index=-1)
     return LinearCrossEntropy(weighted(losses, targets, row_weight).sum(), losses)
 
 
@@ -35,8 +39,8 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def diffusion_loss_reference(prediction: Tensor, x0: Tensor, p: Tensor, q: Tensor, weight: Tensor | None, seed: Tensor, offsets: Tensor | None,
-                             columns: Tensor | None, channels: int, patch: int) -> Tensor:
+def diffusion_loss_reference(prediction: Tensor, x0: Tensor, p: Tensor, q: Tensor, weight: Tensor | None, seed: Tensor,
+                             offsets: Tensor | None, columns: Tensor | None, channels: int, patch: int) -> Tensor:
     """The specification in plain PyTorch, in prediction's dtype, with eps and the target in memory."""
     error, image_ids, inside = prediction_error(prediction, x0, p, q, seed, offsets, columns, channels, patch)
     rows = torch.where(inside, error.square().sum(-1), 0)
@@ -51,28 +55,33 @@ def prediction_error(prediction, x0, x0_factor, eps_factor, seed, offsets, colum
     x0 = patchify_reference(x0, offsets, columns, channels, patch).to(prediction.dtype)
     image_ids, eps = noise_reference(seed, offsets, len(x0_factor), *x0.shape, prediction.dtype)
     x0_factor, eps_factor = (v.to(prediction.dtype)[image_ids][:, None] for v in (x0_factor, eps_factor))
-    inside = torch.ones_like(image_ids, dtype=torch.bool) if offsets is None else locate_reference(offsets, len(prediction))[2]
+    inside = (torch.ones_like(image_ids, dtype=torch.bool)
+              if offsets is None else locate_reference(offsets, len(prediction))[2])
     return prediction - (x0_factor * x0 + eps_factor * eps), image_ids, inside
 
 
-def modulated_layer_norm_diffusion_loss_reference(hidden: Tensor, places: Tensor, scale: Tensor, shift: Tensor | None, weight: Tensor,
-                                                  bias: Tensor | None, x0: Tensor, p: Tensor, q: Tensor, loss_weight: Tensor | None, seed: Tensor,
-                                                  offsets: Tensor | None, columns: Tensor | None, channels: int, patch: int, *,
-                                                  eps: float = 1e-6) -> Tensor:
+def modulated_layer_norm_diffusion_loss_reference(
+    hidden: Tensor, places: Tensor, scale: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor | None,
+    x0: Tensor, p: Tensor, q: Tensor, loss_weight: Tensor | None, seed: Tensor, offsets: Tensor | None,
+    columns: Tensor | None, channels: int, patch: int, *, eps: float = 1e-6
+) -> Tensor:
     """The specification in plain PyTorch, in hidden's dtype, with everything in memory."""
     states, image_ids = _patches(hidden, places, offsets, len(p))
     y = modulated_layer_norm_reference(states, None, None, scale, shift, image_ids, eps=eps)
-    return diffusion_loss_reference(torch.nn.functional.linear(y, weight, bias), x0, p, q, loss_weight, seed, offsets, columns, channels, patch)
+    return diffusion_loss_reference(torch.nn.functional.linear(y, weight, bias), x0, p, q, loss_weight, seed, offsets,
+                                    columns, channels, patch)
 
 
-def modulated_rms_norm_diffusion_loss_reference(hidden: Tensor, places: Tensor, scale: Tensor, shift: Tensor | None, weight: Tensor,
-                                                bias: Tensor | None, x0: Tensor, p: Tensor, q: Tensor, loss_weight: Tensor | None, seed: Tensor,
-                                                offsets: Tensor | None, columns: Tensor | None, channels: int, patch: int, *,
-                                                eps: float = 1e-6) -> Tensor:
+def modulated_rms_norm_diffusion_loss_reference(
+    hidden: Tensor, places: Tensor, scale: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor | None,
+    x0: Tensor, p: Tensor, q: Tensor, loss_weight: Tensor | None, seed: Tensor, offsets: Tensor | None,
+    columns: Tensor | None, channels: int, patch: int, *, eps: float = 1e-6
+) -> Tensor:
     """The specification in plain PyTorch, in hidden's dtype, with everything in memory."""
     states, image_ids = _patches(hidden, places, offsets, len(p))
     y = modulated_rms_norm_reference(states, None, scale, shift, image_ids, eps=eps)
-    return diffusion_loss_reference(torch.nn.functional.linear(y, weight, bias), x0, p, q, loss_weight, seed, offsets, columns, channels, patch)
+    return diffusion_loss_reference(torch.nn.functional.linear(y, weight, bias), x0, p, q, loss_weight, seed, offsets,
+                                    columns, channels, patch)
 
 
 def _patches(hidden: Tensor, places: Tensor, offsets: Tensor | None, images: int) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ _SPANS_FIT = "a list of (start, end) per batch row, or an integer tensor (B, M, 
 
 
 def checked_window(window) -> int:
+    """Return a window of at least 1 key."""
     if isinstance(window, int) and not isinstance(window, bool) and window >= 1:
         return window
     raise ValueError(f"TransfusionMask.from_spans: window is {shown(window)}; a window of at least 1 key (the query "
@@ -61,9 +62,9 @@ def _check_within_documents(name: str, spans: Tensor, documents: Tensor) -> None
     if any((cut := held & (first != last)).any(1).tolist()):
         row, m = cut.nonzero()[0].tolist()
         of_spans, of_documents = (row if len(x) > 1 else 0 for x in (spans, documents))
-        raise ValueError(f"TransfusionMask.from_spans: {name}[{of_spans}] holds ({start[row, m]}, {end[row, m]}), which an "
-                         f"end of a document in documents[{of_documents}] cuts; spans within one document fit; split the "
-                         "span, or give its tokens one id")
+        raise ValueError(f"TransfusionMask.from_spans: {name}[{of_spans}] holds ({start[row, m]}, {end[row, m]}), "
+                         f"which an end of a document in documents[{of_documents}] cuts; spans within one document "
+                         "fit; split the span, or give its tokens one id")
 
 
 def _check_spans(name: str, spans: Tensor, seq_len: int) -> None:
@@ -71,15 +72,16 @@ def _check_spans(name: str, spans: Tensor, seq_len: int) -> None:
         end = 0
         for a, b in sorted(pair for pair in pairs if pair[0] != pair[1]):
             if a < 0 or b > seq_len or a > b:
-                raise ValueError(f"TransfusionMask.from_spans: {name}[{row}] holds ({a}, {b}); 0 <= start <= end <= {seq_len} (seq_len) fits; "
-                                 "clip or drop the span")
+                raise ValueError(f"TransfusionMask.from_spans: {name}[{row}] holds ({a}, {b}); 0 <= start <= end <= "
+                                 f"{seq_len} (seq_len) fits; clip or drop the span")
             if a < end:
-                raise ValueError(f"TransfusionMask.from_spans: {name}[{row}] holds ({a}, {b}), which overlaps the span before it, ending at {end}; "
-                                 "disjoint spans fit; merge them")
+                raise ValueError(f"TransfusionMask.from_spans: {name}[{row}] holds ({a}, {b}), which overlaps the "
+                                 f"span before it, ending at {end}; disjoint spans fit; merge them")
             end = b
 
 
 def checked_documents(op: str, documents, seq_len: int, device) -> Tensor | None:
+    """Return document ids as an integer tensor (B, seq_len), checked where that costs no synchronisation."""
     if documents is None:
         return None
     fits = f"(B, {seq_len}), one id per token, -1 for padding,"
@@ -95,4 +97,5 @@ def checked_documents(op: str, documents, seq_len: int, device) -> Tensor | None
 
 
 def described(x: Tensor) -> str:
+    """Return what an error says of a tensor."""
     return f"{x.dtype} of shape {tuple(x.shape)}"

@@ -4,9 +4,9 @@
 
 Causal text, bidirectional images (Transfusion, arXiv:2408.11039, section 3.2), packed documents, padding, sliding
 windows and BAGEL's hidden noised copies (arXiv:2505.14683) all have this form: a query sees one run of keys, and a key
-is seen by one run of queries. A tile of queries therefore needs the keys [min lo, max hi) and needs no mask at all between max lo
-and min hi; the backward pass reads the same two facts from the key side. The mask is O(S) integers (16 bytes a token),
-made on the device without a host synchronisation, and one object serves every layer.
+is seen by one run of queries. A tile of queries therefore needs the keys [min lo, max hi) and needs no mask at all
+between max lo and min hi; the backward pass reads the same two facts from the key side. The mask is O(S) integers (16
+bytes a token), made on the device without a host synchronisation, and one object serves every layer.
 """
 from dataclasses import dataclass, replace
 
@@ -23,7 +23,9 @@ _FAR = INT32[1]
 
 @dataclass(frozen=True, eq=False)
 class TransfusionMask:
-    """Which keys each query sees. Build one with `from_spans`, `from_token_types`, `causal`, `from_cache` or `from_intervals`,
+    """Which keys each query sees.
+
+    Build one with `from_spans`, `from_token_types`, `causal`, `from_cache` or `from_intervals`,
     or with a published model's recipe (`tfkernels.mask.recipes`); `python -m tfkernels.mask` draws them.
 
     Attributes (Sq queries, Sk keys; all int32; a batch of 1 serves every batch row):
@@ -52,9 +54,9 @@ class TransfusionMask:
                 Lists and CPU tensors are checked; CUDA tensors are not (that would wait for the device): there a span
                 is clipped to the sequence and to the document that a token lies in.
             seq_len: S, the number of tokens.
-            documents: (B, S) non-decreasing document ids; tokens of different documents do not see each other; -1 is padding,
-                which sees nothing, is seen by nothing and ends the document before it. On CUDA, where they are not
-                checked, each run of one id is a document. Tensors, arrays and nested lists fit.
+            documents: (B, S) non-decreasing document ids; tokens of different documents do not see each other; -1 is
+                padding, which sees nothing, is seen by nothing and ends the document before it. On CUDA, where they are
+                not checked, each run of one id is a document. Tensors, arrays and nested lists fit.
             hidden: spans, in the form of `spans`, whose tokens only the same span's tokens see (noised copies).
             window: keys a query looks back on, itself included; ahead, a query in an image sees the whole image. This
                 is the rule of Gemma 3's sliding layers, window and (causal or same image): of an image longer than the
@@ -109,7 +111,8 @@ class TransfusionMask:
             cached_lens: (B,) integers, tokens before the new ones; rows may differ. Less than 0 or more than key_len -
                 query_len is refused on a CPU; on CUDA, where looking would wait for the device, it is clipped to that
                 range.
-            query_len: new tokens: 1 for decoding, the prompt's length for a prefill, the patches of an image while it is denoised.
+            query_len: new tokens: 1 for decoding, the prompt's length for a prefill, the patches of an image while it
+                is denoised.
             key_len: columns of the cache, new tokens included; those behind a row's own are not seen.
             image: the new tokens are one image and all see each other.
         """
@@ -133,20 +136,24 @@ class TransfusionMask:
         return cls(torch.zeros_like(hi), hi, first, torch.full_like(first, query_len))
 
     @classmethod
-    def from_intervals(cls, lo, hi, since=None, until=None, key_len=None, offset=0, columns_exact=False) -> "TransfusionMask":
-        """The general form: integers `lo`, `hi` (B, Sq) and optionally `since`, `until` (B, Sk); keys default to as many as queries.
+    def from_intervals(
+        cls, lo, hi, since=None, until=None, key_len=None, offset=0, columns_exact=False
+    ) -> "TransfusionMask":
+        """Build a mask of integers `lo`, `hi` (B, Sq) and optionally `since`, `until` (B, Sk), the general form.
+
+        Without since and until, and without key_len, there are as many keys as queries.
 
         Tensors, arrays and nested lists fit. Numbers that int32 does not hold are refused on a CPU and clipped to its
         range on CUDA.
 
-        `columns_exact=True` promises that lo and hi never decrease over the rows that see something; the backward pass then
-        skips comparing rows. A promise that does not hold gives wrong gradients.
+        `columns_exact=True` promises that lo and hi never decrease over the rows that see something; the backward pass
+        then skips comparing rows. A promise that does not hold gives wrong gradients.
         """
         op = "TransfusionMask.from_intervals"
         lo, hi = need_integers(op, "lo", lo, "(B, Sq)"), need_integers(op, "hi", hi, "(B, Sq)")
         if lo.ndim != 2 or lo.shape != hi.shape or lo.device != hi.device:
-            raise ValueError(f"{op}: lo is {described(lo)} and hi is {described(hi)}; two integer tensors (B, Sq) on one "
-                             "device fit")
+            raise ValueError(f"{op}: lo is {described(lo)} and hi is {described(hi)}; two integer tensors (B, Sq) on "
+                             "one device fit")
         if (since is None) != (until is None):
             raise ValueError(f"{op}: since and until come together; pass both or neither")
         if since is not None:
@@ -166,7 +173,7 @@ class TransfusionMask:
 
     @classmethod
     def from_dense(cls, visible) -> "TransfusionMask":
-        """Read the integers off a dense (B, 1, Sq, Sk) bool mask: O(Sq * Sk), waits for the device; for masks others made.
+        """Read the integers off a dense (B, 1, Sq, Sk) bool mask of another library: O(Sq * Sk), waits for the device.
 
         Raises:
             ValueError: the mask is not the meeting of one run of keys per query and one run of queries per key.
@@ -177,7 +184,8 @@ class TransfusionMask:
             raise ValueError(f"TransfusionMask.from_dense: visible is {shown(visible)}; a bool tensor (B, 1, Sq, "
                              "Sk), one mask for all heads, fits") from error
         if visible.ndim != 4 or visible.shape[1] != 1 or visible.dtype != torch.bool:
-            raise ValueError(f"TransfusionMask.from_dense: visible is {described(visible)}; a bool tensor (B, 1, Sq, Sk), one mask for all heads, fits")
+            raise ValueError(f"TransfusionMask.from_dense: visible is {described(visible)}; a bool tensor (B, 1, Sq, "
+                             "Sk), one mask for all heads, fits")
         visible = visible[:, 0]
         lo, hi = _hull(visible)
         rows = cls.from_intervals(lo, hi, key_len=visible.shape[2])
@@ -185,13 +193,13 @@ class TransfusionMask:
             return rows
         mask = cls.from_intervals(lo, hi, *_hull(visible.mT))
         if not torch.equal(mask.dense()[:, 0], visible):
-            raise ValueError("TransfusionMask.from_dense: visible has rows with holes that no column explains; one run of keys per query and one run "
-                             "of queries per key fit; use SDPA for this mask")
+            raise ValueError("TransfusionMask.from_dense: visible has rows with holes that no column explains; one "
+                             "run of keys per query and one run of queries per key fit; use SDPA for this mask")
         return mask
 
     @classmethod
-    def _build(cls, op: str, spans: Tensor | None, types: Tensor | None, documents: Tensor | None, hidden: Tensor | None,
-               seq_len: int, window: int | None) -> "TransfusionMask":
+    def _build(cls, op: str, spans: Tensor | None, types: Tensor | None, documents: Tensor | None,
+               hidden: Tensor | None, seq_len: int, window: int | None) -> "TransfusionMask":
         given = {"spans": spans, "token_types": types, "documents": documents, "hidden": hidden}
         batch = max(x.shape[0] for x in given.values() if x is not None)
         for name, x in given.items():
@@ -208,8 +216,8 @@ class TransfusionMask:
         Where since and until are given, they cut these intervals.
         """
         empty = lo >= hi
-        reach = torch.where(empty, -1, hi).cummax(1).values                                # rows so far reach keys < reach_i
-        floor = torch.where(empty, _FAR, lo).flip(1).cummin(1).values.flip(1)              # rows from here on start at floor_i
+        reach = torch.where(empty, -1, hi).cummax(1).values  # rows so far reach keys < reach_i
+        floor = torch.where(empty, _FAR, lo).flip(1).cummin(1).values.flip(1)  # rows from here on start at floor_i
         keys = torch.arange(key_len, device=lo.device, dtype=torch.int32).repeat(lo.shape[0], 1)
         key_since = torch.searchsorted(reach.contiguous(), keys, right=True, out_int32=True) + offset
         key_until = torch.searchsorted(floor.contiguous(), keys, right=True, out_int32=True) + offset
@@ -264,15 +272,17 @@ class TransfusionMask:
 
     def to(self, device) -> "TransfusionMask":
         """Return the same mask on `device`."""
-        lo, hi, key_since, key_until = (t.to(device, non_blocking=True) for t in (self.lo, self.hi, self.key_since, self.key_until))
+        lo, hi, key_since, key_until = (t.to(device, non_blocking=True)
+                                        for t in (self.lo, self.hi, self.key_since, self.key_until))
         return replace(self, lo=lo, hi=hi, key_since=key_since, key_until=key_until)
 
     def queries(self, start: int, stop: int) -> "TransfusionMask":
-        """Return the mask of query rows [start, stop) against the same keys: cached decoding, chunked prefill, one image."""
+        """Return the mask of queries [start, stop) and the same keys: cached decoding, chunked prefill, one image."""
         start = need_integer("TransfusionMask.queries", "start", start, INT32[0])
         stop = need_integer("TransfusionMask.queries", "stop", stop, INT32[0])
         if not 0 <= start <= stop <= self.query_len:
-            raise ValueError(f"TransfusionMask.queries: [start, stop) is [{start}, {stop}); a range within [0, {self.query_len}) fits")
+            raise ValueError(f"TransfusionMask.queries: [start, stop) is [{start}, {stop}); a range within [0, "
+                             f"{self.query_len}) fits")
         return replace(self, lo=self.lo[:, start:stop], hi=self.hi[:, start:stop], offset=self.offset + start)
 
     def dense(self) -> Tensor:
@@ -293,7 +303,7 @@ class TransfusionMask:
         return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.int64, device=self.lo.device)
 
     def block_mask(self, block_size: int = 128):
-        """Return FlexAttention's BlockMask of this mask, built from tile bounds: O((S / block_size)^2), no S x S tensor."""
+        """Return FlexAttention's BlockMask, built from tile bounds: O((S / block_size)^2), no S x S tensor."""
         return block_mask(self, need_integer("TransfusionMask.block_mask", "block_size", block_size, 1))
 
 

@@ -1,4 +1,4 @@
-"""The mask's integers from image spans, documents and hidden spans in plain PyTorch: the specification of the kernel."""
+"""The mask's integers from image spans, documents and hidden spans in plain PyTorch: the kernel's specification."""
 import torch
 from torch import Tensor
 
@@ -8,7 +8,8 @@ def intervals_reference(spans: Tensor | None, types: Tensor | None, documents: T
     """The specification in plain PyTorch, and what runs on a CPU."""
     device = (spans if types is None else types).device
     rows = torch.arange(seq_len, device=device).repeat(batch, 1)
-    document_start, document_end = (torch.zeros_like(rows), torch.full_like(rows, seq_len)) if documents is None else _runs(documents)
+    document_start, document_end = ((torch.zeros_like(rows), torch.full_like(rows, seq_len))
+                                    if documents is None else _runs(documents))
     start, end = _runs(types) if spans is None else _spans_of_tokens(spans, seq_len)
     in_image = end > 0 if types is None else types > 0
     start = torch.where(in_image, torch.maximum(start, document_start), rows)
@@ -37,7 +38,10 @@ def _runs(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _spans_of_tokens(spans: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
-    """Return (start, end) of the span that holds each token, both (B, S), 0 where none does: written at a span's start, erased at its end."""
+    """Return (start, end) of the span that holds each token, both (B, S), 0 where none does.
+
+    Both are written at a span's start, erased at its end, and summed along the tokens.
+    """
     spans = spans.long().clamp(0, seq_len)
     a, b = spans[..., 0], torch.maximum(spans[..., 0], spans[..., 1])
     sums = spans.new_zeros(2, spans.shape[0], seq_len + 1)

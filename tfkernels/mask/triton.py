@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tfkernels._library import INTERPRET
 
-BLOCK = 16 if INTERPRET else 1024  # tokens of one program; small in the interpreter, so that short test sequences cross many edges
+# tokens of one program; small in the interpreter, so that short test sequences cross many edges
+BLOCK = 16 if INTERPRET else 1024
 SPANS = 8                          # spans compared at a time
 WARPS = 8                          # 4 spill on sm_90
 FAR = tl.constexpr(2**31 - 1)
@@ -33,7 +34,7 @@ def _label(ptr, rows, seq_len):
 
 @triton.jit
 def _run(ptr, first_row, seq_len, BLOCK: tl.constexpr):
-    """Start and end of each token's run of equal labels, and the labels, for the tokens [first_row, first_row + BLOCK)."""
+    """Start and end of each token's run of equal labels, and its label; the tokens [first_row, first_row + BLOCK)."""
     rows = first_row + tl.arange(0, BLOCK)
     labels = _label(ptr, rows, seq_len)
     opens = (rows == 0) | (labels != _label(ptr, rows - 1, seq_len))
@@ -75,10 +76,12 @@ def _span(ptr, count, rows, seq_len, SPANS: tl.constexpr):
     return start, end
 
 
-@triton.jit(do_not_specialize=["spans", "hidden_spans", "seq_len", "window", "stride_images", "stride_documents", "stride_hidden", "stride_out"])
-def _mask_intervals(images_ptr, documents_ptr, hidden_ptr, out_ptr, spans, hidden_spans, seq_len, window,
-                    stride_images, stride_documents, stride_hidden, stride_out,
-                    TYPES: tl.constexpr, DOCUMENTS: tl.constexpr, HIDDEN: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, SPANS: tl.constexpr):
+@triton.jit(do_not_specialize=["spans", "hidden_spans", "seq_len", "window", "stride_images", "stride_documents",
+                               "stride_hidden", "stride_out"])
+def _mask_intervals(images_ptr, documents_ptr, hidden_ptr, out_ptr, spans, hidden_spans, seq_len, window, stride_images,
+                    stride_documents, stride_hidden, stride_out,
+                    TYPES: tl.constexpr, DOCUMENTS: tl.constexpr, HIDDEN: tl.constexpr, WINDOW: tl.constexpr,
+                    BLOCK: tl.constexpr, SPANS: tl.constexpr):
     programs = tl.cdiv(seq_len, BLOCK)  # of one batch row
     first_row, b = tl.program_id(0) % programs * BLOCK, (tl.program_id(0) // programs).to(tl.int64)
     rows = first_row + tl.arange(0, BLOCK)
@@ -112,7 +115,9 @@ def _mask_intervals(images_ptr, documents_ptr, hidden_ptr, out_ptr, spans, hidde
     tl.store(out_ptr + 3 * stride_out, tl.where(padding, rows, until), mask=inside)
 
 
-def intervals(spans: Tensor | None, types: Tensor | None, documents: Tensor | None, hidden: Tensor | None, batch: int, seq_len: int, window: int) -> Tensor:
+def intervals(spans: Tensor | None, types: Tensor | None, documents: Tensor | None, hidden: Tensor | None, batch: int,
+              seq_len: int, window: int) -> Tensor:
+    """Launch the kernel: lo, hi, since and until, stacked to (4, B, S) int32."""
     images = (spans if types is None else types).contiguous()
     documents, hidden = (x if x is None else x.contiguous() for x in (documents, hidden))
     out = torch.empty(4, batch, seq_len, dtype=torch.int32, device=images.device)
@@ -120,7 +125,9 @@ def intervals(spans: Tensor | None, types: Tensor | None, documents: Tensor | No
         return out
     strides = (0 if x is None or x.shape[0] == 1 else x.stride(0) for x in (images, documents, hidden))
     _mask_intervals[(triton.cdiv(seq_len, BLOCK) * batch,)](
-        images, images if documents is None else documents, images if hidden is None else hidden, out, 0 if spans is None else spans.shape[1],
+        images, images if documents is None else documents, images if hidden is None else hidden, out,
+        0 if spans is None else spans.shape[1],
         0 if hidden is None else hidden.shape[1], seq_len, window, *strides, batch * seq_len,
-        TYPES=types is not None, DOCUMENTS=documents is not None, HIDDEN=hidden is not None, WINDOW=window > 0, BLOCK=BLOCK, SPANS=SPANS, num_warps=WARPS)
+        TYPES=types is not None, DOCUMENTS=documents is not None, HIDDEN=hidden is not None, WINDOW=window > 0,
+        BLOCK=BLOCK, SPANS=SPANS, num_warps=WARPS)
     return out

@@ -1,4 +1,7 @@
-"""The modulated norms and gated residuals on a CPU: plain PyTorch, statistics in float32 (float64 stays), sums per image in float64."""
+"""The modulated norms and gated residuals on the CPU, in plain PyTorch.
+
+Statistics are float32 (float64 stays) and sums per image are float64.
+"""
 import torch
 from torch import Tensor
 
@@ -22,12 +25,15 @@ def _table_rows(image_ids: Tensor, images: int) -> Tensor:
     """The row of each token in a table with a row for text behind its last."""
     image_ids = image_ids.reshape(-1).long()
     if image_ids.numel() and image_ids.max() >= images:
-        raise ValueError(f"modulation: index names image {image_ids.max().item()} and there are {images}; -1 (text) to {images - 1} fits")
+        raise ValueError(f"modulation: index names image {image_ids.max().item()} and there are {images}; -1 (text) "
+                         f"to {images - 1} fits")
     return torch.where(image_ids < 0, images, image_ids)
 
 
-def forward(x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
-            shift: Tensor | None, image_ids: Tensor, eps: float, center: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    scale: Tensor | None, shift: Tensor | None, image_ids: Tensor, eps: float, center: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `kernels.forward` computes."""
     shape, dtype, tokens = x.shape, x.dtype, image_ids.shape
     image_ids = _table_rows(image_ids, (gate if scale is None else scale).shape[0])
@@ -51,8 +57,9 @@ def forward(x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tenso
     return out.to(dtype), y.to(dtype), mean if center else rstd.new_empty(0), rstd
 
 
-def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, scale: Tensor | None,
-             image_ids: Tensor, mean: Tensor, rstd: Tensor, center: bool, level: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor | None, gate: Tensor | None,
+             weight: Tensor | None, scale: Tensor | None, image_ids: Tensor, mean: Tensor, rstd: Tensor, center: bool,
+             level: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
     """What `kernels.backward` computes."""
     shape, dtype, images = x.shape, x.dtype, (gate if scale is None else scale).shape[0]
     image_ids = _table_rows(image_ids, images)

@@ -6,21 +6,22 @@ from torch import Tensor
 
 
 class ResidualNorm(NamedTuple):
-    """`residual`, the stream after the gated addition, and `normed`, its modulated norm; both like the residual that came in."""
+    """`residual`, the stream after the gated addition, and `normed`, its modulated norm; both like the residual."""
 
     residual: Tensor
     normed: Tensor
 
 
-def modulated_rms_norm_reference(x: Tensor, weight: Tensor | None, scale: Tensor, shift: Tensor | None, index: Tensor, *, eps: float = 1e-6) -> Tensor:
+def modulated_rms_norm_reference(x: Tensor, weight: Tensor | None, scale: Tensor, shift: Tensor | None, index: Tensor,
+                                 *, eps: float = 1e-6) -> Tensor:
     """The specification in plain PyTorch: statistics in float32 (float64 stays), the rest in x's dtype."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     y = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
     return _modulate_reference(y if weight is None else y * weight, scale, shift, index).to(x.dtype)
 
 
-def modulated_layer_norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor | None, index: Tensor, *,
-                                   eps: float = 1e-6) -> Tensor:
+def modulated_layer_norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor,
+                                   shift: Tensor | None, index: Tensor, *, eps: float = 1e-6) -> Tensor:
     """The specification in plain PyTorch: statistics in float32 (float64 stays), the rest in x's dtype."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     centered = wide - wide.mean(-1, keepdim=True)
@@ -34,8 +35,10 @@ def gated_residual_reference(residual: Tensor, branch: Tensor, gate: Tensor, ind
     return (residual + of_token(gate, index, 1) * branch).to(residual.dtype)
 
 
-def gated_residual_rms_norm_reference(residual: Tensor, branch: Tensor, gate: Tensor, weight: Tensor | None, scale: Tensor, shift: Tensor | None,
-                                      index: Tensor, *, eps: float = 1e-6) -> ResidualNorm:
+def gated_residual_rms_norm_reference(
+    residual: Tensor, branch: Tensor, gate: Tensor, weight: Tensor | None, scale: Tensor, shift: Tensor | None,
+    index: Tensor, *, eps: float = 1e-6
+) -> ResidualNorm:
     """The specification: one after the other."""
     residual = gated_residual_reference(residual, branch, gate, index)
     return ResidualNorm(residual, modulated_rms_norm_reference(residual, weight, scale, shift, index, eps=eps))

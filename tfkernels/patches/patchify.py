@@ -1,12 +1,12 @@
 """Latents to tokens and back, and noising on the way: the noise is drawn from a seed in registers and never stored.
 
-    tokens[(n, h, w), (c, i, j)] = x[n, c, h * patch + i, w * patch + j]   patchify; unpatchify is its inverse and gradient
-    tokens = patchify(signal_n * x0 + noise_n * eps)                       noise_patchify (DDPM, arXiv:2006.11239, eq. 4)
+    tokens[(n, h, w), (c, i, j)] = x[n, c, h * patch + i, w * patch + j]   patchify; unpatchify is its inverse, gradient
+    tokens = patchify(signal_n * x0 + noise_n * eps)                       noise_patchify (DDPM, arXiv:2006.11239, eq 4)
     dx0    = signal_n * unpatchify(dtokens)                                its gradient
 
 Rows are patches in raster order, elements channel by channel, as in `torch.nn.functional.pixel_unshuffle`. `eps` is
-Philox's (`tfkernels.patches.philox`) in token order, so that `diffusion_loss` draws the same one again. The specification
-is in `reference.py`, the kernels are in `triton/patchify.py`.
+Philox's (`tfkernels.patches.philox`) in token order, so that `diffusion_loss` draws the same one again. The
+specification is in `reference.py`, the kernels are in `triton/patchify.py`.
 
 Bytes that must move for E elements of e bytes (plain PyTorch: what eager mode moves for the same):
 
@@ -43,7 +43,8 @@ def patchify(x: Tensor, patch_size: int) -> Tensor:
     """
     need_tensors("patchify", {"x": x})
     if x.ndim != 4:
-        raise ValueError(f"patchify: x has shape {tuple(x.shape)}; 4 dimensions (N, C, H, W) fit; patchify_packed takes latents of different sizes")
+        raise ValueError(f"patchify: x has shape {tuple(x.shape)}; 4 dimensions (N, C, H, W) fit; patchify_packed "
+                         "takes latents of different sizes")
     s = source("patchify", "x", x, patch_size, None)
     return _patchify(s.x, None, None, s.channels, s.patch)
 
@@ -57,18 +58,21 @@ def unpatchify(tokens: Tensor, patch_size: int, height: int, width: int) -> Tens
     need_tensors("unpatchify", {"tokens": tokens})
     height, width = need_integer("unpatchify", "height", height, 1), need_integer("unpatchify", "width", width, 1)
     if tokens.ndim != 2:
-        raise ValueError(f"unpatchify: tokens has shape {tuple(tokens.shape)}; 2 dimensions (N * H/p * W/p, C * p * p) fit; flatten a batch's first two")
+        raise ValueError(f"unpatchify: tokens has shape {tuple(tokens.shape)}; 2 dimensions (N * H/p * W/p, C * p * "
+                         "p) fit; flatten a batch's first two")
     check_floating("unpatchify", "tokens", tokens)
     check_patch_size("unpatchify", "height x width", (height, width), patch_size)
     count = height // patch_size * (width // patch_size)
     if tokens.shape[1] % patch_size**2 or count == 0 or tokens.shape[0] % count:
-        raise ValueError(f"unpatchify: tokens has shape {tuple(tokens.shape)}; a multiple of {count} rows of a multiple of {patch_size**2} elements fits "
-                         f"{height}x{width} in patches of {patch_size}")
+        raise ValueError(f"unpatchify: tokens has shape {tuple(tokens.shape)}; a multiple of {count} rows of a "
+                         f"multiple of {patch_size**2} elements fits {height}x{width} in patches of {patch_size}")
     return _unpatchify(tokens.contiguous(), None, None, tokens.shape[1] // patch_size**2, patch_size, height, width)
 
 
 def patchify_packed(x: PackedLatents) -> Tensor:
-    """`patchify` for latents of different sizes: (P, C * p * p), image n in the rows [offsets_n, offsets_n+1); rows of padding are 0.
+    """Return `patchify` of latents of different sizes: (P, C * p * p), image n in the rows [offsets_n, offsets_n+1).
+
+    Rows of padding are 0.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, named.
@@ -88,8 +92,8 @@ def unpatchify_packed(tokens: Tensor, like: PackedLatents) -> PackedLatents:
     need_tensors("unpatchify_packed", {"tokens": tokens})
     s = source("unpatchify_packed", "like", like, None, None)
     if tokens.shape != (s.rows, s.dim) or tokens.device != s.x.device:
-        raise ValueError(f"unpatchify_packed: tokens has shape {tuple(tokens.shape)} on {tokens.device} and like {s.rows} rows of {s.dim} elements on "
-                         f"{s.x.device}; ({s.rows}, {s.dim}) fits")
+        raise ValueError(f"unpatchify_packed: tokens has shape {tuple(tokens.shape)} on {tokens.device} and like "
+                         f"{s.rows} rows of {s.dim} elements on {s.x.device}; ({s.rows}, {s.dim}) fits")
     check_floating("unpatchify_packed", "tokens", tokens)
     return PackedLatents(_unpatchify(tokens.contiguous(), s.offsets, s.columns, s.channels, s.patch, 0, 0), *like[1:])
 
@@ -99,16 +103,16 @@ def _need_packed(op: str, name: str, x) -> None:
         raise ValueError(f"{op}: {name} is {got(x)}; PackedLatents fit; pack_latents makes them of a list of latents")
 
 
-def noise_patchify(x0: Tensor | PackedLatents, signal: Tensor, noise: Tensor, seed: Tensor | int, *, patch_size: int | None = None,
-                   offsets: Tensor | None = None) -> Tensor:
+def noise_patchify(x0: Tensor | PackedLatents, signal: Tensor, noise: Tensor, seed: Tensor | int, *,
+                   patch_size: int | None = None, offsets: Tensor | None = None) -> Tensor:
     """Return the tokens of x_t = signal_n * x0 + noise_n * eps; eps is a function of the seed and is never stored.
 
     Args:
-        x0: latents (N, C, H, W) with `patch_size`; or `PackedLatents`; or clean tokens (P, D) with `offsets`. float16, bfloat16 or
-            float32 (float64 on CPU), any strides.
+        x0: latents (N, C, H, W) with `patch_size`; or `PackedLatents`; or clean tokens (P, D) with `offsets`. float16,
+            bfloat16 or float32 (float64 on CPU), any strides.
         signal, noise: (N,) one number per image.
-        seed: int64 tensor (2,) on x0's device, [seed, offset], or an int (offset 0). Give every training step another offset (its low
-            32 bits count). `diffusion_loss` with the same seed sees the same eps.
+        seed: int64 tensor (2,) on x0's device, [seed, offset], or an int (offset 0). Give every training step another
+            offset (its low 32 bits count). `diffusion_loss` with the same seed sees the same eps.
         offsets: (N + 1,) int32, image n in the rows [offsets_n, offsets_n+1); rows outside are padding, may hold
             anything and come out 0. Offsets that fall or leave [0, P] raise on a CPU; on a GPU, where looking would
             synchronise, each row goes to the last image whose offset is not above it, and what lies outside is never
@@ -118,11 +122,13 @@ def noise_patchify(x0: Tensor | PackedLatents, signal: Tensor, noise: Tensor, se
         (P, D) in x0's dtype, computed in float32. Differentiable in x0.
 
     Raises:
-        ValueError: a shape, dtype, device or value that does not fit, named; also signal or noise that require a gradient.
+        ValueError: a shape, dtype, device or value that does not fit, named; also signal or noise that require a
+            gradient.
     """
     s = source("noise_patchify", "x0", x0, patch_size, offsets)
     dtype = torch.promote_types(s.x.dtype, torch.float32)
-    signal, noise = (check_per_image("noise_patchify", name, x, s.images, s.x.device, dtype) for name, x in (("signal", signal), ("noise", noise)))
+    signal, noise = (check_per_image("noise_patchify", name, x, s.images, s.x.device, dtype)
+                     for name, x in (("signal", signal), ("noise", noise)))
     seed = seed_tensor("noise_patchify", seed, s.x.device)
     return _noise_patchify(s.x, signal, noise, seed, s.offsets, s.columns, s.channels, s.patch)
 
@@ -138,7 +144,8 @@ def _noise_backward_fake(dtokens, signal, offsets, columns, channels, patch, hei
 _patchify = register("patchify", kernel=kernels.patchify, cpu=patchify_reference, fake=empty_tokens)
 _unpatchify = register("unpatchify", kernel=kernels.unpatchify, cpu=unpatchify_reference, fake=empty_latents)
 _noise_patchify = register("noise_patchify", kernel=kernels.noise_patchify, cpu=cpu.noise_patchify, fake=_noise_fake)
-_noise_patchify_backward = register("noise_patchify_backward", kernel=kernels.noise_patchify_backward, cpu=cpu.noise_patchify_backward, fake=_noise_backward_fake)
+_noise_patchify_backward = register("noise_patchify_backward", kernel=kernels.noise_patchify_backward,
+                                    cpu=cpu.noise_patchify_backward, fake=_noise_backward_fake)
 
 
 def _save_patchify(ctx, inputs, output):

@@ -8,7 +8,10 @@ from tfkernels.patches.philox import philox_normal_reference
 
 
 def patchify_reference(x: Tensor, offsets: Tensor | None, columns: Tensor | None, channels: int, patch: int) -> Tensor:
-    """The specification in plain PyTorch, for the three layouts of `tfkernels.patches.latents`: x (N, C, H, W), (P * D,) or (P, D) to (P, D)."""
+    """The specification in plain PyTorch, for the three layouts of `tfkernels.patches.latents`.
+
+    x is (N, C, H, W), (P * D,) or (P, D); the result is (P, D).
+    """
     if x.ndim == 4:
         n, c, h, w = x.shape
         x = x.reshape(n, c, h // patch, patch, w // patch, patch).permute(0, 2, 4, 1, 3, 5)
@@ -19,8 +22,12 @@ def patchify_reference(x: Tensor, offsets: Tensor | None, columns: Tensor | None
     return torch.where(at >= 0, x[at.clamp(min=0)], 0) if x.numel() else x.new_empty(at.shape)
 
 
-def unpatchify_reference(tokens: Tensor, offsets: Tensor | None, columns: Tensor | None, channels: int, patch: int, height: int, width: int) -> Tensor:
-    """The inverse of `patchify_reference`: to (N, C, height, width) without offsets, to packed (P * D,) with columns, else to tokens."""
+def unpatchify_reference(tokens: Tensor, offsets: Tensor | None, columns: Tensor | None, channels: int, patch: int,
+                         height: int, width: int) -> Tensor:
+    """The inverse of `patchify_reference`.
+
+    Without offsets it returns (N, C, height, width), with columns packed (P * D,), else tokens.
+    """
     if offsets is None:
         h, w = height // patch, width // patch
         x = tokens.reshape(tokens.shape[0] // (h * w), h, w, channels, patch, patch).permute(0, 3, 1, 4, 2, 5)
@@ -31,8 +38,8 @@ def unpatchify_reference(tokens: Tensor, offsets: Tensor | None, columns: Tensor
     return tokens.new_zeros(size + 1).scatter(0, torch.where(at >= 0, at, size), tokens.flatten())[:size].clone()
 
 
-def noise_patchify_reference(x: Tensor, signal: Tensor, noise: Tensor, seed: Tensor, offsets: Tensor | None, columns: Tensor | None,
-                             channels: int, patch: int) -> Tensor:
+def noise_patchify_reference(x: Tensor, signal: Tensor, noise: Tensor, seed: Tensor, offsets: Tensor | None,
+                             columns: Tensor | None, channels: int, patch: int) -> Tensor:
     """The specification in plain PyTorch, in x's dtype, with eps in memory."""
     tokens = patchify_reference(x, offsets, columns, channels, patch)
     image_ids, eps = noise_reference(seed, offsets, len(signal), *tokens.shape, tokens.dtype)
@@ -41,14 +48,17 @@ def noise_patchify_reference(x: Tensor, signal: Tensor, noise: Tensor, seed: Ten
     return tokens if offsets is None else torch.where(locate_reference(offsets, len(tokens))[2][:, None], tokens, 0)
 
 
-def noise_reference(seed: Tensor, offsets: Tensor | None, images: int, rows: int, dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Return each row's image (P,) and the eps (P, D) in `dtype` that `noise_patchify` adds and `diffusion_loss` knows."""
-    image_ids, row, _ = locate_reference(uniform_offsets(images, rows, seed.device) if offsets is None else offsets, rows)
+def noise_reference(seed: Tensor, offsets: Tensor | None, images: int, rows: int, dim: int,
+                    dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Return each row's image id (P,) and the eps (P, D) in `dtype` that `noise_patchify` adds and the losses know."""
+    image_ids, row, _ = locate_reference(uniform_offsets(images, rows, seed.device) if offsets is None else offsets,
+                                         rows)
     eps = philox_normal_reference(seed, image_ids, row, dim, torch.promote_types(dtype, torch.float32))
     return image_ids, eps.to(dtype)
 
 
-def embed_patches_reference(hidden: Tensor, patches: Tensor, weight: Tensor, condition: Tensor, places: Tensor, offsets: Tensor) -> Tensor:
+def embed_patches_reference(hidden: Tensor, patches: Tensor, weight: Tensor, condition: Tensor, places: Tensor,
+                            offsets: Tensor) -> Tensor:
     """The specification in plain PyTorch, in hidden's dtype."""
     row, place, image_ids = placed(places, offsets)
     embedded = F.linear(patches[row].to(hidden.dtype), weight.to(hidden.dtype)) + condition.to(hidden.dtype)[image_ids]

@@ -8,7 +8,8 @@ from tfkernels.patches.latents import locate_reference
 def _size(x: Tensor, channels: int, patch: int) -> tuple[int, int]:
     """P and D of an operand in any layout."""
     dim = channels * patch**2
-    return (x.shape[0] * (x.shape[2] // patch) * (x.shape[3] // patch) if x.ndim == 4 else x.shape[0] if x.ndim == 2 else x.shape[0] // dim), dim
+    return ((x.shape[0] * (x.shape[2] // patch) * (x.shape[3] // patch) if x.ndim == 4 else x.shape[0]
+             if x.ndim == 2 else x.shape[0] // dim), dim)
 
 
 def empty_tokens(x, offsets, columns, channels, patch):
@@ -24,7 +25,7 @@ def empty_latents(tokens, offsets, columns, channels, patch, height, width):
 
 
 def empty_embed_gradients(dout, patches, weight, condition, places, offsets, of_hidden, of_patches, of_sums):
-    """Return the gradients of `embed_patches` to be filled: of hidden, patches, weight and condition; empty where not wanted."""
+    """Return `embed_patches`' gradients of hidden, patches, weight, condition to be filled; empty where not wanted."""
     wanted = (dout, of_hidden), (patches, of_patches), (weight, of_sums), (condition, of_sums)
     return tuple(x.new_empty(x.shape if needed else 0) for x, needed in wanted)
 

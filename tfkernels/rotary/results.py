@@ -16,5 +16,6 @@ def empty_like(x: Tensor) -> Tensor:
 def empty_gradients(dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, eps):
     """Return dq, dk, dq_weight and dk_weight to be filled; what nobody asked for has no elements."""
     dq, dk = (cos.new_empty(0) if x is None else empty_like(x) for x in (dq_out, dk_out))
-    dq_weight, dk_weight = (cos.new_empty(0 if x is None else x.shape, dtype=None if x is None else x.dtype) for x in (q_weight, k_weight))
+    dq_weight, dk_weight = (cos.new_empty(0 if x is None else x.shape, dtype=None if x is None else x.dtype)
+                            for x in (q_weight, k_weight))
     return dq, dk, dq_weight, dk_weight

@@ -1,8 +1,8 @@
-"""A diffusion objective is four scalar functions of the time t in [0, 1]: two say how an image is noised, two what is predicted.
+"""A diffusion objective is four scalar functions of the time t in [0, 1]: how an image is noised and what is predicted.
 
     x_t    = signal(t) * x0 + noise(t) * eps        the path from the image x0 (t = 0) to the noise eps (t = 1); the
                                                     literature's alpha_t and sigma_t
-    target = p(t) * x0 + q(t) * eps                 the prediction target; p and q are its coefficients of image and noise
+    target = p(t) * x0 + q(t) * eps                 the prediction target; p is the factor of x0 in it, q that of eps
 
     name    predicts        signal, noise                   p        q          source
     eps     the noise       cos(pi t / 2), sin(pi t / 2)    0        1          DDPM, arXiv:2006.11239
@@ -31,11 +31,11 @@ class Flow:
     start: float = 1.0  # the time at which sampling starts
 
     def path(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (signal, noise) at t, the coefficients of x0 and eps in x_t."""
+        """Return (signal, noise) at t, the factors of x0 and eps in x_t."""
         return 1 - t, t
 
     def target(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (p, q) at t, the coefficients of x0 and eps in the prediction target."""
+        """Return (p, q) at t, the factors of x0 and eps in the prediction target."""
         return -torch.ones_like(t), torch.ones_like(t)
 
 

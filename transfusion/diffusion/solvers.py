@@ -24,7 +24,7 @@ _PREDICTION = {"EpsPrediction": "epsilon", "VPrediction": "v_prediction", "X0Pre
 
 
 class DDIMSolver:
-    """The deterministic step of `transfusion.diffusion.objective` at evenly spaced times, shifted for the image's size."""
+    """The deterministic step of an objective (`step`) at evenly spaced times, shifted for the image's size."""
 
     def __init__(self, objective, steps: int, tokens: int, shift_tokens: int | None):
         self.objective = objective
@@ -53,11 +53,11 @@ class SchedulerSolver:
         self.scheduler = scheduler
         flow = isinstance(objective, Flow)
         if not flow and shift_tokens is not None:
-            raise ValueError("sampler: time_shift_tokens is set on the cosine path, which diffusers' solvers cannot shift; "
-                             "'ddim' or objective 'flow' fits")
+            raise ValueError("sampler: time_shift_tokens is set on the cosine path, which diffusers' solvers cannot "
+                             "shift; 'ddim' or objective 'flow' fits")
         scheduler.set_timesteps(steps)
         sigmas = scheduler.sigmas[:len(scheduler.timesteps)].double()
-        self.times = (sigmas if flow else sigmas.atan() * (2 / math.pi)).float()  # sigma: noise, or noise / signal, at t
+        self.times = (sigmas if flow else sigmas.atan() * (2 / math.pi)).float()  # sigma is noise, or noise / signal
         self.scaled = not flow
 
     def start(self, noise: Tensor) -> Tensor:
@@ -87,8 +87,9 @@ def make_solver(name: str, objective, steps: int, tokens: int,
         check_value("sampler", "shift_tokens", shift_tokens, Count)
     if name == "ddim":
         return DDIMSolver(objective, steps, tokens, shift_tokens)
-    scheduler = _flow_scheduler(name, tokens, shift_tokens) if isinstance(objective, Flow) else _scheduler(name, objective)
-    return SchedulerSolver(scheduler, objective, steps, tokens, shift_tokens)
+    if isinstance(objective, Flow):
+        return SchedulerSolver(_flow_scheduler(name, tokens, shift_tokens), objective, steps, tokens, shift_tokens)
+    return SchedulerSolver(_scheduler(name, objective), objective, steps, tokens, shift_tokens)
 
 
 def _flow_scheduler(name: str, tokens: int, shift_tokens: int | None):

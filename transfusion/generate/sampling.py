@@ -39,7 +39,7 @@ class Sampling(TextSampling):
     steps: Count = 50
     """denoising steps of each image (the paper: 250, of a model trained with 1000)"""
     sampler: Annotated[str, OneOf(SOLVERS)] = "ddim"
-    """the solver: ddim (Euler's method on the straight path), dpm++, unipc or heun (see `transfusion.diffusion.solvers`)"""
+    """the solver: ddim (on the straight path: Euler's method), dpm++, unipc or heun"""
     guidance: Annotated[Guidance | NotNegative, arg(name="")] = Guidance()
     """a `Guidance`, or its scale of the prompt alone; a scale of 1 is no guidance, and then no other rows are run"""
     previews: Suppress[bool] = False

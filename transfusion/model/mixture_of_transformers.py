@@ -7,10 +7,11 @@ Patches have norms, projections and MLPs of their own; text keeps the decoder's.
     x <- x + gate * mlp_m(norm_m(x))
 
 There is no router, as a mixture of experts has one: a token's modality says which weights are its own. Sources:
-Mixture-of-Transformers, arXiv:2411.04996 (section 2.2, algorithm 1), and LMFusion, arXiv:2412.15188, which starts both
-sets of weights from a language model and freezes those of text: `backbone.decoder.requires_grad_(False)`. Norms and
-residuals of patches are modulated as in `AdaLNBackbone`, those of text never are. Outside attention, text and patches are
-two separate tensors, so that each weight takes part in one matrix product; they are joined for attention alone.
+Mixture-of-Transformers, arXiv:2411.04996 (section 2.2, algorithm 1), and LMFusion, arXiv:2412.15188, which starts
+both sets of weights from a language model and freezes those of text: `backbone.decoder.requires_grad_(False)`. Norms
+and residuals of patches are modulated as in `AdaLNBackbone`, those of text never are. Outside attention, text and
+patches are two separate tensors, so that each weight takes part in one matrix product; they are joined for attention
+alone.
 """
 import copy
 
@@ -23,9 +24,9 @@ from transfusion.sequence import Modality
 
 
 class MixtureOfTransformersBackbone(AdaLNBackbone):
-    """An `AdaLNBackbone` whose patches go through `image_layers` and `image_norm`, copies of the decoder's layers and norm.
+    """An `AdaLNBackbone` whose patches go through `image_layers` and `image_norm`; the decoder stays that of text.
 
-    The decoder itself stays that of text.
+    Both begin as copies of the decoder's layers and norm.
     """
 
     def __init__(self, text_config):

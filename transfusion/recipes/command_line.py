@@ -25,7 +25,7 @@ from transfusion.eval.autoencoder import VAEEvalSettings, evaluate
 from transfusion.recipes.digits import DigitsSettings, digits, digits_paper
 from transfusion.recipes.emoji import EmojiSettings, emoji, emoji_autoencoder
 from transfusion.recipes.paper import paper, paper_autoencoder
-from transfusion.values import nearest
+from transfusion.settings import nearest
 
 DATA_SETS = {"digits": DigitsSettings, "emoji": EmojiSettings, "folder": PictureFolderSettings}
 """What data:NAME may name on the command line. A program of one's own gives `TrainConfig` any settings."""

@@ -21,9 +21,9 @@ from transformers import LlamaConfig
 from transfusion.data.dataset import DatasetSettings
 from transfusion.data.picture_files import PictureFolderSettings
 from transfusion.model.config import TransfusionConfig
+from transfusion.settings import nearest
 from transfusion.train.autoencoder import AutoencoderSettings, LossSettings, VAEOptimSettings, VAETrainConfig
 from transfusion.train.transfusion import ModelSettings, OptimSettings, TrainConfig
-from transfusion.values import nearest
 
 VOCABULARY = 32_000
 

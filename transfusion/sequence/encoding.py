@@ -1,15 +1,15 @@
 """From parts to one document: its tokens, which of them are text targets, and its images' patches.
 
-A document is BOS, its parts in order (an image is BOI, its patches in raster order, EOI), and EOS. Text that begins with
-BOS, as a chat template's does, gets no second one; other names of special tokens in a text are plain characters: see
-`Text`. Text loss stands on every token that follows text, EOI or BOS in the same document, never where the input is BOI or
-a patch (arXiv:2408.11039, footnote 8). The EOS of an image without any text is no target: its caption was left out for
-guidance, and the model must not learn that nothing can be said about an image.
+A document is BOS, its parts in order (an image is BOI, its patches in raster order, EOI), and EOS. Text that begins
+with BOS, as a chat template's does, gets no second one; other names of special tokens in a text are plain characters:
+see `Text`. Text loss stands on every token that follows text, EOI or BOS in the same document, never where the input
+is BOI or a patch (arXiv:2408.11039, footnote 8). The EOS of an image without any text is no target: its caption was
+left out for guidance, and the model must not learn that nothing can be said about an image.
 
-What follows an image reads it as it is noised (the paper), or clean: `with_clean_copies` lays an image out as BOI, noised
-patches, clean patches, EOI. Nothing else sees the noised patches; the clean ones take their positions, time 0 and no loss.
-So all that follows has the position and the context that it has in sampling, where only the finished image stands before
-it.
+What follows an image reads it as it is noised (the paper), or clean: `with_clean_copies` lays an image out as BOI,
+noised patches, clean patches, EOI. Nothing else sees the noised patches; the clean ones take their positions, time 0
+and no loss. So all that follows has the position and the context that it has in sampling, where only the finished
+image stands before it.
 """
 from typing import NamedTuple
 
@@ -20,8 +20,11 @@ from transfusion.sequence.parts import Image, Part, Text
 
 
 class Document(NamedTuple):
-    """One encoded document: ids (S,), whether each is a text target, and its images as (start, patches, grid, image_first).
+    """One encoded document.
 
+    tokens: ids (S,).
+    targets: (S,), whether each is a text target.
+    images: (start, patches, grid, image_first) of each; the last says whether it stands before any text.
     hidden: numbers of the images that only their own tokens see; the image after each one is its clean copy.
     read: numbers of the images that are only read: clean, and without a loss.
     """
@@ -87,10 +90,10 @@ def encode(parts: list[Part], tokenizer, config, *, end: bool = True) -> Documen
 def with_clean_copies(document: Document) -> Document:
     """Put a clean copy behind the patches of each image that is drawn and has a text target behind it.
 
-    Such a target is text, the BOI of another image or, in a document with text, EOS. These are BAGEL's noised and clean
-    tokens (arXiv:2505.14683, "Generalized Causal Attention"), between one BOI and one EOI. EOS alone is reason enough for
-    a copy: if a noised image were read only where the document ends, noise would announce the end, and in sampling the
-    image that is read has none.
+    Such a target is text, the BOI of another image or, in a document with text, EOS. These are BAGEL's noised and
+    clean tokens (arXiv:2505.14683, "Generalized Causal Attention"), between one BOI and one EOI. EOS alone is reason
+    enough for a copy: if a noised image were read only where the document ends, noise would announce the end, and in
+    sampling the image that is read has none.
     """
     tokens, targets, images, hidden, read = list(document.tokens), list(document.targets), [], [], []
     for number, (start, patches, grid, image_first) in enumerate(document.images):

@@ -1,7 +1,8 @@
 """Where things stand in packed rows: which patches are whose, and which tokens are text.
 
-Two words are used for them throughout the package. An *image id* is the number of an image in its batch, counted over all
-rows, and -1 for text. *Places* are flat indices into the B * S tokens of a batch: token s of row b has place b * S + s.
+Two words are used for them throughout the package. An *image id* is the number of an image in its batch, counted over
+all rows, and -1 for text. *Places* are flat indices into the B * S tokens of a batch: token s of row b has place b *
+S + s.
 """
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ class ImageLayout(NamedTuple):
         return ImageLayout(*(x.to(device, non_blocking=True) for x in self[:3]), self.grids)
 
     def by_grid(self) -> list[tuple[tuple[int, int], Tensor, Tensor]]:
-        """Images of one grid together: for each grid (grid, image ids (n,), indices of patches (n * rows * columns,))."""
+        """For each grid there is: (grid, ids of its images (n,), indices of their patches (n * rows * columns,))."""
         if len(set(self.grids)) == 1:  # nothing to sort out, and nothing to carry to the device
             counts = len(self.grids), len(self.image_ids)
             return [(self.grids[0], *(torch.arange(count, device=self.image_ids.device) for count in counts))]

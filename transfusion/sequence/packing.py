@@ -96,11 +96,11 @@ IMAGE_ATTENTION = {"bidirectional": Bidirectional(), "causal": Causal()}
 
 
 def pack(documents: list[Document], seq_len: int, patch_dim: int, *, rows: int | None = None) -> Sequence:
-    """Pack documents into rows of `seq_len` tokens, first fit; with `rows`, the documents that do not fit are left out."""
+    """Pack documents into rows of `seq_len` tokens, first fit; where `rows` is given, what does not fit is left out."""
     longest = max((len(d.tokens) for d in documents), default=0)
     if longest > seq_len:
-        raise ValueError(f"pack: a document has {longest} tokens and seq_len is {seq_len}; documents no longer than a row "
-                         "fit; raise seq_len or shorten it")
+        raise ValueError(f"pack: a document has {longest} tokens and seq_len is {seq_len}; "
+                         "documents no longer than a row fit; raise seq_len or shorten it")
     packed: list[list[Document]] = [[] for _ in range(rows or 0)]
     free = [seq_len] * len(packed)
     for document in documents:
@@ -116,7 +116,7 @@ def pack(documents: list[Document], seq_len: int, patch_dim: int, *, rows: int |
 
 
 def lay_out(rows: list[list[Document]], seq_len: int, patch_dim: int, *, left: bool = False) -> Sequence:
-    """Write rows of documents into one `Sequence`; padding stands right, or left (prompts, so that all end together)."""
+    """Write rows of documents into one `Sequence`; padding stands right, or left for prompts, which so end together."""
     tokens, positions, owner = ([[fill] * seq_len for _ in rows] for fill in (0, 0, -1))
     spans, hidden, target_places, targets, patches, patch_places, first, drawn, grids = ([] for _ in range(9))
     for b, documents in enumerate(rows):

@@ -11,10 +11,10 @@ SHORT = 200  # characters of texts whose tokens are kept: captions come again, a
 class Text:
     """A run of text; `loss=False` for text the model reads but is not trained to write (questions, instructions).
 
-    Text is characters: "<boi>", "</s>" and other names of special tokens in it are spelled out, and decoding gives them
-    back. Special tokens are read only in what a chat template wrote. That is text that begins with BOS, where the tokenizer
-    has a template, and text of which `special=True` says that it is a template's or a piece of it. BOI and EOI are never
-    read, for only an image has them. A BOS at the beginning of a text is always one.
+    Text is characters: "<boi>", "</s>" and other names of special tokens in it are spelled out, and decoding gives
+    them back. Special tokens are read only in what a chat template wrote. That is text that begins with BOS, where
+    the tokenizer has a template, and text of which `special=True` says that it is a template's or a piece of it. BOI
+    and EOI are never read, for only an image has them. A BOS at the beginning of a text is always one.
     """
 
     text: str

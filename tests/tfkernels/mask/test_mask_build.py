@@ -13,7 +13,9 @@ from tfkernels.mask.reference import intervals_reference
 
 def tensors(spans, seq_len, documents=None, hidden=None, window=None):
     """The operator's arguments from from_spans' lists."""
-    pad = lambda rows: torch.tensor([[*map(list, row), *[[0, 0]] * (9 - len(row))] for row in rows], device=DEVICE)  # noqa: E731
+    def pad(rows):
+        return torch.tensor([[*map(list, row), *[[0, 0]] * (9 - len(row))] for row in rows], device=DEVICE)
+
     documents = None if documents is None else torch.tensor(documents, device=DEVICE)
     return pad(spans), None, documents, None if hidden is None else pad(hidden), len(spans), seq_len, window or 0
 
@@ -67,7 +69,8 @@ def test_any_integer_dtype_and_any_strides_fit():
         strided = torch.stack([documents, documents], -1).to(dtype)[..., 0]
         assert torch.equal(TransfusionMask.from_spans(spans.to(dtype), 6, documents=strided).dense(), expected)
     types = torch.tensor([[False, True, True, False]], device=DEVICE)
-    assert torch.equal(TransfusionMask.from_token_types(types).dense(), TransfusionMask.from_spans([[(1, 3)]], 4, device=DEVICE).dense())
+    assert torch.equal(TransfusionMask.from_token_types(types).dense(),
+                       TransfusionMask.from_spans([[(1, 3)]], 4, device=DEVICE).dense())
 
 
 def test_spans_that_int32_does_not_hold_are_clipped_to_the_sequence():
@@ -78,6 +81,7 @@ def test_spans_that_int32_does_not_hold_are_clipped_to_the_sequence():
 
 
 def test_opcheck_passes():
-    for given_arguments in (tensors([[(1, 4)], [(0, 2), (2, 9)]], 12, [[0] * 8 + [1] * 4, [-1] * 3 + [0] * 9], [[], [(0, 2)]], 5),
+    for given_arguments in (tensors([[(1, 4)], [(0, 2), (2, 9)]], 12, [[0] * 8 + [1] * 4, [-1] * 3 + [0] * 9],
+                                    [[], [(0, 2)]], 5),
                             (None, torch.tensor([[0, 1, 1, 0]], device=DEVICE), None, None, 1, 4, 0)):
         torch.library.opcheck(torch.ops.tfkernels.mask_intervals.default, given_arguments)

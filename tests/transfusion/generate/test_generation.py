@@ -11,7 +11,7 @@ from tfkernels import patchify
 from transfusion import Image, Text
 from transfusion.diffusion.guidance import Guidance
 from transfusion.diffusion.objective import step
-from transfusion.generate.generation import Drawn, Preview, Sampling, _Sampler
+from transfusion.generate.generation import Drawn, Preview, Sampling, _Generation
 from transfusion.generate.kv_cache import Canvas
 from transfusion.sequence import Document, encode, lay_out
 
@@ -127,11 +127,11 @@ def test_later_text_reads_the_finished_image(model, monkeypatch):
 
 
 def test_the_prefix_stays_where_it_is_while_an_image_is_drawn_against_it(model, pictures):
-    sampler = _Sampler(model, [[Text("a handwritten seven")], [pictures[0], Text("b")]], Sampling(guidance=1.0), force_image=True)
+    generation = _Generation(model, [[Text("a handwritten seven")], [pictures[0], Text("b")]], Sampling(guidance=1.0), force_image=True)
     with torch.inference_mode():
-        sampler.clean = model.timestep(torch.zeros(1))
-        prefix, _ = sampler.prefill(sampler.documents)
-        canvas, columns = Canvas(model, prefix, sampler.grid), prefix.seen.shape[1]
+        generation.clean = model.timestep(torch.zeros(1))
+        prefix, _ = generation.prefill(generation.documents)
+        canvas, columns = Canvas(model, prefix, generation.grid), prefix.seen.shape[1]
         layers = canvas.cache.layers
         addresses = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in layers]
         x = torch.randn(2, 16, 4, generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,7 @@ from tests.transfusion.conftest import tiny_model
 from tests.transfusion.plain import add_noise, noise_of, plain_output
 from tfkernels import TransfusionMask
 from transfusion import Image, Text, Transfusion, TransfusionConfig
-from transfusion.generate.generation import Sampling, _Sampler
+from transfusion.generate.generation import Sampling, _Generation
 from transfusion.generate.kv_cache import Canvas
 from transfusion.model.backbone import FULL, SLIDING, windowed
 from transfusion.model.config import BACKBONES, IMAGE_LAYERS
@@ -142,32 +142,32 @@ def test_sampling_sees_the_window_that_training_sees(family, pictures):
     hidden = model.backbone(model.embed(sequence, noised, condition)[0], sequence.positions, sequence.mask(), condition, sequence.modality)
     for image, prompt in ((0, story[:1]), (2, story[:3])):
         other = [Text("a much longer prompt that keeps the shorter one on the left waiting for its turn"), pictures[2]]
-        sampler = _Sampler(model, [prompt, other], Sampling(guidance=1.0), force_image=True)
-        sampler.clean = model.timestep(torch.zeros(1))
-        sampler.cache, _ = sampler.prefill(sampler.documents)
+        generation = _Generation(model, [prompt, other], Sampling(guidance=1.0), force_image=True)
+        generation.clean = model.timestep(torch.zeros(1))
+        generation.cache, _ = generation.prefill(generation.documents)
         own = sequence.layout.image_ids == image
         noised, target = add_noise(model.objective, sequence.patches[own], noise_of(sequence, SEED)[own], times[image])
-        prediction = Canvas(model, sampler.cache.select([0]), sampler.grid).predict(noised[None], times[image])[0]
+        prediction = Canvas(model, generation.cache.select([0]), generation.grid).predict(noised[None], times[image])[0]
         torch.testing.assert_close(output.image_losses[image], (prediction - target).square().mean())
-        sampler.append_images([1], sequence.patches[own][None])                            # columns that the first row never sees
-        behind = sampler.append_images([0], sequence.patches[own][None])
+        generation.append_images([1], sequence.patches[own][None])                            # columns that the first row never sees
+        behind = generation.append_images([0], sequence.patches[own][None])
         torch.testing.assert_close(behind[0], hidden[0, sequence.spans[0, image + 1, 1]])
 
 
 @torch.no_grad()
 def test_what_nobody_sees_in_a_cache_may_hold_anything(model, pictures):
     """Left padding and the columns of rows that waited, filled with NaN, change nothing."""
-    sampler = _Sampler(model, [[Text("a")], [pictures[0], Text("a handwritten seven")]], Sampling(guidance=1.0), force_image=True)
-    sampler.clean = model.timestep(torch.zeros(1))
-    sampler.cache, _ = sampler.prefill(sampler.documents)
-    sampler.append_images([0], torch.randn(1, 16, 4))
-    for layer in sampler.cache.cache.layers:
-        hidden = ~sampler.cache.seen[:, None, :, None]
+    generation = _Generation(model, [[Text("a")], [pictures[0], Text("a handwritten seven")]], Sampling(guidance=1.0), force_image=True)
+    generation.clean = model.timestep(torch.zeros(1))
+    generation.cache, _ = generation.prefill(generation.documents)
+    generation.append_images([0], torch.randn(1, 16, 4))
+    for layer in generation.cache.cache.layers:
+        hidden = ~generation.cache.seen[:, None, :, None]
         layer.keys, layer.values = layer.keys.masked_fill(hidden, float("nan")), layer.values.masked_fill(hidden, float("nan"))
         assert layer.keys.isnan().any()
     x = torch.randn(2, 16, 4)
-    assert torch.isfinite(Canvas(model, sampler.cache, sampler.grid).predict(x, torch.tensor(0.5))).all()
-    assert torch.isfinite(sampler.append_images([0, 1], x)).all()
+    assert torch.isfinite(Canvas(model, generation.cache, generation.grid).predict(x, torch.tensor(0.5))).all()
+    assert torch.isfinite(generation.append_images([0, 1], x)).all()
 
 
 class Costs(TorchDispatchMode):
@@ -204,10 +204,10 @@ def test_a_training_step_makes_nothing_of_s_by_s_and_waits_for_no_value(backbone
 @torch.no_grad()
 def test_a_denoising_step_waits_for_no_value(backbone, layers, pictures):
     model = costed_model(backbone, layers).eval()
-    sampler = _Sampler(model, [[Text("a")], [pictures[0], Text("b")]], Sampling(steps=3), force_image=True)
-    sampler.clean = model.timestep(torch.zeros(1))
-    sampler.cache, _ = sampler.prefill(sampler.documents)
-    canvas, solver, x = Canvas(model, sampler.cache, sampler.grid), sampler.sampler(), torch.randn(2, 16, 4)
+    generation = _Generation(model, [[Text("a")], [pictures[0], Text("b")]], Sampling(steps=3), force_image=True)
+    generation.clean = model.timestep(torch.zeros(1))
+    generation.cache, _ = generation.prefill(generation.documents)
+    canvas, solver, x = Canvas(model, generation.cache, generation.grid), generation.solver(), torch.randn(2, 16, 4)
     with Costs() as costs:
         for number in range(3):
             x = solver.advance(x, canvas.predict(x, solver.times[number]), number)

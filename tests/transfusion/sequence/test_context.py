@@ -11,7 +11,7 @@ from tests.transfusion.plain import add_noise, noise_of, plain_output
 from tests.transfusion.train.test_transfusion import losses, small
 from transfusion import Image, Text, Transfusion
 from transfusion.data.batches import draw_batch, step_generator
-from transfusion.generate.generation import Sampling, _Sampler
+from transfusion.generate.generation import Sampling, _Generation
 from transfusion.generate.kv_cache import Canvas
 from transfusion.recipes.digits import DigitsSettings
 from transfusion.sequence import encode, pack, with_clean_copies
@@ -109,14 +109,14 @@ def test_losses_are_those_of_what_the_sampler_predicts_and_text_goes_on_as_after
     output = model(sequence, times, SEED)
     hidden = hidden_states(model, sequence, torch.where(sequence.drawn, times, 0))
     for image, prompt in ((0, story[:1]), (2, story[:3])):
-        sampler = _Sampler(model, [prompt], Sampling(guidance=1.0), force_image=True)
-        sampler.clean = model.timestep(torch.zeros(1))
-        sampler.cache, _ = sampler.prefill(sampler.documents)
+        generation = _Generation(model, [prompt], Sampling(guidance=1.0), force_image=True)
+        generation.clean = model.timestep(torch.zeros(1))
+        generation.cache, _ = generation.prefill(generation.documents)
         own = sequence.layout.image_ids == image
         noised, target = add_noise(model.objective, sequence.patches[own], noise_of(sequence, SEED)[own], times[image])
-        prediction = Canvas(model, sampler.cache, sampler.grid).predict(noised[None], times[image])[0]
+        prediction = Canvas(model, generation.cache, generation.grid).predict(noised[None], times[image])[0]
         torch.testing.assert_close(output.image_losses[image], (prediction - target).square().mean())
-        torch.testing.assert_close(sampler.append_images([0], sequence.patches[own][None]), hidden[:, sequence.spans[0, image + 1, 1]])
+        torch.testing.assert_close(generation.append_images([0], sequence.patches[own][None]), hidden[:, sequence.spans[0, image + 1, 1]])
 
 
 def test_noise_reaches_what_follows_in_the_papers_form_and_not_with_clean_copies(model, story):

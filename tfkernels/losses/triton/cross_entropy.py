@@ -10,7 +10,8 @@ from torch import Tensor
 from tfkernels._launch import Config
 from tfkernels._library import INTERPRET
 
-WIDEST = 32 if INTERPRET else 8192      # logits that one block holds; small in the interpreter, so that tests reach the loops
+# logits that one block holds; small in the interpreter, so that tests reach the loops
+WIDEST = 32 if INTERPRET else 8192
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -22,14 +23,18 @@ def launch_config(vocabulary: int) -> Config:
 
 @triton.jit
 def _load_logits(logits_ptr, cols, V: tl.constexpr, STRIDE: tl.constexpr):
-    """The logits in float32, -inf behind the last. STRIDE, unlike V, keeps the loads wide; what lies between the two is nobody's."""
+    """The logits in float32, -inf behind the last word.
+
+    STRIDE, unlike V, keeps the loads wide; what lies between the two is not read.
+    """
     z = tl.load(logits_ptr + cols, mask=cols < STRIDE, other=float("-inf")).to(tl.float32)
     return tl.where(cols < V, z, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _cross_entropy_rows(logits_ptr, targets_ptr, places_ptr, row_weight_ptr, losses_ptr, tokens,
-                        V: tl.constexpr, STRIDE: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+                        V: tl.constexpr, STRIDE: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr,
+                        BLOCK: tl.constexpr):
     r = tl.program_id(0).to(tl.int64)
     target, place = tl.load(targets_ptr + r), tl.load(places_ptr + r)
     logits_ptr += r * STRIDE
@@ -42,7 +47,8 @@ def _cross_entropy_rows(logits_ptr, targets_ptr, places_ptr, row_weight_ptr, los
                 tl.store(logits_ptr + cols, tl.zeros([BLOCK], logits_ptr.dtype.element_ty), mask=cols < STRIDE)
     else:
         exists &= (target >= 0) & (target < V)
-        chosen = tl.load(logits_ptr + target, mask=exists, other=float("nan")).to(tl.float32)  # before dz takes its place
+        # before dz takes its place
+        chosen = tl.load(logits_ptr + target, mask=exists, other=float("nan")).to(tl.float32)
         peak, total = tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.float32)
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
@@ -63,10 +69,12 @@ def _cross_entropy_rows(logits_ptr, targets_ptr, places_ptr, row_weight_ptr, los
                 tl.store(logits_ptr + cols, dz.to(logits_ptr.dtype.element_ty), mask=cols < STRIDE)
 
 
-def entropy(logits: Tensor, targets: Tensor, places: Tensor, row_weight: Tensor | None, losses: Tensor, tokens: int, gradient: bool) -> Tensor:
+def entropy(logits: Tensor, targets: Tensor, places: Tensor, row_weight: Tensor | None, losses: Tensor, tokens: int,
+            gradient: bool) -> Tensor:
     """Write `losses` and, with `gradient`, return dz, which takes the logits' place."""
     launch = launch_config(logits.shape[1])
-    _cross_entropy_rows[(len(logits),)](logits, targets, places, losses if row_weight is None else row_weight, losses, tokens, V=logits.shape[1],
-                                        STRIDE=logits.stride(0), WEIGHT=row_weight is not None, GRADIENT=gradient, BLOCK=launch.block_n,
+    _cross_entropy_rows[(len(logits),)](logits, targets, places, losses if row_weight is None else row_weight, losses,
+                                        tokens, V=logits.shape[1], STRIDE=logits.stride(0),
+                                        WEIGHT=row_weight is not None, GRADIENT=gradient, BLOCK=launch.block_n,
                                         num_warps=launch.num_warps, num_stages=launch.num_stages)
     return logits

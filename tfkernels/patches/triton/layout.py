@@ -5,12 +5,16 @@ from torch import Tensor
 
 from tfkernels._library import INTERPRET
 
-TILE, WIDEST = (64, 16) if INTERPRET else (2048, 1024)  # elements of one program, and of one row in it; the interpreter's cross many edges
-SCALAR_ARGUMENTS = ["images", "steps", "rows", "grid_rows", "grid_columns", "stride_xn", "stride_xc", "stride_xh", "stride_xw"]
+# elements of one program, and of one row in it; the interpreter's cross many edges
+TILE, WIDEST = (64, 16) if INTERPRET else (2048, 1024)
+SCALAR_ARGUMENTS = ["images", "steps", "rows", "grid_rows", "grid_columns", "stride_xn", "stride_xc", "stride_xh",
+                    "stride_xw"]
 
 
-def geometry(x: Tensor, offsets: Tensor | None, columns: Tensor | None, patch: int) -> tuple[list[Tensor], list[int], dict]:
-    """Return a kernel's pointers (offsets, columns), its integers behind `images`, and its constexprs for `x` in any layout."""
+def geometry(
+    x: Tensor, offsets: Tensor | None, columns: Tensor | None, patch: int
+) -> tuple[list[Tensor], list[int], dict]:
+    """Return a kernel's pointers (offsets, columns), its integers behind `images` and its constexprs; any layout."""
     layout = {1: "packed", 2: "tokens", 4: "latents"}[x.ndim]
     grid = (x.shape[2] // patch, x.shape[3] // patch) if layout == "latents" else (1, 1)
     strides = x.stride() if layout == "latents" else (0, 0, 0, 0)
@@ -25,7 +29,7 @@ def dense(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def tile(dim: int) -> dict:
-    """Return the constexprs of a program's tile: the D elements of a row and how many rows and elements it takes at a time."""
+    """Return the constexprs of a program's tile: D, and how many rows and elements of a row it takes at a time."""
     block = min(max(4, triton.next_power_of_2(dim)), WIDEST)
     return {"DIM": dim, "BLOCK_R": max(1, TILE // block), "BLOCK_D": block}
 
@@ -50,7 +54,8 @@ def locate(row, offsets_ptr, images, steps, rows, tokens, SEARCH: tl.constexpr):
 
 
 @triton.jit
-def addresses(row, image, start, count, inside, d, columns_ptr, rows, grid_columns, stride_xn, stride_xc, stride_xh, stride_xw,
+def addresses(row, image, start, count, inside, d, columns_ptr, rows, grid_columns, stride_xn, stride_xc, stride_xh,
+              stride_xw,
               LAYOUT: tl.constexpr, PATCH: tl.constexpr, DIM: tl.constexpr):
     """Offsets (R, BLOCK_D) int64 of elements `d` of the rows, and which of them exist."""
     valid = inside[:, None] & (d < DIM)[None, :]
@@ -64,7 +69,8 @@ def addresses(row, image, start, count, inside, d, columns_ptr, rows, grid_colum
         at = of_row[:, None] + of_element[None, :]
     else:
         columns = tl.maximum(tl.load(columns_ptr + image, mask=inside, other=1), 1)
-        of_row = start.to(tl.int64) * DIM + (t // columns).to(tl.int64) * columns * (PATCH * PATCH) + t % columns * PATCH
+        of_row = (start.to(tl.int64) * DIM + (t // columns).to(tl.int64) * columns * (PATCH * PATCH)
+                  + t % columns * PATCH)
         plane = count.to(tl.int64) * (PATCH * PATCH)
         at = of_row[:, None] + c[None, :] * plane[:, None] + (i[None, :] * columns[:, None] * PATCH + j[None, :])
         valid &= at < rows.to(tl.int64) * DIM
