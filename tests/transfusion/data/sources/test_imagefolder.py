@@ -72,7 +72,7 @@ def test_names_of_folders_are_labels_and_a_template_makes_captions_of_them(tmp_p
     ({"file_name": "a.png", "text": ["x", None]}, "the caption in column 'text' is NoneType None", "no text"),
     ({"file_name": "a.png", "text": " "}, "column 'text' holds no caption", "missing caption"),
     ({"file_name": "a.png", "texts": "x"}, "there is no column 'text' or 'caption' or 'captions' or 'prompt' for the caption; the row has "
-     "'file_name', 'texts'; did you mean text", "missing column"),
+     "'file_name', 'texts'; did you mean texts?", "missing column"),
     ({"filename": "a.png", "text": "x"}, "there is no column 'file_name' or 'image' or 'file' or 'path' for the picture", "missing column"),
     ({"file_name": ["a.png"], "text": "x"}, "a picture's name is list ['a.png']; text fits", "no text"),
 ])

@@ -74,7 +74,7 @@ def test_which_pictures_are_drawn_is_a_setting(folder, drawn, losses):
     ({"conversations": talk("<image>What?", "No.")}, "stands in the text 1 times and the row has 0", "placeholders and pictures differ"),
     ({"image": ["a.png"], "conversations": talk("<image><image>", "No.")}, "2 times and the row has 1", "placeholders and pictures differ"),
     ({"conversation": talk("a", "b")}, "there is no column 'conversations' for the turns; the row has 'conversation'; did you mean "
-     "conversations", "missing column"),
+     "conversation?", "missing column"),
     ({"conversations": []}, "the turns are []", "no turns"),
     ({"conversations": "hello"}, "the turns are 'hello'", "no turns"),
     ({"conversations": ["hello"]}, "turn 0 is 'hello'", "no turns"),

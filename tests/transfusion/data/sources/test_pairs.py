@@ -44,7 +44,7 @@ def test_json_lines_lists_and_csv_of_image_and_caption_are_read_alike(tmp_path):
 
 @pytest.mark.parametrize("row, words, kind", [
     ({"picture_": b"x", "caption": "x"}, "there is no column 'image' or 'jpg'", "missing column"),
-    ({"image": b"x", "captoin": "x"}, "did you mean caption", "missing column"),
+    ({"image": b"x", "captoin": "x"}, "did you mean captoin?", "missing column"),
     ({"image": b"x", "caption": 4}, "the caption in column 'caption' is int 4; text fits", "no text"),
     ({"image": {"bytes": None, "path": None}, "caption": "x"}, "a picture is NoneType None", "no picture"),
     ({"image": b"", "caption": "x"}, "a picture is bytes b''", "no picture"),

@@ -30,7 +30,7 @@ def test_files_paragraphs_and_lines_of_text(tmp_path):
 
 @pytest.mark.parametrize("row, words, kind", [
     ({"text": 3}, "the text is int 3; text fits", "no text"), ({"text": " "}, "the text is empty", "empty text"),
-    ({"txt": "a"}, "no column 'text' or 'content' for the text; the row has 'txt'; did you mean text", "missing column")])
+    ({"txt": "a"}, "no column 'text' or 'content' for the text; the row has 'txt'; did you mean txt?", "missing column")])
 def test_a_row_that_does_not_fit_is_an_error_with_its_line(tmp_path, fails, row, words, kind):
     fails(TextSettings(write_json_lines(tmp_path / "a.jsonl", [{"text": "a"}, row])).open(), 1, [words, "a.jsonl, line 2"], kind)
 
