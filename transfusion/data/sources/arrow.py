@@ -29,6 +29,14 @@ def _pyarrow(module: str = "pyarrow"):
                          "pip install 'tfkernels[data]'") from error
 
 
+class Row(dict):
+    """A row of the columns that were asked for; `names` are those of all there are, for messages."""
+
+    def __init__(self, values: dict, names: tuple[str, ...]):
+        super().__init__(values)
+        self.names = names
+
+
 class _Files:
     """Files of rows, opened in each process anew."""
 
@@ -67,11 +75,12 @@ class ParquetTable(_Files):
     """Rows of parquet files; row groups are read one at a time, with the columns that are asked for."""
 
     def _count(self) -> None:
-        groups = []
+        groups, self.names = [], []
         for path in self.paths:
             with _errors(path):
                 about = _pyarrow("pyarrow.parquet").read_metadata(path)
                 groups.append([about.row_group(g).num_rows for g in range(about.num_row_groups)])
+                self.names.append(tuple(about.schema.to_arrow_schema().names))
         self.ends = self._counted([sum(rows) for rows in groups])
         self.group_ends = [np.cumsum(rows, dtype=np.int64) for rows in groups]
 
@@ -84,7 +93,7 @@ class ParquetTable(_Files):
         file, row = place(self.ends, number)
         group, row = place(self.group_ends[file], row)
         table = self._group(file, group, columns)
-        return {name: table.column(name)[row].as_py() for name in table.column_names}
+        return Row({name: table.column(name)[row].as_py() for name in table.column_names}, self.names[file])
 
     def _group(self, file: int, group: int, columns: frozenset | None):
         key = file, group, columns
@@ -94,7 +103,7 @@ class ParquetTable(_Files):
             with _errors(path), _pyarrow("pyarrow.parquet").ParquetFile(path) as opened:
                 names = opened.schema_arrow.names
                 wanted = [name for name in names if columns is None or name in columns]
-                self._opened[key] = opened.read_row_group(group, columns=wanted or names, use_threads=False)
+                self._opened[key] = opened.read_row_group(group, columns=wanted, use_threads=False)
             while len(self._opened) > 1 and sum(table.nbytes for table in self._opened.values()) > KEPT:
                 self._opened.popitem(last=False)
         self._opened.move_to_end(key)
@@ -112,7 +121,7 @@ class ArrowTable(_Files):
         file, row = place(self.ends, number)
         table = self._table(file)
         wanted = [name for name in table.column_names if columns is None or name in columns]
-        return {name: table.column(name)[row].as_py() for name in wanted or table.column_names}
+        return Row({name: table.column(name)[row].as_py() for name in wanted}, tuple(table.column_names))
 
     def _table(self, file: int):
         if file not in self._opened:

@@ -42,9 +42,10 @@ def missing_column(row: dict, names: tuple[str, ...], where: str, what: str) -> 
     empty = [name for name in names if name in row]
     if empty:
         return DataError(where, f"column {empty[0]!r} holds no {what}; a value fits", f"missing {what}")
-    hint = next(filter(None, (nearest(name, map(str, row)) for name in names)), "")
+    there = [str(name) for name in getattr(row, "names", row)]
+    hint = next(filter(None, (nearest(name, there) for name in names)), "")
     return DataError(where, f"there is no column {' or '.join(map(repr, names))} for the {what}; the row has "
-                     f"{', '.join(map(repr, row)) or 'none'}{hint}", "missing column")
+                     f"{', '.join(map(repr, there)) or 'none'}{hint}", "missing column")
 
 
 def captions_of(row: dict, names: tuple[str, ...], where: str) -> tuple[str, ...]:

@@ -347,8 +347,9 @@ def _members(path: Path, handle: int, end: int):
                 yield fields.get(b"path") or long_name or _ustar_name(header), start, size
             long_name, pax = None, {}
         at = start + -(-size // _BLOCK) * _BLOCK if kind not in b"123456" else start
-    if at == 0 or at < end:
-        raise DataError(f"{path}, byte {at}", "the tar ends inside a header; it is cut off; copy it again", "truncated file")
+    if at != end:
+        raise DataError(f"{path}, byte {at}", f"the tar ends at byte {end}, between two members; it is cut off; copy it "
+                        "again", "truncated file")
 
 
 def _check_header(path: Path, header: bytes, at: int) -> int:

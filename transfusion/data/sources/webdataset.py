@@ -61,9 +61,9 @@ class Tars:
         members = {}
         for _, start, stop, name_start, name_stop in index.table[first:last].tolist():
             name = name_at(index, name_start, name_stop)
-            stem, _, suffix = name[name.rfind("/") + 1:].partition(".")
-            members.setdefault(suffix.lower(), (name, start, stop))
-        where = f"{path}, {stem}"
+            begin_suffix = name.index(".", name.rfind("/") + 1)
+            members.setdefault(name[begin_suffix + 1:].lower(), (name, start, stop))
+        where = f"{path}, {name[:begin_suffix]}"
         suffix = next((one for one in PICTURES if one in members), None)
         if suffix is None:
             raise DataError(where, f"there is no picture; the record has {', '.join(members)}; {', '.join(PICTURES)} fit",

@@ -1,23 +1,15 @@
 """Small pictures and files of every format, and what every source must do."""
+import functools
 import io
 import json
-import os
+import multiprocessing
 import pickle
-import subprocess
-import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 from PIL import Image as Picture
 
 from transfusion.data.sources import DataError, Source
-
-READ_ELSEWHERE = """
-import pickle, sys
-source = pickle.load(sys.stdin.buffer)
-records = [source[number] for number in range(len(source))]
-sys.stdout.buffer.write(pickle.dumps([(r, [p.read() for p in r.pictures()]) for r in records]))
-"""
-
 
 def png(red, size=(3, 2)):
     """The bytes of a small picture."""
@@ -31,11 +23,15 @@ def write_json_lines(path, rows):
     return path
 
 
-def in_another_process(source):
-    """(record, bytes of its pictures) of all records, read by a process that the source is pickled into."""
-    done = subprocess.run([sys.executable, "-c", READ_ELSEWHERE], input=pickle.dumps(source), capture_output=True, check=True,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
-    return pickle.loads(done.stdout)
+def _read_all(source):
+    records = [source[number] for number in range(len(source))]
+    return [(record, [picture.read() for picture in record.pictures()]) for record in records]
+
+
+@functools.cache
+def _other_process():
+    """A process that shares nothing with this one but what is pickled into it."""
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
 
 def check_source(source, count):
@@ -47,7 +43,7 @@ def check_source(source, count):
         with pytest.raises(IndexError, match=f"is {number}; 0 to {count - 1} fit"):
             source[number]
     assert len(pickle.dumps(source)) < 5000
-    assert in_another_process(source) == [(record, [picture.read() for picture in record.pictures()]) for record in records]
+    assert _other_process().submit(_read_all, source).result(timeout=300) == _read_all(source)
     assert len({record.where for record in records}) == count
     assert all(record.key for record in records)
     return records
