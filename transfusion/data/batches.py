@@ -75,8 +75,13 @@ def draw_batch(dataset: Dataset, settings: DatasetSettings, tokenizer, config, r
     draw = functools.partial(_draw, dataset.document, settings, tokenizer, config, generator)
     packed, left_out = fill_rows(draw, rows, seq_len, longest)
     sequence = replace(lay_out(packed, seq_len, config.patch_dim), left_out=left_out)
+    return sequence, noise_limits(sequence, settings)
+
+
+def noise_limits(sequence: Sequence, settings) -> Tensor:
+    """(N,) the noise limit of images that stand before their caption; 1 of the others, and of all with clean copies."""
     limit = settings.noise_limit if settings.context == "noised" else 1.0
-    return sequence, torch.where(sequence.image_first & _captioned(sequence), limit, 1.0)
+    return torch.where(sequence.image_first & _captioned(sequence), limit, 1.0)
 
 
 def fill_rows(draw: Callable[[], Document], rows: int, seq_len: int, longest: int) -> tuple[list[list[Document]], int]:

@@ -8,6 +8,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ class PictureFolder:
         raise ValueError(f"PictureFolder: no picture of {str(self.settings.folder)!r} can be read any more; put them back")
 
 
-def read_picture(path: Path, size: int | tuple[int, int], channels: int) -> Tensor:
+def read_picture(path: Path | BinaryIO, size: int | tuple[int, int], channels: int) -> Tensor:
     """Read a file as (channels, height, width) in [-1, 1]: its central part, of `size` or (height, width), resized.
 
     It stands as its camera held it and is white where it is transparent. 16 bits a channel are rounded to 8; of an
@@ -103,21 +104,32 @@ def read_picture(path: Path, size: int | tuple[int, int], channels: int) -> Tens
     Raises:
         ValueError: a file that is no picture, is damaged, or is so large that Pillow takes it for an attack.
     """
+    return fit_picture(open_picture(path), size, channels)
+
+
+def fit_picture(picture: Picture.Image, size: int | tuple[int, int], channels: int) -> Tensor:
+    """Return the central part of a picture that `open_picture` opened, resized; as `read_picture` does."""
     height, width = (size, size) if isinstance(size, int) else size
-    picture = _open_picture(path)
     columns, lines = picture.size
     wide = min(columns, max(1, round(lines * width / height)))
     high = min(lines, max(1, round(columns * height / width)))
     left, top = (columns - wide) // 2, (lines - high) // 2
-    picture = Picture.alpha_composite(Picture.new("RGBA", picture.size, "white"), picture)
+    if picture.mode == "RGBA":
+        picture = Picture.alpha_composite(Picture.new("RGBA", picture.size, "white"), picture)
     picture = picture.convert("L" if channels == 1 else "RGB")
     picture = picture.resize((width, height), Picture.Resampling.LANCZOS, box=(left, top, left + wide, top + high))
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, channels)
     return pixels.movedim(-1, 0).float() / 127.5 - 1
 
 
-def _open_picture(path: Path) -> Picture.Image:
-    """A file's pixels, upright, as RGBA of 8 bits."""
+def open_picture(path: Path | BinaryIO, name: str = "") -> Picture.Image:
+    """Return the pixels of a file, upright, 8 bits a channel: RGB or, where some may be transparent, RGBA.
+
+    `path` may be an open file, such as bytes of a larger one; messages call it `name`.
+
+    Raises:
+        ValueError: as `read_picture`.
+    """
     try:
         with Picture.open(path) as picture:
             upright = ImageOps.exif_transpose(picture)
@@ -127,15 +139,16 @@ def _open_picture(path: Path) -> Picture.Image:
             if upright.mode in ("I", "F"):
                 raise ValueError(f"pixels of kind {upright.mode}, whose white is not known; 8 or 16 bits a channel "
                                  "fit; convert it")
-            return upright.convert("RGBA")
+            opaque = upright.mode in ("RGB", "L") and "transparency" not in upright.info
+            return upright.convert("RGB" if opaque else "RGBA")
     except UNREADABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"read_picture: {path} is not a picture that can be read ({reason})") from error
+        raise ValueError(f"read_picture: {name or path} is not a picture that can be read ({reason})") from error
 
 
 def _readable(path: Path) -> bool:
     try:
-        _open_picture(path)
+        open_picture(path)
     except ValueError:
         return False
     return True

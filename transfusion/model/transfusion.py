@@ -36,7 +36,7 @@ HUB = (  # options of transformers' push_to_hub
 class TransfusionOutput(NamedTuple):
     """`loss` = text_loss + diffusion_weight * diffusion_loss.
 
-    The latter is the mean of `image_losses` (N,) over drawn images; that of a clean copy is 0.
+    The latter is the mean of `image_losses` (N,) over drawn images; that of others is 0.
     """
 
     loss: Tensor
@@ -198,8 +198,8 @@ class Transfusion(PreTrainedModel):
     def forward(self, sequence: Sequence, times: Tensor, seed: Tensor | int) -> TransfusionOutput:
         """Losses of packed documents whose images are noised to `times` (N,).
 
-        `seed` makes the noise, as in `tfkernels.noise_patchify`. An image that is not drawn, a clean copy, is at time
-        0, whatever `times` says.
+        `seed` makes the noise, as in `tfkernels.noise_patchify`. An image that is not drawn, but only read or a clean
+        copy, is at time 0, whatever `times` says.
         """
         times = torch.where(sequence.drawn, times, 0)
         (signal, noise), (p, q) = self.objective.path(times), self.objective.target(times)

@@ -26,12 +26,14 @@ class Document(NamedTuple):
     targets: (S,), whether each is a text target.
     images: (start, patches, grid, image_first) of each; the last says whether it stands before any text.
     hidden: numbers of the images that only their own tokens see; the image after each one is its clean copy.
+    read: numbers of the images that are only read: clean, and without a loss.
     """
 
     tokens: list[int]
     targets: list[bool]
     images: list[tuple[int, Tensor, tuple[int, int], bool]]
     hidden: tuple[int, ...] = ()
+    read: tuple[int, ...] = ()
 
     def positions(self) -> list[int]:
         """Each token's position: from 0, a clean copy at those of its noised one."""
@@ -59,7 +61,7 @@ def encode(parts: list[Part], tokenizer, config, *, end: bool = True) -> Documen
     if boi == eoi or boi in others or eoi in others:
         raise ValueError(f"encode: boi_token_id is {boi} and eoi_token_id {eoi}, BOS and EOS are {others[0]} and "
                          f"{others[1]}; two tokens of their own fit")
-    tokens, targets, images, text_seen = [tokenizer.bos_token_id], [False], [], False
+    tokens, targets, images, read, text_seen = [tokenizer.bos_token_id], [False], [], (), False
     for part in parts:
         if isinstance(part, Text):
             ids = part.token_ids(tokenizer, config)
@@ -73,35 +75,38 @@ def encode(parts: list[Part], tokenizer, config, *, end: bool = True) -> Documen
             unshuffled = torch.nn.functional.pixel_unshuffle(latent, config.patch_size)  # tfkernels.patchify, cheaper
             patches = unshuffled.flatten(1).T
             grid = part.latent.shape[1] // config.patch_size, part.latent.shape[2] // config.patch_size
+            read += () if part.loss else (len(images),)
             images.append((len(tokens) + 1, patches, grid, not text_seen))
             tokens += [config.boi_token_id] + [config.eoi_token_id] * (len(patches) + 1)
-            targets += [True] + [False] * (len(patches) + 1)
+            targets += [part.loss] + [False] * (len(patches) + 1)
         else:
             raise ValueError(f"encode: a part is a {type(part).__name__}; transfusion.Text or transfusion.Image fits")
     if end:
         tokens.append(tokenizer.eos_token_id)
         targets.append(text_seen)
-    return Document(tokens, targets, images)
+    return Document(tokens, targets, images, read=read)
 
 
 def with_clean_copies(document: Document) -> Document:
-    """Put a clean copy behind the patches of each image that has a text target behind it.
+    """Put a clean copy behind the patches of each image that is drawn and has a text target behind it.
 
     Such a target is text, the BOI of another image or, in a document with text, EOS. These are BAGEL's noised and
     clean tokens (arXiv:2505.14683, "Generalized Causal Attention"), between one BOI and one EOI. EOS alone is reason
     enough for a copy: if a noised image were read only where the document ends, noise would announce the end, and in
     sampling the image that is read has none.
     """
-    tokens, targets, images, hidden = list(document.tokens), list(document.targets), [], []
-    for start, patches, grid, image_first in document.images:
+    tokens, targets, images, hidden, read = list(document.tokens), list(document.targets), [], [], []
+    for number, (start, patches, grid, image_first) in enumerate(document.images):
         start += len(tokens) - len(document.tokens)  # behind the copies so far
         stop = start + len(patches)
         images.append((start, patches, grid, image_first))
-        if any(targets[stop:]):
+        if number in document.read:
+            read.append(len(images) - 1)
+        elif any(targets[stop:]):
             hidden.append(len(images) - 1)
             images.append((stop, patches, grid, image_first))
             tokens[stop:stop], targets[stop:stop] = tokens[start:stop], [False] * len(patches)
-    return Document(tokens, targets, images, tuple(hidden))
+    return Document(tokens, targets, images, tuple(hidden), tuple(read))
 
 
 def _host_latent(image: Image, config) -> Tensor:

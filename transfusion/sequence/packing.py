@@ -29,7 +29,7 @@ class Sequence:
     patches: Tensor        # (P, patch_dim) clean
     modality: Modality     # which tokens are text, which are patches and of which image
     image_first: Tensor    # (N,) bool: the image stands before any text of its document
-    drawn: Tensor          # (N,) bool: the image has a time and a diffusion loss; a clean copy has time 0 and none
+    drawn: Tensor          # (N,) bool: the image has a time and a diffusion loss; one only read, or a clean copy, has time 0
     layout: ImageLayout    # of the patches
     left_out: int = 0      # documents that were drawn for it and are longer than a row
 
@@ -138,7 +138,7 @@ def lay_out(rows: list[list[Document]], seq_len: int, patch_dim: int, *, left: b
                 patch_places += range(b * seq_len + at + start, b * seq_len + at + start + len(x))
                 grids.append(grid)
                 first.append(image_first)
-                drawn.append(n - 1 not in document.hidden)
+                drawn.append(n - 1 not in document.hidden and n not in document.read)
             at += length
     layout, patch_places = ImageLayout.of(grids), torch.tensor(patch_places, dtype=torch.int64)
     image_ids = torch.full((len(rows) * seq_len,), -1, dtype=torch.int32)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+SHORT = 200  # characters of texts whose tokens are kept: captions come again, and long texts would fill the memory
+
 
 @dataclass(frozen=True)
 class Text:
@@ -22,20 +24,25 @@ class Text:
     def token_ids(self, tokenizer, config) -> tuple[int, ...]:
         """Return its tokens."""
         images, template = (config.boi_token_id, config.eoi_token_id), bool(tokenizer.chat_template)
-        return _token_ids(tokenizer, len(tokenizer), self.text, self.special, template, images)
+        tokenize = _token_ids if isinstance(self.text, str) and len(self.text) <= SHORT else _token_ids.__wrapped__
+        return tokenize(tokenizer, len(tokenizer), self.text, self.special, template, images)
 
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """An image or its VAE latent, (channels, height, width), values around [-1, 1]."""
+    """An image or its VAE latent, (channels, height, width), values around [-1, 1].
+
+    `loss=False` for an image that the model only reads: it stays clean, has no diffusion loss, and its BOI is no target.
+    """
 
     latent: Tensor
+    loss: bool = True
 
 
 Part = Text | Image
 
 
-@functools.lru_cache(maxsize=2**16)
+@functools.lru_cache(maxsize=2**14)
 def _token_ids(tokenizer, size: int, text: str, special: bool, template: bool, images: tuple) -> tuple[int, ...]:
     """Tokens of a text: special tokens are spelled out or, in a chat template's text, read, but for `images`: BOI, EOI.
 
