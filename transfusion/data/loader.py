@@ -6,6 +6,8 @@ seed, step): a run goes on from its step alone, with any number of workers, and 
 A record that cannot be read any more is left out of its row, which stays as it is otherwise, and is counted with its
 reason; a rising share of them stops the run.
 """
+import os
+import signal
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -256,7 +258,7 @@ class Loader:
         ahead = dict(prefetch_factor=self.prefetch) if self.workers else {}
         own = torch.Generator().manual_seed(0)         # the loader seeds its workers from it, and not from the run's
         batches = iter(DataLoader(self.rows, batch_size=None, sampler=_Steps(self.rows, self.start, self.stop),
-                                  num_workers=self.workers, generator=own, **ahead))
+                                  num_workers=self.workers, generator=own, worker_init_fn=_start_worker, **ahead))
         while True:
             began = time.perf_counter()
             batch = next(batches, None)
@@ -266,6 +268,14 @@ class Loader:
             self.waited_in_all += self.waited
             self.failures.add(batch.documents, batch.failures)
             yield batch
+
+
+def _start_worker(number: int) -> None:
+    """Leave Ctrl-C and a closed terminal to the run, which saves and then ends its workers; tokenize in one thread."""
+    for name in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(name, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)      # the run's own handler, which a forked process inherits, saves
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 class _Steps:
