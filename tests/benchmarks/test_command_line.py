@@ -1,5 +1,4 @@
 """The command line that all benchmarks share."""
-import importlib
 import subprocess
 import sys
 
@@ -7,8 +6,6 @@ import pytest
 
 from benchmarks import command_line, environment, gpu, tune
 from tests.conftest import DEVICE
-
-BENCHMARKS = [step.name for step in gpu.BENCHMARKS]
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="says what happens without a CUDA device")
@@ -22,16 +19,6 @@ def test_without_cuda_one_line_says_so_and_the_status_is_1(module, tmp_path):
     )
     assert done.returncode == 1 and len(done.stdout.splitlines()) == 1 and "no CUDA device" in done.stdout
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("name", BENCHMARKS)
-def test_every_benchmark_of_a_cuda_machine_takes_the_options_that_it_is_run_with(name, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        importlib.import_module(f"benchmarks.{name}").main(["--help"])
-    options = capsys.readouterr().out
-    assert stopped.value.code == 0
-    assert all(option in options for option in ("--out", "--quick", "--seconds", "--commit", "--skip", "--without"))
-    assert ("--cpu" in options) == (name != "tune")
 
 
 def test_a_benchmarks_own_options_choose_its_cases():

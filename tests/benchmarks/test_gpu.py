@@ -336,7 +336,7 @@ def test_every_benchmark_of_the_schedule_is_there_and_takes_its_options(capsys):
         with pytest.raises(SystemExit) as ended:
             module.main(["--help"])
         said = capsys.readouterr().out
-        assert ended.value.code == 0 and all(
-            option in said for option in ("--out", "--seconds", "--quick", "--commit")
-        ), step.name
+        options = ("--out", "--seconds", "--quick", "--commit", "--skip", "--without")
+        assert ended.value.code == 0 and all(option in said for option in options), step.name
+        assert ("--cpu" in said) == (step.name != "tune")
     assert outcomes.LEFT_OUT == "spill"
