@@ -9,7 +9,8 @@ from transfusion.train.plots import loss_curves
 
 
 def test_pictures_are_written(tmp_path):
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps({"text_loss": 1 / (i + 1), "diffusion_loss": 1.0}) + "\n" for i in range(100)))
+    records = [json.dumps({"text_loss": 1 / (i + 1), "diffusion_loss": 1.0}) for i in range(100)]
+    (tmp_path / "log.jsonl").write_text("\n".join(records) + "\n")
     loss_curves(tmp_path / "loss.png", tmp_path / "log.jsonl")
     digits = Digits().pictures[:20].view(2, 10, 1, 8, 8)
     sample_grid(tmp_path / "samples.png", digits, digits, ["zero", "one"], ("generated", "real"))
