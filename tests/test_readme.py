@@ -1,9 +1,14 @@
 """README and the pages of docs/: their Python runs on the CPU, their links lead somewhere, README stays short."""
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+import transfusion.cli
+import transfusion.model.from_language_model
+import transfusion.recipes.command_line as command_line
+import transfusion.sample
 from tests.transfusion.conftest import tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -16,6 +21,12 @@ FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 def blocks(page):
     """The Python blocks of a page."""
     return [code for language, code in FENCED.findall(page.read_text()) if language == "python"]
+
+
+def commands(page):
+    """The lines of a page that call the `transfusion` command, without their comments."""
+    lines = [line for language, code in FENCED.findall(page.read_text()) if not language for line in code.splitlines()]
+    return [line.partition("  #")[0].strip() for line in lines if line.startswith("transfusion ")]
 
 
 def links(page):
@@ -49,11 +60,28 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page, checkpoint, monkeypa
         exec(compile(code, f"{page.name}, Python block {number + 1}", "exec"), scope)
 
 
+@pytest.mark.parametrize("command", sorted({command for page in PAGES for command in commands(page)}))
+def test_a_command_line_is_understood(command, monkeypatch):
+    run = []
+    for module, name in ((command_line.trainer, "train"), (command_line.autoencoder, "train"), (command_line, "evaluate"),
+                         (command_line, "encode_dataset"), (transfusion.model.from_language_model, "init"),
+                         (transfusion.sample, "sample"), (transfusion.sample, "caption")):
+        monkeypatch.setattr(module, name, run.append)
+    transfusion.cli.main(shlex.split(command)[1:])
+    assert len(run) == 1, f"{command} ran nothing"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_of_a_page_leads_to_a_file_and_a_heading_that_exist(page):
     for path, anchor in links(page):
         assert path.exists(), f"{page.name} links to {path}, which does not exist"
         assert anchor is None or anchor in anchors(path), f"{page.name} links to #{anchor}, which {path.name} has not"
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_file_of_the_project_that_a_page_names_exists(page):
+    for name in re.findall(r"`((?:tfkernels|transfusion|tests|benchmarks|docs|examples)/[\w/.-]+)`", page.read_text()):
+        assert (ROOT / name).exists(), f"{page.name} names {name}, which does not exist"
 
 
 def test_readme_is_read_in_a_minute():

@@ -2,7 +2,9 @@
 image, rotary embedding, patches, noise, and the losses of both heads.
 
 Dimensions, everywhere: B batch, S tokens (Sq queries, Sk keys), M image spans, N images, H query heads, K key/value
-heads, D head dim, C hidden size.
+heads, D head dim, C hidden size. Words, everywhere: `places` are flat rows of a batch's hidden states, b S + s; `index`
+holds image ids, the number of the image that each token belongs to, negative for text; `offsets` (N + 1,) are the ends
+of each image's rows among all patches.
 
 Each folder has the same shape: the public functions and their checks in op.py (or a file for each), what they compute
 in plain PyTorch in reference.py, and a backend each in cpu.py and triton (a file or a folder).

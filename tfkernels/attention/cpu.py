@@ -1,8 +1,8 @@
-"""Attention on the CPU, quick enough to train with: blocks of queries against the keys that block can see.
+"""Attention on the CPU, quick enough to train with: blocks of queries against the keys that each block can see.
 
-Each block runs PyTorch's own fused CPU kernel; a soft cap or a gradient of the LSE, which that kernel lacks, takes the
-written-out form, and so do inputs that are not finite: there a hidden pair is left out, whatever it holds. Nothing
-larger than (block, its keys) is built; a mask that hides little is one call for the whole row.
+A block runs PyTorch's own fused CPU kernel. That kernel has no soft cap and no gradient of the LSE; these take the form
+that is written out here. So do inputs that are not finite, for which a hidden pair must be left out whatever it holds.
+Nothing larger than (block, its keys) is built, and a mask that hides little is one call for the whole row.
 """
 import math
 from collections.abc import Iterator

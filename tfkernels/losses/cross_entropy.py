@@ -51,9 +51,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows: 
         targets: (R,) int64 in [0, V), or negative: no loss and no gradient, whatever its row of hidden and its
             row_weight hold. V or more raises on a CPU; on a GPU, where looking would synchronise, the loss and the
             gradients that such a row reaches are NaN.
-        rows: (R,) int64, the flat rows of hidden that have a target (b S + s of a batch), in any order, each at most
-            once; a row outside [0, T) is treated like a target outside the vocabulary. One named twice raises on a CPU;
-            on a GPU its loss counts twice and its gradient in hidden is that of one of them. R may be 0.
+        rows: (R,) int64, the flat rows of hidden that have a target (b S + s of a batch; `places` in other ops), in any
+            order, each at most once; a row outside [0, T) is treated like a target outside the vocabulary. One named
+            twice raises on a CPU; on a GPU its loss counts twice and its gradient in hidden is that of one of them. R
+            may be 0.
         bias: (V,) in hidden's dtype, or None for 0.
         row_weight: (R,) floating-point constants, or None for 1.
 

@@ -36,7 +36,9 @@ def diffusion_loss(prediction: Tensor, x0: Tensor | PackedLatents, p: Tensor, q:
         prediction: (P, D) tokens in float16, bfloat16 or float32 (float64 on CPU).
         x0: what `noise_patchify` was given: latents (N, C, H, W) with `patch_size`; `PackedLatents`; or clean tokens
             (P, D) with `offsets`. Its dtype need not be prediction's.
-        p, q: (N,) the target's share of x0 and of eps: `objective.target(t)`.
+        p, q: (N,) the coefficients of the clean latent and of the noise in what the model predicts, the target
+            p x0 + q eps: (0, 1) for the noise, (1, 0) for the clean latent, (-noise, signal) for the velocity v and
+            (-1, 1) for the flow. Inside they are called x0_factor and eps_factor.
         weight: (N,), or None for 1; see `min_snr_weight`.
         seed: the int64 tensor (2,), [seed, offset], or the int that `noise_patchify` was given.
         offsets: (N + 1,) int32, image n in the rows [offsets_n, offsets_n+1); rows outside count nowhere, whatever they
@@ -72,9 +74,10 @@ def min_snr_weight(signal: Tensor, noise: Tensor, p: Tensor, q: Tensor, gamma: f
 
         weight = min(signal^2, gamma * noise^2) / (p * noise - q * signal)^2
 
-    because target = (p - q * signal / noise) * x0 + what x_t says. It is min(SNR, gamma) for x0, min(SNR, gamma) / SNR
-    for eps and min(SNR, gamma) / (SNR + 1) for v (arXiv:2303.09556, section 3.4); at the ends of the path it is their
-    limits. All arguments (N,) or any shapes that broadcast.
+    x_t = signal * x0 + noise * eps is known to the model and target = p * x0 + q * eps, so that the target is
+    (p - q * signal / noise) * x0 plus what x_t says. The weight is min(SNR, gamma) where x0 is predicted,
+    min(SNR, gamma) / SNR for eps and min(SNR, gamma) / (SNR + 1) for v (arXiv:2303.09556, section 3.4); at the ends of
+    the path it is their limit. All arguments are (N,) or of any shapes that broadcast.
 
     Raises:
         ValueError: gamma is not positive.

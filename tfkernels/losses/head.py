@@ -61,26 +61,27 @@ def modulated_layer_norm_diffusion_loss(
 
         prediction = linear(layer_norm(hidden[places]) * (1 + scale[n]) + shift[n], weight, bias)
 
-    Pass what follows places by keyword: scale=, shift=, weight=, bias=, x0=, p=, q=, loss_weight=, seed=.
+    So many tensors are best given by keyword, from scale on.
 
     Args:
         hidden: (T, C) or (B, S, C) the last hidden states in float16, bfloat16 or float32 (float64 on CPU), C at most
             16384; any strides (unit columns cost no copy).
-        places: (P,) int64, the row of hidden, flat over its first dimensions, of each of x0's P patches, each at most
-            once; of a row of x0 outside every image anything. A row that is not there, or is named twice, raises on a
-            CPU; on a GPU, where looking would synchronise, the loss and gradients of the image of a row that is not
-            there are NaN, and a row named twice counts twice in the loss and gets the gradient of one of them.
+        places: (P,) int64, the flat row of hidden (b S + s of a batch) of each of x0's P patches, each at most once. It
+            may be anything for a row of x0 outside every image. A row that is not there, or is named twice, raises on
+            a CPU. On a GPU, where looking would synchronise, the loss and gradients of the image of a row that is not
+            there are NaN; a row named twice counts twice in the loss and gets the gradient of one of them.
         scale, shift: (N, C), a row per image; slices of one wider table cost no copy. shift may be None for 0.
         weight, bias: (D, C) and (D,) the head; bias may be None for 0. weight is rounded to hidden's dtype where it is
             multiplied.
-        x0, p, q, loss_weight, seed, patch_size, offsets: what `diffusion_loss` takes, loss_weight as its weight.
+        x0, p, q, loss_weight, seed, patch_size, offsets: what `diffusion_loss` takes, loss_weight as its weight; the
+            target is p x0 + q eps.
         eps: added to the variance.
 
     Returns:
         (N,) float32 (float64 for float64), 0 for an image without rows, whatever its numbers. Differentiable in hidden
         (rows without a patch get 0), scale, shift, weight and bias, which may each have their own dtype; statistics and
-        sums are float32; deterministic. Autocast changes nothing
-        (of shift and weight where, as PyTorch asks, backward runs outside it).
+        sums are float32; deterministic. Autocast changes nothing, except the gradients of shift and weight where the
+        backward runs inside it, which PyTorch advises against.
 
     Raises:
         ValueError: a shape, dtype, device or value that does not fit, named; also another argument that requires a

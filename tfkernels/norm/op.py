@@ -48,9 +48,9 @@ def modulated_rms_norm(x: Tensor, weight: Tensor | None, scale: Tensor, shift: T
         weight: (C,), or None for 1.
         scale, shift: (N, C), a row per image; slices of one wider table cost no copy. shift may be None for 0; N may be
             0.
-        index: (T,) or (B, S) like x's tokens, int32 or int64: the image of each token in any order, negative for text.
-            N or more raises on a CPU; on a GPU, where looking would synchronise, such a token's output and gradients
-            are NaN.
+        index: (T,) or (B, S) like x's tokens, int32 or int64: the image id n of each token, in any order, negative for
+            text. N or more raises on a CPU; on a GPU, where looking would synchronise, such a token's output and
+            gradients are NaN.
         eps: added to the mean square, 0 or more.
 
     Returns:
@@ -69,19 +69,18 @@ def modulated_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, 
                          index: Tensor, *, eps: float = 1e-6) -> Tensor:
     """Return layer_norm(x, weight, bias) * (1 + scale[n]) + shift[n], n the image of each token.
 
-    For text, n < 0, that is layer_norm(x, weight, bias).
-
-    bias is (C,) or None for 0; everything else as in `modulated_rms_norm`.
+    For text, n < 0, that is layer_norm(x, weight, bias). bias is (C,) or None for 0; everything else is as in
+    `modulated_rms_norm`.
     """
     _check("modulated_layer_norm", "x", x, index, {"weight": weight, "bias": bias}, {"scale": scale, "shift": shift})
     return _norm_forward(x, weight, bias, scale, shift, index, need_eps("modulated_layer_norm", eps), True)[0]
 
 
 def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor, index: Tensor) -> Tensor:
-    """Return residual + gate[n] * branch, n the image of each token; text, n < 0, is residual + branch.
+    """Return residual + gate[n] * branch, n the image of each token; for text, n < 0, residual + branch.
 
-    residual is what x and gate (N, C) what scale is in `modulated_rms_norm`; branch has residual's shape and may have a
-    dtype of its own.
+    residual is as x and gate (N, C) as scale in `modulated_rms_norm`. branch has residual's shape and may have a dtype
+    of its own.
     """
     _check("gated_residual", "residual", residual, index, {}, {"gate": gate}, {"branch": branch})
     return _gated_forward(residual, branch, gate, index)
@@ -91,8 +90,9 @@ def gated_residual_rms_norm(residual: Tensor, branch: Tensor, gate: Tensor, weig
                             shift: Tensor | None, index: Tensor, *, eps: float = 1e-6) -> ResidualNorm:
     """Return `gated_residual` and its `modulated_rms_norm` from one pass; gradients may arrive on either or both.
 
-    Between two sublayers: gate of the one, scale and shift of the next. What is normalised is the residual as returned,
-    rounded to its dtype.
+    It stands between two sublayers, with the gate of the one and the scale and shift of the next: from weight on they
+    are best given by keyword, gated_residual_rms_norm(x, branch, gate, weight=..., scale=..., shift=..., index=...).
+    What is normalised is the residual as returned, rounded to its dtype.
     """
     tables = {"gate": gate, "scale": scale, "shift": shift}
     _check("gated_residual_rms_norm", "residual", residual, index, {"weight": weight}, tables, {"branch": branch})

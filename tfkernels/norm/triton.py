@@ -1,16 +1,17 @@
 """Kernels of the modulated norms and gated residuals (`tfkernels.norm`): a forward, a backward, a segmented sum.
 
-Forward is one program per token: gate, add, statistics, normalise, modulate; a row wider than WIDEST_FORWARD is read in
-blocks, once per statistic. Backward walks the tokens sorted by image, `rows` to a program, and adds up three rows in
-registers,
+Forward is one program per token: gate, add, statistics, normalise, modulate. A row wider than WIDEST_FORWARD is read in
+blocks, once per statistic.
 
-    a = sum dy * xhat,   b = sum dy,   g = sum dresidual * branch,
+Backward walks the tokens sorted by image, `rows` of them per program, and adds up three rows in registers:
 
-which it writes when the image changes: into row block + image + 1 of `parts`. Both terms only grow along the sorted
-tokens and one of them at each write, so no two writes meet, and programs + N + 2 rows always suffice.
-`_norm_bwd_images` then sums each image's rows in order. What is left (dscale = weight a + bias b, dweight = sum over
-images (1 + scale) a, ...) is arithmetic on (N + 1, C). A row wider than WIDEST_BACKWARD has its two means taken first
-(`_norm_bwd_means`) and is then split between programs.
+    a = sum dy * xhat,   b = sum dy,   g = sum dresidual * branch
+
+It writes them when the image changes, into row program + image + 1 of `parts`. Along the sorted tokens both terms only
+grow, and one of them grows at each write. So no two writes meet, and programs + N + 2 rows suffice. `_norm_bwd_images`
+then sums each image's rows in order. What is left (dscale = weight a + bias b, dweight = sum over images (1 + scale) a,
+...) is arithmetic on (N + 1, C). A row wider than WIDEST_BACKWARD has its two means taken first (`_norm_bwd_means`) and
+is then split between programs. There are no atomics.
 """
 import torch
 import triton

@@ -58,7 +58,7 @@ def grid_positions(positions: Tensor, index: Tensor, columns: Tensor) -> Tensor:
 
     Args:
         positions: (B, S) or (S,) integers, one more for each token of an image.
-        index: like positions, int32 or int64: the image of each token, over the whole batch, negative for text. An
+        index: like positions, int32 or int64: the image id of each token, over the whole batch, negative for text. An
             image's first token must be there. N or more raises on a CPU; on a GPU, where looking would synchronise, it
             is text.
         columns: (N,) int32 or int64, how many patches of image n make a row; less than 1 raises on a CPU and is 1 on a

@@ -60,7 +60,7 @@ def test_the_seed_alone_decides_the_weights(tmp_path):
 
 
 def test_the_same_call_after_an_interruption_ends_with_the_weights_of_one_that_never_stopped(tmp_path, monkeypatch, capsys):
-    digits, settings = Digits(), dataclasses.replace(TINY, steps=8, keep_every=3)
+    digits, settings = Digits(), dataclasses.replace(TINY, steps=8, save_every=3)
 
     def run(name, settings=settings):
         train_classifier(digits.pictures, digits.labels, DIGIT_NAMES, tmp_path / name, settings)
@@ -141,11 +141,11 @@ def test_the_command_says_its_cost_and_how_much_it_reads(tmp_path, capsys):
                "--settings.batch", "8", "--settings.device", "cpu"]
     main(command)
     said = capsys.readouterr().out
-    assert "10 labels, 1437 pictures: 3 steps of 8 pictures take about" in said and "% of 360 held-out pictures are read right" in said
+    assert "10 labels, 1437 pictures\n3 steps of 8 pictures at " in said and "% of 360 held-out pictures are read right" in said
     main(command)
     assert "is this classifier already" in capsys.readouterr().out
     main([*command, "--settings.seed", "1"])  # other settings: its own directory is written anew
-    assert "3 steps of 8 pictures take about" in capsys.readouterr().out
+    assert "3 steps of 8 pictures at " in capsys.readouterr().out
     with pytest.raises(SystemExit, match="error: classifier: label is 'style'; name fits data set 'digits'"):
         main([*command, "--label", "style"])
     with pytest.raises(SystemExit, match="error: data:digit names no data set; data:digits, .* did you mean data:digits"):

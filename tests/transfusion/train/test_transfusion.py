@@ -208,8 +208,9 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(tmp_path, monkeypat
         output = forward(self, sequence, times, seed)
         if int(seed[1]) not in broken:
             return output
-        bad = output.loss * float("nan") if where == "loss" else torch.where(torch.tensor(True), output.loss, (output.loss - output.loss.detach()) ** 0.5)
-        return output._replace(loss=bad)
+        loss = output.text_loss
+        bad = loss * float("nan") if where == "loss" else torch.where(torch.tensor(True), loss, (loss - loss.detach()) ** 0.5)
+        return output._replace(text_loss=bad)
 
     monkeypatch.setattr(Transfusion, "forward", spoilt)
     broken.add(7)
@@ -223,7 +224,7 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(tmp_path, monkeypat
     train(small(tmp_path / "run", resume=True, optim=dataclasses.replace(small(tmp_path).optim, lr=1e-4)))
     assert [record["step"] for record in losses(tmp_path / "run")] == list(range(12))
     broken.add(0)
-    monkeypatch.setattr("transfusion.train.transfusion._cost", lambda *_: "")
+    monkeypatch.setattr("transfusion.train.loop.cost", lambda *_: "")
     with pytest.raises(FloatingPointError, match="nothing was saved; start again with a lower optim.lr"):
         train(small(tmp_path / "new"))
 

@@ -3,9 +3,9 @@
     P = exp(S - LSE),  dV = P^T dO,  dS = P * (dO V^T - delta),  dQ = dS K * scale,  dK = dS^T Q * scale
     delta_i = sum_d(dO_id O_id) - dLSE_i
 
-dQ walks the keys of a tile of queries as the forward kernel does. dK/dV walks, for a tile of keys, the queries between
-since and until, for every query head that shares the key head; one loop, which compares only at the two edges: three
-would spill.
+dQ walks the keys of a tile of queries, as the forward kernel does. dK/dV walks, for a tile of keys, the queries between
+since and until, for every query head that shares the key head. It has one loop, which compares only at the two edges;
+three loops, as in the forward, would spill.
 """
 import torch
 import triton

@@ -1,10 +1,12 @@
 """Cached attention: few queries against a long cache, split over the keys so that every multiprocessor has work.
 
-A program takes the queries of all the heads that share a key head (grouped-query attention reads the cache once) and
-one of `splits` equal parts of the keys they see; a second kernel merges the parts by their log-sum-exp (flash
-decoding). The cache may be paged: row b's key j then lies in page block_table[b, j // page_size] at j % page_size
-(arXiv:2309.06180). Bytes that must move: the visible keys and values once, 4 * D bytes a token and key head in
-bfloat16; the parts add (D + 1) * 4 bytes for each query, head and split.
+A program takes the queries of all heads that share a key head, so that grouped-query attention reads the cache once,
+and one of `splits` equal parts of the keys they see. A second kernel merges the parts by their log-sum-exp (flash
+decoding). The cache may be paged: key j of row b then lies in page block_table[b, j // page_size] at j % page_size
+(arXiv:2309.06180).
+
+Bytes that must move: the visible keys and values once, 4 * D bytes per token and key head in bfloat16. The parts add (D
++ 1) * 4 bytes for each query, head and split.
 """
 import functools
 

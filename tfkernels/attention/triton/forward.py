@@ -3,10 +3,10 @@
     keys  [min lo ........ max lo ............. min hi ........ max hi)
              left edge        mask-free core        right edge
 
-Only the two edges compare key numbers with lo and hi; the core is plain flash attention (arXiv:2205.14135,
+Only the two edges compare key numbers with lo and hi. The core is plain flash attention (arXiv:2205.14135,
 arXiv:2307.08691) with the softmax in base 2. Empty rows are left out of the bounds, so that padding never costs a tile
-its core; they end as output 0 and LSE -inf. The tile's bounds are read from the mask itself: no block list, no host
-synchronisation. A mask that its rows do not tell alone is walked run by run of visible tiles instead (`tiles.py`).
+its core; their output is 0 and their LSE -inf. The tile's bounds are read from the mask itself: no block list, no host
+synchronisation. Where lo and hi alone do not tell the mask, the program walks runs of visible tiles (see `tiles.py`).
 """
 import torch
 import triton

@@ -1,11 +1,12 @@
 """Attention one row at a time: what a program falls back to where its tiles gave something that is not finite.
 
-The tiles multiply what a mask hides by 0, which is exact unless NaN or inf stands there (0 * NaN is NaN): a result that
-is not finite may come from what the row sees or from what it must not see. A program therefore looks at its sums once,
-after its loops, and does those rows over without matrix units: here a hidden pair is never loaded, so that nothing of
-it is left, and what the row sees goes through the same multiplications and additions as in the reference. A loop ends
-early once its result is all NaN, so that a run that has diverged is not slowed down much. What ends a loop is a maximum
-of integers, which the compiler knows to be the same in all threads; a condition on floats makes it spill.
+The tiles multiply what a mask hides by 0. That is exact unless NaN or inf stands there, for 0 * NaN is NaN. A result
+that is not finite may thus come from what the row sees or from what it must not see. A program therefore looks at its
+sums once, after its loops, and does such rows over without matrix units. Here a hidden pair is never loaded, and what
+the row sees goes through the same multiplications and additions as in the reference.
+
+A loop ends early once its result is all NaN, so that a run that has diverged is not slowed down much. Its condition is
+a maximum of integers, which the compiler knows to be the same in all threads; a condition on floats makes it spill.
 """
 import triton
 import triton.language as tl

@@ -1,11 +1,13 @@
 """Which tiles of a mask with holes to visit: bounds of every tile, made on the device, and the runs read off them.
 
-Where one side of the mask does not tell it alone (hidden copies, shared prefixes, block diffusion), a tile within a
-program's range may still be dead (no pair visible), full (every pair visible) or partial. Four integers a tile of the
-other side decide: [min low, max low, min high, max high], empty items left out of the outer two and counted against the
-inner two. A program looks at WINDOW tiles at a time and takes the next partial ones and the full ones behind them as
-one run, so that the inner loops stay plain and pipelined, and the full ones compare nothing. Where a loop within that
-loop would spill (float32, large head dims), it goes tile by tile, passes over the dead and compares in all others.
+Some masks need both sides to be told: hidden copies, shared prefixes, block diffusion. Within a program's range of
+tiles one may then still be dead (no pair visible), full (every pair visible) or partial. Which it is follows from four
+integers per tile of the other side, [min low, max low, min high, max high]. Empty items are left out of the outer two
+and counted against the inner two.
+
+A program looks at WINDOW tiles at a time. It takes the next partial tiles and the full ones behind them as one run, so
+that the inner loops stay plain and pipelined, and full tiles compare nothing. Where a loop within that loop would spill
+(float32, large head dims), the program goes tile by tile: it passes over the dead ones and compares in all others.
 """
 import torch
 import triton

@@ -1,8 +1,8 @@
 """Kernels of the diffusion loss that starts at the hidden states (`tfkernels.losses.head`): one forward, one backward.
 
-Forward takes a tile of patches and walks C once. A guess of each row's mean and 1 / std from its first columns makes z
-= (x - m) r, near to xhat, which goes into the product with the weight while its sums are taken; what the guess missed
-is put right at the end, exactly:
+Forward takes a tile of patches and walks C once. From each row's first columns it guesses a mean m and an inverse
+deviation r. z = (x - m) r is then near to xhat; it goes into the product with the weight while the true sums are taken.
+What the guess missed is put right at the end, exactly:
 
     u = weight @ round(z (1 + scale))      acc = rstd / r * (u - mean(z) * ws)      ws = (1 + scale) @ weight^T, (N, D)
 
@@ -10,9 +10,9 @@ Error sums differ from those of the true xhat by the factor 1 + ((m - mean) / st
 once per tile of D.
 
 Backward is one program per (tile of columns, `span` patches, tile of D). It walks its patches image by image, in tiles
-that begin where the image does: k_n error is the gradient of the prediction. dweight adds up in registers, k as its
-ratio to the greatest of all, so that float16 holds it; dscale goes, at the image's end, to row chunk + image + 1 of
-`parts`, where no two writes meet: see `tfkernels.norm.kernels`.
+that begin where the image does; k_n error is the gradient of the prediction. dweight adds up in registers, with k as
+its ratio to the largest k, so that float16 holds it. At the image's end dscale goes to row chunk + image + 1 of
+`parts`, where no two writes meet (see `tfkernels.norm.triton`). There are no atomics.
 """
 import torch
 import triton
