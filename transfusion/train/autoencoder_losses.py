@@ -38,7 +38,7 @@ def identity_loss(features, pictures: Tensor, drawn: Tensor) -> Tensor:
 
 
 def kl_loss(posterior) -> Tensor:
-    """KL divergence of diffusers' DiagonalGaussianDistribution from N(0, 1): summed over latents, mean over pictures."""
+    """KL divergence of diffusers' DiagonalGaussianDistribution from N(0, 1): summed over a latent, then the mean."""
     return posterior.kl().mean()
 
 

@@ -86,7 +86,8 @@ def _optimizer_state(player: Player) -> tuple[dict[str, Tensor], dict]:
                 others[f"{names[p]}.{key}"] = x
             else:
                 raise ValueError(f"train: the optimizer, {type(optimizer).__name__}, keeps a {type(x).__name__} "
-                                 f"({key}); tensors and numbers can be saved; take another one in transfusion/train/optimizer.py")
+                                 f"({key}); tensors and numbers can be saved; take another one in "
+                                 "transfusion/train/optimizer.py")
     groups = [{key: value for key, value in group.items() if key not in ("params", "lr") and value != before.get(key)}
               for group, before in zip(optimizer.param_groups, player.built)]
     return tensors, {"kind": type(optimizer).__name__, "numbers": others, "groups": groups}

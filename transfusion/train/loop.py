@@ -3,8 +3,8 @@
     loss = sum over terms of weight * mean        mean = sum over micro-batches of (count / total count) * mean of each
 
 A term is a mean over things that are counted: text targets, drawn images, pictures. Micro-batches hold different
-numbers of them, so each mean is weighted with its share of the whole step's count: `accumulate` changes memory, not what
-is learnt.
+numbers of them, so each mean is weighted with its share of the whole step's count: `accumulate` changes memory, not
+what is learnt.
 """
 import shutil
 import sys
