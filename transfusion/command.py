@@ -24,8 +24,8 @@ CHECKPOINT = ("config.json", "adapter_config.json", "cache.json", "classifier.js
 def plain_errors(resumes: bool = False) -> Iterator[None]:
     """End a command with one line in place of a traceback.
 
-    That is where its input or a file is wrong, its loss is not finite, or it was stopped. SIGTERM and SIGHUP stop a command
-    as Ctrl-C does. `resumes`: the same command goes on from there.
+    That is where its input or a file is wrong, its loss is not finite, or it was stopped. SIGTERM and SIGHUP stop a
+    command as Ctrl-C does. `resumes`: the same command goes on from there.
     """
     with _signals(_stop, (signal.SIGTERM, signal.SIGHUP)):
         try:
