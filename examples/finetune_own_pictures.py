@@ -3,8 +3,8 @@
     python examples/finetune_own_pictures.py START FOLDER OUT
 
 FOLDER holds pictures and beside each a text file of the same name with its caption: cat.jpg and cat.txt. START is a
-checkpoint such as `runs/emoji`, or one that `transfusion init` made from a language model. Pictures are cropped and
-resized to what START draws. Runs on the CPU or a CUDA GPU; Ctrl-C saves, and the same command goes on.
+checkpoint that draws pixels, such as `runs/emoji` or one that `transfusion init` made from a language model. Pictures
+are cropped and resized to what it draws. Runs on the CPU or a CUDA GPU; Ctrl-C saves, and the same command goes on.
 """
 import sys
 from dataclasses import dataclass

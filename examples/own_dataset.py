@@ -4,7 +4,7 @@
 
 The pictures here are painted, discs and squares in three colours; yours come from wherever you have them, as a tensor
 (N, C, H, W) in [-1, 1] with a caption each. Order of caption and image, captions left out for guidance, noise limits
-and resuming are the trainer's work. Three minutes on a CPU, less on a GPU; Ctrl-C saves, and the same command goes on.
+and resuming are the trainer's work. It takes minutes on a CPU; Ctrl-C saves, and the same command goes on.
 """
 import sys
 from dataclasses import dataclass

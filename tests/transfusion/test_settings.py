@@ -82,7 +82,9 @@ def test_what_is_set_by_default_fits(settings):
     check("op", settings)
 
 
-@pytest.mark.parametrize("preset", [*PRESETS.values(), *AUTOENCODER_PRESETS.values()], ids=lambda preset: preset.__name__)
+@pytest.mark.parametrize(
+    "preset", [*PRESETS.values(), *AUTOENCODER_PRESETS.values()], ids=lambda preset: preset.__name__
+)
 def test_presets_fit(preset):
     check("op", preset())
 

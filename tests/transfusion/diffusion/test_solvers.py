@@ -1,4 +1,4 @@
-"""Samplers against a model that knows the answer: one image, or Gaussian data whose path from noise is known exactly."""
+"""Solvers against a model that knows the answer: one image, or Gaussian data whose path from noise is known."""
 import math
 
 import pytest
@@ -31,7 +31,10 @@ def test_a_model_that_knows_the_image_leads_to_it(name, objective):
 
 
 def gaussian_error(name, objective, steps, deviation=0.5):
-    """Largest relative error of samples of N(0, deviation^2) whose x_t is N(0, (signal deviation)^2 + noise^2): the exact path keeps x_t over its deviation."""
+    """Largest relative error of samples of N(0, deviation^2).
+
+    Their x_t is N(0, (signal deviation)^2 + noise^2), and on the exact path x_t over its deviation stays what it was.
+    """
     def predict(x, t):
         (signal, noise), (p, q) = objective.path(t), objective.target(t)
         power = (signal * deviation)**2 + noise**2
@@ -57,7 +60,11 @@ def test_shifted_times_keep_their_ends_and_leave_more_noise_in_larger_images():
     t = torch.linspace(0, 1, 11)
     shifted = shift_times(t, 1024, 256)
     torch.testing.assert_close(shifted, 2 * t / (1 + t))
-    assert (shifted[1:-1] > t[1:-1]).all() and torch.equal(shift_times(t, 256, 256), t) and torch.equal(shift_times(t, 1024, None), t)
+    assert (
+        (shifted[1:-1] > t[1:-1]).all()
+        and torch.equal(shift_times(t, 256, 256), t)
+        and torch.equal(shift_times(t, 1024, None), t)
+    )
     ours, theirs = (make_solver(name, OBJECTIVES["flow"], 10, 1024, 256).times for name in ("ddim", "heun"))
     torch.testing.assert_close(theirs[::2], shift_times(theirs[::2] / (2 - theirs[::2]), 1024, 256))
     assert ours[0] == 1 and ours[5] == pytest.approx(2 / 3)
@@ -70,8 +77,18 @@ def test_what_no_sampler_does_is_refused_by_name():
         make_solver("unipc", OBJECTIVES["v"], 10, 16, 256)
 
 
-@pytest.mark.parametrize("name,value", [("steps", 0), ("steps", 1.5), ("steps", float("nan")), ("tokens", 0), ("tokens", 2.0), ("shift_tokens", 0),
-                                        ("shift_tokens", float("nan"))])
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("steps", 0),
+        ("steps", 1.5),
+        ("steps", float("nan")),
+        ("tokens", 0),
+        ("tokens", 2.0),
+        ("shift_tokens", 0),
+        ("shift_tokens", float("nan")),
+    ],
+)
 def test_numbers_that_are_not_whole_and_positive_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"sampler: {name} is .*; a whole number of at least 1 fits"):
         make_solver("ddim", OBJECTIVES["flow"], **{"steps": 2, "tokens": 16, "shift_tokens": 4, name: value})

@@ -42,7 +42,9 @@ def test_what_the_user_set_for_bars_comes_back_after_an_error_too(tmp_path, bars
         model.save_pretrained(tmp_path / "model")
         with pytest.raises(ValueError, match="holds no config.json"):
             Transfusion.from_pretrained(tmp_path / "nowhere")
-        assert not seen and transformers_logging.is_progress_bar_enabled() and diffusers_logging.is_progress_bar_enabled()
+        assert (
+            not seen and transformers_logging.is_progress_bar_enabled() and diffusers_logging.is_progress_bar_enabled()
+        )
         assert list(transformers_logging.tqdm([3], disable=True)) == [3] and seen == [{"disable": True}]
     finally:
         transformers_logging.set_tqdm_hook(before)

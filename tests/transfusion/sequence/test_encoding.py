@@ -18,7 +18,13 @@ PICTURE = Image(torch.arange(64.0).view(1, 8, 8) / 32 - 1)
 def test_a_document_is_bos_parts_eos_with_each_image_between_boi_and_eoi():
     document = encode([Text("a handwritten seven"), PICTURE], TOKENIZER, CONFIG)
     words = TOKENIZER.encode("a handwritten seven", add_special_tokens=False)
-    assert document.tokens == [TOKENIZER.bos_token_id, *words, CONFIG.boi_token_id, *[CONFIG.eoi_token_id] * 17, TOKENIZER.eos_token_id]
+    assert document.tokens == [
+        TOKENIZER.bos_token_id,
+        *words,
+        CONFIG.boi_token_id,
+        *[CONFIG.eoi_token_id] * 17,
+        TOKENIZER.eos_token_id,
+    ]
     (start, patches, grid, image_first), = document.images
     assert start == len(words) + 2 and grid == (4, 4) and not image_first
     assert torch.equal(patches, patchify(PICTURE.latent[None], 2))

@@ -22,7 +22,9 @@ def test_text_and_patches_are_taken_apart_and_put_together_again():
     assert sequence.tokens.shape[0] == 2 and (sequence.documents < 0).any()
     packed = torch.randn(*sequence.tokens.shape, 3, requires_grad=True)
     text, patches = sequence.modality.split(packed)
-    assert torch.equal(text[0], packed[sequence.image_ids < 0]) and torch.equal(patches[0], packed[sequence.image_ids >= 0])
+    assert torch.equal(text[0], packed[sequence.image_ids < 0]) and torch.equal(
+        patches[0], packed[sequence.image_ids >= 0]
+    )
     joined = sequence.modality.join(text, patches)
     assert torch.equal(joined, packed)
     weight = torch.randn(joined.shape)

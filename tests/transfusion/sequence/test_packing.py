@@ -31,7 +31,9 @@ def test_packing_keeps_documents_apart_and_restarts_positions():
 
 def test_with_causal_attention_every_token_sees_itself_and_what_stands_before_it_in_its_document():
     clean = with_clean_copies(encode([PICTURE, Text("a handwritten two")], TOKENIZER, CONFIG))
-    sequence = pack([encode([Text("a handwritten seven"), PICTURE, Text(" and"), PICTURE], TOKENIZER, CONFIG), clean], 120, 4)
+    sequence = pack(
+        [encode([Text("a handwritten seven"), PICTURE, Text(" and"), PICTURE], TOKENIZER, CONFIG), clean], 120, 4
+    )
     dense, document = IMAGE_ATTENTION["causal"].mask(sequence).dense()[0, 0], sequence.documents[0]
     expected = torch.ones(120, 120).tril().bool() & (document[:, None] == document) & (document >= 0)
     start, stop = sequence.hidden[0, 0].tolist()  # the noised patches, which the rest of their document does not see
