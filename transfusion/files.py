@@ -73,7 +73,7 @@ def read_json(path: Path, advice: str = "copy it again or make it anew") -> dict
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """Yield a path to write to, of the same suffix, which takes the place of `path` at the end; directories are made."""
+    """Yield a path of the same suffix to write to; it takes the place of `path` at the end."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{ASIDE}{os.getpid()}-{path.name}")
