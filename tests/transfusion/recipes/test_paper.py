@@ -85,8 +85,9 @@ def test_what_is_not_in_the_paper_is_answered_with_the_nearest():
 
 
 def test_the_training_is_the_papers():
-    """AdamW (betas 0.9, 0.95) at 3e-4, warmed up over 4000 steps, down to 1.5e-5 by a cosine; sequences of 4096 tokens, batches of 2 M tokens for
-    250k steps, 0.5 T in all; decay 0.1, gradients clipped at norm 1; captions first 80 % of the time; images before captions noised to 500 of 1000.
+    """AdamW (betas 0.9, 0.95) at 3e-4, warmed up over 4000 steps, down to 1.5e-5 by a cosine; sequences of 4096 tokens,
+    batches of 2 M tokens for 250k steps, 0.5 T in all; decay 0.1, gradients clipped at norm 1; captions first 80 % of
+    the time; images before captions noised to 500 of 1000.
     """
     optim, data = paper("7B").optim, paper("7B").data
     assert optim.rows * optim.seq_len == 2 * 1024**2 and optim.seq_len == paper_model("7B").text_config.max_position_embeddings
