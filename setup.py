@@ -6,30 +6,36 @@ from setuptools import find_packages, setup
 TRAIN = ["tyro>=1.0", "matplotlib>=3.8"]
 GGUF = ["gguf>=0.17", "accelerate>=1.0"]
 DEMO = [*TRAIN, "scikit-learn>=1.4"]
+TESTS = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "hypothesis>=6.100", "transfusion-pytorch>=0.20"]
 
 setup(
     name="tfkernels",
     version="0.1.0",
-    description="Triton kernels for Transfusion models, and Transfusion: one LLaMA-shaped model that writes text and draws images",
+    description="Triton kernels for Transfusion models, and Transfusion: "
+                "one LLaMA-shaped model that writes text and draws images",
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["tfkernels*", "transfusion*"]),
-    package_data={"transfusion": ["recipes/assets/emoji/*.webp", "recipes/assets/emoji/*.json", "recipes/assets/emoji/licences/*"]},
+    package_data={"transfusion.recipes": ["assets/emoji/*", "assets/emoji/licences/*"]},
     install_requires=[
-        "torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "numpy", "transformers>=5.17,<6", "tokenizers>=0.22", "diffusers>=0.35", "peft>=0.17",
-        "safetensors>=0.5", "pillow>=10", "tqdm>=4.66", *TRAIN[:1],
+        "torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "numpy", "transformers>=5.17,<6", "tokenizers>=0.22",
+        "diffusers>=0.35", "peft>=0.17", "safetensors>=0.5", "pillow>=10", "tqdm>=4.66", *TRAIN[:1],
     ],
     extras_require={
         "train": TRAIN,
         "demo": DEMO,
         "gguf": GGUF,
-        "dev": [*DEMO, *GGUF, "pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "hypothesis>=6.100", "transfusion-pytorch>=0.20", "ruff>=0.8"],
+        "dev": [*DEMO, *GGUF, *TESTS, "ruff>=0.8"],
         "flash": ["flash-attn>=2.8"],
         "xformers": ["xformers>=0.0.35"],
         "liger": ["liger-kernel>=0.8"],
     },
     entry_points={"console_scripts": ["transfusion = transfusion.cli:main"]},
-    classifiers=["License :: OSI Approved :: MIT License", "Programming Language :: Python :: 3", "Environment :: GPU :: NVIDIA CUDA"],
+    classifiers=[
+        "License :: OSI Approved :: MIT License",
+        "Programming Language :: Python :: 3",
+        "Environment :: GPU :: NVIDIA CUDA",
+    ],
 )

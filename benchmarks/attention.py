@@ -1,11 +1,11 @@
-"""Attention on packed Transfusion batches, 1k to 32k tokens: mask build, forward, backward, memory and TFLOP/s beside the peers.
+"""Attention on packed Transfusion batches of 1k to 32k tokens, beside the other implementations of the same mask.
 
     python -m benchmarks.attention --out DIR [--quick]      on a CUDA device
-    python -m benchmarks.attention --out DIR --cpu          what needs none: mask build and tiles (see benchmarks.mask)
+    python -m benchmarks.attention --out DIR --cpu          without one: mask build and tiles (benchmarks/mask.py)
 
-TFLOP/s count the mask's visible pairs and nothing else: 4 * area * H * D forward, 2.5 times that backward. The same inputs,
-drawn from N(0, 1), go to every contender, and each contender's output and gradients must pass the tests' accuracy rule against
-float64 in this very run before it is timed.
+Measured are mask build, forward, backward and memory. TFLOP/s count the mask's visible pairs and nothing else: 4 *
+area * H * D forward, 2.5 times that backward. Every contender gets the same inputs, drawn from N(0, 1). Before it is
+timed, its output and gradients must pass the tests' accuracy rule against float64 in this very run.
 """
 import importlib.util
 from pathlib import Path
@@ -18,18 +18,10 @@ from torch.nn.attention import SDPBackend
 from benchmarks import attention_peers as peers
 from benchmarks import mask as mask_benchmark
 from benchmarks.batches import PackedBatch, packed_batch
-from benchmarks.harness import (
-    Contender,
-    LeftOut,
-    Report,
-    Result,
-    clocks,
-    environment,
-    make_parser,
-    measure,
-    peak_tflops,
-    present,
-)
+from benchmarks.command_line import run_command
+from benchmarks.environment import peak_tflops
+from benchmarks.harness import Contender, LeftOut, Result, measure, present
+from benchmarks.report import Report
 from benchmarks.timing import remark
 from tests.compare import assert_as_accurate
 from tfkernels import TransfusionMask, attention, attention_reference
@@ -88,7 +80,10 @@ def random_inputs(case: Case, device: str, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 def reference(inputs, mask: TransfusionMask, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """out, dq, dk, dv of `attention_reference` in `dtype`, by key head and by blocks of rows against the keys they see."""
+    """out, dq, dk, dv of `attention_reference` in `dtype`, for one key head and one block of rows at a time.
+
+    A block of rows is computed against the keys that it sees.
+    """
     q, k, v, dout = (x.detach().to(dtype) for x in inputs)
     group, total = q.shape[1] // k.shape[1], torch.promote_types(dtype, torch.float32)
     out, dq, dk, dv = (
@@ -228,7 +223,8 @@ def table(rows: list[dict]) -> str:
     lines = []
     for row in rows:
         image = f"{row['image_tokens']:<4}{' hidden' * row['hidden']}"
-        head = f"{row['seq_len']:6} D{row['head_dim']:<3} {row['heads']}:{row['kv_heads']:<2} img {image} {row['contender'][:46]:46}"
+        shape = f"{row['seq_len']:6} D{row['head_dim']:<3} {row['heads']}:{row['kv_heads']:<2} img {image}"
+        head = f"{shape} {row['contender'][:46]:46}"
         if not row["milliseconds"]:
             lines.append(f"{head} {(row['error'] or row['left_out'] or 'no numbers').splitlines()[0][:90]}")
         else:
@@ -280,24 +276,19 @@ def plot(report: Report, out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the grid until it ends or `--seconds` are over; the file is complete after every row."""
-    parser = make_parser(__doc__.splitlines()[0], "three lengths, images of 256 tokens")
-    parser.add_argument("--cpu", action="store_true", help="measure what needs no CUDA device")
-    options = parser.parse_args(arguments)
-    if options.cpu:
-        return mask_benchmark.run(options.out, quick=options.quick, commit=options.commit)
-    if not torch.cuda.is_available():
-        print("benchmarks.attention: no CUDA device; pass --cpu for what can be measured without one")
-        return 1
-    settings = {"quick": options.quick, "timing": "interleaved, L2 flushed before each phase"}
-    report, path = Report("attention", settings, environment("cuda", options.commit)), options.out / "attention.json"
-    report.obey(options)
+    """Run the grid, or with `--cpu` that of benchmarks/mask.py."""
 
-    status = report.run(cases(options.quick), lambda case: run_case(case, report, seconds=1.0), path, options.seconds)
-    report.environment["clocks_after"] = clocks()
-    report.save(path)
-    plot(report, options.out)
-    return status or int(any(row["contender"] == "tfkernels" and row["error"] for row in report.rows))
+    def measure_case(case: Case | mask_benchmark.Case, report: Report, device: str) -> None:
+        if device == "cpu":
+            mask_benchmark.run_case(case, report)
+        else:
+            run_case(case, report, seconds=1.0)
+
+    return run_command(
+        "attention", __doc__, arguments, cases=cases, cpu_cases=mask_benchmark.cases, measure_case=measure_case,
+        settings={"timing": "interleaved; on CUDA L2 flushed before each phase, on the CPU wall time, nothing flushed",
+                  "cpu_image_tokens": mask_benchmark.IMAGE},
+        quick="three lengths, images of 256 tokens", finish=plot)
 
 
 if __name__ == "__main__":

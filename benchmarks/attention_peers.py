@@ -1,6 +1,7 @@
-"""The other ways to compute the same attention, each from what its own users have: ids per token, a dense mask, or nothing.
+"""The other implementations of the same attention, each fed what its own users have.
 
-Every function returns a Contender with the phases build (where there is a mask), forward and backward, at one call.
+That is ids per token, a dense mask, or nothing. Every function returns a Contender with the phases build (where there
+is a mask), forward and backward, all of one call.
 """
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,11 +24,15 @@ def contender(name, inputs, check, forward, build=None) -> Contender:
     def run_backward(state):
         state["grads"] = torch.autograd.grad(state["out"], (q, k, v), dout)
 
-    return Contender(name, {**({"build": run_build} if build else {}), "forward": run_forward, "backward": run_backward}, check)
+    phases = {"build": run_build} if build else {}
+    return Contender(name, {**phases, "forward": run_forward, "backward": run_backward}, check)
 
 
 def sdpa_dense(batch: PackedBatch, inputs, check) -> Contender:
-    """PyTorch's SDPA with the (S, S) bool mask, the backend PyTorch's choice; key heads repeated as transformers does."""
+    """PyTorch's SDPA with the (S, S) bool mask and the backend that PyTorch picks.
+
+    Key heads are repeated, as transformers does.
+    """
     def forward(q, k, v, mask):
         return scaled_dot_product_attention(q, *repeated(q, k, v), attn_mask=mask)
 
@@ -56,12 +61,17 @@ def flex(batch: PackedBatch, inputs, check) -> Contender:
         return seen & ((secret[j] == 0) | (secret[i] == secret[j])) if some_hidden else seen
 
     create = torch.compile(create_block_mask, dynamic=False)
-    return contender("FlexAttention, create_block_mask", inputs, check, _flex_forward(), lambda: create(visible, None, None, seq_len, seq_len, device=device))
+
+    def build():
+        return create(visible, None, None, seq_len, seq_len, device=device)
+
+    return contender("FlexAttention, create_block_mask", inputs, check, _flex_forward(), build)
 
 
 def flex_with_our_blocks(make_mask, inputs, check) -> Contender:
     """Compiled FlexAttention; its block mask from `TransfusionMask.block_mask()`."""
-    return contender("FlexAttention, mask.block_mask()", inputs, check, _flex_forward(), lambda: make_mask().block_mask())
+    name = "FlexAttention, mask.block_mask()"
+    return contender(name, inputs, check, _flex_forward(), lambda: make_mask().block_mask())
 
 
 def _flex_forward():
@@ -87,13 +97,14 @@ def xformers_dense(batch: PackedBatch, inputs, check) -> Contender:
         return bias.expand(-1, q.shape[1], -1, -1)
 
     def forward(q, k, v, bias):
-        return memory_efficient_attention(*(x.transpose(1, 2) for x in (q, *repeated(q, k, v))), attn_bias=bias).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, *repeated(q, k, v)))
+        return memory_efficient_attention(q, k, v, attn_bias=bias).transpose(1, 2)
 
     return contender("xformers, dense bias", inputs, check, forward, build)
 
 
 def flash_segments(batch: PackedBatch, inputs, check) -> Contender:
-    """flash-attn, exact: packed causal attention for all rows, then each image's rows again against its document so far."""
+    """flash-attn, exact: causal attention for all rows, then each image's rows again against its document so far."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     if batch.hidden is not None:

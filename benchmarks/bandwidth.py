@@ -1,8 +1,9 @@
-"""Operators that memory bounds: GB/s of the bytes that must move, and what share of a measured device copy's that is.
+"""Operators that memory bounds: GB/s of the bytes that must move, and that rate as a share of a measured device copy's.
 
-A benchmark names its cases and, for each, a `Problem`: tensors that get gradients, the gradients that arrive, the bytes that must move, and
-the functions that compete. Every contender passes the tests' accuracy rule against float64, in its outputs and every gradient, before it is
-timed. Beside ms at three quantiles a row holds the peak memory and the bytes that autograd keeps from forward to backward, inputs aside.
+A benchmark names its cases and, for each, a `Problem`: tensors that get gradients, the gradients that arrive, the
+bytes that must move, and the functions that compete. Before it is timed, every contender passes the tests' accuracy
+rule against float64, in its outputs and in every gradient. Beside milliseconds at three quantiles a row holds the
+peak memory and the bytes that autograd keeps from forward to backward, without the inputs.
 """
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -10,7 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Contender, Report, Result, measure, run_command
+from benchmarks.command_line import run_command
+from benchmarks.harness import Contender, Result, measure
+from benchmarks.report import Report
 from benchmarks.timing import remark
 from tests.compare import assert_as_accurate
 
@@ -19,17 +22,18 @@ OUR_FACTOR, PEER_FACTOR = 2.0, 4.0
 
 
 class Problem(NamedTuple):
-    """One operator on one set of inputs; each function takes the tensors in order and returns a tensor or a tuple of them."""
+    """One operator on one set of inputs.
+
+    Each function takes the tensors in order and returns a tensor or a tuple of them.
+    """
 
     tensors: dict[str, Tensor]           # require gradients
     arriving: dict[str, Tensor]          # by output
     moved: dict[str, int]                # bytes that must move, by phase
     functions: dict[str, Callable]       # OURS, EAGER, ... in the order of the report
-    terms: dict[str, Tensor] | None = None  # of outputs and gradients ("d" + name) that are sums which cancel: see tests.compare
+    terms: dict[str, Tensor] | None = None  # `terms` of tests/compare.py, by output and gradient ("d" + name)
     others: list[Result] | None = None      # of peers that cannot take part
-    exact: Callable | None = (
-        None  # of inputs and arriving in float64: what `results` gives, where the reference at once would not fit
-    )
+    exact: Callable | None = None           # `results` in float64, where the reference does not fit memory
 
 
 def functions(
@@ -153,29 +157,23 @@ def run_problem(problem: Problem, configuration: dict, report: Report, device: s
 
 def run_benchmark(
     name: str,
-    description: str,
+    documentation: str,
+    arguments: list[str] | None,
+    *,
     settings: dict,
     cases: Callable[[bool], Iterable],
     cpu_cases: Iterable,
     problem: Callable[[NamedTuple, str, torch.dtype], Problem],
-    arguments: list[str] | None,
 ) -> int:
-    """Command line of a benchmark whose cases are problems of this module."""
+    """Command line of a benchmark whose cases are problems of this module: bfloat16 on CUDA, float32 on the CPU."""
 
-    def measure_case(case, report, device):
-        run_problem(
-            problem(case, device, torch.bfloat16 if device == "cuda" else torch.float32), case._asdict(), report, device
-        )
+    def measure_case(case: NamedTuple, report: Report, device: str) -> None:
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        run_problem(problem(case, device, dtype), case._asdict(), report, device)
 
     return run_command(
-        name,
-        description,
-        {**settings, "timing": "interleaved, L2 flushed on CUDA"},
-        cases,
-        cpu_cases,
-        measure_case,
-        arguments,
-    )
+        name, documentation, arguments, settings={**settings, "timing": "interleaved, L2 flushed on CUDA"}, cases=cases,
+        cpu_cases=lambda quick: cpu_cases, measure_case=measure_case)
 
 
 def _tuple(outputs) -> tuple[Tensor, ...]:

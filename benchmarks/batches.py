@@ -22,10 +22,13 @@ class PackedBatch(NamedTuple):
         return [[span for span, number in zip(self.spans[0], first) if number]] if any(first) else None
 
 
-def packed_batch(seq_len: int, image_tokens: int, seed: int = 0, device: str = "cpu", hidden: bool = False) -> PackedBatch:
-    """Fill `seq_len` tokens with documents of 512 to 8192 tokens (log-uniform): text runs of 16 to 256 tokens and whole images in turn.
+def packed_batch(
+    seq_len: int, image_tokens: int, seed: int = 0, device: str = "cpu", hidden: bool = False
+) -> PackedBatch:
+    """Fill `seq_len` tokens with documents of 512 to 8192 tokens, log-uniform.
 
-    With `hidden` every other image, beginning with the first, is one that only itself may see.
+    In a document, runs of 16 to 256 text tokens and whole images take turns. With `hidden` every other image, beginning
+    with the first, is one that only itself may see.
     """
     draw = random.Random(seed)
     spans, documents, position, document = [], [], 0, 0
@@ -42,13 +45,15 @@ def packed_batch(seq_len: int, image_tokens: int, seed: int = 0, device: str = "
     for number, (start, stop) in enumerate(spans, 1):
         image_ids[0, start:stop] = number
     hidden_ids = image_ids * (image_ids % 2) * hidden
-    return PackedBatch([spans], torch.tensor([documents], dtype=torch.int32, device=device), image_ids.to(device), hidden_ids.to(device))
+    documents = torch.tensor([documents], dtype=torch.int32, device=device)
+    return PackedBatch([spans], documents, image_ids.to(device), hidden_ids.to(device))
 
 
 def dense_definition(batch: PackedBatch, start: int = 0, stop: int | None = None) -> Tensor:
     """(1, 1, stop - start, S) bool: the batch's mask for the queries [start, stop), straight from the ids."""
     documents, images = batch.documents, batch.image_ids
-    rows, keys = torch.arange(documents.shape[1], device=documents.device)[start:stop, None], torch.arange(documents.shape[1], device=documents.device)
+    keys = torch.arange(documents.shape[1], device=documents.device)
+    rows = keys[start:stop, None]
     own, image = documents[:, start:stop, None], images[:, start:stop, None]
     secret, asking = batch.hidden_ids[:, None], batch.hidden_ids[:, start:stop, None]
     seen = (own == documents[:, None]) & ((keys <= rows) | ((image == images[:, None]) & (image > 0)))

@@ -1,21 +1,26 @@
-"""The text head's cross-entropy: TFLOP/s of the loss alone and of loss and gradients, peak memory, and what is kept for the backward.
+"""The text head's cross-entropy: TFLOP/s, peak memory, and the bytes kept for the backward.
 
     python -m benchmarks.cross_entropy --out DIR [--quick] [--cpu]
 
-Half of the tokens have a target: R of T = 2 R rows, drawn at random. Operations are those of the equations in `tfkernels.cross_entropy`:
-2 R V C for the loss alone ("evaluation", no gradient wanted) and 6 R V C for "forward" and "backward" together, whichever of the two makes the
-gradients: ours makes them in the forward. Contenders: ours, the reference in eager PyTorch and under `torch.compile`, and where they are,
-torch.nn.functional.linear_cross_entropy in chunks, liger-kernel's fused linear cross-entropy and cut-cross-entropy, with its gradient
-filter and without. The peers gather the rows within the measured time. "saved" counts what autograd holds: the gradients that PyTorch's operator
-makes in its forward are held elsewhere and are seen in the peak alone.
+Half of the tokens have a target: R of T = 2 R rows, drawn at random. Operations are those of the equations in
+`tfkernels.losses.cross_entropy`: 2 R V C for the loss alone ("evaluation", where no gradient is wanted), and 6 R V C
+for "forward" and "backward" together, whichever of the two makes the gradients; ours makes them in the forward.
+Contenders are ours, the reference in eager PyTorch and under `torch.compile` and, where they are installed,
+torch.nn.functional.linear_cross_entropy in chunks, liger-kernel's fused linear cross-entropy, and cut-cross-entropy
+with its gradient filter and without. The peers' time includes gathering the rows. "saved" counts what autograd holds.
+The gradients that PyTorch's operator makes in its forward are held elsewhere, so they are seen in the peak alone.
 """
 import functools
+import itertools
 from typing import NamedTuple
 
 import torch
 
 from benchmarks.bandwidth import Problem, contenders, functions, saved_bytes
-from benchmarks.harness import Contender, LeftOut, Report, Result, measure, peak_tflops, present, run_command
+from benchmarks.command_line import run_command
+from benchmarks.environment import peak_tflops
+from benchmarks.harness import Contender, LeftOut, Result, measure, present
+from benchmarks.report import Report
 from benchmarks.timing import remark
 from tfkernels import linear_cross_entropy, linear_cross_entropy_reference
 
@@ -33,7 +38,7 @@ class Case(NamedTuple):
 def cases(quick: bool) -> list[Case]:
     """The grid, those of `quick` first."""
     first = [Case(16384, 2048, 32000), Case(4096, 4096, 128256)]
-    grid = [Case(rows, width, vocabulary) for rows in (4096, 16384) for width in (2048, 4096) for vocabulary in (32000, 128256)]
+    grid = [Case(*sizes) for sizes in itertools.product((4096, 16384), (2048, 4096), (32000, 128256))]
     return first if quick else first + [c for c in grid if c not in first]
 
 
@@ -178,17 +183,12 @@ def run_case(case: Case, report: Report, device: str, dtype: torch.dtype, second
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
+    def measure_case(case: Case, report: Report, device: str) -> None:
+        run_case(case, report, device, torch.bfloat16 if device == "cuda" else torch.float32)
+
     return run_command(
-        "cross_entropy",
-        __doc__.splitlines()[0],
-        {"timing": "interleaved, L2 flushed on CUDA"},
-        cases,
-        [Case(512, 128, 500)],
-        lambda case, report, device: run_case(
-            case, report, device, torch.bfloat16 if device == "cuda" else torch.float32
-        ),
-        arguments,
-    )
+        "cross_entropy", __doc__, arguments, settings={"timing": "interleaved, L2 flushed on CUDA"}, cases=cases,
+        cpu_cases=lambda quick: [Case(512, 128, 500)], measure_case=measure_case)
 
 
 if __name__ == "__main__":

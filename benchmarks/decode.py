@@ -1,17 +1,22 @@
-"""Cached attention: decoding 1 and 16 tokens and denoising one image against caches of 1k to 128k tokens, dense and paged.
+"""Attention against a cache of 1k to 128k tokens, dense and paged: decoding 1 and 16 tokens, and denoising one image.
 
     python -m benchmarks.decode --out DIR [--quick] [--cpu]
 
-What counts is bytes: GB/s are those of the keys and values that the mask leaves visible, read once, over the median time. Half of the
-batch's rows hold half as many tokens as the others. Every contender passes the tests' accuracy rule against float64 before it is timed.
+GB/s are the bytes of the keys and values that the mask leaves visible, each read once, over the median time. Half of
+the batch's rows hold half as many tokens as the others. Before it is timed, every contender passes the tests'
+accuracy rule against float64.
 """
+import functools
+import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.harness import Contender, Report, Result, measure, run_command
+from benchmarks.command_line import run_command
+from benchmarks.harness import Contender, Result, measure
+from benchmarks.report import Report
 from benchmarks.timing import remark
 from tests.compare import assert_as_accurate
 from tfkernels import TransfusionMask, attention, attention_reference, paged_attention
@@ -21,7 +26,7 @@ OUR_FACTOR, PEER_FACTOR = 2.0, 4.0
 
 
 class Case(NamedTuple):
-    """One configuration: `batch` rows, `query_len` new tokens against `cached` (half of the rows: half of them) older ones."""
+    """`batch` rows of `query_len` new tokens against `cached` older ones, or half as many in half of the rows."""
 
     batch: int
     query_len: int
@@ -38,14 +43,19 @@ class Case(NamedTuple):
 
 def cases(quick: bool) -> list[Case]:
     """The grid, those of `quick` first."""
-    grid = [Case(batch, query_len, cached, *heads) for heads in ((32, 4), (16, 16)) for query_len in (1, 16, 256) for batch in (1, 8)
-            for cached in (1024, 8192, 32768, 131072) if batch * cached <= 2**18]
+    lengths = 1024, 8192, 32768, 131072
+    grid = [Case(batch, query_len, cached, *heads)
+            for heads, query_len, batch, cached in itertools.product(((32, 4), (16, 16)), (1, 16, 256), (1, 8), lengths)
+            if batch * cached <= 2**18]
     first = [c for c in grid if c.kv_heads == 4 and c.cached in (8192, 32768)]
     return first if quick else first + [c for c in grid if c not in first]
 
 
 def paged(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Scatter a cache (B, K, S, D), S a multiple of PAGE, over pages in random order: (P, PAGE, K, D) and the block table (B, S / PAGE)."""
+    """Scatter a cache (B, K, S, D), S a multiple of PAGE, over pages in random order.
+
+    Returns the pages (P, PAGE, K, D) and the block table (B, S / PAGE).
+    """
     pages = x.transpose(1, 2).unflatten(1, (-1, PAGE)).flatten(0, 1)
     order = torch.randperm(pages.shape[0], generator=torch.Generator().manual_seed(0)).to(x.device)
     store = torch.empty_like(pages)
@@ -80,11 +90,13 @@ def contenders(case: Case, device: str, dtype: torch.dtype) -> tuple[list[Conten
         return Contender(name, {"build": run_build, "forward": run}, check(OUR_FACTOR))
 
     def sdpa(state):
-        state["out"] = scaled_dot_product_attention(q, k, v, attn_mask=state["mask"], enable_gqa=case.heads != case.kv_heads)
+        grouped = case.heads != case.kv_heads
+        state["out"] = scaled_dot_product_attention(q, k, v, attn_mask=state["mask"], enable_gqa=grouped)
 
     def build_dense(state):
-        rows = lengths[:, None, None] + (case.query_len if case.image else torch.arange(1, case.query_len + 1, device=device)[:, None])
-        state["mask"] = (torch.arange(key_len, device=device) < rows)[:, None].expand(-1, -1, case.query_len, -1)
+        causal = torch.arange(1, case.query_len + 1, device=device)[:, None]
+        ends = lengths[:, None, None] + (case.query_len if case.image else causal)
+        state["mask"] = (torch.arange(key_len, device=device) < ends)[:, None].expand(-1, -1, case.query_len, -1)
 
     found = [ours("tfkernels", lambda mask: attention(q, k, v, mask)),
              ours("tfkernels, paged", lambda mask: paged_attention(q, k_pages, v_pages, table, mask)),
@@ -100,7 +112,8 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, dtype: to
         row = TransfusionMask.from_intervals(mask.lo[b:b + 1], mask.hi[b:b + 1], key_len=mask.key_len)
         for h in range(k.shape[1]):
             heads = slice(h * group, (h + 1) * group)
-            out[b, heads] = attention_reference(*(x.to(dtype) for x in (q[b:b + 1, heads], k[b:b + 1, h:h + 1], v[b:b + 1, h:h + 1])), row).out[0]
+            parts = q[b:b + 1, heads], k[b:b + 1, h:h + 1], v[b:b + 1, h:h + 1]
+            out[b, heads] = attention_reference(*(x.to(dtype) for x in parts), row).out[0]
     return out
 
 
@@ -119,9 +132,10 @@ def run_case(case: Case, report: Report, device: str, seconds: float) -> None:
         numbers = (
             f"{times['forward']:8.4f} ms {row['gb_per_s']:7.0f} GB/s, mask {times['build']:.4f} ms" if times else ""
         )
+        said = row["error"] or row["left_out"] or numbers + remark(row["timing"])
         print(
             f"batch {case.batch} queries {case.query_len:3} cached {case.cached:6} "
-            f"heads {case.heads}:{case.kv_heads:<2} {row['contender']:20} {row['error'] or row['left_out'] or numbers + remark(row['timing'])}",
+            f"heads {case.heads}:{case.kv_heads:<2} {row['contender']:20} {said}",
             flush=True,
         )
 
@@ -129,14 +143,9 @@ def run_case(case: Case, report: Report, device: str, seconds: float) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
     return run_command(
-        "decode",
-        __doc__.splitlines()[0],
-        {"page_size": PAGE, "timing": "interleaved, L2 flushed on CUDA"},
-        cases,
-        [Case(2, n, 1024, 8, 2, 64) for n in (1, 16, 64)],
-        lambda case, report, device: run_case(case, report, device, seconds=0.5),
-        arguments,
-    )
+        "decode", __doc__, arguments, settings={"page_size": PAGE, "timing": "interleaved, L2 flushed on CUDA"},
+        cases=cases, cpu_cases=lambda quick: [Case(2, n, 1024, 8, 2, 64) for n in (1, 16, 64)],
+        measure_case=functools.partial(run_case, seconds=0.5))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The diffusion loss and its form that starts at the hidden states: GB/s of the bytes that must move, and what share of a device copy's that is.
+"""The diffusion loss, and its form that starts at the hidden states: GB/s, and as a share of a device copy's.
 
     python -m benchmarks.diffusion_loss --out DIR [--quick] [--cpu]
 
-Images of 256 patches. The bytes that must move are those of the tables in `tfkernels.diffusion_loss` and `tfkernels.head_loss`. The loss from the
-hidden states on has as many text tokens as patches in its packed row, in stretches of 256. Contenders: ours, and plain PyTorch, eager and
-compiled, which gets eps, Philox's, ready made in memory: neither its making nor its first write is timed, which favours plain PyTorch.
+Images have 256 patches. The bytes that must move are those of the tables in `tfkernels.losses.diffusion` and
+`tfkernels.losses.head`. The packed row of the loss from the hidden states has as many text tokens as patches, in
+stretches of 256. Contenders are ours, and plain PyTorch, eager and compiled. Plain PyTorch gets its noise, Philox's,
+ready made in memory: neither making nor first writing it is timed, which favours plain PyTorch.
 """
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 
 import tfkernels
 from benchmarks.bandwidth import Problem, functions, results, run_benchmark
-from tfkernels.patches.patchify import noise_reference
+from tfkernels.patches import noise_reference
 
 IMAGE = 256
 HEADS = {"modulated_layer_norm_diffusion_loss": tfkernels.modulated_layer_norm_reference,
@@ -22,7 +23,7 @@ MOVED = {"diffusion_loss": (2, 3), "norm, head, loss": ((1, 0), (1, 1))}  # of E
 
 
 class Case(NamedTuple):
-    """One operator on `patches` rows of `dim` elements; `width` columns of hidden states, twice as many as patches, or 0 for none."""
+    """One operator on `patches` rows of `dim` elements, and on twice as many hidden states of `width` (0: none)."""
 
     op: str
     patches: int
@@ -66,27 +67,33 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
         tokens = 2 * case.patches
         moved = [(a * case.patches + b * tokens) * case.width * e for a, b in MOVED["norm, head, loss"]]
         places = torch.arange(tokens, device=device).view(-1, 2, IMAGE)[:, 1].flatten()
-        tensors = {"hidden": random(tokens, case.width), "scale": random(images, case.width), "shift": random(images, case.width),
-                   "weight": random(case.dim, case.width) / case.width**0.5, "bias": random(case.dim)}
+        tensors = {"hidden": random(tokens, case.width), "scale": random(images, case.width),
+                   "shift": random(images, case.width), "weight": random(case.dim, case.width) / case.width**0.5,
+                   "bias": random(case.dim)}
 
         def ours(hidden, scale, shift, head, bias):
-            return getattr(tfkernels, case.op)(hidden, places, scale, shift, head, bias, x0, p, q, weight, seed, offsets=offsets)
+            operator = getattr(tfkernels, case.op)
+            return operator(hidden, places, scale, shift, head, bias, x0, p, q, weight, seed, offsets=offsets)
 
         def reference(hidden, scale, shift, head, bias):
             vectors = (None, None) if "layer" in case.op else (None,)
-            return plain(torch.nn.functional.linear(HEADS[case.op](hidden[places], *vectors, scale, shift, index), head, bias))
+            normed = HEADS[case.op](hidden[places], *vectors, scale, shift, index)
+            return plain(torch.nn.functional.linear(normed, head, bias))
 
     tensors = {name: x.to(dtype).requires_grad_() for name, x in tensors.items()}
     loss, *gradients = results(reference, list(tensors.values()), [dloss])
-    terms = {"loss": IMAGE**0.5 * loss.abs()}                                              # a sum of IMAGE rows
-    terms |= {f"d{name}": g.abs() + g.abs().amax() for name, g in zip(tensors, gradients)}  # prediction - target cancels
-    return Problem(tensors, {"loss": dloss}, dict(zip(("forward", "backward"), moved)), functions(ours, reference, compiled=device == "cuda"), terms)
+    terms = {"loss": IMAGE**0.5 * loss.abs()}  # a sum of IMAGE rows
+    for name, gradient in zip(tensors, gradients):  # prediction - target cancels
+        terms[f"d{name}"] = gradient.abs() + gradient.abs().amax()
+    return Problem(tensors, {"loss": dloss}, dict(zip(("forward", "backward"), moved)),
+                   functions(ours, reference, compiled=device == "cuda"), terms)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
     small = [Case("diffusion_loss", 1024, 32)] + [Case(op, 1024, 32, 128) for op in HEADS]
-    return run_benchmark("diffusion_loss", __doc__.splitlines()[0], {"image_patches": IMAGE}, cases, small, problem, arguments)
+    return run_benchmark("diffusion_loss", __doc__, arguments, settings={"image_patches": IMAGE}, cases=cases,
+                         cpu_cases=small, problem=problem)
 
 
 if __name__ == "__main__":

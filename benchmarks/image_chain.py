@@ -1,10 +1,12 @@
-"""An image's way around the decoder: noise, patches, embedding into the packed sequence, and from the hidden states to the loss, in one chain.
+"""An image's way around the decoder: noise, patches, embedding, and from the hidden states to the loss, in one chain.
 
     python -m benchmarks.image_chain --out DIR [--quick] [--cpu]
 
-`noise_patchify`, `embed_patches` and `modulated_layer_norm_diffusion_loss` with nothing between the last two, so that the sequence is the hidden
-states. As many rows of text as of patches, in stretches of 256. The bytes that must move are the sum of the three operators' tables. Contenders:
-ours, plain PyTorch eager and compiled; those get eps, Philox's, ready made in memory: its making is not timed, which favours them.
+The chain is `noise_patchify`, `embed_patches` and `modulated_layer_norm_diffusion_loss`. Nothing stands between the
+last two, so the packed sequence is the hidden states. It has as many rows of text as of patches, in stretches of 256.
+The bytes that must move are the sum of the three operators' tables. Contenders are ours, and plain PyTorch, eager and
+compiled. Plain PyTorch gets its noise, Philox's, ready made in memory: making it is not timed, which favours plain
+PyTorch.
 """
 from typing import NamedTuple
 
@@ -13,7 +15,7 @@ from torch.nn import functional as F
 
 import tfkernels
 from benchmarks.bandwidth import Problem, functions, results, run_benchmark
-from tfkernels.patches.patchify import noise_reference
+from tfkernels.patches import noise_reference
 
 IMAGE, DIM = 256, 64
 
@@ -45,35 +47,45 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
         return torch.randn(*shape, generator=generator, device=device)
 
     images, tokens = case.patches // IMAGE, 2 * case.patches
-    seed, offsets = torch.tensor([5, 7], device=device), torch.arange(images + 1, dtype=torch.int32, device=device) * IMAGE
+    seed = torch.tensor([5, 7], device=device)
+    offsets = torch.arange(images + 1, dtype=torch.int32, device=device) * IMAGE
     index, eps = noise_reference(seed, offsets, images, case.patches, DIM)
     places = torch.arange(tokens, device=device).view(-1, 2, IMAGE)[:, 1].flatten()
     x0, t = random(case.patches, DIM).to(dtype), torch.linspace(0.1, 0.9, images, device=device)
     p, q, dloss = -torch.ones_like(t), torch.ones_like(t), random(images)
-    tensors = {"text": random(tokens, case.width), "weight": random(case.width, DIM) / DIM**0.5, "timestep": random(images, case.width),
-               "scale": random(images, case.width), "shift": random(images, case.width), "head": random(DIM, case.width) / case.width**0.5, "bias": random(DIM)}
+    tensors = {
+        "text": random(tokens, case.width), "weight": random(case.width, DIM) / DIM**0.5,
+        "timestep": random(images, case.width), "scale": random(images, case.width),
+        "shift": random(images, case.width), "head": random(DIM, case.width) / case.width**0.5, "bias": random(DIM)}
     tensors = {name: x.to(dtype).requires_grad_() for name, x in tensors.items()}
 
     def ours(text, weight, timestep, scale, shift, head, bias):
         noised = tfkernels.noise_patchify(x0, 1 - t, t, seed, offsets=offsets)
         hidden = tfkernels.embed_patches(text, noised, weight, timestep, places, offsets)
-        return tfkernels.modulated_layer_norm_diffusion_loss(hidden, places, scale, shift, head, bias, x0, p, q, None, seed, offsets=offsets)
+        return tfkernels.modulated_layer_norm_diffusion_loss(
+            hidden, places, scale=scale, shift=shift, weight=head, bias=bias, x0=x0, p=p, q=q, loss_weight=None,
+            seed=seed, offsets=offsets)
 
     def plain(text, weight, timestep, scale, shift, head, bias):
         wide = torch.promote_types(text.dtype, torch.float32)
         noised = ((1 - t).to(wide)[index][:, None] * x0 + t.to(wide)[index][:, None] * eps).to(text.dtype)
         hidden = text.index_copy(0, places, F.linear(noised, weight) + timestep[index])
-        prediction = F.linear(tfkernels.modulated_layer_norm_reference(hidden[places], None, None, scale, shift, index), head, bias)
+        normed = tfkernels.modulated_layer_norm_reference(hidden[places], None, None, scale, shift, index)
+        prediction = F.linear(normed, head, bias)
         return (prediction - (eps.to(wide) - x0)).square().view(images, -1).mean(-1)
 
     loss, *gradients = results(plain, list(tensors.values()), [dloss])
-    terms = {"loss": IMAGE**0.5 * loss.abs()} | {f"d{name}": g.abs() + g.abs().amax() for name, g in zip(tensors, gradients)}  # prediction - target cancels
-    return Problem(tensors, {"loss": dloss}, moved(case, x0.element_size()), functions(ours, plain, compiled=device == "cuda"), terms)
+    terms = {"loss": IMAGE**0.5 * loss.abs()}  # a sum of IMAGE rows
+    for name, gradient in zip(tensors, gradients):  # prediction - target cancels
+        terms[f"d{name}"] = gradient.abs() + gradient.abs().amax()
+    return Problem(tensors, {"loss": dloss}, moved(case, x0.element_size()),
+                   functions(ours, plain, compiled=device == "cuda"), terms)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
-    return run_benchmark("image_chain", __doc__.splitlines()[0], {"image_patches": IMAGE, "patch_elements": DIM}, cases, [Case(1024, 128)], problem, arguments)
+    return run_benchmark("image_chain", __doc__, arguments, settings={"image_patches": IMAGE, "patch_elements": DIM},
+                         cases=cases, cpu_cases=[Case(1024, 128)], problem=problem)
 
 
 if __name__ == "__main__":

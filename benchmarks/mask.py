@@ -1,11 +1,11 @@
-"""What a mask costs, measured without a GPU: time and bytes to build it, and the tiles a kernel then visits.
+"""What a mask costs, measured without a GPU: time and bytes to build it, and the tiles that a kernel then visits.
 
-`tfkernels` builds four integers per token; FlexAttention's create_block_mask looks at every pair. A tile counts as visited
-where the kernels would load it: the keys from the least lo to the greatest hi of a tile of queries, in steps of the key tile.
-The minimum is the keys that any of those queries sees, packed into as few tiles as hold them.
+`tfkernels` builds four integers per token; FlexAttention's create_block_mask looks at every pair. A tile counts as
+visited where the kernels would load it: the keys from the least lo to the greatest hi of a tile of queries, in steps
+of the key tile. The minimum is the keys that any of those queries sees, packed into as few tiles as hold them.
 """
 import functools
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,13 +13,27 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.batches import PackedBatch, dense_definition, packed_batch
-from benchmarks.harness import Contender, Report, environment, measure
+from benchmarks.harness import Contender, Result, measure
+from benchmarks.report import Report
 from tfkernels import TransfusionMask
 
+IMAGE = 256
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 TILES = ((128, 128), (128, 64), (64, 64))
 CHUNK = 1024
 EAGER_LIMIT = 8192  # tokens up to which create_block_mask also runs uncompiled; beyond, one call takes many seconds
+
+
+class Case(NamedTuple):
+    """A row of `seq_len` tokens; `compiled`: beside the others, create_block_mask under torch.compile."""
+
+    seq_len: int
+    compiled: bool = True
+
+
+def cases(quick: bool) -> list[Case]:
+    """Every length, or three of them, which compile nothing."""
+    return [Case(seq_len, not quick) for seq_len in (LENGTHS[:3] if quick else LENGTHS)]
 
 
 class LargestTensor(TorchDispatchMode):
@@ -49,22 +63,31 @@ def contenders(batch: PackedBatch, compiled: bool) -> dict[str, tuple[Contender,
     def check_mask(state):
         for start in range(0, seq_len, CHUNK):
             part = state["mask"].queries(start, min(start + CHUNK, seq_len))
-            assert torch.equal(part.dense(), dense_definition(batch, start, start + CHUNK)), f"the mask is wrong in rows {start} to {start + CHUNK}"
+            right = torch.equal(part.dense(), dense_definition(batch, start, start + CHUNK))
+            assert right, f"the mask is wrong in rows {start} to {start + CHUNK}"
 
     def check_blocks(state):
-        assert torch.equal(state["mask"].to_dense().bool()[0, 0], needed), "the block mask lists other tiles than the definition needs"
+        right = torch.equal(state["mask"].to_dense().bool()[0, 0], needed)
+        assert right, "the block mask lists other tiles than the definition needs"
+
+    def ours(given):
+        return TransfusionMask.from_spans(given, seq_len, documents=batch.documents)
+
+    def flex(create):
+        return create(visible, None, None, seq_len, seq_len, device="cpu")
 
     ways = {
-        "tfkernels, from tensors": (lambda: TransfusionMask.from_spans(spans, seq_len, documents=batch.documents), check_mask),
-        "tfkernels, from lists": (lambda: TransfusionMask.from_spans(batch.spans, seq_len, documents=batch.documents), check_mask),
-        "tfkernels, with block_mask()": (lambda: TransfusionMask.from_spans(spans, seq_len, documents=batch.documents).block_mask(), check_blocks),
+        "tfkernels, from tensors": (lambda: ours(spans), check_mask),
+        "tfkernels, from lists": (lambda: ours(batch.spans), check_mask),
+        "tfkernels, with block_mask()": (lambda: ours(spans).block_mask(), check_blocks),
     }
     if seq_len <= EAGER_LIMIT:
-        ways["create_block_mask"] = (lambda: create_block_mask(visible, None, None, seq_len, seq_len, device="cpu"), check_blocks)
+        ways["create_block_mask"] = (lambda: flex(create_block_mask), check_blocks)
     if compiled:
         create = torch.compile(create_block_mask, dynamic=False)
-        ways["create_block_mask, compiled"] = (lambda: create(visible, None, None, seq_len, seq_len, device="cpu"), check_blocks)
-    return {name: (Contender(name, {"build": functools.partial(_build, build)}, check), build) for name, (build, check) in ways.items()}
+        ways["create_block_mask, compiled"] = (lambda: flex(create), check_blocks)
+    return {name: (Contender(name, {"build": functools.partial(_build, build)}, check), build)
+            for name, (build, check) in ways.items()}
 
 
 def _build(build, state):
@@ -72,9 +95,10 @@ def _build(build, state):
 
 
 def mask_bytes(mask) -> int:
-    """Return the bytes of the tensors that a TransfusionMask or a BlockMask holds; what a BlockMask's mask_mod captured is not counted."""
-    tensors = mask.as_tuple(flatten=True) if isinstance(mask, BlockMask) else (mask.lo, mask.hi, mask.query_lo, mask.query_hi)
-    return sum(x.nbytes for x in tensors if isinstance(x, Tensor))
+    """Bytes of the tensors that a TransfusionMask or a BlockMask holds, without those that its mask_mod captured."""
+    if isinstance(mask, BlockMask):
+        return sum(x.nbytes for x in mask.as_tuple(flatten=True) if isinstance(x, Tensor))
+    return sum(x.nbytes for x in (mask.lo, mask.hi, mask.key_since, mask.key_until))
 
 
 def needed_tiles(batch: PackedBatch, size: int) -> Tensor:
@@ -85,11 +109,14 @@ def needed_tiles(batch: PackedBatch, size: int) -> Tensor:
 
 
 def live_tiles(mask: TransfusionMask, start: int, end: int, first: Tensor, last: Tensor, size: int) -> int:
-    """Count the tiles [first, last) of `size` keys of which some key may be seen by a query of [start, end), all batch rows together."""
-    seen = mask.query_lo < mask.query_hi
-    pad = -mask.key_len % size
-    low = torch.nn.functional.pad(torch.where(seen, mask.query_lo, end), (0, pad), value=end).unflatten(1, (-1, size)).amin(-1)
-    high = torch.nn.functional.pad(torch.where(seen, mask.query_hi, 0), (0, pad), value=0).unflatten(1, (-1, size)).amax(-1)
+    """Count the tiles [first, last) of `size` keys of which a query of [start, end) sees one, over all batch rows."""
+    seen = mask.key_since < mask.key_until
+
+    def by_tile(keys: Tensor, fill: int) -> Tensor:
+        keys = torch.where(seen, keys, fill)
+        return torch.nn.functional.pad(keys, (0, -mask.key_len % size), value=fill).unflatten(1, (-1, size))
+
+    low, high = by_tile(mask.key_since, end).amin(-1), by_tile(mask.key_until, 0).amax(-1)
     tile = torch.arange(low.shape[1])
     return ((low < end) & (high > start) & (first[:, None] <= tile) & (tile < last[:, None])).sum().item()
 
@@ -113,38 +140,45 @@ def tile_counts(mask: TransfusionMask, definition, rows: int, keys: int) -> dict
     return {"visited": visited, "minimum": minimum, "area_in_tiles": mask.area().item() / (rows * keys)}
 
 
-def run(out: Path, *, quick: bool = False, commit: str | None = None, lengths=LENGTHS, image_tokens: int = 256) -> int:
-    """Measure every length, write attention-cpu-<commit>.json into `out` and print a short table."""
-    torch.set_num_threads(1)  # on a shared machine a second thread measures how long the other waits for a core
-    where = environment("cpu", commit)
-    report = Report("mask", {"image_tokens": image_tokens, "timing": "wall time, interleaved, caches not flushed"}, where)
-    path = out / f"attention-cpu-{(where['commit'] or 'unknown')[:10]}.json"
-    for seq_len in lengths[:3] if quick else lengths:
-        torch._dynamo.reset()
-        batch = packed_batch(seq_len, image_tokens)
-        ways = contenders(batch, compiled=not quick)
+def run_case(case: Case, report: Report) -> None:
+    """Measure one length, and record and print a row for each way to build the mask and for each mask's tiles."""
+    torch._dynamo.reset()
+    batch = packed_batch(case.seq_len, IMAGE)
+    ways = contenders(batch, case.compiled)
 
-        def record(result, seq_len=seq_len):
-            report.record({"seq_len": seq_len}, result)
-            report.save(path)
+    def record(result: Result, **found) -> dict:
+        return report.record({"seq_len": case.seq_len}, result, **found)
 
-        chosen = [contender for contender, _ in ways.values()]
-        for result in measure(chosen, device="cpu", seconds=2, warmup=1, record=record):
-            build, found = ways[result.name][1], {}
-            if result.checked:
-                found["bytes"] = mask_bytes(build())
-            if result.checked and "compiled" not in result.name:
-                with LargestTensor() as largest:
-                    build()
-                found["largest_tensor_bytes"] = largest.bytes
-            row = report.record({"seq_len": seq_len}, result, **found)
-            print(f"{seq_len:6} {result.name:32} " + (result.error or f"{row['milliseconds']['build']['p50']:10.3f} ms {row['bytes']:9} bytes, "
-                                                       f"largest tensor {row.get('largest_tensor_bytes', 'not traced')}"), flush=True)
-        for name, packed in (("packed", batch), ("packed, every other image hidden", packed_batch(seq_len, image_tokens, hidden=True))):
-            mask = TransfusionMask.from_spans(packed.spans, seq_len, documents=packed.documents, hidden=packed.hidden)
-            definition = functools.partial(dense_definition, packed)
-            counts = {f"{rows}x{keys}": tile_counts(mask, definition, rows, keys) for rows, keys in TILES}
-            report.rows.append({"seq_len": seq_len, "mask": name, "area": mask.area().item(), "tiles": counts})
-            print(f"{seq_len:6} {name:32} tiles of 128x128: {counts['128x128']}")
-        report.save(path)
-    return int(any(row.get("error") for row in report.rows))
+    chosen = [contender for contender, _ in ways.values()]
+    for result in measure(chosen, device="cpu", seconds=2, warmup=1, record=record, **report.limits):
+        build = ways[result.name][1]
+        row = record(result, **sizes(build, traced="compiled" not in result.name) if result.checked else {})
+        print(f"{case.seq_len:6} {result.name:32} {words(row)}", flush=True)
+    for hidden in (False, True):
+        packed = packed_batch(case.seq_len, IMAGE, hidden=hidden)
+        mask = TransfusionMask.from_spans(
+            packed.spans, case.seq_len, documents=packed.documents, hidden=packed.hidden)
+        counts = {f"{rows}x{keys}": tile_counts(mask, functools.partial(dense_definition, packed), rows, keys)
+                  for rows, keys in TILES}
+        name = f"tiles, packed{', every other image hidden' * hidden}"
+        report.rows.append(
+            {"seq_len": case.seq_len, "contender": name, "area": mask.area().item(), "tiles": counts})
+        print(f"{case.seq_len:6} {name} of 128x128: {counts['128x128']}", flush=True)
+
+
+def sizes(build, traced: bool) -> dict[str, int]:
+    """Bytes of the mask that `build` returns and, where `traced`, of the largest tensor on the way to it."""
+    found = {"bytes": mask_bytes(build())}
+    if traced:
+        with LargestTensor() as largest:
+            build()
+        found["largest_tensor_bytes"] = largest.bytes
+    return found
+
+
+def words(row: dict) -> str:
+    """What a way to build the mask took, or why there are no numbers."""
+    if not row["milliseconds"]:
+        return row["error"] or row["left_out"] or "no numbers"
+    return (f"{row['milliseconds']['build']['p50']:10.3f} ms {row['bytes']:9} bytes, "
+            f"largest tensor {row.get('largest_tensor_bytes', 'not traced')}")

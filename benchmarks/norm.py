@@ -1,11 +1,13 @@
-"""Modulated norms and gated residuals: GB/s of the bytes that must move, and what share of a measured device copy's that is.
+"""Modulated norms and gated residuals: GB/s of the bytes that must move, and as a share of a measured device copy's.
 
     python -m benchmarks.norm --out DIR [--quick] [--cpu]
 
-A packed row of text and images of 256 tokens, half of the tokens each. The bytes that must move are those of the table in `tfkernels.norm`:
-token tensors once, no intermediate. Contenders: ours, the reference in eager PyTorch, `torch.compile` of the reference, and where
-liger-kernel has it, its modulated RMS norm, which has neither text nor an index: every token is of an image, all of one length.
+A packed row of text and images of 256 tokens, half of the tokens each. The bytes that must move are those of the
+table in `tfkernels.norm.op`: token tensors once, nothing in between. Contenders are ours, the reference in eager
+PyTorch and under `torch.compile`, and, where liger-kernel is installed, its modulated RMS norm. That one knows
+neither text nor an index, so it gets rows in which every token is of an image, all images of one length.
 """
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -21,7 +23,9 @@ ARGUMENTS = {
     "gated_residual": ("x", "branch", "gate"),
     "gated_residual_rms_norm": ("x", "branch", "gate", "weight", "scale", "shift"),
 }
-MOVED = {"modulated_rms_norm": (2, 3), "modulated_layer_norm": (2, 3), "gated_residual": (3, 3), "gated_residual_rms_norm": (4, 6)}  # of T C elements
+MOVED = {  # forward and backward, in T C elements
+    "modulated_rms_norm": (2, 3), "modulated_layer_norm": (2, 3), "gated_residual": (3, 3),
+    "gated_residual_rms_norm": (4, 6)}
 
 
 class Case(NamedTuple):
@@ -35,7 +39,7 @@ class Case(NamedTuple):
 
 def cases(quick: bool) -> list[Case]:
     """The grid, those of `quick` first."""
-    grid = [Case(op, tokens, width) for op in ARGUMENTS for tokens in (4096, 32768) for width in (1024, 2048, 4096, 8192)]
+    grid = [Case(*case) for case in itertools.product(ARGUMENTS, (4096, 32768), (1024, 2048, 4096, 8192))]
     grid += [Case("modulated_rms_norm", 32768, 4096, text=False)]
     first = [c for c in grid if c.tokens == 32768 and c.width in (2048, 4096)]
     return first if quick else first + [c for c in grid if c not in first]
@@ -48,9 +52,13 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
     index = torch.where(stretch % 2 == 0, -1, stretch // 2) if case.text else stretch
     sizes = dict.fromkeys(("x", "branch"), (case.tokens, case.width)) | dict.fromkeys(("weight", "bias"), (case.width,))
     sizes |= dict.fromkeys(("gate", "scale", "shift"), (int(index.max()) + 1, case.width))
-    tensors = {n: torch.randn(sizes[n], generator=generator, device=device).to(dtype).requires_grad_() for n in ARGUMENTS[case.op]}
+
+    def random(*size):
+        return torch.randn(size, generator=generator, device=device).to(dtype)
+
+    tensors = {name: random(*sizes[name]).requires_grad_() for name in ARGUMENTS[case.op]}
     outputs = ("out", "normed") if case.op == "gated_residual_rms_norm" else ("out",)
-    arriving = {name: torch.randn(case.tokens, case.width, generator=generator, device=device).to(dtype) for name in outputs}
+    arriving = {name: random(case.tokens, case.width) for name in outputs}
     size = case.tokens * case.width * torch.empty(0, dtype=dtype).element_size()
     ours, reference = (getattr(tfkernels, f"{case.op}{suffix}") for suffix in ("", "_reference"))
     peers, others = present({} if case.text or case.op != "modulated_rms_norm" else {"liger-kernel": _liger})
@@ -83,15 +91,8 @@ def _liger():
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
-    return run_benchmark(
-        "norm",
-        __doc__.splitlines()[0],
-        {"image_tokens": IMAGE},
-        cases,
-        [Case(op, 1024, 256) for op in ARGUMENTS],
-        problem,
-        arguments,
-    )
+    return run_benchmark("norm", __doc__, arguments, settings={"image_tokens": IMAGE}, cases=cases,
+                         cpu_cases=[Case(op, 1024, 256) for op in ARGUMENTS], problem=problem)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 LOST = 70  # exit status: the device answers nothing any more
-FIRST = ("tests/tfkernels/test_attention", "tests/tfkernels/test_mask", "tests/tfkernels/")
+FIRST = ("tests/tfkernels/attention/", "tests/tfkernels/mask/", "tests/tfkernels/")
 LEFT_OUT = "spill"
 KEPT_BYTES = 2**30
 DONE = ("passed", "skipped", "xfailed")

@@ -1,12 +1,14 @@
-"""Patches, noise and the patch embedding: GB/s of the bytes that must move, and what share of a measured device copy's that is.
+"""Patches, noise and the patch embedding: GB/s of the bytes that must move, and as a share of a measured device copy's.
 
     python -m benchmarks.patchify --out DIR [--quick] [--cpu]
 
-Images of 256 tokens (patches of 2 x 2; 8 or 16 latent channels: D = 32 or 64). `embed_patches` puts them into a sequence that holds as many rows of
-text, stretch by stretch of 256; `noise_patchify_embed` is `noise_patchify` and then `embed_patches`, from latents that need no gradient. The bytes
-that must move are those of the tables in `tfkernels.patchify` and `tfkernels.embed`. x0 needs no gradient in training, but a problem without one has
-no backward: in the first two x0 gets one, an unpatchify. Contenders: ours, the same in eager PyTorch, and `torch.compile` of that. Theirs read an eps
-that is ready in memory (Philox's, so that all compute the same): making it is not timed, which favours them.
+Images have 256 tokens: patches of 2 x 2 in 8 or 16 latent channels, so D is 32 or 64. `embed_patches` puts them into
+a sequence that holds as many rows of text, in stretches of 256. `noise_patchify_embed` is `noise_patchify` followed
+by `embed_patches`, from latents that need no gradient. The bytes that must move are those of the tables in
+`tfkernels.patches`. In training x0 needs no gradient, but a problem without one has no backward: in `patchify` and
+`noise_patchify` x0 gets one, an unpatchify. Contenders are ours, and the same in eager PyTorch and under
+`torch.compile`. Theirs read noise that is ready in memory (Philox's, so that all compute the same): making it is not
+timed, which favours them.
 """
 from typing import NamedTuple
 
@@ -16,7 +18,7 @@ from torch.nn import functional as F
 
 from benchmarks.bandwidth import Problem, functions, run_benchmark
 from tfkernels import embed_patches, noise_patchify, patchify
-from tfkernels.patches.patchify import noise_reference, patchify_reference
+from tfkernels.patches import noise_reference, patchify_reference
 
 IMAGE, PATCH = 256, 2
 SEED = 1
@@ -24,7 +26,10 @@ OPS = ("patchify", "noise_patchify", "embed_patches", "noise_patchify_embed")
 
 
 class Case(NamedTuple):
-    """One operator on `patches` patches of D = `dim` elements, among as many rows of text of `width` columns (0 where nothing is embedded)."""
+    """One operator on `patches` patches of D = `dim` elements, among as many rows of text of `width` columns.
+
+    A width of 0 says that nothing is embedded.
+    """
 
     op: str
     patches: int
@@ -63,9 +68,10 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
     seed = torch.tensor([SEED, 0], device=device)
     offsets = torch.arange(images + 1, dtype=torch.int32, device=device) * IMAGE
     places = torch.arange(case.patches, device=device)
-    places += (places // IMAGE + 1) * IMAGE                                                # text, image, text, image, ...
+    places += (places // IMAGE + 1) * IMAGE  # text, image, text, image, ...
     image = torch.arange(case.patches, device=device) // IMAGE
-    eps = {d: noise_reference(seed, None, images, case.patches, case.dim, d)[1] for d in (dtype, torch.float64)} if "noise" in case.op else {}
+    dtypes = (dtype, torch.float64) if "noise" in case.op else ()
+    eps = {d: noise_reference(seed, None, images, case.patches, case.dim, d)[1] for d in dtypes}
 
     def patches(x: Tensor) -> Tensor:
         return patchify_reference(x, None, None, x.shape[1], PATCH)
@@ -85,22 +91,25 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
     tensors, size = {"x0": x0}, (case.patches, case.dim)
     if case.width:
         size = 2 * case.patches, case.width
-        tensors = {"hidden": normal(*size), "weight": normal(case.width, case.dim) / case.dim**0.5, "condition": normal(images, case.width)}
+        tensors = {"hidden": normal(*size), "weight": normal(case.width, case.dim) / case.dim**0.5,
+                   "condition": normal(images, case.width)}
     tokens = patches(x0)
     ours, plain = {
         "patchify": (lambda x: patchify(x, PATCH), patches),
         "noise_patchify": (noise_ours, noised),
         "embed_patches": (lambda *given: embed_ours(tokens, *given), lambda *given: embedded(tokens, *given)),
-        "noise_patchify_embed": (lambda *given: embed_ours(noise_ours(x0), *given), lambda *given: embedded(noised(x0.to(given[0].dtype)), *given)),
+        "noise_patchify_embed": (lambda *given: embed_ours(noise_ours(x0), *given),
+                                 lambda *given: embedded(noised(x0.to(given[0].dtype)), *given)),
     }[case.op]
-    return Problem({name: x.requires_grad_() for name, x in tensors.items()}, {"out": normal(*size)}, moved(case, x0.element_size()),
-                   functions(ours, plain, compiled=device == "cuda"))
+    return Problem({name: x.requires_grad_() for name, x in tensors.items()}, {"out": normal(*size)},
+                   moved(case, x0.element_size()), functions(ours, plain, compiled=device == "cuda"))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
-    return run_benchmark("patchify", __doc__.splitlines()[0], {"image_tokens": IMAGE, "patch_size": PATCH}, cases,
-                         [Case(op, 512, 32, 128 if "embed" in op else 0) for op in OPS], problem, arguments)
+    small = [Case(op, 512, 32, 128 if "embed" in op else 0) for op in OPS]
+    return run_benchmark("patchify", __doc__, arguments, settings={"image_tokens": IMAGE, "patch_size": PATCH},
+                         cases=cases, cpu_cases=small, problem=problem)
 
 
 if __name__ == "__main__":

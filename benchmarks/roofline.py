@@ -1,12 +1,13 @@
-"""What an H100 allows the attention kernels, computed before anything is measured: cycles per tile, then TFLOP/s per shape.
+"""What an H100 allows the attention kernels, computed before anything is measured: cycles a tile, then TFLOP/s.
 
     python -m benchmarks.roofline
 
-One multiprocessor (sm_90) gives 4096 bf16 operations a cycle on its tensor cores, 128 bytes a cycle from shared memory, 16
-exponentials and 128 other float32 operations; 132 of them at 1.83 GHz are the data sheet's 989 TFLOP/s. A wgmma of 64 x n x 16
-takes n / 2 cycles, and no fewer than its operands take to leave shared memory: 2 kB for A unless that is in registers, 32 n bytes for B.
-Two figures bracket a kernel: `apart`, where products, exponentials and the rest wait for each other, and `together`, where the slowest
-of the three hides the others. Programs are dealt to the multiprocessors in launch order, so that short sequences pay for the last wave.
+One multiprocessor (sm_90) gives 4096 bf16 operations a cycle on its tensor cores, 128 bytes a cycle from shared
+memory, 16 exponentials and 128 other float32 operations; 132 of them at 1.83 GHz are the data sheet's 989 TFLOP/s. A
+wgmma of 64 x n x 16 takes n / 2 cycles, and no fewer than its operands take to leave shared memory: 2 kB for A,
+unless that is in registers, and 32 n bytes for B. Two figures bracket a kernel. In `apart` the products, the
+exponentials and the rest wait for each other; in `together` the slowest of the three hides the others. Programs are
+dealt to the multiprocessors in the order of the launch, so that short sequences pay for the last wave.
 """
 import heapq
 from typing import NamedTuple
@@ -41,7 +42,7 @@ class Product(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """A kernel's tile of m queries by n keys, its products, and its other operations for each pair of a query and a key."""
+    """A kernel's tile of m queries by n keys, its products, and its other operations for each pair of query and key."""
 
     m: int
     n: int
@@ -59,15 +60,20 @@ def kernels(dim: int) -> dict[str, Kernel]:
     """The three kernels with the launch tables' sm_90 tiles for bf16 and a head dim."""
     f, q, k = (table[90, 2, dim] for table in (CONFIGS, DQ_CONFIGS, DKV_CONFIGS))
     return {
-        "forward": Kernel(f.block_m, f.block_n, [Product(f.block_m, f.block_n, dim, True), Product(f.block_m, dim, f.block_n, False)], 5),
-        "dq": Kernel(q.block_m, q.block_n, [Product(q.block_m, q.block_n, dim, True)] * 2 + [Product(q.block_m, dim, q.block_n, False)], 6),
-        "dkv": Kernel(k.block_m, k.block_n, [Product(k.block_n, k.block_m, dim, True)] * 2 + [Product(k.block_n, dim, k.block_m, False)] * 2, 6),
+        "forward": Kernel(f.block_m, f.block_n, [
+            Product(f.block_m, f.block_n, dim, True), Product(f.block_m, dim, f.block_n, False)], 5),
+        "dq": Kernel(q.block_m, q.block_n, [
+            *[Product(q.block_m, q.block_n, dim, True)] * 2, Product(q.block_m, dim, q.block_n, False)], 6),
+        "dkv": Kernel(k.block_m, k.block_n, [
+            *[Product(k.block_n, k.block_m, dim, True)] * 2, *[Product(k.block_n, dim, k.block_m, False)] * 2], 6),
     }
 
 
 def tiles(low: torch.Tensor, high: torch.Tensor, size: int, step: int) -> list[int]:
     """How many tiles of `step` each program of `size` rows (or keys) visits, from a mask's (1, S) intervals."""
-    low, high = (torch.nn.functional.pad(x, (0, -x.shape[1] % size), value=fill).view(-1, size) for x, fill in ((low, 2**31 - 1), (high, 0)))
+    pad = 0, -low.shape[1] % size
+    low = torch.nn.functional.pad(low, pad, value=2**31 - 1).view(-1, size)
+    high = torch.nn.functional.pad(high, pad, value=0).view(-1, size)
     return (-(-(high.amax(1) - low.amin(1)).clamp(min=0) // step)).tolist()
 
 
@@ -81,40 +87,52 @@ def makespan(programs: list[int], tile_cycles: float, copies: int) -> float:
 
 
 def predict(seq_len: int, dim: int) -> dict[str, tuple[float, float]]:
-    """TFLOP/s over visible pairs (apart, together) of forward and backward on a packed batch of one row and 16 heads."""
+    """TFLOP/s over visible pairs (apart, together), forward and backward, on a packed batch of one row and 16 heads."""
     batch = packed_batch(seq_len, 256)
     mask = TransfusionMask.from_spans(batch.spans, seq_len, documents=batch.documents)
     chosen, area = kernels(dim), mask.area().item()
-    rows, keys = (mask.lo, mask.hi), (mask.query_lo, mask.query_hi)
-    visits = {"forward": tiles(*rows, chosen["forward"].m, chosen["forward"].n), "dq": tiles(*rows, chosen["dq"].m, chosen["dq"].n),
-              "dkv": tiles(*keys, chosen["dkv"].n, chosen["dkv"].m)}
-    times = {name: [makespan(visits[name], cycles, HEADS) for cycles in kernel.cycles()] for name, kernel in chosen.items()}
+    rows, keys = (mask.lo, mask.hi), (mask.key_since, mask.key_until)
+    visits = {
+        "forward": tiles(*rows, chosen["forward"].m, chosen["forward"].n),
+        "dq": tiles(*rows, chosen["dq"].m, chosen["dq"].n),
+        "dkv": tiles(*keys, chosen["dkv"].n, chosen["dkv"].m)}
+    times = {name: [makespan(visits[name], cycles, HEADS) for cycles in kernel.cycles()]
+             for name, kernel in chosen.items()}
     work = 4 * area * HEADS * dim / 1e9
     forward = tuple(work / t for t in times["forward"])
     return {"forward": forward, "backward": tuple(2.5 * work / (a + b) for a, b in zip(times["dq"], times["dkv"]))}
 
 
 def bytes_moved() -> dict[str, tuple[int, int]]:
-    """Bytes in bfloat16 that each operator around attention must move, forward and backward: 32,768 rows of 4096, half of them patches of 64."""
+    """Bytes that each operator around attention must move, forward and backward, in bfloat16.
+
+    A sequence has 32,768 rows of 4096 columns; half of the rows are patches of 64 elements.
+    """
     rows, patches, width, dim = 32_768, 16_384, 4096, 64
     found = {op: tuple(2 * n * rows * width for n in moved) for op, moved in norm.MOVED.items()}
-    found |= {f"{op}, 32 + 8 heads of 128": tuple(2 * n * rows * 40 * 128 for n in moved) for op, moved in rotary.MOVED.items()}
-    found |= {op: tuple(patchify.moved(patchify.Case(op, patches, dim, width), 2).values()) for op in ("noise_patchify", "embed_patches")}
+    for op, moved in rotary.MOVED.items():
+        found[f"{op}, 32 + 8 heads of 128"] = tuple(2 * n * rows * 40 * 128 for n in moved)
+    for op in ("noise_patchify", "embed_patches"):
+        found[op] = tuple(patchify.moved(patchify.Case(op, patches, dim, width), 2).values())
     found["diffusion_loss"] = tuple(2 * n * patches * dim for n in diffusion_loss.MOVED["diffusion_loss"])
-    found["modulated_layer_norm_diffusion_loss"] = tuple(2 * width * (a * patches + b * rows) for a, b in diffusion_loss.MOVED["norm, head, loss"])
+    found["modulated_layer_norm_diffusion_loss"] = tuple(
+        2 * width * (a * patches + b * rows) for a, b in diffusion_loss.MOVED["norm, head, loss"])
     found["noise, patches, embedding, loss"] = tuple(image_chain.moved(image_chain.Case(patches, width), 2).values())
     return found
 
 
 def main() -> None:
     """Print the tables."""
-    print("| D | kernel | tile | products | exponentials | others | cycles a tile: apart, together | tensor cores busy: apart, together |\n|" + "---|" * 8)
+    print("| D | kernel | tile | products | exponentials | others | cycles a tile: apart, together "
+          "| tensor cores busy: apart, together |\n|" + "---|" * 8)
     for dim in (64, 128):
         for name, kernel in kernels(dim).items():
             apart, together = kernel.cycles()
             pairs, least = kernel.m * kernel.n, sum(2 * p.m * p.n * p.k for p in kernel.products) / TENSOR
-            print(f"| {dim} | {name} | {kernel.m}x{kernel.n} | {sum(p.cycles() for p in kernel.products):.0f} | {pairs / EXPONENTIALS:.0f} | "
-                  f"{pairs * kernel.others / OTHERS:.0f} | {apart:.0f}, {together:.0f} | {least / apart:.0%}, {least / together:.0%} |")
+            products = sum(p.cycles() for p in kernel.products)
+            print(f"| {dim} | {name} | {kernel.m}x{kernel.n} | {products:.0f} | {pairs / EXPONENTIALS:.0f} | "
+                  f"{pairs * kernel.others / OTHERS:.0f} | {apart:.0f}, {together:.0f} | "
+                  f"{least / apart:.0%}, {least / together:.0%} |")
     print("\n| D | tokens | forward TFLOP/s: apart, together | backward |\n|---|---|---|---|")
     for dim in (64, 128):
         for seq_len in LENGTHS:
@@ -122,7 +140,8 @@ def main() -> None:
             print(f"| {dim} | {seq_len} | " + " | ".join(f"{a:.0f}, {b:.0f}" for a, b in rates.values()) + " |")
     print("\n| operator | forward MiB | us at 90 % of a copy | backward MiB | us at 80 % |\n|---|---|---|---|---|")
     for op, (forward, backward) in bytes_moved().items():
-        numbers = forward / 2**20, forward / COPY_BANDWIDTH / 0.9 * 1e6, backward / 2**20, backward / COPY_BANDWIDTH / 0.8 * 1e6
+        times = forward / COPY_BANDWIDTH / 0.9 * 1e6, backward / COPY_BANDWIDTH / 0.8 * 1e6
+        numbers = forward / 2**20, times[0], backward / 2**20, times[1]
         print(f"| {op} | " + " | ".join(f"{x:.0f}" for x in numbers) + " |")
 
 

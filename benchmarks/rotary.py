@@ -1,12 +1,15 @@
-"""Norm of queries and keys and rotary embedding: GB/s of the bytes that must move, and what share of a measured device copy's that is.
+"""Norm of queries and keys and rotary embedding: GB/s of the bytes that must move, and as a share of a device copy's.
 
     python -m benchmarks.rotary --out DIR [--quick] [--cpu]
 
-One packed row of documents of 1024 tokens, q and k as projections give them: (1, T, H, D), transposed. The bytes that must move are those of the
-table in `tfkernels.rotary`: q and k (and their gradients) once, no intermediate. Contenders: ours, the reference in eager PyTorch,
-`torch.compile` of the reference, and without a norm liger-kernel's rotary embedding. It works in place, in backward on the gradients that
-arrive, which the next round needs: it gets copies of both, and their time, that of a device copy of as many bytes again, is in its numbers.
+One packed row has documents of 1024 tokens; q and k are as projections give them, (1, T, H, D), transposed. The bytes
+that must move are those of the table in `tfkernels.rotary.op`: q and k, and their gradients, once and nothing in
+between. Contenders are ours, the reference in eager PyTorch and under `torch.compile`, and, where there is no norm,
+liger-kernel's rotary embedding. That one works in place, and in backward on the gradients that arrive, which the next
+round needs. So it gets copies of both, and its numbers include the time of the copies, that of a device copy of as
+many bytes again.
 """
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -32,8 +35,8 @@ class Case(NamedTuple):
 
 def cases(quick: bool) -> list[Case]:
     """The grid, those of `quick` first."""
-    grid = [Case(op, tokens, heads, kv_heads, dim) for op in MOVED for tokens in (4096, 32768) for heads, kv_heads in ((32, 8), (32, 32))
-            for dim in (128, 64)]
+    grid = [Case(op, tokens, *heads, dim)
+            for op, tokens, heads, dim in itertools.product(MOVED, (4096, 32768), ((32, 8), (32, 32)), (128, 64))]
     first = [c for c in grid if c.tokens == 32768 and c.kv_heads == 8]
     return first if quick else first + [c for c in grid if c not in first]
 
@@ -48,7 +51,8 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
         return torch.randn(size, generator=generator, device=device).to(dtype)
 
     q, k, dq, dk = (random(1, case.tokens, n, case.dim).transpose(1, 2) for n in (case.heads, case.kv_heads) * 2)
-    tensors = {"q": q, "k": k} | ({n: random(case.dim) for n in ("q_weight", "k_weight")} if case.op == "qk_norm_rotary" else {})
+    weights = ("q_weight", "k_weight") if case.op == "qk_norm_rotary" else ()
+    tensors = {"q": q, "k": k} | {name: random(case.dim) for name in weights}
     peers, others = present({"liger-kernel": lambda: _liger(table)} if case.op == "rotary" and device == "cuda" else {})
     size = case.tokens * (case.heads + case.kv_heads) * case.dim * q.element_size()
     return Problem(
@@ -95,15 +99,8 @@ def _liger(table: tuple):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
-    return run_benchmark(
-        "rotary",
-        __doc__.splitlines()[0],
-        {"document_tokens": DOCUMENT},
-        cases,
-        [Case(op, 256, 4, 2, 64) for op in MOVED],
-        problem,
-        arguments,
-    )
+    return run_benchmark("rotary", __doc__, arguments, settings={"document_tokens": DOCUMENT}, cases=cases,
+                         cpu_cases=[Case(op, 256, 4, 2, 64) for op in MOVED], problem=problem)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,24 @@
-"""Sampling: seconds and images/s of drawing 256 patches under guidance, and text tokens/s, beside the ways that others go.
+"""Sampling: seconds and images/s of drawing 256 patches under guidance, and text tokens/s, beside the peers'.
 
     python -m benchmarks.sample --out DIR [--quick] [--cpu]
 
-Models of the paper's sizes with random weights in bfloat16, prompts of equal length, guidance 5. Drawing: ours; ours with the denoising step as a CUDA
-graph; the same attention without a cache, the whole sequence run at every step; transfusion-pytorch's `sample_many` at equal width and depth,
-whose midpoint rule asks twice a step, so it gets half as many. Writing: ours, and transformers' `generate` of the same decoder with SDPA.
-A denoising step's time is what one draw takes longer than a draw of one step, per step; its roofline is the larger of its matrix products at the dense
-bf16 peak and of its bytes (weights, the cache's keys and values once) at the bandwidth of a device copy measured in the same run. A contender is timed
-after a draw of two steps passes the tests' accuracy rule against float32 (float64 on a CPU), or eight tokens are those of `generate` there;
-of transfusion-pytorch, another model, whose float32 weights run under autocast, only that its images are finite.
-All times are those that a user waits for, the host's included.
+Models have the paper's sizes and random weights in bfloat16; prompts have equal length; the guidance scale is 5.
+
+Drawing: ours; ours with the denoising step as a CUDA graph; the same attention without a cache, where the whole
+sequence runs at every step; and transfusion-pytorch's `sample_many` at equal width and depth, with half as many
+steps, because its midpoint rule calls the model twice a step. Writing: ours, and transformers' `generate` of the same
+decoder with SDPA.
+
+A denoising step's time is what one draw takes longer than a draw of one step, per step. Its roofline is the larger of
+two times: its matrix products at the dense bf16 peak, and its bytes (the weights and the cache's keys and values,
+once) at the bandwidth of a device copy measured in the same run. A contender that draws is timed after a draw of two
+steps passes the tests' accuracy rule against float32 (float64 on a CPU), and one that writes after eight tokens equal
+those of `generate` there. Of transfusion-pytorch, another model, whose float32 weights run under autocast, only
+finite images are asked. All times are those that a user waits for, the host's included.
 """
 
 import contextlib
+import functools
 import importlib
 import io
 from typing import NamedTuple
@@ -24,14 +30,17 @@ from transformers import PreTrainedTokenizerFast
 
 import tfkernels.integrations.transformers as integration
 from benchmarks.bandwidth import copy_contender
-from benchmarks.harness import Contender, Report, Result, measure, peak_tflops, present, run_command
+from benchmarks.command_line import run_command
+from benchmarks.environment import peak_tflops
+from benchmarks.harness import Contender, Result, measure, present
 from benchmarks.model_peers import randomize, transfusion_pytorch
+from benchmarks.report import Report
 from benchmarks.train_step import configuration
 from tests.compare import assert_as_accurate
 from tfkernels import unpatchify
-from transfusion.diffusion.solvers import make_sampler
+from transfusion.diffusion.solvers import make_solver
 from transfusion.model.transfusion import Transfusion
-from transfusion.sequence.packing import Image, Text, encode, lay_out
+from transfusion.sequence import Image, Text, encode, lay_out
 from transfusion.sequence.tokenizer import BOS, EOS, PAD
 
 OURS, GRAPH, UNCACHED, PEER, GENERATE = (
@@ -98,7 +107,10 @@ def prompts(case: Case, boi: int) -> list[str]:
 
 
 def build(case: Case, device: str, dtype: torch.dtype) -> Transfusion:
-    """The model with random weights, the same each time; EOS's logit is 0, below the best of all others, so that no text ends early."""
+    """The model with random weights, the same each time.
+
+    EOS's logit is 0, below the best of all others, so that no text ends early.
+    """
     config = configuration(case)
     torch.manual_seed(0)
     model = Transfusion(config, word_tokenizer(config.text_config.vocab_size)).to(device).eval()
@@ -117,7 +129,10 @@ def cast(model: Transfusion, dtype: torch.dtype) -> Transfusion:
 
 @torch.inference_mode()
 def draw_uncached(model: Transfusion, texts: list[str], steps: int, seed: int = 0) -> list[Image]:
-    """`model.draw(texts, steps=steps, guidance=GUIDANCE, seed=seed)` with the whole sequence run at every step, with the text and without."""
+    """`model.draw(texts, steps=steps, guidance=GUIDANCE, seed=seed)` without a cache.
+
+    The whole sequence runs at every step, once with the text and once without.
+    """
     config = model.config
     height, width = config.image_size
     count, blank = height * width // config.patch_size**2, Image(torch.zeros(config.image_channels, height, width))
@@ -129,7 +144,7 @@ def draw_uncached(model: Transfusion, texts: list[str], steps: int, seed: int = 
         )
 
     contexts = [laid_out([[Text(text)] for text in given]) for given in (texts, [""] * len(texts))]
-    sampler = make_sampler("ddim", model.objective, steps, count, config.time_shift_tokens)
+    sampler = make_solver("ddim", model.objective, steps, count, config.time_shift_tokens)
     x = torch.stack(
         [
             torch.randn(count, config.patch_dim, generator=torch.Generator().manual_seed(seed + i))
@@ -142,10 +157,10 @@ def draw_uncached(model: Transfusion, texts: list[str], steps: int, seed: int = 
         for sequence in contexts:
             condition = model.timestep(torch.full((len(texts),), t, device=x.device))
             embedded, skips = model.embed(sequence, x.flatten(0, 1).to(condition.dtype), condition)
-            positions = model.positions(sequence.positions, sequence.image, sequence.layout.columns)
+            positions = model.positions(sequence.positions, sequence.image_ids, sequence.layout.columns)
             hidden = model.backbone(embedded, positions, sequence.mask(), condition, sequence.modality).flatten(0, 1)
             found.append(
-                model.image_head(hidden[sequence.patch_rows], condition, sequence.layout, skips).view_as(x).float()
+                model.image_head(hidden[sequence.patch_places], condition, sequence.layout, skips).view_as(x).float()
             )
         x = sampler.advance(x, torch.lerp(found[1], found[0], GUIDANCE), number)
     return [Image(image) for image in unpatchify(x.cpu().flatten(0, 1), config.patch_size, height, width)]
@@ -282,7 +297,10 @@ def write_contenders(case: Case, device: str, dtype: torch.dtype) -> tuple[list[
 
 
 def step_cost(model: Transfusion, case: Case) -> dict[str, int]:
-    """Operations of a guided denoising step, and its bytes: every weight of the layers once, each context's keys and values once."""
+    """Operations and bytes of a guided denoising step.
+
+    The bytes are every weight of the layers and each context's keys and values, once.
+    """
     text, config = model.config.text_config, model.config
     count = config.image_size[0] * config.image_size[1] // config.patch_size**2
     matrices = sum(p.numel() for p in model.backbone.decoder.get_decoder().layers.parameters() if p.ndim == 2)
@@ -333,7 +351,8 @@ def run_case(case: Case, report: Report, device: str, seconds: float) -> None:
 def line(case: Case, row: dict) -> str:
     """A row in words."""
     counted, made = ("steps", "images") if case.task == "draw" else ("tokens", "tokens")
-    head = f"{case.task:5} {case.size:6} batch {case.batch:2} prompt {case.prompt:4} {counted} {case.count:3} {row['contender']:28}"
+    shape = f"{case.task:5} {case.size:6} batch {case.batch:2} prompt {case.prompt:4} {counted} {case.count:3}"
+    head = f"{shape} {row['contender']:28}"
     if not row["milliseconds"]:
         return f"{head} {(row['error'] or row['left_out'] or 'no numbers').splitlines()[0][:200]}"
     step = f", step {row['step_ms']:7.3f} ms" if row["step_ms"] else ""
@@ -343,15 +362,10 @@ def line(case: Case, row: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
+    small = [Case("draw", "tiny", 2, 24, 4), Case("write", "tiny", 2, 24, 8)]
     return run_command(
-        "sample",
-        __doc__.splitlines()[0],
-        {"guidance": GUIDANCE, "timing": "interleaved, wall time"},
-        cases,
-        [Case("draw", "tiny", 2, 24, 4), Case("write", "tiny", 2, 24, 8)],
-        lambda case, report, device: run_case(case, report, device, seconds=5.0),
-        arguments,
-    )
+        "sample", __doc__, arguments, settings={"guidance": GUIDANCE, "timing": "interleaved, wall time"}, cases=cases,
+        cpu_cases=lambda quick: small, measure_case=functools.partial(run_case, seconds=5.0))
 
 
 if __name__ == "__main__":

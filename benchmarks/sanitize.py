@@ -1,8 +1,10 @@
 """Attention at small shapes, for compute-sanitizer to watch; results are compared with the reference.
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m benchmarks.sanitize      (or --tool racecheck)
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    compute-sanitizer --tool memcheck python -m benchmarks.sanitize      (or --tool racecheck)
 
-Forward, backward and decode over masks of one side and of two, lengths that no tile divides, grouped heads, and a paged cache.
+Forward, backward and decode run over masks of one side and of two, lengths that no tile divides, grouped heads, and a
+paged cache.
 """
 import torch
 
@@ -23,9 +25,11 @@ def check(name: str, actual, expected) -> None:
 def training(device: str, dtype: torch.dtype, seq_len: int, head_dim: int, hidden: bool) -> None:
     """Forward and backward of a packed row."""
     batch = packed_batch(seq_len, 64, device=device, hidden=hidden)
-    mask = TransfusionMask.from_spans(batch.spans, seq_len, documents=batch.documents, hidden=batch.hidden, device=device)
+    mask = TransfusionMask.from_spans(
+        batch.spans, seq_len, documents=batch.documents, hidden=batch.hidden, device=device)
     generator = torch.Generator(device).manual_seed(0)
-    q, k, v, dout = (torch.randn(1, heads, seq_len, head_dim, generator=generator, device=device).to(dtype) for heads in (4, 2, 2, 4))
+    q, k, v, dout = (torch.randn(1, heads, seq_len, head_dim, generator=generator, device=device).to(dtype)
+                     for heads in (4, 2, 2, 4))
     found = []
     for function in (attention, lambda q, k, v, mask: attention_reference(q, k, v, mask).out):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -38,7 +42,8 @@ def cached(device: str, dtype: torch.dtype, queries: int) -> None:
     """New tokens against ragged caches, dense and paged."""
     lengths, generator = torch.tensor([3 * PAGE + 5, PAGE // 2], device=device), torch.Generator(device).manual_seed(0)
     key_len = 4 * PAGE
-    q, k, v = (torch.randn(2, heads, n, 64, generator=generator, device=device).to(dtype) for heads, n in ((4, queries), (2, key_len), (2, key_len)))
+    q, k, v = (torch.randn(2, heads, n, 64, generator=generator, device=device).to(dtype)
+               for heads, n in ((4, queries), (2, key_len), (2, key_len)))
     hi = (lengths[:, None] + torch.arange(1, queries + 1, device=device)).clamp(max=key_len)
     mask = TransfusionMask.from_intervals(torch.zeros_like(hi), hi, key_len=key_len)
     expected = attention_reference(q, k, v, mask).out

@@ -1,17 +1,22 @@
-"""A training step of the paper's models: milliseconds, tokens/s, model FLOP utilisation and memory, beside the same model in other hands.
+"""A training step of the paper's models: milliseconds, tokens/s, model FLOP utilisation and memory, beside its peers.
 
     python -m benchmarks.train_step --out DIR [--quick] [--cpu]
 
-Rows of 4,096 tokens, half of them patches (latents of 8x32x32 in 256 patches), through forward, backward and AdamW: weights, gradients and moments in
-float32, computed in bfloat16 under autocast, as `transfusion train --autocast` does. Masks are made inside the step. Contenders: ours, eager and
-compiled; the same weights in plain PyTorch with SDPA and a dense mask, and with FlexAttention and its block mask; transfusion-pytorch of equal width
-and depth, which has parameters that ours has not and reads a row as one document. The learning rate is 0, so all see the same weights; before one
-is timed, its loss and all its gradients together pass the tests' accuracy rule against a float32 step (float64 on a CPU); of transfusion-pytorch,
-whose loss is another, only that loss and gradients are finite. Utilisation counts three times the forward's matrix products (visible pairs,
-logits of text targets alone) against the device's dense bf16 peak; memory is weights, moments and what the step needs at most.
-A step is timed as a user waits for it: its phases one behind the other, the host's time included.
+Rows of 4,096 tokens, half of them patches (latents of 8x32x32 in 256 patches), go through forward, backward and
+AdamW. Weights, gradients and moments are float32 and computation is in bfloat16 under autocast, as with `transfusion
+train --autocast`. Masks are made inside the step. Contenders are ours, eager and compiled; the same weights in plain
+PyTorch, with SDPA and a dense mask, and with FlexAttention and its block mask; and transfusion-pytorch of equal width
+and depth, which has parameters that ours has not and reads a row as one document.
+
+The learning rate is 0, so that all see the same weights. Before a contender is timed, its loss and all its gradients
+together pass the tests' accuracy rule against a float32 step (float64 on a CPU). The loss of transfusion-pytorch is
+another, so only that its loss and gradients are finite is asked. Utilisation counts three times the forward's matrix
+products (visible pairs, logits of text targets alone) against the device's dense bf16 peak. Memory is weights,
+moments and what the step needs at most. A step is timed as a user waits for it: its phases one behind the other, with
+the host's time.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,7 +24,9 @@ import torch
 from transformers import LlamaConfig
 
 import tfkernels.integrations.transformers as integration
-from benchmarks.harness import Contender, Report, Result, measure, peak_tflops, present, run_command
+from benchmarks.command_line import run_command
+from benchmarks.environment import peak_tflops
+from benchmarks.harness import Contender, Result, measure, present
 from benchmarks.model_peers import (
     block_mask,
     dense_mask,
@@ -29,12 +36,13 @@ from benchmarks.model_peers import (
     training_sequence,
     transfusion_pytorch,
 )
-from tfkernels.patches.patchify import noise_reference
+from benchmarks.report import Report
+from tfkernels.patches import noise_reference
 from transfusion.model.config import TransfusionConfig
 from transfusion.model.transfusion import Transfusion
 from transfusion.recipes.paper import PAPER, paper
 from transfusion.recipes.studies.measure import flops
-from transfusion.sequence.packing import Sequence
+from transfusion.sequence import Sequence
 
 OURS, COMPILED, DENSE, FLEX, PEER = (
     "tfkernels",
@@ -111,7 +119,10 @@ class Step:
 
 
 def distance(model: torch.nn.Module, loss, exact: tuple[float, list], device: str) -> tuple[float, float]:
-    """Relative errors of a loss, as a step computes it, and of all its gradients together, against `exact`; no gradient is left behind."""
+    """Relative errors against `exact` of a loss, as a step computes it, and of all its gradients together.
+
+    No gradient is left on the model.
+    """
     state, step = {}, Step(loss, model, None, device)
     step.forward(state)
     step.backward(state)
@@ -135,7 +146,10 @@ def exact_step(model: Transfusion, loss, wide: torch.dtype) -> tuple[float, list
 def losses(
     model: Transfusion, sequence: Sequence, device: str, eps: torch.Tensor | None = None
 ) -> dict[str, Callable[[], torch.Tensor]]:
-    """The loss of a batch by everything that runs on one set of weights; the plain ones draw their noise where `eps` is not given."""
+    """The loss of a batch by everything that runs on one set of weights.
+
+    Plain PyTorch draws its noise where `eps` is not given.
+    """
     times, seed = torch.linspace(0.05, 0.95, sequence.image_count, device=device), torch.tensor(SEED, device=device)
 
     def ours(run=model):
@@ -277,14 +291,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
     timing = "interleaved, wall time; transfusion-pytorch apart, for memory"
     return run_command(
-        "train_step",
-        __doc__.splitlines()[0],
-        {"timing": timing},
-        cases,
-        [Case("tiny", 2, 256)],
-        lambda case, report, device: run_case(case, report, device, seconds=4.0),
-        arguments,
-    )
+        "train_step", __doc__, arguments, settings={"timing": timing}, cases=cases,
+        cpu_cases=lambda quick: [Case("tiny", 2, 256)], measure_case=functools.partial(run_case, seconds=4.0))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,24 @@
-"""Time launch configurations of the attention kernels on this device and print the rows that win: the tables' offline tuner.
+"""Time launch configurations of the attention kernels on this device and print the fastest: the tables' offline tuner.
 
     python -m benchmarks.tune --out DIR [--quick] [--kernels fwd dq dkv] [--head-dims 64 128] [--lengths 1024 8192]
 
-Each candidate takes the place of its table's row and must pass the accuracy rule before it is timed against all
-others in interleaved rounds; what is known of it is saved as it comes. Candidates that do not fit shared memory end
+Each candidate takes the place of its table's row, and must pass the accuracy rule before it is timed against all
+others in interleaved rounds. What is known of it is saved as it comes. Candidates that do not fit shared memory end
 as errors in the report. A row that wins goes into its table by hand, and from there through
 tests/tfkernels/test_resources.py: a tile that spills may be fast, and is looked at twice.
 """
 
 import contextlib
 import itertools
+from typing import NamedTuple
 
 import torch
 
 from benchmarks.attention import Case, checker, mask_builder, random_inputs
 from benchmarks.batches import packed_batch
-from benchmarks.harness import Contender, Report, Result, environment, make_parser, measure
+from benchmarks.command_line import run_command
+from benchmarks.harness import Contender, Result, measure
+from benchmarks.report import Report
 from tfkernels import attention
 from tfkernels._launch import Config, architecture
 from tfkernels.attention.triton import backward, forward
@@ -100,39 +103,41 @@ def tune(
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Tune the kernels asked for until they are done or `--seconds` are over."""
-    parser = make_parser(
-        __doc__.splitlines()[0], "8,192 tokens; the table's tile and 128x128, each with 2 and 3 stages"
-    )
-    parser.add_argument("--kernels", nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--head-dims", nargs="+", type=int, choices=(32, 64, 128, 256), default=[128, 64])
-    parser.add_argument("--lengths", nargs="+", type=int, help="8192 and 1024 where none are given; with --quick 8192")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("benchmarks.tune: no CUDA device; run it on a machine with one")
-        return 1
-    report = Report(
-        "tune",
-        {"quick": options.quick, "timing": "interleaved, L2 flushed before each phase"},
-        environment("cuda", options.commit),
-    )
-    report.obey(options)
+class Tuned(NamedTuple):
+    """A kernel, and the shape that its row is tuned on."""
+
+    seq_len: int
+    head_dim: int
+    kernel: str
+    quick: bool
+
+
+def cases(quick: bool, kernels: list[str], head_dims: list[int], lengths: list[int] | None) -> list[Tuned]:
+    """Every kernel at every head dim and length."""
+    lengths = lengths or ([8192] if quick else [8192, 1024])
+    return [Tuned(*case, quick) for case in itertools.product(lengths, head_dims, kernels)]
+
+
+def measure_case(case: Tuned, report: Report, device: str) -> None:
+    """Time the candidates of one kernel and shape."""
     newest = architecture(torch.device("cuda", torch.cuda.current_device()))
+    key = newest, 2, case.head_dim
+    configs = quick_candidates(TABLES[case.kernel][key]) if case.quick else candidates(case.kernel, case.head_dim)
+    shape = Case(case.seq_len, case.head_dim, 16, 16, 256)
+    tune(case.kernel, shape, key, report, device, 1.0 if case.quick else 5.0, configs)
 
-    def measure_case(case):
-        seq_len, dim, kernel = case
-        key = newest, 2, dim
-        chosen = quick_candidates(TABLES[kernel][key]) if options.quick else candidates(kernel, dim)
-        tune(kernel, Case(seq_len, dim, 16, 16, 256), key, report, "cuda", 1.0 if options.quick else 5.0, chosen)
 
-    lengths = options.lengths or ([8192] if options.quick else [8192, 1024])
-    return report.run(
-        itertools.product(lengths, options.head_dims, options.kernels),
-        measure_case,
-        options.out / "tune.json",
-        options.seconds,
-    )
+def main(arguments: list[str] | None = None) -> int:
+    """Tune the kernels that are asked for."""
+    return run_command(
+        "tune", __doc__, arguments, cases=cases, measure_case=measure_case,
+        settings={"timing": "interleaved, L2 flushed before each phase"},
+        options={
+            "kernels": {"nargs": "+", "choices": list(TABLES), "default": list(TABLES)},
+            "head-dims": {"nargs": "+", "type": int, "choices": (32, 64, 128, 256), "default": [128, 64]},
+            "lengths": {"nargs": "+", "type": int, "help": "8192 and 1024 by default; with --quick 8192"},
+        },
+        quick="8,192 tokens; the table's tile and 128x128, each with 2 and 3 stages")
 
 
 if __name__ == "__main__":

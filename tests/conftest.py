@@ -12,11 +12,13 @@ from tfkernels._library import INTERPRET  # noqa: E402
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRET else [torch.bfloat16])
 
-settings.register_profile("project", deadline=None, derandomize=True, max_examples=15 if INTERPRET else 60,
-                          phases=[Phase.explicit, Phase.reuse, Phase.generate] + ([] if INTERPRET else [Phase.shrink]),
-                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+settings.register_profile(
+    "project", deadline=None, derandomize=True, max_examples=15 if INTERPRET else 60,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate] + ([] if INTERPRET else [Phase.shrink]),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 settings.load_profile("project")
-if DEVICE == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # on a shared machine, set it to 1: threads that wait for a core spin
+# On a shared machine set OMP_NUM_THREADS to 1: threads that wait for a core keep it busy.
+if DEVICE == "cpu" and "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 

@@ -1,7 +1,7 @@
-"""Compile a Triton kernel for a GPU that need not be here and read what the machine code takes from it.
+"""Compile a Triton kernel for a GPU that need not be here, and read what its machine code takes from the GPU.
 
-The arguments' types follow from their names, and their divisibility from what the launcher finds for the usual layouts: data
-pointers and strides are multiples of 16 unless the kernel says do_not_specialize.
+The types of a kernel's arguments follow from their names. Their divisibility is what the launcher finds for the usual
+layouts: pointers and strides are multiples of 16, unless the kernel names a stride in do_not_specialize.
 """
 import re
 import subprocess
@@ -15,11 +15,15 @@ from triton.compiler import ASTSource
 
 from tfkernels._launch import Config
 
-INT32 = ("lo_ptr", "hi_ptr", "low_ptr", "high_ptr", "query_lo_ptr", "query_hi_ptr", "bounds_ptr", "table_ptr", "offsets_ptr", "columns_ptr", "starts_ptr",
-         "image_ptr")
-INT64 = ("images_ptr", "documents_ptr", "hidden_ptr", "seed_ptr", "index_ptr", "order_ptr", "targets_ptr", "rows_ptr", "places_ptr")
-FLOAT32 = ("parts_ptr", "signal_ptr", "noise_ptr", "loss_ptr", "dloss_ptr", "sums_ptr", "mean_ptr", "means_ptr", "rstd_ptr", "statistics_ptr", "base_ptr",
-           "base_parts_ptr", "ws_ptr", "ratio_ptr")
+INT32 = (
+    "lo_ptr", "hi_ptr", "low_ptr", "high_ptr", "since_ptr", "until_ptr", "bounds_ptr", "table_ptr", "offsets_ptr",
+    "columns_ptr", "starts_ptr", "patch_image_ids_ptr")
+INT64 = (
+    "images_ptr", "documents_ptr", "hidden_ptr", "seed_ptr", "image_ids_ptr", "order_ptr", "targets_ptr",
+    "places_ptr")
+FLOAT32 = (
+    "parts_ptr", "signal_ptr", "noise_ptr", "loss_ptr", "dloss_ptr", "sums_ptr", "mean_ptr", "means_ptr", "rstd_ptr",
+    "statistics_ptr", "base_ptr", "base_parts_ptr", "ws_ptr", "ratio_ptr", "x0_factor_ptr", "eps_factor_ptr")
 ELEMENT = {2: "bf16", 4: "fp32"}
 TENSOR_CORE = re.compile(r"^\s*(?:@%\w+ )?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", re.MULTILINE)
 LOCAL_MEMORY = re.compile(r"\b(?:STL|LDL)\b")
@@ -27,11 +31,11 @@ COPY = re.compile(r"\bcp\.async\.(?:ca|cg|bulk)\b")
 
 
 class Resources(NamedTuple):
-    """Per thread: registers and bytes of stack, which holds spills. Per block: bytes of shared memory. Of the PTX: see below."""
+    """What a compiled kernel takes, per thread and per block, and what its PTX holds."""
 
-    registers: int
+    registers: int  # per thread
     spills: int  # instructions that store to or load from a thread's stack
-    shared_bytes: int
+    shared_bytes: int  # per block
     tensor_core: dict[str, int]  # multiply instructions: how many of each
     loops: int  # innermost loops with a multiply instruction
     pipelined: int  # how many of them also start an asynchronous copy to shared memory
@@ -65,25 +69,46 @@ def innermost_loops(ptx: str) -> list[str]:
     return [ptx[start:end] for start, end in ends.items() if not any(start < s and e < end for s, e in ends.items())]
 
 
-def resources(kernel, constants: dict, config: Config, *, architecture: int, element_size: int, float32: tuple[str, ...] = ()) -> Resources:
+def compiled(kernel, constants: dict, config: Config, architecture: int, element: str, float32: tuple[str, ...]):
+    """Compile `kernel` for sm_`architecture` as a launch with the usual layouts would."""
+    def kind(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        return "*fp32" if name in float32 else argument_type(name, element)
+
+    signature = {p.name: kind(p.name) for p in kernel.params}
+    divisible = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.params)
+                 if p.name.startswith("stride_") and not p.do_not_specialize or p.name.endswith("_ptr")}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True,
+               "maxnreg": config.max_registers}
+    source = ASTSource(kernel, signature, constants, divisible)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def registers_and_spills(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and how many instructions use its stack, by the tools that come with Triton."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = output(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
+        # A stack alone is no spill: ptxas keeps a frame of 8 bytes where it found room for what it first meant to
+        # spill. So the instructions that use it are counted.
+        stack = "STACK:0 " not in usage
+        spills = len(LOCAL_MEMORY.findall(output(knobs.nvidia.nvdisasm.path, file.name))) if stack else 0
+    return int(re.search(r"REG:(\d+)", usage)[1]), spills
+
+
+def resources(kernel, constants: dict, config: Config, *, architecture: int, element_size: int,
+              float32: tuple[str, ...] = ()) -> Resources:
     """Compile `kernel` with its constexprs `constants` and the warps and stages of `config` for sm_`architecture`.
 
     `float32` names arguments that hold float32 in this kernel and data in others.
     """
-    signature = {p.name: "constexpr" if p.name in constants else "*fp32" if p.name in float32 else argument_type(p.name, ELEMENT[element_size])
-                 for p in kernel.params}
-    divisible = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.params)
-                 if p.name.startswith("stride_") and not p.do_not_specialize or p.name.endswith("_ptr")}
-    source = ASTSource(kernel, signature, constants, divisible)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True, "maxnreg": config.max_registers}
-    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        usage = output(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
-        # ptxas leaves a frame of 8 bytes behind where it found room for what it first meant to spill: what counts is its use
-        spills = 0 if "STACK:0 " in usage else len(LOCAL_MEMORY.findall(output(knobs.nvidia.nvdisasm.path, file.name)))
-    found = [m.strip().split(" ")[-1] for m in TENSOR_CORE.findall(built.asm["ptx"])]
-    loops = [loop for loop in innermost_loops(built.asm["ptx"]) if TENSOR_CORE.search(loop)]
-    return Resources(int(re.search(r"REG:(\d+)", usage)[1]), spills, built.metadata.shared,
-                     {name: found.count(name) for name in sorted(set(found))}, len(loops), sum(COPY.search(loop) is not None for loop in loops))
+    built = compiled(kernel, constants, config, architecture, ELEMENT[element_size], float32)
+    registers, spills = registers_and_spills(built.asm["cubin"])
+    ptx = built.asm["ptx"]
+    found = [m.strip().split(" ")[-1] for m in TENSOR_CORE.findall(ptx)]
+    loops = [loop for loop in innermost_loops(ptx) if TENSOR_CORE.search(loop)]
+    return Resources(
+        registers, spills, built.metadata.shared, {name: found.count(name) for name in sorted(set(found))},
+        len(loops), sum(COPY.search(loop) is not None for loop in loops))

@@ -30,11 +30,14 @@ from tests.transfusion.model.test_from_language_model import language_model
 
 DIGITS = "train digits --out {out} --optim.steps 12 --optim.rows 2 --model.hidden 32 --model.layers 2 --model.mlp 64"
 TUNE = "train digits --out {out} --optim.steps 8 --optim.rows 2 --tune.start {old}/init"
+JUDGE = "--data.name digits --out {out} --settings.steps 6 --settings.batch 16 --settings.width 8"
+CODES = """import VQSettings, train_autoencoder; from pathlib import Path; from torch import linspace
+train_autoencoder(linspace(-1, 1, 40 * 64).view(40, 1, 8, 8), Path('{out}'), VQSettings(steps=9, batch=4, codes=4))" """
 DRAW = "sample --model {checkpoint} --out {out}/drawn.png --steps 8 --guidance 2 --seed 3"
 
 
 class Setting(NamedTuple):
-    """A command of `transfusion`: {out} is the folder of what it writes, and {old} holds OLD's folders."""
+    """A verb of `transfusion` or Python's own arguments: {out} is the folder written to, {old} holds OLD's folders."""
 
     name: str
     command: str
@@ -63,6 +66,8 @@ SETTINGS = (
     Setting("vae", "vae train small --out {out} --optim.steps 6 --optim.batch 4 --losses.adversarial-from 3"),
     Setting("latents", "vae encode --vae {old}/vae --out {out} --batch 512", "--data.name emoji-lively"),
     Setting("on-latents", f"{DIGITS.replace('digits', 'emoji', 1)} --optim.steps 4", "--data.latents {old}/latents"),
+    Setting("classifier", "-m", f"transfusion.eval.classifier {JUDGE}", f"transfusion.train.classifier {JUDGE}"),
+    Setting("vq", '-c "from', f"transfusion.studies.vq {CODES}", f"transfusion.recipes.studies.vq {CODES}"),
     Setting("draw", f"{DRAW} --prompt 'a handwritten seven'"),
     Setting("draw-dpm++", f"{DRAW} --prompt 'a handwritten two' --sampler dpm++ --size 8 16"),
     Setting("write", f"{DRAW} --prompt 'a' --no-draw --temperature 0.8 --top-p 0.9 --max-new-tokens 32 --max-images 4"),
@@ -71,9 +76,10 @@ SETTINGS = (
 
 
 def run(checkout: Path, command: str, out: Path) -> dict:
-    """Run `transfusion command` in a checkout, and return what it gave."""
+    """Run a command in a checkout, and return what it gave."""
+    command = command if command.startswith("-") else f"-m transfusion.cli {command}"
     variables = {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-m", "transfusion.cli", *shlex.split(command)], cwd=checkout,
+    done = subprocess.run([sys.executable, *shlex.split(command)], cwd=checkout,
                           env=os.environ | variables, capture_output=True, text=True)
     found = {f"weights {path.relative_to(out)}": tensors_hash(path) for path in files(out, "*.safetensors")}
     for path in files(out, "*.png"):
@@ -81,7 +87,7 @@ def run(checkout: Path, command: str, out: Path) -> dict:
     for log in files(out, "log.jsonl"):
         for record in map(json.loads, log.read_text().splitlines()):
             found |= {f"step {record['step']} {key}": value for key, value in record.items() if key != "seconds"}
-    if command.startswith(("sample", "caption")):
+    if " sample " in command or " caption " in command:
         found["text"] = done.stdout.replace(str(out), "")
     return found if done.returncode == 0 else {"failed": done.stderr[-2000:]}
 

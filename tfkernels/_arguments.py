@@ -24,7 +24,8 @@ def need_tensors(op: str, tensors: dict, optional: tuple[str, ...] = ()) -> None
     for name, x in tensors.items():
         if not isinstance(x, Tensor) and not (x is None and name in optional):
             module = isinstance(x, nn.Module)
-            way = f"pass {name}.weight, and its bias where there is one" if module else "convert it with torch.as_tensor"
+            way = (f"pass {name}.weight, and its bias where there is one"
+                   if module else "convert it with torch.as_tensor")
             raise ValueError(f"{op}: {name} is {None if x is None else got(x)}; a "
                              f"tensor{' or None' if name in optional else ''} fits; {way}")
 

@@ -11,13 +11,15 @@ import torch
 from tfkernels._library import INTERPRET
 
 ARCHITECTURES = (80, 90, 100)
-SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}  # bytes a block may use; the 80 rows also fit the 99 KiB of sm_86, sm_89 and sm_120
+# bytes a block may use; the 80 rows also fit the 99 KiB of sm_86, sm_89 and sm_120
+SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}
 
 
 class Config(NamedTuple):
     """Tile of `block_m` queries by `block_n` keys, and the warps and pipeline stages that work on it.
 
-    max_registers: registers of a thread at most. Without it ptxas aims at an occupancy of its own and would rather spill than pass it.
+    max_registers: registers of a thread at most. Without it ptxas aims at an occupancy of its own and would rather
+    spill than pass it.
     """
 
     block_m: int
@@ -45,7 +47,7 @@ def architecture(device: torch.device) -> int:
 
 
 def table_architecture(capability: tuple[int, int]) -> int:
-    """Return the table architecture of a compute capability: 90 and 100 for their data-centre families, whose blocks may use 227 KiB.
+    """Return the table architecture of a compute capability: 90 and 100 for the data-centre cards of their families.
 
     Every other card, sm_86, sm_89 and sm_120 among them, takes the 80 rows, which fit the 99 KiB of their blocks.
     """
@@ -53,10 +55,15 @@ def table_architecture(capability: tuple[int, int]) -> int:
 
 
 def lookup(table: dict, tensor: torch.Tensor, head_dim: int, *, heavy: bool = False) -> Config:
-    """Return `table`'s row for `tensor`'s device and dtype and a padded head dim; `heavy` for a soft cap or a mask that needs both sides."""
-    return INTERPRETER if INTERPRET else table_row(table, architecture(tensor.device), tensor.element_size(), head_dim, heavy=heavy)
+    """Return `table`'s row for `tensor`'s device and dtype and a padded head dim.
+
+    `heavy` asks for the row of a soft cap or of a mask that needs both sides.
+    """
+    return (INTERPRETER
+            if INTERPRET
+            else table_row(table, architecture(tensor.device), tensor.element_size(), head_dim, heavy=heavy))
 
 
 def table_row(table: dict, *key: int, heavy: bool) -> Config:
-    """Return the row of (architecture, bytes per element, padded head dim); (*key, "heavy") where it stands and is asked for."""
+    """Return the row of (architecture, bytes per element, padded head dim), or its "heavy" row where it has one."""
     return table[(*key, "heavy")] if heavy and (*key, "heavy") in table else table[key]

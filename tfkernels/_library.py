@@ -19,8 +19,8 @@ def register(name, *, kernel, cpu, fake):
     def launch(*args):
         tensors = [a for a in args if isinstance(a, Tensor)]
         if INTERPRET and any(t.dtype == torch.bfloat16 for t in tensors):
-            raise ValueError(f"{name}: dtype is torch.bfloat16; Triton's interpreter computes bfloat16 wrongly and silently; "
-                             "use float32 or float16, or unset TRITON_INTERPRET")
+            raise ValueError(f"{name}: dtype is torch.bfloat16; Triton's interpreter computes bfloat16 wrongly and "
+                             "silently; use float32 or float16, or unset TRITON_INTERPRET")
         with torch.cuda.device_of(tensors[0]):
             return kernel(*args)
 
@@ -31,9 +31,10 @@ def register(name, *, kernel, cpu, fake):
 
 
 def result_like(x: Tensor) -> Tensor:
-    """Return an empty tensor like x for a result: the last dimension contiguous, the others dense in the order of x's strides.
+    """Return an empty tensor like x: the last dimension contiguous, the others dense in the order of x's strides.
 
-    A kernel and its fake both take their results from here, so that they agree on the layout whatever x's is: expanded, sliced, transposed.
+    A kernel and its fake both take their results from here, so that they agree on the layout whatever x's is: expanded,
+    sliced, transposed.
     """
     order = sorted(range(x.ndim - 1), key=x.stride, reverse=True)
     return torch.empty_permuted(x.shape, (*order, x.ndim - 1), dtype=x.dtype, device=x.device)

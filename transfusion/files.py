@@ -243,8 +243,9 @@ def _seal(out: Path, fresh: Path, weights: bool) -> None:
         sums = {path.name: checksum(path) for path in sorted(directory.glob("*.safetensors"))}
         (directory / CHECKSUMS).write_text(json.dumps({"crc32": sums}, indent=2) + "\n")
     files = sorted(str(path.relative_to(fresh)) for path in fresh.rglob("*") if not path.is_dir())
-    patterns = WEIGHTS if weights else ()
-    left = {str(path.relative_to(out)) for pattern in patterns for path in out.glob(pattern) if path.is_file()} - set(files)
+    weights = weights and any(path for pattern in WEIGHTS for path in fresh.glob(pattern))
+    left = {str(path.relative_to(out)) for pattern in WEIGHTS for path in out.glob(pattern) if path.is_file()} - set(files)
+    left = left if weights else set()
     if weights and files and CHECKSUMS not in files and (out / CHECKSUMS).is_file():
         left.add(CHECKSUMS)
     (fresh / JOURNAL).write_text(json.dumps({"files": files, "obsolete": sorted(left)}))

@@ -4,13 +4,16 @@
     times: Annotated[str, OneOf(TIMES)] = "uniform"
 
 Names are those of the command line: `optim.steps` is the field `steps` of the settings in the field `optim`.
+`check_value` does the same for one argument of a function. NaN passes every `<` and True is an int to Python: these
+ask what fits, not what does not.
 """
 import dataclasses
 import difflib
 import functools
 import math
 import types
-from collections.abc import Container
+from collections.abc import Container, Iterable
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -32,7 +35,7 @@ class Range:
     def words(self) -> str:
         """Say which fit, behind "a number"."""
         ends = {"of at least ": self.low, "above ": self.above, "at most ": self.high, "below ": self.below}
-        return " and ".join(f"{words}{end:g}" for words, end in ends.items() if math.isfinite(end))
+        return " and ".join(f"{words}{end}" for words, end in ends.items() if math.isfinite(end))
 
 
 class OneOf:
@@ -57,12 +60,25 @@ def check(op: str, settings, prefix: str = "") -> None:
     """
     for name, hint in _hints(type(settings)).items():
         value = getattr(settings, name)
+        check_value(op, f"{prefix}{name}", value, hint)
         if dataclasses.is_dataclass(hint):
-            if not isinstance(value, hint):
-                raise ValueError(f"{op}: {prefix}{name} is {value!r}; settings of class {hint.__name__} fit")
             check(op, value, f"{prefix}{name}.")
-        elif misfit := _misfit(value, hint):
-            raise ValueError(f"{op}: {prefix}{name} is {value!r}; {misfit}")
+
+
+def check_value(op: str, name: str, value, hint) -> None:
+    """Refuse a value that does not fit `hint`, as `check` does for a field of that type.
+
+    Raises:
+        ValueError: the value is named `name`.
+    """
+    if misfit := _misfit(value, hint):
+        raise ValueError(f"{op}: {name} is {value!r}; {misfit}")
+
+
+def nearest(name: str, names: Iterable[str], form=str) -> str:
+    """Return "; did you mean ...?" with the one of `names` that is like `name`, or nothing."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {form(near[0])}?" if near else ""
 
 
 @functools.cache
@@ -74,24 +90,38 @@ def _hints(kind: type) -> dict[str, object]:
 def _misfit(value, hint) -> str | None:
     """What fits `hint`, where `value` does not."""
     origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):                                                # X | None
-        misfit = None if value is None else _misfit(value, next(part for part in inner if part is not type(None)))
-        return misfit and f"{misfit.removesuffix(' fits')} or None fits"
+    if origin in (Union, types.UnionType):
+        return _union_misfit(value, inner)
     if origin is tuple:
         return _tuple_misfit(value, inner)
     if origin is Literal:
         return _choice_misfit(value, inner)
-    kind, *notes = inner if origin is Annotated else (hint,)
-    rule = next((note for note in notes if isinstance(note, Range | OneOf)), Range())
+    if dataclasses.is_dataclass(hint):
+        return None if isinstance(value, hint) else f"settings of class {hint.__name__} fit"
+    if origin is not Annotated:
+        return _kind_misfit(value, hint, Range())
+    rule = next((note for note in inner[1:] if isinstance(note, Range | OneOf)), None)
     if isinstance(rule, OneOf):
         return _choice_misfit(value, rule.choices)
+    return _misfit(value, inner[0]) if rule is None else _kind_misfit(value, inner[0], rule)
+
+
+def _union_misfit(value, inner: tuple) -> str | None:
+    """X | None, or several kinds of which one must fit."""
+    misfits = ["None" if part is type(None) else _misfit(value, part) for part in inner]
+    if None in misfits or value is None and "None" in misfits:
+        return None
+    return " or ".join(misfit.removesuffix(" fits").removesuffix(" fit") for misfit in misfits) + " fits"
+
+
+def _kind_misfit(value, kind: type, rule: Range) -> str | None:
     if kind in (int, float):
         return _number_misfit(value, kind, rule)
     return None if kind not in KINDS or isinstance(value, kind) else f"{KINDS[kind]} fits"
 
 
 def _number_misfit(value, kind: type, rule: Range) -> str | None:
-    right = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    right = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
     if right and value in rule:  # NaN and infinities are in no range
         return None
     return " ".join(filter(None, (KINDS[kind], rule.words(), "fits")))
@@ -100,8 +130,7 @@ def _number_misfit(value, kind: type, rule: Range) -> str | None:
 def _choice_misfit(value, choices: Container) -> str | None:
     if isinstance(value, str | int) and value in choices:
         return None
-    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
-    return f"one of {', '.join(map(repr, choices))} fits" + (f"; did you mean {near[0]!r}?" if near else "")
+    return f"one of {', '.join(map(repr, choices))} fits{nearest(str(value), map(str, choices), repr)}"
 
 
 def _tuple_misfit(value, inner: tuple) -> str | None:

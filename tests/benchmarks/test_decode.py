@@ -1,19 +1,19 @@
-"""The cached-attention benchmark and the roofline: right answers pass, wrong ones are refused, predictions obey their own bounds."""
-import json
+"""The cached-attention benchmark and the roofline: wrong answers are refused, predictions obey their own bounds."""
 
 import pytest
 import torch
 
 from benchmarks import decode, roofline
 from benchmarks.decode import Case, cases, contenders, paged
-from benchmarks.harness import Contender, measure
+from benchmarks.harness import Contender
+from tests.benchmarks.measuring import measured_once, rows_of
 
 
 def test_every_contender_is_right_on_ragged_caches_and_counts_their_bytes():
     case = Case(2, 20, 100, 4, 2, 16)
     chosen, count = contenders(case, "cpu", torch.float32)
     assert count == 2 * (100 + 20 + 50 + 20) * 2 * 16 * 4
-    for result in measure(chosen, device="cpu", seconds=0, warmup=0, least=1, most=1):
+    for result in measured_once(chosen):
         assert result.error is None and result.checked and result.milliseconds["forward"]["p50"] > 0
 
 
@@ -25,7 +25,7 @@ def test_a_contender_that_sees_one_key_too_few_is_refused():
         dense.phases["build"](state)
         state["mask"] = state["mask"] & (torch.arange(state["mask"].shape[-1]) < 100)
 
-    result, = measure([Contender("short", {**dense.phases, "build": short}, dense.check)], device="cpu", seconds=0, least=1, most=1)
+    result, = measured_once([Contender("short", {**dense.phases, "build": short}, dense.check)])
     assert result.error.startswith("AssertionError: out") and not result.milliseconds
 
 
@@ -43,7 +43,7 @@ def test_the_quick_grid_is_the_beginning_of_the_whole():
 
 def test_the_command_writes_a_complete_file(tmp_path, capsys):
     assert decode.main(["--cpu", "--out", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "decode-cpu.json").read_text())["rows"]
+    rows = rows_of(tmp_path, "decode")
     assert len(rows) == 9 and all(row["checked"] and row["gb_per_s"] > 0 for row in rows)
     assert "tfkernels, paged" in capsys.readouterr().out
 
@@ -60,4 +60,5 @@ def test_predictions_stay_below_the_peak_and_grow_with_length(dim):
 def test_a_products_cycles_are_its_operations_or_its_operands():
     assert roofline.Product(128, 128, 128, False).cycles() == 2 * 128**3 / roofline.TENSOR
     assert roofline.Product(128, 16, 128, True).cycles() == 2 * 8 * (2048 + 512) / roofline.SHARED
-    assert roofline.makespan([1] * roofline.PROCESSORS, 1000.0, 1) * 2 == roofline.makespan([1] * roofline.PROCESSORS, 1000.0, 2)
+    one_each = [1] * roofline.PROCESSORS
+    assert roofline.makespan(one_each, 1000.0, 1) * 2 == roofline.makespan(one_each, 1000.0, 2)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, harness, outcomes
+from benchmarks import environment, gpu, gpu_steps, outcomes
 from benchmarks.gpu import BENCHMARKS, SANITIZERS, Call
 
 ROOT = Path(gpu.__file__).parents[1]
@@ -60,7 +60,7 @@ SUITE = (
 @pytest.fixture
 def stage(tmp_path, monkeypatch):
     """Stubs in the place of everything that needs a device; what began, with the time it got."""
-    began, run_step = [], gpu.run_step
+    began, run_step = [], gpu_steps.run_step
 
     def step(command, log, seconds, look=lambda: None, **variables):
         began.append((command, round(seconds, 1), variables))
@@ -69,14 +69,14 @@ def stage(tmp_path, monkeypatch):
     suite = tmp_path / "suite"
     suite.mkdir()
     (suite / "test_some.py").write_text(SUITE)
-    monkeypatch.setattr(gpu, "environment", lambda device, commit=None: harness.environment("cpu", commit))
+    monkeypatch.setattr(gpu, "environment", lambda device, commit=None: environment.environment("cpu", commit))
     monkeypatch.setattr(
-        gpu, "benchmark_command", lambda name, out: [sys.executable, "-c", STUB, name, "--out", str(out)]
+        gpu_steps, "benchmark_command", lambda name, out: [sys.executable, "-c", STUB, name, "--out", str(out)]
     )
-    monkeypatch.setattr(gpu, "TEST_PATHS", (str(suite),))
-    monkeypatch.setattr(gpu, "run_step", step)
-    monkeypatch.setattr(gpu, "POLL_SECONDS", 0.1)
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    monkeypatch.setattr(gpu_steps, "TEST_PATHS", (str(suite),))
+    monkeypatch.setattr(gpu_steps, "run_step", step)
+    monkeypatch.setattr(gpu_steps, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(gpu_steps.shutil, "which", lambda name: None)
     (tmp_path / "out").mkdir()
     return tmp_path / "out", began
 
@@ -151,11 +151,11 @@ def test_the_whole_schedule_runs_in_order_gives_the_benchmarks_two_thirds_and_ou
 def test_tests_run_one_thread_each_and_compile_each_kernel_once(stage, monkeypatch):
     out, began = stage
     monkeypatch.setattr(
-        gpu,
+        gpu_steps,
         "run_step",
         lambda *given, **variables: began.append((*given[:1], given[2], variables)) or {"status": 0, "cut": False},
     )
-    gpu.run_tests(out, 100.0, 1)
+    gpu_steps.run_tests(out, 100.0, 1)
     ((command, _, variables),) = began
     assert (
         variables["OMP_NUM_THREADS"] == "1"
@@ -164,24 +164,24 @@ def test_tests_run_one_thread_each_and_compile_each_kernel_once(stage, monkeypat
     assert (
         "benchmarks.outcomes" in command
         and str(out / "tests.jsonl") in command
-        and ("-n" in command) == bool(gpu.importlib.util.find_spec("xdist"))
+        and ("-n" in command) == bool(gpu_steps.importlib.util.find_spec("xdist"))
     )
 
 
 def test_without_xdist_the_tests_start_again_behind_the_one_that_lost_the_device(stage, monkeypatch):
     out, began = stage
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
-    (Path(gpu.TEST_PATHS[0]) / "test_more.py").write_text(
+    monkeypatch.setattr(gpu_steps.importlib.util, "find_spec", lambda name: None)
+    (Path(gpu_steps.TEST_PATHS[0]) / "test_more.py").write_text(
         "import os\ndef test_dies(): os._exit(3)\ndef test_last(): pass\n"
     )
-    found = gpu.run_tests(out, 200.0, 1)
+    found = gpu_steps.run_tests(out, 200.0, 1)
     assert len(began) == 3 and not found["cut"] and found["counts"]["passed"] == 3 and found["counts"]["failed"] == 3
     assert "its process ended in this test, status 3" in str(found["failing"])
 
 
 def test_three_calls_fill_one_file_and_a_further_one_loses_nothing(stage):
     out, began = stage
-    (Path(gpu.TEST_PATHS[0]) / "test_some.py").write_text("def test_bad(): assert False\n")
+    (Path(gpu_steps.TEST_PATHS[0]) / "test_some.py").write_text("def test_bad(): assert False\n")
     for number, part in enumerate(("tests", "kernels", "models", "kernels")):
         earlier = json.loads((out / "gpu.json").read_text()) if number else None
         result = gpu.run(Call(out, 1000.0, part=part, commit="abc", quick=part == "models"), earlier)
@@ -206,9 +206,10 @@ def test_a_kill_in_the_middle_leaves_what_was_measured(tmp_path):
     """The program itself, killed by its machine while a benchmark hangs."""
     script = tmp_path / "stage.py"
     script.write_text(
-        f"import sys; from pathlib import Path; from benchmarks import gpu, harness\nSTUB = {STUB!r}\n"
-        "gpu.environment = lambda device, commit=None: harness.environment('cpu', commit)\ngpu.POLL_SECONDS = 0.1\n"
-        "gpu.benchmark_command = lambda name, out: [sys.executable, '-c', STUB, name, '--out', str(out)]\n"
+        f"import sys; from pathlib import Path; from benchmarks import environment, gpu, gpu_steps\nSTUB = {STUB!r}\n"
+        "gpu.environment = lambda device, commit=None: environment.environment('cpu', commit)\n"
+        "gpu_steps.POLL_SECONDS = 0.1\n"
+        "gpu_steps.benchmark_command = lambda name, out: [sys.executable, '-c', STUB, name, '--out', str(out)]\n"
         "gpu.run(gpu.Call(Path(sys.argv[1]), 1000.0, part='kernels'))\n"
     )
     for number, sent in enumerate((signal.SIGINT, signal.SIGKILL)):
@@ -236,7 +237,7 @@ def test_a_kill_in_the_middle_leaves_what_was_measured(tmp_path):
 
 def test_tests_that_passed_run_again_where_the_commit_does_not_say_which_code_they_passed_on(stage, monkeypatch):
     out, _ = stage
-    monkeypatch.setattr(gpu, "run_tests", lambda out, *_: {"status": 0, "cut": False, "tail": ""})
+    monkeypatch.setattr(gpu_steps, "run_tests", lambda out, *_: {"status": 0, "cut": False, "tail": ""})
     for commit, kept in (("abc", True), ("abc with local changes", False), (None, False)):
         (out / "tests.jsonl").write_text('{"test": "a.py::test_a", "outcome": "passed"}\n')
         earlier = {"environment": {"commit": commit}, "calls": [], "tests": None, "sanitizers": {}, "benchmarks": {}}
@@ -250,7 +251,7 @@ def test_what_breaks_before_its_process_and_what_finds_no_time_is_recorded(stage
     def breaks(*_):
         raise OSError("no such program")
 
-    monkeypatch.setattr(gpu, "run_tests", breaks)
+    monkeypatch.setattr(gpu_steps, "run_tests", breaks)
     result = gpu.run(Call(out, 1000.0, part="tests"))
     assert result["tests"]["tail"] == "OSError: no such program" and not gpu.passed(result)
     late = gpu.run(Call(out, 3.0))
@@ -269,7 +270,7 @@ def test_sanitizers_come_last_and_have_time_of_their_own_only_where_they_are_ask
     tool = out.parent / "compute-sanitizer"
     tool.write_text("#!/bin/sh\necho $PYTORCH_NO_CUDA_MEMORY_CACHING $@; exit 9\n")
     tool.chmod(0o755)
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: str(tool))
+    monkeypatch.setattr(gpu_steps.shutil, "which", lambda name: str(tool))
     result = gpu.run(Call(out, 2000.0, part="models", sanitize=True))
     assert (
         names_of(began)[-2:] == ["memcheck", "racecheck"]
@@ -284,16 +285,16 @@ def test_sanitizers_come_last_and_have_time_of_their_own_only_where_they_are_ask
     )
     good = {"status": 0, "cut": False}
     assert not gpu.passed({"tests": good, "sanitizers": {"racecheck": step}, "benchmarks": {}})
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    monkeypatch.setattr(gpu_steps.shutil, "which", lambda name: None)
     assert gpu.passed(
-        {"tests": good, "sanitizers": {"racecheck": gpu.run_sanitizer("racecheck", out, 10)}, "benchmarks": {}}
+        {"tests": good, "sanitizers": {"racecheck": gpu_steps.run_sanitizer("racecheck", out, 10)}, "benchmarks": {}}
     )
     assert [step.name for step in SANITIZERS] == ["memcheck", "racecheck"]
 
 
 def test_a_step_that_takes_too_long_is_ended_with_its_children_and_called_cut(tmp_path):
     begin = time.monotonic()
-    step = gpu.run_step(["bash", "-c", "echo begun; sleep 60 & echo child $!; wait"], tmp_path / "log", 1.0)
+    step = gpu_steps.run_step(["bash", "-c", "echo begun; sleep 60 & echo child $!; wait"], tmp_path / "log", 1.0)
     assert step["cut"] and step["status"] < 0 and "begun" in step["tail"] and time.monotonic() - begin < 20
     child = int(step["tail"].split("child ")[1].split()[0])
     time.sleep(0.2)
@@ -302,21 +303,23 @@ def test_a_step_that_takes_too_long_is_ended_with_its_children_and_called_cut(tm
 
 
 def test_the_callers_own_path_of_packages_is_kept(tmp_path, monkeypatch):
+    command = [sys.executable, "-c", "import os; print(os.environ['PYTHONPATH'])"]
     monkeypatch.setenv("PYTHONPATH", "/somewhere/else")
-    step = gpu.run_step([sys.executable, "-c", "import os; print(os.environ['PYTHONPATH'])"], tmp_path / "log", 60)
+    step = gpu_steps.run_step(command, tmp_path / "log", 60)
     assert step["status"] == 0 and step["tail"].strip() == f"{ROOT}{os.pathsep}/somewhere/else"
     monkeypatch.delenv("PYTHONPATH")
-    step = gpu.run_step([sys.executable, "-c", "import os; print(os.environ['PYTHONPATH'])"], tmp_path / "log", 60)
+    step = gpu_steps.run_step(command, tmp_path / "log", 60)
     assert step["tail"].strip() == str(ROOT)  # its own output alone, and no empty entry
 
 
 def test_workers_are_as_many_as_cores_and_memories_bear(monkeypatch):
-    monkeypatch.setattr(gpu.os, "sched_getaffinity", lambda pid: set(range(16)))
-    monkeypatch.setattr(gpu.os, "sysconf", lambda name: {"SC_PHYS_PAGES": 2**25, "SC_PAGE_SIZE": 4096}[name])  # 128 GiB
+    monkeypatch.setattr(gpu_steps.os, "sched_getaffinity", lambda pid: set(range(16)))
+    pages = {"SC_PHYS_PAGES": 2**25, "SC_PAGE_SIZE": 4096}  # 128 GiB
+    monkeypatch.setattr(gpu_steps.os, "sysconf", pages.__getitem__)
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
     for free, workers in ((78 * 2**30, 15), (24 * 2**30, 6), (2**30, 1)):
         monkeypatch.setattr(gpu.torch.cuda, "mem_get_info", lambda free=free: (free, free))
-        assert gpu.default_workers() == workers
+        assert gpu_steps.default_workers() == workers
 
 
 def test_results_of_another_commit_are_not_added_to(tmp_path, monkeypatch, capsys):
@@ -333,7 +336,7 @@ def test_every_benchmark_of_the_schedule_is_there_and_takes_its_options(capsys):
         with pytest.raises(SystemExit) as ended:
             module.main(["--help"])
         said = capsys.readouterr().out
-        assert ended.value.code == 0 and all(
-            option in said for option in ("--out", "--seconds", "--quick", "--commit")
-        ), step.name
+        options = ("--out", "--seconds", "--quick", "--commit", "--skip", "--without")
+        assert ended.value.code == 0 and all(option in said for option in options), step.name
+        assert ("--cpu" in said) == (step.name != "tune")
     assert outcomes.LEFT_OUT == "spill"

@@ -1,25 +1,15 @@
-"""The benchmarks' own arithmetic: quantiles, files, what may be recorded and when, FLOPs, and references."""
+"""Measuring and recording: quantiles, files, what may be recorded and when, and what a lost device leaves."""
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy
 import pytest
-import torch
 
-from benchmarks import attention as attention_benchmark
-from benchmarks import gpu, harness, sanitize
-from benchmarks import mask as mask_benchmark
-from benchmarks.attention_peers import contender, sdpa_dense
-from benchmarks.batches import dense_definition, packed_batch
-from benchmarks.harness import Contender, Report, Result, measure, quantiles
+from benchmarks import environment, harness
+from benchmarks import report as report_module
+from benchmarks.command_line import make_parser
+from benchmarks.harness import Contender, Result, measure, quantiles
+from benchmarks.report import Report
 from benchmarks.timing import CpuTimer
-from tests.conftest import DEVICE
-from tfkernels import TransfusionMask, attention_reference
-
-SMALL = attention_benchmark.Case(512, 16, 4, 2, 64)
-
 
 checked = harness._checked_state
 
@@ -36,7 +26,8 @@ def fails(state):
 def test_quantiles_equal_numpys(count):
     samples = numpy.random.default_rng(count).normal(size=count)
     found = quantiles(samples.tolist())
-    assert [found["p20"], found["p50"], found["p80"]] == pytest.approx(numpy.quantile(samples, [0.2, 0.5, 0.8]).tolist())
+    expected = numpy.quantile(samples, [0.2, 0.5, 0.8]).tolist()
+    assert [found["p20"], found["p50"], found["p80"]] == pytest.approx(expected)
     assert found["repetitions"] == count
 
 
@@ -47,7 +38,7 @@ def test_no_samples_have_no_quantiles():
 
 def test_a_report_reads_back_as_it_was_written(tmp_path):
     result, = measure([Contender("sum", {"forward": lambda state: sum(range(100))}, passes)], device="cpu", seconds=0)
-    report = Report("attention", {"quick": True}, harness.environment("cpu"), notes=["a note"])
+    report = Report("attention", {"quick": True}, environment.environment("cpu"), notes=["a note"])
     row = report.record({"seq_len": 8}, result, tflops={"forward": 1.5})
     report.save(tmp_path / "deep" / "report.json")
     assert Report.load(tmp_path / "deep" / "report.json") == report
@@ -62,15 +53,18 @@ def test_a_contender_without_a_check_is_refused():
 
 
 def test_a_contender_that_fails_its_check_gets_no_number_and_the_others_theirs():
-    wrong, right = measure([Contender("wrong", {"forward": passes}, fails), Contender("right", {"forward": passes}, passes)], device="cpu", seconds=0)
+    chosen = [Contender("wrong", {"forward": passes}, fails), Contender("right", {"forward": passes}, passes)]
+    wrong, right = measure(chosen, device="cpu", seconds=0)
     assert (wrong.checked, wrong.milliseconds, wrong.error) == (False, {}, "AssertionError: out is wrong")
     assert right.checked and right.error is None and right.milliseconds["forward"]["p50"] > 0
     report = Report("attention", {}, {})
     assert report.record({}, wrong)["error"] and len(report.rows) == 1
 
 
-@pytest.mark.parametrize("result,derived", [({"p50": 1.0}, {}), (Result("by hand", milliseconds={"forward": {"p50": 1.0}}), {}),
-                                            (Result("by hand"), {"tflops": 700})])
+@pytest.mark.parametrize("result,derived", [
+    ({"p50": 1.0}, {}),
+    (Result("by hand", milliseconds={"forward": {"p50": 1.0}}), {}),
+    (Result("by hand"), {"tflops": 700})])
 def test_a_report_refuses_numbers_that_no_check_stands_behind(result, derived):
     with pytest.raises(ValueError, match=r"measure\(\) fits"):
         Report("attention", {}, {}).record({}, result, **derived)
@@ -84,13 +78,16 @@ def test_an_error_in_the_middle_of_timing_costs_that_contender_its_numbers_alone
         if len(calls) == 8:
             raise RuntimeError("out of luck")
 
-    broken, right = measure([Contender("broken", {"forward": breaks}, passes), Contender("right", {"forward": passes}, passes)], device="cpu", seconds=0)
-    assert broken.error == "RuntimeError: out of luck" and broken.milliseconds == {} and right.milliseconds["forward"]["repetitions"] == 5
+    chosen = [Contender("broken", {"forward": breaks}, passes), Contender("right", {"forward": passes}, passes)]
+    broken, right = measure(chosen, device="cpu", seconds=0)
+    assert broken.error == "RuntimeError: out of luck" and broken.milliseconds == {}
+    assert right.milliseconds["forward"]["repetitions"] == 5
 
 
 def test_rounds_interleave_the_contenders():
     order = []
-    measure([Contender(name, {"forward": lambda state, name=name: order.append(name)}, passes) for name in "ab"], device="cpu", seconds=0, warmup=0)
+    chosen = [Contender(name, {"forward": lambda state, name=name: order.append(name)}, passes) for name in "ab"]
+    measure(chosen, device="cpu", seconds=0, warmup=0)
     assert order == ["a", "a", "b", "b"] + ["a", "b"] * 5
 
 
@@ -98,8 +95,8 @@ def test_the_phases_share_one_state_and_the_check_sees_it():
     def check(state):
         assert state["out"] == 6
 
-    result, = measure([Contender("chain", {"build": lambda s: s.update(mask=2), "forward": lambda s: s.update(out=s["mask"] * 3)}, check)],
-                      device="cpu", seconds=0)
+    phases = {"build": lambda s: s.update(mask=2), "forward": lambda s: s.update(out=s["mask"] * 3)}
+    result, = measure([Contender("chain", phases, check)], device="cpu", seconds=0)
     assert result.checked and set(result.milliseconds) == {"build", "forward"}
 
 
@@ -210,7 +207,7 @@ def test_a_lost_device_leaves_the_rows_of_those_before_and_the_loss(tmp_path, mo
 def test_a_device_that_is_lost_before_any_contender_begins_stops_the_run_there(tmp_path, monkeypatch):
     def measure_case(case):
         if case == 1:
-            monkeypatch.setattr(harness, "device_answers", lambda: False)
+            monkeypatch.setattr(report_module, "device_answers", lambda: False)
             raise RuntimeError("an illegal memory access")
 
     report = Report("attention", {}, {})
@@ -239,7 +236,7 @@ def test_another_process_goes_on_without_the_contender_that_lost_the_device_and_
         "contender": "theirs",
     }
     report = Report("attention", {}, {})
-    report.obey(harness.make_parser("", "").parse_args(["--out", "x", "--skip", "1", "--without", "theirs"]))
+    report.obey(make_parser("", "").parse_args(["--out", "x", "--skip", "1", "--without", "theirs"]))
     assert report.run([0, 1, 2], cases(report, False), path, 60.0) == 0
     rows = {(row["n"], row["contender"]): row for row in Report.load(path).rows}
     assert [(key, bool(row["milliseconds"])) for key, row in sorted(rows.items())] == [
@@ -281,151 +278,3 @@ def test_a_run_of_cases_survives_one_that_fails_stops_when_the_device_is_lost_an
         and late.notes == ["cut before 1: the time was over"]
         and len(seen) == 6
     )
-
-
-def test_packed_batches_hold_whole_images_and_the_definition_is_their_mask():
-    batch = packed_batch(1500, 64, seed=3)
-    assert batch.documents.shape == (1, 1500) and batch.documents.max() > 0 and len(batch.spans[0]) > 3
-    assert all(
-        stop - start == 64 and batch.documents[0, start] == batch.documents[0, stop - 1]
-        for start, stop in batch.spans[0]
-    )
-    mask = attention_benchmark.mask_builder(batch)()
-    assert torch.equal(mask.dense(), dense_definition(batch)) and torch.equal(
-        mask.dense()[:, :, 100:200], dense_definition(batch, 100, 200)
-    )
-    assert (
-        torch.equal(dense_definition(packed_batch(1500, 64, seed=3)), dense_definition(batch)) and batch.hidden is None
-    )
-    noised = packed_batch(1500, 64, seed=3, hidden=True)
-    mask = attention_benchmark.mask_builder(noised)()
-    assert (
-        noised.hidden == [noised.spans[0][::2]]
-        and torch.equal(mask.dense(), dense_definition(noised))
-        and mask.area() < dense_definition(batch).sum()
-    )
-
-
-def test_flops_count_visible_pairs_one_by_one():
-    mask = TransfusionMask.from_spans([[(2, 5)]], 7, documents=torch.tensor([[0, 0, 0, 0, 0, 1, 1]]))
-    visible = mask.dense()[0, 0].tolist()
-    heads, dim, operations = 3, 4, 0
-    for _ in range(heads):
-        for i in range(7):
-            for j in range(7):
-                operations += (2 * dim + 2 * dim) * visible[i][
-                    j
-                ]  # q . k and p * v: a multiplication and an addition per number
-    assert mask.area().item() == 21 and attention_benchmark.flops(21, heads, dim) == {
-        "forward": operations,
-        "backward": 2.5 * operations,
-    }
-
-
-def test_tiles_visited_and_needed_count_as_by_hand():
-    batch = packed_batch(300, 32, seed=1)
-    mask, seen = attention_benchmark.mask_builder(batch)(), dense_definition(batch)[0, 0]
-    rows = [seen[start : start + 64].any(0).nonzero() for start in range(0, 300, 64)]
-    visited = sum(-(-(keys.max() - keys.min() + 1).item() // 32) for keys in rows)
-    counts = mask_benchmark.tile_counts(mask, lambda a, b: dense_definition(batch, a, b), 64, 32)
-    assert counts == {
-        "visited": visited,
-        "minimum": sum(-(-len(keys) // 32) for keys in rows),
-        "area_in_tiles": seen.sum().item() / (64 * 32),
-    }
-    noised = packed_batch(300, 32, seed=1, hidden=True)
-    mask, tiles = (
-        attention_benchmark.mask_builder(noised)(),
-        torch.nn.functional.pad(dense_definition(noised)[0, 0], (0, 20, 0, 20)),
-    )
-    needed = tiles.unflatten(1, (10, 32)).unflatten(0, (5, 64)).any(1).any(-1)
-    assert (
-        mask_benchmark.tile_counts(mask, lambda a, b: dense_definition(noised, a, b), 64, 32)["visited"] == needed.sum()
-    )
-    with pytest.raises(AssertionError, match="the mask is wrong in rows 0"):
-        mask_benchmark.tile_counts(TransfusionMask.causal(300), lambda a, b: ~dense_definition(batch, a, b), 64, 32)
-
-
-@pytest.mark.parametrize("hidden", [False, True])
-def test_the_benchmarks_reference_equals_the_specification(hidden, monkeypatch):
-    monkeypatch.setattr(attention_benchmark, "REFERENCE_BYTES", 2**19)  # several blocks of rows
-    batch = packed_batch(SMALL.seq_len, SMALL.image_tokens, device=DEVICE, hidden=hidden)
-    inputs = attention_benchmark.random_inputs(SMALL, DEVICE, torch.float32)
-    mask = attention_benchmark.mask_builder(batch)()
-    args = [x.detach().double().requires_grad_() for x in inputs[:3]]
-    out = attention_reference(*args, mask).out
-    expected = out.detach(), *torch.autograd.grad(out, args, inputs[3].double())
-    for found, wanted in zip(attention_benchmark.reference(inputs, mask, torch.float64), expected):
-        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
-
-
-def test_the_accuracy_check_passes_right_contenders_and_stops_wrong_ones():
-    batch, inputs = (
-        packed_batch(SMALL.seq_len, SMALL.image_tokens, device=DEVICE),
-        attention_benchmark.random_inputs(SMALL, DEVICE, torch.float32),
-    )
-    make_mask = attention_benchmark.mask_builder(batch)
-    check = attention_benchmark.checker(inputs, make_mask())(4.0)
-
-    def leaky(q, k, v, mask):
-        return attention_reference(q, k, v, TransfusionMask.causal(SMALL.seq_len, device=DEVICE)).out
-
-    chosen = [
-        attention_benchmark.our_contender(make_mask, inputs, check),
-        sdpa_dense(batch, inputs, check),
-        contender("leaky", inputs, check, leaky),
-    ]
-    ours, dense, wrong = measure(chosen, device="cpu", seconds=0, warmup=1)
-    assert set(ours.milliseconds) == set(dense.milliseconds) == {"build", "forward", "backward"}, (ours, dense)
-    assert not wrong.checked and wrong.milliseconds == {} and wrong.error.startswith("AssertionError: out: max error")
-
-
-def test_the_quick_cases_come_first_and_the_grid_is_whole():
-    everything, quick = attention_benchmark.cases(), attention_benchmark.cases(quick=True)
-    assert len(everything) == len(set(everything)) == 82 and everything[: len(quick)] == quick and len(quick) == 10
-
-
-def test_the_table_and_plot_take_results_and_errors(tmp_path):
-    report = Report("attention", {}, {"device": "a device"})
-    case = attention_benchmark.Case(1024, 64, 16, 16, 256)._asdict()
-    times = {
-        phase: {"p20": 1.0, "p50": 2.0, "p80": 3.0, "repetitions": 5} for phase in ("build", "forward", "backward")
-    }
-    report.record(case, Result("tfkernels", True, times, 2**20), sum_ms=6.0, tflops={"forward": 5.0, "backward": 4.0})
-    report.record(case, Result("xformers, dense bias", left_out="not installed"), sum_ms=None, tflops=None)
-    timing = {"build": "host-bound", "forward": "queued", "backward": "queued"}
-    tflops = {"forward": 5.0, "backward": 4.0}
-    report.record(case, Result("FlexAttention", True, times, 2**20, timing=timing), sum_ms=6.0, tflops=tflops)
-    ours, theirs, bound = attention_benchmark.table(report.rows).splitlines()
-    assert bound.endswith("MiB, host-bound: build") and "host-bound" not in ours
-    assert "sum    6.000 ms" in ours and "5/   4 TFLOP/s" in ours and "1 MiB" in ours and "not installed" in theirs
-    pytest.importorskip("matplotlib")
-    attention_benchmark.plot(report, tmp_path)
-    assert {path.name for path in tmp_path.glob("*.png")} == {"attention_d64.png", "attention_d128.png"}
-
-
-@pytest.mark.parametrize(
-    "name,peak",
-    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989), ("CPU: something", None)],
-)
-def test_the_roofline_is_known_by_the_devices_name(name, peak):
-    assert harness.peak_tflops(name) == peak
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="says what happens without a CUDA device")
-@pytest.mark.parametrize("module", ["gpu", "attention"])
-def test_without_cuda_one_line_says_so_and_the_status_is_1(module, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{module}", "--out", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        cwd=Path(gpu.__file__).parent.parent,
-    )
-    assert done.returncode == 1 and len(done.stdout.splitlines()) == 1 and "no CUDA device" in done.stdout
-    assert not (tmp_path / "out").exists()
-
-
-def test_what_the_sanitizers_watch_is_right(capsys):
-    sanitize.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 14 and all(line.endswith("as the reference") for line in lines)

@@ -1,27 +1,26 @@
 """The norms' benchmark: right answers pass, and the bytes are those of the operators' table."""
-import json
 
 import pytest
 import torch
 
-import tfkernels
 from benchmarks import norm
 from benchmarks.bandwidth import contenders
-from benchmarks.harness import measure
 from benchmarks.norm import ARGUMENTS, Case, cases, problem
+from tests.benchmarks.documentation import bytes_moved
+from tests.benchmarks.measuring import measured_once, rows_of
 
 
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_every_contender_is_right(op):
-    for result in measure(contenders(problem(Case(op, 600, 64), "cpu", torch.float32)), device="cpu", seconds=0, warmup=0, least=1, most=1):
-        assert result.error is None and result.checked and result.milliseconds.keys() == {"forward", "backward"}
+    for result in measured_once(contenders(problem(Case(op, 600, 64), "cpu", torch.float32))):
+        assert result.error is None and result.checked
+        assert result.milliseconds.keys() == {"forward", "backward"}
 
 
 def test_the_bytes_are_those_that_the_modules_table_names():
-    lines = {line.strip().split("  ")[0]: line for line in tfkernels.norm.__doc__.splitlines() if " T C e" in line}
     for op, moved in norm.MOVED.items():
-        line = lines["modulated norms" if op.startswith("modulated") else op]
-        assert tuple(int(word) for word in line.split() if word.isdigit()) == moved
+        row = "modulated norms" if op.startswith("modulated") else op
+        assert bytes_moved("norm", row, T=600, C=64, e=4) == [n * 600 * 64 * 4 for n in moved]
 
 
 def test_the_quick_grid_is_the_beginning_of_the_whole():
@@ -31,5 +30,5 @@ def test_the_quick_grid_is_the_beginning_of_the_whole():
 
 def test_the_command_writes_a_complete_file(tmp_path):
     assert norm.main(["--cpu", "--out", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "norm-cpu.json").read_text())["rows"]
+    rows = rows_of(tmp_path, "norm")
     assert len(rows) == 12 and all(row["checked"] and row["gb_per_s"]["forward"] > 0 for row in rows)

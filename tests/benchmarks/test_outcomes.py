@@ -180,11 +180,12 @@ def test_a_line_that_was_cut_is_passed_over(tmp_path):
 def test_attentions_tests_come_first():
     names = [
         "tests/test_layout.py::a",
-        "tests/tfkernels/test_norm.py::b",
-        "tests/tfkernels/test_attention.py::c",
-        "tests/tfkernels/test_mask.py::d",
-        "tests/transfusion/test_model.py::e",
+        "tests/tfkernels/norm/test_norm.py::b",
+        "tests/tfkernels/attention/test_attention.py::c",
+        "tests/tfkernels/mask/test_mask.py::d",
+        "tests/transfusion/model/test_transfusion.py::e",
     ]
+    assert all((ROOT / name.split("::")[0]).is_file() for name in names)
     assert [name[-1] for name in sorted(names, key=outcomes.place)] == ["c", "d", "b", "a", "e"]
 
 

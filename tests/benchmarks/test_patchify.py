@@ -1,25 +1,25 @@
 """The patches' benchmark: right answers pass, and the bytes are those of the operators' tables."""
-import importlib
-import json
-import re
 
 import pytest
 import torch
 
 from benchmarks import patchify
 from benchmarks.bandwidth import contenders
-from benchmarks.harness import measure
 from benchmarks.patchify import OPS, Case, cases, moved, problem
+from tests.benchmarks.documentation import bytes_moved
+from tests.benchmarks.measuring import measured_once, rows_of
 from tfkernels._library import INTERPRET
 
-pytestmark = pytest.mark.skipif(INTERPRET, reason="images of 256 tokens take the interpreter minutes; the operators' own tests run in it")
+pytestmark = pytest.mark.skipif(
+    INTERPRET, reason="images of 256 tokens take the interpreter minutes; the operators' own tests run in it")
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_contender_is_right(op):
     case = Case(op, 512, 32, 48 if "embed" in op else 0)
-    for result in measure(contenders(problem(case, "cpu", torch.float32)), device="cpu", seconds=0, warmup=0, least=1, most=1):
-        assert result.error is None and result.checked and result.milliseconds.keys() == {"forward", "backward"}
+    for result in measured_once(contenders(problem(case, "cpu", torch.float32))):
+        assert result.error is None and result.checked
+        assert result.milliseconds.keys() == {"forward", "backward"}
 
 
 def test_the_embedding_problems_hold_as_much_text_as_images():
@@ -31,20 +31,14 @@ def test_the_embedding_problems_hold_as_much_text_as_images():
         assert torch.equal(kept, torch.arange(1024) // 256 % 2 == 0)
 
 
-def table(module, op, **sizes):
-    """Forward and backward bytes of `op` in the table of a module's docstring."""
-    line = next(line for line in importlib.import_module(f"tfkernels.{module}").__doc__.splitlines() if line.split()[:1] == [op])
-    forward, _, backward = re.split(r" {2,}", line.strip())[1:4]
-    return [eval(re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", formula), dict(sizes)) for formula in (forward, backward)]
-
-
 def test_the_bytes_are_those_that_the_modules_tables_name():
-    patches = dict(E=512 * 32, e=2)
-    sizes = dict(T=1024, P=512, C=48, D=32, e=2)
-    noise, embedding = table("patchify", "noise_patchify", **patches), table("embed", "embed_patches", **sizes)
-    assert noise == [2 * 512 * 32 * 2] * 2
-    for op, expected in (("patchify", table("patchify", "patchify", **patches)), ("noise_patchify", noise), ("embed_patches", embedding),
-                         ("noise_patchify_embed", [noise[0] + embedding[0], embedding[1]])):  # x0 without a gradient
+    elements, sizes = dict(E=512 * 32, e=2), dict(T=1024, P=512, C=48, D=32, e=2)
+    tables = {op: bytes_moved("patches", op, **elements) for op in ("patchify", "noise_patchify")}
+    tables["embed_patches"] = bytes_moved("patches", "embed_patches", **sizes)
+    noise, embedding = tables["noise_patchify"], tables["embed_patches"]
+    tables["noise_patchify_embed"] = [noise[0] + embedding[0], embedding[1]]  # x0 without a gradient
+    assert noise == [2 * 512 * 32 * 2] * 2 and tables.keys() == set(OPS)
+    for op, expected in tables.items():
         assert list(moved(Case(op, 512, 32, 48 if "embed" in op else 0), 2).values()) == expected
 
 
@@ -56,5 +50,5 @@ def test_the_quick_grid_is_the_beginning_of_the_whole():
 
 def test_the_command_writes_a_complete_file(tmp_path):
     assert patchify.main(["--cpu", "--out", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "patchify-cpu.json").read_text())["rows"]
+    rows = rows_of(tmp_path, "patchify")
     assert len(rows) == 12 and all(row["checked"] and row["gb_per_s"]["forward"] > 0 for row in rows)

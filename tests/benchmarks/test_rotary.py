@@ -1,30 +1,30 @@
-"""The rotary benchmark: right answers pass, q and k lie as projections give them, and the bytes are those of the operator's table."""
-import json
+"""The rotary benchmark: right answers pass, q and k lie as projections give them, bytes are those of the table."""
 
 import pytest
 import torch
 
-import tfkernels
 from benchmarks import rotary
 from benchmarks.bandwidth import EAGER, OURS, contenders, saved_bytes
-from benchmarks.harness import measure
 from benchmarks.rotary import MOVED, Case, _Copied, cases, problem
+from tests.benchmarks.documentation import bytes_moved
+from tests.benchmarks.measuring import measured_once, rows_of
 
 
 @pytest.mark.parametrize("op", MOVED)
 def test_every_contender_is_right(op):
     chosen = problem(Case(op, 30, 4, 2, 16), "cpu", torch.float32)
-    assert all(x.stride() == (30 * x.shape[1] * 16, 16, x.shape[1] * 16, 1) for x in (chosen.tensors["q"], chosen.arriving["k"]))
-    for result in measure(contenders(chosen), device="cpu", seconds=0, warmup=0, least=1, most=1):
-        assert result.error is None and result.checked and result.milliseconds.keys() == {"forward", "backward"}
+    for x in (chosen.tensors["q"], chosen.arriving["k"]):
+        assert x.stride() == (30 * x.shape[1] * 16, 16, x.shape[1] * 16, 1)
+    for result in measured_once(contenders(chosen)):
+        assert result.error is None and result.checked
+        assert result.milliseconds.keys() == {"forward", "backward"}
 
 
 def test_the_bytes_are_those_that_the_modules_table_names():
-    lines = {line.split()[0]: line for line in tfkernels.rotary.__doc__.splitlines() if " T (H + K) D e" in line}
     for op, moved in MOVED.items():
-        assert tuple(int(word) for word in lines[op].split() if word.isdigit()) == moved
-        q, k = (problem(Case(op, 30, 4, 2, 16), "cpu", torch.float32).tensors[n] for n in "qk")
-        assert problem(Case(op, 30, 4, 2, 16), "cpu", torch.float32).moved["forward"] == moved[0] * 4 * (q.numel() + k.numel())
+        assert bytes_moved("rotary", op, T=30, H=4, K=2, D=16, e=4) == [n * 30 * (4 + 2) * 16 * 4 for n in moved]
+        found = problem(Case(op, 30, 4, 2, 16), "cpu", torch.float32)
+        assert found.moved["forward"] == moved[0] * 4 * (found.tensors["q"].numel() + found.tensors["k"].numel())
 
 
 @pytest.mark.parametrize("op", MOVED)
@@ -48,7 +48,8 @@ def test_what_works_in_place_gets_a_copy_both_ways():
 
     y = _Copied.apply(InPlace.apply(_Copied.apply(x, True)), False)
     (grad,) = torch.autograd.grad(y, x, arriving)
-    assert torch.equal(y, 2 * torch.ones(3)) and torch.equal(grad, 2 * torch.ones(3)) and all(torch.equal(t, torch.ones(3)) for t in (x, arriving))
+    assert torch.equal(y, 2 * torch.ones(3)) and torch.equal(grad, 2 * torch.ones(3))
+    assert all(torch.equal(t, torch.ones(3)) for t in (x, arriving))
 
 
 def test_the_quick_grid_is_the_beginning_of_the_whole():
@@ -58,5 +59,5 @@ def test_the_quick_grid_is_the_beginning_of_the_whole():
 
 def test_the_command_writes_a_complete_file(tmp_path):
     assert rotary.main(["--cpu", "--out", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "rotary-cpu.json").read_text())["rows"]
+    rows = rows_of(tmp_path, "rotary")
     assert len(rows) == 6 and all(row["checked"] and row["gb_per_s"]["forward"] > 0 for row in rows)

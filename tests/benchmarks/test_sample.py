@@ -1,5 +1,4 @@
-"""The sampling benchmark: every way gives the same images and texts, wrong ones are refused, and a step's cost is counted as it is."""
-import json
+"""The sampling benchmark: all ways give the same images and texts, wrong ones are refused, a step's cost is right."""
 import sys
 
 import pytest
@@ -8,16 +7,31 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import sample
-from benchmarks.harness import Contender, Report, measure
-from benchmarks.sample import GENERATE, OURS, UNCACHED, Case, build, cases, draw_contenders, draw_uncached, prompts, step_cost, word_tokenizer, write_contenders
+from benchmarks.harness import Contender
+from benchmarks.report import Report
+from benchmarks.sample import (
+    GENERATE,
+    OURS,
+    UNCACHED,
+    Case,
+    build,
+    cases,
+    draw_contenders,
+    draw_uncached,
+    prompts,
+    step_cost,
+    word_tokenizer,
+    write_contenders,
+)
+from tests.benchmarks.measuring import measured_once, rows_of
 from tfkernels import patchify
-from transfusion.sequence.packing import Text, encode
+from transfusion.sequence import Text, encode
 
 DRAW, WRITE = Case("draw", "tiny", 3, 24, 3), Case("write", "tiny", 3, 24, 8)
 
 
 def once(contenders):
-    return measure(contenders, device="cpu", seconds=0, warmup=0, least=1, most=1)
+    return measured_once(contenders)
 
 
 def test_every_contender_is_right():
@@ -35,7 +49,11 @@ def test_a_draw_under_other_guidance_and_another_text_are_refused(monkeypatch):
     assert wrong.name == OURS and wrong.error.startswith("AssertionError: images") and right.error is None
     (ours, generate), model = write_contenders(WRITE, "cpu", torch.float32)
     write = model.generate_batch
-    monkeypatch.setattr(model, "generate_batch", lambda prompts, **options: write([[Text(prompt[0].text + " w9")] for prompt in prompts], **options))
+
+    def another(prompts, **options):
+        return write([[Text(prompt[0].text + " w9")] for prompt in prompts], **options)
+
+    monkeypatch.setattr(model, "generate_batch", another)
     wrong, right = once([ours, generate])
     assert wrong.error.startswith("AssertionError: ") and right.name == GENERATE and right.error is None
 
@@ -53,7 +71,8 @@ def test_prompts_have_as_many_tokens_as_they_are_said_to():
     assert len(set(texts)) == 3
     for text in texts:
         tokens = encode([Text(text)], model.tokenizer, model.config, end=False).tokens
-        assert len(tokens) + 1 == DRAW.prompt and not set(tokens[1:]) & {0, 1, 2, model.config.boi_token_id, model.config.eoi_token_id}
+        special = {0, 1, 2, model.config.boi_token_id, model.config.eoi_token_id}
+        assert len(tokens) + 1 == DRAW.prompt and not set(tokens[1:]) & special
     tokenizer = word_tokenizer(300)
     assert tokenizer.decode(tokenizer.encode("w5 w299 w12")) == "w5 w299 w12"
 
@@ -68,12 +87,13 @@ def test_a_step_costs_what_its_matrix_products_count():
             matrix(x)
         layer.mlp(x)
         for seen in (24 + 64, 2 + 64):  # keys before the image's own, of the text and of none
-            q, k = torch.zeros(text.num_attention_heads, count, text.head_dim), torch.zeros(text.num_attention_heads, seen, text.head_dim)
+            q, k = (torch.zeros(text.num_attention_heads, n, text.head_dim) for n in (count, seen))
             (q @ k.mT) @ k
     matrices = 2 * 64 * (4 * 64 * 64 + 3 * 64 * 128)
     assert counter.get_total_flops() == matrices + 4 * 2 * 32 * 64 * (24 + 2 + 128)
     cost = step_cost(model, DRAW)
-    assert cost["operations"] == text.num_hidden_layers * 3 * (counter.get_total_flops() + matrices)  # two contexts of each of three prompts
+    # two contexts of each of three prompts
+    assert cost["operations"] == text.num_hidden_layers * 3 * (counter.get_total_flops() + matrices)
     assert cost["bytes"] == 4 * 2 * ((4 * 64 * 64 + 3 * 64 * 128) + 2 * 2 * 32 * 3 * (24 + 2 + 128))
 
 
@@ -81,7 +101,8 @@ def test_the_whole_sequence_without_a_cache_needs_its_guidance():
     model = build(DRAW, "cpu", torch.float32)
     texts = prompts(DRAW, model.config.boi_token_id)[:1]
     guided, other = draw_uncached(model, texts, 2)[0].latent, draw_uncached(model, ["w7 w8"], 2)[0].latent
-    assert guided.shape == (8, 16, 16) and patchify(guided[None], 2).shape == (64, 32) and not torch.allclose(guided, other, atol=1e-2)
+    assert guided.shape == (8, 16, 16) and patchify(guided[None], 2).shape == (64, 32)
+    assert not torch.allclose(guided, other, atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -133,7 +154,7 @@ def test_the_quick_grid_is_the_beginning_of_the_whole():
 def test_the_command_writes_a_complete_file(tmp_path, capsys):
     assert sample.main(["--cpu", "--out", str(tmp_path)]) == 0
     rows = {
-        (row["task"], row["contender"]): row for row in json.loads((tmp_path / "sample-cpu.json").read_text())["rows"]
+        (row["task"], row["contender"]): row for row in rows_of(tmp_path, "sample")
     }
     for key in (("draw", OURS), ("draw", UNCACHED), ("write", OURS), ("write", GENERATE)):
         assert rows[key]["checked"] and rows[key]["per_second"] > 0

@@ -3,7 +3,8 @@ host does not wait for."""
 
 import pytest
 
-from benchmarks.harness import Contender, Report, measure
+from benchmarks.harness import Contender, measure
+from benchmarks.report import Report
 from benchmarks.timing import CALIBRATION_CYCLES, HOST_BOUND, LONGEST_SPIN, QUEUED, WALL, CudaTimer, Sample, chosen
 
 CYCLES = 1_700_000  # per millisecond

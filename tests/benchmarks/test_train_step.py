@@ -1,14 +1,14 @@
-"""The training step's benchmark: the contenders run one model, wrong ones are refused, and batches are what they are said to be."""
-import json
+"""The training step's benchmark: contenders run one model, wrong ones are refused, batches are as they should be."""
 import sys
 
 import pytest
 import torch
 
 from benchmarks import train_step
-from benchmarks.harness import Report, measure
 from benchmarks.model_peers import dense_mask, peer_samples, plain_loss, training_sequence
+from benchmarks.report import Report
 from benchmarks.train_step import DENSE, OURS, Case, Step, cases, configuration, contenders, losses
+from tests.benchmarks.measuring import measured_once, rows_of
 from transfusion.model.transfusion import Transfusion
 
 TINY = Case("tiny", 2, 256)
@@ -22,8 +22,9 @@ def sequence():
 def test_every_contender_is_right_and_leaves_the_weights_as_they_are():
     chosen, model = contenders(TINY, "cpu")
     before = {name: p.clone() for name, p in model.named_parameters()}
-    for result in measure(chosen, device="cpu", seconds=0, warmup=0, least=1, most=1):
-        assert result.error is None and result.checked and result.milliseconds.keys() == {"forward", "backward", "optimizer"}
+    for result in measured_once(chosen):
+        assert result.error is None and result.checked
+        assert result.milliseconds.keys() == {"forward", "backward", "optimizer"}
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
 
 
@@ -32,11 +33,13 @@ def test_a_contender_without_the_images_blocks_is_refused(monkeypatch):
 
     def causal(model, sequence, device, eps=None):
         times = torch.linspace(0.05, 0.95, sequence.image_count)
-        mask = dense_mask(sequence) & torch.ones(sequence.tokens.shape[1], sequence.tokens.shape[1], dtype=torch.bool).tril()
-        return right(model, sequence, device, eps) | {OURS: lambda: plain_loss(model, sequence, times, mask, "sdpa", eps)}
+        seq_len = sequence.tokens.shape[1]
+        mask = dense_mask(sequence) & torch.ones(seq_len, seq_len, dtype=torch.bool).tril()
+        wrong = {OURS: lambda: plain_loss(model, sequence, times, mask, "sdpa", eps)}
+        return right(model, sequence, device, eps) | wrong
 
     monkeypatch.setattr(train_step, "losses", causal)
-    ours, dense = measure(contenders(TINY, "cpu")[0], device="cpu", seconds=0, warmup=0, least=1, most=1)
+    ours, dense = measured_once(contenders(TINY, "cpu")[0])
     assert ours.error.startswith("AssertionError: ") and not ours.milliseconds and dense.error is None
 
 
@@ -57,9 +60,10 @@ def test_samples_for_transfusion_pytorch_hold_every_token_but_the_brackets(seque
     for row, sample in zip(range(2), peer_samples(sequence)):
         images = [part[1] for part in sample if isinstance(part, tuple)]
         text = torch.cat([part for part in sample if not isinstance(part, tuple)])
-        kept = sequence.tokens[row][sequence.image[row] < 0]
-        assert torch.equal(text, kept[(kept != 256) & (kept != 257)]) and len(images) == len(sequence.image[row].unique()) - 1
-        assert torch.equal(torch.cat(images), sequence.patches[torch.isin(sequence.layout.image, sequence.image[row])])
+        kept = sequence.tokens[row][sequence.image_ids[row] < 0]
+        ids = sequence.image_ids[row]
+        assert torch.equal(text, kept[(kept != 256) & (kept != 257)]) and len(images) == len(ids.unique()) - 1
+        assert torch.equal(torch.cat(images), sequence.patches[torch.isin(sequence.layout.image_ids, ids)])
 
 
 def test_the_peer_is_as_wide_and_deep(monkeypatch):
@@ -67,7 +71,8 @@ def test_the_peer_is_as_wide_and_deep(monkeypatch):
     model = train_step.peer_contenders(TINY, "cpu")[1]
     ours = Transfusion(configuration(TINY))
     layers = ours.backbone.decoder.get_decoder().layers
-    assert isinstance(model, peer.Transfusion) and len(model.transformer.layers) == len(layers) and model.dim == ours.config.text_config.hidden_size
+    assert isinstance(model, peer.Transfusion) and len(model.transformer.layers) == len(layers)
+    assert model.dim == ours.config.text_config.hidden_size
     widths = {tuple(m.weight.shape) for m in model.transformer.modules() if isinstance(m, torch.nn.Linear)}
     assert tuple(layers[0].mlp.down_proj.weight.shape) in widths
 
@@ -84,7 +89,7 @@ def test_a_peer_with_a_gradient_that_is_not_finite_is_refused(monkeypatch):
             return self.layer(torch.tensor([[torch.nan, 1.0]])).nan_to_num().sum()
 
     monkeypatch.setattr(train_step, "transfusion_pytorch", lambda *_, **__: Broken())
-    result, = measure(train_step.peer_contenders(TINY, "cpu")[0], device="cpu", seconds=0, warmup=0, least=1, most=1)
+    result, = measured_once(train_step.peer_contenders(TINY, "cpu")[0])
     assert result.error.startswith("AssertionError") and not result.milliseconds
 
 
@@ -98,7 +103,8 @@ def test_a_missing_peer_is_left_out_with_the_reason(monkeypatch):
 
 def test_phases_are_those_of_a_step():
     model = torch.nn.Linear(1, 1)
-    step, state = Step(lambda: model(torch.ones(1, 1)).sum(), model, torch.optim.SGD(model.parameters(), lr=1.0), "cpu"), {}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    step, state = Step(lambda: model(torch.ones(1, 1)).sum(), model, optimizer, "cpu"), {}
     before = model.weight.item()
     for phase in step.contender("x", lambda state: None).phases.values():
         phase(state)
@@ -112,8 +118,10 @@ def test_the_quick_grid_is_the_beginning_of_the_whole():
 
 def test_operations_grow_with_the_rows_and_the_command_writes_a_complete_file(tmp_path, capsys):
     assert train_step.main(["--cpu", "--out", str(tmp_path)]) == 0
-    rows = {row["contender"]: row for row in json.loads((tmp_path / "train_step-cpu.json").read_text())["rows"]}
+    rows = {row["contender"]: row for row in rows_of(tmp_path, "train_step")}
     assert all(row["timing"].get("forward", "wall") == "wall" for row in rows.values())
-    assert all(rows[name]["checked"] and rows[name]["tokens_per_s"] > 0 and rows[name]["tflops"] > 0 for name in (OURS, DENSE))
-    assert rows[OURS]["operations"] == rows[DENSE]["operations"] > 6 * rows[OURS]["tokens"] * 2 * (4 * 64 * 64 + 3 * 64 * 128)
+    for name in (OURS, DENSE):
+        assert rows[name]["checked"] and rows[name]["tokens_per_s"] > 0 and rows[name]["tflops"] > 0
+    weights = 2 * (4 * 64 * 64 + 3 * 64 * 128)  # in two layers
+    assert rows[OURS]["operations"] == rows[DENSE]["operations"] > 6 * rows[OURS]["tokens"] * weights
     assert OURS in capsys.readouterr().out

@@ -4,7 +4,7 @@ import torch
 
 from benchmarks import tune
 from benchmarks.attention import Case
-from benchmarks.harness import Report
+from benchmarks.report import Report
 from tfkernels._launch import Config
 
 

@@ -194,7 +194,9 @@ PER_OP = {
 
 
 def test_every_public_operator_is_here():
-    public = {name for name in tfkernels.__all__ if inspect.isfunction(getattr(tfkernels, name)) and not name.endswith("_reference")}
+    public = {name
+              for name in tfkernels.__all__
+              if inspect.isfunction(getattr(tfkernels, name)) and not name.endswith("_reference")}
     assert public - set(CALLS) == {"attention", "attention_with_lse", "paged_attention"}
 
 
@@ -300,7 +302,8 @@ def test_columns_that_do_not_divide_an_images_tokens_are_refused_where_looking_c
 @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU looking would synchronise")
 def test_numbers_that_name_nothing_are_refused_where_looking_costs_nothing():
     function, arguments = CALLS["grid_positions"]()
-    for change, message in (({"index": whole([[-1, 0, 0, 0, 1]])}, "index holds 1; .* to 0 fits"), ({"columns": whole([0])}, "columns holds 0; 1 to")):
+    for change, message in (({"index": whole([[-1, 0, 0, 0, 1]])}, "index holds 1; .* to 0 fits"),
+                            ({"columns": whole([0])}, "columns holds 0; 1 to")):
         with pytest.raises(ValueError, match=f"^grid_positions: {message}"):
             function(**arguments | change)
     function, arguments = CALLS["rotary_table"]()
@@ -312,7 +315,8 @@ def test_numbers_that_name_nothing_are_refused_where_looking_costs_nothing():
 def test_values_are_not_looked_at_where_a_graph_is_traced_or_a_device_would_wait():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    assert _arguments.looks(torch.zeros(2), None) and not _arguments.looks(torch.zeros(2), torch.zeros(2, device="meta"))
+    assert (_arguments.looks(torch.zeros(2), None)
+            and not _arguments.looks(torch.zeros(2), torch.zeros(2, device="meta")))
     with FakeTensorMode():
         assert not _arguments.looks(torch.zeros(2))
     seen = []

@@ -73,7 +73,8 @@ def test_a_fake_has_the_strides_of_the_real_result_whatever_its_inputs_are(name,
     for operator, arguments in calls.items():
         laid = tuple(LAID[layout](x.detach()) if isinstance(x, torch.Tensor) else x for x in arguments)
         torch.library.opcheck(operator, laid, test_utils=("test_schema", "test_faketensor"))
-        found, expected = operator(*laid), operator(*(x.contiguous() if isinstance(x, torch.Tensor) else x for x in laid))
+        found, expected = (operator(*laid),
+                           operator(*(x.contiguous() if isinstance(x, torch.Tensor) else x for x in laid)))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 

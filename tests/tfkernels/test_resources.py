@@ -1,8 +1,9 @@
-"""Every row of the launch tables, compiled for its architecture without a GPU: no spills, shared memory within the card's limit.
+"""Every row of the launch tables, compiled for its architecture without a GPU: no spills, shared memory within the
+card's limit.
 
-`python -m tests.tfkernels.test_resources` prints the table of docs/resources.md, with rare variants that the tests leave out for time.
-Rows are compiled by two processes ahead of the tests that ask for them, or under pytest-xdist by the worker that asks;
-Triton's own cache makes a second run quick.
+`python -m tests.tfkernels.test_resources` prints the table of docs/resources.md, with rare variants that the tests
+leave out for time. Rows are compiled by two processes ahead of the tests that ask for them, or under pytest-xdist by
+the worker that asks; Triton's own cache makes a second run quick.
 """
 import multiprocessing
 import os
@@ -18,13 +19,15 @@ from tfkernels import _launch
 from tfkernels._launch import ARCHITECTURES, SHARED_LIMIT, Config, table_row
 from tfkernels._library import INTERPRET
 from tfkernels.attention.triton import backward, decode, forward, tiles
-from tfkernels.mask import _build as build
+from tfkernels.mask import triton as build
 
-pytestmark = pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1: kernels are interpreted functions, which do not compile")
+pytestmark = pytest.mark.skipif(INTERPRET,
+                                reason="TRITON_INTERPRET=1: kernels are interpreted functions, which do not compile")
 
-TABLES = {"fwd": forward.CONFIGS, "dq": backward.DQ_CONFIGS, "dkv": backward.DKV_CONFIGS, "decode": decode.CONFIGS, "wide": decode.WIDE_CONFIGS}
-KERNELS = {"fwd": forward._attention_fwd, "dq": backward._attention_bwd_dq, "dkv": backward._attention_bwd_dkv, "delta": backward._attention_bwd_delta,
-           "decode": decode._attention_decode, "wide": decode._attention_decode}
+TABLES = {"fwd": forward.CONFIGS, "dq": backward.DQ_CONFIGS, "dkv": backward.DKV_CONFIGS, "decode": decode.CONFIGS,
+          "wide": decode.WIDE_CONFIGS}
+KERNELS = {"fwd": forward._attention_fwd, "dq": backward._attention_bwd_dq, "dkv": backward._attention_bwd_dkv,
+           "delta": backward._attention_bwd_delta, "decode": decode._attention_decode, "wide": decode._attention_decode}
 TRAINING = ("fwd", "dq", "dkv")
 HEAD_DIMS = (32, 64, 128, 256)
 DELTA = Config(backward.DELTA_ROWS, 0, 4, 3)
@@ -50,13 +53,18 @@ class Row(NamedTuple):
 
 
 ROWS = [Row(kernel, *key) for kernel, table in TABLES.items() for key in table if key[3:] != ("heavy",)]
-DELTA_ROWS = [Row("delta", architecture, size, dim) for architecture in ARCHITECTURES for size in (2, 4) for dim in HEAD_DIMS]
-VARIANTS = [Row(kernel, architecture, 2, 128, variant) for kernel in TRAINING for architecture in ARCHITECTURES for variant in ("check", "softcap", "narrow")]
-VARIANTS += [Row(kernel, architecture, 2, dim, "check") for kernel in TRAINING for architecture in ARCHITECTURES for dim in (64, 256)]
-VARIANTS += [Row(kernel, architecture, 2, 128, variant) for kernel in ("decode", "wide") for architecture in ARCHITECTURES for variant in ("check", "paged")]
-RARE = [Row(kernel, architecture, size, dim, "check") for kernel in TRAINING for architecture in ARCHITECTURES for size, dim in
-        ((2, 32), (4, 32), (4, 64), (4, 128), (4, 256))]
-RARE += [Row(kernel, architecture, 4, dim, "tf32") for kernel in TRAINING for architecture in ARCHITECTURES for dim in HEAD_DIMS]
+DELTA_ROWS = [Row("delta", architecture, size, dim) for architecture in ARCHITECTURES for size in (2, 4)
+              for dim in HEAD_DIMS]
+VARIANTS = [Row(kernel, architecture, 2, 128, variant) for kernel in TRAINING for architecture in ARCHITECTURES
+            for variant in ("check", "softcap", "narrow")]
+VARIANTS += [Row(kernel, architecture, 2, dim, "check") for kernel in TRAINING for architecture in ARCHITECTURES
+             for dim in (64, 256)]
+VARIANTS += [Row(kernel, architecture, 2, 128, variant) for kernel in ("decode", "wide")
+             for architecture in ARCHITECTURES for variant in ("check", "paged")]
+RARE = [Row(kernel, architecture, size, dim, "check") for kernel in TRAINING for architecture in ARCHITECTURES
+        for size, dim in ((2, 32), (4, 32), (4, 64), (4, 128), (4, 256))]
+RARE += [Row(kernel, architecture, 4, dim, "tf32") for kernel in TRAINING for architecture in ARCHITECTURES
+         for dim in HEAD_DIMS]
 
 
 def compiled(row: Row, target: int | None = None) -> Resources:
@@ -64,11 +72,13 @@ def compiled(row: Row, target: int | None = None) -> Resources:
     config, variant = row.config, row.variant
     constants = {"HEAD_DIM": 80 if variant == "narrow" else row.head_dim, "D": row.head_dim, "BLOCK_M": config.block_m}
     if row.kernel != "delta":
-        constants |= {"BLOCK_N": config.block_n, "SOFTCAP": variant == "softcap", "PRECISION": "tf32" if variant == "tf32" else "ieee"}
+        constants |= {"BLOCK_N": config.block_n, "SOFTCAP": variant == "softcap",
+                      "PRECISION": "tf32" if variant == "tf32" else "ieee"}
         constants["CHECK_ROWS" if row.kernel == "dkv" else "CHECK_COLUMNS"] = variant == "check"
     if row.kernel in ("decode", "wide"):
         constants |= {"PAGE_SIZE": 16 if variant == "paged" else 0, "SPLIT": True}
-    return resources(KERNELS[row.kernel], constants, config, architecture=target or row.architecture, element_size=row.element_size)
+    return resources(KERNELS[row.kernel], constants, config, architecture=target or row.architecture,
+                     element_size=row.element_size)
 
 
 def pool() -> ProcessPoolExecutor:
@@ -82,7 +92,8 @@ def result_of(request):
     if "PYTEST_XDIST_WORKER" in os.environ:  # a pool of each worker would compile every row that any worker asks for
         yield compiled
         return
-    rows = [item.callspec.params["row"] for item in request.session.items if item.module is request.module and "row" in item.callspec.params]
+    rows = [item.callspec.params["row"]
+            for item in request.session.items if item.module is request.module and "row" in item.callspec.params]
     with pool() as processes:
         futures = {row: processes.submit(compiled, row) for row in rows}
         yield lambda row: futures[row].result()
@@ -97,14 +108,20 @@ def test_a_row_spills_nothing_and_fits_shared_memory(row, result_of):
     if row.element_size == 2 and row.kernel != "delta":
         held = row.config.block_n if row.kernel == "dkv" else row.config.block_m
         assert found.tensor_core.get(MULTIPLY[row.architecture] if held >= 64 else "mma.sync", 0) > 0, found
-        one_by_one = row.variant == "check" and row.kernel in TRAINING and row.head_dim > (64 if row.kernel == "dkv" else 128)
+        one_by_one = (row.variant == "check" and row.kernel in TRAINING
+                      and row.head_dim > (64 if row.kernel == "dkv" else 128))
         if row.head_dim in (64, 128) and not one_by_one:
             assert found.loops > 0 and found.pipelined == found.loops, found
 
 
-SMALL = {"bounds": (tiles._tile_bounds, {"SIZE": 128, "TILES": tiles.TILES}), "merge": (decode._attention_merge, {"HEAD_DIM": 256, "D": 256}),
-         "mask from spans": (build._mask_intervals, {"TYPES": False, "DOCUMENTS": True, "HIDDEN": True, "WINDOW": True, "BLOCK": 1024, "SPANS": build.SPANS}),
-         "mask from types": (build._mask_intervals, {"TYPES": True, "DOCUMENTS": True, "HIDDEN": False, "WINDOW": False, "BLOCK": 1024, "SPANS": build.SPANS})}
+SMALL = {"bounds": (tiles._tile_bounds, {"SIZE": 128, "TILES": tiles.TILES}),
+         "merge": (decode._attention_merge, {"HEAD_DIM": 256, "D": 256}),
+         "mask from spans": (build._mask_intervals,
+                             {"TYPES": False, "DOCUMENTS": True, "HIDDEN": True, "WINDOW": True, "BLOCK": 1024,
+                              "SPANS": build.SPANS}),
+         "mask from types": (build._mask_intervals,
+                             {"TYPES": True, "DOCUMENTS": True, "HIDDEN": False, "WINDOW": False, "BLOCK": 1024,
+                              "SPANS": build.SPANS})}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -116,10 +133,12 @@ def test_the_small_kernels_spill_nothing(name, architecture):
     assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
 
 
-@pytest.mark.parametrize("capability,rows", [((7, 5), 80), ((8, 0), 80), ((8, 6), 80), ((8, 7), 80), ((8, 9), 80), ((9, 0), 90), ((10, 0), 100),
-                                             ((10, 3), 100), ((12, 0), 80), ((12, 1), 80)], ids=str)
+@pytest.mark.parametrize("capability,rows",
+                         [((7, 5), 80), ((8, 0), 80), ((8, 6), 80), ((8, 7), 80), ((8, 9), 80), ((9, 0), 90),
+                          ((10, 0), 100), ((10, 3), 100), ((12, 0), 80), ((12, 1), 80)], ids=str)
 def test_a_card_takes_rows_that_fit_its_shared_memory(capability, rows, monkeypatch):
-    """sm_86, sm_89 and sm_120 have 99 KiB a block, for which the 80 rows are gated; what is unknown takes them as well."""
+    """sm_86, sm_89 and sm_120 have 99 KiB a block, for which the 80 rows are gated; what is unknown takes them as
+    well."""
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     _launch.architecture.cache_clear()
     try:
@@ -136,21 +155,24 @@ SMALL_CARDS = [Row(kernel, 80, 2, dim) for kernel in ("fwd", "dq", "dkv", "decod
 
 @pytest.mark.parametrize("row", SMALL_CARDS, ids=str)
 def test_the_80_rows_fit_the_shared_memory_of_sm_120(row):
-    """Compiled for the card itself, whose multiply instructions and shared memory may differ; without that a launch fails."""
+    """Compiled for the card itself, whose multiply instructions and shared memory may differ; without that a launch
+    fails."""
     assert compiled(row, target=120).shared_bytes <= SHARED_LIMIT[80]
 
 
 @pytest.mark.parametrize("table", TABLES)
 def test_a_table_has_a_row_for_every_key(table):
-    assert {key[:3] for key in TABLES[table]} == {(a, size, dim) for a in ARCHITECTURES for size in (2, 4) for dim in HEAD_DIMS}
+    assert {key[:3] for key in TABLES[table]} == {(a, size, dim) for a in ARCHITECTURES for size in (2, 4)
+                                                  for dim in HEAD_DIMS}
 
 
 if __name__ == "__main__":
     rows = ROWS + VARIANTS + DELTA_ROWS + RARE
     print(f"""# What the launch tables compile to
 
-`python -m tests.tfkernels.test_resources`, Triton {triton.__version__}. A tile is queries x keys; `spilled` is the stack in bytes a thread. `check`: masks
-of two sides; `narrow`: HEAD_DIM 80 in D 128; `tf32`: float32 where PyTorch allows it. The last {len(RARE)} rows are left out of the tests for time.
+`python -m tests.tfkernels.test_resources`, Triton {triton.__version__}. A tile is queries x keys; `spilled` is the
+stack in bytes a thread. `check`: masks of two sides; `narrow`: HEAD_DIM 80 in D 128; `tf32`: float32 where PyTorch
+allows it. The last {len(RARE)} rows are left out of the tests for time.
 The kernels around attention are compiled by the tests of their own operators (`pytest -k spill`).
 
 | arch | bytes | D | kernel | tile | warps | stages | registers | spilled | shared KiB | multiplies |""")
@@ -162,6 +184,7 @@ The kernels around attention are compiled by the tests of their own operators (`
             c, kernel = row.config, " ".join(x for x in (row.kernel, row.variant) if x)
             tile = f"{c.block_m}x{c.block_n}" if c.block_n else f"{c.block_m}"
             multiplies = ", ".join(f"{count} {name}" for name, count in found.tensor_core.items()) or "-"
-            print(f"| {row.architecture} | {row.element_size} | {row.head_dim} | {kernel} | {tile} | {c.num_warps} | {c.num_stages} | "
+            print(f"| {row.architecture} | {row.element_size} | {row.head_dim} | {kernel} | "
+                  f"{tile} | {c.num_warps} | {c.num_stages} | "
                   f"{found.registers} | {found.spills} | {found.shared_bytes / 1024:.1f} | {multiplies} |", flush=True)
     print(f"\n{failures} of {len(rows)} rows spill or exceed shared memory.")

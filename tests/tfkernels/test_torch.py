@@ -1,4 +1,5 @@
-"""Attention under PyTorch's machinery: autocast, export, compile, checkpointing, FSDP2, CUDA graphs, storages past 2^31 elements."""
+"""Attention under PyTorch's machinery: autocast, export, compile, checkpointing, FSDP2, CUDA graphs, storages past 2^31
+elements."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,12 @@ from tfkernels._library import INTERPRET
 
 HALVES = [dtype for dtype in DTYPES if dtype != torch.float32]
 WIDTH, HEADS, KV_HEADS, HEAD_DIM = 48, 4, 2, 16
-needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="torch.cuda.is_available() is False: CUDA graphs and synchronisations exist on CUDA only")
-traced = pytest.mark.skipif(INTERPRET, reason="tracing does not see which implementation runs; once, without the interpreter, is enough")
+needs_cuda = pytest.mark.skipif(
+    DEVICE != "cuda", reason="torch.cuda.is_available() is False: CUDA graphs and synchronisations exist on CUDA only"
+)
+traced = pytest.mark.skipif(
+    INTERPRET, reason="tracing does not see which implementation runs; once, without the interpreter, is enough"
+)
 
 
 class Block(nn.Module):
@@ -76,11 +81,13 @@ def leaves(inputs, *dtypes):
 
 def loss_and_gradients(module, *inputs):
     loss = module(*inputs).square().mean()
-    return [loss.detach(), *torch.autograd.grad(loss, [p for _, p in sorted(module.named_parameters())])]  # strict export orders them anew
+    # strict export orders them anew
+    return [loss.detach(), *torch.autograd.grad(loss, [p for _, p in sorted(module.named_parameters())])]
 
 
 def assert_equal(actual, expected):
-    assert len(actual) == len(expected) and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(actual, expected))
+    assert (len(actual) == len(expected)
+            and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(actual, expected)))
 
 
 def assert_close(actual, expected):
@@ -114,8 +121,10 @@ def test_autocast_of_a_model_equals_its_casts_written_out():
     module = made(Block)
 
     def written_out(x, mask):
-        q, k, v = (F.linear(x.to(dtype), p.weight.to(dtype), p.bias.to(dtype)).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
-                   for p in (module.q, module.k, module.v))
+        q, k, v = (
+            F.linear(x.to(dtype), p.weight.to(dtype), p.bias.to(dtype)).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
+            for p in (module.q, module.k, module.v)
+        )
         out = attention(q, k, v, mask).transpose(1, 2).flatten(2)
         return x + F.linear(out, module.out.weight.to(dtype), module.out.bias.to(dtype))
 
@@ -157,7 +166,8 @@ def test_autocast_compiles_whole(inside):
     with torch.autocast(DEVICE, torch.bfloat16, enabled=not inside):
         actual = compiled(q, k, v, mask)
     dout = torch.randn_like(expected)
-    assert_equal([actual, *torch.autograd.grad(actual, (q, k, v), dout)], [expected, *torch.autograd.grad(expected, (q, k, v), dout)])
+    assert_equal([actual, *torch.autograd.grad(actual, (q, k, v), dout)],
+                 [expected, *torch.autograd.grad(expected, (q, k, v), dout)])
 
 
 class FromSpans(Block):
@@ -166,8 +176,8 @@ class FromSpans(Block):
 
 
 class FromIntegers(Block):
-    def forward(self, x, lo, hi, query_lo, query_hi):
-        return super().forward(x, TransfusionMask(lo, hi, query_lo, query_hi))
+    def forward(self, x, lo, hi, since, until):
+        return super().forward(x, TransfusionMask(lo, hi, since, until))
 
 
 @traced
@@ -176,8 +186,10 @@ def test_exported_with_its_mask_built_inside_serves_other_lengths_and_spans(stri
     module = made(FromSpans)
     first = [[3, 19], [19, 50]], [[5, 7], [0, 0]]
     shapes = {"x": {1: torch.export.Dim("tokens", min=3, max=4096)}, "spans": {1: torch.export.Dim("spans", max=64)}}
-    exported = torch.export.export(module, (tokens(2, 64), torch.tensor(first, device=DEVICE)), dynamic_shapes=shapes, strict=strict).module()
-    for seq_len, spans in ((64, first), (37, [[[1, 9], [9, 11], [20, 37]], [[0, 36], [0, 0], [0, 0]]]), (130, [[[60, 70]], [[100, 130]]])):
+    exported = torch.export.export(module, (tokens(2, 64), torch.tensor(first, device=DEVICE)), dynamic_shapes=shapes,
+                                   strict=strict).module()
+    for seq_len, spans in ((64, first), (37, [[[1, 9], [9, 11], [20, 37]], [[0, 36], [0, 0], [0, 0]]]),
+                           (130, [[[60, 70]], [[100, 130]]])):
         inputs = tokens(2, seq_len), torch.tensor(spans, device=DEVICE)
         assert_close(loss_and_gradients(exported, *inputs), loss_and_gradients(module, *inputs))
 
@@ -190,26 +202,31 @@ def test_exported_with_the_masks_integers_as_inputs_serves_other_lengths(strict)
 
     def inputs(seq_len, spans):
         mask = TransfusionMask.from_spans(spans, seq_len, device=DEVICE)
-        return tokens(2, seq_len), mask.lo, mask.hi, mask.query_lo, mask.query_hi
+        return tokens(2, seq_len), mask.lo, mask.hi, mask.key_since, mask.key_until
 
-    exported = torch.export.export(module, inputs(64, [[(3, 40)], []]), dynamic_shapes=({1: length},) * 5, strict=strict).module()
+    exported = torch.export.export(
+        module, inputs(64, [[(3, 40)], []]), dynamic_shapes=({1: length},) * 5, strict=strict
+    ).module()
     for given in (inputs(37, [[(1, 30)], [(0, 37)]]), inputs(130, [[], [(100, 130)]])):
         assert_close(loss_and_gradients(exported, *given), loss_and_gradients(module, *given))
 
 
 def save_attention(context, op, *args, **kwargs):
-    return CheckpointPolicy.MUST_SAVE if op == torch.ops.tfkernels.attention_forward.default else CheckpointPolicy.PREFER_RECOMPUTE
+    return (CheckpointPolicy.MUST_SAVE
+            if op == torch.ops.tfkernels.attention_forward.default else CheckpointPolicy.PREFER_RECOMPUTE)
 
 
 def selective():
     return create_selective_checkpoint_contexts(save_attention)
 
 
-recomputed = pytest.mark.parametrize("context_fn,forwards", [(None, 4), (selective, 2)], ids=["everything again", "attention saved"])
+recomputed = pytest.mark.parametrize("context_fn,forwards", [(None, 4), (selective, 2)],
+                                     ids=["everything again", "attention saved"])
 
 
 class Calls(TorchDispatchMode):
-    """Counts the runs of the operator, forward and backward; one that a checkpoint's policy answers from memory does not reach it."""
+    """Counts the runs of the operator, forward and backward; one that a checkpoint's policy answers from memory does
+    not reach it."""
 
     def __init__(self):
         super().__init__()
@@ -222,7 +239,8 @@ class Calls(TorchDispatchMode):
 
 
 @recomputed
-def test_checkpointed_blocks_give_equal_gradients_and_run_attention_again_only_where_it_was_not_saved(context_fn, forwards):
+def test_checkpointed_blocks_give_equal_gradients_and_run_attention_again_only_where_it_was_not_saved(context_fn,
+                                                                                                      forwards):
     plain, again = made(Stack), made(CheckpointedStack)
     again.context_fn = context_fn
     x, mask = tokens(1, 40), packed_mask()
@@ -260,7 +278,9 @@ def train(module, x, mask):
         optimizer.zero_grad()
         loss = module(x, mask).square().mean()
         loss.backward()
-        record.append([loss.detach(), *(p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone() for p in module.parameters())])
+        record.append([loss.detach(),
+                       *(p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone()
+                         for p in module.parameters())])
         optimizer.step()
     return record
 
@@ -272,15 +292,18 @@ def train_shard(rank, folder):
     torch.manual_seed(0)
     module = Stack()
     for part in (*module.blocks, module):
-        fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))  # walks the arguments, the mask's fields too
+        # walks the arguments, the mask's fields too
+        fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))
     mine = slice(2 * rank, 2 * rank + 2)
     x = torch.randn(4, 64, WIDTH, generator=torch.Generator().manual_seed(1))[mine]
     torch.save(train(module, x, TransfusionMask.from_spans(SPANS[mine], 64)), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.skipif(INTERPRET, reason="FSDP2 does not see which implementation runs; once, without the interpreter, is enough")
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch.distributed.is_gloo_available() is False: this PyTorch has no CPU collectives")
+@pytest.mark.skipif(INTERPRET,
+                    reason="FSDP2 does not see which implementation runs; once, without the interpreter, is enough")
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(),
+                    reason="torch.distributed.is_gloo_available() is False: this PyTorch has no CPU collectives")
 def test_two_fsdp2_processes_train_as_one(tmp_path):
     torch.manual_seed(0)
     x = torch.randn(4, 64, WIDTH, generator=torch.Generator().manual_seed(1))
@@ -301,11 +324,13 @@ def test_compiles_whole_with_the_mask_built_inside_in_at_most_two_graphs():
         return attention(q * 2, k, v, TransfusionMask.from_spans(spans, q.shape[2])).square().mean()
 
     compiled, frames = torch.compile(step, fullgraph=True, backend="aot_eager"), []
-    for seq_len, spans in ((96, [[3, 19], [20, 30]]), (64, [[5, 30], [0, 0]]), (80, [[40, 60], [60, 80]]), (112, [[1, 2], [4, 112]])):
+    for seq_len, spans in ((96, [[3, 19], [20, 30]]), (64, [[5, 30], [0, 0]]), (80, [[40, 60], [60, 80]]),
+                           (112, [[1, 2], [4, 112]])):
         spans = torch.tensor([spans], device=DEVICE)
         q, k, v = leaves(random_inputs(2, 4, 2, seq_len, seq_len, 32), *(torch.float32,) * 3)
         actual, expected = compiled(q, k, v, spans), step(q, k, v, spans)
-        assert_close([actual, *torch.autograd.grad(actual, (q, k, v))], [expected, *torch.autograd.grad(expected, (q, k, v))])
+        assert_close([actual, *torch.autograd.grad(actual, (q, k, v))],
+                     [expected, *torch.autograd.grad(expected, (q, k, v))])
         frames.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert frames[-1] <= 2, f"graphs compiled after each call: {frames}"  # one static, one with a dynamic length
 
@@ -399,7 +424,8 @@ def attend(q, k, v, dout, mask):
 
 
 TOKENS, TILE = (70, 64) if INTERPRET else (300, 256)  # TILE begins a tile of any block size
-FAR = {  # shape, the dimension whose last index stands beyond element 2**31, and its stride: indices and strides alone fit in int32
+# shape, the dimension whose last index stands beyond element 2**31, and its stride: indices and strides alone fit int32
+FAR = {
     "batch": ((3, 1, 20, 16), 0, 2**30 + 64),
     "head": ((1, 3, 20, 16), 1, 2**30 + 64),
     "token": ((1, 1, TOKENS, 16), 2, 2**31 // TILE + 64),
@@ -413,13 +439,15 @@ def test_elements_beyond_two_to_the_31_are_read_like_any_other(place, tensor):
     shape, dim, stride = FAR[place]
     elements = shape[dim] * stride
     if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 2 * elements + 2**30:
-        pytest.skip(f"{(2 * elements + 2**30) / 2**30:.0f} GiB of GPU memory needed, {torch.cuda.mem_get_info()[0] / 2**30:.0f} free")
+        pytest.skip(f"{(2 * elements + 2**30) / 2**30:.0f} GiB of GPU memory needed, "
+                    f"{torch.cuda.mem_get_info()[0] / 2**30:.0f} free")
     batch, heads, seq_len, head_dim = shape
     given = random_inputs(batch, heads, heads, seq_len, seq_len, head_dim)
     inputs = {name: x.to(DEVICE, torch.float16) for name, x in zip(("q", "k", "v", "dout"), given)}
     mask = TransfusionMask.from_spans([[(2, 7), (8, seq_len - 3)]], seq_len, device=DEVICE)
     expected = attend(**inputs, mask=mask)
-    storage = torch.UntypedStorage(2 * elements, device=DEVICE)  # untouched pages cost the CPU nothing; torch.empty would fill them
+    # untouched pages cost the CPU nothing; torch.empty would fill them
+    storage = torch.UntypedStorage(2 * elements, device=DEVICE)
     far = inputs[tensor] = apart(inputs[tensor], dim, stride, storage)
     assert far.select(dim, -1).storage_offset() >= 2**31
     assert_equal(attend(**inputs, mask=mask), expected)

@@ -4,20 +4,51 @@ import torch
 from transformers import LlamaConfig
 
 from transfusion import Image, Transfusion, TransfusionConfig
-from transfusion.data.batches import Digits
+from transfusion.recipes.digits import Digits
 from transfusion.sequence.tokenizer import BOI, EOI, train_tokenizer
 
 
-def tiny_model(objective="flow", backbone="decoder", image_layers="dit", positions="1d", image_attention="bidirectional", **text_options):
+def tiny_model(
+    objective="flow",
+    backbone="decoder",
+    image_layers="dit",
+    positions="1d",
+    image_attention="bidirectional",
+    **text_options,
+):
     """A random model of 2 layers whose image layers are not silent, so that images and their times matter."""
     tokenizer = train_tokenizer(Digits.caption(i) for i in range(10))
     torch.manual_seed(0)
-    text_config = LlamaConfig(**{**dict(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id), **text_options})
-    model = Transfusion(TransfusionConfig(
-        text_config=text_config, patch_size=2, backbone=backbone, image_layers=image_layers, positions=positions, objective=objective,
-        image_attention=image_attention, boi_token_id=tokenizer.convert_tokens_to_ids(BOI), eoi_token_id=tokenizer.convert_tokens_to_ids(EOI)), tokenizer)
+    text_config = LlamaConfig(
+        **{
+            **dict(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            ),
+            **text_options,
+        }
+    )
+    model = Transfusion(
+        TransfusionConfig(
+            text_config=text_config,
+            patch_size=2,
+            backbone=backbone,
+            image_layers=image_layers,
+            positions=positions,
+            objective=objective,
+            image_attention=image_attention,
+            boi_token_id=tokenizer.convert_tokens_to_ids(BOI),
+            eoi_token_id=tokenizer.convert_tokens_to_ids(EOI),
+        ),
+        tokenizer,
+    )
     for name, parameter in model.named_parameters():
         if "modulation" in name or "offsets" in name or name.startswith(("image_head", "patch_embedding")):
             torch.nn.init.normal_(parameter, std=0.3)

@@ -9,9 +9,12 @@ from PIL import Image as Picture
 
 from tests.transfusion.conftest import tiny_model
 from tests.transfusion.model.test_from_language_model import language_model
-from transfusion.cli import load_image, main, save_image
-from transfusion.data.pictures import read_picture
-from transfusion.sequence.packing import Image
+from transfusion.cli import main
+from transfusion.data.picture_files import read_picture
+from transfusion.diffusion.guidance import Guidance
+from transfusion.generate.sampling import Sampling, TextSampling
+from transfusion.sample import load_image, load_model, save_image
+from transfusion.sequence import Image
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +25,19 @@ def checkpoint(tmp_path_factory):
 
 
 def test_sample_writes_a_picture(checkpoint, tmp_path, capsys):
-    main(["sample", "--model", str(checkpoint), "--prompt", "a handwritten one", "--out", str(tmp_path / "new" / "one.png"), "--steps", "2"])
+    main(
+        [
+            "sample",
+            "--model",
+            str(checkpoint),
+            "--prompt",
+            "a handwritten one",
+            "--out",
+            str(tmp_path / "new" / "one.png"),
+            "--steps",
+            "2",
+        ]
+    )
     with Picture.open(tmp_path / "new" / "one.png") as picture:
         assert picture.size == (8, 8) and picture.mode == "L"
     assert "one.png" in capsys.readouterr().out
@@ -34,20 +49,140 @@ def test_caption_reads_pictures(checkpoint, tmp_path, capsys):
     assert "red.png:" in capsys.readouterr().out
 
 
+def test_every_option_of_sampling_is_a_flag_with_the_default_of_python(checkpoint, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("transfusion.sample.sample", made.append)
+    monkeypatch.setattr("transfusion.sample.caption", made.append)
+    main(["sample", "--model", "m", "--prompt", "a"])
+    assert made.pop().sampling == Sampling()
+    main(
+        [
+            "sample",
+            "--model",
+            "m",
+            "--prompt",
+            "a",
+            "--steps",
+            "2",
+            "--sampler",
+            "heun",
+            "--guidance",
+            "2",
+            "--image-guidance",
+            "1.5",
+            "--guidance-interval",
+            "0.1",
+            "0.9",
+            "--guidance-rescale",
+            "0.5",
+            "--size",
+            "8",
+            "4",
+            "--max-new-tokens",
+            "3",
+            "--max-images",
+            "4",
+            "--temperature",
+            "0.5",
+            "--top-p",
+            "0.9",
+            "--min-p",
+            "0.1",
+            "--seed",
+            "7",
+            "--cuda-graph",
+        ]
+    )
+    assert made.pop().sampling == Sampling(
+        max_new_tokens=3,
+        temperature=0.5,
+        top_p=0.9,
+        min_p=0.1,
+        seed=7,
+        max_images=4,
+        image_size=(8, 4),
+        steps=2,
+        sampler="heun",
+        guidance=Guidance(2.0, 1.5, (0.1, 0.9), 0.5),
+        cuda_graph=True,
+    )
+    main(["caption", "--model", "m", "--images", "x.png", "--max-new-tokens", "3", "--seed", "7"])
+    assert made.pop().sampling == TextSampling(max_new_tokens=3, seed=7)
+
+
+def test_a_device_that_is_not_there_ends_a_command_in_one_line(checkpoint, tmp_path):
+    Picture.new("L", (8, 8)).save(tmp_path / "grey.png")
+    for command in (
+        ["sample", "--prompt", "a", "--out", str(tmp_path / "a.png")],
+        ["caption", "--images", str(tmp_path / "grey.png")],
+    ):
+        with pytest.raises(
+            SystemExit, match="^error: device is 'cudo', which this machine does not have; auto, cpu.* fit$"
+        ):
+            main([command[0], "--model", str(checkpoint), *command[1:], "--device", "cudo"])
+    assert load_model(checkpoint, "cpu").device.type == "cpu"
+
+
 def test_a_picture_is_edited_and_asked_about(checkpoint, tmp_path, capsys):
     Picture.new("L", (8, 8), 128).save(tmp_path / "grey.png")
-    main(["sample", "--model", str(checkpoint), "--image", str(tmp_path / "grey.png"), "--prompt", "bolder", "--out", str(tmp_path / "edit.png"),
-          "--steps", "2", "--image-guidance", "1.5", "--sampler", "heun", "--guidance-interval", "0.1", "0.9"])
+    main(
+        [
+            "sample",
+            "--model",
+            str(checkpoint),
+            "--image",
+            str(tmp_path / "grey.png"),
+            "--prompt",
+            "bolder",
+            "--out",
+            str(tmp_path / "edit.png"),
+            "--steps",
+            "2",
+            "--image-guidance",
+            "1.5",
+            "--sampler",
+            "heun",
+            "--guidance-interval",
+            "0.1",
+            "0.9",
+        ]
+    )
     assert (tmp_path / "edit.png").is_file() and "edit.png" in capsys.readouterr().out
-    main(["caption", "--model", str(checkpoint), "--images", str(tmp_path / "edit.png"), "--question", "which?", "--max-new-tokens", "2"])
+    main(
+        [
+            "caption",
+            "--model",
+            str(checkpoint),
+            "--images",
+            str(tmp_path / "edit.png"),
+            "--question",
+            "which?",
+            "--max-new-tokens",
+            "2",
+        ]
+    )
     assert "edit.png:" in capsys.readouterr().out
 
 
 def test_init_makes_a_checkpoint_that_draws(tmp_path, capsys):
     llm = language_model(tmp_path / "llm", "llama")
-    main(["init", "--llm", str(llm), "--out", str(tmp_path / "model"), "--image-channels", "1", "--image-size", "8", "8"])
+    main(
+        ["init", "--llm", str(llm), "--out", str(tmp_path / "model"), "--image-channels", "1", "--image-size", "8", "8"]
+    )
     assert "parameters of LlamaForCausalLM" in capsys.readouterr().out
-    main(["sample", "--model", str(tmp_path / "model"), "--prompt", "a", "--out", str(tmp_path / "a.png"), "--steps", "1"])
+    main(
+        [
+            "sample",
+            "--model",
+            str(tmp_path / "model"),
+            "--prompt",
+            "a",
+            "--out",
+            str(tmp_path / "a.png"),
+            "--steps",
+            "1",
+        ]
+    )
     assert (tmp_path / "a.png").is_file()
 
 
@@ -58,10 +193,19 @@ def test_a_saved_picture_reads_back_equal(tmp_path):
     assert (load_image(tmp_path / "x.png", config).latent - image.latent).abs().max() <= 1 / 255 + 1e-6
 
 
-@pytest.mark.parametrize("out,message", [
-    ("five", "whose suffix '' names no kind of picture"), ("five.doc", "suffix '.doc' names no kind"), ("five.mpo.hdf", "suffix '.hdf'"),
-    ("folder.png", "which is a directory; a file such as"), ("file/five.png", "cannot be written into")])
-def test_a_picture_that_could_not_be_written_is_refused_before_it_is_drawn(checkpoint, tmp_path, monkeypatch, out, message):
+@pytest.mark.parametrize(
+    "out,message",
+    [
+        ("five", "whose suffix '' names no kind of picture"),
+        ("five.doc", "suffix '.doc' names no kind"),
+        ("five.mpo.hdf", "suffix '.hdf'"),
+        ("folder.png", "which is a directory; a file such as"),
+        ("file/five.png", "cannot be written into"),
+    ],
+)
+def test_a_picture_that_could_not_be_written_is_refused_before_it_is_drawn(
+    checkpoint, tmp_path, monkeypatch, out, message
+):
     monkeypatch.setattr("transfusion.generate.generation.draw", lambda *_, **__: pytest.fail("drawn"))
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
@@ -74,16 +218,25 @@ def test_init_writes_over_no_checkpoint_and_no_model_that_it_reads(tmp_path, che
     llm = language_model(tmp_path / "llm", "llama")
     kept = {path: path.read_bytes() for place in (llm, checkpoint) for path in place.rglob("*") if path.is_file()}
     (tmp_path / "file").write_text("")
-    for out, message in ((llm, "what is read would be written over"), (llm / "in", "what is read would be written over"),
-                         (checkpoint, "holds config.json of something else"), (tmp_path / "file", "which is a file; a directory fits")):
+    for out, message in (
+        (llm, "what is read would be written over"),
+        (llm / "in", "what is read would be written over"),
+        (checkpoint, "holds config.json of something else"),
+        (tmp_path / "file", "which is a file; a directory fits"),
+    ):
         with pytest.raises(SystemExit, match=f"error: init: out is .*{message}"):
             main(["init", "--llm", str(llm), "--out", str(out), "--image-channels", "1", "--image-size", "8", "8"])
-    assert kept == {path: path.read_bytes() for place in (llm, checkpoint) for path in place.rglob("*") if path.is_file()}
+    assert kept == {
+        path: path.read_bytes() for place in (llm, checkpoint) for path in place.rglob("*") if path.is_file()
+    }
 
 
 def test_a_damaged_checkpoint_ends_a_command_in_one_line(checkpoint, tmp_path):
     Picture.new("L", (8, 8)).save(tmp_path / "grey.png")
-    for command in (["sample", "--prompt", "a", "--out", str(tmp_path / "a.png")], ["caption", "--images", str(tmp_path / "grey.png")]):
+    for command in (
+        ["sample", "--prompt", "a", "--out", str(tmp_path / "a.png")],
+        ["caption", "--images", str(tmp_path / "grey.png")],
+    ):
         for name in ("model.safetensors", "config.json", "tokenizer.json"):
             copy = shutil.copytree(checkpoint, tmp_path / "copy")
             (copy / name).write_bytes((copy / name).read_bytes()[:200])
@@ -149,14 +302,23 @@ def test_damaged_pictures_are_answered_in_one_line_with_their_name(checkpoint, t
         assert line.startswith("error: ") and "bad.png is not a picture that can be read (" in line and "\n" not in line
 
 
-@pytest.mark.parametrize("args,message", [
-    (["sample", "--model", "nowhere", "--prompt", "a"], "holds no config.json"),
-    (["sample", "--model", "CHECKPOINT", "--prompt", " "], "prompt is empty"),
-    (["sample", "--model", "CHECKPOINT", "--prompt", "a", "--size", "7", "8"], "multiples of the patch size"),
-    (["sample", "--model", "CHECKPOINT", "--prompt", "a", "--sampler", "dpm"], "name is 'dpm'; one of 'ddim'"),
-    (["init", "--llm", "nowhere", "--out", "model"], "which is no checkpoint"),
-    (["caption", "--model", "CHECKPOINT", "--images", "missing.png"], "missing.png is not a picture that can be read"),
-])
+@pytest.mark.parametrize(
+    "args,message",
+    [
+        (["sample", "--model", "nowhere", "--prompt", "a"], "holds no config.json"),
+        (["sample", "--model", "CHECKPOINT", "--prompt", " "], "prompt is empty"),
+        (["sample", "--model", "CHECKPOINT", "--prompt", "a", "--size", "7", "8"], "multiples of the patch size"),
+        (
+            ["sample", "--model", "CHECKPOINT", "--prompt", "a", "--sampler", "dpm"],
+            "generate: sampler is 'dpm'; one of 'ddim'",
+        ),
+        (["init", "--llm", "nowhere", "--out", "model"], "which is no checkpoint"),
+        (
+            ["caption", "--model", "CHECKPOINT", "--images", "missing.png"],
+            "missing.png is not a picture that can be read",
+        ),
+    ],
+)
 def test_requests_that_do_not_fit_get_one_line(checkpoint, args, message):
     with pytest.raises(SystemExit, match=message) as stop:
         main([str(checkpoint) if arg == "CHECKPOINT" else arg for arg in args])

@@ -16,8 +16,6 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-import transfusion.train.classifier as classifier
-import transfusion.train.transfusion as trainer
 from tests.transfusion.conftest import tiny_model
 from tests.transfusion.model.test_from_language_model import language_model
 from tests.transfusion.train.kills import in_a_child
@@ -28,7 +26,10 @@ from transfusion.files import check_writable, checksums, current, load_tensors, 
 from transfusion.model.from_language_model import InitSettings, init
 from transfusion.model.lora import TuneSettings, prepare
 from transfusion.model.vae import VAE
-from transfusion.train.optimizer import build_average, build_optimizer
+from transfusion.recipes.studies.vq import VQRun, VQSettings, VQTask, load_autoencoder, to_codes
+from transfusion.train import loop
+from transfusion.train.classifier import ClassifierRun, ClassifierSettings, ClassifierTask, build_network
+from transfusion.train.transfusion import TransfusionTask
 
 
 def autoencoder(scale=1.0):
@@ -115,13 +116,13 @@ def test_a_kill_at_any_call_of_a_runs_save_leaves_checkpoint_and_resume_state_of
     start = init(InitSettings(llm=language_model(tmp_path / "llm", "llama"), out=tmp_path / "start", image_channels=1, image_size=(8, 8)))
     config = small(tmp_path / "run", tune=TuneSettings(start=start, trained=trained, lora_rank=2))
     model = prepare(Transfusion.from_pretrained(start), config.tune)
-    averaged, optimizer = build_average(model, config.optim), build_optimizer(model, config.optim)
+    task = TransfusionTask(config, None, model, model)
 
     def save(step, out):
         with torch.no_grad():
-            for p in (p for module in (model, averaged.module) for p in module.parameters() if p.requires_grad):
+            for p in (p for module in (model, task.player.averaged.module) for p in module.parameters() if p.requires_grad):
                 p.fill_(step / 100)
-        trainer._save(dataclasses.replace(config, out=out), model, averaged, optimizer, step)
+        loop.save("train", dataclasses.replace(config, out=out), task, step)
 
     def read(out):
         with whole(out) as directory:
@@ -139,15 +140,22 @@ def test_a_kill_at_any_call_of_a_save_leaves_the_older_or_the_newer_autoencoder_
     autoencoder(1.0).save_pretrained(tmp_path / "vae" / "out")
     kill_everywhere(tmp_path / "vae" / "out", autoencoder(2.0).save_pretrained, lambda path: VAE.from_pretrained(path).fingerprint(),
                     autoencoder(1.0).fingerprint(), autoencoder(2.0).fingerprint(), every=2)
-    runs = [{"settings": dataclasses.asdict(classifier.ClassifierSettings(size=8, width=4, depths=(1,), seed=seed))} for seed in (0, 1)]
-    networks = [classifier.build_network(1, ["a", "b"], classifier.ClassifierSettings(width=4, depths=(1,), seed=seed)) for seed in (0, 1)]
-    out, picture = tmp_path / "judge" / "out", torch.zeros(1, 1, 8, 8)
-    classifier.save(networks[0], out, runs[0])
-    older = Features.from_pretrained(out).logits(picture).tolist()
-    classifier.save(networks[1], tmp_path / "other", runs[1])
-    newer = Features.from_pretrained(tmp_path / "other").logits(picture).tolist()
-    kill_everywhere(out, lambda path: classifier.save(networks[1], path, runs[1]), lambda path: Features.from_pretrained(path).logits(picture).tolist(),
-                    older, newer, every=4)
+    autoencoders = [(VQRun(settings=VQSettings(channels=(8,), codes=4, batch=1, steps=3), seed=seed), VQTask) for seed in (0, 1)]
+    judges = [(ClassifierRun(settings=ClassifierSettings(size=8, width=4, depths=(1,), batch=1, steps=3, seed=seed), labels=("a", "b"), pictures=(seed,)),
+               lambda run, images: ClassifierTask(run, images, torch.zeros(1).long(), build_network(1, run.labels, run.settings))) for seed in (0, 1)]
+    picture = torch.zeros(1, 1, 8, 8)
+    for name, runs, read in (("vq", autoencoders, lambda path: to_codes(load_autoencoder(path), picture).tolist()),
+                             ("judge", judges, lambda path: Features.from_pretrained(path).logits(picture).tolist())):
+        out, tasks = tmp_path / name / "out", [build(run, picture) for run, build in runs]
+
+        def save(number, out, runs=runs, tasks=tasks):
+            loop.save("train", dataclasses.replace(runs[number][0], out=out), tasks[number], 3)
+
+        save(0, out)
+        save(1, tmp_path / name / "other")
+        older, newer = (read(path) for path in (out, tmp_path / name / "other"))
+        assert older != newer
+        kill_everywhere(out, lambda path, save=save: save(1, path), read, older, newer, every=4)
 
 
 def test_an_interrupted_replacement_is_read_without_writing_and_finished_by_the_next_writer(tmp_path):

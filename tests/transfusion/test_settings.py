@@ -8,22 +8,23 @@ from typing import Annotated, Literal
 import pytest
 
 from transfusion.cli import main
-from transfusion.data.batches import DataSettings
 from transfusion.data.latents import EncodeSettings
-from transfusion.data.pictures import PictureSettings
+from transfusion.data.picture_files import PictureFolderSettings
 from transfusion.device import choose_device
 from transfusion.eval.autoencoder import VAEEvalSettings
 from transfusion.model.lora import TuneSettings
+from transfusion.recipes.command_line import AUTOENCODER_PRESETS, PRESETS
+from transfusion.recipes.digits import DigitsSettings
+from transfusion.recipes.emoji import EmojiSettings
 from transfusion.recipes.showcase import ShowcaseSettings, showcase
 from transfusion.recipes.studies.arms import Measuring
 from transfusion.recipes.studies.command import StudySettings, run_studies
 from transfusion.recipes.studies.vq import VQSettings
 from transfusion.settings import Count, Decay, NotNegative, OneOf, Positive, Range, Share, WholeNumber, check
-from transfusion.train.autoencoder import PRESETS as VAE_PRESETS
 from transfusion.train.autoencoder import AutoencoderSettings, LossSettings, VAEOptimSettings, VAETrainConfig
 from transfusion.train.autoencoder import train as train_vae
 from transfusion.train.classifier import ClassifierSettings, JudgeConfig
-from transfusion.train.transfusion import PRESETS, ModelSettings, OptimSettings, TrainConfig, check_settings, train
+from transfusion.train.transfusion import ModelSettings, OptimSettings, TrainConfig, check_settings, train
 
 SETTINGS = (TrainConfig(), VAETrainConfig(), JudgeConfig(), ShowcaseSettings(), Measuring(), VQSettings(),
             StudySettings("all"), VAEEvalSettings(Path("vae")), EncodeSettings(Path("vae"), Path("out")))
@@ -81,7 +82,9 @@ def test_what_is_set_by_default_fits(settings):
     check("op", settings)
 
 
-@pytest.mark.parametrize("preset", [*PRESETS.values(), *VAE_PRESETS.values()], ids=lambda preset: preset.__name__)
+@pytest.mark.parametrize(
+    "preset", [*PRESETS.values(), *AUTOENCODER_PRESETS.values()], ids=lambda preset: preset.__name__
+)
 def test_presets_fit(preset):
     check("op", preset())
 
@@ -137,10 +140,11 @@ MODEL = ModelSettings(hidden=32, layers=1, heads=2, kv_heads=2, mlp=32)
     ({"optim": OptimSettings(ema=1.0)}, "optim.ema"),
     ({"optim": OptimSettings(betas=(1.0, 0.9))}, "optim.betas"),
     ({"optim": OptimSettings(times="logit")}, "optim.times"),
-    ({"data": DataSettings(caption_first=2.0)}, "data.caption_first"),
-    ({"data": DataSettings(noise_limit=-1.0)}, "data.noise_limit"),
-    ({"data": DataSettings(context="claen")}, "data.context"),
-    ({"data": DataSettings(name="digitz")}, "data.name"),
+    ({"data": DigitsSettings(caption_first=2.0)}, "data.caption_first"),
+    ({"data": DigitsSettings(noise_limit=-1.0)}, "data.noise_limit"),
+    ({"data": DigitsSettings(context="claen")}, "data.context"),
+    ({"data": DigitsSettings(story=1.5)}, "data.story"),
+    ({"data": EmojiSettings(size=48)}, "data.size"),
     ({"tune": TuneSettings(lora_rank=0)}, "tune.lora_rank"),
     ({"model": dataclasses.replace(MODEL, heads=3)}, "model.heads"),
     ({"model": dataclasses.replace(MODEL, kv_heads=3)}, "model.kv_heads"),
@@ -152,7 +156,7 @@ MODEL = ModelSettings(hidden=32, layers=1, heads=2, kv_heads=2, mlp=32)
 ])
 def test_a_run_that_cannot_be_meant_does_not_begin(tmp_path, changes, name):
     with pytest.raises(ValueError, match=rf"\b{name} is .* fit"):
-        train(dataclasses.replace(TrainConfig(out=tmp_path / "run", model=MODEL), **changes))
+        train(dataclasses.replace(TrainConfig(out=tmp_path / "run", model=MODEL, data=DigitsSettings()), **changes))
     assert not (tmp_path / "run").exists()
 
 
@@ -164,12 +168,12 @@ def test_a_run_that_cannot_be_meant_does_not_begin(tmp_path, changes, name):
     ({"losses": LossSettings(adversarial_from=-1)}, "losses.adversarial_from"),
     ({"model": AutoencoderSettings(widths=())}, "model.widths"),
     ({"model": AutoencoderSettings(widths=(8, 12))}, "model.groups"),
-    ({"data": PictureSettings(size=0)}, "data.size"),
+    ({"data": PictureFolderSettings(size=0)}, "data.size"),
     ({"device": "cudo"}, "device"),
 ])
 def test_an_autoencoder_that_cannot_be_meant_is_not_trained(tmp_path, changes, name):
     with pytest.raises(ValueError, match=rf"\b{name} is .* fit"):
-        train_vae(dataclasses.replace(VAETrainConfig(out=tmp_path / "vae"), **changes))
+        train_vae(dataclasses.replace(VAETrainConfig(out=tmp_path / "vae", data=DigitsSettings()), **changes))
     assert not (tmp_path / "vae").exists()
 
 

@@ -1,8 +1,8 @@
-"""Attention on the CPU, quick enough to train with: blocks of queries against the keys that block can see.
+"""Attention on the CPU, quick enough to train with: blocks of queries against the keys that each block can see.
 
-Each block runs PyTorch's own fused CPU kernel; a soft cap or a gradient of the LSE, which that kernel lacks, takes the
-written-out form, and so do inputs that are not finite: there a hidden pair is left out, whatever it holds. Nothing larger than
-(block, its keys) is built; a mask that hides little is one call for the whole row.
+A block runs PyTorch's own fused CPU kernel. That kernel has no soft cap and no gradient of the LSE; these take the form
+that is written out here. So do inputs that are not finite, for which a hidden pair must be left out whatever it holds.
+Nothing larger than (block, its keys) is built, and a mask that hides little is one call for the whole row.
 """
 import math
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tfkernels._library import result_like
+from tfkernels.attention.reference import gather_pages, visible_sums
 
 BLOCK = 32
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -28,17 +29,21 @@ class _Block(NamedTuple):
         """(B or 1, 1, 1, rows, keys) bool."""
         if self.bias is not None:
             return self.bias[:, :, None] == 0
-        return torch.ones(1, 1, 1, self.rows.stop - self.rows.start, self.keys.stop - self.keys.start, dtype=torch.bool).tril()
+        return torch.ones(
+            1, 1, 1, self.rows.stop - self.rows.start, self.keys.stop - self.keys.start, dtype=torch.bool
+        ).tril()
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, query_lo: Tensor, query_hi: Tensor,
-                      rows_exact: bool, columns_exact: bool, offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, rows_exact: bool,
+    columns_exact: bool, offset: int, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
     """(B, H, Sq, D) x (B, K, Sk, D) -> output like q, LSE (B, H, Sq) float32 (float64 for float64)."""
     out = result_like(q).zero_()
     q, k, v = (_rows_contiguous(x) for x in (q, k, v))
     lse = q.new_full(q.shape[:3], -math.inf, dtype=_statistics(q))
     written_out = bool(softcap) or not _finite(q, k, v)
-    for block in _blocks(q, lo, hi, query_lo, query_hi, rows_exact, offset):
+    for block in _blocks(q, lo, hi, since, until, rows_exact, offset):
         part = q[:, :, block.rows], k[:, :, block.keys], v[:, :, block.keys]
         o, peak = _block_forward(*part, block, written_out, scale, softcap)
         out[:, :, block.rows] = o if block.empty is None else o.masked_fill(block.empty[..., None], 0)
@@ -46,10 +51,13 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, q
     return out, lse
 
 
-def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lo: Tensor, hi: Tensor,
-                       query_lo: Tensor, query_hi: Tensor, rows_exact: bool, columns_exact: bool, offset: int, scale: float,
-                       softcap: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk, dv in the inputs' dtype, laid out as `result_like` says; dk and dv are summed over the blocks in the statistics' dtype."""
+def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                       lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, rows_exact: bool, columns_exact: bool,
+                       offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk, dv in the inputs' dtype, laid out as `result_like` says.
+
+    dk and dv are summed over the blocks in the statistics' dtype.
+    """
     dq, *results = (result_like(x).zero_() for x in (q, k, v))
     dk, dv = (x if x.dtype == _statistics(x) else torch.zeros(x.shape, dtype=_statistics(x)) for x in results)
     q, k, v, out, dout = (_rows_contiguous(x) for x in (q, k, v, out, dout))
@@ -58,12 +66,13 @@ def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tens
         empty &= (out == 0).all(-1)  # where every visible score is -inf a row is not empty, and `out` is NaN
     dlse, known = dlse.masked_fill(empty, 0), lse.masked_fill(empty, 0)
     written_out = bool(softcap) or bool((dlse != 0).any()) or not _finite(q, k, v, out, dout)
-    for block in _blocks(q, lo, hi, query_lo, query_hi, rows_exact, offset):
+    for block in _blocks(q, lo, hi, since, until, rows_exact, offset):
         rows, keys = (slice(None), slice(None), block.rows), (slice(None), slice(None), block.keys)
         if written_out:
             grads = _block_backward(dout[rows], dlse[rows], q[rows], k[keys], v[keys], block, scale, softcap)
         else:
-            grads = _fused_backward(dout[rows], q[rows], k[keys], v[keys], out[rows], known[rows], 0.0, block.bias is None, attn_mask=block.bias, scale=scale)
+            grads = _fused_backward(dout[rows], q[rows], k[keys], v[keys], out[rows], known[rows], 0.0,
+                                    block.bias is None, attn_mask=block.bias, scale=scale)
         dq[rows] = grads[0]
         dk[keys] += grads[1]
         dv[keys] += grads[2]
@@ -73,27 +82,18 @@ def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tens
     return dq.masked_fill_(empty[..., None], 0), *results
 
 
-def visible_sums(weights: Tensor, x: Tensor, visible: Tensor) -> Tensor:
-    """sum_j weights_ij x_j over the pairs that are visible: (..., m, n) x (..., n, D) -> (..., m, D). What hidden pairs hold has no say."""
-    weights, finite = weights.masked_fill(~visible, 0), x.isfinite()
-    sums = weights @ x.masked_fill(~finite, 0)
-    if bool(finite.all()):
-        return sums
-
-    def meets(pairs: Tensor, values: Tensor) -> Tensor:
-        return pairs.to(sums.dtype) @ values.to(sums.dtype) > 0
-
-    up = meets(weights > 0, x == math.inf) | meets(weights < 0, x == -math.inf)
-    down = meets(weights > 0, x == -math.inf) | meets(weights < 0, x == math.inf)
-    unknown = meets(visible, x.isnan()) | meets(visible & (weights == 0), x.isinf()) | (up & down)
-    return torch.where(up, math.inf, torch.where(down, -math.inf, sums)).masked_fill(unknown | sums.isnan(), math.nan)
+def paged_forward(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lo: Tensor, hi: Tensor, since: Tensor,
+                  until: Tensor, rows_exact: bool, offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    """Return `attention_forward` against a paged cache, whose pages are laid out in order first."""
+    k, v = (gather_pages(x, block_table, hi) for x in (k, v))
+    return attention_forward(q, k, v, lo, hi, since, until, rows_exact, False, offset, scale, softcap)
 
 
 def _block_forward(q, k, v, block, written_out, scale, softcap):
     if not written_out:
         out, lse = _fused(q, k, v, 0.0, block.bias is None, attn_mask=block.bias, scale=scale)
         if _finite(lse if block.empty is None else lse.masked_fill(block.empty, 0)):
-            return out, lse                                                                # else the scores of finite inputs overflow
+            return out, lse  # else the scores of finite inputs overflow
     scores, _ = _scores(q, k, block, scale, softcap)
     out = visible_sums(_weights(scores, block), _grouped(v), block.visible())
     return out.flatten(1, 2).to(q.dtype), scores.logsumexp(-1).flatten(1, 2)
@@ -143,8 +143,10 @@ def _statistics(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _blocks(q: Tensor, lo: Tensor, hi: Tensor, query_lo: Tensor, query_hi: Tensor, rows_exact: bool, offset: int) -> Iterator[_Block]:
-    sq, sk = lo.shape[1], query_lo.shape[1]
+def _blocks(
+    q: Tensor, lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, rows_exact: bool, offset: int
+) -> Iterator[_Block]:
+    sq, sk = lo.shape[1], since.shape[1]
     if sq == 0 or sk == 0:
         return
     rows = torch.arange(sq)
@@ -165,7 +167,7 @@ def _blocks(q: Tensor, lo: Tensor, hi: Tensor, query_lo: Tensor, query_hi: Tenso
         seen = (lo[:, i:i + size, None] <= keys[a:b]) & (keys[a:b] < hi[:, i:i + size, None])
         if not rows_exact:
             at = rows[i:i + size, None] + offset
-            seen &= (query_lo[:, None, a:b] <= at) & (at < query_hi[:, None, a:b])
+            seen &= (since[:, None, a:b] <= at) & (at < until[:, None, a:b])
         bias = torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -math.inf)[:, None]
         empty = ~seen.any(-1)[:, None]
         yield _Block(slice(i, min(i + size, sq)), slice(a, b), bias, empty if bool(empty.any()) else None)

@@ -1,15 +1,15 @@
 """Attention under a `TransfusionMask`: block-sparse, causal text with bidirectional images, forward and backward.
 
-    S_ij = softcap(q_i . k_j * scale)     where visible(i, j), else -inf        (softcap(x) = c * tanh(x / c), arXiv:2408.00118)
-    LSE_i = log sum_j exp(S_ij)           out_i = sum_j exp(S_ij - LSE_i) v_j
+    S_ij = softcap(q_i . k_j * scale)  where visible(i, j), else -inf     softcap(x) = c * tanh(x / c), arXiv:2408.00118
+    LSE_i = log sum_j exp(S_ij)        out_i = sum_j exp(S_ij - LSE_i) v_j
 
-The tiles that a mask hides are never visited: their bounds come from the mask's integers (see `tfkernels.mask`). One custom
-operator serves every device: Triton kernels on CUDA (`triton/forward.py`, `triton/backward.py`; for a few queries against a long
-cache `triton/decode.py`), blocks of PyTorch's own fused attention on CPU (`cpu.py`). `attention_reference` is the specification.
+The tiles that a mask hides are never visited: their bounds come from the mask's integers (see `tfkernels.mask`). One
+custom operator serves every device. On CUDA it runs Triton kernels: `triton/forward.py`, `triton/backward.py` and, for
+a few queries against a long cache, `triton/decode.py`. On the CPU it runs blocks of PyTorch's own fused attention
+(`cpu.py`). The specification is `attention_reference` in `reference.py`.
 """
 import math
 import numbers
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from tfkernels._arguments import looks, need_range
 from tfkernels._library import register, result_like
 from tfkernels.attention import cpu
+from tfkernels.attention.reference import AttentionOutput
 from tfkernels.attention.triton import backward, decode, forward
 from tfkernels.mask import TransfusionMask
 
@@ -24,14 +25,8 @@ MAX_HEAD_DIM = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-class AttentionOutput(NamedTuple):
-    """`out` (B, H, Sq, D) in the inputs' dtype and `lse` (B, H, Sq) in float32, natural logarithm, -inf for empty rows."""
-
-    out: Tensor
-    lse: Tensor
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *, scale: float | None = None, softcap: float | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *, scale: float | None = None,
+              softcap: float | None = None) -> Tensor:
     """Return softmax(softcap(q k^T * scale) + mask) v, visiting only the tiles that the mask leaves visible.
 
     Args:
@@ -42,8 +37,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *, scale: 
         softcap: bound c of the scores, c * tanh(scores / c); None for no bound.
 
     Returns:
-        (B, H, Sq, D) like q. Rows that see nothing are 0, with zero gradients. Gradients are deterministic. Under torch.autocast q, k
-        and v are cast to its dtype (float64 stays), as F.scaled_dot_product_attention does.
+        (B, H, Sq, D) like q. Rows that see nothing are 0, with zero gradients. Gradients are deterministic. Under
+        torch.autocast q, k and v are cast to its dtype (float64 stays), as F.scaled_dot_product_attention does.
 
     Raises:
         ValueError: a shape, dtype, device or value that does not fit, named.
@@ -53,7 +48,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *, scale: 
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *, scale: float | None = None,
                        softcap: float | None = None) -> AttentionOutput:
-    """Return `attention`'s output and the scores' log-sum-exp, both differentiable: what merging partial results needs."""
+    """Return `attention`'s output and the scores' log-sum-exp, both differentiable: what merging parts needs."""
     _check_kinds("attention", mask, scale, softcap, q=q, k=k, v=v)
     if _autocast(q):
         dtype = torch.get_autocast_dtype(q.device.type)
@@ -62,20 +57,23 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *
             return attention_with_lse(q, k, v, mask, scale=scale, softcap=softcap)
     _check("attention", q, k, v, mask)
     scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
-    out, lse = _forward(q, k, v, mask.lo, mask.hi, mask.query_lo, mask.query_hi, mask.rows_exact, mask.columns_exact, mask.offset,
-                        float(scale), float(softcap or 0))
+    out, lse = _forward(q, k, v, mask.lo, mask.hi, mask.key_since, mask.key_until, mask.rows_exact, mask.columns_exact,
+                        mask.offset, float(scale), float(softcap or 0))
     return AttentionOutput(out, lse)
 
 
-def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, mask: TransfusionMask, *, scale: float | None = None,
-                    softcap: float | None = None) -> Tensor:
-    """`attention` against a paged cache, for inference: key j of row b is k_pages[block_table[b, j // page_size], j % page_size].
+def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, mask: TransfusionMask, *,
+                    scale: float | None = None, softcap: float | None = None) -> Tensor:
+    """Return `attention` against a paged cache, for inference.
+
+    Key j of row b is k_pages[block_table[b, j // page_size], j % page_size].
 
     Args:
         q: (B, H, Sq, D) in float16, bfloat16 or float32, any strides.
         k_pages, v_pages: (P, page_size, K, D) like q, any strides, any page size; H a multiple of K.
-        block_table: (B, T) int32, the pages of each row in order; entries behind a row's last key are never read. An entry that names none
-            of the P pages raises on a CPU; on a GPU, where looking would wait, the first or the last page stands for it.
+        block_table: (B, T) int32, the pages of each row in order; entries behind a row's last key are never read. An
+            entry that names none of the P pages raises on a CPU; on a GPU, where looking would wait, the first or the
+            last page stands for it.
         mask: Sq queries by T * page_size keys: `TransfusionMask.from_cache(cached_lens, Sq, T * page_size, image=...)`.
         scale, softcap: as in `attention`; autocast changes nothing here, for it would copy the whole cache.
 
@@ -85,21 +83,26 @@ def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Te
     Raises:
         ValueError: a shape, dtype, device or value that does not fit, named.
     """
-    _check_kinds("paged_attention", mask, scale, softcap, q=q, k_pages=k_pages, v_pages=v_pages, block_table=block_table)
+    _check_kinds(
+        "paged_attention", mask, scale, softcap, q=q, k_pages=k_pages, v_pages=v_pages, block_table=block_table
+    )
     if q.ndim != 4:
-        raise ValueError(f"paged_attention: q has shape {tuple(q.shape)}; 4 dimensions (batch, heads, tokens, head dim) fit")
+        raise ValueError(f"paged_attention: q has shape {tuple(q.shape)}; 4 dimensions (batch, heads, tokens, head "
+                         "dim) fit")
     if block_table.ndim != 2 or block_table.shape[0] != q.shape[0] or block_table.dtype != torch.int32:
-        raise ValueError(f"paged_attention: block_table is {block_table.dtype} of shape {tuple(block_table.shape)} and q has {q.shape[0]} rows; "
-                         "an int32 tensor (B, T) fits, the numbers of each row's pages")
+        raise ValueError(f"paged_attention: block_table is {block_table.dtype} of shape {tuple(block_table.shape)} "
+                         f"and q has {q.shape[0]} rows; an int32 tensor (B, T) fits, the numbers of each row's pages")
     if k_pages.ndim != 4 or v_pages.ndim != 4 or 0 in (len(k_pages), len(v_pages)) or block_table.device != q.device:
-        raise ValueError(f"paged_attention: k_pages has shape {tuple(k_pages.shape)}, v_pages {tuple(v_pages.shape)} and block_table is on "
-                         f"{block_table.device}; (P, page_size, K, D), P at least 1, and {q.device} fit")
-    keys = [x[:1, :1].transpose(1, 2).expand(q.shape[0], -1, block_table.shape[1] * x.shape[1], -1) for x in (k_pages, v_pages)]
+        raise ValueError(f"paged_attention: k_pages has shape {tuple(k_pages.shape)}, v_pages {tuple(v_pages.shape)} "
+                         f"and block_table is on {block_table.device}; (P, page_size, K, D), P at least 1, and "
+                         f"{q.device} fit")
+    keys = [x[:1, :1].transpose(1, 2).expand(q.shape[0], -1, block_table.shape[1] * x.shape[1], -1)
+            for x in (k_pages, v_pages)]
     _check("paged_attention", q, *keys, mask, keys=("k_pages", "v_pages"))
     _check_pages(block_table, mask.hi, len(k_pages), k_pages.shape[1])
     scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
-    return _paged(q, k_pages, v_pages, block_table, mask.lo, mask.hi, mask.query_lo, mask.query_hi, mask.rows_exact, mask.offset,
-                  float(scale), float(softcap or 0))[0]
+    return _paged(q, k_pages, v_pages, block_table, mask.lo, mask.hi, mask.key_since, mask.key_until, mask.rows_exact,
+                  mask.offset, float(scale), float(softcap or 0))[0]
 
 
 def _check_pages(block_table: Tensor, hi: Tensor, pages: int, page_size: int) -> None:
@@ -110,61 +113,11 @@ def _check_pages(block_table: Tensor, hi: Tensor, pages: int, page_size: int) ->
         need_range("paged_attention", "block_table", found, 0, pages - 1, "the pages there are")
 
 
-def paged_attention_reference(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, mask: TransfusionMask, *, scale: float | None = None,
-                              softcap: float | None = None) -> Tensor:
-    """The specification: gather each row's pages, then `attention_reference`."""
-    return attention_reference(q, *(_gather_pages(x, block_table, mask.hi) for x in (k_pages, v_pages)), mask, scale=scale, softcap=softcap).out
-
-
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *, scale: float | None = None,
-                        softcap: float | None = None) -> AttentionOutput:
-    """The specification in plain PyTorch, in the inputs' dtype, with the whole score matrix in memory.
-
-    What the mask hides from a query takes no part in its row, nor in a gradient, whatever stands there.
-    """
-    scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    visible = mask.dense()
-    scores = _VisibleProducts.apply(q, k, visible) * scale                                 # (B, H, Sq, Sk)
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    empty = ~visible.any(-1, keepdim=True)                                                 # (B, 1, Sq, 1)
-    scores = scores.masked_fill(~visible, -math.inf).masked_fill(empty, 0)
-    weights = scores.softmax(-1).masked_fill(~visible, 0)
-    return AttentionOutput(_VisibleSums.apply(weights, v, visible), scores.logsumexp(-1).masked_fill(empty[..., 0], -math.inf))
-
-
-class _VisibleProducts(torch.autograd.Function):
-    """x_i . y_j for the visible pairs, 0 for the hidden ones."""
-
-    @staticmethod
-    def forward(ctx, x, y, visible):
-        ctx.save_for_backward(x, y, visible)
-        return (x @ y.mT).masked_fill(~visible, 0)
-
-    @staticmethod
-    def backward(ctx, g):
-        x, y, visible = ctx.saved_tensors
-        return _VisibleSums.apply(g, y, visible), _VisibleSums.apply(g.mT, x, visible.mT), None
-
-
-class _VisibleSums(torch.autograd.Function):
-    """sum_j weights_ij y_j over the visible pairs."""
-
-    @staticmethod
-    def forward(ctx, weights, y, visible):
-        ctx.save_for_backward(weights, y, visible)
-        return cpu.visible_sums(weights, y, visible)
-
-    @staticmethod
-    def backward(ctx, g):
-        weights, y, visible = ctx.saved_tensors
-        return _VisibleProducts.apply(g, y, visible), _VisibleSums.apply(weights.mT, g, visible.mT), None
-
-
 def _autocast(x: Tensor) -> bool:
-    """Whether autocast is on for x's device: then the inputs are cast and it is switched off, for it would round the CPU's float32 sums."""
+    """Return whether autocast is on for x's device.
+
+    Then the inputs are cast and autocast is switched off inside, for it would round the CPU's float32 sums.
+    """
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
@@ -174,7 +127,8 @@ def _check_kinds(op: str, mask: TransfusionMask, scale: float | None, softcap: f
         if not isinstance(x, Tensor):
             raise ValueError(f"{op}: {name} is a {type(x).__name__}; a tensor fits")
     if not isinstance(mask, TransfusionMask):
-        raise ValueError(f"{op}: mask is a {type(mask).__name__}; a tfkernels.TransfusionMask fits; build one with TransfusionMask.from_spans")
+        raise ValueError(f"{op}: mask is a {type(mask).__name__}; a tfkernels.TransfusionMask fits; build one with "
+                         "TransfusionMask.from_spans")
     if scale is not None and not (_is_number(scale) and abs(scale) < math.inf):
         raise ValueError(f"{op}: scale is {scale!r}; a finite number fits; pass None for 1 / sqrt(head dim)")
     if softcap is not None and not (_is_number(softcap) and 0 < softcap < math.inf):
@@ -189,11 +143,14 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, keys
     """Check that shapes, dtypes and devices fit each other; `keys` are the caller's names for k and v."""
     for name, x in zip(("q", *keys), (q, k, v)):
         if x.ndim != 4:
-            raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; 4 dimensions (batch, heads, tokens, head dim) fit")
+            raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; 4 dimensions (batch, heads, tokens, head dim) "
+                             "fit")
         if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{op}: {name} is {x.dtype} on {x.device} and q is {q.dtype} on {q.device}; one dtype and device fit; convert {name}")
+            raise ValueError(f"{op}: {name} is {x.dtype} on {x.device} and q is {q.dtype} on {q.device}; one dtype "
+                             f"and device fit; convert {name}")
         if x.shape[0] != q.shape[0] or x.shape[3] != q.shape[3]:
-            raise ValueError(f"{op}: {name} has shape {tuple(x.shape)} and q {tuple(q.shape)}; the same batch size and head dim fit")
+            raise ValueError(f"{op}: {name} has shape {tuple(x.shape)} and q {tuple(q.shape)}; the same batch size "
+                             "and head dim fit")
     if k.shape != v.shape:
         raise ValueError(f"{op}: v has shape {tuple(v.shape)} and k {tuple(k.shape)}; equal shapes fit")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
@@ -203,54 +160,49 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, keys
     if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
         raise ValueError(f"{op}: q has head dim {q.shape[3]}; 1 to {MAX_HEAD_DIM} fits")
     if mask.query_len != q.shape[2] or mask.key_len != k.shape[2]:
-        raise ValueError(f"{op}: mask is {mask.query_len} queries by {mask.key_len} keys, q has {q.shape[2]} tokens and k {k.shape[2]}; "
-                         "equal lengths fit; for cached decoding take mask.queries(start, stop) of a mask as long as the cache")
+        raise ValueError(f"{op}: mask is {mask.query_len} queries by {mask.key_len} keys, q has {q.shape[2]} tokens "
+                         f"and k {k.shape[2]}; equal lengths fit; for cached decoding take mask.queries(start, stop) "
+                         "of a mask as long as the cache")
     if mask.batch_size not in (1, q.shape[0]):
-        raise ValueError(f"{op}: mask has {mask.batch_size} batch rows and q has {q.shape[0]}; the same number, or 1 for all, fits")
+        raise ValueError(f"{op}: mask has {mask.batch_size} batch rows and q has {q.shape[0]}; the same number, or 1 "
+                         "for all, fits")
     if mask.lo.device != q.device:
-        raise ValueError(f"{op}: mask is on {mask.lo.device} and q on {q.device}; one device fits; call mask.to(q.device)")
+        raise ValueError(f"{op}: mask is on {mask.lo.device} and q on {q.device}; one device fits; call "
+                         "mask.to(q.device)")
 
-def _forward_fake(q, k, v, lo, hi, query_lo, query_hi, rows_exact, columns_exact, offset, scale, softcap):
+
+def _forward_fake(q, k, v, lo, hi, since, until, rows_exact, columns_exact, offset, scale, softcap):
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return result_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
-def _backward_fake(dout, dlse, q, k, v, out, lse, lo, hi, query_lo, query_hi, rows_exact, columns_exact, offset, scale, softcap):
+def _backward_fake(dout, dlse, q, k, v, out, lse, lo, hi, since, until, rows_exact, columns_exact, offset, scale,
+                   softcap):
     return result_like(q), result_like(k), result_like(v)
 
 
-def _paged_fake(q, k, v, block_table, lo, hi, query_lo, query_hi, rows_exact, offset, scale, softcap):
+def _paged_fake(q, k, v, block_table, lo, hi, since, until, rows_exact, offset, scale, softcap):
     return result_like(q), q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
-def _forward_kernel(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, query_lo: Tensor, query_hi: Tensor, rows_exact: bool, columns_exact: bool,
-                    offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+def _forward_kernel(
+    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, rows_exact: bool,
+    columns_exact: bool, offset: int, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
     if q.shape[2] <= decode.MAX_QUERIES:
-        return decode.attention_decode(q, k, v, None, lo, hi, query_lo, query_hi, rows_exact, offset, scale, softcap)
-    return forward.attention_forward(q, k, v, lo, hi, query_lo, query_hi, rows_exact, columns_exact, offset, scale, softcap)
-
-
-def _gather_pages(pages: Tensor, block_table: Tensor, hi: Tensor) -> Tensor:
-    """Lay each row's pages out in order: (P, page_size, K, D) -> (B, K, T * page_size, D), 0 behind the last key that a query sees."""
-    rows = pages[block_table.long().clamp(0, pages.shape[0] - 1)].flatten(1, 2).transpose(1, 2)
-    seen = torch.arange(rows.shape[2], device=hi.device) < hi.amax(1, keepdim=True)        # (B or 1, Sk)
-    return torch.where(seen[:, None, :, None], rows, 0)
-
-
-def _paged_cpu(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lo: Tensor, hi: Tensor, query_lo: Tensor, query_hi: Tensor,
-               rows_exact: bool, offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
-    k, v = (_gather_pages(x, block_table, hi) for x in (k, v))
-    return cpu.attention_forward(q, k, v, lo, hi, query_lo, query_hi, rows_exact, False, offset, scale, softcap)
+        return decode.attention_decode(q, k, v, None, lo, hi, since, until, rows_exact, offset, scale, softcap)
+    return forward.attention_forward(q, k, v, lo, hi, since, until, rows_exact, columns_exact, offset, scale, softcap)
 
 
 _forward = register("attention_forward", kernel=_forward_kernel, cpu=cpu.attention_forward, fake=_forward_fake)
-_backward = register("attention_backward", kernel=backward.attention_backward, cpu=cpu.attention_backward, fake=_backward_fake)
-_paged = register("paged_attention", kernel=decode.paged_attention_forward, cpu=_paged_cpu, fake=_paged_fake)
+_backward = register("attention_backward", kernel=backward.attention_backward, cpu=cpu.attention_backward,
+                     fake=_backward_fake)
+_paged = register("paged_attention", kernel=decode.paged_attention_forward, cpu=cpu.paged_forward, fake=_paged_fake)
 
 
 def _save(ctx, inputs, output):
-    q, k, v, lo, hi, query_lo, query_hi, *ctx.numbers = inputs
-    ctx.save_for_backward(q, k, v, *output, lo, hi, query_lo, query_hi)
+    q, k, v, lo, hi, since, until, *ctx.numbers = inputs
+    ctx.save_for_backward(q, k, v, *output, lo, hi, since, until)
 
 
 def _gradients(ctx, dout, dlse):

@@ -1,10 +1,11 @@
-"""Hugging Face transformers: `attn_implementation="tfkernels"` for decoders and encoders, through its attention and mask registries.
+"""Hugging Face transformers: `attn_implementation="tfkernels"` through its registries of attention and masks.
 
     import tfkernels.integrations.transformers as integration
     integration.register()
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="tfkernels")
     model(inputs_embeds=x, transfusion_mask=mask)      # or without a mask: causal, with padding as attention_mask says
-    model(inputs_embeds=x, transfusion_mask={"full_attention": mask, "sliding_attention": windowed})   # layers that differ (Gemma-2)
+    # a mask for each kind of layer, where they differ (Gemma-2)
+    model(inputs_embeds=x, transfusion_mask={"full_attention": mask, "sliding_attention": windowed})
     model.generate(x, transfusion_mask=mask)           # mask of the prompt; what is written behind it is causal
 
 `transfusion_mask` reaches every layer as a keyword argument and replaces the mask that transformers would make, except
@@ -43,9 +44,11 @@ _OP = "tfkernels attention"
 _FAR = torch.iinfo(torch.int32).max
 _WAY = f"load the model with attn_implementation={NAME!r}, or call model.set_attn_implementation({NAME!r})"
 _BLOCK = 2**22  # (query, key) pairs of transformers' mask looked at together
-_REFUSED = {"s_aux": "attention sinks", "sinks": "attention sinks", "position_bias": "numbers added to the scores", "head_mask": "weights of heads",
-            "indices": "keys chosen one by one", "block_indices": "blocks of keys chosen one by one", "cache": "a paged cache",
-            "cu_seq_lens_q": "packing by lengths, not by position_ids", "cu_seq_lens_k": "packing by lengths, not by position_ids",
+_REFUSED = {"s_aux": "attention sinks", "sinks": "attention sinks", "position_bias": "numbers added to the scores",
+            "head_mask": "weights of heads", "indices": "keys chosen one by one",
+            "block_indices": "blocks of keys chosen one by one", "cache": "a paged cache",
+            "cu_seq_lens_q": "packing by lengths, not by position_ids",
+            "cu_seq_lens_k": "packing by lengths, not by position_ids",
             "output_attentions": "attention weights, which are never formed"}
 
 
@@ -116,9 +119,9 @@ def _need_registry(config) -> None:
     not judged, nor is a model made of others (PaliGemma)."""
     modeling = type(config).__module__.replace(".configuration_", ".modeling_")
     if modeling.startswith("transformers.models.") and _attends_by_itself(modeling):
-        raise ValueError(f"{_OP}: model_type is {config.model_type!r}, whose attention is its own and asks no registry; "
-                         "families that attend through transformers' AttentionInterface fit, such as Llama; load this one "
-                         "with attn_implementation='eager'")
+        raise ValueError(f"{_OP}: model_type is {config.model_type!r}, whose attention is its own and asks no "
+                         "registry; families that attend through transformers' AttentionInterface fit, such as Llama; "
+                         "load this one with attn_implementation='eager'")
 
 
 @functools.cache
@@ -143,14 +146,18 @@ def _refusing(name: str, function):
     return attention_forward
 
 
-def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling=None, dropout=0.0, softcap=None, sliding_window=None,
-           is_causal=None, transfusion_mask: TransfusionMask | Mapping | None = None, **options) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: (B, H, Sq, D) x (B, K, Sk, D) -> (B, Sq, H, D); the second result, weights, is None."""
+def attend(
+    module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling=None, dropout=0.0, softcap=None,
+    sliding_window=None, is_causal=None, transfusion_mask: TransfusionMask | Mapping | None = None, **options
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: (B, H, Sq, D) x (B, K, Sk, D) -> (B, Sq, H, D), and None for its weights."""
     if dropout:
-        raise ValueError(f"tfkernels attention: dropout is {dropout}; 0 fits; set the model's attention_dropout (attention_probs_dropout_prob) to 0")
+        raise ValueError(f"tfkernels attention: dropout is {dropout}; 0 fits; set the model's attention_dropout "
+                         "(attention_probs_dropout_prob) to 0")
     for name, what in _REFUSED.items():
         if options.get(name) is not None and options[name] is not False:
-            raise ValueError(f"tfkernels attention: {name} ({what}) is given; calls without it fit; use attn_implementation='eager' for this one")
+            raise ValueError(f"tfkernels attention: {name} ({what}) is given; calls without it fit; use "
+                             "attn_implementation='eager' for this one")
     query_len, key_len = query.shape[2], key.shape[2]
     windowed = sliding_window is not None and key_len > sliding_window
     made = _from_tensor(attention_mask, query_len, key_len)
@@ -162,15 +169,21 @@ def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *,
     elif attention_mask is not None:
         mask = _from_dense(attention_mask, query_len, key_len)
     elif windowed:
-        raise ValueError(f"tfkernels attention: attention_mask is None in a layer with sliding_window {sliding_window} and {key_len} keys; a mask fits; "
-                         "call register(), which has transformers make one")
+        raise ValueError("tfkernels attention: attention_mask is None in a layer with sliding_window "
+                         f"{sliding_window} and {key_len} keys; a mask fits; call register(), which has transformers "
+                         "make one")
     else:
-        mask = _without_mask(query_len, key_len, getattr(module, "is_causal", True) if is_causal is None else is_causal, query.device)
+        mask = _without_mask(query_len, key_len, getattr(module, "is_causal", True) if is_causal is None else is_causal,
+                             query.device)
     return attention(query, key, value, mask, scale=scaling, softcap=softcap).transpose(1, 2), None
 
 
-def make_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None, device=None, **options) -> Tensor:
-    """The mask of one forward pass: causal or full, cut by a 2-D `attention_mask`; any other rule is read off transformers' dense mask."""
+def make_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None,
+              device=None, **options) -> Tensor:
+    """Return the mask of one forward pass: causal or full, cut by a 2-D `attention_mask`.
+
+    The mask of any other rule is read off transformers' dense mask.
+    """
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
     if (config := options.get("config")) is not None and not torch.compiler.is_compiling():
@@ -199,7 +212,10 @@ def make_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_fun
 
 
 def _read_off(batch_size, q_length, kv_length, q_offset, device, **rule) -> TransfusionMask:
-    """Take the hull of each row and column of transformers' mask, a block of rows at a time; as many pairs in the hulls as in the mask: exact."""
+    """Take the hull of each row and column of transformers' mask, a block of rows at a time.
+
+    It is exact where the hulls hold as many pairs as the mask.
+    """
     from transformers.masking_utils import sdpa_mask
 
     compiling = torch.compiler.is_compiling()
@@ -207,11 +223,13 @@ def _read_off(batch_size, q_length, kv_length, q_offset, device, **rule) -> Tran
     rule |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     rows, columns = [], []
     for start in range(0, q_length, step):
-        visible = sdpa_mask(batch_size=batch_size, q_length=min(step, q_length - start), kv_length=kv_length, q_offset=q_offset + start, device=device,
-                            **rule)[:, 0]
+        visible = sdpa_mask(batch_size=batch_size, q_length=min(step, q_length - start), kv_length=kv_length,
+                            q_offset=q_offset + start, device=device, **rule)[:, 0]
         rows.append(_hull(visible))
         since, until, count = _hull(visible.mT)
-        columns.append((torch.where(count > 0, since + start, q_length), torch.where(count > 0, until + start, 0), count))
+        columns.append(
+            (torch.where(count > 0, since + start, q_length), torch.where(count > 0, until + start, 0), count)
+        )
     lo, hi, row_count = (torch.cat(x, 1) for x in zip(*rows))                              # (B, Sq)
     since, until, column_count = (torch.stack(x) for x in zip(*columns))                   # (blocks, B, Sk)
     since, until, column_count = since.amin(0), until.amax(0), column_count.sum(0)
@@ -222,15 +240,17 @@ def _read_off(batch_size, q_length, kv_length, q_offset, device, **rule) -> Tran
     if compiling:
         torch._assert_async(fits, "tfkernels attention: the model's mask has rows with holes that no column explains")
     elif not fits:
-        raise ValueError("tfkernels attention: the model's mask has rows with holes that no column explains; one run of keys per query and one run of "
-                         "queries per key fit; use attn_implementation='sdpa' for this one")
+        raise ValueError("tfkernels attention: the model's mask has rows with holes that no column explains; one run "
+                         "of keys per query and one run of queries per key fit; use attn_implementation='sdpa' for "
+                         "this one")
     return mask
 
 
 def _hull(visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return [first True, last True + 1) of each row of (B, R, C), [0, 0) for rows without one, and how many are True."""
+    """Return each row's first True, last True + 1 (0 and 0 without one) and number of True, all (B, R) of (B, R, C)."""
     count = visible.sum(-1)
-    first, last = visible.view(torch.uint8).argmax(-1), visible.shape[-1] - visible.view(torch.uint8).flip(-1).argmax(-1)
+    first, last = (visible.view(torch.uint8).argmax(-1),
+                   visible.shape[-1] - visible.view(torch.uint8).flip(-1).argmax(-1))
     return torch.where(count > 0, first, 0), torch.where(count > 0, last, 0), count
 
 
@@ -272,16 +292,17 @@ def _fitted(mask: TransfusionMask, made: _Made | None, attention_mask, query_len
     if made.kept is None or mask.key_len != key_len:
         return mask
     mask = _sized(mask, len(made.kept))
-    query_lo, query_hi = (torch.where(made.kept, x, mask.offset) for x in (mask.query_lo, mask.query_hi))
-    return replace(mask, query_lo=query_lo, query_hi=query_hi, rows_exact=False)
+    key_since, key_until = (torch.where(made.kept, x, mask.offset) for x in (mask.key_since, mask.key_until))
+    return replace(mask, key_since=key_since, key_until=key_until, rows_exact=False)
 
 
 def _sized(mask: TransfusionMask, batch: int) -> TransfusionMask:
     """A mask of batch 1 for `batch` rows."""
     if mask.batch_size != 1 or batch == 1:
         return mask
-    lo, hi, query_lo, query_hi = (x.expand(batch, -1).contiguous() for x in (mask.lo, mask.hi, mask.query_lo, mask.query_hi))
-    return replace(mask, lo=lo, hi=hi, query_lo=query_lo, query_hi=query_hi)
+    lo, hi, key_since, key_until = (x.expand(batch, -1).contiguous()
+                                    for x in (mask.lo, mask.hi, mask.key_since, mask.key_until))
+    return replace(mask, lo=lo, hi=hi, key_since=key_since, key_until=key_until)
 
 
 def _behind(mask: TransfusionMask, made: _Made, window: int | None) -> TransfusionMask:
@@ -294,7 +315,8 @@ def _behind(mask: TransfusionMask, made: _Made, window: int | None) -> Transfusi
     size, rows, keys = mask.query_len, made.query_position.long(), made.key_position.long()
     at, behind = rows.clamp(max=size - 1), rows >= size                                    # (B or 1, Sq)
     batch = max(mask.batch_size, len(rows))
-    lo, hi, query_lo, query_hi = (x.long().expand(batch, -1) for x in (mask.lo, mask.hi, mask.query_lo, mask.query_hi))
+    lo, hi, key_since, key_until = (x.long().expand(batch, -1)
+                                    for x in (mask.lo, mask.hi, mask.key_since, mask.key_until))
     # an empty row: padding on the right
     last = torch.where(lo[:, -1:] < hi[:, -1:], lo[:, -1:], size)
     if window is not None:
@@ -303,8 +325,8 @@ def _behind(mask: TransfusionMask, made: _Made, window: int | None) -> Transfusi
     lo = torch.where(behind, last, lo.gather(1, at))
     hi = torch.where(behind, rows + 1, hi.gather(1, at))
     place, new = keys.clamp(max=size - 1).expand(batch, -1), (keys >= size).expand(batch, -1)
-    since = torch.where(new, keys, query_lo.gather(1, place))                              # (B, Sk)
-    until = query_hi.gather(1, place)
+    since = torch.where(new, keys, key_since.gather(1, place))                              # (B, Sk)
+    until = key_until.gather(1, place)
     until = torch.where(new | (until >= size), _FAR, until)
     # a mask's rows and columns begin at 0
     first, start = keys[:, :1], rows[:, :1]
@@ -326,24 +348,25 @@ def _without_mask(query_len: int, key_len: int, is_causal: bool, device) -> Tran
     """What a call without a mask means to SDPA's adapter: every key, or causal where the module is."""
     full = not is_causal or query_len == 1
     if not full and query_len != key_len:
-        raise ValueError(f"tfkernels attention: attention_mask is None in a causal layer with {query_len} queries and {key_len} keys; equal numbers, "
-                         "one query or is_causal=False fits; pass a mask")
-    hi = torch.full((1, query_len), key_len, device=device) if full else torch.arange(1, query_len + 1, device=device)[None]
+        raise ValueError(f"tfkernels attention: attention_mask is None in a causal layer with {query_len} queries and "
+                         f"{key_len} keys; equal numbers, one query or is_causal=False fits; pass a mask")
+    hi = (torch.full((1, query_len), key_len, device=device)
+          if full else torch.arange(1, query_len + 1, device=device)[None])
     return TransfusionMask.from_intervals(torch.zeros_like(hi), hi, key_len=key_len, columns_exact=True)
 
 
 def _as_tensor(mask: TransfusionMask, q_offset, kv_offset, kept: Tensor | None) -> Tensor:
     """Lay two rows of integers over each other: (B, 2, 1, W) where either side of the mask is exact, else (B, 1, 2, W).
 
-        lo, query_lo, query positions, key positions                W = 2 (Sq + Sk), and one column more, of nothing,
-        hi, query_hi, nothing,         whether a key is kept        where attention_mask hides keys
+        lo, key_since, query positions, key positions                W = 2 (Sq + Sk), and one column more, of nothing,
+        hi, key_until, nothing,         whether a key is kept        where attention_mask hides keys
     """
     rows = torch.arange(mask.query_len, device=mask.lo.device) + q_offset
     keys = torch.arange(mask.key_len, device=mask.lo.device) + kv_offset
     mask = mask if kept is None else _sized(mask, len(kept))
-    ones = torch.ones_like(mask.query_lo)
-    low = [mask.lo, mask.query_lo, *(x[None].int().expand(mask.batch_size, -1) for x in (rows, keys))]
-    high = [mask.hi, mask.query_hi, torch.zeros_like(mask.lo), ones if kept is None else kept.int()]
+    ones = torch.ones_like(mask.key_since)
+    low = [mask.lo, mask.key_since, *(x[None].int().expand(mask.batch_size, -1) for x in (rows, keys))]
+    high = [mask.hi, mask.key_until, torch.zeros_like(mask.lo), ones if kept is None else kept.int()]
     if kept is not None:
         low, high = low + [ones[:, :1]], high + [ones[:, :1]]
     sides = torch.stack([torch.cat(low, 1), torch.cat(high, 1)], 1)
@@ -370,6 +393,6 @@ def _from_tensor(x, query_len: int, key_len: int) -> _Made | None:
 def _from_dense(x: Tensor, query_len: int, key_len: int) -> TransfusionMask:
     """Read off a dense mask of the caller's own, bool or additive."""
     if x.ndim != 4 or x.shape[1] != 1:
-        raise ValueError(f"tfkernels attention: attention_mask is {x.dtype} of shape {tuple(x.shape)} for {query_len} queries and {key_len} keys; "
-                         "(B, Sk), or (B, 1, Sq, Sk) for all heads alike, fits")
+        raise ValueError(f"tfkernels attention: attention_mask is {x.dtype} of shape {tuple(x.shape)} for {query_len} "
+                         f"queries and {key_len} keys; (B, Sk), or (B, 1, Sq, Sk) for all heads alike, fits")
     return TransfusionMask.from_dense(visible_pairs("tfkernels attention", x))

@@ -1,13 +1,24 @@
 """The losses of both heads; logits, predictions and targets are never stored."""
-from tfkernels.losses.cross_entropy import LinearCrossEntropy, linear_cross_entropy, linear_cross_entropy_reference
-from tfkernels.losses.diffusion import diffusion_loss, diffusion_loss_reference, min_snr_weight
-from tfkernels.losses.head import (
-    modulated_layer_norm_diffusion_loss,
+from tfkernels.losses.cross_entropy import linear_cross_entropy
+from tfkernels.losses.diffusion import diffusion_loss, min_snr_weight
+from tfkernels.losses.head import modulated_layer_norm_diffusion_loss, modulated_rms_norm_diffusion_loss
+from tfkernels.losses.reference import (
+    LinearCrossEntropy,
+    diffusion_loss_reference,
+    linear_cross_entropy_reference,
     modulated_layer_norm_diffusion_loss_reference,
-    modulated_rms_norm_diffusion_loss,
     modulated_rms_norm_diffusion_loss_reference,
 )
 
-__all__ = ["LinearCrossEntropy", "diffusion_loss", "diffusion_loss_reference", "linear_cross_entropy", "linear_cross_entropy_reference", "min_snr_weight",
-           "modulated_layer_norm_diffusion_loss", "modulated_layer_norm_diffusion_loss_reference", "modulated_rms_norm_diffusion_loss",
-           "modulated_rms_norm_diffusion_loss_reference"]
+__all__ = [
+    "LinearCrossEntropy",
+    "diffusion_loss",
+    "diffusion_loss_reference",
+    "linear_cross_entropy",
+    "linear_cross_entropy_reference",
+    "min_snr_weight",
+    "modulated_layer_norm_diffusion_loss",
+    "modulated_layer_norm_diffusion_loss_reference",
+    "modulated_rms_norm_diffusion_loss",
+    "modulated_rms_norm_diffusion_loss_reference",
+]

@@ -1,64 +1,60 @@
-"""The text head's cross-entropy without its logits: hidden rows times the vocabulary's weight, a chunk of rows at a time.
+"""The text head's cross-entropy without its logits: hidden rows times the vocabulary's weight, chunk by chunk.
 
-    z_r = weight @ hidden[rows_r] + bias        losses_r = logsumexp(z_r) - z_r[targets_r]        loss = sum_r row_weight_r * losses_r
-    dz_r = row_weight_r * (softmax(z_r) - onehot(targets_r))
+    z_r = weight @ hidden[rows_r] + bias        losses_r = logsumexp(z_r) - z_r[targets_r]
+    loss = sum_r row_weight_r * losses_r        dz_r = row_weight_r * (softmax(z_r) - onehot(targets_r))
     dhidden[rows_r] = weight^T dz_r             dweight = sum_r dz_r hidden[rows_r]^T             dbias = sum_r dz_r
 
-Only the rows that have a target are multiplied: images cost no logits. The logits of a chunk come from one matrix product, one program per
-row reads them once for their maximum and sum (online softmax, arXiv:1805.02867) and, where a gradient is wanted, overwrites them with dz,
-which two more products turn into dhidden and dweight: the gradients are made in the forward (arXiv:2410.10989, section 3.2), and the
-backward scales them by dloss. Where a gradient arrives at losses too, the backward makes them anew, with row weights
+Only the rows that have a target are multiplied: images cost no logits. The logits of a chunk come from one matrix
+product. A program per row turns them into the row's loss and, where a gradient is wanted, into dz, which two more
+products turn into dhidden and dweight. The gradients are thus made in the forward (arXiv:2410.10989, section 3.2), and
+the backward scales them by dloss. Where a gradient arrives at losses too, the backward makes them anew with row weights
 dloss * row_weight + dlosses: another 6 R V C operations. Sums over rows are float32, in an order that depends on the
-sizes alone.
+sizes alone. The specification is in `reference.py`, the kernel is in `triton/cross_entropy.py`.
 
-With R rows, V words, C columns, e bytes an element and K rows in a chunk, beside inputs and gradients there are K V e bytes of logits, R C e of
-dhidden's rows and 4 V C of dweight, which stays float32 until dloss has scaled it: rounded once, and no sum overflows
-float16; hidden and weight themselves are kept for a gradient of losses. Products take
-2 R V C operations for the loss alone and 6 R V C with all gradients; 8 R V C would keep no gradient between the passes.
+With R rows, V words, C columns, e bytes an element and K rows in a chunk, the memory beside inputs and gradients is K V
+e bytes of logits, R C e of dhidden's rows and 4 V C of dweight. dweight stays float32 until dloss has scaled it, so
+that it is rounded once and no sum overflows float16. hidden and weight themselves are kept for a gradient of losses.
+Products take 2 R V C operations for the loss alone and 6 R V C with all gradients; to keep no gradient between the
+passes would take 8.
 
-liger-kernel's `fused_linear_cross_entropy_forward` (0.8.5) divides the work likewise. It is not called from here: it counts the targets with
-`.item()`, which makes the host wait for the device in each step; a target outside the vocabulary makes its kernel read and write beyond the
-row; losses by row need its reduction "none", whose row weights pass over the logits again. `benchmarks/cross_entropy.py` times it.
+liger-kernel's `fused_linear_cross_entropy_forward` (0.8.5) divides the work likewise. It is not called from here for
+three reasons. It counts the targets with `.item()`, which makes the host wait for the device in each step. A target
+outside the vocabulary makes its kernel read and write beyond the row. And losses by row need its reduction "none",
+whose row weights pass over the logits again. `benchmarks/cross_entropy.py` times it.
 """
-from typing import NamedTuple
-
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from tfkernels._arguments import need_tensors
-from tfkernels._launch import Config
 from tfkernels._library import INTERPRET, register
+from tfkernels.losses import cpu
+from tfkernels.losses.reference import LinearCrossEntropy, statistics_dtype, weighted
+from tfkernels.losses.triton import cross_entropy as kernels
 from tfkernels.patches.latents import check_constant, check_floating
 
-FEWEST_ROWS = 8 if INTERPRET else 1024  # of a chunk: from about 1000 on, dweight's 2 K V C operations outlast its 8 V C bytes
-WIDEST = 32 if INTERPRET else 8192      # logits that one block holds; small in the interpreter, so that tests reach the loops
+# of a chunk: from about 1000 on, dweight's 2 K V C operations outlast its 8 V C bytes
+FEWEST_ROWS = 8 if INTERPRET else 1024
 ALIGNMENT = 16                          # the kernel's rows begin at multiples of so many elements, whatever V is
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-class LinearCrossEntropy(NamedTuple):
-    """`loss` () and `losses` (R,) of each row without its weight, both differentiable, float32, in nats;
-    `losses.detach()` is for logging."""
-
-    loss: Tensor
-    losses: Tensor
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor, *, bias: Tensor | None = None,
                          row_weight: Tensor | None = None) -> LinearCrossEntropy:
-    """Return loss = sum_r row_weight_r * losses_r, losses_r the cross-entropy of weight @ hidden[rows_r] + bias and targets_r; the caller divides.
+    """Return the cross-entropy of weight @ hidden[rows] + bias and targets, summed with weights; the caller divides.
+
+        losses_r = cross_entropy(weight @ hidden[rows_r] + bias, targets_r)      loss = sum_r row_weight_r * losses_r
 
     Args:
-        hidden: (T, C) or (B, S, C) in float16, bfloat16 or float32 (float64 on CPU); any strides, only the named rows are read.
+        hidden: (T, C) or (B, S, C) in float16, bfloat16 or float32 (float64 on CPU); any strides, only the named rows
+            are read.
         weight: (V, C) in hidden's dtype.
         targets: (R,) int64 in [0, V), or negative: no loss and no gradient, whatever its row of hidden and its
             row_weight hold. V or more raises on a CPU; on a GPU, where looking would synchronise, the loss and the
             gradients that such a row reaches are NaN.
-        rows: (R,) int64, the flat rows of hidden that have a target (b S + s of a batch), in any order, each at most once; a row
-            outside [0, T) is treated like a target outside the vocabulary. One named twice raises on a CPU; on a GPU
-            its loss counts twice and its gradient in hidden is that of one of them. R may be 0.
+        rows: (R,) int64, the flat rows of hidden that have a target (b S + s of a batch; `places` in other ops), in any
+            order, each at most once; a row outside [0, T) is treated like a target outside the vocabulary. One named
+            twice raises on a CPU; on a GPU its loss counts twice and its gradient in hidden is that of one of them. R
+            may be 0.
         bias: (V,) in hidden's dtype, or None for 0.
         row_weight: (R,) floating-point constants, or None for 1.
 
@@ -70,12 +66,13 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows: 
         bias are cast to its dtype (float64 stays), as F.linear does.
 
     Raises:
-        ValueError: a shape, dtype, device or value that does not fit, named; also a row_weight that requires a gradient.
+        ValueError: a shape, dtype, device or value that does not fit, named; also a row_weight that requires a
+            gradient.
         RuntimeError: the backward runs with create_graph=True.
     """
     need_tensors("linear_cross_entropy",
-                 {"hidden": hidden, "weight": weight, "targets": targets, "rows": rows, "bias": bias, "row_weight": row_weight},
-                 ("bias", "row_weight"))
+                 {"hidden": hidden, "weight": weight, "targets": targets, "rows": rows, "bias": bias,
+                  "row_weight": row_weight}, ("bias", "row_weight"))
     if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = (x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype)
@@ -84,32 +81,17 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows: 
             return linear_cross_entropy(hidden, weight, targets, rows, bias=bias, row_weight=row_weight)
     _check(hidden, weight, targets, rows, bias, row_weight)
     wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
-    row_weight = row_weight if row_weight is None else row_weight.to(_wide(hidden)).contiguous()
-    return LinearCrossEntropy(*_forward(hidden, weight, targets.contiguous(), rows.contiguous(), bias, row_weight, *wanted)[:2])
-
-
-def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor, *, bias: Tensor | None = None,
-                                   row_weight: Tensor | None = None) -> LinearCrossEntropy:
-    """The specification in plain PyTorch: logits in hidden's dtype, the softmax in float32 (float64 stays), every row's logits in memory."""
-    logits = torch.nn.functional.linear(hidden.reshape(-1, hidden.shape[-1])[rows], weight, bias)
-    losses = torch.nn.functional.cross_entropy(logits.to(_wide(logits)), targets.clamp(min=-1), reduction="none", ignore_index=-1)
-    return LinearCrossEntropy(_weighted(losses, targets, row_weight).sum(), losses)
-
-
-def _weighted(losses: Tensor, targets: Tensor, row_weight: Tensor | None) -> Tensor:
-    """losses * row_weight, 0 without a target whatever the weight holds."""
-    return losses if row_weight is None else torch.where(targets < 0, losses, losses * row_weight)
+    row_weight = row_weight if row_weight is None else row_weight.to(statistics_dtype(hidden)).contiguous()
+    return LinearCrossEntropy(*_forward(hidden, weight, targets.contiguous(), rows.contiguous(), bias, row_weight,
+                                        *wanted)[:2])
 
 
 def chunk_rows(rows: int, vocabulary: int, width: int) -> int:
-    """Rows whose logits are in memory together: about as many bytes as hidden's rows, a power of two, FEWEST_ROWS or more."""
+    """Return how many rows' logits are in memory together.
+
+    It is a power of two, FEWEST_ROWS or more, and otherwise about as many bytes as hidden's rows.
+    """
     return max(FEWEST_ROWS, triton.next_power_of_2(triton.cdiv(rows, triton.cdiv(vocabulary, width))))
-
-
-def launch_config(vocabulary: int) -> Config:
-    """Return the rows (1), logits, warps and stages of a program."""
-    block = min(max(triton.next_power_of_2(vocabulary), 32), WIDEST)
-    return Config(1, block, max(1, min(8, block // 512)), 2)
 
 
 def _check(hidden, weight, targets, rows, bias, row_weight):
@@ -119,112 +101,34 @@ def _check(hidden, weight, targets, rows, bias, row_weight):
     check_floating(op, "hidden", hidden)
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and (x.dtype != hidden.dtype or x.device != hidden.device):
-            raise ValueError(f"{op}: {name} is {x.dtype} on {x.device} and hidden {hidden.dtype} on {hidden.device}; one dtype and device fit; "
-                             f"convert {name}")
+            raise ValueError(f"{op}: {name} is {x.dtype} on {x.device} and hidden {hidden.dtype} on {hidden.device}; "
+                             f"one dtype and device fit; convert {name}")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or 0 in weight.shape:
-        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)} and hidden {hidden.shape[-1]} columns; (words, {hidden.shape[-1]}) fits, "
-                         "at least one of each")
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)} and hidden {hidden.shape[-1]} columns; "
+                         f"(words, {hidden.shape[-1]}) fits, at least one of each")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)} and weight {weight.shape[0]} words; ({weight.shape[0]},) or None fits")
+        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)} and weight {weight.shape[0]} words; "
+                         f"({weight.shape[0]},) or None fits")
     for name, x in (("rows", rows), ("targets", targets)):
         if x.dtype != torch.int64 or x.ndim != 1 or x.shape != rows.shape or x.device != hidden.device:
-            raise ValueError(f"{op}: {name} is {x.dtype} of shape {tuple(x.shape)} on {x.device}; int64 (R,) on {hidden.device} fits, "
-                             "one of each for every row of hidden that has a target")
+            raise ValueError(f"{op}: {name} is {x.dtype} of shape {tuple(x.shape)} on {x.device}; int64 (R,) on "
+                             f"{hidden.device} fits, one of each for every row of hidden that has a target")
     if row_weight is not None:
         check_constant(op, "row_weight", row_weight)
         if row_weight.shape != rows.shape or not row_weight.is_floating_point() or row_weight.device != hidden.device:
-            raise ValueError(f"{op}: row_weight is {row_weight.dtype} of shape {tuple(row_weight.shape)} on {row_weight.device}; "
-                             f"floating-point numbers {tuple(rows.shape)} on {hidden.device} fit, or None for 1")
+            raise ValueError(f"{op}: row_weight is {row_weight.dtype} of shape {tuple(row_weight.shape)} on "
+                             f"{row_weight.device}; floating-point numbers {tuple(rows.shape)} on {hidden.device} "
+                             "fit, or None for 1")
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def _gather(hidden: Tensor, places: Tensor, tokens: int) -> Tensor:
+    """Return the rows of hidden at the flat `places`, some row for a place that is not there.
 
-
-@triton.jit
-def _load_logits(logits_ptr, cols, V: tl.constexpr, STRIDE: tl.constexpr):
-    """The logits in float32, -inf behind the last. STRIDE, unlike V, keeps the loads wide; what lies between the two is nobody's."""
-    z = tl.load(logits_ptr + cols, mask=cols < STRIDE, other=float("-inf")).to(tl.float32)
-    return tl.where(cols < V, z, float("-inf"))
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _cross_entropy_rows(logits_ptr, targets_ptr, rows_ptr, row_weight_ptr, losses_ptr, tokens,
-                        V: tl.constexpr, STRIDE: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
-    r = tl.program_id(0).to(tl.int64)
-    target, row = tl.load(targets_ptr + r), tl.load(rows_ptr + r)
-    logits_ptr += r * STRIDE
-    exists = (row >= 0) & (row < tokens)
-    if exists & (target < 0):
-        tl.store(losses_ptr + r, 0.0)
-        if GRADIENT:
-            for start in range(0, V, BLOCK):
-                cols = start + tl.arange(0, BLOCK)
-                tl.store(logits_ptr + cols, tl.zeros([BLOCK], logits_ptr.dtype.element_ty), mask=cols < STRIDE)
-    else:
-        exists &= (target >= 0) & (target < V)
-        chosen = tl.load(logits_ptr + target, mask=exists, other=float("nan")).to(tl.float32)  # before dz takes its place
-        peak, total = tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.float32)
-        for start in range(0, V, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            z = _load_logits(logits_ptr, cols, V, STRIDE)
-            higher = tl.maximum(peak, tl.max(z))
-            base = tl.where(higher == float("-inf"), 0.0, higher)  # words may be ruled out by -inf, a block of them too
-            total = total * tl.exp2((peak - base) * LOG2E) + tl.sum(tl.exp2((z - base) * LOG2E))
-            peak = higher
-        tl.store(losses_ptr + r, tl.log(total) + (peak - chosen))
-        if GRADIENT:
-            scale = tl.load(row_weight_ptr + r) if WEIGHT else 1.0
-            scale, inverse = tl.where(exists, scale, float("nan")), 1.0 / total
-            for start in range(0, V, BLOCK):
-                cols = start + tl.arange(0, BLOCK)
-                z = _load_logits(logits_ptr, cols, V, STRIDE)
-                p = tl.exp2((z - peak) * LOG2E) * inverse
-                dz = scale * tl.where(cols == target, p - 1.0, p)
-                tl.store(logits_ptr + cols, dz.to(logits_ptr.dtype.element_ty), mask=cols < STRIDE)
-
-
-def _entropy_kernel(logits: Tensor, targets: Tensor, rows: Tensor, row_weight: Tensor | None, losses: Tensor, tokens: int, gradient: bool) -> Tensor:
-    """Write `losses` and, with `gradient`, return dz, in the logits' place."""
-    launch = launch_config(logits.shape[1])
-    _cross_entropy_rows[(len(logits),)](logits, targets, rows, losses if row_weight is None else row_weight, losses, tokens, V=logits.shape[1],
-                                        STRIDE=logits.stride(0), WEIGHT=row_weight is not None, GRADIENT=gradient, BLOCK=launch.block_n,
-                                        num_warps=launch.num_warps, num_stages=launch.num_stages)
-    return logits
-
-
-def _entropy_cpu(logits: Tensor, targets: Tensor, rows: Tensor, row_weight: Tensor | None, losses: Tensor, tokens: int, gradient: bool) -> Tensor:
-    """The same in plain PyTorch."""
-    without, index = targets < 0, targets.clamp(min=0)[:, None]
-    log_p = logits.to(losses.dtype).log_softmax(-1)
-    losses.copy_(-log_p.gather(1, index)[:, 0]).masked_fill_(without, 0)
-    if not gradient:
-        return logits
-    dz = log_p.exp_()
-    dz.scatter_add_(1, index, dz.new_full((1, 1), -1).expand_as(index))
-    if row_weight is not None:
-        dz *= row_weight[:, None]
-    if without.any():
-        dz.masked_fill_(without[:, None], 0)
-    return dz.to(logits.dtype)
-
-
-def _look(targets: Tensor, rows: Tensor, tokens: int, vocabulary: int) -> None:
-    """Refuse values that do not fit, where looking costs nothing."""
-    if len(targets) and targets.max() >= vocabulary:
-        raise ValueError(f"linear_cross_entropy: targets holds {targets.max().item()} and weight has {vocabulary} rows; "
-                         f"0 to {vocabulary - 1} fits, negative for no target")
-    if len(rows) and (rows.min() < 0 or rows.max() >= tokens):
-        raise ValueError(f"linear_cross_entropy: rows holds {rows.min().item()} to {rows.max().item()} and hidden has {tokens} rows; "
-                         f"0 to {tokens - 1} fits")
-    if len(rows) and (counts := rows.bincount()).max() > 1:
-        raise ValueError(f"linear_cross_entropy: rows names row {counts.argmax().item()} {counts.max().item()} times; each row at most once fits")
-
-
-def _gather(hidden: Tensor, rows: Tensor, tokens: int) -> Tensor:
-    """hidden's flat `rows`, some row in place of one that is not there; a batch whose rows have no one stride is not copied."""
-    rows = rows.clamp(0, tokens - 1)
-    return hidden.index_select(0, rows) if hidden.ndim == 2 else hidden[rows // hidden.shape[1], rows % hidden.shape[1]]
+    A batch whose rows have no one stride between them is not copied.
+    """
+    places = places.clamp(0, tokens - 1)
+    return (hidden.index_select(0, places)
+            if hidden.ndim == 2 else hidden[places // hidden.shape[1], places % hidden.shape[1]])
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -235,64 +139,76 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def _walk(entropy, alignment, hidden, weight, targets, rows, bias, row_weight, hidden_wanted, weight_wanted, bias_wanted):
-    """The operator, chunk by chunk; `entropy` turns logits, whose rows begin at multiples of `alignment` elements, into losses and dz."""
-    _, losses, dx, dweight, dbias = _forward_fake(hidden, weight, targets, rows, bias, row_weight, hidden_wanted, weight_wanted, bias_wanted)
-    tokens, count, vocabulary = hidden.shape[:-1].numel(), len(rows), len(weight)
+def _walk(entropy, alignment, hidden, weight, targets, places, bias, row_weight, hidden_wanted, weight_wanted,
+          bias_wanted):
+    """The operator, chunk by chunk; `entropy` turns logits, whose rows begin at multiples of `alignment` elements, into
+    losses and dz."""
+    _, losses, dx, dweight, dbias = _forward_fake(hidden, weight, targets, places, bias, row_weight, hidden_wanted,
+                                                  weight_wanted, bias_wanted)
+    tokens, count, vocabulary = hidden.shape[:-1].numel(), len(places), len(weight)
     if count > tokens:
-        raise ValueError(f"linear_cross_entropy: rows names {count} rows and hidden has {tokens}; each row at most once fits")
+        raise ValueError(f"linear_cross_entropy: rows names {count} rows and hidden has {tokens}; each row at most "
+                         "once fits")
     dweight.zero_(), dbias.zero_()
     size = chunk_rows(count, *weight.shape)
     buffer = weight.new_empty(min(size, count), triton.cdiv(vocabulary, alignment) * alignment)[:, :vocabulary]
     for start in range(0, count, size):
         part = slice(start, start + size)
         # 0 * NaN would reach dweight
-        x = _gather(hidden, rows[part], tokens).masked_fill_(targets[part, None] < 0, 0)
+        x = _gather(hidden, places[part], tokens).masked_fill_(targets[part, None] < 0, 0)
         z = buffer[:len(x)]
         if bias is None:
             torch.mm(x, weight.mT, out=z)
         else:
             torch.addmm(bias, x, weight.mT, out=z)
-        dz = entropy(z, targets[part], rows[part], None if row_weight is None else row_weight[part], losses[part], tokens,
-                     hidden_wanted or weight_wanted or bias_wanted)
+        dz = entropy(z, targets[part], places[part], None if row_weight is None else row_weight[part], losses[part],
+                     tokens, hidden_wanted or weight_wanted or bias_wanted)
         if hidden_wanted:
             torch.mm(dz, weight, out=dx[part])
         if weight_wanted:
             _accumulate(dweight, dz.mT, x)
         if bias_wanted:
             dbias += dz.sum(0, dtype=dbias.dtype)
-    return _weighted(losses, targets, row_weight).sum(), losses, dx, dweight, dbias
+    return weighted(losses, targets, row_weight).sum(), losses, dx, dweight, dbias
 
 
-def _forward_kernel(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor, bias: Tensor | None, row_weight: Tensor | None,
-                    hidden_wanted: bool, weight_wanted: bool, bias_wanted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    targets, rows, row_weight = (x if x is None else x.contiguous() for x in (targets, rows, row_weight))
-    return _walk(_entropy_kernel, ALIGNMENT, hidden, weight, targets, rows, bias, row_weight, hidden_wanted, weight_wanted, bias_wanted)
+def _forward_kernel(
+    hidden: Tensor, weight: Tensor, targets: Tensor, places: Tensor, bias: Tensor | None, row_weight: Tensor | None,
+    hidden_wanted: bool, weight_wanted: bool, bias_wanted: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    targets, places, row_weight = (x if x is None else x.contiguous() for x in (targets, places, row_weight))
+    return _walk(kernels.entropy, ALIGNMENT, hidden, weight, targets, places, bias, row_weight, hidden_wanted,
+                 weight_wanted, bias_wanted)
 
 
-def _forward_cpu(hidden, weight, targets, rows, *others):
-    _look(targets, rows, hidden.shape[:-1].numel(), len(weight))
-    return _walk(_entropy_cpu, 1, hidden, weight, targets, rows, *others)
+def _forward_cpu(hidden, weight, targets, places, *others):
+    cpu.look(targets, places, hidden.shape[:-1].numel(), len(weight))
+    return _walk(cpu.entropy, 1, hidden, weight, targets, places, *others)
 
 
-def _forward_fake(hidden, weight, targets, rows, bias, row_weight, hidden_wanted, weight_wanted, bias_wanted):
-    """loss, losses, and for dloss = 1 dhidden's rows (R, C), dweight and dbias; those not wanted have no rows."""
-    (words, width), count, wide = weight.shape, rows.shape[0], _wide(hidden)
-    return (hidden.new_empty((), dtype=wide), hidden.new_empty(count, dtype=wide), hidden.new_empty(count if hidden_wanted else 0, width),
-            hidden.new_empty(words if weight_wanted else 0, width, dtype=wide), hidden.new_empty(words if bias_wanted else 0, dtype=wide))
+def _forward_fake(hidden, weight, targets, places, bias, row_weight, hidden_wanted, weight_wanted, bias_wanted):
+    """Return loss, losses, and for dloss = 1 dhidden's rows (R, C), dweight and dbias; not wanted: without rows."""
+    (words, width), count, wide = weight.shape, places.shape[0], statistics_dtype(hidden)
+    return (hidden.new_empty((), dtype=wide), hidden.new_empty(count, dtype=wide),
+            hidden.new_empty(count if hidden_wanted else 0, width),
+            hidden.new_empty(words if weight_wanted else 0, width, dtype=wide),
+            hidden.new_empty(words if bias_wanted else 0, dtype=wide))
 
 
-def _backward(dloss: Tensor, dx: Tensor, dweight: Tensor, dbias: Tensor, rows: Tensor, shape: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    dloss: Tensor, dx: Tensor, dweight: Tensor, dbias: Tensor, places: Tensor, shape: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
     """dhidden of `shape`, dweight and dbias in the inputs' dtype."""
     def scaled(x):
-        return torch.mul(x, dloss.reshape(1), out=x.new_empty(x.shape, dtype=dx.dtype))  # (1,) and not (), which would be rounded to x's dtype first
+        # (1,) and not (), which would be rounded to x's dtype first
+        return torch.mul(x, dloss.reshape(1), out=x.new_empty(x.shape, dtype=dx.dtype))
 
     dhidden = dx.new_zeros(shape)
-    dhidden.view(-1, dx.shape[1]).index_copy_(0, rows.clamp(0, max(0, dhidden.shape[:-1].numel() - 1)), scaled(dx))
+    dhidden.view(-1, dx.shape[1]).index_copy_(0, places.clamp(0, max(0, dhidden.shape[:-1].numel() - 1)), scaled(dx))
     return dhidden, scaled(dweight), scaled(dbias)
 
 
-def _backward_fake(dloss, dx, dweight, dbias, rows, shape):
+def _backward_fake(dloss, dx, dweight, dbias, places, shape):
     return dx.new_empty(shape), dx.new_empty(dweight.shape), dx.new_empty(dbias.shape)
 
 
@@ -301,30 +217,31 @@ _scale = register("linear_cross_entropy_backward", kernel=_backward, cpu=_backwa
 
 
 def _save(ctx, inputs, output):
-    hidden, weight, targets, rows, bias, row_weight, *ctx.wanted = inputs
+    hidden, weight, targets, places, bias, row_weight, *ctx.wanted = inputs
     ctx.shape = hidden.shape if ctx.wanted[0] else (0, hidden.shape[-1])
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    given = (hidden, weight, targets, rows, bias, row_weight) if any(ctx.wanted) else (None,) * 6
+    given = (hidden, weight, targets, places, bias, row_weight) if any(ctx.wanted) else (None,) * 6
     ctx.save_for_backward(*output[2:], *given)
 
 
 def _gradients(ctx, dloss, dlosses, *_):
     if torch.is_grad_enabled():
-        raise RuntimeError("linear_cross_entropy: the backward runs with create_graph=True; gradients of its gradients are not computed; "
-                           "False fits; take linear_cross_entropy_reference where they are needed")
+        raise RuntimeError("linear_cross_entropy: the backward runs with create_graph=True; gradients of its "
+                           "gradients are not computed; False fits; take linear_cross_entropy_reference where they "
+                           "are needed")
     if dloss is None and dlosses is None:
         return (None,) * 9
     dx, dweight, dbias, *inputs = ctx.saved_tensors
     if dlosses is not None:
         dloss, dx, dweight, dbias = _from_losses(dloss, dlosses, *inputs, ctx.wanted)
-    rows = inputs[3] if ctx.wanted[0] else inputs[3][:0]
-    found = _scale(dloss, dx, dweight, dbias, rows, list(ctx.shape))
+    places = inputs[3] if ctx.wanted[0] else inputs[3][:0]
+    found = _scale(dloss, dx, dweight, dbias, places, list(ctx.shape))
     dhidden, dweight, dbias = (g if wanted else None for g, wanted in zip(found, ctx.wanted))
     return dhidden, dweight, None, None, dbias, *(None,) * 4
 
 
-def _from_losses(dloss, dlosses, hidden, weight, targets, rows, bias, row_weight, wanted):
+def _from_losses(dloss, dlosses, hidden, weight, targets, places, bias, row_weight, wanted):
     """The gradients made with each row's own factor: what is left to scale by, and dhidden's rows, dweight and
     dbias."""
     factor = dlosses if dloss is None else dlosses + dloss * (1 if row_weight is None else row_weight)
@@ -333,7 +250,7 @@ def _from_losses(dloss, dlosses, hidden, weight, targets, rows, bias, row_weight
     # dz is rounded at about 1, as in the forward
     top = torch.where(top > 0, top, 1)
     with torch.autocast(hidden.device.type, enabled=False):
-        _, _, dx, dweight, dbias = _forward(hidden, weight, targets, rows, bias, factor / top, *wanted)
+        _, _, dx, dweight, dbias = _forward(hidden, weight, targets, places, bias, factor / top, *wanted)
     return top, dx, dweight, dbias
 
 

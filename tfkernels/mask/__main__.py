@@ -10,7 +10,8 @@ from tfkernels.mask.recipes import Example, examples
 
 def main() -> None:
     """Print every example; write them to --out as well where it is given."""
-    parser = argparse.ArgumentParser(prog="python -m tfkernels.mask", description="Draw attention masks: queries down, keys across.")
+    parser = argparse.ArgumentParser(prog="python -m tfkernels.mask",
+                                     description="Draw attention masks: queries down, keys across.")
     parser.add_argument("--out", metavar="FILE", help="also write a picture there, e.g. masks.png (needs matplotlib)")
     arguments = parser.parse_args()
     for example in examples():

@@ -1,7 +1,7 @@
-"""The masks of published models as `TransfusionMask`s; each is built on the device from a few numbers, without synchronisation.
+"""The masks of published models as `TransfusionMask`s, built on the device from a few numbers, without waiting for it.
 
-`TransfusionMask.from_spans` alone covers Transfusion (arXiv:2408.11039), Show-o2 (arXiv:2506.15564), packed documents, padding
-on either side (documents -1), Gemma 3's sliding layers (`window`) and BAGEL's noised copies (arXiv:2505.14683,
+`TransfusionMask.from_spans` alone covers Transfusion (arXiv:2408.11039), Show-o2 (arXiv:2506.15564), packed documents,
+padding on either side (documents -1), Gemma 3's sliding layers (`window`) and BAGEL's noised copies (arXiv:2505.14683,
 `hidden`). The functions here cover the rest. `examples` makes a small one of each; `python -m tfkernels.mask` draws
 them.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tfkernels._arguments import need_integer, need_integers, need_range
-from tfkernels.mask import TransfusionMask
+from tfkernels.mask.mask import TransfusionMask
 
 
 def window_around_whole_images(spans, seq_len: int, window: int, documents=None, device=None) -> TransfusionMask:
@@ -26,13 +26,15 @@ def window_around_whole_images(spans, seq_len: int, window: int, documents=None,
     whole = TransfusionMask.from_spans(spans, seq_len, documents=documents, device=device)
     rows = torch.arange(seq_len, dtype=torch.int32, device=whole.lo.device)
     window = min(window, max(1, seq_len))
-    # query_lo: start of the token's image, or itself
-    return replace(whole, lo=torch.maximum(whole.lo, torch.minimum(rows + 1 - window, whole.query_lo)),
-                   query_hi=torch.minimum(whole.query_hi, torch.maximum(rows + window, whole.hi)))
+    # key_since: start of the token's image, or itself
+    return replace(whole, lo=torch.maximum(whole.lo, torch.minimum(rows + 1 - window, whole.key_since)),
+                   key_until=torch.minimum(whole.key_until, torch.maximum(rows + window, whole.hi)))
 
 
 def prefix_lm(prefix_lens: Tensor, seq_len: int) -> TransfusionMask:
-    """Row b's first prefix_lens[b] tokens see each other, the others look back: prefix-LM (arXiv:1910.10683), Show-o's mmu (arXiv:2408.12528).
+    """Row b's first prefix_lens[b] tokens see each other, the others look back.
+
+    This is prefix-LM (arXiv:1910.10683) and Show-o's mmu (arXiv:2408.12528).
 
     visible(i, j) = j <= i or j < prefix_len. prefix_lens (B,) are integers from 0 to seq_len; on CUDA they are clipped
     to that.
@@ -44,11 +46,13 @@ def prefix_lm(prefix_lens: Tensor, seq_len: int) -> TransfusionMask:
 
 
 def image_before_prompt(images: Tensor, seq_len: int) -> TransfusionMask:
-    """Every token sees row b's image images[b] = (start, end), the system prompt before it too: Show-o's mmu_vit (arXiv:2408.12528).
+    """Every token, also of the system prompt before it, sees row b's image images[b] = (start, end).
 
-    visible(i, j) = j <= i or start <= j < end. The prompt's queries see the image ahead but not the text between: a hole in
-    the row, which the key side tells. images (B, 2) are integers from 0 to seq_len; on CUDA keys behind the last are
-    nobody's.
+    This is Show-o's mmu_vit (arXiv:2408.12528).
+
+    visible(i, j) = j <= i or start <= j < end. The prompt's queries see the image ahead but not the text between: a
+    hole in the row, which the key side tells. images (B, 2) are integers from 0 to seq_len; on CUDA keys behind the
+    last are nobody's.
     """
     seq_len = need_integer("image_before_prompt", "seq_len", seq_len)
     images = _vector("image_before_prompt", "images", images, "(B, 2)", 2)
@@ -58,11 +62,14 @@ def image_before_prompt(images: Tensor, seq_len: int) -> TransfusionMask:
     rows = torch.arange(seq_len, device=images.device)[None]
     since = torch.where((start <= rows) & (rows < end), 0, rows)
     hi = torch.maximum(rows + 1, end)
-    return TransfusionMask.from_intervals(torch.zeros_like(hi), hi, since=since, until=torch.full_like(since, seq_len), columns_exact=True)
+    return TransfusionMask.from_intervals(torch.zeros_like(hi), hi, since=since, until=torch.full_like(since, seq_len),
+                                          columns_exact=True)
 
 
 def chunk_causal(chunk_len: int, seq_len: int, window: int | None = None, device=None) -> TransfusionMask:
-    """A token sees its own chunk of chunk_len tokens and the earlier ones, of which only window - 1 with `window`: MAGI-1 (arXiv:2505.13211).
+    """A token sees its own chunk of chunk_len tokens and the chunks before it: MAGI-1 (arXiv:2505.13211).
+
+    With `window` it sees only the last window - 1 of the earlier chunks.
 
     visible(i, j) = j // c <= i // c < j // c + window. Chunks of different lengths: `from_spans` with a span for each.
     """
@@ -75,9 +82,12 @@ def chunk_causal(chunk_len: int, seq_len: int, window: int | None = None, device
 
 
 def shared_prefix(continuations, seq_len: int, documents=None, device=None) -> TransfusionMask:
-    """Many continuations of one prompt in one row: each sees the prompt and itself, none sees another (grouped sampling in RL, tree of depth 1).
+    """Many continuations of one prompt in one row: each sees the prompt and itself, none sees another.
 
-    `continuations` are spans as `from_spans` takes them; what lies in none is prompt; `documents` packs several prompts.
+    This is grouped sampling in RL, and a tree of depth 1.
+
+    `continuations` are spans as `from_spans` takes them; what lies in none is prompt; `documents` packs several
+    prompts.
     """
     if not isinstance(continuations, (Tensor, list, tuple)):
         raise ValueError(f"shared_prefix: continuations is a {type(continuations).__name__}; a list of (start, end) "
@@ -95,14 +105,15 @@ def attention_sinks(sinks: int, window: int, seq_len: int, device=None) -> Trans
     window = need_integer(op, "window", window, 1)
     rows = torch.arange(seq_len, device=device)[None]
     until = torch.where(rows < sinks, seq_len, rows + min(window, seq_len))
-    return TransfusionMask.from_intervals(torch.zeros_like(rows), rows + 1, since=torch.zeros_like(rows), until=until, columns_exact=True)
+    return TransfusionMask.from_intervals(torch.zeros_like(rows), rows + 1, since=torch.zeros_like(rows), until=until,
+                                          columns_exact=True)
 
 
 def block_diffusion(block_len: int, blocks: int, device=None) -> TransfusionMask:
-    """BD3-LM (arXiv:2503.09573) with each noised block right before its clean copy: [noised 0, clean 0, noised 1, clean 1, ...].
+    """BD3-LM (arXiv:2503.09573), each noised block before its clean copy: [noised 0, clean 0, noised 1, clean 1, ...].
 
-    A noised block sees itself and the clean blocks before it; a clean block sees the clean blocks up to itself. The masks of
-    BAGEL's noised images have the same form: the noised blocks are `hidden` spans.
+    A noised block sees itself and the clean blocks before it; a clean block sees the clean blocks up to itself. The
+    masks of BAGEL's noised images have the same form: the noised blocks are `hidden` spans.
     """
     block_len = need_integer("block_diffusion", "block_len", block_len, 1)
     blocks = need_integer("block_diffusion", "blocks", blocks)
@@ -112,17 +123,20 @@ def block_diffusion(block_len: int, blocks: int, device=None) -> TransfusionMask
 
 
 def block_diffusion_halves(block_len: int, blocks: int, device=None) -> TransfusionMask:
-    """BD3-LM (arXiv:2503.09573) in the order of its paper, all noised blocks and then all clean ones: neither side tells this mask alone."""
+    """BD3-LM (arXiv:2503.09573) in the order of its paper: all noised blocks, then all clean ones.
+
+    Neither the query side nor the key side tells this mask alone.
+    """
     block_len = need_integer("block_diffusion_halves", "block_len", block_len, 1)
     blocks = need_integer("block_diffusion_halves", "blocks", blocks)
     half = block_len * blocks
     rows = torch.arange(2 * half, device=device)[None]
-    clean, start = rows >= half, rows % half // block_len * block_len                      # start of the token's block within its half
+    clean, start = rows >= half, rows % half // block_len * block_len  # start of the token's block within its half
     lo, hi = torch.where(clean, half, start), half + start + torch.where(clean, block_len, 0)
-    hi = torch.where(~clean & (start == 0), block_len, hi)                                 # the first noised block sees itself only
+    hi = torch.where(~clean & (start == 0), block_len, hi)  # the first noised block sees itself only
     since = torch.where(clean, start + block_len, start)
     until = torch.where(clean, 2 * half, start + block_len)
-    since = torch.where(clean & (since == half), half + start, since)                      # the last clean block has no later noised one
+    since = torch.where(clean & (since == half), half + start, since)  # the last clean block has no later noised one
     return TransfusionMask.from_intervals(lo, hi, since=since, until=until)
 
 

@@ -1,31 +1,28 @@
-"""Where a token's elements lie: latents of one size, latents of different sizes packed one behind the other, or tokens as they are.
+"""Where a token's elements lie: latents of one size, packed latents of different sizes, or tokens as they are.
 
     D = channels * patch^2         rows of image n: [offsets_n, offsets_n+1)         t = row - offsets_n
-    element (t, d) is latent[c, patch * (t // columns_n) + i, patch * (t % columns_n) + j]  with  (c, i, j) = divmod of d by patch^2 and patch
+    element (t, d) is latent[c, patch * (t // columns_n) + i, patch * (t % columns_n) + j]
+    with (c, i, j) = divmod of d by patch^2 and patch
 
-A latent has as many elements as its tokens, so the one array `offsets`, in rows of D elements, says where an image's tokens start and
-where its packed latent does. The image of a row is found by binary search on the device; rows outside [offsets_0, offsets_N) are padding.
+A latent has as many elements as its tokens. The one array `offsets`, in rows of D elements, therefore says both where
+an image's tokens start and where its packed latent does. The image of a row is found by binary search on the device;
+rows outside [offsets_0, offsets_N) are padding.
 """
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from tfkernels._arguments import got, looks, need_integer, need_offsets, need_tensors
-from tfkernels._library import INTERPRET
-
-TILE, WIDEST = (64, 16) if INTERPRET else (2048, 1024)  # elements of one program, and of one row in it; the interpreter's cross many edges
-SCALAR_ARGUMENTS = ["images", "steps", "rows", "grid_rows", "grid_columns", "stride_xn", "stride_xc", "stride_xh", "stride_xw"]
 
 
 class PackedLatents(NamedTuple):
-    """N latents of different sizes and C channels, (C, H_n, W_n) contiguous, one behind the other. `pack_latents` makes one.
+    """N latents of different sizes and C channels, (C, H_n, W_n) contiguous, one behind the other.
 
-    values: (P * D,) elements; D = C * patch_size^2, P tokens in all.
-    offsets: (N + 1,) int32, image n's tokens are the rows [offsets_n, offsets_n+1); elements behind the last image are padding.
-    columns: (N,) int32, W_n / patch_size.
+    `pack_latents` makes one.
+
+    values: (P * D,) elements; D = C * patch_size^2, P tokens in all. offsets: (N + 1,) int32, image n's tokens are the
+    rows [offsets_n, offsets_n+1); elements behind the last image are padding. columns: (N,) int32, W_n / patch_size.
     channels, patch_size: C and the side of a patch.
     """
 
@@ -37,7 +34,10 @@ class PackedLatents(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A checked operand of the operators: x is (N, C, H, W), packed (P * D,) or tokens (P, D); rows P of D elements of `images` images."""
+    """A checked operand of the operators: x is (N, C, H, W), packed (P * D,) or tokens (P, D).
+
+    It has `rows` = P tokens of `dim` = D elements, which belong to `images` images.
+    """
 
     x: Tensor
     offsets: Tensor | None
@@ -69,8 +69,9 @@ def pack_latents(latents: list[Tensor], patch_size: int) -> PackedLatents:
             raise ValueError(f"pack_latents: latents[{i}] has shape {tuple(x.shape)}; at least one channel and one "
                              "patch fit")
         if x.ndim != 3 or x.shape[0] != first.shape[0] or x.dtype != first.dtype or x.device != first.device:
-            raise ValueError(f"pack_latents: latents[{i}] is {x.dtype} of shape {tuple(x.shape)} on {x.device} and latents[0] {first.dtype} of shape "
-                             f"{tuple(first.shape)} on {first.device}; (C, H, W) of one C, dtype and device fit")
+            raise ValueError(f"pack_latents: latents[{i}] is {x.dtype} of shape {tuple(x.shape)} on {x.device} and "
+                             f"latents[0] {first.dtype} of shape {tuple(first.shape)} on {first.device}; (C, H, W) of "
+                             "one C, dtype and device fit")
         check_patch_size("pack_latents", f"latents[{i}]", x.shape, patch_size)
     counts = torch.tensor([0] + [x.shape[1] * x.shape[2] // patch_size**2 for x in latents])
     numbers = torch.cat([counts.cumsum(0), torch.tensor([x.shape[2] // patch_size for x in latents])]).int()
@@ -84,17 +85,23 @@ def check_patch_size(op: str, name: str, shape, patch_size: int) -> None:
     if isinstance(patch_size, bool) or not isinstance(patch_size, (int, torch.SymInt)) or patch_size < 1:
         raise ValueError(f"{op}: patch_size is {patch_size!r}; a positive int fits")
     if shape[-2] % patch_size or shape[-1] % patch_size:
-        raise ValueError(f"{op}: {name} is {shape[-2]}x{shape[-1]} and patch_size {patch_size}; multiples of the patch size fit; resize or crop")
+        raise ValueError(f"{op}: {name} is {shape[-2]}x{shape[-1]} and patch_size {patch_size}; multiples of the "
+                         "patch size fit; resize or crop")
 
 
 def check_floating(op: str, name: str, x: Tensor) -> None:
     """Refuse what is not float16, bfloat16 or float32 (float64 on CPU)."""
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32) and not (x.dtype == torch.float64 and x.device.type == "cpu"):
-        raise ValueError(f"{op}: {name} is {x.dtype} on {x.device}; float16, bfloat16 or float32 fits (float64 on CPU only)")
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32) and not (x.dtype == torch.float64
+                                                                              and x.device.type == "cpu"):
+        raise ValueError(f"{op}: {name} is {x.dtype} on {x.device}; float16, bfloat16 or float32 fits (float64 on CPU "
+                         "only)")
 
 
 def check_per_image(op: str, name: str, x: Tensor, images: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return (N,) numbers in `dtype`; refuse other shapes, devices, integers, and what asks for a gradient that the operator does not give."""
+    """Return (N,) numbers in `dtype`.
+
+    Other shapes, devices, integers, and what asks for a gradient that the operator does not give are refused.
+    """
     if not isinstance(x, Tensor) or x.shape != (images,) or not x.is_floating_point() or x.device != device:
         raise ValueError(f"{op}: {name} is {got(x)}; a floating-point tensor ({images},) on {device} fits, one "
                          "number per image")
@@ -105,7 +112,8 @@ def check_per_image(op: str, name: str, x: Tensor, images: int, device: torch.de
 def check_constant(op: str, name: str, x: Tensor) -> None:
     """Refuse a tensor that asks for a gradient that the operator does not give."""
     if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{op}: {name} requires a gradient, which {op} does not compute; a tensor without one fits; pass {name}.detach()")
+        raise ValueError(f"{op}: {name} requires a gradient, which {op} does not compute; a tensor without one fits; "
+                         f"pass {name}.detach()")
 
 
 def check_offsets(op: str, name: str, offsets: Tensor, device: torch.device, rows: int) -> None:
@@ -132,8 +140,9 @@ def source(op: str, name: str, x: Tensor | PackedLatents, patch_size: int | None
     """Check an operand in any of the three layouts and return it with its sizes."""
     if isinstance(x, PackedLatents):
         if patch_size not in (None, x.patch_size) or offsets is not None:
-            raise ValueError(f"{op}: patch_size is {patch_size} and offsets {'given' if offsets is not None else None} beside packed latents; None and None "
-                             f"fit; {name} has both")
+            raise ValueError(f"{op}: patch_size is {patch_size} and offsets "
+                             f"{'given' if offsets is not None else None} beside packed latents; None and None fit; "
+                             f"{name} has both")
         check_patch_size(op, name, (0, 0), x.patch_size)
         need_tensors(op, {f"{name}.values": x.values, f"{name}.offsets": x.offsets, f"{name}.columns": x.columns})
         dim = need_integer(op, f"{name}.channels", x.channels, 1) * x.patch_size**2
@@ -147,24 +156,28 @@ def source(op: str, name: str, x: Tensor | PackedLatents, patch_size: int | None
                              f"{x.values.device} fits")
         check_columns(op, f"{name}.columns", x.columns, x.offsets)
         check_floating(op, f"{name}.values", x.values)
-        return Source(x.values.contiguous(), x.offsets.contiguous(), x.columns.contiguous(), x.channels, x.patch_size, len(x.values) // dim, dim,
-                      len(x.offsets) - 1)
+        return Source(x.values.contiguous(), x.offsets.contiguous(), x.columns.contiguous(), x.channels, x.patch_size,
+                      len(x.values) // dim, dim, len(x.offsets) - 1)
     if not isinstance(x, Tensor) or x.ndim not in (2, 4):
         kind = f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else got(x)
         raise ValueError(f"{op}: {name} is {kind}; latents (N, C, H, W), PackedLatents or tokens (P, D) fit")
     check_floating(op, name, x)
     if x.ndim == 2:
         if patch_size is not None:
-            raise ValueError(f"{op}: patch_size is {patch_size} and {name} are tokens {tuple(x.shape)}; None fits tokens, which are in patches already")
+            raise ValueError(f"{op}: patch_size is {patch_size} and {name} are tokens {tuple(x.shape)}; None fits "
+                             "tokens, which are in patches already")
         check_offsets(op, "offsets", offsets, x.device, x.shape[0])
-        return Source(x.contiguous(), offsets.contiguous(), None, x.shape[1], 1, x.shape[0], x.shape[1], len(offsets) - 1)
+        return Source(x.contiguous(), offsets.contiguous(), None, x.shape[1], 1, x.shape[0], x.shape[1],
+                      len(offsets) - 1)
     if offsets is not None:
-        raise ValueError(f"{op}: offsets is given and {name} are latents of one size {tuple(x.shape)}; None fits, for their offsets are known")
+        raise ValueError(f"{op}: offsets is given and {name} are latents of one size {tuple(x.shape)}; None fits, for "
+                         "their offsets are known")
     check_patch_size(op, name, x.shape, patch_size)
     images, channels, height, width = x.shape
     if not (channels and height and width):
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; at least one channel and one patch fit")
-    return Source(x, None, None, channels, patch_size, images * (height // patch_size) * (width // patch_size), channels * patch_size**2, images)
+    return Source(x, None, None, channels, patch_size, images * (height // patch_size) * (width // patch_size),
+                  channels * patch_size**2, images)
 
 
 def locate_reference(offsets: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,6 +194,16 @@ def uniform_offsets(images: int, rows: int, device: torch.device) -> Tensor:
     return torch.arange(images + 1, dtype=torch.int32, device=device) * (rows // max(1, images))
 
 
+def rows_per_image(offsets: Tensor | None, images: int, rows: int, device: torch.device) -> Tensor:
+    """Return how many rows each image has, (N,), at least 0."""
+    return (uniform_offsets(images, rows, device) if offsets is None else offsets).diff().clamp(min=0)
+
+
+def images_of_rows(offsets: Tensor | None, images: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the image id of each row (P,), 0 where it has none, and whether it has one."""
+    return locate_reference(uniform_offsets(images, rows, device) if offsets is None else offsets, rows)[::2]
+
+
 def packed_index(offsets: Tensor, columns: Tensor, channels: int, patch: int, rows: int) -> Tensor:
     """Return where element (row, d) lies in packed latents, (P, D) int64; -1 for padding."""
     image, t, inside = locate_reference(offsets, rows)
@@ -188,66 +211,6 @@ def packed_index(offsets: Tensor, columns: Tensor, channels: int, patch: int, ro
     start, count = offsets[image].long()[:, None], (offsets[image + 1] - offsets[image]).long()[:, None]
     width = columns[image].long().clamp(min=1)[:, None]
     y, x = t[:, None] // width * patch + i, t[:, None] % width * patch + j
-    return torch.where(inside[:, None], start * channels * patch**2 + (c * count * patch**2 + y * width * patch + x), -1)
-
-
-def geometry(x: Tensor, offsets: Tensor | None, columns: Tensor | None, patch: int) -> tuple[list[Tensor], list[int], dict]:
-    """Return a kernel's pointers (offsets, columns), its integers behind `images`, and its constexprs for `x` in any layout."""
-    layout = {1: "packed", 2: "tokens", 4: "latents"}[x.ndim]
-    grid = (x.shape[2] // patch, x.shape[3] // patch) if layout == "latents" else (1, 1)
-    strides = x.stride() if layout == "latents" else (0, 0, 0, 0)
-    steps = 0 if offsets is None else len(offsets).bit_length()
-    pointers = [x if offsets is None else offsets, x if columns is None else columns]
-    return pointers, [steps, *grid, *strides], {"LAYOUT": layout, "SEARCH": offsets is not None, "PATCH": patch}
-
-
-def dense(*tensors: Tensor | None) -> list[Tensor | None]:
-    """What a kernel reads without strides, contiguous; latents (N, C, H, W) keep theirs."""
-    return [x if x is None or x.ndim == 4 else x.contiguous() for x in tensors]
-
-
-def tile(dim: int) -> dict:
-    """Return the constexprs of a program's tile: the D elements of a row and how many rows and elements it takes at a time."""
-    block = min(max(4, triton.next_power_of_2(dim)), WIDEST)
-    return {"DIM": dim, "BLOCK_R": max(1, TILE // block), "BLOCK_D": block}
-
-
-@triton.jit
-def locate(row, offsets_ptr, images, steps, rows, tokens, SEARCH: tl.constexpr):
-    """Image, its first row, its rows and whether it exists, for each of the rows (R,) int32."""
-    if SEARCH:
-        low, high = row * 0, row * 0 + images + 1
-        for _ in range(steps):  # how many offsets are <= row
-            middle = (low + high) // 2
-            passed = (low < high) & (tl.load(offsets_ptr + middle, mask=low < high, other=0) <= row)
-            low, high = tl.where(passed, middle + 1, low), tl.where(passed, high, middle)
-        image = low - 1
-        inside = (image >= 0) & (image < images) & (row < rows)
-        start = tl.load(offsets_ptr + image, mask=inside, other=0)
-        count = tl.load(offsets_ptr + image + 1, mask=inside, other=1) - start
-    else:
-        image, inside = row // tokens, row < rows
-        start, count = image * tokens, row * 0 + tokens
-    return image, start, count, inside
-
-
-@triton.jit
-def addresses(row, image, start, count, inside, d, columns_ptr, rows, grid_columns, stride_xn, stride_xc, stride_xh, stride_xw,
-              LAYOUT: tl.constexpr, PATCH: tl.constexpr, DIM: tl.constexpr):
-    """Offsets (R, BLOCK_D) int64 of elements `d` of the rows, and which of them exist."""
-    valid = inside[:, None] & (d < DIM)[None, :]
-    c, i, j, t = d // (PATCH * PATCH), d // PATCH % PATCH, d % PATCH, row - start
-    if LAYOUT == "tokens":
-        at = row[:, None].to(tl.int64) * DIM + d[None, :]
-    elif LAYOUT == "latents":
-        y, x = t // grid_columns * PATCH, t % grid_columns * PATCH
-        of_row = image.to(tl.int64) * stride_xn + y.to(tl.int64) * stride_xh + x.to(tl.int64) * stride_xw
-        of_element = c.to(tl.int64) * stride_xc + i.to(tl.int64) * stride_xh + j.to(tl.int64) * stride_xw
-        at = of_row[:, None] + of_element[None, :]
-    else:
-        columns = tl.maximum(tl.load(columns_ptr + image, mask=inside, other=1), 1)
-        of_row = start.to(tl.int64) * DIM + (t // columns).to(tl.int64) * columns * (PATCH * PATCH) + t % columns * PATCH
-        plane = count.to(tl.int64) * (PATCH * PATCH)
-        at = of_row[:, None] + c[None, :] * plane[:, None] + (i[None, :] * columns[:, None] * PATCH + j[None, :])
-        valid &= at < rows.to(tl.int64) * DIM
-    return at, valid
+    return torch.where(
+        inside[:, None], start * channels * patch**2 + (c * count * patch**2 + y * width * patch + x), -1
+    )

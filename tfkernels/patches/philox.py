@@ -1,13 +1,15 @@
-"""Normal noise from a counter: Philox4x32-10 and the Box-Muller transform, the same numbers in a Triton kernel and in plain PyTorch.
+"""Normal noise from a counter: Philox4x32-10 and Box-Muller, the same numbers in a Triton kernel and in plain PyTorch.
 
-    w0..w3 = Philox4x32-10(counter = (d // 4, row, image, offset), key = seed)          Salmon et al., SC'11, doi:10.1145/2063384.2063405
-    u      = round(w0 * 2^-32 + 2^-33)          a = 2 pi w1 * 2^-32                     (0, 1], rounded to float32 in every dtype
+    w0..w3 = Philox4x32-10(counter = (d // 4, row, image, offset), key = seed)
+    u      = round(w0 * 2^-32 + 2^-33)          a = 2 pi w1 * 2^-32       u in (0, 1], rounded to float32 in every dtype
     eps    = sqrt(-2 log u) * (cos a, sin a)    and the same of w2, w3
 
-`eps` of the elements 4g .. 4g + 3 of a row depends on (seed, offset, image, row within its image, g) alone: not on the launch, on the
-other images or on where the rows lie in memory, and no two elements share a counter. The integers are equal everywhere; the normals, up to
-6.8 standard deviations, to float32 rounding. The angle is reduced as an integer, so that sine and cosine need no slow path (and no stack).
-Nothing moves through memory: two int64 (seed and offset) are read on the device, where a CUDA graph's replay can find new ones.
+Philox is of Salmon et al., SC'11, doi:10.1145/2063384.2063405. `eps` of the elements 4g .. 4g + 3 of a row depends on
+(seed, offset, image, row within its image, g) alone: not on the launch, on the other images or on where the rows lie in
+memory, and no two elements share a counter. The integers are equal everywhere; the normals, up to 6.8 standard
+deviations, to float32 rounding. The angle is reduced as an integer, so that sine and cosine need no slow path (and no
+stack). Nothing moves through memory: two int64 (seed and offset) are read on the device, where a CUDA graph's replay
+can find new ones.
 """
 import math
 
@@ -23,8 +25,9 @@ _MASK = 2**32 - 1
 def _pair(word, other):
     """Box-Muller: two uint32 to two float32 normals."""
     radius = tl.sqrt(-2.0 * tl.log(word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10))
-    quarter = (other + 0x20000000) >> 30                                                   # nearest multiple of pi / 2; it wraps
-    x = (other - (quarter << 30)).to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09  # in [-pi / 4, pi / 4]
+    quarter = (other + 0x20000000) >> 30  # nearest multiple of pi / 2; it wraps
+    # in [-pi / 4, pi / 4]
+    x = (other - (quarter << 30)).to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09
     y = x * x
     sine = ((-1.9515295891e-4 * y + 8.3321608736e-3) * y - 1.6666654611e-1) * y * x + x    # Cephes sinf, cosf
     cosine = ((2.443315711809948e-5 * y - 1.388731625493765e-3) * y + 4.166664568298827e-2) * y * y - 0.5 * y + 1.0
@@ -37,7 +40,10 @@ def _pair(word, other):
 
 @triton.jit
 def philox_normal(seed_ptr, image, row, first, BLOCK_D: tl.constexpr):
-    """Normals (R, BLOCK_D) float32 of the elements [first, first + BLOCK_D) of rows `row` of images `image`, both (R,) int32; 4 divides both."""
+    """Normals (R, BLOCK_D) float32 of the elements [first, first + BLOCK_D) of rows `row` of images `image`.
+
+    row and image are (R,) int32; 4 divides first and BLOCK_D.
+    """
     group = first // 4 + tl.arange(0, BLOCK_D // 4)[None, :]
     offset = tl.load(seed_ptr + 1).to(tl.int32)
     w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), group, row[:, None], image[:, None], offset)
@@ -46,18 +52,28 @@ def philox_normal(seed_ptr, image, row, first, BLOCK_D: tl.constexpr):
     return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
 
 
-def philox_reference(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 in int64 arithmetic: four words of counter and two of key to four words, all in [0, 2^32), of any shapes that broadcast."""
+def philox_reference(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 in int64 arithmetic: four words of counter and two of key to four words.
+
+    All are in [0, 2^32), of any shapes that broadcast.
+    """
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(10):
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57                                            # the low 64 bits, whatever the sign
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # the low 64 bits, whatever the sign
         c0, c1, c2, c3 = (b >> 32 & _MASK) ^ c1 ^ k0, b & _MASK, (a >> 32 & _MASK) ^ c3 ^ k1, a & _MASK
         k0, k1 = k0 + 0x9E3779B9 & _MASK, k1 + 0xBB67AE85 & _MASK
     return c0, c1, c2, c3
 
 
-def philox_normal_reference(seed: Tensor, image: Tensor, row: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The specification: eps (P, dim) in `dtype` of rows `row` (P,) of images `image` (P,) under `seed` (2,) int64, the seed and the offset."""
+def philox_normal_reference(
+    seed: Tensor, image: Tensor, row: Tensor, dim: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The specification: eps (P, dim) in `dtype` of rows `row` (P,) of images `image` (P,).
+
+    seed (2,) int64 holds the seed and the offset.
+    """
     group = torch.arange(-(-dim // 4), device=seed.device)
     counter = group, row.long()[:, None] & _MASK, image.long()[:, None] & _MASK, seed[1] & _MASK
     words = torch.broadcast_tensors(*philox_reference(counter, (seed[0] & _MASK, seed[0] >> 32 & _MASK)))
@@ -70,11 +86,12 @@ def philox_normal_reference(seed: Tensor, image: Tensor, row: Tensor, dim: int, 
 
 
 def seed_tensor(op: str, seed: Tensor | int, device: torch.device) -> Tensor:
-    """Return [seed, offset] as an int64 tensor (2,) on `device`, without a host synchronisation; an int is a seed with offset 0."""
+    """Return [seed, offset], int64 (2,) on `device`, without a host synchronisation; an int is a seed with offset 0."""
     if isinstance(seed, Tensor):
         if seed.shape != (2,) or seed.dtype != torch.int64 or seed.device != device:
-            raise ValueError(f"{op}: seed is {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}; an int64 tensor (2,) on {device}, "
-                             "[seed, offset], or an int fits; torch.tensor([seed, step], device=...) makes one")
+            raise ValueError(f"{op}: seed is {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}; an int64 "
+                             f"tensor (2,) on {device}, [seed, offset], or an int fits; torch.tensor([seed, step], "
+                             "device=...) makes one")
         return seed
     if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
         raise ValueError(f"{op}: seed is a {type(seed).__name__}; an int64 tensor (2,), [seed, offset], or an int fits")

@@ -1,43 +1,40 @@
 """Classifier-free guidance: what a prediction under the whole prompt is moved away from, by how much, and when.
 
     nothing = f(no prompt),  images = f(the prompt's images alone),  whole = f(the prompt)
-    prediction = nothing + text * (whole - nothing)                                                 arXiv:2207.12598, eq. 6
-               = nothing + image * (images - nothing) + text * (whole - images)                     with an image scale: arXiv:2211.09800, eq. 3
-    prediction <- rescale * prediction * std(whole) / std(prediction) + (1 - rescale) * prediction  arXiv:2305.08891, eq. 15 and 16
+
+    prediction = nothing + text * (whole - nothing)                                      arXiv:2207.12598, eq. 6
+               = nothing + image * (images - nothing) + text * (whole - images)          with an image scale
+                                                                                         (arXiv:2211.09800, eq. 3)
+    prediction <- rescale * prediction * std(whole) / std(prediction) + (1 - rescale) * prediction
+                                                                                         arXiv:2305.08891, eq. 15, 16
 """
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
+from tyro.conf import arg
 
-from transfusion.values import is_number, is_pair
+from transfusion.settings import NotNegative, Share, check
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """Scales of guidance; a plain number where one is expected means `Guidance(number)`.
+    """Scales of guidance; a plain number where one is expected means `Guidance(number)`."""
 
-    Args:
-        text: scale of the whole prompt; 1 is no guidance.
-        image: scale of the prompt's images alone, for editing; None does not tell them from the text.
-        interval: times (low, high) between which guidance is on (arXiv:2404.07724); outside, the whole prompt alone is asked.
-        rescale: share of the prediction that is given back the spread of the unguided one.
-    """
-
-    text: float = 3.0
-    image: float | None = None
-    interval: tuple[float, float] = (0.0, 1.0)
-    rescale: float = 0.0
+    text: Annotated[NotNegative, arg(name="guidance")] = 3.0
+    """classifier-free guidance scale of the whole prompt; 1 is no guidance"""
+    image: Annotated[NotNegative | None, arg(name="image-guidance")] = None
+    """scale of the prompt's images alone, for editing; None does not tell them from the text"""
+    interval: Annotated[tuple[Share, Share], arg(name="guidance-interval")] = (0.0, 1.0)
+    """times (low, high) between which guidance is on (arXiv:2404.07724); outside, only the whole prompt is asked"""
+    rescale: Annotated[Share, arg(name="guidance-rescale")] = 0.0
+    """share of the prediction that is given back the spread of the unguided one"""
 
     def __post_init__(self):
-        if not is_number(self.text, 0):
-            raise ValueError(f"Guidance: text is {self.text!r}; a finite number of at least 0 fits")
-        if self.image is not None and not is_number(self.image, 0):
-            raise ValueError(f"Guidance: image is {self.image!r}; a finite number of at least 0, or None, fits")
-        if not is_pair(self.interval, lambda t: is_number(t, 0, 1)) or self.interval[0] > self.interval[1]:
+        check("Guidance", self)
+        if self.interval[0] > self.interval[1]:
             raise ValueError(f"Guidance: interval is {self.interval}; two times 0 <= low <= high <= 1 fit")
-        if not is_number(self.rescale, 0, 1):
-            raise ValueError(f"Guidance: rescale is {self.rescale!r}; a number from 0 to 1 fits")
 
     @property
     def contexts(self) -> tuple[str, ...]:

@@ -1,31 +1,41 @@
-"""A diffusion objective is four scalar functions of t in [0, 1]; noising, loss target and reverse step follow from them.
+"""A diffusion objective is four scalar functions of the time t in [0, 1]: how an image is noised and what is predicted.
 
-    x_t    = signal(t) * x0 + noise(t) * eps
-    target = p(t) * x0 + q(t) * eps                 what the model is asked to predict
-    step   = solve those two lines for (x0, eps), then write x_s with them: DDIM (arXiv:2010.02502, eq. 12, sigma = 0),
-             and, on the straight path, exactly one Euler step.
+    x_t    = signal(t) * x0 + noise(t) * eps        the path from the image x0 (t = 0) to the noise eps (t = 1); the
+                                                    literature's alpha_t and sigma_t
+    target = p(t) * x0 + q(t) * eps                 the prediction target; p is the factor of x0 in it, q that of eps
+
+    name    predicts        signal, noise                   p        q          source
+    eps     the noise       cos(pi t / 2), sin(pi t / 2)    0        1          DDPM, arXiv:2006.11239
+    x0      the image       the same                        1        0          arXiv:2202.00512, section 4
+    v       the velocity    the same                        -noise   signal     arXiv:2202.00512
+    flow    the velocity    1 - t, t                        -1       1          rectified flow, arXiv:2209.03003
+
+Path and target are two linear equations in x0 and eps. Solving them turns any prediction into an estimate of both
+(`solve`), and writing x_s with these estimates is the reverse step (`step`): DDIM (arXiv:2010.02502, eq. 12, sigma = 0)
+and, on the straight path of flow, exactly one step of Euler's method.
 """
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from transfusion.values import is_whole
+from transfusion.settings import Count, OneOf, check_value
 
 
 @dataclass(frozen=True)
 class Flow:
     """Predict eps - x0 on the straight path (rectified flow, arXiv:2209.03003)."""
 
-    start: float = 1.0  # sampling starts from here
+    start: float = 1.0  # the time at which sampling starts
 
     def path(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (signal, noise) at t."""
+        """Return (signal, noise) at t, the factors of x0 and eps in x_t."""
         return 1 - t, t
 
     def target(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (p, q) at t."""
+        """Return (p, q) at t, the factors of x0 and eps in the prediction target."""
         return -torch.ones_like(t), torch.ones_like(t)
 
 
@@ -47,7 +57,10 @@ class VPrediction:
 
 @dataclass(frozen=True)
 class EpsPrediction(VPrediction):
-    """Predict eps on the cosine path: DDPM (arXiv:2006.11239), the paper's loss. At t = 1 eps says nothing of x0: sampling starts below."""
+    """Predict eps on the cosine path: DDPM (arXiv:2006.11239), the paper's loss.
+
+    At t = 1 the noise is all of x_t and says nothing of x0: sampling starts below.
+    """
 
     start: float = 0.996  # the first of 250 steps out of 1000
 
@@ -83,18 +96,19 @@ def step(objective, x: Tensor, prediction: Tensor, t: Tensor, s: Tensor) -> Tens
 
 
 def shift_times(t: Tensor, tokens: Tensor | int, base: int | None) -> Tensor:
-    """Return s t / (1 + (s - 1) t) with s = sqrt(tokens / base): as much is left of a larger image after as much noise (arXiv:2403.03206, eq. 23).
+    """Return s t / (1 + (s - 1) t) with s = sqrt(tokens / base) (arXiv:2403.03206, eq. 23).
 
-    t (N,) and tokens (N,) or an int; without `base`, t.
+    A larger image keeps more of itself under the same noise; at the shifted time it keeps as much as one of `base`
+    patches does at t. t is (N,), tokens (N,) or an int; without `base` the times stay as they are.
 
     Raises:
         ValueError: `base`, or `tokens` where it is a number, is not whole and positive.
     """
     if base is None:
         return t
-    for name, value in (("base", base), ("tokens", 1 if isinstance(tokens, Tensor) else tokens)):
-        if not is_whole(value, 1):
-            raise ValueError(f"shift_times: {name} is {value!r}; a whole number of at least 1 fits")
+    check_value("shift_times", "base", base, Count)
+    if not isinstance(tokens, Tensor):
+        check_value("shift_times", "tokens", tokens, Count)
     s = torch.as_tensor(tokens, device=t.device, dtype=t.dtype).div(base).sqrt()
     return s * t / (1 + (s - 1) * t)
 
@@ -105,7 +119,7 @@ def uniform_times(count: int, generator: torch.Generator) -> Tensor:
 
 
 def logit_normal_times(count: int, generator: torch.Generator) -> Tensor:
-    """Draw times (N,) whose logits are standard normal: more in the middle (arXiv:2403.03206, eq. 19, its best setting)."""
+    """Draw times (N,) whose logits are standard normal, more of them in the middle (arXiv:2403.03206, eq. 19)."""
     return torch.randn(count, generator=generator).sigmoid()
 
 
@@ -113,7 +127,9 @@ TIMES = {"uniform": uniform_times, "logit-normal": logit_normal_times}
 
 
 def sample_times(kind: str, limit: Tensor, tokens: Tensor, base: int | None, generator: torch.Generator) -> Tensor:
-    """Draw one time per image (N,): by TIMES[kind], shifted for its `tokens` (N,), scaled into [0, limit_n], the noise limit where it stands first."""
-    if kind not in TIMES:
-        raise ValueError(f"sample_times: kind is {kind!r}; one of {', '.join(map(repr, TIMES))} fits")
+    """Draw one time for each image (N,): by TIMES[kind], shifted for its `tokens` (N,), scaled into [0, limit] (N,).
+
+    The limit is the noise limit of an image that stands before any text, and 1 for others.
+    """
+    check_value("sample_times", "kind", kind, Annotated[str, OneOf(TIMES)])
     return limit * shift_times(TIMES[kind](len(limit), generator), tokens, base)

@@ -1,8 +1,9 @@
-"""What sampling remembers: keys and values of a batch of prompts, and images that are drawn against them.
+"""The key/value cache of generation: keys and values of a batch of prompts, and images that are drawn against them.
 
-All rows of a batch share the columns of one key/value cache; each knows which of them it sees and its next position. A `Canvas` holds the columns of
-one more image for each row and writes them anew at every denoising step, in place: the prefix is neither moved nor read but by attention, and what
-does not change from step to step is made once. So its `predict` is the same launches on the same addresses each time and can be a CUDA graph.
+All rows of a batch share the columns of one cache; each knows which of them it sees and its next position. A `Canvas`
+holds the columns of one more image for each row and writes them anew, in place, at every denoising step. The prefix
+is not moved, only attention reads it, and what does not change from step to step is made once. So `predict` launches
+the same kernels on the same addresses each time and can be a CUDA graph.
 """
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from tfkernels import TransfusionMask
-from transfusion.sequence.packing import ImageLayout, Modality
+from transfusion.sequence import ImageLayout, Modality
 
 _EVER = torch.iinfo(torch.int32).max
 
@@ -19,12 +20,13 @@ class PrefixCache:
     """A DynamicCache whose rows each know which of its columns they see, and their next position."""
 
     def __init__(self, cache: Cache, seen: Tensor, positions: Tensor):
-        self.cache, self.seen, self.positions = cache, seen, positions                     # seen (B, columns) bool, positions (B,)
+        self.cache, self.seen, self.positions = cache, seen, positions  # seen (B, columns) bool, positions (B,)
 
     def feed(self, model, x: Tensor, valid: Tensor, condition: Tensor, grid: tuple[int, int] = (0, 0)) -> Tensor:
-        """Append n columns (B, n, C), the first of them an image of `grid` at the time of `condition` (1, C), and return their hidden states.
+        """Append n columns (B, n, C) and return their hidden states.
 
-        Columns that are not `valid` (B, n) are seen by nobody.
+        The first of them are an image of `grid` at the time of `condition` (1, C). Columns that are not `valid` (B, n)
+        are seen by nobody.
         """
         mask, positions, modality = self.after(model, valid, grid)
         hidden = model.backbone(x, positions, mask, condition.expand(len(x), -1), modality, self.cache)
@@ -32,17 +34,19 @@ class PrefixCache:
         return hidden
 
     def after(self, model, valid: Tensor, grid: tuple[int, int]) -> tuple[TransfusionMask, Tensor, Modality]:
-        """Mask, positions and modality of n columns behind these, `valid` (B, n), the first of them an image of `grid`."""
+        """Mask, positions and modality of n columns behind these, `valid` (B, n); the first are an image of `grid`."""
         (batch, count), device, block = valid.shape, valid.device, grid[0] * grid[1]
         order = torch.arange(count, device=device)
-        hi = torch.where(valid, self.seen.shape[1] + model.image_attention.seen(order, block), 0)  # (B, n); 0: an empty row
+        seen = self.seen.shape[1] + model.image_attention.seen(order, block)                # (n,)
+        hi = torch.where(valid, seen, 0)                                                    # (B, n); 0: an empty row
         until = torch.where(torch.cat([self.seen, valid], 1), _EVER, 0)
-        mask = TransfusionMask.from_intervals(torch.zeros_like(hi), hi, since=torch.zeros_like(until), until=until, offset=self.seen.shape[1])
-        image = torch.where(order < block, torch.arange(batch, device=device)[:, None], -1)        # (B, n)
+        mask = TransfusionMask.from_intervals(torch.zeros_like(hi), hi, since=torch.zeros_like(until), until=until,
+                                              offset=self.seen.shape[1])
+        image_ids = torch.where(order < block, torch.arange(batch, device=device)[:, None], -1)  # (B, n)
         columns = torch.full((batch,), max(1, grid[1]), dtype=torch.int32, device=device)
-        rows = torch.arange(batch * count, device=device).view(batch, count)
-        modality = Modality(image, rows[:, block:].flatten(), rows[:, :block].flatten())
-        return mask, model.positions(self.positions[:, None] + order, image, columns), modality
+        places = torch.arange(batch * count, device=device).view(batch, count)
+        modality = Modality(image_ids, places[:, block:].flatten(), places[:, :block].flatten())
+        return mask, model.positions(self.positions[:, None] + order, image_ids, columns), modality
 
     def select(self, rows: list[int]) -> "PrefixCache":
         """Copy some rows."""
@@ -54,13 +58,18 @@ class PrefixCache:
     @staticmethod
     def stack(parts: list["PrefixCache"]) -> "PrefixCache":
         """All rows of several caches, each in the last columns."""
-        columns = max(part.seen.shape[1] for part in parts)
-        right = lambda x, axis: torch.nn.functional.pad(x, (0, 0) * (x.ndim - 1 - axis) + (columns - x.shape[axis], 0))  # noqa: E731
-        cache = DynamicCache()
+        columns, cache = max(part.seen.shape[1] for part in parts), DynamicCache()
         for number in range(len(parts[0].cache.layers)):
             layers = [part.cache.layers[number] for part in parts]
-            cache.update(torch.cat([right(layer.keys, 2) for layer in layers]), torch.cat([right(layer.values, 2) for layer in layers]), number)
-        return PrefixCache(cache, torch.cat([right(part.seen, 1) for part in parts]), torch.cat([part.positions for part in parts]))
+            cache.update(*(torch.cat([_pad_left(getattr(layer, name), columns, 2) for layer in layers])
+                           for name in ("keys", "values")), number)
+        seen = torch.cat([_pad_left(part.seen, columns, 1) for part in parts])
+        return PrefixCache(cache, seen, torch.cat([part.positions for part in parts]))
+
+
+def _pad_left(x: Tensor, columns: int, axis: int) -> Tensor:
+    """Put zeros in front until `x` has as many columns along `axis`."""
+    return torch.nn.functional.pad(x, (0, 0) * (x.ndim - 1 - axis) + (columns - x.shape[axis], 0))
 
 
 class _LastColumns(DynamicLayer):
@@ -84,7 +93,10 @@ class _LastColumns(DynamicLayer):
 
 
 class Canvas:
-    """One image of `grid` for each row of a prefix, as often as it is asked for at another time; `graph` replays a CUDA graph."""
+    """One image of `grid` for each row of a prefix, predicted as often as it is asked for at another time.
+
+    With `graph`, a CUDA graph is captured at the first call and replayed after.
+    """
 
     def __init__(self, model, prefix: PrefixCache, grid: tuple[int, int], *, graph: bool = False):
         rows, count, device = len(prefix.positions), grid[0] * grid[1], prefix.positions.device
@@ -108,7 +120,8 @@ def embed_images(model, x: Tensor, condition: Tensor, layout: ImageLayout) -> tu
     rows, count, _ = x.shape
     hidden = condition.new_zeros(rows * count, condition.shape[1])
     places = torch.arange(rows * count, device=x.device)
-    embedded, skips = model.patch_embedding(hidden, x.flatten(0, 1).to(hidden.dtype), condition.expand(rows, -1), layout, places)
+    patches = x.flatten(0, 1).to(hidden.dtype)
+    embedded, skips = model.patch_embedding(hidden, patches, condition.expand(rows, -1), layout, places)
     return embedded.view(rows, count, -1), skips
 
 

@@ -8,9 +8,8 @@ from typing import Annotated
 from transformers import AutoConfig, PreTrainedConfig
 
 from transfusion.diffusion.objective import OBJECTIVES
-from transfusion.sequence.packing import IMAGE_ATTENTION
-from transfusion.settings import Count, NotNegative, OneOf, WholeNumber, check
-from transfusion.values import nearest
+from transfusion.sequence import IMAGE_ATTENTION
+from transfusion.settings import Count, NotNegative, OneOf, WholeNumber, check, nearest
 
 BACKBONES = ("decoder", "adaln", "mixture_of_transformers")
 POSITIONS = ("1d", "2d")
@@ -23,7 +22,7 @@ _COMMON = {field.name for field in fields(PreTrainedConfig)} | {  # what any con
 
 
 def present_backbone(name):
-    """Return the name that a backbone has now: checkpoints, runs and command lines of earlier versions say "experts"."""
+    """Return the name that a backbone has now; checkpoints, runs and commands of earlier versions say "experts"."""
     return "mixture_of_transformers" if name == "experts" else name
 
 
@@ -55,7 +54,8 @@ class TransfusionSettings:
     """patches of an image whose times are not shifted; larger images get more noise (see
     `transfusion.diffusion.objective.shift_times`); None: no shift"""
     diffusion_weight: NotNegative = 5.0
-    """lambda in text loss + lambda * diffusion loss (the paper: 5, for errors of eps; those of x0 are a tenth of these)"""
+    """lambda in text loss + lambda * diffusion loss (the paper: 5, for errors of eps; errors of x0 are a tenth of
+    these)"""
 
     def __post_init__(self):
         object.__setattr__(self, "backbone", present_backbone(self.backbone))
@@ -121,9 +121,10 @@ class TransfusionConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs) -> "TransfusionConfig":
-        """As transformers does, from a file's dict; settings among `kwargs` stand above the file's and are checked alike.
+        """As transformers does, from a file's dict; settings among `kwargs` replace the file's and are checked alike.
 
-        What transformers, now or long ago, wrote beside our settings stays; a name that is nearly one of ours is refused.
+        What transformers, now or long ago, wrote beside our settings stays; a name that is nearly one of ours is
+        refused.
         """
         names = cls.names()
         config_dict = config_dict | {name: kwargs.pop(name) for name in names if name in kwargs}
@@ -185,5 +186,6 @@ def _check_settings(settings: _OwnSettings, text_config: PreTrainedConfig) -> No
         raise ValueError(f"{op}: positions is '2d' and backbone 'decoder', which turns its heads itself; "
                          "backbone 'adaln' or 'mixture_of_transformers', or positions '1d' fits")
     if settings.image_layers == "unet" and settings.patch_size != 2**(len(settings.unet_channels) - 1):
-        raise ValueError(f"{op}: patch_size is {settings.patch_size} and unet_channels {tuple(settings.unet_channels)}; "
-                         "a patch size of 2^k and k + 1 channels fit, one number for each resolution down to a patch")
+        raise ValueError(f"{op}: patch_size is {settings.patch_size} and unet_channels "
+                         f"{tuple(settings.unet_channels)}; a patch size of 2^k and k + 1 channels fit, one number for "
+                         "each resolution down to a patch")

@@ -1,4 +1,6 @@
-"""A Transfusion out of a pretrained language model: its weights as they are, two tokens more, image layers that start silent.
+"""A Transfusion out of a pretrained language model: its weights as they are, two more tokens, and image layers.
+
+The image layers start silent.
 
     transfusion init --llm PATH --out DIR
 """
@@ -14,7 +16,7 @@ from transfusion.model.config import TransfusionConfig, TransfusionSettings
 from transfusion.model.transfusion import Transfusion
 from transfusion.model.vae import VAE
 from transfusion.sequence.tokenizer import BOI, EOI
-from transfusion.values import is_whole
+from transfusion.settings import Count, Seed, check_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,36 +24,42 @@ class InitSettings(TransfusionSettings):
     """Make a Transfusion checkpoint from a language model's."""
 
     llm: Path
-    """directory of a causal language model in transformers' format (safetensors), or a GGUF file with its tokenizer inside"""
+    """directory of a causal language model in transformers' format (safetensors), or a GGUF file with its tokenizer"""
     out: Path
     """directory of the new checkpoint"""
     vae: Path | None = None
     """directory of a diffusers AutoencoderKL whose latents are the model's images; it is copied into the checkpoint"""
-    image_channels: int = 3
+    image_channels: Count = 3
     """channels of an image; with a VAE those of its latents, whatever is said here"""
-    image_size: tuple[int, int] = (32, 32)
+    image_size: tuple[Count, Count] = (32, 32)
     """height and width, of latents where there is a VAE, that are drawn when not told otherwise"""
-    seed: int = 0
+    seed: Seed = 0
     """of the image layers' first weights"""
 
 
 def load_language_model(path: Path):
-    """Return (decoder, tokenizer) of a checkpoint directory or GGUF file, weights in float32. Pickled weights are refused, no remote code runs."""
+    """Return (decoder, tokenizer) of a checkpoint directory or GGUF file, weights in float32.
+
+    Pickled weights are refused, and no remote code runs.
+    """
     if path.suffix == ".gguf":
-        where, options, weights = path.parent, {"gguf_file": path.name}, {"quantization_config": GgufConfig(dequantize=True)}
+        where, options = path.parent, {"gguf_file": path.name}
+        weights = {"quantization_config": GgufConfig(dequantize=True)}
     else:
         where, options, weights = path, {}, {"use_safetensors": True}
     if not (path.is_file() if options else (path / "config.json").is_file()):
-        raise ValueError(f"init: llm is {str(path)!r}, which is no checkpoint; a directory with config.json and *.safetensors, or a .gguf file, fits")
+        raise ValueError(f"init: llm is {str(path)!r}, which is no checkpoint; a directory with config.json and "
+                         "*.safetensors, or a .gguf file, fits")
     if not options:
         check_files(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
-        decoder = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, trust_remote_code=False, **options, **weights)
+        options["trust_remote_code"] = False
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        decoder = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options, **weights)
     except (OSError, ImportError) as error:
-        raise ValueError(f"init: llm is {str(path)!r}, which cannot be loaded ({error}); safetensors fit, and GGUF where the packages gguf and "
-                         "accelerate are installed; convert other formats first") from error
-    if options and decoder.config.eos_token_id is not None:  # transformers 5.17 takes a GGUF file's BOS for the tokenizer's EOS
+        raise ValueError(f"init: llm is {str(path)!r}, which cannot be loaded ({error}); safetensors fit, and GGUF "
+                         "where the packages gguf and accelerate are installed; convert other formats first") from error
+    if "gguf_file" in options and decoder.config.eos_token_id is not None:  # transformers 5.17 takes BOS for EOS there
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(decoder.config.eos_token_id)
     return decoder, tokenizer
 
@@ -59,11 +67,13 @@ def load_language_model(path: Path):
 def from_language_model(decoder, tokenizer, *, seed: int = 0, **config) -> Transfusion:
     """Return a Transfusion that holds `decoder`'s weights; `config` are fields of `TransfusionConfig`.
 
-    BOI and EOI are added to the vocabulary, their rows start as the mean of all rows; text logits over the old vocabulary stay the decoder's own.
+    BOI and EOI are added to the vocabulary and their rows start as the mean of all rows. Text logits over the old
+    vocabulary stay the decoder's own.
     Documents begin with the tokenizer's BOS or, where it has none, its EOS.
 
     Raises:
-        ValueError: a setting that does not fit, a decoder that does not (see `transfusion.model.backbone`), or a tokenizer without EOS.
+        ValueError: a setting that does not fit, a decoder that does not (see `transfusion.model.decoders`), or a
+            tokenizer without EOS.
     """
     _check(seed, config)
     if tokenizer.eos_token is None:
@@ -83,15 +93,15 @@ def from_language_model(decoder, tokenizer, *, seed: int = 0, **config) -> Trans
     torch.manual_seed(seed)
     left_out = "quantization_config", "_name_or_path"  # of the file, not of the model
     text_config = AutoConfig.for_model(**{k: v for k, v in decoder.config.to_dict().items() if k not in left_out})
-    model = Transfusion(TransfusionConfig(text_config=text_config, boi_token_id=boi, eoi_token_id=eoi, **config), tokenizer)
+    config = TransfusionConfig(text_config=text_config, boi_token_id=boi, eoi_token_id=eoi, **config)
+    model = Transfusion(config, tokenizer)
     model.backbone.load_text(decoder)
     return model
 
 
 def _check(seed: int, config: dict) -> None:
     """Refuse settings that do not fit before a language model is loaded for them."""
-    if not is_whole(seed, 0, 2**63 - 1):
-        raise ValueError(f"init: seed is {seed!r}; a whole number of at least 0 fits")
+    check_value("init", "seed", seed, Seed)
     TransfusionConfig(**config)
 
 
@@ -99,7 +109,8 @@ def init(settings: InitSettings) -> Path:
     """Run `transfusion init`; return the new checkpoint's directory.
 
     Raises:
-        ValueError: settings that do not fit; `out` is a file, cannot be written, holds a checkpoint or is, holds or lies in `llm` or `vae`.
+        ValueError: settings that do not fit; `out` is a file, cannot be written, holds a checkpoint, or is, holds or
+            lies in `llm` or `vae`.
     """
     _check(settings.seed, _config(settings))
     with claim("init", settings.out, {"llm": settings.llm, "vae": settings.vae}, resume=False):
@@ -114,11 +125,14 @@ def _config(settings: InitSettings) -> dict:
 def _init(settings: InitSettings) -> Path:
     config = _config(settings)
     vae = None if settings.vae is None else VAE.from_pretrained(settings.vae)
+    if vae is not None:
+        config["image_channels"] = vae.channels
     decoder, tokenizer = load_language_model(settings.llm)
-    model = from_language_model(decoder, tokenizer, seed=settings.seed, **config | ({} if vae is None else {"image_channels": vae.channels}))
+    model = from_language_model(decoder, tokenizer, seed=settings.seed, **config)
     model.vae = vae
     model.save_pretrained(settings.out)
-    text, images = (sum(p.numel() for name, p in model.named_parameters() if name.startswith("backbone.decoder.") == inside) for inside in (True, False))
-    print(f"{settings.out}: {text:,} parameters of {type(decoder).__name__}, {images:,} of images; BOI {model.config.boi_token_id}, "
-          f"EOI {model.config.eoi_token_id}")
+    text = sum(p.numel() for p in model.backbone.decoder.parameters())
+    images = sum(p.numel() for p in model.parameters()) - text
+    print(f"{settings.out}: {text:,} parameters of {type(decoder).__name__}, {images:,} of images; "
+          f"BOI {model.config.boi_token_id}, EOI {model.config.eoi_token_id}")
     return settings.out

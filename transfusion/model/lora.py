@@ -1,11 +1,11 @@
-"""What of a pretrained model is trained: everything, images alone, or images and low-rank adapters of the decoder (LoRA, arXiv:2106.09685).
+"""What of a pretrained model is trained: everything, images alone, or images and low-rank adapters (LoRA).
 
     all      every parameter
     images   the image layers and the rows of BOI and EOI; the language model stays what it was, to the bit, on text
-    lora     the same and W + (alpha / rank) B A for every linear layer of the decoder's blocks
+    lora     the same and W + (alpha / rank) B A for every linear layer of the decoder's blocks (arXiv:2106.09685)
 
-The last two are peft's: what is trained is saved as one adapter (adapter_model.safetensors), a few per cent of the model, and
-`Transfusion.from_pretrained` on its directory loads the model it was made from and puts the adapter in.
+The last two are peft's: what is trained is saved as one adapter (adapter_model.safetensors), a few per cent of the
+model, and `Transfusion.from_pretrained` on its directory loads the model it was made from and puts the adapter in.
 """
 import copy
 import json
@@ -31,7 +31,8 @@ class TuneSettings:
     """Where training starts and what of the model it changes."""
 
     start: Path | None = None
-    """checkpoint to start from, as `transfusion init` makes it; the model's settings are then its own; None starts anew"""
+    """checkpoint to start from, such as `transfusion init` makes; the model's settings are then its own; None starts
+    anew"""
     trained: Annotated[str, OneOf(TRAINED)] = "all"
     """all; images: the image layers and BOI's and EOI's rows; lora: these and adapters of the decoder"""
     lora_rank: Count = 16
@@ -41,7 +42,9 @@ class TuneSettings:
 
 
 def prepare(model, settings: TuneSettings) -> nn.Module:
-    """Return `model` with what is not trained frozen: itself, or the PeftModel around it, whose `save_pretrained` writes the adapter alone.
+    """Return `model` with what is not trained frozen: itself, or a PeftModel around it.
+
+    The latter's `save_pretrained` writes the adapter alone.
 
     Raises:
         ValueError: `trained` is none of TRAINED, or an adapter is asked for without a checkpoint that it belongs to.
@@ -51,16 +54,17 @@ def prepare(model, settings: TuneSettings) -> nn.Module:
     if settings.trained == "all":
         return model
     if settings.start is None:
-        raise ValueError(f"train: tune.trained is {settings.trained!r} and tune.start None; a checkpoint that the adapter belongs to fits; "
-                         "make one with `transfusion init`")
-    rows = [model.config.boi_token_id, model.config.eoi_token_id]
-    ends = [model.get_input_embeddings()] + [model.get_output_embeddings()] * (not model.config.tie_word_embeddings)  # peft follows a tie itself
+        raise ValueError(f"train: tune.trained is {settings.trained!r} and tune.start None; a checkpoint that the "
+                         "adapter belongs to fits; make one with `transfusion init`")
+    rows, ends = [model.config.boi_token_id, model.config.eoi_token_id], [model.get_input_embeddings()]
+    if not model.config.tie_word_embeddings:  # peft follows a tie itself
+        ends.append(model.get_output_embeddings())
     tokens = {name.split(".")[-1]: rows for name, module in model.named_modules() if any(module is end for end in ends)}
     if settings.trained == "images":
         config = TrainableTokensConfig(target_modules=list(tokens), token_indices=rows)
     else:
-        config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=r"backbone\.decoder\.model\.layers\..*_proj",
-                            trainable_token_indices=tokens)
+        config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, trainable_token_indices=tokens,
+                            target_modules=r"backbone\.decoder\.model\.layers\..*_proj")
     config.modules_to_save = image_modules(model)
     adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = str(Path(settings.start).resolve())
@@ -69,41 +73,54 @@ def prepare(model, settings: TuneSettings) -> nn.Module:
 
 def image_modules(model) -> list[str]:
     """Names of the modules that hold every parameter outside the decoder."""
+    children = [(name, module) for name, module in model.backbone.named_children() if name != "decoder"]
+    lists = [(name, module) for name, module in children if isinstance(module, nn.ModuleList)]
     names = [name for name, _ in model.named_children() if name != "backbone"]
-    names += [f"backbone.{name}" for name, module in model.backbone.named_children() if name != "decoder" and not isinstance(module, nn.ModuleList)]
-    lists = [(name, module) for name, module in model.backbone.named_children() if isinstance(module, nn.ModuleList)]
+    names += [f"backbone.{name}" for name, module in children if not isinstance(module, nn.ModuleList)]
     return names + [f"backbone.{name}.{i}" for name, module in lists for i in range(len(module))]
 
 
 def spare_images(model, quantization):
-    """Return a quantiser's settings, transformers' or a dict of them, with every module of images, and the text head, among those it leaves alone.
+    """Return a quantiser's settings, transformers' or a dict of them, that leave every module of images alone.
 
-    Operators of images read their layers' weights themselves, which must therefore be numbers.
+    So do they leave the text head. Operators of images read their layers' weights themselves, which must therefore be
+    numbers.
     """
-    quantization = AutoQuantizationConfig.from_dict(dict(quantization)) if isinstance(quantization, dict) else copy.deepcopy(quantization)
+    if isinstance(quantization, dict):
+        quantization = AutoQuantizationConfig.from_dict(dict(quantization))
+    quantization = copy.deepcopy(quantization)
     heads = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
     for field in ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"):
         if hasattr(quantization, field):
-            setattr(quantization, field, list(dict.fromkeys([*(getattr(quantization, field) or ()), *heads, *image_modules(model)])))
+            spared = [*(getattr(quantization, field) or ()), *heads, *image_modules(model)]
+            setattr(quantization, field, list(dict.fromkeys(spared)))
     return quantization
 
 
 def load_adapter(base, path: Path):
     """Put the adapter in `path` into its model for good; return the model."""
     if not (path / "adapter_model.safetensors").is_file():
-        raise ValueError(f"Transfusion.from_pretrained: path is {str(path)!r}, an adapter without adapter_model.safetensors; copy it again or make it anew")
+        raise ValueError(f"Transfusion.from_pretrained: path is {str(path)!r}, an adapter without "
+                         "adapter_model.safetensors; copy it again or make it anew")
     check_files(path)
     return PeftModel.from_pretrained(base, path).merge_and_unload()
 
 
 def name_base(directory: Path, start: Path, out: Path) -> None:
-    """Write into an adapter's directory where its model lies as seen from `out`, where the adapter will be: both may then move together."""
-    relative, absolute = os.path.relpath(Path(start).resolve(), Path(out).resolve()), str(Path(start).resolve())
-    (directory / BASE).write_text(json.dumps({"relative": relative, "absolute": absolute, "weights": checksums(start)}, indent=2) + "\n")
+    """Write into an adapter's directory where its model lies, also as seen from `out`, where the adapter will be.
+
+    Both may then move together.
+    """
+    absolute = Path(start).resolve()
+    places = {"relative": os.path.relpath(absolute, Path(out).resolve()), "absolute": str(absolute)}
+    (directory / BASE).write_text(json.dumps(places | {"weights": checksums(start)}, indent=2) + "\n")
 
 
 def find_base(path: Path, base: Path | None = None) -> Path:
-    """Where the model lies that the adapter in `path` belongs to: `base`, or beside the adapter as when it was made, or the directory it then was.
+    """Where the model lies that the adapter in `path` belongs to.
+
+    That is `base`, or the place beside the adapter where it was when the adapter was made, or the directory it then
+    was.
 
     Raises:
         ValueError: none of them holds a checkpoint, or the adapter names itself, or another that leads back to it.
@@ -111,15 +128,18 @@ def find_base(path: Path, base: Path | None = None) -> Path:
     path, tried = Path(path), [Path(base)] if base is not None else _named_bases(Path(path))
     found = next(filter(holds_checkpoint, tried), None)
     if found is None:
-        raise ValueError(f"Transfusion.from_pretrained: path is {str(path)!r}, an adapter, and the model that it was trained on is not there (tried "
-                         f"{', '.join(repr(str(place)) for place in dict.fromkeys(tried))}); put it back, or name it with from_pretrained(path, base=...)")
+        places = ", ".join(repr(str(place)) for place in dict.fromkeys(tried))
+        raise ValueError(f"Transfusion.from_pretrained: path is {str(path)!r}, an adapter, and the model that it was "
+                         f"trained on is not there (tried {places}); put it back, or name it with "
+                         "from_pretrained(path, base=...)")
     seen, place = {path.resolve()}, found
     while place is not None and place.resolve() not in seen and holds_adapter(place):
         seen.add(place.resolve())
         place = next(filter(holds_checkpoint, _named_bases(place)), None)
     if place is not None and place.resolve() in seen:
-        raise ValueError(f"Transfusion.from_pretrained: path is {str(path)!r}, an adapter whose model is {str(found)!r}, an adapter that leads back to itself; "
-                         "name the model it was trained on with from_pretrained(path, base=...)")
+        raise ValueError(f"Transfusion.from_pretrained: path is {str(path)!r}, an adapter whose model is "
+                         f"{str(found)!r}, an adapter that leads back to itself; name the model it was trained on with "
+                         "from_pretrained(path, base=...)")
     return found
 
 
@@ -134,17 +154,20 @@ def holds_checkpoint(path: Path) -> bool:
 
 
 def _named_bases(path: Path) -> list[Path]:
-    """Where an adapter's model may lie, likeliest first; models of other weights than it was trained on are left out."""
+    """Where an adapter's model may lie, likeliest first, but for models of other weights than it was trained on."""
     file = current(path, BASE)
     kept = read_json(file) if file.is_file() else {}
-    said = [kept.get("relative"), kept.get("absolute"), read_json(current(path, "adapter_config.json")).get("base_model_name_or_path")]
-    places = [home / place for place in said if isinstance(place, str) for home in dict.fromkeys((path, path.resolve()))]
+    peft_says = read_json(current(path, "adapter_config.json")).get("base_model_name_or_path")
+    said = [kept.get("relative"), kept.get("absolute"), peft_says]
+    homes = dict.fromkeys((path, path.resolve()))
+    places = [home / place for place in said if isinstance(place, str) for home in homes]
     places += [Path(said[2])] if isinstance(said[2], str) else []
     return [place for place in places if not kept.get("weights") or checksums(place) in ({}, kept["weights"])]
 
 
-_GROUPS = {"lora_": "decoder: adapters", "trainable_tokens": "decoder: BOI and EOI", "decoder.model.embed": "decoder: embeddings",
-           "decoder.lm_head": "decoder: text head", "backbone.decoder.": "decoder: blocks"}
+_GROUPS = {"lora_": "decoder: adapters", "trainable_tokens": "decoder: BOI and EOI",
+           "decoder.model.embed": "decoder: embeddings", "decoder.lm_head": "decoder: text head",
+           "backbone.decoder.": "decoder: blocks"}
 
 
 def trained_table(model: nn.Module) -> str:
@@ -154,7 +177,8 @@ def trained_table(model: nn.Module) -> str:
         if "original_module." in name:  # what peft keeps of a module beside its trained copy
             continue
         name = name.removeprefix("base_model.model.")
-        group = next((label for key, label in _GROUPS.items() if key in name), f"images: {name.removeprefix('backbone.').split('.')[0]}")
+        images = f"images: {name.removeprefix('backbone.').split('.')[0]}"
+        group = next((label for key, label in _GROUPS.items() if key in name), images)
         total = groups.setdefault(group, [0, 0])
         total[0] += p.numel()
         total[1] += p.numel() * p.requires_grad

@@ -7,10 +7,11 @@ Patches have norms, projections and MLPs of their own; text keeps the decoder's.
     x <- x + gate * mlp_m(norm_m(x))
 
 There is no router, as a mixture of experts has one: a token's modality says which weights are its own. Sources:
-Mixture-of-Transformers, arXiv:2411.04996 (section 2.2, algorithm 1), and LMFusion, arXiv:2412.15188, which starts both
-sets of weights from a language model and freezes those of text: `backbone.decoder.requires_grad_(False)`. Norms and
-residuals of patches are modulated as in `AdaLNBackbone`, those of text never are. Outside attention, text and patches are
-two separate tensors, so that each weight takes part in one matrix product; they are joined for attention alone.
+Mixture-of-Transformers, arXiv:2411.04996 (section 2.2, algorithm 1), and LMFusion, arXiv:2412.15188, which starts
+both sets of weights from a language model and freezes those of text: `backbone.decoder.requires_grad_(False)`. Norms
+and residuals of patches are modulated as in `AdaLNBackbone`, those of text never are. Outside attention, text and
+patches are two separate tensors, so that each weight takes part in one matrix product; they are joined for attention
+alone.
 """
 import copy
 
@@ -19,13 +20,13 @@ from transformers import DynamicCache
 
 from tfkernels import TransfusionMask, modulated_rms_norm
 from transfusion.model.backbone import AdaLNBackbone
-from transfusion.sequence.packing import Modality
+from transfusion.sequence import Modality
 
 
 class MixtureOfTransformersBackbone(AdaLNBackbone):
-    """An `AdaLNBackbone` whose patches go through `image_layers` and `image_norm`, copies of the decoder's layers and norm.
+    """An `AdaLNBackbone` whose patches go through `image_layers` and `image_norm`; the decoder stays that of text.
 
-    The decoder itself stays that of text.
+    Both begin as copies of the decoder's layers and norm.
     """
 
     def __init__(self, text_config):
@@ -52,7 +53,7 @@ class MixtureOfTransformersBackbone(AdaLNBackbone):
         tables, entries = self.tables(condition)
         layers = list(zip(decoder.layers, self.image_layers))
         norms = [tuple(layer.input_layernorm for layer in pair) for pair in layers] + [(decoder.norm, self.image_norm)]
-        x, images = modality.split(x), modality.split(modality.image)
+        x, images = modality.split(x), modality.split(modality.image_ids)
         normed = [modulated_rms_norm(rows, norm.weight, *entries[0], image, eps=norm.variance_epsilon)
                   for rows, norm, image in zip(x, norms[0], images)]
         for pair, table, norm, entry, own in zip(layers, tables, norms[1:], entries[1:], self.layer_masks(mask)):

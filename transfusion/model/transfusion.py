@@ -12,7 +12,7 @@ import tfkernels.integrations.transformers as integration
 from tfkernels import grid_positions, noise_patchify
 from transfusion.diffusion.objective import OBJECTIVES
 from transfusion.files import check_files, replacing, unfinished, whole
-from transfusion.generate import generation as sample
+from transfusion.generate import generation
 from transfusion.model.backbone import AdaLNBackbone, Backbone, LayerOffsets
 from transfusion.model.config import TransfusionConfig
 from transfusion.model.image_layers.embedding import PatchEmbedding, TimestepEmbedding, ZeroLinear
@@ -20,19 +20,24 @@ from transfusion.model.image_layers.heads import DiTHead, LinearHead
 from transfusion.model.image_layers.unet import UNetDown, UNetUp, ZeroConv2d
 from transfusion.model.lora import find_base, holds_adapter, load_adapter, spare_images
 from transfusion.model.mixture_of_transformers import MixtureOfTransformersBackbone
+from transfusion.model.progress import without_progress_bars
 from transfusion.model.vae import VAE
-from transfusion.sequence.packing import IMAGE_ATTENTION, Image, Part, Sequence
-from transfusion.values import nearest
+from transfusion.sequence import IMAGE_ATTENTION, Image, Part, Sequence
+from transfusion.settings import nearest
 
 BACKBONE_CLASSES = {
     "decoder": Backbone, "adaln": AdaLNBackbone, "mixture_of_transformers": MixtureOfTransformersBackbone}
 IMAGE_LAYER_CLASSES = {
     "linear": (PatchEmbedding, LinearHead), "dit": (PatchEmbedding, DiTHead), "unet": (UNetDown, UNetUp)}
-HUB = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")  # of transformers' push_to_hub
+HUB = (  # options of transformers' push_to_hub
+    "repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
 
 class TransfusionOutput(NamedTuple):
-    """`loss` = text_loss + diffusion_weight * diffusion_loss, the mean of `image_losses` (N,) over drawn images; a clean copy's is 0."""
+    """`loss` = text_loss + diffusion_weight * diffusion_loss.
+
+    The latter is the mean of `image_losses` (N,) over drawn images; that of a clean copy is 0.
+    """
 
     loss: Tensor
     text_loss: Tensor
@@ -41,7 +46,10 @@ class TransfusionOutput(NamedTuple):
 
 
 class Transfusion(PreTrainedModel):
-    """A decoder, a patch embedding in front of it and an image head behind it. `tokenizer` and `vae` travel with the checkpoint."""
+    """A decoder, a patch embedding in front of it and an image head behind it.
+
+    `tokenizer` and `vae` travel with the checkpoint.
+    """
 
     config_class = TransfusionConfig
     base_model_prefix = "transfusion"
@@ -51,21 +59,23 @@ class Transfusion(PreTrainedModel):
 
     def __init__(self, config: TransfusionConfig, tokenizer=None):
         _check_implementation("Transfusion", config._attn_implementation or integration.NAME)
-        config._attn_implementation_internal = integration.register()  # the public name would set it on text_config, which is the caller's
+        config._attn_implementation_internal = integration.register()  # the public name also sets text_config's
         super().__init__(config)
         hidden = config.text_config.get_text_config().hidden_size
         self.backbone = BACKBONE_CLASSES[config.backbone](config.text_config)
         self.timestep = TimestepEmbedding(hidden)
-        self.patch_embedding, self.image_head = (layer(config, hidden) for layer in IMAGE_LAYER_CLASSES[config.image_layers])
+        layers = IMAGE_LAYER_CLASSES[config.image_layers]
+        self.patch_embedding, self.image_head = (layer(config, hidden) for layer in layers)
         self.image_attention = IMAGE_ATTENTION[config.image_attention]
         self.objective = OBJECTIVES[config.objective]
         self.tokenizer = tokenizer
         self.vae: VAE | None = None  # what its latents are of; set it to encode and decode pictures
-        self._tied_weights_keys = {f"backbone.decoder.{a}": f"backbone.decoder.{b}" for a, b in (self.backbone.decoder._tied_weights_keys or {}).items()}
+        tied = self.backbone.decoder._tied_weights_keys or {}
+        self._tied_weights_keys = {f"backbone.decoder.{a}": f"backbone.decoder.{b}" for a, b in tied.items()}
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Images start silent: no modulation, no prediction, no timestep in the patches; other layers as transformers does."""
+        """Images start silent: no modulation, no prediction, no timestep in the patches. Others as in transformers."""
         if isinstance(module, (ZeroLinear, ZeroConv2d)):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
@@ -87,13 +97,16 @@ class Transfusion(PreTrainedModel):
         return self.backbone.decoder.get_output_embeddings()
 
     @classmethod
+    @without_progress_bars()
     def from_pretrained(cls, path, *args, base=None, **kwargs) -> "Transfusion":
-        """Load a checkpoint directory: config.json, model.safetensors and the tokenizer's files; or an adapter's, put into the model it was trained on.
+        """Load a checkpoint directory, or an adapter's, which is put into the model that it was trained on.
 
-        That model is looked for where it lay, as seen from the adapter, unless `base` names it. Pickled weights are refused, damaged ones too.
-        Options are those of transformers; settings of `TransfusionConfig` among them stand above the checkpoint's. With
-        `output_loading_info=True` the result is (model, what was missing or left over). A `quantization_config` quantises the decoder alone: the image
-        layers and the text head stay as they are.
+        A checkpoint is config.json, model.safetensors and the tokenizer's files. The model of an adapter is looked for
+        where it lay, as seen from the adapter, unless `base` names it. Pickled weights are refused, damaged ones too.
+
+        Options are those of transformers; settings of `TransfusionConfig` among them replace the checkpoint's. With
+        `output_loading_info=True` the result is (model, what was missing or left over). A `quantization_config`
+        quantises the decoder alone: the image layers and the text head stay as they are.
 
         Raises:
             ValueError: no checkpoint, a damaged one, or an option that does not fit, named.
@@ -109,10 +122,11 @@ class Transfusion(PreTrainedModel):
         if (path / "adapter_config.json").is_file():
             return load_adapter(cls.from_pretrained(base, *args, **kwargs), path)
         if base is not None:
-            raise ValueError(f"Transfusion.from_pretrained: base is {str(base)!r} and path {str(path)!r}, which holds no adapter; leave base out")
+            raise ValueError(f"Transfusion.from_pretrained: base is {str(base)!r} and path {str(path)!r}, which holds "
+                             "no adapter; leave base out")
         if not (path / "config.json").is_file():
-            raise ValueError(f"Transfusion.from_pretrained: path is {str(path)!r}, which holds no config.json; a directory written by save_pretrained "
-                             "or `transfusion train` fits")
+            raise ValueError(f"Transfusion.from_pretrained: path is {str(path)!r}, which holds no config.json; "
+                             "a directory written by save_pretrained or `transfusion train` fits")
         check_files(path)
         model = cls._load(path, *args, **kwargs)
         if model.tokenizer is None and (path / "tokenizer.json").is_file():
@@ -122,32 +136,37 @@ class Transfusion(PreTrainedModel):
         return model
 
     @classmethod
-    def _load(cls, path: Path, *args, loading_info: dict | None = None, use_safetensors: bool = True, attn_implementation: str | None = None,
-              quantization_config=None, **kwargs) -> "Transfusion":
+    def _load(cls, path: Path, *args, loading_info: dict | None = None, use_safetensors: bool = True,
+              attn_implementation: str | None = None, quantization_config=None, **kwargs) -> "Transfusion":
         if not use_safetensors:
-            raise ValueError("Transfusion.from_pretrained: use_safetensors is False; True fits, for pickled weights are refused")
+            raise ValueError("Transfusion.from_pretrained: use_safetensors is False; True fits, "
+                             "for pickled weights are refused")
         _check_implementation("Transfusion.from_pretrained", attn_implementation or integration.NAME)
         if quantization_config is not None:
             with torch.device("meta"):
                 outline = cls(kwargs.get("config") or TransfusionConfig.from_pretrained(path))
             kwargs["quantization_config"] = spare_images(outline, quantization_config)
         try:
-            model, found = super().from_pretrained(path, *args, use_safetensors=True, output_loading_info=True, **kwargs)
+            model, found = super().from_pretrained(
+                path, *args, use_safetensors=True, output_loading_info=True, **kwargs)
         except TypeError as error:
             if "__init__() got an unexpected keyword argument" not in str(error):
                 raise
             name = str(error).split("'")[1]
-            raise ValueError(f"Transfusion.from_pretrained: {name} is no option; those of transformers' from_pretrained and settings of TransfusionConfig "
+            raise ValueError(f"Transfusion.from_pretrained: {name} is no option; those of transformers' "
+                             "from_pretrained and settings of TransfusionConfig "
                              f"fit{nearest(name, TransfusionConfig.names())}") from error
         if loading_info is not None:
             loading_info.update(found)
         return model
 
-    def save_pretrained(self, path, is_main_process: bool = True, state_dict: dict | None = None, *, push_to_hub: bool = False, variant: str | None = None,
-                        **kwargs) -> None:
-        """Write config.json, model.safetensors, the tokenizer's files and the autoencoder, if there is one; what the directory held stands until all are whole.
+    @without_progress_bars()
+    def save_pretrained(self, path, is_main_process: bool = True, state_dict: dict | None = None, *,
+                        push_to_hub: bool = False, variant: str | None = None, **kwargs) -> None:
+        """Write config.json, model.safetensors, the tokenizer's files and the autoencoder, if there is one.
 
-        Options are those of transformers; what `push_to_hub` takes is handed on to it.
+        What the directory held stands until all are whole. Options are those of transformers; what `push_to_hub` takes
+        is handed on to it.
 
         Raises:
             ValueError: `path` is a file, or another process writes there.
@@ -166,29 +185,33 @@ class Transfusion(PreTrainedModel):
             self.push_to_hub(hub.pop("repo_id", Path(path).name), **hub)
 
     def embed(self, sequence: Sequence, patches: Tensor, condition: Tensor) -> tuple[Tensor, list]:
-        """Token embeddings (B, S, C) with the (noised) patches' embeddings in their places, and what skips the decoder to the image head."""
+        """Token embeddings (B, S, C), those of the (noised) patches in their places, and what skips the decoder."""
         x = self.backbone.embed(sequence.tokens)
-        embedded, skips = self.patch_embedding(x.flatten(0, 1), patches, condition, sequence.layout, sequence.patch_rows)
+        layout, places = sequence.layout, sequence.patch_places
+        embedded, skips = self.patch_embedding(x.flatten(0, 1), patches, condition, layout, places)
         return embedded.view_as(x), skips
 
-    def positions(self, positions: Tensor, image: Tensor, columns: Tensor) -> Tensor:
+    def positions(self, positions: Tensor, image_ids: Tensor, columns: Tensor) -> Tensor:
         """Positions (B, S) as the backbone takes them: as they are, or on each image's grid, (B, S, 2)."""
-        return grid_positions(positions, image, columns) if self.config.positions == "2d" else positions
+        return grid_positions(positions, image_ids, columns) if self.config.positions == "2d" else positions
 
     def forward(self, sequence: Sequence, times: Tensor, seed: Tensor | int) -> TransfusionOutput:
-        """Losses of packed documents whose images are noised to `times` (N,); `seed`, as in `tfkernels.noise_patchify`, makes the noise.
+        """Losses of packed documents whose images are noised to `times` (N,).
 
-        An image that is not drawn, a clean copy, is at time 0, whatever `times` says.
+        `seed` makes the noise, as in `tfkernels.noise_patchify`. An image that is not drawn, a clean copy, is at time
+        0, whatever `times` says.
         """
         times = torch.where(sequence.drawn, times, 0)
         (signal, noise), (p, q) = self.objective.path(times), self.objective.target(times)
         condition = self.timestep(times)                                                   # (N, C)
         noised = noise_patchify(sequence.patches, signal, noise, seed, offsets=sequence.layout.offsets)
         x, skips = self.embed(sequence, noised, condition)
-        positions = self.positions(sequence.positions, sequence.image, sequence.layout.columns)
-        x = self.backbone(x, positions, self.image_attention.mask(sequence), condition, sequence.modality).flatten(0, 1)  # (B * S, C)
-        text = self.backbone.text_loss(x, sequence.text_rows, sequence.text_targets)
-        images = sequence.drawn * self.image_head.loss(x, sequence.patch_rows, condition, sequence.layout, skips, sequence.patches, p, q, seed)
+        positions = self.positions(sequence.positions, sequence.image_ids, sequence.layout.columns)
+        mask = self.image_attention.mask(sequence)
+        x = self.backbone(x, positions, mask, condition, sequence.modality).flatten(0, 1)  # (B * S, C)
+        text = self.backbone.text_loss(x, sequence.target_places, sequence.text_targets)
+        images = sequence.drawn * self.image_head.loss(x, sequence.patch_places, condition, sequence.layout, skips,
+                                                       sequence.patches, p, q, seed)
         diffusion = images.sum() / sequence.drawn.sum().clamp(min=1)
         return TransfusionOutput(text + self.config.diffusion_weight * diffusion, text, diffusion, images)
 
@@ -198,35 +221,37 @@ class Transfusion(PreTrainedModel):
 
     def generate(self, parts: str | list[Part], **options) -> list[Part]:
         """Go on from `parts`, writing text and drawing images as the model sees fit; options as in `generate_batch`."""
-        return sample.generate_batch(self, [sample.as_parts("generate", "parts", parts)], **options)[0]
+        return generation.generate_batch(self, [generation.as_parts("generate", "parts", parts)], **options)[0]
 
     def generate_batch(self, prompts: list[str | list[Part]], **options) -> list[list[Part]]:
         """Go on from several prompts at once; see `transfusion.generate.generation.generate_batch`."""
-        return sample.generate_batch(self, prompts, **options)
+        return generation.generate_batch(self, prompts, **options)
 
-    def stream(self, parts: str | list[Part], **options) -> Iterator[sample.Event]:
+    def stream(self, parts: str | list[Part], **options) -> Iterator[generation.Event]:
         """`generate` as an iterator of events: text as it is written, previews, finished images."""
-        return sample.stream(self, [sample.as_parts("stream", "parts", parts)], **options)
+        return generation.stream(self, [generation.as_parts("stream", "parts", parts)], **options)
 
     def draw(self, prompts: str | list[str | list[Part]], **options) -> list[Image]:
-        """Draw one image for each prompt, a text or parts such as [image, instruction]; options as in `generate_batch`."""
-        return sample.draw(self, prompts, **options)
+        """Draw one image for each prompt, text or parts such as [image, instruction]; options: `generate_batch`'s."""
+        return generation.draw(self, prompts, **options)
 
     def caption(self, images: Image | list[Image], question: str = "", **options) -> list[str]:
         """Write the text that follows each image and the question, greedily; options as in `generate_batch`."""
-        return sample.caption(self, images, question, **options)
+        return generation.caption(self, images, question, **options)
 
 
 def _check_implementation(op: str, wanted) -> None:
     if not all(one == integration.NAME for one in (wanted.values() if isinstance(wanted, dict) else [wanted])):
-        raise ValueError(f"{op}: attn_implementation is {wanted!r}; {integration.NAME!r} fits, which alone sees this model's masks; leave it out")
+        raise ValueError(f"{op}: attn_implementation is {wanted!r}; {integration.NAME!r} fits, which alone sees this "
+                         "model's masks; leave it out")
 
 
 def _load_tokenizer(path: Path):
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # tokenizers raises nothing narrower for a file that it cannot read
-        raise ValueError(f"{path / 'tokenizer.json'} cannot be read ({' '.join(str(error).split())}); copy it again or make it anew") from error
+        raise ValueError(f"{path / 'tokenizer.json'} cannot be read ({' '.join(str(error).split())}); "
+                         "copy it again or make it anew") from error
 
 
 AutoConfig.register(TransfusionConfig.model_type, TransfusionConfig, exist_ok=True)

@@ -1,8 +1,11 @@
-"""Pictures to latents and back: a pretrained variational autoencoder of diffusers (AutoencoderKL: Stable Diffusion's, FLUX's, the paper's shape), frozen.
+"""Pictures to latents and back: a pretrained variational autoencoder, frozen.
+
+It is an AutoencoderKL of diffusers, as Stable Diffusion, FLUX and the paper have one.
 
     latent = (mean of the posterior - shift) * scale            picture = decoder(latent / scale + shift)
 
-scale and shift are the autoencoder's own `scaling_factor` and `shift_factor`. The mean, not a sample: the same picture gives the same latent.
+scale and shift are the autoencoder's own `scaling_factor` and `shift_factor`. The posterior's mean is taken, not a
+sample, so that the same picture gives the same latent.
 """
 import hashlib
 from pathlib import Path
@@ -12,10 +15,14 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from transfusion.files import check_files, current, replacing, whole
+from transfusion.model.progress import without_progress_bars
 
 
 class VAE:
-    """`encode` and `decode` of an AutoencoderKL; not a module, so that no optimizer, checkpoint or adapter of the model around it takes it along."""
+    """`encode` and `decode` of an AutoencoderKL.
+
+    It is not a module: no optimizer, checkpoint or adapter of the model around it takes it along.
+    """
 
     def __init__(self, autoencoder: AutoencoderKL):
         self.autoencoder = autoencoder.eval().requires_grad_(False)
@@ -28,18 +35,27 @@ class VAE:
     def __deepcopy__(self, memo):
         return self  # frozen: copies of the model around it share it
 
+    def to(self, device: torch.device) -> "VAE":
+        """Move it to `device`; what it makes comes back to the device of what it was given."""
+        self.autoencoder.to(device)
+        return self
+
     @classmethod
+    @without_progress_bars()
     def from_pretrained(cls, path: Path) -> "VAE":
         """Load a directory with config.json and safetensors, as diffusers writes it. Pickled weights are refused."""
         if not current(path, "config.json").is_file():
-            raise ValueError(f"VAE.from_pretrained: path is {str(path)!r}, which holds no config.json; a directory that diffusers' AutoencoderKL wrote fits")
+            raise ValueError(f"VAE.from_pretrained: path is {str(path)!r}, which holds no config.json; "
+                             "a directory that diffusers' AutoencoderKL wrote fits")
         try:
             with whole(path) as directory:
                 check_files(directory)
                 return cls(AutoencoderKL.from_pretrained(directory, use_safetensors=True))
         except OSError as error:
-            raise ValueError(f"VAE.from_pretrained: path is {str(path)!r}, whose weights cannot be loaded ({error}); safetensors fit") from error
+            raise ValueError(f"VAE.from_pretrained: path is {str(path)!r}, whose weights cannot be loaded ({error}); "
+                             "safetensors fit") from error
 
+    @without_progress_bars()
     def save_pretrained(self, path: Path) -> None:
         """Write config.json and safetensors; what the directory held stands until both are whole."""
         with replacing(path) as fresh:
@@ -57,8 +73,8 @@ class VAE:
     def encode(self, pictures: Tensor) -> Tensor:
         """Pictures (N, channels, H, W) in [-1, 1] to latents (N, C, H / factor, W / factor)."""
         if pictures.ndim != 4 or any(side % self.factor for side in pictures.shape[-2:]):
-            raise ValueError(f"VAE.encode: pictures has shape {tuple(pictures.shape)}; (N, channels, height, width) with sides that {self.factor} divides fit; "
-                             "resize or crop them")
+            raise ValueError(f"VAE.encode: pictures has shape {tuple(pictures.shape)}; (N, channels, height, width) "
+                             f"with sides that {self.factor} divides fit; resize or crop them")
         mean = self.autoencoder.encode(pictures.to(self.autoencoder.device, self.autoencoder.dtype)).latent_dist.mode()
         return ((mean.float() - self.shift) * self.scale).to(pictures.device)
 
@@ -66,6 +82,7 @@ class VAE:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (N, C, h, w) to pictures (N, channels, h * factor, w * factor) in [-1, 1]."""
         if latents.ndim != 4 or latents.shape[1] != self.channels:
-            raise ValueError(f"VAE.decode: latents has shape {tuple(latents.shape)}; (N, {self.channels}, height, width) fits")
+            raise ValueError(f"VAE.decode: latents has shape {tuple(latents.shape)}; "
+                             f"(N, {self.channels}, height, width) fits")
         given = (latents.float() / self.scale + self.shift).to(self.autoencoder.device, self.autoencoder.dtype)
         return self.autoencoder.decode(given).sample.float().clamp(-1, 1).to(latents.device)

@@ -11,14 +11,14 @@ import torch
 from sklearn.svm import SVC
 from torch import Tensor
 
-from transfusion.data.batches import Digits
 from transfusion.model.transfusion import Transfusion
-from transfusion.sequence.packing import Image, Part, Text
+from transfusion.recipes.digits import Digits
+from transfusion.sequence import Image, Part, Text
 
 
 def fit_judge(train: Digits) -> SVC:
     """Fit the judge on real training digits."""
-    return SVC(C=10, gamma=0.05).fit(train.images.flatten(1).numpy(), train.labels.numpy())
+    return SVC(C=10, gamma=0.05).fit(train.pictures.flatten(1).numpy(), train.labels.numpy())
 
 
 def read(judge: SVC, images: Tensor) -> Tensor:
@@ -47,14 +47,14 @@ def evaluate(model: Transfusion, drawn: Tensor, asked: Tensor) -> dict[str, floa
     """Return every measurement above for digits `drawn` for the labels `asked`."""
     train, held_out = Digits("train"), Digits("held-out")
     judge = fit_judge(train)
-    captions = model.caption([Image(image) for image in held_out.images], max_new_tokens=16)
+    captions = model.caption([Image(image) for image in held_out.pictures], max_new_tokens=16)
     right = [caption == Digits.caption(label) for caption, label in zip(captions, held_out.labels.tolist())]
     return {
         "text_to_image_accuracy": (read(judge, drawn) == asked).double().mean().item(),
-        "classifier_accuracy": (read(judge, held_out.images) == held_out.labels).double().mean().item(),
+        "classifier_accuracy": (read(judge, held_out.pictures) == held_out.labels).double().mean().item(),
         "caption_accuracy": sum(right) / len(right),
-        "nearest_train_distance_ratio": nearest_distance(drawn, train.images) / nearest_distance(held_out.images, train.images),
-        "within_class_spread_ratio": within_class_spread(drawn, asked) / within_class_spread(train.images, train.labels),
+        "nearest_train_distance_ratio": nearest_distance(drawn, train.pictures) / nearest_distance(held_out.pictures, train.pictures),
+        "within_class_spread_ratio": within_class_spread(drawn, asked) / within_class_spread(train.pictures, train.labels),
     }
 
 

@@ -19,7 +19,7 @@ from transfusion.eval.features import in_batches
 from transfusion.eval.metrics import frechet_distance
 from transfusion.model.transfusion import Transfusion
 from transfusion.recipes.emoji import STYLES, Emoji
-from transfusion.sequence.packing import Image, Text
+from transfusion.sequence import Image, Text
 from transfusion.train.classifier import ClassifierSettings, train_classifier
 
 
@@ -28,9 +28,9 @@ class Judges:
 
     def __init__(self, real: Emoji, out: Path, settings: ClassifierSettings):
         self.real, device = real, choose_device(settings.device)
-        self.names = train_classifier(real.images, real.labels, real.names, out / "names", settings).to(device)
-        self.styles = train_classifier(real.images, real.styles, STYLES, out / "styles", settings).to(device)
-        self.features = in_batches(self.names.pooled, real.images)                         # (N, F)
+        self.names = train_classifier(real.pictures, real.labels, real.names, out / "names", settings).to(device)
+        self.styles = train_classifier(real.pictures, real.styles, STYLES, out / "styles", settings).to(device)
+        self.features = in_batches(self.names.pooled, real.pictures)                         # (N, F)
 
     def read(self, drawn: Tensor, labels: Tensor, styles: Tensor) -> dict[str, float]:
         """Judge pictures (M, C, H, W) that were drawn for `labels` and `styles` (M,)."""

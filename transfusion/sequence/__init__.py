@@ -1,4 +1,8 @@
 """From parts, Text and Image, to packed rows of tokens and patches."""
-from transfusion.sequence.packing import Document, Image, Part, Sequence, Text, encode, lay_out, pack, with_clean_copies
+from transfusion.sequence.encoding import Document, encode, with_clean_copies
+from transfusion.sequence.layout import ImageLayout, Modality
+from transfusion.sequence.packing import IMAGE_ATTENTION, Sequence, lay_out, pack
+from transfusion.sequence.parts import Image, Part, Text
 
-__all__ = ["Document", "Image", "Part", "Sequence", "Text", "encode", "lay_out", "pack", "with_clean_copies"]
+__all__ = ["IMAGE_ATTENTION", "Document", "Image", "ImageLayout", "Modality", "Part", "Sequence", "Text", "encode",
+           "lay_out", "pack", "with_clean_copies"]

@@ -1,5 +1,5 @@
 """`python -m transfusion.train PRESET ...`: `transfusion train` under another name."""
-from transfusion.train.transfusion import main
+from transfusion.recipes.command_line import train_main
 
 if __name__ == "__main__":
-    main()
+    train_main()

@@ -1,32 +1,28 @@
-"""Train the autoencoder whose latents a Transfusion draws: `transfusion vae train PRESET [--data.folder DIR --optim.steps 100 ...]`.
+"""Train the autoencoder whose latents a Transfusion draws: `transfusion vae train PRESET [--optim.steps 100 ...]`.
 
-Each step draws pictures, encodes them, decodes a sample of the posterior and takes one AdamW step on the losses of
-transfusion/train/autoencoder_losses.py, then one on the discriminator's once it plays. Pictures, flips and samples of a step depend on (seed, step)
-alone, so a resumed run gives the losses of one that never stopped. Ctrl-C saves. What is saved is what `VAE.from_pretrained` reads:
-the averaged weights, with scaling_factor and shift_factor such that the training pictures' latents have mean 0 and standard deviation 1.
+Each step draws pictures, encodes them, decodes a sample of the posterior and takes one step of AdamW on the losses of
+transfusion/train/autoencoder_losses.py, then one on the discriminator's loss once it plays. The pictures, flips and samples
+of a step depend on (seed, step) alone, so that a resumed run gives the losses of one that never stopped. Ctrl-C saves. What
+is saved is what `VAE.from_pretrained` reads: the averaged weights, and scaling_factor and shift_factor such that the latents
+of the training pictures have mean 0 and standard deviation 1.
 """
-import json
+import contextlib
 import math
-import os
-import sys
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import tyro
 from diffusers import AutoencoderKL
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
+from torch import Tensor, nn
 
-from transfusion.command import Interrupt, claim, plain_errors
+from transfusion.command import claim
 from transfusion.data.batches import step_generator
-from transfusion.data.pictures import PictureSettings, describe, open_pictures
-from transfusion.device import choose_device, seconds_of
+from transfusion.data.dataset import DatasetSettings
+from transfusion.data.picture_files import describe
+from transfusion.device import choose_device
 from transfusion.eval.features import Features
-from transfusion.files import replacing
-from transfusion.settings import Count, Decay, NotNegative, Positive, Seed, Share, WholeNumber, check
+from transfusion.settings import Count, NotNegative, Share, WholeNumber, check
 from transfusion.train.autoencoder_losses import (
     PatchDiscriminator,
     discriminator_loss,
@@ -36,12 +32,15 @@ from transfusion.train.autoencoder_losses import (
     perceptual_loss,
     reconstruction_loss,
 )
-from transfusion.train.checkpoint import check_finite, check_weights, load_state, load_training_state, numbers, training_state, write_state
-from transfusion.train.log import open_log, start_log
-from transfusion.train.optimizer import build_average, build_optimizer, learning_rate
+from transfusion.train.checkpoint import check_finite
+from transfusion.train.loop import Batch, Term, fit, say_stopped
+from transfusion.train.optimizer import Player, build_average, build_optimizer, learning_rate
+from transfusion.train.settings import OptimizerSettings, RunSettings, check_steps, defaults
 
 FIRST_LOG_VARIANCE = -6.0  # of the posterior: at 0 the decoder would first read noise
 MEASURED = 4096  # training pictures, evenly spread, that scale and shift are measured on
+FIXED = ("model", "data", "losses", "seed", "optim.batch", "optim.flip")
+"""Settings that decide what was trained on: a run goes on with these alone as they were."""
 
 
 @dataclass(frozen=True)
@@ -85,77 +84,25 @@ class LossSettings:
 
 
 @dataclass(frozen=True)
-class VAEOptimSettings:
-    """Steps, batches and AdamW, the same for the autoencoder and the discriminator."""
+@defaults(lr=1e-3, min_lr=1e-5, warmup=50, betas=(0.9, 0.99), weight_decay=0.0, ema=0.99)
+class VAEOptimSettings(OptimizerSettings):
+    """Steps and batches, the same for the autoencoder and the discriminator."""
 
-    steps: Count = 1000
-    """optimizer steps in all"""
     batch: Count = 32
     """pictures in a step"""
-    lr: Positive = 1e-3
-    """peak learning rate"""
-    min_lr: NotNegative = 1e-5
-    """learning rate at the end of the cosine"""
-    warmup: WholeNumber = 50
-    """steps of linear warm-up"""
-    betas: tuple[Decay, Decay] = (0.9, 0.99)
-    """AdamW's betas"""
-    weight_decay: NotNegative = 0.0
-    """AdamW's decay of matrices and filters"""
-    clip: Positive = 1.0
-    """largest gradient norm"""
-    ema: Decay = 0.99
-    """decay of the averaged weights that are saved; 0 saves the last ones"""
     flip: Share = 0.5
     """share of pictures that are mirrored"""
 
 
 @dataclass(frozen=True)
-class VAETrainConfig:
+@defaults(out=Path("runs/vae"))
+class VAETrainConfig(RunSettings):
     """A training run of an autoencoder."""
 
-    out: Path = Path("runs/vae")
-    """directory for the autoencoder, the log and what resuming needs"""
-    seed: Seed = 0
-    """seed of initialisation, pictures and samples"""
-    save_every: Count = 500
-    """steps between saves"""
-    resume: bool = False
-    """go on from what `out` holds"""
-    stop_after: Count | None = None
-    """stop (and save) after this step, as Ctrl-C would"""
-    device: str = "auto"
-    """cpu, cuda, or auto: the accelerator if there is one"""
-    autocast: bool = False
-    """compute in bfloat16 under autocast"""
     model: AutoencoderSettings = field(default_factory=AutoencoderSettings)
-    data: PictureSettings = field(default_factory=PictureSettings)
+    data: DatasetSettings = field(default_factory=DatasetSettings)
     losses: LossSettings = field(default_factory=LossSettings)
     optim: VAEOptimSettings = field(default_factory=VAEOptimSettings)
-
-
-def small() -> VAETrainConfig:
-    """Emoji of 32x32 to latents of 16x16x4: twenty minutes of one CPU core."""
-    return VAETrainConfig(data=PictureSettings(name="emoji"), model=AutoencoderSettings(widths=(16, 48)),
-                          losses=LossSettings(discriminator_width=32, discriminator_layers=2), optim=VAEOptimSettings(steps=3000, batch=16, lr=2e-3))
-
-
-def paper() -> VAETrainConfig:
-    """Pictures of 256x256 to latents of 32x32x8 with the paper's weights, its discriminator from step 50,000, 1 M steps.
-
-    For all of its terms name --losses.perceptual-model and --losses.identity-model; what has no model is left out. The pictures are those of --data.folder.
-
-    The layers are Stable Diffusion's first autoencoder's, of three halvings: 83.7 M parameters, the nearest off-the-shelf shape to the paper's 86 M.
-    Batch, learning rate and decay are not in the paper; they are latent diffusion's (arXiv:2112.10752).
-    """
-    return VAETrainConfig(
-        out=Path("runs/vae-paper"), save_every=5000, autocast=True, data=PictureSettings(size=256),
-        model=AutoencoderSettings(latent_channels=8, widths=(128, 256, 512, 512), blocks=2, groups=32, attention=True),
-        losses=LossSettings(adversarial_from=50_000),
-        optim=VAEOptimSettings(steps=1_000_000, batch=32, lr=1e-4, min_lr=1e-5, warmup=5000, betas=(0.5, 0.9), ema=0.9999))
-
-
-PRESETS = {"small": small, "paper": paper}
 
 
 def build_autoencoder(settings: AutoencoderSettings, shape: tuple[int, int, int], seed: int) -> AutoencoderKL:
@@ -205,15 +152,19 @@ class Terms:
         """Weight of each term at a step; what is missing is not computed."""
         s = self.settings
         plays = s.adversarial_from is not None and step >= s.adversarial_from
-        weights = {"l1": 1.0, "perceptual": s.perceptual * (self.perceptual is not None), "identity": s.identity * (self.identity is not None),
-                   "adversarial": s.adversarial * plays, "kl": s.kl}
+        weights = {"l1": 1.0, "perceptual": s.perceptual * (self.perceptual is not None),
+                   "identity": s.identity * (self.identity is not None), "adversarial": s.adversarial * plays, "kl": s.kl}
         return {name: weight for name, weight in weights.items() if weight}
 
     def values(self, step: int, pictures: Tensor, drawn: Tensor, posterior) -> dict[str, Tensor]:
-        """Value of each term that has a weight, unweighted."""
-        terms = {"l1": lambda: reconstruction_loss(pictures, drawn), "perceptual": lambda: perceptual_loss(self.perceptual, pictures, drawn),
-                 "identity": lambda: identity_loss(self.identity, pictures, drawn), "kl": lambda: kl_loss(posterior),
-                 "adversarial": lambda: generator_loss(self.discriminator, drawn)}
+        """Value of each term that has a weight, unweighted; the discriminator gets no gradient from it."""
+        def adversarial() -> Tensor:
+            with frozen(self.discriminator):
+                return generator_loss(self.discriminator, drawn)
+
+        terms = {"l1": lambda: reconstruction_loss(pictures, drawn), "kl": lambda: kl_loss(posterior),
+                 "perceptual": lambda: perceptual_loss(self.perceptual, pictures, drawn),
+                 "identity": lambda: identity_loss(self.identity, pictures, drawn), "adversarial": adversarial}
         return {name: terms[name]() for name in self.weights(step)}
 
     def table(self) -> str:
@@ -225,6 +176,16 @@ class Terms:
                 ("adversarial", s.adversarial, never if s.adversarial_from is None else f"from step {s.adversarial_from:,}"),
                 ("kl", s.kl, "always"))
         return "\n".join([f"{'term':<14}{'weight':>8}", *(f"{name:<14}{weight:>8g}  {note}" for name, weight, note in rows)])
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """What is computed inside gives the model's parameters no gradient."""
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.requires_grad_(True)
 
 
 def reconstruct(autoencoder: AutoencoderKL, pictures: Tensor, generator: torch.Generator):
@@ -250,11 +211,56 @@ def latent_statistics(autoencoder: AutoencoderKL, pictures, batch: int) -> tuple
     return latents.mean().item(), latents.std().item()
 
 
+class AutoencoderTask:
+    """Pictures that an autoencoder reconstructs and that a discriminator, once it plays, tells from its reconstructions."""
+
+    unit, shown = "pictures", ("loss", "l1", "perceptual", "identity", "adversarial", "discriminator")
+
+    def __init__(self, config: VAETrainConfig, pictures, autoencoder: AutoencoderKL, terms: Terms):
+        self.config, self.pictures, self.terms, self.size = config, pictures, terms, config.optim.batch
+        average = build_average(autoencoder, config.optim)
+        self.autoencoder = Player(autoencoder, build_optimizer(autoencoder, config.optim), average)
+        self.opponent = Player(terms.discriminator, build_optimizer(terms.discriminator, config.optim),
+                               name="discriminator", loss="discriminator")
+        self.players = (self.autoencoder, self.opponent)
+
+    def batches(self, step: int) -> list[Batch]:
+        """Draw a step's pictures, then split them; samples of the posteriors come from the same generator, in order."""
+        generator = step_generator(self.config.seed, step)
+        drawn = draw_pictures(self.pictures, self.config.optim, generator)
+        return [Batch((part, generator), dict.fromkeys(self.shown + ("kl",), len(part)))
+                for part in drawn.tensor_split(self.config.optim.accumulate)]
+
+    def losses(self, step: int, batch: Batch) -> Iterator[tuple[Player, dict[str, Term]]]:
+        """The autoencoder's terms, then the discriminator's loss of the same reconstructions."""
+        device, generator = self.autoencoder.model.device, batch.inputs[1]
+        given, weights = batch.inputs[0].to(device), self.terms.weights(step)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.autocast):
+            drawn, posterior = reconstruct(self.autoencoder.model, given, generator)
+            values = self.terms.values(step, given, drawn, posterior)
+        yield self.autoencoder, {name: Term(weights[name], value) for name, value in values.items()}
+        if "adversarial" in weights:
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.config.autocast):
+                loss = discriminator_loss(self.opponent.model, given, drawn)
+            yield self.opponent, {"discriminator": Term(1.0, loss)}
+
+    def save(self, directory: Path, step: int) -> None:
+        """Write the averaged autoencoder with the scale and shift of its latents."""
+        config = self.config
+        final = self.autoencoder.averaged.module if config.optim.ema else self.autoencoder.model
+        mean, std = latent_statistics(final, self.pictures, 4 * config.optim.batch)  # as little memory as a step's
+        check_finite("vae train", config.out, step,
+                     {"mean of the latents": mean, "1 / their standard deviation": 1 / std if std else math.inf})
+        final.register_to_config(scaling_factor=1 / std, shift_factor=mean)
+        final.save_pretrained(directory, safe_serialization=True)
+
+
 def train(config: VAETrainConfig) -> Path:
-    """Run `config` to its end, to `stop_after`, or to Ctrl-C, SIGTERM or SIGHUP; return the directory with the autoencoder."""
-    inputs = {"data.folder": config.data.folder, "losses.perceptual_model": config.losses.perceptual_model,
-              "losses.identity_model": config.losses.identity_model}
+    """Run `config` to its end, to `stop_after`, or to a signal, as `fit` does; return the directory with the autoencoder."""
+    inputs = {f"data.{name}": path for name, path in config.data.directories().items()}
+    inputs |= {f"losses.{name}": getattr(config.losses, name) for name in ("perceptual_model", "identity_model")}
     check("vae train", config)
+    check_steps("vae train", config.optim, "batch", "optim.")
     with claim("vae train", config.out, inputs, config.resume):
         return _train(config)
 
@@ -262,116 +268,24 @@ def train(config: VAETrainConfig) -> Path:
 def _train(config: VAETrainConfig) -> Path:
     # data and models
     device = choose_device(config.device)
-    pictures = open_pictures(config.data)
-    autoencoder = build_autoencoder(config.model, tuple(pictures.shape[1:]), config.seed).to(device).train()
-    discriminator = build_discriminator(config.losses, tuple(pictures.shape[1:])).to(device)
+    pictures = config.data.open().pictures
+    shape = tuple(pictures.shape[1:])
+    autoencoder = build_autoencoder(config.model, shape, config.seed).to(device).train()
+    discriminator = build_discriminator(config.losses, shape).to(device)
     terms = Terms(config.losses, discriminator, device)
-    averaged = build_average(autoencoder, config.optim)
-
-    # optimizers
-    optimizer, opponent = (build_optimizer(model, config.optim) for model in (autoencoder, discriminator))
-    start = _restore(config, autoencoder, averaged, discriminator, optimizer, opponent) if config.resume else 0
-
-    def losses(step: int):
-        generator = step_generator(config.seed, step)
-        given = draw_pictures(pictures, config.optim, generator).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
-            drawn, posterior = reconstruct(autoencoder, given, generator)
-            values = terms.values(step, given, drawn, posterior)
-        return given, drawn, values, sum(weight * values[name] for name, weight in terms.weights(step).items())
-
     print(describe(pictures, config.data, "train"))
     print(terms.table())
-    print(_cost(config, autoencoder, discriminator, losses, start), flush=True)
+    print(parameter_counts(config, autoencoder, discriminator), flush=True)
 
-    # loop
-    spent = start_log(config.out / "log.jsonl", start)
-    progress = tqdm(range(start, config.optim.steps), initial=start, total=config.optim.steps, desc=f"vae train {config.out.name}", smoothing=0.05,
-                    unit="step", dynamic_ncols=True)
-    began = time.perf_counter() - spent
-    with Interrupt() as stop, open_log(config.out / "log.jsonl") as log:
-        step = start
-        for step in progress:
-            for group in (*optimizer.param_groups, *opponent.param_groups):
-                group["lr"] = learning_rate(step, config.optim)
-            given, drawn, values, loss = losses(step)
-            loss.backward()
-            norms = {"grad_norm": torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), config.optim.clip)}
-            opponent.zero_grad()  # what the adversarial term left there
-            plays = "adversarial" in values
-            if plays:
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
-                    values["discriminator"] = discriminator_loss(discriminator, given, drawn)
-                values["discriminator"].backward()
-                norms["discriminator_grad_norm"] = torch.nn.utils.clip_grad_norm_(discriminator.parameters(), config.optim.clip)
-            found = numbers(loss=loss, **values, **norms)
-            check_finite("vae train", config.out, step, found)
-            optimizer.step()
-            optimizer.zero_grad()
-            averaged.update_parameters(autoencoder)
-            if plays:
-                opponent.step()
-                opponent.zero_grad()
-
-            record = {"step": step, **found, "lr": learning_rate(step, config.optim), "seconds": time.perf_counter() - began}
-            log.write(json.dumps(record) + "\n")
-            progress.set_postfix({name: f"{value:.3f}" for name, value in record.items() if name in values and name != "kl"})
-            last = step + 1 == config.optim.steps or stop.asked or step + 1 == config.stop_after
-            if last or (step + 1) % config.save_every == 0:
-                log.flush()
-                os.fsync(log.fileno())
-                _save(config, pictures, autoencoder, averaged, discriminator, optimizer, opponent, step + 1)
-            if last and step + 1 < config.optim.steps:
-                progress.close()
-                break
-    if step + 1 < config.optim.steps:
-        print(f"stopped after step {step + 1} of {config.optim.steps}, saved in {config.out}; add --resume to the same command to go on", file=sys.stderr)
+    # optimizers and loop
+    task = AutoencoderTask(config, pictures, autoencoder, terms)
+    done = fit("vae train", config, config.optim, task, lambda step: learning_rate(step, config.optim), fixed=FIXED)
+    say_stopped(config, config.optim, done)
     return config.out
 
 
-def _cost(config: VAETrainConfig, autoencoder: AutoencoderKL, discriminator: PatchDiscriminator, losses, start: int) -> str:
-    """One line: parameters, and how long the run takes by a step that is timed and thrown away."""
-    seconds = seconds_of(lambda: losses(config.optim.steps)[-1].backward(), autoencoder.device)
-    for model in (autoencoder, discriminator):
-        model.zero_grad()
+def parameter_counts(config: VAETrainConfig, autoencoder: AutoencoderKL, discriminator: PatchDiscriminator) -> str:
+    """How large the networks are that play."""
     counts = [sum(p.numel() for p in model.parameters()) for model in (autoencoder, discriminator)]
-    left = config.optim.steps - start
     against = "" if config.losses.adversarial_from is None else f", {counts[1]:,} of the discriminator"
-    minutes = left * seconds / 60
-    return f"{counts[0]:,} parameters{against}; {left:,} steps of {config.optim.batch} pictures at {seconds:.2f} s: about {minutes:,.0f} min"
-
-
-def _save(config: VAETrainConfig, pictures, autoencoder: AutoencoderKL, averaged: AveragedModel, discriminator: PatchDiscriminator, optimizer, opponent,
-          step: int) -> None:
-    """Write the autoencoder with its scale and shift and what resuming needs, together; a kill while writing leaves the save before whole."""
-    final = averaged.module if config.optim.ema else autoencoder
-    state = training_state(autoencoder, optimizer) | {"averaged_steps": averaged.n_averaged}
-    state |= {f"averaged.{name}": p for name, p in averaged.module.named_parameters()}
-    state |= {f"discriminator.{name}": x for name, x in training_state(discriminator, opponent).items()}
-    check_weights("vae train", config.out, step, state)
-    mean, std = latent_statistics(final, pictures, 4 * config.optim.batch)  # without gradients as little memory as a step
-    check_finite("vae train", config.out, step, {"mean of the latents": mean, "1 / their standard deviation": 1 / std if std else math.inf})
-    final.register_to_config(scaling_factor=1 / std, shift_factor=mean)
-    with replacing(config.out) as fresh:
-        final.save_pretrained(fresh, safe_serialization=True)
-        write_state(fresh, config, state, step)
-
-
-def _restore(config: VAETrainConfig, autoencoder: AutoencoderKL, averaged: AveragedModel, discriminator: PatchDiscriminator, optimizer, opponent) -> int:
-    """Load what `_save` wrote; return the step to go on from. What decides what was trained on must be what it was."""
-    fixed = ("model", "data", "losses", "seed", "optim.batch", "optim.flip")
-    state, step = load_state(config, fixed, autoencoder.device)
-    load_training_state(state, autoencoder, optimizer)
-    load_training_state({name.removeprefix("discriminator."): x for name, x in state.items() if name.startswith("discriminator.")}, discriminator, opponent)
-    for name, p in averaged.module.named_parameters():
-        p.data.copy_(state[f"averaged.{name}"])
-    averaged.n_averaged.copy_(state["averaged_steps"])
-    return step
-
-
-def main(args: list[str] | None = None) -> None:
-    """Entry point of `transfusion vae train`."""
-    config = tyro.extras.overridable_config_cli({name: (preset.__doc__.strip(), preset()) for name, preset in PRESETS.items()},
-                                                prog="transfusion vae train", description=__doc__, args=args)
-    with plain_errors():
-        train(config)
+    return f"{counts[0]:,} parameters{against}"

@@ -1,19 +1,29 @@
 """What a training run saves to go on from, and the checks before it does.
 
-A run's directory holds its checkpoint, log.jsonl and resume/, with state.safetensors (weights, the optimizer's moments) and run.json (step, settings).
-Checkpoint and resume/ are replaced together (transfusion/files.py): a kill at any moment leaves the older or the newer of both.
+A run's directory holds its checkpoint, log.jsonl and resume/:
+
+    resume/state.safetensors   weights, averages and the optimizers' tensors: model.NAME, averaged.NAME, optimizer.NAME.KEY
+    resume/run.json            the step, the settings, and what optimizers keep that is no tensor
+
+The checkpoint and resume/ are replaced together (transfusion/files.py): a kill at any moment leaves the older or the newer
+of both. Names of a second player, a discriminator, stand behind its own: discriminator.model.NAME.
 """
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from transfusion.command import saved_run, saved_step
+from transfusion.data.dataset import DatasetSettings
 from transfusion.files import load_tensors, whole
+from transfusion.model.config import present_backbone
+from transfusion.train.optimizer import Player
+from transfusion.train.settings import RunSettings
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -21,23 +31,89 @@ def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def training_state(model: torch.nn.Module, optimizer) -> dict[str, torch.Tensor]:
-    """What is trained of a model, and the optimizer's moments, by name; `load_training_state` undoes it."""
-    trained = trained_parameters(model)
-    return {f"model.{name}": p for name, p in trained.items()} | {
-        f"optimizer.{name}.{key}": x for name, p in trained.items() for key, x in optimizer.state[p].items()}
+def training_state(players: Sequence[Player]) -> tuple[dict[str, Tensor], dict[str, dict]]:
+    """What going on needs: tensors by name and, for each player, what its optimizer keeps that is no tensor.
+
+    `restore_players` undoes it.
+    """
+    state, optimizers = {}, {}
+    for player in players:
+        tensors = {f"model.{name}": x for name, x in _weights(player.model).items()}
+        moments, optimizers[player.name] = _optimizer_state(player)
+        tensors |= {f"optimizer.{name}": x for name, x in moments.items()}
+        if player.averaged is not None:
+            tensors |= {f"averaged.{name}": p for name, p in trained_parameters(player.averaged.module).items()}
+            tensors["averaged_steps"] = player.averaged.n_averaged
+        state |= {player.prefix(".") + name: x for name, x in tensors.items()}
+    return state, optimizers
 
 
-def load_training_state(state: dict[str, torch.Tensor], model: torch.nn.Module, optimizer) -> None:
-    """Put what `training_state` returned into a model and its optimizer."""
-    for name, p in trained_parameters(model).items():
-        p.data.copy_(state[f"model.{name}"])
-        optimizer.state[p] = {key: state[f"optimizer.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{name}.{key}" in state}
+@torch.no_grad()
+def restore_players(players: Sequence[Player], state: Mapping[str, Tensor], optimizers: Mapping[str, dict]) -> None:
+    """Put what `training_state` returned into the players.
+
+    Raises:
+        ValueError: the state is another optimizer's.
+    """
+    for player in players:
+        prefix = player.prefix(".")
+        for name, x in _weights(player.model).items():
+            x.copy_(state[f"{prefix}model.{name}"])
+        start = f"{prefix}optimizer."
+        tensors = {name.removeprefix(start): x for name, x in state.items() if name.startswith(start)}
+        _restore_optimizer(player, tensors, optimizers.get(player.name, {}))
+        if player.averaged is not None:
+            for name, p in trained_parameters(player.averaged.module).items():
+                p.copy_(state[f"{prefix}averaged.{name}"])
+            player.averaged.n_averaged.copy_(state[f"{prefix}averaged_steps"])
 
 
-def numbers(**values: torch.Tensor) -> dict[str, float]:
-    """Single numbers as floats, with one wait for the device."""
-    return dict(zip(values, torch.stack([x.detach().float() for x in values.values()]).tolist()))
+def _weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Trained parameters, and the buffers that belong to a model's weights, as batch norm's statistics do."""
+    kept = model.state_dict().keys()
+    return trained_parameters(model) | {name: x for name, x in model.named_buffers() if name in kept}
+
+
+def _optimizer_state(player: Player) -> tuple[dict[str, Tensor], dict]:
+    """All that an optimizer keeps: tensors, by parameter, and the rest, as JSON can hold it."""
+    optimizer, tensors, others = player.optimizer, {}, {}
+    names = {p: name for name, p in trained_parameters(player.model).items()}
+    for p, values in optimizer.state.items():
+        for key, x in values.items():
+            if isinstance(x, Tensor):
+                tensors[f"{names[p]}.{key}"] = x
+            elif x is None or isinstance(x, bool | int | float | str):
+                others[f"{names[p]}.{key}"] = x
+            else:
+                raise ValueError(f"train: the optimizer, {type(optimizer).__name__}, keeps a {type(x).__name__} ({key}); "
+                                 "tensors and numbers can be saved; take another optimizer in transfusion/train/optimizer.py")
+    groups = [{key: value for key, value in group.items() if key not in ("params", "lr") and value != before.get(key)}
+              for group, before in zip(optimizer.param_groups, player.built)]
+    return tensors, {"kind": type(optimizer).__name__, "numbers": others, "groups": groups}
+
+
+def _restore_optimizer(player: Player, tensors: Mapping[str, Tensor], kept: Mapping) -> None:
+    """Put what `_optimizer_state` returned into an optimizer; older saves have its tensors alone."""
+    optimizer, kind = player.optimizer, type(player.optimizer).__name__
+    if kept.get("kind", kind) != kind:
+        raise ValueError(f"train: the saved run's optimizer is {kept['kind']} and this one {kind}; the same one fits; "
+                         "start anew with another --out")
+    found: dict[str, dict] = {}
+    for path, x in [*tensors.items(), *kept.get("numbers", {}).items()]:
+        name, _, key = path.rpartition(".")
+        found.setdefault(name, {})[key] = x
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    for name, p in trained_parameters(player.model).items():
+        if name in found:
+            optimizer.state[p] = {key: _placed(key, x, p, groups[p]) for key, x in found[name].items()}
+    for group, changed in zip(optimizer.param_groups, kept.get("groups", [])):
+        group.update(changed)
+
+
+def _placed(key: str, x, p: Tensor, group: Mapping):
+    """A value where its optimizer keeps it: steps stay on the host unless it counts them on the device, as torch's do."""
+    on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
+    return x.to(p.device) if isinstance(x, Tensor) and not on_host else x
 
 
 def check_finite(command: str, out: Path, step: int, values: Mapping[str, float], way_on: str = "") -> None:
@@ -51,7 +127,7 @@ def check_finite(command: str, out: Path, step: int, values: Mapping[str, float]
         raise FloatingPointError(f"{command}: in step {step:,} {', '.join(bad)}; {way_on or _way_on(out, step)}")
 
 
-def check_weights(command: str, out: Path, step: int, tensors: Mapping[str, torch.Tensor], way_on: str = "") -> None:
+def check_weights(command: str, out: Path, step: int, tensors: Mapping[str, Tensor], way_on: str = "") -> None:
     """Refuse to save weights or moments that are not finite, before anything of the older save is touched.
 
     Raises:
@@ -62,8 +138,8 @@ def check_weights(command: str, out: Path, step: int, tensors: Mapping[str, torc
     flags = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()  # one wait for the device
     bad = [name for name, fine in zip(names, flags) if not fine]
     if bad:
-        raise FloatingPointError(f"{command}: after {step:,} steps {len(bad)} tensors are not finite ({bad[0]}); they are not saved; "
-                                 f"{way_on or _way_on(out, step)}")
+        raise FloatingPointError(f"{command}: after {step:,} steps {len(bad)} tensors are not finite ({bad[0]}); they are "
+                                 f"not saved; {way_on or _way_on(out, step)}")
 
 
 def _way_on(out: Path, step: int) -> str:
@@ -72,38 +148,71 @@ def _way_on(out: Path, step: int) -> str:
     if saved is None:
         return "nothing was saved; start again with a lower optim.lr"
     if saved == step:
-        return (f"the save of {saved:,} steps in {out} holds the very weights that gave this, so that --resume would end here again; start anew with a lower "
-                "optim.lr and another --out")
+        return (f"the save of {saved:,} steps in {out} holds the very weights that gave this, so that --resume would end here "
+                "again; start anew with a lower optim.lr and another --out")
     return f"the save of {saved:,} steps in {out} stands; --resume with a lower optim.lr goes on from it"
 
 
-def write_state(directory: Path, config, state: dict[str, torch.Tensor], step: int) -> None:
-    """Write tensors and settings to a directory's resume/, for `load_state`."""
+def write_state(directory: Path, config: RunSettings, state: Mapping[str, Tensor], optimizers: Mapping[str, dict],
+                step: int) -> None:
+    """Write what `training_state` returned, and the settings, to a directory's resume/, for `load_state`."""
     kept = directory / "resume"
     kept.mkdir()
-    save_file({name: x.detach().contiguous().cpu().clone() for name, x in state.items()}, kept / "state.safetensors")
-    (kept / "run.json").write_text(json.dumps({"step": step, "config": dataclasses.asdict(config)}, default=str, indent=2))
+    tensors = {name: x.detach().contiguous().cpu().clone() for name, x in state.items()}
+    save_file(tensors, kept / "state.safetensors")
+    run = {"step": step, "config": recorded(config), "optimizers": optimizers}
+    (kept / "run.json").write_text(json.dumps(run, indent=2))
 
 
-def load_state(config, fixed: tuple[str, ...], device: torch.device) -> tuple[dict[str, torch.Tensor], int]:
-    """Return what `write_state` wrote and its step; the settings that `fixed` names, single ones or groups, must be what they were.
+def recorded(config: RunSettings) -> dict:
+    """Return settings as JSON can hold them; beside the settings of a data set stands its name."""
+    named = {field.name: value.name for field in dataclasses.fields(config)
+             if isinstance(value := getattr(config, field.name), DatasetSettings)}
+    record = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return record | {field: record[field] | {"name": name} for field, name in named.items()}
 
-    Others may change, and one line says which do.
+
+def load_state(config: RunSettings, fixed: tuple[str, ...]) -> tuple[dict[str, Tensor], dict]:
+    """Return the tensors that `write_state` wrote, on the host, and what run.json holds.
+
+    The settings that `fixed` names, single ones or groups, must be what they were. Others may change, and one line says
+    which do.
+
+    Raises:
+        ValueError: no run of this kind or of these settings, or a damaged one.
     """
     run, out = saved_run(config.out), str(config.out)
-    theirs, ours = _flat(run.get("config") or {}), _flat(json.loads(json.dumps(dataclasses.asdict(config), default=str)))
+    theirs, ours = _flat(run.get("config") or {}), _flat(recorded(config))
+    if theirs.get("data.folder") is not None:
+        theirs.pop("data.name", None)  # earlier versions wrote a data set's name beside a folder, too
+    if "model.backbone" in theirs:
+        theirs["model.backbone"] = present_backbone(theirs["model.backbone"])
     if not {key.split(".")[0] for key in ours if "." in key} <= {key.split(".")[0] for key in theirs}:
-        raise ValueError(f"train: out is {out!r}, which holds a run of another kind; --resume goes on with the same command's; take another --out")
-    changed = [key for key in ours if key in theirs and theirs[key] != ours[key] and key not in ("out", "resume", "stop_after")]
+        raise ValueError(f"train: out is {out!r}, which holds a run of another kind; --resume goes on with the same "
+                         "command's; take another --out")
+    changed = [key for key in ours
+               if key in theirs and theirs[key] != ours[key] and key not in ("out", "resume", "stop_after")]
     other = [key for key in changed if any(key == name or key.startswith(f"{name}.") for name in fixed)]
     if other:
-        raise ValueError(f"train: {', '.join(other)} differ from the run saved in {out!r}; the same settings fit; start anew with another --out")
+        raise ValueError(f"train: {', '.join(other)} differ from the run saved in {out!r}; the same settings fit; start "
+                         "anew with another --out")
     if config.resume and config.stop_after is not None and config.stop_after <= run["step"]:
-        raise ValueError(f"train: stop_after is {config.stop_after} and the run saved in {out!r} has {run['step']:,} steps; a later step fits, or leave it out")
+        raise ValueError(f"train: stop_after is {config.stop_after} and the run saved in {out!r} has {run['step']:,} "
+                         "steps; a later step fits, or leave it out")
     if changed:
         print(f"going on with {', '.join(f'{key} {ours[key]} (was {theirs[key]})' for key in changed)}", flush=True)
     with whole(config.out) as directory:
-        return load_tensors(directory / "resume" / "state.safetensors", str(device)), run["step"]
+        return load_tensors(directory / "resume" / "state.safetensors"), run
+
+
+def same_run(config: RunSettings, names: tuple[str, ...]) -> bool:
+    """Whether `out` holds a run that was stopped and whose settings of these names were equal; one line says so."""
+    saved, ours = saved_run(config.out) or {}, recorded(config)
+    theirs = saved.get("config", {})
+    same = bool(theirs) and all(theirs.get(name) == ours[name] for name in names)
+    if same:
+        print(f"going on from step {saved['step']} of the run kept in {config.out / 'resume'}", flush=True)
+    return same
 
 
 def _flat(settings: Mapping, prefix: str = "") -> dict[str, object]:

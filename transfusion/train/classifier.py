@@ -1,51 +1,44 @@
-"""A small ResNet (arXiv:1512.03385) that tells real pictures apart: a judge of drawn ones, and features where no pretrained network is at hand.
+"""A small ResNet (arXiv:1512.03385) that tells real pictures apart: it judges drawn ones, and its features measure them.
 
-    python -m transfusion.train.classifier --data.name digits --out runs/judge
+    python -m transfusion.train.classifier data:digits --out runs/judge
 
-Basic blocks, AdamW under a cosine, label smoothing (arXiv:1512.00567, section 7), and pictures moved, scaled and brightened a little, never mirrored:
-a mirrored seven is no seven. The batch of a step is a pure function of (seed, step): the same call after an interruption goes on from the last state
-kept. What is saved is a checkpoint of transformers that `Features` loads.
+It has basic blocks and is trained by AdamW under a cosine with label smoothing (arXiv:1512.00567, section 7). Pictures are
+moved, scaled and brightened a little, but never mirrored: a mirrored seven is no seven. The batch of a step depends on
+(seed, step) alone, so that the same call after an interruption goes on from the last state saved. What is written at the end
+is a checkpoint of transformers that `Features` loads.
 """
-import copy
 import dataclasses
 import json
 import math
-import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
-from transfusion.command import Interrupt, claim, plain_errors, saved_run
-from transfusion.data.batches import DATASETS, DIGIT_NAMES, step_generator
-from transfusion.device import choose_device, seconds_of
+from transfusion.command import claim, saved_run
+from transfusion.data.batches import step_generator
+from transfusion.data.dataset import DatasetSettings
+from transfusion.device import choose_device
 from transfusion.eval.features import Features, Preprocessing, in_batches
-from transfusion.files import LOCK, load_tensors, read_json, replacing
-from transfusion.recipes.emoji import STYLES
-from transfusion.settings import Count, Decay, NotNegative, Positive, Seed, Share, check
-from transfusion.train.checkpoint import check_finite, check_weights, numbers
+from transfusion.files import LOCK, read_json
+from transfusion.settings import Count, Decay, NotNegative, Share, check
+from transfusion.train.checkpoint import same_run
+from transfusion.train.log import LOG
+from transfusion.train.loop import Batch, Term, end_run, fit
+from transfusion.train.optimizer import Player, build_optimizer
+from transfusion.train.settings import JobSettings, RunSettings, StepSettings, check_steps, defaults
 
-DIVERGED = "what was saved before stands; train again with a lower lr"
-_EMOJI = {
-    "name": lambda dataset: (dataset.labels, dataset.names), "style": lambda dataset: (dataset.styles, STYLES),
-    "category": lambda dataset: (dataset.categories, dataset.category_names), "kind": lambda dataset: (dataset.kinds, dataset.kind_names)}
-LABELS: dict[str, dict[str, Callable[[object], tuple[Tensor, Sequence[str]]]]] = {
-    "digits": {"name": lambda dataset: (dataset.labels, DIGIT_NAMES)}, "emoji": _EMOJI, "emoji-lively": _EMOJI, "emoji-64": _EMOJI,
-}
-"""What can be told apart in each data set: a labelling gives the label of each picture and the labels' names."""
+CLASSIFIER = "classifier.json"  # what a finished one was made of
 
 
 @dataclass(frozen=True)
-class ClassifierSettings:
-    """What is trained, and how long."""
+@defaults(steps=400, lr=3e-3, betas=(0.9, 0.999), weight_decay=0.05, save_every=200)
+class ClassifierSettings(JobSettings, StepSettings):
+    """What is trained, and how long; lr is reached after a twentieth of the steps, and a cosine takes it to 0."""
 
     size: Count = 32
     """side that pictures are stretched to; the network halves it twice before its first stage and once before each other"""
@@ -53,14 +46,8 @@ class ClassifierSettings:
     """channels of the first stage; each next one has twice as many"""
     depths: tuple[Count, ...] = (1, 1, 1)
     """basic blocks of each stage"""
-    steps: Count = 400
-    """batches to train on"""
     batch: Count = 128
     """pictures of a batch, drawn with replacement"""
-    lr: Positive = 3e-3
-    """highest learning rate, reached after a twentieth of the steps; a cosine takes it to 0"""
-    weight_decay: NotNegative = 0.05
-    """AdamW's, on matrices and kernels only"""
     smoothing: Share = 0.1
     """share of the target that all labels have in common"""
     move: Share = 0.1
@@ -69,22 +56,27 @@ class ClassifierSettings:
     """pictures are scaled by up to this share"""
     brightness: NotNegative = 0.1
     """up to this much is added to all pixels of a picture"""
-    seed: Seed = 0
-    """of the weights, the batches and what is done to pictures"""
-    device: str = "auto"
-    """auto, cpu, cuda, ..."""
-    keep_every: Count = 200
-    """steps after which the state is kept, so that the same call goes on from there"""
+
+
+@dataclass(frozen=True)
+class ClassifierRun(RunSettings):
+    """A training run: what the classifier is made of."""
+
+    settings: ClassifierSettings = ClassifierSettings()
+    """how it is trained"""
+    labels: tuple[str, ...] = ()
+    """names of what it tells apart"""
+    pictures: tuple[int, ...] = ()
+    """shape and checksums of the pictures and their labels"""
 
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """Which pictures to tell apart, and where to write."""
+    """Train a classifier of a data set's pictures: a judge of drawn ones."""
 
-    data: Annotated[str, tyro.conf.arg(name="data.name")] = "digits"
-    """the data set; see DATASETS in transfusion/data/batches.py"""
+    data: DatasetSettings = field(default_factory=DatasetSettings)
     label: str = "name"
-    """what to tell apart; see LABELS in transfusion/train/classifier.py"""
+    """what to tell apart; a label that the data set does not have is answered with those that it has"""
     out: Path = Path("runs/judge")
     """directory of the checkpoint"""
     settings: ClassifierSettings = field(default_factory=ClassifierSettings)
@@ -99,6 +91,7 @@ def train_classifier(images: Tensor, labels: Tensor, label_names: Sequence[str],
             that holds something else.
     """
     check("train_classifier", settings)
+    check_steps("train_classifier", settings, "batch")
     if images.ndim != 4 or labels.shape != images.shape[:1] or not len(images):
         raise ValueError(f"train_classifier: images has shape {tuple(images.shape)} and labels {tuple(labels.shape)}; (N, C, height, width) and (N,) "
                          "fit")
@@ -111,50 +104,64 @@ def train_classifier(images: Tensor, labels: Tensor, label_names: Sequence[str],
 
 
 def _train(images: Tensor, labels: Tensor, label_names: Sequence[str], out: Path, settings: ClassifierSettings) -> Features:
-    pictures = [*images.shape, zlib.crc32(images.contiguous().numpy()), zlib.crc32(labels.contiguous().numpy())]
-    run = json.loads(json.dumps({"settings": dataclasses.asdict(settings), "labels": list(label_names), "pictures": pictures}))
-    if _finished(out) == run:
+    pictures = (*images.shape, zlib.crc32(images.contiguous().numpy()), zlib.crc32(labels.contiguous().numpy()))
+    run = ClassifierRun(seed=settings.seed, save_every=settings.save_every, device=settings.device, out=out,
+                        settings=settings, labels=tuple(label_names), pictures=pictures)
+    if is_finished(run):
         print(f"{out} is this classifier already", flush=True)
         return Features.from_pretrained(out)
     device = choose_device(settings.device)
-    network = build_network(images.shape[1], label_names, settings).to(device)
-    prepare = Preprocessing(images.shape[1], (settings.size, settings.size), [0.5], [0.5])
-
-    def loss_of(network: ResNetForImageClassification, step: int) -> Tensor:
-        generator = step_generator(settings.seed, step)
-        chosen = torch.randint(len(images), (settings.batch,), generator=generator)
-        pictures = augment(prepare(images[chosen].to(device)), settings, generator)
-        return torch.nn.functional.cross_entropy(network(pictures).logits, labels[chosen].to(device), label_smoothing=settings.smoothing)
-
-    optimizer = torch.optim.AdamW([
-        {"params": [p for p in network.parameters() if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in network.parameters() if p.ndim < 2], "weight_decay": 0.0}], lr=settings.lr)
-    start = _restore(out, run, network, optimizer)
-    print(f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters, {len(label_names)} labels, {len(images)} pictures: "
-          f"{settings.steps - start} steps of {settings.batch} pictures take about "
-          f"{(settings.steps - start) * _step_seconds(network, loss_of) / 60:.1f} minutes on {device}", flush=True)
-    progress = tqdm(range(start, settings.steps), initial=start, total=settings.steps, desc=f"judge {out.name}", unit="step", smoothing=0.05,
-                    dynamic_ncols=True)
-    with Interrupt() as stop:
-        for step in progress:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, settings)
-            loss = loss_of(network, step)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            found = numbers(loss=loss, grad_norm=norm)
-            check_finite("train_classifier", out, step, found, DIVERGED)
-            optimizer.step()
-            optimizer.zero_grad()
-            progress.set_postfix(loss=f"{found['loss']:.3f}")
-            stopped = stop.asked and step + 1 < settings.steps
-            if stopped or (step + 1) % settings.keep_every == 0:
-                _keep(out, run, network, optimizer, step + 1)
-            if stopped:
-                progress.close()
-                raise KeyboardInterrupt(f"{out}: {step + 1:,} of {settings.steps:,} steps are done; the same command goes on")
-    save(network, out, run)
+    task = ClassifierTask(run, images, labels, build_network(images.shape[1], label_names, settings).to(device))
+    count = sum(p.numel() for p in task.network.parameters())
+    print(f"{count / 1e6:.2f} M parameters, {len(label_names)} labels, {len(images)} pictures", flush=True)
+    run = dataclasses.replace(run, resume=same_run(run, ("settings", "labels", "pictures")))
+    done = fit("train_classifier", run, settings, task, lambda step: learning_rate(step, settings), fixed=(),
+               way_on="what was saved before stands; train again with a lower lr")
+    end_run(run, settings, done)
     return Features.from_pretrained(out)
+
+
+class ClassifierTask:
+    """Pictures, changed a little, that a network tells apart."""
+
+    unit, shown = "pictures", ("loss",)
+
+    def __init__(self, run: ClassifierRun, images: Tensor, labels: Tensor, network: ResNetForImageClassification):
+        self.run, self.images, self.labels, self.network = run, images, labels, network
+        size = run.settings.size
+        self.prepare = Preprocessing(images.shape[1], (size, size), [0.5], [0.5])
+        self.size = run.settings.batch
+        self.player = Player(network, build_optimizer(network, run.settings, fused=None))
+        self.players = (self.player,)
+
+    def batches(self, step: int) -> list[Batch]:
+        """Draw a step's pictures, change them, and split them; batch norm sees one micro-batch at a time."""
+        settings, device = self.run.settings, self.network.device
+        generator = step_generator(settings.seed, step)
+        chosen = torch.randint(len(self.images), (settings.batch,), generator=generator)
+        pictures = augment(self.prepare(self.images[chosen].to(device)), settings, generator)
+        parts = zip(*(x.tensor_split(settings.accumulate) for x in (pictures, self.labels[chosen].to(device))))
+        return [Batch(part, {"loss": len(part[0])}) for part in parts]
+
+    def losses(self, step: int, batch: Batch) -> Iterator[tuple[Player, dict[str, Term]]]:
+        """Cross-entropy with label smoothing."""
+        pictures, labels = batch.inputs
+        logits = self.network(pictures).logits
+        loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=self.run.settings.smoothing)
+        yield self.player, {"loss": Term(1.0, loss)}
+
+    def save(self, directory: Path, step: int) -> None:
+        """After the last step, write the checkpoint, what its pictures go through, and what it was made of.
+
+        Until then an older classifier in the directory stands.
+        """
+        settings = self.run.settings
+        if step < settings.steps:
+            return
+        size = {"height": settings.size, "width": settings.size}
+        self.network.save_pretrained(directory)
+        ViTImageProcessorPil(size=size, image_mean=[0.5], image_std=[0.5]).save_pretrained(directory)
+        (directory / CLASSIFIER).write_text(json.dumps(made_of(self.run) | {"finished": True}, indent=2) + "\n")
 
 
 def build_network(channels: int, label_names: Sequence[str], settings: ClassifierSettings) -> ResNetForImageClassification:
@@ -184,23 +191,36 @@ def augment(pictures: Tensor, settings: ClassifierSettings, generator: torch.Gen
 
 
 def check_out(out: Path) -> None:
-    """Refuse a directory that holds something else than a classifier of this module."""
-    theirs = [path for path in out.iterdir() if path.name != LOCK]
-    ours = (out / "classifier.json").is_file() or "run" in (saved_run(out) or {})
+    """Refuse a directory that holds something else than a classifier of this module, finished or begun."""
+    theirs = [path for path in out.iterdir() if path.name not in (LOCK, LOG)]
+    saved = saved_run(out) or {}
+    ours = (out / CLASSIFIER).is_file() or "run" in saved or "labels" in saved.get("config", {})
     if theirs and not ours:
-        raise ValueError(f"train_classifier: out is {str(out)!r}, which holds files and no classifier.json; an empty directory or one that this "
-                         "command wrote fits")
+        raise ValueError(f"train_classifier: out is {str(out)!r}, which holds files and no {CLASSIFIER}; an empty directory or "
+                         "one that this command wrote fits")
 
 
-def save(network: ResNetForImageClassification, out: Path, run: dict) -> None:
-    """Write the checkpoint, what its pictures go through, and what it was made of, together; the state kept on the way goes."""
-    size = run["settings"]["size"]
-    check_weights("train_classifier", out, run["settings"]["steps"], network.state_dict(), DIVERGED)
-    with replacing(out) as fresh:
-        network.save_pretrained(fresh)
-        ViTImageProcessorPil(size={"height": size, "width": size}, image_mean=[0.5], image_std=[0.5]).save_pretrained(fresh)
-        (fresh / "classifier.json").write_text(json.dumps(run | {"finished": True}, indent=2) + "\n")
-    shutil.rmtree(out / "resume", ignore_errors=True)
+def made_of(run: ClassifierRun) -> dict:
+    """What decides a classifier's weights, as classifier.json holds it."""
+    parts = {"settings": dataclasses.asdict(run.settings), "labels": run.labels, "pictures": run.pictures}
+    return json.loads(json.dumps(parts))
+
+
+def is_finished(run: ClassifierRun) -> bool:
+    """Whether `out` holds the classifier that a run would make.
+
+    Settings that an older version's file does not name had today's default values, and how often it was saved is no matter.
+    """
+    path = run.out / CLASSIFIER
+    theirs = read_json(path, "delete the directory to train anew") if path.is_file() else {}
+    if not theirs.pop("finished", False):
+        return False
+    ours = made_of(run)
+    for parts in (ours, theirs):
+        parts["settings"] = made_of(ClassifierRun())["settings"] | parts["settings"]
+        for name in ("save_every", "keep_every"):
+            parts["settings"].pop(name, None)
+    return theirs == ours
 
 
 def accuracy(features: Features, images: Tensor, labels: Tensor) -> float:
@@ -217,64 +237,23 @@ def balanced_accuracy(features: Features, images: Tensor, labels: Tensor) -> flo
 def judge(config: JudgeConfig) -> float:
     """Train on a data set's pictures; print and return the balanced accuracy on held-out ones."""
     check("classifier", config)
-    for name, value, fits in (("data.name", config.data, LABELS), ("label", config.label, LABELS.get(config.data, ()))):
-        if value not in fits:
-            raise ValueError(f"classifier: {name} is {value!r}; {', '.join(fits)} fit")
-    (images, labels, names), (held_out, asked, _) = ((dataset.images, *LABELS[config.data][config.label](dataset))
-                                                     for dataset in map(DATASETS[config.data], ("train", "held-out")))
-    features = train_classifier(images, labels, names, config.out, config.settings)
-    share = balanced_accuracy(features, held_out, asked)
-    print(f"{100 * accuracy(features, held_out, asked):.2f} % of {len(held_out)} held-out pictures are read right, {100 * share:.2f} % in the mean "
-          f"over labels\ncheckpoint   {config.out}")
+    train, held_out = (config.data.open(split) for split in ("train", "held-out"))
+    known = train.labels_by_name()
+    if config.label not in known:
+        raise ValueError(f"classifier: label is {config.label!r}; {', '.join(known) or 'nothing'} fits data set "
+                         f"{config.data.name!r}")
+    labels, asked = (dataset.labels_by_name()[config.label] for dataset in (train, held_out))
+    pictures, real = (dataset.pictures[torch.arange(len(dataset.pictures))] for dataset in (train, held_out))
+    features = train_classifier(pictures, labels.of_pictures, labels.names, config.out, config.settings)
+    share = balanced_accuracy(features, real, asked.of_pictures)
+    print(f"{100 * accuracy(features, real, asked.of_pictures):.2f} % of {len(real)} held-out pictures are read right, "
+          f"{100 * share:.2f} % in the mean over labels\ncheckpoint   {config.out}")
     return share
 
 
-def _finished(out: Path) -> dict | None:
-    """What the classifier in `out` was made of, None where there is none or only half of one."""
-    path = out / "classifier.json"
-    run = read_json(path, "delete the directory to train anew") if path.is_file() else {}
-    return run if run.pop("finished", False) else None
-
-
-def _keep(out: Path, run: dict, network: ResNetForImageClassification, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Write what going on needs; a kill while writing leaves the state before, and an older classifier stays until the new one is whole."""
-    state = {f"network.{name}": x for name, x in network.state_dict().items()}
-    state |= {f"optimizer.{i}.{key}": x for i, values in optimizer.state_dict()["state"].items() for key, x in values.items()}
-    check_weights("train_classifier", out, step, state, DIVERGED)
-    with replacing(out, weights=False) as fresh:
-        (fresh / "resume").mkdir()
-        save_file({name: x.contiguous() for name, x in state.items()}, fresh / "resume" / "state.safetensors")
-        (fresh / "resume" / "run.json").write_text(json.dumps({"step": step, "run": run}))
-
-
-def _restore(out: Path, run: dict, network: ResNetForImageClassification, optimizer: torch.optim.Optimizer) -> int:
-    """Load what `_keep` wrote for the same pictures, labels and settings; return the step to go on from, 0 where there is no such state."""
-    kept, saved = out / "resume", saved_run(out) or {}
-    if saved.get("run") != run:
-        return 0
-    state, moments = load_tensors(kept / "state.safetensors"), {}
-    network.load_state_dict({name.removeprefix("network."): x for name, x in state.items() if name.startswith("network.")})
-    for name, x in state.items():
-        if name.startswith("optimizer."):
-            _, i, key = name.split(".")
-            moments.setdefault(int(i), {})[key] = x
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    print(f"going on from step {saved['step']} of the run kept in {kept}", flush=True)
-    return saved["step"]
-
-
-def _step_seconds(network: ResNetForImageClassification, loss_of: Callable) -> float:
-    """Seconds of a second step, taken on a copy."""
-    trial = copy.deepcopy(network)
-    return seconds_of(lambda: loss_of(trial, 0).backward(), network.device)
-
-
-def main(args: list[str] | None = None) -> None:
-    """Entry point of `python -m transfusion.train.classifier`."""
-    config = tyro.cli(JudgeConfig, prog="python -m transfusion.train.classifier", description=__doc__, args=args)
-    with plain_errors(resumes=True):
-        judge(config)
 
 
 if __name__ == "__main__":
-    main()
+    from transfusion.recipes.command_line import judge_main
+
+    judge_main()

@@ -1,14 +1,38 @@
-"""What training runs share: AdamW, its learning rate, and the moving average of the weights.
+"""The optimizer of every trainer, learning rates, and the moving average of the weights.
 
-`optim` are a run's settings, with steps, lr, min_lr, warmup, betas, weight_decay and ema.
+Another optimizer is chosen in `build_optimizer`: the loop and the checkpoints know none by name.
 """
 import math
+from dataclasses import dataclass
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from transfusion.train.settings import OptimizerSettings, StepSettings
 
-def learning_rate(step: int, optim) -> float:
+
+@dataclass(eq=False)
+class Player:
+    """A network that is trained, its optimizer, and the average of its weights if there is one.
+
+    `name` tells it from another one of the same run, and `loss` is what the log calls its loss.
+    """
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    averaged: AveragedModel | None = None
+    name: str = ""
+    loss: str = "loss"
+
+    def __post_init__(self):
+        self.built = [dict(group) for group in self.optimizer.param_groups]  # what an optimizer changes there is saved
+
+    def prefix(self, separator: str) -> str:
+        """What stands before its names: nothing, or its own name and the separator."""
+        return f"{self.name}{separator}" if self.name else ""
+
+
+def learning_rate(step: int, optim: OptimizerSettings) -> float:
     """Linear warm-up, then a cosine down to min_lr."""
     if step < optim.warmup:
         return optim.lr * (step + 1) / optim.warmup
@@ -16,24 +40,24 @@ def learning_rate(step: int, optim) -> float:
     return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_optimizer(model: torch.nn.Module, optim) -> torch.optim.AdamW:
-    """AdamW whose weight decay reaches matrices only."""
+def build_optimizer(model: torch.nn.Module, optim: StepSettings, *, fused: bool | None = True) -> torch.optim.Optimizer:
+    """AdamW whose weight decay reaches matrices only. `fused` is its own; other implementations differ in the last bits."""
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
-    return torch.optim.AdamW([{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-                             lr=optim.lr, betas=optim.betas, fused=True)
+    groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=fused)
 
 
 def average_decay(count: int, ema: float) -> float:
     """Decay of the average once it holds the weights of `count` steps: min(ema, (1 + count) / (10 + count)).
 
-    Without this warm-up (TensorFlow's ExponentialMovingAverage with num_updates) the first step's weights would keep a
-    share of ema^steps, most of the average of a short run; with it a short run averages its last tenth.
+    This is the warm-up of TensorFlow's ExponentialMovingAverage with num_updates. Without it the first step's weights would
+    keep a share of ema^steps, which is most of the average of a short run. With it a short run averages its last tenth.
     """
     return min(ema, (1 + count) / (10 + count))
 
 
-def build_average(model: torch.nn.Module, optim) -> AveragedModel:
+def build_average(model: torch.nn.Module, optim: OptimizerSettings) -> AveragedModel:
     """Exponential moving average of what is trained, its decay warmed up; what is frozen stays in memory once."""
     averaged = AveragedModel(model)
 

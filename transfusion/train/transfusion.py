@@ -1,38 +1,39 @@
-"""Train a Transfusion: `python -m transfusion.train PRESET [--optim.steps 100 ...]`, or `transfusion train PRESET ...`.
+"""Train a Transfusion. Its commands are `transfusion train PRESET ...` and `python -m transfusion.train PRESET ...`.
 
-Each step draws documents, noises their images and takes one AdamW step on text loss + lambda * diffusion loss. Documents, times
-and noise of a step depend on (seed, step) alone, so a resumed run gives the losses of one that never stopped. Ctrl-C saves.
+Each step draws documents, noises their images and takes one step of AdamW on text loss + lambda * diffusion loss. The
+documents, times and noise of a step depend on (seed, step) alone, so that a resumed run gives the losses of one that never
+stopped. Ctrl-C saves.
 """
 import dataclasses
 import json
-import os
-import sys
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import torch
-import tyro
-from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
+from torch import nn
 from transformers import AutoConfig, LlamaConfig
 
-from transfusion.command import Interrupt, claim, plain_errors, saved_step
-from transfusion.data.batches import DataSettings, document_lengths, draw_batch, step_generator
+from transfusion.command import claim, saved_step
+from transfusion.data.batches import document_lengths, draw_batch, step_generator
+from transfusion.data.dataset import DatasetSettings
 from transfusion.data.latents import open_dataset
-from transfusion.device import choose_device, seconds_of
+from transfusion.device import choose_device
 from transfusion.diffusion.objective import TIMES, sample_times
-from transfusion.files import replacing
 from transfusion.model.config import TransfusionConfig, TransfusionSettings
 from transfusion.model.lora import TuneSettings, name_base, prepare, trained_table
 from transfusion.model.transfusion import Transfusion
 from transfusion.model.vae import VAE
 from transfusion.sequence.tokenizer import BOI, EOI, train_tokenizer
-from transfusion.settings import Count, Decay, NotNegative, OneOf, Positive, Range, Seed, WholeNumber, check
-from transfusion.train.checkpoint import check_finite, check_weights, load_state, load_training_state, numbers, trained_parameters, training_state, write_state
-from transfusion.train.log import open_log, start_log
-from transfusion.train.optimizer import build_average, build_optimizer, learning_rate
+from transfusion.settings import Count, OneOf, Positive, Range, check
+from transfusion.train.loop import Batch, Term, fit, say_stopped
+from transfusion.train.micro_batches import split_rows
+from transfusion.train.optimizer import Player, build_average, build_optimizer, learning_rate
+from transfusion.train.settings import OptimizerSettings, RunSettings, check_steps
+
+FIXED = ("model", "data", "tune", "seed", "optim.rows", "optim.seq_len", "optim.times")
+"""Settings that decide what was trained on: a run goes on with these alone as they were."""
 
 
 @dataclass(frozen=True)
@@ -51,84 +52,32 @@ class ModelSettings(TransfusionSettings):
     """key and value heads"""
     mlp: Count = 352
     """width inside the SwiGLU"""
+    norm_eps: Positive = 1e-6
+    """epsilon of the decoder's RMS norms"""
 
 
 @dataclass(frozen=True)
-class OptimSettings:
-    """Steps, batches and AdamW (the paper: 3e-4, betas 0.9 and 0.95, decay 0.1, clip 1)."""
+class OptimSettings(OptimizerSettings):
+    """Steps and batches of packed rows."""
 
-    steps: Count = 1000
-    """optimizer steps in all"""
     rows: Count = 8
     """packed rows in a batch"""
     seq_len: Count = 512
     """tokens in a row"""
-    lr: Positive = 3e-4
-    """peak learning rate"""
-    min_lr: NotNegative = 1.5e-5
-    """learning rate at the end of the cosine"""
-    warmup: WholeNumber = 100
-    """steps of linear warm-up"""
-    betas: tuple[Decay, Decay] = (0.9, 0.95)
-    """AdamW's betas"""
-    weight_decay: NotNegative = 0.1
-    """AdamW's decay of matrices"""
-    clip: Positive = 1.0
-    """largest gradient norm"""
     times: Annotated[str, OneOf(TIMES)] = "uniform"
     """how an image's time is drawn: uniform (the paper) or logit-normal"""
-    ema: Decay = 0.999
-    """decay of the averaged weights that are saved; 0 saves the last ones"""
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(RunSettings):
     """A training run."""
 
-    out: Path = Path("runs/train")
-    """directory for the checkpoint, the log and what resuming needs"""
-    seed: Seed = 0
-    """seed of initialisation, data, times and noise"""
-    save_every: Count = 500
-    """steps between saves"""
-    resume: bool = False
-    """go on from what `out` holds"""
-    stop_after: Count | None = None
-    """stop (and save) after this step, as Ctrl-C would"""
-    device: str = "auto"
-    """cpu, cuda, or auto: the accelerator if there is one"""
-    autocast: bool = False
-    """compute in bfloat16 under autocast"""
     tune: TuneSettings = field(default_factory=TuneSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
-    data: DataSettings = field(default_factory=DataSettings)
+    data: DatasetSettings = field(default_factory=DatasetSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
 
 
-def digits() -> TrainConfig:
-    """Handwritten digits, 8x8, flow matching: the demo, minutes on two CPU cores."""
-    return TrainConfig(
-        out=Path("runs/digits"), model=ModelSettings(), data=DataSettings(caption_first=0.4, story=0.1, noise_limit=0.3, jitter=1.0),
-        optim=OptimSettings(steps=1300, rows=8, seq_len=256, lr=2e-3, min_lr=1e-5, warmup=100, weight_decay=0.05, ema=0.995))
-
-
-def digits_paper() -> TrainConfig:
-    """The same digits with the paper's recipe: cosine eps-prediction, 80 % captions first, noise limit 0.5."""
-    base = digits()
-    return dataclasses.replace(base, out=Path("runs/digits-paper"), model=dataclasses.replace(base.model, objective="eps"),
-                               data=dataclasses.replace(base.data, caption_first=0.8))
-
-
-def emoji() -> TrainConfig:
-    """459 named emoji in two styles, 32x32, x0-prediction in patches of 8x8: the showcase, over an hour of one CPU core."""
-    return TrainConfig(
-        out=Path("runs/emoji"), save_every=200, data=DataSettings(name="emoji-lively", caption_first=0.8, noise_limit=0.5),
-        model=ModelSettings(vocabulary=2048, hidden=256, layers=6, heads=8, kv_heads=8, mlp=688, patch_size=8, backbone="adaln", positions="2d",
-                            objective="x0", diffusion_weight=50.0),
-        optim=OptimSettings(steps=6000, rows=4, seq_len=256, lr=1e-3, min_lr=1e-5, warmup=100, weight_decay=0.02, ema=0.995))
-
-
-PRESETS = {"digits": digits, "digits-paper": digits_paper, "emoji": emoji}
 
 
 def check_settings(op: str, config: TrainConfig, prefix: str = "") -> None:
@@ -138,6 +87,7 @@ def check_settings(op: str, config: TrainConfig, prefix: str = "") -> None:
         ValueError: the first of them.
     """
     check(op, config, prefix)
+    check_steps(op, config.optim, "rows", f"{prefix}optim.")
     model = config.model
     if model.hidden % (2 * model.heads):
         raise ValueError(f"{op}: {prefix}model.heads is {model.heads} and {prefix}model.hidden {model.hidden}; "
@@ -154,6 +104,7 @@ def build_model(config: TrainConfig, dataset) -> Transfusion:
     text_config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=config.model.hidden, intermediate_size=config.model.mlp, num_hidden_layers=config.model.layers,
         num_attention_heads=config.model.heads, num_key_value_heads=config.model.kv_heads, tie_word_embeddings=False,
+        rms_norm_eps=config.model.norm_eps, max_position_embeddings=max(2048, config.optim.seq_len),
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     channels, *size = dataset.image_shape
     return Transfusion(TransfusionConfig(
@@ -178,10 +129,55 @@ def start_model(config: TrainConfig, dataset, vae: VAE | None) -> Transfusion:
     return model
 
 
+class TransfusionTask:
+    """Packed documents whose text is predicted and whose images are denoised."""
+
+    unit, shown = "tokens", ("text_loss", "diffusion_loss")
+
+    def __init__(self, config: TrainConfig, dataset, base: Transfusion, model: nn.Module):
+        """`model` is `base`, or the adapters around it."""
+        self.config, self.dataset, self.base = config, dataset, base
+        self.size = config.optim.rows * config.optim.seq_len
+        self.player = Player(model, build_optimizer(model, config.optim), build_average(model, config.optim))
+        self.players = (self.player,)
+
+    def batches(self, step: int) -> list[Batch]:
+        """Draw a step's rows and times, then split them: what is drawn does not depend on `accumulate`."""
+        config, base = self.config, self.base
+        generator = step_generator(config.seed, step)
+        sequence, limit = draw_batch(self.dataset, config.data, base.tokenizer, base.config, config.optim.rows, config.optim.seq_len, generator)
+        tokens = sequence.layout.offsets.diff()
+        times = sample_times(config.optim.times, limit, tokens, base.config.time_shift_tokens, generator)
+        batches, first = [], 0
+        for number, part in enumerate(split_rows(sequence, config.optim.accumulate)):
+            seed = torch.tensor([(config.seed + (number << 32)) % 2**63, step])  # noise of its own for each micro-batch
+            inputs = part, times[first:first + part.image_count], seed
+            counts = {"text_loss": len(part.text_targets), "diffusion_loss": int(part.drawn.sum())}
+            batches.append(Batch(inputs, counts, {} if number else {"left_out": sequence.left_out}))
+            first += part.image_count
+        return batches
+
+    def losses(self, step: int, batch: Batch) -> Iterator[tuple[Player, dict[str, Term]]]:
+        """Text loss + lambda * diffusion loss."""
+        device = self.base.device
+        sequence, times, seed = (x.to(device) for x in batch.inputs)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.autocast):
+            output = self.player.model(sequence, times, seed)
+        yield self.player, {"text_loss": Term(1.0, output.text_loss),
+                            "diffusion_loss": Term(self.base.config.diffusion_weight, output.diffusion_loss)}
+
+    def save(self, directory: Path, step: int) -> None:
+        """Write the averaged model or, where only adapters are trained, those and the way to their model."""
+        (self.player.averaged.module if self.config.optim.ema else self.player.model).save_pretrained(directory)
+        if self.config.tune.trained != "all":
+            name_base(directory, self.config.tune.start, self.config.out)
+
+
 def train(config: TrainConfig) -> Path:
     """Run `config` to its end, to `stop_after`, or to Ctrl-C, SIGTERM or SIGHUP; return the directory with the checkpoint."""
     check_settings("train", config)
-    with claim("train", config.out, {"tune.start": config.tune.start, "data.latents": config.data.latents}, config.resume):
+    inputs = {f"data.{name}": path for name, path in config.data.directories().items()}
+    with claim("train", config.out, {"tune.start": config.tune.start, **inputs}, config.resume):
         return _train(config)
 
 
@@ -193,61 +189,15 @@ def _train(config: TrainConfig) -> Path:
     base.vae = base.vae if vae is None else vae
     torch.manual_seed(config.seed)  # adapters start at random
     model = prepare(base, config.tune).train()
-    averaged = build_average(model, config.optim)
     print(trained_table(model), flush=True)
     if share := document_lengths(dataset, config.data, base.tokenizer, base.config, config.optim.seq_len).left_out:
         print(f"documents of more than optim.seq_len, {config.optim.seq_len} tokens, are left out, about "
               f"{100 * share:.1f} % of those drawn; the log counts them (left_out)", flush=True)
 
-    # optimizer
-    optimizer = build_optimizer(model, config.optim)
-    start = _restore(config, model, averaged, optimizer) if config.resume else 0
-
-    def forward(step: int):
-        generator = step_generator(config.seed, step)
-        sequence, limit = draw_batch(dataset, config.data, base.tokenizer, base.config, config.optim.rows, config.optim.seq_len, generator)
-        times = sample_times(config.optim.times, limit, sequence.layout.offsets.diff(), base.config.time_shift_tokens, generator).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
-            output = model(sequence.to(device), times, torch.tensor([config.seed, step], device=device))
-        return output, sequence.left_out
-
-    print(_cost(config, forward, optimizer, start, device), flush=True)
-
-    # loop
-    spent = start_log(config.out / "log.jsonl", start)
-    progress = tqdm(range(start, config.optim.steps), initial=start, total=config.optim.steps, desc=f"train {config.out.name}", smoothing=0.05,
-                    unit="step", dynamic_ncols=True)
-    began, tokens = time.perf_counter() - spent, 0
-    with Interrupt() as stop, open_log(config.out / "log.jsonl") as log:
-        step = start
-        for step in progress:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config.optim)
-            output, left_out = forward(step)
-            output.loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
-            found = numbers(loss=output.loss, text_loss=output.text_loss, diffusion_loss=output.diffusion_loss, grad_norm=norm)
-            check_finite("train", config.out, step, found)
-            optimizer.step()
-            optimizer.zero_grad()
-            averaged.update_parameters(model)
-
-            tokens += config.optim.rows * config.optim.seq_len
-            record = {"step": step, **found, "lr": learning_rate(step, config.optim), "seconds": time.perf_counter() - began}
-            record |= {"left_out": left_out} if left_out else {}
-            log.write(json.dumps(record) + "\n")
-            speed = tokens / (record["seconds"] - spent)
-            progress.set_postfix(text=f"{record['text_loss']:.3f}", image=f"{record['diffusion_loss']:.3f}", tok_s=f"{speed:,.0f}")
-            last = step + 1 == config.optim.steps or stop.asked or step + 1 == config.stop_after
-            if last or (step + 1) % config.save_every == 0:
-                log.flush()
-                os.fsync(log.fileno())
-                _save(config, model, averaged, optimizer, step + 1)
-            if last and step + 1 < config.optim.steps:
-                progress.close()
-                break
-    if step + 1 < config.optim.steps:
-        print(f"stopped after step {step + 1} of {config.optim.steps}, saved in {config.out}; add --resume to the same command to go on", file=sys.stderr)
+    # optimizer and loop
+    task = TransfusionTask(config, dataset, base, model)
+    done = fit("train", config, config.optim, task, lambda step: learning_rate(step, config.optim), fixed=FIXED)
+    say_stopped(config, config.optim, done)
     return config.out
 
 
@@ -259,50 +209,3 @@ def train_to_end(config: TrainConfig) -> Path:
     return out
 
 
-def _cost(config: TrainConfig, forward, optimizer, step: int, device: torch.device) -> str:
-    """Say what is left to do and, by the second of two passes that change nothing, about how long it takes."""
-    steps, tokens = config.optim.steps - step, config.optim.rows * config.optim.seq_len
-    if steps <= 0:
-        return f"all {config.optim.steps:,} steps are done"
-
-    def once():
-        forward(step)[0].loss.backward()
-        optimizer.zero_grad()
-
-    seconds = seconds_of(once, device)
-    return f"{steps:,} steps of {tokens:,} tokens at {seconds:.2f} s: about {steps * seconds / 60:,.0f} min"
-
-
-def _save(config: TrainConfig, model: Transfusion, averaged: AveragedModel, optimizer, step: int) -> None:
-    """Write the checkpoint and what resuming needs, together; a kill while writing leaves the save before whole."""
-    final = averaged.module if config.optim.ema else model
-    state = training_state(model, optimizer) | {f"averaged.{name}": p for name, p in trained_parameters(averaged.module).items()}
-    check_weights("train", config.out, step, state)
-    with replacing(config.out) as fresh:
-        final.save_pretrained(fresh)
-        if config.tune.trained != "all":
-            name_base(fresh, config.tune.start, config.out)
-        write_state(fresh, config, state | {"averaged_steps": averaged.n_averaged}, step)
-
-
-def _restore(config: TrainConfig, model: Transfusion, averaged: AveragedModel, optimizer) -> int:
-    """Load what `_save` wrote; return the step to go on from. What decides what was trained on must be what it was."""
-    fixed = ("model", "data", "tune", "seed", "optim.rows", "optim.seq_len", "optim.times")
-    state, step = load_state(config, fixed, next(model.parameters()).device)
-    load_training_state(state, model, optimizer)
-    for name, p in trained_parameters(averaged.module).items():
-        p.data.copy_(state[f"averaged.{name}"])
-    averaged.n_averaged.copy_(state["averaged_steps"])
-    return step
-
-
-def main(args: list[str] | None = None) -> None:
-    """Entry point of `transfusion train` and `python -m transfusion.train`."""
-    config = tyro.extras.overridable_config_cli({name: (preset.__doc__.strip(), preset()) for name, preset in PRESETS.items()},
-                                                prog="transfusion train", description=__doc__, args=args)
-    with plain_errors():
-        train(config)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,5 @@
-"""Accuracy, gradients, edge cases, registration and errors of `tfkernels.attention`, on whichever device runs the tests."""
+"""Accuracy, gradients, edge cases, registration and errors of `tfkernels.attention`, on whichever device runs the
+tests."""
 import pytest
 import torch
 from hypothesis import given
@@ -15,7 +16,8 @@ from tfkernels.mask import recipes
 
 def random_inputs(batch, heads, kv_heads, sq, sk, dim, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    sizes = [(batch, heads, sq, dim), (batch, kv_heads, sk, dim), (batch, kv_heads, sk, dim), (batch, heads, sq, dim), (batch, heads, sq)]
+    sizes = [(batch, heads, sq, dim), (batch, kv_heads, sk, dim), (batch, kv_heads, sk, dim), (batch, heads, sq, dim),
+             (batch, heads, sq)]
     return [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
 
 
@@ -30,7 +32,8 @@ def run(function, inputs, mask, dtype, device, **options):
 
 
 def absolute_terms(q, k, v, dout, dlse, mask, scale=None, softcap=None):
-    """The sums behind out, lse, dq, dk, dv taken over absolute values, in float64: what their rounding errors scale with."""
+    """The sums behind out, lse, dq, dk, dv taken over absolute values, in float64: what their rounding errors scale
+    with."""
     scale, group = scale or q.shape[-1] ** -0.5, q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores, size = q @ k.mT * scale, q.abs() @ k.abs().mT * scale
@@ -49,7 +52,8 @@ def check(inputs, mask, dtype, **options):
     exact = run(attention_reference, rounded_inputs, mask, torch.float64, DEVICE, **options)
     rounded = run(attention_reference, rounded_inputs, mask, dtype, DEVICE, **options)
     actual = run(attention_with_lse, rounded_inputs, mask, dtype, DEVICE, **options)
-    for name, *values, terms in zip(("out", "lse", "dq", "dk", "dv"), actual, rounded, exact, absolute_terms(*rounded_inputs, mask, **options)):
+    for name, *values, terms in zip(("out", "lse", "dq", "dk", "dv"), actual, rounded, exact,
+                                    absolute_terms(*rounded_inputs, mask, **options)):
         assert_as_accurate(name, *values, terms.to(DEVICE))
 
 
@@ -57,7 +61,8 @@ def transfusion_mask(batch=2, seq_len=100):
     documents = torch.zeros(batch, seq_len, dtype=torch.int64)
     documents[:, 60:] = 1
     documents[:, -7:] = -1
-    return TransfusionMask.from_spans([[(3, 19), (19, 50), (64, 80)], [(70, 90)]][:batch], seq_len, documents=documents, device=DEVICE)
+    return TransfusionMask.from_spans([[(3, 19), (19, 50), (64, 80)], [(70, 90)]][:batch], seq_len, documents=documents,
+                                      device=DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,7 +101,8 @@ def test_a_window_follows_the_reference_in_images_too(window):
 
 @pytest.mark.parametrize("dtype", DTYPES)  # float32 goes tile by tile, half precision run by run
 def test_hidden_spans_are_seen_by_themselves_only(dtype):
-    mask = TransfusionMask.from_spans([[(5, 25), (30, 60)], [(0, 40)]], 100, hidden=[[(5, 25)], [(0, 40), (80, 90)]], device=DEVICE)
+    mask = TransfusionMask.from_spans([[(5, 25), (30, 60)], [(0, 40)]], 100, hidden=[[(5, 25)], [(0, 40), (80, 90)]],
+                                      device=DEVICE)
     check(random_inputs(2, 2, 1, 100, 100, 32), mask, dtype)
 
 
@@ -104,7 +110,8 @@ def test_hidden_spans_are_seen_by_themselves_only(dtype):
 def test_general_intervals_that_neither_side_tells_alone(dtype):
     generator = torch.Generator().manual_seed(3)
     lo, hi = torch.randint(0, 50, (2, 70), generator=generator), torch.randint(0, 70, (2, 70), generator=generator)
-    since, until = torch.randint(0, 50, (2, 70), generator=generator), torch.randint(0, 70, (2, 70), generator=generator)
+    since, until = (torch.randint(0, 50, (2, 70), generator=generator),
+                    torch.randint(0, 70, (2, 70), generator=generator))
     mask = TransfusionMask.from_intervals(*(x.to(DEVICE) for x in (lo, hi, since, until)))
     rows, keys = torch.arange(70)[:, None], torch.arange(70)
     dense = (lo[..., None] <= keys) & (keys < hi[..., None]) & (since[:, None] <= rows) & (rows < until[:, None])
@@ -128,11 +135,15 @@ def test_masks_with_holes_follow_the_reference(name, dtype):
     check(random_inputs(1, 2, 1, mask.query_len, mask.key_len, 32), mask, dtype)
 
 
-@pytest.mark.skipif(DEVICE == "cpu" and not INTERPRET, reason="the CPU implementation visits one run of keys for each block of queries")
+@pytest.mark.skipif(DEVICE == "cpu" and not INTERPRET,
+                    reason="the CPU implementation visits one run of keys for each block of queries")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_tiles_that_nobody_sees_are_never_read(dtype):
-    """NaN in the keys and values of hidden images, whose tiles are dead to later queries: one that was read would show."""
-    mask = TransfusionMask.from_spans([[(128, 256), (256, 384)]], 480, hidden=[[(128, 256)]], device=DEVICE).queries(384, 480)
+    """NaN in the keys and values of hidden images, whose tiles are dead to later queries: one that was read would
+    show."""
+    mask = TransfusionMask.from_spans(
+        [[(128, 256), (256, 384)]], 480, hidden=[[(128, 256)]], device=DEVICE
+    ).queries(384, 480)
     q, k, v, dout = (x.to(DEVICE, dtype) for x in random_inputs(1, 1, 1, 96, 480, 16)[:4])
     k, v = (x[:, :, :480].clone() for x in (k, v))
     seen = torch.ones(480, dtype=torch.bool, device=DEVICE)
@@ -148,11 +159,13 @@ def test_tiles_that_nobody_sees_are_never_read(dtype):
     tolerance = dict(rtol=0, atol=2e-2 if dtype == torch.float16 else 1e-5)
     torch.testing.assert_close(out.double(), expected, **tolerance)
     for ours, theirs in zip(grads, (wanted[0], *wanted[1:])):
-        torch.testing.assert_close((ours if ours.shape == theirs.shape else ours[:, :, seen]).double(), theirs, **tolerance)
+        torch.testing.assert_close((ours if ours.shape == theirs.shape else ours[:, :, seen]).double(), theirs,
+                                   **tolerance)
 
 
 def test_more_tiles_than_a_program_looks_at_together():
-    """Dead, partial and full tiles in turn over a longer row than one look of `next_run`, queries in its middle and behind them."""
+    """Dead, partial and full tiles in turn over a longer row than one look of `next_run`, queries in its middle and
+    behind them."""
     seq_len = 1200 if INTERPRET else 9000
     spans = [[(at, at + 40) for at in range(10, seq_len - 50, 70)]]
     mask = TransfusionMask.from_spans(spans, seq_len, hidden=[spans[0][::2]], device=DEVICE)
@@ -179,7 +192,9 @@ def test_fuzzed_masks_follow_the_reference(data):
     hidden = [spans[0][::2]] if data.draw(st.booleans()) else None
     window = data.draw(st.one_of(st.none(), st.integers(1, seq_len)))
     start = data.draw(st.integers(0, seq_len - 1))
-    mask = TransfusionMask.from_spans(spans, seq_len, documents=documents, hidden=hidden, window=window, device=DEVICE).queries(start, seq_len)
+    mask = TransfusionMask.from_spans(
+        spans, seq_len, documents=documents, hidden=hidden, window=window, device=DEVICE
+    ).queries(start, seq_len)
     check(random_inputs(1, 2, 1, seq_len - start, seq_len, 16, seed=seq_len), mask, torch.float32)
 
 
@@ -195,7 +210,8 @@ def test_rows_that_see_nothing_are_zero_with_zero_gradients():
 
 
 def test_infinite_gradients_of_an_empty_rows_lse_do_no_harm():
-    mask = TransfusionMask.from_intervals(torch.zeros(1, 8, dtype=torch.int32, device=DEVICE), torch.zeros(1, 8, dtype=torch.int32, device=DEVICE))
+    mask = TransfusionMask.from_intervals(torch.zeros(1, 8, dtype=torch.int32, device=DEVICE),
+                                          torch.zeros(1, 8, dtype=torch.int32, device=DEVICE))
     q = torch.randn(1, 1, 8, 16, device=DEVICE, requires_grad=True)
     out, lse = attention_with_lse(q, q, q, mask)
     (out.sum() + lse.exp().sum()).backward()
@@ -222,7 +238,8 @@ def test_gradients_are_the_same_to_the_bit_every_time():
     inputs, mask = random_inputs(1, 4, 2, 100, 100, 16), transfusion_mask(1)
     first = run(attention_with_lse, inputs, mask, torch.float32, DEVICE)
     for _ in range(2 if INTERPRET else 100):
-        assert all(torch.equal(a, b) for a, b in zip(first, run(attention_with_lse, inputs, mask, torch.float32, DEVICE)))
+        assert all(torch.equal(a, b)
+                   for a, b in zip(first, run(attention_with_lse, inputs, mask, torch.float32, DEVICE)))
 
 
 def test_cached_queries_equal_the_rows_of_the_whole():
@@ -257,12 +274,13 @@ def test_gradcheck_in_float64(softcap):
 def test_opcheck_passes_forward_and_backward():
     mask = TransfusionMask.from_spans([[(2, 15)]], 20, device=DEVICE)
     q, k, v, dout, dlse = (x.float().to(DEVICE) for x in random_inputs(1, 2, 1, 20, 20, 16))
-    sides = mask.lo, mask.hi, mask.query_lo, mask.query_hi
+    sides = mask.lo, mask.hi, mask.key_since, mask.key_until
     numbers = mask.rows_exact, mask.columns_exact, 0, 0.2, 0.0
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(torch.ops.tfkernels.attention_forward.default, (*inputs, *sides, *numbers))
     out, lse = attention_with_lse(q, k, v, mask, scale=0.2)
-    torch.library.opcheck(torch.ops.tfkernels.attention_backward.default, (dout, dlse, q, k, v, out, lse, *sides, *numbers))
+    torch.library.opcheck(torch.ops.tfkernels.attention_backward.default,
+                          (dout, dlse, q, k, v, out, lse, *sides, *numbers))
 
 
 LAYOUTS = {
@@ -281,17 +299,20 @@ def test_fakes_have_the_strides_of_the_results_whatever_those_of_the_inputs(layo
     mask = TransfusionMask.from_spans([[(2, 15)]], 20, device=DEVICE).queries(20 - sq, 20)
     inputs = [x.float().to(DEVICE) for x in random_inputs(2, 4, 2, sq, 20, 16)[:4]]
     q, k, v, dout = (LAYOUTS[layout](x) for x in inputs)
-    sides, numbers = (mask.lo, mask.hi, mask.query_lo, mask.query_hi), (True, True, mask.offset, 0.2, 0.0)
+    sides, numbers = (mask.lo, mask.hi, mask.key_since, mask.key_until), (True, True, mask.offset, 0.2, 0.0)
     forward, backward = torch.ops.tfkernels.attention_forward.default, torch.ops.tfkernels.attention_backward.default
     torch.library.opcheck(forward, (q, k, v, *sides, *numbers), test_utils=("test_faketensor",))
     out, lse = forward(q, k, v, *sides, *numbers)
-    torch.library.opcheck(backward, (dout, torch.zeros_like(lse), q, k, v, out, lse, *sides, *numbers), test_utils=("test_faketensor",))
+    torch.library.opcheck(backward, (dout, torch.zeros_like(lse), q, k, v, out, lse, *sides, *numbers),
+                          test_utils=("test_faketensor",))
     for x in (out, *backward(dout, torch.zeros_like(lse), q, k, v, out, lse, *sides, *numbers)):
-        assert x.stride(3) == 1 and x.numel() == 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride())), "dense, the last dimension contiguous"
+        last = sum((n - 1) * s for n, s in zip(x.shape, x.stride()))
+        assert x.stride(3) == 1 and x.numel() == 1 + last, "dense, the last dimension contiguous"
     torch.testing.assert_close(out, attention(*(x.contiguous() for x in (q, k, v)), mask, scale=0.2))
 
 
-@pytest.mark.skipif(INTERPRET, reason="tracing does not see which implementation runs; once, without the interpreter, is enough")
+@pytest.mark.skipif(INTERPRET,
+                    reason="tracing does not see which implementation runs; once, without the interpreter, is enough")
 def test_compiles_whole_and_does_not_recompile_when_images_move():
     torch._dynamo.reset()
 
@@ -323,7 +344,8 @@ def test_float32_is_exact_unless_torch_was_allowed_tf32():
     try:
         for setting, expected in (("ieee", "ieee"), ("tf32", "tf32")):
             torch.backends.cuda.matmul.fp32_precision = setting
-            assert dot_precision(torch.zeros(1)) == expected and dot_precision(torch.zeros(1, dtype=torch.float16)) == "ieee"
+            assert (dot_precision(torch.zeros(1)) == expected
+                    and dot_precision(torch.zeros(1, dtype=torch.float16)) == "ieee")
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
@@ -363,7 +385,9 @@ def test_what_is_no_tensor_or_mask_is_refused_by_the_arguments_name(place, wrong
     arguments = [GOOD, GOOD, GOOD, TransfusionMask.causal(8)]
     arguments[place] = wrong
     for function in (attention, attention_with_lse):
-        with pytest.raises(ValueError, match=f"attention: {('q', 'k', 'v', 'mask')[place]} is a {type(wrong).__name__}"):
+        with pytest.raises(
+            ValueError, match=f"attention: {('q', 'k', 'v', 'mask')[place]} is a {type(wrong).__name__}"
+        ):
             function(*arguments)
 
 
@@ -377,13 +401,16 @@ def test_scales_and_softcaps_that_are_no_finite_number_are_refused(name, value):
 @pytest.mark.skipif(DEVICE != "cpu" or INTERPRET, reason="the sums of the CPU implementation")
 @pytest.mark.parametrize("softcap,lse_gradient", [(None, False), (None, True), (30.0, False)])
 def test_gradients_summed_over_many_blocks_are_rounded_once(softcap, lse_gradient):
-    """A key seen by 60 blocks of queries: sums kept in bfloat16 would err 5 times as much as PyTorch's, which rounds once."""
+    """A key seen by 60 blocks of queries: sums kept in bfloat16 would err 5 times as much as PyTorch's, which rounds
+    once."""
     size = 2000
     mask = TransfusionMask.causal(size, documents=(torch.arange(size) * 3 // size)[None])
     inputs = [x.bfloat16().double() for x in random_inputs(1, 1, 1, size, size, 16)]
     inputs[4] *= lse_gradient
-    exact, rounded, actual = (run(function, inputs, mask, dtype, DEVICE, softcap=softcap) for function, dtype in (
-        (attention_reference, torch.float64), (attention_reference, torch.bfloat16), (attention_with_lse, torch.bfloat16)))
+    exact, rounded, actual = (run(function, inputs, mask, dtype, DEVICE, softcap=softcap)
+                              for function, dtype in ((attention_reference, torch.float64),
+                                                      (attention_reference, torch.bfloat16),
+                                                      (attention_with_lse, torch.bfloat16)))
     for name, ours, theirs, want in zip(("dq", "dk", "dv"), actual[2:], rounded[2:], exact[2:]):
         assert (ours - want).norm() <= 2 * (theirs - want).norm(), name
         assert (ours - want).norm() <= 4e-3 * want.norm(), name
@@ -392,5 +419,6 @@ def test_gradients_summed_over_many_blocks_are_rounded_once(softcap, lse_gradien
 def test_tfkernels_imports_neither_models_nor_transformers():
     import subprocess
     import sys
-    code = "import sys, tfkernels; sys.exit(any(m.split('.')[0] in ('transformers', 'diffusers', 'transfusion') for m in sys.modules))"
+    code = ("import sys, tfkernels; sys.exit(any(m.split('.')[0] in ('transformers', 'diffusers', 'transfusion') for "
+            "m in sys.modules))")
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0 and tfkernels.__version__

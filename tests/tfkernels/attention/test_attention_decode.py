@@ -1,4 +1,5 @@
-"""Cached attention: a few queries against split caches, images denoised against their prefix, ragged batches, paged caches."""
+"""Cached attention: a few queries against split caches, images denoised against their prefix, ragged batches, paged
+caches."""
 import pytest
 import torch
 from hypothesis import given
@@ -17,7 +18,7 @@ from tfkernels import (
 )
 from tfkernels._launch import Config
 from tfkernels.attention.triton import backward, decode, forward, tiles
-from tfkernels.mask import _build
+from tfkernels.mask import triton as build
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -38,10 +39,12 @@ def test_query_heads_that_share_a_key_head_read_it_together(heads, kv_heads):
 def test_any_few_queries_of_any_mask_follow_the_reference(data):
     key_len, query_len = data.draw(st.integers(1, 150)), data.draw(st.integers(1, 16))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    lo, hi = torch.randint(0, key_len, (2, query_len), generator=generator), torch.randint(0, key_len + 5, (2, query_len), generator=generator)
+    lo, hi = (torch.randint(0, key_len, (2, query_len), generator=generator),
+              torch.randint(0, key_len + 5, (2, query_len), generator=generator))
     since = until = None
     if data.draw(st.booleans()):
-        since, until = torch.randint(0, 8, (2, key_len), generator=generator), torch.randint(0, 20, (2, key_len), generator=generator)
+        since, until = (torch.randint(0, 8, (2, key_len), generator=generator),
+                        torch.randint(0, 20, (2, key_len), generator=generator))
         since, until = since.to(DEVICE), until.to(DEVICE)
     mask = TransfusionMask.from_intervals(lo.to(DEVICE), hi.to(DEVICE), since, until, key_len=key_len)
     check(random_inputs(2, 2, 1, query_len, key_len, 16, seed=key_len), mask, torch.float32)
@@ -75,18 +78,24 @@ def test_an_image_is_denoised_against_prefixes_of_different_lengths():
     q, k, v = (x.float().to(DEVICE) for x in random_inputs(2, 4, 2, patches, key_len, 32)[:3])
     out = attention(q, k, v, TransfusionMask.from_cache(cached, patches, key_len, image=True))
     for row, length in enumerate(cached.tolist()):
-        mask = TransfusionMask.from_spans([[(length, length + patches)]], length + patches, device=DEVICE).queries(length, length + patches)
-        alone = attention_reference(*(x[row:row + 1].double() for x in (q, k[:, :, :length + patches], v[:, :, :length + patches])), mask).out
+        mask = TransfusionMask.from_spans(
+            [[(length, length + patches)]], length + patches, device=DEVICE
+        ).queries(length, length + patches)
+        alone = attention_reference(*(x[row:row + 1].double()
+                                      for x in (q, k[:, :, :length + patches], v[:, :, :length + patches])), mask).out
         torch.testing.assert_close(out[row:row + 1].double(), alone, rtol=1e-5, atol=1e-5)
 
 
 def pages(k, page_size, spare, seed):
-    """Cut (B, K, Sk, D) into pages in random order, NaN in `spare` of them and behind the last key: pages (P, page_size, K, D), table (B, T)."""
+    """Cut (B, K, Sk, D) into pages in random order, NaN in `spare` of them and behind the last key: pages (P,
+    page_size, K, D), table (B, T)."""
     batch, kv_heads, key_len, dim = k.shape
     count = -(-key_len // page_size)
     filled = torch.full((batch, kv_heads, count * page_size, dim), torch.nan, dtype=k.dtype, device=k.device)
     filled[:, :, :key_len] = k
-    order = torch.randperm(batch * count + spare, generator=torch.Generator().manual_seed(seed)).to(k.device)[:batch * count]
+    order = torch.randperm(
+        batch * count + spare, generator=torch.Generator().manual_seed(seed)
+    ).to(k.device)[:batch * count]
     store = torch.full((batch * count + spare, page_size, kv_heads, dim), torch.nan, dtype=k.dtype, device=k.device)
     store[order] = filled.transpose(1, 2).unflatten(1, (count, page_size)).flatten(0, 1)
     return store, order.view(batch, count).int()
@@ -101,8 +110,9 @@ def test_a_paged_cache_errs_at_most_twice_as_much_as_pytorch(query_len, image, p
     q, k, v, dout, dlse = inputs
     tables = [pages(x.to(DEVICE, dtype), page_size, 3, seed=1) for x in (k, v)]
     (k_pages, table), (v_pages, _) = tables
-    table[1, -(-(30 + query_len) // page_size):] = 10**6                                   # behind the row's last key: never read
-    mask = TransfusionMask.from_cache(torch.tensor([77, 30], device=DEVICE), query_len, table.shape[1] * page_size, image=image)
+    table[1, -(-(30 + query_len) // page_size):] = 10**6  # behind the row's last key: never read
+    mask = TransfusionMask.from_cache(torch.tensor([77, 30], device=DEVICE), query_len, table.shape[1] * page_size,
+                                      image=image)
     arguments = [x.to(DEVICE, dtype) for x in (q,)], (k_pages, v_pages, table, mask)
     actual = paged_attention(*arguments[0], *arguments[1])
     rounded = paged_attention_reference(*arguments[0], *arguments[1])
@@ -128,8 +138,9 @@ def test_opcheck_passes_for_pages():
     q, k = torch.randn(2, 2, 3, 16, device=DEVICE), torch.randn(2, 1, 32, 16, device=DEVICE)
     store, table = pages(k, 8, 0, seed=3)
     mask = TransfusionMask.from_cache(torch.tensor([20, 2], device=DEVICE), 3, 32)
-    sides = mask.lo, mask.hi, mask.query_lo, mask.query_hi
-    torch.library.opcheck(torch.ops.tfkernels.paged_attention.default, (q, store, store, table, *sides, mask.rows_exact, 0, 0.25, 0.0))
+    sides = mask.lo, mask.hi, mask.key_since, mask.key_until
+    torch.library.opcheck(torch.ops.tfkernels.paged_attention.default,
+                          (q, store, store, table, *sides, mask.rows_exact, 0, 0.25, 0.0))
 
 
 @pytest.mark.parametrize("layout", ["tokens side by side", "(B, S, H, D)", "expanded", "sliced"])
@@ -137,8 +148,9 @@ def test_the_fake_of_paged_attention_has_the_strides_of_its_result(layout):
     q, k = torch.randn(2, 4, 3, 16, device=DEVICE), torch.randn(2, 2, 32, 16, device=DEVICE)
     store, table = pages(k, 8, 0, seed=3)
     mask = TransfusionMask.from_cache(torch.tensor([20, 2], device=DEVICE), 3, 32)
-    sides = mask.lo, mask.hi, mask.query_lo, mask.query_hi
-    torch.library.opcheck(torch.ops.tfkernels.paged_attention.default, (LAYOUTS[layout](q), store, store, table, *sides, mask.rows_exact, 0, 0.25, 0.0),
+    sides = mask.lo, mask.hi, mask.key_since, mask.key_until
+    torch.library.opcheck(torch.ops.tfkernels.paged_attention.default,
+                          (LAYOUTS[layout](q), store, store, table, *sides, mask.rows_exact, 0, 0.25, 0.0),
                           test_utils=("test_faketensor",))
 
 
@@ -147,7 +159,8 @@ def test_a_page_table_that_does_not_fit_is_refused_by_name():
     table = torch.zeros(2, 2, dtype=torch.int32)
     with pytest.raises(ValueError, match="paged_attention: block_table is torch.int64"):
         paged_attention(q, store, store, table.long(), mask)
-    with pytest.raises(ValueError, match=r"paged_attention: block_table is torch.int32 of shape \(1, 2\) and q has 2 rows"):
+    with pytest.raises(ValueError,
+                       match=r"paged_attention: block_table is torch.int32 of shape \(1, 2\) and q has 2 rows"):
         paged_attention(q, store, store, table[:1], mask)
     with pytest.raises(ValueError, match=r"paged_attention: k_pages has shape \(8, 2, 16\)"):
         paged_attention(q, store[0], store, table, mask)
@@ -159,8 +172,9 @@ def test_a_page_table_that_does_not_fit_is_refused_by_name():
 
 @pytest.mark.parametrize("name", ["q", "k_pages", "v_pages", "block_table", "mask"])
 def test_what_is_no_tensor_or_mask_is_refused_by_the_arguments_name(name):
-    arguments = {"q": torch.zeros(1, 2, 1, 16), "k_pages": torch.zeros(4, 8, 2, 16), "v_pages": torch.zeros(4, 8, 2, 16),
-                 "block_table": torch.zeros(1, 2, dtype=torch.int32), "mask": TransfusionMask.causal(16).queries(15, 16)}
+    arguments = {"q": torch.zeros(1, 2, 1, 16), "k_pages": torch.zeros(4, 8, 2, 16),
+                 "v_pages": torch.zeros(4, 8, 2, 16), "block_table": torch.zeros(1, 2, dtype=torch.int32),
+                 "mask": TransfusionMask.causal(16).queries(15, 16)}
     for wrong in (None, [[0, 1]], "pages", torch.nn.Linear(2, 2)):
         with pytest.raises(ValueError, match=f"paged_attention: {name} is a {type(wrong).__name__}"):
             paged_attention(**arguments | {name: wrong})
@@ -186,7 +200,7 @@ def test_no_launch_puts_the_batch_into_a_dimension_of_65535(monkeypatch):
     batch, recorder = 70_000, Recorder()
     for module, kernels in ((decode, ("_attention_decode", "_attention_merge")), (forward, ("_attention_fwd",)),
                             (backward, ("_attention_bwd_delta", "_attention_bwd_dq", "_attention_bwd_dkv")),
-                            (tiles, ("_tile_bounds",)), (_build, ("_mask_intervals",))):
+                            (tiles, ("_tile_bounds",)), (build, ("_mask_intervals",))):
         for kernel in kernels:
             monkeypatch.setattr(module, kernel, recorder)
         if hasattr(module, "lookup"):
@@ -197,13 +211,14 @@ def test_no_launch_puts_the_batch_into_a_dimension_of_65535(monkeypatch):
     decode.attention_decode(x, x, x, None, *sides, False, 0, 1.0, 0.0)
     out, lse = forward.attention_forward(x, x, x, *sides, False, False, 0, 1.0, 0.0)
     backward.attention_backward(x, lse, x, x, x, out, lse, *sides, False, False, 0, 1.0, 0.0)
-    _build._intervals(torch.zeros(batch, 1, 2, dtype=torch.int64), None, None, None, batch, 2, 0)
+    build.intervals(torch.zeros(batch, 1, 2, dtype=torch.int64), None, None, None, batch, 2, 0)
     assert len(recorder.grids) == 10
     assert all(grid[0] >= batch and all(size <= 65_535 for size in grid[1:]) for grid in recorder.grids), recorder.grids
 
 
 def test_a_page_that_is_not_there_is_refused_where_a_row_reads_it():
-    q, store, mask = torch.randn(2, 2, 1, 16), torch.randn(4, 8, 2, 16), TransfusionMask.from_cache(torch.tensor([3, 9]), 1, 16)
+    q, store, mask = (torch.randn(2, 2, 1, 16), torch.randn(4, 8, 2, 16),
+                      TransfusionMask.from_cache(torch.tensor([3, 9]), 1, 16))
     good = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
     with pytest.raises(ValueError, match="paged_attention: block_table holds 4; 0 to 3 fits"):
         paged_attention(q, store, store, good + 1, mask)

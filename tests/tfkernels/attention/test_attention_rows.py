@@ -1,4 +1,5 @@
-"""What a mask hides has no say, whatever it holds, and what it shows never vanishes: NaN and infinities in every input and every path."""
+"""What a mask hides has no say, whatever it holds, and what it shows never vanishes: NaN and infinities in every input
+and every path."""
 import math
 
 import pytest
@@ -10,7 +11,13 @@ from tests.compare import assert_as_accurate
 from tests.conftest import DEVICE, DTYPES
 from tests.tfkernels.attention.test_attention import within_documents
 from tests.tfkernels.attention.test_attention_decode import pages
-from tfkernels import TransfusionMask, attention_reference, attention_with_lse, paged_attention, paged_attention_reference
+from tfkernels import (
+    TransfusionMask,
+    attention_reference,
+    attention_with_lse,
+    paged_attention,
+    paged_attention_reference,
+)
 from tfkernels._library import INTERPRET
 
 JUNK = torch.tensor([math.nan, math.inf, -math.inf])
@@ -21,7 +28,8 @@ CLOSE = dict(rtol=1e-4, atol=1e-4)
 def inputs(batch, heads, kv_heads, sq, sk, dim, seed):
     """q, k, v, dout, dlse."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = (batch, heads, sq, dim), (batch, kv_heads, sk, dim), (batch, kv_heads, sk, dim), (batch, heads, sq, dim), (batch, heads, sq)
+    sizes = ((batch, heads, sq, dim), (batch, kv_heads, sk, dim), (batch, kv_heads, sk, dim), (batch, heads, sq, dim),
+             (batch, heads, sq))
     return [torch.randn(size, generator=generator).to(DEVICE) for size in sizes]
 
 
@@ -41,7 +49,8 @@ def filled(x, where, junk):
 
 @st.composite
 def masks(draw, longest=40):
-    """A mask of 2 batch rows: images, documents, padding, windows, hidden copies, caches of two lengths, runs of keys and of queries at random."""
+    """A mask of 2 batch rows: images, documents, padding, windows, hidden copies, caches of two lengths, runs of keys
+    and of queries at random."""
     size = draw(st.integers(2, longest))
     kind = draw(st.sampled_from(["spans", "hidden", "cache", "image in a cache", "rows", "rows and columns"]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
@@ -60,14 +69,16 @@ def masks(draw, longest=40):
         cached = torch.randint(0, size - queries + 1, (2,), generator=generator)
         return TransfusionMask.from_cache(cached, queries, size + 9, image=kind != "cache").to(DEVICE)
     lo, hi = (torch.randint(0, size + 1, (2, size), generator=generator) for _ in range(2))
-    since, until = (torch.randint(0, size + 1, (2, size), generator=generator) for _ in range(2)) if kind == "rows and columns" else (None, None)
+    since, until = ((torch.randint(0, size + 1, (2, size), generator=generator) for _ in range(2))
+                    if kind == "rows and columns" else (None, None))
     return TransfusionMask.from_intervals(lo, hi, since, until).queries(start, size).to(DEVICE)
 
 
 def with_zeros_and_with_junk(function, tensors, queries, keys, mask, softcap):
-    """Results where the tokens `queries` of q, dout and dlse, and `keys` of k and v, hold zeros, and where they hold junk."""
-    return [run(function, *(filled(x, keys if i in (1, 2) else queries, junk) for i, x in enumerate(tensors)), mask, softcap=softcap)
-            for junk in (False, True)]
+    """Results where the tokens `queries` of q, dout and dlse, and `keys` of k and v, hold zeros, and where they hold
+    junk."""
+    return [run(function, *(filled(x, keys if i in (1, 2) else queries, junk) for i, x in enumerate(tensors)), mask,
+                softcap=softcap) for junk in (False, True)]
 
 
 @few
@@ -99,9 +110,11 @@ def test_a_keys_gradients_are_what_zeros_in_the_queries_that_do_not_see_it_would
 
 
 @few
-@given(masks(), st.integers(0, 999), st.sampled_from(["q", "k", "v", "dout", "dlse"]), st.sampled_from(JUNK.tolist()), st.sampled_from([None, 1.3]))
+@given(masks(), st.integers(0, 999), st.sampled_from(["q", "k", "v", "dout", "dlse"]), st.sampled_from(JUNK.tolist()),
+       st.sampled_from([None, 1.3]))
 def test_what_is_seen_shows_where_the_reference_shows_it(mask, seed, name, value, softcap):
-    """One value that is not finite, in a place that somebody sees: the same results are not finite as in the reference, in float64."""
+    """One value that is not finite, in a place that somebody sees: the same results are not finite as in the reference,
+    in float64."""
     pairs = mask.dense()[0, 0].nonzero()
     if len(pairs) == 0:
         return
@@ -111,28 +124,34 @@ def test_what_is_seen_shows_where_the_reference_shows_it(mask, seed, name, value
     tensors[name][place] = value
     got = run(attention_with_lse, *tensors.values(), mask, softcap=softcap)
     want = run(attention_reference, *(x.double() for x in tensors.values()), mask, softcap=softcap)
-    assert softcap or any(not torch.isfinite(x).all() for x in (want[0], *want[2:]))        # a soft cap makes an infinite score finite
+    # a soft cap makes an infinite score finite
+    assert softcap or any(not torch.isfinite(x).all() for x in (want[0], *want[2:]))
     for kind, ours, theirs in zip(("out", "lse", "dq", "dk", "dv"), got, want):
-        assert torch.equal(torch.isfinite(ours), torch.isfinite(theirs)), f"{name} = {value} at {place}: {kind} is finite in other places"
+        assert torch.equal(
+            torch.isfinite(ours), torch.isfinite(theirs)
+        ), f"{name} = {value} at {place}: {kind} is finite in other places"
         finite = torch.isfinite(theirs)
         torch.testing.assert_close(ours[finite].double(), theirs[finite], **CLOSE)
     torch.testing.assert_close(got[1].double(), want[1], equal_nan=True, **CLOSE)
 
 
-@pytest.mark.parametrize("sq,sk", [(40, 40), (1, 200), (5, 90)])  # the forward kernel; decoding in parts; one part for several queries
+# the forward kernel; decoding in parts; one part for several queries
+@pytest.mark.parametrize("sq,sk", [(40, 40), (1, 200), (5, 90)])
 @pytest.mark.parametrize("columns", [False, True])
 def test_scores_of_minus_infinity_alone_are_no_empty_row(sq, sk, columns):
-    """A softmax over nothing but -inf is NaN, and so are the gradients; the LSE is -inf, as that of an empty row, whose output is 0."""
+    """A softmax over nothing but -inf is NaN, and so are the gradients; the LSE is -inf, as that of an empty row, whose
+    output is 0."""
     mask = TransfusionMask.from_cache(torch.tensor([sk - sq]), sq, sk).to(DEVICE)
-    since, until = (mask.query_lo, mask.query_hi) if columns else (None, None)
+    since, until = (mask.key_since, mask.key_until) if columns else (None, None)
     lo, hi = mask.lo.repeat(2, 1), mask.hi.repeat(2, 1)
-    hi[1, 0] = 0                                                                           # batch row 1: its first query sees nothing
+    hi[1, 0] = 0  # batch row 1: its first query sees nothing
     mask = TransfusionMask.from_intervals(lo, hi, since, until, key_len=sk)
     q, k, v, dout, dlse = inputs(2, 2, 1, sq, sk, 16, seed=sq)
     q[..., 2], k[..., 2] = 1, -math.inf
     out, lse, dq, dk, dv = run(attention_with_lse, q, k, v, dout, dlse, mask)
     want = run(attention_reference, q.double(), k.double(), v.double(), dout, dlse, mask)
-    assert (lse == -math.inf).all() and out[0].isnan().all() and (out[1, :, 0] == 0).all() and (dq[1, :, 0] == 0).all() and out[1, :, 1:].isnan().all()
+    assert ((lse == -math.inf).all() and out[0].isnan().all() and (out[1, :, 0] == 0).all() and (dq[1, :, 0] == 0).all()
+            and out[1, :, 1:].isnan().all())
     for ours, theirs in zip((out, lse, dq, dk, dv), want):
         torch.testing.assert_close(ours.double(), theirs, equal_nan=True)
 
@@ -172,8 +191,10 @@ def test_junk_in_one_document_leaves_the_others_as_accurate_as_ever(dtype):
     tensors = [x.to(dtype) for x in inputs(1, 2, 1, 100, 100, 32, seed=4)]
     second = (documents == 1).to(DEVICE)
     zeros, junk = ([filled(x, second, junk) for x in tensors] for junk in (False, True))
-    exact, rounded = run(attention_reference, *(x.double() for x in zeros), mask), run(attention_reference, *zeros, mask)
-    for name, ours, theirs, wanted in zip(("out", "lse", "dq", "dk", "dv"), run(attention_with_lse, *junk, mask), rounded, exact):
+    exact, rounded = (run(attention_reference, *(x.double() for x in zeros), mask),
+                      run(attention_reference, *zeros, mask))
+    for name, ours, theirs, wanted in zip(("out", "lse", "dq", "dk", "dv"), run(attention_with_lse, *junk, mask),
+                                          rounded, exact):
         kept = [x[:, :, ~second[0]] for x in (ours, theirs, wanted)]
         assert_as_accurate(name, *kept, kept[2].abs())
         assert not torch.isfinite(ours[:, :, second[0]]).all()

@@ -1,4 +1,5 @@
-"""TransfusionAttnProcessor in models we did not write: outputs and gradients equal those of diffusers' AttnProcessor2_0."""
+"""TransfusionAttnProcessor in models we did not write: outputs and gradients equal those of diffusers'
+AttnProcessor2_0."""
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,7 +14,9 @@ from tfkernels import TransfusionMask
 from tfkernels._library import INTERPRET
 from tfkernels.integrations.diffusers import TransfusionAttnProcessor
 
-pytestmark = pytest.mark.skipif(INTERPRET, reason="an adapter does not see which implementation runs; once, without the interpreter, is enough")
+pytestmark = pytest.mark.skipif(
+    INTERPRET, reason="an adapter does not see which implementation runs; once, without the interpreter, is enough"
+)
 
 
 def noise(*shape, seed=1):
@@ -28,24 +31,35 @@ def kept_tokens():
 
 def unet():
     """Self-attention over 4 x 4 and 2 x 2 pixels, cross attention to 6 tokens."""
-    model = UNet2DConditionModel(sample_size=4, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=24,
-                                 down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-                                 attention_head_dim=2, norm_num_groups=4)
-    return model, dict(sample=noise(2, 4, 4, 4), timestep=torch.tensor([3, 400], device=DEVICE), encoder_hidden_states=noise(2, 6, 24, seed=2))
+    model = UNet2DConditionModel(sample_size=4, in_channels=4, out_channels=4, block_out_channels=(16, 32),
+                                 layers_per_block=1, cross_attention_dim=24,
+                                 down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                                 up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=2,
+                                 norm_num_groups=4)
+    return (model,
+            dict(sample=noise(2, 4, 4, 4), timestep=torch.tensor([3, 400], device=DEVICE),
+                 encoder_hidden_states=noise(2, 6, 24, seed=2)))
 
 
 def pixart():
     """Self-attention over 16 patches, cross attention to 6 tokens."""
-    model = PixArtTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=2, cross_attention_dim=16,
-                                     sample_size=8, patch_size=2, caption_channels=24, use_additional_conditions=False)
-    return model, dict(hidden_states=noise(2, 4, 8, 8), timestep=torch.tensor([3, 400], device=DEVICE), encoder_hidden_states=noise(2, 6, 24, seed=2))
+    model = PixArtTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4,
+                                     num_layers=2, cross_attention_dim=16, sample_size=8, patch_size=2,
+                                     caption_channels=24, use_additional_conditions=False)
+    return (model,
+            dict(hidden_states=noise(2, 4, 8, 8), timestep=torch.tensor([3, 400], device=DEVICE),
+                 encoder_hidden_states=noise(2, 6, 24, seed=2)))
 
 
 def dit():
     """Self-attention over 16 patches."""
-    model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=2, sample_size=8, patch_size=2,
-                                  norm_num_groups=4, num_embeds_ada_norm=1000)
-    return model, dict(hidden_states=noise(2, 4, 8, 8), timestep=torch.tensor([3, 400], device=DEVICE), class_labels=torch.tensor([1, 2], device=DEVICE))
+    model = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=2, sample_size=8,
+        patch_size=2, norm_num_groups=4, num_embeds_ada_norm=1000
+    )
+    return (model,
+            dict(hidden_states=noise(2, 4, 8, 8), timestep=torch.tensor([3, 400], device=DEVICE),
+                 class_labels=torch.tensor([1, 2], device=DEVICE)))
 
 
 MODELS = {"unet": unet, "pixart": pixart, "dit": dit}
@@ -119,7 +133,8 @@ def test_outputs_and_gradients_equal_attn_processor_2_0s(family):
     assert sum("attn" in name or "to_q" in name for name in grads) >= 8
     for name, grad in grads.items():
         scale = grads_expected[name].abs().max().item()
-        torch.testing.assert_close(grad, grads_expected[name], rtol=1e-3, atol=1e-4 * max(scale, 1), msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(grad, grads_expected[name], rtol=1e-3, atol=1e-4 * max(scale, 1),
+                                   msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("family", ["unet", "pixart"])
@@ -157,10 +172,12 @@ def both(attn, *args, **kwargs):
     return results
 
 
-@pytest.mark.parametrize("more", [
-    {"norm_num_groups": 4}, {"residual_connection": True, "rescale_output_factor": 1.7}, {"qk_norm": "layer_norm"}, {"qk_norm": "rms_norm"}, {"qk_norm": "l2"},
-    {"cross_attention_dim": 24, "cross_attention_norm": "layer_norm"}, {"cross_attention_dim": 24, "cross_attention_norm": "group_norm",
-                                                                         "cross_attention_norm_num_groups": 4}, {"out_dim": 32}, {"bias": True}], ids=str)
+@pytest.mark.parametrize("more",
+                         [{"norm_num_groups": 4}, {"residual_connection": True, "rescale_output_factor": 1.7},
+                          {"qk_norm": "layer_norm"}, {"qk_norm": "rms_norm"}, {"qk_norm": "l2"},
+                          {"cross_attention_dim": 24, "cross_attention_norm": "layer_norm"},
+                          {"cross_attention_dim": 24, "cross_attention_norm": "group_norm",
+                           "cross_attention_norm_num_groups": 4}, {"out_dim": 32}, {"bias": True}], ids=str)
 @pytest.mark.parametrize("image", [False, True], ids=["tokens", "pixels"])
 def test_every_part_of_the_layer_is_applied(more, image):
     if image and "out_dim" in more:
@@ -185,7 +202,8 @@ def test_the_spatial_norm_of_a_decoder_is_applied():
 def test_attention_masks_in_every_form_equal_attn_processor_2_0s(form):
     causal = torch.ones(6, 6, dtype=torch.bool, device=DEVICE).tril()
     bias = (1 - kept_tokens()) * -10000.0
-    mask = {"padding": bias[:, None], "padding-2d": bias, "bool": kept_tokens().bool()[:, None], "rows": ((~causal) * -10000.0).expand(2, -1, -1),
+    mask = {"padding": bias[:, None], "padding-2d": bias, "bool": kept_tokens().bool()[:, None],
+            "rows": ((~causal) * -10000.0).expand(2, -1, -1),
             "infinite": torch.zeros(2, 6, 6, device=DEVICE).masked_fill(~causal, float("-inf"))}[form]
     ours, theirs = both(layer(), noise(2, 6, 16), attention_mask=mask)
     close(ours, theirs)
@@ -219,7 +237,9 @@ def test_a_scale_of_the_layers_own_is_honoured():
         differ(attn(x), expected)
 
 
-@pytest.mark.parametrize("name", ["scale", "ip_hidden_states", "image_rotary_emb", "rotary_emb", "query_rotary_emb", "key_rotary_emb", "freqs_cis", "kv_cache"])
+@pytest.mark.parametrize("name",
+                         ["scale", "ip_hidden_states", "image_rotary_emb", "rotary_emb", "query_rotary_emb",
+                          "key_rotary_emb", "freqs_cis", "kv_cache"])
 def test_an_argument_of_another_processor_is_refused_by_name(name):
     attn = layer(processor=TransfusionAttnProcessor())
     with pytest.raises(ValueError, match=f"TransfusionAttnProcessor: {name} is given"):
@@ -244,20 +264,27 @@ def test_what_cannot_be_honoured_is_refused_by_name():
                                              "is torch.bool"):
             TransfusionAttnProcessor(mask)
     with pytest.raises(ValueError, match="attention_mask is given beside the processor's mask"):
-        layer(processor=TransfusionAttnProcessor(TransfusionMask.causal(6, device=DEVICE)))(x, attention_mask=torch.zeros(2, 6, device=DEVICE))
+        layer(processor=TransfusionAttnProcessor(TransfusionMask.causal(6, device=DEVICE)))(
+            x, attention_mask=torch.zeros(2, 6, device=DEVICE)
+        )
     with pytest.raises(ValueError, match="mask is 5 queries by 5 keys, q has 6 tokens"):
         layer(processor=TransfusionAttnProcessor(TransfusionMask.causal(5, device=DEVICE)))(x)
 
 
-@pytest.mark.parametrize("mask,message", [
-    (torch.full((2, 6), -0.5), "adds numbers other than 0"), (torch.ones(2, 6, dtype=torch.int64), "attention_mask is torch.int64"),
-    (torch.full((2, 6), -1e4), "hides every key from a query"), (torch.zeros(2, 7), r"shape \(2, 7\) for 6 queries and 6 keys"),
-    (torch.zeros(4, 6, 6), r"shape \(4, 6, 6\) for 6 queries and 6 keys in a batch of 2")])
+@pytest.mark.parametrize("mask,message",
+                         [(torch.full((2, 6), -0.5), "adds numbers other than 0"),
+                          (torch.ones(2, 6, dtype=torch.int64), "attention_mask is torch.int64"),
+                          (torch.full((2, 6), -1e4), "hides every key from a query"),
+                          (torch.zeros(2, 7), r"shape \(2, 7\) for 6 queries and 6 keys"),
+                          (torch.zeros(4, 6, 6), r"shape \(4, 6, 6\) for 6 queries and 6 keys in a batch of 2")])
 def test_an_attention_mask_that_does_not_fit_is_refused_by_name(mask, message):
-    with pytest.raises(ValueError, match=f"TransfusionAttnProcessor: attention_mask.*{message}" if "attention_mask" not in message else message):
+    with pytest.raises(ValueError,
+                       match=f"TransfusionAttnProcessor: attention_mask.*{message}"
+                       if "attention_mask" not in message else message):
         layer(processor=TransfusionAttnProcessor())(noise(2, 6, 16), attention_mask=mask.to(DEVICE))
 
 
 def test_the_integration_imports_without_diffusers():
-    code = "import sys; sys.modules['diffusers'] = None; import tfkernels.integrations.diffusers as m; assert m.TransfusionAttnProcessor().mask is None"
+    code = ("import sys; sys.modules['diffusers'] = None; import tfkernels.integrations.diffusers as m; assert "
+            "m.TransfusionAttnProcessor().mask is None")
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,5 @@
-"""The text head's cross-entropy: losses and gradients against float64, chunks, edge cases, memory, errors, and PyTorch's machinery."""
+"""The text head's cross-entropy: losses and gradients against float64, chunks, edge cases, memory, errors, and
+PyTorch's machinery."""
 from typing import NamedTuple
 
 import pytest
@@ -6,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.compare import assert_as_accurate
 from tests.conftest import DEVICE, DTYPES
@@ -15,10 +15,13 @@ from tfkernels import LinearCrossEntropy, linear_cross_entropy, linear_cross_ent
 from tfkernels._launch import ARCHITECTURES, SHARED_LIMIT
 from tfkernels._library import INTERPRET
 from tfkernels.losses import cross_entropy as module
-from tfkernels.losses.cross_entropy import _cross_entropy_rows, _forward, _scale, chunk_rows, launch_config
+from tfkernels.losses.cross_entropy import chunk_rows
+from tfkernels.losses.triton.cross_entropy import WIDEST, _cross_entropy_rows, launch_config
 
 KERNEL_RUNS = DEVICE == "cuda" or INTERPRET
-traced = pytest.mark.skipif(INTERPRET, reason="tracing does not see which implementation runs; once, without the interpreter, is enough")
+traced = pytest.mark.skipif(
+    INTERPRET, reason="tracing does not see which implementation runs; once, without the interpreter, is enough"
+)
 cpu_only = pytest.mark.skipif(DEVICE != "cpu" or INTERPRET, reason="float64 runs in the CPU implementation only")
 
 
@@ -34,7 +37,8 @@ class Case(NamedTuple):
 
     def inputs(self, dtype):
         """hidden, weight and bias in `dtype`, requiring gradients."""
-        return [x if x is None else x.to(DEVICE, dtype, copy=True).requires_grad_() for x in (self.hidden, self.weight, self.bias)]
+        return [x if x is None else x.to(DEVICE, dtype, copy=True).requires_grad_()
+                for x in (self.hidden, self.weight, self.bias)]
 
 
 def random_case(tokens=40, width=24, vocabulary=70, rows=21, *, bias=False, row_weight=False, seed=0, least=-1):
@@ -48,14 +52,17 @@ def random_case(tokens=40, width=24, vocabulary=70, rows=21, *, bias=False, row_
     targets = torch.where(torch.rand(rows, generator=generator) < 0.25, least, targets)
     chosen = torch.randperm(tokens, generator=generator)[:rows]
     weights = normal(rows).float().to(DEVICE) if row_weight else None
-    return Case(normal(tokens, width), normal(vocabulary, width) / max(1, width)**0.5, targets.to(DEVICE), chosen.to(DEVICE),
-                normal(vocabulary) if bias else None, weights)
+    return Case(normal(tokens, width), normal(vocabulary, width) / max(1, width)**0.5, targets.to(DEVICE),
+                chosen.to(DEVICE), normal(vocabulary) if bias else None, weights)
 
 
-CASES = {"plain": random_case(), "bias": random_case(bias=True), "row weights": random_case(row_weight=True, seed=1),
-         "both, odd sizes": random_case(41, 13, 37, 19, bias=True, row_weight=True, seed=2), "one word": random_case(12, 8, 1, 7, bias=True, seed=3),
-         "one row": random_case(5, 16, 33, 1, seed=4, least=3), "every row": random_case(24, 9, 64, 24, row_weight=True, seed=5),
-         "one column": random_case(9, 1, 40, 5, bias=True, seed=6)}
+CASES = {
+    "plain": random_case(), "bias": random_case(bias=True), "row weights": random_case(row_weight=True, seed=1),
+    "both, odd sizes": random_case(41, 13, 37, 19, bias=True, row_weight=True, seed=2),
+    "one word": random_case(12, 8, 1, 7, bias=True, seed=3), "one row": random_case(5, 16, 33, 1, seed=4, least=3),
+    "every row": random_case(24, 9, 64, 24, row_weight=True, seed=5),
+    "one column": random_case(9, 1, 40, 5, bias=True, seed=6)
+}
 
 
 def run(function, case, dtype, divisor=7.0):
@@ -64,7 +71,10 @@ def run(function, case, dtype, divisor=7.0):
     output = function(hidden, weight, case.targets, case.rows, bias=bias, row_weight=case.row_weight)
     given = [x for x in inputs if x is not None]
     names = ["dhidden", "dweight", "dbias"][:len(given)]
-    return {"loss": output.loss.detach(), "losses": output.losses.detach()} | dict(zip(names, torch.autograd.grad(output.loss / divisor, given)))
+    return {"loss": output.loss.detach(), "losses": output.losses.detach()} | dict(zip(names,
+                                                                                       torch.autograd.grad(output.loss
+                                                                                                           / divisor,
+                                                                                                           given)))
 
 
 def run_from_losses(function, case, dtype, divisor=7.0):
@@ -74,16 +84,21 @@ def run_from_losses(function, case, dtype, divisor=7.0):
     loss = (output.losses * (1 if case.row_weight is None else case.row_weight)).sum()
     given = [x for x in inputs if x is not None]
     names = ["dhidden", "dweight", "dbias"][:len(given)]
-    return {"loss": loss.detach(), "losses": output.losses.detach()} | dict(zip(names, torch.autograd.grad(loss / divisor, given)))
+    return {"loss": loss.detach(), "losses": output.losses.detach()} | dict(zip(names,
+                                                                                torch.autograd.grad(loss / divisor,
+                                                                                                    given)))
 
 
 def terms_of(case, divisor=7.0):
-    """The sums behind the losses and the gradients over absolute values, in float64: what their rounding errors scale with."""
+    """The sums behind the losses and the gradients over absolute values, in float64: what their rounding errors scale
+    with."""
     hidden, weight, bias = (x if x is None else x.detach() for x in case.inputs(torch.float64))
     rows, known = hidden.flatten(0, -2)[case.rows], (case.targets >= 0)[:, None]
-    size = rows.abs() @ weight.abs().mT + (0 if bias is None else bias.abs())               # how far a logit can be off, in roundings
+    # how far a logit can be off, in roundings
+    size = rows.abs() @ weight.abs().mT + (0 if bias is None else bias.abs())
     probability = (rows @ weight.mT + (0 if bias is None else bias)).softmax(-1)
-    scale = torch.ones_like(case.rows, dtype=torch.float64) if case.row_weight is None else case.row_weight.double().abs()
+    scale = (torch.ones_like(case.rows, dtype=torch.float64)
+             if case.row_weight is None else case.row_weight.double().abs())
     peak = size.amax(1) * 2 + 1
     off = probability * (size + peak[:, None])
     off = off + torch.nn.functional.one_hot(case.targets.clamp(min=0), weight.shape[0])
@@ -91,15 +106,19 @@ def terms_of(case, divisor=7.0):
     dhidden = torch.zeros_like(hidden)
     dhidden.view(-1, hidden.shape[-1])[case.rows] = dz @ weight.abs()
     losses = torch.where(known[:, 0], peak, 0)
-    return {"loss": (losses * scale).sum(), "losses": losses, "dhidden": dhidden, "dweight": dz.mT @ rows.abs(), "dbias": dz.sum(0)}
+    return {"loss": (losses * scale).sum(), "losses": losses, "dhidden": dhidden, "dweight": dz.mT @ rows.abs(),
+            "dbias": dz.sum(0)}
 
 
 def check(case, dtype, run=run):
     """Hold the losses and every gradient to the accuracy rule."""
-    rounded = case._replace(**{n: x.to(dtype).double() for n in ("hidden", "weight", "bias") if (x := getattr(case, n)) is not None})
-    ours, theirs, exact = (run(f, rounded, t) for f, t in ((linear_cross_entropy, dtype), (linear_cross_entropy_reference, dtype),
-                                                           (linear_cross_entropy_reference, torch.float64)))
-    assert ours["loss"].dtype == ours["losses"].dtype == torch.promote_types(dtype, torch.float32) and ours["dhidden"].dtype == dtype
+    rounded = case._replace(**{n: x.to(dtype).double()
+                               for n in ("hidden", "weight", "bias") if (x := getattr(case, n)) is not None})
+    ours, theirs, exact = (run(f, rounded, t)
+                           for f, t in ((linear_cross_entropy, dtype), (linear_cross_entropy_reference, dtype),
+                                        (linear_cross_entropy_reference, torch.float64)))
+    assert (ours["loss"].dtype == ours["losses"].dtype == torch.promote_types(dtype, torch.float32)
+            and ours["dhidden"].dtype == dtype)
     terms = terms_of(rounded)
     for name in exact:
         assert ours[name].shape == exact[name].shape
@@ -134,7 +153,8 @@ def test_a_mean_over_many_rows_does_not_vanish_in_float16():
     case = CASES["plain"]
     hidden, weight, _ = case.inputs(torch.float16)
     losses = linear_cross_entropy(hidden, weight, case.targets, case.rows).losses
-    small, one = (torch.autograd.grad((losses * factor).sum(), weight, retain_graph=True)[0] for factor in (2.0**-10, 1.0))
+    small, one = (torch.autograd.grad((losses * factor).sum(), weight, retain_graph=True)[0]
+                  for factor in (2.0**-10, 1.0))
     torch.testing.assert_close(small.float() * 2**10, one.float(), rtol=2e-3, atol=2.0**-14)
 
 
@@ -145,7 +165,8 @@ def test_what_an_ignored_target_names_may_hold_anything(value):
     others = torch.ones(len(case.hidden), dtype=torch.bool)
     others[case.rows.cpu()] = False
     for function in (run, run_from_losses):
-        plain = function(linear_cross_entropy, case._replace(row_weight=case.row_weight.masked_fill(without, 0)), torch.float32)
+        plain = function(linear_cross_entropy, case._replace(row_weight=case.row_weight.masked_fill(without, 0)),
+                         torch.float32)
         hidden = case.hidden.clone()
         hidden[case.rows[without].cpu()] = value
         hidden[others] = value
@@ -164,10 +185,12 @@ def test_what_an_ignored_target_names_may_hold_anything(value):
 def test_nan_that_a_target_reaches_shows_in_its_loss_and_gradients(name):
     case = CASES["both, odd sizes"]
     r = int((case.targets >= 0).nonzero()[0])
-    at = {"hidden": (int(case.rows[r]), 3), "weight": (int(case.targets[r]), 3), "bias": (int(case.targets[r]),), "row_weight": (r,)}[name]
+    at = {"hidden": (int(case.rows[r]), 3), "weight": (int(case.targets[r]), 3), "bias": (int(case.targets[r]),),
+          "row_weight": (r,)}[name]
     changed = getattr(case, name).clone()
     changed[at] = float("nan")
-    found, expected = (run(f, case._replace(**{name: changed}), torch.float32) for f in (linear_cross_entropy, linear_cross_entropy_reference))
+    found, expected = (run(f, case._replace(**{name: changed}), torch.float32)
+                       for f in (linear_cross_entropy, linear_cross_entropy_reference))
     assert expected["loss"].isnan()
     # plain PyTorch multiplies 0 by the weight
     expected["dhidden"][case.rows[case.targets < 0]] = 0
@@ -179,12 +202,14 @@ def test_nan_that_a_target_reaches_shows_in_its_loss_and_gradients(name):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_more_rows_than_a_chunk_and_more_words_than_a_block(dtype):
     check(random_case(1500, 24, 300, 1500, bias=True, row_weight=True), dtype)
-    check(random_case(80, 8, 2 * module.WIDEST + 5, 70), dtype)
+    check(random_case(80, 8, 2 * WIDEST + 5, 70), dtype)
 
 
 def test_a_batch_and_its_flat_rows_give_equal_results():
-    case = CASES["both, odd sizes"]._replace(hidden=torch.randn(4, 11, 13, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
-    batch, flat = (run(linear_cross_entropy, c, torch.float32) for c in (case, case._replace(hidden=case.hidden.flatten(0, 1))))
+    case = CASES["both, odd sizes"]._replace(hidden=torch.randn(4, 11, 13, generator=torch.Generator().manual_seed(1),
+                                                                dtype=torch.float64))
+    batch, flat = (run(linear_cross_entropy, c, torch.float32)
+                   for c in (case, case._replace(hidden=case.hidden.flatten(0, 1))))
     assert all(torch.equal(batch[n].view_as(flat[n]), flat[n]) for n in flat)
 
 
@@ -211,14 +236,18 @@ def test_rows_without_a_target_have_no_loss_and_no_gradient():
     assert touched[case.rows[~without]].all() and touched.sum() == (~without).sum()
     left = case._replace(targets=case.targets[~without], rows=case.rows[~without], row_weight=case.row_weight[~without])
     for name, value in run(linear_cross_entropy, left, torch.float32).items():
-        torch.testing.assert_close(value, found[name][~without] if name == "losses" else found[name], rtol=1e-5, atol=1e-6)
-    assert not any(x.any() for x in run(linear_cross_entropy, case._replace(targets=torch.full_like(case.targets, -5)), torch.float32).values())
+        torch.testing.assert_close(value, found[name][~without] if name == "losses" else found[name], rtol=1e-5,
+                                   atol=1e-6)
+    assert not any(x.any()
+                   for x in run(linear_cross_entropy, case._replace(targets=torch.full_like(case.targets, -5)),
+                                torch.float32).values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_extreme_logits_neither_overflow_nor_vanish(dtype):
     case = random_case(20, 8, 50, 12, seed=3)
-    large = case._replace(hidden=case.hidden * 1e4 / case.hidden.abs().amax() if dtype == torch.float16 else case.hidden * 1e4)
+    large = case._replace(hidden=case.hidden * 1e4 / case.hidden.abs().amax()
+                          if dtype == torch.float16 else case.hidden * 1e4)
     found = run(linear_cross_entropy, large, dtype)
     assert all(x.isfinite().all() for x in found.values()) and found["losses"].max() > 1e3
     check(large, dtype)
@@ -227,7 +256,8 @@ def test_extreme_logits_neither_overflow_nor_vanish(dtype):
 def test_words_ruled_out_by_minus_infinity_have_no_probability():
     case = random_case(20, 8, 100, 12, bias=True, seed=3)
     out = torch.arange(100) < 70  # the interpreter's first two blocks, and part of the third
-    case = case._replace(bias=case.bias.masked_fill(out, -torch.inf), targets=torch.where(case.targets >= 0, 70 + case.targets % 30, -1))
+    case = case._replace(bias=case.bias.masked_fill(out, -torch.inf),
+                         targets=torch.where(case.targets >= 0, 70 + case.targets % 30, -1))
     found, expected = (run(f, case, torch.float32) for f in (linear_cross_entropy, linear_cross_entropy_reference))
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
@@ -239,21 +269,28 @@ def test_any_strides_and_other_integers_and_floats_give_equal_results(sizes):
     case = random_case(*sizes, bias=True, row_weight=True)
     hidden, weight, bias = case.inputs(torch.float32)
     expected = run(linear_cross_entropy, case, torch.float32)
-    for lay in (lambda x: x.mT.contiguous().mT, lambda x: torch.cat([x, x], -1)[..., :x.shape[-1]], lambda x: torch.stack([x, x], -1)[..., 0]):
-        laid = [lay(x.detach()).requires_grad_() for x in (hidden, weight)] + [torch.stack([bias, bias], 1).detach()[:, 0].requires_grad_()]
-        output = linear_cross_entropy(laid[0], laid[1], torch.stack([case.targets] * 2, 1)[:, 0], torch.stack([case.rows] * 2, 1)[:, 0], bias=laid[2],
+    for lay in (lambda x: x.mT.contiguous().mT, lambda x: torch.cat([x, x], -1)[..., :x.shape[-1]],
+                lambda x: torch.stack([x, x], -1)[..., 0]):
+        laid = [lay(x.detach()).requires_grad_() for x in (hidden, weight)] + [
+            torch.stack([bias, bias], 1).detach()[:, 0].requires_grad_()
+        ]
+        output = linear_cross_entropy(laid[0], laid[1], torch.stack([case.targets] * 2, 1)[:, 0],
+                                      torch.stack([case.rows] * 2, 1)[:, 0], bias=laid[2],
                                       row_weight=case.row_weight.double())
         for name, value in zip(expected, (output.loss, output.losses, *torch.autograd.grad(output.loss / 7, laid))):
             torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
 
 
 def test_a_shifted_batch_is_not_copied():
-    batch, rows = torch.randn(3, 9, 16, device=DEVICE), torch.tensor([0, 7, 8, 20], device=DEVICE)  # rows of 8: [:, :-1] has no one stride
+    # rows of 8: [:, :-1] has no one stride
+    batch, rows = torch.randn(3, 9, 16, device=DEVICE), torch.tensor([0, 7, 8, 20], device=DEVICE)
     expected = batch[:, :-1].reshape(-1, 16)[rows]
     assert torch.equal(module._gather(batch[:, :-1], rows, 24), expected)
     targets, weight = torch.tensor([1, 0, -1, 4], device=DEVICE), torch.randn(5, 16, device=DEVICE)
     found = linear_cross_entropy(batch[:, :-1], weight, targets, rows)
-    torch.testing.assert_close(found.losses, linear_cross_entropy_reference(expected, weight, targets, torch.arange(4, device=DEVICE)).losses)
+    torch.testing.assert_close(
+        found.losses, linear_cross_entropy_reference(expected, weight, targets, torch.arange(4, device=DEVICE)).losses
+    )
 
 
 @pytest.mark.parametrize("wanted", range(8))
@@ -265,8 +302,10 @@ def test_only_the_gradients_that_are_wanted_are_made(wanted, monkeypatch):
     kept = []
     # kept too, but no memory of ours
     passed = {x.data_ptr() for x in (*inputs, case.targets, case.rows, case.row_weight)}
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel() * (x.data_ptr() not in passed)) or x, lambda x: x):
-        output = linear_cross_entropy(inputs[0], inputs[1], case.targets, case.rows, bias=inputs[2], row_weight=case.row_weight)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel() * (x.data_ptr() not in passed)) or x,
+                                                  lambda x: x):
+        output = linear_cross_entropy(inputs[0], inputs[1], case.targets, case.rows, bias=inputs[2],
+                                      row_weight=case.row_weight)
     assert bool(made) == (wanted >> 1 & 1) and output.loss.requires_grad == output.losses.requires_grad == bool(wanted)
     (width, vocabulary), count = (13, 37), len(case.rows)
     sizes = [count * width, vocabulary * width, vocabulary]
@@ -275,7 +314,8 @@ def test_only_the_gradients_that_are_wanted_are_made(wanted, monkeypatch):
         assert all(g.shape == x.shape for g, x in zip(torch.autograd.grad(output.loss, given), given))
     with torch.no_grad():
         made.clear()
-        quiet = linear_cross_entropy(inputs[0], inputs[1], case.targets, case.rows, bias=inputs[2], row_weight=case.row_weight)
+        quiet = linear_cross_entropy(inputs[0], inputs[1], case.targets, case.rows, bias=inputs[2],
+                                     row_weight=case.row_weight)
     assert not made and not quiet.loss.requires_grad
     torch.testing.assert_close(quiet, LinearCrossEntropy(*(x.detach() for x in output)), rtol=1e-6, atol=1e-6)
 
@@ -285,7 +325,8 @@ def test_each_gradient_is_right_without_the_others():
     expected = run(linear_cross_entropy, case, torch.float32)
     for i, name in enumerate(("dhidden", "dweight", "dbias")):
         inputs = [x.requires_grad_(i == n) for n, x in enumerate(case.inputs(torch.float32))]
-        loss = linear_cross_entropy(inputs[0], inputs[1], case.targets, case.rows, bias=inputs[2], row_weight=case.row_weight).loss
+        loss = linear_cross_entropy(inputs[0], inputs[1], case.targets, case.rows, bias=inputs[2],
+                                    row_weight=case.row_weight).loss
         assert torch.equal(torch.autograd.grad(loss / 7, inputs[i])[0], expected[name])
 
 
@@ -300,10 +341,11 @@ def test_sums_over_rows_beyond_float16_stay_finite_until_the_caller_divides():
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float32], ids=str)
 def test_gradients_are_scaled_by_dloss_before_they_are_rounded(dtype):
-    case, scale = CASES["both, odd sizes"], 1 + 2**-9 + 2**-10                               # rounded to bfloat16 first, it would be 1 + 2**-7 or 1
+    case, scale = CASES["both, odd sizes"], 1 + 2**-9 + 2**-10  # rounded to bfloat16 first, it would be 1 + 2**-7 or 1
     hidden, weight, bias = case.inputs(dtype)
     loss = linear_cross_entropy(hidden, weight, case.targets, case.rows, bias=bias, row_weight=case.row_weight).loss
-    one, more = (torch.autograd.grad(loss, (hidden, weight, bias), loss.new_tensor(s), retain_graph=True) for s in (1.0, scale))
+    one, more = (torch.autograd.grad(loss, (hidden, weight, bias), loss.new_tensor(s), retain_graph=True)
+                 for s in (1.0, scale))
     assert torch.equal(more[0], (one[0].float() * scale).to(dtype))
 
 
@@ -311,184 +353,27 @@ def test_the_gradients_are_the_same_to_the_bit_every_time():
     case = random_case(bias=True, row_weight=True)
     first = run(linear_cross_entropy, case, torch.float32)
     for _ in range(1 if INTERPRET else 50):
-        assert all(torch.equal(a, b) for a, b in zip(first.values(), run(linear_cross_entropy, case, torch.float32).values()))
+        assert all(torch.equal(a, b)
+                   for a, b in zip(first.values(), run(linear_cross_entropy, case, torch.float32).values()))
 
 
 def test_logits_of_a_chunk_take_about_the_memory_of_the_rows():
-    for rows, vocabulary, width in ((16384, 128256, 4096), (65536, 32000, 2048), (100_000, 50257, 768), (8, 1, 4096), (0, 10, 10)):
+    for rows, vocabulary, width in ((16384, 128256, 4096), (65536, 32000, 2048), (100_000, 50257, 768), (8, 1, 4096),
+                                    (0, 10, 10)):
         size = chunk_rows(rows, vocabulary, width)
         assert size >= module.FEWEST_ROWS and size & (size - 1) == 0
         assert size == module.FEWEST_ROWS or size / 2 * vocabulary <= rows * width + vocabulary
         assert size >= rows or size * (vocabulary + width) >= rows * width
 
 
-@cpu_only
-@pytest.mark.parametrize("name", ["both, odd sizes", "one word", "plain"])
-def test_gradients_pass_gradcheck(name):
-    case = CASES[name]
-    case = case._replace(hidden=case.hidden[:, :3], weight=case.weight[:, :3])
-    hidden, weight, bias = case.inputs(torch.float64)
-
-    def function(*inputs):
-        return linear_cross_entropy(*inputs[:2], case.targets, case.rows, bias=None if bias is None else inputs[2], row_weight=case.row_weight).loss
-
-    def losses(*inputs):
-        return linear_cross_entropy(*inputs[:2], case.targets, case.rows, bias=None if bias is None else inputs[2], row_weight=case.row_weight)
-
-    given = [x for x in (hidden, weight, bias) if x is not None]
-    assert torch.autograd.gradcheck(function, given)
-    assert torch.autograd.gradcheck(losses, given)
-
-
-@traced
-def test_opcheck():
-    case = CASES["both, odd sizes"]
-    hidden, weight, bias = case.inputs(torch.float32)
-    batch = hidden.detach()[:40].unflatten(0, (4, 10)).requires_grad_()
-    rows = case.rows.clamp(max=39).unique()
-    targets = case.targets[:len(rows)]
-    torch.library.opcheck(_forward, (hidden, weight, case.targets, case.rows, bias, case.row_weight, True, True, True))
-    torch.library.opcheck(_forward, (batch, weight, targets, rows, None, None, True, True, False))
-    torch.library.opcheck(_forward, (hidden, weight.detach(), case.targets, case.rows, None, None, True, False, False))
-    torch.library.opcheck(_forward, (hidden.detach(), weight.detach(), case.targets, case.rows, None, None, False, False, False))
-    _, _, *gradients = _forward(batch.detach(), weight.detach(), targets, rows, None, None, True, True, False)
-    torch.library.opcheck(_scale, (torch.tensor(0.3, device=DEVICE), *gradients, rows, [4, 10, 13]))
-
-
-@traced
-def test_compiles_whole_and_serves_other_lengths_without_a_recompile():
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-
-    def step(hidden, weight, bias, targets, rows, row_weight):
-        output = linear_cross_entropy(2 * hidden, weight, targets, rows, bias=bias, row_weight=row_weight)
-        return output.loss / len(rows) + (output.losses * row_weight.square()).mean(), output.losses
-
-    compiled = torch.compile(step, fullgraph=True, backend=counter)
-    for batch, tokens, rows in ((2, 9, 7), (3, 11, 12), (5, 8, 31), (4, 20, 64)):
-        case = random_case(batch * tokens, 16, 40, rows, bias=True, row_weight=True)
-        hidden, weight, bias = case.inputs(torch.float32)
-        inputs = [hidden.detach().unflatten(0, (batch, tokens)).requires_grad_(), weight, bias]
-        found, expected = ([losses.detach(), *torch.autograd.grad(loss, inputs)] for loss, losses in
-                           (f(*inputs, case.targets, case.rows, case.row_weight) for f in (compiled, step)))
-        for a, b in zip(found, expected):
-            torch.testing.assert_close(a, b)
-    assert counter.frame_count <= 2                                                         # one static, one with dynamic sizes
-
-
-@traced
-@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
-def test_rows_that_the_graph_itself_finds_compile_whole():
-    torch._dynamo.reset()
-
-    def step(hidden, weight, targets):
-        rows = (targets.flatten() >= 0).nonzero()[:, 0]
-        return linear_cross_entropy(hidden, weight, targets.flatten()[rows], rows).loss
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for seed in (0, 1):
-        targets = random_case(rows=40, seed=seed).targets.view(2, 20)
-        hidden, weight, _ = random_case(seed=seed).inputs(torch.float32)
-        inputs = [hidden.detach().unflatten(0, (2, 20)).requires_grad_(), weight]
-        found, expected = (torch.autograd.grad(f(*inputs, targets), inputs) for f in (compiled, step))
-        torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_autocast_casts_as_linear_does(dtype):
-    case = CASES["bias"]
-    hidden, weight, bias = inputs = case.inputs(torch.float32)
-    target = torch.float16 if INTERPRET else torch.bfloat16
-    with torch.autocast(DEVICE, target):
-        found = linear_cross_entropy(hidden.to(dtype), weight, case.targets, case.rows, bias=bias)
-        expected = linear_cross_entropy_reference(hidden.to(dtype), weight, case.targets, case.rows, bias=bias)
-        wide = linear_cross_entropy(*(x if x is None else x.double() for x in inputs[:2]), case.targets, case.rows) if DEVICE == "cpu" else None
-    cast = linear_cross_entropy(hidden.to(dtype).to(target), weight.to(target), case.targets, case.rows, bias=bias.to(target))
-    assert found.loss.dtype == torch.float32 and torch.equal(found.losses, cast.losses)
-    assert wide is None or wide.loss.dtype == torch.float64
-    torch.testing.assert_close(found.losses, expected.losses, rtol=0.02, atol=0.02)        # a logit's last bit, where two products round it apart
-    grads, casts = (torch.autograd.grad(x.loss, inputs) for x in (found, cast))
-    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(grads, casts))
-
-
-def test_gradients_of_gradients_are_refused():
-    case = CASES["plain"]
-    hidden, weight, _ = case.inputs(torch.float32)
-    loss = linear_cross_entropy(hidden, weight, case.targets, case.rows).loss
-    with pytest.raises(RuntimeError, match="linear_cross_entropy: the backward runs with create_graph=True; .*take linear_cross_entropy_reference"):
-        torch.autograd.grad(loss, hidden, create_graph=True)
-    first, second = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(first, second)
-
-
-@pytest.mark.parametrize("what, value, weighted", [("targets", 70, False), ("targets", 2**40, True), ("rows", 40, True), ("rows", -1, False)])
-def test_values_that_name_nothing_are_never_silent(what, value, weighted):
-    case = random_case(rows=9, row_weight=weighted, least=2)._replace(rows=torch.arange(1, 10, device=DEVICE))
-    case = case._replace(**{what: getattr(case, what).index_fill(0, torch.tensor(4, device=DEVICE), value)})
-    if not KERNEL_RUNS:
-        with pytest.raises(ValueError, match=f"linear_cross_entropy: {what} holds .*{value}.* has (70|40) rows; 0 to (69|39) fits"):
-            run(linear_cross_entropy, case, torch.float32)
-        return
-    found = run(linear_cross_entropy, case, torch.float32)
-    assert found["losses"].isnan().nonzero().flatten().tolist() == [4] and found["loss"].isnan() and found["dweight"].isnan().all()
-    assert found["dhidden"][case.rows[4].clamp(0, 39)].isnan().all() and found["dhidden"].isnan().any(1).sum() == 1
-    without = case._replace(targets=case.targets.index_fill(0, torch.tensor(4, device=DEVICE), -1))
-    assert run(linear_cross_entropy, without, torch.float32)["loss"].isnan() == (what == "rows")
-
-
-@pytest.mark.skipif(KERNEL_RUNS, reason="on a GPU looking would synchronise")
-def test_a_row_named_twice_is_refused_where_looking_costs_nothing():
-    case = CASES["plain"]
-    with pytest.raises(ValueError, match="linear_cross_entropy: rows names row 3 2 times; each row at most once fits"):
-        linear_cross_entropy(case.hidden, case.weight, case.targets[:3], torch.tensor([3, 5, 3]))
-
-
-@pytest.mark.skipif(not INTERPRET, reason="only the interpreter computes bfloat16 wrongly")
-def test_the_interpreter_refuses_bfloat16():
-    case = CASES["plain"]
-    with pytest.raises(ValueError, match="interpreter computes bfloat16 wrongly"):
-        linear_cross_entropy(case.hidden.bfloat16(), case.weight.bfloat16(), case.targets, case.rows)
-
-
-def test_inputs_that_do_not_fit_are_refused_by_name():
-    x, weight, index = torch.zeros(6, 8, device=DEVICE), torch.zeros(5, 8, device=DEVICE), torch.arange(4, device=DEVICE)
-
-    def call(hidden=x, weight=weight, targets=index, rows=index, **options):
-        return linear_cross_entropy(hidden, weight, targets, rows, **options)
-
-    assert call().losses.shape == (4,)
-    for name in ("hidden", "weight", "targets", "rows", "bias", "row_weight"):
-        for wrong in ([[1.0]], "tensor", torch.nn.Linear(8, 5)) + (() if name in ("bias", "row_weight") else (None,)):
-            with pytest.raises(ValueError, match=f"linear_cross_entropy: {name} is .*; a tensor( or None)? fits; "):
-                call(**{name: wrong})
-    for bad, message in [
-            ({"hidden": x[0]}, "hidden has shape \\(8,\\); \\(tokens, C\\) or \\(batch, tokens, C\\) fits"),
-            ({"hidden": x.int()}, "hidden is torch.int32 .*; float16, bfloat16 or float32 fits"),
-            ({"weight": weight.half()}, "weight is torch.float16 on .* and hidden torch.float32 on .*; one dtype and device fit; convert weight"),
-            ({"weight": weight[0]}, "weight has shape \\(8,\\) and hidden 8 columns; \\(words, 8\\) fits"),
-            ({"weight": weight[:, :7]}, "weight has shape \\(5, 7\\) and hidden 8 columns; \\(words, 8\\) fits"),
-            ({"weight": weight[:0]}, "weight has shape \\(0, 8\\) and hidden 8 columns; .* at least one of each"),
-            ({"bias": weight[0]}, "bias has shape \\(8,\\) and weight 5 words; \\(5,\\) or None fits"),
-            ({"bias": weight[:, 0].half()}, "bias is torch.float16"),
-            ({"rows": index.int()}, "rows is torch.int32 of shape \\(4,\\) on .*; int64 \\(R,\\) on .* fits"),
-            ({"rows": index[:, None]}, "rows is torch.int64 of shape \\(4, 1\\)"),
-            ({"targets": index[:3]}, "targets is torch.int64 of shape \\(3,\\) .*; int64 \\(R,\\) on .* fits, one of each"),
-            ({"targets": index.float()}, "targets is torch.float32"),
-            ({"rows": torch.arange(7, device=DEVICE), "targets": torch.zeros(7, device=DEVICE, dtype=torch.int64)},
-             "rows (names 7|holds 0 to 6)"),
-            ({"row_weight": x[0]}, "row_weight is torch.float32 of shape \\(8,\\) on .*; floating-point numbers \\(4,\\) on .* fit, or None for 1"),
-            ({"row_weight": index}, "row_weight is torch.int64"),
-            ({"row_weight": x[0, :4].clone().requires_grad_()}, "row_weight requires a gradient, which .* pass row_weight.detach\\(\\)")]:
-        with pytest.raises(ValueError, match="linear_cross_entropy: " + message):
-            call(**bad)
-
-
 @pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1: kernels are interpreted functions, which do not compile")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("vocabulary, gradient", [(500, True), (2048, True), (50257, True), (128256, True), (128256, False)])
+@pytest.mark.parametrize("vocabulary, gradient",
+                         [(500, True), (2048, True), (50257, True), (128256, True), (128256, False)])
 def test_the_kernel_spills_nothing(vocabulary, gradient, size, architecture):
     launch, stride = launch_config(vocabulary), -(-vocabulary // module.ALIGNMENT) * module.ALIGNMENT
     constants = {"V": vocabulary, "STRIDE": stride, "WEIGHT": gradient, "GRADIENT": gradient, "BLOCK": launch.block_n}
-    found = resources(_cross_entropy_rows, constants, launch, architecture=architecture, element_size=size, float32=("row_weight_ptr", "losses_ptr"))
+    found = resources(_cross_entropy_rows, constants, launch, architecture=architecture, element_size=size,
+                      float32=("row_weight_ptr", "losses_ptr"))
     assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found

@@ -1,4 +1,5 @@
-"""The diffusion loss: values and gradients against float64, the round trip with noise_patchify, weights, and PyTorch's machinery."""
+"""The diffusion loss: values and gradients against float64, the round trip with noise_patchify, weights, and PyTorch's
+machinery."""
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -11,14 +12,18 @@ from tests.transfusion.plain import add_noise
 from tfkernels import diffusion_loss, diffusion_loss_reference, min_snr_weight, noise_patchify, pack_latents, patchify
 from tfkernels._launch import ARCHITECTURES, SHARED_LIMIT, Config
 from tfkernels._library import INTERPRET
-from tfkernels.losses.diffusion import BLOCK, _backward, _diffusion_loss_bwd, _diffusion_loss_images, _diffusion_loss_rows, _loss
-from tfkernels.patches import latents as layouts
-from tfkernels.patches.patchify import noise_reference
+from tfkernels.losses.diffusion import _backward, _loss
+from tfkernels.losses.triton.diffusion import BLOCK, _diffusion_loss_bwd, _diffusion_loss_images, _diffusion_loss_rows
+from tfkernels.patches import noise_reference
+from tfkernels.patches.triton import layout as layouts
 from transfusion.diffusion.objective import OBJECTIVES
 
 SEED = torch.tensor([-99, 2**31 + 5], device=DEVICE)
-LONG = {"rows beyond one block": rows_of_tokens([2 * BLOCK + 3, 1, BLOCK], 8 if INTERPRET else 16), "one element": uniform(1, 1, 1, 1, patch=1)}
-traced = pytest.mark.skipif(INTERPRET, reason="tracing does not see which implementation runs; once, without the interpreter, is enough")
+LONG = {"rows beyond one block": rows_of_tokens([2 * BLOCK + 3, 1, BLOCK], 8 if INTERPRET else 16),
+        "one element": uniform(1, 1, 1, 1, patch=1)}
+traced = pytest.mark.skipif(
+    INTERPRET, reason="tracing does not see which implementation runs; once, without the interpreter, is enough"
+)
 cpu_only = pytest.mark.skipif(DEVICE != "cpu" or INTERPRET, reason="float64 runs in the CPU implementation only")
 
 
@@ -40,8 +45,8 @@ def results(case, dtype, weighted):
         return [loss.detach(), *torch.autograd.grad(loss, prediction, dloss.to(loss.dtype))]
 
     ours = run(lambda x: diffusion_loss(x, case.like(data), p, q, weight, SEED, **case.options), prediction)
-    exact, rounded = (run(lambda x: diffusion_loss_reference(x, data.to(x.dtype), p, q, weight, SEED, *case.layout), prediction.to(t))
-                      for t in (torch.float64, dtype))
+    exact, rounded = (run(lambda x: diffusion_loss_reference(x, data.to(x.dtype), p, q, weight, SEED, *case.layout),
+                          prediction.to(t)) for t in (torch.float64, dtype))
     return ours, exact, rounded
 
 
@@ -66,10 +71,12 @@ def test_padding_counts_nowhere_and_an_empty_image_costs_nothing(name):
     poisoned[:offsets[0]], poisoned[offsets[-1]:] = float("nan"), float("inf")
     poisoned.requires_grad_()
     loss = diffusion_loss(poisoned, case.like(case.data.float()), p, q, weight, SEED, **case.options)
-    assert torch.equal(loss, diffusion_loss(prediction, case.like(case.data.float()), p, q, weight, SEED, **case.options))
+    assert torch.equal(loss,
+                       diffusion_loss(prediction, case.like(case.data.float()), p, q, weight, SEED, **case.options))
     assert torch.equal(loss == 0, offsets.diff() == 0)
     gradient, = torch.autograd.grad(loss.sum(), poisoned)
-    assert not gradient[:offsets[0]].any() and not gradient[offsets[-1]:].any() and gradient[offsets[0]:offsets[-1]].all()
+    assert (not gradient[:offsets[0]].any() and not gradient[offsets[-1]:].any()
+            and gradient[offsets[0]:offsets[-1]].all())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -82,7 +89,8 @@ def test_what_padding_and_an_empty_image_hold_reaches_nothing(value):
 
     def run(fill):
         p, q, weight, arriving = (x.masked_fill(empty, fill) for x in (*given(case), dloss))
-        prediction = random(case.rows, case.dim, seed=4).float().to(DEVICE).masked_fill(padding[:, None], fill).requires_grad_()
+        prediction = random(case.rows, case.dim, seed=4).float().to(DEVICE)
+        prediction = prediction.masked_fill(padding[:, None], fill).requires_grad_()
         loss = diffusion_loss(prediction, x0.masked_fill(padding[:, None], fill), p, q, weight, SEED, **case.options)
         return loss.detach(), *torch.autograd.grad(loss, prediction, arriving)
 
@@ -93,7 +101,8 @@ def test_what_padding_and_an_empty_image_hold_reaches_nothing(value):
 def test_nan_that_an_image_sees_shows_in_its_loss_alone(what):
     case = rows_of_tokens([4, 2, 3], 16, before=2, behind=3)
     x0, prediction = case.data.float(), random(case.rows, case.dim, seed=4).float().to(DEVICE)
-    arguments = dict(zip(("p", "q", "weight"), (x.clone() for x in given(case)))) | {"x0": x0.clone(), "prediction": prediction}
+    arguments = dict(zip(("p", "q", "weight"), (x.clone() for x in given(case)))) | {"x0": x0.clone(),
+                                                                                     "prediction": prediction}
     arguments[what][(7, 3) if arguments[what].ndim == 2 else 1] = float("nan")
     arguments["prediction"].requires_grad_()
     loss = diffusion_loss(*(arguments[n] for n in ("prediction", "x0", "p", "q", "weight")), SEED, **case.options)
@@ -126,12 +135,13 @@ def test_the_pair_trains_the_best_linear_denoiser(objective):
     (signal, noise), (p, q) = OBJECTIVES[objective].path(t), OBJECTIVES[objective].target(t)
     s, n, a, b = (v[0].item() for v in (signal, noise, p, q))
     power = s * s * deviation**2 + n * n
-    side, steps, tolerance = (8, 5, 0.12) if INTERPRET else (16, 12, 0.06)                 # the interpreter takes seconds a step
+    side, steps, tolerance = (8, 5, 0.12) if INTERPRET else (16, 12, 0.06)  # the interpreter takes seconds a step
     x0 = deviation * random(4, 4, side, side, seed=7).float().to(DEVICE)
     slope = torch.zeros((), device=DEVICE, requires_grad=True)
     for step in range(steps):
         seed = torch.tensor([5, step], device=DEVICE)
-        loss = diffusion_loss(slope * noise_patchify(x0, signal, noise, seed, patch_size=2), x0, p, q, None, seed, patch_size=2).mean()
+        loss = diffusion_loss(slope * noise_patchify(x0, signal, noise, seed, patch_size=2), x0, p, q, None, seed,
+                              patch_size=2).mean()
         gradient, = torch.autograd.grad(loss, slope)
         slope = (slope - gradient / (4 * power)).detach().requires_grad_()
     best = (s * a * deviation**2 + n * b) / power
@@ -144,7 +154,8 @@ def test_every_layout_gives_the_same_losses_and_gradients():
     p, q, weight = numbers(3, 1), numbers(3, 2), numbers(3, 3)
     offsets = torch.tensor([0, 12, 24, 36], dtype=torch.int32, device=DEVICE)
     prediction = random(36, 16, seed=4).float().to(DEVICE).requires_grad_()
-    losses = [diffusion_loss(prediction, x0, p, q, weight, SEED, patch_size=2), diffusion_loss(prediction, pack_latents(list(x0), 2), p, q, weight, SEED),
+    losses = [diffusion_loss(prediction, x0, p, q, weight, SEED, patch_size=2),
+              diffusion_loss(prediction, pack_latents(list(x0), 2), p, q, weight, SEED),
               diffusion_loss(prediction, patchify(x0, 2), p, q, weight, SEED, offsets=offsets)]
     gradients = [torch.autograd.grad(loss.sum(), prediction)[0] for loss in losses]
     for other in (1, 2):
@@ -164,7 +175,8 @@ def test_results_repeat_in_bits_and_an_image_does_not_depend_on_the_others(monke
     torch.testing.assert_close(alone, first[:2], rtol=0 if INTERPRET or DEVICE == "cuda" else 1e-6, atol=0)
     if INTERPRET or DEVICE == "cuda":
         monkeypatch.setattr(layouts, "TILE", 256)
-        torch.testing.assert_close(diffusion_loss(prediction, case.like(data), p, q, weight, SEED), first, rtol=1e-6, atol=0)
+        torch.testing.assert_close(diffusion_loss(prediction, case.like(data), p, q, weight, SEED), first, rtol=1e-6,
+                                   atol=0)
 
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float32], ids=str)
@@ -173,7 +185,8 @@ def test_a_half_prediction_beside_float32_latents_keeps_the_latents_precision(dt
     p, q, weight = given(case)
     prediction, data = random(case.rows, case.dim, seed=4).to(DEVICE, dtype), case.data.float()
     loss = diffusion_loss(prediction, data, p, q, weight, SEED, patch_size=2)
-    torch.testing.assert_close(loss, diffusion_loss(prediction.float(), data, p, q, weight, SEED, patch_size=2), rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, diffusion_loss(prediction.float(), data, p, q, weight, SEED, patch_size=2),
+                               rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
@@ -185,7 +198,8 @@ def test_min_snr_weight_is_the_papers_for_every_form(gamma):
     for (p, q), expected in (((one, zero), least), ((zero, one), least / snr), ((-noise, signal), least / (snr + 1))):
         torch.testing.assert_close(min_snr_weight(signal, noise, p, q, gamma), expected)
     signal, noise = OBJECTIVES["flow"].path(t)
-    torch.testing.assert_close(min_snr_weight(signal, noise, -one, one, gamma), (signal / noise).square().clamp(max=gamma) * noise.square())
+    torch.testing.assert_close(min_snr_weight(signal, noise, -one, one, gamma),
+                               (signal / noise).square().clamp(max=gamma) * noise.square())
 
 
 def test_min_snr_weight_takes_its_limits_at_the_ends():
@@ -202,9 +216,11 @@ def test_min_snr_weight_turns_every_objective_into_the_same_loss_of_x0():
     image, eps = noise_reference(SEED, None, 3, 12, 16)
     signal, noise = OBJECTIVES["v"].path(t)
     x_t = signal[image][:, None] * patchify(x0, 2) + noise[image][:, None] * eps
-    guess, found = random(12, 16, seed=2).float().to(DEVICE), []                           # a guess of x0, and what it says of every target
+    guess, found = random(12, 16, seed=2).float().to(DEVICE), []  # a guess of x0, and what it says of every target
     for p, q in ((torch.ones_like(t), torch.zeros_like(t)), OBJECTIVES["eps"].target(t), OBJECTIVES["v"].target(t)):
-        implied = p[image][:, None] * guess + q[image][:, None] * (x_t - signal[image][:, None] * guess) / noise[image][:, None]
+        implied = p[image][:, None] * guess + q[image][:, None] * (
+            x_t - signal[image][:, None] * guess
+        ) / noise[image][:, None]
         found.append(diffusion_loss(implied, x0, p, q, min_snr_weight(signal, noise, p, q), SEED, patch_size=2))
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=0)
     torch.testing.assert_close(found[2], found[0], rtol=1e-4, atol=0)
@@ -242,7 +258,8 @@ def test_compiles_whole_and_serves_other_batches_without_a_graph_break():
     scale = torch.tensor(0.7, device=DEVICE, requires_grad=True)
     for counts in ([5, 2, 12], [7, 3], [1, 9, 4, 4, 2]):
         case = rows_of_tokens(counts, 12)
-        inputs = case.data.float(), case.options["offsets"], numbers(case.images, 1).abs(), numbers(case.images, 2).abs(), SEED
+        inputs = (case.data.float(), case.options["offsets"], numbers(case.images, 1).abs(),
+                  numbers(case.images, 2).abs(), SEED)
         (actual,), (expected,) = (torch.autograd.grad(f(scale, *inputs), scale) for f in (compiled, step))
         torch.testing.assert_close(actual, expected)
     assert counter.frame_count == 1
@@ -263,40 +280,47 @@ def test_autocast_changes_nothing():
 
 
 def test_bad_inputs_are_refused_by_name():
-    x0, ones, prediction = torch.zeros(2, 3, 4, 6, device=DEVICE), torch.ones(2, device=DEVICE), torch.zeros(12, 12, device=DEVICE)
+    x0, ones, prediction = (torch.zeros(2, 3, 4, 6, device=DEVICE), torch.ones(2, device=DEVICE),
+                            torch.zeros(12, 12, device=DEVICE))
 
     def call(prediction=prediction, x0=x0, p=ones, q=ones, weight=None, seed=SEED, **options):
         return diffusion_loss(prediction, x0, p, q, weight, seed, **({"patch_size": 2} | options))
 
     assert call().shape == (2,)
-    for bad, message in [
-            ({"prediction": prediction[:6]}, "diffusion_loss: prediction has shape \\(6, 12\\) .* x0 12 tokens of 12 elements .* \\(12, 12\\) fits"),
-            ({"prediction": prediction.int()}, "diffusion_loss: prediction is torch.int32"),
-            ({"x0": x0.clone().requires_grad_()}, "diffusion_loss: x0 requires a gradient, which .* pass x0.detach\\(\\)"),
-            ({"p": ones[:1]}, "diffusion_loss: p is torch.float32 of shape \\(1,\\)"),
-            ({"q": ones.clone().requires_grad_()}, "diffusion_loss: q requires a gradient"),
-            ({"weight": ones.clone().requires_grad_()}, "diffusion_loss: weight requires a gradient"),
-            ({"weight": 2.0}, "diffusion_loss: weight is a float; a floating-point tensor \\(2,\\)"),
-            ({"seed": 1.0}, "diffusion_loss: seed is a float"),
-            ({"patch_size": 3}, "diffusion_loss: x0 is 4x6 and patch_size 3"),
-            ({"x0": prediction, "patch_size": None}, "diffusion_loss: offsets is a NoneType; an int32 tensor"),
-            ({"x0": prediction, "patch_size": None, "offsets": torch.tensor([0, 12], device=DEVICE)}, "diffusion_loss: offsets is torch.int64")]:
+    for bad, message in [({"prediction": prediction[:6]},
+                          "diffusion_loss: prediction has shape \\(6, 12\\) .* x0 12 tokens of 12 elements .* \\(12, "
+                          "12\\) fits"),
+                         ({"prediction": prediction.int()}, "diffusion_loss: prediction is torch.int32"),
+                         ({"x0": x0.clone().requires_grad_()},
+                          "diffusion_loss: x0 requires a gradient, which .* pass x0.detach\\(\\)"),
+                         ({"p": ones[:1]}, "diffusion_loss: p is torch.float32 of shape \\(1,\\)"),
+                         ({"q": ones.clone().requires_grad_()}, "diffusion_loss: q requires a gradient"),
+                         ({"weight": ones.clone().requires_grad_()}, "diffusion_loss: weight requires a gradient"),
+                         ({"weight": 2.0}, "diffusion_loss: weight is a float; a floating-point tensor \\(2,\\)"),
+                         ({"seed": 1.0}, "diffusion_loss: seed is a float"),
+                         ({"patch_size": 3}, "diffusion_loss: x0 is 4x6 and patch_size 3"),
+                         ({"x0": prediction, "patch_size": None},
+                          "diffusion_loss: offsets is a NoneType; an int32 tensor"),
+                         ({"x0": prediction, "patch_size": None, "offsets": torch.tensor([0, 12], device=DEVICE)},
+                          "diffusion_loss: offsets is torch.int64")]:
         with pytest.raises(ValueError, match=message):
             call(**bad)
 
 
-PER_IMAGE = ("p_ptr", "q_ptr", "weight_ptr")
+PER_IMAGE = ("weight_ptr",)
 KERNELS = {"rows": (_diffusion_loss_rows, {}), "backward": (_diffusion_loss_bwd, {"WEIGHT": True})}
 
 
 @pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1: kernels are interpreted functions, which do not compile")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("layout, size, dim, patch", [("latents", 2, 16, 2), ("packed", 4, 48, 4), ("tokens", 2, 1536, 1)])
+@pytest.mark.parametrize("layout, size, dim, patch",
+                         [("latents", 2, 16, 2), ("packed", 4, 48, 4), ("tokens", 2, 1536, 1)])
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_kernels_spill_nothing(name, layout, size, dim, patch, architecture):
     kernel, constants = KERNELS[name]
     constants = {**constants, "LAYOUT": layout, "SEARCH": layout != "latents", "PATCH": patch, **layouts.tile(dim)}
-    found = resources(kernel, constants, Config(0, 0, 4, 3), architecture=architecture, element_size=size, float32=PER_IMAGE)
+    found = resources(kernel, constants, Config(0, 0, 4, 3), architecture=architecture, element_size=size,
+                      float32=PER_IMAGE)
     assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
 
 
@@ -304,5 +328,6 @@ def test_the_kernels_spill_nothing(name, layout, size, dim, patch, architecture)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_sum_over_an_images_rows_spills_nothing(architecture):
     constants = {"SEARCH": True, "WEIGHT": True, "DIM": 16, "BLOCK": BLOCK}
-    found = resources(_diffusion_loss_images, constants, Config(0, 0, 4, 3), architecture=architecture, element_size=2, float32=PER_IMAGE)
+    found = resources(_diffusion_loss_images, constants, Config(0, 0, 4, 3), architecture=architecture, element_size=2,
+                      float32=PER_IMAGE)
     assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found

@@ -1,4 +1,5 @@
-"""The diffusion loss from the hidden states on: accuracy and gradients against float64, layouts, strides, PyTorch's machinery, resources."""
+"""The diffusion loss from the hidden states on: accuracy and gradients against float64, layouts, strides, PyTorch's
+machinery, resources."""
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -8,27 +9,36 @@ from tests.compare import assert_as_accurate
 from tests.conftest import DEVICE, DTYPES
 from tests.resources import resources
 from tests.tfkernels.patches.latents import CASES, numbers, random, rows_of_tokens, uniform
-from tfkernels import diffusion_loss, modulated_layer_norm_diffusion_loss, modulated_rms_norm_diffusion_loss, pack_latents, patchify
+from tfkernels import (
+    diffusion_loss,
+    modulated_layer_norm_diffusion_loss,
+    modulated_rms_norm_diffusion_loss,
+    pack_latents,
+    patchify,
+)
 from tfkernels._launch import ARCHITECTURES, SHARED_LIMIT
 from tfkernels._library import INTERPRET
-from tfkernels.losses import head_kernels as kernels
 from tfkernels.losses.head import _backward, _loss
+from tfkernels.losses.triton import head as kernels
 
 SEED = torch.tensor([-99, 2**31 + 5], device=DEVICE)
 NORMS = ("modulated_layer_norm", "modulated_rms_norm")
 INPUTS = ("hidden", "scale", "shift", "weight", "bias")
 WIDTH = 24 if INTERPRET else 40  # of hidden, where a test does not name another
 PADDED = "tokens, an empty image, padding"
-SOME = ("latents", "packed, patch 3, padding", PADDED)  # one of each layout; what the interpreter, seconds a case, has time for
+# one of each layout; what the interpreter, seconds a case, has time for
+SOME = ("latents", "packed, patch 3, padding", PADDED)
 WIDE = {} if INTERPRET else {"tiles of every kind": rows_of_tokens([70, 1, 0, 140], 150, before=3, behind=2)}
 KERNEL_RUNS = DEVICE == "cuda" or INTERPRET
-traced = pytest.mark.skipif(INTERPRET, reason="tracing does not see which implementation runs; once, without the interpreter, is enough")
+traced = pytest.mark.skipif(
+    INTERPRET, reason="tracing does not see which implementation runs; once, without the interpreter, is enough"
+)
 
 
 def tensors(case, width=WIDTH, missing=()):
     """The differentiable inputs in float64; twice as many hidden states as patches."""
-    shapes = {"hidden": (2 * case.rows + 3, width), "scale": (case.images, width), "shift": (case.images, width), "weight": (case.dim, width),
-              "bias": (case.dim,)}
+    shapes = {"hidden": (2 * case.rows + 3, width), "scale": (case.images, width), "shift": (case.images, width),
+              "weight": (case.dim, width), "bias": (case.dim,)}
     found = {name: random(*shape, seed=10 + i).to(DEVICE) for i, (name, shape) in enumerate(shapes.items())}
     found["weight"] /= width**0.5
     return {name: None if name in missing else x for name, x in found.items()}
@@ -50,9 +60,11 @@ def run(norm, case, inputs, dtype, *, reference=False, weighted=True, dloss=None
     data, places = case.data.to(dtype), places_of(case) if places is None else places
     given = [*list(inputs.values())[:1], places, *list(inputs.values())[1:]]
     if reference:
-        loss = getattr(tfkernels, f"{norm}_diffusion_loss_reference")(*given, data, p, q, w if weighted else None, SEED, *case.layout, eps=eps)
+        loss = getattr(tfkernels, f"{norm}_diffusion_loss_reference")(*given, data, p, q, w if weighted else None, SEED,
+                                                                      *case.layout, eps=eps)
     else:
-        loss = getattr(tfkernels, f"{norm}_diffusion_loss")(*given, case.like(data), p, q, w if weighted else None, SEED, **case.options, eps=eps)
+        loss = getattr(tfkernels, f"{norm}_diffusion_loss")(*given, case.like(data), p, q, w if weighted else None,
+                                                            SEED, **case.options, eps=eps)
     present = {n: x for n, x in inputs.items() if x is not None}
     dloss = random(case.images, seed=5).to(DEVICE) if dloss is None else dloss
     gradients = torch.autograd.grad(loss, list(present.values()), dloss.to(loss.dtype))
@@ -68,9 +80,11 @@ def check(norm, case, inputs, dtype, **options):
     ours = run(norm, rounded, inputs, dtype, **options)
     assert ours["loss"].dtype == torch.float32 and exact.keys() == ours.keys()
     for name, x in exact.items():
-        spread = x.abs().amax() if x.numel() else x.sum()  # prediction - target cancels, and so does all that follows from it
+        # prediction - target cancels, and so does all that follows from it
+        spread = x.abs().amax() if x.numel() else x.sum()
         assert ours[name].shape == x.shape and (name == "loss" or ours[name].dtype == dtype)
-        assert_as_accurate(f"{norm} {name}", ours[name], theirs[name], x, terms=4 * x.abs() if name == "loss" else x.abs() + spread)
+        assert_as_accurate(f"{norm} {name}", ours[name], theirs[name], x,
+                           terms=4 * x.abs() if name == "loss" else x.abs() + spread)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -135,7 +149,8 @@ def test_the_loss_is_that_of_the_operators_one_after_the_other():
     places, index = places_of(case), torch.arange(case.rows, device=DEVICE) // 6
     normed = tfkernels.modulated_layer_norm(hidden[places], None, None, scale, shift, index)
     expected = diffusion_loss(normed @ weight.T + bias, case.data.float(), p, q, w, SEED, patch_size=2)
-    found = modulated_layer_norm_diffusion_loss(hidden, places, scale, shift, weight, bias, case.data.float(), p, q, w, SEED, patch_size=2)
+    found = modulated_layer_norm_diffusion_loss(hidden, places, scale, shift, weight, bias, case.data.float(), p, q, w,
+                                                SEED, patch_size=2)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
@@ -145,8 +160,9 @@ def test_every_layout_gives_the_same_losses_and_gradients():
     offsets = torch.tensor([0, 6, 12, 18], dtype=torch.int32, device=DEVICE)
     inputs = [x.float().requires_grad_() for x in tensors(case).values()]
     p, q, places = numbers(3, 1), numbers(3, 2), places_of(case)
-    losses = [modulated_rms_norm_diffusion_loss(inputs[0], places, *inputs[1:], x, p, q, None, SEED, **options) for x, options in
-              ((x0, {"patch_size": 2}), (pack_latents(list(x0), 2), {}), (patchify(x0, 2), {"offsets": offsets}))]
+    losses = [modulated_rms_norm_diffusion_loss(inputs[0], places, *inputs[1:], x, p, q, None, SEED, **options)
+              for x, options in ((x0, {"patch_size": 2}), (pack_latents(list(x0), 2), {}),
+                                 (patchify(x0, 2), {"offsets": offsets}))]
     gradients = [torch.autograd.grad(loss.sum(), inputs) for loss in losses]
     for other in (1, 2):
         torch.testing.assert_close(losses[other], losses[0], rtol=1e-6, atol=0)
@@ -179,7 +195,8 @@ def test_what_an_image_without_rows_and_padding_hold_reaches_nothing(norm, value
         inputs[name][1] = value
     data[:1], data[8:] = value, value
     count = numbers
-    monkeypatch.setitem(run.__globals__, "numbers", lambda images, seed: count(images, seed).index_fill(0, torch.tensor(1, device=DEVICE), value))
+    monkeypatch.setitem(run.__globals__, "numbers",
+                        lambda images, seed: count(images, seed).index_fill(0, torch.tensor(1, device=DEVICE), value))
     found = run(norm, case._replace(x=data), inputs, torch.float32, dloss=dloss)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -214,10 +231,12 @@ def test_strides_as_they_come_give_equal_results():
     laid = inputs | dict(zip(("scale", "shift"), table.chunk(2, 1))) | {"weight": inputs["weight"].T.contiguous().T}
     expected = run("modulated_layer_norm", case, laid, torch.float32, places=places)
     for name, x in run("modulated_layer_norm", case, inputs, torch.float32, places=places).items():
-        torch.testing.assert_close(x, expected[name], rtol=1e-5, atol=1e-6)  # the products of shift and weight may round otherwise
+        # the products of shift and weight may round otherwise
+        torch.testing.assert_close(x, expected[name], rtol=1e-5, atol=1e-6)
     for layout in (lambda x: torch.cat([x, x], 1)[:, :WIDTH], lambda x: torch.stack([x, x], -1)[..., 0],
                    lambda x: x.unflatten(0, (2, 4)).transpose(0, 1).contiguous().transpose(0, 1)):
-        found = run("modulated_layer_norm", case, laid | {"hidden": layout(inputs["hidden"])}, torch.float32, places=places)
+        found = run("modulated_layer_norm", case, laid | {"hidden": layout(inputs["hidden"])}, torch.float32,
+                    places=places)
         assert all(torch.equal(x.reshape(expected[name].shape), expected[name]) for name, x in found.items())
 
 
@@ -230,7 +249,8 @@ def test_results_repeat_in_bits_whatever_else_is_wanted():
     for wanted in (("hidden",), ("bias",), ("scale", "weight")):
         some = {n: x.float().requires_grad_(n in wanted) for n, x in inputs.items()}
         hidden, *rest = some.values()
-        loss = modulated_layer_norm_diffusion_loss(hidden, places_of(case), *rest, case.data.float(), p, q, w, SEED, **case.options)
+        loss = modulated_layer_norm_diffusion_loss(hidden, places_of(case), *rest, case.data.float(), p, q, w, SEED,
+                                                   **case.options)
         for name, gradient in zip(wanted, torch.autograd.grad(loss, [some[n] for n in wanted], dloss)):
             assert torch.equal(gradient, first[f"d{name}"])
 
@@ -251,9 +271,11 @@ def test_each_input_may_have_its_own_dtype_and_float16_holds_small_gradients(nor
     inputs = tensors(case)
     inputs["hidden"] = inputs["hidden"].half().double()
     p, q, dloss = numbers(case.images, 1), numbers(case.images, 2), torch.full((case.images,), 1e-7, device=DEVICE)
-    mixed = {n: x.to(torch.float16 if n in ("hidden", "bias") else torch.float32).requires_grad_() for n, x in inputs.items()}
+    mixed = {n: x.to(torch.float16 if n in ("hidden", "bias") else torch.float32).requires_grad_()
+             for n, x in inputs.items()}
     hidden, *rest = mixed.values()
-    loss = getattr(tfkernels, f"{norm}_diffusion_loss")(hidden, places_of(case), *rest, case.like(case.data.float()), p, q, None, SEED)
+    loss = getattr(tfkernels, f"{norm}_diffusion_loss")(hidden, places_of(case), *rest, case.like(case.data.float()), p,
+                                                        q, None, SEED)
     gradients = dict(zip(mixed, torch.autograd.grad(loss, list(mixed.values()), dloss)))
     exact = run(norm, case, inputs, torch.float64, reference=True, weighted=False, dloss=dloss)
     torch.testing.assert_close(loss.double(), exact["loss"], rtol=2e-3, atol=0)
@@ -267,8 +289,10 @@ def test_backward_keeps_nothing_as_wide_as_hidden_but_hidden():
     case, sizes = CASES["one image"], []
     hidden, *rest = (x.float().requires_grad_() for x in tensors(case, 512).values())
     given = {x.data_ptr() for x in (hidden, *rest)}
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(0 if x.data_ptr() in given else x.numel()) or x, lambda x: x):
-        modulated_layer_norm_diffusion_loss(hidden, places_of(case), *rest, case.data.float(), numbers(1, 1), numbers(1, 2), None, SEED, patch_size=2)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(0 if x.data_ptr() in given else x.numel())
+                                                  or x, lambda x: x):
+        modulated_layer_norm_diffusion_loss(hidden, places_of(case), *rest, case.data.float(), numbers(1, 1),
+                                            numbers(1, 2), None, SEED, patch_size=2)
     assert sum(sizes) < 2 * 512 * case.images + case.rows * (case.dim + 4 + 1) + 32
 
 
@@ -282,7 +306,8 @@ def test_a_place_that_is_not_there_is_never_silent(bad):
             run("modulated_rms_norm", case, tensors(case), torch.float32, places=places)
         return
     found = run("modulated_rms_norm", case, tensors(case), torch.float32, places=places)
-    assert found["loss"].isnan().tolist() == [False, True, False] and found["dweight"].isnan().any() and found["dscale"][1].isnan().all()
+    assert (found["loss"].isnan().tolist() == [False, True, False] and found["dweight"].isnan().any()
+            and found["dscale"][1].isnan().all())
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -301,7 +326,9 @@ def test_gradients_pass_gradcheck(name, norm):
     inputs = [x.requires_grad_() for x in tensors(case, 5).values()]
     p, q, w = (numbers(case.images, seed) for seed in (1, 2, 3))
     function = getattr(tfkernels, f"{norm}_diffusion_loss")
-    assert torch.autograd.gradcheck(lambda hidden, *rest: function(hidden, places_of(case), *rest, case.x, p, q, w, SEED, **case.options), inputs)
+    assert torch.autograd.gradcheck(lambda hidden,
+                                    *rest: function(hidden, places_of(case), *rest, case.x, p, q, w, SEED,
+                                                    **case.options), inputs)
 
 
 @traced
@@ -314,8 +341,11 @@ def test_opcheck(name, center):
     base = random(case.images, case.dim).float().to(DEVICE).requires_grad_() if center else None
     arguments = (places_of(case), scale, weight, base, case.data.float(), p, q, w, SEED, *case.layout, 1e-6, center)
     torch.library.opcheck(_loss, (hidden, *arguments))
-    _, error, statistics = _loss(hidden.detach(), *(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments))
-    given = numbers(case.images, 6), hidden.detach(), places_of(case), scale.detach(), weight.detach(), w, case.layout[0], error, statistics
+    _, error, statistics = _loss(
+        hidden.detach(), *(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
+    )
+    given = (numbers(case.images, 6), hidden.detach(), places_of(case), scale.detach(), weight.detach(), w,
+             case.layout[0], error, statistics)
     for wanted in ([True, True, True, center], [False, True, False, False]):
         torch.library.opcheck(_backward, (*given, wanted))
 
@@ -334,7 +364,8 @@ def test_compiles_whole_and_serves_other_lengths_without_a_graph_break(norm):
     for counts in ([5, 2, 12], [7, 3], [1, 9, 4, 4, 2]):
         case = rows_of_tokens(counts, 12)
         inputs = [x.float().requires_grad_() for x in tensors(case).values()]
-        others = places_of(case), case.data.float(), case.options["offsets"], numbers(case.images, 1), numbers(case.images, 2)
+        others = (places_of(case), case.data.float(), case.options["offsets"], numbers(case.images, 1),
+                  numbers(case.images, 2))
         actual, expected = (torch.autograd.grad(f(*inputs, *others), inputs) for f in (compiled, step))
         for ours, theirs in zip(actual, expected):
             torch.testing.assert_close(ours, theirs)
@@ -347,10 +378,11 @@ def test_autocast_changes_nothing():
     inputs, found = [x.float().requires_grad_() for x in tensors(case).values()], []
     for enabled in (False, True):
         with torch.autocast(DEVICE, torch.float16 if INTERPRET else torch.bfloat16, enabled=enabled):
-            loss = modulated_layer_norm_diffusion_loss(inputs[0], places_of(case), *inputs[1:], case.data.float(), numbers(1, 1), numbers(1, 2), None, SEED,
-                                                       patch_size=2)
+            loss = modulated_layer_norm_diffusion_loss(inputs[0], places_of(case), *inputs[1:], case.data.float(),
+                                                       numbers(1, 1), numbers(1, 2), None, SEED, patch_size=2)
             inside = torch.autograd.grad(loss, inputs[:2] + inputs[4:], retain_graph=True)
-        found.append((loss, *inside, *torch.autograd.grad(loss, inputs)))  # shift's, a product of PyTorch's, outside as PyTorch asks
+        # shift's, a product of PyTorch's, outside as PyTorch asks
+        found.append((loss, *inside, *torch.autograd.grad(loss, inputs)))
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
@@ -362,11 +394,13 @@ BAD_CALLS = {
     r"places is torch.int64 of shape \(11,\) on .*; int64 \(12,\)": {"places": torch.arange(11)},
     "places is torch.int32 of shape": {"places": torch.arange(12).int()},
     "places is a list": {"places": [0] * 12},
-    r"scale has shape \(1, 8\); \(2, 8\) fits 2 images of 12 elements a patch and 8 columns of hidden": {"scale": TABLE[:1]},
+    r"scale has shape \(1, 8\); \(2, 8\) fits 2 images of 12 elements a patch and 8 columns of hidden":
+        {"scale": TABLE[:1]},
     "scale is None": {"scale": None},
     r"shift has shape \(2, 7\); \(2, 8\) fits": {"shift": TABLE[:, :7]},
     r"weight has shape \(11, 8\); \(12, 8\) fits": {"weight": WEIGHT[:11]},
-    "weight is torch.float64 on cpu and hidden torch.float32 on cpu; float16, bfloat16 or float32 on the same device": {"weight": WEIGHT.double()},
+    "weight is torch.float64 on cpu and hidden torch.float32 on cpu; float16, bfloat16 or float32 on the same device":
+        {"weight": WEIGHT.double()},
     r"bias has shape \(8,\); \(12,\) fits": {"bias": HIDDEN[0]},
     r"p is torch.float32 of shape \(3,\)": {"p": torch.ones(3)},
     "q requires a gradient, which .* pass q.detach": {"q": torch.ones(2, requires_grad=True)},
@@ -380,8 +414,9 @@ BAD_CALLS = {
 
 @pytest.mark.parametrize("message", BAD_CALLS)
 def test_inputs_that_do_not_fit_are_refused_by_name(message):
-    given = {"hidden": HIDDEN, "places": torch.arange(12), "scale": TABLE, "shift": TABLE, "weight": WEIGHT, "bias": BIAS,
-             "x0": torch.zeros(2, 3, 4, 6), "p": torch.ones(2), "q": torch.ones(2), "loss_weight": None, "seed": 3, "patch_size": 2}
+    given = {"hidden": HIDDEN, "places": torch.arange(12), "scale": TABLE, "shift": TABLE, "weight": WEIGHT,
+             "bias": BIAS, "x0": torch.zeros(2, 3, 4, 6), "p": torch.ones(2), "q": torch.ones(2), "loss_weight": None,
+             "seed": 3, "patch_size": 2}
     with pytest.raises(ValueError, match="modulated_rms_norm_diffusion_loss: " + message):
         modulated_rms_norm_diffusion_loss(**given | BAD_CALLS[message])
 
@@ -397,12 +432,14 @@ LAYOUTS = {16: ("latents", 2), 32: ("latents", 2), 64: ("packed", 4), 300: ("tok
 def test_the_kernels_spill_nothing(dim, size, architecture):
     launch, (layout, patch), tile = kernels.config(kernels.FORWARD, size), LAYOUTS[dim], kernels.tile(dim, size)
     constants = {"C": 4096, "CENTER": dim != 32, "PRECISION": "ieee", **tile}
-    shared = constants | {"BASE": True, "GUESS": kernels.PILOT * launch.block_n, "LAYOUT": layout, "SEARCH": layout != "latents", "PATCH": patch}
-    found = [resources(kernels._head_loss_fwd, shared | {"BLOCK_R": launch.block_m, "BLOCK_C": launch.block_n}, launch, architecture=architecture,
-                       element_size=size, float32=("p_ptr", "q_ptr"))]
+    shared = constants | {"BASE": True, "GUESS": kernels.PILOT * launch.block_n, "LAYOUT": layout,
+                          "SEARCH": layout != "latents", "PATCH": patch}
+    found = [resources(kernels._head_loss_fwd, shared | {"BLOCK_R": launch.block_m, "BLOCK_C": launch.block_n}, launch,
+                       architecture=architecture, element_size=size)]
     launch = kernels.config(kernels.BACKWARD, size)
     for flags in ("all",) if dim <= tile["BLOCK_D"] else ("rows", "head"):
         flags = dict.fromkeys(("HIDDEN", "SCALE", "WEIGHT", "BASE"), True) | FLAGS[flags]
-        found.append(resources(kernels._head_loss_bwd, constants | flags | {"BLOCK_R": launch.block_m, "BLOCK_C": launch.block_n}, launch,
+        found.append(resources(kernels._head_loss_bwd,
+                               constants | flags | {"BLOCK_R": launch.block_m, "BLOCK_C": launch.block_n}, launch,
                                architecture=architecture, element_size=size, float32=("k_ptr", "dweight_ptr")))
     assert all(f.spills == 0 and f.shared_bytes <= SHARED_LIMIT[architecture] for f in found), found

@@ -7,12 +7,15 @@ from hypothesis import strategies as st
 from tests.conftest import DEVICE
 from tests.tfkernels.mask.test_mask import arguments, disjoint_spans
 from tfkernels import TransfusionMask
-from tfkernels.mask._build import intervals, intervals_reference
+from tfkernels.mask.intervals import intervals
+from tfkernels.mask.reference import intervals_reference
 
 
 def tensors(spans, seq_len, documents=None, hidden=None, window=None):
     """The operator's arguments from from_spans' lists."""
-    pad = lambda rows: torch.tensor([[*map(list, row), *[[0, 0]] * (9 - len(row))] for row in rows], device=DEVICE)  # noqa: E731
+    def pad(rows):
+        return torch.tensor([[*map(list, row), *[[0, 0]] * (9 - len(row))] for row in rows], device=DEVICE)
+
     documents = None if documents is None else torch.tensor(documents, device=DEVICE)
     return pad(spans), None, documents, None if hidden is None else pad(hidden), len(spans), seq_len, window or 0
 
@@ -43,10 +46,10 @@ def test_runs_that_cross_many_blocks_are_followed_to_their_ends(seq_len):
     documents[1, seq_len // 2:] = 2**40  # wider than int32, and not padding
     documents[1, :seq_len // 7] = -1
     mask = TransfusionMask.from_spans([[(seq_len // 5, seq_len)], []], seq_len, documents=documents)
-    assert mask.lo[0].tolist() == [0] * seq_len and mask.query_hi[0].tolist() == [seq_len] * seq_len
+    assert mask.lo[0].tolist() == [0] * seq_len and mask.key_until[0].tolist() == [seq_len] * seq_len
     cut, start = seq_len // 2, seq_len // 7
     assert mask.lo[1].tolist() == [*range(start), *[start] * (cut - start), *[cut] * (seq_len - cut)]
-    assert mask.query_hi[1].tolist() == [*range(start), *[cut] * (cut - start), *[seq_len] * (seq_len - cut)]
+    assert mask.key_until[1].tolist() == [*range(start), *[cut] * (cut - start), *[seq_len] * (seq_len - cut)]
 
 
 def test_one_row_serves_a_batch_and_an_empty_sequence_has_no_integers():
@@ -66,7 +69,8 @@ def test_any_integer_dtype_and_any_strides_fit():
         strided = torch.stack([documents, documents], -1).to(dtype)[..., 0]
         assert torch.equal(TransfusionMask.from_spans(spans.to(dtype), 6, documents=strided).dense(), expected)
     types = torch.tensor([[False, True, True, False]], device=DEVICE)
-    assert torch.equal(TransfusionMask.from_token_types(types).dense(), TransfusionMask.from_spans([[(1, 3)]], 4, device=DEVICE).dense())
+    assert torch.equal(TransfusionMask.from_token_types(types).dense(),
+                       TransfusionMask.from_spans([[(1, 3)]], 4, device=DEVICE).dense())
 
 
 def test_spans_that_int32_does_not_hold_are_clipped_to_the_sequence():
@@ -77,6 +81,7 @@ def test_spans_that_int32_does_not_hold_are_clipped_to_the_sequence():
 
 
 def test_opcheck_passes():
-    for given_arguments in (tensors([[(1, 4)], [(0, 2), (2, 9)]], 12, [[0] * 8 + [1] * 4, [-1] * 3 + [0] * 9], [[], [(0, 2)]], 5),
+    for given_arguments in (tensors([[(1, 4)], [(0, 2), (2, 9)]], 12, [[0] * 8 + [1] * 4, [-1] * 3 + [0] * 9],
+                                    [[], [(0, 2)]], 5),
                             (None, torch.tensor([[0, 1, 1, 0]], device=DEVICE), None, None, 1, 4, 0)):
         torch.library.opcheck(torch.ops.tfkernels.mask_intervals.default, given_arguments)

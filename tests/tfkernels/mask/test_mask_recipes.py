@@ -1,4 +1,5 @@
-"""Every mask of the field against its own model's dense formula, written as that model's code writes it: (query, key) -> visible."""
+"""Every mask of the field against its own model's dense formula, written as that model's code writes it: (query, key)
+-> visible."""
 import subprocess
 import sys
 
@@ -27,12 +28,15 @@ def check(mask, formula):
     assert mask.area().item() == mask.batch_size * expected.sum().item()
     if mask.columns_exact:
         rows = torch.arange(mask.query_len)[:, None]
-        assert torch.equal((mask.query_lo.cpu()[:, None] <= rows) & (rows < mask.query_hi.cpu()[:, None]), dense(mask))
+        assert torch.equal(
+            (mask.key_since.cpu()[:, None] <= rows) & (rows < mask.key_until.cpu()[:, None]), dense(mask)
+        )
 
 
 @given(disjoint_spans(30))
 def test_transfusion_and_show_o2_see_each_modality_whole(spans):
-    """transfusion-pytorch's `modality` and Show-o2's `omni_attn_mask`: q >= k, or q >= offset and k < offset + length."""
+    """transfusion-pytorch's `modality` and Show-o2's `omni_attn_mask`: q >= k, or q >= offset and k < offset +
+    length."""
 
     def formula(q, k):
         seen = q >= k
@@ -45,7 +49,8 @@ def test_transfusion_and_show_o2_see_each_modality_whole(spans):
 
 @given(disjoint_spans(30), st.integers(0, 12))
 def test_show_o_draws_behind_padding_on_the_left(spans, padding):
-    """Show-o's `t2i_mask`: causal or image, the padding's columns hidden; its padding rows, which exist to avoid NaN, are empty here."""
+    """Show-o's `t2i_mask`: causal or image, the padding's columns hidden; its padding rows, which exist to avoid NaN,
+    are empty here."""
     spans = [(a, b) for a, b in spans if a >= padding]
     documents = [[-1] * padding + [0] * (30 - padding)]
 
@@ -77,12 +82,14 @@ def test_prefix_lm_and_show_o_mmu(prefixes):
 def test_show_o_mmu_vit_sees_the_image_ahead_but_not_the_text_between(a, b):
     """Show-o's `create_attention_mask_for_mmu_vit`: q >= k or k inside the image's range."""
     start, end = sorted((a, b))
-    check(recipes.image_before_prompt(torch.tensor([[start, end]], device=DEVICE), 20), lambda q, k: (q >= k) | (k >= start) & (k < end))
+    check(recipes.image_before_prompt(torch.tensor([[start, end]], device=DEVICE), 20),
+          lambda q, k: (q >= k) | (k >= start) & (k < end))
 
 
 @given(disjoint_spans(30), st.data())
 def test_bagel_hides_noised_images_from_all_but_themselves(spans, data):
-    """BAGEL's `create_sparse_mask`: causal or same full/noise split, and no noised key for another split's query, within a sample."""
+    """BAGEL's `create_sparse_mask`: causal or same full/noise split, and no noised key for another split's query,
+    within a sample."""
     cut = data.draw(st.integers(0, 30))
     spans = [(a, b) for a, b in sorted(spans) if a < b and not a < cut < b]
     noised = [span for span in spans if data.draw(st.booleans())]
@@ -113,16 +120,21 @@ def test_gemma_3_cuts_the_beginning_of_an_image_longer_than_its_window(spans, wi
     """transformers' `create_masks_for_vision_model`: sliding layers are AND(sliding_window_overlay(w), OR(causal,
     blockwise_overlay(ids)))."""
     ids = image_of(spans)
-    check(build([spans], 30, window=window), lambda q, k: (k > q - window) & ((k <= q) | (ids[q] == ids[k]) & (ids[q] >= 0)))
+    check(build([spans], 30, window=window),
+          lambda q, k: (k > q - window) & ((k <= q) | (ids[q] == ids[k]) & (ids[q] >= 0)))
 
 
 @given(disjoint_spans(30), st.integers(1, 8))
 def test_gemma_3s_own_code_makes_the_same_mask(spans, window):
     gemma3 = pytest.importorskip("transformers.models.gemma3.modeling_gemma3")
-    config = gemma3.Gemma3TextConfig(sliding_window=window, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
+    config = gemma3.Gemma3TextConfig(sliding_window=window, num_hidden_layers=2,
+                                     layer_types=["sliding_attention", "full_attention"])
     config._attn_implementation = "eager"
-    theirs = gemma3.create_masks_for_vision_model(config, torch.zeros(1, 30, 8), None, None, torch.arange(30)[None], image_of(spans)[None])
-    for kind, ours in (("sliding_attention", build([spans], 30, window=window)), ("full_attention", build([spans], 30))):
+    theirs = gemma3.create_masks_for_vision_model(config, torch.zeros(1, 30, 8), None, None, torch.arange(30)[None],
+                                                  image_of(spans)[None])
+    for kind, ours in (
+        ("sliding_attention", build([spans], 30, window=window)), ("full_attention", build([spans], 30))
+    ):
         assert torch.equal(dense(ours)[0], theirs[kind][0, 0] == 0)
 
 
@@ -135,7 +147,8 @@ def test_a_window_around_whole_images(spans, window, cut):
     def formula(q, k):
         return ((k <= q) & (k > q - window) | (ids[q] == ids[k]) & (ids[q] >= 0)) & (document[q] == document[k])
 
-    check(recipes.window_around_whole_images([spans], 30, window, documents=document[None].to(DEVICE), device=DEVICE), formula)
+    check(recipes.window_around_whole_images([spans], 30, window, documents=document[None].to(DEVICE), device=DEVICE),
+          formula)
 
 
 @given(SIZES, st.integers(1, 30), st.one_of(st.none(), SIZES))
@@ -151,7 +164,8 @@ def test_chunk_causal_video_sees_whole_chunks(chunk_len, size, window):
 
 @given(disjoint_spans(14), disjoint_spans(14))
 def test_shared_prefixes_keep_continuations_apart(first, second):
-    """attention-gym's shared_prefix: same group, causal, and the key is prompt or of the query's own continuation; two groups packed."""
+    """attention-gym's shared_prefix: same group, causal, and the key is prompt or of the query's own continuation; two
+    groups packed."""
     continuations = [span for span in first if span[0] < span[1]] + [(a + 14, b + 14) for a, b in second if a < b]
     group, owner = (torch.arange(28) >= 14).long(), torch.full((28,), -1)
     for number, (a, b) in enumerate(continuations):
@@ -162,7 +176,8 @@ def test_shared_prefixes_keep_continuations_apart(first, second):
 
 @given(st.integers(0, 5), st.integers(1, 9), st.integers(1, 24))
 def test_attention_sinks_stay_in_sight_of_a_window(sinks, window, size):
-    check(recipes.attention_sinks(sinks, window, size, device=DEVICE), lambda q, k: (q >= k) & ((k < sinks) | (q - k < window)))
+    check(recipes.attention_sinks(sinks, window, size, device=DEVICE),
+          lambda q, k: (q >= k) & ((k < sinks) | (q - k < window)))
 
 
 def block_diffusion_formula(half, block_len):
@@ -184,7 +199,8 @@ def test_block_diffusion_in_halves_and_interleaved(block_len, blocks):
     half = block_len * blocks
     formula = block_diffusion_formula(half, block_len)
     check(recipes.block_diffusion_halves(block_len, blocks, device=DEVICE), formula)
-    order = torch.arange(2 * half).view(2, blocks, block_len).transpose(0, 1).flatten()    # interleaved place -> place in halves
+    # interleaved place -> place in halves
+    order = torch.arange(2 * half).view(2, blocks, block_len).transpose(0, 1).flatten()
     check(recipes.block_diffusion(block_len, blocks, device=DEVICE), lambda q, k: formula(order[q], order[k]))
 
 
@@ -196,13 +212,15 @@ def test_a_cache_with_prefixes_of_different_lengths_equals_rows_of_each_own_mask
     for row, length in enumerate(cached):
         spans = [(length, length + query_len)] if image else []
         whole = dense(build([spans], length + query_len))[0, length:]
-        assert torch.equal(dense(mask)[row, :, :length + query_len], whole) and not dense(mask)[row, :, length + query_len:].any()
-        columns = (mask.query_lo[row].cpu() <= rows) & (rows < mask.query_hi[row].cpu())
+        assert (torch.equal(dense(mask)[row, :, :length + query_len], whole)
+                and not dense(mask)[row, :, length + query_len:].any())
+        columns = (mask.key_since[row].cpu() <= rows) & (rows < mask.key_until[row].cpu())
         assert torch.equal(columns, dense(mask)[row])
 
 
 def test_lengths_that_do_not_fit_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"from_cache: cached_lens is torch.int64 of shape \(1, 1\); an integer tensor \(B,\)"):
+    with pytest.raises(ValueError,
+                       match=r"from_cache: cached_lens is torch.int64 of shape \(1, 1\); an integer tensor \(B,\)"):
         TransfusionMask.from_cache([[3]], 1, 4)
     with pytest.raises(ValueError, match="from_cache: query_len is 5 and key_len 4"):
         TransfusionMask.from_cache([0], 5, 4)
@@ -260,11 +278,13 @@ def test_recipes_refuse_what_does_not_fit_by_the_callers_name(message, call):
 def test_every_example_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "masks.png"
-    shown = subprocess.run([sys.executable, "-m", "tfkernels.mask", "--out", str(path)], capture_output=True, text=True, check=True)
+    shown = subprocess.run([sys.executable, "-m", "tfkernels.mask", "--out", str(path)], capture_output=True, text=True,
+                           check=True)
     assert path.read_bytes().startswith(b"\x89PNG") and "Warning" not in shown.stderr
     pictures = shown.stdout.split("\n\n")
     for example, drawn in zip(recipes.examples(), pictures, strict=False):
         title, *lines = drawn.strip("\n").split("\n")
         assert title == example.title
-        assert torch.equal(torch.tensor([[line[2 * k] == "█" for k in range(example.mask.key_len)] for line in lines]), dense(example.mask)[0])
+        assert torch.equal(torch.tensor([[line[2 * k] == "█" for k in range(example.mask.key_len)] for line in lines]),
+                           dense(example.mask)[0])
     assert len({example.title for example in recipes.examples()}) == len(recipes.examples()) == len(pictures) - 1

@@ -1,4 +1,5 @@
-"""Accuracy, gradients, edge cases, registration, errors and resources of `tfkernels.norm`, on whichever device runs the tests."""
+"""Accuracy, gradients, edge cases, registration, errors and resources of `tfkernels.norm`, on whichever device runs the
+tests."""
 from typing import NamedTuple
 
 import pytest
@@ -13,7 +14,8 @@ from tests.resources import resources
 from tfkernels import gated_residual, gated_residual_rms_norm, modulated_layer_norm, modulated_rms_norm
 from tfkernels._launch import ARCHITECTURES, SHARED_LIMIT, Config
 from tfkernels._library import INTERPRET
-from tfkernels.norm import kernels
+from tfkernels.norm import triton as kernels
+from tfkernels.norm.reference import of_token
 
 ARGUMENTS = {
     "modulated_rms_norm": ("x", "weight", "scale", "shift"),
@@ -39,7 +41,8 @@ def random_case(index, width, images, seed=0, missing=()):
     tokens = index.shape
     sizes = {"x": (*tokens, width), "branch": (*tokens, width), "weight": (width,), "bias": (width,)}
     sizes |= dict.fromkeys(("gate", "scale", "shift"), (images, width))
-    tensors = {name: None if name in missing else torch.randn(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
+    tensors = {name: None if name in missing else torch.randn(size, generator=generator, dtype=torch.float64)
+               for name, size in sizes.items()}
     arriving = [torch.randn((*tokens, width), generator=generator, dtype=torch.float64) for _ in range(2)]
     return Case(tensors, index.to(DEVICE), arriving)
 
@@ -54,15 +57,25 @@ def run(op, case, dtype, *, reference=False, **options):
     inputs = {n: None if case.tensors[n] is None else case.tensors[n].to(DEVICE, dtype).requires_grad_() for n in names}
     outputs = as_tuple(getattr(tfkernels, op + "_reference" * reference)(*inputs.values(), case.index, **options))
     present = {n: x for n, x in inputs.items() if x is not None}
-    grads = torch.autograd.grad(outputs, list(present.values()), [g.to(DEVICE, dtype) for g in case.arriving[-len(outputs):]])
-    return dict(zip(("residual", "y")[-len(outputs):] if op != "gated_residual" else ("residual",), outputs)) | {f"d{n}": g for n, g in zip(present, grads)}
+    grads = torch.autograd.grad(outputs, list(present.values()),
+                                [g.to(DEVICE, dtype) for g in case.arriving[-len(outputs):]])
+    return dict(zip(("residual", "y")[-len(outputs):] if op != "gated_residual" else ("residual",), outputs)) | {
+        f"d{n}": g for n, g in zip(present, grads)
+    }
 
 
 def absolute_terms(op, case, eps=1e-6):
-    """The sums behind every output and gradient over absolute values, in float64: what their rounding errors scale with."""
+    """The sums behind every output and gradient over absolute values, in float64: what their rounding errors scale
+    with."""
     t, names = case.tensors, ARGUMENTS[op]
-    rows = lambda name, text: tfkernels.norm._of_token(t[name], case.index.cpu(), text) if t.get(name) is not None else torch.zeros(())  # noqa: E731
-    vector = lambda name, missing: t[name] if name in names and t[name] is not None else torch.full((), missing, dtype=torch.float64)  # noqa: E731
+
+    def rows(name, text):
+        return of_token(t[name], case.index.cpu(), text) if t.get(name) is not None else torch.zeros(())
+
+    def vector(name, missing):
+        given = name in names and t[name] is not None
+        return t[name] if given else torch.full((), missing, dtype=torch.float64)
+
     index = case.index.cpu().reshape(-1).clamp(min=-1) + 1
 
     def per_image(values):
@@ -86,11 +99,12 @@ def absolute_terms(op, case, eps=1e-6):
         factor = 1 + rows("scale", 0).abs()
         found["y"] = (size * weight + bias) * factor + rows("shift", 0).abs()
         dxhat = dy * factor * weight
-        norm = dxhat + size * (dxhat * xhat).mean(-1, keepdim=True) + xhat * (dxhat * size).mean(-1, keepdim=True) + dxhat.mean(-1, keepdim=True)
+        norm = (dxhat + size * (dxhat * xhat).mean(-1, keepdim=True) + xhat * (dxhat * size).mean(-1, keepdim=True)
+                + dxhat.mean(-1, keepdim=True))
         dx = dx + norm * rstd * (1 + (size * xhat).mean(-1, keepdim=True))
         a, b = per_image(dy * size), per_image(dy)
-        found |= {"dscale": a[1:] * weight + b[1:] * bias, "dshift": b[1:], "dweight": per_image(dy * size * factor).sum(0),
-                  "dbias": per_image(dy * factor).sum(0)}
+        found |= {"dscale": a[1:] * weight + b[1:] * bias, "dshift": b[1:],
+                  "dweight": per_image(dy * size * factor).sum(0), "dbias": per_image(dy * factor).sum(0)}
     found["dx"] = dx
     if "gate" in names:
         found |= {"dbranch": dx * rows("gate", 1).abs(), "dgate": per_image(dx * t["branch"].abs())[1:]}
@@ -99,7 +113,8 @@ def absolute_terms(op, case, eps=1e-6):
 
 def check(op, case, dtype, **options):
     """Hold the operator to the accuracy rule in every output and gradient."""
-    rounded = Case({n: x if x is None else x.to(dtype).double() for n, x in case.tensors.items()}, case.index, [g.to(dtype).double() for g in case.arriving])
+    rounded = Case({n: x if x is None else x.to(dtype).double() for n, x in case.tensors.items()}, case.index,
+                   [g.to(dtype).double() for g in case.arriving])
     exact = run(op, rounded, torch.float64, reference=True, **options)
     theirs = run(op, rounded, dtype, reference=True, **options)
     ours = run(op, rounded, dtype, **options)
@@ -107,7 +122,8 @@ def check(op, case, dtype, **options):
     assert exact.keys() == theirs.keys() == ours.keys()
     for name in exact:
         assert ours[name].dtype == dtype and ours[name].shape == exact[name].shape
-        assert_as_accurate(f"{op} {name}", ours[name], theirs[name], exact[name], terms[name].expand_as(exact[name]).to(DEVICE))
+        assert_as_accurate(f"{op} {name}", ours[name], theirs[name], exact[name],
+                           terms[name].expand_as(exact[name]).to(DEVICE))
 
 
 def packed_index(tokens=29, images=4):
@@ -145,7 +161,9 @@ def test_more_tokens_than_programs(op):
     check(op, random_case(index, 320, 7), torch.bfloat16)
 
 
-@pytest.mark.parametrize("missing", [("weight",), ("shift",), ("bias",), ("weight", "shift"), ("weight", "bias", "shift")], ids="-".join)
+@pytest.mark.parametrize("missing",
+                         [("weight",), ("shift",), ("bias",), ("weight", "shift"), ("weight", "bias", "shift")],
+                         ids="-".join)
 @pytest.mark.parametrize("op", NORMS)
 def test_vectors_and_shift_may_be_none(op, missing):
     check(op, random_case(packed_index(), 80, 4, missing=missing), torch.float32)
@@ -153,7 +171,8 @@ def test_vectors_and_shift_may_be_none(op, missing):
 
 @given(st.data())
 def test_fuzzed_indices_follow_the_reference(data):
-    """Text, images in any order, scattered, without tokens; negative numbers other than -1; no image at all; one token."""
+    """Text, images in any order, scattered, without tokens; negative numbers other than -1; no image at all; one
+    token."""
     images = data.draw(st.integers(0, 5))
     index = torch.tensor(data.draw(st.lists(st.integers(-3, images - 1), min_size=1, max_size=12 if INTERPRET else 24)))
     op, width = data.draw(st.sampled_from(sorted(ARGUMENTS))), data.draw(st.sampled_from([2, 7, 64, 65, 130]))
@@ -162,15 +181,18 @@ def test_fuzzed_indices_follow_the_reference(data):
 
 def test_text_is_torchs_own_norm():
     case = random_case(torch.full((9,), -1), 96, 2)
-    x, weight, bias, scale, shift = (case.tensors[n].to(DEVICE).float() for n in ("x", "weight", "bias", "scale", "shift"))
+    x, weight, bias, scale, shift = (case.tensors[n].to(DEVICE).float()
+                                     for n in ("x", "weight", "bias", "scale", "shift"))
     layer = torch.nn.functional.layer_norm(x, (96,), weight, bias, 1e-5)
     torch.testing.assert_close(modulated_layer_norm(x, weight, bias, scale, shift, case.index, eps=1e-5), layer)
-    torch.testing.assert_close(modulated_rms_norm(x, weight, scale, shift, case.index, eps=1e-5), torch.nn.functional.rms_norm(x, (96,), weight, 1e-5))
+    torch.testing.assert_close(modulated_rms_norm(x, weight, scale, shift, case.index, eps=1e-5),
+                               torch.nn.functional.rms_norm(x, (96,), weight, 1e-5))
 
 
 def test_one_image_is_the_papers_formula():
     case = random_case(torch.zeros(9, dtype=torch.int64), 96, 1)
-    x, branch, gate, scale, shift = (case.tensors[n].to(DEVICE).float() for n in ("x", "branch", "gate", "scale", "shift"))
+    x, branch, gate, scale, shift = (case.tensors[n].to(DEVICE).float()
+                                     for n in ("x", "branch", "gate", "scale", "shift"))
     expected = torch.nn.functional.layer_norm(x, (96,), eps=1e-6) * (1 + scale) + shift
     torch.testing.assert_close(modulated_layer_norm(x, None, None, scale, shift, case.index), expected)
     torch.testing.assert_close(gated_residual(x, branch, gate, case.index), x + gate * branch)
@@ -223,7 +245,8 @@ def test_no_token_at_all_gives_empty_outputs_and_zero_gradients(op, images):
 def test_strides_as_they_come_give_equal_results(op):
     case = random_case(torch.stack([packed_index(9), packed_index(9)]), 72, 4)
     expected = run(op, case, torch.float32)
-    tables = torch.cat([case.tensors[n] for n in ("gate", "scale", "shift")], 1)  # (N, 3 C), as one projection gives them
+    # (N, 3 C), as one projection gives them
+    tables = torch.cat([case.tensors[n] for n in ("gate", "scale", "shift")], 1)
     tensors = case.tensors | dict(zip(("gate", "scale", "shift"), tables.to(DEVICE, torch.float32).chunk(3, 1)))
     for layout in (lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), lambda x: torch.cat([x, x], -1)[..., :72],
                    lambda x: torch.stack([x, x], -1)[..., 0]):
@@ -247,7 +270,8 @@ def test_the_gradients_are_the_same_to_the_bit_every_time(op):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_fused_form_equals_one_after_the_other(dtype):
     case = random_case(packed_index(), 96, 4)
-    x, branch, gate, weight, scale, shift = (case.tensors[n].to(DEVICE, dtype) for n in ARGUMENTS["gated_residual_rms_norm"])
+    x, branch, gate, weight, scale, shift = (case.tensors[n].to(DEVICE, dtype)
+                                             for n in ARGUMENTS["gated_residual_rms_norm"])
     fused = gated_residual_rms_norm(x, branch, gate, weight, scale, shift, case.index)
     residual = gated_residual(x, branch, gate, case.index)
     assert torch.equal(fused.residual, residual)
@@ -271,10 +295,12 @@ def test_each_input_may_have_its_own_dtype(op):
     case = random_case(packed_index(), 72, 4)
     wide = {"weight", "scale", "gate"}
     tensors = {n: x.to(torch.float16 if n not in wide else torch.float32).double() for n, x in case.tensors.items()}
-    inputs = {n: tensors[n].to(DEVICE, torch.float32 if n in wide else torch.float16).requires_grad_() for n in ARGUMENTS[op]}
+    inputs = {n: tensors[n].to(DEVICE, torch.float32 if n in wide else torch.float16).requires_grad_()
+              for n in ARGUMENTS[op]}
     outputs = as_tuple(getattr(tfkernels, op)(*inputs.values(), case.index))
     assert all(y.dtype == torch.float16 for y in outputs)
-    grads = torch.autograd.grad(outputs, list(inputs.values()), [g.to(DEVICE, torch.float16) for g in case.arriving[-len(outputs):]])
+    grads = torch.autograd.grad(outputs, list(inputs.values()),
+                                [g.to(DEVICE, torch.float16) for g in case.arriving[-len(outputs):]])
     arriving = [g.half().double() for g in case.arriving]
     exact = run(op, Case(tensors, case.index, arriving), torch.float64, reference=True)
     for (name, x), grad in zip(inputs.items(), grads):
@@ -282,16 +308,9 @@ def test_each_input_may_have_its_own_dtype(op):
         torch.testing.assert_close(grad.double(), exact[f"d{name}"], rtol=4e-3, atol=4e-2)
 
 
-@pytest.mark.parametrize("op", ARGUMENTS)
-def test_autocast_changes_nothing(op):
-    case = random_case(packed_index(), 72, 4)
-    expected = run(op, case, torch.float32)
-    with torch.autocast(DEVICE, dtype=torch.float16 if DEVICE == "cuda" else torch.bfloat16):
-        found = run(op, case, torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(found.values(), expected.values()))
-
-
-@pytest.mark.parametrize("op,kept", [("modulated_rms_norm", 1), ("modulated_layer_norm", 1), ("gated_residual", 1), ("gated_residual_rms_norm", 2)])
+@pytest.mark.parametrize("op,kept",
+                         [("modulated_rms_norm", 1), ("modulated_layer_norm", 1), ("gated_residual", 1),
+                          ("gated_residual_rms_norm", 2)])
 def test_backward_keeps_no_more_of_the_tokens_than_its_equation_needs(op, kept):
     """x for a norm; branch for a gate; both, x being the output, for the fused form."""
     case, sizes = random_case(packed_index(), 72, 4), []
@@ -301,123 +320,8 @@ def test_backward_keeps_no_more_of_the_tokens_than_its_equation_needs(op, kept):
     assert sum(size >= inputs[0].numel() for size in sizes) == kept
 
 
-@pytest.mark.skipif(DEVICE != "cpu" or INTERPRET, reason="float64 runs in the CPU implementation only")
-@pytest.mark.parametrize("missing", [(), ("weight", "bias", "shift")])
-@pytest.mark.parametrize("op", ARGUMENTS)
-def test_gradcheck_in_float64(op, missing):
-    case = random_case(torch.tensor([2, -1, 0, 2, -1, 0, 0]), 5, 3, missing=missing)
-    names = [n for n in ARGUMENTS[op] if case.tensors[n] is not None]
-
-    def function(*values):
-        given = dict(zip(names, values))
-        return getattr(tfkernels, op)(*(given.get(n) for n in ARGUMENTS[op]), case.index)
-
-    assert torch.autograd.gradcheck(function, [case.tensors[n].requires_grad_() for n in names])
-
-
-def test_opcheck_passes_for_every_operator():
-    case = random_case(packed_index(), 72, 4)
-    ops, index = torch.ops.tfkernels, case.index
-    t = {n: x.to(DEVICE).float() for n, x in case.tensors.items()}
-    dy, dout = (g.to(DEVICE).float() for g in case.arriving)
-    wanted = {n: x.clone().requires_grad_() for n, x in t.items()}
-    for bias, shift, center in (("bias", "shift", True), (None, "shift", False), (None, None, False)):
-        given = [None if n is None else n for n in ("x", "weight", bias, "scale", shift)]
-        arguments, values = ([n and source[n] for n in given] for source in (wanted, t))
-        torch.library.opcheck(ops.modulated_norm_forward.default, (*arguments, index, 1e-6, center))
-        _, mean, rstd = ops.modulated_norm_forward(*values, index, 1e-6, center)
-        torch.library.opcheck(ops.modulated_norm_backward.default, (dy, *values, index, mean, rstd, center))
-    gated = [wanted[n] for n in ARGUMENTS["gated_residual"]]
-    torch.library.opcheck(ops.gated_residual_forward.default, (*gated, index))
-    torch.library.opcheck(ops.gated_residual_backward.default, (dout, t["branch"], t["gate"], index))
-    torch.library.opcheck(ops.gated_residual_norm_forward.default, (*(wanted[n] for n in ARGUMENTS["gated_residual_rms_norm"]), index, 1e-6))
-    values = [t[n] for n in ARGUMENTS["gated_residual_rms_norm"]]
-    out, _, rstd = ops.gated_residual_norm_forward(*values, index, 1e-6)
-    torch.library.opcheck(ops.gated_residual_norm_backward.default, (dout, dy, out, *values[1:], index, rstd))
-
-
-@pytest.mark.skipif(INTERPRET, reason="tracing does not see which implementation runs; once, without the interpreter, is enough")
-@pytest.mark.parametrize("op", ARGUMENTS)
-def test_compiles_whole_and_does_not_recompile_when_tokens_or_images_change(op):
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-
-    def step(index, *inputs):
-        return sum(y.square().mean() for y in as_tuple(getattr(tfkernels, op)(inputs[0] * 2, *inputs[1:], index)))
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    frames = []
-    for tokens, images in ((29, 4), (35, 5), (64, 7), (41, 12), (96, 6)):
-        case = random_case(packed_index(tokens), 72, images)
-        inputs = [case.tensors[n].to(DEVICE).float().requires_grad_() for n in ARGUMENTS[op]]
-        grads, expected = (torch.autograd.grad(f(case.index, *inputs), inputs) for f in (compiled, step))
-        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(grads, expected))
-        frames.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert frames[-1] <= 2, f"graphs compiled after each call: {frames}"  # one static, one with dynamic sizes
-
-
-@pytest.mark.parametrize("op", ARGUMENTS)
-def test_an_index_of_no_image_is_never_silent(op):
-    index = packed_index()
-    index[5] = 4
-    case = random_case(index, 72, 4)
-    if not KERNEL_RUNS:
-        with pytest.raises(ValueError, match="index names image 4 and there are 4"):
-            run(op, case, torch.float32)
-        return
-    found = run(op, case, torch.float32)
-    for name in {"residual", "y", "dx", "dbranch"} & found.keys() - ({"dx"} if op == "gated_residual" else set()):
-        assert found[name][5].isnan().all() and not found[name][[4, 6]].isnan().any()
-    assert not any(found[name].isnan().any() for name in ("dscale", "dshift", "dgate") if name in found)
-
-
-@pytest.mark.skipif(not INTERPRET, reason="only the interpreter computes bfloat16 wrongly")
-def test_the_interpreter_refuses_bfloat16():
-    x = torch.randn(3, 64, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="interpreter computes bfloat16 wrongly"):
-        modulated_rms_norm(x, None, x[:0], None, torch.full((3,), -1))
-
-
-X, TABLE, INDEX = torch.zeros(6, 64), torch.zeros(2, 64), torch.zeros(6, dtype=torch.int64)
-BAD_CALLS = {
-    "modulated_rms_norm: x has shape": (X[0], None, TABLE, None, INDEX),
-    "modulated_rms_norm: x is torch.int64": (X.long(), None, TABLE, None, INDEX),
-    "modulated_rms_norm: x has 0 columns": (X[:, :0], None, TABLE[:, :0], None, INDEX),
-    "modulated_rms_norm: index is torch.int64 of shape .5,.": (X, None, TABLE, None, INDEX[:5]),
-    "modulated_rms_norm: index is torch.float32": (X, None, TABLE, None, INDEX.float()),
-    "modulated_rms_norm: index is a list": (X, None, TABLE, None, [0] * 6),
-    "modulated_rms_norm: weight has shape .63,.": (X, X[0, :63], TABLE, None, INDEX),
-    "modulated_rms_norm: weight is torch.int64": (X, X[0].long(), TABLE, None, INDEX),
-    "modulated_rms_norm: weight is torch.float64": (X, X[0].double(), TABLE, None, INDEX),
-    "modulated_rms_norm: scale is None": (X, None, None, None, INDEX),
-    "modulated_rms_norm: scale has shape .6, 32.": (X, None, X[:, :32], None, INDEX),
-    "modulated_rms_norm: scale has shape .64,.": (X, None, X[0], None, INDEX),
-    "modulated_rms_norm: shift has 1 rows and scale 2": (X, None, TABLE, TABLE[:1], INDEX),
-}
-
-
-@pytest.mark.parametrize("message", BAD_CALLS)
-def test_inputs_that_do_not_fit_are_refused_by_name(message):
-    with pytest.raises(ValueError, match=message):
-        modulated_rms_norm(*BAD_CALLS[message])
-
-
-def test_the_other_operators_refuse_by_name_too():
-    with pytest.raises(ValueError, match="modulated_layer_norm: bias has shape"):
-        modulated_layer_norm(X, None, X, TABLE, None, INDEX)
-    with pytest.raises(ValueError, match="gated_residual: branch has shape"):
-        gated_residual(X, X[:5], TABLE, INDEX)
-    with pytest.raises(ValueError, match="gated_residual: gate has shape"):
-        gated_residual(X, X, TABLE[0], INDEX)
-    with pytest.raises(ValueError, match="gated_residual_rms_norm: scale has 1 rows and gate 2"):
-        gated_residual_rms_norm(X, X, TABLE, None, TABLE[:1], None, INDEX)
-    with pytest.raises(ValueError, match="modulated_rms_norm: eps is -1"):
-        modulated_rms_norm(X, None, TABLE, None, INDEX, eps=-1.0)
-    with pytest.raises(ValueError, match="modulated_rms_norm: x has 16385 columns"):
-        modulated_rms_norm(torch.zeros(1, 16385), None, torch.zeros(0, 16385), None, INDEX[:1])
-
-
-FLAGS = {"norm": {"GATED": False, "NORM": True}, "gated": {"GATED": True, "NORM": False}, "fused": {"GATED": True, "NORM": True}}
+FLAGS = {"norm": {"GATED": False, "NORM": True}, "gated": {"GATED": True, "NORM": False},
+         "fused": {"GATED": True, "NORM": True}}
 
 
 def compiled(kernel, op, width, architecture, size):
@@ -425,13 +329,15 @@ def compiled(kernel, op, width, architecture, size):
     center = op != "fused"  # layer norm has no fused form
     flags = FLAGS[op] | {"C": width, "CENTER": center, "WEIGHT": True}
     if kernel == "images":
-        return resources(kernels._norm_bwd_images, {"C": width, "BLOCK_M": kernels.IMAGES.block_m, "BLOCK": kernels.IMAGES.block_n},
+        return resources(kernels._norm_bwd_images,
+                         {"C": width, "BLOCK_M": kernels.IMAGES.block_m, "BLOCK": kernels.IMAGES.block_n},
                          kernels.IMAGES, architecture=architecture, element_size=size)
     launch: Config = kernels.forward_config(width) if kernel == "fwd" else kernels.backward_config(width)
     constants = {"fwd": flags | {"BIAS": center, "SHIFT": True}, "bwd": flags | {"LEVEL": True},
                  "means": {k: flags[k] for k in ("C", "CENTER", "WEIGHT")}}[kernel]
     function = {"fwd": kernels._norm_fwd, "bwd": kernels._norm_bwd, "means": kernels._norm_bwd_means}[kernel]
-    return resources(function, constants | {"BLOCK": launch.block_n}, launch, architecture=architecture, element_size=size)
+    return resources(function, constants | {"BLOCK": launch.block_n}, launch, architecture=architecture,
+                     element_size=size)
 
 
 @pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1: kernels are interpreted functions, which do not compile")
@@ -439,7 +345,9 @@ def compiled(kernel, op, width, architecture, size):
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("width", [64, 512, 1024, 2048, 3000, 4096, 16384])
 def test_the_kernels_spill_nothing(width, size, architecture):
-    variants = [(kernel, op) for kernel in ("fwd", "bwd") for op in FLAGS] + [("means", "norm")] * (width > kernels.WIDEST_BACKWARD) + [("images", "norm")]
+    variants = [(kernel, op) for kernel in ("fwd", "bwd") for op in FLAGS] + [("means", "norm")] * (
+        width > kernels.WIDEST_BACKWARD
+    ) + [("images", "norm")]
     for kernel, op in variants:
         found = compiled(kernel, op, width, architecture, size)
         assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], (kernel, op, found)

@@ -9,7 +9,8 @@ from tfkernels import PackedLatents, pack_latents
 
 
 class Case(NamedTuple):
-    """`x` as an operator takes it with the keywords `options`, and what its `_reference` takes behind the per-image numbers."""
+    """`x` as an operator takes it with the keywords `options`, and what its `_reference` takes behind the per-image
+    numbers."""
 
     x: Tensor | PackedLatents
     options: dict
@@ -39,7 +40,8 @@ def numbers(count: int, seed: int) -> Tensor:
 def padded(packed: PackedLatents, before: int, behind: int) -> PackedLatents:
     """The same images between rows of padding, which hold numbers that no image may see."""
     dim = packed.channels * packed.patch_size**2
-    values = torch.cat([random(before * dim, seed=8).to(packed.values), packed.values, random(behind * dim, seed=9).to(packed.values)])
+    values = torch.cat([random(before * dim, seed=8).to(packed.values), packed.values,
+                        random(behind * dim, seed=9).to(packed.values)])
     return PackedLatents(values, packed.offsets + before, *packed[2:])
 
 
@@ -50,7 +52,8 @@ def uniform(*shape: int, patch: int) -> Case:
 
 
 def ragged(sizes, channels: int, patch: int, before: int = 0, behind: int = 0) -> Case:
-    packed = padded(pack_latents([random(channels, h * patch, w * patch, seed=i).to(DEVICE) for i, (h, w) in enumerate(sizes)], patch), before, behind)
+    packed = padded(pack_latents([random(channels, h * patch, w * patch, seed=i).to(DEVICE)
+                                  for i, (h, w) in enumerate(sizes)], patch), before, behind)
     dim = channels * patch**2
     return Case(packed, {}, len(sizes), len(packed.values) // dim, dim, packed[1:])
 
@@ -61,7 +64,9 @@ def rows_of_tokens(counts, dim: int, before: int = 0, behind: int = 0) -> Case:
     return Case(random(rows, dim).to(DEVICE), {"offsets": offsets}, len(counts), rows, dim, (offsets, None, dim, 1))
 
 
-CASES = {"one image": uniform(1, 1, 4, 4, patch=2), "latents": uniform(3, 4, 8, 6, patch=2), "pixels of 3 channels": uniform(2, 3, 5, 3, patch=1),
-         "wide patches": uniform(2, 3, 8, 16, patch=4), "no images": uniform(0, 4, 4, 4, patch=2), "packed": ragged([(3, 2), (1, 5), (4, 4)], 4, 2),
-         "packed, patch 3, padding": ragged([(2, 2), (1, 1), (5, 3)], 2, 3, before=2, behind=5), "tokens": rows_of_tokens([5, 1, 12], 16),
+CASES = {"one image": uniform(1, 1, 4, 4, patch=2), "latents": uniform(3, 4, 8, 6, patch=2),
+         "pixels of 3 channels": uniform(2, 3, 5, 3, patch=1), "wide patches": uniform(2, 3, 8, 16, patch=4),
+         "no images": uniform(0, 4, 4, 4, patch=2), "packed": ragged([(3, 2), (1, 5), (4, 4)], 4, 2),
+         "packed, patch 3, padding": ragged([(2, 2), (1, 1), (5, 3)], 2, 3, before=2, behind=5),
+         "tokens": rows_of_tokens([5, 1, 12], 16),
          "tokens, an empty image, padding": rows_of_tokens([7, 0, 3], 37, before=1, behind=20)}

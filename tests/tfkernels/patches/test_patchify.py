@@ -1,4 +1,5 @@
-"""Patchify, unpatchify and noise_patchify: element order, all layouts, values and gradients against float64, and PyTorch's machinery."""
+"""Patchify, unpatchify and noise_patchify: element order, all layouts, values and gradients against float64, and
+PyTorch's machinery."""
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -7,24 +8,27 @@ from tests.compare import assert_as_accurate
 from tests.conftest import DEVICE, DTYPES
 from tests.resources import resources
 from tests.tfkernels.patches.latents import CASES, numbers, padded, random, rows_of_tokens
-from tfkernels import PackedLatents, noise_patchify, pack_latents, patchify, patchify_packed, unpatchify, unpatchify_packed
+from tfkernels import (
+    PackedLatents,
+    noise_patchify,
+    pack_latents,
+    patchify,
+    patchify_packed,
+    unpatchify,
+    unpatchify_packed,
+)
 from tfkernels._launch import ARCHITECTURES, SHARED_LIMIT, Config
 from tfkernels._library import INTERPRET
-from tfkernels.patches import latents as layouts
-from tfkernels.patches.patchify import (
-    _noise_patchify,
-    _noise_patchify_backward,
-    _patchify,
-    _patchify_bwd,
-    _patchify_fwd,
-    _unpatchify,
-    noise_patchify_reference,
-    noise_reference,
-)
+from tfkernels.patches import noise_patchify_reference, noise_reference
+from tfkernels.patches.patchify import _noise_patchify, _noise_patchify_backward, _patchify, _unpatchify
+from tfkernels.patches.triton import layout as layouts
+from tfkernels.patches.triton.patchify import _patchify_bwd, _patchify_fwd
 
 SEED = torch.tensor([1234, 56], device=DEVICE)
 SHAPES = [(3, 4, 8, 6, 2), (1, 1, 1, 1, 1), (2, 3, 8, 12, 4), (2, 5, 6, 9, 3), (4, 1, 7, 5, 1)]
-traced = pytest.mark.skipif(INTERPRET, reason="tracing does not see which implementation runs; once, without the interpreter, is enough")
+traced = pytest.mark.skipif(
+    INTERPRET, reason="tracing does not see which implementation runs; once, without the interpreter, is enough"
+)
 cpu_only = pytest.mark.skipif(DEVICE != "cpu" or INTERPRET, reason="float64 runs in the CPU implementation only")
 
 
@@ -39,7 +43,8 @@ def test_tokens_are_the_patches_in_the_models_order_and_come_back(n, c, h, w, p,
     x = random(n, c, h, w).to(DEVICE, dtype)
     tokens = patchify(x, p)
     assert torch.equal(tokens, rearranged(x, p))
-    assert torch.equal(tokens, torch.nn.functional.pixel_unshuffle(x, p).flatten(2).mT.flatten(0, 1))  # as the model's documents hold them
+    # as the model's documents hold them
+    assert torch.equal(tokens, torch.nn.functional.pixel_unshuffle(x, p).flatten(2).mT.flatten(0, 1))
     assert torch.equal(unpatchify(tokens, p, h, w), x)
 
 
@@ -56,7 +61,8 @@ def test_packed_images_are_each_patchified_and_come_back():
     assert torch.equal(tokens[3:-4], torch.cat([rearranged(x[None], 2) for x in latents]))
     assert not tokens[:3].any() and not tokens[-4:].any()
     back = unpatchify_packed(tokens, packed)
-    assert torch.equal(back.values[36:-48], packed.values[36:-48]) and not back.values[:36].any() and not back.values[-48:].any()
+    assert (torch.equal(back.values[36:-48], packed.values[36:-48]) and not back.values[:36].any()
+            and not back.values[-48:].any())
     assert back.channels == 3 and back.offsets is packed.offsets
 
 
@@ -74,7 +80,8 @@ def test_gradients_of_patchify_and_unpatchify_are_each_others(dtype):
     packed = pack_latents(parts, 2)
     tokens = patchify_packed(packed)
     dparts = torch.autograd.grad(tokens, parts, dout[:len(tokens)])
-    assert torch.equal(dparts[0], unpatchify(dout[:6], 2, 4, 6)[0]) and torch.equal(dparts[1], unpatchify(dout[6:9], 2, 2, 6)[0])
+    assert (torch.equal(dparts[0], unpatchify(dout[:6], 2, 4, 6)[0])
+            and torch.equal(dparts[1], unpatchify(dout[6:9], 2, 2, 6)[0]))
     t = tokens.detach().requires_grad_()
     dt, = torch.autograd.grad(unpatchify_packed(t, packed).values, t, packed.values.detach())
     assert torch.equal(dt, tokens)
@@ -91,7 +98,8 @@ def noised(case, dtype):
         return [tokens.detach(), *torch.autograd.grad(tokens, data, dout.to(tokens.dtype))]
 
     ours = run(lambda x: noise_patchify(case.like(x), signal, noise, SEED, **case.options), data)
-    exact, rounded = (run(lambda x: noise_patchify_reference(x, signal, noise, SEED, *case.layout), data.to(t)) for t in (torch.float64, dtype))
+    exact, rounded = (run(lambda x: noise_patchify_reference(x, signal, noise, SEED, *case.layout), data.to(t))
+                      for t in (torch.float64, dtype))
     return ours, exact, rounded
 
 
@@ -121,7 +129,9 @@ def test_what_padding_and_an_image_without_rows_hold_reaches_nothing(value):
         x = case.data.float().masked_fill(padding, fill).requires_grad_()
         signal, noise = (numbers(3, seed).masked_fill(empty, fill) for seed in (1, 2))
         tokens = noise_patchify(x, signal, noise, SEED, **case.options)
-        return tokens.detach(), *torch.autograd.grad(tokens, x, random(*tokens.shape, seed=3).float().to(DEVICE).masked_fill(padding, fill))
+        return (tokens.detach(),
+                *torch.autograd.grad(tokens, x,
+                                     random(*tokens.shape, seed=3).float().to(DEVICE).masked_fill(padding, fill)))
 
     assert all(torch.equal(a, b) and not a.isnan().any() for a, b in zip(run(value), run(0.0)))
 
@@ -150,8 +160,9 @@ def test_noise_does_not_depend_on_the_tiles_of_the_launch(monkeypatch):
 
 def test_the_seed_and_the_offset_decide_the_noise():
     x, ones = torch.zeros(2, 3, 8, 8, device=DEVICE), torch.ones(2, device=DEVICE)
-    found = [noise_patchify(x, ones, ones, seed, patch_size=2) for seed in (SEED, SEED + torch.tensor([1, 0], device=DEVICE),
-                                                                            SEED + torch.tensor([0, 1], device=DEVICE), 1234)]
+    found = [noise_patchify(x, ones, ones, seed, patch_size=2)
+             for seed in (SEED, SEED + torch.tensor([1, 0], device=DEVICE), SEED + torch.tensor([0, 1], device=DEVICE),
+                          1234)]
     assert all((a != b).float().mean() > 0.99 for i, a in enumerate(found) for b in found[:i])
     assert torch.equal(found[0], noise_patchify(x, ones, ones, SEED.clone(), patch_size=2))
     assert torch.equal(found[3], noise_patchify(x, ones, ones, torch.tensor([1234, 0], device=DEVICE), patch_size=2))
@@ -160,7 +171,8 @@ def test_the_seed_and_the_offset_decide_the_noise():
 def test_mixed_precision_numbers_are_taken_in_float32():
     x, signal, noise = random(2, 1, 4, 4).to(DEVICE, torch.float16), numbers(2, 1), numbers(2, 2)
     signal = signal.half()
-    assert torch.equal(noise_patchify(x, signal, noise.double(), SEED, patch_size=2), noise_patchify(x, signal.float(), noise, SEED, patch_size=2))
+    assert torch.equal(noise_patchify(x, signal, noise.double(), SEED, patch_size=2),
+                       noise_patchify(x, signal.float(), noise, SEED, patch_size=2))
 
 
 @cpu_only
@@ -171,7 +183,8 @@ def test_gradients_pass_gradcheck(name):
     signal, noise = numbers(case.images, 1), numbers(case.images, 2)
     assert torch.autograd.gradcheck(lambda x: noise_patchify(case.like(x), signal, noise, SEED, **case.options), data)
     if name == "latents":
-        assert torch.autograd.gradcheck(lambda x: patchify(x, 2), data) and torch.autograd.gradgradcheck(lambda x: patchify(x, 2), data)
+        assert (torch.autograd.gradcheck(lambda x: patchify(x, 2), data)
+                and torch.autograd.gradgradcheck(lambda x: patchify(x, 2), data))
         assert torch.autograd.gradcheck(lambda t: unpatchify(t, 2, 8, 6), patchify(data, 2).detach().requires_grad_())
 
 
@@ -240,37 +253,48 @@ def test_bad_inputs_are_refused_by_name():
             (lambda: patchify(x.int(), 2), "patchify: x is torch.int32"),
             (lambda: patchify(x[:, :0], 2), "patchify: x has shape \\(2, 0, 4, 6\\); at least one channel"),
             (lambda: unpatchify(tokens[None], 2, 4, 4), "unpatchify: tokens has shape \\(1, 8, 16\\); 2 dimensions"),
-            (lambda: unpatchify(tokens, 2, 4, 6), "unpatchify: tokens has shape \\(8, 16\\); a multiple of 6 rows of a multiple of 4 elements fits 4x6"),
+            (lambda: unpatchify(tokens, 2, 4, 6),
+             "unpatchify: tokens has shape \\(8, 16\\); a multiple of 6 rows of a multiple of 4 elements fits 4x6"),
             (lambda: unpatchify(tokens, 2, 4, 5), "unpatchify: height x width is 4x5 and patch_size 2"),
             (lambda: pack_latents([], 2), "pack_latents: latents is empty"),
-            (lambda: pack_latents([x[0], x[0, :2]], 2), "pack_latents: latents\\[1\\] is torch.float32 of shape \\(2, 4, 6\\)"),
+            (lambda: pack_latents([x[0], x[0, :2]], 2),
+             "pack_latents: latents\\[1\\] is torch.float32 of shape \\(2, 4, 6\\)"),
             (lambda: pack_latents([x[0], x[0, :, :3]], 2), "pack_latents: latents\\[1\\] is 3x6 and patch_size 2"),
-            (lambda: patchify_packed(PackedLatents(packed.values[1:], *packed[1:])), "x.values has shape \\(143,\\); one dimension, a multiple of .* = 12"),
-            (lambda: patchify_packed(packed._replace(columns=packed.columns[1:])), "patchify_packed: x.columns is torch.int32 of shape \\(1,\\)"),
-            (lambda: patchify_packed(packed._replace(offsets=packed.offsets.long())), "patchify_packed: x.offsets is torch.int64 of shape \\(3,\\)"),
-            (lambda: unpatchify_packed(tokens, packed), "unpatchify_packed: tokens has shape \\(8, 16\\) .* \\(12, 12\\) fits"),
-            (lambda: noising(signal=ones[:1]), "noise_patchify: signal is torch.float32 of shape \\(1,\\) .* \\(2,\\) on"),
+            (lambda: patchify_packed(PackedLatents(packed.values[1:], *packed[1:])),
+             "x.values has shape \\(143,\\); one dimension, a multiple of .* = 12"),
+            (lambda: patchify_packed(packed._replace(columns=packed.columns[1:])),
+             "patchify_packed: x.columns is torch.int32 of shape \\(1,\\)"),
+            (lambda: patchify_packed(packed._replace(offsets=packed.offsets.long())),
+             "patchify_packed: x.offsets is torch.int64 of shape \\(3,\\)"),
+            (lambda: unpatchify_packed(tokens, packed),
+             "unpatchify_packed: tokens has shape \\(8, 16\\) .* \\(12, 12\\) fits"),
+            (lambda: noising(signal=ones[:1]),
+             "noise_patchify: signal is torch.float32 of shape \\(1,\\) .* \\(2,\\) on"),
             (lambda: noising(noise=1.0), "noise_patchify: noise is a float; a floating-point tensor \\(2,\\)"),
             (lambda: noising(noise=ones.int()), "noise_patchify: noise is torch.int32"),
-            (lambda: noising(signal=ones.clone().requires_grad_()), "noise_patchify: signal requires a gradient, which .* pass signal.detach\\(\\)"),
+            (lambda: noising(signal=ones.clone().requires_grad_()),
+             "noise_patchify: signal requires a gradient, which .* pass signal.detach\\(\\)"),
             (lambda: noising(seed=SEED[:1]), "noise_patchify: seed is torch.int64 of shape \\(1,\\)"),
             (lambda: noising(patch_size=None), "noise_patchify: patch_size is None; a positive int fits"),
             (lambda: noising(offsets=offsets), "noise_patchify: offsets is given and x0 are latents of one size"),
-            (lambda: noising(packed, patch_size=3), "noise_patchify: patch_size is 3 and offsets None beside packed latents"),
+            (lambda: noising(packed, patch_size=3),
+             "noise_patchify: patch_size is 3 and offsets None beside packed latents"),
             (lambda: noising(tokens, offsets=offsets), "noise_patchify: patch_size is 2 and x0 are tokens"),
-            (lambda: noising(tokens, patch_size=None), "noise_patchify: offsets is a NoneType; an int32 tensor \\(N \\+ 1,\\)"),
+            (lambda: noising(tokens, patch_size=None),
+             "noise_patchify: offsets is a NoneType; an int32 tensor \\(N \\+ 1,\\)"),
             (lambda: noising([x]), "noise_patchify: x0 is a list; latents")]:
         with pytest.raises(ValueError, match=message):
             call()
 
 
-KERNELS = {"patchify": (_patchify_fwd, False), "noise_patchify": (_patchify_fwd, True), "unpatchify": (_patchify_bwd, False),
-           "noise_patchify backward": (_patchify_bwd, True)}
+KERNELS = {"patchify": (_patchify_fwd, False), "noise_patchify": (_patchify_fwd, True),
+           "unpatchify": (_patchify_bwd, False), "noise_patchify backward": (_patchify_bwd, True)}
 
 
 @pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1: kernels are interpreted functions, which do not compile")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("layout, size, dim, patch", [("latents", 2, 16, 2), ("packed", 4, 48, 4), ("tokens", 2, 1536, 1)])
+@pytest.mark.parametrize("layout, size, dim, patch",
+                         [("latents", 2, 16, 2), ("packed", 4, 48, 4), ("tokens", 2, 1536, 1)])
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_kernels_spill_nothing(name, layout, size, dim, patch, architecture):
     kernel, noise = KERNELS[name]

@@ -1,4 +1,5 @@
-"""Philox and its normals: the published known answers, equality of kernel and reference, and the statistics that noise must have."""
+"""Philox and its normals: the published known answers, equality of kernel and reference, and the statistics that noise
+must have."""
 import math
 
 import pytest
@@ -12,9 +13,11 @@ from tfkernels.patches.philox import philox_normal, philox_normal_reference, phi
 
 RUNS_KERNELS = DEVICE == "cuda" or INTERPRET
 needs_kernels = pytest.mark.skipif(not RUNS_KERNELS, reason="neither CUDA nor TRITON_INTERPRET=1: no kernel runs here")
-KNOWN = [((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),  # Random123, kat_vectors, philox4x32-10
+# Random123, kat_vectors, philox4x32-10
+KNOWN = [((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
          ((2**32 - 1,) * 4, (2**32 - 1,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-         ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1))]
+         ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
+          (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1))]
 
 
 @triton.jit
@@ -29,8 +32,8 @@ def _words(counter_ptr, seed_ptr, out_ptr):
 @triton.jit
 def _normals(seed_ptr, image_ptr, row_ptr, out_ptr, rows, R: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     r, d = tl.program_id(0) * R + tl.arange(0, R), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    eps = philox_normal(seed_ptr, tl.load(image_ptr + r, mask=r < rows, other=0), tl.load(row_ptr + r, mask=r < rows, other=0),
-                        tl.program_id(1) * BLOCK_D, BLOCK_D)
+    eps = philox_normal(seed_ptr, tl.load(image_ptr + r, mask=r < rows, other=0),
+                        tl.load(row_ptr + r, mask=r < rows, other=0), tl.program_id(1) * BLOCK_D, BLOCK_D)
     tl.store(out_ptr + r[:, None] * DIM + d[None, :], eps, mask=(r < rows)[:, None] & (d < DIM)[None, :])
 
 
@@ -50,7 +53,8 @@ def eps(seed, images, rows, dim, dtype=torch.float32):
 
 def launched(seed, image, row, dim, block_rows, block_dim):
     out = torch.empty(len(row), dim, device=DEVICE)
-    _normals[(triton.cdiv(len(row), block_rows), triton.cdiv(dim, block_dim))](seed, image.int().to(DEVICE), row.int().to(DEVICE), out, len(row),
+    _normals[(triton.cdiv(len(row), block_rows), triton.cdiv(dim, block_dim))](seed, image.int().to(DEVICE),
+                                                                               row.int().to(DEVICE), out, len(row),
                                                                                R=block_rows, DIM=dim, BLOCK_D=block_dim)
     return out.cpu()
 
@@ -101,28 +105,34 @@ def test_float64_differs_from_float32_by_rounding_only():
 def test_the_noise_is_standard_normal():
     x = eps(seeds(0), 16, 256, 64, torch.float64).flatten()
     n = x.numel()
-    for power, mean, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):          # E x^k and Var x^k of a standard normal
+    # E x^k and Var x^k of a standard normal
+    for power, mean, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         assert abs(x.pow(power).mean() - mean) < 4.5 * math.sqrt(variance / n), power
     at = torch.linspace(-4, 4, 161, dtype=torch.float64)
     empirical = torch.searchsorted(x.sort().values, at) / n
     assert (empirical - torch.special.ndtr(at)).abs().max() < 1.95 / math.sqrt(n)          # Kolmogorov-Smirnov at 0.1 %
-    assert 4.2 < x.abs().max() < 6.8                                                       # 4.2: an expected 7 beyond it, 0.1 % for none
+    assert 4.2 < x.abs().max() < 6.8  # 4.2: an expected 7 beyond it, 0.1 % for none
 
 
-@pytest.mark.parametrize("other", ["neighbour", "next but one", "third", "fourth", "row", "image", "offset", "seed", "high word of the seed"])
+@pytest.mark.parametrize("other",
+                         ["neighbour", "next but one", "third", "fourth", "row", "image", "offset", "seed",
+                          "high word of the seed"])
 def test_the_noise_is_uncorrelated_with(other):
     x = eps(seeds(11, 3), 5, 256, 64, torch.float64)
-    a, b = {"neighbour": (x[..., 1:], x[..., :-1]), "next but one": (x[..., 2:], x[..., :-2]), "third": (x[..., 3:], x[..., :-3]),
-            "fourth": (x[..., 4:], x[..., :-4]), "row": (x[:, 1:], x[:, :-1]), "image": (x[1:], x[:-1]), "offset": (x, eps(seeds(11, 4), 5, 256, 64)),
-            "seed": (x, eps(seeds(12, 3), 5, 256, 64)), "high word of the seed": (x, eps(seeds(11 + 2**32, 3), 5, 256, 64))}[other]
+    a, b = {"neighbour": (x[..., 1:], x[..., :-1]), "next but one": (x[..., 2:], x[..., :-2]),
+            "third": (x[..., 3:], x[..., :-3]), "fourth": (x[..., 4:], x[..., :-4]), "row": (x[:, 1:], x[:, :-1]),
+            "image": (x[1:], x[:-1]), "offset": (x, eps(seeds(11, 4), 5, 256, 64)),
+            "seed": (x, eps(seeds(12, 3), 5, 256, 64)),
+            "high word of the seed": (x, eps(seeds(11 + 2**32, 3), 5, 256, 64))}[other]
     bound = 4.5 / math.sqrt(a.numel())
-    assert abs((a * b).mean()) < bound                                                     # products of independent normals: variance 1
-    assert abs(((a * a - 1) * (b * b - 1)).mean()) < 2 * bound                             # and of their squares: variance 4
+    assert abs((a * b).mean()) < bound  # products of independent normals: variance 1
+    assert abs(((a * a - 1) * (b * b - 1)).mean()) < 2 * bound  # and of their squares: variance 4
 
 
 def test_no_word_repeats_across_seeds_offsets_and_images_more_often_than_chance():
     group, row = torch.arange(64), torch.arange(64)[:, None]
-    found = [torch.stack(torch.broadcast_tensors(*philox_reference((group, row, torch.tensor(image), torch.tensor(offset)),
+    found = [torch.stack(torch.broadcast_tensors(*philox_reference((group, row, torch.tensor(image),
+                                                                    torch.tensor(offset)),
                                                                    (torch.tensor(seed), torch.tensor(0)))), -1)
              for seed in range(3) for offset in range(3) for image in range(3)]
     words = torch.stack(found).flatten(0, -2)                                              # (calls, 4)
@@ -136,8 +146,9 @@ def test_a_seed_is_an_int_or_a_tensor_of_two():
     assert seed_tensor("op", -5, torch.device(DEVICE)).tolist() == [-5, 0]
     seed = seeds(1, 2)
     assert seed_tensor("op", seed, seed.device) is seed
-    for bad, message in ((2**63, "op: seed is 9223372036854775808; an int of 64 bits fits"), (1.5, "op: seed is a float; an int64 tensor"),
-                         (True, "seed is a bool"), (seed.int(), "seed is torch.int32 of shape \\(2,\\)"), (seed[:1], "of shape \\(1,\\)"),
+    for bad, message in ((2**63, "op: seed is 9223372036854775808; an int of 64 bits fits"),
+                         (1.5, "op: seed is a float; an int64 tensor"), (True, "seed is a bool"),
+                         (seed.int(), "seed is torch.int32 of shape \\(2,\\)"), (seed[:1], "of shape \\(1,\\)"),
                          (seed.to("meta"), "on meta; an int64 tensor")):
         with pytest.raises(ValueError, match=message):
             seed_tensor("op", bad, torch.device(DEVICE))

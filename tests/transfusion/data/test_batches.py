@@ -10,15 +10,14 @@ import torch
 from tests.transfusion.conftest import tiny_model
 from transfusion.data.batches import (
     PROBED,
-    DataSettings,
-    Digits,
     document_lengths,
     draw_batch,
     fill_rows,
-    jitter,
     step_generator,
 )
-from transfusion.sequence.packing import Image, Text, encode
+from transfusion.data.dataset import Arrangement, DatasetSettings
+from transfusion.recipes.digits import Digits, DigitsSettings, jitter
+from transfusion.sequence import Image, Text, encode
 from transfusion.sequence.tokenizer import train_tokenizer
 from transfusion.train.transfusion import ModelSettings, OptimSettings, TrainConfig, train
 
@@ -26,13 +25,13 @@ from transfusion.train.transfusion import ModelSettings, OptimSettings, TrainCon
 def test_the_held_out_digits_are_not_among_the_training_digits():
     train, held_out = Digits("train"), Digits("held-out")
     assert len(train.labels) == 1437 and len(held_out.labels) == 360
-    assert torch.cdist(held_out.images.flatten(1), train.images.flatten(1)).amin() > 0
-    assert train.images.amin() == -1 and train.images.amax() == 1
+    assert torch.cdist(held_out.pictures.flatten(1), train.pictures.flatten(1)).amin() > 0
+    assert train.pictures.amin() == -1 and train.pictures.amax() == 1
 
 
 def test_documents_come_in_the_shares_asked_for():
-    digits, generator = Digits(), torch.Generator().manual_seed(0)
-    settings = DataSettings(caption_first=0.7, caption_dropout=0.2, story=0.25)
+    settings = DigitsSettings(caption_first=0.7, caption_dropout=0.2, story=0.25)
+    digits, generator = settings.open(), torch.Generator().manual_seed(0)
     shapes = [tuple(type(part) for part in digits.document(generator, settings)) for _ in range(4000)]
     shares = {shape: shapes.count(shape) / len(shapes) for shape in set(shapes)}
     expected = {(Text, Image, Text, Image): 0.25, (Image, Text): 0.75 * 0.3, (Image,): 0.75 * 0.7 * 0.2, (Text, Image): 0.75 * 0.7 * 0.8}
@@ -40,17 +39,17 @@ def test_documents_come_in_the_shares_asked_for():
 
 
 def test_captions_tell_the_digit_of_their_image():
-    digits, generator = Digits(), torch.Generator().manual_seed(0)
+    digits, generator = Digits(story=1.0), torch.Generator().manual_seed(0)
     for _ in range(50):
-        parts = digits.document(generator, DataSettings(story=1.0))
+        parts = digits.document(generator, Arrangement())
         for text, image in ((parts[0], parts[1]), (parts[2], parts[3])):
-            at = (digits.images == image.latent).flatten(1).all(1).nonzero()[0, 0]
+            at = (digits.pictures == image.latent).flatten(1).all(1).nonzero()[0, 0]
             assert text.text.removeprefix(" and ") == Digits.caption(int(digits.labels[at]))
 
 
 def test_a_batch_depends_on_seed_and_step_alone_and_fills_its_rows():
     model = tiny_model()
-    batch = lambda seed, step: draw_batch(Digits(), DataSettings(), model.tokenizer, model.config, 4, 128, step_generator(seed, step))  # noqa: E731
+    batch = lambda seed, step: draw_batch(Digits(), DigitsSettings(), model.tokenizer, model.config, 4, 128, step_generator(seed, step))  # noqa: E731
     (first, limit), (again, _), (other, _) = batch(0, 3), batch(0, 3), batch(0, 4)
     assert torch.equal(first.tokens, again.tokens) and torch.equal(first.patches, again.patches)
     assert first.patches.shape != other.patches.shape or not torch.equal(first.patches, other.patches)
@@ -59,26 +58,28 @@ def test_a_batch_depends_on_seed_and_step_alone_and_fills_its_rows():
 
 def test_only_images_that_stand_before_their_caption_get_the_noise_limit():
     model = tiny_model()
-    for settings, expected in ((DataSettings(caption_first=0.0), {0.5}), (DataSettings(caption_first=1.0, caption_dropout=0.5), {1.0}),
-                               (DataSettings(story=1.0), {1.0}), (DataSettings(caption_first=0.5, noise_limit=0.25), {0.25, 1.0})):
-        sequence, limit = draw_batch(Digits(), settings, model.tokenizer, model.config, 4, 128, step_generator(0, 0))
+    for settings, expected in ((DigitsSettings(caption_first=0.0), {0.5}),
+                               (DigitsSettings(caption_first=1.0, caption_dropout=0.5), {1.0}),
+                               (DigitsSettings(story=1.0), {1.0}),
+                               (DigitsSettings(caption_first=0.5, noise_limit=0.25), {0.25, 1.0})):
+        sequence, limit = draw_batch(settings.open(), settings, model.tokenizer, model.config, 4, 128, step_generator(0, 0))
         assert set(limit.tolist()) == expected
         assert ((limit < 1) <= sequence.image_first).all()
 
 
 def test_jitter_moves_ink_without_making_or_losing_much_of_it():
     digits, generator = Digits(), torch.Generator().manual_seed(0)
-    assert torch.allclose(jitter(digits.images[0], 0.0, generator), digits.images[0], atol=1e-5)
-    moved = torch.stack([jitter(image, 1.0, generator) for image in digits.images[:200]])
+    assert torch.allclose(jitter(digits.pictures[0], 0.0, generator), digits.pictures[0], atol=1e-5)
+    moved = torch.stack([jitter(image, 1.0, generator) for image in digits.pictures[:200]])
     assert moved.amin() >= -1 - 1e-6 and moved.amax() <= 1 + 1e-6
-    ink = ((moved + 1).sum() / (digits.images[:200] + 1).sum()).item()
-    assert 0.9 < ink < 1.1 and 0.05 < (moved - digits.images[:200]).abs().mean() < 0.5
+    ink = ((moved + 1).sum() / (digits.pictures[:200] + 1).sum()).item()
+    assert 0.9 < ink < 1.1 and 0.05 < (moved - digits.pictures[:200]).abs().mean() < 0.5
 
 
 def test_images_to_be_drawn_are_never_jittered():
-    digits = Digits()
-    real = {image.numpy().tobytes() for image in digits.images}
-    generator, settings = torch.Generator().manual_seed(0), DataSettings(caption_first=0.5, jitter=1.0)
+    settings = DigitsSettings(caption_first=0.5, jitter=1.0)
+    digits, generator = settings.open(), torch.Generator().manual_seed(0)
+    real = {image.numpy().tobytes() for image in digits.pictures}
     jittered = read = 0
     for _ in range(200):
         parts = digits.document(generator, settings)
@@ -117,7 +118,7 @@ def trained_lengths(model, dataset, rows, seq_len, steps, seed=0):
     lengths, padding = [], 0.0
     for step in range(steps):
         generator = step_generator(seed, step)
-        sequence, _ = draw_batch(dataset, DataSettings(), model.tokenizer, model.config, rows, seq_len, generator)
+        sequence, _ = draw_batch(dataset, DatasetSettings(), model.tokenizer, model.config, rows, seq_len, generator)
         padding += (sequence.documents < 0).float().mean().item() / steps
         lengths += [int(count) for row in sequence.documents for count in row[row >= 0].bincount()]
     return torch.tensor(lengths), padding
@@ -151,34 +152,34 @@ def test_a_document_longer_than_any_before_begins_the_rows_anew_and_is_not_lost(
 
 def test_documents_longer_than_a_row_are_left_out_and_counted(letters):
     dataset = Mixture((20, 200), (0.9, 0.1))
-    lengths = document_lengths(dataset, DataSettings(), letters.tokenizer, letters.config, 64)
+    lengths = document_lengths(dataset, DatasetSettings(), letters.tokenizer, letters.config, 64)
     assert lengths.longest == 20 and lengths.left_out == dataset.drawn.count(200) / PROBED > 0.05
     left_out = 0
     for step in range(50):
         generator = step_generator(0, step)
-        sequence, _ = draw_batch(dataset, DataSettings(), letters.tokenizer, letters.config, 2, 64, generator)
+        sequence, _ = draw_batch(dataset, DatasetSettings(), letters.tokenizer, letters.config, 2, 64, generator)
         left_out += sequence.left_out
         assert sequence.documents.max() == 2 and sequence.to("cpu").left_out == sequence.left_out
     assert left_out == dataset.drawn[PROBED:].count(200) > 10
     with pytest.raises(ValueError, match="seq_len is 16 and the shortest of 500 documents has 20 tokens; raise"):
-        draw_batch(dataset, DataSettings(), letters.tokenizer, letters.config, 2, 16, step_generator(0, 0))
+        draw_batch(dataset, DatasetSettings(), letters.tokenizer, letters.config, 2, 16, step_generator(0, 0))
 
 
 @pytest.mark.parametrize("changes,message", [
     ({"caption_first": 2.0}, "settings.caption_first is 2.0; a number of at least 0 and at most 1 fits"),
     ({"noise_limit": -1.0}, "settings.noise_limit is -1.0; a number of at least 0 and at most 1 fits"),
     ({"story": math.nan}, "settings.story is nan; a number of at least 0 and at most 1 fits"),
-    ({"name": "digit"}, "settings.name is 'digit'; one of .* fits; did you mean 'digits'"),
+    ({"context": "claen"}, "settings.context is 'claen'; one of .* fits; did you mean 'clean'"),
 ])
 def test_settings_of_documents_that_do_not_fit_are_refused_by_name(letters, changes, message):
     with pytest.raises(ValueError, match=message):
-        draw_batch(Digits(), DataSettings(**changes), letters.tokenizer, letters.config, 2, 64, step_generator(0, 0))
+        draw_batch(Digits(), DigitsSettings(**changes), letters.tokenizer, letters.config, 2, 64, step_generator(0, 0))
 
 
 def test_a_run_says_and_counts_what_it_leaves_out(tmp_path, capsys):
     model = ModelSettings(hidden=32, layers=1, heads=2, kv_heads=2, mlp=64)
     optim = OptimSettings(steps=6, rows=2, seq_len=40, warmup=1)
-    config = TrainConfig(out=tmp_path / "run", model=model, data=DataSettings(story=0.3), optim=optim, device="cpu")
+    config = TrainConfig(out=tmp_path / "run", model=model, data=DigitsSettings(story=0.3), optim=optim, device="cpu")
     train(config)
     said = capsys.readouterr().out
     words = r"documents of more than optim.seq_len, 40 tokens, are left out, about (2|3)\d\.\d % of those drawn"

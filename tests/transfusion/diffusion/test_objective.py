@@ -37,7 +37,9 @@ def test_flow_step_is_the_euler_step_of_diffusers():
 
 @pytest.mark.parametrize("name,prediction_type", [("eps", "epsilon"), ("v", "v_prediction")])
 def test_cosine_step_is_the_ddim_step_of_diffusers(name, prediction_type):
-    scheduler = DDIMScheduler(num_train_timesteps=1000, prediction_type=prediction_type, clip_sample=False, set_alpha_to_one=True)
+    scheduler = DDIMScheduler(
+        num_train_timesteps=1000, prediction_type=prediction_type, clip_sample=False, set_alpha_to_one=True
+    )
     times = (torch.arange(1000) + 1) / 1000
     scheduler.alphas_cumprod = OBJECTIVES["eps"].path(times)[0] ** 2  # our exact cosine in place of its table
     scheduler.set_timesteps(50)
@@ -66,7 +68,10 @@ def test_a_law_of_times_that_is_not_there_is_refused_by_name():
         sample_times("uniforn", torch.ones(1), torch.ones(1), None, torch.Generator())
 
 
-@pytest.mark.parametrize("name,value", [("base", 0), ("base", -4), ("base", float("nan")), ("base", 2.5), ("tokens", 0), ("tokens", float("inf"))])
+@pytest.mark.parametrize(
+    "name,value",
+    [("base", 0), ("base", -4), ("base", float("nan")), ("base", 2.5), ("tokens", 0), ("tokens", float("inf"))],
+)
 def test_a_shift_by_no_number_of_patches_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"shift_times: {name} is .*; a whole number of at least 1 fits"):
         shift_times(torch.tensor([0.5]), **{"tokens": 16, "base": 4, name: value})

@@ -1,11 +1,11 @@
-"""Samplers against a model that knows the answer: one image, or Gaussian data whose path from noise is known exactly."""
+"""Solvers against a model that knows the answer: one image, or Gaussian data whose path from noise is known."""
 import math
 
 import pytest
 import torch
 
 from transfusion.diffusion.objective import OBJECTIVES, shift_times
-from transfusion.diffusion.solvers import SAMPLERS, make_sampler
+from transfusion.diffusion.solvers import SOLVERS, make_solver
 
 MODELS = pytest.mark.parametrize("objective", OBJECTIVES)
 
@@ -18,7 +18,7 @@ def run(sampler, noise, predict):
 
 
 @MODELS
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", SOLVERS)
 def test_a_model_that_knows_the_image_leads_to_it(name, objective):
     objective, x0 = OBJECTIVES[objective], torch.randn(16, 4, dtype=torch.float64)
 
@@ -26,19 +26,22 @@ def test_a_model_that_knows_the_image_leads_to_it(name, objective):
         (signal, noise), (p, q) = objective.path(t), objective.target(t)
         return p * x0 + q * (x - signal * x0) / noise
 
-    drawn = run(make_sampler(name, objective, 12, 16), torch.randn_like(x0), predict)
+    drawn = run(make_solver(name, objective, 12, 16), torch.randn_like(x0), predict)
     torch.testing.assert_close(drawn, x0, rtol=0, atol=2e-2 if name != "ddim" else 1e-5)
 
 
 def gaussian_error(name, objective, steps, deviation=0.5):
-    """Largest relative error of samples of N(0, deviation^2) whose x_t is N(0, (signal deviation)^2 + noise^2): the exact path keeps x_t over its deviation."""
+    """Largest relative error of samples of N(0, deviation^2).
+
+    Their x_t is N(0, (signal deviation)^2 + noise^2), and on the exact path x_t over its deviation stays what it was.
+    """
     def predict(x, t):
         (signal, noise), (p, q) = objective.path(t), objective.target(t)
         power = (signal * deviation)**2 + noise**2
         return (p * signal * deviation**2 + q * noise) / power * x
 
     noise = torch.randn(64, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    sampler = make_sampler(name, objective, steps, 64)
+    sampler = make_solver(name, objective, steps, 64)
     signal, level = objective.path(sampler.times[0].double())
     exact = noise * deviation / math.sqrt((signal * deviation)**2 + level**2)
     return ((run(sampler, noise, predict) - exact).abs() / exact.abs()).max().item()
@@ -57,21 +60,35 @@ def test_shifted_times_keep_their_ends_and_leave_more_noise_in_larger_images():
     t = torch.linspace(0, 1, 11)
     shifted = shift_times(t, 1024, 256)
     torch.testing.assert_close(shifted, 2 * t / (1 + t))
-    assert (shifted[1:-1] > t[1:-1]).all() and torch.equal(shift_times(t, 256, 256), t) and torch.equal(shift_times(t, 1024, None), t)
-    ours, theirs = (make_sampler(name, OBJECTIVES["flow"], 10, 1024, 256).times for name in ("ddim", "heun"))
+    assert (
+        (shifted[1:-1] > t[1:-1]).all()
+        and torch.equal(shift_times(t, 256, 256), t)
+        and torch.equal(shift_times(t, 1024, None), t)
+    )
+    ours, theirs = (make_solver(name, OBJECTIVES["flow"], 10, 1024, 256).times for name in ("ddim", "heun"))
     torch.testing.assert_close(theirs[::2], shift_times(theirs[::2] / (2 - theirs[::2]), 1024, 256))
     assert ours[0] == 1 and ours[5] == pytest.approx(2 / 3)
 
 
 def test_what_no_sampler_does_is_refused_by_name():
     with pytest.raises(ValueError, match="name is 'dpm'; one of 'ddim', 'dpm"):
-        make_sampler("dpm", OBJECTIVES["flow"], 10, 16)
+        make_solver("dpm", OBJECTIVES["flow"], 10, 16)
     with pytest.raises(ValueError, match="time_shift_tokens is set on the cosine path"):
-        make_sampler("unipc", OBJECTIVES["v"], 10, 16, 256)
+        make_solver("unipc", OBJECTIVES["v"], 10, 16, 256)
 
 
-@pytest.mark.parametrize("name,value", [("steps", 0), ("steps", 1.5), ("steps", float("nan")), ("tokens", 0), ("tokens", 2.0), ("shift_tokens", 0),
-                                        ("shift_tokens", float("nan"))])
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("steps", 0),
+        ("steps", 1.5),
+        ("steps", float("nan")),
+        ("tokens", 0),
+        ("tokens", 2.0),
+        ("shift_tokens", 0),
+        ("shift_tokens", float("nan")),
+    ],
+)
 def test_numbers_that_are_not_whole_and_positive_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"sampler: {name} is .*; a whole number of at least 1 fits"):
-        make_sampler("ddim", OBJECTIVES["flow"], **{"steps": 2, "tokens": 16, "shift_tokens": 4, name: value})
+        make_solver("ddim", OBJECTIVES["flow"], **{"steps": 2, "tokens": 16, "shift_tokens": 4, name: value})

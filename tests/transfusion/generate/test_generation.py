@@ -1,4 +1,4 @@
-"""Sampling against a sampler without any cache, batches against single prompts, and the state machine of text and images."""
+"""Generation against one without a cache, batches against single prompts, and the order of text and images."""
 import copy
 
 import pytest
@@ -11,9 +11,9 @@ from tfkernels import patchify
 from transfusion import Image, Text
 from transfusion.diffusion.guidance import Guidance
 from transfusion.diffusion.objective import step
-from transfusion.generate.generation import Drawn, Preview, Sampling, _Sampler
+from transfusion.generate.generation import Drawn, Preview, Sampling, _Generation
 from transfusion.generate.kv_cache import Canvas
-from transfusion.sequence.packing import Document, encode, lay_out
+from transfusion.sequence import Document, encode, lay_out
 
 
 @torch.no_grad()
@@ -29,9 +29,9 @@ def draw_without_cache(model, prompt, steps, guidance, seed):
         sequence = lay_out([[whole]], len(ids), 4)
         condition = model.timestep(t[None])
         embedded, skips = model.embed(sequence, x, condition)
-        positions = model.positions(sequence.positions, sequence.image, sequence.layout.columns)
+        positions = model.positions(sequence.positions, sequence.image_ids, sequence.layout.columns)
         hidden = model.backbone(embedded, positions, sequence.mask(), condition, sequence.modality).flatten(0, 1)
-        return model.image_head(hidden[sequence.patch_rows], condition, sequence.layout, skips)
+        return model.image_head(hidden[sequence.patch_places], condition, sequence.layout, skips)
 
     for number in range(steps):
         t, s = (torch.tensor(model.objective.start * (1 - n / steps)) for n in (number, number + 1))
@@ -50,7 +50,10 @@ def test_the_cached_sampler_equals_one_without_a_cache(model, guidance):
 @torch.no_grad()
 def test_with_causal_attention_the_cached_sampler_equals_transformers_own_causal_decoder(pictures):
     """Every step asks a Llama of transformers, which knows no spans, about the whole embedded sequence."""
-    model, prompts = tiny_model("v", image_layers="linear", image_attention="causal"), [[Text("a handwritten seven")], [pictures[0], Text(" and")]]
+    model, prompts = (
+        tiny_model("v", image_layers="linear", image_attention="causal"),
+        [[Text("a handwritten seven")], [pictures[0], Text(" and")]],
+    )
     plain = LlamaForCausalLM._from_config(copy.deepcopy(model.config.text_config), attn_implementation="eager").eval()
     plain.load_state_dict(model.backbone.decoder.state_dict())
 
@@ -127,11 +130,13 @@ def test_later_text_reads_the_finished_image(model, monkeypatch):
 
 
 def test_the_prefix_stays_where_it_is_while_an_image_is_drawn_against_it(model, pictures):
-    sampler = _Sampler(model, [[Text("a handwritten seven")], [pictures[0], Text("b")]], Sampling(guidance=1.0), force_image=True)
+    generation = _Generation(
+        model, [[Text("a handwritten seven")], [pictures[0], Text("b")]], Sampling(guidance=1.0), force_image=True
+    )
     with torch.inference_mode():
-        sampler.clean = model.timestep(torch.zeros(1))
-        prefix, _ = sampler.prefill(sampler.documents)
-        canvas, columns = Canvas(model, prefix, sampler.grid), prefix.seen.shape[1]
+        generation.clean = model.timestep(torch.zeros(1))
+        prefix, _ = generation.prefill(generation.documents)
+        canvas, columns = Canvas(model, prefix, generation.grid), prefix.seen.shape[1]
         layers = canvas.cache.layers
         addresses = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in layers]
         x = torch.randn(2, 16, 4, generator=torch.Generator().manual_seed(0))
@@ -140,7 +145,9 @@ def test_the_prefix_stays_where_it_is_while_an_image_is_drawn_against_it(model, 
     assert addresses == [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in layers]
     for layer, kept in zip(layers, prefix.cache.layers, strict=True):
         assert layer.get_seq_length() == columns == kept.keys.shape[2] and layer.keys.shape[2] == columns + 16
-        assert torch.equal(layer.keys[:, :, :columns], kept.keys) and torch.equal(layer.values[:, :, :columns], kept.values)
+        assert torch.equal(layer.keys[:, :, :columns], kept.keys) and torch.equal(
+            layer.values[:, :, :columns], kept.values
+        )
 
 
 def test_a_cuda_graph_needs_cuda(model):
@@ -185,11 +192,14 @@ def test_images_of_another_size_are_drawn_when_asked(model):
 def test_every_step_can_be_watched(model):
     seen = []
     images = model.draw(["a", "b"], steps=3, previews=True, on_event=seen.append)
-    assert [(e.row, e.step, e.steps) for e in seen if isinstance(e, Preview)] == [(row, n, 3) for n in (1, 2, 3) for row in (0, 1)]
+    assert [(e.row, e.step, e.steps) for e in seen if isinstance(e, Preview)] == [
+        (row, n, 3) for n in (1, 2, 3) for row in (0, 1)
+    ]
     assert [e.row for e in seen if isinstance(e, Drawn)] == [0, 1]
     assert all(torch.equal(e.image.latent, images[e.row].latent) for e in seen if isinstance(e, Drawn))
     last = [e for e in seen if isinstance(e, Preview)][-1]
-    torch.testing.assert_close(last.image.latent, images[1].latent, rtol=1e-4, atol=1e-4)  # at the last step the estimate is the image
+    # at the last step the estimate is the image
+    torch.testing.assert_close(last.image.latent, images[1].latent, rtol=1e-4, atol=1e-4)
     assert len(list(model.stream([Text("a")], steps=3, max_images=0, max_new_tokens=2))) <= 2
 
 
@@ -205,23 +215,40 @@ def test_requests_that_do_not_fit_are_refused_by_name(model, call, message):
 
 
 NAN, INF = float("nan"), float("inf")
-MEANINGLESS = [(name, value) for name, values in {
-    "steps": (0, 1.5, True, NAN, "3", None), "max_new_tokens": (-1, 1.5, True, INF), "max_images": (-1, 0.5, False), "seed": (1.5, NAN, "1", 2**64),
-    "image_size": (8, 8.0, (8,), (8, 8, 8), (0, 8), (-8, 8), (8.0, 8), (True, 8), "88", (), (8, 7)), "guidance": (NAN, INF, -1.0, "3", None, True),
-    "temperature": (NAN, INF, -1.0, "0", True), "top_p": (NAN, -0.1, 1.1, True), "min_p": (NAN, INF, 1.5), "previews": (1, "no"), "cuda_graph": (0, None),
-    "sampler": ("dim", None, 3)}.items() for value in values]
+MEANINGLESS = [
+    (name, value)
+    for name, values in {
+        "steps": (0, 1.5, True, NAN, "3", None),
+        "max_new_tokens": (-1, 1.5, True, INF),
+        "max_images": (-1, 0.5, False),
+        "seed": (1.5, NAN, "1", 2**64),
+        "image_size": (8, 8.0, (8,), (8, 8, 8), (0, 8), (-8, 8), (8.0, 8), (True, 8), "88", (), (8, 7)),
+        "guidance": (NAN, INF, -1.0, "3", None, True),
+        "temperature": (NAN, INF, -1.0, "0", True),
+        "top_p": (NAN, -0.1, 1.1, True),
+        "min_p": (NAN, INF, 1.5),
+        "previews": (1, "no"),
+        "cuda_graph": (0, None),
+        "sampler": ("dim", None, 3),
+    }.items()
+    for value in values
+]
 
 
 @pytest.mark.parametrize("name,value", MEANINGLESS, ids=lambda x: str(x))
 def test_an_option_that_no_sampler_can_mean_is_refused_by_name_before_anything_runs(model, monkeypatch, name, value):
     monkeypatch.setattr(model.backbone, "forward", lambda *_: pytest.fail("the model ran"))
     for call in (lambda: model.draw(["a"], **{name: value}), lambda: model.generate([Text("a")], **{name: value})):
-        with pytest.raises(ValueError, match=("name" if name == "sampler" else name) + " is .* fit"):
+        with pytest.raises(ValueError, match=f"{name} is .* fit"):
             call()
 
 
 def test_an_unknown_option_is_answered_with_the_nearest(model, pictures):
-    for call in (lambda: model.draw(["a"], guidence=2.0), lambda: model.caption(pictures, guidence=2.0), lambda: model.stream([Text("a")], guidence=2.0)):
+    for call in (
+        lambda: model.draw(["a"], guidence=2.0),
+        lambda: model.caption(pictures, guidence=2.0),
+        lambda: model.stream([Text("a")], guidence=2.0),
+    ):
         with pytest.raises(ValueError, match="guidence is not an option; .* fit; did you mean guidance"):
             call()
 
@@ -237,7 +264,11 @@ def test_a_prompt_alone_is_a_list_of_one(model, pictures):
         batch = model.generate_batch(alone, **written)
         assert len(batch) == 1
         same(batch[0], model.generate([Text("a b")], **written))
-    for ours, theirs in zip(model.generate_batch(["a", "a b"], **written), model.generate_batch([[Text("a")], [Text("a b")]], **written), strict=True):
+    for ours, theirs in zip(
+        model.generate_batch(["a", "a b"], **written),
+        model.generate_batch([[Text("a")], [Text("a b")]], **written),
+        strict=True,
+    ):
         same(ours, theirs)
     assert model.caption(pictures[0], max_new_tokens=2) == model.caption([pictures[0]], max_new_tokens=2)
 
@@ -248,20 +279,28 @@ def test_no_prompts_give_nothing_back(model):
         model.draw([], steps=0)
 
 
-@pytest.mark.parametrize("call,message", [
-    (lambda m, x: m.draw([x, Text("a")]), r"draw: prompts\[0\] is a Image; a str or a list of Text and Image fits, one for each prompt"),
-    (lambda m, x: m.generate_batch([Text("a"), x]), r"generate_batch: prompts\[0\] is a Text; a str or a list"),
-    (lambda m, x: m.generate(["a"]), r"generate: parts\[0\] is a str; a Text or an Image fits"),
-    (lambda m, x: m.generate([[Text("a")]]), r"generate: parts\[0\] is a list; a Text or an Image fits"),
-    (lambda m, x: m.stream(None), "stream: parts is a NoneType; a list of Text and Image fits"),
-    (lambda m, x: m.draw([3]), r"draw: prompts\[0\] is a int"), (lambda m, x: m.draw({"a": 1}), "draw: prompts is a dict"),
-    (lambda m, x: m.draw([["a"]]), r"draw: prompts\[0\]\[0\] is a str"),
-    (lambda m, x: m.caption(x.latent), "caption: images is a Tensor; a list of Image fits"),
-    (lambda m, x: m.caption([x, "a"]), r"caption: images\[1\] is a str; an Image fits"), (lambda m, x: m.caption("a"), "caption: images is a str"),
-    (lambda m, x: m.caption([x], question=3), "caption: question is a int; a str fits"),
-    (lambda m, x: m.draw(["a"], max_images=2), "draw: max_images is 2; 1 fits"),
-    (lambda m, x: m.caption([x], max_images=1), "caption: max_images is 1; 0 fits"),
-])
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (
+            lambda m, x: m.draw([x, Text("a")]),
+            r"draw: prompts\[0\] is a Image; a str or a list of Text and Image fits, one for each prompt",
+        ),
+        (lambda m, x: m.generate_batch([Text("a"), x]), r"generate_batch: prompts\[0\] is a Text; a str or a list"),
+        (lambda m, x: m.generate(["a"]), r"generate: parts\[0\] is a str; a Text or an Image fits"),
+        (lambda m, x: m.generate([[Text("a")]]), r"generate: parts\[0\] is a list; a Text or an Image fits"),
+        (lambda m, x: m.stream(None), "stream: parts is a NoneType; a list of Text and Image fits"),
+        (lambda m, x: m.draw([3]), r"draw: prompts\[0\] is a int"),
+        (lambda m, x: m.draw({"a": 1}), "draw: prompts is a dict"),
+        (lambda m, x: m.draw([["a"]]), r"draw: prompts\[0\]\[0\] is a str"),
+        (lambda m, x: m.caption(x.latent), "caption: images is a Tensor; a list of Image fits"),
+        (lambda m, x: m.caption([x, "a"]), r"caption: images\[1\] is a str; an Image fits"),
+        (lambda m, x: m.caption("a"), "caption: images is a str"),
+        (lambda m, x: m.caption([x], question=3), "caption: question is a int; a str fits"),
+        (lambda m, x: m.draw(["a"], max_images=2), "draw: max_images is 2; 1 fits"),
+        (lambda m, x: m.caption([x], max_images=1), "caption: max_images is 1; 0 fits"),
+    ],
+)
 def test_prompts_of_another_shape_are_refused_by_name(model, pictures, call, message):
     with pytest.raises(ValueError, match=message):
         call(model, pictures[0])

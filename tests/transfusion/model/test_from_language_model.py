@@ -1,4 +1,4 @@
-"""Language models of several families, written to disk in their own format, become Transfusions that still say what they said."""
+"""Language models of several families, saved in their own format, become Transfusions that say what they said."""
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transfusion import Image, Text, Transfusion, TransfusionConfig
 from transfusion.model.config import BACKBONES, TransfusionSettings
 from transfusion.model.from_language_model import InitSettings, from_language_model, init
-from transfusion.sequence.packing import encode, pack
+from transfusion.sequence import encode, pack
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -15,12 +15,29 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 def language_model(path, family, *, tied=False, padded=0, bos=True):
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    backend.train_from_iterator(["a handwritten seven"], trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False))
+    backend.train_from_iterator(
+        ["a handwritten seven"],
+        trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<s>", "</s>"],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>" if bos else None)
     torch.manual_seed(1)
-    config = AutoConfig.for_model(family, vocab_size=len(tokenizer) + padded, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8,
-                                  num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied, eos_token_id=tokenizer.eos_token_id)
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=len(tokenizer) + padded,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        head_dim=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
@@ -29,11 +46,14 @@ def language_model(path, family, *, tied=False, padded=0, bos=True):
 def same_text(path, out):
     """Compare the logits over the old tokens, of the language model and of the Transfusion made from it."""
     theirs = AutoModelForCausalLM.from_pretrained(path).eval()
-    known = min(theirs.config.vocab_size, len(AutoTokenizer.from_pretrained(path)))        # a vocabulary may be padded; a tokenizer may add its own
+    # a vocabulary may be padded; a tokenizer may add its own
+    known = min(theirs.config.vocab_size, len(AutoTokenizer.from_pretrained(path)))
     ours = Transfusion.from_pretrained(out).eval()
     tokens = torch.randint(5, 200, (2, 50), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(ours.text_logits(tokens)[..., :known], theirs(tokens).logits[..., :known], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            ours.text_logits(tokens)[..., :known], theirs(tokens).logits[..., :known], rtol=1e-5, atol=1e-6
+        )
     return ours
 
 
@@ -59,7 +79,9 @@ def test_tied_embeddings_padded_vocabularies_and_tokenizers_without_bos_fit(tmp_
     decoder, config = model.backbone.decoder, model.config
     embedding, head = decoder.get_input_embeddings().weight, decoder.get_output_embeddings().weight
     assert (embedding is head) == bool(case.get("tied"))
-    torch.testing.assert_close(embedding[config.boi_token_id], embedding[:min(config.boi_token_id, config.eoi_token_id)].mean(0))
+    torch.testing.assert_close(
+        embedding[config.boi_token_id], embedding[: min(config.boi_token_id, config.eoi_token_id)].mean(0)
+    )
     assert model.tokenizer.convert_tokens_to_ids(["<boi>", "<eoi>"]) == [config.boi_token_id, config.eoi_token_id]
     assert model.tokenizer.bos_token_id is not None and model.tokenizer.pad_token_id is not None
     parts = model.generate([Text("a")], max_new_tokens=3, max_images=0)
@@ -78,10 +100,20 @@ def test_what_is_no_checkpoint_and_what_is_pickled_is_refused(tmp_path):
     assert AutoTokenizer.from_pretrained(path) is not None and not (tmp_path / "model").exists()
 
 
-@pytest.mark.parametrize("options,message", [
-    ({"objectve": "v"}, "objectve is no setting; .*did you mean objective"), ({"patch_size": 0}, "patch_size is 0"), ({"seed": 1.5}, "init: seed is 1.5"),
-    ({"seed": -1}, "init: seed is -1"), ({"diffusion_weight": float("nan")}, "diffusion_weight is nan")], ids=str)
-def test_settings_that_do_not_fit_are_refused_before_the_language_model_is_touched(tmp_path, monkeypatch, options, message):
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"objectve": "v"}, "objectve is no setting; .*did you mean objective"),
+        ({"patch_size": 0}, "patch_size is 0"),
+        ({"seed": 1.5}, "init: seed is 1.5"),
+        ({"seed": -1}, "init: seed is -1"),
+        ({"diffusion_weight": float("nan")}, "diffusion_weight is nan"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_are_refused_before_the_language_model_is_touched(
+    tmp_path, monkeypatch, options, message
+):
     path = language_model(tmp_path / "llm", "llama")
     tokenizer, decoder = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
     known = len(tokenizer)
@@ -89,7 +121,9 @@ def test_settings_that_do_not_fit_are_refused_before_the_language_model_is_touch
         from_language_model(decoder, tokenizer, **options)
     assert len(tokenizer) == known and decoder.get_input_embeddings().weight.shape[0] == known
     if "objectve" not in options:
-        monkeypatch.setattr("transfusion.model.from_language_model.load_language_model", lambda *_: pytest.fail("loaded"))
+        monkeypatch.setattr(
+            "transfusion.model.from_language_model.load_language_model", lambda *_: pytest.fail("loaded")
+        )
         with pytest.raises(ValueError, match=message):
             init(InitSettings(llm=path, out=tmp_path / "model", **options))
 

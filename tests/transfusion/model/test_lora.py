@@ -17,11 +17,21 @@ from transfusion.train.optimizer import build_average
 from transfusion.train.transfusion import OptimSettings, train
 
 
-@pytest.fixture(scope="module", params=["llama, untied", "qwen2, tied", "llama, adaln", "qwen3, mixture_of_transformers"])
+@pytest.fixture(
+    scope="module", params=["llama, untied", "qwen2, tied", "llama, adaln", "qwen3, mixture_of_transformers"]
+)
 def start(request, tmp_path_factory):
     path, (family, kind) = tmp_path_factory.mktemp("start"), request.param.split(", ")
     llm = language_model(path / "llm", family, tied=kind == "tied")
-    return init(InitSettings(llm=llm, out=path / "model", image_channels=1, image_size=(8, 8), backbone=kind if kind in BACKBONES else "decoder"))
+    return init(
+        InitSettings(
+            llm=llm,
+            out=path / "model",
+            image_channels=1,
+            image_size=(8, 8),
+            backbone=kind if kind in BACKBONES else "decoder",
+        )
+    )
 
 
 def run(out, start, trained, **changes):
@@ -45,7 +55,12 @@ def test_an_adapter_holds_what_was_trained_and_comes_back_to_equal_logits(tmp_pa
     assert {p.suffix for p in tmp_path.iterdir() if p.is_file()} <= {".json", ".jsonl", ".md", ".safetensors", ".jinja"}
     assert any("image_head" in name for name in names) and any("patch_embedding" in name for name in names)
     assert any("lora_A" in name for name in names) == (trained == "lora")
-    assert sum(x.numel() for name, x in load_file(tmp_path / "adapter_model.safetensors").items() if "embed_tokens" in name) == 2 * 32
+    assert (
+        sum(
+            x.numel() for name, x in load_file(tmp_path / "adapter_model.safetensors").items() if "embed_tokens" in name
+        )
+        == 2 * 32
+    )
 
     trained_model = prepare(Transfusion.from_pretrained(start), config.tune)
     state = load_file(tmp_path / "resume" / "state.safetensors")
@@ -102,11 +117,18 @@ def test_the_average_copies_what_is_trained_and_shares_what_is_frozen(start):
 
 def test_the_table_counts_every_parameter_and_those_that_change(start, capsys, tmp_path):
     base = Transfusion.from_pretrained(start)
-    total, images = (sum(p.numel() for name, p in base.named_parameters() if inside or "decoder" not in name) for inside in (True, False))
+    total, images = (
+        sum(p.numel() for name, p in base.named_parameters() if inside or "decoder" not in name)
+        for inside in (True, False)
+    )
     table = trained_table(prepare(base, TuneSettings(start=start, trained="images")))
     last = table.splitlines()[-1].replace(",", "").split()
     rows = 2 * 32 * (1 if base.config.text_config.tie_word_embeddings else 2)
-    assert [int(x) for x in last[1:3]] == [total + rows, images + rows] and "decoder: blocks" in table and "images: image_head" in table
+    assert (
+        [int(x) for x in last[1:3]] == [total + rows, images + rows]
+        and "decoder: blocks" in table
+        and "images: image_head" in table
+    )
     run(tmp_path, start, "all")
     assert f"{total:,}" in capsys.readouterr().out
 
@@ -128,7 +150,9 @@ def test_an_adapter_finds_its_model_when_both_moved_when_it_is_named_and_where_i
     here.rename(there)
     assert torch.equal(text_logits(Transfusion.from_pretrained(there / "adapters" / "one")), expected)
     (there / "adapters" / "one").rename(tmp_path / "alone")
-    with pytest.raises(ValueError, match="the model that it was trained on is not there .tried .*name it with from_pretrained") as missing:
+    with pytest.raises(
+        ValueError, match="the model that it was trained on is not there .tried .*name it with from_pretrained"
+    ) as missing:
         Transfusion.from_pretrained(tmp_path / "alone")
     assert "\n" not in str(missing.value)
     with pytest.raises(ValueError, match="nowhere"):
@@ -153,7 +177,10 @@ def test_an_adapter_does_not_take_a_model_of_other_weights_for_its_own(tmp_path,
 def test_an_adapter_that_leads_back_to_itself_is_refused(tmp_path, start):
     run(tmp_path / "one", start, "images", stop_after=1)
     run(tmp_path / "two", tmp_path / "one", "images", stop_after=1)
-    assert Transfusion.from_pretrained(tmp_path / "two").config.backbone == Transfusion.from_pretrained(start).config.backbone
+    assert (
+        Transfusion.from_pretrained(tmp_path / "two").config.backbone
+        == Transfusion.from_pretrained(start).config.backbone
+    )
     for name, base in (("one", "one"), ("one", "two")):
         (tmp_path / "one" / "base.json").write_text(json.dumps({"absolute": str(tmp_path / base)}))
         with pytest.raises(ValueError, match="an adapter that leads back to itself"):
@@ -167,7 +194,9 @@ def test_a_damaged_adapter_is_refused_by_the_files_name(tmp_path, start, name):
     (tmp_path / name).write_bytes(data[:-20])
     with pytest.raises(ValueError, match=f"{name} is damaged"):
         Transfusion.from_pretrained(tmp_path)
-    (tmp_path / "adapter_config.json").write_bytes(data if name == "adapter_config.json" else (tmp_path / "adapter_config.json").read_bytes())
+    (tmp_path / "adapter_config.json").write_bytes(
+        data if name == "adapter_config.json" else (tmp_path / "adapter_config.json").read_bytes()
+    )
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match="an adapter without adapter_model.safetensors"):
         Transfusion.from_pretrained(tmp_path)

@@ -4,16 +4,24 @@ import torch
 
 from tests.transfusion.conftest import tiny_model
 from transfusion import Image, Text, Transfusion, TransfusionConfig
-from transfusion.sequence.packing import ImageLayout, encode, pack
+from transfusion.sequence import ImageLayout, encode, pack
 
 HIDDEN = 32
 
 
 def unet_model(patch_size=2, channels=(8, 16), image_channels=1):
     base = tiny_model()
-    config = TransfusionConfig(text_config=base.config.text_config, patch_size=patch_size, image_size=(16, 16), image_channels=image_channels,
-                               image_layers="unet", unet_channels=channels, unet_blocks=1, boi_token_id=base.config.boi_token_id,
-                               eoi_token_id=base.config.eoi_token_id)
+    config = TransfusionConfig(
+        text_config=base.config.text_config,
+        patch_size=patch_size,
+        image_size=(16, 16),
+        image_channels=image_channels,
+        image_layers="unet",
+        unet_channels=channels,
+        unet_blocks=1,
+        boi_token_id=base.config.boi_token_id,
+        eoi_token_id=base.config.eoi_token_id,
+    )
     torch.manual_seed(0)
     model = Transfusion(config, base.tokenizer).eval()
     torch.nn.init.normal_(model.image_head.output.weight, std=0.3)
@@ -23,7 +31,9 @@ def unet_model(patch_size=2, channels=(8, 16), image_channels=1):
 def through(model, grids, patches, condition):
     """Predictions of the image layers with nothing but a copy between them."""
     layout = ImageLayout.of(grids)
-    hidden, skips = model.patch_embedding(torch.zeros(len(patches), HIDDEN), patches, condition, layout, torch.arange(len(patches)))
+    hidden, skips = model.patch_embedding(
+        torch.zeros(len(patches), HIDDEN), patches, condition, layout, torch.arange(len(patches))
+    )
     return model.image_head(hidden, condition, layout, skips)
 
 
@@ -40,7 +50,11 @@ def test_every_patch_size_and_images_of_several_sizes_come_out_as_they_would_alo
 
 
 def test_detail_and_time_reach_the_prediction_around_the_decoder():
-    model, patches, condition = unet_model(), torch.randn(16, 4, requires_grad=True), torch.randn(1, HIDDEN, requires_grad=True)
+    model, patches, condition = (
+        unet_model(),
+        torch.randn(16, 4, requires_grad=True),
+        torch.randn(1, HIDDEN, requires_grad=True),
+    )
     layout = ImageLayout.of([(4, 4)])
     hidden, skips = model.patch_embedding(torch.zeros(16, HIDDEN), patches, condition, layout, torch.arange(16))
     prediction = model.image_head(hidden.detach(), condition.detach(), layout, skips)
@@ -52,7 +66,10 @@ def test_the_model_trains_through_them_and_draws(pictures):
     images = [Image(torch.rand(1, 16, 16)), pictures[0]]
     sequence = pack([encode([Text("a"), images[0], Text("b"), images[1]], model.tokenizer, model.config)], 128, 4)
     model.train()(sequence, torch.tensor([0.3, 0.6]), 1).loss.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in (*model.patch_embedding.parameters(), *model.image_head.parameters()))
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0
+        for p in (*model.patch_embedding.parameters(), *model.image_head.parameters())
+    )
     image, = model.eval().draw(["a"], steps=2)
     assert image.latent.shape == (1, 16, 16) and torch.isfinite(image.latent).all()
 
@@ -61,7 +78,9 @@ def test_a_model_with_them_is_saved_and_loaded(tmp_path):
     model = unet_model()
     model.save_pretrained(tmp_path)
     loaded = Transfusion.from_pretrained(tmp_path)
-    assert loaded.state_dict().keys() == model.state_dict().keys() and all(torch.equal(x, model.state_dict()[name]) for name, x in loaded.state_dict().items())
+    assert loaded.state_dict().keys() == model.state_dict().keys() and all(
+        torch.equal(x, model.state_dict()[name]) for name, x in loaded.state_dict().items()
+    )
 
 
 def test_a_fresh_unet_predicts_nothing():

@@ -1,4 +1,4 @@
-"""The autoencoder around the model: scale and shift, determinism, and its way through checkpoints and the command line."""
+"""The autoencoder around the model: scale and shift, determinism, its way through checkpoints and commands."""
 import copy
 
 import pytest
@@ -8,15 +8,29 @@ from PIL import Image as Picture
 
 from tests.transfusion.model.test_from_language_model import language_model
 from transfusion import Image, Transfusion
-from transfusion.cli import load_image, main
+from transfusion.cli import main
 from transfusion.model.from_language_model import InitSettings, init
 from transfusion.model.vae import VAE
+from transfusion.sample import load_image
 
 
 def autoencoder(**options):
     torch.manual_seed(4)
-    return AutoencoderKL(**{**dict(in_channels=3, out_channels=3, latent_channels=8, block_out_channels=(8, 16, 16), norm_num_groups=4,
-                                   down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, scaling_factor=0.5), **options})
+    return AutoencoderKL(
+        **{
+            **dict(
+                in_channels=3,
+                out_channels=3,
+                latent_channels=8,
+                block_out_channels=(8, 16, 16),
+                norm_num_groups=4,
+                down_block_types=("DownEncoderBlock2D",) * 3,
+                up_block_types=("UpDecoderBlock2D",) * 3,
+                scaling_factor=0.5,
+            ),
+            **options,
+        }
+    )
 
 
 @pytest.mark.parametrize("scale,shift", [(0.18215, None), (0.3611, 0.1159), (1.0, 0.0)])
@@ -35,18 +49,44 @@ def test_latents_are_the_posteriors_mean_shifted_and_scaled_and_decoding_undoes_
 
 def test_a_checkpoint_carries_its_autoencoder_and_pictures_go_through_it(tmp_path, capsys):
     autoencoder().save_pretrained(tmp_path / "vae")
-    out = init(InitSettings(llm=language_model(tmp_path / "llm", "llama"), vae=tmp_path / "vae", out=tmp_path / "model", image_size=(4, 4)))
+    out = init(
+        InitSettings(
+            llm=language_model(tmp_path / "llm", "llama"),
+            vae=tmp_path / "vae",
+            out=tmp_path / "model",
+            image_size=(4, 4),
+        )
+    )
     model = Transfusion.from_pretrained(out).eval()
-    assert model.config.image_channels == 8 and not any("vae" in name or "autoencoder" in name for name in model.state_dict())
+    assert model.config.image_channels == 8 and not any(
+        "vae" in name or "autoencoder" in name for name in model.state_dict()
+    )
     assert {p.suffix for p in (out / "vae").iterdir()} == {".json", ".safetensors"}
-    assert all(torch.equal(a, b) for a, b in zip(model.vae.autoencoder.state_dict().values(), autoencoder().state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.vae.autoencoder.state_dict().values(), autoencoder().state_dict().values())
+    )
     assert copy.deepcopy(model).vae is model.vae
 
     Picture.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
     image = load_image(tmp_path / "red.png", model.config, model.vae)
     red = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, 16, 16)
     torch.testing.assert_close(image.latent, model.vae.encode(red)[0])
-    main(["sample", "--model", str(out), "--image", str(tmp_path / "red.png"), "--prompt", "blue", "--out", str(tmp_path / "blue.png"), "--steps", "1"])
+    main(
+        [
+            "sample",
+            "--model",
+            str(out),
+            "--image",
+            str(tmp_path / "red.png"),
+            "--prompt",
+            "blue",
+            "--out",
+            str(tmp_path / "blue.png"),
+            "--steps",
+            "1",
+        ]
+    )
     with Picture.open(tmp_path / "blue.png") as picture:
         assert picture.size == (16, 16) and picture.mode == "RGB"
 

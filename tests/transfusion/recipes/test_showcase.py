@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from transfusion import Transfusion
-from transfusion.recipes.emoji import STYLES, Emoji
+from transfusion.recipes.digits import DigitsSettings
+from transfusion.recipes.emoji import STYLES, Emoji, emoji
 from transfusion.recipes.emoji_judges import Judges, bits_per_byte, draw_emoji, read_captions
 from transfusion.recipes.showcase import ShowcaseSettings, read_plain_text, showcase
-from transfusion.sequence.packing import Image
+from transfusion.sequence import Image
 from transfusion.train.classifier import ClassifierSettings
-from transfusion.train.transfusion import emoji
 
 FEW = ClassifierSettings(size=16, width=8, depths=(1, 1), steps=4, batch=16, device="cpu")
 
@@ -28,17 +28,17 @@ def judges(real, tmp_path_factory):
 
 
 def test_real_pictures_are_nearest_to_themselves_and_at_no_distance(real, judges):
-    found = judges.read(real.images, real.labels, real.styles)
+    found = judges.read(real.pictures, real.labels, real.styles)
     assert found["nearest"] == 1 and found["frechet"] < 1e-6
-    swapped = judges.read(real.images, real.labels, 1 - real.styles)
+    swapped = judges.read(real.pictures, real.labels, 1 - real.styles)
     assert swapped["nearest"] == 0 and swapped["frechet"] == pytest.approx(found["frechet"], abs=1e-6)  # the same pictures are asked for, in another order
-    shown = judges.read(real.images[real.styles == 0], real.labels[real.styles == 0], 1 - real.styles[real.styles == 0])
+    shown = judges.read(real.pictures[real.styles == 0], real.labels[real.styles == 0], 1 - real.styles[real.styles == 0])
     assert shown["nearest"] == 0 and shown["frechet"] > 1e-3
     assert found["style"] + swapped["style"] == pytest.approx(1)
-    assert judges.read(torch.ones_like(real.images), real.labels, real.styles)["frechet"] > 0.01
+    assert judges.read(torch.ones_like(real.pictures), real.labels, real.styles)["frechet"] > 0.01
     asked = torch.tensor([7, 3, 7])
-    pictures = real.images[judges.places(asked, torch.tensor([0, 1, 0]))]
-    assert torch.equal(pictures[0], pictures[2]) and torch.equal(pictures[1], real.images[(real.labels == 3) & (real.styles == 1)][0])
+    pictures = real.pictures[judges.places(asked, torch.tensor([0, 1, 0]))]
+    assert torch.equal(pictures[0], pictures[2]) and torch.equal(pictures[1], real.pictures[(real.labels == 3) & (real.styles == 1)][0])
 
 
 def test_judges_are_trained_once(real, judges, tmp_path, capsys, monkeypatch):
@@ -57,7 +57,7 @@ def test_names_are_counted_first_and_among_five(real, judges, monkeypatch):
     for other in range(2, 7):
         logits[rows[::4], (real.labels[::4] + other) % len(real.names)] = 4.0  # and every fourth seventh
     monkeypatch.setattr("transfusion.recipes.emoji_judges.in_batches", lambda read, pictures: logits if read == judges.names.logits else read(pictures))
-    found = judges.read(real.images, real.labels, real.styles)
+    found = judges.read(real.pictures, real.labels, real.styles)
     assert found["name"] == pytest.approx(0.5, abs=0.01) and found["name_in_five"] == pytest.approx(0.75, abs=0.01)
 
 
@@ -80,7 +80,7 @@ def test_captions_are_right_as_a_whole_or_in_their_name(real):
     words = [real.caption_of(i) for i in range(4)]
     words[1] = words[1].replace("noto", "twemoji")
     words[2] = words[2].replace(", noto", "s, noto")
-    assert read_captions(Parrot(words), real.images[:4], [real.caption_of(i) for i in range(4)]) == {"caption": 0.5, "caption_name": 0.75}
+    assert read_captions(Parrot(words), real.pictures[:4], [real.caption_of(i) for i in range(4)]) == {"caption": 0.5, "caption_name": 0.75}
     assert draw_emoji(Parrot([]), ["a cup"]).max() == 1  # clipped to what a picture can be
 
 
@@ -123,7 +123,7 @@ def test_the_whole_road_leaves_pictures_numbers_and_a_model_and_goes_on_where_it
 def test_other_data_and_texts_that_are_not_there_are_refused(tmp_path):
     base = emoji()
     with pytest.raises(ValueError, match="data.name is 'digits'"):
-        digits = dataclasses.replace(base, device="cpu", data=dataclasses.replace(base.data, name="digits"))
+        digits = dataclasses.replace(base, device="cpu", data=DigitsSettings())
         showcase(ShowcaseSettings(train=digits))
     with pytest.raises(ValueError, match="which is no file"):
         read_plain_text(tmp_path / "none.txt")

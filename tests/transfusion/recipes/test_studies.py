@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -17,17 +18,19 @@ from transformers import LlamaForCausalLM
 import transfusion.recipes.studies.run as runs
 import transfusion.train.transfusion as trainer
 from transfusion import Image, Text
-from transfusion.data.batches import DATASETS, DataSettings, Digits, draw_batch, step_generator
+from transfusion.data.batches import draw_batch, step_generator
+from transfusion.data.dataset import Arrangement, DatasetSettings
 from transfusion.model.transfusion import Transfusion
+from transfusion.recipes.digits import Digits
 from transfusion.recipes.emoji import STYLES, Emoji
 from transfusion.recipes.studies.arms import DATA, METRICS, Study, studies
 from transfusion.recipes.studies.command import fast, main
-from transfusion.recipes.studies.data import KINDS, EmojiKinds
+from transfusion.recipes.studies.emoji_kinds import KINDS, EmojiKinds
 from transfusion.recipes.studies.measure import Yardstick, caption_accuracy, flops, text_loss
-from transfusion.recipes.studies.pictures import Codes, Patches
 from transfusion.recipes.studies.report import Difference, by_class, cell, comparisons, difference, mosaic, sentence
+from transfusion.recipes.studies.representations import Codes, Patches
 from transfusion.recipes.studies.vq import VQSettings, from_codes, load_autoencoder, to_codes, train_autoencoder
-from transfusion.sequence.packing import encode, pack
+from transfusion.sequence import encode, pack
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +89,7 @@ def test_finished_runs_are_read_and_only_changed_ones_run_again(finished, bench,
 def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(finished, bench, monkeypatch, tmp_path):
     again, arm = runs.Bench(bench.data, finished[0]), bench.data.arms()["codes"]
     again.out, train = tmp_path, trainer.train
-    monkeypatch.setattr(again, "autoencoder", load_autoencoder(next(bench.out.glob("autoencoder-*"))))
+    shutil.copytree(bench.codes().path, tmp_path / bench.codes().path.name)
     monkeypatch.setattr(trainer, "train", lambda config: train(dataclasses.replace(config, stop_after=1)))
     with pytest.raises(KeyboardInterrupt, match="1 of 2 steps are done"):
         runs.run(again, arm, 0)
@@ -119,7 +122,7 @@ def test_both_kinds_of_pictures_cost_the_same_in_the_layers_and_what_transformer
     found, lengths = {}, {}
     for name, pictures in (("linear", Patches()), ("codes", bench.codes())):
         model = model_of(bench, name)
-        document = encode([Text(Digits.caption(3)), *pictures.parts(bench.train.images[:1])], model.tokenizer, model.config)
+        document = encode([Text(Digits.caption(3)), *pictures.parts(bench.train.pictures[:1])], model.tokenizer, model.config)
         lengths[name] = len(document.tokens)
         found[name] = flops(model, pack([document], lengths[name], model.config.patch_dim))
         config = model.config.text_config
@@ -134,10 +137,11 @@ def test_both_kinds_of_pictures_cost_the_same_in_the_layers_and_what_transformer
 
 
 def test_documents_of_codes_hold_the_same_captions_orders_and_pictures(bench):
-    pictures, settings = bench.codes(), DataSettings(caption_first=0.6, caption_dropout=0.3)
+    pictures, settings = bench.codes(), Arrangement(caption_first=0.6, caption_dropout=0.3)
     model = model_of(bench, "codes")
-    pictures.prepare(bench.data.arms()["codes"].config(bench.data.base, bench.out / "codes-0", 0))
-    plain, coded = Digits(), DATASETS["digits-codes"]()
+    config = pictures.prepare(bench.data.arms()["codes"].config(bench.data.base, bench.out / "codes-0", 0))
+    plain, coded = Digits(), config.data.open()
+    assert config.data.name == "digits-codes"
     first, kinds = model.tokenizer.convert_tokens_to_ids("<code 0>"), set()
     for seed in range(40):
         parts, written = (dataset.document(torch.Generator().manual_seed(seed), settings) for dataset in (plain, coded))
@@ -156,7 +160,7 @@ def test_documents_of_codes_hold_the_same_captions_orders_and_pictures(bench):
 
 
 def test_codes_are_the_nearest_vectors_and_come_back_as_the_autoencoder_decodes_them(tmp_path):
-    images = Digits().images[:300]
+    images = Digits().pictures[:300]
     settings = VQSettings(channels=(8, 16), codes=16, steps=100, batch=32)
     made = train_autoencoder(images, tmp_path, settings)
     autoencoder = load_autoencoder(tmp_path)
@@ -180,12 +184,11 @@ def test_codes_are_drawn_from_the_guided_distribution(bench):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4, generator=torch.Generator().manual_seed(parameter.numel()))
     drawn = []
-    spy = Codes(pictures.autoencoder)
-    original = pictures.autoencoder.quantize.embedding.forward
-    pictures.autoencoder.quantize.embedding.forward = lambda codes: drawn.append(codes) or original(codes)
+    spy = Codes(pictures.path)
+    original = spy.autoencoder.quantize.embedding.forward
+    spy.autoencoder.quantize.embedding.forward = lambda codes: drawn.append(codes) or original(codes)
     caption = Digits.caption(3)
     spy.draw(model, [caption] * count, 0, 2.0, 1)
-    del pictures.autoencoder.quantize.embedding.forward
     tokens = encode([Text(caption)], model.tokenizer, model.config, end=False).tokens
     boi, first = model.config.boi_token_id, model.tokenizer.convert_tokens_to_ids("<code 0>")
     with torch.no_grad():
@@ -199,7 +202,7 @@ def test_codes_are_drawn_from_the_guided_distribution(bench):
 def test_losses_and_accuracies_are_what_their_definitions_say(bench):
     model, captions = model_of(bench, "codes"), [Digits.caption(i) for i in (3, 7)]
     ids = [model.tokenizer.encode(caption, add_special_tokens=False) for caption in captions]
-    parts = bench.codes().parts(bench.train.images[:2])
+    parts = bench.codes().parts(bench.train.pictures[:2])
     for prompts in ([[], []], [[part] for part in parts]):
         total = 0.0
         for prompt, own in zip(prompts, ids):
@@ -214,10 +217,10 @@ def test_losses_and_accuracies_are_what_their_definitions_say(bench):
 
 def test_real_pictures_measured_as_drawn_ones_are_perfect(bench):
     yardstick = Yardstick(bench.train, bench.held_out, bench.yardstick.classifier)
-    images, labels = (torch.cat([getattr(split, name) for split in (bench.train, bench.held_out)]) for name in ("images", "labels"))
+    images, labels = (torch.cat([getattr(split, name) for split in (bench.train, bench.held_out)]) for name in ("pictures", "labels"))
     found = yardstick.pictures(images, labels)
     assert found["frechet"] == pytest.approx(0, abs=1e-3) and found["precision"] == found["recall"] == 1
-    assert yardstick.floor()["label_accuracy"] == pytest.approx(yardstick.pictures(bench.held_out.images, bench.held_out.labels)["label_accuracy"])
+    assert yardstick.floor()["label_accuracy"] == pytest.approx(yardstick.pictures(bench.held_out.pictures, bench.held_out.labels)["label_accuracy"])
 
 
 def test_differences_are_paired_by_seed():
@@ -264,21 +267,21 @@ def test_cells_and_pictures_by_hand():
 
 def test_emoji_have_the_captions_of_their_category_and_style_and_are_as_small_as_said():
     kinds, emoji = EmojiKinds("held-out"), Emoji("held-out")
-    assert kinds.images.shape == (len(emoji.images), *EmojiKinds.image_shape) and set(KINDS) == set(emoji.category_names)
-    torch.testing.assert_close(kinds.images[5, :, 3, 7], emoji.images[5, :, 6:8, 14:16].mean((1, 2)))
-    said = [kinds.captions[label] for label in kinds.labels]
+    assert kinds.pictures.shape == (len(emoji.pictures), *kinds.image_shape) and kinds.image_shape == (3, 16, 16) and set(KINDS) == set(emoji.category_names)
+    torch.testing.assert_close(kinds.pictures[5, :, 3, 7], emoji.pictures[5, :, 6:8, 14:16].mean((1, 2)))
+    said = [kinds.classes[label] for label in kinds.labels]
     assert said == [f"{KINDS[emoji.category_names[c]]}, {STYLES[s]} style" for c, s in zip(emoji.categories, emoji.styles)]
-    documents = [kinds.document(torch.Generator().manual_seed(seed), DataSettings(caption_first=0.5, caption_dropout=0.3)) for seed in range(60)]
+    documents = [kinds.document(torch.Generator().manual_seed(seed), Arrangement(caption_first=0.5, caption_dropout=0.3)) for seed in range(60)]
     assert {tuple(type(part) for part in parts) for parts in documents} == {(Image,), (Text, Image), (Image, Text)}
     for parts in documents:
-        at = next(i for i, image in enumerate(kinds.images) if torch.equal(image, next(p.latent for p in parts if isinstance(p, Image))))
+        at = next(i for i, image in enumerate(kinds.pictures) if torch.equal(image, next(p.latent for p in parts if isinstance(p, Image))))
         assert [part.text for part in parts if isinstance(part, Text)] in ([], [said[at]])
 
 
 def test_codes_train_on_what_they_are_and_pictures_are_never_images(bench):
     model = model_of(bench, "codes")
-    bench.codes().prepare(bench.data.arms()["codes"].config(bench.data.base, bench.out / "codes-0", 0))
-    sequence, _ = draw_batch(DATASETS["digits-codes"](), DataSettings(), model.tokenizer, model.config, 1, 128, step_generator(0, 0))
+    config = bench.codes().prepare(bench.data.arms()["codes"].config(bench.data.base, bench.out / "codes-0", 0))
+    sequence, _ = draw_batch(config.data.open(), DatasetSettings(), model.tokenizer, model.config, 1, 128, step_generator(0, 0))
     assert sequence.image_count == 0 and torch.equal(sequence.mask().dense(), sequence.causal_mask().dense())
     output = model.train()(sequence, torch.zeros(0), 0)
     output.loss.backward()
@@ -291,7 +294,7 @@ def test_a_wrong_name_is_refused(tmp_path):
 
 
 def test_an_autoencoder_of_a_step_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
-    images = Digits().images[:64]
+    images = Digits().pictures[:64]
     settings = VQSettings(channels=(8, 8), codes=8, steps=6, batch=4)
     with pytest.raises(FloatingPointError, match="train_autoencoder: in step 0 loss is nan.*; nothing was saved"):
         train_autoencoder(images * math.nan, tmp_path / "vq", settings)

@@ -1,4 +1,4 @@
-"""Clean copies of noised images: held against a mask written by hand, a model that has the clean images alone, and the sampler."""
+"""Clean copies of noised images, against a mask written by hand, a model of clean images alone, and sampling."""
 import copy
 import dataclasses
 
@@ -10,10 +10,11 @@ from tests.transfusion.conftest import tiny_model
 from tests.transfusion.plain import add_noise, noise_of, plain_output
 from tests.transfusion.train.test_transfusion import losses, small
 from transfusion import Image, Text, Transfusion
-from transfusion.data.batches import DataSettings, Digits, draw_batch, step_generator
-from transfusion.generate.generation import Sampling, _Sampler
+from transfusion.data.batches import draw_batch, step_generator
+from transfusion.generate.generation import Sampling, _Generation
 from transfusion.generate.kv_cache import Canvas
-from transfusion.sequence.packing import encode, pack, with_clean_copies
+from transfusion.recipes.digits import DigitsSettings
+from transfusion.sequence import encode, pack, with_clean_copies
 from transfusion.train.transfusion import train
 
 SEED = 11
@@ -28,10 +29,14 @@ def packed(*documents, clean=True, seq_len=160):
 
 
 def hidden_states(model, sequence, times, seed=SEED):
-    noised, _ = add_noise(model.objective, sequence.patches, noise_of(sequence, seed), times[sequence.layout.image][:, None])
+    noised, _ = add_noise(
+        model.objective, sequence.patches, noise_of(sequence, seed), times[sequence.layout.image_ids][:, None]
+    )
     condition = model.timestep(times)
-    positions = model.positions(sequence.positions, sequence.image, sequence.layout.columns)
-    return model.backbone(model.embed(sequence, noised, condition)[0], positions, sequence.mask(), condition, sequence.modality)
+    positions = model.positions(sequence.positions, sequence.image_ids, sequence.layout.columns)
+    return model.backbone(
+        model.embed(sequence, noised, condition)[0], positions, sequence.mask(), condition, sequence.modality
+    )
 
 
 def seen_by_later_tokens(sequence):
@@ -75,13 +80,21 @@ def test_the_mask_of_a_document_is_the_one_written_by_hand():
     assert visible == [row.split()[0] for row in rows.strip().splitlines()]
     assert sequence.positions[0].tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 6, 7, 7, 8, 9, 10, 0, 1, 2, 3, 4]
     assert sequence.drawn.tolist() == [True, False, True, False, True]
-    assert sequence.patches[:, 0].tolist() == [0] * 4 + [1] * 3 and sequence.image[0].tolist().count(-1) == 12
+    assert sequence.patches[:, 0].tolist() == [0] * 4 + [1] * 3 and sequence.image_ids[0].tolist().count(-1) == 12
 
 
 def test_an_image_is_copied_where_a_loss_stands_behind_it(pictures):
     a, b, c, _ = pictures
-    for parts, copied in (([Text("x"), a], [True]), ([a, Text("x")], [True]), ([a, Text("x", loss=False)], [True]), ([a], [False]), ([a, Text("")], [False]),
-                          ([a, b, c], [True, True, False]), ([Text("x"), a, b, Text("y"), c], [True] * 3), ([Text("x")], [])):
+    for parts, copied in (
+        ([Text("x"), a], [True]),
+        ([a, Text("x")], [True]),
+        ([a, Text("x", loss=False)], [True]),
+        ([a], [False]),
+        ([a, Text("")], [False]),
+        ([a, b, c], [True, True, False]),
+        ([Text("x"), a, b, Text("y"), c], [True] * 3),
+        ([Text("x")], []),
+    ):
         document = with_clean_copies(encode(parts, TOKENIZER, CONFIG))
         assert len(document.images) == sum(1 + copy for copy in copied) and len(document.hidden) == sum(copied), parts
         sequence, once = pack([document], 160, 4), packed(parts, clean=False)
@@ -100,22 +113,28 @@ def test_all_that_later_tokens_see_is_what_a_model_with_the_clean_images_alone_h
     torch.testing.assert_close(ours[seen_by_later_tokens(sequence)], theirs[alone.documents >= 0])
 
 
-@pytest.mark.parametrize("layers,backbone,positions", [("dit", "decoder", "1d"), ("dit", "adaln", "2d"), ("unet", "decoder", "1d")])
+@pytest.mark.parametrize(
+    "layers,backbone,positions", [("dit", "decoder", "1d"), ("dit", "adaln", "2d"), ("unet", "decoder", "1d")]
+)
 @torch.no_grad()
-def test_losses_are_those_of_what_the_sampler_predicts_and_text_goes_on_as_after_drawing(story, layers, backbone, positions):
+def test_losses_are_those_of_what_the_sampler_predicts_and_text_goes_on_as_after_drawing(
+    story, layers, backbone, positions
+):
     model = tiny_model(image_layers=layers, backbone=backbone, positions=positions)
     sequence, times = packed(story), torch.tensor([0.2, 0.9, 0.6, 0.8])
     output = model(sequence, times, SEED)
     hidden = hidden_states(model, sequence, torch.where(sequence.drawn, times, 0))
     for image, prompt in ((0, story[:1]), (2, story[:3])):
-        sampler = _Sampler(model, [prompt], Sampling(guidance=1.0), force_image=True)
-        sampler.clean = model.timestep(torch.zeros(1))
-        sampler.cache, _ = sampler.prefill(sampler.documents)
-        own = sequence.layout.image == image
+        generation = _Generation(model, [prompt], Sampling(guidance=1.0), force_image=True)
+        generation.clean = model.timestep(torch.zeros(1))
+        generation.cache, _ = generation.prefill(generation.documents)
+        own = sequence.layout.image_ids == image
         noised, target = add_noise(model.objective, sequence.patches[own], noise_of(sequence, SEED)[own], times[image])
-        prediction = Canvas(model, sampler.cache, sampler.grid).predict(noised[None], times[image])[0]
+        prediction = Canvas(model, generation.cache, generation.grid).predict(noised[None], times[image])[0]
         torch.testing.assert_close(output.image_losses[image], (prediction - target).square().mean())
-        torch.testing.assert_close(sampler.append_images([0], sequence.patches[own][None]), hidden[:, sequence.spans[0, image + 1, 1]])
+        torch.testing.assert_close(
+            generation.append_images([0], sequence.patches[own][None]), hidden[:, sequence.spans[0, image + 1, 1]]
+        )
 
 
 def test_noise_reaches_what_follows_in_the_papers_form_and_not_with_clean_copies(model, story):
@@ -123,8 +142,13 @@ def test_noise_reaches_what_follows_in_the_papers_form_and_not_with_clean_copies
         sequence = packed(story, clean=clean)
         times = torch.full((sequence.image_count,), 0.5)
         output, reseeded = (model(sequence, times, seed) for seed in (SEED, SEED + 1))
-        noisier = model(sequence, times.index_fill(0, torch.tensor([0]), 0.9), SEED)       # the first image, in front of the second
-        assert torch.equal(output.text_loss, reseeded.text_loss) == torch.equal(output.text_loss, noisier.text_loss) == clean
+        # the first image, in front of the second
+        noisier = model(sequence, times.index_fill(0, torch.tensor([0]), 0.9), SEED)
+        assert (
+            torch.equal(output.text_loss, reseeded.text_loss)
+            == torch.equal(output.text_loss, noisier.text_loss)
+            == clean
+        )
         assert torch.equal(output.image_losses[second], noisier.image_losses[second]) == clean
         assert output.image_losses[0] not in (reseeded.image_losses[0], noisier.image_losses[0])
 
@@ -136,7 +160,9 @@ def test_losses_and_every_gradient_are_those_of_the_plain_form(story, objective,
     times = torch.linspace(0.1, 0.9, sequence.image_count)
 
     def run(function, model, dtype):
-        output = function(model, dataclasses.replace(sequence, patches=sequence.patches.to(dtype)), times.to(dtype), SEED)
+        output = function(
+            model, dataclasses.replace(sequence, patches=sequence.patches.to(dtype)), times.to(dtype), SEED
+        )
         return {"loss": output.loss, "images": output.image_losses} | dict(zip(
             (name for name, _ in model.named_parameters()), torch.autograd.grad(output.loss, list(model.parameters()))))
 
@@ -148,7 +174,7 @@ def test_losses_and_every_gradient_are_those_of_the_plain_form(story, objective,
 
 
 def test_text_and_diffusion_each_have_the_gradients_they_have_apart(model, pictures):
-    """Text: those of clean images alone. Diffusion of one image: those of the paper's form, where nothing noised stands before it either."""
+    """Of text: those of clean images alone; of one image: those of the paper's form, with nothing noised before it."""
     parts = [Text("a handwritten seven"), pictures[0]]
     both, alone = packed(parts), packed(parts, clean=False)
     weights = list(model.parameters())
@@ -172,21 +198,35 @@ def test_only_drawn_images_count_in_the_mean_and_clean_copies_are_at_time_0(mode
 
 
 def test_a_batch_with_clean_copies_fits_its_rows_and_needs_no_noise_limit():
-    settings = DataSettings(caption_first=0.5, caption_dropout=0.5, story=0.3, context="clean")
-    sequence, limit = draw_batch(Digits(), settings, TOKENIZER, CONFIG, 4, 128, step_generator(0, 0))
+    settings = DigitsSettings(caption_first=0.5, caption_dropout=0.5, story=0.3, context="clean")
+    digits, noised = settings.open(), dataclasses.replace(settings, context="noised")
+    sequence, limit = draw_batch(digits, settings, TOKENIZER, CONFIG, 4, 128, step_generator(0, 0))
     assert (limit == 1).all() and len(limit) == sequence.image_count and sequence.image_first.any()
     copies = int((sequence.hidden[..., 0] < sequence.hidden[..., 1]).sum())
     assert 0 < copies == (~sequence.drawn).sum() < sequence.drawn.sum()  # an image alone in its document has none
     assert (sequence.documents >= 0).float().mean() > 0.7
-    same, limited = draw_batch(Digits(), dataclasses.replace(settings, context="noised"), TOKENIZER, CONFIG, 4, 128, step_generator(0, 0))
-    assert same.drawn.all() and same.mask().since is None and (limited < 1).any() and same.image_count < sequence.image_count + copies
+    same, limited = draw_batch(digits, noised, TOKENIZER, CONFIG, 4, 128, step_generator(0, 0))
+    assert (
+        same.drawn.all()
+        and same.mask().since is None
+        and (limited < 1).any()
+        and same.image_count < sequence.image_count + copies
+    )
     with pytest.raises(ValueError, match="settings.context is 'claen'; one of 'noised', 'clean' fits"):
-        draw_batch(Digits(), dataclasses.replace(settings, context="claen"), TOKENIZER, CONFIG, 4, 128, step_generator(0, 0))
+        draw_batch(
+            digits, dataclasses.replace(settings, context="claen"), TOKENIZER, CONFIG, 4, 128, step_generator(0, 0)
+        )
 
 
 def test_training_with_clean_copies_lowers_both_losses(tmp_path):
     config = small(tmp_path)
-    train(dataclasses.replace(config, data=dataclasses.replace(config.data, context="clean"), optim=dataclasses.replace(config.optim, steps=40, seq_len=96)))
+    train(
+        dataclasses.replace(
+            config,
+            data=dataclasses.replace(config.data, context="clean"),
+            optim=dataclasses.replace(config.optim, steps=40, seq_len=96),
+        )
+    )
     records = losses(tmp_path)
     for key in ("text_loss", "diffusion_loss"):
         assert sum(r[key] for r in records[-5:]) < 0.9 * sum(r[key] for r in records[:5])

@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor
 
-from transfusion.data.batches import DATASETS, DIGIT_NAMES, Digits
 from transfusion.eval.features import Features
-from transfusion.train.classifier import LABELS, ClassifierSettings, accuracy, augment, balanced_accuracy, main, train_classifier
+from transfusion.recipes.command_line import judge_main as main
+from transfusion.recipes.digits import DIGIT_NAMES, Digits
+from transfusion.recipes.emoji import EmojiSettings
+from transfusion.train.classifier import ClassifierSettings, accuracy, augment, balanced_accuracy, train_classifier
 
 BRIEF = ClassifierSettings(width=16, steps=120, batch=64, device="cpu")
 TINY = ClassifierSettings(size=16, width=4, depths=(1,), steps=3, batch=4, device="cpu")
@@ -21,14 +23,14 @@ TINY = ClassifierSettings(size=16, width=4, depths=(1,), steps=3, batch=4, devic
 def judge(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "judge"
     train = Digits("train")
-    return train_classifier(train.images, train.labels, DIGIT_NAMES, out, BRIEF), out
+    return train_classifier(train.pictures, train.labels, DIGIT_NAMES, out, BRIEF), out
 
 
 def test_a_brief_training_reads_95_percent_of_held_out_digits(judge):
     features, held_out = judge[0], Digits("held-out")
-    assert accuracy(features, held_out.images, held_out.labels) >= 0.95
-    assert balanced_accuracy(features, held_out.images, held_out.labels) >= 0.95
-    assert accuracy(features, held_out.images, (held_out.labels + 1) % 10) < 0.05
+    assert accuracy(features, held_out.pictures, held_out.labels) >= 0.95
+    assert balanced_accuracy(features, held_out.pictures, held_out.labels) >= 0.95
+    assert accuracy(features, held_out.pictures, (held_out.labels + 1) % 10) < 0.05
 
 
 def test_a_judge_knows_its_labels_its_size_and_how_it_was_trained(judge):
@@ -37,7 +39,7 @@ def test_a_judge_knows_its_labels_its_size_and_how_it_was_trained(judge):
     assert features.preprocessing == (1, (32, 32), [0.5], [0.5], 1)
     assert AutoImageProcessor.from_pretrained(out).size == {"height": 32, "width": 32}
     assert json.loads((out / "classifier.json").read_text())["settings"]["steps"] == BRIEF.steps
-    digits = Digits("held-out").images
+    digits = Digits("held-out").pictures
     loaded = Features.from_pretrained(out)
     assert torch.equal(loaded.logits(digits[:5]), features.logits(digits[:5]))
     assert [stage.shape[1:] for stage in features.stages(digits[:5])] == [(16, 8, 8), (16, 8, 8), (32, 4, 4), (64, 2, 2)]
@@ -50,7 +52,7 @@ def test_the_seed_alone_decides_the_weights(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.rand(len(files))  # what the global generator has drawn does not matter
         state = torch.get_rng_state()
-        train_classifier(digits.images, digits.labels, DIGIT_NAMES, tmp_path / name, dataclasses.replace(TINY, seed=seed))
+        train_classifier(digits.pictures, digits.labels, DIGIT_NAMES, tmp_path / name, dataclasses.replace(TINY, seed=seed))
         assert torch.equal(state, torch.get_rng_state())
         files.append(load_file(tmp_path / name / "model.safetensors"))
     same, other = ([torch.equal(files[0][key], x) for key, x in file.items()] for file in files[1:])
@@ -58,10 +60,10 @@ def test_the_seed_alone_decides_the_weights(tmp_path):
 
 
 def test_the_same_call_after_an_interruption_ends_with_the_weights_of_one_that_never_stopped(tmp_path, monkeypatch, capsys):
-    digits, settings = Digits(), dataclasses.replace(TINY, steps=8, keep_every=3)
+    digits, settings = Digits(), dataclasses.replace(TINY, steps=8, save_every=3)
 
     def run(name, settings=settings):
-        train_classifier(digits.images, digits.labels, DIGIT_NAMES, tmp_path / name, settings)
+        train_classifier(digits.pictures, digits.labels, DIGIT_NAMES, tmp_path / name, settings)
         return load_file(tmp_path / name / "model.safetensors")
 
     def interrupted(pictures, _, generator, left=[7]):  # noqa: B006 (calls left: 2 to say the cost, 5 steps)
@@ -84,7 +86,7 @@ def test_the_same_call_after_an_interruption_ends_with_the_weights_of_one_that_n
 
 def test_a_signal_keeps_the_step_and_an_older_classifier_stands_until_the_new_one_is_whole(tmp_path, monkeypatch, capsys):
     digits, newer = Digits(), dataclasses.replace(TINY, steps=8, seed=1)
-    train_classifier(digits.images, digits.labels, DIGIT_NAMES, tmp_path, TINY)
+    train_classifier(digits.pictures, digits.labels, DIGIT_NAMES, tmp_path, TINY)
     older, calls = (tmp_path / "model.safetensors").read_bytes(), []
 
     def asked_to_stop(*given):
@@ -95,20 +97,20 @@ def test_a_signal_keeps_the_step_and_an_older_classifier_stands_until_the_new_on
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="2 of 8 steps are done; the same command goes on"):
         patch.setattr("transfusion.train.classifier.augment", asked_to_stop)
-        train_classifier(digits.images, digits.labels, DIGIT_NAMES, tmp_path, newer)
+        train_classifier(digits.pictures, digits.labels, DIGIT_NAMES, tmp_path, newer)
     assert (tmp_path / "model.safetensors").read_bytes() == older and Features.from_pretrained(tmp_path)
     capsys.readouterr()
-    train_classifier(digits.images, digits.labels, DIGIT_NAMES, tmp_path, newer)
+    train_classifier(digits.pictures, digits.labels, DIGIT_NAMES, tmp_path, newer)
     assert "going on from step 2" in capsys.readouterr().out and (tmp_path / "model.safetensors").read_bytes() != older
 
 
 def test_a_step_that_is_not_finite_ends_the_training_and_leaves_the_older_classifier(tmp_path, monkeypatch):
     digits = Digits()
-    train_classifier(digits.images, digits.labels, DIGIT_NAMES, tmp_path, TINY)
+    train_classifier(digits.pictures, digits.labels, DIGIT_NAMES, tmp_path, TINY)
     older = (tmp_path / "model.safetensors").read_bytes()
     monkeypatch.setattr("transfusion.train.classifier.augment", lambda pictures, *_: pictures * float("nan"))
     with pytest.raises(FloatingPointError, match="train_classifier: in step 0 loss is nan"):
-        train_classifier(digits.images, digits.labels, DIGIT_NAMES, tmp_path, dataclasses.replace(TINY, seed=1))
+        train_classifier(digits.pictures, digits.labels, DIGIT_NAMES, tmp_path, dataclasses.replace(TINY, seed=1))
     assert (tmp_path / "model.safetensors").read_bytes() == older
 
 
@@ -129,33 +131,34 @@ def test_pictures_are_moved_scaled_and_brightened_within_their_limits_and_never_
 
 def test_rare_labels_count_as_much_as_common_ones_in_the_balanced_accuracy(judge):
     features, digits = judge[0], Digits()
-    zeros, ones = digits.images[digits.labels == 0][:90], digits.images[digits.labels == 1][:10]
+    zeros, ones = digits.pictures[digits.labels == 0][:90], digits.pictures[digits.labels == 1][:10]
     images, labels = torch.cat([zeros, ones]), torch.tensor([0] * 90 + [9] * 10)  # the ones are said to be nines
     assert accuracy(features, images, labels) > 0.85 and balanced_accuracy(features, images, labels) == pytest.approx(0.5, abs=0.06)
 
 
 def test_the_command_says_its_cost_and_how_much_it_reads(tmp_path, capsys):
-    command = ["--data.name", "digits", "--label", "name", "--out", str(tmp_path / "judge"), "--settings.width", "4", "--settings.steps", "3",
+    command = ["data:digits", "--label", "name", "--out", str(tmp_path / "judge"), "--settings.width", "4", "--settings.steps", "3",
                "--settings.batch", "8", "--settings.device", "cpu"]
     main(command)
     said = capsys.readouterr().out
-    assert "10 labels, 1437 pictures: 3 steps of 8 pictures take about" in said and "% of 360 held-out pictures are read right" in said
+    assert "10 labels, 1437 pictures\n3 steps of 8 pictures at " in said and "% of 360 held-out pictures are read right" in said
     main(command)
     assert "is this classifier already" in capsys.readouterr().out
     main([*command, "--settings.seed", "1"])  # other settings: its own directory is written anew
-    assert "3 steps of 8 pictures take about" in capsys.readouterr().out
-    for bad, message in ((["--data.name", "faces"], "data.name is 'faces'; digits"), (["--label", "style"], "label is 'style'; name fit")):
-        with pytest.raises(SystemExit, match=f"error: classifier: {message}"):
-            main([*command, *bad])
+    assert "3 steps of 8 pictures at " in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="error: classifier: label is 'style'; name fits data set 'digits'"):
+        main([*command, "--label", "style"])
+    with pytest.raises(SystemExit, match="error: data:digit names no data set; data:digits, .* did you mean data:digits"):
+        main(["data:digit"])
 
 
 def test_emoji_are_told_apart_by_name_style_category_or_kind(tmp_path, capsys):
-    dataset = DATASETS["emoji-lively"]("held-out")
+    dataset = EmojiSettings(lively=True).open("held-out")
     i = next(i for i in range(len(dataset.labels)) if dataset.caption_of(i) == "a chestnut, twemoji style")
-    said = {kind: (labels[i].item(), names) for kind, (labels, names) in ((kind, of(dataset)) for kind, of in LABELS["emoji-lively"].items())}
+    said = {kind: (labels[i].item(), names) for kind, (labels, names) in dataset.labels_by_name().items()}
     assert {kind: names[label] for kind, (label, names) in said.items()} == {
         "name": "chestnut", "style": "twemoji", "category": "Food & Drink", "kind": "food vegetable"}
-    main(["--data.name", "emoji-lively", "--label", "category", "--out", str(tmp_path / "judge"), "--settings.width", "4", "--settings.steps", "1",
+    main(["data:emoji", "--data.lively", "--label", "category", "--out", str(tmp_path / "judge"), "--settings.width", "4", "--settings.steps", "1",
           "--settings.batch", "8", "--settings.device", "cpu"])
     assert "3 labels, 865 pictures" in capsys.readouterr().out
 

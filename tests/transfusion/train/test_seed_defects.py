@@ -14,11 +14,12 @@ from tests.transfusion.model.test_transfusion import losses, packed
 from tests.transfusion.train.test_transfusion import small
 from tfkernels import diffusion_loss
 from transfusion import Image, Text, Transfusion, TransfusionConfig
-from transfusion.data.batches import DataSettings, Digits, draw_batch, step_generator
+from transfusion.data.batches import draw_batch, step_generator
 from transfusion.diffusion.guidance import Guidance
 from transfusion.diffusion.objective import OBJECTIVES
 from transfusion.model.transfusion import IMAGE_LAYER_CLASSES
-from transfusion.sequence.packing import encode, pack
+from transfusion.recipes.digits import DigitsSettings
+from transfusion.sequence import encode, pack
 from transfusion.train.transfusion import train
 
 SEED = 3
@@ -54,10 +55,10 @@ def test_02_patches_of_an_image_see_later_patches_and_images_do_not_see_later_im
     sequence, condition = packed(model, [[picture(), picture()]], 64), model.timestep(torch.zeros(2))
 
     def hidden(patches):
-        positions = model.positions(sequence.positions, sequence.image, sequence.layout.columns)
+        positions = model.positions(sequence.positions, sequence.image_ids, sequence.layout.columns)
         return model.backbone(model.embed(sequence, patches, condition)[0], positions, sequence.mask(), condition, sequence.modality)[0]
 
-    first, changed = sequence.patch_rows[0], sequence.patches.clone()
+    first, changed = sequence.patch_places[0], sequence.patches.clone()
     changed[15] += 1
     assert not torch.allclose(hidden(sequence.patches)[first], hidden(changed)[first], atol=1e-5)
     changed = sequence.patches.clone()
@@ -119,7 +120,7 @@ def test_10_a_unet_gives_as_many_tokens_as_there_are_patches_and_runs():
                                eoi_token_id=base.eoi_token_id)
     model = Transfusion(config, tiny_model().tokenizer).eval()
     sequence = packed(model, [[Text("a"), picture()]], 32)
-    assert len(sequence.patch_rows) == 16 and torch.isfinite(model(sequence, torch.tensor([0.5]), SEED).loss)
+    assert len(sequence.patch_places) == 16 and torch.isfinite(model(sequence, torch.tensor([0.5]), SEED).loss)
 
 
 @pytest.mark.parametrize("layers", IMAGE_LAYER_CLASSES)
@@ -143,8 +144,8 @@ def test_14_a_denoising_step_runs_the_images_tokens_alone(model, recorded):
 
 
 def test_15_captions_stand_before_images_too_and_only_images_that_stand_first_have_limited_noise():
-    model, settings = tiny_model(), DataSettings(caption_first=0.5, noise_limit=0.3)
-    sequence, limit = draw_batch(Digits(), settings, model.tokenizer, model.config, 16, 128, step_generator(0, 0))
+    model, settings = tiny_model(), DigitsSettings(caption_first=0.5, noise_limit=0.3)
+    sequence, limit = draw_batch(settings.open(), settings, model.tokenizer, model.config, 16, 128, step_generator(0, 0))
     assert 0 < sequence.image_first.float().mean() < 1
     assert (limit[~sequence.image_first] == 1).all() and (limit == 0.3).any() and set(limit.tolist()) <= {torch.tensor(0.3).item(), 1.0}
 
@@ -157,7 +158,7 @@ def test_16_evaluation_is_deterministic(model):
 
 def test_17_the_text_loss_is_the_language_models_own(model):
     sequence = packed(model, [[Text("a handwritten seven")]], 32)
-    logits = model.text_logits(sequence.tokens).flatten(0, 1)[sequence.text_rows]
+    logits = model.text_logits(sequence.tokens).flatten(0, 1)[sequence.target_places]
     expected = torch.nn.functional.cross_entropy(logits, sequence.text_targets)
     torch.testing.assert_close(losses(model, [[Text("a handwritten seven")]], 32).text_loss, expected)
 

@@ -22,13 +22,15 @@ from transfusion.command import Interrupt, plain_errors, saved_step
 from transfusion.device import choose_device
 from transfusion.files import locked
 from transfusion.model.lora import TuneSettings
+from transfusion.recipes.command_line import PRESETS
+from transfusion.recipes.digits import DigitsSettings
 from transfusion.train.log import start_log
 from transfusion.train.optimizer import learning_rate
-from transfusion.train.transfusion import PRESETS, DataSettings, ModelSettings, OptimSettings, TrainConfig, train, train_to_end
+from transfusion.train.transfusion import ModelSettings, OptimSettings, TrainConfig, train, train_to_end
 
 
 def small(out, **changes):
-    base = TrainConfig(out=out, model=ModelSettings(hidden=32, layers=1, heads=2, kv_heads=2, mlp=64), data=DataSettings(caption_first=0.5, story=0.2),
+    base = TrainConfig(out=out, model=ModelSettings(hidden=32, layers=1, heads=2, kv_heads=2, mlp=64), data=DigitsSettings(caption_first=0.5, story=0.2),
                        optim=OptimSettings(steps=12, rows=2, seq_len=64, lr=3e-3, warmup=2, ema=0.9), device="cpu")
     return dataclasses.replace(base, **changes)
 
@@ -124,7 +126,7 @@ def test_a_run_resumes_only_with_its_own_settings(tmp_path):
     with pytest.raises(ValueError, match="holds no saved run"):
         train(small(tmp_path, resume=True))
     train(small(tmp_path, stop_after=1))
-    other = small(tmp_path, resume=True, data=DataSettings(caption_first=0.5), optim=dataclasses.replace(small(tmp_path).optim, lr=1.0, rows=3))
+    other = small(tmp_path, resume=True, data=DigitsSettings(caption_first=0.5), optim=dataclasses.replace(small(tmp_path).optim, lr=1.0, rows=3))
     with pytest.raises(ValueError, match="data.story, optim.rows differ"):
         train(other)
     with pytest.raises(ValueError, match="seed differ"):
@@ -206,8 +208,9 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(tmp_path, monkeypat
         output = forward(self, sequence, times, seed)
         if int(seed[1]) not in broken:
             return output
-        bad = output.loss * float("nan") if where == "loss" else torch.where(torch.tensor(True), output.loss, (output.loss - output.loss.detach()) ** 0.5)
-        return output._replace(loss=bad)
+        loss = output.text_loss
+        bad = loss * float("nan") if where == "loss" else torch.where(torch.tensor(True), loss, (loss - loss.detach()) ** 0.5)
+        return output._replace(text_loss=bad)
 
     monkeypatch.setattr(Transfusion, "forward", spoilt)
     broken.add(7)
@@ -221,7 +224,7 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(tmp_path, monkeypat
     train(small(tmp_path / "run", resume=True, optim=dataclasses.replace(small(tmp_path).optim, lr=1e-4)))
     assert [record["step"] for record in losses(tmp_path / "run")] == list(range(12))
     broken.add(0)
-    monkeypatch.setattr("transfusion.train.transfusion._cost", lambda *_: "")
+    monkeypatch.setattr("transfusion.train.loop.cost", lambda *_: "")
     with pytest.raises(FloatingPointError, match="nothing was saved; start again with a lower optim.lr"):
         train(small(tmp_path / "new"))
 

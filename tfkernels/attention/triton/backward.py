@@ -3,8 +3,9 @@
     P = exp(S - LSE),  dV = P^T dO,  dS = P * (dO V^T - delta),  dQ = dS K * scale,  dK = dS^T Q * scale
     delta_i = sum_d(dO_id O_id) - dLSE_i
 
-dQ walks the keys of a tile of queries as the forward kernel does. dK/dV walks, for a tile of keys, the queries between
-query_lo and query_hi, for every query head that shares the key head; one loop, which compares only at the two edges: three would spill.
+dQ walks the keys of a tile of queries, as the forward kernel does. dK/dV walks, for a tile of keys, the queries between
+since and until, for every query head that shares the key head. It has one loop, which compares only at the two edges;
+three loops, as in the forward, would spill.
 """
 import torch
 import triton
@@ -13,7 +14,15 @@ from torch import Tensor
 
 from tfkernels._launch import Config, lookup
 from tfkernels._library import result_like
-from tfkernels.attention.triton.forward import batch_stride, core, dot_precision, load_rows, row_bounds, rows_contiguous, sees_keys
+from tfkernels.attention.triton.forward import (
+    batch_stride,
+    core,
+    dot_precision,
+    load_rows,
+    row_bounds,
+    rows_contiguous,
+    sees_keys,
+)
 from tfkernels.attention.triton.rows import LOG2E, dkv_row, dq_row, finite_rows, next_of, program_again, tanh
 from tfkernels.attention.triton.tiles import FAR, alive, next_run, tile_bounds, walks_runs
 
@@ -30,8 +39,10 @@ DQ_CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (100, 2, 128): Config(64, 64, 8, 2, 255), (100, 2, 256): Config(64, 32, 8, 2),
     (100, 4, 32): Config(32, 32, 4, 2, 255), (100, 4, 64): Config(32, 16, 4, 2, 255),
     (100, 4, 128): Config(16, 16, 4, 2, 255), (100, 4, 256): Config(16, 16, 4, 1, 255),
-    (80, 2, 64, "heavy"): Config(128, 16, 8, 3), (80, 2, 128, "heavy"): Config(64, 32, 8, 2), (80, 4, 32, "heavy"): Config(32, 16, 4, 2, 255),
-    (90, 2, 128, "heavy"): Config(128, 32, 8, 2), (90, 2, 256, "heavy"): Config(128, 16, 8, 2), (90, 4, 256, "heavy"): Config(16, 16, 4, 1, 255),
+    (80, 2, 64, "heavy"): Config(128, 16, 8, 3), (80, 2, 128, "heavy"): Config(64, 32, 8, 2),
+    (80, 4, 32, "heavy"): Config(32, 16, 4, 2, 255),
+    (90, 2, 128, "heavy"): Config(128, 32, 8, 2), (90, 2, 256, "heavy"): Config(128, 16, 8, 2),
+    (90, 4, 256, "heavy"): Config(16, 16, 4, 1, 255),
     (100, 2, 64, "heavy"): Config(128, 32, 8, 3), (100, 2, 128, "heavy"): Config(64, 32, 8, 2),
 }
 DKV_CONFIGS = {
@@ -47,23 +58,30 @@ DKV_CONFIGS = {
     (100, 2, 128): Config(16, 128, 8, 2), (100, 2, 256): Config(16, 64, 8, 2),
     (100, 4, 32): Config(16, 32, 8, 2, 255), (100, 4, 64): Config(16, 16, 8, 2, 255),
     (100, 4, 128): Config(16, 16, 4, 1, 255), (100, 4, 256): Config(16, 16, 16, 1, 255),
-    (90, 2, 128, "heavy"): Config(16, 128, 8, 2), (90, 2, 256, "heavy"): Config(16, 32, 8, 2), (100, 4, 64, "heavy"): Config(16, 32, 8, 2, 255),
-    (80, 4, 32, "heavy"): Config(32, 16, 4, 2, 255), (80, 4, 128, "heavy"): Config(16, 16, 4, 1, 255), (80, 4, 256, "heavy"): Config(16, 16, 16, 1, 255),
+    (90, 2, 128, "heavy"): Config(16, 128, 8, 2), (90, 2, 256, "heavy"): Config(16, 32, 8, 2),
+    (100, 4, 64, "heavy"): Config(16, 32, 8, 2, 255),
+    (80, 4, 32, "heavy"): Config(32, 16, 4, 2, 255), (80, 4, 128, "heavy"): Config(16, 16, 4, 1, 255),
+    (80, 4, 256, "heavy"): Config(16, 16, 16, 1, 255),
 }
 DELTA_ROWS = 16
 
 
 @triton.jit(do_not_specialize=["sq"])
-def _attention_bwd_delta(out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, stride_ob, stride_oh, stride_os, stride_db, stride_dh, stride_ds,
-                         heads, sq, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
+def _attention_bwd_delta(out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, stride_ob, stride_oh, stride_os, stride_db,
+                         stride_dh, stride_ds, heads, sq,
+                         HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
     tiles = tl.cdiv(sq, BLOCK_M)
     pid = tl.program_id(0)
     start_m = pid % tiles * BLOCK_M
     b, h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
     offs_m = tl.arange(0, BLOCK_M)
     rows = start_m + offs_m
-    out = load_rows(out_ptr + b * stride_ob + h * stride_oh, start_m, offs_m, stride_os, sq, HEAD_DIM, D, True).to(tl.float32)
-    dout = load_rows(dout_ptr + b * stride_db + h * stride_dh, start_m, offs_m, stride_ds, sq, HEAD_DIM, D, True).to(tl.float32)
+    out = load_rows(
+        out_ptr + b * stride_ob + h * stride_oh, start_m, offs_m, stride_os, sq, HEAD_DIM, D, True
+    ).to(tl.float32)
+    dout = load_rows(
+        dout_ptr + b * stride_db + h * stride_dh, start_m, offs_m, stride_ds, sq, HEAD_DIM, D, True
+    ).to(tl.float32)
     at = (b * heads + h) * sq + rows
     lse = tl.load(lse_ptr + at, mask=rows < sq, other=float("-inf"))
     dlse = tl.load(dlse_ptr + at, mask=rows < sq, other=0.0)
@@ -80,9 +98,10 @@ def _load_lse(lse_ptr, rows, sq):
 
 
 @triton.jit
-def _dq_tile(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi, query_lo_ptr, query_hi_ptr, limit, scale, softcap,
-             HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_COLUMNS: tl.constexpr,
-             SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+def _dq_tile(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi, since_ptr, until_ptr, limit,
+             scale, softcap,
+             HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+             CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     offs_n = tl.arange(0, BLOCK_N)
     k = load_rows(k_ptr, n, offs_n, stride_ks, limit, HEAD_DIM, D, MASKED)
     v = load_rows(v_ptr, n, offs_n, stride_vs, limit, HEAD_DIM, D, MASKED)
@@ -99,28 +118,29 @@ def _dq_tile(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, n, row
         cols = n + offs_n
         visible = (cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None])
         if CHECK_COLUMNS:
-            since = tl.load(query_lo_ptr + cols, mask=cols < limit, other=FAR)
-            until = tl.load(query_hi_ptr + cols, mask=cols < limit, other=0)
+            since = tl.load(since_ptr + cols, mask=cols < limit, other=FAR)
+            until = tl.load(until_ptr + cols, mask=cols < limit, other=0)
             visible &= (since[None, :] <= rows[:, None]) & (rows[:, None] < until[None, :])
         ds = tl.where(visible, ds, 0.0)
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
 @triton.jit
-def _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, start, stop, rows, lo, hi, query_lo_ptr, query_hi_ptr, limit, scale, softcap,
-             HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_COLUMNS: tl.constexpr,
-             SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+def _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, start, stop, rows, lo, hi, since_ptr,
+             until_ptr, limit, scale, softcap,
+             HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+             CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     for n in range(start, stop, BLOCK_N):
-        dq = _dq_tile(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi, query_lo_ptr, query_hi_ptr, limit, scale, softcap,
-                      HEAD_DIM, D, BLOCK_N, MASKED, CHECK_COLUMNS, SOFTCAP, PRECISION)
+        dq = _dq_tile(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi, since_ptr,
+                      until_ptr, limit, scale, softcap, HEAD_DIM, D, BLOCK_N, MASKED, CHECK_COLUMNS, SOFTCAP, PRECISION)
     return dq
 
 
 @triton.jit(do_not_specialize=["sq", "sk", "offset", "stride_mask_rows", "stride_mask_columns"])
-def _attention_bwd_dq(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, bounds_ptr, dq_ptr,
-                      stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-                      stride_ob, stride_oh, stride_os, stride_db, stride_dh, stride_ds, stride_mask_rows, stride_mask_columns,
-                      heads, group, sq, sk, offset, scale, softcap,
+def _attention_bwd_dq(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr,
+                      bounds_ptr, dq_ptr, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb,
+                      stride_vh, stride_vs, stride_ob, stride_oh, stride_os, stride_db, stride_dh, stride_ds,
+                      stride_mask_rows, stride_mask_columns, heads, group, sq, sk, offset, scale, softcap,
                       HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                       CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     tiles = tl.cdiv(sq, BLOCK_M)
@@ -128,11 +148,12 @@ def _attention_bwd_dq(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr,
     start_m = (tiles - 1 - pid % tiles) * BLOCK_M
     b, h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
     k_head, v_head = k_ptr + b * stride_kb + h // group * stride_kh, v_ptr + b * stride_vb + h // group * stride_vh
-    query_lo, query_hi = query_lo_ptr + b * stride_mask_columns, query_hi_ptr + b * stride_mask_columns
+    key_since, key_until = since_ptr + b * stride_mask_columns, until_ptr + b * stride_mask_columns
     offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, D)
     rows = start_m + offs_m
 
-    lo, hi, first, core_first, core_last, last = row_bounds(lo_ptr + b * stride_mask_rows, hi_ptr + b * stride_mask_rows, rows, sq, sk)
+    lo, hi, first, core_first, core_last, last = row_bounds(lo_ptr + b * stride_mask_rows,
+                                                            hi_ptr + b * stride_mask_rows, rows, sq, sk)
     q = load_rows(q_ptr + b * stride_qb + h * stride_qh, start_m, offs_m, stride_qs, sq, HEAD_DIM, D, True)
     dout = load_rows(dout_ptr + b * stride_ob + h * stride_oh, start_m, offs_m, stride_os, sq, HEAD_DIM, D, True)
     lse = _load_lse(lse_ptr + (b * heads + h) * sq, rows, sq)
@@ -146,23 +167,30 @@ def _attention_bwd_dq(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr,
         if walks_runs(D, 128, q_ptr.dtype.element_ty):
             while at < stop:
                 partial, full, at = next_run(bounds_ptr, at, stop, tiles_n, start, end, core_first, core_last, BLOCK_N)
-                dq = _dq_step(dq, q, dout, lse, delta, k_head, v_head, stride_ks, stride_vs, partial * BLOCK_N, full * BLOCK_N, rows + offset, lo, hi,
-                              query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP, PRECISION)
-                dq = _dq_step(dq, q, dout, lse, delta, k_head, v_head, stride_ks, stride_vs, full * BLOCK_N, at * BLOCK_N, rows + offset, lo, hi,
-                              query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N, False, False, SOFTCAP, PRECISION)
+                dq = _dq_step(dq, q, dout, lse, delta, k_head, v_head, stride_ks, stride_vs, partial * BLOCK_N,
+                              full * BLOCK_N, rows + offset, lo, hi, key_since, key_until, last, scale, softcap,
+                              HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP, PRECISION)
+                dq = _dq_step(
+                    dq, q, dout, lse, delta, k_head, v_head, stride_ks, stride_vs, full * BLOCK_N, at * BLOCK_N,
+                    rows + offset, lo, hi, key_since, key_until, last, scale, softcap, HEAD_DIM, D, BLOCK_N, False,
+                    False, SOFTCAP, PRECISION
+                )
         else:
             for tile in range(at, stop):
                 if alive(bounds_ptr, tile, tiles_n, start, end):
-                    dq = _dq_tile(dq, q, dout, lse, delta, k_head, v_head, stride_ks, stride_vs, tile * BLOCK_N, rows + offset, lo, hi,
-                                  query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP, PRECISION)
+                    dq = _dq_tile(dq, q, dout, lse, delta, k_head, v_head, stride_ks, stride_vs, tile * BLOCK_N,
+                                  rows + offset, lo, hi, key_since, key_until, last, scale, softcap, HEAD_DIM, D,
+                                  BLOCK_N, True, True, SOFTCAP, PRECISION)
     else:
         core_start, core_stop = core(first, core_first, core_last, last, BLOCK_N)
-        for n in range(first, last - core_stop + core_start, BLOCK_N):                     # the partial tiles on both sides of the core
+        for n in range(first, last - core_stop + core_start, BLOCK_N):  # the partial tiles on both sides of the core
             tile = n + tl.where(n >= core_start, core_stop - core_start, 0)
-            dq = _dq_tile(dq, q, dout, lse, delta, k_head, v_head, stride_ks, stride_vs, tile, rows + offset, lo, hi, query_lo, query_hi,
-                          last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
-        dq = _dq_step(dq, q, dout, lse, delta, k_head, v_head, stride_ks, stride_vs, core_start, core_stop, rows + offset, lo, hi, query_lo, query_hi,
-                      last, scale, softcap, HEAD_DIM, D, BLOCK_N, False, False, SOFTCAP, PRECISION)
+            dq = _dq_tile(dq, q, dout, lse, delta, k_head, v_head, stride_ks, stride_vs, tile, rows + offset, lo, hi,
+                          key_since, key_until, last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP,
+                          PRECISION)
+        dq = _dq_step(dq, q, dout, lse, delta, k_head, v_head, stride_ks, stride_vs, core_start, core_stop,
+                      rows + offset, lo, hi, key_since, key_until, last, scale, softcap, HEAD_DIM, D, BLOCK_N, False,
+                      False, SOFTCAP, PRECISION)
     good = finite_rows(dq)
     pid = program_again(tl.min(good.to(tl.int32)), 2)
     b, h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
@@ -180,28 +208,32 @@ def _attention_bwd_dq(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr,
         row = ((tiles - 1 - pid_m % tiles) * BLOCK_M + m).to(tl.int64)
         b_m, h_m = (pid_m // tiles // heads).to(tl.int64), (pid_m // tiles % heads).to(tl.int64)
         row_dq = dq_row(
-            q_ptr + b_m * stride_qb + h_m * stride_qh + row * stride_qs, k_ptr + b_m * stride_kb + h_m // group * stride_kh,
-            v_ptr + b_m * stride_vb + h_m // group * stride_vh, dout_ptr + b_m * stride_ob + h_m * stride_oh + row * stride_os, stride_ks, stride_vs,
+            q_ptr + b_m * stride_qb + h_m * stride_qh + row * stride_qs,
+            k_ptr + b_m * stride_kb + h_m // group * stride_kh,
+            v_ptr + b_m * stride_vb + h_m // group * stride_vh,
+            dout_ptr + b_m * stride_ob + h_m * stride_oh + row * stride_os, stride_ks, stride_vs,
             tl.load(lse_ptr + (b_m * heads + h_m) * sq + row), tl.load(delta_ptr + (b_m * heads + h_m) * sq + row),
-            tl.maximum(tl.load(lo_ptr + b_m * stride_mask_rows + row), 0), tl.minimum(tl.load(hi_ptr + b_m * stride_mask_rows + row), sk),
-            row + offset, query_lo_ptr + b_m * stride_mask_columns, query_hi_ptr + b_m * stride_mask_columns,
+            tl.maximum(tl.load(lo_ptr + b_m * stride_mask_rows + row), 0),
+            tl.minimum(tl.load(hi_ptr + b_m * stride_mask_rows + row), sk),
+            row + offset, since_ptr + b_m * stride_mask_columns, until_ptr + b_m * stride_mask_columns,
             scale, softcap, HEAD_DIM, D, CHECK_COLUMNS, SOFTCAP)
-        tl.store(dq_ptr + b_m * stride_db + h_m * stride_dh + row * stride_ds + offs_d, (row_dq * scale).to(dq_ptr.dtype.element_ty),
-                 mask=offs_d < HEAD_DIM)
+        tl.store(dq_ptr + b_m * stride_db + h_m * stride_dh + row * stride_ds + offs_d,
+                 (row_dq * scale).to(dq_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
         m = next_of(bad, offs_m, m, BLOCK_M)
 
 
 @triton.jit
-def _query_bounds(query_lo_ptr, query_hi_ptr, cols, offset, sq, sk):
+def _query_bounds(since_ptr, until_ptr, cols, offset, sq, sk):
     """Load the rows [since, until) that see each of `cols`; none for columns outside."""
-    since = tl.load(query_lo_ptr + cols, mask=cols < sk, other=FAR)
-    until = tl.load(query_hi_ptr + cols, mask=cols < sk, other=0)
+    since = tl.load(since_ptr + cols, mask=cols < sk, other=FAR)
+    until = tl.load(until_ptr + cols, mask=cols < sk, other=0)
     return tl.maximum(since - offset, 0), tl.minimum(until - offset, sq)
 
 
 @triton.jit
-def _dkv_tile(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, stride_qs, stride_os, m, compare, cols, limit, sk,
-              offset, scale, softcap, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, CHECK_ROWS: tl.constexpr,
+def _dkv_tile(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, stride_qs,
+              stride_os, m, compare, cols, limit, sk, offset, scale, softcap,
+              HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, CHECK_ROWS: tl.constexpr,
               SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     offs_m = tl.arange(0, BLOCK_M)
     rows = m + offs_m
@@ -215,7 +247,7 @@ def _dkv_tile(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr,
     else:
         p = tl.exp2(s * (scale * LOG2E) - lse[None, :])
     if compare:
-        since, until = _query_bounds(query_lo_ptr, query_hi_ptr, cols, offset, limit, sk)
+        since, until = _query_bounds(since_ptr, until_ptr, cols, offset, limit, sk)
         visible = (since[:, None] <= rows[None, :]) & (rows[None, :] < until[:, None])
         if CHECK_ROWS:
             lo = tl.load(lo_ptr + rows, mask=rows < limit, other=0)
@@ -232,20 +264,25 @@ def _dkv_tile(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr,
 
 
 @triton.jit
-def _dkv_step(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, stride_qs, stride_os, first, core_start,
-              core_stop, last, cols, limit, sk, offset, scale, softcap, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
-              CHECK_ROWS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+def _dkv_step(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, stride_qs,
+              stride_os, first, core_start, core_stop, last, cols, limit, sk, offset, scale, softcap,
+              HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, CHECK_ROWS: tl.constexpr,
+              SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     for m in tl.range(first, last, BLOCK_M, disable_licm=True):
-        dk, dv = _dkv_tile(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, stride_qs, stride_os, m,
-                           (m < core_start) | (m >= core_stop), cols, limit, sk, offset, scale, softcap, HEAD_DIM, D, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION)
+        dk, dv = _dkv_tile(
+            dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, stride_qs,
+            stride_os, m, (m < core_start) | (m >= core_stop), cols, limit, sk, offset, scale, softcap, HEAD_DIM, D,
+            BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION
+        )
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["sq", "sk", "offset", "stride_mask_rows", "stride_mask_columns"])
-def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, bounds_ptr, dk_ptr, dv_ptr,
-                       stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-                       stride_ob, stride_oh, stride_os, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
-                       stride_mask_rows, stride_mask_columns, kv_heads, group, sq, sk, offset, scale, softcap,
+def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr,
+                       bounds_ptr, dk_ptr, dv_ptr, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
+                       stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os, stride_dkb, stride_dkh,
+                       stride_dks, stride_dvb, stride_dvh, stride_dvs, stride_mask_rows, stride_mask_columns, kv_heads,
+                       group, sq, sk, offset, scale, softcap,
                        HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                        CHECK_ROWS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     tiles = tl.cdiv(sk, BLOCK_N)
@@ -254,8 +291,8 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
     b, h = (pid // tiles // kv_heads).to(tl.int64), (pid // tiles % kv_heads).to(tl.int64)
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, D)
     cols = start_n + offs_n
-    query_lo, query_hi = query_lo_ptr + b * stride_mask_columns, query_hi_ptr + b * stride_mask_columns
-    since, until = _query_bounds(query_lo, query_hi, cols, offset, sq, sk)
+    key_since, key_until = since_ptr + b * stride_mask_columns, until_ptr + b * stride_mask_columns
+    since, until = _query_bounds(key_since, key_until, cols, offset, sq, sk)
     seen = since < until
     first, last = tl.min(tl.where(seen, since, FAR)), tl.max(tl.where(seen, until, 0))
     core_first, core_last = tl.max(tl.where(seen, since, 0)), tl.min(tl.where(seen, until, FAR))
@@ -272,38 +309,46 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
     for g in tl.range(group, disable_licm=True):
         head = h * group + g
         q_head, dout_head = q_ptr + b * stride_qb + head * stride_qh, dout_ptr + b * stride_ob + head * stride_oh
-        lse_head, delta_head = lse_ptr + (b * kv_heads * group + head) * sq, delta_ptr + (b * kv_heads * group + head) * sq
+        lse_head, delta_head = (lse_ptr + (b * kv_heads * group + head) * sq,
+                                delta_ptr + (b * kv_heads * group + head) * sq)
         if CHECK_ROWS:
             at, stop, end = first // BLOCK_M, tl.cdiv(last, BLOCK_M), tl.minimum(start_n + BLOCK_N, sk)
             if walks_runs(D, 64, q_ptr.dtype.element_ty):
                 while at < stop:
-                    partial, full, at = next_run(bounds_ptr, at, stop, tiles_m, start_n, end, core_first, core_last, BLOCK_M)
-                    dk, dv = _dkv_step(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, row_lo, row_hi, query_lo, query_hi,
-                                       stride_qs, stride_os, partial * BLOCK_M, full * BLOCK_M, at * BLOCK_M, at * BLOCK_M, cols, last, sk, offset,
+                    partial, full, at = next_run(bounds_ptr, at, stop, tiles_m, start_n, end, core_first, core_last,
+                                                 BLOCK_M)
+                    dk, dv = _dkv_step(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, row_lo, row_hi, key_since,
+                                       key_until, stride_qs, stride_os, partial * BLOCK_M, full * BLOCK_M, at * BLOCK_M,
+                                       at * BLOCK_M, cols, last, sk, offset,
                                        scale, softcap, HEAD_DIM, D, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION)
             else:
                 for tile in tl.range(at, stop, disable_licm=True):
                     if alive(bounds_ptr, tile, tiles_m, start_n, end):
-                        dk, dv = _dkv_tile(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, row_lo, row_hi, query_lo, query_hi,
-                                           stride_qs, stride_os, tile * BLOCK_M, True, cols, last, sk, offset, scale, softcap,
-                                           HEAD_DIM, D, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION)
+                        dk, dv = _dkv_tile(
+                            dk, dv, k, v, q_head, dout_head, lse_head, delta_head, row_lo, row_hi, key_since, key_until,
+                            stride_qs, stride_os, tile * BLOCK_M, True, cols, last, sk, offset, scale, softcap,
+                            HEAD_DIM, D, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION
+                        )
         else:
-            dk, dv = _dkv_step(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, row_lo, row_hi, query_lo, query_hi,
-                               stride_qs, stride_os, first, core_start, core_stop, last, cols, last, sk, offset,
-                               scale, softcap, HEAD_DIM, D, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION)
+            dk, dv = _dkv_step(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, row_lo, row_hi, key_since,
+                               key_until, stride_qs, stride_os, first, core_start, core_stop, last, cols, last, sk,
+                               offset, scale, softcap, HEAD_DIM, D, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION)
     good = finite_rows(dk * 0.0 + dv * 0.0)
     pid = program_again(tl.min(good.to(tl.int32)), 2)
     b, h = (pid // tiles // kv_heads).to(tl.int64), (pid // tiles % kv_heads).to(tl.int64)
     start_n = pid % tiles * BLOCK_N
     cols = start_n + offs_n
-    since, until = _query_bounds(query_lo_ptr + b * stride_mask_columns, query_hi_ptr + b * stride_mask_columns, cols, offset, sq, sk)
+    since, until = _query_bounds(since_ptr + b * stride_mask_columns, until_ptr + b * stride_mask_columns, cols, offset,
+                                 sq, sk)
     seen = since < until
     good = (cols < sk) & (good | (seen == 0))
     inside = good[:, None] & (offs_d < HEAD_DIM)[None, :]
     dk, dv = tl.where(seen[:, None], dk * scale, 0.0), tl.where(seen[:, None], dv, 0.0)
     row = start_n.to(tl.int64) + offs_n[:, None]
-    tl.store(dk_ptr + b * stride_dkb + h * stride_dkh + row * stride_dks + offs_d[None, :], dk.to(dk_ptr.dtype.element_ty), mask=inside)
-    tl.store(dv_ptr + b * stride_dvb + h * stride_dvh + row * stride_dvs + offs_d[None, :], dv.to(dv_ptr.dtype.element_ty), mask=inside)
+    tl.store(dk_ptr + b * stride_dkb + h * stride_dkh + row * stride_dks + offs_d[None, :],
+             dk.to(dk_ptr.dtype.element_ty), mask=inside)
+    tl.store(dv_ptr + b * stride_dvb + h * stride_dvh + row * stride_dvs + offs_d[None, :],
+             dv.to(dv_ptr.dtype.element_ty), mask=inside)
 
     bad = (cols < sk) & (good == 0)
     n = next_of(bad, offs_n, -1, BLOCK_N)
@@ -313,20 +358,25 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
         b_n, h_n = (pid_n // tiles // kv_heads).to(tl.int64), (pid_n // tiles % kv_heads).to(tl.int64)
         place = (b_n * kv_heads + h_n) * group * sq
         col_dk, col_dv = dkv_row(
-            k_ptr + b_n * stride_kb + h_n * stride_kh + col * stride_ks, v_ptr + b_n * stride_vb + h_n * stride_vh + col * stride_vs,
-            q_ptr + b_n * stride_qb + h_n * group * stride_qh, dout_ptr + b_n * stride_ob + h_n * group * stride_oh, lse_ptr + place, delta_ptr + place,
-            lo_ptr + b_n * stride_mask_rows, hi_ptr + b_n * stride_mask_rows, stride_qh, stride_qs, stride_oh, stride_os,
-            tl.maximum(tl.load(query_lo_ptr + b_n * stride_mask_columns + col) - offset, 0),
-            tl.minimum(tl.load(query_hi_ptr + b_n * stride_mask_columns + col) - offset, sq), col, group, sq,
+            k_ptr + b_n * stride_kb + h_n * stride_kh + col * stride_ks,
+            v_ptr + b_n * stride_vb + h_n * stride_vh + col * stride_vs,
+            q_ptr + b_n * stride_qb + h_n * group * stride_qh, dout_ptr + b_n * stride_ob + h_n * group * stride_oh,
+            lse_ptr + place, delta_ptr + place,
+            lo_ptr + b_n * stride_mask_rows, hi_ptr + b_n * stride_mask_rows, stride_qh, stride_qs, stride_oh,
+            stride_os,
+            tl.maximum(tl.load(since_ptr + b_n * stride_mask_columns + col) - offset, 0),
+            tl.minimum(tl.load(until_ptr + b_n * stride_mask_columns + col) - offset, sq), col, group, sq,
             scale, softcap, HEAD_DIM, D, CHECK_ROWS, SOFTCAP)
-        tl.store(dk_ptr + b_n * stride_dkb + h_n * stride_dkh + col * stride_dks + offs_d, (col_dk * scale).to(dk_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
-        tl.store(dv_ptr + b_n * stride_dvb + h_n * stride_dvh + col * stride_dvs + offs_d, col_dv.to(dv_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+        tl.store(dk_ptr + b_n * stride_dkb + h_n * stride_dkh + col * stride_dks + offs_d,
+                 (col_dk * scale).to(dk_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+        tl.store(dv_ptr + b_n * stride_dvb + h_n * stride_dvh + col * stride_dvs + offs_d,
+                 col_dv.to(dv_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
         n = next_of(bad, offs_n, n, BLOCK_N)
 
 
-def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lo: Tensor, hi: Tensor,
-                       query_lo: Tensor, query_hi: Tensor, rows_exact: bool, columns_exact: bool, offset: int, scale: float,
-                       softcap: float) -> tuple[Tensor, Tensor, Tensor]:
+def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                       lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, rows_exact: bool, columns_exact: bool,
+                       offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the three backward kernels; return dq, dk, dv in the inputs' dtype, laid out as `result_like` says."""
     dq, dk, dv = (result_like(x) for x in (q, k, v))
     if q.numel() == 0 or k.numel() == 0:
@@ -339,19 +389,20 @@ def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tens
     _attention_bwd_delta[(triton.cdiv(sq, DELTA_ROWS) * batch * heads,)](
         out, dout, lse, dlse.contiguous(), delta, *out.stride()[:3], *dout.stride()[:3], heads, sq,
         HEAD_DIM=head_dim, D=padded, BLOCK_M=DELTA_ROWS, num_warps=4)
-    shared = (batch_stride(lo), batch_stride(query_lo))
+    shared = (batch_stride(lo), batch_stride(since))
     sizes = (heads // kv_heads, sq, sk, offset, scale, softcap)
     constants = dict(HEAD_DIM=head_dim, D=padded, SOFTCAP=softcap > 0, PRECISION=dot_precision(q))
     config = lookup(DQ_CONFIGS, q, padded, heavy=not rows_exact)
-    bounds = lo if rows_exact else tile_bounds(query_lo, query_hi, config.block_n)
+    bounds = lo if rows_exact else tile_bounds(since, until, config.block_n)
     _attention_bwd_dq[(triton.cdiv(sq, config.block_m) * batch * heads,)](
-        q, k, v, dout, lse, delta, lo, hi, query_lo, query_hi, bounds, dq,
+        q, k, v, dout, lse, delta, lo, hi, since, until, bounds, dq,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *dq.stride()[:3], *shared, heads, *sizes,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_COLUMNS=not rows_exact, **constants, **config.options)
     config = lookup(DKV_CONFIGS, q, padded, heavy=softcap > 0 or not columns_exact)
     bounds = lo if columns_exact else tile_bounds(lo, hi, config.block_m)
     _attention_bwd_dkv[(triton.cdiv(sk, config.block_n) * batch * kv_heads,)](
-        q, k, v, dout, lse, delta, lo, hi, query_lo, query_hi, bounds, dk, dv,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *shared, kv_heads, *sizes,
+        q, k, v, dout, lse, delta, lo, hi, since, until, bounds, dk, dv,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
+        *shared, kv_heads, *sizes,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_ROWS=not columns_exact, **constants, **config.options)
     return dq, dk, dv

@@ -1,10 +1,12 @@
 """Cached attention: few queries against a long cache, split over the keys so that every multiprocessor has work.
 
-A program takes the queries of all the heads that share a key head (grouped-query attention reads the cache once) and one of
-`splits` equal parts of the keys they see; a second kernel merges the parts by their log-sum-exp (flash decoding). The cache
-may be paged: row b's key j then lies in page block_table[b, j // page_size] at j % page_size (arXiv:2309.06180). Bytes that
-must move: the visible keys and values once, 4 * D bytes a token and key head in bfloat16; the parts add (D + 1) * 4 bytes for each
-query, head and split.
+A program takes the queries of all heads that share a key head, so that grouped-query attention reads the cache once,
+and one of `splits` equal parts of the keys they see. A second kernel merges the parts by their log-sum-exp (flash
+decoding). The cache may be paged: key j of row b then lies in page block_table[b, j // page_size] at j % page_size
+(arXiv:2309.06180).
+
+Bytes that must move: the visible keys and values once, 4 * D bytes per token and key head in bfloat16. The parts add (D
++ 1) * 4 bytes for each query, head and split.
 """
 import functools
 
@@ -15,8 +17,24 @@ from torch import Tensor
 
 from tfkernels._launch import Config, lookup
 from tfkernels._library import INTERPRET, result_like
-from tfkernels.attention.triton.forward import base2_scores, batch_stride, dot_precision, row_bounds, rows_contiguous, softmax_step
-from tfkernels.attention.triton.rows import LOG2E, LOWEST, attend_row, finished, finite_rows, next_of, page_of, program_again
+from tfkernels.attention.triton.forward import (
+    base2_scores,
+    batch_stride,
+    dot_precision,
+    row_bounds,
+    rows_contiguous,
+    softmax_step,
+)
+from tfkernels.attention.triton.rows import (
+    LOG2E,
+    LOWEST,
+    attend_row,
+    finished,
+    finite_rows,
+    next_of,
+    page_of,
+    program_again,
+)
 from tfkernels.attention.triton.tiles import FAR
 
 MAX_QUERIES = 16  # longer runs of queries fill the multiprocessors by themselves
@@ -69,16 +87,18 @@ def _part(first, last, split, splits, BLOCK_N: tl.constexpr):
     return first + split * part, tl.minimum(first + split * part + part, last)
 
 
-@triton.jit(do_not_specialize=["sq", "sk", "offset", "splits", "batch", "pages", "stride_mask_rows", "stride_mask_columns", "stride_table"])
-def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, table_ptr, out_ptr, lse_ptr,
-                      stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-                      stride_ob, stride_oh, stride_os, stride_mask_rows, stride_mask_columns, stride_table,
-                      kv_heads, group, sq, sk, offset, splits, batch, pages, scale, softcap,
-                      HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr,
-                      SPLIT: tl.constexpr, CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+@triton.jit(do_not_specialize=["sq", "sk", "offset", "splits", "batch", "pages", "stride_mask_rows",
+                               "stride_mask_columns", "stride_table"])
+def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, table_ptr, out_ptr, lse_ptr, stride_qb,
+                      stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_ob,
+                      stride_oh, stride_os, stride_mask_rows, stride_mask_columns, stride_table, kv_heads, group, sq,
+                      sk, offset, splits, batch, pages, scale, softcap,
+                      HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                      PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr, CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr,
+                      PRECISION: tl.constexpr):
     b, h, split, tile = _place(tl.program_id(0), tl.cdiv(sq * group, BLOCK_M), splits, kv_heads)
     offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
-    item = tile * BLOCK_M + offs_m                                                         # query * group + head of the group
+    item = tile * BLOCK_M + offs_m  # query * group + head of the group
     rows, heads = item // group, h * group + item % group
     inside_m, inside_d = (rows < sq)[:, None], (offs_d < HEAD_DIM)[None, :]
     k_head, v_head = k_ptr + h * stride_kh, v_ptr + h * stride_vh
@@ -88,8 +108,8 @@ def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_h
 
     lo, hi, first, _, _, last = row_bounds(lo_ptr + b * stride_mask_rows, hi_ptr + b * stride_mask_rows, rows, sq, sk)
     first, last = _part(first, last, split, splits, BLOCK_N)
-    q = tl.load(q_ptr + b * stride_qb + heads[:, None] * stride_qh + rows[:, None].to(tl.int64) * stride_qs + offs_d[None, :],
-                mask=inside_m & inside_d, other=0.0)
+    q = tl.load(q_ptr + b * stride_qb + heads[:, None] * stride_qh + rows[:, None].to(tl.int64) * stride_qs
+                + offs_d[None, :], mask=inside_m & inside_d, other=0.0)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -105,17 +125,18 @@ def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_h
         s = base2_scores(q, k, scale, softcap, SOFTCAP, PRECISION)
         visible = (cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None]) & inside[None, :]
         if CHECK_COLUMNS:
-            since = tl.load(query_lo_ptr + b * stride_mask_columns + cols, mask=inside, other=FAR)
-            until = tl.load(query_hi_ptr + b * stride_mask_columns + cols, mask=inside, other=0)
+            since = tl.load(since_ptr + b * stride_mask_columns + cols, mask=inside, other=FAR)
+            until = tl.load(until_ptr + b * stride_mask_columns + cols, mask=inside, other=0)
             visible &= (since[None, :] <= rows[:, None] + offset) & (rows[:, None] + offset < until[None, :])
-        s = tl.maximum(s, LOWEST, propagate_nan=tl.PropagateNan.ALL)                       # -inf is left to rows that see nothing
+        s = tl.maximum(s, LOWEST, propagate_nan=tl.PropagateNan.ALL)  # -inf is left to rows that see nothing
         p, shrink, total, peak = softmax_step(tl.where(visible, s, float("-inf")), total, peak, True)
         v = tl.load(v_head + v_at[:, None] + offs_d[None, :], mask=inside[:, None] & inside_d, other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
 
     out = acc / total[:, None]                                                             # 0 / 0 is NaN
     good = finite_rows(out) & (peak > LOWEST)
-    b, h, split, tile = _place(program_again(tl.min(good.to(tl.int32)), 2), tl.cdiv(sq * group, BLOCK_M), splits, kv_heads)
+    b, h, split, tile = _place(program_again(tl.min(good.to(tl.int32)), 2), tl.cdiv(sq * group, BLOCK_M), splits,
+                               kv_heads)
     item = tile * BLOCK_M + offs_m
     rows, heads = item // group, h * group + item % group
     some = total != 0
@@ -127,8 +148,10 @@ def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_h
         lse = lse / LOG2E
     at = ((split * batch + b) * kv_heads * group + heads) * sq + rows
     tl.store(lse_ptr + at, lse, mask=good)
-    out_at = at * HEAD_DIM if SPLIT else b * stride_ob + heads * stride_oh + rows.to(tl.int64) * stride_os  # parts: (splits, B, H, Sq, HEAD_DIM)
-    tl.store(out_ptr + out_at[:, None] + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=good[:, None] & (offs_d < HEAD_DIM)[None, :])
+    # parts: (splits, B, H, Sq, HEAD_DIM)
+    out_at = at * HEAD_DIM if SPLIT else b * stride_ob + heads * stride_oh + rows.to(tl.int64) * stride_os
+    tl.store(out_ptr + out_at[:, None] + offs_d[None, :], out.to(out_ptr.dtype.element_ty),
+             mask=good[:, None] & (offs_d < HEAD_DIM)[None, :])
 
     m = next_of(bad, offs_m, -1, BLOCK_M)
     while m < BLOCK_M:
@@ -140,9 +163,10 @@ def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_h
         page_b = b_m * (PAGE_SIZE == 0)
         row_out, row_lse = attend_row(
             q_ptr + b_m * stride_qb + head * stride_qh + row * stride_qs, k_ptr + page_b * stride_kb + h_m * stride_kh,
-            v_ptr + page_b * stride_vb + h_m * stride_vh, table_ptr + b_m * stride_table, pages, stride_kb, stride_ks, stride_vb, stride_vs,
+            v_ptr + page_b * stride_vb + h_m * stride_vh, table_ptr + b_m * stride_table, pages, stride_kb, stride_ks,
+            stride_vb, stride_vs,
             tl.maximum(tl.load(lo_m + row), first_m), tl.minimum(tl.load(hi_m + row), last_m),
-            row + offset, query_lo_ptr + b_m * stride_mask_columns, query_hi_ptr + b_m * stride_mask_columns,
+            row + offset, since_ptr + b_m * stride_mask_columns, until_ptr + b_m * stride_mask_columns,
             scale, softcap, HEAD_DIM, D, PAGE_SIZE, CHECK_COLUMNS, SOFTCAP)
         at_m = ((split_m * batch + b_m) * kv_heads * group + head) * sq + row
         if SPLIT:
@@ -156,7 +180,8 @@ def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_h
 
 
 @triton.jit(do_not_specialize=["sq", "splits", "items"])
-def _attention_merge(parts_ptr, parts_lse_ptr, out_ptr, lse_ptr, stride_ob, stride_oh, stride_os, heads, sq, splits, items,
+def _attention_merge(parts_ptr, parts_lse_ptr, out_ptr, lse_ptr, stride_ob, stride_oh, stride_os, heads, sq, splits,
+                     items,
                      HEAD_DIM: tl.constexpr, D: tl.constexpr):
     item = tl.program_id(0).to(tl.int64)                                                   # (b * heads + h) * sq + row
     b, h, row = item // sq // heads, item // sq % heads, item % sq
@@ -167,7 +192,8 @@ def _attention_merge(parts_ptr, parts_lse_ptr, out_ptr, lse_ptr, stride_ob, stri
         split = first + tl.arange(0, MERGED)
         at = split.to(tl.int64) * items + item
         lse = tl.load(parts_lse_ptr + at, mask=split < splits, other=float("-inf"))
-        parts = tl.load(parts_ptr + at[:, None] * HEAD_DIM + offs_d[None, :], mask=(split < splits)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+        parts = tl.load(parts_ptr + at[:, None] * HEAD_DIM + offs_d[None, :],
+                        mask=(split < splits)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
         new_peak = tl.maximum(peak, tl.max(lse, 0))
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weights, shrink = tl.exp2(lse - shift), tl.exp2(peak - shift)
@@ -179,27 +205,35 @@ def _attention_merge(parts_ptr, parts_lse_ptr, out_ptr, lse_ptr, stride_ob, stri
     lse = tl.where(peak == LOWEST, LOWEST, tl.where(unknown > 0, float("nan"), lse))
     out, lse = finished(acc / tl.where(total == 0, 1.0, total), lse)
     tl.store(lse_ptr + item, lse)
-    tl.store(out_ptr + b * stride_ob + h * stride_oh + row * stride_os + offs_d, out.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+    tl.store(out_ptr + b * stride_ob + h * stride_oh + row * stride_os + offs_d, out.to(out_ptr.dtype.element_ty),
+             mask=offs_d < HEAD_DIM)
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Return how many programs run at once, for splitting; a small number in the interpreter, so that some tests split and some do not."""
+    """Return how many programs run at once, which says into how many parts to split the keys.
+
+    It is small in the interpreter, so that some tests split and some do not.
+    """
     return 4 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def attention_decode(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None, lo: Tensor, hi: Tensor, query_lo: Tensor, query_hi: Tensor,
-                     rows_exact: bool, offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+def attention_decode(
+    q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None, lo: Tensor, hi: Tensor, since: Tensor, until: Tensor,
+    rows_exact: bool, offset: int, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
     """Launch the decode kernel and, where the keys were split, the merge: output like q, LSE (B, H, Sq) float32.
 
-    k and v are (B, K, Sk, D), or with `block_table` (B, T) pages (P, page_size, K, D) of which row b uses those its table names.
+    k and v are (B, K, Sk, D), or with `block_table` (B, T) pages (P, page_size, K, D) of which row b uses those its
+    table names.
     """
     batch, heads, sq, head_dim = q.shape
     out, lse = result_like(q), q.new_empty(batch, heads, sq, dtype=torch.float32)
     q, k, v, lo, hi = (rows_contiguous(x) for x in (q, k, v, lo, hi))
     paged = block_table is not None
     if paged:
-        block_table, page_size, kv_heads, sk = rows_contiguous(block_table), *k.shape[1:3], block_table.shape[1] * k.shape[1]
+        block_table, page_size, kv_heads, sk = (rows_contiguous(block_table), *k.shape[1:3],
+                                                block_table.shape[1] * k.shape[1])
         strides = [stride for x in (k, v) for stride in (x.stride(0), x.stride(2), x.stride(1))]
     else:
         page_size, kv_heads, sk = 0, *k.shape[1:3]
@@ -213,20 +247,27 @@ def attention_decode(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None
     splits = max(1, min(2 * multiprocessors(q.device) // (tiles * batch * kv_heads), sk // SPLIT_KEYS, MAX_SPLITS))
     parts, parts_lse = out, lse
     if splits > 1:
-        parts, parts_lse = q.new_empty(splits, batch, heads, sq, head_dim, dtype=torch.float32), q.new_empty(splits, batch, heads, sq, dtype=torch.float32)
+        parts, parts_lse = (q.new_empty(splits, batch, heads, sq, head_dim, dtype=torch.float32),
+                            q.new_empty(splits, batch, heads, sq, dtype=torch.float32))
     _attention_decode[(tiles * splits * batch * kv_heads,)](
-        q, k, v, lo, hi, query_lo, query_hi, block_table if paged else lo, parts, parts_lse, *q.stride()[:3], *strides, *out.stride()[:3],
-        batch_stride(lo), batch_stride(query_lo), block_table.stride(0) if paged else 0, kv_heads, group, sq, sk, offset, splits, batch,
+        q, k, v, lo, hi, since, until, block_table if paged else lo, parts, parts_lse, *q.stride()[:3], *strides,
+        *out.stride()[:3],
+        batch_stride(lo), batch_stride(since), block_table.stride(0) if paged else 0, kv_heads, group, sq, sk, offset,
+        splits, batch,
         k.shape[0], scale, softcap,
-        HEAD_DIM=head_dim, D=padded, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PAGE_SIZE=page_size, SPLIT=splits > 1, CHECK_COLUMNS=not rows_exact,
+        HEAD_DIM=head_dim, D=padded, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PAGE_SIZE=page_size,
+        SPLIT=splits > 1, CHECK_COLUMNS=not rows_exact,
         SOFTCAP=softcap > 0, PRECISION=dot_precision(q), **config.options)
     if splits > 1:
         items = batch * heads * sq
-        _attention_merge[(items,)](parts, parts_lse, out, lse, *out.stride()[:3], heads, sq, splits, items, HEAD_DIM=head_dim, D=padded, num_warps=4)
+        _attention_merge[(items,)](parts, parts_lse, out, lse, *out.stride()[:3], heads, sq, splits, items,
+                                   HEAD_DIM=head_dim, D=padded, num_warps=4)
     return out, lse
 
 
-def paged_attention_forward(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lo: Tensor, hi: Tensor, query_lo: Tensor, query_hi: Tensor,
-                            rows_exact: bool, offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+def paged_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lo: Tensor, hi: Tensor, since: Tensor, until: Tensor,
+    rows_exact: bool, offset: int, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
     """`attention_decode` for pages: the operator's form, whose block table is always there."""
-    return attention_decode(q, k, v, block_table, lo, hi, query_lo, query_hi, rows_exact, offset, scale, softcap)
+    return attention_decode(q, k, v, block_table, lo, hi, since, until, rows_exact, offset, scale, softcap)

@@ -3,10 +3,10 @@
     keys  [min lo ........ max lo ............. min hi ........ max hi)
              left edge        mask-free core        right edge
 
-Only the two edges compare key numbers with lo and hi; the core is plain flash attention (arXiv:2205.14135, arXiv:2307.08691)
-with the softmax in base 2. Empty rows are left out of the bounds, so that padding never costs a tile its core; they end as
-output 0 and LSE -inf. The tile's bounds are read from the mask itself: no block list, no host synchronisation. A mask that its
-rows do not tell alone is walked run by run of visible tiles instead (`tiles.py`).
+Only the two edges compare key numbers with lo and hi. The core is plain flash attention (arXiv:2205.14135,
+arXiv:2307.08691) with the softmax in base 2. Empty rows are left out of the bounds, so that padding never costs a tile
+its core; their output is 0 and their LSE -inf. The tile's bounds are read from the mask itself: no block list, no host
+synchronisation. Where lo and hi alone do not tell the mask, the program walks runs of visible tiles (see `tiles.py`).
 """
 import torch
 import triton
@@ -15,7 +15,16 @@ from torch import Tensor
 
 from tfkernels._launch import Config, lookup
 from tfkernels._library import result_like
-from tfkernels.attention.triton.rows import LOG2E, LOWEST, attend_row, finished, finite_rows, next_of, program_again, tanh
+from tfkernels.attention.triton.rows import (
+    LOG2E,
+    LOWEST,
+    attend_row,
+    finished,
+    finite_rows,
+    next_of,
+    program_again,
+    tanh,
+)
 from tfkernels.attention.triton.tiles import FAR, alive, next_run, tile_bounds, walks_runs
 
 CONFIGS = {  # (architecture, bytes per element, padded head dim)
@@ -31,9 +40,12 @@ CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (100, 2, 128): Config(128, 64, 8, 2), (100, 2, 256): Config(64, 32, 8, 2, 255),
     (100, 4, 32): Config(64, 32, 4, 2, 255), (100, 4, 64): Config(32, 32, 8, 2, 255),
     (100, 4, 128): Config(32, 16, 8, 2, 255), (100, 4, 256): Config(16, 16, 8, 2, 255),
-    (80, 2, 64, "heavy"): Config(128, 32, 8, 3), (80, 2, 128, "heavy"): Config(64, 32, 8, 2), (80, 4, 256, "heavy"): Config(16, 16, 8, 2, 255),
-    (90, 2, 64, "heavy"): Config(128, 64, 8, 3), (90, 2, 128, "heavy"): Config(128, 32, 8, 3), (90, 2, 256, "heavy"): Config(128, 16, 8, 2),
-    (90, 4, 64, "heavy"): Config(32, 16, 4, 2, 255), (90, 4, 256, "heavy"): Config(16, 16, 8, 2, 255), (100, 4, 64, "heavy"): Config(32, 16, 4, 2, 255),
+    (80, 2, 64, "heavy"): Config(128, 32, 8, 3), (80, 2, 128, "heavy"): Config(64, 32, 8, 2),
+    (80, 4, 256, "heavy"): Config(16, 16, 8, 2, 255),
+    (90, 2, 64, "heavy"): Config(128, 64, 8, 3), (90, 2, 128, "heavy"): Config(128, 32, 8, 3),
+    (90, 2, 256, "heavy"): Config(128, 16, 8, 2),
+    (90, 4, 64, "heavy"): Config(32, 16, 4, 2, 255), (90, 4, 256, "heavy"): Config(16, 16, 8, 2, 255),
+    (100, 4, 64, "heavy"): Config(32, 16, 4, 2, 255),
     (100, 2, 32, "heavy"): Config(128, 64, 8, 3), (100, 2, 64, "heavy"): Config(128, 64, 8, 3),
     (100, 2, 128, "heavy"): Config(128, 32, 8, 3), (100, 2, 256, "heavy"): Config(64, 32, 8, 2, 255),
 }
@@ -60,7 +72,7 @@ def sees_keys(lo_ptr, hi_ptr, rows, sq, sk):
 
 @triton.jit
 def core(first, core_first, core_last, last, BLOCK: tl.constexpr):
-    """Return [start, stop): the whole tiles, counted from `first` in steps of BLOCK, that lie within [core_first, core_last)."""
+    """Return [start, stop): the whole tiles that lie within [core_first, core_last), counted from `first` by BLOCK."""
     start = tl.minimum(first + tl.cdiv(tl.maximum(core_first - first, 0), BLOCK) * BLOCK, last)
     stop = start + tl.maximum(tl.minimum(core_last, last) - start, 0) // BLOCK * BLOCK
     return start, stop
@@ -100,9 +112,10 @@ def softmax_step(s, total, peak, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _forward_tile(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi, query_lo_ptr, query_hi_ptr, limit, scale, softcap,
-                  HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_COLUMNS: tl.constexpr,
-                  SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+def _forward_tile(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi, since_ptr, until_ptr, limit,
+                  scale, softcap,
+                  HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+                  CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     offs_n = tl.arange(0, BLOCK_N)
     k = load_rows(k_ptr, n, offs_n, stride_ks, limit, HEAD_DIM, D, MASKED)
     s = base2_scores(q, k, scale, softcap, SOFTCAP, PRECISION)
@@ -110,10 +123,10 @@ def _forward_tile(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, n, ro
         cols = n + offs_n
         visible = (cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None])
         if CHECK_COLUMNS:
-            since = tl.load(query_lo_ptr + cols, mask=cols < limit, other=FAR)
-            until = tl.load(query_hi_ptr + cols, mask=cols < limit, other=0)
+            since = tl.load(since_ptr + cols, mask=cols < limit, other=FAR)
+            until = tl.load(until_ptr + cols, mask=cols < limit, other=0)
             visible &= (since[None, :] <= rows[:, None]) & (rows[:, None] < until[None, :])
-            s = tl.maximum(s, LOWEST, propagate_nan=tl.PropagateNan.ALL)                   # -inf is left to rows that see nothing
+            s = tl.maximum(s, LOWEST, propagate_nan=tl.PropagateNan.ALL)  # -inf is left to rows that see nothing
         s = tl.where(visible, s, float("-inf"))
     p, shrink, total, peak = softmax_step(s, total, peak, MASKED)
     v = load_rows(v_ptr, n, offs_n, stride_vs, limit, HEAD_DIM, D, MASKED)
@@ -122,19 +135,22 @@ def _forward_tile(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, n, ro
 
 
 @triton.jit
-def _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, start, stop, rows, lo, hi, query_lo_ptr, query_hi_ptr, limit, scale, softcap,
-                  HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_COLUMNS: tl.constexpr,
-                  SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+def _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, start, stop, rows, lo, hi, since_ptr,
+                  until_ptr, limit, scale, softcap,
+                  HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+                  CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     for n in range(start, stop, BLOCK_N):
-        acc, total, peak = _forward_tile(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi, query_lo_ptr, query_hi_ptr, limit, scale,
-                                         softcap, HEAD_DIM, D, BLOCK_N, MASKED, CHECK_COLUMNS, SOFTCAP, PRECISION)
+        acc, total, peak = _forward_tile(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi,
+                                         since_ptr, until_ptr, limit, scale, softcap, HEAD_DIM, D, BLOCK_N, MASKED,
+                                         CHECK_COLUMNS, SOFTCAP, PRECISION)
     return acc, total, peak
 
 
 @triton.jit(do_not_specialize=["sq", "sk", "offset", "stride_mask_rows", "stride_mask_columns"])
-def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_ptr, bounds_ptr, out_ptr, lse_ptr,
-                   stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-                   stride_ob, stride_oh, stride_os, stride_mask_rows, stride_mask_columns, heads, group, sq, sk, offset, scale, softcap,
+def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, bounds_ptr, out_ptr, lse_ptr, stride_qb,
+                   stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_ob,
+                   stride_oh, stride_os, stride_mask_rows, stride_mask_columns, heads, group, sq, sk, offset, scale,
+                   softcap,
                    HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                    CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     tiles = tl.cdiv(sq, BLOCK_M)
@@ -144,9 +160,10 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_p
     k_head, v_head = k_ptr + b * stride_kb + h // group * stride_kh, v_ptr + b * stride_vb + h // group * stride_vh
     offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, D)
     rows = start_m + offs_m
-    query_lo, query_hi = query_lo_ptr + b * stride_mask_columns, query_hi_ptr + b * stride_mask_columns
+    key_since, key_until = since_ptr + b * stride_mask_columns, until_ptr + b * stride_mask_columns
 
-    lo, hi, first, core_first, core_last, last = row_bounds(lo_ptr + b * stride_mask_rows, hi_ptr + b * stride_mask_rows, rows, sq, sk)
+    lo, hi, first, core_first, core_last, last = row_bounds(lo_ptr + b * stride_mask_rows,
+                                                            hi_ptr + b * stride_mask_rows, rows, sq, sk)
     q = load_rows(q_ptr + b * stride_qb + h * stride_qh, start_m, offs_m, stride_qs, sq, HEAD_DIM, D, True)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -159,25 +176,31 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_p
         if walks_runs(D, 128, q_ptr.dtype.element_ty):
             while at < stop:
                 partial, full, at = next_run(bounds_ptr, at, stop, tiles_n, start, end, core_first, core_last, BLOCK_N)
-                acc, total, peak = _forward_step(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs, partial * BLOCK_N, full * BLOCK_N,
-                                                 rows + offset, lo, hi, query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N,
-                                                 True, True, SOFTCAP, PRECISION)
-                acc, total, peak = _forward_step(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs, full * BLOCK_N, at * BLOCK_N,
-                                                 rows + offset, lo, hi, query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N,
-                                                 False, False, SOFTCAP, PRECISION)
+                acc, total, peak = _forward_step(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs,
+                                                 partial * BLOCK_N, full * BLOCK_N, rows + offset, lo, hi, key_since,
+                                                 key_until, last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, True,
+                                                 SOFTCAP, PRECISION)
+                acc, total, peak = _forward_step(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs,
+                                                 full * BLOCK_N, at * BLOCK_N, rows + offset, lo, hi, key_since,
+                                                 key_until, last, scale, softcap, HEAD_DIM, D, BLOCK_N, False, False,
+                                                 SOFTCAP, PRECISION)
         else:
             for tile in range(at, stop):
                 if alive(bounds_ptr, tile, tiles_n, start, end):
-                    acc, total, peak = _forward_tile(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs, tile * BLOCK_N, rows + offset, lo, hi,
-                                                     query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP, PRECISION)
+                    acc, total, peak = _forward_tile(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs,
+                                                     tile * BLOCK_N, rows + offset, lo, hi, key_since, key_until, last,
+                                                     scale, softcap, HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP,
+                                                     PRECISION)
     else:
         core_start, core_stop = core(first, core_first, core_last, last, BLOCK_N)
-        for n in range(first, last - core_stop + core_start, BLOCK_N):                     # the partial tiles on both sides of the core
+        for n in range(first, last - core_stop + core_start, BLOCK_N):  # the partial tiles on both sides of the core
             tile = n + tl.where(n >= core_start, core_stop - core_start, 0)
-            acc, total, peak = _forward_tile(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs, tile, rows + offset, lo, hi,
-                                             query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
-        acc, total, peak = _forward_step(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs, core_start, core_stop, rows + offset, lo, hi,
-                                         query_lo, query_hi, last, scale, softcap, HEAD_DIM, D, BLOCK_N, False, False, SOFTCAP, PRECISION)
+            acc, total, peak = _forward_tile(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs, tile,
+                                             rows + offset, lo, hi, key_since, key_until, last, scale, softcap,
+                                             HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
+        acc, total, peak = _forward_step(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs, core_start,
+                                         core_stop, rows + offset, lo, hi, key_since, key_until, last, scale, softcap,
+                                         HEAD_DIM, D, BLOCK_N, False, False, SOFTCAP, PRECISION)
 
     out = acc / total[:, None]                                                             # 0 / 0 is NaN
     good = finite_rows(out)
@@ -203,19 +226,22 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, query_lo_ptr, query_hi_p
         row = ((tiles - 1 - pid_m % tiles) * BLOCK_M + m).to(tl.int64)
         b_m, h_m = (pid_m // tiles // heads).to(tl.int64), (pid_m // tiles % heads).to(tl.int64)
         row_out, row_lse = attend_row(
-            q_ptr + b_m * stride_qb + h_m * stride_qh + row * stride_qs, k_ptr + b_m * stride_kb + h_m // group * stride_kh,
+            q_ptr + b_m * stride_qb + h_m * stride_qh + row * stride_qs,
+            k_ptr + b_m * stride_kb + h_m // group * stride_kh,
             v_ptr + b_m * stride_vb + h_m // group * stride_vh, lo_ptr, 0, 0, stride_ks, 0, stride_vs,
-            tl.maximum(tl.load(lo_ptr + b_m * stride_mask_rows + row), 0), tl.minimum(tl.load(hi_ptr + b_m * stride_mask_rows + row), sk),
-            row + offset, query_lo_ptr + b_m * stride_mask_columns, query_hi_ptr + b_m * stride_mask_columns,
+            tl.maximum(tl.load(lo_ptr + b_m * stride_mask_rows + row), 0),
+            tl.minimum(tl.load(hi_ptr + b_m * stride_mask_rows + row), sk),
+            row + offset, since_ptr + b_m * stride_mask_columns, until_ptr + b_m * stride_mask_columns,
             scale, softcap, HEAD_DIM, D, 0, CHECK_COLUMNS, SOFTCAP)
         row_out, row_lse = finished(row_out, row_lse)
         tl.store(lse_ptr + (b_m * heads + h_m) * sq + row, row_lse)
-        tl.store(out_ptr + b_m * stride_ob + h_m * stride_oh + row * stride_os + offs_d, row_out.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+        tl.store(out_ptr + b_m * stride_ob + h_m * stride_oh + row * stride_os + offs_d,
+                 row_out.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
         m = next_of(bad, offs_m, m, BLOCK_M)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
-    """Return x with unit stride in its last dimension, and a stride between rows that 128 of them do not take beyond int32; else a copy."""
+    """Return x with unit stride in its last dimension and a row stride that int32 holds 128 times; else a copy."""
     return x if x.stride(-1) == 1 and (x.ndim < 2 or 128 * x.stride(-2) < 2**31) else x.contiguous()
 
 
@@ -225,12 +251,17 @@ def batch_stride(x: Tensor) -> int:
 
 
 def dot_precision(x: Tensor) -> str:
-    """float32 is multiplied exactly unless PyTorch was allowed tf32 (`allow_tf32`, the older name, raises once the newer one was set)."""
+    """Return how float32 is multiplied: exactly ("ieee") unless PyTorch was allowed tf32.
+
+    `allow_tf32`, the older name of that setting, raises once the newer one was set.
+    """
     return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, query_lo: Tensor, query_hi: Tensor,
-                      rows_exact: bool, columns_exact: bool, offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, rows_exact: bool,
+    columns_exact: bool, offset: int, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel: (B, H, Sq, D) x (B, K, Sk, D) -> output like q, LSE (B, H, Sq) float32."""
     batch, heads, sq, head_dim = q.shape
     out, lse = result_like(q), q.new_empty(batch, heads, sq, dtype=torch.float32)
@@ -240,10 +271,12 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, q
     padded = max(32, triton.next_power_of_2(head_dim))
     config = lookup(CONFIGS, q, padded, heavy=not rows_exact)
     grid = (triton.cdiv(sq, config.block_m) * batch * heads,)
-    bounds = lo if rows_exact else tile_bounds(query_lo, query_hi, config.block_n)
+    bounds = lo if rows_exact else tile_bounds(since, until, config.block_n)
     _attention_fwd[grid](
-        q, k, v, lo, hi, query_lo, query_hi, bounds, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        batch_stride(lo), batch_stride(query_lo), heads, heads // k.shape[1], sq, k.shape[2], offset, scale, softcap,
-        HEAD_DIM=head_dim, D=padded, BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_COLUMNS=not rows_exact, SOFTCAP=softcap > 0,
+        q, k, v, lo, hi, since, until, bounds, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        *out.stride()[:3],
+        batch_stride(lo), batch_stride(since), heads, heads // k.shape[1], sq, k.shape[2], offset, scale, softcap,
+        HEAD_DIM=head_dim, D=padded, BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_COLUMNS=not rows_exact,
+        SOFTCAP=softcap > 0,
         PRECISION=dot_precision(q), **config.options)
     return out, lse

@@ -1,11 +1,12 @@
 """Attention one row at a time: what a program falls back to where its tiles gave something that is not finite.
 
-The tiles multiply what a mask hides by 0, which is exact unless NaN or inf stands there (0 * NaN is NaN): a result that is not finite
-may come from what the row sees or from what it must not see. A program therefore looks at its sums once, after its loops,
-and does those rows over without matrix units: here a hidden pair is never loaded, so that nothing of it is left, and what the
-row sees goes through the same multiplications and additions as in the reference. A loop ends early once its result is all NaN, so that
-a run that has diverged is not slowed down much. What ends a loop is a maximum of integers, which the compiler knows to be the same
-in all threads; a condition on floats makes it spill.
+The tiles multiply what a mask hides by 0. That is exact unless NaN or inf stands there, for 0 * NaN is NaN. A result
+that is not finite may thus come from what the row sees or from what it must not see. A program therefore looks at its
+sums once, after its loops, and does such rows over without matrix units. Here a hidden pair is never loaded, and what
+the row sees goes through the same multiplications and additions as in the reference.
+
+A loop ends early once its result is all NaN, so that a run that has diverged is not slowed down much. Its condition is
+a maximum of integers, which the compiler knows to be the same in all threads; a condition on floats makes it spill.
 """
 import triton
 import triton.language as tl
@@ -13,13 +14,14 @@ import triton.language as tl
 from tfkernels.attention.triton.tiles import FAR
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3e38)  # LSE of a part of a row that sees keys, all with a score of -inf; a part that sees none has -inf
+# LSE of a part of a row that sees keys, all with a score of -inf; a part that sees none has -inf
+LOWEST = tl.constexpr(-3e38)
 LOADED = tl.constexpr(4096)   # elements of the keys (or queries) that are taken at a time
 
 
 @triton.jit
 def tanh(x):
-    """Hyperbolic tangent to about an ulp: its Taylor series near 0, where 1 - exp2(...) would cancel, exp2 elsewhere."""
+    """Hyperbolic tangent to about an ulp: its Taylor series near 0, where 1 - exp2(...) would cancel, else exp2."""
     z = tl.minimum(x * x, 0.25)
     series = z * (-929569.0 / 638512875) + 21844.0 / 6081075
     series = z * (z * (z * (z * (z * series - 1382.0 / 155925) + 62.0 / 2835) - 17.0 / 315) + 2.0 / 15) - 1.0 / 3
@@ -50,11 +52,11 @@ def program_again(item, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _visible_keys(cols, first, last, position, query_lo_ptr, query_hi_ptr, CHECK_COLUMNS: tl.constexpr):
+def _visible_keys(cols, first, last, position, since_ptr, until_ptr, CHECK_COLUMNS: tl.constexpr):
     visible = (cols >= first) & (cols < last)
     if CHECK_COLUMNS:
-        since = tl.load(query_lo_ptr + cols, mask=visible, other=FAR)
-        until = tl.load(query_hi_ptr + cols, mask=visible, other=0)
+        since = tl.load(since_ptr + cols, mask=visible, other=FAR)
+        until = tl.load(until_ptr + cols, mask=visible, other=0)
         visible &= (since <= position) & (position < until)
     return visible
 
@@ -63,12 +65,13 @@ def _visible_keys(cols, first, last, position, query_lo_ptr, query_hi_ptr, CHECK
 def _load_visible(base, places, visible, HEAD_DIM: tl.constexpr, D: tl.constexpr):
     """Load the rows at base + places as float32 (N, D), 0 where they are hidden."""
     offs_d = tl.arange(0, D)
-    return tl.load(base + places[:, None] + offs_d[None, :], mask=visible[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
+    return tl.load(base + places[:, None] + offs_d[None, :], mask=visible[:, None] & (offs_d < HEAD_DIM)[None, :],
+                   other=0.0).to(tl.float32)
 
 
 @triton.jit
 def page_of(table_ptr, place, visible, pages):
-    """The numbers of pages that a block table names; what is none of the `pages` there are becomes the first or the last."""
+    """The page numbers that a block table holds; a number that is none of the `pages` becomes the first or the last."""
     return tl.minimum(tl.maximum(tl.load(table_ptr + place, mask=visible, other=0), 0), pages - 1).to(tl.int64)
 
 
@@ -93,22 +96,25 @@ def _scores(x, y, scale, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _weights(s, lse):
-    """softmax of base-2 scores: NaN where the row's LSE is infinite (only scores of -inf, or one of inf), as the reference gives."""
+    """softmax of base-2 scores; as in the reference, NaN where the row's LSE is infinite (only -inf scores, or inf)."""
     return tl.where(tl.abs(lse) < float("inf"), tl.exp2(s - lse), float("nan"))
 
 
 @triton.jit
-def attend_row(q_ptr, k_ptr, v_ptr, table_ptr, pages, stride_k_page, stride_ks, stride_v_page, stride_vs, first, last, position, query_lo_ptr, query_hi_ptr,
-               scale, softcap, HEAD_DIM: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr, CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Return one row's output (D,) over the keys [first, last) and its base-2 LSE, LOWEST where it sees only scores of -inf."""
+def attend_row(q_ptr, k_ptr, v_ptr, table_ptr, pages, stride_k_page, stride_ks, stride_v_page, stride_vs, first, last,
+               position, since_ptr, until_ptr, scale, softcap,
+               HEAD_DIM: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr, CHECK_COLUMNS: tl.constexpr,
+               SOFTCAP: tl.constexpr):
+    """Return one row's output (D,) over the keys [first, last) and its base-2 LSE; LOWEST if all scores are -inf."""
     N: tl.constexpr = LOADED // D
     offs_n, offs_d = tl.arange(0, N), tl.arange(0, D)
     q = tl.load(q_ptr + offs_d, mask=offs_d < HEAD_DIM, other=0.0).to(tl.float32)
     total, peak, seen, infinite, unknown = 0.0, float("-inf"), 0, 0, 0
     n = first
     while (n < last) & (unknown == 0):
-        visible = _visible_keys(n + offs_n, first, last, position, query_lo_ptr, query_hi_ptr, CHECK_COLUMNS)
-        k = _load_visible(k_ptr, _places(n + offs_n, visible, table_ptr, pages, stride_k_page, stride_ks, PAGE_SIZE), visible, HEAD_DIM, D)
+        visible = _visible_keys(n + offs_n, first, last, position, since_ptr, until_ptr, CHECK_COLUMNS)
+        k = _load_visible(k_ptr, _places(n + offs_n, visible, table_ptr, pages, stride_k_page, stride_ks, PAGE_SIZE),
+                          visible, HEAD_DIM, D)
         s, _ = _scores(q, k, scale, softcap, SOFTCAP)
         s = tl.where(visible, s, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(s))
@@ -125,10 +131,12 @@ def attend_row(q_ptr, k_ptr, v_ptr, table_ptr, pages, stride_k_page, stride_ks, 
     out = tl.zeros([D], tl.float32)
     n = first
     while (n < last) & (seen > infinite + unknown):
-        visible = _visible_keys(n + offs_n, first, last, position, query_lo_ptr, query_hi_ptr, CHECK_COLUMNS)
-        k = _load_visible(k_ptr, _places(n + offs_n, visible, table_ptr, pages, stride_k_page, stride_ks, PAGE_SIZE), visible, HEAD_DIM, D)
+        visible = _visible_keys(n + offs_n, first, last, position, since_ptr, until_ptr, CHECK_COLUMNS)
+        k = _load_visible(k_ptr, _places(n + offs_n, visible, table_ptr, pages, stride_k_page, stride_ks, PAGE_SIZE),
+                          visible, HEAD_DIM, D)
         s, _ = _scores(q, k, scale, softcap, SOFTCAP)
-        v = _load_visible(v_ptr, _places(n + offs_n, visible, table_ptr, pages, stride_v_page, stride_vs, PAGE_SIZE), visible, HEAD_DIM, D)
+        v = _load_visible(v_ptr, _places(n + offs_n, visible, table_ptr, pages, stride_v_page, stride_vs, PAGE_SIZE),
+                          visible, HEAD_DIM, D)
         out += tl.sum(tl.where(visible, tl.exp2(s - lse), 0.0)[:, None] * v, 0)
         n += N
     return tl.where(infinite + unknown > 0, float("nan"), out), lse
@@ -136,12 +144,13 @@ def attend_row(q_ptr, k_ptr, v_ptr, table_ptr, pages, stride_k_page, stride_ks, 
 
 @triton.jit
 def finished(out, lse):
-    """The whole row's output and natural LSE from those of its only part: with scores of -inf alone the softmax is NaN."""
+    """Output and natural LSE of a row that is not split, from those of its only part; with only -inf scores, NaN."""
     return tl.where(lse == LOWEST, float("nan"), out), tl.where(lse == LOWEST, float("-inf"), lse / LOG2E)
 
 
 @triton.jit
-def dq_row(q_ptr, k_ptr, v_ptr, dout_ptr, stride_ks, stride_vs, lse, delta, first, last, position, query_lo_ptr, query_hi_ptr, scale, softcap,
+def dq_row(q_ptr, k_ptr, v_ptr, dout_ptr, stride_ks, stride_vs, lse, delta, first, last, position, since_ptr, until_ptr,
+           scale, softcap,
            HEAD_DIM: tl.constexpr, D: tl.constexpr, CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr):
     """Return one query's gradient (D,), but for the factor `scale`, from the keys [first, last)."""
     N: tl.constexpr = LOADED // D
@@ -151,7 +160,7 @@ def dq_row(q_ptr, k_ptr, v_ptr, dout_ptr, stride_ks, stride_vs, lse, delta, firs
     dq = tl.zeros([D], tl.float32)
     n, known = first, 1
     while (n < last) & (known > 0):
-        visible = _visible_keys(n + offs_n, first, last, position, query_lo_ptr, query_hi_ptr, CHECK_COLUMNS)
+        visible = _visible_keys(n + offs_n, first, last, position, since_ptr, until_ptr, CHECK_COLUMNS)
         at = (n + offs_n).to(tl.int64)
         k = _load_visible(k_ptr, at * stride_ks, visible, HEAD_DIM, D)
         v = _load_visible(v_ptr, at * stride_vs, visible, HEAD_DIM, D)
@@ -164,9 +173,10 @@ def dq_row(q_ptr, k_ptr, v_ptr, dout_ptr, stride_ks, stride_vs, lse, delta, firs
 
 
 @triton.jit
-def dkv_row(k_ptr, v_ptr, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, stride_qh, stride_qs, stride_oh, stride_os, first, last, col, group, sq,
-            scale, softcap, HEAD_DIM: tl.constexpr, D: tl.constexpr, CHECK_ROWS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Return one key's gradients (D,), dk but for the factor `scale`, from the queries [first, last) of `group` heads."""
+def dkv_row(k_ptr, v_ptr, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, stride_qh, stride_qs, stride_oh,
+            stride_os, first, last, col, group, sq, scale, softcap,
+            HEAD_DIM: tl.constexpr, D: tl.constexpr, CHECK_ROWS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Return one key's gradients (D,), dk without the factor `scale`, from queries [first, last) of `group` heads."""
     M: tl.constexpr = LOADED // D
     offs_m, offs_d = tl.arange(0, M), tl.arange(0, D)
     k = tl.load(k_ptr + offs_d, mask=offs_d < HEAD_DIM, other=0.0).to(tl.float32)

@@ -1,11 +1,13 @@
-"""Which tiles of a mask with holes to visit: bounds of every tile, made on the device, and the runs of tiles that a program reads off them.
+"""Which tiles of a mask with holes to visit: bounds of every tile, made on the device, and the runs read off them.
 
-Where one side of the mask does not tell it alone (hidden copies, shared prefixes, block diffusion), a tile within a program's
-range may still be dead (no pair visible), full (every pair visible) or partial. Four integers a tile of the other side decide:
-[min low, max low, min high, max high], empty items left out of the outer two and counted against the inner two. A program
-looks at WINDOW tiles at a time and takes the next partial ones and the full ones behind them as one run, so that the inner
-loops stay plain and pipelined, and the full ones compare nothing. Where a loop within that loop would spill (float32, large head
-dims), it goes tile by tile, passes over the dead and compares in all others.
+Some masks need both sides to be told: hidden copies, shared prefixes, block diffusion. Within a program's range of
+tiles one may then still be dead (no pair visible), full (every pair visible) or partial. Which it is follows from four
+integers per tile of the other side, [min low, max low, min high, max high]. Empty items are left out of the outer two
+and counted against the inner two.
+
+A program looks at WINDOW tiles at a time. It takes the next partial tiles and the full ones behind them as one run, so
+that the inner loops stay plain and pipelined, and full tiles compare nothing. Where a loop within that loop would spill
+(float32, large head dims), the program goes tile by tile: it passes over the dead ones and compares in all others.
 """
 import torch
 import triton
@@ -35,17 +37,18 @@ def _tile_bounds(low_ptr, high_ptr, bounds_ptr, stride_mask, length, tiles, SIZE
 
 
 def tile_bounds(low: Tensor, high: Tensor, size: int) -> Tensor:
-    """Return (B, 4, tiles) int32: min low, max low, min high, max high of each tile of `size` items of (B, length) intervals."""
+    """Return (B, 4, tiles) int32 of (B, length) intervals: each tile's min low, max low, min high and max high."""
     batch, length = low.shape
     tiles = triton.cdiv(length, size)
     bounds = torch.empty(batch, 4, tiles, dtype=torch.int32, device=low.device)
-    _tile_bounds[(triton.cdiv(tiles, TILES) * batch,)](low, high, bounds, low.stride(0), length, tiles, SIZE=size, TILES=TILES, num_warps=4)
+    _tile_bounds[(triton.cdiv(tiles, TILES) * batch,)](low, high, bounds, low.stride(0), length, tiles, SIZE=size,
+                                                       TILES=TILES, num_warps=4)
     return bounds
 
 
 @triton.constexpr_function
 def walks_runs(head_dim, largest, dtype):
-    """Whether a kernel takes tiles run by run, up to the head dim `largest` that does not make it spill, or one by one."""
+    """Whether a kernel takes tiles run by run or one by one; above head dim `largest`, runs would make it spill."""
     return head_dim <= largest and dtype.primitive_bitwidth == 16
 
 
@@ -57,9 +60,12 @@ def alive(bounds_ptr, tile, tiles, start, end):
 
 @triton.jit
 def next_run(bounds_ptr, at, stop, tiles, start, end, core_first, core_last, SIZE: tl.constexpr):
-    """Return tiles (a, b, c) from `at` on: partial in [a, b), full in [b, c), for a program of the items [start, end) of the other side.
+    """Return tiles (a, b, c) from `at` on: partial in [a, b) and full in [b, c).
 
-    A full tile lies within [core_first, core_last) as well, which every item of the program sees. Nothing lives in [at, a).
+    The program is that of the items [start, end) of the other side.
+
+    A full tile lies within [core_first, core_last) as well, which every item of the program sees. Nothing lives in [at,
+    a).
     """
     tile = at + tl.arange(0, WINDOW)
     inside = tile < stop
@@ -68,7 +74,9 @@ def next_run(bounds_ptr, at, stop, tiles, start, end, core_first, core_last, SIZ
     inner_last = tl.load(bounds_ptr + 2 * tiles + tile, mask=inside, other=0)
     last = tl.load(bounds_ptr + 3 * tiles + tile, mask=inside, other=0)
     live = (first < end) & (last > start)
-    full = live & (inner_first <= start) & (inner_last >= end) & (tile * SIZE >= core_first) & (tile * SIZE + SIZE <= core_last)
+    full = live & (inner_first <= start) & (inner_last >= end) & (tile * SIZE >= core_first) & (
+        tile * SIZE + SIZE <= core_last
+    )
     limit = tl.minimum(at + WINDOW, stop)
     a = tl.min(tl.where(live, tile, limit))
     b = tl.min(tl.where((tile >= a) & (full | (live == 0)), tile, limit))

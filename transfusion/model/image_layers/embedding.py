@@ -5,11 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from tfkernels import embed_patches
-from transfusion.sequence.packing import ImageLayout
+from transfusion.sequence import ImageLayout
 
 
 class TimestepEmbedding(nn.Module):
-    """t in [0, 1] -> condition (N, C): cosines and sines of 1000 t at geometric frequencies, then a two-layer perceptron."""
+    """t in [0, 1] -> condition (N, C): cosines and sines of 1000 t at geometric frequencies, then a small MLP."""
 
     def __init__(self, hidden: int, frequencies: int = 128):
         super().__init__()
@@ -19,7 +19,8 @@ class TimestepEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         rates = torch.exp(torch.arange(self.frequencies, device=t.device) * (-math.log(10_000) / self.frequencies))
         angles = 1000 * t.float()[:, None] * rates                                         # (N, F)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(self.mlp[0].bias.dtype))  # a quantised weight's dtype is its storage's
+        features = torch.cat([angles.cos(), angles.sin()], -1)
+        return self.mlp(features.to(self.mlp[0].bias.dtype))  # of a quantised weight, the dtype is only its storage's
 
 
 class ZeroLinear(nn.Linear):
@@ -27,14 +28,18 @@ class ZeroLinear(nn.Linear):
 
 
 class PatchEmbedding(nn.Module):
-    """Linear(patch + timestep): the timestep is added to every patch vector before the linear layer (arXiv:2408.11039, footnote 6)."""
+    """Linear(patch + timestep): the timestep is added to each patch before the linear layer (the paper, footnote 6)."""
 
     def __init__(self, config, hidden: int):
         super().__init__()
         self.time = ZeroLinear(hidden, config.patch_dim)
         self.linear = nn.Linear(config.patch_dim, hidden)
 
-    def forward(self, hidden: Tensor, patches: Tensor, condition: Tensor, layout: ImageLayout, places: Tensor) -> tuple[Tensor, list]:
-        """Write the embeddings of patches (P, patch_dim) to the rows `places` (P,) of `hidden` (T, C); nothing skips the decoder."""
-        timestep = self.linear(self.time(condition))                                   # (N, C): the layer's image of the timestep, and its bias
+    def forward(self, hidden: Tensor, patches: Tensor, condition: Tensor, layout: ImageLayout,
+                places: Tensor) -> tuple[Tensor, list]:
+        """Write the embeddings of patches (P, patch_dim) to their places (P,) in `hidden` (T, C).
+
+        The list is of what skips the decoder: nothing.
+        """
+        timestep = self.linear(self.time(condition))  # (N, C): weight @ timestep + bias, the same for all its patches
         return embed_patches(hidden, patches, self.linear.weight, timestep, places, layout.offsets), []

@@ -3,20 +3,27 @@ from torch import Tensor, nn
 
 from tfkernels import diffusion_loss, modulated_layer_norm, modulated_layer_norm_diffusion_loss
 from transfusion.model.image_layers.embedding import ZeroLinear
-from transfusion.sequence.packing import ImageLayout
+from transfusion.sequence import ImageLayout
 
 
 class ImageHead(nn.Module):
     """What every head does: `forward` predicts patches, `loss` compares them with the objective's target."""
 
     def forward(self, x: Tensor, condition: Tensor, layout: ImageLayout, skips: list) -> Tensor:
-        """Hidden states (P, C) of the patches -> predictions (P, patch_dim); condition (N, C), skips from the image layers in front."""
+        """Hidden states (P, C) of the patches -> predictions (P, patch_dim).
+
+        condition is (N, C); skips are what the image layers in front sent past the decoder.
+        """
         raise NotImplementedError
 
-    def loss(self, hidden: Tensor, places: Tensor, condition: Tensor, layout: ImageLayout, skips: list, x0: Tensor, p: Tensor, q: Tensor,
-             seed: Tensor | int) -> Tensor:
-        """Mean squared error of each image (N,) between the predictions of the rows `places` of hidden (T, C) and p x0 + q eps."""
-        return diffusion_loss(self(hidden[places], condition, layout, skips), x0, p, q, None, seed, offsets=layout.offsets)
+    def loss(self, hidden: Tensor, places: Tensor, condition: Tensor, layout: ImageLayout, skips: list, x0: Tensor,
+             p: Tensor, q: Tensor, seed: Tensor | int) -> Tensor:
+        """Mean squared error of each image (N,) between predictions and target, p * x0 + q * eps.
+
+        The predictions are those of the places (P,) in hidden (T, C); p and q are (N,).
+        """
+        prediction = self(hidden[places], condition, layout, skips)
+        return diffusion_loss(prediction, x0, p, q, None, seed, offsets=layout.offsets)
 
 
 class LinearHead(ImageHead):
@@ -32,7 +39,7 @@ class LinearHead(ImageHead):
 
 
 class DiTHead(ImageHead):
-    """Linear((1 + scale(t)) * norm(x) + shift(t)): a final layer whose norm the timestep modulates (arXiv:2212.09748)."""
+    """Linear((1 + scale(t)) * norm(x) + shift(t)): the timestep modulates the norm (DiT, arXiv:2212.09748)."""
 
     def __init__(self, config, hidden: int):
         super().__init__()
@@ -42,14 +49,15 @@ class DiTHead(ImageHead):
     def forward(self, x: Tensor, condition: Tensor, layout: ImageLayout, skips: list) -> Tensor:
         """As `ImageHead.forward`."""
         shift, scale = self.tables(condition)
-        return self.linear(modulated_layer_norm(x, None, None, scale, shift, layout.image))
+        return self.linear(modulated_layer_norm(x, None, None, scale, shift, layout.image_ids))
 
-    def loss(self, hidden: Tensor, places: Tensor, condition: Tensor, layout: ImageLayout, skips: list, x0: Tensor, p: Tensor, q: Tensor,
-             seed: Tensor | int) -> Tensor:
-        """As `ImageHead.loss`, without the prediction."""
+    def loss(self, hidden: Tensor, places: Tensor, condition: Tensor, layout: ImageLayout, skips: list, x0: Tensor,
+             p: Tensor, q: Tensor, seed: Tensor | int) -> Tensor:
+        """As `ImageHead.loss`; the predictions are not stored."""
         shift, scale = self.tables(condition)
-        return modulated_layer_norm_diffusion_loss(hidden, places, scale, shift, self.linear.weight, self.linear.bias, x0, p, q, None, seed,
-                                                   offsets=layout.offsets)
+        return modulated_layer_norm_diffusion_loss(
+            hidden, places, scale=scale, shift=shift, weight=self.linear.weight, bias=self.linear.bias, x0=x0, p=p, q=q,
+            loss_weight=None, seed=seed, offsets=layout.offsets)
 
     def tables(self, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Return shift and scale, (N, C) each."""

@@ -1,7 +1,8 @@
-"""U-Net image layers: down blocks in front of the decoder, up blocks behind it, skips around it (arXiv:2408.11039, section 2.2).
+"""U-Net image layers: down blocks in front of the decoder, up blocks behind it, skips around it.
 
-Residual blocks are diffusers', with the timestep added inside (arXiv:2006.11239) and plain norms over all channels in place of adaptive ones (the paper's
-footnote 7). Each level halves the sides until a patch is one position, whose channels become a token. Images of one grid run as one batch.
+arXiv:2408.11039, section 2.2. Residual blocks are diffusers', with the timestep added inside (arXiv:2006.11239) and
+plain norms over all channels in place of adaptive ones (the paper's footnote 7). Each level halves the sides until a
+patch is one position, whose channels become a token. Images of one grid run as one batch.
 """
 import torch
 from diffusers.models.downsampling import Downsample2D
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from tfkernels import patchify, unpatchify
 from transfusion.model.image_layers.heads import ImageHead
-from transfusion.sequence.packing import ImageLayout
+from transfusion.sequence import ImageLayout
 
 
 class ZeroConv2d(nn.Conv2d):
@@ -23,7 +24,7 @@ def _block(channels_in: int, channels: int, hidden: int) -> ResnetBlock2D:
 
 
 class UNetDown(nn.Module):
-    """Latents to tokens: residual blocks at each resolution, a strided convolution between them, the patch's channels through one linear map."""
+    """Latents to tokens: residual blocks at each resolution, strided convolutions between, and one linear layer."""
 
     def __init__(self, config, hidden: int):
         super().__init__()
@@ -31,16 +32,22 @@ class UNetDown(nn.Module):
         self.patch_size = config.patch_size
         self.input = nn.Conv2d(config.image_channels, channels[0], 3, padding=1)
         widths = [channels[0], *channels]
-        self.levels = nn.ModuleList(nn.ModuleList(_block(widths[i] if n == 0 else c, c, hidden) for n in range(config.unet_blocks))
-                                    for i, c in enumerate(channels))
-        self.down = nn.ModuleList(Downsample2D(c, use_conv=True, name="op") for c in channels[:-1])  # by default it has its weights twice
+        self.levels = nn.ModuleList(
+            nn.ModuleList(_block(widths[i] if n == 0 else c, c, hidden) for n in range(config.unet_blocks))
+            for i, c in enumerate(channels))
+        self.down = nn.ModuleList(  # under its default name it has its weights twice
+            Downsample2D(c, use_conv=True, name="op") for c in channels[:-1])
         self.output = nn.Conv2d(channels[-1], hidden, 1)
 
-    def forward(self, hidden: Tensor, patches: Tensor, condition: Tensor, layout: ImageLayout, places: Tensor) -> tuple[Tensor, list]:
-        """Write the tokens of patches (P, patch_dim) to the rows `places` of `hidden` (T, C); skips hold each grid's maps, fine to coarse."""
+    def forward(self, hidden: Tensor, patches: Tensor, condition: Tensor, layout: ImageLayout,
+                places: Tensor) -> tuple[Tensor, list]:
+        """Write the tokens of patches (P, patch_dim) to their places (P,) in `hidden` (T, C).
+
+        The list is of what skips the decoder: each grid's maps, fine to coarse.
+        """
         skips = []
-        for (rows, columns), numbers, members in layout.by_grid():
-            maps, time, tokens = [], condition[numbers], patches[members].to(condition.dtype)
+        for (rows, columns), image_ids, members in layout.by_grid():
+            maps, time, tokens = [], condition[image_ids], patches[members].to(condition.dtype)
             x = self.input(unpatchify(tokens, self.patch_size, rows * self.patch_size, columns * self.patch_size))
             for level, down in zip(self.levels, [*self.down, None]):
                 for block in level:
@@ -53,23 +60,26 @@ class UNetDown(nn.Module):
 
 
 class UNetUp(ImageHead):
-    """Tokens to predictions: the mirror image of `UNetDown`, each resolution joined by what skipped the decoder there."""
+    """Tokens to predictions: the mirror image of `UNetDown`; each resolution is joined by what skipped the decoder."""
 
     def __init__(self, config, hidden: int):
         super().__init__()
         channels = config.unet_channels
         self.patch_size = config.patch_size
         self.input = nn.Conv2d(hidden, channels[-1], 1)
-        self.levels = nn.ModuleList(nn.ModuleList(_block(2 * c if n == 0 else c, c, hidden) for n in range(config.unet_blocks)) for c in channels)
-        self.up = nn.ModuleList(Upsample2D(wide, use_conv=True, out_channels=narrow) for narrow, wide in zip(channels, channels[1:]))
+        self.levels = nn.ModuleList(
+            nn.ModuleList(_block(2 * c if n == 0 else c, c, hidden) for n in range(config.unet_blocks))
+            for c in channels)
+        self.up = nn.ModuleList(
+            Upsample2D(wide, use_conv=True, out_channels=narrow) for narrow, wide in zip(channels, channels[1:]))
         self.norm = nn.GroupNorm(1, channels[0], eps=1e-6)
         self.output = ZeroConv2d(channels[0], config.image_channels, 3, padding=1)
 
     def forward(self, x: Tensor, condition: Tensor, layout: ImageLayout, skips: list) -> Tensor:
         """As `ImageHead.forward`."""
         out = x.new_zeros(len(x), self.output.out_channels * self.patch_size**2)
-        for ((rows, columns), numbers, members), maps in zip(layout.by_grid(), skips):
-            time = condition[numbers]
+        for ((rows, columns), image_ids, members), maps in zip(layout.by_grid(), skips):
+            time = condition[image_ids]
             y = self.input(unpatchify(x[members], 1, rows, columns))
             for level, up, skip in zip(reversed(self.levels), [*reversed(self.up), None], reversed(maps)):
                 y = torch.cat([y, skip], 1)

@@ -4,12 +4,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from transfusion.data.batches import DIGIT_NAMES, Digits
-from transfusion.recipes.studies.data import EmojiKinds
+from transfusion.recipes.digits import DIGIT_NAMES, Digits, DigitsSettings
+from transfusion.recipes.studies.emoji_kinds import EmojiKinds, EmojiKindsSettings
 from transfusion.recipes.studies.vq import VQSettings
 from transfusion.settings import Count, NotNegative
 from transfusion.train.classifier import ClassifierSettings
-from transfusion.train.transfusion import DataSettings, ModelSettings, OptimSettings, TrainConfig
+from transfusion.train.transfusion import ModelSettings, OptimSettings, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class StudyData:
 
 
 _DECODER = ModelSettings(hidden=64, layers=3, heads=2, kv_heads=2, mlp=176, image_layers="linear", objective="v", unet_blocks=1)
-_PAIRS = DataSettings(caption_first=0.5, caption_dropout=0.1, noise_limit=0.5)
+_PAIRS = {"caption_first": 0.5, "caption_dropout": 0.1, "noise_limit": 0.5}
 _OPTIM = OptimSettings(steps=1200, rows=8, seq_len=256, lr=2e-3, min_lr=1e-5, warmup=50, weight_decay=0.05, ema=0.995)
-_RUN = TrainConfig(model=_DECODER, data=_PAIRS, optim=_OPTIM, device="cpu", save_every=100)
+_RUN = TrainConfig(model=_DECODER, data=DigitsSettings(**_PAIRS), optim=_OPTIM, device="cpu", save_every=100)
 
 
 def digits() -> StudyData:
@@ -80,9 +80,9 @@ def digits() -> StudyData:
 
 def emoji() -> StudyData:
     """Emoji, 16x16: 16 patches of 4x4, or 64 or 4."""
-    base = replace(_RUN, model=replace(_DECODER, patch_size=4), data=replace(_PAIRS, name="emoji-kinds"))
-    titles = tuple(caption.removesuffix(" style") for caption in EmojiKinds.captions)
-    return StudyData("emoji", EmojiKinds.captions, titles, base, (2, 4, 8), (16, 32, 32, 32), measuring=Measuring(draws=306),
+    base = replace(_RUN, model=replace(_DECODER, patch_size=4), data=EmojiKindsSettings(**_PAIRS))
+    titles = tuple(caption.removesuffix(" style") for caption in EmojiKinds.classes)
+    return StudyData("emoji", EmojiKinds.classes, titles, base, (2, 4, 8), (16, 32, 32, 32), measuring=Measuring(draws=306),
                      autoencoder=VQSettings(channels=(16, 32, 32), codes=256))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transfusion.eval.features import Features, in_batches
 from transfusion.eval.metrics import frechet_distance, precision_recall
 from transfusion.model.transfusion import Transfusion
-from transfusion.sequence.packing import Document, Part, Sequence, Text, encode, pack
+from transfusion.sequence import Document, Part, Sequence, Text, encode, pack
 from transfusion.train.classifier import accuracy
 
 
@@ -24,7 +24,7 @@ class Yardstick:
 
     def __init__(self, train, held_out, classifier: Features):
         self.train, self.held_out, self.classifier = train, held_out, classifier
-        self.real = in_batches(self.classifier.pooled, torch.cat([train.images, held_out.images]))
+        self.real = in_batches(self.classifier.pooled, torch.cat([train.pictures, held_out.pictures]))
 
     def pictures(self, drawn: Tensor, asked: Tensor) -> dict[str, float]:
         """Measure pictures drawn for the classes `asked`."""
@@ -44,10 +44,10 @@ class Yardstick:
 
     def floor(self) -> dict[str, float]:
         """Measure held-out pictures against training ones."""
-        train, held_out = self.real.split([len(self.train.images), len(self.held_out.images)])
+        train, held_out = self.real.split([len(self.train.pictures), len(self.held_out.pictures)])
         near = precision_recall(train, held_out)
         return {"frechet": frechet_distance(train, held_out), "precision": near.precision, "recall": near.recall,
-                "label_accuracy": accuracy(self.classifier, self.held_out.images, self.held_out.labels)}
+                "label_accuracy": accuracy(self.classifier, self.held_out.pictures, self.held_out.labels)}
 
 
 def caption_accuracy(model: Transfusion, prompts: list[list[Part]], captions: list[str]) -> float:

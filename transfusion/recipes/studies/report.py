@@ -181,12 +181,12 @@ def report(study: Study, data: StudyData, results: list[dict], bench, columns: i
     write_text(stem.with_suffix(".md"), "\n".join(lines) + "\n")
     write_text(stem.with_suffix(".json"), json.dumps({"study": study._asdict(), "real": real, "runs": results}, indent=2) + "\n")
     plot(stem.with_suffix(".png"), study, results, real)
-    classes, ink = len(data.captions), bench.held_out.images.shape[1] == 1
+    classes, ink = len(data.captions), bench.held_out.pictures.shape[1] == 1
     columns, blank = min(columns, data.measuring.draws // classes), -1.0 if ink else 1.0
     seed = min(result["seed"] for result in results)
     drawn = {row.arm: load_tensors(bench.out / f"{row.arm}-{seed}" / "drawn.safetensors")["drawn"] for row in study.rows}
     labels = torch.arange(len(next(iter(drawn.values())))) % classes
     drawn = {arm: by_class(images, labels, classes, columns, blank) for arm, images in drawn.items()}
-    held_out = by_class(bench.held_out.images, bench.held_out.labels, classes, columns, blank)
+    held_out = by_class(bench.held_out.pictures, bench.held_out.labels, classes, columns, blank)
     samples(Path(f"{stem}-samples.png"), study, data, drawn, held_out, ink)
     return stem.with_suffix(".md")

@@ -1,15 +1,18 @@
-"""Kernels of the diffusion loss that starts at the hidden states (`tfkernels.head_loss`): one forward, one backward; no atomics.
+"""Kernels of the diffusion loss that starts at the hidden states (`tfkernels.losses.head`): one forward, one backward.
 
-Forward takes a tile of patches and walks C once. A guess of each row's mean and 1 / std from its first columns makes z = (x - m) r, near to
-xhat, which goes into the product with the weight while its sums are taken; what the guess missed is put right at the end, exactly:
+Forward takes a tile of patches and walks C once. From each row's first columns it guesses a mean m and an inverse
+deviation r. z = (x - m) r is then near to xhat; it goes into the product with the weight while the true sums are taken.
+What the guess missed is put right at the end, exactly:
 
-    u = weight @ round(z (1 + scale))          acc = rstd / r * (u - mean(z) * ws)          ws = (1 + scale) @ weight^T, (N, D)
+    u = weight @ round(z (1 + scale))      acc = rstd / r * (u - mean(z) * ws)      ws = (1 + scale) @ weight^T, (N, D)
 
-Error sums differ from those of the true xhat by the factor 1 + ((m - mean) / std)^2. A row of D > BLOCK_D is walked once per tile of D.
+Error sums differ from those of the true xhat by the factor 1 + ((m - mean) / std)^2. A row of D > BLOCK_D is walked
+once per tile of D.
 
-Backward is one program per (tile of columns, `span` patches, tile of D). It walks its patches image by image, in tiles that begin where the
-image does: k_n error is the gradient of the prediction. dweight adds up in registers, k as its ratio to the greatest of all, so that
-float16 holds it; dscale goes, at the image's end, to row chunk + image + 1 of `parts`, where no two writes meet: see `tfkernels.norm.kernels`.
+Backward is one program per (tile of columns, `span` patches, tile of D). It walks its patches image by image, in tiles
+that begin where the image does; k_n error is the gradient of the prediction. dweight adds up in registers, with k as
+its ratio to the largest k, so that float16 holds it. At the image's end dscale goes to row chunk + image + 1 of
+`parts`, where no two writes meet (see `tfkernels.norm.triton`). There are no atomics.
 """
 import torch
 import triton
@@ -19,15 +22,17 @@ from torch import Tensor
 from tfkernels._launch import Config
 from tfkernels._library import INTERPRET
 from tfkernels.attention.triton.forward import dot_precision
-from tfkernels.losses.diffusion import BLOCK, _counts, _diffusion_loss_images, _tokens
-from tfkernels.norm.kernels import IMAGES, _columns, _norm_bwd_images
-from tfkernels.patches.latents import SCALAR_ARGUMENTS, addresses, dense, geometry, locate, uniform_offsets
+from tfkernels.losses.triton.diffusion import BLOCK, _diffusion_loss_images, rows_of_one_size
+from tfkernels.norm.triton import IMAGES, _norm_bwd_images, columns_together
+from tfkernels.patches.latents import rows_per_image, uniform_offsets
 from tfkernels.patches.philox import philox_normal
+from tfkernels.patches.triton.layout import SCALAR_ARGUMENTS, addresses, dense, geometry, locate
 
 PROGRAMS = 9 if INTERPRET else 512              # of the backward kernel, about; fixed: the sums' order is, too
 FEWEST_ROWS = 9 if INTERPRET else 128           # patches of one of them at least
 PARTIAL_BYTES = 2**26                           # of dweight's partial sums at most, as far as one chunk allows
-TILES = {2: (32, 64), 4: (16, 32)}              # elements of D in one tile, at least and at most; by bytes per element; 16 of 2 bytes spill
+# elements of D in one tile, at least and at most; by bytes per element; 16 of 2 bytes spill
+TILES = {2: (32, 64), 4: (16, 32)}
 PILOT = 2                                       # blocks of columns that the guess of mean and 1 / std looks at
 SMALL = Config(16, 16, 4, 1)                    # in the interpreter: edges in short rows
 FORWARD = {2: Config(64, 64, 8, 3), 4: Config(32, 32, 4, 2)}  # patches, columns; by bytes per element
@@ -47,29 +52,33 @@ def tile(dim: int, element_size: int) -> dict:
 
 def chunks(rows: int, dim: int, width: int, element_size: int) -> tuple[int, int]:
     """Return into how many chunks backward cuts the patches and the patches of each."""
-    tiles = triton.cdiv(width, config(BACKWARD, element_size).block_n) * triton.cdiv(dim, tile(dim, element_size)["BLOCK_D"])
+    tiles = triton.cdiv(width, config(BACKWARD, element_size).block_n) * triton.cdiv(dim,
+                                                                                     tile(dim, element_size)["BLOCK_D"])
     span = triton.cdiv(rows, max(1, min(PROGRAMS // tiles, PARTIAL_BYTES // (4 * dim * width), rows // FEWEST_ROWS)))
     return triton.cdiv(rows, span), span
 
 
 @triton.jit
-def _target(x0_ptr, p_ptr, q_ptr, seed_ptr, columns_ptr, row, first, image, start, count, inside, rows, grid_columns,
-            stride_xn, stride_xc, stride_xh, stride_xw, LAYOUT: tl.constexpr, PATCH: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def _target(x0_ptr, x0_factor_ptr, eps_factor_ptr, seed_ptr, columns_ptr, row, first, image, start, count, inside, rows,
+            grid_columns, stride_xn, stride_xc, stride_xh, stride_xw,
+            LAYOUT: tl.constexpr, PATCH: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """p x0 + q eps (R, BLOCK_D) float32."""
-    at, valid = addresses(row, image, start, count, inside, first + tl.arange(0, BLOCK_D), columns_ptr, rows, grid_columns,
-                          stride_xn, stride_xc, stride_xh, stride_xw, LAYOUT, PATCH, DIM)
+    at, valid = addresses(row, image, start, count, inside, first + tl.arange(0, BLOCK_D), columns_ptr, rows,
+                          grid_columns, stride_xn, stride_xc, stride_xh, stride_xw, LAYOUT, PATCH, DIM)
     x = tl.load(x0_ptr + at, mask=valid, other=0).to(tl.float32)
-    p = tl.load(p_ptr + image, mask=inside, other=0)
-    q = tl.load(q_ptr + image, mask=inside, other=0)
-    return p[:, None] * x + q[:, None] * philox_normal(seed_ptr, image, row - start, first, BLOCK_D)
+    x0_factor = tl.load(x0_factor_ptr + image, mask=inside, other=0)
+    eps_factor = tl.load(eps_factor_ptr + image, mask=inside, other=0)
+    return x0_factor[:, None] * x + eps_factor[:, None] * philox_normal(seed_ptr, image, row - start, first, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=[*SCALAR_ARGUMENTS, "tokens"])
-def _head_loss_fwd(x_ptr, places_ptr, scale_ptr, weight_ptr, base_ptr, ws_ptr, x0_ptr, p_ptr, q_ptr, seed_ptr, offsets_ptr, columns_ptr,
-                   error_ptr, statistics_ptr, sums_ptr, images, rows, steps, grid_rows, grid_columns, stride_xn, stride_xc, stride_xh, stride_xw,
-                   tokens, eps, stride_xs, stride_cn, C: tl.constexpr, CENTER: tl.constexpr, BASE: tl.constexpr, GUESS: tl.constexpr,
-                   LAYOUT: tl.constexpr, SEARCH: tl.constexpr, PATCH: tl.constexpr, DIM: tl.constexpr,
-                   BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+def _head_loss_fwd(x_ptr, places_ptr, scale_ptr, weight_ptr, base_ptr, ws_ptr, x0_ptr, x0_factor_ptr, eps_factor_ptr,
+                   seed_ptr, offsets_ptr, columns_ptr, error_ptr, statistics_ptr, sums_ptr, images, rows, steps,
+                   grid_rows, grid_columns, stride_xn, stride_xc, stride_xh, stride_xw, tokens, eps, stride_xs,
+                   stride_cn,
+                   C: tl.constexpr, CENTER: tl.constexpr, BASE: tl.constexpr, GUESS: tl.constexpr, LAYOUT: tl.constexpr,
+                   SEARCH: tl.constexpr, PATCH: tl.constexpr, DIM: tl.constexpr, BLOCK_R: tl.constexpr,
+                   BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     image, start, count, inside = locate(row, offsets_ptr, images, steps, rows, grid_rows * grid_columns, SEARCH)
     place = tl.load(places_ptr + row, mask=inside, other=-1)
@@ -86,7 +95,8 @@ def _head_loss_fwd(x_ptr, places_ptr, scale_ptr, weight_ptr, base_ptr, ws_ptr, x
     middle = middle / GUESS if CENTER else middle * 0.0
     guess = tl.rsqrt(tl.maximum(guess / GUESS - middle * middle, 0.0) + eps)
     guess = tl.where(guess < 1e9, guess, 1.0)  # eps = 0 and a constant beginning
-    total, along, level = tl.zeros([BLOCK_R], tl.float32), tl.zeros([BLOCK_R], tl.float32), tl.zeros([BLOCK_R], tl.float32)
+    total, along, level = (tl.zeros([BLOCK_R], tl.float32), tl.zeros([BLOCK_R], tl.float32),
+                           tl.zeros([BLOCK_R], tl.float32))
     mean, rstd = tl.zeros([BLOCK_R], tl.float32), tl.zeros([BLOCK_R], tl.float32)
     for first in range(0, DIM, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
@@ -98,7 +108,8 @@ def _head_loss_fwd(x_ptr, places_ptr, scale_ptr, weight_ptr, base_ptr, ws_ptr, x
             x = tl.load(own_x + cols[None, :], mask=valid, other=0.0)
             z = tl.where(valid, (x.to(tl.float32) - middle[:, None]) * guess[:, None], 0.0)
             y = (z * (1 + tl.load(own_scale + cols[None, :], mask=valid, other=0.0).to(tl.float32))).to(x.dtype)
-            weight = tl.load(weight_ptr + d[None, :].to(tl.int64) * C + cols[:, None], mask=(d < DIM)[None, :] & (cols < C)[:, None], other=0.0)
+            weight = tl.load(weight_ptr + d[None, :].to(tl.int64) * C + cols[:, None],
+                             mask=(d < DIM)[None, :] & (cols < C)[:, None], other=0.0)
             acc = tl.dot(y, weight.to(x.dtype), acc, input_precision=PRECISION)
             squares += tl.sum(z * z, 1)
             if CENTER:
@@ -112,8 +123,9 @@ def _head_loss_fwd(x_ptr, places_ptr, scale_ptr, weight_ptr, base_ptr, ws_ptr, x
             ws = tl.load(ws_ptr + of_image, mask=valid, other=0.0)
             acc -= away[:, None] * ws
         acc *= (rstd / guess)[:, None]
-        error = acc - _target(x0_ptr, p_ptr, q_ptr, seed_ptr, columns_ptr, row, first, image, start, count, inside, rows, grid_columns,
-                              stride_xn, stride_xc, stride_xh, stride_xw, LAYOUT, PATCH, DIM, BLOCK_D)
+        error = acc - _target(x0_ptr, x0_factor_ptr, eps_factor_ptr, seed_ptr, columns_ptr, row, first, image, start,
+                              count, inside, rows, grid_columns, stride_xn, stride_xc, stride_xh, stride_xw, LAYOUT,
+                              PATCH, DIM, BLOCK_D)
         if BASE:
             error += tl.load(base_ptr + of_image, mask=valid, other=0.0)
         error = tl.where(valid, error, 0.0)
@@ -136,21 +148,25 @@ def _head_loss_fwd(x_ptr, places_ptr, scale_ptr, weight_ptr, base_ptr, ws_ptr, x
 def _head(weight_ptr, first, cols, C: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """A tile (BLOCK_D, BLOCK_C) of the weight."""
     d = first + tl.arange(0, BLOCK_D)
-    return tl.load(weight_ptr + d[:, None].to(tl.int64) * C + cols[None, :], mask=(d < DIM)[:, None] & (cols < C)[None, :], other=0.0)
+    return tl.load(weight_ptr + d[:, None].to(tl.int64) * C + cols[None, :],
+                   mask=(d < DIM)[:, None] & (cols < C)[None, :], other=0.0)
 
 
 @triton.jit
 def _error_rows(error_ptr, row, first, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """A tile (R, BLOCK_D) of prediction - target, 0 outside."""
     d = first + tl.arange(0, BLOCK_D)
-    return tl.load(error_ptr + row[:, None].to(tl.int64) * DIM + d[None, :], mask=inside[:, None] & (d < DIM)[None, :], other=0.0)
+    return tl.load(error_ptr + row[:, None].to(tl.int64) * DIM + d[None, :], mask=inside[:, None] & (d < DIM)[None, :],
+                   other=0.0)
 
 
 @triton.jit(do_not_specialize=["images", "rows", "steps", "tokens", "span"])
 def _head_loss_bwd(k_ptr, ratio_ptr, x_ptr, places_ptr, scale_ptr, weight_ptr, offsets_ptr, error_ptr, statistics_ptr,
-                   dx_ptr, parts_ptr, base_parts_ptr, dweight_ptr, images, rows, steps, tokens, span, stride_xs, stride_cn,
-                   C: tl.constexpr, CENTER: tl.constexpr, HIDDEN: tl.constexpr, SCALE: tl.constexpr, WEIGHT: tl.constexpr, BASE: tl.constexpr,
-                   DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+                   dx_ptr, parts_ptr, base_parts_ptr, dweight_ptr, images, rows, steps, tokens, span, stride_xs,
+                   stride_cn,
+                   C: tl.constexpr, CENTER: tl.constexpr, HIDDEN: tl.constexpr, SCALE: tl.constexpr,
+                   WEIGHT: tl.constexpr, BASE: tl.constexpr, DIM: tl.constexpr, BLOCK_R: tl.constexpr,
+                   BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
     cols, chunk = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), tl.program_id(1)
     first = tl.program_id(2) * BLOCK_D
     d = first + tl.arange(0, BLOCK_D)
@@ -179,16 +195,20 @@ def _head_loss_bwd(k_ptr, ratio_ptr, x_ptr, places_ptr, scale_ptr, weight_ptr, o
             xhat = tl.where(valid, xhat * rstd[:, None], 0.0)
             error = _error_rows(error_ptr, row, first, inside, DIM, BLOCK_D)
             if WEIGHT:
-                dweight = tl.dot(tl.trans(error), (xhat * (scale * ratio)[None, :]).to(error.dtype), dweight, input_precision=PRECISION)
+                dweight = tl.dot(tl.trans(error), (xhat * (scale * ratio)[None, :]).to(error.dtype), dweight,
+                                 input_precision=PRECISION)
             if HIDDEN or SCALE:  # then there is one tile of D, or the others come here: first is 0
                 dy = tl.dot(error, weight, input_precision=PRECISION)
                 for other in range(BLOCK_D, DIM, BLOCK_D):
                     dy = tl.dot(_error_rows(error_ptr, row, other, inside, DIM, BLOCK_D),
-                                _head(weight_ptr, other, cols, C, DIM, BLOCK_D).to(weight.dtype), dy, input_precision=PRECISION)
+                                _head(weight_ptr, other, cols, C, DIM, BLOCK_D).to(weight.dtype), dy,
+                                input_precision=PRECISION)
                 if SCALE:
                     dscale += dy * xhat
                 if HIDDEN:
-                    dx = dy * scale[None, :] - xhat * tl.load(statistics_ptr + plane + row, mask=inside, other=0.0)[:, None]
+                    dx = dy * scale[None, :] - xhat * tl.load(
+                        statistics_ptr + plane + row, mask=inside, other=0.0
+                    )[:, None]
                     if CENTER:
                         dx -= tl.load(statistics_ptr + 3 * plane + row, mask=inside, other=0.0)[:, None]
                     dx *= (k * rstd)[:, None]
@@ -203,24 +223,30 @@ def _head_loss_bwd(k_ptr, ratio_ptr, x_ptr, places_ptr, scale_ptr, weight_ptr, o
                 dbase += _error_rows(error_ptr, row, first, row < stop, DIM, BLOCK_D).to(tl.float32)
             tl.store(base_parts_ptr + slot * DIM + d, k * tl.sum(dbase, 0), mask=d < DIM)
     if WEIGHT:
-        tl.store(dweight_ptr + (chunk.to(tl.int64) * DIM + d[:, None]) * C + cols[None, :], dweight, mask=(d < DIM)[:, None] & (cols < C)[None, :])
+        tl.store(dweight_ptr + (chunk.to(tl.int64) * DIM + d[:, None]) * C + cols[None, :], dweight,
+                 mask=(d < DIM)[:, None] & (cols < C)[None, :])
 
 
-def forward(hidden: Tensor, places: Tensor, scale: Tensor, weight: Tensor, base: Tensor | None, x0: Tensor, p: Tensor, q: Tensor,
-            loss_weight: Tensor | None, seed: Tensor, offsets: Tensor | None, columns: Tensor | None, channels: int, patch: int, eps: float,
-            center: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each image's loss (N,), the error (P, D) in hidden's dtype and, (2 or 4, P), 1 / std, along and, of a layer norm, mean and level."""
+def forward(
+    hidden: Tensor, places: Tensor, scale: Tensor, weight: Tensor, base: Tensor | None, x0: Tensor, x0_factor: Tensor,
+    eps_factor: Tensor, loss_weight: Tensor | None, seed: Tensor, offsets: Tensor | None, columns: Tensor | None,
+    channels: int, patch: int, eps: float, center: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each image's loss (N,), the error (P, D) in hidden's dtype, and the patches' statistics (2 or 4, P).
+
+    The statistics are 1 / std and along, and of a layer norm also mean and level.
+    """
     rows, (dim, width) = len(places), weight.shape
-    loss, error = p.new_empty(p.shape), hidden.new_empty(rows, dim)
+    loss, error = x0_factor.new_empty(x0_factor.shape), hidden.new_empty(rows, dim)
     statistics = hidden.new_empty(4 if center else 2, rows, dtype=torch.float32)
     if loss.numel() == 0 or rows * dim == 0:
         return loss.zero_(), error.zero_(), statistics.zero_()
-    hidden, scale, weight = _columns(hidden), _columns(scale), weight.contiguous()
-    places, base, x0, p, q = dense(places, base, x0, p, q)
+    hidden, scale, weight = columns_together(hidden), columns_together(scale), weight.contiguous()
+    places, base, x0, x0_factor, eps_factor = dense(places, base, x0, x0_factor, eps_factor)
     loss_weight, seed, offsets, columns = dense(loss_weight, seed, offsets, columns)
     with torch.autocast(hidden.device.type, enabled=False):
-        ws = (1 + scale.float()) @ weight.to(hidden.dtype).float().T if center else p
-    sums = p.new_empty(rows)
+        ws = (1 + scale.float()) @ weight.to(hidden.dtype).float().T if center else x0_factor
+    sums = x0_factor.new_empty(rows)
     pointers, numbers, constants = geometry(x0, offsets, columns, patch)
     launch = config(FORWARD, hidden.element_size())
     _head_loss_fwd[(triton.cdiv(rows, launch.block_m),)](
@@ -228,17 +254,17 @@ def forward(hidden: Tensor, places: Tensor, scale: Tensor, weight: Tensor, base:
         places,
         scale,
         weight,
-        p if base is None else base,
+        x0_factor if base is None else base,
         ws,
         x0,
-        p,
-        q,
+        x0_factor,
+        eps_factor,
         seed,
         *pointers,
         error,
         statistics,
         sums,
-        len(p),
+        len(x0_factor),
         rows,
         *numbers,
         len(hidden),
@@ -257,24 +283,27 @@ def forward(hidden: Tensor, places: Tensor, scale: Tensor, weight: Tensor, base:
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
-    _diffusion_loss_images[(len(p),)](sums, p if loss_weight is None else loss_weight, pointers[0], loss, _tokens(x0, patch), SEARCH=offsets is not None,
-                                      WEIGHT=loss_weight is not None, DIM=dim, BLOCK=BLOCK, num_warps=4)
+    _diffusion_loss_images[(len(x0_factor),)](sums, x0_factor if loss_weight is None else loss_weight, pointers[0],
+                                              loss, rows_of_one_size(x0, patch), SEARCH=offsets is not None,
+                                              WEIGHT=loss_weight is not None, DIM=dim, BLOCK=BLOCK, num_warps=4)
     return loss, error, statistics
 
 
-def backward(dloss: Tensor, hidden: Tensor, places: Tensor, scale: Tensor, weight: Tensor, loss_weight: Tensor | None, offsets: Tensor | None,
-             error: Tensor, statistics: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(
+    dloss: Tensor, hidden: Tensor, places: Tensor, scale: Tensor, weight: Tensor, loss_weight: Tensor | None,
+    offsets: Tensor | None, error: Tensor, statistics: Tensor, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, scale, weight and base, empty where not `wanted`."""
     images, rows, (dim, width) = len(dloss), len(places), weight.shape
     of_hidden, of_scale, of_weight, of_base = wanted
     dhidden = hidden.new_zeros(hidden.shape if of_hidden else 0)
     if images * rows * dim == 0:
-        return (dhidden, scale.new_zeros(scale.shape if of_scale else 0), weight.new_zeros(weight.shape if of_weight else 0),
-                dloss.new_zeros((images, dim) if of_base else 0))
-    hidden, scale, weight = _columns(hidden), _columns(scale), weight.contiguous()
+        return (dhidden, scale.new_zeros(scale.shape if of_scale else 0),
+                weight.new_zeros(weight.shape if of_weight else 0), dloss.new_zeros((images, dim) if of_base else 0))
+    hidden, scale, weight = columns_together(hidden), columns_together(scale), weight.contiguous()
     dloss, places, loss_weight = dense(dloss, places, loss_weight)
     offsets, error, statistics = dense(offsets, error, statistics)
-    counts = _counts(offsets, images, rows, dloss.device)
+    counts = rows_per_image(offsets, images, rows, dloss.device)
     k = dloss * 2 / (counts.clamp(min=1) * dim) * (1 if loss_weight is None else loss_weight)
     # of an image without rows they may hold anything
     k = torch.where(counts > 0, k, 0)
@@ -283,19 +312,28 @@ def backward(dloss: Tensor, hidden: Tensor, places: Tensor, scale: Tensor, weigh
     launch, constants = config(BACKWARD, hidden.element_size()), tile(dim, hidden.element_size())
     count, span = chunks(rows, dim, width, hidden.element_size())
     slots = count + images + 2
-    parts, base_parts = dloss.new_empty((slots, width) if of_scale else 0), dloss.new_empty((slots, dim) if of_base else 0)
+    parts, base_parts = (dloss.new_empty((slots, width) if of_scale else 0),
+                         dloss.new_empty((slots, dim) if of_base else 0))
     dweight = dloss.new_empty((count, dim, width) if of_weight else 0)
-    layers, flags = triton.cdiv(dim, constants["BLOCK_D"]), {"HIDDEN": of_hidden, "SCALE": of_scale, "WEIGHT": of_weight, "BASE": of_base}
+    layers, flags = (triton.cdiv(dim, constants["BLOCK_D"]),
+                     {"HIDDEN": of_hidden, "SCALE": of_scale, "WEIGHT": of_weight, "BASE": of_base})
     off = dict.fromkeys(flags, False)
-    rounds = [(1, flags)] if layers == 1 else [(1, off | {n: flags[n] for n in ("HIDDEN", "SCALE")}), (layers, off | {n: flags[n] for n in ("WEIGHT", "BASE")})]
+    rounds = ([(1, flags)]
+              if layers == 1
+              else [(1, off | {n: flags[n] for n in ("HIDDEN", "SCALE")}),
+                    (layers, off | {n: flags[n] for n in ("WEIGHT", "BASE")})])
     for depth, part in rounds:
         if any(part.values()):
             _head_loss_bwd[(triton.cdiv(width, launch.block_n), count, depth)](
-                k, k / top, hidden, places, scale, weight, offsets, error, statistics, dhidden, parts, base_parts, dweight, images, rows,
-                len(offsets).bit_length(), len(hidden), span, hidden.stride(0), scale.stride(0), C=width, CENTER=len(statistics) == 4, **part, **constants,
-                BLOCK_R=launch.block_m, BLOCK_C=launch.block_n, PRECISION=dot_precision(hidden), num_warps=launch.num_warps, num_stages=launch.num_stages)
+                k, k / top, hidden, places, scale, weight, offsets, error, statistics, dhidden, parts, base_parts,
+                dweight, images, rows,
+                len(offsets).bit_length(), len(hidden), span, hidden.stride(0), scale.stride(0), C=width,
+                CENTER=len(statistics) == 4, **part, **constants,
+                BLOCK_R=launch.block_m, BLOCK_C=launch.block_n, PRECISION=dot_precision(hidden),
+                num_warps=launch.num_warps, num_stages=launch.num_stages)
     starts = torch.cat([offsets[:1], offsets])
-    dscale, dbase = (_of_images(x, starts, images, span) if wanted else x for x, wanted in ((parts, of_scale), (base_parts, of_base)))
+    dscale, dbase = (_of_images(x, starts, images, span) if wanted else x
+                     for x, wanted in ((parts, of_scale), (base_parts, of_base)))
     dweight = dweight.sum(0) * top if of_weight else dweight
     return dhidden, dscale.to(scale.dtype, copy=True), dweight.to(weight.dtype), dbase.clone()
 
@@ -305,5 +343,6 @@ def _of_images(parts: Tensor, starts: Tensor, images: int, span: int) -> Tensor:
     width = parts.shape[1]
     sums = parts.new_empty(images + 1, width)
     _norm_bwd_images[(images + 1, triton.cdiv(width, IMAGES.block_n), 1)](
-        parts, starts, sums, images, span, len(parts), C=width, BLOCK_M=IMAGES.block_m, BLOCK=IMAGES.block_n, num_warps=IMAGES.num_warps)
+        parts, starts, sums, images, span, len(parts), C=width, BLOCK_M=IMAGES.block_m, BLOCK=IMAGES.block_n,
+        num_warps=IMAGES.num_warps)
     return sums[1:]

@@ -1,14 +1,17 @@
-"""Kernels of the modulated norms and gated residuals (`tfkernels.norm`): one forward, one backward, a segmented sum; no atomics.
+"""Kernels of the modulated norms and gated residuals (`tfkernels.norm`): a forward, a backward, a segmented sum.
 
-Forward is one program per token: gate, add, statistics, normalise, modulate; a row wider than WIDEST_FORWARD is read in blocks, once per
-statistic. Backward walks the tokens sorted by image, `rows` to a program, and adds up three rows in registers,
+Forward is one program per token: gate, add, statistics, normalise, modulate. A row wider than WIDEST_FORWARD is read in
+blocks, once per statistic.
 
-    a = sum dy * xhat,   b = sum dy,   g = sum dresidual * branch,
+Backward walks the tokens sorted by image, `rows` of them per program, and adds up three rows in registers:
 
-which it writes when the image changes: into row block + image + 1 of `parts`. Both terms only grow along the sorted tokens and one
-of them at each write, so no two writes meet, and programs + N + 2 rows always suffice. `_norm_bwd_images` then sums each image's rows in
-order. What is left (dscale = weight a + bias b, dweight = sum over images (1 + scale) a, ...) is arithmetic on (N + 1, C).
-A row wider than WIDEST_BACKWARD has its two means taken first (`_norm_bwd_means`) and is then split between programs.
+    a = sum dy * xhat,   b = sum dy,   g = sum dresidual * branch
+
+It writes them when the image changes, into row program + image + 1 of `parts`. Along the sorted tokens both terms only
+grow, and one of them grows at each write. So no two writes meet, and programs + N + 2 rows suffice. `_norm_bwd_images`
+then sums each image's rows in order. What is left (dscale = weight a + bias b, dweight = sum over images (1 + scale) a,
+...) is arithmetic on (N + 1, C). A row wider than WIDEST_BACKWARD has its two means taken first (`_norm_bwd_means`) and
+is then split between programs. There are no atomics.
 """
 import torch
 import triton
@@ -18,13 +21,15 @@ from torch import Tensor
 from tfkernels._launch import Config
 from tfkernels._library import INTERPRET
 
-WIDEST_FORWARD = 64 if INTERPRET else 8192   # columns that one block holds; small in the interpreter, so that tests reach the loops
+# columns that one block holds; small in the interpreter, so that tests reach the loops
+WIDEST_FORWARD = 64 if INTERPRET else 8192
 WIDEST_BACKWARD = 64 if INTERPRET else 4096
-PROGRAMS = 1024                              # of the backward kernel at most, and so of rows of partial sums; fixed: the sums' order is, too
+PROGRAMS = 1024  # of the backward kernel at most, and so of rows of partial sums; fixed: the sums' order is, too
 FEWEST_ROWS = 3 if INTERPRET else 8          # tokens of one of them at least
 IMAGES = Config(32, 64, 4, 3)                # rows and columns of partial sums read together
 FORWARD_WARPS = {64: 1, 128: 1, 256: 1, 512: 2, 1024: 4, 2048: 4, 4096: 8, 8192: 16}  # by the block of columns
-BACKWARD_WARPS = {64: 1, 128: 1, 256: 1, 512: 1, 1024: 2, 2048: 4, 4096: 16}           # twice as many of 512, 1024, half as many of 4096 spill
+# twice as many of 512, 1024, half as many of 4096 spill
+BACKWARD_WARPS = {64: 1, 128: 1, 256: 1, 512: 1, 1024: 2, 2048: 4, 4096: 16}
 
 
 def forward_config(width: int) -> Config:
@@ -42,7 +47,9 @@ def backward_config(width: int) -> Config:
 @triton.jit
 def _of_image(ptr, n, images, stride, cols, text, C: tl.constexpr):
     """Row n of a table (images, C) in float32; `text` for a token of no image."""
-    return tl.load(ptr + n * stride + cols, mask=cols < tl.where((n >= 0) & (n < images), C, 0), other=text).to(tl.float32)
+    return tl.load(
+        ptr + n * stride + cols, mask=cols < tl.where((n >= 0) & (n < images), C, 0), other=text
+    ).to(tl.float32)
 
 
 @triton.jit
@@ -70,11 +77,12 @@ def _modulate(y_ptr, xhat, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, images
 
 
 @triton.jit(do_not_specialize=["images"])
-def _norm_fwd(x_ptr, branch_ptr, gate_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, index_ptr, out_ptr, y_ptr, mean_ptr, rstd_ptr,
-              images, eps, stride_xs, stride_bs, stride_gn, stride_cn, stride_fn, C: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr,
-              CENTER: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
+def _norm_fwd(x_ptr, branch_ptr, gate_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, image_ids_ptr, out_ptr, y_ptr,
+              mean_ptr, rstd_ptr, images, eps, stride_xs, stride_bs, stride_gn, stride_cn, stride_fn,
+              C: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr,
+              BIAS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    n = tl.load(index_ptr + row).to(tl.int64)
+    n = tl.load(image_ids_ptr + row).to(tl.int64)
     x_ptr += row * stride_xs
     branch_ptr += row * stride_bs
     out_ptr += row * C
@@ -92,7 +100,8 @@ def _norm_fwd(x_ptr, branch_ptr, gate_ptr, weight_ptr, bias_ptr, scale_ptr, shif
                 mean = tl.sum(x) / C
                 x = tl.where(inside, x - mean, 0.0)
             rstd = tl.where(n < images, tl.rsqrt(tl.sum(x * x) / C + eps), float("nan"))
-            _modulate(y_ptr, x * rstd, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, images, stride_cn, stride_fn, cols, inside, C, WEIGHT, BIAS, SHIFT)
+            _modulate(y_ptr, x * rstd, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, images, stride_cn, stride_fn,
+                      cols, inside, C, WEIGHT, BIAS, SHIFT)
     else:
         total = tl.zeros([BLOCK], tl.float32)
         for start in range(0, C, BLOCK):
@@ -110,15 +119,17 @@ def _norm_fwd(x_ptr, branch_ptr, gate_ptr, weight_ptr, bias_ptr, scale_ptr, shif
                 for start in range(0, C, BLOCK):
                     cols = start + tl.arange(0, BLOCK)
                     inside = cols < C
-                    x = _stream(x_ptr, branch_ptr, gate_ptr, n, images, stride_gn, cols, inside, C, GATED).to(tl.float32)
+                    x = _stream(
+                        x_ptr, branch_ptr, gate_ptr, n, images, stride_gn, cols, inside, C, GATED
+                    ).to(tl.float32)
                     total += tl.where(inside, (x - mean) * (x - mean), 0.0)
             rstd = tl.where(n < images, tl.rsqrt(tl.sum(total) / C + eps), float("nan"))
             for start in range(0, C, BLOCK):
                 cols = start + tl.arange(0, BLOCK)
                 inside = cols < C
                 x = _stream(x_ptr, branch_ptr, gate_ptr, n, images, stride_gn, cols, inside, C, GATED).to(tl.float32)
-                _modulate(y_ptr, (x - mean) * rstd, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, images, stride_cn, stride_fn, cols, inside,
-                          C, WEIGHT, BIAS, SHIFT)
+                _modulate(y_ptr, (x - mean) * rstd, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, images, stride_cn,
+                          stride_fn, cols, inside, C, WEIGHT, BIAS, SHIFT)
     if NORM:
         tl.store(rstd_ptr + row, rstd)
         if CENTER:
@@ -126,7 +137,8 @@ def _norm_fwd(x_ptr, branch_ptr, gate_ptr, weight_ptr, bias_ptr, scale_ptr, shif
 
 
 @triton.jit
-def _normed(dy_ptr, x_ptr, weight_ptr, scale_ptr, n, images, stride_cn, mean, rstd, cols, inside, C: tl.constexpr, WEIGHT: tl.constexpr):
+def _normed(dy_ptr, x_ptr, weight_ptr, scale_ptr, n, images, stride_cn, mean, rstd, cols, inside,
+            C: tl.constexpr, WEIGHT: tl.constexpr):
     """dy, xhat and the gradient of xhat, in float32, 0 behind the row's end."""
     dy = tl.load(dy_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     xhat = tl.where(inside, (tl.load(x_ptr + cols, mask=inside, other=0.0).to(tl.float32) - mean) * rstd, 0.0)
@@ -137,17 +149,18 @@ def _normed(dy_ptr, x_ptr, weight_ptr, scale_ptr, n, images, stride_cn, mean, rs
 
 
 @triton.jit(do_not_specialize=["images", "tokens"])
-def _norm_bwd_means(dy_ptr, x_ptr, weight_ptr, scale_ptr, index_ptr, mean_ptr, rstd_ptr, means_ptr, images, tokens, stride_ds, stride_xs, stride_cn,
+def _norm_bwd_means(dy_ptr, x_ptr, weight_ptr, scale_ptr, image_ids_ptr, mean_ptr, rstd_ptr, means_ptr, images, tokens,
+                    stride_ds, stride_xs, stride_cn,
                     C: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    n = tl.load(index_ptr + row).to(tl.int64)
+    n = tl.load(image_ids_ptr + row).to(tl.int64)
     rstd = tl.load(rstd_ptr + row)
     mean = tl.load(mean_ptr + row) if CENTER else 0.0
     along, level = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(0, C, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        _, xhat, dxhat = _normed(dy_ptr + row * stride_ds, x_ptr + row * stride_xs, weight_ptr, scale_ptr, n, images, stride_cn, mean, rstd,
-                                 cols, cols < C, C, WEIGHT)
+        _, xhat, dxhat = _normed(dy_ptr + row * stride_ds, x_ptr + row * stride_xs, weight_ptr, scale_ptr, n, images,
+                                 stride_cn, mean, rstd, cols, cols < C, C, WEIGHT)
         along += dxhat * xhat
         level += dxhat
     tl.store(means_ptr + row, tl.sum(along) / C)
@@ -156,7 +169,8 @@ def _norm_bwd_means(dy_ptr, x_ptr, weight_ptr, scale_ptr, index_ptr, mean_ptr, r
 
 
 @triton.jit
-def _write_parts(parts_ptr, slot, plane, a, b, g, cols, inside, C: tl.constexpr, NORM: tl.constexpr, LEVEL: tl.constexpr, GATED: tl.constexpr):
+def _write_parts(parts_ptr, slot, plane, a, b, g, cols, inside,
+                 C: tl.constexpr, NORM: tl.constexpr, LEVEL: tl.constexpr, GATED: tl.constexpr):
     parts_ptr += slot * C + cols
     if NORM:
         tl.store(parts_ptr, a, mask=inside)
@@ -167,20 +181,21 @@ def _write_parts(parts_ptr, slot, plane, a, b, g, cols, inside, C: tl.constexpr,
 
 
 @triton.jit(do_not_specialize=["images", "tokens", "rows", "slots"])
-def _norm_bwd(dy_ptr, dout_ptr, x_ptr, branch_ptr, gate_ptr, weight_ptr, scale_ptr, index_ptr, order_ptr, mean_ptr, rstd_ptr, means_ptr,
-              dx_ptr, dbranch_ptr, parts_ptr, images, tokens, rows, slots, stride_ds, stride_os, stride_xs, stride_bs, stride_gn, stride_cn,
-              C: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr, LEVEL: tl.constexpr,
-              BLOCK: tl.constexpr):
+def _norm_bwd(dy_ptr, dout_ptr, x_ptr, branch_ptr, gate_ptr, weight_ptr, scale_ptr, image_ids_ptr, order_ptr, mean_ptr,
+              rstd_ptr, means_ptr, dx_ptr, dbranch_ptr, parts_ptr, images, tokens, rows, slots, stride_ds, stride_os,
+              stride_xs, stride_bs, stride_gn, stride_cn,
+              C: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr,
+              LEVEL: tl.constexpr, BLOCK: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < C
     first = program * rows
     plane = slots.to(tl.int64) * C
-    current = tl.load(index_ptr + first).to(tl.int64)
+    current = tl.load(image_ids_ptr + first).to(tl.int64)
     a, b, g = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for i in range(first, tl.minimum(first + rows, tokens)):
         row = tl.load(order_ptr + i).to(tl.int64)
-        n = tl.load(index_ptr + i).to(tl.int64)
+        n = tl.load(image_ids_ptr + i).to(tl.int64)
         if n != current:
             _write_parts(parts_ptr, program + current + 1, plane, a, b, g, cols, inside, C, NORM, LEVEL, GATED)
             a, b, g = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
@@ -189,8 +204,8 @@ def _norm_bwd(dy_ptr, dout_ptr, x_ptr, branch_ptr, gate_ptr, weight_ptr, scale_p
         if NORM:
             rstd = tl.load(rstd_ptr + row)
             mean = tl.load(mean_ptr + row) if CENTER else 0.0
-            dy, xhat, dxhat = _normed(dy_ptr + row * stride_ds, x_ptr + row * stride_xs, weight_ptr, scale_ptr, n, images, stride_cn, mean, rstd,
-                                      cols, inside, C, WEIGHT)
+            dy, xhat, dxhat = _normed(dy_ptr + row * stride_ds, x_ptr + row * stride_xs, weight_ptr, scale_ptr, n,
+                                      images, stride_cn, mean, rstd, cols, inside, C, WEIGHT)
             a += dy * xhat
             if LEVEL:
                 b += dy
@@ -210,8 +225,9 @@ def _norm_bwd(dy_ptr, dout_ptr, x_ptr, branch_ptr, gate_ptr, weight_ptr, scale_p
 
 
 @triton.jit(do_not_specialize=["images", "rows", "slots"])
-def _norm_bwd_images(parts_ptr, starts_ptr, sums_ptr, images, rows, slots, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum the rows of `parts` that belong to text (program 0) or image n (program n + 1), in the order of the programs that wrote them."""
+def _norm_bwd_images(parts_ptr, starts_ptr, sums_ptr, images, rows, slots,
+                     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum the rows of `parts` of text (program 0) or image n (program n + 1), in the order of who wrote them."""
     image, kind = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < C
@@ -222,25 +238,32 @@ def _norm_bwd_images(parts_ptr, starts_ptr, sums_ptr, images, rows, slots, C: tl
     total = tl.zeros([BLOCK_M, BLOCK], tl.float32)
     for at in range(first, last, BLOCK_M):
         program = at + tl.arange(0, BLOCK_M)
-        total += tl.load(parts_ptr + (program + image)[:, None] * C + cols[None, :], mask=(program < last)[:, None] & inside[None, :], other=0.0)
+        total += tl.load(parts_ptr + (program + image)[:, None] * C + cols[None, :],
+                         mask=(program < last)[:, None] & inside[None, :], other=0.0)
     tl.store(sums_ptr + (kind * (images + 1) + image) * C + cols, tl.sum(total, 0), mask=inside)
 
 
-def forward(x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
-            shift: Tensor | None, index: Tensor, eps: float, center: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return out = x + gate branch, its modulated norm, mean and 1 / std; without `branch` no out, without `scale` no norm: empty instead."""
+def forward(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    scale: Tensor | None, shift: Tensor | None, image_ids: Tensor, eps: float, center: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return out = x + gate branch, its modulated norm, mean and 1 / std.
+
+    Without `branch` there is no out, and without `scale` no norm: empty tensors instead.
+    """
     gated, norm = branch is not None, scale is not None
-    width, tokens, table = x.shape[-1], index.numel(), scale if norm else gate
+    width, tokens, table = x.shape[-1], image_ids.numel(), scale if norm else gate
     out, y = (x.new_empty(x.shape if wanted else 0) for wanted in (gated, norm))
-    rstd, mean = (x.new_empty(index.shape if wanted else 0, dtype=torch.float32) for wanted in (norm, norm and center))
+    rstd, mean = (x.new_empty(image_ids.shape if wanted else 0, dtype=torch.float32)
+                  for wanted in (norm, norm and center))
     if tokens:
         x, branch = _rows(x), _rows(branch)
-        gate, scale, shift = (_columns(t) for t in (gate, scale, shift))
+        gate, scale, shift = (columns_together(t) for t in (gate, scale, shift))
         launch = forward_config(width)
         _norm_fwd[(tokens,)](
             x,
             *_or(x, branch, gate, _vector(weight), _vector(bias), scale, shift),
-            index.reshape(-1).contiguous(),
+            image_ids.reshape(-1).contiguous(),
             out,
             y,
             mean,
@@ -262,12 +285,17 @@ def forward(x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tenso
     return out, y, mean, rstd
 
 
-def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, scale: Tensor | None,
-             index: Tensor, mean: Tensor, rstd: Tensor, center: bool, level: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return dx, dbranch and the sums a, b (with `level`), g in float32, each (N + 1, C), text first; x is what the norm saw."""
+def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor | None, gate: Tensor | None,
+             weight: Tensor | None, scale: Tensor | None, image_ids: Tensor, mean: Tensor, rstd: Tensor, center: bool,
+             level: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return dx, dbranch and the sums a, b (with `level`) and g in float32, each (N + 1, C), text first.
+
+    x is what the norm saw.
+    """
     gated, norm = branch is not None, scale is not None
-    width, tokens, images = x.shape[-1], index.numel(), (scale if norm else gate).shape[0]
-    dx, dbranch = x.new_empty(x.shape if norm else 0), x.new_empty(x.shape, dtype=branch.dtype) if gated else x.new_empty(0)
+    width, tokens, images = x.shape[-1], image_ids.numel(), (scale if norm else gate).shape[0]
+    dx, dbranch = (x.new_empty(x.shape if norm else 0),
+                   x.new_empty(x.shape, dtype=branch.dtype) if gated else x.new_empty(0))
     kinds = norm + (norm and level) + gated
     sums = x.new_empty(kinds, images + 1, width, dtype=torch.float32)
     if not tokens:
@@ -275,34 +303,41 @@ def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor |
     rows = max(FEWEST_ROWS, triton.cdiv(tokens, PROGRAMS))
     programs = triton.cdiv(tokens, rows)
     slots = programs + images + 2
-    index = index.reshape(-1)
-    ordered, order = index.clamp(-1, images).sort(stable=True)
-    starts = torch.searchsorted(ordered, torch.arange(-1, images + 1, device=index.device, dtype=index.dtype), out_int32=True)
+    image_ids = image_ids.reshape(-1)
+    ordered, order = image_ids.clamp(-1, images).sort(stable=True)
+    starts = torch.searchsorted(ordered, torch.arange(-1, images + 1, device=image_ids.device, dtype=image_ids.dtype),
+                                out_int32=True)
     parts = x.new_empty(kinds, slots, width, dtype=torch.float32)
     dy, dout, x, branch = (_rows(t) for t in (dy, dout, x, branch))
-    gate, scale, weight, mean, rstd = _columns(gate), _columns(scale), _vector(weight), _vector(mean), _vector(rstd)
+    gate, scale, weight, mean, rstd = (columns_together(gate), columns_together(scale), _vector(weight), _vector(mean),
+                                       _vector(rstd))
     launch = backward_config(width)
     options = {"BLOCK": launch.block_n, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
     means = rstd
     if norm and width > launch.block_n:
         means = x.new_empty(1 + center, tokens, dtype=torch.float32)
-        _norm_bwd_means[(tokens,)](dy, x, *_or(x, weight), scale, index, mean, rstd, means, images, tokens, _stride(dy), _stride(x), _stride(scale),
-                                   C=width, CENTER=center, WEIGHT=weight is not None, **options)
+        _norm_bwd_means[(tokens,)](dy, x, *_or(x, weight), scale, image_ids, mean, rstd, means, images, tokens,
+                                   _stride(dy), _stride(x), _stride(scale), C=width, CENTER=center,
+                                   WEIGHT=weight is not None, **options)
     _norm_bwd[(programs, triton.cdiv(width, launch.block_n))](
-        *_or(x, dy, dout, x, branch, gate, weight, scale), ordered, order, mean, rstd, means, dx, dbranch, parts, images, tokens, rows, slots,
-        *(_stride(t) for t in (dy, dout, x, branch, gate, scale)), C=width, GATED=gated, NORM=norm, CENTER=center, WEIGHT=weight is not None,
+        *_or(x, dy, dout, x, branch, gate, weight, scale), ordered, order, mean, rstd, means, dx, dbranch, parts,
+        images, tokens, rows, slots,
+        *(_stride(t) for t in (dy, dout, x, branch, gate, scale)), C=width, GATED=gated, NORM=norm, CENTER=center,
+        WEIGHT=weight is not None,
         LEVEL=norm and level, **options)
     _norm_bwd_images[(images + 1, triton.cdiv(width, IMAGES.block_n), kinds)](
-        parts, starts, sums, images, rows, slots, C=width, BLOCK_M=IMAGES.block_m, BLOCK=IMAGES.block_n, num_warps=IMAGES.num_warps)
+        parts, starts, sums, images, rows, slots, C=width, BLOCK_M=IMAGES.block_m, BLOCK=IMAGES.block_n,
+        num_warps=IMAGES.num_warps)
     return dx, dbranch, list(sums)
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
     """View (..., C) as (T, C) with the columns side by side; a copy only where the strides allow no such view."""
-    return x if x is None else _columns(x.reshape(-1, x.shape[-1]))
+    return x if x is None else columns_together(x.reshape(-1, x.shape[-1]))
 
 
-def _columns(x: Tensor | None) -> Tensor | None:
+def columns_together(x: Tensor | None) -> Tensor | None:
+    """Return x with its columns side by side; a copy only where they are not."""
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 

@@ -1,7 +1,7 @@
-"""Pictures to train an autoencoder on: those of a data set, or the files of a folder, read when they are asked for.
+"""Picture files: how one is read, and a folder of them as a data set without captions, to train an autoencoder on.
 
-Both are indexed alike: `len(pictures)`, `pictures.shape` (N, C, H, W) and `pictures[indices]`, float32 (n, C, H, W) in [-1, 1].
-One file of a folder in ten is held out, chosen by its name, so that new files move no old one.
+One file of a folder in ten is held out, chosen by its name, so that new files move no old one. The others are read when they
+are asked for.
 """
 import struct
 import zlib
@@ -16,52 +16,65 @@ from PIL import ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from transfusion.data.batches import DATASETS
+from transfusion.data.dataset import SPLITS, DatasetSettings, PictureDataset, Pictures
 from transfusion.settings import Count, check
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-SPLITS = ("train", "held-out")
 UNREADABLE = (  # what Pillow raises of bad files
     OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, EOFError, MemoryError,
     NotImplementedError, struct.error, zlib.error, Picture.DecompressionBombError)
 
 
 @dataclass(frozen=True)
-class PictureSettings:
-    """Where pictures come from."""
+class PictureFolderSettings(DatasetSettings):
+    """The picture files of a folder, without captions: for `transfusion vae train` and `transfusion vae eval`."""
 
-    name: str = "digits"
-    """the data set, where there is no folder; see DATASETS in transfusion/data/batches.py"""
     folder: Path | None = None
-    """a folder of picture files, with those in folders inside it, in place of the data set; one in ten is held out"""
+    """a folder of picture files, with those in folders inside it; one in ten is held out"""
     size: Count = 32
-    """side that a folder's pictures are cropped and resized to; a data set's stay as they are"""
+    """side that pictures are cropped and resized to"""
     channels: Count = 3
-    """of a folder's pictures: 3, colour, or 1, grey"""
+    """of the pictures: 3, colour, or 1, grey"""
+
+    name = "folder"
+
+    def open(self, split: str = "train") -> PictureDataset:
+        """As `DatasetSettings.open`."""
+        check("PictureFolder", self)
+        return PictureDataset(PictureFolder(self, split))
+
+    def directories(self) -> dict[str, Path | None]:
+        """As `DatasetSettings.directories`."""
+        return super().directories() | {"folder": self.folder}
 
 
 class PictureFolder:
-    """The picture files of one split of a folder, each cropped to its central square and resized (Lanczos); transparent parts become white.
+    """The picture files of one split of a folder, each cropped to its central square and resized (Lanczos).
 
-    Files that cannot be read are left out at the start and counted (`skipped`); one that breaks later is replaced by
-    the next.
+    Transparent parts become white. Files that cannot be read are left out at the start and counted (`skipped`); one that
+    breaks later is replaced by the next.
     """
 
-    def __init__(self, settings: PictureSettings, split: str = "train"):
-        if not settings.folder.is_dir():
-            raise ValueError(f"PictureFolder: folder is {str(settings.folder)!r}, which is no directory; one with picture files fits")
+    def __init__(self, settings: PictureFolderSettings, split: str = "train"):
+        self.settings, folder = settings, settings.folder
+        if folder is None or not folder.is_dir():
+            raise ValueError(f"PictureFolder: folder is {folder and str(folder)!r}, which is no directory; one with picture files fits; "
+                             "name it with --data.folder")
         if settings.channels not in (1, 3):
             raise ValueError(f"PictureFolder: channels is {settings.channels}; 1 (grey) or 3 (colour) fits")
-        self.settings = settings
-        found = sorted(path for path in settings.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-        held_out = [zlib.crc32(path.relative_to(settings.folder).as_posix().encode()) % 10 == 0 for path in found]
+        if split not in SPLITS:
+            raise ValueError(f"PictureFolder: split is {split!r}; {' or '.join(map(repr, SPLITS))} fits")
+        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        held_out = [zlib.crc32(path.relative_to(folder).as_posix().encode()) % 10 == 0 for path in found]
         own = [path for path, held in zip(found, held_out) if held == (split == "held-out")]
         with ThreadPoolExecutor(8) as threads:
-            readable = list(tqdm(threads.map(_readable, own), desc=f"check {settings.folder.name}", total=len(own), unit="file", disable=len(own) < 1000))
+            checked = tqdm(threads.map(_readable, own), desc=f"check {folder.name}", total=len(own), unit="file",
+                           disable=len(own) < 1000)
+            readable = list(checked)
         self.paths, self.skipped = ([path for path, good in zip(own, readable) if good == wanted] for wanted in (True, False))
         if not self.paths:
-            raise ValueError(f"PictureFolder: folder is {str(settings.folder)!r}, in which no {split} picture of {len(self.skipped)} can be read; a folder of "
-                             f"{', '.join(sorted(SUFFIXES))} files fits, of which about one in ten is held out")
+            raise ValueError(f"PictureFolder: folder is {str(folder)!r}, in which no {split} picture of {len(self.skipped)} can be "
+                             f"read; a folder of {', '.join(sorted(SUFFIXES))} files fits, of which about one in ten is held out")
         self.shape = torch.Size((len(self.paths), settings.channels, settings.size, settings.size))
 
     def __len__(self) -> int:
@@ -128,27 +141,14 @@ def _readable(path: Path) -> bool:
     return True
 
 
-def open_pictures(settings: PictureSettings, split: str = "train") -> Tensor | PictureFolder:
-    """Return one split of the pictures that `settings` name.
-
-    Raises:
-        ValueError: a data set or split that does not exist, or a folder without pictures.
-    """
-    check("open_pictures", settings)
-    if split not in SPLITS:
-        raise ValueError(f"open_pictures: split is {split!r}; {' or '.join(map(repr, SPLITS))} fits")
-    if settings.folder is not None:
-        return PictureFolder(settings, split)
-    if settings.name not in DATASETS:
-        raise ValueError(f"open_pictures: name is {settings.name!r}; {', '.join(map(repr, DATASETS))} fits, or a folder of picture files")
-    return DATASETS[settings.name](split).images
-
-
-def describe(pictures: Tensor | PictureFolder, settings: PictureSettings, split: str) -> str:
-    """One line: how many pictures of which shape, and which files were left out."""
+def describe(pictures: Pictures, settings: DatasetSettings, split: str) -> str:
+    """Return one line: how many pictures of which shape, and which files of a folder were left out."""
     count, *shape = pictures.shape
-    line = f"{count:,} {split} pictures of {'x'.join(map(str, shape))} ({settings.name if settings.folder is None else settings.folder})"
-    if settings.folder is None or not pictures.skipped:
+    is_folder = isinstance(pictures, PictureFolder)
+    source = pictures.settings.folder if is_folder else settings.name
+    line = f"{count:,} {split} pictures of {'x'.join(map(str, shape))} ({source})"
+    if not is_folder or not pictures.skipped:
         return line
     named = ", ".join(path.name for path in pictures.skipped[:3])
-    return f"{line}; {len(pictures.skipped):,} files that cannot be read are left out: {named}{', ...' if len(pictures.skipped) > 3 else ''}"
+    more = ", ..." if len(pictures.skipped) > 3 else ""
+    return f"{line}; {len(pictures.skipped):,} files that cannot be read are left out: {named}{more}"

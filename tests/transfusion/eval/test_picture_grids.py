@@ -6,12 +6,12 @@ import torch
 from PIL import Image as Picture
 
 from tests.transfusion.conftest import tiny_model
-from transfusion.data.batches import Digits
-from transfusion.eval.pictures import sample_grid
+from transfusion.eval.picture_grids import sample_grid
 from transfusion.recipes.demo import demo, report
+from transfusion.recipes.digits import Digits, DigitsSettings
 from transfusion.recipes.digits_judge import draw_digits, evaluate, fit_judge, nearest_distance, read, tell_story, within_class_spread
 from transfusion.train.plots import loss_curves
-from transfusion.train.transfusion import DataSettings, ModelSettings, OptimSettings, TrainConfig
+from transfusion.train.transfusion import ModelSettings, OptimSettings, TrainConfig
 
 
 def captioner(rule):
@@ -22,14 +22,14 @@ def captioner(rule):
 
 def test_the_judge_reads_real_digits_it_has_not_seen():
     held_out = Digits("held-out")
-    assert (read(fit_judge(Digits("train")), held_out.images) == held_out.labels).float().mean() >= 0.985
+    assert (read(fit_judge(Digits("train")), held_out.pictures) == held_out.labels).float().mean() >= 0.985
 
 
 def test_copies_of_the_training_set_are_told_from_new_digits():
     train, held_out = Digits("train"), Digits("held-out")
-    copies = evaluate(captioner(Digits.caption), train.images[:300], train.labels[:300])
+    copies = evaluate(captioner(Digits.caption), train.pictures[:300], train.labels[:300])
     assert copies["nearest_train_distance_ratio"] == 0 and copies["text_to_image_accuracy"] > 0.99 and copies["caption_accuracy"] == 1
-    fresh = evaluate(captioner(lambda label: Digits.caption((label + 1) % 10)), held_out.images, held_out.labels)
+    fresh = evaluate(captioner(lambda label: Digits.caption((label + 1) % 10)), held_out.pictures, held_out.labels)
     assert fresh["nearest_train_distance_ratio"] == 1 and 0.9 < fresh["within_class_spread_ratio"] < 1.1 and fresh["caption_accuracy"] == 0
     noise = evaluate(captioner(Digits.caption), torch.rand(200, 1, 8, 8) * 2 - 1, torch.arange(200) % 10)
     assert noise["text_to_image_accuracy"] < 0.3
@@ -53,7 +53,7 @@ def test_a_story_has_parts():
 def test_pictures_are_written(tmp_path):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps({"text_loss": 1 / (i + 1), "diffusion_loss": 1.0}) + "\n" for i in range(100)))
     loss_curves(tmp_path / "loss.png", tmp_path / "log.jsonl")
-    digits = Digits().images[:20].view(2, 10, 1, 8, 8)
+    digits = Digits().pictures[:20].view(2, 10, 1, 8, 8)
     sample_grid(tmp_path / "samples.png", digits, digits, ["zero", "one"], ("generated", "real"))
     for name in ("loss.png", "samples.png"):
         with Picture.open(tmp_path / name) as picture:
@@ -61,7 +61,7 @@ def test_pictures_are_written(tmp_path):
 
 
 def test_the_demo_leaves_everything_it_promises(tmp_path, capsys):
-    config = TrainConfig(out=tmp_path, model=ModelSettings(hidden=16, layers=1, heads=2, kv_heads=2, mlp=32), data=DataSettings(),
+    config = TrainConfig(out=tmp_path, model=ModelSettings(hidden=16, layers=1, heads=2, kv_heads=2, mlp=32), data=DigitsSettings(),
                          optim=OptimSettings(steps=3, rows=1, seq_len=64), device="cpu")
     metrics = demo(config)
     report(metrics, tmp_path)

@@ -1,0 +1,57 @@
+"""The options of sampling, each written once: Python calls take them as keywords, the command line as flags."""
+from dataclasses import dataclass, fields
+from typing import Annotated
+
+from tyro.conf import Suppress, arg
+
+from transfusion.diffusion.guidance import Guidance
+from transfusion.diffusion.solvers import SOLVERS
+from transfusion.settings import Count, NotNegative, OneOf, Range, Share, WholeNumber, check, nearest
+
+
+@dataclass(frozen=True)
+class TextSampling:
+    """How to write."""
+
+    max_new_tokens: WholeNumber = 64
+    """text tokens written for each prompt at most"""
+    temperature: NotNegative = 0.0
+    """of the text: 0 takes the likeliest token, larger values sample"""
+    top_p: Share = 1.0
+    """sample text from the smallest set of tokens that holds this much probability (arXiv:1904.09751)"""
+    min_p: Share = 0.0
+    """sample only tokens at least this many times as likely as the likeliest (arXiv:2407.01082)"""
+    seed: Annotated[int, Range(-2**63, 2**63 - 1)] = 0
+    """of noise and text: prompt i draws its random numbers from seed + i, whatever the rest of the batch is"""
+
+    def __post_init__(self):
+        check("generate", self)
+
+
+@dataclass(frozen=True)
+class Sampling(TextSampling):
+    """How to go on from a prompt, in text and images."""
+
+    max_images: WholeNumber = 1
+    """images drawn for each prompt at most; then BOI is not sampled any more"""
+    image_size: Annotated[tuple[Count, Count] | None, arg(name="size")] = None
+    """height and width of drawn images; the model's own by default"""
+    steps: Count = 50
+    """denoising steps of each image (the paper: 250, of a model trained with 1000)"""
+    sampler: Annotated[str, OneOf(SOLVERS)] = "ddim"
+    """the solver: ddim (on the straight path: Euler's method), dpm++, unipc or heun"""
+    guidance: Annotated[Guidance | NotNegative, arg(name="")] = Guidance()
+    """a `Guidance`, or its scale of the prompt alone; a scale of 1 is no guidance, and then no other rows are run"""
+    previews: Suppress[bool] = False
+    """make a `Preview` after each denoising step; each one waits for the device"""
+    cuda_graph: bool = False
+    """replay the denoising step as a CUDA graph, captured for each image anew"""
+
+    @classmethod
+    def of(cls, options: dict) -> "Sampling":
+        """Make one of keyword arguments; a name that is not one is answered with the nearest."""
+        names = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in names:
+                raise ValueError(f"generate: {name} is not an option; {', '.join(names)} fit{nearest(name, names)}")
+        return cls(**options)

@@ -1,0 +1,153 @@
+"""The commands that begin from a preset or read a data set: what `transfusion train` and its like understand.
+
+    transfusion train digits --optim.steps 100                      the preset's own data set
+    transfusion train digits data:emoji --data.lively               another one; --data.* are the flags of its settings
+    transfusion train paper --size 0.76B data:digits                a preset's parameters are flags, too
+"""
+import dataclasses
+import inspect
+import os
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import tyro
+
+import transfusion.train.autoencoder as autoencoder
+import transfusion.train.classifier as classifier
+import transfusion.train.transfusion as trainer
+from transfusion.command import plain_errors
+from transfusion.data.dataset import DatasetSettings
+from transfusion.data.latents import EncodeSettings, encode_dataset
+from transfusion.data.picture_files import PictureFolderSettings
+from transfusion.eval.autoencoder import VAEEvalSettings, evaluate
+from transfusion.recipes.digits import DigitsSettings, digits, digits_paper
+from transfusion.recipes.emoji import EmojiSettings, emoji, emoji_autoencoder
+from transfusion.recipes.paper import paper, paper_autoencoder
+from transfusion.settings import nearest
+
+DATA_SETS = {"digits": DigitsSettings, "emoji": EmojiSettings, "folder": PictureFolderSettings}
+"""What data:NAME may name on the command line. A program of one's own gives `TrainConfig` any settings."""
+PRESETS = {"digits": digits, "digits-paper": digits_paper, "emoji": emoji, "paper": paper}
+AUTOENCODER_PRESETS = {"small": emoji_autoencoder, "paper": paper_autoencoder}
+WORD = "data:"
+
+
+def train_main(args: list[str] | None = None) -> None:
+    """Entry point of `transfusion train` and `python -m transfusion.train`."""
+    config = read_preset("transfusion train", trainer.__doc__, PRESETS, args)
+    with plain_errors():
+        trainer.train(config)
+
+
+def vae_train_main(args: list[str] | None = None) -> None:
+    """Entry point of `transfusion vae train`."""
+    config = read_preset("transfusion vae train", autoencoder.__doc__, AUTOENCODER_PRESETS, args)
+    with plain_errors():
+        autoencoder.train(config)
+
+
+def vae_eval_main(args: list[str] | None = None) -> None:
+    """Entry point of `transfusion vae eval`."""
+    settings = read_settings("transfusion vae eval", VAEEvalSettings, args)
+    with plain_errors():
+        evaluate(settings)
+
+
+def vae_encode_main(args: list[str] | None = None) -> None:
+    """Entry point of `transfusion vae encode`."""
+    settings = read_settings("transfusion vae encode", EncodeSettings, args)
+    with plain_errors():
+        encode_dataset(settings)
+
+
+def judge_main(args: list[str] | None = None) -> None:
+    """Entry point of `python -m transfusion.train.classifier`."""
+    settings = read_settings("python -m transfusion.train.classifier", classifier.JudgeConfig, args)
+    with plain_errors(resumes=True):
+        classifier.judge(settings)
+
+
+def read_preset(prog: str, description: str, presets: Mapping[str, Callable], args: list[str] | None = None):
+    """Return the settings that a command line describes: a preset's name, data:NAME, and flags.
+
+    Raises:
+        SystemExit: after --help, or with one line that says what does not fit.
+    """
+    kind, args = take_data_set(args)
+    name, *args = args or ["--help"]
+    if name in ("-h", "--help"):
+        print(_overview(prog, description, presets))
+        raise SystemExit(0)
+    if name not in presets:
+        raise SystemExit(f"error: {name!r} is no preset; {', '.join(presets)} fit{nearest(name, presets)}")
+    preset, command = presets[name], f"{prog} {name}"
+    with plain_errors():
+        config, args = _call(command, preset, args)
+    if kind is not None:
+        config = dataclasses.replace(config, data=kind(**config.data.shared()))  # what every data set has stays the preset's
+    words = "\n\n".join([inspect.getdoc(preset).partition("\n\nArgs:")[0], _data_sets()])
+    return tyro.cli(type(config), default=config, prog=command, description=words, args=args)
+
+
+def read_settings(prog: str, settings: type, args: list[str] | None = None):
+    """Return the settings, a dataclass, that a command line describes: data:NAME, and flags.
+
+    Raises:
+        SystemExit: after --help, or with one line that says what does not fit.
+    """
+    kind, args = take_data_set(args)
+    required = {field.name: tyro.MISSING for field in dataclasses.fields(settings)
+                if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING}
+    default = settings(**required, data=DatasetSettings() if kind is None else kind())
+    words = "\n\n".join([inspect.getdoc(settings), _data_sets()])
+    return tyro.cli(settings, default=default, prog=prog, description=words, args=args)
+
+
+def shell_line(*words) -> str:
+    """Return the line that runs `transfusion WORDS` in a shell here, whether or not `transfusion` is on the PATH."""
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = os.path.join(".", python.relative_to(Path.cwd()))  # a shell looks for a bare name on the PATH
+    return shlex.join(map(str, (python, "-m", "transfusion.cli", *words)))
+
+
+def take_data_set(args: list[str] | None) -> tuple[type[DatasetSettings] | None, list[str]]:
+    """Return the settings' class that data:NAME among the arguments names, or None, and the other arguments.
+
+    Raises:
+        SystemExit: a data set that does not exist, or more than one.
+    """
+    args = sys.argv[1:] if args is None else list(args)
+    names = [arg.removeprefix(WORD) for arg in args if arg.startswith(WORD)]
+    if len(names) > 1:
+        raise SystemExit(f"error: {' and '.join(WORD + name for name in names)} name several data sets; one fits")
+    for name in names:
+        if name not in DATA_SETS:
+            known = [WORD + other for other in DATA_SETS]
+            raise SystemExit(f"error: {WORD}{name} names no data set; {', '.join(known)} fit{nearest(WORD + name, known)}")
+    rest = [arg for arg in args if not arg.startswith(WORD)]
+    return DATA_SETS[names[0]] if names else None, rest
+
+
+def _call(prog: str, preset: Callable, args: list[str]):
+    """Return what a preset returns for the flags among `args` that are its own parameters, and the other arguments."""
+    if not inspect.signature(preset).parameters:
+        return preset(), args
+    return tyro.cli(preset, prog=prog, args=args, return_unknown_args=True, add_help=False)
+
+
+def _overview(prog: str, description: str, presets: Mapping[str, Callable]) -> str:
+    """What a command with presets says of itself."""
+    width = max(map(len, presets)) + 2
+    lines = [f"  {name:<{width}}{inspect.getdoc(preset).splitlines()[0]}" for name, preset in presets.items()]
+    return "\n".join([f"usage: {prog} PRESET [data:NAME] [flags]", "", description.strip(), "", "presets:", *lines, "",
+                      _data_sets(), "", f"`{prog} PRESET --help` lists the flags"])
+
+
+def _data_sets() -> str:
+    """What --help says of data sets."""
+    width = max(map(len, DATA_SETS)) + len(WORD) + 2
+    lines = [f"  {WORD + name:<{width}}{inspect.getdoc(kind).splitlines()[0]}" for name, kind in DATA_SETS.items()]
+    return "\n".join(["data sets (each has --data flags of its own, which --help behind its name lists):", *lines])

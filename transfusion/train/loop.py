@@ -1,0 +1,197 @@
+"""The training loop. A trainer builds networks, draws batches and names its losses; everything else of a run is here, once.
+
+    loss = sum over terms of weight * mean        mean = sum over micro-batches of (count / total count) * mean of each
+
+A term is a mean over things that are counted: text targets, drawn images, pictures. Micro-batches hold different numbers of
+them, so each mean is weighted with its share of the whole step's count: `accumulate` changes memory, not what is learnt.
+"""
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from transfusion.command import Interrupt
+from transfusion.device import seconds_of
+from transfusion.files import replacing
+from transfusion.train.checkpoint import check_finite, check_weights, load_state, restore_players, training_state, write_state
+from transfusion.train.log import LOG, Log, start_log
+from transfusion.train.optimizer import Player
+from transfusion.train.settings import RunSettings, StepSettings
+
+
+class Term(NamedTuple):
+    """One term of a loss: its weight, and its mean over what a micro-batch counts for it."""
+
+    weight: float
+    mean: Tensor
+
+
+class Batch(NamedTuple):
+    """A micro-batch: what losses are computed from, and how many things each term is a mean over.
+
+    `notes` are numbers for the step's record in the log; those that are 0 are left out.
+    """
+
+    inputs: object
+    counts: Mapping[str, int]
+    notes: Mapping[str, int] = {}
+
+
+class Task(Protocol):
+    """What a trainer gives to `fit`."""
+
+    players: Sequence[Player]  # what is trained: one network or, with a discriminator, two
+    size: int  # of a batch, in `unit`
+    unit: str  # tokens or pictures
+    shown: Sequence[str]  # terms beside the progress bar
+
+    def batches(self, step: int) -> list[Batch]:
+        """The micro-batches of a step, which depend on the step alone: a resumed run draws what it would have drawn."""
+
+    def losses(self, step: int, batch: Batch) -> Iterator[tuple[Player, dict[str, Term]]]:
+        """The loss of each player that plays at this step. Its gradients are taken before the next one is asked for."""
+
+    def save(self, directory: Path, step: int) -> None:
+        """Write what `from_pretrained` reads, after `step` steps."""
+
+
+def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate: Callable[[int], float], *,
+        fixed: tuple[str, ...], way_on: str = "") -> int:
+    """Train to the last step, to `stop_after`, or to Ctrl-C, SIGTERM or SIGHUP; return the number of steps done.
+
+    Args:
+        command: whose name stands in errors and beside the progress bar.
+        rate: the learning rate of a step.
+        fixed: settings that must be what they were when a run goes on.
+        way_on: what helps where a loss is not finite, for trainers without --resume.
+    """
+    start = restore(config, task.players, fixed) if config.resume else 0
+    print(cost(task, optim, start), flush=True)
+    spent = start_log(config.out / LOG, start)
+    progress = tqdm(range(start, optim.steps), initial=start, total=optim.steps, desc=f"{command} {config.out.name}",
+                    smoothing=0.05, unit="step", dynamic_ncols=True)
+    began, done = time.perf_counter() - spent, start
+    with Interrupt() as stop, Log(config.out / LOG) as log:
+        for step in progress:
+            # gradients
+            for group in (group for player in task.players for group in player.optimizer.param_groups):
+                group["lr"] = rate(step)
+            means, playing, notes = accumulate(task, step)
+            norms = {f"{player.prefix('_')}grad_norm": clip_gradients(player, optim.clip) for player in playing}
+            found = numbers(**means, **norms)
+            check_finite(command, config.out, step, found, way_on)
+
+            # step
+            for player in playing:
+                player.optimizer.step()
+                player.model.zero_grad()
+                if player.averaged is not None:
+                    player.averaged.update_parameters(player.model)
+            done = step + 1
+
+            # log
+            record = {"step": step, **found, "lr": rate(step), "seconds": time.perf_counter() - began, **notes}
+            log.write(record)
+            speed = (done - start) * task.size / (record["seconds"] - spent)
+            progress.set_postfix({name: f"{found[name]:.3f}" for name in task.shown if name in found},
+                                 **{f"{task.unit}/s": f"{speed:,.0f}"})
+
+            # save
+            last = done == optim.steps or stop.asked or done == config.stop_after
+            if last or done % config.save_every == 0:
+                log.sync()
+                save(command, config, task, done, way_on)
+            if last and done < optim.steps:
+                progress.close()
+                break
+    return done
+
+
+def accumulate(task: Task, step: int) -> tuple[dict[str, Tensor], list[Player], dict[str, int]]:
+    """Add up the gradients of a step's micro-batches.
+
+    Returns:
+        Each loss and each term, a mean over the whole step; the players that played; and what the log is told besides.
+    """
+    batches = task.batches(step)
+    totals, notes = Counter(), Counter()
+    for batch in batches:
+        totals.update(batch.counts)
+        notes.update(batch.notes)
+    means: dict[str, Tensor] = {}
+    playing: list[Player] = []
+    for batch in batches:
+        for player, terms in task.losses(step, batch):
+            parts = {name: term.mean * (batch.counts[name] / totals[name] if totals[name] else 1.0)
+                     for name, term in terms.items()}
+            loss = sum(term.weight * parts[name] for name, term in terms.items())
+            loss.backward()
+            for name, part in ({player.loss: loss} | parts).items():
+                means[name] = means[name] + part.detach() if name in means else part.detach()
+            playing += [player] if player not in playing else []
+    return means, playing, {name: count for name, count in notes.items() if count}
+
+
+def clip_gradients(player: Player, limit: float | None) -> Tensor:
+    """Scale the gradients of a player down to a norm of at most `limit`; return the norm before."""
+    return torch.nn.utils.clip_grad_norm_(player.model.parameters(), float("inf") if limit is None else limit)
+
+
+def numbers(**values: Tensor) -> dict[str, float]:
+    """Single numbers as floats, with one wait for the device."""
+    return dict(zip(values, torch.stack([x.detach().float() for x in values.values()]).tolist()))
+
+
+def cost(task: Task, optim: StepSettings, start: int) -> str:
+    """Say what is left to do and about how long it takes, by the second of two passes that change nothing."""
+    left = optim.steps - start
+    if left <= 0:
+        return f"all {optim.steps:,} steps are done"
+    buffers = [(x, x.clone()) for player in task.players for x in player.model.buffers()]  # batch norm keeps statistics
+
+    def once() -> None:
+        accumulate(task, optim.steps - 1)  # by the last step every player plays
+        for player in task.players:
+            player.model.zero_grad()
+
+    seconds = seconds_of(once, next(task.players[0].model.parameters()).device)
+    for x, before in buffers:
+        x.copy_(before)
+    return f"{left:,} steps of {task.size:,} {task.unit} at {seconds:.2f} s: about {left * seconds / 60:,.0f} min"
+
+
+def save(command: str, config: RunSettings, task: Task, step: int, way_on: str = "") -> None:
+    """Replace the checkpoint and what resuming needs together: a kill while writing leaves the save before whole."""
+    state, optimizers = training_state(task.players)
+    check_weights(command, config.out, step, state, way_on)
+    with replacing(config.out) as fresh:
+        task.save(fresh, step)
+        write_state(fresh, config, state, optimizers, step)
+
+
+def restore(config: RunSettings, players: Sequence[Player], fixed: tuple[str, ...]) -> int:
+    """Put what `save` wrote into the players; return the step to go on from."""
+    state, run = load_state(config, fixed)
+    restore_players(players, state, run.get("optimizers", {}))
+    return run["step"]
+
+
+def say_stopped(config: RunSettings, optim: StepSettings, done: int) -> None:
+    """Say how a run that was stopped before its last step goes on, in commands that have --resume."""
+    if done < optim.steps:
+        print(f"stopped after step {done} of {optim.steps}, saved in {config.out}; add --resume to the same command to go on",
+              file=sys.stderr)
+
+
+def end_run(config: RunSettings, optim: StepSettings, done: int) -> None:
+    """End a run that the same call goes on with: where it was stopped, as stopped, and else without what going on needs."""
+    if done < optim.steps:
+        raise KeyboardInterrupt(f"{config.out}: {done:,} of {optim.steps:,} steps are done; the same command goes on")
+    shutil.rmtree(config.out / "resume", ignore_errors=True)

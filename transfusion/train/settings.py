@@ -1,0 +1,98 @@
+"""Settings that training runs share: where a run computes and saves, and how its optimizer steps.
+
+Each option is written here once, with what it means and what fits. A trainer's settings extend these classes by what is
+its own; where it starts from other values, `defaults` names them:
+
+    @dataclass(frozen=True)
+    @defaults(steps=400, lr=3e-3)
+    class ClassifierSettings(JobSettings, StepSettings): ...
+"""
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from transfusion.settings import Count, Decay, NotNegative, Positive, Seed, WholeNumber
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """What any training needs to know about where it runs."""
+
+    seed: Seed = 0
+    """seed of all that is random: initialisation, data and noise"""
+    save_every: Count = 500
+    """steps between saves"""
+    device: str = "auto"
+    """cpu, cuda, or auto: the accelerator if there is one"""
+
+
+@dataclass(frozen=True)
+class RunSettings(JobSettings):
+    """A training run in a directory of its own."""
+
+    out: Path = Path("runs/train")
+    """directory for the checkpoint, the log and what resuming needs"""
+    resume: bool = False
+    """go on from what `out` holds"""
+    stop_after: Count | None = None
+    """stop (and save) after this step, as Ctrl-C would"""
+    autocast: bool = False
+    """compute in bfloat16 under autocast"""
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How many steps an optimizer takes, and how far each goes."""
+
+    steps: Count = 1000
+    """optimizer steps in all"""
+    lr: Positive = 3e-4
+    """peak learning rate"""
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    """AdamW's betas"""
+    weight_decay: NotNegative = 0.1
+    """AdamW's decay of matrices and filters"""
+    clip: Positive | None = 1.0
+    """largest gradient norm; None: any"""
+    accumulate: Count = 1
+    """micro-batches that a step's batch is split into, one in memory at a time; their gradients are added up"""
+
+
+@dataclass(frozen=True)
+class OptimizerSettings(StepSettings):
+    """Steps under a warm-up and a cosine, and the average of the weights (the paper: 3e-4, betas 0.9 and 0.95, decay 0.1, clip 1)."""
+
+    min_lr: NotNegative = 1.5e-5
+    """learning rate at the end of the cosine; lr at most"""
+    warmup: WholeNumber = 100
+    """steps of linear warm-up"""
+    ema: Decay = 0.999
+    """decay of the averaged weights that are saved; 0 saves the last ones"""
+
+
+def defaults(**values) -> Callable[[type], type]:
+    """Give a settings class, below `@dataclass`, other default values for options that its base classes write."""
+    def change(kind: type) -> type:
+        inherited = {f.name: f for base in kind.__mro__ if dataclasses.is_dataclass(base) for f in dataclasses.fields(base)}
+        for name, value in values.items():
+            kind.__annotations__ = {**kind.__dict__.get("__annotations__", {}), name: inherited[name].type}
+            setattr(kind, name, value)
+        return kind
+    return change
+
+
+def check_steps(op: str, optim: StepSettings, batch: str, prefix: str = "") -> None:
+    """Refuse settings of steps that do not fit each other; their names stand behind `prefix`.
+
+    `batch` is the name of the one that says how large a batch is.
+
+    Raises:
+        ValueError: the first of them, named.
+    """
+    if isinstance(optim, OptimizerSettings) and optim.min_lr > optim.lr:
+        raise ValueError(f"{op}: {prefix}min_lr is {optim.min_lr:g} and {prefix}lr {optim.lr:g}; at most lr fits; lower "
+                         f"{prefix}min_lr or raise {prefix}lr")
+    if optim.accumulate > getattr(optim, batch):
+        raise ValueError(f"{op}: {prefix}accumulate is {optim.accumulate} and {prefix}{batch} {getattr(optim, batch)}; "
+                         f"at most {batch} fits; lower {prefix}accumulate")
