@@ -242,8 +242,12 @@ def find_json_objects(path: Path) -> Contents:
             _refuse_rest(path, data, end + 1)
             break
     else:
-        raise DataError(f"{path}, row {sum(map(len, stops))}", f"the list does not end: the file stops at byte {len(data)}"
-                        f"{' inside a string' if inside else ''}; it is cut off; copy it again", "truncated file")
+        raise DataError(
+            f"{path}, row {sum(map(len, stops))}",
+            f"the list does not end: the file stops at byte {len(data)}"
+            f"{' inside a string' if inside else ''}; it is cut off; copy it again",
+            "truncated file",
+        )
     table = np.stack([np.concatenate(starts), np.concatenate(stops)], 1)
     _check_gaps(path, data, table, end)
     return table, b""
@@ -264,8 +268,11 @@ def _refuse_rest(path: Path, data: np.ndarray, begin: int) -> None:
     """Refuse anything but white space behind the end of the list."""
     rest = data[begin:begin + CHUNK].tobytes().strip(SPACE)
     if rest:
-        raise DataError(f"{path}, byte {begin}", f"{rest[:20]!r} stands behind the end of the list; one list of objects "
-                        "fits", "bad json")
+        raise DataError(
+            f"{path}, byte {begin}",
+            f"{rest[:20]!r} stands behind the end of the list; one list of objects fits",
+            "bad json",
+        )
 
 
 def _check_gaps(path: Path, data: np.ndarray, table: np.ndarray, end: int) -> None:
@@ -334,8 +341,11 @@ def _members(path: Path, handle: int, end: int):
             size = int(fields[b"size"])
         stop = start + size
         if stop > end:
-            raise DataError(f"{path}, byte {at}", f"the tar ends at byte {end}, inside a member that goes to {stop}; it is "
-                            "cut off; copy it again", "truncated file")
+            raise DataError(
+                f"{path}, byte {at}",
+                f"the tar ends at byte {end}, inside a member that goes to {stop}; it is cut off; copy it again",
+                "truncated file",
+            )
         if kind == b"L":
             long_name = os.pread(handle, size, start).rstrip(b"\0")
         elif kind == b"x":
@@ -348,15 +358,22 @@ def _members(path: Path, handle: int, end: int):
             long_name, pax = None, {}
         at = start + -(-size // _BLOCK) * _BLOCK if kind not in b"123456" else start
     if at != end:
-        raise DataError(f"{path}, byte {at}", f"the tar ends at byte {end}, between two members; it is cut off; copy it "
-                        "again", "truncated file")
+        raise DataError(
+            f"{path}, byte {at}",
+            f"the tar ends at byte {end}, between two members; it is cut off; copy it again",
+            "truncated file",
+        )
 
 
 def _check_header(path: Path, header: bytes, at: int) -> int:
     """Return a member's size; refuse a header whose checksum is wrong."""
     try:
         total = int(header[148:156].strip(b"\0 ") or b"0", 8)
-        size = int.from_bytes(header[125:136], "big") if header[124] & 0x80 else int(header[124:136].strip(b"\0 ") or b"0", 8)
+        size = (
+            int.from_bytes(header[125:136], "big")
+            if header[124] & 0x80
+            else int(header[124:136].strip(b"\0 ") or b"0", 8)
+        )
     except ValueError:
         total = size = -1
     if total != sum(header) - sum(header[148:156]) + 8 * ord(" ") or size < 0:
@@ -381,7 +398,7 @@ def _pax_fields(data: bytes) -> dict[bytes, bytes]:
 
 
 def list_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Names of all files with these suffixes in a folder and the folders inside it, sorted; hidden ones are left out."""
+    """Return the sorted names of files with these suffixes in a folder and its subfolders; hidden ones are left out."""
     found = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]

@@ -121,7 +121,9 @@ class CsvTable(Lines):
         where = self.where(number)
         cells = self._cells(read_piece(path, *index.table[row, :2].tolist(), index.stamp), path, where)
         if len(cells) != len(header):
-            raise DataError(where, f"the row has {len(cells)} columns and the header {len(header)}; as many fit", "bad csv")
+            raise DataError(
+                where, f"the row has {len(cells)} columns and the header {len(header)}; as many fit", "bad csv"
+            )
         return {name: cell or None for name, cell in zip(header, cells)}
 
     def _cells(self, data: bytes, path: Path, where: str) -> list[str]:
@@ -141,8 +143,11 @@ def decoded(data: bytes, where: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise DataError(where, f"is not UTF-8: byte {error.start} is {data[error.start]:#04x} ({error.reason}); save the "
-                        "file as UTF-8", "bad encoding") from error
+        raise DataError(
+            where,
+            f"is not UTF-8: byte {error.start} is {data[error.start]:#04x} ({error.reason}); save the file as UTF-8",
+            "bad encoding",
+        ) from error
 
 
 def parse_object(data: bytes, where: str) -> dict:
@@ -168,8 +173,11 @@ def json_table(paths: list[Path]) -> Lines:
     """
     kinds = {_first_byte(path): path for path in paths}
     if len(kinds) > 1:
-        raise DataError(", ".join(map(str, kinds.values())), "one is a JSON list and one JSON lines; files of one kind fit; "
-                        "name the others as a source of their own", "bad json")
+        raise DataError(
+            ", ".join(map(str, kinds.values())),
+            "one is a JSON list and one JSON lines; files of one kind fit; name the others as a source of their own",
+            "bad json",
+        )
     if b"[" in kinds:
         return JsonList(paths, "json", find_json_objects)
     return Lines(paths, "lines", find_lines)
@@ -188,7 +196,7 @@ def _first_byte(path: Path) -> bytes:
 
 
 def matching(op: str, path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Return the files that `path` names: itself, all that fit a pattern (* ? [...] {0..9} {a,b}), or those in a folder.
+    """Return the files that `path` names: itself, those in a folder, or those of a pattern (* ? [...] {0..9} {a,b}).
 
     Raises:
         ValueError: there is none.
@@ -201,8 +209,10 @@ def matching(op: str, path: Path, suffixes: tuple[str, ...]) -> list[Path]:
     else:
         found = list(itertools.chain.from_iterable(_glob(pattern) for pattern in _braces(str(path))))
     if not found:
-        raise ValueError(f"{op}: path is {str(path)!r}, where no file is; {' or '.join(suffixes)} files, a folder of them or a "
-                         "pattern such as 'part-*' fit")
+        raise ValueError(
+            f"{op}: path is {str(path)!r}, where no file is; {' or '.join(suffixes)} files, a folder of them or a "
+            "pattern such as 'part-*' fit"
+        )
     return found
 
 

@@ -106,7 +106,16 @@ LONG = "folder/" * 30 + "name that is longer than a header"
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_members_of_a_tar_are_where_tarfile_finds_them(tmp_path, kind):
     path = tmp_path / "a.tar"
-    names = ["1.jpg", "1.txt", "deep/2.jpg", "deep/2.seg.png", "dir.with.dots/3.jpg", "1.json", "ünï.png", "x" * 90 + ".txt"]
+    names = [
+        "1.jpg",
+        "1.txt",
+        "deep/2.jpg",
+        "deep/2.seg.png",
+        "dir.with.dots/3.jpg",
+        "1.json",
+        "ünï.png",
+        "x" * 90 + ".txt",
+    ]
     names += ["d" * 100 + "/" + "e" * 90 + ".txt"] + [LONG + ".jpg"] * (kind != tarfile.USTAR_FORMAT)
     with tarfile.open(path, "w", format=kind) as tar:
         folder = tarfile.TarInfo("deep")
@@ -229,7 +238,10 @@ def test_names_of_a_folder_are_kept_whatever_they_are(tmp_path):
     names = ["a.png", "sub/ü.png", os.fsdecode(b"\xff.png"), "with\nbreak.png"]
     found = index_names(tmp_path, "names", names)
     assert [name_at(found, *row) for row in found.table.tolist()] == names
-    assert index_names(tmp_path, "names", names[:2]).stamp != found.stamp and len(index_names(tmp_path, "names", names[:2])) == 2
+    assert (
+        index_names(tmp_path, "names", names[:2]).stamp != found.stamp
+        and len(index_names(tmp_path, "names", names[:2])) == 2
+    )
 
 
 def test_an_index_pickles_without_its_contents(tmp_path):
