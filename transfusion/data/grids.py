@@ -117,7 +117,7 @@ def picture_size(picture: PictureRef) -> tuple[int, int]:
         try:
             with Picture.open(file) as opened:
                 width, height = opened.size
-                if opened.format == "TIFF":            # whose size some versions of Pillow turn already when it is opened
+                if opened.format == "TIFF":            # whose size some versions of Pillow turn when they open it
                     tags = ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength
                     width, height = (opened.tag_v2[tag] for tag in tags)
                 turned = _orientation(opened, file) in TURNED
