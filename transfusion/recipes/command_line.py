@@ -85,7 +85,7 @@ def read_preset(prog: str, description: str, presets: Mapping[str, Callable], ar
     preset, command = presets[name], f"{prog} {name}"
     with plain_errors():
         config, args = _call(command, preset, args)
-    if kind is not None:
+    if kind not in (None, type(config.data)):
         data = kind(**config.data.shared())  # what every data set has stays the preset's
         config = dataclasses.replace(config, data=data)
     words = "\n\n".join([inspect.getdoc(preset).partition("\n\nArgs:")[0], _data_sets()])

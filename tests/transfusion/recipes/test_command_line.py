@@ -48,6 +48,10 @@ def test_another_data_set_is_named_anywhere_and_what_every_data_set_has_stays_th
     assert config.optim.steps == 7 and config.model == digits().model
 
 
+def test_to_name_the_data_set_that_a_preset_has_anyway_changes_nothing():
+    assert read("digits", "data:digits") == read("digits")
+
+
 def test_an_autoencoder_trains_on_a_folder():
     config = read("small", "data:folder", "--data.folder", "pictures", "--data.size", "64", presets=AUTOENCODER_PRESETS)
     assert config.data == PictureFolderSettings(folder=Path("pictures"), size=64)
