@@ -14,7 +14,7 @@ import numpy as np
 
 from transfusion.data.sources.index import list_files, place, stamp_of
 from transfusion.data.sources.record import DataError
-from transfusion.values import nearest
+from transfusion.settings import nearest
 
 PARQUET, ARROW = (".parquet",), (".arrow",)
 KEPT = 2**28

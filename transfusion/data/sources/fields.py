@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from transfusion.data.sources.record import DataError, PictureFile, PictureRef
-from transfusion.values import nearest
+from transfusion.settings import nearest
 
 
 def string(value, where: str, what: str) -> str:
