@@ -128,7 +128,7 @@ def _mmc4(row: dict, where: str) -> list[tuple]:
                 "bad part",
             )
         at = image.get("matched_text_index")
-        if isinstance(at, bool) or not isinstance(at, int) or not 0 <= at < len(sentences):
+        if not isinstance(at, int) or isinstance(at, bool) or not 0 <= at < len(sentences):
             raise DataError(where, f"matched_text_index is {at!r}; 0 to {len(sentences) - 1} fit", "bad part")
         before[at].append(("image", column(image, ("image_name", "image"), where, "picture"), None))
     parts = [part for pictures, text in zip(before, sentences) for part in (*pictures, ("text", text, None))]
