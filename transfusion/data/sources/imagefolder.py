@@ -154,11 +154,11 @@ class TextBesideFolder(NamedFolder):
         return text
 
     def fingerprint(self) -> str:
-        table, digests = self.index.table.tolist(), []
-        for start, stop in table:
+        changes = []
+        for start, stop in self.index.table.tolist():
             beside = (self.settings.path / name_at(self.index, start, stop)).with_suffix(".txt")
-            digests.append(beside.stat().st_mtime_ns if beside.is_file() else 0)
-        return digest(super().fingerprint(), hash(tuple(digests)))
+            changes.append(beside.stat().st_mtime_ns if beside.is_file() else 0)
+        return digest(super().fingerprint(), changes)
 
 
 class LabelFolder(NamedFolder):

@@ -42,6 +42,8 @@ class Pieces:
         self.paths = paths
         self.indices = [open_index(path, kind, build) for path in paths]
         self.ends = np.cumsum([self._rows(index) for index in self.indices])
+        if not len(self):
+            raise DataError(", ".join(map(str, paths)), "there is no record; at least one fits", "empty file")
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -257,6 +259,8 @@ def digest(*parts) -> str:
 
 
 def begin(op: str, path: Path) -> tuple[str, Path]:
-    """Return a source's name, from its file's, and the folder that the file lies in."""
+    """Return a source's name, from its file's, and the folder that its files lie in."""
     path = Path(path)
-    return path.stem or op, path if path.is_dir() else path.parent
+    if path.is_dir():
+        return path.resolve().name or op, path
+    return path.stem, next(folder for folder in path.parents if not set("*?[{") & set(str(folder)) or folder.is_dir())

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from transfusion.data.sources.fields import captions_of, string
 from transfusion.data.sources.imagefolder import CAPTIONS
-from transfusion.data.sources.index import Index, find_tar_members, name_at, read_piece
+from transfusion.data.sources.index import Index, name_at, read_piece
 from transfusion.data.sources.record import DataError, PictureFile, PictureRef, Record
 from transfusion.data.sources.tables import Pieces, begin, decoded, digest, matching, parse_object
+from transfusion.data.sources.tar import find_tar_members
 from transfusion.settings import check
 
 PICTURES = ("jpg", "jpeg", "png", "webp")

@@ -26,6 +26,7 @@ def test_files_paragraphs_and_lines_of_text(tmp_path):
     assert texts(TextSettings(tmp_path, documents="line").open(), 4) == ["eins", "zwei", "drei 猫", "vier"]
     assert TextSettings(tmp_path, documents="line").open()[2].where.endswith("a.txt, line 5")
     assert texts(TextSettings(tmp_path / "*.txt").open(), 1) == ["eins\nzwei\n\n\ndrei 猫"]
+    assert texts(TextSettings(tmp_path / "**" / "*.txt").open(), 2) == ["eins\nzwei\n\n\ndrei 猫", "vier"]
 
 
 @pytest.mark.parametrize(
