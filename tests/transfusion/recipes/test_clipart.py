@@ -12,7 +12,7 @@ from transfusion.recipes.clipart import ClipArt, describe, fetch
 
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"
  xmlns:dc="http://purl.org/dc/elements/1.1/"><metadata><rdf:RDF><dc:title>{title}</dc:title>
-<dc:creator><dc:title>A. Painter</dc:title></dc:creator>
+<dc:creator><cc:Agent xmlns:cc="http://web.resource.org/cc/"><dc:title>A. Painter</dc:title></cc:Agent></dc:creator>
 <dc:subject><rdf:Bag>{words}</rdf:Bag></dc:subject></rdf:RDF></metadata></svg>"""
 
 
