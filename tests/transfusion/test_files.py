@@ -325,9 +325,9 @@ def test_checksums_are_crc32_of_the_files_that_stand_there(tmp_path):
 
 def test_a_lock_names_its_holder_dies_with_it_and_leaves_nothing(tmp_path):
     out = tmp_path / "new" / "run"
-    holder = subprocess.Popen([sys.executable, "-c", "import sys, time\nfrom transfusion.files import locked\n"
-                               "with locked(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(300)", str(out)],
-                              stdout=subprocess.PIPE, text=True)
+    code = ("import sys, time\nfrom transfusion.files import locked\n"
+            "with locked(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(300)")
+    holder = subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match=f"run' is in use by process {holder.pid} on "), locked(out):

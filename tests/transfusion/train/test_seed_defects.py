@@ -2,8 +2,8 @@
 
 There is a test for each defect, numbered as they were found.
 
-The twelfth, adapters without BOI, EOI and image layers, has its tests in `model/test_lora.py`; the wish for an interleaved
-loop in the twentieth, in `generate/test_generation.py`.
+The twelfth, adapters without BOI, EOI and image layers, has its tests in `model/test_lora.py`; the wish for an
+interleaved loop in the twentieth, in `generate/test_generation.py`.
 """
 import dataclasses
 
