@@ -85,8 +85,9 @@ def read_preset(prog: str, description: str, presets: Mapping[str, Callable], ar
     preset, command = presets[name], f"{prog} {name}"
     with plain_errors():
         config, args = _call(command, preset, args)
-    if kind is not None:
-        config = dataclasses.replace(config, data=kind(**config.data.shared()))  # what every data set has stays the preset's
+    if kind not in (None, type(config.data)):
+        data = kind(**config.data.shared())  # what every data set has stays the preset's
+        config = dataclasses.replace(config, data=data)
     words = "\n\n".join([inspect.getdoc(preset).partition("\n\nArgs:")[0], _data_sets()])
     return tyro.cli(type(config), default=config, prog=command, description=words, args=args)
 
@@ -126,7 +127,8 @@ def take_data_set(args: list[str] | None) -> tuple[type[DatasetSettings] | None,
     for name in names:
         if name not in DATA_SETS:
             known = [WORD + other for other in DATA_SETS]
-            raise SystemExit(f"error: {WORD}{name} names no data set; {', '.join(known)} fit{nearest(WORD + name, known)}")
+            raise SystemExit(f"error: {WORD}{name} names no data set; {', '.join(known)} "
+                             f"fit{nearest(WORD + name, known)}")
     rest = [arg for arg in args if not arg.startswith(WORD)]
     return DATA_SETS[names[0]] if names else None, rest
 
