@@ -63,7 +63,8 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
         noised = tfkernels.noise_patchify(x0, 1 - t, t, seed, offsets=offsets)
         hidden = tfkernels.embed_patches(text, noised, weight, timestep, places, offsets)
         return tfkernels.modulated_layer_norm_diffusion_loss(
-            hidden, places, scale, shift, head, bias, x0, p, q, None, seed, offsets=offsets)
+            hidden, places, scale=scale, shift=shift, weight=head, bias=bias, x0=x0, p=p, q=q, loss_weight=None,
+            seed=seed, offsets=offsets)
 
     def plain(text, weight, timestep, scale, shift, head, bias):
         wide = torch.promote_types(text.dtype, torch.float32)

@@ -202,10 +202,11 @@ class AdaLNBackbone(Backbone):
         """A layer behind its attention: residual, norm, MLP, residual and the next layer's norm."""
         _, _, gate_attention, scale, shift, gate_mlp = table.unbind(1)                     # (N, C) each
         norm = layer.post_attention_layernorm
-        x, normed = gated_residual_rms_norm(x, branch, 1 + gate_attention, norm.weight, scale, shift, image_ids,
-                                            eps=norm.variance_epsilon)
-        return tuple(gated_residual_rms_norm(x, layer.mlp(normed), 1 + gate_mlp, next_norm.weight, *next_entry,
-                                             image_ids, eps=next_norm.variance_epsilon))
+        x, normed = gated_residual_rms_norm(x, branch, 1 + gate_attention, weight=norm.weight, scale=scale,
+                                            shift=shift, index=image_ids, eps=norm.variance_epsilon)
+        scale, shift = next_entry
+        return tuple(gated_residual_rms_norm(x, layer.mlp(normed), 1 + gate_mlp, weight=next_norm.weight, scale=scale,
+                                             shift=shift, index=image_ids, eps=next_norm.variance_epsilon))
 
     def project(self, attention, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """A layer's queries (B, H, S, D), keys and values (B, K, S, D); queries and keys are normed and rotated."""

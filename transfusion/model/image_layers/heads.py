@@ -55,8 +55,9 @@ class DiTHead(ImageHead):
              p: Tensor, q: Tensor, seed: Tensor | int) -> Tensor:
         """As `ImageHead.loss`; the predictions are not stored."""
         shift, scale = self.tables(condition)
-        return modulated_layer_norm_diffusion_loss(hidden, places, scale, shift, self.linear.weight, self.linear.bias,
-                                                   x0, p, q, None, seed, offsets=layout.offsets)
+        return modulated_layer_norm_diffusion_loss(
+            hidden, places, scale=scale, shift=shift, weight=self.linear.weight, bias=self.linear.bias, x0=x0, p=p, q=q,
+            loss_weight=None, seed=seed, offsets=layout.offsets)
 
     def tables(self, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Return shift and scale, (N, C) each."""
