@@ -1,4 +1,7 @@
-"""What a command does around its work: it claims the directory that it writes, stops when it is told to, and ends with one line where something is wrong."""
+"""What a command does around its work.
+
+It claims the directory that it writes, stops when it is told to, and ends with one line where something is wrong.
+"""
 import contextlib
 import errno
 import os
@@ -12,16 +15,17 @@ from transfusion.files import current, locked, read_json, settle
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-CHECKPOINT = ("config.json", "adapter_config.json", "cache.json", "classifier.json", "model.safetensors", "model.safetensors.index.json",
-              "diffusion_pytorch_model.safetensors")
+CHECKPOINT = ("config.json", "adapter_config.json", "cache.json", "classifier.json", "model.safetensors",
+              "model.safetensors.index.json", "diffusion_pytorch_model.safetensors")
 """Files that show that a directory holds a checkpoint or a cache."""
 
 
 @contextlib.contextmanager
 def plain_errors(resumes: bool = False) -> Iterator[None]:
-    """End a command with one line in place of a traceback where its input or a file is wrong, its loss is not finite or it was stopped.
+    """End a command with one line in place of a traceback.
 
-    SIGTERM and SIGHUP stop a command as Ctrl-C does. `resumes`: the same command goes on from there.
+    That is where its input or a file is wrong, its loss is not finite, or it was stopped. SIGTERM and SIGHUP stop a
+    command as Ctrl-C does. `resumes`: the same command goes on from there.
     """
     with _signals(_stop, (signal.SIGTERM, signal.SIGHUP)):
         try:
@@ -31,16 +35,20 @@ def plain_errors(resumes: bool = False) -> Iterator[None]:
         except (OSError, SafetensorError) as error:
             raise SystemExit(f"error: {file_error(error)}") from None
         except KeyboardInterrupt as stop:
-            raise SystemExit(f"stopped: {str(stop) or ('the same command goes on' if resumes else 'by Ctrl-C')}") from None
+            said = str(stop) or ("the same command goes on" if resumes else "by Ctrl-C")
+            raise SystemExit(f"stopped: {said}") from None
 
 
 def file_error(error: Exception) -> str:
     """One line for an error of the file system: the file, what is wrong, and the way out."""
     number, name = getattr(error, "errno", None), getattr(error, "filename", None)
-    said = f"{name}: {error.strerror}" if name is not None and number is not None else " ".join(str(error).split()) or type(error).__name__
-    ways = {**dict.fromkeys(FULL, "what was saved before stands; make room, or name a directory on another disk, and run the command again (train: with "
-                            "--resume)"),
-            **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "a file or directory that this user may read and write fits"),
+    said = " ".join(str(error).split()) or type(error).__name__
+    if name is not None and number is not None:
+        said = f"{name}: {error.strerror}"
+    ways = {**dict.fromkeys(FULL, "what was saved before stands; make room, or name a directory on another disk, and "
+                                  "run the command again (train: with --resume)"),
+            **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS),
+                            "a file or directory that this user may read and write fits"),
             errno.ENOENT: "name one that is there"}
     return f"{said}; {ways[number]}" if number in ways else said
 
@@ -77,8 +85,8 @@ class Interrupt:
     def ask(self, number: int, _) -> None:
         """Take note of a signal."""
         if self.asked:
-            raise KeyboardInterrupt(f"at once, by {'a second Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}; "
-                                    "what was saved before stands")
+            by = "a second Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+            raise KeyboardInterrupt(f"at once, by {by}; what was saved before stands")
         self.asked = True
 
     def __exit__(self, *error):
@@ -86,15 +94,16 @@ class Interrupt:
 
 
 @contextlib.contextmanager
-def claim(command: str, out: Path, inputs: Mapping[str, Path | None] | None = None, resume: bool | None = None) -> Iterator[None]:
-    """Hold `out` for a command that will write there, having finished or cleared what killed saves left; nothing is written before all of this fits.
+def claim(command: str, out: Path, inputs: Mapping[str, Path | None] | None = None,
+          resume: bool | None = None) -> Iterator[None]:
+    """Hold `out` for a command that will write there; what killed saves left is finished or cleared.
 
-    `inputs` are directories, by the settings that name them, that the command reads. `resume`: True goes on with the run in `out`, False starts one,
-    None leaves the contents of `out` to the command.
+    `inputs` are directories, by the settings that name them, that the command reads. `resume`: True goes on with the
+    run in `out`, False starts one, and None leaves the contents of `out` to the command.
 
     Raises:
-        ValueError: `out` is a file, cannot be written, is in use by another process, is or holds an input, or holds what is not this run; or the command
-            is one of several that a launcher started.
+        ValueError: `out` is a file, cannot be written, is in use by another process, is or holds an input, or holds
+            what is not this run; or the command is one of several that a launcher started. Nothing was written then.
     """
     out = Path(out)
     check_alone(command)
@@ -106,8 +115,8 @@ def claim(command: str, out: Path, inputs: Mapping[str, Path | None] | None = No
         except ValueError as error:
             raise ValueError(f"{command}: {error}") from None
         except OSError as error:
-            raise ValueError(f"{command}: out is {str(out)!r}, which cannot be written ({error.strerror}: {error.filename}); a directory that can be made and "
-                             "written fits") from error
+            raise ValueError(f"{command}: out is {str(out)!r}, which cannot be written ({error.strerror}: "
+                             f"{error.filename}); a directory that can be made and written fits") from error
         if resume is not None:
             check_out(command, out, resume)
         yield
@@ -118,7 +127,8 @@ def check_alone(command: str) -> None:
     for name, alone in (("WORLD_SIZE", 1), ("RANK", 0)):
         value = os.environ.get(name, "").strip()
         if value.isdigit() and int(value) > alone:
-            raise ValueError(f"{command}: {name} is {value}, as torchrun sets it; one process trains a run; start it without a launcher of several")
+            raise ValueError(f"{command}: {name} is {value}, as torchrun sets it; one process trains a run; start it "
+                             "without a launcher of several")
 
 
 def check_apart(command: str, out: Path, inputs: Mapping[str, Path | None]) -> None:
@@ -129,20 +139,23 @@ def check_apart(command: str, out: Path, inputs: Mapping[str, Path | None]) -> N
     for name, path in inputs.items():
         theirs = None if path is None else Path(path).resolve()
         if theirs is not None and (ours == theirs or ours in theirs.parents or theirs in ours.parents):
-            raise ValueError(f"{command}: out is {str(out)!r} and {name} {str(path)!r}; what is read would be written over; a directory of its own fits "
-                             "for --out")
+            raise ValueError(f"{command}: out is {str(out)!r} and {name} {str(path)!r}; what is read would be "
+                             "written over; a directory of its own fits for --out")
 
 
 def check_out(command: str, out: Path, resume: bool) -> None:
     """Refuse to go on with a run that is not there, and to write over a run or a checkpoint that is."""
     step = saved_step(out)
     if resume and step is None:
-        raise ValueError(f"{command}: resume is set and out is {str(out)!r}, which holds no saved run; a directory that train has saved into fits")
+        raise ValueError(f"{command}: resume is set and out is {str(out)!r}, which holds no saved run; a "
+                         "directory that train has saved into fits")
     if not resume and step is not None:
-        raise ValueError(f"{command}: out is {str(out)!r}, which holds a run of {step:,} steps; --resume goes on with it, another --out starts anew")
+        raise ValueError(f"{command}: out is {str(out)!r}, which holds a run of {step:,} steps; --resume goes on "
+                         "with it, another --out starts anew")
     found = next((name for name in CHECKPOINT if (out / name).exists()), None)
     if not resume and found is not None:
-        raise ValueError(f"{command}: out is {str(out)!r}, which holds {found} of something else; a new or an empty directory fits; take another --out")
+        raise ValueError(f"{command}: out is {str(out)!r}, which holds {found} of something else; a new or an "
+                         "empty directory fits; take another --out")
 
 
 def saved_run(out: Path) -> dict | None:

@@ -20,7 +20,8 @@ def choose_device(name: str) -> torch.device:
         device = None
     here = {"cpu": 1} | ({accelerator.type: torch.accelerator.device_count()} if accelerator else {})
     if device is None or (device.index or 0) >= here.get(device.type, 0):
-        fits = ["auto", "cpu"] + ([accelerator.type, f"{accelerator.type}:0 to :{here[accelerator.type] - 1}"] if accelerator else [])
+        kind = accelerator.type if accelerator else ""
+        fits = ["auto", "cpu"] + ([kind, f"{kind}:0 to :{here[kind] - 1}"] if accelerator else [])
         raise ValueError(f"device is {name!r}, which this machine does not have; {', '.join(fits)} fit")
     return device
 

@@ -1,13 +1,16 @@
-"""Files that stand whole: whatever is saved is written aside, synced and renamed, so that a kill at any moment leaves the older or the newer one.
+"""Files that stand whole: a kill at any moment leaves the older or the newer one.
 
-One file is renamed over the older one (`written`). The files of a checkpoint cannot all be renamed at once (`replacing`):
+Whatever is saved is written aside, synced and renamed. One file is renamed over the older one (`written`). The files of
+a checkpoint cannot all be renamed at once (`replacing`):
 
-    .saving/   the new files are written here and synced, then the directory is renamed; until then the older save stands
-    .saved/    from then on the new save counts: its files are renamed into their places one by one, the older save's last files go, then journal.json
+    .saving/   The new files are written here and synced. Until this directory is renamed, the older save stands.
+    .saved/    From then on the new save counts. Its files are renamed into their places one by one; what is left of
+               the older save goes, and journal.json last.
 
-A kill in between leaves the new save partly in its place and partly in .saved. Readers put the two together without writing anything (`whole`,
-`current`), the next writer finishes the move (`settle`). `locked` keeps a second process from writing into the same directory, and checksums.json holds the
-CRC-32 of each file of weights, which finds every flipped bit at some 3.5 GB/s (SHA-256: 1.3 GB/s).
+A kill in between leaves the new save partly in its place and partly in .saved. Readers put the two together without
+writing anything (`whole`, `current`), and the next writer finishes the move (`settle`). `locked` keeps a second process
+from writing into the same directory. checksums.json holds the CRC-32 of each file of weights, which finds every flipped
+bit at some 3.5 GB/s (SHA-256: 1.3 GB/s).
 """
 import contextlib
 import errno
@@ -33,7 +36,7 @@ SAVING, SAVED, JOURNAL, CHECKSUMS, LOCK, ASIDE = ".saving", ".saved", "journal.j
 WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors",
            "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.safetensors.index.json", "vae/*")
 """What a loader would take for a part of the new save if the older one left it behind."""
-_held: dict[tuple[int, int, str], int] = {}  # locks by process, thread and directory: whoever holds one may take it again
+_held: dict[tuple[int, int, str], int] = {}  # locks by process, thread and directory: their holders may take them again
 _staging: list[Path] = []                    # directories being filled: what is saved inside one is a part of it
 
 
@@ -70,7 +73,10 @@ def read_json(path: Path, advice: str = "copy it again or make it anew") -> dict
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """Yield a path to write to, of the same suffix, which takes the place of `path` at the end; the directory is made where it is missing."""
+    """Yield a path to write to, of the same suffix, which takes the place of `path` at the end.
+
+    The directory is made where it is missing.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{ASIDE}{os.getpid()}-{path.name}")
@@ -80,7 +86,7 @@ def written(path: Path) -> Iterator[Path]:
     try:
         with file_errors(path):
             aside.touch()
-            mode = aside.stat().st_mode & 0o777  # as umask says; safetensors makes files of its own that only their owner reads
+            mode = aside.stat().st_mode & 0o777  # as umask says: safetensors' files can be read by their owner alone
             yield aside
             aside.chmod(mode)
             sync(aside)
@@ -105,7 +111,8 @@ def check_writable(command: str, directory: Path) -> None:
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        raise ValueError(f"{command}: {str(directory)!r} cannot be written into ({error.strerror}); a directory that can be made and written fits") from error
+        raise ValueError(f"{command}: {str(directory)!r} cannot be written into ({error.strerror}); a directory that "
+                         "can be made and written fits") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -128,7 +135,9 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(out: Path, wait: bool = False) -> Iterator[None]:
-    """Keep other processes from writing into `out`, which is made where it is missing; the lock goes when its process does.
+    """Keep other processes from writing into `out`, which is made where it is missing.
+
+    The lock goes when its process does.
 
     Raises:
         ValueError: another process holds it; `wait` waits for that one instead.
@@ -174,7 +183,8 @@ def _lock(out: Path, wait: bool) -> int:
         except BlockingIOError:
             holder = os.read(handle, 200).decode(errors="replace") or "another process"
             os.close(handle)
-            raise ValueError(f"{str(out)!r} is in use by {holder}; wait until it ends, stop it, or take another directory") from None
+            raise ValueError(f"{str(out)!r} is in use by {holder}; wait until it ends, stop it, or take another "
+                             "directory") from None
         except FileNotFoundError:
             pass
         except BaseException as error:
@@ -202,9 +212,10 @@ def _in_use(out: Path) -> bool:
 
 @contextlib.contextmanager
 def replacing(out: Path, weights: bool = True) -> Iterator[Path]:
-    """Yield an empty directory; what is written there takes its place in `out` at the end, as a whole, and files of other names in `out` stay.
+    """Yield an empty directory; what is written there takes its place in `out` at the end, as a whole.
 
-    `weights`: the older save's weights, adapter and autoencoder go where the new one has no such file. Inside another `replacing` it is the directory itself.
+    Files of other names in `out` stay, but for weights: where the new save holds any, the older save's weights, adapter
+    and autoencoder go, unless `weights` is False. Inside another `replacing` the directory is that one's.
 
     Raises:
         ValueError: another process writes into `out`.
@@ -244,8 +255,8 @@ def _seal(out: Path, fresh: Path, weights: bool) -> None:
         (directory / CHECKSUMS).write_text(json.dumps({"crc32": sums}, indent=2) + "\n")
     files = sorted(str(path.relative_to(fresh)) for path in fresh.rglob("*") if not path.is_dir())
     weights = weights and any(path for pattern in WEIGHTS for path in fresh.glob(pattern))
-    left = {str(path.relative_to(out)) for pattern in WEIGHTS for path in out.glob(pattern) if path.is_file()} - set(files)
-    left = left if weights else set()
+    older = (path for pattern in WEIGHTS for path in out.glob(pattern) if path.is_file()) if weights else ()
+    left = {str(path.relative_to(out)) for path in older} - set(files)
     if weights and files and CHECKSUMS not in files and (out / CHECKSUMS).is_file():
         left.add(CHECKSUMS)
     (fresh / JOURNAL).write_text(json.dumps({"files": files, "obsolete": sorted(left)}))
@@ -283,10 +294,14 @@ def _finish(out: Path) -> None:
 
 
 def settle(out: Path) -> None:
-    """Finish the save that a kill interrupted, if it was whole, and clear what killed saves left; for the holder of the lock of `out`."""
+    """Finish the save that a kill interrupted, if it was whole, and clear what killed saves left.
+
+    Only the holder of the lock of `out` may do so.
+    """
     if (out / SAVED / JOURNAL).is_file():
         _finish(out)
-    if (out / "resume.old").is_dir() and not (out / "resume" / "run.json").is_file():  # a kill between two renames of earlier versions
+    # earlier versions renamed twice, and a kill in between left this
+    if (out / "resume.old").is_dir() and not (out / "resume" / "run.json").is_file():
         shutil.rmtree(out / "resume", ignore_errors=True)
         os.rename(out / "resume.old", out / "resume")
     for name in (SAVED, SAVING, "resume.new", "resume.old"):
@@ -297,7 +312,7 @@ def settle(out: Path) -> None:
 
 
 def unfinished(out: Path) -> bool:
-    """Whether a kill left the newest save of `out` partly in .saved; a process that is moving it right now is waited for."""
+    """Whether a kill left the newest save of `out` partly in .saved; a process that is moving it now is waited for."""
     journal, began = Path(out) / SAVED / JOURNAL, time.monotonic()
     while journal.is_file() and _in_use(Path(out)) and time.monotonic() - began < 10:
         time.sleep(0.02)
@@ -312,7 +327,10 @@ def current(out: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def whole(out: Path) -> Iterator[Path]:
-    """Yield a directory that holds the newest save of `out`: `out` itself or, where a kill left the save in two places, one of links to its files."""
+    """Yield a directory that holds the newest save of `out`.
+
+    It is `out` itself or, where a kill left the save in two places, a directory of links to its files.
+    """
     out = Path(out)
     if not unfinished(out):
         yield out
@@ -334,7 +352,9 @@ def checksum(path: Path) -> str:
 
 
 def verify(directory: Path) -> None:
-    """Refuse weights in `directory` that are cut off or differ from checksums.json; files that it does not name need only be whole.
+    """Refuse weights in `directory` that are cut off or differ from checksums.json.
+
+    Files that it does not name need only be whole.
 
     Raises:
         ValueError: a file is damaged; the message names it.
@@ -359,8 +379,9 @@ def check_files(directory: Path) -> None:
     Raises:
         ValueError: the message names the file.
     """
-    for name in ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
-                 "model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json"):
+    for name in ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
+                 "preprocessor_config.json", "model.safetensors.index.json",
+                 "diffusion_pytorch_model.safetensors.index.json"):
         if (Path(directory) / name).is_file():
             read_json(Path(directory) / name)
     verify(directory)
@@ -396,5 +417,6 @@ def _problem(path: Path, expected: str | None) -> str | None:
     except SafetensorError as error:
         return str(error)
     if expected is not None and (found := checksum(path)) != expected:
-        return f"its checksum is {found}, in {path.parent / CHECKSUMS} {expected}; delete that one if the weights were changed on purpose"
+        return (f"its checksum is {found}, in {path.parent / CHECKSUMS} {expected}; delete that one if the weights "
+                "were changed on purpose")
     return None

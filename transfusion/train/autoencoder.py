@@ -1,10 +1,10 @@
 """Train the autoencoder whose latents a Transfusion draws: `transfusion vae train PRESET [--optim.steps 100 ...]`.
 
 Each step draws pictures, encodes them, decodes a sample of the posterior and takes one step of AdamW on the losses of
-transfusion/train/autoencoder_losses.py, then one on the discriminator's loss once it plays. The pictures, flips and samples
-of a step depend on (seed, step) alone, so that a resumed run gives the losses of one that never stopped. Ctrl-C saves. What
-is saved is what `VAE.from_pretrained` reads: the averaged weights, and scaling_factor and shift_factor such that the latents
-of the training pictures have mean 0 and standard deviation 1.
+transfusion/train/autoencoder_losses.py, then one on the discriminator's loss once it plays. The pictures, flips and
+samples of a step depend on (seed, step) alone, so that a resumed run gives the losses of one that never stopped. Ctrl-C
+saves. What is saved is what `VAE.from_pretrained` reads: the averaged weights, and scaling_factor and shift_factor such
+that the latents of the training pictures have mean 0 and standard deviation 1.
 """
 import contextlib
 import math
@@ -64,9 +64,11 @@ class LossSettings:
     """The terms of the loss (arXiv:2408.11039, appendix A)."""
 
     perceptual_model: Path | None = None
-    """directory of an image classifier (transformers, safetensors) whose stages the perceptual term compares; None leaves the term out"""
+    """directory of an image classifier (transformers, safetensors) whose stages the perceptual term compares; None
+    leaves the term out"""
     identity_model: Path | None = None
-    """directory of the model whose pooled features the identity term compares (the paper: MoCo v2); None leaves the term out"""
+    """directory of the model whose pooled features the identity term compares (the paper: MoCo v2); None leaves
+    the term out"""
     perceptual: NotNegative = 1.0
     """weight of the perceptual term"""
     identity: NotNegative = 0.2
@@ -114,16 +116,17 @@ def build_autoencoder(settings: AutoencoderSettings, shape: tuple[int, int, int]
     channels, *sides = shape
     factor, levels = 2 ** (len(settings.widths) - 1), len(settings.widths)
     if any(side % factor for side in sides):
-        raise ValueError(f"vae train: pictures have shape {tuple(shape)} and model.widths is {settings.widths}; sides that {factor} divides fit; set "
-                         "--data.size (folders) or fewer widths")
+        raise ValueError(f"vae train: pictures have shape {tuple(shape)} and model.widths is {settings.widths}; "
+                         f"sides that {factor} divides fit; set --data.size (folders) or fewer widths")
     if any(width % settings.groups for width in settings.widths):
         raise ValueError(f"vae train: model.groups is {settings.groups} and model.widths {settings.widths}; "
                          "a divisor of each width fits")
     torch.manual_seed(seed)
     autoencoder = AutoencoderKL(
-        in_channels=channels, out_channels=channels, latent_channels=settings.latent_channels, block_out_channels=settings.widths,
-        layers_per_block=settings.blocks, norm_num_groups=settings.groups, mid_block_add_attention=settings.attention, sample_size=sides[0],
-        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels, scaling_factor=1.0, shift_factor=0.0)
+        in_channels=channels, out_channels=channels, latent_channels=settings.latent_channels, sample_size=sides[0],
+        block_out_channels=settings.widths, layers_per_block=settings.blocks, norm_num_groups=settings.groups,
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        mid_block_add_attention=settings.attention, scaling_factor=1.0, shift_factor=0.0)
     torch.nn.init.constant_(autoencoder.quant_conv.bias[settings.latent_channels:], FIRST_LOG_VARIANCE)
     return autoencoder
 
@@ -136,24 +139,27 @@ def build_discriminator(settings: LossSettings, shape: tuple[int, int, int]) -> 
     """
     channels, *sides = shape
     if settings.adversarial_from is not None and min(sides) < 3 * 2 ** settings.discriminator_layers:
-        raise ValueError(f"vae train: losses.discriminator_layers is {settings.discriminator_layers} and pictures have shape {tuple(shape)}; sides of at least "
-                         f"{3 * 2 ** settings.discriminator_layers} fit; lower --losses.discriminator-layers")
+        raise ValueError(f"vae train: losses.discriminator_layers is {settings.discriminator_layers} and pictures "
+                         f"have shape {tuple(shape)}; sides of at least {3 * 2 ** settings.discriminator_layers} fit; "
+                         "lower --losses.discriminator-layers")
     return PatchDiscriminator(channels, settings.discriminator_width, settings.discriminator_layers)
 
 
 class Terms:
-    """The terms that have what they need: their weights, and their values for pictures and what the autoencoder makes of them."""
+    """The terms that have what they need: their weights, and their values for pictures and their reconstructions."""
 
     def __init__(self, settings: LossSettings, discriminator: PatchDiscriminator, device: torch.device):
         self.settings, self.discriminator = settings, discriminator
-        self.perceptual, self.identity = (path and Features.from_pretrained(path).to(device) for path in (settings.perceptual_model, settings.identity_model))
+        self.perceptual, self.identity = (path and Features.from_pretrained(path).to(device)
+                                          for path in (settings.perceptual_model, settings.identity_model))
 
     def weights(self, step: int) -> dict[str, float]:
         """Weight of each term at a step; what is missing is not computed."""
         s = self.settings
         plays = s.adversarial_from is not None and step >= s.adversarial_from
         weights = {"l1": 1.0, "perceptual": s.perceptual * (self.perceptual is not None),
-                   "identity": s.identity * (self.identity is not None), "adversarial": s.adversarial * plays, "kl": s.kl}
+                   "identity": s.identity * (self.identity is not None), "adversarial": s.adversarial * plays,
+                   "kl": s.kl}
         return {name: weight for name, weight in weights.items() if weight}
 
     def values(self, step: int, pictures: Tensor, drawn: Tensor, posterior) -> dict[str, Tensor]:
@@ -169,13 +175,14 @@ class Terms:
 
     def table(self) -> str:
         """What the loss is made of, and what is left out, and why."""
-        s, never = self.settings, "left out: losses.adversarial_from is None"
+        s, start = self.settings, self.settings.adversarial_from
+        adversarial = "left out: losses.adversarial_from is None" if start is None else f"from step {start:,}"
         perceptual, identity = (f"left out: losses.{name}_model is None" if features is None else features.name
                                 for name, features in (("perceptual", self.perceptual), ("identity", self.identity)))
         rows = (("l1", 1.0, "always"), ("perceptual", s.perceptual, perceptual), ("identity", s.identity, identity),
-                ("adversarial", s.adversarial, never if s.adversarial_from is None else f"from step {s.adversarial_from:,}"),
-                ("kl", s.kl, "always"))
-        return "\n".join([f"{'term':<14}{'weight':>8}", *(f"{name:<14}{weight:>8g}  {note}" for name, weight, note in rows)])
+                ("adversarial", s.adversarial, adversarial), ("kl", s.kl, "always"))
+        lines = (f"{name:<14}{weight:>8g}  {note}" for name, weight, note in rows)
+        return "\n".join([f"{'term':<14}{'weight':>8}", *lines])
 
 
 @contextlib.contextmanager
@@ -203,16 +210,17 @@ def draw_pictures(pictures, optim: VAEOptimSettings, generator: torch.Generator)
 
 
 def latent_statistics(autoencoder: AutoencoderKL, pictures, batch: int) -> tuple[float, float]:
-    """Mean and standard deviation of all numbers of the latents (posterior means) of at most MEASURED pictures, evenly spread."""
+    """Mean and standard deviation over the latents, which are posterior means, of at most MEASURED pictures."""
     chosen = torch.linspace(0, len(pictures) - 1, min(MEASURED, len(pictures))).round().long()
     with torch.no_grad():
-        latents = [autoencoder.encode(pictures[part].to(autoencoder.device)).latent_dist.mode().cpu().double() for part in chosen.split(batch)]
+        batches = (pictures[part].to(autoencoder.device) for part in chosen.split(batch))
+        latents = [autoencoder.encode(x).latent_dist.mode().cpu().double() for x in batches]
     latents = torch.cat(latents)
     return latents.mean().item(), latents.std().item()
 
 
 class AutoencoderTask:
-    """Pictures that an autoencoder reconstructs and that a discriminator, once it plays, tells from its reconstructions."""
+    """Pictures that an autoencoder reconstructs; a discriminator, once it plays, tells the two apart."""
 
     unit, shown = "pictures", ("loss", "l1", "perceptual", "identity", "adversarial", "discriminator")
 
@@ -256,7 +264,7 @@ class AutoencoderTask:
 
 
 def train(config: VAETrainConfig) -> Path:
-    """Run `config` to its end, to `stop_after`, or to a signal, as `fit` does; return the directory with the autoencoder."""
+    """Run `config` as far as `fit` goes; return the directory with the autoencoder."""
     inputs = {f"data.{name}": path for name, path in config.data.directories().items()}
     inputs |= {f"losses.{name}": getattr(config.losses, name) for name in ("perceptual_model", "identity_model")}
     check("vae train", config)

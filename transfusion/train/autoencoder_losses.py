@@ -1,15 +1,16 @@
-"""The losses that an autoencoder is trained with (arXiv:2408.11039, appendix A), each a function of pictures and reconstructions in [-1, 1].
+"""The losses that an autoencoder is trained with (arXiv:2408.11039, appendix A).
 
     L = L_1 + L_perceptual + 0.5 L_GAN + 0.2 L_ID + 1e-6 L_KL
 
     L_1           mean |x - y|
-    L_perceptual  sum over stages of mean over places of |f(x) - f(y)|^2, f of length 1 at each place: LPIPS (arXiv:1801.03924, equation 1) with
-                  every weight 1, where the paper uses learned ones, in the stages of whatever classifier is named
+    L_perceptual  sum over stages of mean over places of |f(x) - f(y)|^2, f of length 1 at each place: LPIPS
+                  (arXiv:1801.03924, equation 1) in the stages of whatever classifier is named, with every weight 1
+                  where the paper uses learned ones
     L_ID          mean |g(x) - g(y)| of a second model's pooled features (the paper: MoCo v2's)
     L_KL          KL(N(mean, std) || N(0, 1)), summed over a picture's latent
     L_GAN         -mean D(y), with the hinge loss of D, a patch discriminator (arXiv:1611.07004, section 3.2.2)
 
-x are the pictures, y their reconstructions.
+x are the pictures and y their reconstructions, both in [-1, 1].
 """
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,11 @@ def reconstruction_loss(pictures: Tensor, drawn: Tensor) -> Tensor:
 
 
 def perceptual_loss(features, pictures: Tensor, drawn: Tensor) -> Tensor:
-    """Mean over pictures of the squared distance of `features.stages`, each place's vector of length 1: averaged over places, summed over stages."""
+    """Squared distance of `features.stages`, each place's vector of length 1: a mean over places, a sum over stages."""
     with torch.no_grad():
         wanted = features.stages(pictures)
-    return sum((F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean() for a, b in zip(wanted, features.stages(drawn)))
+    stages = zip(wanted, features.stages(drawn))
+    return sum((F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean() for a, b in stages)
 
 
 def identity_loss(features, pictures: Tensor, drawn: Tensor) -> Tensor:
@@ -36,7 +38,7 @@ def identity_loss(features, pictures: Tensor, drawn: Tensor) -> Tensor:
 
 
 def kl_loss(posterior) -> Tensor:
-    """KL divergence of diffusers' DiagonalGaussianDistribution from N(0, 1), summed over a picture's latent, mean over pictures."""
+    """KL divergence of diffusers' DiagonalGaussianDistribution from N(0, 1): summed over a latent, then the mean."""
     return posterior.kl().mean()
 
 
@@ -46,14 +48,18 @@ def generator_loss(discriminator: nn.Module, drawn: Tensor) -> Tensor:
 
 
 def discriminator_loss(discriminator: nn.Module, pictures: Tensor, drawn: Tensor) -> Tensor:
-    """Hinge loss of the discriminator, (mean max(0, 1 - D(x)) + mean max(0, 1 + D(y))) / 2 (arXiv:1705.02894); none of it reaches `drawn`."""
+    """Hinge loss of the discriminator, (mean max(0, 1 - D(x)) + mean max(0, 1 + D(y))) / 2 (arXiv:1705.02894).
+
+    `drawn` gets no gradient from it.
+    """
     return (F.relu(1 - discriminator(pictures)).mean() + F.relu(1 + discriminator(drawn.detach())).mean()) / 2
 
 
 class PatchDiscriminator(nn.Sequential):
-    """pix2pix's discriminator: 4x4 convolutions of stride 2, two of stride 1, and a number for each patch of the picture, above 0 for real.
+    """pix2pix's discriminator: `layers` 4x4 convolutions of stride 2, then two of stride 1.
 
-    With 3 layers each number sees 70x70 pixels, with 1 16x16. Group norm in place of batch norm: no statistics, the same in any batch.
+    It gives a number for each patch of the picture, above 0 for real. With 3 layers each number sees 70x70 pixels,
+    with 1 layer 16x16. Group norm stands in for batch norm, so that a picture gets the same number in any batch.
     """
 
     def __init__(self, channels: int, width: int = 64, layers: int = 3):

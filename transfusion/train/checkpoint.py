@@ -2,11 +2,11 @@
 
 A run's directory holds its checkpoint, log.jsonl and resume/:
 
-    resume/state.safetensors   weights, averages and the optimizers' tensors: model.NAME, averaged.NAME, optimizer.NAME.KEY
+    resume/state.safetensors   model.NAME, averaged.NAME and optimizer.NAME.KEY: weights, averages, optimizers' tensors
     resume/run.json            the step, the settings, and what optimizers keep that is no tensor
 
-The checkpoint and resume/ are replaced together (transfusion/files.py): a kill at any moment leaves the older or the newer
-of both. Names of a second player, a discriminator, stand behind its own: discriminator.model.NAME.
+The checkpoint and resume/ are replaced together (transfusion/files.py): a kill at any moment leaves the older or the
+newer of both. Names of a second player, a discriminator, stand behind its own: discriminator.model.NAME.
 """
 import dataclasses
 import json
@@ -85,8 +85,9 @@ def _optimizer_state(player: Player) -> tuple[dict[str, Tensor], dict]:
             elif x is None or isinstance(x, bool | int | float | str):
                 others[f"{names[p]}.{key}"] = x
             else:
-                raise ValueError(f"train: the optimizer, {type(optimizer).__name__}, keeps a {type(x).__name__} ({key}); "
-                                 "tensors and numbers can be saved; take another optimizer in transfusion/train/optimizer.py")
+                raise ValueError(f"train: the optimizer, {type(optimizer).__name__}, keeps a {type(x).__name__} "
+                                 f"({key}); tensors and numbers can be saved; take another one in "
+                                 "transfusion/train/optimizer.py")
     groups = [{key: value for key, value in group.items() if key not in ("params", "lr") and value != before.get(key)}
               for group, before in zip(optimizer.param_groups, player.built)]
     return tensors, {"kind": type(optimizer).__name__, "numbers": others, "groups": groups}
@@ -111,7 +112,7 @@ def _restore_optimizer(player: Player, tensors: Mapping[str, Tensor], kept: Mapp
 
 
 def _placed(key: str, x, p: Tensor, group: Mapping):
-    """A value where its optimizer keeps it: steps stay on the host unless it counts them on the device, as torch's do."""
+    """A value where its optimizer keeps it: torch's keep steps on the host, but for fused and capturable ones."""
     on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
     return x.to(p.device) if isinstance(x, Tensor) and not on_host else x
 
@@ -138,8 +139,8 @@ def check_weights(command: str, out: Path, step: int, tensors: Mapping[str, Tens
     flags = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()  # one wait for the device
     bad = [name for name, fine in zip(names, flags) if not fine]
     if bad:
-        raise FloatingPointError(f"{command}: after {step:,} steps {len(bad)} tensors are not finite ({bad[0]}); they are "
-                                 f"not saved; {way_on or _way_on(out, step)}")
+        raise FloatingPointError(f"{command}: after {step:,} steps {len(bad)} tensors are not finite ({bad[0]}); they "
+                                 f"are not saved; {way_on or _way_on(out, step)}")
 
 
 def _way_on(out: Path, step: int) -> str:
@@ -148,8 +149,8 @@ def _way_on(out: Path, step: int) -> str:
     if saved is None:
         return "nothing was saved; start again with a lower optim.lr"
     if saved == step:
-        return (f"the save of {saved:,} steps in {out} holds the very weights that gave this, so that --resume would end here "
-                "again; start anew with a lower optim.lr and another --out")
+        return (f"the save of {saved:,} steps in {out} holds the very weights that gave this, so that --resume would "
+                "end here again; start anew with a lower optim.lr and another --out")
     return f"the save of {saved:,} steps in {out} stands; --resume with a lower optim.lr goes on from it"
 
 
@@ -194,8 +195,8 @@ def load_state(config: RunSettings, fixed: tuple[str, ...]) -> tuple[dict[str, T
                if key in theirs and theirs[key] != ours[key] and key not in ("out", "resume", "stop_after")]
     other = [key for key in changed if any(key == name or key.startswith(f"{name}.") for name in fixed)]
     if other:
-        raise ValueError(f"train: {', '.join(other)} differ from the run saved in {out!r}; the same settings fit; start "
-                         "anew with another --out")
+        raise ValueError(f"train: {', '.join(other)} differ from the run saved in {out!r}; the same settings fit; "
+                         "start anew with another --out")
     if config.resume and config.stop_after is not None and config.stop_after <= run["step"]:
         raise ValueError(f"train: stop_after is {config.stop_after} and the run saved in {out!r} has {run['step']:,} "
                          "steps; a later step fits, or leave it out")

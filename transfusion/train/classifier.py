@@ -1,11 +1,11 @@
-"""A small ResNet (arXiv:1512.03385) that tells real pictures apart: it judges drawn ones, and its features measure them.
+"""A small ResNet (arXiv:1512.03385) that tells real pictures apart: it judges drawn ones, and its features measure.
 
     python -m transfusion.train.classifier data:digits --out runs/judge
 
-It has basic blocks and is trained by AdamW under a cosine with label smoothing (arXiv:1512.00567, section 7). Pictures are
-moved, scaled and brightened a little, but never mirrored: a mirrored seven is no seven. The batch of a step depends on
-(seed, step) alone, so that the same call after an interruption goes on from the last state saved. What is written at the end
-is a checkpoint of transformers that `Features` loads.
+It has basic blocks and is trained by AdamW under a cosine with label smoothing (arXiv:1512.00567, section 7). Pictures
+are moved, scaled and brightened a little, but never mirrored: a mirrored seven is no seven. The batch of a step depends
+on (seed, step) alone, so that the same call after an interruption goes on from the last state saved. What is written at
+the end is a checkpoint of transformers that `Features` loads.
 """
 import dataclasses
 import json
@@ -41,7 +41,7 @@ class ClassifierSettings(JobSettings, StepSettings):
     """What is trained, and how long; lr is reached after a twentieth of the steps, and a cosine takes it to 0."""
 
     size: Count = 32
-    """side that pictures are stretched to; the network halves it twice before its first stage and once before each other"""
+    """side that pictures are stretched to; the network halves it twice, and once more for each stage after the first"""
     width: Count = 32
     """channels of the first stage; each next one has twice as many"""
     depths: tuple[Count, ...] = (1, 1, 1)
@@ -84,7 +84,7 @@ class JudgeConfig:
 
 def train_classifier(images: Tensor, labels: Tensor, label_names: Sequence[str], out: Path,
                      settings: ClassifierSettings = ClassifierSettings()) -> Features:  # noqa: B008 (frozen)
-    """Train on pictures (N, C, H, W) in [-1, 1] with labels (N,), write a checkpoint to `out` and return it as it loads.
+    """Train on pictures (N, C, H, W) in [-1, 1] with labels (N,), write a checkpoint to `out` and return it, loaded.
 
     Raises:
         ValueError: settings that do not fit, labels without a name or of another count than pictures, or a directory
@@ -93,17 +93,19 @@ def train_classifier(images: Tensor, labels: Tensor, label_names: Sequence[str],
     check("train_classifier", settings)
     check_steps("train_classifier", settings, "batch")
     if images.ndim != 4 or labels.shape != images.shape[:1] or not len(images):
-        raise ValueError(f"train_classifier: images has shape {tuple(images.shape)} and labels {tuple(labels.shape)}; (N, C, height, width) and (N,) "
-                         "fit")
+        raise ValueError(f"train_classifier: images has shape {tuple(images.shape)} and labels "
+                         f"{tuple(labels.shape)}; (N, C, height, width) and (N,) fit")
     if labels.min() < 0 or labels.max() >= len(label_names):
-        raise ValueError(f"train_classifier: labels is from {labels.min()} to {labels.max()}; 0 to {len(label_names) - 1} fit: they have names")
+        raise ValueError(f"train_classifier: labels is from {labels.min()} to {labels.max()}; 0 to "
+                         f"{len(label_names) - 1} fit: they have names")
     out = Path(out)
     with claim("train_classifier", out):
         check_out(out)
         return _train(images, labels, label_names, out, settings)
 
 
-def _train(images: Tensor, labels: Tensor, label_names: Sequence[str], out: Path, settings: ClassifierSettings) -> Features:
+def _train(images: Tensor, labels: Tensor, label_names: Sequence[str], out: Path,
+           settings: ClassifierSettings) -> Features:
     pictures = (*images.shape, zlib.crc32(images.contiguous().numpy()), zlib.crc32(labels.contiguous().numpy()))
     run = ClassifierRun(seed=settings.seed, save_every=settings.save_every, device=settings.device, out=out,
                         settings=settings, labels=tuple(label_names), pictures=pictures)
@@ -164,12 +166,14 @@ class ClassifierTask:
         (directory / CLASSIFIER).write_text(json.dumps(made_of(self.run) | {"finished": True}, indent=2) + "\n")
 
 
-def build_network(channels: int, label_names: Sequence[str], settings: ClassifierSettings) -> ResNetForImageClassification:
+def build_network(channels: int, label_names: Sequence[str],
+                  settings: ClassifierSettings) -> ResNetForImageClassification:
     """Return a freshly initialised ResNet in training mode; the global random state stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         return ResNetForImageClassification(ResNetConfig(
-            num_channels=channels, embedding_size=settings.width, hidden_sizes=[settings.width * 2**stage for stage in range(len(settings.depths))],
+            num_channels=channels, embedding_size=settings.width,
+            hidden_sizes=[settings.width * 2**stage for stage in range(len(settings.depths))],
             depths=list(settings.depths), layer_type="basic", id2label=dict(enumerate(label_names)),
             label2id={name: label for label, name in enumerate(label_names)})).train()
 
@@ -181,10 +185,11 @@ def learning_rate(step: int, settings: ClassifierSettings) -> float:
 
 
 def augment(pictures: Tensor, settings: ClassifierSettings, generator: torch.Generator) -> Tensor:
-    """Move, scale and brighten each of (N, C, H, W) by its own random amounts; what comes in from outside repeats the edge."""
+    """Move, scale and brighten each of (N, C, H, W) by its own random amounts; what lies outside repeats the edge."""
     amounts = (2 * torch.rand(4, len(pictures), generator=generator) - 1).to(pictures)
     zoom, shift, zero = 1 + settings.scale * amounts[0], 2 * settings.move * amounts[1:3], torch.zeros_like(amounts[0])
-    matrix = torch.stack([torch.stack([zoom, zero, shift[0]], 1), torch.stack([zero, zoom, shift[1]], 1)], 1)  # (N, 2, 3)
+    rows = torch.stack([zoom, zero, shift[0]], 1), torch.stack([zero, zoom, shift[1]], 1)
+    matrix = torch.stack(rows, 1)  # (N, 2, 3)
     grid = torch.nn.functional.affine_grid(matrix, pictures.shape, align_corners=False)
     moved = torch.nn.functional.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
     return (moved + settings.brightness * amounts[3].view(-1, 1, 1, 1)).clamp(-1, 1)
@@ -196,8 +201,8 @@ def check_out(out: Path) -> None:
     saved = saved_run(out) or {}
     ours = (out / CLASSIFIER).is_file() or "run" in saved or "labels" in saved.get("config", {})
     if theirs and not ours:
-        raise ValueError(f"train_classifier: out is {str(out)!r}, which holds files and no {CLASSIFIER}; an empty directory or "
-                         "one that this command wrote fits")
+        raise ValueError(f"train_classifier: out is {str(out)!r}, which holds files and no {CLASSIFIER}; an empty "
+                         "directory or one that this command wrote fits")
 
 
 def made_of(run: ClassifierRun) -> dict:
@@ -209,7 +214,7 @@ def made_of(run: ClassifierRun) -> dict:
 def is_finished(run: ClassifierRun) -> bool:
     """Whether `out` holds the classifier that a run would make.
 
-    Settings that an older version's file does not name had today's default values, and how often it was saved is no matter.
+    Settings that an older version's file does not name had today's default values. How often it was saved is no matter.
     """
     path = run.out / CLASSIFIER
     theirs = read_json(path, "delete the directory to train anew") if path.is_file() else {}

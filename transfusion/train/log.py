@@ -1,4 +1,4 @@
-"""A run's log, log.jsonl: one record a step. Damaged lines are skipped, and a resumed run goes on behind its last save."""
+"""A run's log, log.jsonl: one record a step. Damaged lines are skipped; a resumed run goes on after its last save."""
 import contextlib
 import json
 import os

@@ -1,9 +1,10 @@
-"""The training loop. A trainer builds networks, draws batches and names its losses; everything else of a run is here, once.
+"""The training loop. A trainer builds networks, draws batches and names its losses; the rest of a run is here, once.
 
     loss = sum over terms of weight * mean        mean = sum over micro-batches of (count / total count) * mean of each
 
-A term is a mean over things that are counted: text targets, drawn images, pictures. Micro-batches hold different numbers of
-them, so each mean is weighted with its share of the whole step's count: `accumulate` changes memory, not what is learnt.
+A term is a mean over things that are counted: text targets, drawn images, pictures. Micro-batches hold different
+numbers of them, so each mean is weighted with its share of the whole step's count: `accumulate` changes memory, not
+what is learnt.
 """
 import shutil
 import sys
@@ -20,7 +21,14 @@ from tqdm import tqdm
 from transfusion.command import Interrupt
 from transfusion.device import seconds_of
 from transfusion.files import replacing
-from transfusion.train.checkpoint import check_finite, check_weights, load_state, restore_players, training_state, write_state
+from transfusion.train.checkpoint import (
+    check_finite,
+    check_weights,
+    load_state,
+    restore_players,
+    training_state,
+    write_state,
+)
 from transfusion.train.log import LOG, Log, start_log
 from transfusion.train.optimizer import Player
 from transfusion.train.settings import RunSettings, StepSettings
@@ -186,12 +194,12 @@ def restore(config: RunSettings, players: Sequence[Player], fixed: tuple[str, ..
 def say_stopped(config: RunSettings, optim: StepSettings, done: int) -> None:
     """Say how a run that was stopped before its last step goes on, in commands that have --resume."""
     if done < optim.steps:
-        print(f"stopped after step {done} of {optim.steps}, saved in {config.out}; add --resume to the same command to go on",
-              file=sys.stderr)
+        print(f"stopped after step {done} of {optim.steps}, saved in {config.out}; add --resume to the same command to "
+              "go on", file=sys.stderr)
 
 
 def end_run(config: RunSettings, optim: StepSettings, done: int) -> None:
-    """End a run that the same call goes on with: where it was stopped, as stopped, and else without what going on needs."""
+    """End a run that the same call goes on with: say that it was stopped, or remove what only going on needs."""
     if done < optim.steps:
         raise KeyboardInterrupt(f"{config.out}: {done:,} of {optim.steps:,} steps are done; the same command goes on")
     shutil.rmtree(config.out / "resume", ignore_errors=True)

@@ -2,13 +2,13 @@
 import torch
 from torch import Tensor
 
-from transfusion.sequence.packing import ImageLayout, Modality, Sequence
+from transfusion.sequence import ImageLayout, Modality, Sequence
 
 
 def split_rows(sequence: Sequence, parts: int) -> list[Sequence]:
-    """Split B packed rows into `parts` sequences of about B / parts rows each, in order; all B rows in one part are the sequence itself.
+    """Split B packed rows, in order, into `parts` sequences of about B / parts rows each.
 
-    `left_out` stays with the whole: the parts have none.
+    One part is the sequence itself. `left_out` stays with the whole: smaller parts have none.
     """
     if parts == 1:
         return [sequence]
@@ -21,21 +21,22 @@ def _rows(sequence: Sequence, start: int, stop: int) -> Sequence:
     length = sequence.tokens.shape[1]
     first, last = start * length, stop * length
 
-    def inside(flat: Tensor) -> Tensor:
-        return (flat >= first) & (flat < last)
+    def inside(places: Tensor) -> Tensor:
+        return (places >= first) & (places < last)
 
-    patches = inside(sequence.patch_rows)
-    owners = sequence.layout.image[patches]
+    patches, targets = inside(sequence.patch_places), inside(sequence.target_places)
+    owners = sequence.layout.image_ids[patches]
     image, end = (int(owners[0]), int(owners[-1]) + 1) if len(owners) else (0, 0)
-    of_token = sequence.image[start:stop]
-    modality = Modality(torch.where(of_token < 0, of_token, of_token - image),
-                        *(rows[inside(rows)] - first for rows in sequence.modality[1:]))
-    text = inside(sequence.text_rows)
+    image_ids = sequence.image_ids[start:stop]
+    modality = Modality(torch.where(image_ids < 0, image_ids, image_ids - image),
+                        *(places[inside(places)] - first for places in sequence.modality[1:]))
     return Sequence(
-        sequence.tokens[start:stop], sequence.positions[start:stop], sequence.documents[start:stop],
-        _trimmed(sequence.spans[start:stop]), _trimmed(sequence.hidden[start:stop]),
-        sequence.text_rows[text] - first, sequence.text_targets[text], sequence.patches[patches], modality,
-        sequence.image_first[image:end], sequence.drawn[image:end], ImageLayout.of(list(sequence.layout.grids[image:end])))
+        tokens=sequence.tokens[start:stop], positions=sequence.positions[start:stop],
+        documents=sequence.documents[start:stop], spans=_trimmed(sequence.spans[start:stop]),
+        hidden=_trimmed(sequence.hidden[start:stop]), target_places=sequence.target_places[targets] - first,
+        text_targets=sequence.text_targets[targets], patches=sequence.patches[patches], modality=modality,
+        image_first=sequence.image_first[image:end], drawn=sequence.drawn[image:end],
+        layout=ImageLayout.of(list(sequence.layout.grids[image:end])))
 
 
 def _trimmed(spans: Tensor) -> Tensor:

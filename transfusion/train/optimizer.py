@@ -41,7 +41,7 @@ def learning_rate(step: int, optim: OptimizerSettings) -> float:
 
 
 def build_optimizer(model: torch.nn.Module, optim: StepSettings, *, fused: bool | None = True) -> torch.optim.Optimizer:
-    """AdamW whose weight decay reaches matrices only. `fused` is its own; other implementations differ in the last bits."""
+    """AdamW whose weight decay reaches matrices only; `fused` is torch's option, and changes the last bits."""
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -51,8 +51,8 @@ def build_optimizer(model: torch.nn.Module, optim: StepSettings, *, fused: bool 
 def average_decay(count: int, ema: float) -> float:
     """Decay of the average once it holds the weights of `count` steps: min(ema, (1 + count) / (10 + count)).
 
-    This is the warm-up of TensorFlow's ExponentialMovingAverage with num_updates. Without it the first step's weights would
-    keep a share of ema^steps, which is most of the average of a short run. With it a short run averages its last tenth.
+    This is the warm-up of TensorFlow's ExponentialMovingAverage with num_updates. Without it the first step's weights
+    would keep a share of ema^steps, most of the average of a short run. With it a short run averages its last tenth.
     """
     return min(ema, (1 + count) / (10 + count))
 

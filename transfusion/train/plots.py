@@ -18,11 +18,13 @@ def loss_curves(path: Path, log: Path) -> None:
         print(f"{log} holds no step: {path} is not drawn", flush=True)
         return
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for axis, key, title in zip(axes, ("text_loss", "diffusion_loss"), ("text loss (nats per token)", "diffusion loss (mean squared error)")):
+    titles = {"text_loss": "text loss (nats per token)", "diffusion_loss": "diffusion loss (mean squared error)"}
+    for axis, (key, title) in zip(axes, titles.items()):
         values = torch.tensor([record[key] for record in records])
         width = max(1, len(values) // 50)
         axis.plot(values, color="0.8", linewidth=0.8)
-        axis.plot(torch.arange(width - 1, len(values)), values.unfold(0, width, 1).mean(-1), linewidth=1.5, label=f"mean of {width} steps")
+        means = values.unfold(0, width, 1).mean(-1)
+        axis.plot(torch.arange(width - 1, len(values)), means, linewidth=1.5, label=f"mean of {width} steps")
         axis.set(xlabel="step", title=title, yscale="log")
         axis.grid(alpha=0.3, which="both")
         axis.legend()

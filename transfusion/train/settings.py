@@ -61,7 +61,10 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings(StepSettings):
-    """Steps under a warm-up and a cosine, and the average of the weights (the paper: 3e-4, betas 0.9 and 0.95, decay 0.1, clip 1)."""
+    """Steps under a warm-up and a cosine, and the average of the weights.
+
+    The defaults are the paper's: 3e-4, betas 0.9 and 0.95, decay 0.1, clip 1.
+    """
 
     min_lr: NotNegative = 1.5e-5
     """learning rate at the end of the cosine; lr at most"""
@@ -74,7 +77,8 @@ class OptimizerSettings(StepSettings):
 def defaults(**values) -> Callable[[type], type]:
     """Give a settings class, below `@dataclass`, other default values for options that its base classes write."""
     def change(kind: type) -> type:
-        inherited = {f.name: f for base in kind.__mro__ if dataclasses.is_dataclass(base) for f in dataclasses.fields(base)}
+        bases = [base for base in kind.__mro__ if dataclasses.is_dataclass(base)]
+        inherited = {f.name: f for base in bases for f in dataclasses.fields(base)}
         for name, value in values.items():
             kind.__annotations__ = {**kind.__dict__.get("__annotations__", {}), name: inherited[name].type}
             setattr(kind, name, value)
@@ -91,8 +95,8 @@ def check_steps(op: str, optim: StepSettings, batch: str, prefix: str = "") -> N
         ValueError: the first of them, named.
     """
     if isinstance(optim, OptimizerSettings) and optim.min_lr > optim.lr:
-        raise ValueError(f"{op}: {prefix}min_lr is {optim.min_lr:g} and {prefix}lr {optim.lr:g}; at most lr fits; lower "
-                         f"{prefix}min_lr or raise {prefix}lr")
+        raise ValueError(f"{op}: {prefix}min_lr is {optim.min_lr:g} and {prefix}lr {optim.lr:g}; at most lr fits; "
+                         f"lower {prefix}min_lr or raise {prefix}lr")
     if optim.accumulate > getattr(optim, batch):
         raise ValueError(f"{op}: {prefix}accumulate is {optim.accumulate} and {prefix}{batch} {getattr(optim, batch)}; "
                          f"at most {batch} fits; lower {prefix}accumulate")

@@ -1,8 +1,8 @@
 """Train a Transfusion. Its commands are `transfusion train PRESET ...` and `python -m transfusion.train PRESET ...`.
 
 Each step draws documents, noises their images and takes one step of AdamW on text loss + lambda * diffusion loss. The
-documents, times and noise of a step depend on (seed, step) alone, so that a resumed run gives the losses of one that never
-stopped. Ctrl-C saves.
+documents, times and noise of a step depend on (seed, step) alone, so that a resumed run gives the losses of one that
+never stopped. Ctrl-C saves.
 """
 import dataclasses
 import json
@@ -102,29 +102,34 @@ def build_model(config: TrainConfig, dataset) -> Transfusion:
     tokenizer = train_tokenizer(dataset.texts(), config.model.vocabulary)
     torch.manual_seed(config.seed)
     text_config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=config.model.hidden, intermediate_size=config.model.mlp, num_hidden_layers=config.model.layers,
-        num_attention_heads=config.model.heads, num_key_value_heads=config.model.kv_heads, tie_word_embeddings=False,
+        vocab_size=len(tokenizer), hidden_size=config.model.hidden, intermediate_size=config.model.mlp,
+        num_hidden_layers=config.model.layers, num_attention_heads=config.model.heads,
+        num_key_value_heads=config.model.kv_heads, tie_word_embeddings=False,
         rms_norm_eps=config.model.norm_eps, max_position_embeddings=max(2048, config.optim.seq_len),
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     channels, *size = dataset.image_shape
     return Transfusion(TransfusionConfig(
-        text_config=AutoConfig.for_model(**text_config.to_dict()), image_channels=channels, image_size=size, **config.model.shared(),
-        boi_token_id=tokenizer.convert_tokens_to_ids(BOI), eoi_token_id=tokenizer.convert_tokens_to_ids(EOI)), tokenizer)
+        text_config=AutoConfig.for_model(**text_config.to_dict()), image_channels=channels, image_size=size,
+        boi_token_id=tokenizer.convert_tokens_to_ids(BOI), eoi_token_id=tokenizer.convert_tokens_to_ids(EOI),
+        **config.model.shared()), tokenizer)
 
 
 def start_model(config: TrainConfig, dataset, vae: VAE | None) -> Transfusion:
     """Load the checkpoint to start from and check that the data set's images, and what their latents are of, fit it."""
     model = Transfusion.from_pretrained(config.tune.start)
     asked = json.loads(json.dumps(config.model.shared()))  # lists, as in a checkpoint's configuration
-    if differ := [f"{name} {getattr(model.config, name)}" for name in asked if getattr(model.config, name) != asked[name]]:
+    kept = {name: getattr(model.config, name) for name in asked}
+    if differ := [f"{name} {value}" for name, value in kept.items() if value != asked[name]]:
         print(f"{config.tune.start} keeps its own {', '.join(differ)}; --model settings are not used", flush=True)
     channels, *size = dataset.image_shape
     if channels != model.config.image_channels or any(side % model.config.patch_size for side in size):
-        raise ValueError(f"train: data.name is {config.data.name!r}, whose images are {tuple(dataset.image_shape)}, and tune.start a model of "
-                         f"{model.config.image_channels} channels and patches of {model.config.patch_size}; equal channels and whole patches fit")
+        raise ValueError(f"train: data.name is {config.data.name!r}, whose images are {tuple(dataset.image_shape)}, "
+                         f"and tune.start a model of {model.config.image_channels} channels and patches of "
+                         f"{model.config.patch_size}; equal channels and whole patches fit")
     if (vae and vae.fingerprint()) != (model.vae and model.vae.fingerprint()):
-        raise ValueError(f"train: data.latents is {config.data.latents and str(config.data.latents)!r} and tune.start a model of "
-                         f"{'pictures' if model.vae is None else 'another autoencoder'}; latents of its own autoencoder fit; make them with "
+        latents, source = config.data.latents, "pictures" if model.vae is None else "another autoencoder"
+        raise ValueError(f"train: data.latents is {latents and str(latents)!r} and tune.start a model of {source}; "
+                         "latents of its own autoencoder fit; make them with "
                          "`transfusion vae encode`, and the model with `transfusion init --vae`")
     return model
 
@@ -145,7 +150,8 @@ class TransfusionTask:
         """Draw a step's rows and times, then split them: what is drawn does not depend on `accumulate`."""
         config, base = self.config, self.base
         generator = step_generator(config.seed, step)
-        sequence, limit = draw_batch(self.dataset, config.data, base.tokenizer, base.config, config.optim.rows, config.optim.seq_len, generator)
+        sequence, limit = draw_batch(self.dataset, config.data, base.tokenizer, base.config, config.optim.rows,
+                                     config.optim.seq_len, generator)
         tokens = sequence.layout.offsets.diff()
         times = sample_times(config.optim.times, limit, tokens, base.config.time_shift_tokens, generator)
         batches, first = [], 0
@@ -174,7 +180,7 @@ class TransfusionTask:
 
 
 def train(config: TrainConfig) -> Path:
-    """Run `config` to its end, to `stop_after`, or to Ctrl-C, SIGTERM or SIGHUP; return the directory with the checkpoint."""
+    """Run `config` as far as `fit` goes; return the directory with the checkpoint."""
     check_settings("train", config)
     inputs = {f"data.{name}": path for name, path in config.data.directories().items()}
     with claim("train", config.out, {"tune.start": config.tune.start, **inputs}, config.resume):

@@ -12,7 +12,7 @@ from tests.transfusion.train.test_autoencoder import tiny as tiny_autoencoder
 from tests.transfusion.train.test_transfusion import small
 from transfusion import Image, Text
 from transfusion.command import saved_run
-from transfusion.sequence.packing import encode, lay_out
+from transfusion.sequence import encode, lay_out
 from transfusion.train import transfusion as trainer
 from transfusion.train.autoencoder import train as train_autoencoder
 from transfusion.train.loop import accumulate
@@ -44,10 +44,10 @@ def test_micro_batches_hold_the_rows_of_the_batch(parts):
     for part in found:
         rows = slice(row, row + len(part.tokens))
         assert torch.equal(part.mask().dense(), whole.mask().dense()[rows])
-        assert torch.equal((part.image >= 0), (whole.image >= 0)[rows]) and part.image.max() == part.image_count - 1
-        assert torch.equal(part.tokens.flatten()[part.text_rows + 1], part.text_targets)
-        assert torch.equal(part.layout.image, part.image.flatten()[part.patch_rows].long())
-        assert torch.equal(torch.cat([part.modality.text_rows, part.patch_rows]).sort().values, torch.arange(part.tokens.numel()))
+        assert torch.equal(part.image_ids >= 0, (whole.image_ids >= 0)[rows]) and part.image_ids.max() == part.image_count - 1
+        assert torch.equal(part.tokens.flatten()[part.target_places + 1], part.text_targets)
+        assert torch.equal(part.layout.image_ids, part.image_ids.flatten()[part.patch_places].long())
+        assert torch.equal(torch.cat([part.modality.text_places, part.patch_places]).sort().values, torch.arange(part.tokens.numel()))
         row = rows.stop
 
 

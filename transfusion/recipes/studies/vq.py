@@ -1,9 +1,9 @@
 """Pictures as codes: a VQ-VAE of diffusers (arXiv:1711.00937), trained on the pictures themselves with commitment 0.25.
 
-    loss = mean |picture - decoded|^2 + mean |sg(z) - code|^2 + 0.25 mean |z - sg(code)|^2        arXiv:1711.00937, eq. 3
+    loss = mean |picture - decoded|^2 + mean |sg(z) - code|^2 + 0.25 mean |z - sg(code)|^2       arXiv:1711.00937, eq. 3
 
-The first third of the steps trains an autoencoder without codes. The centres that k-means finds among what it encodes are
-the codebook that the rest starts from, so that no code is dead.
+The first third of the steps trains an autoencoder without codes. The centres that k-means finds among what it encodes
+are the codebook that the rest starts from, so that no code is dead.
 """
 import dataclasses
 import math
@@ -126,7 +126,8 @@ class VQTask:
         latents = self.autoencoder.encode(batch.inputs).latents
         decoded = self.autoencoder.decode(latents, force_not_quantize=step < self.quantized_from)
         reconstruction = torch.nn.functional.mse_loss(decoded.sample, batch.inputs)
-        yield self.player, {"reconstruction": Term(1.0, reconstruction), "commitment": Term(1.0, decoded.commit_loss.mean())}
+        yield self.player, {"reconstruction": Term(1.0, reconstruction),
+                            "commitment": Term(1.0, decoded.commit_loss.mean())}
 
     def save(self, directory: Path, step: int) -> None:
         """Write the autoencoder after the last step."""
@@ -165,4 +166,5 @@ def to_codes(autoencoder: VQModel, images: Tensor) -> Tensor:
 @torch.no_grad()
 def from_codes(autoencoder: VQModel, codes: Tensor) -> Tensor:
     """Codes (N, h, w) to pictures (N, C, H, W) in [-1, 1]."""
-    return autoencoder.decode(autoencoder.quantize.embedding(codes).movedim(-1, 1), force_not_quantize=True).sample.clamp(-1, 1)
+    latents = autoencoder.quantize.embedding(codes).movedim(-1, 1)
+    return autoencoder.decode(latents, force_not_quantize=True).sample.clamp(-1, 1)
