@@ -1,4 +1,4 @@
-"""Arrays kept in a directory as .npy files, read through memory maps: workers share their pages, and nothing is unpickled."""
+"""Arrays kept in a directory as .npy files, read through memory maps: workers share them, and nothing is unpickled."""
 import hashlib
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ ABOUT = "about.json"
 
 
 class Arrays:
-    """The arrays of a directory by name, each mapped when it is first asked for in a process; pickles as the path alone."""
+    """The arrays of a directory by name, each mapped when a process first asks for it; pickles as the path alone."""
 
     def __init__(self, directory: Path):
         self.directory, self._mapped = Path(directory), {}

@@ -1,10 +1,11 @@
-"""Random choices without a generator: each is a hash of what it is made for, so whoever asks again gets the same answer.
+"""Random choices without a generator: each is a hash of what it is made for, so it is the same for whoever asks.
 
     z = x + 0x9e3779b97f4a7c15;  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;  z = (z ^ z >> 27) * 0x94d049bb133111eb;
     splitmix64(x) = z ^ z >> 31                                       (Steele, Lea and Flood, OOPSLA 2014, figure 17)
 
-The hash is folded over the seed, the purpose, the source, the pass over the source, and the record's number. The plan asks for a million
-records at once and the loader for one: both call `choose`, so the plan's lengths are those of what the loader reads.
+The hash is folded over the seed, the purpose, the source, the pass over the source, and the record's number. The plan
+asks for a million records at once and the loader for one: both call `choose`, so the plan's lengths are those of what
+the loader reads.
 """
 import zlib
 from typing import NamedTuple

@@ -1,7 +1,8 @@
-"""From a record to the document that the model reads: arranged, cut to length, encoded; or only its outline, without a picture decoded.
+"""From a record to the document that the model reads: its parts are arranged, encoded and cut to length.
 
-An outline is a `Document` whose images have a range in place of their patches. It is made from text and from pictures' headers alone, and
-its tokens and targets are those of the document: the plan counts outlines, the loader makes documents.
+An outline is a `Document` for which no picture was decoded: its images have a range in place of their patches. It is
+made from text and from pictures' headers alone, and its tokens and targets are those of the document: the plan counts
+outlines, the loader makes documents.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ Parts = list[Text | PictureRef]
 
 
 class Encoded(NamedTuple):
-    """A document, and what an autoencoder has yet to encode: a picture (3, H, W) uint8 for each of its images, or none."""
+    """A document, and pictures (3, H, W) uint8 that an autoencoder has yet to encode: one for each image, or none."""
 
     document: Document
     pictures: tuple[Tensor, ...]
@@ -53,7 +54,8 @@ class Documents:
         template: makes parts of a conversation; it is called with the record, the tokens that fit (`max_length`) and a
             function that tells the tokens of a picture. Without one, conversations are refused.
         context: what later tokens read of an image that is drawn: noised, its noised patches, or clean, a clean copy.
-        max_length: tokens that a document is cut to, before an image where the cut would go through it; None: never cut.
+        max_length: tokens that a document is cut to, before an image where the cut would go through it; None: never
+            cut.
         name: of the template, in fingerprints.
     """
 
@@ -72,8 +74,8 @@ class Documents:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         return fingerprint(
             backend.to_str() if backend is not None else self.tokenizer.get_vocab(), str(self.tokenizer.chat_template),
-            self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, vars(self.kind), self.grids.grids, self.grids.mode,
-            self.name, self.context, self.max_length)
+            self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, vars(self.kind), self.grids.grids,
+            self.grids.mode, self.name, self.context, self.max_length)
 
     def parts(self, record: Record, image_first: bool = False, dropped: bool = False, caption: int = 0) -> Parts:
         """Arrange a record; the options are for pairs: which caption, whether it is left out, or behind the picture.
@@ -85,7 +87,8 @@ class Documents:
         """
         if record.turns:
             if self.template is None:
-                raise DataError(record.where, "this is a conversation, and no chat template is named; name one", "no chat template")
+                raise DataError(record.where, "this is a conversation, and there is no chat template; one fits",
+                                "no chat template")
             return list(self.template(record, self.max_length, self.picture_tokens))
         if record.parts:
             return list(record.parts)
@@ -130,7 +133,7 @@ class Documents:
         return self._finish(Document([*tokens, eos], [*targets, text_seen], images, read=read))
 
     def encode(self, parts: Parts, flipped: bool = False) -> Encoded:
-        """Decode the pictures of arranged parts and encode all; where an autoencoder is to encode them, latents are 0 for now.
+        """Decode the pictures of arranged parts and encode all; latents that an autoencoder has yet to make are 0.
 
         Raises:
             DataError: a picture cannot be read. ValueError: text that cannot be tokenized.
@@ -156,7 +159,7 @@ class Documents:
 
 
 def cut(document: Document, length: int | None) -> Document:
-    """Return the first `length` tokens of a document; an image that would be cut through goes as a whole, BOI and EOI with it."""
+    """Return the first `length` tokens of a document; an image that would be cut through goes, from BOI to EOI."""
     if length is None or len(document.tokens) <= length:
         return document
     stop, images = length, []

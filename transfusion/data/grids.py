@@ -1,7 +1,7 @@
 """How large a picture becomes: grids of patches of about equal area, and the one that is nearest to its shape.
 
-Rows are packed, so pictures need no buckets: each takes the grid of its own shape. The size of a picture is read from its file's header,
-turned as EXIF says, so that a plan knows every length before a picture is decoded.
+Rows are packed, so pictures need no buckets: each takes the grid of its own shape. The size of a picture is read from
+its file's header, turned as EXIF says, so that a plan knows every length before a picture is decoded.
 """
 import math
 import struct
@@ -33,7 +33,7 @@ class GridSettings:
     aspect: Annotated[float, Range(1, 64)] = 2.0
     """the widest picture's width over its height, and the highest one's height over its width"""
     mode: Annotated[str, OneOf(MODES)] = "crop"
-    """crop: to the nearest grid; pad: to a square, as LLaVA does, whose coordinates stay true; centre: the central square"""
+    """crop: to the nearest grid; pad: to a square, as LLaVA does, so that coordinates stay true; centre: to a square"""
     sizes: tuple[tuple[Count, Count], ...] | None = None
     """(height, width) in pixels of every size, in place of those made from side and aspect"""
 
@@ -50,8 +50,8 @@ class Grids:
         self.mode, self.cell, self.channels = settings.mode, cell, channels
         if settings.mode != "crop":
             if settings.sizes is not None:
-                raise ValueError(f"grids: sizes is {settings.sizes} and mode {settings.mode!r}, whose pictures are all squares "
-                                 "of one side; mode 'crop' fits sizes")
+                raise ValueError(f"grids: sizes is {settings.sizes} and mode {settings.mode!r}, whose pictures are all "
+                                 "squares of one side; mode 'crop' fits sizes")
             self.grids = (_grid((settings.side, settings.side), cell, "side"),)
         elif settings.sizes is not None:
             self.grids = tuple(dict.fromkeys(_grid(size, cell, "sizes") for size in settings.sizes))
@@ -106,7 +106,8 @@ def picture_size(picture: PictureRef) -> tuple[int, int]:
     """Return (width, height) of a picture as it is seen, from its header alone.
 
     Raises:
-        DataError: the picture is missing, empty, no picture, or so large that Pillow takes it for an attack; `kind` says which.
+        DataError: the picture is missing, empty, no picture, or so large that Pillow takes it for an attack; `kind`
+            says which.
     """
     where = name_of(picture)
     with picture.open() as file:
@@ -118,10 +119,12 @@ def picture_size(picture: PictureRef) -> tuple[int, int]:
                 width, height = opened.size
                 turned = opened.format != "TIFF" and _orientation(opened, file) in TURNED
         except Picture.DecompressionBombError as error:
-            raise DataError(where, f"the picture is too large: {error}; make it smaller", "picture too large") from error
+            raise DataError(where, f"the picture is too large: {error}; make it smaller",
+                            "picture too large") from error
         except UNREADABLE as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(where, f"this is not a picture that can be read ({reason})", "unreadable picture") from error
+            raise DataError(where, f"this is not a picture that can be read ({reason})",
+                            "unreadable picture") from error
     if width < 1 or height < 1:
         raise DataError(where, f"the picture is {width}x{height}; at least one pixel fits", "unreadable picture")
     return (height, width) if turned else (width, height)
@@ -137,8 +140,8 @@ def name_of(picture: PictureRef) -> str:
 def _grid(size: tuple[int, int], cell: int, setting: str) -> tuple[int, int]:
     if any(pixels % cell for pixels in size):
         near = "x".join(str(max(1, round(pixels / cell)) * cell) for pixels in size)
-        raise ValueError(f"grids: {setting} has {size[0]}x{size[1]} pixels and a patch of this model is {cell} pixels wide; "
-                         f"multiples of {cell} fit, such as {near}")
+        raise ValueError(f"grids: {setting} has {size[0]}x{size[1]} pixels and a patch of this model is {cell} pixels "
+                         f"wide; multiples of {cell} fit, such as {near}")
     return size[0] // cell, size[1] // cell
 
 

@@ -1,11 +1,11 @@
-"""How long every record's document is, in every form that it may take, and why some cannot be used: counted once and kept.
+"""How long every record's document is, in every form that it may take, and why some cannot be used.
 
-Text is tokenized as `encode` does it, and of pictures only the headers are read. A pool of processes counts chunks of records; each
-finished chunk is a file, so a count that was stopped goes on. The result is a few memory-mapped arrays, kept under a key made from the source,
-the tokenizer, the grids and the template: what changes one of them is counted anew.
+Text is tokenized as `encode` does it, and of pictures only the headers are read. A pool of processes counts chunks of
+records; each finished chunk is a file, so a count that was stopped goes on. The result is a few memory-mapped arrays,
+kept under a key made from the source, the tokenizer, the grids and the template: where one changes, it is made anew.
 
-Records fall into splits by a hash of their pictures' names (or contents): one picture in two records is in one split. A record whose
-pictures fall into both splits is in neither.
+Records fall into splits by a hash of their pictures' names (or contents): one picture in two records is in one split. A
+record whose pictures fall into both splits is in neither.
 """
 import contextlib
 import hashlib
@@ -32,19 +32,23 @@ EXAMPLES = 20     # failures that are kept with their words, of each kind
 KEYS = ("name", "content")
 NO_TARGET = "no target"
 BAD_TEXT = "text that cannot be tokenized"
-TYPES = {"starts": np.int64, "lengths": np.int32, "bare": np.int32, "extra": np.int64, "reason": np.uint8, "images": np.uint16,
-         "patches": np.int32, "low": np.uint32, "high": np.uint32}
+TYPES = {"starts": np.int64, "lengths": np.int32, "bare": np.int32, "extra": np.int64, "reason": np.uint8,
+         "images": np.uint16, "patches": np.int32, "low": np.uint32, "high": np.uint32}
 
 
 @dataclass(frozen=True)
 class Lengths:
     """What is known of a source's N records without reading them.
 
-    arrays: starts (N + 1,) and lengths: record i has tokens lengths[starts[i]:starts[i + 1]], with each of its captions; bare (N,), without
-        one, or 0; extra (N,), pairs of tokens that see each other beyond the causal ones; reason (N,), 0 where the record can be used, else one
-        more than the place of its kind in `kinds`; images and patches (N,), how many; low and high (N,), the hashes of its pictures.
     kinds: of failures.
     examples: kind -> (number, where, reason) of the first failures.
+    arrays: by name
+        starts (N + 1,), lengths: record i has lengths[starts[i]:starts[i + 1]] tokens with each of its captions
+        bare (N,): tokens without a caption; 0 where it cannot be left out
+        extra (N,): pairs of tokens that see each other beyond the causal ones
+        reason (N,): 0 where the record can be used, else one more than the place of its kind in `kinds`
+        images, patches (N,): how many there are
+        low, high (N,): the least and the greatest of its pictures' hashes
     """
 
     arrays: Arrays
@@ -60,7 +64,7 @@ class Lengths:
         return {kind: int(count) for kind, count in zip(self.kinds, counts) if count}
 
     def records(self, split: str, held_out: float) -> np.ndarray:
-        """Numbers (n,) of the records of a split, "train" or "held-out", that can be used; `held_out` is the share held out, about."""
+        """Numbers (n,) of the records of a split, "train" or "held-out", that can be used."""
         limit = round(held_out * 2**32)
         mine = self.arrays["high"] < limit if split == "held-out" else self.arrays["low"] >= limit
         return np.flatnonzero(mine & (self.arrays["reason"] == 0)).astype(np.int64)
@@ -71,14 +75,16 @@ class Lengths:
         return int(((self.arrays["low"] < limit) & (self.arrays["high"] >= limit) & (self.arrays["reason"] == 0)).sum())
 
 
-def count_lengths(source: Source, documents: Documents, cache: Path, *, held_out_by: str = "name", workers: int | None = None) -> Lengths:
+def count_lengths(source: Source, documents: Documents, cache: Path, *, held_out_by: str = "name",
+                  workers: int | None = None) -> Lengths:
     """Count a source, or open what was counted before.
 
     Args:
         source: records by number.
         documents: how they become documents.
         cache: directory in which counts are kept, one directory each.
-        held_out_by: "name", the last two parts of a picture's path, or "content", the bytes of its file, all of which are read then.
+        held_out_by: "name", the last two parts of a picture's path, or "content", the bytes of its file, all of which
+            are read then.
         workers: processes; as many as there are processors, and none for small sources.
 
     Raises:
@@ -98,15 +104,16 @@ def count_lengths(source: Source, documents: Documents, cache: Path, *, held_out
     return Lengths(arrays, tuple(about["kinds"]), about["examples"])
 
 
-def _count(source: Source, documents: Documents, held_out_by: str, directory: Path, key: str, workers: int | None) -> None:
+def _count(source: Source, documents: Documents, held_out_by: str, directory: Path, key: str,
+           workers: int | None) -> None:
     count, parts = len(source), directory / "parts"
     chunks = [(at, min(at + CHUNK, count)) for at in range(0, count, CHUNK)]
     missing = [chunk for chunk in chunks if not (parts / f"{chunk[0]}.npz").is_file()]
     if workers is None:
         workers = min(len(missing) // 4, os.cpu_count() or 1)
     done = count - sum(stop - start for start, stop in missing)
-    progress = tqdm(total=count, initial=done, desc=f"lengths of {source.name}", unit="record", disable=count < 2 * CHUNK,
-                    dynamic_ncols=True)
+    progress = tqdm(total=count, initial=done, desc=f"lengths of {source.name}", unit="record",
+                    disable=count < 2 * CHUNK, dynamic_ncols=True)
     found = _counted(_Job(source, documents, held_out_by), missing, workers)
     with progress, contextlib.closing(found):
         for (start, stop), piece in zip(missing, found):
@@ -183,8 +190,8 @@ def _counted(job: _Job, chunks: list, workers: int) -> Iterator[dict[str, np.nda
     try:
         yield from pool.map(_run, chunks)
     except BrokenProcessPool as error:
-        raise ValueError(f"count_lengths: one of {workers} processes was killed, perhaps for want of memory; start again, it goes "
-                         "on from here; fewer workers take less") from error
+        raise ValueError(f"count_lengths: one of {workers} processes was killed, perhaps for want of memory; start "
+                         "again, it goes on from here; fewer workers take less") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -226,14 +233,16 @@ def _hashes(record: Record, held_out_by: str) -> Iterator[int]:
     """A hash, 32 bits, of each picture; of text, the hash of all of it."""
     pictures = list(record.pictures())
     for picture in pictures:
-        yield _hash(picture.read() if held_out_by == "content" or isinstance(picture.file, bytes) else picture_name(picture).encode())
+        by_content = held_out_by == "content" or isinstance(picture.file, bytes)
+        yield _hash(picture.read() if by_content else picture_name(picture).encode())
     if not pictures:
-        text = record.key or repr([record.captions, [part.text for part in record.parts], [turn.parts for turn in record.turns]])
+        texts = [part.text for part in record.parts]
+        text = record.key or repr([record.captions, texts, [turn.parts for turn in record.turns]])
         yield _hash(text.encode(errors="replace"))
 
 
 def picture_name(picture: PictureRef) -> str:
-    """What tells a picture apart wherever its data set lies: its file's folder and name; in a tar or a table, that and its place there."""
+    """What tells a picture apart wherever its data set lies: its file's folder and name, or a tar's and its own."""
     file = picture.file
     name = "/".join(Path(file.path).parts[-2:])
     if file.size < 0 and not file.offset:

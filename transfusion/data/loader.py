@@ -1,7 +1,7 @@
-"""Batches of packed rows: batch `step` is rows step * rows to (step + 1) * rows, read by worker processes ahead of time.
+"""Batches of packed rows: batch `step` is rows step * rows to (step + 1) * rows, read ahead by worker processes.
 
-Which records a row holds was planned; how each is shown is a hash (`choices`). So a batch is a function of (mixture, seed,
-step): a run goes on from its step alone, with any number of workers, and a rank takes its part of a step's rows.
+Which records a row holds was planned; how each is shown is a hash (`choices`). So a batch is a function of (mixture,
+seed, step): a run goes on from its step alone, with any number of workers, and a rank takes its part of a step's rows.
 
 A record that cannot be read any more is left out of its row, which stays as it is otherwise, and is counted with its
 reason; a rising share of them stops the run.
@@ -118,8 +118,8 @@ class PlannedRows:
         arrays, key = Arrays(self.directory / str(number)), f"{self.key}-{number}"
         if not arrays.stand(key):
             if not make:
-                raise ValueError(f"PlannedRows: {arrays.directory / ABOUT} is missing or of another mixture; the plan is made "
-                                 "before its rows are read, and stays as long as a run reads it")
+                raise ValueError(f"PlannedRows: {arrays.directory / ABOUT} is missing or of another mixture; a plan "
+                                 "is made before its rows are read, and stays as long as a run reads it")
             with locked(arrays.directory, wait=True):
                 if not arrays.stand(key):
                     plan = make_plan(self.streams, number=number, first_row=first, **self.options)
@@ -150,8 +150,8 @@ class PackedRows(Dataset):
         settings: of the mixture, which say the noise limit.
     """
 
-    def __init__(self, sources: Sequence[Source], shares: Sequence[Shares], documents: Documents, planned: PlannedRows, *,
-                 seed: int, seq_len: int, rows: int, settings: MixtureSettings, rank: int = 0, ranks: int = 1):
+    def __init__(self, sources: Sequence[Source], shares: Sequence[Shares], documents: Documents, planned: PlannedRows,
+                 *, seed: int, seq_len: int, rows: int, settings: MixtureSettings, rank: int = 0, ranks: int = 1):
         self.sources, self.shares, self.documents, self.planned = sources, shares, documents, planned
         self.seed, self.seq_len, self.rows, self.rank, self.ranks = seed, seq_len, rows, rank, ranks
         self.settings = settings
@@ -165,8 +165,9 @@ class PackedRows(Dataset):
         pictures, picture = _numbered([one for row in read for one in row if isinstance(one, Encoded)])
         pixels = torch.cat([torch.zeros(0, dtype=torch.uint8), *(one.flatten() for one in pictures)])
         failures = tuple(one for row in read for one in row if isinstance(one, Failure))
-        return Batch(sequence, noise_limits(sequence, self.settings), pixels, tuple(tuple(x.shape[1:]) for x in pictures),
-                     picture, sum(map(len, read)), failures)
+        shapes = tuple(tuple(x.shape[1:]) for x in pictures)
+        limit, documents = noise_limits(sequence, self.settings), sum(map(len, read))
+        return Batch(sequence, limit, pixels, shapes, picture, documents, failures)
 
     def read_row(self, number: int) -> list[Encoded | Failure]:
         """The documents of a row, or why one could not be made."""
@@ -174,8 +175,8 @@ class PackedRows(Dataset):
         for source, record, passes in zip(*self.planned.row(number)):
             one = self.read(int(source), int(record), int(passes))
             if isinstance(one, Encoded) and len(one.document.tokens) > room:
-                one = Failure(f"{self.sources[source].name}, record {record}", "it is longer than when it was counted, for a "
-                              "picture changed; delete the cache, and it is counted anew", CHANGED)
+                one = Failure(f"{self.sources[source].name}, record {record}", "it is longer than when it was counted: "
+                              "a picture changed; delete the cache, and it is counted anew", CHANGED)
             room -= len(one.document.tokens) if isinstance(one, Encoded) else 0
             read.append(one)
         return read
@@ -224,9 +225,9 @@ class FailureWatch:
         if self.documents >= self.first and len(failed) > self.share * recent:
             kind, count = Counter(failure.kind for failure in failed).most_common(1)[0]
             example = next(failure for failure in failed if failure.kind == kind)
-            raise ValueError(f"data: {len(failed):,} of the last {recent:,} documents could not be read, {count:,} of them for: "
-                             f"{kind} ({example.where}: {example.reason}); at most {100 * self.share:g} % may fail; put the files "
-                             "back, or check the data with `transfusion data check`")
+            raise ValueError(f"data: {len(failed):,} of the last {recent:,} documents could not be read, {count:,} of "
+                             f"them for: {kind} ({example.where}: {example.reason}); at most {100 * self.share:g} % "
+                             "may fail; put the files back, or check the data with `transfusion data check`")
 
 
 class Loader:
@@ -293,13 +294,13 @@ def packed_rows(mixture: Mixture, *, rows: int, seq_len: int, split: str = "trai
     """
     settings, streams = mixture.settings, mixture.streams(split)
     options = dict(seed=settings.seed, seq_len=seq_len, step_rows=rows * ranks, by=settings.weights, epochs=epochs)
-    key = fingerprint(VERSION, mixture.names, [str(lengths.arrays.about()["key"]) for lengths in mixture.lengths],
-                      mixture.shares(), [(entry.weight, entry.epochs) for entry in settings.sources], settings.held_out, split,
-                      options)
+    amounts = [(entry.weight, entry.epochs) for entry in settings.sources]
+    counted = [str(lengths.arrays.about()["key"]) for lengths in mixture.lengths]
+    key = fingerprint(VERSION, mixture.names, counted, mixture.shares(), amounts, settings.held_out, split, options)
     planned = PlannedRows(streams, mixture.cache / f"plan-{split}-{key}", key, **options)
     shares = [Shares(source_key(name), **share) for name, share in zip(mixture.names, mixture.shares())]
-    return PackedRows(mixture.sources, shares, mixture.documents, planned, seed=settings.seed, seq_len=seq_len, rows=rows,
-                      settings=settings, rank=rank, ranks=ranks)
+    return PackedRows(mixture.sources, shares, mixture.documents, planned, seed=settings.seed, seq_len=seq_len,
+                      rows=rows, settings=settings, rank=rank, ranks=ranks)
 
 
 def _numbered(documents: list[Encoded]) -> tuple[list[Tensor], Tensor]:

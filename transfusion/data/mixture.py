@@ -7,8 +7,8 @@
       - {format: llava, path: llava_v1_5_mix665k.json, images: playground/data, weight: 2}
       - {format: imagefolder, path: clip-art, weight: 1}
 
-YAML or JSON. Paths count from the file's directory. Each setting is checked; an error names the file, the line and the setting, and an unknown one is
-answered with the nearest.
+YAML or JSON. Paths count from the file's directory. Each setting is checked; an error names the file, the line and the
+setting, and an unknown one is answered with the nearest.
 """
 import dataclasses
 import json
@@ -65,9 +65,9 @@ class MixtureSettings:
     caption_dropout: Share = 0.1
     """share of those whose caption is left out, so that guidance has an unconditional model"""
     noise_limit: Share = 0.5
-    """largest noise time of an image that stands before its caption (the paper: 0.5); with context clean there is none"""
+    """largest noise time of an image that stands before its caption (the paper: 0.5); none with context clean"""
     context: Annotated[str, OneOf(CONTEXTS)] = "noised"
-    """what later tokens read of an image that is drawn: noised, its noised patches (the paper), or clean, a clean copy"""
+    """what later tokens read of an image that is drawn: noised, as it is drawn (the paper), or clean, a copy"""
     flip: Share = 0.0
     """share of records whose pictures are mirrored"""
     held_out: Decay = 0.01
@@ -75,8 +75,8 @@ class MixtureSettings:
     held_out_by: Annotated[str, OneOf(KEYS)] = "name"
     """what tells pictures apart: name, the last two parts of the path, or content, which reads every file once"""
     max_length: Count | None = None
-    """tokens that a longer document is cut to: never through an image, and conversations between two exchanges; none: what
-    is longer than a row is left out and counted"""
+    """tokens that a longer document is cut to, never through an image, and a conversation only between two exchanges;
+    none: what is longer than a row is left out and counted"""
     seed: Seed = 0
     """seed of order, captions and mirrored pictures"""
     chat: ChatSettings = field(default_factory=ChatSettings)
@@ -117,8 +117,9 @@ class Mixture:
         records, arrays = lengths.records(split, self.settings.held_out), lengths.arrays
         forms, starts = select(arrays["starts"], arrays["lengths"], records)
         weighted = entry.weight if split == "train" or entry.weight is None or len(records) else 0.0
-        return Stream(source_key(self.names[i]), records, starts, forms, arrays["bare"][records], arrays["extra"][records],
-                      weight=weighted, passes=entry.epochs, **self.shares()[i])
+        bare, extra = arrays["bare"][records], arrays["extra"][records]
+        return Stream(source_key(self.names[i]), records, starts, forms, bare, extra, weight=weighted,
+                      passes=entry.epochs, **self.shares()[i])
 
 
 def select(starts: np.ndarray, lengths: np.ndarray, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -134,15 +135,17 @@ def read_mixture(path: Path) -> MixtureSettings:
     """Read a mixture's file, .yaml, .yml or .json.
 
     Raises:
-        ValueError: the file is missing, is neither, or a setting is unknown or does not fit; file, line and setting are named.
+        ValueError: the file is missing, is neither, or a setting is unknown or does not fit; file, line and setting are
+            named.
     """
     path = Path(path)
     given, lines = _parsed(path)
     return make_mixture(given, path.parent, str(path), lines)
 
 
-def make_mixture(given: dict, folder: Path, op: str = "mixture", lines: dict[str, int] | None = None) -> MixtureSettings:
-    """Return the settings that a mixture's file with these contents says; paths count from `folder`, messages begin with `op`.
+def make_mixture(given: dict, folder: Path, op: str = "mixture",
+                 lines: dict[str, int] | None = None) -> MixtureSettings:
+    """Return the settings of a mixture's file with these contents; paths count from `folder`, messages begin with `op`.
 
     Raises:
         ValueError: as `read_mixture`.
@@ -152,14 +155,15 @@ def make_mixture(given: dict, folder: Path, op: str = "mixture", lines: dict[str
     reader.refuse_unknown(given, known, "")
     entries = given.get("sources")
     if not isinstance(entries, list) or not entries:
-        reader.fail("sources", f"is {entries!r:.60}; a list of at least one source fits, such as [{{format: imagefolder, path: pictures}}]")
+        reader.fail("sources", f"is {entries!r:.60}; a list of at least one source fits, such as "
+                    "[{format: imagefolder, path: pictures}]")
     sources = tuple(reader.source(entry, f"sources[{i}]") for i, entry in enumerate(entries))
     settings = reader.make(MixtureSettings, {**given, "sources": sources}, "")
     weights = [entry.weight for entry in sources]
     if any(weight is not None for weight in weights):
         if None in weights:
             missing = weights.index(None)
-            reader.fail(f"sources[{missing}]", "has no weight and others have; a weight for every source fits, or for none")
+            reader.fail(f"sources[{missing}]", "has no weight and others have; one for every source fits, or for none")
         if not any(weights):
             reader.fail("sources", "have weights that are all 0; one above 0 fits")
     return settings
@@ -182,8 +186,8 @@ def open_mixture(settings: MixtureSettings, tokenizer, config, *, folder: Path =
     kind = Kind.of(config, factor)
     channels = channels or (kind.image_channels if factor == 1 else 3)
     if channels not in (1, 3):
-        raise ValueError(f"open_mixture: the model draws pictures of {channels} channels; 1 (grey) or 3 (colour) fits, or "
-                         "latents, with the factor of their autoencoder")
+        raise ValueError(f"open_mixture: the model draws pictures of {channels} channels; 1 (grey) or 3 (colour) fits, "
+                         "or latents, with the factor of their autoencoder")
     grids = Grids(settings.pictures, kind.patch_size * factor, channels)
     documents = Documents(tokenizer, kind, grids, template=Chat(tokenizer, settings.chat), context=settings.context,
                           max_length=settings.max_length, name=str(settings.chat))
@@ -195,8 +199,8 @@ def open_mixture(settings: MixtureSettings, tokenizer, config, *, folder: Path =
             raise ValueError(f"mixture: sources[{i}] cannot be opened: {error}") from error
         name = entry.name or source.name
         if name in names:
-            raise ValueError(f"mixture: sources[{names.index(name)}] and sources[{i}] are both called {name!r}; different "
-                             "names fit; set `name` of one")
+            raise ValueError(f"mixture: sources[{names.index(name)}] and sources[{i}] are both called {name!r}; "
+                             "different names fit; set `name` of one")
         sources.append(source)
         names.append(name)
     cache = settings.cache or Path(folder) / ".transfusion"
@@ -236,21 +240,24 @@ class _Reader:
     def source(self, given, key: str) -> SourceSettings:
         """One source: the settings of its format, and its own."""
         if not isinstance(given, dict):
-            self.fail(key, f"is {given!r:.60}; settings with names fit, such as {{format: imagefolder, path: pictures}}")
+            self.fail(key, f"is {given!r:.60}; settings with names fit, such as "
+                      "{format: imagefolder, path: pictures}")
         name = given.get("format")
         if not isinstance(name, str) or name not in FORMATS:
-            self.fail(f"{key}.format", f"is {name!r}; one of {', '.join(map(repr, FORMATS))} fits{nearest(str(name), FORMATS)}")
+            fitting = f"one of {', '.join(map(repr, FORMATS))} fits{nearest(str(name), FORMATS)}"
+            self.fail(f"{key}.format", f"is {name!r}; {fitting}")
         theirs = [f.name for f in dataclasses.fields(FORMATS[name])]
         ours = [f.name for f in dataclasses.fields(SourceSettings) if f.name != "source"]
         self.refuse_unknown(given, ["format", *theirs, *(n for n in ours if n not in theirs)], f"{key}.")
         made = self.make(FORMATS[name], {n: value for n, value in given.items() if n in theirs}, f"{key}.")
-        return self.make(SourceSettings, {"source": made, **{n: value for n, value in given.items() if n in ours}}, f"{key}.")
+        rest = {n: value for n, value in given.items() if n in ours}
+        return self.make(SourceSettings, {"source": made, **rest}, f"{key}.")
 
     def make(self, kind: type, given: dict, prefix: str):
         """Settings of a class; values are turned into what its fields hold, then checked."""
         hints = get_type_hints(kind, include_extras=True)
         for one in dataclasses.fields(kind):
-            if one.name not in given and one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
+            if one.name not in given and one.default is one.default_factory is dataclasses.MISSING:
                 self.fail(prefix.rstrip(".") or "the mixture", f"has no {one.name}; it needs one")
         settings = kind(**{name: self.value(hints[name], value, f"{prefix}{name}") for name, value in given.items()})
         try:
@@ -288,18 +295,21 @@ def _parsed(path: Path) -> tuple[dict, dict[str, int]]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"mixture: {str(path)!r} cannot be read ({error.strerror}); the path of a mixture fits") from error
+        raise ValueError(f"mixture: {str(path)!r} cannot be read ({error.strerror}); the path of a mixture "
+                         "fits") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"mixture: {str(path)!r} is not UTF-8 ({error.reason}); UTF-8 fits") from error
     if path.suffix == ".json":
         try:
             return json.loads(text, object_pairs_hook=lambda pairs: _without_twins(pairs, path)), {}
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {error.lineno}: this is no JSON ({error.msg}); check commas, quotes and brackets") from error
+            raise ValueError(f"{path}, line {error.lineno}: this is no JSON ({error.msg}); check commas, quotes and "
+                             "brackets") from error
     try:
         import yaml
     except ImportError as error:
-        raise ValueError(f"mixture: {str(path)!r} is YAML, and PyYAML is not installed; `pip install pyyaml`, or write it as .json") from error
+        raise ValueError(f"mixture: {str(path)!r} is YAML, and PyYAML is not installed; install the extra [data], or "
+                         "write it as .json") from error
     try:
         node = yaml.compose(text, yaml.SafeLoader)
         lines: dict[str, int] = {}
@@ -309,8 +319,8 @@ def _parsed(path: Path) -> tuple[dict, dict[str, int]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         line = "" if mark is None else f", line {mark.line + 1}"
-        raise ValueError(f"{path}{line}: this is no YAML ({getattr(error, 'problem', None) or error}); check indents, colons and "
-                         "brackets") from error
+        reason = getattr(error, "problem", None) or error
+        raise ValueError(f"{path}{line}: this is no YAML ({reason}); check indents, colons and brackets") from error
 
 
 def _find_lines(node, key: str, lines: dict[str, int], path: Path) -> None:
@@ -325,7 +335,8 @@ def _find_lines(node, key: str, lines: dict[str, int], path: Path) -> None:
         for name, value in node.value:
             inner = f"{key}.{name.value}" if key else str(name.value)
             if inner in lines:
-                raise ValueError(f"{path}, line {name.start_mark.line + 1}: {inner} stands twice, first in line {lines[inner]}; once fits")
+                raise ValueError(f"{path}, line {name.start_mark.line + 1}: {inner} stands twice, first in line "
+                                 f"{lines[inner]}; once fits")
             lines[inner] = name.start_mark.line + 1
             _find_lines(value, inner, lines, path)
 

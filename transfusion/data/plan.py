@@ -1,11 +1,12 @@
 """Which records share which packed row, decided from lengths alone before anything is read.
 
-A source is read as one endless stream: pass after pass, each record once a pass, in an order that depends on (seed, source, pass).
-Plan `number` takes the next piece of each stream, as much as its weight says, mixes the pieces evenly, packs them into rows and
-groups rows of about equal attention area into steps. A plan is a function of (seed, number) and of the first row's number, so the only
-state of a run is its step. Documents are never split; what is longer than a row is left out and counted.
+A source is read as one endless stream: pass after pass, each record once a pass, in an order that depends on (seed,
+source, pass). Plan `number` takes the next piece of each stream, as much as its weight says, mixes the pieces evenly,
+packs them into rows and groups rows of about equal attention area into steps. A plan is a function of (seed, number)
+and of the first row's number, so the only state of a run is its step. Documents are never split; what is longer than a
+row is left out and counted.
 
-Packing: of a pool of waiting documents a row takes the one that waits longest, then again and again the longest that fits.
+Packing: a pool of documents waits. A row takes them in turn until little of it is free, then the longest that fits.
 """
 import bisect
 import math
@@ -30,7 +31,7 @@ class Stream:
 
     key: of the source, in hashes.
     records: (n,) numbers of the records that may be used.
-    starts: (n + 1,) lengths[starts[i]:starts[i + 1]] are those of record i with each of its captions; one, where there are none.
+    starts: (n + 1,) lengths[starts[i]:starts[i + 1]] are those of record i with each of its captions.
     lengths: tokens of documents.
     bare: (n,) tokens without a caption, 0 where none can be left out.
     extra: (n,) pairs of tokens that see each other inside images, beyond the causal ones.
@@ -71,7 +72,7 @@ class Stream:
 
 
 class Plan(NamedTuple):
-    """Rows of records. Row i holds samples offsets[i] to offsets[i + 1], each a source, a record of it and a pass over it.
+    """Rows of samples: row i holds those from offsets[i] to offsets[i + 1], each a record in one pass over its source.
 
     offsets (R + 1,) int64, sources (M,) uint16, records (M,) int64, passes (M,) int32; `report` is for people.
     """
@@ -88,7 +89,7 @@ class PlanReport:
     """What a plan holds: `samples`, `tokens` and `too_long`, documents longer than a row, per source.
 
     fill: share of the rows' tokens that are used.
-    slowest, slowest_before: mean over steps of the largest attention area of a row over the step's mean, and the same before balancing.
+    slowest, slowest_before: the largest attention area of a step's rows over their mean, on average; before balancing.
     """
 
     rows: int
@@ -183,8 +184,8 @@ def make_plan(streams: Sequence[Stream], *, seed: int, number: int, seq_len: int
 
     counts = np.bincount(sources, minlength=len(streams))
     tokens = np.bincount(sources, weights=lengths, minlength=len(streams))
-    report = PlanReport(len(rows), counts.tolist(), [int(x) for x in tokens], too_long, float(lengths.sum() / (len(rows) * seq_len)),
-                        slowest_over_mean(row_areas[rows], step_rows, first_row), before)
+    fill, after = float(lengths.sum() / (len(rows) * seq_len)), slowest_over_mean(row_areas[rows], step_rows, first_row)
+    report = PlanReport(len(rows), counts.tolist(), [int(x) for x in tokens], too_long, fill, after, before)
     sources, passes, at = sources[order], passes[order], at[order]
     records = np.empty(len(at), dtype=np.int64)
     for i, stream in enumerate(streams):
@@ -193,7 +194,7 @@ def make_plan(streams: Sequence[Stream], *, seed: int, number: int, seq_len: int
 
 
 def pack_lengths(lengths: np.ndarray, seq_len: int, pool: int = POOL) -> tuple[np.ndarray, np.ndarray]:
-    """Pack documents (m,), none longer than `seq_len`, into rows; return their numbers row by row and the rows' offsets (R + 1,).
+    """Pack documents of these lengths (m,) into rows; return their numbers row by row, and the rows' offsets (R + 1,).
 
     A document is in one of the rows that begin before `pool` others behind it have been packed: nothing waits forever.
     """
@@ -227,7 +228,7 @@ def pack_lengths(lengths: np.ndarray, seq_len: int, pool: int = POOL) -> tuple[n
 
 
 def balance(areas: np.ndarray, step_rows: int, first_row: int, seed: int, number: int) -> np.ndarray:
-    """Order rows of these attention areas (R,) so that those of a step are about equal; only rows of nearby steps change places."""
+    """Order rows of these attention areas (R,) so that a step's are about equal; rows move to nearby steps only."""
     rows, begin = np.arange(len(areas)), (-first_row) % step_rows
     steps = (len(areas) - begin) // step_rows
     for first in range(0, steps, WINDOW):
@@ -291,12 +292,16 @@ def _orders(stream: Stream, seed: int, first: int, stop: int) -> np.ndarray:
 def _mix(pieces: list, streams: Sequence[Stream], seed: int, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sources, passes and places of all pieces, each spread evenly over the whole and in its own order."""
     sources = np.repeat(np.arange(len(pieces), dtype=np.uint16), [len(at) for _, at in pieces])
-    when = np.concatenate([(np.arange(len(at)) + uniform(seed, MIX, stream.key, number, np.arange(len(at)))) / max(len(at), 1)
-                           for (_, at), stream in zip(pieces, streams)])
+    when = np.concatenate([_spread(len(at), seed, MIX, stream.key, number) for (_, at), stream in zip(pieces, streams)])
     order = np.argsort(when, kind="stable").astype(np.int32)
     del when
     passes, at = (np.concatenate([piece[i] for piece in pieces])[order] for i in (0, 1))
     return sources[order], passes, at
+
+
+def _spread(count: int, *words: int) -> np.ndarray:
+    """Numbers (count,) in [0, 1), ascending, one in each `count`-th part."""
+    return (np.arange(count) + uniform(*words, np.arange(count))) / max(count, 1)
 
 
 def _measure(streams: Sequence[Stream], sources: np.ndarray, passes: np.ndarray, at: np.ndarray,
@@ -305,7 +310,7 @@ def _measure(streams: Sequence[Stream], sources: np.ndarray, passes: np.ndarray,
     lengths, areas = np.empty(len(at), dtype=np.int32), np.empty(len(at), dtype=np.int64)
     for i, stream in enumerate(streams):
         mine = np.flatnonzero(sources == i)
-        for some in np.array_split(mine, max(1, len(mine) // 2**16)):  # the hashes of all at once would be the largest thing here
+        for some in np.array_split(mine, max(1, len(mine) // 2**16)):  # hashes of all at once would be large
             tokens = stream.chosen_lengths(seed, passes[some], at[some]).astype(np.int64)
             lengths[some] = tokens
             areas[some] = tokens * (tokens + 1) // 2 + stream.extra[at[some]]

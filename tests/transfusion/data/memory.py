@@ -1,4 +1,5 @@
 """Sources of records in memory, and pictures in bytes, for the tests of what stands behind sources."""
+
 import io
 from types import SimpleNamespace
 
@@ -11,8 +12,28 @@ from transfusion.data.sources.record import DataError, PictureRef, Record
 from transfusion.sequence import Text
 from transfusion.sequence.tokenizer import BOI, EOI, train_tokenizer
 
-WORDS = ("a", "the", "red", "green", "blue", "bus", "dog", "cat", "runs", "sleeps", "under", "over", "two", "three", "small",
-         "large", "picture", "of", "and", "with")
+WORDS = (
+    "a",
+    "the",
+    "red",
+    "green",
+    "blue",
+    "bus",
+    "dog",
+    "cat",
+    "runs",
+    "sleeps",
+    "under",
+    "over",
+    "two",
+    "three",
+    "small",
+    "large",
+    "picture",
+    "of",
+    "and",
+    "with",
+)
 
 
 class MemorySource:
@@ -40,7 +61,12 @@ def tokenizer_of_words():
 
 def kind_of(tokenizer, channels=3, patch_size=4, factor=1):
     ids = (tokenizer.convert_tokens_to_ids(name) for name in (BOI, EOI))
-    return Kind.of(SimpleNamespace(**dict(zip(("boi_token_id", "eoi_token_id"), ids)), image_channels=channels, patch_size=patch_size), factor)
+    return Kind.of(
+        SimpleNamespace(
+            **dict(zip(("boi_token_id", "eoi_token_id"), ids)), image_channels=channels, patch_size=patch_size
+        ),
+        factor,
+    )
 
 
 def documents_of(tokenizer=None, grids=None, kind=None, **options):
@@ -68,11 +94,15 @@ def mixed_records(count, seed=0):
     for i in range(count):
         where, look = f"memory, row {i}", picture(seed * 10_000 + i, *random.integers(8, 40, 2))
         read = PictureRef(look.file, False, look.name)
-        records.append((
-            Record(where, parts=(Text(sentence(random)),)),
-            Record(where, captions=tuple(sentence(random, 2, 12) for _ in range(1 + i % 3)), picture=look),
-            Record(where, parts=(read, Text(sentence(random, 2, 9), loss=False), look)),
-            Record(where, parts=(Text(sentence(random)), look, Text(sentence(random)), read, Text("the end"))),
-            DataError(where, "it is broken", "broken record") if i % 25 == 4 else Record(where, captions=("a dog",), picture=read),
-        )[i % 5])
+        records.append(
+            (
+                Record(where, parts=(Text(sentence(random)),)),
+                Record(where, captions=tuple(sentence(random, 2, 12) for _ in range(1 + i % 3)), picture=look),
+                Record(where, parts=(read, Text(sentence(random, 2, 9), loss=False), look)),
+                Record(where, parts=(Text(sentence(random)), look, Text(sentence(random)), read, Text("the end"))),
+                DataError(where, "it is broken", "broken record")
+                if i % 25 == 4
+                else Record(where, captions=("a dog",), picture=read),
+            )[i % 5]
+        )
     return records

@@ -1,4 +1,5 @@
 """Choices that are hashes: equal to an independent scalar one, evenly spread, the same for one record and for many."""
+
 import numpy as np
 import pytest
 

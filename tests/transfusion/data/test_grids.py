@@ -1,4 +1,5 @@
 """Grids of pictures, sizes read from headers, and every kind of file that is hard to read."""
+
 import io
 
 import numpy as np
@@ -56,7 +57,9 @@ def test_pictures_are_cropped_to_their_grid_and_keep_their_shape():
     rows, columns = grids.of(picture)
     pixels = grids.pixels(picture, (rows, columns))
     assert pixels.shape == (3, rows * 8, columns * 8) and columns > rows
-    assert pixels[0, 0, 0] < -0.8 and pixels[0, 0, -1] > 0.8 and pixels[1, -1, 0] > 0.8            # the corners are where they were
+    assert (
+        pixels[0, 0, 0] < -0.8 and pixels[0, 0, -1] > 0.8 and pixels[1, -1, 0] > 0.8
+    )  # the corners are where they were
     assert torch.equal(grids.pixels(picture, (rows, columns), flipped=True), pixels.flip(-1))
 
 
@@ -75,15 +78,21 @@ def test_the_central_square_is_one_grid_for_every_picture():
     assert torch.equal(grids.pixels(picture, (4, 4)), read_picture(picture.open(), 32, 3))
 
 
-@pytest.mark.parametrize("settings, words", [
-    (GridSettings(side=250), "grids: side has 250x250 pixels and a patch of this model is 16 pixels wide; multiples of 16 fit, "
-                             "such as 256x256"),
-    (GridSettings(sizes=((256, 256), (192, 330))), "sizes has 192x330 pixels .* such as 192x336"),
-    (GridSettings(mode="pad", sizes=((256, 256),)), "mode 'crop' fits sizes"),
-    (GridSettings(mode="squash"), "grids: mode is 'squash'; one of 'crop', 'pad', 'centre' fits"),
-    (GridSettings(aspect=0.5), "grids: aspect is 0.5"),
-    (GridSettings(sizes=()), "grids: sizes is .."),
-])
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (
+            GridSettings(side=250),
+            "grids: side has 250x250 pixels and a patch of this model is 16 pixels wide; multiples of 16 fit, "
+            "such as 256x256",
+        ),
+        (GridSettings(sizes=((256, 256), (192, 330))), "sizes has 192x330 pixels .* such as 192x336"),
+        (GridSettings(mode="pad", sizes=((256, 256),)), "mode 'crop' fits sizes"),
+        (GridSettings(mode="squash"), "grids: mode is 'squash'; one of 'crop', 'pad', 'centre' fits"),
+        (GridSettings(aspect=0.5), "grids: aspect is 0.5"),
+        (GridSettings(sizes=()), "grids: sizes is .."),
+    ],
+)
 def test_grids_that_do_not_fit_the_patch_size_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         Grids(settings, 16)
@@ -109,19 +118,25 @@ def test_a_png_whose_exif_stands_behind_its_pixels_is_turned_too():
 
 
 def test_sizes_are_read_without_decoding(monkeypatch):
-    pictures = [written(gradient(40, 24), kind, exif=turned(6)) for kind in ("JPEG", "PNG", "WEBP")] + [written(gradient(40, 24), "GIF")]
+    pictures = [written(gradient(40, 24), kind, exif=turned(6)) for kind in ("JPEG", "PNG", "WEBP")] + [
+        written(gradient(40, 24), "GIF")
+    ]
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
     assert [picture_size(picture) for picture in pictures] == [(24, 40)] * 3 + [(40, 24)]
 
 
-@pytest.mark.parametrize("picture", [
-    written(gradient(40, 24).convert("P", palette=Picture.Palette.ADAPTIVE)),
-    written(gradient(40, 24, "CMYK"), "JPEG", quality=95),
-    written(gradient(40, 24, "RGBA")),
-    written(gradient(40, 24), "GIF", save_all=True, append_images=[Picture.new("RGB", (40, 24), "black")] * 2),
-    written(gradient(40, 24), "WEBP", lossless=True),
-    written(gradient(40, 24), "BMP"),
-], ids=["palette", "cmyk", "alpha", "animated", "webp", "bmp"])
+@pytest.mark.parametrize(
+    "picture",
+    [
+        written(gradient(40, 24).convert("P", palette=Picture.Palette.ADAPTIVE)),
+        written(gradient(40, 24, "CMYK"), "JPEG", quality=95),
+        written(gradient(40, 24, "RGBA")),
+        written(gradient(40, 24), "GIF", save_all=True, append_images=[Picture.new("RGB", (40, 24), "black")] * 2),
+        written(gradient(40, 24), "WEBP", lossless=True),
+        written(gradient(40, 24), "BMP"),
+    ],
+    ids=["palette", "cmyk", "alpha", "animated", "webp", "bmp"],
+)
 def test_pictures_of_every_kind_are_read_rightly(picture):
     grids = Grids(GridSettings(sizes=((24, 40),)), 8)
     wanted = grids.pixels(written(gradient(40, 24)), (3, 5))
@@ -134,7 +149,7 @@ def test_sixteen_bits_and_transparency_are_read_rightly():
     deep = written(Picture.fromarray(np.full((16, 16), 65535 // 2, dtype=np.uint16)))
     assert grids.pixels(deep, (1, 1)).mean().abs() < 0.01
     clear = written(Picture.new("RGBA", (16, 16), (0, 0, 0, 0)))
-    assert grids.pixels(clear, (1, 1)).min() == 1                                                  # white
+    assert grids.pixels(clear, (1, 1)).min() == 1  # white
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
@@ -155,13 +170,29 @@ def huge():
     return PictureRef(data.getvalue(), loss=True, name="huge.png")
 
 
-@pytest.mark.parametrize("picture, kind, words", [
-    (PictureRef(b"", True, "empty.png"), "empty picture", "empty.png: the picture's file is empty"),
-    (PictureRef(b"no picture at all", True, "a.txt"), "unreadable picture", "a.txt: this is not a picture that can be read"),
-    (PictureRef(PictureFile("/nowhere/a.png"), True), "missing picture", "/nowhere/a.png"),
-    (PictureRef(written(gradient(40, 24)).file[:12], True, "cut.png"), "unreadable picture", "cut.png: this is not a picture"),
-    (huge(), "picture too large", "huge.png: the picture is too large: .*60000|huge.png: the picture is too large: .*3600000000"),
-], ids=["empty", "text", "missing", "cut in the header", "huge"])
+@pytest.mark.parametrize(
+    "picture, kind, words",
+    [
+        (PictureRef(b"", True, "empty.png"), "empty picture", "empty.png: the picture's file is empty"),
+        (
+            PictureRef(b"no picture at all", True, "a.txt"),
+            "unreadable picture",
+            "a.txt: this is not a picture that can be read",
+        ),
+        (PictureRef(PictureFile("/nowhere/a.png"), True), "missing picture", "/nowhere/a.png"),
+        (
+            PictureRef(written(gradient(40, 24)).file[:12], True, "cut.png"),
+            "unreadable picture",
+            "cut.png: this is not a picture",
+        ),
+        (
+            huge(),
+            "picture too large",
+            "huge.png: the picture is too large: .*60000|huge.png: the picture is too large: .*3600000000",
+        ),
+    ],
+    ids=["empty", "text", "missing", "cut in the header", "huge"],
+)
 def test_pictures_that_cannot_be_read_are_named_with_the_reason(picture, kind, words):
     with pytest.raises(DataError, match=words) as error:
         picture_size(picture)
@@ -173,7 +204,7 @@ def test_pictures_that_cannot_be_read_are_named_with_the_reason(picture, kind, w
 def test_a_picture_cut_off_in_its_pixels_has_a_size_and_is_refused_when_it_is_decoded():
     for kind in ("PNG", "JPEG"):
         whole = written(gradient(200, 160), kind)
-        cut = PictureRef(whole.file[:len(whole.file) * 2 // 3], True, "cut")
+        cut = PictureRef(whole.file[: len(whole.file) * 2 // 3], True, "cut")
         assert picture_size(cut) == (200, 160)
         with pytest.raises(DataError, match="cut is not a picture that can be read") as error:
             Grids(GridSettings(side=16), 16).pixels(cut, (1, 1))

@@ -1,11 +1,20 @@
 """Lengths of records: those of their documents, kept, resumed, counted by reason; splits that never share a picture."""
+
 import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from tests.transfusion.data.memory import MemorySource, documents_of, kind_of, mixed_records, picture, sentence, tokenizer_of_words
+from tests.transfusion.data.memory import (
+    MemorySource,
+    documents_of,
+    kind_of,
+    mixed_records,
+    picture,
+    sentence,
+    tokenizer_of_words,
+)
 from transfusion.data import lengths as module
 from transfusion.data.documents import cut, extra_area, has_target
 from transfusion.data.grids import Grids, GridSettings
@@ -19,7 +28,9 @@ def documents():
     return documents_of()
 
 
-@pytest.mark.parametrize("options", [{}, {"context": "clean"}, {"max_length": 25}, {"max_length": 40, "context": "clean"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"context": "clean"}, {"max_length": 25}, {"max_length": 40, "context": "clean"}]
+)
 def test_outlines_are_as_long_as_the_documents_and_have_their_targets(options):
     documents = documents_of(**options)
     for record in (record for record in mixed_records(40) if not isinstance(record, Exception)):
@@ -27,9 +38,14 @@ def test_outlines_are_as_long_as_the_documents_and_have_their_targets(options):
             for image_first, dropped in ((False, False), (True, False), (False, True)):
                 parts = documents.parts(record, image_first, dropped, caption)
                 outline, document = documents.outline(parts), documents.encode(parts).document
-                assert outline.tokens == document.tokens and outline.targets == document.targets and outline.hidden == document.hidden
+                assert (
+                    outline.tokens == document.tokens
+                    and outline.targets == document.targets
+                    and outline.hidden == document.hidden
+                )
                 assert [(start, len(x), *rest) for start, x, *rest in outline.images] == [
-                    (start, len(x), *rest) for start, x, *rest in document.images]
+                    (start, len(x), *rest) for start, x, *rest in document.images
+                ]
 
 
 def test_lengths_equal_those_of_the_encoded_parts(documents, tmp_path):
@@ -37,7 +53,7 @@ def test_lengths_equal_those_of_the_encoded_parts(documents, tmp_path):
     lengths = count_lengths(MemorySource("mixed", records), documents, tmp_path)
     arrays = lengths.arrays
     for i, record in enumerate(records):
-        forms = arrays["lengths"][arrays["starts"][i]:arrays["starts"][i + 1]]
+        forms = arrays["lengths"][arrays["starts"][i] : arrays["starts"][i + 1]]
         if isinstance(record, Exception):
             assert arrays["reason"][i] > 0
             continue
@@ -71,10 +87,17 @@ def test_a_second_count_reads_no_record_and_a_change_counts_anew(documents, tmp_
     assert first.arrays.directory == again.arrays.directory
     source.__class__ = MemorySource
     tokenizer = documents.tokenizer
-    others = [documents_of(tokenizer, context="clean"), documents_of(tokenizer, max_length=30),
-              documents_of(tokenizer, Grids(GridSettings(side=32), 4)), documents_of(tokenizer, kind=kind_of(tokenizer, factor=2))]
+    others = [
+        documents_of(tokenizer, context="clean"),
+        documents_of(tokenizer, max_length=30),
+        documents_of(tokenizer, Grids(GridSettings(side=32), 4)),
+        documents_of(tokenizer, kind=kind_of(tokenizer, factor=2)),
+    ]
     found = {count_lengths(source, other, tmp_path).arrays.directory for other in others}
-    found |= {count_lengths(MemorySource("mixed", mixed_records(21)), documents, tmp_path).arrays.directory, first.arrays.directory}
+    found |= {
+        count_lengths(MemorySource("mixed", mixed_records(21)), documents, tmp_path).arrays.directory,
+        first.arrays.directory,
+    }
     assert len(found) == 6
 
 
@@ -125,10 +148,17 @@ def test_records_that_cannot_be_used_are_counted_by_reason(documents, tmp_path):
         DataError("row 8", "the row is cut off", "bad json"),
     ]
     lengths = count_lengths(MemorySource("bad", records), documents, tmp_path)
-    assert lengths.failures() == {"missing picture": 1, "empty picture": 1, "unreadable picture": 1, "no target": 2,
-                                  "text that cannot be tokenized": 1, "empty record": 1, "bad json": 1}
+    assert lengths.failures() == {
+        "missing picture": 1,
+        "empty picture": 1,
+        "unreadable picture": 1,
+        "no target": 2,
+        "text that cannot be tokenized": 1,
+        "empty record": 1,
+        "bad json": 1,
+    }
     assert lengths.records("train", 0.0).tolist() == [6]
-    (number, where, reason), = lengths.examples["empty picture"]
+    ((number, where, reason),) = lengths.examples["empty picture"]
     assert (number, where) == (1, "b.png") and "empty" in reason
     assert [one[0] for one in lengths.examples["no target"]] == [3, 7]
 
@@ -154,17 +184,26 @@ def test_no_picture_is_in_both_splits(documents, tmp_path):
 def test_the_same_bytes_under_two_names_are_one_picture_by_content(documents, tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.png").write_bytes(picture(0).file)
-    records = [Record(name, captions=("a dog",), picture=PictureRef(PictureFile(f"{tmp_path}/{name}.png"), True)) for name in ("a", "b")]
-    by_name, by_content = (count_lengths(MemorySource("same", records), documents, tmp_path / by, held_out_by=by).arrays["low"]
-                           for by in ("name", "content"))
+    records = [
+        Record(name, captions=("a dog",), picture=PictureRef(PictureFile(f"{tmp_path}/{name}.png"), True))
+        for name in ("a", "b")
+    ]
+    by_name, by_content = (
+        count_lengths(MemorySource("same", records), documents, tmp_path / by, held_out_by=by).arrays["low"]
+        for by in ("name", "content")
+    )
     assert by_name[0] != by_name[1] and by_content[0] == by_content[1]
     with pytest.raises(ValueError, match="held_out_by is 'date'; 'name' or 'content' fits"):
         count_lengths(MemorySource("same", records), documents, tmp_path, held_out_by="date")
 
 
 def test_a_picture_s_name_does_not_change_when_its_data_set_is_moved():
-    assert picture_name(PictureRef(PictureFile("/a/b/train/1.jpg"), True)) == picture_name(PictureRef(PictureFile("/c/train/1.jpg"), True))
-    tars = [picture_name(PictureRef(PictureFile(f"/a/{shard}.tar", 512, 9, "0001.jpg"), True)) for shard in ("00", "01")]
+    assert picture_name(PictureRef(PictureFile("/a/b/train/1.jpg"), True)) == picture_name(
+        PictureRef(PictureFile("/c/train/1.jpg"), True)
+    )
+    tars = [
+        picture_name(PictureRef(PictureFile(f"/a/{shard}.tar", 512, 9, "0001.jpg"), True)) for shard in ("00", "01")
+    ]
     assert tars == ["00.tar/0001.jpg", "01.tar/0001.jpg"]
 
 
@@ -172,12 +211,12 @@ def test_a_cut_never_goes_through_an_image():
     documents = documents_of()
     parts = [Text("a red bus"), picture(0), Text("the end")]
     whole = documents.encode(parts).document
-    (start, patches, *_), = whole.images
+    ((start, patches, *_),) = whole.images
     for length in range(2, len(whole.tokens) + 3):
         short = cut(whole, length)
-        assert whole.tokens[:len(short.tokens)] == short.tokens and len(short.tokens) <= length
+        assert whole.tokens[: len(short.tokens)] == short.tokens and len(short.tokens) <= length
         if start - 1 < length < start + len(patches) + 1:
-            assert len(short.tokens) == start - 1 and not short.images                 # BOI is gone too
+            assert len(short.tokens) == start - 1 and not short.images  # BOI is gone too
         else:
             assert len(short.tokens) == min(length, len(whole.tokens))
             assert len(short.images) == (length >= start + len(patches) + 1)
@@ -192,9 +231,11 @@ def test_a_document_whose_targets_were_cut_off_has_none():
 
 def test_pictures_for_an_autoencoder_are_handed_over_with_latents_still_to_come():
     tokenizer = tokenizer_of_words()
-    documents = documents_of(tokenizer, kind=kind_of(tokenizer, channels=8, patch_size=2, factor=8), grids=Grids(GridSettings(side=64), 16))
+    documents = documents_of(
+        tokenizer, kind=kind_of(tokenizer, channels=8, patch_size=2, factor=8), grids=Grids(GridSettings(side=64), 16)
+    )
     document, pictures = documents.encode([picture(0), Text("a dog")])
-    (_, patches, grid, _), = document.images
+    ((_, patches, grid, _),) = document.images
     assert patches.shape == (grid[0] * grid[1], 8 * 4) and not patches.any()
     assert pictures[0].dtype == torch.uint8 and pictures[0].shape == (3, grid[0] * 16, grid[1] * 16)
 

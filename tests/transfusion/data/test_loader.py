@@ -1,4 +1,5 @@
 """Batches: a function of the step with any number of workers, valid where records break, flat in memory."""
+
 import dataclasses
 import pickle
 from collections import Counter
@@ -7,13 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from tests.transfusion.data.memory import MemorySource, documents_of, kind_of, mixed_records, picture, sentence, tokenizer_of_words
+from tests.transfusion.data.memory import (
+    MemorySource,
+    documents_of,
+    kind_of,
+    mixed_records,
+    picture,
+    sentence,
+    tokenizer_of_words,
+)
 from transfusion.data.grids import Grids, GridSettings
 from transfusion.data.lengths import count_lengths
 from transfusion.data.loader import Failure, FailureWatch, Loader, packed_rows
 from transfusion.data.mixture import Mixture, MixtureSettings, SourceSettings
 from transfusion.data.sources.record import DataError, PictureFile, PictureRef, Record
-from transfusion.sequence import Text, encode
+from transfusion.sequence import Image, Text, encode
 
 
 def mixture_of(cache, *sources, documents=None, entries=None, **settings):
@@ -21,13 +30,27 @@ def mixture_of(cache, *sources, documents=None, entries=None, **settings):
     documents = documents or documents_of(context=settings.get("context", "noised"))
     entries = entries or tuple(SourceSettings(None) for _ in sources)
     lengths = tuple(count_lengths(source, documents, cache, workers=0) for source in sources)
-    return Mixture(MixtureSettings(entries, **settings), sources, tuple(source.name for source in sources), documents, lengths, cache)
+    return Mixture(
+        MixtureSettings(entries, **settings),
+        sources,
+        tuple(source.name for source in sources),
+        documents,
+        lengths,
+        cache,
+    )
 
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
-    return mixture_of(tmp_path_factory.mktemp("cache"), MemorySource("a", mixed_records(90)), MemorySource("b", mixed_records(40, seed=7)),
-                      held_out=0.1, flip=0.3, caption_first=0.5, caption_dropout=0.5)
+    return mixture_of(
+        tmp_path_factory.mktemp("cache"),
+        MemorySource("a", mixed_records(90)),
+        MemorySource("b", mixed_records(40, seed=7)),
+        held_out=0.1,
+        flip=0.3,
+        caption_first=0.5,
+        caption_dropout=0.5,
+    )
 
 
 def rows_of(mixture, **options):
@@ -37,8 +60,16 @@ def rows_of(mixture, **options):
 def same(a, b):
     """Whether two batches are equal to the bit."""
     tensors = [(getattr(a.sequence, f.name), getattr(b.sequence, f.name)) for f in dataclasses.fields(a.sequence)]
-    tensors = [(x, y) for x, y in tensors if isinstance(x, torch.Tensor)] + [(a.limit, b.limit), (a.pixels, b.pixels), (a.picture, b.picture)]
-    return all(torch.equal(x, y) for x, y in tensors) and a.failures == b.failures and a.sequence.layout.grids == b.sequence.layout.grids
+    tensors = [(x, y) for x, y in tensors if isinstance(x, torch.Tensor)] + [
+        (a.limit, b.limit),
+        (a.pixels, b.pixels),
+        (a.picture, b.picture),
+    ]
+    return (
+        all(torch.equal(x, y) for x, y in tensors)
+        and a.failures == b.failures
+        and a.sequence.layout.grids == b.sequence.layout.grids
+    )
 
 
 def test_batches_are_the_same_with_any_number_of_workers_and_after_a_resume(mixture):
@@ -78,12 +109,17 @@ def test_every_document_of_an_epoch_is_in_a_row_once_as_it_was_planned(mixture):
 def test_choices_reach_the_documents(mixture):
     rows = rows_of(mixture)
     orders = Counter()
-    for number in range(1, 90, 5):                                            # pairs
+    for number in range(1, 90, 5):  # pairs
         for passes in range(8):
             (document, _) = rows.read(0, number, passes)
-            (start, _, _, image_first), = document.images
-            orders["dropped" if len(document.tokens) == start + len(document.images[0][1]) + 2 and start == 2
-                   else "image first" if image_first else "caption first"] += 1
+            ((start, _, _, image_first),) = document.images
+            orders[
+                "dropped"
+                if len(document.tokens) == start + len(document.images[0][1]) + 2 and start == 2
+                else "image first"
+                if image_first
+                else "caption first"
+            ] += 1
     total = sum(orders.values())
     assert abs(orders["image first"] / total - 0.5) < 0.15 and abs(orders["dropped"] / total - 0.25) < 0.12
     first, again, other = rows.read(0, 1, 0), rows.read(0, 1, 0), [rows.read(0, 1, n) for n in range(1, 6)]
@@ -93,12 +129,25 @@ def test_choices_reach_the_documents(mixture):
 
 def test_noise_limits_are_those_of_images_that_stand_before_their_caption(tmp_path):
     random = np.random.default_rng(0)
-    pairs = MemorySource("pairs", [Record(f"{i}", captions=(sentence(random, 2, 9),), picture=picture(i)) for i in range(40)])
+    pairs = MemorySource(
+        "pairs", [Record(f"{i}", captions=(sentence(random, 2, 9),), picture=picture(i)) for i in range(40)]
+    )
     documents = documents_of()
-    for shares, context, expected in (((0.0, 0.0), "noised", {0.25}), ((1.0, 0.5), "noised", {1.0}), ((0.5, 0.0), "noised", {0.25, 1.0}),
-                                      ((0.0, 0.0), "clean", {1.0})):
-        mixture = mixture_of(tmp_path / context, pairs, documents=documents_of(documents.tokenizer, context=context), noise_limit=0.25,
-                             caption_first=shares[0], caption_dropout=shares[1], context=context)
+    for shares, context, expected in (
+        ((0.0, 0.0), "noised", {0.25}),
+        ((1.0, 0.5), "noised", {1.0}),
+        ((0.5, 0.0), "noised", {0.25, 1.0}),
+        ((0.0, 0.0), "clean", {1.0}),
+    ):
+        mixture = mixture_of(
+            tmp_path / context,
+            pairs,
+            documents=documents_of(documents.tokenizer, context=context),
+            noise_limit=0.25,
+            caption_first=shares[0],
+            caption_dropout=shares[1],
+            context=context,
+        )
         batch = rows_of(mixture)[0]
         assert set(batch.limit.tolist()) == expected and len(batch.limit) == batch.sequence.image_count
         assert (batch.sequence.drawn.all() and not batch.sequence.hidden.numel()) == (context == "noised")
@@ -108,7 +157,7 @@ def test_ranks_share_a_step_s_rows(mixture):
     whole = rows_of(mixture, rows=4)
     for step in (0, 3):
         tokens = [rows_of(mixture, rows=2, rank=rank, ranks=2)[step].sequence.tokens for rank in (0, 1)]
-        assert torch.equal(torch.cat(tokens), whole[step].sequence.tokens) if whole.planned.ensure(16) is None else False
+        assert torch.equal(torch.cat(tokens), whole[step].sequence.tokens)
 
 
 def test_workers_read_plans_that_are_made_while_they_run(mixture, tmp_path):
@@ -121,27 +170,32 @@ def test_workers_read_plans_that_are_made_while_they_run(mixture, tmp_path):
 
 def test_a_row_that_was_not_planned_is_refused_by_whoever_only_reads(mixture, tmp_path):
     rows = pickle.loads(pickle.dumps(rows_of(mixture, epochs=0.5, rows=3)))
-    with pytest.raises(ValueError, match="the plan is made before its rows are read"):
+    with pytest.raises(ValueError, match="a plan is made before its rows are read"):
         rows[0]
 
 
-@pytest.mark.parametrize("spoil, kind", [
-    (lambda path: path.unlink(), "missing picture"),
-    (lambda path: path.write_bytes(b""), "empty picture"),
-    (lambda path: path.write_bytes(path.read_bytes()[:200]), "unreadable picture"),
-    (lambda path: path.write_bytes(picture(0, 8, 80).file), "changed record"),
-])
+@pytest.mark.parametrize(
+    "spoil, kind",
+    [
+        (lambda path: path.unlink(), "missing picture"),
+        (lambda path: path.write_bytes(b""), "empty picture"),
+        (lambda path: path.write_bytes(path.read_bytes()[:200]), "unreadable picture"),
+        (lambda path: path.write_bytes(picture(0, 8, 80).file), "changed record"),
+    ],
+)
 def test_a_record_that_broke_after_it_was_counted_is_left_out_and_counted(tmp_path, spoil, kind):
     random, paths = np.random.default_rng(0), [tmp_path / f"{i}.png" for i in range(12)]
     for i, path in enumerate(paths):
         path.write_bytes(picture(i, 16, 16).file)
-    records = [Record(f"row {i}", parts=(Text(sentence(random, 2, 6)), PictureRef(PictureFile(str(path)), True, path.name)))
-               for i, path in enumerate(paths)]
+    records = [
+        Record(f"row {i}", parts=(Text(sentence(random, 2, 6)), PictureRef(PictureFile(str(path)), True, path.name)))
+        for i, path in enumerate(paths)
+    ]
     documents = documents_of(grids=Grids(GridSettings(sizes=((16, 16), (40, 16))), 4))
     mixture = mixture_of(tmp_path / "cache", MemorySource("pictures", records), documents=documents, held_out=0.0)
     longest = int(mixture.lengths[0].arrays["lengths"].max())
-    rows = rows_of(mixture, rows=1, seq_len=longest, epochs=1)                # one document fills a row
-    before = {n: rows[n] if rows.planned.ensure(12) is None else None for n in range(12)}
+    rows = rows_of(mixture, rows=1, seq_len=longest, epochs=1)  # one document fills a row
+    before = {n: rows[n] for n in range(12)}
     assert not any(batch.failures for batch in before.values())
     spoil(paths[3])
     failed = [n for n in before if not same(rows[n], before[n])]
@@ -168,20 +222,23 @@ def test_a_rising_share_of_failures_stops_the_run_and_a_few_do_not(tmp_path):
     random = np.random.default_rng(0)
     source = Failing("text", [Record(f"{i}", parts=(Text(sentence(random, 3, 6)),)) for i in range(400)])
     rows = rows_of(mixture_of(tmp_path, source, held_out=0.0), epochs=1)
-    source.broken = 12                                                        # 3 %
+    source.broken = 12  # 3 %
     loader = Loader(rows, 0, 12, workers=0)
     assert sum(len(batch.failures) for batch in loader) == loader.failures.kinds["missing file"] > 0
     source.broken = 40
-    with pytest.raises(ValueError, match=r"data: \d+ of the last \d+ documents could not be read, \d+ of them for: missing file "
-                                         r"\(row \d+: the disk is gone\); at most 5 % may fail"):
+    with pytest.raises(
+        ValueError,
+        match=r"data: \d+ of the last \d+ documents could not be read, \d+ of them for: missing file "
+        r"\(row \d+: the disk is gone\); at most 5 % may fail",
+    ):
         list(Loader(rows, 0, 12, workers=0))
 
 
 def test_failures_are_judged_by_the_last_thousand_documents_and_not_before_two_hundred():
     bad = tuple(Failure("a", "b", "c") for _ in range(20))
     watch = FailureWatch()
-    watch.add(150, bad)                                                       # 13 %, but too early to tell
-    watch.add(1000, ())                                                       # 1.7 %
+    watch.add(150, bad)  # 13 %, but too early to tell
+    watch.add(1000, ())  # 1.7 %
     for _ in range(20):
         watch.add(100, bad[:4])
     with pytest.raises(ValueError, match="56 of the last 1,000"):
@@ -198,26 +255,18 @@ def test_latents_of_an_autoencoder_take_their_images_places(tmp_path, context):
     kind = kind_of(tokenizer, channels=4, patch_size=2, factor=4)
     documents = documents_of(tokenizer, Grids(GridSettings(side=32), 8), kind, context=context)
     mixture = mixture_of(tmp_path, MemorySource("a", mixed_records(60)), documents=documents, context=context)
-    rows = rows_of(mixture)
-    rows.planned.ensure(2)
-    batch = rows[0]
+    batch = rows_of(mixture)[0]
     pictures = batch.pictures()
     assert pictures and not batch.sequence.patches.any() and batch.pixels.dtype == torch.uint8
     latents = [torch.randn(4, x.shape[1] // 4, x.shape[2] // 4) for x in pictures]
     filled = batch.with_latents(latents, 2)
     for n, (start, stop) in enumerate(zip(batch.sequence.layout.offsets, batch.sequence.layout.offsets[1:])):
         latent = latents[int(batch.picture[n])]
-        document = encode([Text("a"), dataclasses.replace(_image(), latent=latent)], tokenizer, kind)
+        document = encode([Text("a"), Image(latent)], tokenizer, kind)
         assert torch.equal(filled.patches[start:stop], document.images[0][1])
     assert (len(batch.picture) > len(pictures)) == (context == "clean")
     with pytest.raises(ValueError, match="with_latents: latents have"):
         batch.with_latents([x[:, :2, :2] for x in latents], 2)
-
-
-def _image():
-    from transfusion.sequence import Image
-
-    return Image(torch.zeros(1, 1, 1))
 
 
 def test_what_workers_hold_is_small_and_waiting_is_measured(mixture):

@@ -1,4 +1,5 @@
 """Mixture files: read, checked to the line, opened; splits and shares of real sources on disk."""
+
 import json
 from pathlib import Path
 
@@ -25,7 +26,9 @@ def data(tmp_path_factory):
     for i in range(60):
         said = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": sentence(random, 1, 6)}]
         rows.append({"id": str(i), "image": f"pictures/{i % 40}.png", "conversations": said})
-    rows += [{"id": "60", "conversations": [{"from": "human", "value": "a or the?"}, {"from": "gpt", "value": "the"}]}] * 10
+    rows += [
+        {"id": "60", "conversations": [{"from": "human", "value": "a or the?"}, {"from": "gpt", "value": "the"}]}
+    ] * 10
     (folder / "llava.json").write_text(json.dumps(rows))
     (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": sentence(random)}) for _ in range(80)))
     return folder
@@ -63,7 +66,9 @@ def opened(path, tokenizer, **options):
 def test_a_file_says_sources_and_what_is_common_to_them(tmp_path):
     settings = read_mixture(written(tmp_path, MIX))
     folder, llava, text = settings.sources
-    assert folder.source == ImageFolderSettings(tmp_path / "pictures") and llava.source == LLaVASettings(tmp_path / "llava.json")
+    assert folder.source == ImageFolderSettings(tmp_path / "pictures") and llava.source == LLaVASettings(
+        tmp_path / "llava.json"
+    )
     assert (folder.weight, folder.caption_dropout, llava.caption_dropout, text.epochs) == (2, 0, None, 3)
     assert settings.caption_first == 0.5 and settings.pictures.side == 16 and settings.caption_dropout == 0.1
 
@@ -76,42 +81,68 @@ def test_json_says_the_same(tmp_path):
 
 
 def test_paths_count_from_the_file_and_numbers_may_have_an_exponent(tmp_path):
-    text = "held_out: 1e-3\ncache: /tmp/there\nsources:\n- {format: text, path: ../a.txt}\n- {format: text, path: ~/b.txt}"
+    text = (
+        "held_out: 1e-3\ncache: /tmp/there\nsources:\n- {format: text, path: ../a.txt}\n- {format: text, path: ~/b.txt}"
+    )
     settings = read_mixture(written(tmp_path, text))
     assert settings.held_out == 0.001 and settings.cache == Path("/tmp/there")
-    assert settings.sources[0].source.path == tmp_path / "../a.txt" and settings.sources[1].source.path == Path.home() / "b.txt"
+    assert (
+        settings.sources[0].source.path == tmp_path / "../a.txt"
+        and settings.sources[1].source.path == Path.home() / "b.txt"
+    )
 
 
-@pytest.mark.parametrize("change, words", [
-    (("caption_first: 0.5", "caption_frist: 0.5"), "mix.yaml, line 3: caption_frist is no setting; .*; did you mean caption_first"),
-    (("caption_first: 0.5", "caption_first: 1.5"), "mix.yaml, line 3: caption_first is 1.5; a number of at least 0 and at most 1"),
-    (("caption_first: 0.5", "caption_first: .nan"), "line 3: caption_first is nan"),
-    (("weights: tokens", "weights: rows"), "line 2: weights is 'rows'; one of 'tokens', 'samples' fits"),
-    (("{side: 16}", "{sid: 16}"), "line 5: pictures.sid is no setting; .*; did you mean side"),
-    (("{side: 16}", "{side: 0}"), "line 5: pictures.side is 0; a whole number of at least 1 fits"),
-    (("{side: 16}", "16"), "line 5: pictures is 16; settings with names fit"),
-    (("format: llava", "format: lava"), "line 8: sources.1..format is 'lava'; .*; did you mean llava"),
-    (("    path: llava.json\n", ""), r"line 8: sources.1. has no path; it needs one"),
-    (("    path: llava.json", "    path: llava.json\n    imags: x"), r"line 10: sources.1..imags is no setting; .*did you mean images"),
-    (("    weight: 1", "    weight: -1"), r"line 10: sources.1..weight is -1; a number of at least 0 or None fits"),
-    (("    weight: 1\n", ""), r"line 8: sources.1. has no weight and others have"),
-    (("weights: tokens", "weights: tokens\nweights: samples"), "line 3: weights stands twice, first in line 2"),
-    (("weights: tokens", "weights: [tokens"), "line 3: this is no YAML|line [0-9]+: this is no YAML"),
-    (("  - {format: imagefolder", "  - 5\n  - {format: imagefolder"), r"line 7: sources.0. is 5; settings with names fit"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            ("caption_first: 0.5", "caption_frist: 0.5"),
+            "mix.yaml, line 3: caption_frist is no setting; .*; did you mean caption_first",
+        ),
+        (
+            ("caption_first: 0.5", "caption_first: 1.5"),
+            "mix.yaml, line 3: caption_first is 1.5; a number of at least 0 and at most 1",
+        ),
+        (("caption_first: 0.5", "caption_first: .nan"), "line 3: caption_first is nan"),
+        (("weights: tokens", "weights: rows"), "line 2: weights is 'rows'; one of 'tokens', 'samples' fits"),
+        (("{side: 16}", "{sid: 16}"), "line 5: pictures.sid is no setting; .*; did you mean side"),
+        (("{side: 16}", "{side: 0}"), "line 5: pictures.side is 0; a whole number of at least 1 fits"),
+        (("{side: 16}", "16"), "line 5: pictures is 16; settings with names fit"),
+        (("format: llava", "format: lava"), "line 8: sources.1..format is 'lava'; .*; did you mean llava"),
+        (("    path: llava.json\n", ""), r"line 8: sources.1. has no path; it needs one"),
+        (
+            ("    path: llava.json", "    path: llava.json\n    imags: x"),
+            r"line 10: sources.1..imags is no setting; .*did you mean images",
+        ),
+        (("    weight: 1", "    weight: -1"), r"line 10: sources.1..weight is -1; a number of at least 0 or None fits"),
+        (("    weight: 1\n", ""), r"line 8: sources.1. has no weight and others have"),
+        (("weights: tokens", "weights: tokens\nweights: samples"), "line 3: weights stands twice, first in line 2"),
+        (("weights: tokens", "weights: [tokens"), "line 3: this is no YAML|line [0-9]+: this is no YAML"),
+        (
+            ("  - {format: imagefolder", "  - 5\n  - {format: imagefolder"),
+            r"line 7: sources.0. is 5; settings with names fit",
+        ),
+    ],
+)
 def test_a_setting_that_does_not_fit_is_named_with_file_and_line(tmp_path, change, words):
     assert change[0] in MIX
     with pytest.raises(ValueError, match=words):
         read_mixture(written(tmp_path, MIX.replace(*change, 1)))
 
 
-@pytest.mark.parametrize("text, words", [
-    ("sources: []", "line 1: sources is ..; a list of at least one source fits"),
-    ("seed: 1", "sources is None"),
-    ("", "the mixture is None; settings with names fit"),
-    ("- a", "the mixture is ..a..; settings with names fit"),
-    ("sources: [{format: text, path: a, weight: 0}, {format: text, path: b, weight: 0}]", "sources have weights that are all 0"),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("sources: []", "line 1: sources is ..; a list of at least one source fits"),
+        ("seed: 1", "sources is None"),
+        ("", "the mixture is None; settings with names fit"),
+        ("- a", "the mixture is ..a..; settings with names fit"),
+        (
+            "sources: [{format: text, path: a, weight: 0}, {format: text, path: b, weight: 0}]",
+            "sources have weights that are all 0",
+        ),
+    ],
+)
 def test_a_mixture_without_data_is_refused(tmp_path, text, words):
     with pytest.raises(ValueError, match=words):
         read_mixture(written(tmp_path, text))
@@ -142,9 +173,18 @@ def test_an_opened_mixture_knows_every_length_and_its_splits_share_no_picture(da
     seen = {}
     for split in ("train", "held-out"):
         numbers = [stream.records for stream in mixture.streams(split)]
-        seen[split] = {ref.file.path for source, ns in zip(mixture.sources, numbers) for n in ns for ref in source[int(n)].pictures()}
-    assert not seen["train"] & seen["held-out"] and len(seen["train"] | seen["held-out"]) == 40 and len(seen["held-out"]) >= 3
-    stream, = mixture.streams("held-out")[:1]
+        seen[split] = {
+            ref.file.path
+            for source, ns in zip(mixture.sources, numbers)
+            for n in ns
+            for ref in source[int(n)].pictures()
+        }
+    assert (
+        not seen["train"] & seen["held-out"]
+        and len(seen["train"] | seen["held-out"]) == 40
+        and len(seen["held-out"]) >= 3
+    )
+    (stream,) = mixture.streams("held-out")[:1]
     assert (stream.weight, stream.caption_first, stream.caption_dropout) == (2, 0.5, 0)
     with pytest.raises(ValueError, match="split is 'test'; 'train' or 'held-out' fits"):
         mixture.streams("test")

@@ -1,4 +1,5 @@
 """Plans: rows full, documents whole, shares exact, passes without replacement, steps balanced."""
+
 import dataclasses
 
 import numpy as np
@@ -22,7 +23,15 @@ def stream(name, lengths, patches=None, **settings):
     lengths = np.asarray(lengths, dtype=np.int32)
     patches = np.zeros(len(lengths), dtype=np.int64) if patches is None else np.asarray(patches, dtype=np.int64)
     bare = np.where(patches > 0, patches + 4, 0)
-    return Stream(source_key(name), np.arange(len(lengths)), np.arange(len(lengths) + 1), lengths, bare, patches * (patches - 1) // 2, **settings)
+    return Stream(
+        source_key(name),
+        np.arange(len(lengths)),
+        np.arange(len(lengths) + 1),
+        lengths,
+        bare,
+        patches * (patches - 1) // 2,
+        **settings,
+    )
 
 
 def realistic(count, *weights):
@@ -31,8 +40,10 @@ def realistic(count, *weights):
     text = np.clip(np.exp(random.normal(5.5, 1.0, count // 2)), 20, 2000).astype(int)
     patches = random.choice([256, 480, 512, 1024], count - count // 2)
     weights = weights or (None, None)
-    return [stream("text", text, weight=weights[0]),
-            stream("pairs", patches + random.integers(10, 80, len(patches)), patches, weight=weights[1])]
+    return [
+        stream("text", text, weight=weights[0]),
+        stream("pairs", patches + random.integers(10, 80, len(patches)), patches, weight=weights[1]),
+    ]
 
 
 def plan_of(streams, number=0, **options):
@@ -69,8 +80,8 @@ def test_packing_uses_each_document_once_and_splits_none(lengths):
 def test_no_document_waits_much_longer_than_the_pool_is_large():
     lengths = np.random.default_rng(1).integers(1, 60, 5000)
     order, _ = pack_lengths(lengths, 100, pool=64)
-    assert (np.arange(len(order)) - order).min() >= -64                       # none comes earlier than the pool allows
-    assert (np.argsort(order) - np.arange(len(order))).max() < 64 * 8         # and none much later
+    assert (np.arange(len(order)) - order).min() >= -64  # none comes earlier than the pool allows
+    assert (np.argsort(order) - np.arange(len(order))).max() < 64 * 8  # and none much later
 
 
 def test_each_record_comes_once_a_pass_and_passes_are_in_different_orders():
@@ -88,7 +99,7 @@ def test_each_record_comes_once_a_pass_and_passes_are_in_different_orders():
 def test_pieces_of_an_epoch_lose_no_record_and_repeat_none():
     streams = [stream("a", [10] * 1000), stream("b", np.arange(5, 502), passes=2.5)]
     seen = {0: [], 1: []}
-    for number in range(8):                                                   # 8 quarters: two epochs
+    for number in range(8):  # 8 quarters: two epochs
         plan = plan_of(streams, number, seq_len=600, epochs=0.25)
         for i in seen:
             seen[i] += zip(plan.passes[plan.sources == i].tolist(), plan.records[plan.sources == i].tolist())
@@ -102,7 +113,7 @@ def test_weights_are_the_shares_of_the_plan_to_three_digits(by):
     plan = plan_of(streams, by=by, epochs=1)
     counts = np.array(plan.report.tokens if by == "tokens" else plan.report.samples)
     assert counts / counts.sum() == pytest.approx([0.25, 0.75], abs=0.0005)
-    assert max(passes_in_epoch(streams, by)) == 1                             # one source is read to its end
+    assert max(passes_in_epoch(streams, by)) == 1  # one source is read to its end
 
 
 def test_a_source_with_weight_goes_on_in_the_next_epoch_where_it_stopped():
@@ -116,7 +127,9 @@ def test_a_source_with_weight_goes_on_in_the_next_epoch_where_it_stopped():
 
 def test_a_plan_depends_on_the_seed_and_its_number_alone():
     streams = realistic(4000)
-    first, again, seeded, other = (plan_of(streams, number, seed=seed, epochs=1) for seed, number in ((0, 0), (0, 0), (1, 0), (0, 1)))
+    first, again, seeded, other = (
+        plan_of(streams, number, seed=seed, epochs=1) for seed, number in ((0, 0), (0, 0), (1, 0), (0, 1))
+    )
     assert all(np.array_equal(a, b) for a, b in zip(first[:4], again[:4]))
     assert not np.array_equal(first.records[:100], seeded.records[:100])
     assert not np.array_equal(first.records[:100], other.records[:100])
@@ -142,7 +155,9 @@ def test_documents_longer_than_a_row_are_counted_and_left_out():
     streams = [stream("a", [10, 200, 30, 150]), stream("b", [40, 300])]
     plan = plan_of(streams, seq_len=100, epochs=1, step_rows=1)
     assert plan.report.too_long == [2, 1] and sorted(plan.records[plan.sources == 0]) == [0, 2]
-    with pytest.raises(ValueError, match="plan: seq_len is 5 and the shortest of 6 documents has 10 tokens; raise seq_len"):
+    with pytest.raises(
+        ValueError, match="plan: seq_len is 5 and the shortest of 6 documents has 10 tokens; raise seq_len"
+    ):
         plan_of(streams, seq_len=5, epochs=1)
 
 
@@ -168,7 +183,9 @@ def test_captions_are_left_out_in_their_share_and_the_plan_knows_the_shorter_len
 
 
 def test_one_of_several_captions_is_chosen_and_a_document_without_choices_stays():
-    one = Stream(1, np.arange(2), np.array([0, 3, 4]), np.array([11, 12, 13, 50]), np.zeros(2, dtype=int), np.zeros(2, dtype=int))
+    one = Stream(
+        1, np.arange(2), np.array([0, 3, 4]), np.array([11, 12, 13, 50]), np.zeros(2, dtype=int), np.zeros(2, dtype=int)
+    )
     found = {int(length) for number in range(50) for length in one.chosen_lengths(0, np.array([number]), np.array([0]))}
     assert found == {11, 12, 13} and one.expected_lengths().tolist() == [12, 50]
     assert one.chosen_lengths(0, np.array([3]), np.array([1])).tolist() == [50]
@@ -180,12 +197,15 @@ def test_a_plan_of_small_sources_covers_many_epochs_and_one_of_large_sources_a_p
     assert epochs_in_plan([big], "tokens") == 1 / 3
 
 
-@pytest.mark.parametrize("weights, words", [
-    ((0.0, 0.0), "weights are .0.0, 0.0.; numbers of at least 0 fit, one of them above 0"),
-    ((1.0, None), "a weight for every source fits, or none at all"),
-    ((1.0, -1.0), "numbers of at least 0 fit"),
-    ((1.0, float("nan")), "numbers of at least 0 fit"),
-])
+@pytest.mark.parametrize(
+    "weights, words",
+    [
+        ((0.0, 0.0), "weights are .0.0, 0.0.; numbers of at least 0 fit, one of them above 0"),
+        ((1.0, None), "a weight for every source fits, or none at all"),
+        ((1.0, -1.0), "numbers of at least 0 fit"),
+        ((1.0, float("nan")), "numbers of at least 0 fit"),
+    ],
+)
 def test_weights_that_do_not_fit_are_refused(weights, words):
     with pytest.raises(ValueError, match=words):
         plan_of([stream("a", [10] * 10, weight=weights[0]), stream("b", [10] * 10, weight=weights[1])])
@@ -198,4 +218,7 @@ def test_sources_without_a_record_are_refused_where_they_have_a_weight():
         plan_of([stream("a", [10] * 10, weight=1.0), stream("b", [], weight=2.0)])
     plan = plan_of([stream("a", [10] * 10), stream("b", [])], epochs=1, seq_len=50)
     assert plan.report.samples == [10, 0]
-    assert plan_of([stream("a", [10] * 10, weight=1.0), stream("b", [10], weight=0.0)], epochs=1).report.samples == [10, 0]
+    assert plan_of([stream("a", [10] * 10, weight=1.0), stream("b", [10], weight=0.0)], epochs=1).report.samples == [
+        10,
+        0,
+    ]

@@ -1,4 +1,5 @@
 """Images that are only read: clean, without a loss of their own, and a context like any other."""
+
 import dataclasses
 
 import pytest
@@ -53,7 +54,7 @@ def test_the_loss_knows_nothing_of_the_time_and_the_noise_of_an_image_that_is_re
     again = model(sequence, torch.where(sequence.drawn, times, 0.95), SEED)
     assert torch.equal(output.loss, again.loss) and torch.equal(output.image_losses, again.image_losses)
     assert output.image_losses[0] == 0 and output.image_losses[1] > 0
-    torch.testing.assert_close(output.diffusion_loss, output.image_losses[1])       # the mean is over what is drawn
+    torch.testing.assert_close(output.diffusion_loss, output.image_losses[1])  # the mean is over what is drawn
     noisier = model(sequence, times, SEED + 1)
     assert noisier.diffusion_loss != output.diffusion_loss
 
@@ -61,10 +62,12 @@ def test_the_loss_knows_nothing_of_the_time_and_the_noise_of_an_image_that_is_re
 def test_text_behind_an_image_that_is_read_has_the_loss_that_it_has_behind_a_clean_one(model, pictures):
     parts = [Text("a", loss=False), read(pictures[0]), Text("a handwritten seven")]
     reading, drawing = packed(parts), packed([parts[0], pictures[0], parts[2]])
-    begin = int(drawing.spans[0, 0, 0]) - 2                                           # BOI follows here: a target when it is drawn
+    begin = int(drawing.spans[0, 0, 0]) - 2  # BOI follows here: a target when it is drawn
     kept = drawing.target_places != begin
     assert kept.sum() == len(kept) - 1
-    drawing = dataclasses.replace(drawing, target_places=drawing.target_places[kept], text_targets=drawing.text_targets[kept])
+    drawing = dataclasses.replace(
+        drawing, target_places=drawing.target_places[kept], text_targets=drawing.text_targets[kept]
+    )
     ours, clean = model(reading, torch.tensor([0.8]), SEED), model(drawing, torch.tensor([0.0]), SEED)
     torch.testing.assert_close(ours.text_loss, clean.text_loss)
     assert ours.diffusion_loss == 0 and ours.loss == ours.text_loss
@@ -73,13 +76,16 @@ def test_text_behind_an_image_that_is_read_has_the_loss_that_it_has_behind_a_cle
 def test_gradients_reach_the_image_layers_through_an_image_that_is_read(model, pictures):
     sequence = packed([read(pictures[0]), Text("a handwritten seven")])
     patches = sequence.patches.clone()
-    gradients = torch.autograd.grad(model(sequence, torch.tensor([0.5]), SEED).loss, list(model.patch_embedding.parameters()))
+    gradients = torch.autograd.grad(
+        model(sequence, torch.tensor([0.5]), SEED).loss, list(model.patch_embedding.parameters())
+    )
     assert all(gradient.abs().max() > 0 for gradient in gradients[:1])
     other = model(dataclasses.replace(sequence, patches=patches.flip(0)), torch.tensor([0.5]), SEED).loss
-    assert other != model(sequence, torch.tensor([0.5]), SEED).loss                   # it is a context
-    head = torch.autograd.grad(model(sequence, torch.tensor([0.5]), SEED).loss, list(model.image_head.parameters()),
-                               materialize_grads=True)
-    assert not any(gradient.abs().max() > 0 for gradient in head)                      # and nothing is predicted of it
+    assert other != model(sequence, torch.tensor([0.5]), SEED).loss  # it is a context
+    head = torch.autograd.grad(
+        model(sequence, torch.tensor([0.5]), SEED).loss, list(model.image_head.parameters()), materialize_grads=True
+    )
+    assert not any(gradient.abs().max() > 0 for gradient in head)  # and nothing is predicted of it
 
 
 @pytest.mark.parametrize("layers", ["dit", "linear"])
@@ -93,5 +99,8 @@ def test_losses_are_those_of_the_plain_form(editing, layers):
 def test_generation_reads_such_an_image_as_any_other(pictures):
     one, other = (MODEL.caption([image], max_new_tokens=5) for image in (pictures[0], read(pictures[0])))
     assert one == other
-    drawn = [MODEL.draw([[image, Text("a handwritten two")]], steps=3, seed=1)[0] for image in (pictures[0], read(pictures[0]))]
+    drawn = [
+        MODEL.draw([[image, Text("a handwritten two")]], steps=3, seed=1)[0]
+        for image in (pictures[0], read(pictures[0]))
+    ]
     assert torch.equal(drawn[0].latent, drawn[1].latent)
