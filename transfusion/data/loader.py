@@ -6,6 +6,7 @@ seed, step): a run goes on from its step alone, with any number of workers, and 
 A record that cannot be read any more is left out of its row, which stays as it is otherwise, and is counted with its
 reason; a rising share of them stops the run.
 """
+import signal
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from transfusion.command import STOPS
 from transfusion.data.arrays import ABOUT, Arrays, fingerprint, write_arrays
 from transfusion.data.batches import noise_limits
 from transfusion.data.choices import choose, source_key
@@ -256,7 +258,7 @@ class Loader:
         ahead = dict(prefetch_factor=self.prefetch) if self.workers else {}
         own = torch.Generator().manual_seed(0)         # the loader seeds its workers from it, and not from the run's
         batches = iter(DataLoader(self.rows, batch_size=None, sampler=_Steps(self.rows, self.start, self.stop),
-                                  num_workers=self.workers, generator=own, **ahead))
+                                  num_workers=self.workers, generator=own, worker_init_fn=_leave_signals, **ahead))
         while True:
             began = time.perf_counter()
             batch = next(batches, None)
@@ -266,6 +268,12 @@ class Loader:
             self.waited_in_all += self.waited
             self.failures.add(batch.documents, batch.failures)
             yield batch
+
+
+def _leave_signals(_: int) -> None:
+    """Leave Ctrl-C and the like to the trainer, which still needs its batches to save."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Steps:

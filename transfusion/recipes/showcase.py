@@ -22,6 +22,7 @@ from torch import Tensor
 
 from transfusion.command import claim, plain_errors, saved_step
 from transfusion.data.latents import open_dataset
+from transfusion.data.training_data import open_data
 from transfusion.device import choose_device
 from transfusion.eval.picture_grids import emoji_grid
 from transfusion.files import write_text
@@ -105,10 +106,10 @@ def _showcase(settings: ShowcaseSettings) -> dict:
 
 def _untrained(config: TrainConfig) -> Transfusion:
     """The model that training starts from."""
-    dataset, vae = open_dataset(config.data)
-    if not isinstance(dataset, Emoji):
+    if not isinstance(config.data, EmojiSettings):
         raise ValueError(f"showcase: train.data.name is {config.data.name!r}; the settings of emoji fit, EmojiSettings")
-    return build_model(config, dataset) if config.tune.start is None else start_model(config, dataset, vae)
+    data = open_data(config.data)
+    return build_model(config, data) if config.tune.start is None else start_model(config, data)
 
 
 def judge_drawings(settings: ShowcaseSettings, model: Transfusion, judges: Judges, held_out: Emoji,
