@@ -17,7 +17,7 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from transfusion.data.dataset import CONTEXTS, SPLITS
 from transfusion.data.documents import Documents, Kind, Parts
 from transfusion.data.grids import Grids, GridSettings
 from transfusion.data.lengths import KEYS, Lengths, count_lengths
-from transfusion.data.plan import Stream
+from transfusion.data.plan import Stream, passes_in_epoch
 from transfusion.data.sources import FORMATS, PictureRef, Record, Source
 from transfusion.settings import Count, Decay, NotNegative, OneOf, Positive, Seed, Share, check, nearest
 
@@ -85,6 +85,15 @@ class MixtureSettings:
     """directory of what is counted and planned; none: one beside the mixture's file"""
 
 
+class Amount(NamedTuple):
+    """How often a source is read in an epoch, and how many samples and tokens that makes, on average."""
+
+    name: str
+    passes: float
+    samples: float
+    tokens: float
+
+
 @dataclass(frozen=True, eq=False)
 class Mixture:
     """Opened sources, how their records become documents, and what is known of their lengths."""
@@ -111,6 +120,17 @@ class Mixture:
         if split not in SPLITS:
             raise ValueError(f"streams: split is {split!r}; {' or '.join(map(repr, SPLITS))} fits")
         return [self._stream(i, split) for i in range(len(self.sources))]
+
+    def epoch(self, split: str = "train") -> list[Amount]:
+        """What an epoch of a split has of each source.
+
+        Raises:
+            ValueError: weights that do not fit, or no record that can be used.
+        """
+        streams = self.streams(split)
+        passes = passes_in_epoch(streams, self.settings.weights)
+        return [Amount(name, often, often * len(stream.records), often * float(stream.expected_lengths().sum()))
+                for name, often, stream in zip(self.names, passes, streams)]
 
     def _stream(self, i: int, split: str) -> Stream:
         entry, lengths = self.settings.sources[i], self.lengths[i]

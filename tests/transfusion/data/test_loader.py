@@ -1,12 +1,15 @@
 """Batches: a function of the step with any number of workers, valid where records break, flat in memory."""
 
 import dataclasses
+import io
 import pickle
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image as Picture
+from transformers import LlamaConfig
 
 from tests.transfusion.data.memory import (
     MemorySource,
@@ -17,11 +20,13 @@ from tests.transfusion.data.memory import (
     sentence,
     tokenizer_of_words,
 )
+from transfusion import Transfusion, TransfusionConfig
 from transfusion.data.grids import Grids, GridSettings
 from transfusion.data.lengths import count_lengths
 from transfusion.data.loader import Failure, FailureWatch, Loader, packed_rows
 from transfusion.data.mixture import Mixture, MixtureSettings, SourceSettings
 from transfusion.data.sources.record import DataError, PictureFile, PictureRef, Record
+from transfusion.diffusion.objective import sample_times
 from transfusion.sequence import Image, Text, encode
 
 
@@ -276,3 +281,55 @@ def test_what_workers_hold_is_small_and_waiting_is_measured(mixture):
     for _ in loader:
         assert loader.waited > 0
     assert loader.waited_in_all >= loader.waited and len(loader) == 3
+
+
+@pytest.mark.parametrize("autoencoder", [False, True])
+def test_a_model_learns_from_the_batches(tmp_path, autoencoder):
+    """Captions that name the colour of their picture, read and drawn: both losses fall."""
+    tokenizer = tokenizer_of_words()
+    colours = {"red": (250, 20, 20), "green": (20, 250, 20), "blue": (20, 20, 250)}
+    records = []
+    for i, (name, colour) in enumerate(list(colours.items()) * 8):
+        file = io.BytesIO()
+        Picture.new("RGB", (12, 8 + i % 9), colour).save(file, "PNG")
+        records.append(Record(f"{i}", captions=(f"a {name} bus",), picture=PictureRef(file.getvalue(), True)))
+    kind = kind_of(tokenizer, factor=2 if autoencoder else 1)
+    grids = Grids(GridSettings(side=8 * kind.factor), 4 * kind.factor)
+    mixture = mixture_of(
+        tmp_path,
+        MemorySource("colours", records),
+        documents=documents_of(tokenizer, grids, kind),
+        held_out=0.0,
+        caption_first=0.5,
+    )
+    torch.manual_seed(0)
+    sizes = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    own = dict(
+        boi_token_id=kind.boi_token_id,
+        eoi_token_id=kind.eoi_token_id,
+        image_channels=3,
+        patch_size=4,
+        image_size=(8, 8),
+        objective="x0",
+    )
+    text = LlamaConfig(vocab_size=len(tokenizer), **sizes, **ids)
+    model = Transfusion(TransfusionConfig(text_config=text, **own), tokenizer)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), 5e-3), []
+    for step, batch in enumerate(Loader(packed_rows(mixture, rows=2, seq_len=96), 0, 40, workers=0)):
+        sequence = batch.sequence
+        if autoencoder:  # one that halves pictures
+            latents = [torch.nn.functional.avg_pool2d(picture, 2) for picture in batch.pictures()]
+            sequence = batch.with_latents(latents, 4)
+        times = sample_times(
+            "uniform", batch.limit, sequence.layout.offsets.diff(), None, torch.Generator().manual_seed(step)
+        )
+        output = model(sequence, times, step)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append((output.text_loss.item(), output.diffusion_loss.item()))
+    first, last = np.mean(losses[:5], 0), np.mean(losses[-5:], 0)
+    assert (last < 0.6 * first).all(), (first, last)

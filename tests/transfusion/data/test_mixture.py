@@ -190,6 +190,20 @@ def test_an_opened_mixture_knows_every_length_and_its_splits_share_no_picture(da
         mixture.streams("test")
 
 
+def test_an_epoch_ends_with_the_first_source_and_has_the_shares_of_the_weights(data, tokenizer):
+    mixture = opened(written(data, MIX), tokenizer, workers=0)
+    amounts = mixture.epoch()
+    tokens = np.array([amount.tokens for amount in amounts])
+    assert tokens / tokens.sum() == pytest.approx([0.5, 0.25, 0.25])
+    assert [amount.name for amount in amounts] == ["pictures", "llava", "text"]
+    most = [amount.passes / entry.epochs for amount, entry in zip(amounts, mixture.settings.sources)]
+    assert max(most) == 1
+    plain = MIX.replace("weight: 2, ", "").replace("    weight: 1\n", "").replace("weight: 1, ", "")
+    amounts = opened(written(data, plain, "plain.yaml"), tokenizer, workers=0).epoch("held-out")
+    assert [amount.passes for amount in amounts] == [1, 1, 3]
+    assert amounts[0].samples == len(mixture.streams("held-out")[0].records)
+
+
 def test_lengths_of_a_stream_are_those_of_its_records():
     starts, lengths = np.array([0, 2, 3, 6]), np.array([10, 11, 20, 30, 31, 32])
     found, begins = select(starts, lengths, np.array([0, 2]))
