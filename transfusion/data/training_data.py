@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from transfusion.data.batches import Drawn, document_lengths, draw_batch
-from transfusion.data.dataset import DataSettings, DatasetSettings
+from transfusion.data.dataset import DatasetSettings, DataSettings
 from transfusion.data.latents import open_dataset
 from transfusion.data.mixture_data import MixtureData, MixtureFileSettings
 from transfusion.model.vae import VAE

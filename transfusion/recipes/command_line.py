@@ -19,7 +19,7 @@ import transfusion.train.autoencoder as autoencoder
 import transfusion.train.classifier as classifier
 import transfusion.train.transfusion as trainer
 from transfusion.command import plain_errors
-from transfusion.data.dataset import DataSettings, DatasetSettings
+from transfusion.data.dataset import DatasetSettings, DataSettings
 from transfusion.data.latents import EncodeSettings, encode_dataset
 from transfusion.data.mixture_data import MixtureFileSettings
 from transfusion.data.picture_files import PictureFolderSettings
@@ -44,11 +44,8 @@ def train_main(args: list[str] | None = None) -> None:
     """Entry point of `transfusion train` and `python -m transfusion.train`."""
     args = sys.argv[1:] if args is None else list(args)
     with plain_errors():
-        if is_llava(args):
-            config = read_llava(args)
-        else:
-            config = read_preset("transfusion train", trainer.__doc__, PRESETS, args, TRAINED_ON)
-        trainer.train(config)
+        trainer.train(read_llava(args) if is_llava(args) else
+                      read_preset("transfusion train", trainer.__doc__, PRESETS, args, TRAINED_ON))
 
 
 def vae_train_main(args: list[str] | None = None) -> None:

@@ -28,7 +28,7 @@ from transfusion.eval.picture_grids import emoji_grid
 from transfusion.files import write_text
 from transfusion.model.transfusion import Transfusion
 from transfusion.recipes.command_line import shell_line
-from transfusion.recipes.emoji import STYLES, Emoji, emoji
+from transfusion.recipes.emoji import STYLES, Emoji, EmojiSettings, emoji
 from transfusion.recipes.emoji_judges import Judges, bits_per_byte, draw_emoji, read_captions
 from transfusion.settings import Count, NotNegative, check
 from transfusion.train.classifier import ClassifierSettings

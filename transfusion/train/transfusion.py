@@ -17,7 +17,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from transfusion.command import claim, saved_step
 from transfusion.data.batches import step_generator
-from transfusion.data.dataset import DataSettings, DatasetSettings
+from transfusion.data.dataset import DatasetSettings, DataSettings
 from transfusion.data.training_data import Rows, TrainingData, open_data
 from transfusion.device import choose_device
 from transfusion.diffusion.objective import TIMES, sample_times

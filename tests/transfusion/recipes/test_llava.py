@@ -1,10 +1,16 @@
 """LLaVA's own command lines."""
+import json
 import shlex
+from pathlib import Path
 
 import pytest
 
-from transfusion.data.llava_flags import is_llava, read_flags
+from tests.transfusion.model.test_from_language_model import language_model
+from tests.transfusion.train.own_data import paint, write_llava
+from transfusion import Transfusion
+from transfusion.cli import main
 from transfusion.data.sources import LLaVASettings
+from transfusion.recipes.llava import is_llava, read_flags
 
 FINETUNE_LORA = """
     --lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 --deepspeed ./scripts/zero3.json
@@ -32,12 +38,71 @@ def test_the_script_for_lora_is_read_as_it_is(tmp_path):
     assert mixture.chat.image_position == "front"  # as LLaVA puts them
     trainer = {name: str(value) for name, value in flags.trainer.items()}
     assert trainer == {
-        "tune.start": "lmsys/vicuna-13b-v1.5", "out": "checkpoints/llava-v1.5-13b-lora", "optim.rows": "16",
-        "optim.seq_len": "2048", "optim.lr": "0.0002", "optim.weight_decay": "0.0", "save_every": "50000",
+        "out": "checkpoints/llava-v1.5-13b-lora", "optim.rows": "16",
+        "optim.accumulate": "1", "optim.seq_len": "2048", "optim.lr": "0.0002", "optim.weight_decay": "0.0", "save_every": "50000",
         "autocast": "True", "tune.lora_rank": "128", "tune.lora_alpha": "256", "tune.trained": "lora"}  # fmt: skip
     assert (flags.epochs, flags.warmup_ratio, flags.workers) == (1.0, 0.03, 4)
+    assert flags.model == Path("lmsys/vicuna-13b-v1.5") and len(flags.given["sources"]) == 1
     silent = "--vision_tower openai/clip-vit-large-patch14-336 has no effect: this model has no CLIP"
-    assert sum(line.startswith(silent) for line in flags.words) == 1 and len(set(flags.words)) == 20
+    assert sum(line.startswith(silent) for line in flags.words) == 1 and len(set(flags.words)) == 19
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A tiny language model in llm/, twelve conversations in talk.json, and their pictures in images/."""
+    where = tmp_path_factory.mktemp("llava")
+    language_model(where / "llm", "llama")
+    write_llava(where / "talk.json", paint(12))
+    return where
+
+
+SCRIPT = """
+    --lora_enable True --lora_r 2 --lora_alpha 4 --deepspeed ./scripts/zero3.json --model_name_or_path llm --version v1
+    --data_path talk.json --image_folder images --vision_tower openai/clip-vit-large-patch14-336 --image_aspect_ratio pad
+    --bf16 False --output_dir runs/lora --num_train_epochs 2 --per_device_train_batch_size 1 --learning_rate 2e-4
+    --gradient_accumulation_steps 2 --warmup_ratio 0.5 --lr_scheduler_type cosine --model_max_length 512
+    --dataloader_num_workers 0 --report_to wandb --image_size 16 --device cpu --model.patch-size 4
+"""  # the last flags of our own make it tiny
+
+
+def test_the_script_runs_as_it_is_and_again_and_goes_on(here, monkeypatch, capsys):
+    monkeypatch.chdir(here)
+    main(["train", *shlex.split(SCRIPT), "--stop-after", "1"])
+    printed = capsys.readouterr().out
+    assert "--report_to wandb has no effect: rows are packed, saved and logged in this project's own way" in printed
+    assert "--deepspeed ./scripts/zero3.json has no effect" in printed and "an epoch has 12 documents" in printed
+    main(["train", *shlex.split(SCRIPT), "--resume"])
+    assert "runs/lora-from-llm was made of llm before" in capsys.readouterr().out
+    run = json.loads((here / "runs" / "lora" / "resume" / "run.json").read_text())
+    config, steps = run["config"], run["step"]
+    assert config["tune"] == {"start": "runs/lora-from-llm", "trained": "lora", "lora_rank": 2, "lora_alpha": 4}
+    optim = {name: config["optim"][name] for name in ("rows", "accumulate", "seq_len", "lr", "min_lr", "warmup", "steps")}
+    assert optim == dict(rows=2, accumulate=2, seq_len=512, lr=2e-4, min_lr=0.0, warmup=-(-steps // 2), steps=steps)
+    mixture = config["data"]["mixture"]
+    assert mixture["pictures"]["mode"] == "pad" and mixture["chat"]["template"] == "vicuna_v1" and mixture["max_length"] == 512
+    records = [json.loads(line) for line in (here / "runs" / "lora" / "log.jsonl").read_text().splitlines()]
+    assert len(records) == steps and all(record["text_loss"] > 0 and record["diffusion_loss"] == 0 for record in records)
+    assert Transfusion.from_pretrained(here / "runs" / "lora").config.patch_size == 4
+    again = SCRIPT.replace("--model_name_or_path llm", "--model_name_or_path runs/lora-from-llm").replace("runs/lora ", "runs/again ")
+    main(["train", *shlex.split(again), "--max_steps", "1"])
+    assert (here / "runs" / "again" / "adapter_config.json").is_file() and not (here / "runs" / "again-from-lora-from-llm").exists()
+
+
+@pytest.mark.parametrize("words, said", [
+    (("--data_path", "talk.json", "--output_dir", "runs/x"), "there is no --model_name_or_path"),
+    (("--data_path", "talk.json", "--model_name_or_path", "llm"), "there is no --output_dir"),
+    (("--data_path", "talk.json", "--model_name_or_path", "lmsys/vicuna-7b-v1.5", "--output_dir", "runs/x"),
+     "--model_name_or_path is 'lmsys/vicuna-7b-v1.5', which is no checkpoint's directory; nothing is downloaded"),
+    (("--data_path", "gone.json", "--model_name_or_path", "llm", "--output_dir", "runs/x", "--model.patch-size", "4", "--image_size", "16"),
+     "sources\\[0\\] cannot be opened: llava: .*gone.json"),
+    (("--data_path", "talk.json", "--model_name_or_path", "llm", "--output_dir", "runs/x", "--num_train_epochs", "0"),
+     "--num_train_epochs is 0.0; a number above 0 fits"),
+    (("--data_path", "talk.json", "--model_name_or_path", "llm", "--output_dirr", "x"), "did you mean output_dir")])
+def test_a_command_line_that_does_not_fit_ends_in_one_line(here, monkeypatch, words, said):
+    monkeypatch.chdir(here)
+    with pytest.raises(SystemExit, match=f"^error: .*{said}") as stop:
+        main(["train", "--device", "cpu", *words])
+    assert "\n" not in str(stop.value)
 
 
 def test_pretraining_is_plain_and_trains_the_image_layers(tmp_path):

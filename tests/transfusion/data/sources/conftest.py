@@ -11,6 +11,7 @@ from PIL import Image as Picture
 
 from transfusion.data.sources import DataError, Source
 
+
 def png(red, size=(3, 2)):
     """The bytes of a small picture."""
     file = io.BytesIO()
