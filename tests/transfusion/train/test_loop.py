@@ -2,6 +2,7 @@
 import dataclasses
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tests.transfusion.train.test_autoencoder import tiny as tiny_autoencoder
 from tests.transfusion.train.test_transfusion import small
 from transfusion import Image, Text
 from transfusion.command import saved_run
+from transfusion.data.batches import Drawn
 from transfusion.sequence import encode, lay_out
 from transfusion.train import transfusion as trainer
 from transfusion.train.autoencoder import train as train_autoencoder
@@ -57,9 +59,9 @@ def gradients(monkeypatch, tmp_path, parts, autocast=False):
     """A step's losses and gradients in `parts` micro-batches; images are at time 0 and predict themselves: no noise."""
     config = small(tmp_path, optim=OptimSettings(rows=4, seq_len=64, accumulate=parts))
     model = tiny_model("x0").train()
-    monkeypatch.setattr(trainer, "draw_batch", lambda *_: (uneven_rows(model), torch.ones(4)))
+    rows = SimpleNamespace(draw=lambda step, generator: Drawn(uneven_rows(model), torch.ones(4), {}))
     monkeypatch.setattr(trainer, "sample_times", lambda kind, limit, *_: torch.zeros_like(limit))
-    means, playing, _ = accumulate(TransfusionTask(config, None, model, model), 0)
+    means, playing, _ = accumulate(TransfusionTask(config, rows, model, model), 0)
     assert [player.model for player in playing] == [model]
     return means, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -77,9 +79,10 @@ def test_losses_and_gradients_of_very_uneven_micro_batches_are_those_of_the_whol
 
 
 def test_each_micro_batch_has_noise_of_its_own_and_accumulation_draws_the_same_documents(tmp_path):
-    whole, parts = (TransfusionTask(small(tmp_path, optim=OptimSettings(rows=4, seq_len=64, accumulate=n)),
-                                    trainer.open_dataset(small(tmp_path).data)[0], *[tiny_model()] * 2).batches(5)
-                    for n in (1, 4))
+    data, model = trainer.open_data(small(tmp_path).data), tiny_model()
+    rows = data.rows(model.tokenizer, model.config, None, rows=4, seq_len=64, steps=12)
+    configs = [small(tmp_path, optim=OptimSettings(rows=4, seq_len=64, accumulate=n)) for n in (1, 4)]
+    whole, parts = (TransfusionTask(config, rows, model, model).batches(5) for config in configs)
     assert len(whole) == 1 and len(parts) == 4
     assert torch.equal(torch.cat([batch.inputs[0].tokens for batch in parts]), whole[0].inputs[0].tokens)
     assert torch.equal(torch.cat([batch.inputs[1] for batch in parts]), whole[0].inputs[1])

@@ -57,7 +57,7 @@ def test_a_run_that_breaks_leaves_ctrl_c_as_it_was(tmp_path, monkeypatch):
         raise RuntimeError("no batch")
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr("transfusion.train.transfusion.draw_batch", broken)
+    monkeypatch.setattr("transfusion.data.training_data.draw_batch", broken)
     with pytest.raises(RuntimeError, match="no batch"):
         train(small(tmp_path))
     assert signal.getsignal(signal.SIGINT) is before
