@@ -78,8 +78,6 @@ class TrainConfig(RunSettings):
     optim: OptimSettings = field(default_factory=OptimSettings)
 
 
-
-
 def check_settings(op: str, config: TrainConfig, prefix: str = "") -> None:
     """Refuse settings that do not fit, or not each other, named behind `prefix`.
 
@@ -213,5 +211,3 @@ def train_to_end(config: TrainConfig) -> Path:
     if (step := saved_step(out)) < config.optim.steps:
         raise KeyboardInterrupt(f"{out}: {step:,} of {config.optim.steps:,} steps are done; the same command goes on")
     return out
-
-
