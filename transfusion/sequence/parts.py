@@ -33,7 +33,7 @@ class Text:
 class Image:
     """An image or its VAE latent, (channels, height, width), values around [-1, 1].
 
-    `loss=False` for an image that the model only reads: it stays clean, has no diffusion loss, and its BOI is no target.
+    `loss=False` for an image that the model only reads: it stays clean, has no loss, and its BOI is no target.
     """
 
     latent: Tensor
