@@ -25,6 +25,14 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
 
 
+class Drawn(NamedTuple):
+    """What a step trains on: packed rows, (N,) the largest noise time of each image, and numbers for the log."""
+
+    sequence: Sequence
+    limit: Tensor
+    notes: dict[str, float]
+
+
 class Lengths(NamedTuple):
     """Of `PROBED` documents: tokens of the longest that fits in a row, and the share of those that do not."""
 

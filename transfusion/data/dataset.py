@@ -92,7 +92,29 @@ class Dataset(Protocol):
 
 
 @dataclass(frozen=True)
-class DatasetSettings(Arrangement):
+class DataSettings:
+    """What a run is trained on: a data set in Python (`DatasetSettings`), or a mixture's file."""
+
+    name = ""
+    """what messages and caches call it; each class has its own"""
+    free = ()
+    """settings of the class that may change when a run goes on"""
+
+    def shared(self) -> dict[str, object]:
+        """Return what every data set of its kind has, as keywords for the settings of another one."""
+        return {}
+
+    def directories(self) -> dict[str, Path | None]:
+        """Return the directories that are read, by the settings that name them: no command may write there."""
+        return {}
+
+    def record(self) -> dict[str, object]:
+        """Return what a run's record holds of it beside the settings."""
+        return {"name": self.name}
+
+
+@dataclass(frozen=True)
+class DatasetSettings(Arrangement, DataSettings):
     """The data set of a run: what every data set has; its own settings are added by a class of its own."""
 
     noise_limit: Share = 0.5
@@ -103,9 +125,6 @@ class DatasetSettings(Arrangement):
     latents: Path | None = None
     """a cache that `transfusion vae encode` wrote of this data set: its latents are drawn in place of pictures, and the
     checkpoint carries their autoencoder"""
-
-    name = ""
-    """what messages and caches call the data set; each class has its own"""
 
     def open(self, split: str = "train") -> Dataset:
         """Return one split of the data set, "train" or "held-out".
@@ -118,11 +137,11 @@ class DatasetSettings(Arrangement):
                          "line add, for example, data:digits")
 
     def shared(self) -> dict[str, object]:
-        """Return what every data set has, as keywords for the settings of another one."""
+        """As `DataSettings.shared`."""
         return {field.name: getattr(self, field.name) for field in fields(DatasetSettings)}
 
     def directories(self) -> dict[str, Path | None]:
-        """Return the directories that are read, by the settings that name them: no command may write there."""
+        """As `DataSettings.directories`."""
         return {"latents": self.latents}
 
 

@@ -4,14 +4,15 @@ It is an AutoencoderKL of diffusers, as Stable Diffusion, FLUX and the paper hav
 
     latent = (mean of the posterior - shift) * scale            picture = decoder(latent / scale + shift)
 
-scale and shift are the autoencoder's own `scaling_factor` and `shift_factor`. The posterior's mean is taken, not a
-sample, so that the same picture gives the same latent.
+scale and shift are the autoencoder's own `scaling_factor` and `shift_factor`. `encode` takes the posterior's mean, not a
+sample, so that the same picture gives the same latent; `posterior` gives what a sample is drawn from.
 """
 import hashlib
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from transfusion.files import check_files, current, replacing, whole
@@ -72,11 +73,21 @@ class VAE:
     @torch.inference_mode()
     def encode(self, pictures: Tensor) -> Tensor:
         """Pictures (N, channels, H, W) in [-1, 1] to latents (N, C, H / factor, W / factor)."""
+        return self._latents("encode", pictures)[0]
+
+    @torch.inference_mode()
+    def posterior(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents of pictures, both in latents' scale: mean + deviation * noise is one."""
+        mean, posterior = self._latents("posterior", pictures)
+        return mean, (posterior.std.float() * self.scale).to(pictures.device)
+
+    def _latents(self, op: str, pictures: Tensor) -> tuple[Tensor, DiagonalGaussianDistribution]:
         if pictures.ndim != 4 or any(side % self.factor for side in pictures.shape[-2:]):
-            raise ValueError(f"VAE.encode: pictures has shape {tuple(pictures.shape)}; (N, channels, height, width) "
+            raise ValueError(f"VAE.{op}: pictures has shape {tuple(pictures.shape)}; (N, channels, height, width) "
                              f"with sides that {self.factor} divides fit; resize or crop them")
-        mean = self.autoencoder.encode(pictures.to(self.autoencoder.device, self.autoencoder.dtype)).latent_dist.mode()
-        return ((mean.float() - self.shift) * self.scale).to(pictures.device)
+        given = pictures.to(self.autoencoder.device, self.autoencoder.dtype)
+        posterior = self.autoencoder.encode(given).latent_dist
+        return ((posterior.mode().float() - self.shift) * self.scale).to(pictures.device), posterior
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
     transfusion train digits --optim.steps 100                      the preset's own data set
     transfusion train digits data:emoji --data.lively               another one; --data.* are the flags of its settings
     transfusion train paper --size 0.76B data:digits                a preset's parameters are flags, too
+    transfusion train own --data mix.yaml                           data:mixture --data.file mix.yaml: files of one's own
 """
 import dataclasses
 import inspect
@@ -18,27 +19,33 @@ import transfusion.train.autoencoder as autoencoder
 import transfusion.train.classifier as classifier
 import transfusion.train.transfusion as trainer
 from transfusion.command import plain_errors
-from transfusion.data.dataset import DatasetSettings
+from transfusion.data.dataset import DatasetSettings, DataSettings
 from transfusion.data.latents import EncodeSettings, encode_dataset
+from transfusion.data.mixture_data import MixtureFileSettings
 from transfusion.data.picture_files import PictureFolderSettings
 from transfusion.eval.autoencoder import VAEEvalSettings, evaluate
 from transfusion.recipes.digits import DigitsSettings, digits, digits_paper
 from transfusion.recipes.emoji import EmojiSettings, emoji, emoji_autoencoder
+from transfusion.recipes.llava import is_llava, read_llava
+from transfusion.recipes.own import own
 from transfusion.recipes.paper import paper, paper_autoencoder
 from transfusion.settings import nearest
 
 DATA_SETS = {"digits": DigitsSettings, "emoji": EmojiSettings, "folder": PictureFolderSettings}
 """What data:NAME may name on the command line. A program of one's own gives `TrainConfig` any settings."""
-PRESETS = {"digits": digits, "digits-paper": digits_paper, "emoji": emoji, "paper": paper}
+TRAINED_ON = DATA_SETS | {"mixture": MixtureFileSettings}
+"""What it may name behind `transfusion train`; the other commands read pictures alone."""
+PRESETS = {"digits": digits, "digits-paper": digits_paper, "emoji": emoji, "paper": paper, "own": own}
 AUTOENCODER_PRESETS = {"small": emoji_autoencoder, "paper": paper_autoencoder}
 WORD = "data:"
 
 
 def train_main(args: list[str] | None = None) -> None:
     """Entry point of `transfusion train` and `python -m transfusion.train`."""
-    config = read_preset("transfusion train", trainer.__doc__, PRESETS, args)
+    args = sys.argv[1:] if args is None else list(args)
     with plain_errors():
-        trainer.train(config)
+        trainer.train(read_llava(args) if is_llava(args) else
+                      read_preset("transfusion train", trainer.__doc__, PRESETS, args, TRAINED_ON))
 
 
 def vae_train_main(args: list[str] | None = None) -> None:
@@ -69,16 +76,17 @@ def judge_main(args: list[str] | None = None) -> None:
         classifier.judge(settings)
 
 
-def read_preset(prog: str, description: str, presets: Mapping[str, Callable], args: list[str] | None = None):
+def read_preset(prog: str, description: str, presets: Mapping[str, Callable], args: list[str] | None = None,
+                data_sets: Mapping[str, type] = DATA_SETS):
     """Return the settings that a command line describes: a preset's name, data:NAME, and flags.
 
     Raises:
         SystemExit: after --help, or with one line that says what does not fit.
     """
-    kind, args = take_data_set(args)
+    kind, args = take_data_set(args, data_sets)
     name, *args = args or ["--help"]
     if name in ("-h", "--help"):
-        print(_overview(prog, description, presets))
+        print(_overview(prog, description, presets, data_sets))
         raise SystemExit(0)
     if name not in presets:
         raise SystemExit(f"error: {name!r} is no preset; {', '.join(presets)} fit{nearest(name, presets)}")
@@ -86,9 +94,10 @@ def read_preset(prog: str, description: str, presets: Mapping[str, Callable], ar
     with plain_errors():
         config, args = _call(command, preset, args)
     if kind not in (None, type(config.data)):
-        data = kind(**config.data.shared())  # what every data set has stays the preset's
-        config = dataclasses.replace(config, data=data)
-    words = "\n\n".join([inspect.getdoc(preset).partition("\n\nArgs:")[0], _data_sets()])
+        fields = {field.name for field in dataclasses.fields(kind)}
+        shared = {name: value for name, value in config.data.shared().items() if name in fields}
+        config = dataclasses.replace(config, data=kind(**shared))  # what every data set has stays the preset's
+    words = "\n\n".join([inspect.getdoc(preset).partition("\n\nArgs:")[0], _data_sets(data_sets)])
     return tyro.cli(type(config), default=config, prog=command, description=words, args=args)
 
 
@@ -102,7 +111,7 @@ def read_settings(prog: str, settings: type, args: list[str] | None = None):
     required = {field.name: tyro.MISSING for field in dataclasses.fields(settings)
                 if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING}
     default = settings(**required, data=DatasetSettings() if kind is None else kind())
-    words = "\n\n".join([inspect.getdoc(settings), _data_sets()])
+    words = "\n\n".join([inspect.getdoc(settings), _data_sets(DATA_SETS)])
     return tyro.cli(settings, default=default, prog=prog, description=words, args=args)
 
 
@@ -114,23 +123,43 @@ def shell_line(*words) -> str:
     return shlex.join(map(str, (python, "-m", "transfusion.cli", *words)))
 
 
-def take_data_set(args: list[str] | None) -> tuple[type[DatasetSettings] | None, list[str]]:
+def take_data_set(args: list[str] | None, data_sets: Mapping[str, type] = DATA_SETS
+                  ) -> tuple[type[DataSettings] | None, list[str]]:
     """Return the settings' class that data:NAME among the arguments names, or None, and the other arguments.
+
+    `--data mix.yaml` is short for `data:mixture --data.file mix.yaml`.
 
     Raises:
         SystemExit: a data set that does not exist, or more than one.
     """
-    args = sys.argv[1:] if args is None else list(args)
+    args = _spell_out(sys.argv[1:] if args is None else list(args), "mixture" in data_sets)
     names = [arg.removeprefix(WORD) for arg in args if arg.startswith(WORD)]
     if len(names) > 1:
         raise SystemExit(f"error: {' and '.join(WORD + name for name in names)} name several data sets; one fits")
     for name in names:
-        if name not in DATA_SETS:
-            known = [WORD + other for other in DATA_SETS]
+        if name not in data_sets:
+            known = [WORD + other for other in data_sets]
             raise SystemExit(f"error: {WORD}{name} names no data set; {', '.join(known)} "
                              f"fit{nearest(WORD + name, known)}")
     rest = [arg for arg in args if not arg.startswith(WORD)]
-    return DATA_SETS[names[0]] if names else None, rest
+    return data_sets[names[0]] if names else None, rest
+
+
+def _spell_out(args: list[str], is_known: bool) -> list[str]:
+    """Arguments with `--data FILE` written out."""
+    at = next((i for i, arg in enumerate(args) if arg == "--data" or arg.startswith("--data=")), None)
+    if at is None:
+        return args
+    if not is_known:
+        raise SystemExit("error: --data names a mixture, which `transfusion train` reads; here data:folder --data.folder "
+                         "DIRECTORY fits")
+    file, rest = args[at].removeprefix("--data").removeprefix("="), args[at + 1:]
+    if args[at] == "--data":
+        file, *rest = rest or [""]
+    if not file or file.startswith("-"):
+        raise SystemExit("error: --data has no value; the path of a mixture fits, such as --data mix.yaml")
+    named = [] if f"{WORD}mixture" in args else [f"{WORD}mixture"]
+    return [*args[:at], *named, "--data.file", file, *rest]
 
 
 def _call(prog: str, preset: Callable, args: list[str]):
@@ -140,16 +169,16 @@ def _call(prog: str, preset: Callable, args: list[str]):
     return tyro.cli(preset, prog=prog, args=args, return_unknown_args=True, add_help=False)
 
 
-def _overview(prog: str, description: str, presets: Mapping[str, Callable]) -> str:
+def _overview(prog: str, description: str, presets: Mapping[str, Callable], data_sets: Mapping[str, type]) -> str:
     """What a command with presets says of itself."""
     width = max(map(len, presets)) + 2
     lines = [f"  {name:<{width}}{inspect.getdoc(preset).splitlines()[0]}" for name, preset in presets.items()]
     return "\n".join([f"usage: {prog} PRESET [data:NAME] [flags]", "", description.strip(), "", "presets:", *lines, "",
-                      _data_sets(), "", f"`{prog} PRESET --help` lists the flags"])
+                      _data_sets(data_sets), "", f"`{prog} PRESET --help` lists the flags"])
 
 
-def _data_sets() -> str:
+def _data_sets(data_sets: Mapping[str, type]) -> str:
     """What --help says of data sets."""
-    width = max(map(len, DATA_SETS)) + len(WORD) + 2
-    lines = [f"  {WORD + name:<{width}}{inspect.getdoc(kind).splitlines()[0]}" for name, kind in DATA_SETS.items()]
+    width = max(map(len, data_sets)) + len(WORD) + 2
+    lines = [f"  {WORD + name:<{width}}{inspect.getdoc(kind).splitlines()[0]}" for name, kind in data_sets.items()]
     return "\n".join(["data sets (each has --data flags of its own, which --help behind its name lists):", *lines])

@@ -25,12 +25,13 @@ from torch import Tensor
 
 from transfusion.command import claim, plain_errors, saved_step
 from transfusion.data.latents import open_dataset
+from transfusion.data.training_data import open_data
 from transfusion.device import choose_device
 from transfusion.eval.picture_grids import emoji_grid
 from transfusion.files import write_text
 from transfusion.model.transfusion import Transfusion
 from transfusion.recipes.command_line import shell_line
-from transfusion.recipes.emoji import STYLES, Emoji, emoji
+from transfusion.recipes.emoji import STYLES, Emoji, EmojiSettings, emoji
 from transfusion.recipes.emoji_judges import Judges, bits_per_byte, draw_emoji, read_captions
 from transfusion.settings import Count, NotNegative, check
 from transfusion.train.classifier import ClassifierSettings
@@ -108,10 +109,10 @@ def _showcase(settings: ShowcaseSettings) -> dict:
 
 def _untrained(config: TrainConfig) -> Transfusion:
     """The model that training starts from."""
-    dataset, vae = open_dataset(config.data)
-    if not isinstance(dataset, Emoji):
+    if not isinstance(config.data, EmojiSettings):
         raise ValueError(f"showcase: train.data.name is {config.data.name!r}; the settings of emoji fit, EmojiSettings")
-    return build_model(config, dataset) if config.tune.start is None else start_model(config, dataset, vae)
+    data = open_data(config.data)
+    return build_model(config, data) if config.tune.start is None else start_model(config, data)
 
 
 def judge_drawings(settings: ShowcaseSettings, model: Transfusion, judges: Judges, held_out: Emoji,

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from transfusion.command import saved_run, saved_step
-from transfusion.data.dataset import DatasetSettings
+from transfusion.data.dataset import DataSettings
 from transfusion.files import load_tensors, whole
 from transfusion.model.config import present_backbone
 from transfusion.train.optimizer import Player
@@ -166,11 +166,16 @@ def write_state(directory: Path, config: RunSettings, state: Mapping[str, Tensor
 
 
 def recorded(config: RunSettings) -> dict:
-    """Return settings as JSON can hold them; beside the settings of a data set stands its name."""
-    named = {field.name: value.name for field in dataclasses.fields(config)
-             if isinstance(value := getattr(config, field.name), DatasetSettings)}
+    """Return settings as JSON can hold them; with those of data stands what they say of themselves (`record`)."""
+    said = {name: value.record() for name, value in _data(config).items()}
     record = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    return record | {field: record[field] | {"name": name} for field, name in named.items()}
+    return record | {name: record[name] | more for name, more in json.loads(json.dumps(said, default=str)).items()}
+
+
+def _data(config: RunSettings) -> dict[str, DataSettings]:
+    """The settings among `config` that name data."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {name: value for name, value in values.items() if isinstance(value, DataSettings)}
 
 
 def load_state(config: RunSettings, fixed: tuple[str, ...]) -> tuple[dict[str, Tensor], dict]:
@@ -193,7 +198,9 @@ def load_state(config: RunSettings, fixed: tuple[str, ...]) -> tuple[dict[str, T
                          "command's; take another --out")
     changed = [key for key in ours
                if key in theirs and theirs[key] != ours[key] and key not in ("out", "resume", "stop_after")]
-    other = [key for key in changed if any(key == name or key.startswith(f"{name}.") for name in fixed)]
+    free = {f"{name}.{one}" for name, value in _data(config).items() for one in value.free}
+    other = [key for key in changed
+             if key not in free and any(key == name or key.startswith(f"{name}.") for name in fixed)]
     if other:
         raise ValueError(f"train: {', '.join(other)} differ from the run saved in {out!r}; the same settings fit; "
                          "start anew with another --out")

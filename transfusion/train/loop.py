@@ -49,7 +49,7 @@ class Batch(NamedTuple):
 
     inputs: object
     counts: Mapping[str, int]
-    notes: Mapping[str, int] = {}
+    notes: Mapping[str, float] = {}
 
 
 class Task(Protocol):
@@ -71,7 +71,7 @@ class Task(Protocol):
 
 
 def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate: Callable[[int], float], *,
-        fixed: tuple[str, ...], way_on: str = "") -> int:
+        fixed: tuple[str, ...], way_on: str = "", epoch: float | None = None) -> int:
     """Train to the last step, to `stop_after`, or to Ctrl-C, SIGTERM or SIGHUP; return the number of steps done.
 
     Args:
@@ -79,9 +79,10 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
         rate: the learning rate of a step.
         fixed: settings that must be what they were when a run goes on.
         way_on: what helps where a loss is not finite, for trainers without --resume.
+        epoch: steps that show all data once, where there is such a number.
     """
     start = restore(config, task.players, fixed) if config.resume else 0
-    print(cost(task, optim, start), flush=True)
+    print(cost(task, optim, start, epoch), flush=True)
     spent = start_log(config.out / LOG, start)
     progress = tqdm(range(start, optim.steps), initial=start, total=optim.steps, desc=f"{command} {config.out.name}",
                     smoothing=0.05, unit="step", dynamic_ncols=True)
@@ -122,13 +123,14 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
     return done
 
 
-def accumulate(task: Task, step: int) -> tuple[dict[str, Tensor], list[Player], dict[str, int]]:
-    """Add up the gradients of a step's micro-batches.
+def accumulate(task: Task, step: int, batches: list[Batch] | None = None
+               ) -> tuple[dict[str, Tensor], list[Player], dict[str, float]]:
+    """Add up the gradients of a step's micro-batches, or of those given.
 
     Returns:
         Each loss and each term, a mean over the whole step; the players that played; and what the log is told besides.
     """
-    batches = task.batches(step)
+    batches = task.batches(step) if batches is None else batches
     totals, notes = Counter(), Counter()
     for batch in batches:
         totals.update(batch.counts)
@@ -157,22 +159,28 @@ def numbers(**values: Tensor) -> dict[str, float]:
     return dict(zip(values, torch.stack([x.detach().float() for x in values.values()]).tolist()))
 
 
-def cost(task: Task, optim: StepSettings, start: int) -> str:
-    """Say what is left to do and about how long it takes, by the second of two passes that change nothing."""
+def cost(task: Task, optim: StepSettings, start: int, epoch: float | None = None) -> str:
+    """Say what is left to do and about how long it takes, by the second of two passes that change nothing.
+
+    They take the batch that the run goes on with, for later ones may not be planned yet.
+    """
     left = optim.steps - start
     if left <= 0:
         return f"all {optim.steps:,} steps are done"
     buffers = [(x, x.clone()) for player in task.players for x in player.model.buffers()]  # batch norm keeps statistics
 
     def once() -> None:
-        accumulate(task, optim.steps - 1)  # by the last step every player plays
+        accumulate(task, optim.steps - 1, task.batches(start))  # by the last step every player plays
         for player in task.players:
             player.model.zero_grad()
 
     seconds = seconds_of(once, next(task.players[0].model.parameters()).device)
     for x, before in buffers:
         x.copy_(before)
-    return f"{left:,} steps of {task.size:,} {task.unit} at {seconds:.2f} s: about {left * seconds / 60:,.0f} min"
+    told = f"{left:,} steps of {task.size:,} {task.unit} at {seconds:.2f} s: about {left * seconds / 60:,.0f} min"
+    if epoch is None:
+        return told
+    return f"{told}, {left / epoch:,.1f} epochs of {epoch:,.1f} steps and {epoch * seconds / 60:,.1f} min each"
 
 
 def save(command: str, config: RunSettings, task: Task, step: int, way_on: str = "") -> None:

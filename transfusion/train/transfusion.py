@@ -16,15 +16,14 @@ from torch import nn
 from transformers import AutoConfig, LlamaConfig
 
 from transfusion.command import claim, saved_step
-from transfusion.data.batches import document_lengths, draw_batch, step_generator
-from transfusion.data.dataset import DatasetSettings
-from transfusion.data.latents import open_dataset
+from transfusion.data.batches import step_generator
+from transfusion.data.dataset import DatasetSettings, DataSettings
+from transfusion.data.training_data import Rows, TrainingData, open_data
 from transfusion.device import choose_device
 from transfusion.diffusion.objective import TIMES, sample_times
 from transfusion.model.config import TransfusionConfig, TransfusionSettings
 from transfusion.model.lora import TuneSettings, name_base, prepare, trained_table
 from transfusion.model.transfusion import Transfusion
-from transfusion.model.vae import VAE
 from transfusion.sequence.tokenizer import BOI, EOI, train_tokenizer
 from transfusion.settings import Count, OneOf, Positive, Range, check
 from transfusion.train.loop import Batch, Term, fit, say_stopped
@@ -74,10 +73,8 @@ class TrainConfig(RunSettings):
 
     tune: TuneSettings = field(default_factory=TuneSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
-    data: DatasetSettings = field(default_factory=DatasetSettings)
+    data: DataSettings = field(default_factory=DatasetSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
-
-
 
 
 def check_settings(op: str, config: TrainConfig, prefix: str = "") -> None:
@@ -97,9 +94,9 @@ def check_settings(op: str, config: TrainConfig, prefix: str = "") -> None:
                          "a divisor of heads fits")
 
 
-def build_model(config: TrainConfig, dataset) -> Transfusion:
-    """Return a freshly initialised model and its tokenizer for a data set."""
-    tokenizer = train_tokenizer(dataset.texts(), config.model.vocabulary)
+def build_model(config: TrainConfig, data: TrainingData) -> Transfusion:
+    """Return a freshly initialised model and its tokenizer for a data set; of it, `texts` and `image_shape` are asked."""
+    tokenizer = train_tokenizer(data.texts(), config.model.vocabulary)
     torch.manual_seed(config.seed)
     text_config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=config.model.hidden, intermediate_size=config.model.mlp,
@@ -107,30 +104,21 @@ def build_model(config: TrainConfig, dataset) -> Transfusion:
         num_key_value_heads=config.model.kv_heads, tie_word_embeddings=False,
         rms_norm_eps=config.model.norm_eps, max_position_embeddings=max(2048, config.optim.seq_len),
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    channels, *size = dataset.image_shape
+    channels, *size = data.image_shape
     return Transfusion(TransfusionConfig(
         text_config=AutoConfig.for_model(**text_config.to_dict()), image_channels=channels, image_size=size,
         boi_token_id=tokenizer.convert_tokens_to_ids(BOI), eoi_token_id=tokenizer.convert_tokens_to_ids(EOI),
         **config.model.shared()), tokenizer)
 
 
-def start_model(config: TrainConfig, dataset, vae: VAE | None) -> Transfusion:
-    """Load the checkpoint to start from and check that the data set's images, and what their latents are of, fit it."""
+def start_model(config: TrainConfig, data: TrainingData) -> Transfusion:
+    """Load the checkpoint to start from and check that the data's images, and what their latents are of, fit it."""
     model = Transfusion.from_pretrained(config.tune.start)
     asked = json.loads(json.dumps(config.model.shared()))  # lists, as in a checkpoint's configuration
     kept = {name: getattr(model.config, name) for name in asked}
     if differ := [f"{name} {value}" for name, value in kept.items() if value != asked[name]]:
         print(f"{config.tune.start} keeps its own {', '.join(differ)}; --model settings are not used", flush=True)
-    channels, *size = dataset.image_shape
-    if channels != model.config.image_channels or any(side % model.config.patch_size for side in size):
-        raise ValueError(f"train: data.name is {config.data.name!r}, whose images are {tuple(dataset.image_shape)}, "
-                         f"and tune.start a model of {model.config.image_channels} channels and patches of "
-                         f"{model.config.patch_size}; equal channels and whole patches fit")
-    if (vae and vae.fingerprint()) != (model.vae and model.vae.fingerprint()):
-        latents, source = config.data.latents, "pictures" if model.vae is None else "another autoencoder"
-        raise ValueError(f"train: data.latents is {latents and str(latents)!r} and tune.start a model of {source}; "
-                         "latents of its own autoencoder fit; make them with "
-                         "`transfusion vae encode`, and the model with `transfusion init --vae`")
+    data.check_start(model)
     return model
 
 
@@ -139,9 +127,9 @@ class TransfusionTask:
 
     unit, shown = "tokens", ("text_loss", "diffusion_loss")
 
-    def __init__(self, config: TrainConfig, dataset, base: Transfusion, model: nn.Module):
+    def __init__(self, config: TrainConfig, rows: Rows, base: Transfusion, model: nn.Module):
         """`model` is `base`, or the adapters around it."""
-        self.config, self.dataset, self.base = config, dataset, base
+        self.config, self.rows, self.base = config, rows, base
         self.size = config.optim.rows * config.optim.seq_len
         self.player = Player(model, build_optimizer(model, config.optim), build_average(model, config.optim))
         self.players = (self.player,)
@@ -150,8 +138,7 @@ class TransfusionTask:
         """Draw a step's rows and times, then split them: what is drawn does not depend on `accumulate`."""
         config, base = self.config, self.base
         generator = step_generator(config.seed, step)
-        sequence, limit = draw_batch(self.dataset, config.data, base.tokenizer, base.config, config.optim.rows,
-                                     config.optim.seq_len, generator)
+        sequence, limit, notes = self.rows.draw(step, generator)
         tokens = sequence.layout.offsets.diff()
         times = sample_times(config.optim.times, limit, tokens, base.config.time_shift_tokens, generator)
         batches, first = [], 0
@@ -159,7 +146,7 @@ class TransfusionTask:
             seed = torch.tensor([(config.seed + (number << 32)) % 2**63, step])  # noise of its own for each micro-batch
             inputs = part, times[first:first + part.image_count], seed
             counts = {"text_loss": len(part.text_targets), "diffusion_loss": int(part.drawn.sum())}
-            batches.append(Batch(inputs, counts, {} if number else {"left_out": sequence.left_out}))
+            batches.append(Batch(inputs, counts, {} if number else notes))
             first += part.image_count
         return batches
 
@@ -190,19 +177,23 @@ def train(config: TrainConfig) -> Path:
 def _train(config: TrainConfig) -> Path:
     # data and model
     device = choose_device(config.device)
-    dataset, vae = open_dataset(config.data)
-    base = (build_model(config, dataset) if config.tune.start is None else start_model(config, dataset, vae)).to(device)
-    base.vae = base.vae if vae is None else vae
+    data = open_data(config.data, config.model.patch_size if config.tune.start is None else None)
+    base = (build_model(config, data) if config.tune.start is None else start_model(config, data)).to(device)
+    base.vae = base.vae if data.vae is None else data.vae
+    if base.vae is not None:
+        base.vae.to(device)
     torch.manual_seed(config.seed)  # adapters start at random
     model = prepare(base, config.tune).train()
     print(trained_table(model), flush=True)
-    if share := document_lengths(dataset, config.data, base.tokenizer, base.config, config.optim.seq_len).left_out:
-        print(f"documents of more than optim.seq_len, {config.optim.seq_len} tokens, are left out, about "
-              f"{100 * share:.1f} % of those drawn; the log counts them (left_out)", flush=True)
+    optim = config.optim
+    rows = data.rows(base.tokenizer, base.config, base.vae, rows=optim.rows, seq_len=optim.seq_len, steps=optim.steps)
+    for line in rows.words():
+        print(line, flush=True)
 
     # optimizer and loop
-    task = TransfusionTask(config, dataset, base, model)
-    done = fit("train", config, config.optim, task, lambda step: learning_rate(step, config.optim), fixed=FIXED)
+    task = TransfusionTask(config, rows, base, model)
+    done = fit("train", config, config.optim, task, lambda step: learning_rate(step, config.optim), fixed=FIXED,
+               epoch=rows.steps_in_epoch)
     say_stopped(config, config.optim, done)
     return config.out
 
@@ -213,5 +204,3 @@ def train_to_end(config: TrainConfig) -> Path:
     if (step := saved_step(out)) < config.optim.steps:
         raise KeyboardInterrupt(f"{out}: {step:,} of {config.optim.steps:,} steps are done; the same command goes on")
     return out
-
-

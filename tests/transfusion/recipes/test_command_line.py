@@ -64,7 +64,7 @@ def test_a_command_without_presets_takes_a_data_set_and_flags():
 
 
 @pytest.mark.parametrize("args,said", [
-    (("digit",), "'digit' is no preset; digits, digits-paper, emoji, paper fit; did you mean digits"),
+    (("digit",), "'digit' is no preset; digits, digits-paper, emoji, paper, own fit; did you mean digits"),
     (("digits", "data:emojy"),
      "data:emojy names no data set; data:digits, data:emoji, data:folder fit; did you mean data:emoji"),
     (("digits", "data:emoji", "data:digits"), "data:emoji and data:digits name several data sets; one fits"),

@@ -1,7 +1,8 @@
-"""The loop: micro-batches change memory alone, and whatever optimizer a run has, it goes on as if it had not stopped."""
+"""The loop: micro-batches change memory alone, and with any optimizer a run goes on as if it had not stopped."""
 import dataclasses
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tests.transfusion.train.test_autoencoder import tiny as tiny_autoencoder
 from tests.transfusion.train.test_transfusion import small
 from transfusion import Image, Text
 from transfusion.command import saved_run
+from transfusion.data.batches import Drawn
 from transfusion.sequence import encode, lay_out
 from transfusion.train import transfusion as trainer
 from transfusion.train.autoencoder import train as train_autoencoder
@@ -23,7 +25,7 @@ from transfusion.train.transfusion import OptimSettings, TransfusionTask, train
 
 
 def uneven_rows(model, count=4):
-    """Rows with very different numbers of text targets and images: text alone, images alone, both, and almost nothing."""
+    """Rows with very different numbers of text targets and images: text or images alone, both, almost nothing."""
     generator = torch.Generator().manual_seed(2)
     images = [Image(torch.rand(1, 8, 8, generator=generator) * 2 - 1) for _ in range(4)]
     rows = [[[Text("a handwritten seven and a handwritten four and a handwritten two")]], [[images[0]], [images[1]]],
@@ -44,10 +46,12 @@ def test_micro_batches_hold_the_rows_of_the_batch(parts):
     for part in found:
         rows = slice(row, row + len(part.tokens))
         assert torch.equal(part.mask().dense(), whole.mask().dense()[rows])
-        assert torch.equal(part.image_ids >= 0, (whole.image_ids >= 0)[rows]) and part.image_ids.max() == part.image_count - 1
+        assert (torch.equal(part.image_ids >= 0, (whole.image_ids >= 0)[rows])
+                and part.image_ids.max() == part.image_count - 1)
         assert torch.equal(part.tokens.flatten()[part.target_places + 1], part.text_targets)
         assert torch.equal(part.layout.image_ids, part.image_ids.flatten()[part.patch_places].long())
-        assert torch.equal(torch.cat([part.modality.text_places, part.patch_places]).sort().values, torch.arange(part.tokens.numel()))
+        assert torch.equal(torch.cat([part.modality.text_places, part.patch_places]).sort().values,
+                           torch.arange(part.tokens.numel()))
         row = rows.stop
 
 
@@ -55,9 +59,9 @@ def gradients(monkeypatch, tmp_path, parts, autocast=False):
     """A step's losses and gradients in `parts` micro-batches; images are at time 0 and predict themselves: no noise."""
     config = small(tmp_path, optim=OptimSettings(rows=4, seq_len=64, accumulate=parts))
     model = tiny_model("x0").train()
-    monkeypatch.setattr(trainer, "draw_batch", lambda *_: (uneven_rows(model), torch.ones(4)))
+    rows = SimpleNamespace(draw=lambda step, generator: Drawn(uneven_rows(model), torch.ones(4), {}))
     monkeypatch.setattr(trainer, "sample_times", lambda kind, limit, *_: torch.zeros_like(limit))
-    means, playing, _ = accumulate(TransfusionTask(config, None, model, model), 0)
+    means, playing, _ = accumulate(TransfusionTask(config, rows, model, model), 0)
     assert [player.model for player in playing] == [model]
     return means, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -65,7 +69,8 @@ def gradients(monkeypatch, tmp_path, parts, autocast=False):
 @pytest.mark.parametrize("parts", [2, 3, 4])
 def test_losses_and_gradients_of_very_uneven_micro_batches_are_those_of_the_whole_batch(monkeypatch, tmp_path, parts):
     (means, grads), (expected_means, expected) = (gradients(monkeypatch, tmp_path, n) for n in (parts, 1))
-    assert means.keys() == expected_means.keys() == {"loss", "text_loss", "diffusion_loss"} and grads.keys() == expected.keys()
+    assert (means.keys() == expected_means.keys() == {"loss", "text_loss", "diffusion_loss"}
+            and grads.keys() == expected.keys())
     for name, mean in means.items():
         torch.testing.assert_close(mean, expected_means[name], rtol=1e-5, atol=1e-6)
     for name, grad in grads.items():
@@ -74,8 +79,10 @@ def test_losses_and_gradients_of_very_uneven_micro_batches_are_those_of_the_whol
 
 
 def test_each_micro_batch_has_noise_of_its_own_and_accumulation_draws_the_same_documents(tmp_path):
-    whole, parts = (TransfusionTask(small(tmp_path, optim=OptimSettings(rows=4, seq_len=64, accumulate=n)), trainer.open_dataset(small(tmp_path).data)[0],
-                                    *[tiny_model()] * 2).batches(5) for n in (1, 4))
+    data, model = trainer.open_data(small(tmp_path).data), tiny_model()
+    rows = data.rows(model.tokenizer, model.config, None, rows=4, seq_len=64, steps=12)
+    configs = [small(tmp_path, optim=OptimSettings(rows=4, seq_len=64, accumulate=n)) for n in (1, 4)]
+    whole, parts = (TransfusionTask(config, rows, model, model).batches(5) for config in configs)
     assert len(whole) == 1 and len(parts) == 4
     assert torch.equal(torch.cat([batch.inputs[0].tokens for batch in parts]), whole[0].inputs[0].tokens)
     assert torch.equal(torch.cat([batch.inputs[1] for batch in parts]), whole[0].inputs[1])
@@ -88,7 +95,8 @@ def test_each_micro_batch_has_noise_of_its_own_and_accumulation_draws_the_same_d
 
 
 def records(out):
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"}
+            for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 class Counting(torch.optim.SGD):
@@ -135,7 +143,9 @@ def test_a_resumed_run_equals_one_that_never_stopped_whatever_its_optimizer(tmp_
 def test_a_run_does_not_go_on_with_another_optimizer(tmp_path, monkeypatch):
     train(small(tmp_path, stop_after=2))
     monkeypatch.setattr(trainer, "build_optimizer", OPTIMIZERS["SGD"])
-    with pytest.raises(ValueError, match="train: the saved run's optimizer is AdamW and this one SGD; the same one fits"):
+    with pytest.raises(
+        ValueError, match="train: the saved run's optimizer is AdamW and this one SGD; the same one fits"
+    ):
         train(small(tmp_path, resume=True))
 
 
@@ -146,7 +156,8 @@ def test_an_optimizer_whose_state_cannot_be_saved_is_refused(tmp_path, monkeypat
             self.state[self.param_groups[0]["params"][0]]["past"] = [1]
 
     monkeypatch.setattr(trainer, "build_optimizer", lambda model, optim: Listing(model.parameters(), lr=optim.lr))
-    with pytest.raises(ValueError, match=r"train: the optimizer, Listing, keeps a list \(past\); tensors and numbers can be saved"):
+    with pytest.raises(ValueError,
+                       match=r"train: the optimizer, Listing, keeps a list \(past\); tensors and numbers can be saved"):
         train(small(tmp_path, stop_after=1))
 
 
@@ -159,11 +170,15 @@ def test_a_run_in_micro_batches_goes_on_as_if_it_had_not_stopped(tmp_path):
 
 
 def test_an_autoencoder_and_its_discriminator_train_alike_in_micro_batches(tmp_path):
-    """Samples of posteriors of 2 x 4 x 4 numbers a picture are drawn in order: four micro-batches of 2 pictures draw what one of 8 does."""
+    """Samples of posteriors, 2 x 4 x 4 numbers a picture, are drawn in order.
+
+    So four micro-batches of 2 pictures draw what one of 8 does.
+    """
     base = tiny_autoencoder(tmp_path, stop_after=2)
     base = dataclasses.replace(base, losses=dataclasses.replace(base.losses, adversarial_from=1))
     for parts in (1, 4):
-        train_autoencoder(dataclasses.replace(base, out=tmp_path / str(parts), optim=dataclasses.replace(base.optim, accumulate=parts)))
+        train_autoencoder(dataclasses.replace(base, out=tmp_path / str(parts),
+                                              optim=dataclasses.replace(base.optim, accumulate=parts)))
     for ours, theirs in zip(records(tmp_path / "4"), records(tmp_path / "1")):
         assert ours.keys() == theirs.keys()
         assert all(ours[key] == pytest.approx(theirs[key], rel=2e-3, abs=1e-6) for key in theirs)

@@ -1,6 +1,7 @@
-"""Which records a tar holds and where its members lie, from headers read by hand: some 20 times as fast as tarfile."""
+"""Which records a tar holds and where its members lie: ustar, GNU long names and pax headers, read by hand."""
 import os
 import re
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,8 @@ def _check_header(path: Path, header: bytes, at: int) -> int:
         )
     except ValueError:
         total = size = -1
-    if total != sum(header) - sum(header[148:156]) + 8 * ord(" ") or size < 0:
+    summed = zlib.adler32(header[:148] + b" " * 8 + header[156:]) & 0xFFFF  # 1 and the sum of the bytes, modulo 65521
+    if summed != (total + 1) % 65521 or size < 0:
         raise DataError(f"{path}, byte {at}", "here no tar header stands; an uncompressed tar fits", "bad tar")
     return size
 

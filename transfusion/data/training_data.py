@@ -1,0 +1,115 @@
+"""What a run trains on, whatever it comes from: `open_data` chooses, and a trainer asks for the rows of a step.
+
+Digits, emoji and data sets written in Python draw documents at random (`DrawnData`); a mixture's rows are planned
+(`transfusion.data.mixture_data`). Either way a step's rows are a function of (seed, step).
+"""
+from typing import Protocol
+
+import torch
+
+from transfusion.data.batches import Drawn, document_lengths, draw_batch
+from transfusion.data.dataset import DatasetSettings, DataSettings
+from transfusion.data.latents import open_dataset
+from transfusion.data.mixture_data import MixtureData, MixtureFileSettings
+from transfusion.model.vae import VAE
+
+
+class Rows(Protocol):
+    """Packed rows by step."""
+
+    steps_in_epoch: float | None
+    """how many steps show everything once; None where documents are drawn at random"""
+
+    def words(self) -> list[str]:
+        """Lines to print before training: how much there is, and what is left out."""
+
+    def draw(self, step: int, generator: torch.Generator) -> Drawn:
+        """Return what step `step` trains on; all that is random in it comes from `generator`, the step's own, or a hash.
+
+        Steps may be asked for in any order and again; asked for in order, they are read ahead.
+        """
+
+
+class TrainingData(Protocol):
+    """What a trainer builds a model for and takes rows from."""
+
+    image_shape: tuple[int, int, int]
+    """(C, H, W) that a new model draws: of pictures, or of their latents"""
+    vae: VAE | None
+    """of the latents, where the data name one"""
+
+    def texts(self) -> list[str]:
+        """Return texts for the tokenizer of a new model."""
+
+    def check_start(self, model) -> None:
+        """Refuse a model to start from that these data do not fit.
+
+        Raises:
+            ValueError: what differs, named.
+        """
+
+    def rows(self, tokenizer, config, vae: VAE | None, *, rows: int, seq_len: int, steps: int) -> Rows:
+        """Return the rows of a model's steps, up to `steps`; the VAE is the model's."""
+
+
+class DrawnData:
+    """A data set that draws documents from a random generator, or its latents."""
+
+    def __init__(self, settings: DatasetSettings):
+        self.settings = settings
+        self.dataset, self.vae = open_dataset(settings)
+        self.image_shape = self.dataset.image_shape
+
+    def texts(self) -> list[str]:
+        """As `TrainingData.texts`."""
+        return self.dataset.texts()
+
+    def check_start(self, model) -> None:
+        """As `TrainingData.check_start`."""
+        settings, (channels, *size) = self.settings, self.image_shape
+        if channels != model.config.image_channels or any(side % model.config.patch_size for side in size):
+            raise ValueError(f"train: data.name is {settings.name!r}, whose images are {tuple(self.image_shape)}, "
+                             f"and tune.start a model of {model.config.image_channels} channels and patches of "
+                             f"{model.config.patch_size}; equal channels and whole patches fit")
+        if (self.vae and self.vae.fingerprint()) != (model.vae and model.vae.fingerprint()):
+            latents, source = settings.latents, "pictures" if model.vae is None else "another autoencoder"
+            raise ValueError(f"train: data.latents is {latents and str(latents)!r} and tune.start a model of {source}; "
+                             "latents of its own autoencoder fit; make them with "
+                             "`transfusion vae encode`, and the model with `transfusion init --vae`")
+
+    def rows(self, tokenizer, config, vae: VAE | None, *, rows: int, seq_len: int, steps: int) -> "DrawnRows":
+        """As `TrainingData.rows`."""
+        return DrawnRows(self.dataset, self.settings, tokenizer, config, rows, seq_len)
+
+
+class DrawnRows:
+    """Rows of documents that a data set draws with the step's generator."""
+
+    steps_in_epoch = None
+
+    def __init__(self, dataset, settings: DatasetSettings, tokenizer, config, rows: int, seq_len: int):
+        self.how = dataset, settings, tokenizer, config
+        self.shape = rows, seq_len
+
+    def words(self) -> list[str]:
+        """As `Rows.words`."""
+        seq_len = self.shape[1]
+        share = document_lengths(*self.how, seq_len).left_out
+        return [f"documents of more than optim.seq_len, {seq_len} tokens, are left out, about {100 * share:.1f} % of those "
+                "drawn; the log counts them (left_out)"] if share else []
+
+    def draw(self, step: int, generator: torch.Generator) -> Drawn:
+        """As `Rows.draw`."""
+        sequence, limit = draw_batch(*self.how, *self.shape, generator)
+        return Drawn(sequence, limit, {"left_out": sequence.left_out})
+
+
+def open_data(settings: DataSettings, patch_size: int | None = None) -> TrainingData:
+    """Open what settings name; `patch_size` is that of the model that will be built, if one will.
+
+    Raises:
+        ValueError: settings that do not fit, or files that are not there.
+    """
+    if isinstance(settings, MixtureFileSettings):
+        return MixtureData(settings, patch_size)
+    return DrawnData(settings)
