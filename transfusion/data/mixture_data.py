@@ -24,7 +24,7 @@ from transfusion.data.grids import Grids
 from transfusion.data.loader import Batch, Loader, PackedRows, packed_rows
 from transfusion.data.mixture import Mixture, MixtureSettings, open_mixture, read_mixture
 from transfusion.data.plan import epochs_in_plan
-from transfusion.data.sources import FORMATS, DataError, Record
+from transfusion.data.sources import FORMATS, DataError, Record, Source
 from transfusion.model.vae import VAE
 from transfusion.sequence import Text
 from transfusion.settings import Count, OneOf, WholeNumber, check
@@ -51,7 +51,7 @@ class MixtureFileSettings(DataSettings):
     """of the pictures that a new model draws as pixels: 3 (colour) or 1 (grey)"""
 
     name = "mixture"
-    free = ("file", "workers", "prefetch")
+    free = ("file", "workers", "prefetch", "files")
 
     @functools.cached_property
     def mixture(self) -> MixtureSettings:
@@ -61,6 +61,11 @@ class MixtureFileSettings(DataSettings):
                              "what stands in it")
         return read_mixture(self.file)
 
+    @functools.cached_property
+    def files(self) -> list[str]:
+        """What the sources' files were when they were first opened, so that a run that goes on can say that they changed."""
+        return [f"{source.name}: {len(source):,} records, {source.fingerprint()[:8]}" for source in _opened(self.mixture)]
+
     def directories(self) -> dict[str, Path | None]:
         """As `DataSettings.directories`."""
         return {"vae": self.vae}
@@ -68,7 +73,16 @@ class MixtureFileSettings(DataSettings):
     def record(self) -> dict[str, object]:
         """As `DataSettings.record`: the mixture itself, its paths as seen from its file."""
         mixture = {name: _plain(value, self.file.parent) for name, value in vars(self.mixture).items() if name != "cache"}
-        return {"name": self.name, "mixture": mixture}
+        return {"name": self.name, "mixture": mixture, "files": self.files}
+
+
+def _opened(mixture: MixtureSettings) -> Iterator[Source]:
+    """The sources of a mixture, one after the other."""
+    for i, entry in enumerate(mixture.sources):
+        try:
+            yield entry.source.open()
+        except ValueError as error:
+            raise ValueError(f"mixture: sources[{i}] cannot be opened: {error}") from error
 
 
 def _plain(value, folder: Path):
@@ -90,6 +104,7 @@ class MixtureData:
     def __init__(self, settings: MixtureFileSettings, patch_size: int | None = None):
         check("train", settings, "data.")
         self.settings, self.mixture = settings, settings.mixture
+        settings.record()                              # what the files are now, not when the run is first saved
         self.vae = None if settings.vae is None else VAE.from_pretrained(settings.vae)
         factor, channels = (1, settings.channels) if self.vae is None else (_factor(self.vae), self.vae.channels)
         if patch_size is not None:
@@ -100,11 +115,7 @@ class MixtureData:
     def texts(self) -> list[str]:
         """As `TrainingData.texts`: those of records spread evenly over each source."""
         texts, share = [], -(-TEXTS // len(self.mixture.sources))
-        for i, entry in enumerate(self.mixture.sources):
-            try:
-                source = entry.source.open()
-            except ValueError as error:
-                raise ValueError(f"mixture: sources[{i}] cannot be opened: {error}") from error
+        for source in _opened(self.mixture):
             for number in np.unique(np.linspace(0, len(source) - 1, min(share, len(source)), dtype=np.int64)).tolist():
                 try:
                     texts += [text[:CHARACTERS] for text in _texts(source[number])]

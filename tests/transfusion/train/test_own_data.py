@@ -152,6 +152,16 @@ def test_a_data_set_that_moved_with_its_mixture_goes_on(tmp_path, shapes):
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
+def test_a_run_that_goes_on_says_that_its_files_changed(tmp_path, capsys):
+    write_folder(tmp_path / "pictures", paint(24))
+    file = write_mixture(tmp_path / "mix.yaml", {"format": "imagefolder", "path": "pictures"})
+    train(tiny(tmp_path / "run", file, stop_after=1))
+    write_folder(tmp_path / "pictures", paint(25))
+    capsys.readouterr()
+    train(tiny(tmp_path / "run", file, resume=True))
+    assert re.search(r"going on with .*data.files \['pictures: 25 records, \w+'\] \(was \['pictures: 24 records, ", capsys.readouterr().out)
+
+
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
     where = tmp_path_factory.mktemp("vae") / "vae"
@@ -200,7 +210,7 @@ def test_a_latent_is_a_sample_of_the_posterior_that_its_step_alone_decides(vae):
 
 
 def test_pictures_that_vanish_are_left_out_counted_and_named_and_many_of_them_stop_the_run(tmp_path, capsys):
-    write_folder(tmp_path / "pictures", paint(120))
+    write_metadata(tmp_path / "pictures", paint(120))
     file = write_mixture(tmp_path / "mix.yaml", {"format": "imagefolder", "path": "pictures"})
     optim = dataclasses.replace(tiny(tmp_path, file).optim, steps=80)
     train(tiny(tmp_path / "run", file, optim=optim, stop_after=2))
@@ -209,7 +219,7 @@ def test_pictures_that_vanish_are_left_out_counted_and_named_and_many_of_them_st
     train(tiny(tmp_path / "run", file, optim=optim, resume=True, stop_after=30))
     failed = [record["failed"] for record in losses(tmp_path / "run") if "failed" in record]
     assert failed and set(failed) == {1}
-    assert f"left out, and counted in the log (failed): {gone}: the picture" in capsys.readouterr().out
+    assert re.search(rf"left out, and counted in the log \(failed\): .*the picture '{gone}' cannot be opened", capsys.readouterr().out)
     for path in (tmp_path / "pictures").glob("*[02468].png"):
         path.unlink()
     with pytest.raises(ValueError, match=r"data: .* of the last .* documents could not be read, .* missing picture .* put the files back"):
@@ -254,7 +264,7 @@ def test_a_mixture_that_does_not_fit_is_refused_in_one_line_with_file_and_line(t
             ([source | {"weight": 0}], {}, "line 6: sources have weights that are all 0; one above 0 fits"),
             ([source | {"path": "nowhere"}], {}, r"sources\[0\] cannot be opened: imagefolder: path is '.*nowhere', which is no folder"),
             ([source | {"format": "imagefodler"}], {}, "format is 'imagefodler'; .*did you mean imagefolder"),
-            ([source], {"pictures": {"side": 20}}, "grids: side has 20x20 pixels and a patch of this model is 8 pixels wide; multiples of 8 fit")):
+            ([source], {"pictures": {"side": 20}}, "grids: side has 20x20 pixels and a patch of this model is 16 pixels wide; multiples of 16 fit")):
         write_mixture(file, *sources, **settings)
         assert re.search(said, refused(*out, "--data", file)), said
     assert not (tmp_path / "run" / "config.json").exists()
@@ -271,7 +281,7 @@ def test_rows_that_cannot_be_used_are_counted_and_the_first_is_named_by_file_and
     train(tiny(tmp_path / "run", file, optim=dataclasses.replace(tiny(tmp_path, file).optim, steps=1, seq_len=256)))
     printed = capsys.readouterr().out
     for said in (r"own: 1 of 4 records cannot be used: .*own.jsonl, line 2", r"own: 1 of 4 records cannot be used: missing c.*own.jsonl, line 3",
-                 r"own: 1 of 4 records cannot be used: missing picture .*gone.png", r"talk: \d of 3 records cannot be used: .*talk.json, row [23]"):
+                 r"own: 1 of 4 records cannot be used: missing picture .*gone.png", r"talk: \d of 3 records cannot be used: .*talk.json, row [12]"):
         assert re.search(said, printed), (said, printed)
 
 
