@@ -1,5 +1,7 @@
 # make demo   train on handwritten digits, draw, read, measure (minutes on two CPU cores)
-# make test   lint and test      make bench   what can be measured without a GPU      make gpu   tests and benchmarks on a CUDA machine
+# make test   lint and test
+# make bench  what can be measured without a GPU
+# make gpu    tests and benchmarks on a CUDA machine
 PYTHON ?= python3
 BIN := .venv/bin
 CUDA := $(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)

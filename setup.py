@@ -4,8 +4,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TRAIN = ["tyro>=1.0", "matplotlib>=3.8"]
-DATA = ["pyarrow>=15", "pyyaml>=6"]
 GGUF = ["gguf>=0.17", "accelerate>=1.0"]
+DATA = ["pyarrow>=15", "pyyaml>=6"]
 DEMO = [*TRAIN, "scikit-learn>=1.4"]
 TESTS = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "hypothesis>=6.100", "transfusion-pytorch>=0.20"]
 
@@ -26,10 +26,10 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
-        "data": DATA,
         "demo": DEMO,
         "gguf": GGUF,
-        "dev": [*DEMO, *DATA, *GGUF, *TESTS, "ruff>=0.8"],
+        "data": DATA,
+        "dev": [*DEMO, *GGUF, *DATA, *TESTS, "ruff>=0.8"],
         "flash": ["flash-attn>=2.8"],
         "xformers": ["xformers>=0.0.35"],
         "liger": ["liger-kernel>=0.8"],

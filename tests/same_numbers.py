@@ -30,7 +30,7 @@ from tests.transfusion.model.test_from_language_model import language_model
 
 DIGITS = "train digits --out {out} --optim.steps 12 --optim.rows 2 --model.hidden 32 --model.layers 2 --model.mlp 64"
 TUNE = "train digits --out {out} --optim.steps 8 --optim.rows 2 --tune.start {old}/init"
-JUDGE = "--data.name digits --out {out} --settings.steps 6 --settings.batch 16 --settings.width 8"
+JUDGE = "--out {out} --settings.steps 6 --settings.batch 16 --settings.width 8"
 CODES = """import VQSettings, train_autoencoder; from pathlib import Path; from torch import linspace
 train_autoencoder(linspace(-1, 1, 40 * 64).view(40, 1, 8, 8), Path('{out}'), VQSettings(steps=9, batch=4, codes=4))" """
 DRAW = "sample --model {checkpoint} --out {out}/drawn.png --steps 8 --guidance 2 --seed 3"
@@ -64,9 +64,11 @@ SETTINGS = (
     Setting("images-alone", f"{TUNE} --tune.trained images"),
     Setting("emoji", f"{DIGITS.replace('digits', 'emoji', 1)} --optim.steps 4"),
     Setting("vae", "vae train small --out {out} --optim.steps 6 --optim.batch 4 --losses.adversarial-from 3"),
-    Setting("latents", "vae encode --vae {old}/vae --out {out} --batch 512", "--data.name emoji-lively"),
+    Setting("latents", "vae encode --vae {old}/vae --out {out} --batch 512", "--data.name emoji-lively",
+            "data:emoji --data.lively"),
     Setting("on-latents", f"{DIGITS.replace('digits', 'emoji', 1)} --optim.steps 4", "--data.latents {old}/latents"),
-    Setting("classifier", "-m", f"transfusion.eval.classifier {JUDGE}", f"transfusion.train.classifier {JUDGE}"),
+    Setting("classifier", "-m", f"transfusion.eval.classifier {JUDGE} --data.name digits",
+            f"transfusion.train.classifier {JUDGE} data:digits"),
     Setting("vq", '-c "from', f"transfusion.studies.vq {CODES}", f"transfusion.recipes.studies.vq {CODES}"),
     Setting("draw", f"{DRAW} --prompt 'a handwritten seven'"),
     Setting("draw-dpm++", f"{DRAW} --prompt 'a handwritten two' --sampler dpm++ --size 8 16"),
@@ -120,17 +122,17 @@ def run_both(setting: Setting, old: Path, new: Path, work: Path, checkpoint: Pat
     found = []
     for side, checkout in (("old", old), ("new", new)):
         out, kept = work / side / setting.name, work / side / f"{setting.name}.json"
-        if not kept.is_file():
+        end = setting.old if side == "old" or setting.new is None else setting.new
+        command = f"{setting.command} {end}".format(out=out, old=work / "old", checkpoint=checkpoint)
+        before = json.loads(kept.read_text()) if kept.is_file() else {}
+        if before.get("command") != command:
             shutil.rmtree(out, ignore_errors=True)
             if setting.copy_of:
                 shutil.copytree(work / "old" / setting.copy_of, out)
-            end = setting.old if side == "old" or setting.new is None else setting.new
-            command = f"{setting.command} {end}".format(out=out, old=work / "old", checkpoint=checkpoint)
-            result = run(checkout, command, out)
-            if "failed" in result:
-                return [*found, result]
-            kept.write_text(json.dumps(result))
-        found.append(json.loads(kept.read_text()))
+            before = {"command": command, "result": run(checkout, command, out)}
+            if "failed" not in before["result"]:
+                kept.write_text(json.dumps(before))
+        found.append(before["result"])
     return found
 
 

@@ -1,5 +1,7 @@
 """The `transfusion` command: a table of its verbs, each of which imports what it needs when it is called."""
 import sys
+from dataclasses import make_dataclass
+from pathlib import Path
 
 import tyro
 
@@ -42,6 +44,32 @@ def _vae_encode(args: list[str]) -> None:
     vae_encode_main(args)
 
 
+def _data_check(args: list[str]) -> None:
+    from transfusion.data.check import CheckSettings, check_mixture
+    path, settings = _mixture_and_settings("transfusion data check", CheckSettings, args)
+    if not check_mixture(path, settings):
+        raise SystemExit(1)
+
+
+def _data_encode(args: list[str]) -> None:
+    from transfusion.data.posteriors import PosteriorSettings, encode_mixture
+    path, settings = _mixture_and_settings("transfusion data encode", PosteriorSettings, args)
+    encode_mixture(path, settings)
+
+
+def _mixture_and_settings(prog: str, settings: type, args: list[str]) -> tuple[Path, object]:
+    """Return the mixture's file, which `args` begin with, and the settings behind it."""
+    line = make_dataclass("Line", [("mixture", tyro.conf.Positional[Path]),
+                                   ("settings", tyro.conf.OmitArgPrefixes[settings])],
+                          namespace={"__doc__": settings.__doc__})
+    read = tyro.cli(line, args=args, prog=prog)
+    return read.mixture, read.settings
+
+
+DATA_VERBS = {
+    "check": ("count what a mixture holds, say what would fail, draw samples", _data_check),
+    "encode": ("compute the latents of a mixture's pictures ahead of training", _data_encode),
+}
 VAE_VERBS = {
     "train": ("train an autoencoder from a preset", _vae_train),
     "eval": ("measure an autoencoder on held-out pictures", _vae_eval),
@@ -52,6 +80,8 @@ VERBS = {
     "train": ("train a model from a preset", _train),
     "sample": ("draw or write from a prompt", _sample),
     "caption": ("write what follows an image", _caption),
+    "data": ("check a mixture of one's own data, compute its latents",
+             lambda args: run_verb("transfusion data", DATA_VERBS, args)),
     "vae": ("train an autoencoder, measure it, cache latents",
             lambda args: run_verb("transfusion vae", VAE_VERBS, args)),
 }

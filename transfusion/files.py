@@ -73,10 +73,7 @@ def read_json(path: Path, advice: str = "copy it again or make it anew") -> dict
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """Yield a path to write to, of the same suffix, which takes the place of `path` at the end.
-
-    The directory is made where it is missing.
-    """
+    """Yield a path of the same suffix to write to; it takes the place of `path` at the end."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{ASIDE}{os.getpid()}-{path.name}")
@@ -294,10 +291,7 @@ def _finish(out: Path) -> None:
 
 
 def settle(out: Path) -> None:
-    """Finish the save that a kill interrupted, if it was whole, and clear what killed saves left.
-
-    Only the holder of the lock of `out` may do so.
-    """
+    """Finish a whole save that a kill interrupted and clear what others left; for who holds the lock of `out`."""
     if (out / SAVED / JOURNAL).is_file():
         _finish(out)
     # earlier versions renamed twice, and a kill in between left this

@@ -22,7 +22,19 @@ from tests.transfusion.train.kills import in_a_child
 from tests.transfusion.train.test_transfusion import small
 from transfusion import Transfusion
 from transfusion.eval.features import Features
-from transfusion.files import check_writable, checksums, current, load_tensors, locked, read_json, replacing, settle, verify, whole, written
+from transfusion.files import (
+    check_writable,
+    checksums,
+    current,
+    load_tensors,
+    locked,
+    read_json,
+    replacing,
+    settle,
+    verify,
+    whole,
+    written,
+)
 from transfusion.model.from_language_model import InitSettings, init
 from transfusion.model.lora import TuneSettings, prepare
 from transfusion.model.vae import VAE
@@ -34,8 +46,10 @@ from transfusion.train.transfusion import TransfusionTask
 
 def autoencoder(scale=1.0):
     torch.manual_seed(int(10 * scale))
-    return VAE(AutoencoderKL(in_channels=1, out_channels=1, latent_channels=1, block_out_channels=(4,), layers_per_block=1, norm_num_groups=2, sample_size=8,
-                             down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",), scaling_factor=scale))
+    return VAE(AutoencoderKL(in_channels=1, out_channels=1, latent_channels=1, block_out_channels=(4,),
+                             layers_per_block=1, norm_num_groups=2, sample_size=8,
+                             down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+                             scaling_factor=scale))
 
 
 def changed(model, weight=7.0):
@@ -50,7 +64,10 @@ def changed(model, weight=7.0):
 
 
 def kill_everywhere(out, save, read, older, newer, every=1):
-    """Kill `save` into `out` at every call: what `read` finds is the older or the newer save, and once it is the newer it stays so; nothing is left over."""
+    """Kill `save` into `out` at every call: what `read` finds is the older or the newer save, and nothing is left over.
+
+    Once it is the newer one, it stays so.
+    """
     kept, clean, found, kill_at = out.with_name("kept"), out.with_name("clean"), [], 0
     shutil.copytree(out, kept)
     shutil.copytree(out, clean)
@@ -67,7 +84,8 @@ def kill_everywhere(out, save, read, older, newer, every=1):
         save(out)
         assert {str(path.relative_to(out)) for path in out.rglob("*")} == names, f"killed at call {kill_at}"
         kill_at += every
-    assert found == [older] * found.count(older) + [newer] * found.count(newer) and found[0] == older and found[-1] == newer
+    assert (found == [older] * found.count(older) + [newer] * found.count(newer) and found[0] == older
+            and found[-1] == newer)
     assert len(found) * every > 25 and found.count(newer) > 2
 
 
@@ -90,8 +108,10 @@ def test_a_kill_at_any_call_of_a_save_leaves_the_older_or_the_newer_model(tmp_pa
     sizes = {name: {"max_shard_size": "40KB"} if shards == name else {} for name in ("older", "newer")}
     older.save_pretrained(out, **sizes["older"])
     assert (len(list(out.glob("model-*-of-*.safetensors"))) > 1) == (shards == "older")
-    kill_everywhere(out, lambda path: newer.save_pretrained(path, **sizes["newer"]), read_model, contents(older), contents(newer), 4 if shards else 2)
-    assert (len(list(out.glob("model-*-of-*.safetensors"))) > 1) == (shards == "newer") and (out / "model.safetensors").exists() != (shards == "newer")
+    kill_everywhere(out, lambda path: newer.save_pretrained(path, **sizes["newer"]), read_model, contents(older),
+                    contents(newer), 4 if shards else 2)
+    assert ((len(list(out.glob("model-*-of-*.safetensors"))) > 1) == (shards == "newer")
+            and (out / "model.safetensors").exists() != (shards == "newer"))
     assert contents(AutoModel.from_pretrained(out)) == contents(newer)
 
 
@@ -113,21 +133,25 @@ def test_a_kill_at_any_call_of_a_first_save_leaves_nothing_or_the_model(tmp_path
 
 @pytest.mark.parametrize("trained", ["all", "lora"])
 def test_a_kill_at_any_call_of_a_runs_save_leaves_checkpoint_and_resume_state_of_one_step(tmp_path, trained):
-    start = init(InitSettings(llm=language_model(tmp_path / "llm", "llama"), out=tmp_path / "start", image_channels=1, image_size=(8, 8)))
+    start = init(InitSettings(llm=language_model(tmp_path / "llm", "llama"), out=tmp_path / "start", image_channels=1,
+                              image_size=(8, 8)))
     config = small(tmp_path / "run", tune=TuneSettings(start=start, trained=trained, lora_rank=2))
     model = prepare(Transfusion.from_pretrained(start), config.tune)
     task = TransfusionTask(config, None, model, model)
 
     def save(step, out):
         with torch.no_grad():
-            for p in (p for module in (model, task.player.averaged.module) for p in module.parameters() if p.requires_grad):
+            for p in (p for module in (model, task.player.averaged.module)
+                      for p in module.parameters() if p.requires_grad):
                 p.fill_(step / 100)
         loop.save("train", dataclasses.replace(config, out=out), task, step)
 
     def read(out):
         with whole(out) as directory:
             tensors = load_tensors(directory / "resume" / "state.safetensors")
-            state = next(x for name, x in tensors.items() if name.startswith("model.") and "image_head" in name and name.endswith("linear.weight"))
+            state = next(x
+                         for name, x in tensors.items()
+                         if name.startswith("model.") and "image_head" in name and name.endswith("linear.weight"))
             step = read_json(directory / "resume" / "run.json")["step"]
         head = Transfusion.from_pretrained(out).image_head.linear.weight
         return step, round(100 * state.mean().item()), round(100 * head.mean().item())
@@ -138,11 +162,15 @@ def test_a_kill_at_any_call_of_a_runs_save_leaves_checkpoint_and_resume_state_of
 
 def test_a_kill_at_any_call_of_a_save_leaves_the_older_or_the_newer_autoencoder_and_classifier(tmp_path):
     autoencoder(1.0).save_pretrained(tmp_path / "vae" / "out")
-    kill_everywhere(tmp_path / "vae" / "out", autoencoder(2.0).save_pretrained, lambda path: VAE.from_pretrained(path).fingerprint(),
-                    autoencoder(1.0).fingerprint(), autoencoder(2.0).fingerprint(), every=2)
-    autoencoders = [(VQRun(settings=VQSettings(channels=(8,), codes=4, batch=1, steps=3), seed=seed), VQTask) for seed in (0, 1)]
-    judges = [(ClassifierRun(settings=ClassifierSettings(size=8, width=4, depths=(1,), batch=1, steps=3, seed=seed), labels=("a", "b"), pictures=(seed,)),
-               lambda run, images: ClassifierTask(run, images, torch.zeros(1).long(), build_network(1, run.labels, run.settings))) for seed in (0, 1)]
+    kill_everywhere(tmp_path / "vae" / "out", autoencoder(2.0).save_pretrained,
+                    lambda path: VAE.from_pretrained(path).fingerprint(), autoencoder(1.0).fingerprint(),
+                    autoencoder(2.0).fingerprint(), every=2)
+    autoencoders = [(VQRun(settings=VQSettings(channels=(8,), codes=4, batch=1, steps=3), seed=seed), VQTask)
+                    for seed in (0, 1)]
+    judges = [(ClassifierRun(settings=ClassifierSettings(size=8, width=4, depths=(1,), batch=1, steps=3, seed=seed),
+                             labels=("a", "b"), pictures=(seed,)),
+               lambda run, images: ClassifierTask(run, images, torch.zeros(1).long(),
+                                                  build_network(1, run.labels, run.settings))) for seed in (0, 1)]
     picture = torch.zeros(1, 1, 8, 8)
     for name, runs, read in (("vq", autoencoders, lambda path: to_codes(load_autoencoder(path), picture).tolist()),
                              ("judge", judges, lambda path: Features.from_pretrained(path).logits(picture).tolist())):
@@ -167,7 +195,8 @@ def test_an_interrupted_replacement_is_read_without_writing_and_finished_by_the_
         in_a_child(lambda: newer.save_pretrained(tmp_path), kill_at)
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file()}
     assert read_model(tmp_path) == contents(newer)
-    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file()}
+    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes())
+                      for path in tmp_path.rglob("*") if path.is_file()}
     assert json.loads(current(tmp_path, "config.json").read_text())["diffusion_weight"] == 7.0
     settle(tmp_path)
     assert not (tmp_path / ".saved").exists() and contents(AutoModel.from_pretrained(tmp_path)) == contents(newer)
@@ -194,14 +223,16 @@ def test_files_of_other_names_stay_and_those_of_the_older_save_go(tmp_path):
     assert (tmp_path / "model.safetensors.index.json").exists() and (tmp_path / "model.half.safetensors").exists()
     newer.save_pretrained(tmp_path)
     assert Transfusion.from_pretrained(tmp_path).vae is None and (tmp_path / "notes.txt").read_text() == "kept"
-    assert {path.name for path in tmp_path.iterdir()} == {"checksums.json", "config.json", "model.safetensors", "notes.txt", "tokenizer.json",
-                                                          "tokenizer_config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"checksums.json", "config.json", "model.safetensors",
+                                                          "notes.txt", "tokenizer.json", "tokenizer_config.json"}
 
 
 def test_options_of_transformers_keep_working(tmp_path, monkeypatch):
     model, pushed = tiny_model(), []
-    model.save_pretrained(tmp_path / "given", state_dict={name: x + 1 for name, x in model.state_dict().items()}, safe_serialization=True)
-    assert torch.equal(Transfusion.from_pretrained(tmp_path / "given").timestep.mlp[0].weight, model.timestep.mlp[0].weight + 1)
+    model.save_pretrained(tmp_path / "given", state_dict={name: x + 1 for name, x in model.state_dict().items()},
+                          safe_serialization=True)
+    assert torch.equal(Transfusion.from_pretrained(tmp_path / "given").timestep.mlp[0].weight,
+                       model.timestep.mlp[0].weight + 1)
     model.save_pretrained(tmp_path / "nothing", is_main_process=False)
     assert not (tmp_path / "nothing").exists()
     monkeypatch.setattr(Transfusion, "push_to_hub", lambda self, repo_id, **options: pushed.append((repo_id, options)))
@@ -228,18 +259,23 @@ def test_saved_files_can_be_read_as_umask_says(tmp_path, mask, mode):
             save_file({"x": torch.ones(2)}, aside)
     finally:
         os.umask(before)
-    assert {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_mode & 0o777 != mode} == {}
+    assert {path.name: oct(path.stat().st_mode & 0o777)
+            for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_mode & 0o777 != mode} == {}
 
 
 def test_files_and_directories_are_synced_before_they_are_renamed(tmp_path, monkeypatch):
     calls, fsync, rename, replace = [], os.fsync, os.rename, os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append(("sync", os.readlink(f"/proc/self/fd/{handle}"))), fsync(handle))[1])
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (calls.append(("sync", os.readlink(f"/proc/self/fd/{handle}"))), fsync(handle))[1]
+    )
     monkeypatch.setattr(os, "rename", lambda a, b: (calls.append(("rename", str(a))), rename(a, b))[1])
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(("rename", str(a))), replace(a, b))[1])
     tiny_model().save_pretrained(tmp_path)
     fresh = str(tmp_path / ".saving")
     before = calls[:calls.index(("rename", fresh))]
-    assert {("sync", fresh), *(("sync", f"{fresh}/{name}") for name in ("config.json", "model.safetensors", "tokenizer.json", "journal.json"))} <= set(before)
+    assert {("sync", fresh),
+            *(("sync", f"{fresh}/{name}")
+              for name in ("config.json", "model.safetensors", "tokenizer.json", "journal.json"))} <= set(before)
     assert ("sync", str(tmp_path)) in calls[len(before):]
     calls.clear()
     with written(tmp_path / "x.json") as aside:
@@ -261,10 +297,13 @@ def test_a_flipped_bit_is_refused_by_the_files_name_and_other_programs_weights_l
     Transfusion.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name,damage", [
-    ("model.safetensors", lambda data: data[:len(data) // 2]), ("model.safetensors", lambda data: b""), ("config.json", lambda data: data[:40]),
-    ("config.json", lambda data: b"[1]"), ("config.json", lambda data: b"\xff\xfe\x00"), ("tokenizer.json", lambda data: data[:-100]),
-    ("tokenizer.json", lambda data: b'{"version": "1.0", "model": {"type": "none"}}'), ("checksums.json", lambda data: b"{")])
+@pytest.mark.parametrize("name,damage",
+                         [("model.safetensors", lambda data: data[:len(data) // 2]),
+                          ("model.safetensors", lambda data: b""), ("config.json", lambda data: data[:40]),
+                          ("config.json", lambda data: b"[1]"), ("config.json", lambda data: b"\xff\xfe\x00"),
+                          ("tokenizer.json", lambda data: data[:-100]),
+                          ("tokenizer.json", lambda data: b'{"version": "1.0", "model": {"type": "none"}}'),
+                          ("checksums.json", lambda data: b"{")])
 def test_a_damaged_file_of_a_checkpoint_is_named(tmp_path, name, damage):
     tiny_model().save_pretrained(tmp_path)
     (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
@@ -275,7 +314,9 @@ def test_a_damaged_file_of_a_checkpoint_is_named(tmp_path, name, damage):
 
 def test_checksums_are_crc32_of_the_files_that_stand_there(tmp_path):
     tiny_model().save_pretrained(tmp_path)
-    assert checksums(tmp_path) == {"model.safetensors": f"{zlib.crc32((tmp_path / 'model.safetensors').read_bytes()):08x}"}
+    assert checksums(tmp_path) == {
+        "model.safetensors": f"{zlib.crc32((tmp_path / 'model.safetensors').read_bytes()):08x}"
+    }
     verify(tmp_path)
     assert set(load_tensors(tmp_path / "model.safetensors")) == set(load_file(tmp_path / "model.safetensors"))
     with pytest.raises(ValueError, match="none.safetensors is missing"):
@@ -284,8 +325,9 @@ def test_checksums_are_crc32_of_the_files_that_stand_there(tmp_path):
 
 def test_a_lock_names_its_holder_dies_with_it_and_leaves_nothing(tmp_path):
     out = tmp_path / "new" / "run"
-    holder = subprocess.Popen([sys.executable, "-c", "import sys, time\nfrom transfusion.files import locked\n"
-                               "with locked(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(300)", str(out)], stdout=subprocess.PIPE, text=True)
+    code = ("import sys, time\nfrom transfusion.files import locked\n"
+            "with locked(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(300)")
+    holder = subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match=f"run' is in use by process {holder.pid} on "), locked(out):
@@ -305,7 +347,9 @@ def test_a_lock_names_its_holder_dies_with_it_and_leaves_nothing(tmp_path):
 
 
 def test_who_waits_for_a_lock_gets_it(tmp_path):
-    began, waiting = time.monotonic(), "from transfusion.files import locked\nimport sys\nwith locked(sys.argv[1], wait=True):\n    print('got it')"
+    began, waiting = (time.monotonic(),
+                      "from transfusion.files import locked\nimport sys\nwith locked(sys.argv[1], wait=True):\n    "
+                      "print('got it')")
     with locked(tmp_path):
         process = subprocess.Popen([sys.executable, "-c", waiting, str(tmp_path)], stdout=subprocess.PIPE, text=True)
         try:

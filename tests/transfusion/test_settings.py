@@ -191,7 +191,8 @@ def test_what_holds_other_settings_names_theirs_as_they_are_typed(tmp_path):
 
 
 def test_a_command_answers_in_one_line(tmp_path):
-    for args, line in ((["train", "digits", "--optim.clip", "-1"], "train: optim.clip is -1.0; a number above 0 fits"),
+    for args, line in ((["train", "digits", "--optim.clip", "-1"],
+                        "train: optim.clip is -1.0; a number above 0 or None fits"),
                        (["vae", "train", "small", "--optim.ema", "nan"],
                         "vae train: optim.ema is nan; a number of at least 0 and below 1 fits")):
         with pytest.raises(SystemExit) as stop:

@@ -25,10 +25,14 @@ from transfusion.data.sources.record import DataError, PictureRef, Record, Turn
 from transfusion.sequence import Text
 from transfusion.settings import OneOf, check
 
-VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-          "and polite answers to the user's questions.")
-LLAMA_2 = ("You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-           "provides, and assist the user with a variety of tasks using natural language.")
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions."
+)
+LLAMA_2 = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
 CHATML = "You are a helpful assistant."
 TEMPLATES = ("vicuna_v1", "llama_2", "chatml", "tokenizer", "plain")
 
@@ -40,7 +44,8 @@ class ChatSettings:
     template: Annotated[str, OneOf(TEMPLATES)] = "vicuna_v1"
     """vicuna_v1, llama_2, chatml, plain, or the tokenizer's own"""
     system: str | None = None
-    """what the system says where a conversation does not say it; without it, what the template has; "" for nothing"""
+    """what the system says where a conversation does not say it; None: what the template has; "": nothing, but where the
+    tokenizer's own template says something by itself"""
     image_position: Annotated[str, OneOf(("keep", "front"))] = "keep"
     """of a turn's pictures: where the author put them, or in front of its text, each with a new line, as in LLaVA"""
 
@@ -72,8 +77,8 @@ def chat_parts(record: Record, tokenizer, settings: ChatSettings, *, room: int |
                picture_tokens: Callable[[PictureRef], int] | None = None) -> list[Part]:
     """Return a conversation as parts for `transfusion.sequence.encode`, which adds BOS and the last EOS.
 
-    room: tokens that fit, with BOS and EOS; of a longer conversation the last questions with their answers are left out,
-        whole, so that neither a picture nor an answer is cut.
+    room: tokens that fit, with BOS and EOS. Of a longer conversation the last questions are left out with their
+        answers, so that neither a picture nor an answer is cut.
     picture_tokens: how many tokens a picture takes, with BOI and EOI.
 
     Raises:
@@ -113,8 +118,11 @@ def _longest_that_fits(record, turns, ends, tokenizer, settings, room, picture_t
         else:
             high = middle - 1
     if fitting is None:
-        raise DataError(record.where, f"its first question and answer are longer than {room} tokens; shorter ones, or longer "
-                        "rows, fit", "too long")
+        raise DataError(
+            record.where,
+            f"its first question and answer are longer than {room} tokens; shorter ones, or longer rows, fit",
+            "too long",
+        )
     return fitting
 
 
@@ -166,7 +174,8 @@ def _encoded(pieces: list[Piece], tokenizer) -> Iterator[EncodedText]:
     special, starts = _special(tokenizer, len(tokenizer)), [0, *accumulate(len(piece.text) for piece in pieces)]
     tokens = []
     for number, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"]):
-        last = stop - 1 if stop > start else min(start, len(text) - 1)  # a prefix that takes no character is the next one's
+        # A token without characters, such as a prefix "▁", belongs to what follows it.
+        last = stop - 1 if stop > start else min(start, len(text) - 1)
         piece = pieces[bisect_right(starts, last) - 1]
         spelled = _spelled(tokenizer, text[start:stop]) if piece.said and number in special else (number,)
         tokens += [(one, piece.loss, start) for one in spelled]
@@ -181,8 +190,10 @@ def _encoded(pieces: list[Piece], tokenizer) -> Iterator[EncodedText]:
 def _special(tokenizer, size: int) -> frozenset[int]:
     """Ids of special tokens; `size` keeps apart what the tokenizer had before tokens were added and has after."""
     if not tokenizer.is_fast:
-        raise ValueError(f"chat_parts: the tokenizer is a {type(tokenizer).__name__}, which does not say where its tokens "
-                         "stand; a fast one (tokenizers' backend) fits")
+        raise ValueError(
+            f"chat_parts: the tokenizer is a {type(tokenizer).__name__}, which does not say where its tokens "
+            "stand; a fast one (tokenizers' backend) fits"
+        )
     return frozenset(number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 
@@ -225,7 +236,13 @@ def _llama_2(turns: Sequence[Turn], settings: ChatSettings, tokenizer) -> Pieces
     pieces = []
     for turn in turns:
         if turn.role == "user":
-            pieces += [Piece(tokenizer.bos_token if pieces else ""), Piece("[INST] "), *head, *_said(turn), Piece(" [/INST]")]
+            pieces += [
+                Piece(tokenizer.bos_token if pieces else ""),
+                Piece("[INST] "),
+                *head,
+                *_said(turn),
+                Piece(" [/INST]"),
+            ]
             head = []
         else:
             pieces += [Piece(" ", True), *_said(turn, True), Piece(" ", True), Piece(tokenizer.eos_token, True)]
@@ -235,8 +252,10 @@ def _llama_2(turns: Sequence[Turn], settings: ChatSettings, tokenizer) -> Pieces
 def _chatml(turns: Sequence[Turn], settings: ChatSettings, tokenizer) -> Pieces:
     for token in ("<|im_start|>", "<|im_end|>"):
         if not _is_token(tokenizer, len(tokenizer), token):
-            raise ValueError(f"chat_parts: template is 'chatml', and the tokenizer has no token {token!r}; add it, or choose "
-                             f"another of {', '.join(map(repr, TEMPLATES))}")
+            raise ValueError(
+                f"chat_parts: template is 'chatml', and the tokenizer has no token {token!r}; add it, or choose "
+                f"another of {', '.join(map(repr, TEMPLATES))}"
+            )
     system, turns = _split_system(turns, settings, CHATML)
     pieces = [Piece("<|im_start|>system\n"), *system, Piece("<|im_end|>\n")] if system else []
     for turn in turns:
@@ -251,7 +270,10 @@ def _is_token(tokenizer, size: int, token: str) -> bool:
 
 
 def _plain(turns: Sequence[Turn], settings: ChatSettings, tokenizer) -> Pieces:
-    """Each turn's words and a new line; of one question with pictures and its answer, the question's words are left out."""
+    """Each turn's words and a new line.
+
+    Of a single question with pictures and its answer, the question's words are left out, as LLaVA does.
+    """
     turns = [turn for turn in turns if turn.role != "system"]
     pictures = [part for part in turns[0].parts if isinstance(part, PictureRef)]
     if len(turns) == 2 and pictures:
@@ -264,10 +286,15 @@ def _plain(turns: Sequence[Turn], settings: ChatSettings, tokenizer) -> Pieces:
 
 
 def _own_template(turns: Sequence[Turn], settings: ChatSettings, tokenizer) -> Pieces:
-    """The tokenizer's template around the turns; an answer's loss includes a space before and the token that ends it."""
+    """The tokenizer's template around the turns.
+
+    The loss of an answer includes a space in front of it and the token that ends it.
+    """
     if not tokenizer.chat_template:
-        raise ValueError("chat_parts: template is 'tokenizer', and the tokenizer has no chat_template; choose another of "
-                         f"{', '.join(map(repr, TEMPLATES))}")
+        raise ValueError(
+            "chat_parts: template is 'tokenizer', and the tokenizer has no chat_template; choose another of "
+            f"{', '.join(map(repr, TEMPLATES))}"
+        )
     frame = _frame(tokenizer, str(tokenizer.chat_template), tuple(turn.role for turn in turns))
     pieces = [Piece(frame[0].before)]
     for turn, slot, following in zip(turns, frame, [*frame[1:], None]):
@@ -282,7 +309,7 @@ def _own_template(turns: Sequence[Turn], settings: ChatSettings, tokenizer) -> P
 
 
 class Slot(NamedTuple):
-    """The place of a turn in a template: the text before it, the token that ends it, and whether its text is stripped."""
+    """A turn's place in a template: the text before it, the token that ends it, and whether its text is stripped."""
 
     before: str
     ending: str
@@ -294,12 +321,15 @@ def _frame(tokenizer, template: str, roles: tuple[str, ...]) -> tuple[Slot, ...]
     """Write a conversation of marks with the tokenizer's template; return what stands around the marks."""
     marks = [f"\t\ue000{i}\ue001\t" for i in range(len(roles))]
     messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks)]
-    written = tokenizer.apply_chat_template(messages, tokenize=False, date_string="26 Jul 2024")  # the same on every day
+    day = "26 Jul 2024"  # Llama's templates write a date, which must not change from day to day
+    written = tokenizer.apply_chat_template(messages, tokenize=False, date_string=day)
     pattern = "(\t?)\ue000(\\d+)\ue001(\t?)"
     found = list(re.finditer(pattern, written))
     if [int(match[2]) for match in found] != list(range(len(roles))):
-        raise ValueError(f"chat_parts: template is 'tokenizer', whose template writes turns {[int(m[2]) for m in found]} of "
-                         f"{len(roles)}; one that writes each once, in order, fits")
+        raise ValueError(
+            f"chat_parts: template is 'tokenizer', whose template writes turns {[int(m[2]) for m in found]} of "
+            f"{len(roles)}; one that writes each once, in order, fits"
+        )
     slots, at = [], 0
     special = sorted((str(token) for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
     for match, following in zip(found, [*found[1:], None]):

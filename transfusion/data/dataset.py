@@ -8,11 +8,12 @@ A data set draws documents (lists of `Text` and `Image`) from a random generator
         folder: Path = Path("flowers")
 
         def open(self, split="train"):
-            return CaptionedPictures(*read_flowers(self.folder, split))    # pictures (N, C, H, W) in [-1, 1], N captions
+            pictures, captions = read_flowers(self.folder, split)    # (N, C, H, W) in [-1, 1], and N texts
+            return CaptionedPictures(pictures, captions)
 
-`TrainConfig(data=FlowerSettings())` trains on it, `VAETrainConfig` and `EncodeSettings` take the same settings. What every
-data set has in common (`DatasetSettings`) happens once: the order of caption and image and the captions left out in
-`Arrangement`, the noise limit and the clean copies in `transfusion.data.batches`.
+`TrainConfig(data=FlowerSettings())` trains on it, `VAETrainConfig` and `EncodeSettings` take the same settings. What
+every data set has in common (`DatasetSettings`) happens once: the order of caption and image and the captions left
+out in `Arrangement`, the noise limit and the clean copies in `transfusion.data.batches`.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -27,12 +28,13 @@ from transfusion.settings import OneOf, Share
 
 SPLITS = ("train", "held-out")
 CONTEXTS = ("noised", "clean")
-NO_CAPTIONS = ("the data set has pictures and no captions, so that only an autoencoder can be trained on it (transfusion vae "
+NO_CAPTIONS = ("the data set has pictures and no captions, so that only an autoencoder can be trained on it "
+               "(transfusion vae "
                "train); a data set with captions fits")
 
 
 class Pictures(Protocol):
-    """Pictures, float32 in [-1, 1], or their latents: a tensor (N, C, H, W), or files that are read when they are asked for."""
+    """Pictures, float32 in [-1, 1], or their latents: a tensor, or files that are read when they are asked for."""
 
     shape: torch.Size
     """(N, C, H, W)"""
@@ -116,10 +118,10 @@ class DatasetSettings(Arrangement, DataSettings):
     """The data set of a run: what every data set has; its own settings are added by a class of its own."""
 
     noise_limit: Share = 0.5
-    """largest noise time of an image that stands before its caption (the paper: 0.5); with context clean there is none"""
+    """largest noise time of an image that stands before its caption (the paper: 0.5); none with context clean"""
     context: Annotated[str, OneOf(CONTEXTS)] = "noised"
-    """what later tokens read of an image: noised, the patches it is drawn from (the paper), or clean, a second, clean copy
-    of them (BAGEL), which makes an image twice as long"""
+    """what later tokens read of an image: noised, the patches it is drawn from (the paper), or clean, a second copy of
+    them without noise (BAGEL), which makes an image twice as long"""
     latents: Path | None = None
     """a cache that `transfusion vae encode` wrote of this data set: its latents are drawn in place of pictures, and the
     checkpoint carries their autoencoder"""
@@ -130,7 +132,8 @@ class DatasetSettings(Arrangement, DataSettings):
         Raises:
             ValueError: settings that do not fit, or files that are not there.
         """
-        raise ValueError(f"open: data is {type(self).__name__}, which names no data set; settings of one fit; on the command "
+        raise ValueError(f"open: data is {type(self).__name__}, which names no data set; settings of one fit; on the "
+                         "command "
                          "line add, for example, data:digits")
 
     def shared(self) -> dict[str, object]:
@@ -171,7 +174,8 @@ class CaptionedPictures(PictureDataset):
 
     def __init__(self, pictures: Pictures, captions: Sequence[str]):
         if len(pictures) != len(captions):
-            raise ValueError(f"CaptionedPictures: pictures are {len(pictures)} and captions {len(captions)}; as many fit")
+            raise ValueError(f"CaptionedPictures: pictures are {len(pictures)} and captions {len(captions)}; as many "
+                             "fit")
         super().__init__(pictures)
         self.captions = captions
 

@@ -117,7 +117,10 @@ def picture_size(picture: PictureRef) -> tuple[int, int]:
         try:
             with Picture.open(file) as opened:
                 width, height = opened.size
-                turned = opened.format != "TIFF" and _orientation(opened, file) in TURNED
+                if opened.format == "TIFF":            # whose size some versions of Pillow turn when they open it
+                    tags = ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength
+                    width, height = (opened.tag_v2[tag] for tag in tags)
+                turned = _orientation(opened, file) in TURNED
         except Picture.DecompressionBombError as error:
             raise DataError(where, f"the picture is too large: {error}; make it smaller",
                             "picture too large") from error

@@ -1,8 +1,8 @@
 """Latents of a data set's pictures, computed once: `transfusion vae encode --vae DIR --out DIR data:NAME`.
 
-A cache is a directory: {train, held-out}.safetensors with `latents` (N, C, h, w), the autoencoder in vae/, and cache.json,
-which says what they are of. `transfusion train ... --data.latents DIR` trains on them as if they were the data set's pictures,
-and its checkpoints carry the autoencoder.
+A cache is a directory: {train, held-out}.safetensors with `latents` (N, C, h, w), the autoencoder in vae/, and
+cache.json, which says what they are of. `transfusion train ... --data.latents DIR` trains on them as if they were the
+data set's pictures, and its checkpoints carry the autoencoder.
 """
 import json
 import time
@@ -58,7 +58,8 @@ def encode_dataset(settings: EncodeSettings) -> Path:
     A cache of the same pictures and autoencoder is left as it is.
 
     Raises:
-        ValueError: a data set without captions, which nothing could be trained on, or an `out` that holds something else.
+        ValueError: a data set without captions, which nothing could be trained on, or an `out` that holds something
+        else.
     """
     check("vae encode", settings)
     device = choose_device(settings.device)
@@ -83,13 +84,15 @@ def _encode(settings: EncodeSettings, device: torch.device) -> Path:
     vae.autoencoder.to(device)
     name, shape = settings.data.name, pictures["train"].shape[1:]
     if shape[0] != vae.picture_channels:
-        raise ValueError(f"vae encode: data.name is {name!r}, of {shape[0]} channels, and the autoencoder of {str(settings.vae)!r} "
+        raise ValueError(f"vae encode: data.name is {name!r}, of {shape[0]} channels, and the autoencoder of "
+                         f"{str(settings.vae)!r} "
                          f"takes {vae.picture_channels}; name the pictures it is for, for example with data:emoji")
     about = {"vae": vae.fingerprint(), "splits": [identity(name, split, pictures[split]) for split in SPLITS]}
     if any(path.name != LOCK for path in settings.out.iterdir()):
         kept = settings.out / "cache.json"
         if not kept.is_file() or read_json(kept) != about:
-            raise ValueError(f"vae encode: out is {str(settings.out)!r}, which holds something else; a new directory, or a cache "
+            raise ValueError(f"vae encode: out is {str(settings.out)!r}, which holds something else; a new "
+                             "directory, or a cache "
                              "of the same pictures and autoencoder, fits")
         print(f"{settings.out} holds these latents already")
         return settings.out
@@ -97,7 +100,8 @@ def _encode(settings: EncodeSettings, device: torch.device) -> Path:
     began, count = time.perf_counter(), sum(map(len, pictures.values()))
     latent = vae.encode(next(in_order(pictures["train"], settings.batch))).shape[1:]
     minutes = (time.perf_counter() - began) * count / settings.batch / 60
-    print(f"{count:,} pictures of {'x'.join(map(str, shape))} ({name}) to latents of {'x'.join(map(str, latent))}: about "
+    print(f"{count:,} pictures of {'x'.join(map(str, shape))} ({name}) to latents of {'x'.join(map(str, latent))}: "
+          "about "
           f"{minutes:,.1f} min", flush=True)
     progress = tqdm(total=count, desc=f"vae encode {settings.out.name}", unit="picture", dynamic_ncols=True)
     with replacing(settings.out) as fresh, progress:
@@ -129,7 +133,8 @@ def open_dataset(settings: DatasetSettings, split: str = "train") -> tuple[Datas
 def _load_latents(cache: Path, ours: dict) -> tuple[Tensor, VAE]:
     """Load from a cache the latents of what `ours` describes, and their VAE."""
     if not current(cache, "cache.json").is_file():
-        raise ValueError(f"open_dataset: latents is {str(cache)!r}, which holds no cache.json; a directory that `transfusion vae "
+        raise ValueError(f"open_dataset: latents is {str(cache)!r}, which holds no cache.json; a directory that "
+                         "`transfusion vae "
                          "encode` wrote fits")
     about = read_json(current(cache, "cache.json"), "encode the data set anew")
     kept = next(kept for kept in about["splits"] if kept["split"] == ours["split"])
@@ -141,6 +146,7 @@ def _load_latents(cache: Path, ours: dict) -> tuple[Tensor, VAE]:
         vae = VAE.from_pretrained(directory / "vae")
         latents = load_tensors(directory / f"{ours['split']}.safetensors")["latents"]
     if vae.fingerprint() != about["vae"]:
-        raise ValueError(f"open_dataset: latents is {str(cache)!r}, whose vae is not the one that made them; encode the data set "
+        raise ValueError(f"open_dataset: latents is {str(cache)!r}, whose vae is not the one that made them; encode "
+                         "the data set "
                          "anew")
     return latents, vae

@@ -12,6 +12,7 @@ import hashlib
 import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -173,6 +174,7 @@ _job: _Job | None = None
 
 def _start(job: _Job) -> None:
     global _job
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops the process that waits for the pool, and it the pool
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the pool is what runs in parallel
     _job = job
 

@@ -6,6 +6,8 @@ seed, step): a run goes on from its step alone, with any number of workers, and 
 A record that cannot be read any more is left out of its row, which stays as it is otherwise, and is counted with its
 reason; a rising share of them stops the run.
 """
+import contextlib
+import os
 import signal
 import time
 from collections import Counter, deque
@@ -19,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from transfusion.command import STOPS
 from transfusion.data.arrays import ABOUT, Arrays, fingerprint, write_arrays
 from transfusion.data.batches import noise_limits
 from transfusion.data.choices import choose, source_key
@@ -33,6 +34,7 @@ from transfusion.sequence import lay_out
 
 VERSION = 1
 CHANGED = "changed record"
+LEFT_TO_THE_RUN = signal.SIGINT, signal.SIGHUP
 
 
 class Failure(NamedTuple):
@@ -257,8 +259,10 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         ahead = dict(prefetch_factor=self.prefetch) if self.workers else {}
         own = torch.Generator().manual_seed(0)         # the loader seeds its workers from it, and not from the run's
-        batches = iter(DataLoader(self.rows, batch_size=None, sampler=_Steps(self.rows, self.start, self.stop),
-                                  num_workers=self.workers, generator=own, worker_init_fn=_leave_signals, **ahead))
+        loader = DataLoader(self.rows, batch_size=None, sampler=_Steps(self.rows, self.start, self.stop),
+                            num_workers=self.workers, generator=own, worker_init_fn=_start_worker, **ahead)
+        with _held_back(LEFT_TO_THE_RUN):              # until the workers, which inherit this, ignore them
+            batches = iter(loader)
         while True:
             began = time.perf_counter()
             batch = next(batches, None)
@@ -270,10 +274,23 @@ class Loader:
             yield batch
 
 
-def _leave_signals(_: int) -> None:
-    """Leave Ctrl-C and the like to the trainer, which still needs its batches to save."""
-    for number in STOPS:
-        signal.signal(number, signal.SIG_IGN)
+@contextlib.contextmanager
+def _held_back(signals: tuple[int, ...]) -> Iterator[None]:
+    """Let signals wait until the block ends."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(number: int) -> None:
+    """Leave Ctrl-C and a closed terminal to the run, which saves and then ends its workers; tokenize in one thread."""
+    for name in LEFT_TO_THE_RUN:
+        signal.signal(name, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, LEFT_TO_THE_RUN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)      # the run's own handler, which a forked process inherits, saves
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 class _Steps:

@@ -12,6 +12,7 @@ setting, and an unknown one is answered with the nearest.
 """
 import dataclasses
 import json
+import os
 import re
 import types
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_
 
 import numpy as np
 
+from transfusion.data.arrays import fingerprint
 from transfusion.data.chat import ChatSettings, chat_parts
 from transfusion.data.choices import source_key
 from transfusion.data.dataset import CONTEXTS, SPLITS
@@ -223,10 +225,19 @@ def open_mixture(settings: MixtureSettings, tokenizer, config, *, folder: Path =
                              "different names fit; set `name` of one")
         sources.append(source)
         names.append(name)
-    cache = settings.cache or Path(folder) / ".transfusion"
+    cache = settings.cache or cache_directory(folder)
     lengths = tuple(count_lengths(source, documents, cache, held_out_by=settings.held_out_by, workers=workers)
                     for source in sources)
     return Mixture(settings, tuple(sources), tuple(names), documents, lengths, cache)
+
+
+def cache_directory(folder: Path) -> Path:
+    """Where a mixture of this folder keeps what is counted and planned: beside its file, or in the user's cache."""
+    beside = Path(folder) / ".transfusion"
+    if os.access(beside if beside.exists() else folder, os.W_OK):
+        return beside
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "transfusion" / fingerprint(os.path.abspath(folder))
 
 
 class Chat:

@@ -1,7 +1,7 @@
 """Picture files: how one is read, and a folder of them as a data set without captions, to train an autoencoder on.
 
-One file of a folder in ten is held out, chosen by its name, so that new files move no old one. The others are read when they
-are asked for.
+One file of a folder in ten is held out, chosen by its name, so that new files move no old one. The others are read
+when they are asked for.
 """
 import struct
 import zlib
@@ -52,14 +52,15 @@ class PictureFolderSettings(DatasetSettings):
 class PictureFolder:
     """The picture files of one split of a folder, each cropped to its central square and resized (Lanczos).
 
-    Transparent parts become white. Files that cannot be read are left out at the start and counted (`skipped`); one that
-    breaks later is replaced by the next.
+    Transparent parts become white. Files that cannot be read are left out at the start and counted (`skipped`); one
+    that breaks later is replaced by the next.
     """
 
     def __init__(self, settings: PictureFolderSettings, split: str = "train"):
         self.settings, folder = settings, settings.folder
         if folder is None or not folder.is_dir():
-            raise ValueError(f"PictureFolder: folder is {folder and str(folder)!r}, which is no directory; one with picture files fits; "
+            raise ValueError(f"PictureFolder: folder is {folder and str(folder)!r}, which is no directory; one with "
+                             "picture files fits; "
                              "name it with --data.folder")
         if settings.channels not in (1, 3):
             raise ValueError(f"PictureFolder: channels is {settings.channels}; 1 (grey) or 3 (colour) fits")
@@ -72,10 +73,13 @@ class PictureFolder:
             checked = tqdm(threads.map(_readable, own), desc=f"check {folder.name}", total=len(own), unit="file",
                            disable=len(own) < 1000)
             readable = list(checked)
-        self.paths, self.skipped = ([path for path, good in zip(own, readable) if good == wanted] for wanted in (True, False))
+        self.paths = [path for path, good in zip(own, readable) if good]
+        self.skipped = [path for path, good in zip(own, readable) if not good]
         if not self.paths:
-            raise ValueError(f"PictureFolder: folder is {str(folder)!r}, in which no {split} picture of {len(self.skipped)} can be "
-                             f"read; a folder of {', '.join(sorted(SUFFIXES))} files fits, of which about one in ten is held out")
+            raise ValueError(f"PictureFolder: folder is {str(folder)!r}, in which no {split} picture of "
+                             f"{len(self.skipped)} can be "
+                             f"read; a folder of {', '.join(sorted(SUFFIXES))} files fits, of which about one in ten "
+                             "is held out")
         self.shape = torch.Size((len(self.paths), settings.channels, settings.size, settings.size))
 
     def __len__(self) -> int:
@@ -92,7 +96,8 @@ class PictureFolder:
                 return read_picture(self.paths[at % len(self.paths)], self.settings.size, self.settings.channels)
             except ValueError:
                 continue
-        raise ValueError(f"PictureFolder: no picture of {str(self.settings.folder)!r} can be read any more; put them back")
+        raise ValueError(f"PictureFolder: no picture of {str(self.settings.folder)!r} can be read any more; put them "
+                         "back")
 
 
 def read_picture(path: Path | BinaryIO, size: int | tuple[int, int], channels: int) -> Tensor:

@@ -3,12 +3,12 @@
 It is measured beside linear codecs of the same latent size, which are fitted to training pictures:
 
     vae          decode(encode(picture))
-    patch PCA    each patch of factor x factor pixels as C numbers, its principal components: the best local linear codec of
-                 the latent's shape
+    patch PCA    each patch of factor x factor pixels as C numbers, its principal components: the best local linear
+                 codec of the latent's shape
     picture PCA  the whole picture as C h w numbers, or as many as the training pictures give
 
-PSNR and SSIM are means over pictures. The Frechet distance is that between the reconstructions and the pictures themselves in the
-pooled features of the named classifier; it is called FID only when the classifier is Inception v3.
+PSNR and SSIM are means over pictures. The Frechet distance is that between the reconstructions and the pictures
+themselves in the pooled features of the named classifier; it is called FID only when the classifier is Inception v3.
 """
 import json
 import time
@@ -41,8 +41,8 @@ class VAEEvalSettings:
     vae: Path
     """directory of a diffusers AutoencoderKL, as `transfusion vae train` writes it"""
     classifier: Path | None = None
-    """directory of an image classifier (transformers, safetensors) in whose features the Frechet distance is taken; None
-    leaves it out"""
+    """directory of an image classifier (transformers, safetensors) in whose features the Frechet distance is taken;
+    None leaves it out"""
     out: Path | None = None
     """directory for metrics.json and reconstructions.png; None: eval/ inside that of the autoencoder"""
     data: DatasetSettings = field(default_factory=DatasetSettings)
@@ -57,7 +57,7 @@ class VAEEvalSettings:
 
 
 class LinearCodec:
-    """Principal components of rows (N, F): `components` numbers for each row, by the right singular vectors of the centred rows."""
+    """The first `components` principal components of rows (N, F): right singular vectors of the centred rows."""
 
     def __init__(self, rows: Tensor, components: int):
         rows = rows.double()
@@ -74,7 +74,7 @@ class LinearCodec:
 
 
 def patch_pca(train: Tensor, factor: int, channels: int):
-    """Return the codec that keeps `channels` numbers of each factor x factor patch; it maps pictures (N, C, H, W) to pictures."""
+    """Return the codec, of pictures (N, C, H, W) to pictures, that keeps `channels` numbers of each patch."""
     codec = LinearCodec(_patches(train, factor).flatten(0, 1), channels)
 
     def through(pictures: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def patch_pca(train: Tensor, factor: int, channels: int):
 
 
 def picture_pca(train: Tensor, numbers: int):
-    """Return the codec that keeps `numbers` numbers of a whole picture; it maps pictures (N, C, H, W) to pictures."""
+    """Return the codec, of pictures (N, C, H, W) to pictures, that keeps `numbers` numbers of each picture."""
     codec = LinearCodec(train.flatten(1), numbers)
     return lambda pictures: codec(pictures.flatten(1)).view_as(pictures).clamp(-1, 1)
 
@@ -101,9 +101,10 @@ def spread(pictures: Pictures, count: int) -> Tensor:
 
 
 def measure(real: Tensor, kept: Tensor, features: Features | None) -> dict[str, float]:
-    """PSNR, SSIM and, given a classifier, the Frechet distance of reconstructions `kept` from the pictures themselves."""
+    """Return PSNR, SSIM and, given a classifier, the Frechet distance of reconstructions `kept` from real pictures."""
     parts = list(zip(real.split(64), kept.split(64)))
-    numbers = {name: torch.cat([of(a, b) for a, b in parts]).mean().item() for name, of in (("psnr", psnr), ("ssim", ssim))}
+    numbers = {name: torch.cat([of(a, b) for a, b in parts]).mean().item()
+               for name, of in (("psnr", psnr), ("ssim", ssim))}
     if features is not None:
         pooled = (in_batches(features.pooled, pictures) for pictures in (real, kept))
         numbers[frechet_name(features)] = frechet_distance(*pooled)
@@ -116,7 +117,7 @@ def frechet_name(features: Features) -> str:
 
 
 def evaluate(settings: VAEEvalSettings) -> dict:
-    """Run `transfusion vae eval`: print a table, write metrics.json and reconstructions.png; return what metrics.json holds.
+    """Run `transfusion vae eval`: print a table, write metrics.json and reconstructions.png; return the metrics.
 
     Raises:
         ValueError: pictures that the autoencoder cannot take.
@@ -131,7 +132,8 @@ def evaluate(settings: VAEEvalSettings) -> dict:
     train, real = _open(settings, vae)
 
     kept = _through_codecs(settings, vae, train, real, features)
-    results = {"pictures": len(real), "latent": list(vae.encode(real[:1]).shape[1:]), "features": features and features.name,
+    results = {"pictures": len(real), "latent": list(vae.encode(real[:1]).shape[1:]),
+               "features": features and features.name,
                "codecs": {name: measure(real, pictures, features) for name, pictures in kept.items()}}
     write_text(out / "metrics.json", json.dumps(results, indent=2))
     shown = torch.linspace(0, len(real) - 1, min(16, len(real))).round().long()
@@ -145,7 +147,8 @@ def _open(settings: VAEEvalSettings, vae: VAE) -> tuple[Tensor, Tensor]:
     """Return the training pictures that codecs are fitted to and the held-out ones that are measured."""
     train, held_out = (settings.data.open(split).pictures for split in SPLITS)
     if train.shape[1] != vae.picture_channels:
-        raise ValueError(f"vae eval: pictures have {train.shape[1]} channels and the autoencoder of {str(settings.vae)!r} takes "
+        raise ValueError(f"vae eval: pictures have {train.shape[1]} channels and the autoencoder of "
+                         f"{str(settings.vae)!r} takes "
                          f"{vae.picture_channels}; name the pictures it is for with data:NAME, or data:folder with "
                          "--data.folder and --data.channels")
     for split, pictures in zip(SPLITS, (train, held_out)):
@@ -161,18 +164,23 @@ def _through_codecs(settings: VAEEvalSettings, vae: VAE, train: Tensor, real: Te
     latent = vae.encode(real[:settings.batch])
     vae.decode(latent)
     minutes = (time.perf_counter() - began) * len(real) / settings.batch / 60
-    distance = "left out, no classifier is named" if features is None else f"{frechet_name(features)} in {features.name}"
-    print(f"encoding and decoding {len(real):,} of them: about {minutes:,.1f} min; Frechet distance: {distance}", flush=True)
+    distance = "left out, no classifier is named"
+    if features is not None:
+        distance = f"{frechet_name(features)} in {features.name}"
+    print(f"encoding and decoding {len(real):,} of them: about {minutes:,.1f} min; Frechet distance: "
+          f"{distance}", flush=True)
     batches = tqdm(real.split(settings.batch), desc="vae eval", unit="batch", dynamic_ncols=True)
     kept = {"vae": torch.cat([vae.decode(vae.encode(batch)) for batch in batches])}
     codecs = {"patch PCA": patch_pca(train, vae.factor, vae.channels),
               "picture PCA": picture_pca(train, latent.shape[1:].numel())}
-    return kept | {name: torch.cat([codec(batch) for batch in real.split(settings.batch)]) for name, codec in codecs.items()}
+    parts = real.split(settings.batch)
+    return kept | {name: torch.cat([codec(part) for part in parts]) for name, codec in codecs.items()}
 
 
 def _table(codecs: dict[str, dict[str, float]]) -> str:
     """A line for each codec."""
     columns = list(codecs["vae"])
     head = f"{'codec':<14}" + "".join(f"{name:>18}" for name in columns)
-    lines = [f"{name:<14}" + "".join(f"{numbers[column]:>18.3f}" for column in columns) for name, numbers in codecs.items()]
+    lines = [f"{name:<14}" + "".join(f"{numbers[column]:>18.3f}" for column in columns)
+             for name, numbers in codecs.items()]
     return "\n".join([head, *lines])

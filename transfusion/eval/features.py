@@ -1,8 +1,11 @@
-"""A frozen image classifier of transformers as an instrument: hidden states, pooled features and logits of pictures, with gradients to the pictures.
+"""A frozen image classifier of transformers as an instrument.
 
-Pictures in [-1, 1] become what the classifier was trained on: repeated to its channels where they are grey, stretched to its size (bilinear,
-antialiased, the whole picture: nothing is cropped), then (pixels in [0, 1] - mean) / std. Size, mean and std are read from preprocessor_config.json,
-else from the `pretrained_cfg` of a timm checkpoint, else the config's image_size (or the picture's own) and 0.5 hold.
+It gives hidden states, pooled features and logits of pictures, with gradients to the pictures.
+
+Pictures in [-1, 1] become what the classifier was trained on: repeated to its channels where they are grey, stretched
+to its size (bilinear, antialiased, the whole picture: nothing is cropped), then (pixels in [0, 1] - mean) / std.
+Size, mean and std are read from preprocessor_config.json, else from the `pretrained_cfg` of a timm checkpoint, else
+the config's image_size (or the picture's own) and 0.5 hold.
 """
 from collections.abc import Callable
 from pathlib import Path
@@ -39,13 +42,15 @@ class Preprocessing(NamedTuple):
         size = said.get("crop_size") if said.get("do_center_crop") else said.get("size")
         normal = said.get("do_normalize", True)
         mean, std = (said.get("image_mean", [0.5]), said.get("image_std", [0.5])) if normal else ([0.0], [1.0])
-        return cls(channels, _sides(size) if said.get("do_resize", True) or said.get("do_center_crop") else None, _each(mean), _each(std),
-                   255 * said.get("rescale_factor", 1 / 255) if said.get("do_rescale", True) else 255.0)
+        sides = _sides(size) if said.get("do_resize", True) or said.get("do_center_crop") else None
+        scale = 255 * said.get("rescale_factor", 1 / 255) if said.get("do_rescale", True) else 255.0
+        return cls(channels, sides, _each(mean), _each(std), scale)
 
     def __call__(self, pictures: Tensor) -> Tensor:
         """Pictures (N, C, H, W) in [-1, 1] to the classifier's input."""
         if pictures.ndim != 4 or pictures.shape[1] not in (1, self.channels):
-            raise ValueError(f"Features: pictures has shape {tuple(pictures.shape)}; (N, {self.channels}, height, width) and grey "
+            raise ValueError(f"Features: pictures has shape {tuple(pictures.shape)}; (N, {self.channels}, height, "
+                             "width) and grey "
                              "(N, 1, height, width) fit")
         x = pictures.expand(-1, self.channels, -1, -1)
         if self.size is not None and tuple(x.shape[-2:]) != self.size:
@@ -64,7 +69,8 @@ class Features:
         name: what reports call it.
     """
 
-    def __init__(self, body: PreTrainedModel, classifier: PreTrainedModel | None, preprocessing: Preprocessing, name: str):
+    def __init__(self, body: PreTrainedModel, classifier: PreTrainedModel | None, preprocessing: Preprocessing,
+                 name: str):
         self.body, self.classifier, self.preprocessing, self.name = body, classifier, preprocessing, name
         for network in (body, classifier or body):
             network.eval().requires_grad_(False)
@@ -75,13 +81,16 @@ class Features:
 
     @classmethod
     def from_pretrained(cls, path: Path) -> "Features":
-        """Load a directory with config.json and safetensors as transformers writes it. Pickled weights and other code are refused.
+        """Load a directory with config.json and safetensors as transformers writes it.
+
+        Pickled weights and code of others are refused.
 
         Raises:
             ValueError: no such directory, another kind of model, or weights that are absent, pickled or incomplete.
         """
         if not current(path, "config.json").is_file():
-            raise ValueError(f"Features.from_pretrained: path is {str(path)!r}, which holds no config.json; a directory that transformers wrote fits")
+            raise ValueError(f"Features.from_pretrained: path is {str(path)!r}, which holds no config.json; a "
+                             "directory that transformers wrote fits")
         with whole(path) as directory:
             return cls._load(directory, path)
 
@@ -91,16 +100,19 @@ class Features:
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # a head that the body does not load is no news
         try:
-            body, body_info = AutoModel.from_pretrained(path, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
-            classifier, info = AutoModelForImageClassification.from_pretrained(
-                path, use_safetensors=True, trust_remote_code=False, output_loading_info=True) if body_info["unexpected_keys"] else (None, body_info)
+            safely = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+            body, body_info = AutoModel.from_pretrained(path, **safely)
+            classifier, info = None, body_info
+            if body_info["unexpected_keys"]:
+                classifier, info = AutoModelForImageClassification.from_pretrained(path, **safely)
         except (OSError, ValueError) as error:
-            raise ValueError(f"Features.from_pretrained: path is {str(path)!r}, which cannot be loaded ({str(error).splitlines()[0]}); {FITS}, "
-                             "in safetensors") from error
+            raise ValueError(f"Features.from_pretrained: path is {str(path)!r}, which cannot be loaded "
+                             f"({str(error).splitlines()[0]}); {FITS}, in safetensors") from error
         finally:
             logging.set_verbosity(verbosity)
         if missing := sorted(body_info["missing_keys"]):
-            raise ValueError(f"Features.from_pretrained: path is {str(path)!r}, which has no weights for {', '.join(missing[:3])}; {FITS}")
+            raise ValueError(f"Features.from_pretrained: path is {str(path)!r}, which has no weights for "
+                             f"{', '.join(missing[:3])}; {FITS}")
         config = body.config.to_dict()
         name = f"{config.get('architecture', body.config.model_type)} ({home})"
         return cls(body, None if info["missing_keys"] else classifier, Preprocessing.read(path, config), name)
@@ -120,7 +132,8 @@ class Features:
         """
         states = list(self.body(self._input(pictures), output_hidden_states=True).hidden_states)
         if any(state.ndim != 4 for state in states):
-            raise ValueError(f"Features.stages: {self.name} has hidden states of shape {tuple(states[-1].shape)}, not (N, C, h, w); {FITS}")
+            raise ValueError(f"Features.stages: {self.name} has hidden states of shape {tuple(states[-1].shape)}, "
+                             f"not (N, C, h, w); {FITS}")
         return states
 
     def pooled(self, pictures: Tensor) -> Tensor:
@@ -134,7 +147,8 @@ class Features:
             ValueError: a checkpoint without a head.
         """
         if self.classifier is None:
-            raise ValueError(f"Features.logits: {self.name} has no classification head; a checkpoint of a ...ForImageClassification model fits")
+            raise ValueError(f"Features.logits: {self.name} has no classification head; a checkpoint of a "
+                             "...ForImageClassification model fits")
         return self.classifier(self._input(pictures)).logits
 
     def _input(self, pictures: Tensor) -> Tensor:
@@ -143,7 +157,7 @@ class Features:
 
 @torch.inference_mode()
 def in_batches(read: Callable[[Tensor], Tensor], pictures: Tensor, rows: int = 64) -> Tensor:
-    """Return read(pictures) without gradients, some rows at a time, on the CPU: `in_batches(features.pooled, pictures)`."""
+    """Return read(pictures) without gradients, some rows at a time, on the CPU; read is e.g. `features.pooled`."""
     return torch.cat([read(batch).cpu() for batch in pictures.split(rows)])
 
 

@@ -1,13 +1,17 @@
 """Distances between sets of features and between pictures.
 
-    Frechet distance   ||mu_a - mu_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))                                    (arXiv:1706.08500, equation 6)
-    precision          share of drawn features inside the k-nearest-neighbour balls of the real ones            (arXiv:1904.06991, equations 1, 2)
+    Frechet distance   ||mu_a - mu_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))
+                       (arXiv:1706.08500, equation 6)
+    precision          share of drawn features inside the k-nearest-neighbour balls of the real ones
     recall             share of real features inside the balls of the drawn ones
+                       (arXiv:1904.06991, equations 1, 2)
     PSNR               10 log10(peak^2 / mean squared error), the peak 2
-    SSIM               mean of (2 mu_a mu_b + C1)(2 s_ab + C2) / ((mu_a^2 + mu_b^2 + C1)(s_a^2 + s_b^2 + C2))   (Wang et al. 2004, equation 13)
+    SSIM               mean of (2 mu_a mu_b + C1)(2 s_ab + C2) / ((mu_a^2 + mu_b^2 + C1)(s_a^2 + s_b^2 + C2))
+                       (Wang et al. 2004, equation 13)
 
-With centred rows A = Q_a R_a and B = Q_b R_b, over the root of their count less one, the eigenvalues of S_a S_b = R_a^T R_a R_b^T R_b are the
-squares of the singular values of R_a R_b^T: the last trace is their sum, and covariances of any rank fit without a root of a matrix.
+With centred rows A = Q_a R_a and B = Q_b R_b, over the root of their count less one, the eigenvalues of S_a S_b =
+R_a^T R_a R_b^T R_b are the squares of the singular values of R_a R_b^T: the last trace is their sum, and covariances
+of any rank fit without a root of a matrix.
 """
 from typing import NamedTuple
 
@@ -26,7 +30,9 @@ class PrecisionRecall(NamedTuple):
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Return the Frechet distance of the Gaussians that fit features a (N, F) and b (M, F), in float64; covariances over N - 1 and M - 1.
+    """Return the Frechet distance of the Gaussians that fit features a (N, F) and b (M, F), in float64.
+
+    Covariances are over N - 1 and M - 1.
 
     Raises:
         ValueError: fewer than 2 rows, widths that differ, or values that are not finite.
@@ -38,7 +44,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def precision_recall(real: Tensor, drawn: Tensor, k: int = 3) -> PrecisionRecall:
-    """Return improved precision and recall of drawn (M, F) against real (N, F) features; a ball reaches its centre's k-th nearest other feature.
+    """Return improved precision and recall of drawn (M, F) against real (N, F) features.
+
+    A ball reaches its centre's k-th nearest other feature.
 
     Distances are taken a chunk of rows at a time: 10,000 against 10,000 features need 40 MB beside the features.
 
@@ -53,20 +61,24 @@ def precision_recall(real: Tensor, drawn: Tensor, k: int = 3) -> PrecisionRecall
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio (N,) in dB of pictures (N, C, H, W) in [-1, 1]; equal pictures have infinity."""
+    """Return the peak signal-to-noise ratio (N,) in dB of pictures (N, C, H, W) in [-1, 1]; infinity for equal ones."""
     _check_pictures("psnr", a, b)
     return 10 * torch.log10(PEAK**2 / (a.double() - b.double()).square().mean((1, 2, 3))).float()
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Return the mean structural similarity (N,) of pictures (N, C, H, W) in [-1, 1], over channels and every whole window.
+    """Return the mean structural similarity (N,) of pictures (N, C, H, W) in [-1, 1].
 
-    The window is the paper's Gaussian of 11x11 and 1.5 pixels; where a side is below 11, its width is the largest odd number that fits: on 8x8
-    pictures it is 7x7, so that values compare among pictures of one size only. Intensities are the pixels plus 1: black is 0, as in the paper.
+    The mean is over channels and every whole window.
+
+    The window is the paper's Gaussian of 11x11 and 1.5 pixels; where a side is below 11, its width is the largest odd
+    number that fits: on 8x8 pictures it is 7x7, so that values compare among pictures of one size only. Intensities
+    are the pixels plus 1: black is 0, as in the paper.
     """
     _check_pictures("ssim", a, b)
     width = min(WINDOW, *(side - (side + 1) % 2 for side in a.shape[-2:]))
-    curve = torch.exp(-(torch.arange(width, dtype=torch.float64, device=a.device) - width // 2).square() / (2 * SIGMA**2))
+    distance = torch.arange(width, dtype=torch.float64, device=a.device) - width // 2
+    curve = torch.exp(-distance.square() / (2 * SIGMA**2))
     window = torch.outer(curve, curve)[None, None] / curve.sum().square()
 
     def local_mean(x: Tensor) -> Tensor:
@@ -77,7 +89,8 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     variance_a, variance_b = local_mean(a * a) - mean_a.square(), local_mean(b * b) - mean_b.square()
     covariance = local_mean(a * b) - mean_a * mean_b
     c1, c2 = (K1 * PEAK) ** 2, (K2 * PEAK) ** 2
-    similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a.square() + mean_b.square() + c1) * (variance_a + variance_b + c2))
+    bound = (mean_a.square() + mean_b.square() + c1) * (variance_a + variance_b + c2)
+    similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / bound
     return similarity.view(len(a), -1).mean(1).float()
 
 
@@ -94,7 +107,8 @@ def _radii(x: Tensor, k: int, rows: int = 1000) -> Tensor:
 
 def _covered(points: Tensor, centres: Tensor, radii: Tensor, rows: int = 1000) -> float:
     """Share of points that lie in at least one ball."""
-    return torch.cat([(torch.cdist(chunk, centres, compute_mode=EXACT) <= radii).any(1) for chunk in points.split(rows)]).double().mean().item()
+    inside = [(torch.cdist(chunk, centres, compute_mode=EXACT) <= radii).any(1) for chunk in points.split(rows)]
+    return torch.cat(inside).double().mean().item()
 
 
 def _check_features(where: str, rows: int, **features: Tensor) -> None:
@@ -102,12 +116,15 @@ def _check_features(where: str, rows: int, **features: Tensor) -> None:
         if x.ndim != 2 or len(x) < rows:
             raise ValueError(f"{where}: {name} has shape {tuple(x.shape)}; (rows, width) with {rows} rows or more fits")
         if not torch.isfinite(x).all():
-            raise ValueError(f"{where}: {name} has {int((~torch.isfinite(x)).sum())} values that are not finite; finite features fit")
+            raise ValueError(f"{where}: {name} has {int((~torch.isfinite(x)).sum())} values that are not finite; "
+                             "finite features fit")
     (name, x), (other, y) = features.items()
     if x.shape[1] != y.shape[1]:
-        raise ValueError(f"{where}: {name} is {x.shape[1]} wide and {other} {y.shape[1]}; features of one width fit; take both from one classifier")
+        raise ValueError(f"{where}: {name} is {x.shape[1]} wide and {other} {y.shape[1]}; features of one width fit; "
+                         "take both from one classifier")
 
 
 def _check_pictures(where: str, a: Tensor, b: Tensor) -> None:
     if a.ndim != 4 or a.shape != b.shape:
-        raise ValueError(f"{where}: a has shape {tuple(a.shape)} and b {tuple(b.shape)}; two equal shapes (N, C, H, W) fit")
+        raise ValueError(f"{where}: a has shape {tuple(a.shape)} and b {tuple(b.shape)}; two equal shapes (N, C, H, "
+                         "W) fit")

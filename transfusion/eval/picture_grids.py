@@ -13,13 +13,15 @@ from transfusion.files import written  # noqa: E402
 def sample_grid(path: Path, generated: Tensor, real: Tensor, names: list[str], titles: tuple[str, str]) -> None:
     """Write (rows, columns, C, H, W) generated images beside as many real ones, a named row each."""
     rows, columns = generated.shape[:2]
-    figure, axes = plt.subplots(rows, 2 * columns + 1, figsize=(0.55 * (2 * columns + 1) + 1.2, 0.6 * rows + 0.6), squeeze=False)
+    size = (0.55 * (2 * columns + 1) + 1.2, 0.6 * rows + 0.6)
+    figure, axes = plt.subplots(rows, 2 * columns + 1, figsize=size, squeeze=False)
     for r in range(rows):
         for c in range(2 * columns + 1):
             axis = axes[r][c]
             axis.axis("off")
             if c != columns:
-                axis.imshow(_pixels(generated[r, c] if c < columns else real[r, c - columns - 1]), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+                picture = generated[r, c] if c < columns else real[r, c - columns - 1]
+                axis.imshow(_pixels(picture), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
         axes[r][0].text(-0.3, 0.5, names[r], transform=axes[r][0].transAxes, ha="right", va="center", fontsize=9)
     for start, title in zip((0, columns + 1), titles):
         axes[0][start].text(0, 1.25, title, transform=axes[0][start].transAxes, fontsize=10, fontweight="bold")
@@ -42,14 +44,17 @@ def reconstruction_grid(path: Path, rows: dict[str, Tensor]) -> None:
     plt.close(figure)
 
 
-def emoji_grid(path: Path, titles: list[str], shown: Tensor, drawn: Tensor, real: Tensor, count: int = 30, blocks: int = 3) -> None:
-    """Write the first `count` pairs, each a line: the picture in the style that was shown (N, C, H, W), what was drawn (N, n, C, H, W), the real one.
+def emoji_grid(path: Path, titles: list[str], shown: Tensor, drawn: Tensor, real: Tensor, count: int = 30,
+               blocks: int = 3) -> None:
+    """Write the first `count` pairs, each a line of pictures.
 
+    On it stand the picture in the style that was shown (N, C, H, W), what was drawn (N, n, C, H, W), and the real one.
     The lines stand in `blocks` columns; each has its caption above it.
     """
     count = min(count, len(titles))
     lines, each = -(-count // blocks), drawn.shape[1]
-    figure, axes = plt.subplots(lines, blocks * (each + 3), figsize=(0.62 * blocks * (each + 2.6), 0.86 * lines), squeeze=False)
+    size = (0.62 * blocks * (each + 2.6), 0.86 * lines)
+    figure, axes = plt.subplots(lines, blocks * (each + 3), figsize=size, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for i in range(count):

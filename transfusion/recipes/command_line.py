@@ -93,7 +93,7 @@ def read_preset(prog: str, description: str, presets: Mapping[str, Callable], ar
     preset, command = presets[name], f"{prog} {name}"
     with plain_errors():
         config, args = _call(command, preset, args)
-    if kind is not None:
+    if kind not in (None, type(config.data)):
         fields = {field.name for field in dataclasses.fields(kind)}
         shared = {name: value for name, value in config.data.shared().items() if name in fields}
         config = dataclasses.replace(config, data=kind(**shared))  # what every data set has stays the preset's
@@ -139,7 +139,8 @@ def take_data_set(args: list[str] | None, data_sets: Mapping[str, type] = DATA_S
     for name in names:
         if name not in data_sets:
             known = [WORD + other for other in data_sets]
-            raise SystemExit(f"error: {WORD}{name} names no data set; {', '.join(known)} fit{nearest(WORD + name, known)}")
+            raise SystemExit(f"error: {WORD}{name} names no data set; {', '.join(known)} "
+                             f"fit{nearest(WORD + name, known)}")
     rest = [arg for arg in args if not arg.startswith(WORD)]
     return data_sets[names[0]] if names else None, rest
 

@@ -1,6 +1,7 @@
 """The whole road in one command: `python -m transfusion.demo` trains on handwritten digits, draws, reads and measures.
 
-The same command goes on where it was interrupted. It leaves in runs/digits the checkpoint, samples.png, loss.png and metrics.json.
+The same command goes on where it was interrupted. It leaves in runs/digits the checkpoint, samples.png, loss.png and
+metrics.json.
 """
 import json
 import time

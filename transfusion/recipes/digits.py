@@ -25,8 +25,8 @@ class DigitsSettings(DatasetSettings):
     story: Share = 0.0
     """share of documents that hold two pairs, joined by "and" """
     jitter: Annotated[float, Range(0, 6)] = 0.0
-    """half of the images to be read are turned, shifted and scaled at random: 1 is up to 15 degrees, 1/16 of the side and
-    15 %; images to be drawn never are"""
+    """half of the images to be read are turned, shifted and scaled at random: 1 is up to 15 degrees, 1/16 of the side
+    and 15 %; images to be drawn never are"""
 
     name = "digits"
 
@@ -34,7 +34,8 @@ class DigitsSettings(DatasetSettings):
         """As `DatasetSettings.open`."""
         check("digits", self)
         if self.jitter and self.latents is not None:
-            raise ValueError(f"digits: jitter is {self.jitter} and latents {str(self.latents)!r}; 0 fits latents, which cannot be "
+            raise ValueError(f"digits: jitter is {self.jitter} and latents {str(self.latents)!r}; 0 fits latents, "
+                             "which cannot be "
                              "turned and shifted as pixels can")
         return Digits(split, self.story, self.jitter)
 
@@ -81,7 +82,7 @@ class Digits(PictureDataset):
 
 
 def jitter(image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Turn, shift and scale a (C, H, W) image, bilinearly, by random amounts that grow with `strength`; -1 is background."""
+    """Turn, shift and scale a (C, H, W) image, whose background is -1, by random amounts that grow with `strength`."""
     angle, scale, *shift = (strength * (2 * torch.rand(4, generator=generator) - 1)).tolist()
     cos, sin, zoom = math.cos(math.radians(15 * angle)), math.sin(math.radians(15 * angle)), 1 + 0.15 * scale
     matrix = torch.tensor([[zoom * cos, -zoom * sin, shift[0] / 8], [zoom * sin, zoom * cos, shift[1] / 8]])
@@ -94,7 +95,8 @@ def digits() -> TrainConfig:
     return TrainConfig(
         out=Path("runs/digits"), model=ModelSettings(),
         data=DigitsSettings(caption_first=0.4, story=0.1, noise_limit=0.3, jitter=1.0),
-        optim=OptimSettings(steps=1300, rows=8, seq_len=256, lr=2e-3, min_lr=1e-5, warmup=100, weight_decay=0.05, ema=0.995))
+        optim=OptimSettings(steps=1300, rows=8, seq_len=256, lr=2e-3, min_lr=1e-5, warmup=100, weight_decay=0.05,
+                            ema=0.995))
 
 
 def digits_paper() -> TrainConfig:

@@ -3,8 +3,8 @@
     text_to_image_accuracy        share of generated digits that the judge reads as the asked one
     classifier_accuracy           share of held-out real digits that the judge reads right
     caption_accuracy              share of held-out real digits whose generated caption is exactly theirs
-    nearest_train_distance_ratio  mean distance of generated digits to their nearest training digit, over the same mean for
-                                  held-out real digits: near 0 would be copying, near 1 is as new as unseen handwriting
+    nearest_train_distance_ratio  mean distance of generated digits to their nearest training digit, over the same mean
+                                  for held-out real digits: near 0 would be copying, near 1 is as new as unseen writing
     within_class_spread_ratio     mean distance of generated digits to their class's mean, over the same for real digits
 """
 import torch
@@ -53,8 +53,10 @@ def evaluate(model: Transfusion, drawn: Tensor, asked: Tensor) -> dict[str, floa
         "text_to_image_accuracy": (read(judge, drawn) == asked).double().mean().item(),
         "classifier_accuracy": (read(judge, held_out.pictures) == held_out.labels).double().mean().item(),
         "caption_accuracy": sum(right) / len(right),
-        "nearest_train_distance_ratio": nearest_distance(drawn, train.pictures) / nearest_distance(held_out.pictures, train.pictures),
-        "within_class_spread_ratio": within_class_spread(drawn, asked) / within_class_spread(train.pictures, train.labels),
+        "nearest_train_distance_ratio": (
+            nearest_distance(drawn, train.pictures) / nearest_distance(held_out.pictures, train.pictures)),
+        "within_class_spread_ratio": (
+            within_class_spread(drawn, asked) / within_class_spread(train.pictures, train.labels)),
     }
 
 

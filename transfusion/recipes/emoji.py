@@ -1,9 +1,10 @@
 """Named emoji in two styles: the data set, and the presets that train on it.
 
-1,905 pictures of Noto (Apache-2.0, Google) and as many of Twemoji (CC BY 4.0, Twitter and others), on white. The package holds
-them at 32x32 (`assets/emoji`, with both licences): a sheet of tiles for each style, and a table of names. `python -m
-transfusion.recipes.emoji_fetch` fetches them at 64x64. Emoji that are drawn as an earlier one are left out: 1,870 names are left.
-One name in ten is held out in one of its styles: a model has seen the thing and has seen the style, never both together.
+1,905 pictures of Noto (Apache-2.0, Google) and as many of Twemoji (CC BY 4.0, Twitter and others), on white. The
+package holds them at 32x32 (`assets/emoji`, with both licences): a sheet of tiles for each style, and a table of
+names. `python -m transfusion.recipes.emoji_fetch` fetches them at 64x64. Emoji that are drawn as an earlier one are
+left out: 1,870 names are left. One name in ten is held out in one of its styles: a model has seen the thing and has
+seen the style, never both together.
 """
 import json
 import os
@@ -53,7 +54,9 @@ class EmojiSettings(DatasetSettings):
 
 
 class Emoji(PictureDataset):
-    """Emoji with captions made of their names and styles, "a red apple, noto style"; a tenth of the names is held out in one style.
+    """Emoji with captions made of their names and styles, "a red apple, noto style".
+
+    A tenth of the names is held out in one style.
 
     Args:
         split: "train", "held-out" (the pairs of name and style that training never shows), or "all".
@@ -63,13 +66,15 @@ class Emoji(PictureDataset):
 
     def __init__(self, split: str = "train", sheets: Path = SHIPPED, categories: tuple[str, ...] = CATEGORIES):
         if not (Path(sheets) / "names.json").is_file():
-            raise ValueError(f"Emoji: sheets is {str(sheets)!r}, which holds no names.json; a directory that `python -m "
+            raise ValueError(f"Emoji: sheets is {str(sheets)!r}, which holds no names.json; a directory that `python "
+                             "-m "
                              "transfusion.recipes.emoji_fetch` wrote fits; run it")
         if split not in ("train", "held-out", "all"):
             raise ValueError(f"Emoji: split is {split!r}; 'train', 'held-out' or 'all' fits")
         table = json.loads((Path(sheets) / "names.json").read_text())
         self.size = table["size"]
-        pictures = torch.stack([read_sheet(Path(sheets) / f"{style}.webp", self.size, len(table["emoji"])) for style in STYLES])
+        files = [Path(sheets) / f"{style}.webp" for style in STYLES]
+        pictures = torch.stack([read_sheet(path, self.size, len(table["emoji"])) for path in files])
         held = held_out_pairs([name for name, _, _ in table["emoji"]])
         chosen = [i for i in distinct(pictures) if table["emoji"][i][1] in categories]
         rows, pictures, held = [table["emoji"][i] for i in chosen], pictures[:, chosen], held[:, chosen]
@@ -110,7 +115,8 @@ class Emoji(PictureDataset):
         i = int(torch.randint(len(self.labels), (), generator=generator))
         order, drop, vague = torch.rand(3, generator=generator).tolist()
         says_kind = vague < 0.1 and not arrangement.is_image_first(order)
-        return arrangement.pair(Text(self.kind_of(i) if says_kind else self.caption_of(i)), Image(self.pictures[i]), order, drop)
+        caption = Text(self.kind_of(i) if says_kind else self.caption_of(i))
+        return arrangement.pair(caption, Image(self.pictures[i]), order, drop)
 
     def labels_by_name(self) -> dict[str, Labels]:
         """As `Dataset.labels_by_name`."""
@@ -146,18 +152,20 @@ def distinct(pictures: Tensor) -> list[int]:
 def read_sheet(path: Path, size: int, count: int) -> Tensor:
     """Read the first `count` tiles of a sheet: (count, 3, size, size), values in [-1, 1]."""
     with Picture.open(path) as picture:
-        pixels = torch.from_numpy(np.array(picture.convert("RGB")))                        # (rows * size, COLUMNS * size, 3)
-    tiles = pixels.unflatten(0, (-1, size)).unflatten(2, (-1, size))                       # (rows, size, COLUMNS, size, 3)
+        pixels = torch.from_numpy(np.array(picture.convert("RGB")))                  # (rows * size, COLUMNS * size, 3)
+    tiles = pixels.unflatten(0, (-1, size)).unflatten(2, (-1, size))                 # (rows, size, COLUMNS, size, 3)
     return tiles.permute(0, 2, 4, 1, 3).flatten(0, 1)[:count].float() / 127.5 - 1
 
 
 def emoji() -> TrainConfig:
-    """459 named emoji in two styles, 32x32, x0-prediction in patches of 8x8: the showcase, over an hour of one CPU core."""
+    """459 named emoji in two styles, 32x32, x0-prediction in patches of 8x8: the showcase, over an hour on one core."""
     return TrainConfig(
         out=Path("runs/emoji"), save_every=200, data=EmojiSettings(lively=True, caption_first=0.8, noise_limit=0.5),
-        model=ModelSettings(vocabulary=2048, hidden=256, layers=6, heads=8, kv_heads=8, mlp=688, patch_size=8, backbone="adaln",
-                            positions="2d", objective="x0", diffusion_weight=50.0),
-        optim=OptimSettings(steps=6000, rows=4, seq_len=256, lr=1e-3, min_lr=1e-5, warmup=100, weight_decay=0.02, ema=0.995))
+        model=ModelSettings(
+            vocabulary=2048, hidden=256, layers=6, heads=8, kv_heads=8, mlp=688, patch_size=8, backbone="adaln",
+            positions="2d", objective="x0", diffusion_weight=50.0),
+        optim=OptimSettings(
+            steps=6000, rows=4, seq_len=256, lr=1e-3, min_lr=1e-5, warmup=100, weight_decay=0.02, ema=0.995))
 
 
 def emoji_autoencoder() -> VAETrainConfig:

@@ -1,7 +1,7 @@
 """Fetch emoji of 64x64 through npm: `python -m transfusion.recipes.emoji_fetch`.
 
-The packages are emoji-datasource-google and -twitter, checked against the SHA-512 that npm published. What is written are the
-sheets that `transfusion.recipes.emoji` reads (`--data.size 64`).
+The packages are emoji-datasource-google and -twitter, checked against the SHA-512 that npm published. What is written
+are the sheets that `transfusion.recipes.emoji` reads (`--data.size 64`).
 """
 import base64
 import hashlib
@@ -37,8 +37,8 @@ class Fetch:
     size: int = 64
     """side of a picture: 64 as they come, less to shrink them"""
     out: Path | None = None
-    """directory for noto.webp, twemoji.webp, names.json and the licences; None: where `--data.size 64` looks, with the size in
-    its name"""
+    """directory for noto.webp, twemoji.webp, names.json and the licences; None: where `--data.size 64` looks, with the
+    size in its name"""
 
 
 def fetch(options: Fetch) -> Path:
@@ -46,7 +46,8 @@ def fetch(options: Fetch) -> Path:
     if options.size not in (8, 16, 32, 64):
         raise ValueError(f"emoji: size is {options.size}; 8, 16, 32 or 64 fits")
     if shutil.which("npm") is None:
-        raise ValueError("emoji: npm is not on the PATH; install Node.js, or take --data.size 32, whose pictures the package holds")
+        raise ValueError("emoji: npm is not on the PATH; install Node.js, or take --data.size 32, whose pictures the "
+                         "package holds")
     out = options.out or FETCHED / f"emoji-{options.size}"
     with tempfile.TemporaryDirectory() as scratch:
         fresh = Path(scratch) / "sheets"
@@ -70,12 +71,14 @@ def _download(style: str, scratch: Path) -> Path:
     command = ["npm", "pack", package, "--silent", "--pack-destination", str(scratch)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
-        raise ValueError(f"emoji: npm pack {package} failed ({run.stderr.strip()[-300:]}); a machine that reaches the npm registry "
+        raise ValueError(f"emoji: npm pack {package} failed ({run.stderr.strip()[-300:]}); a machine that reaches "
+                         "the npm registry "
                          "fits")
     archive = scratch / run.stdout.strip().splitlines()[-1]
     found = base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
     if found != published:
-        raise ValueError(f"emoji: {package} has SHA-512 {found}; {published} is what was published; nothing of it is used")
+        raise ValueError(f"emoji: {package} has SHA-512 {found}; {published} is what was published; nothing of it is "
+                         "used")
     return archive
 
 
@@ -84,7 +87,8 @@ def _write_sheet(archive: Path, style: str, size: int, out: Path) -> list[tuple[
     folder, _, _ = PACKAGES[style]
     with tarfile.open(archive) as tar:
         rows = json.load(tar.extractfile("package/emoji.json"))
-        rows = [row for row in rows if row["category"] != "Component" and row["has_img_google"] and row["has_img_twitter"]]
+        rows = [row for row in rows
+                if row["category"] != "Component" and row["has_img_google"] and row["has_img_twitter"]]
         rows.sort(key=lambda row: row["sort_order"])
         rows = list({_name(row): row for row in rows}.values())
         places = {f"package/img/{folder}/64/{row['image']}": i for i, row in enumerate(rows)}
@@ -100,9 +104,10 @@ def _write_sheet(archive: Path, style: str, size: int, out: Path) -> list[tuple[
                 tile = tile.convert("RGB").resize((size, size), Picture.Resampling.BOX)
             sheet.paste(tile, (i % COLUMNS * size, i // COLUMNS * size))
     if places:
-        raise ValueError(f"emoji: {archive.name} lacks {len(places)} pictures, {next(iter(places))} first; the versions in "
+        raise ValueError(f"emoji: {archive.name} lacks {len(places)} pictures, {next(iter(places))} first; the "
+                         "versions in "
                          "transfusion/recipes/emoji_fetch.py hold them all")
-    coarse = [min(255, (v + 4) // 8 * 8) if v < 252 else 255 for v in range(256)]  # half the bytes; at most 4 of 255 off
+    coarse = [min(255, (v + 4) // 8 * 8) if v < 252 else 255 for v in range(256)]  # half the bytes, 4 of 255 off
     sheet = sheet.point(coarse * 3)
     sheet.save(out / f"{style}.webp", lossless=True, quality=100, method=6)
     return [(_name(row), row["category"], row["subcategory"].replace("-", " ")) for row in rows]

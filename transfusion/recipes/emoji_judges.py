@@ -1,11 +1,15 @@
 """How well a model draws emoji in a style that it was never shown them in, and names emoji it was never shown.
 
-Two judges that never saw the model (`transfusion.train.classifier`), trained on all real pictures, held-out ones too, read what is drawn: its name, its style.
+Two judges that never saw the model (`transfusion.train.classifier`), trained on all real pictures, held-out ones too,
+read what is drawn: its name, its style.
 
-    name, name_in_five      share of drawn pictures that the judge of names reads as asked, first or among its first five guesses
+    name, name_in_five      share of drawn pictures that the judge of names reads as asked, first or among its
+                            first five guesses
     style                   share that the judge of styles reads as asked
-    nearest                 share whose nearest real picture, among both styles of all names in the judge's features, is exactly the asked one
-    frechet                 Frechet distance in the judge's features between drawn pictures and the real ones of the asked names and styles
+    nearest                 share whose nearest real picture, among both styles of all names in the judge's features, is
+                            exactly the asked one
+    frechet                 Frechet distance in the judge's features between drawn pictures and the real ones of
+                            the asked names and styles
     caption, caption_name   share of pictures whose written caption is exactly theirs, or has the right name
 """
 import math
@@ -24,7 +28,10 @@ from transfusion.train.classifier import ClassifierSettings, train_classifier
 
 
 class Judges:
-    """A judge of names and one of styles, trained on every real picture of `real` (split "all"), kept in `out` and read from there the next time."""
+    """A judge of names and one of styles, trained on every real picture of `real` (split "all").
+
+    They are kept in `out` and read from there the next time.
+    """
 
     def __init__(self, real: Emoji, out: Path, settings: ClassifierSettings):
         self.real, device = real, choose_device(settings.device)
@@ -42,7 +49,8 @@ class Judges:
             "style": in_batches(self.styles.logits, drawn).argmax(1) == styles,
             "nearest": (self.real.labels[nearest] == labels) & (self.real.styles[nearest] == styles)}
         asked = self.features[self.places(labels, styles)]
-        return {name: x.double().mean().item() for name, x in right.items()} | {"frechet": frechet_distance(features, asked)}
+        shares = {name: x.double().mean().item() for name, x in right.items()}
+        return shares | {"frechet": frechet_distance(features, asked)}
 
     def places(self, labels: Tensor, styles: Tensor) -> list[int]:
         """Where the real picture of each (label, style) stands in `real`."""
@@ -57,16 +65,20 @@ def draw_emoji(model: Transfusion, captions: list[str], **options) -> Tensor:
 
 
 def read_captions(model: Transfusion, images: Tensor, captions: list[str]) -> dict[str, float]:
-    """Let the model write behind `images` (N, C, H, W), pictures or latents, and compare with their captions, "a red apple, noto style"."""
+    """Let the model write behind `images` (N, C, H, W), pictures or latents, and compare with their captions."""
     written = model.caption([Image(image) for image in images], max_new_tokens=48)
-    name = [said.rpartition(",")[0] == caption.rpartition(",")[0] for said, caption in zip(written, captions, strict=True)]
+    name = [said.rpartition(",")[0] == caption.rpartition(",")[0]                          # "a red apple, noto style"
+            for said, caption in zip(written, captions, strict=True)]
     exact = [said == caption for said, caption in zip(written, captions)]
     return {"caption": sum(exact) / len(captions), "caption_name": sum(name) / len(captions)}
 
 
 @torch.no_grad()
 def bits_per_byte(model: Transfusion, text: str, window: int = 256, windows: int = 64) -> float:
-    """Bits per byte of plain text, UTF-8, under the language model: its first `windows` pieces of `window` tokens, each behind BOS."""
+    """Return the bits per byte of plain text, UTF-8, under the language model.
+
+    Its first `windows` pieces of `window` tokens are read, each behind BOS.
+    """
     tokens = torch.tensor(Text(text).token_ids(model.tokenizer, model.config))
     pieces = tokens[:len(tokens) // window * window].view(-1, window)[:windows]
     if not len(pieces):
@@ -75,5 +87,6 @@ def bits_per_byte(model: Transfusion, text: str, window: int = 256, windows: int
     nats = 0.0
     for piece in torch.cat([start, pieces], 1).split(8):
         logits = model.text_logits(piece[:, :-1].to(model.device)).float()
-        nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1), piece[:, 1:].flatten().to(model.device), reduction="sum").item()
+        targets = piece[:, 1:].flatten().to(model.device)
+        nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="sum").item()
     return nats / math.log(2) / sum(len(said.encode()) for said in model.tokenizer.batch_decode(pieces))

@@ -7,11 +7,12 @@
     1.4B       24     2048     16     1364.3 M       4.9 M   0.4 %       c = 640   282.0 M    21 % (19.3 %)
     7B         32     4096     32     6738.4 M      18.2 M   0.3 %       c = 576   271.0 M   4.0 % (3.8 %)
 
-Layers, hidden sizes and heads are those of table 2. Parameters are the decoder's with both vocabulary matrices, whose sum the
-sizes are named after (within 4 %; without the matrices 0.16B would be 0.11). Image layers are all else; where they are linear,
-most of that is the embedding of the timestep. The percentages of table 7 hold for linear layers; those of its U-Net column stand
-in brackets. The paper gives 0.27 B for the U-Net of every size but no channels, so channels are chosen here that meet this sum
-within 4.5 %. Sum and percentages cannot both hold: 106.1 % of the smallest model would be 0.17 B, 3.8 % of the largest 0.26 B.
+Layers, hidden sizes and heads are those of table 2. Parameters are the decoder's with both vocabulary matrices, whose
+sum the sizes are named after (within 4 %; without the matrices 0.16B would be 0.11). Image layers are all else; where
+they are linear, most of that is the embedding of the timestep. The percentages of table 7 hold for linear layers;
+those of its U-Net column stand in brackets. The paper gives 0.27 B for the U-Net of every size but no channels, so
+channels are chosen here that meet this sum within 4.5 %. Sum and percentages cannot both hold: 106.1 % of the
+smallest model would be 0.17 B, 3.8 % of the largest 0.26 B.
 """
 from pathlib import Path
 from typing import NamedTuple
@@ -91,10 +92,11 @@ def paper_model(size: str, image_layers: str = "linear") -> TransfusionConfig:
 def paper(size: str = "0.16B", image_layers: str = "linear") -> TrainConfig:
     """The paper's models and training; --size and --image-layers choose the model, data:NAME the data set.
 
-    250,000 steps of 2 M tokens, captions first 80 % of the time (section 4.1), images before their captions noised to half the
-    time at most (section 4.3.4). AdamW's epsilon, 1e-8, is PyTorch's own. The paper names no average of weights and no share of
-    captions left out for guidance (`caption_dropout` keeps its default). Its pictures are not public, so that there is no data
-    set by default; latents of 8x32x32 make its 256 patches a picture. The tokenizer is trained on the data set's own texts.
+    250,000 steps of 2 M tokens, captions first 80 % of the time (section 4.1), images before their captions noised to
+    half the time at most (section 4.3.4). AdamW's epsilon, 1e-8, is PyTorch's own. The paper names no average of
+    weights and no share of captions left out for guidance (`caption_dropout` keeps its default). Its pictures are not
+    public, so that there is no data set by default; latents of 8x32x32 make its 256 patches a picture. The tokenizer
+    is trained on the data set's own texts.
 
     Args:
         size: a name in `PAPER`.
@@ -105,12 +107,12 @@ def paper(size: str = "0.16B", image_layers: str = "linear") -> TrainConfig:
         out=Path("runs") / f"paper-{size}", save_every=1000, autocast=True,
         model=ModelSettings(
             vocabulary=VOCABULARY + 2, hidden=hidden, layers=layers, heads=heads, kv_heads=heads, mlp=mlp_width(hidden),
-            norm_eps=1e-5, patch_size=2, image_layers=image_layers, unet_channels=unet_channels, unet_blocks=3, objective="eps",
-            diffusion_weight=5.0),
+            norm_eps=1e-5, patch_size=2, image_layers=image_layers, unet_channels=unet_channels, unet_blocks=3,
+            objective="eps", diffusion_weight=5.0),
         data=DatasetSettings(caption_first=0.8, noise_limit=0.5),
         optim=OptimSettings(
-            steps=250_000, rows=512, seq_len=4096, lr=3e-4, min_lr=1.5e-5, warmup=4000, betas=(0.9, 0.95), weight_decay=0.1,
-            clip=1.0, times="uniform", ema=0.0))
+            steps=250_000, rows=512, seq_len=4096, lr=3e-4, min_lr=1.5e-5, warmup=4000, betas=(0.9, 0.95),
+            weight_decay=0.1, clip=1.0, times="uniform", ema=0.0))
 
 
 def paper_autoencoder() -> VAETrainConfig:
@@ -119,19 +121,22 @@ def paper_autoencoder() -> VAETrainConfig:
     The pictures are those of --data.folder. For all terms of the loss name --losses.perceptual-model and
     --losses.identity-model; what has no model is left out.
 
-    The layers are those of Stable Diffusion's first autoencoder, of three halvings: 83.7 M parameters, the nearest off-the-shelf
-    shape to the paper's 86 M. Batch, learning rate and decay are not in the paper; they are latent diffusion's (arXiv:2112.10752).
+    The layers are those of Stable Diffusion's first autoencoder, of three halvings: 83.7 M parameters, the nearest
+    off-the-shelf shape to the paper's 86 M. Batch, learning rate and decay are not in the paper; they are latent
+    diffusion's (arXiv:2112.10752).
     """
     return VAETrainConfig(
         out=Path("runs/vae-paper"), save_every=5000, autocast=True, data=PictureFolderSettings(size=256),
         model=AutoencoderSettings(latent_channels=8, widths=(128, 256, 512, 512), blocks=2, groups=32, attention=True),
         losses=LossSettings(adversarial_from=50_000),
-        optim=VAEOptimSettings(steps=1_000_000, batch=32, lr=1e-4, min_lr=1e-5, warmup=5000, betas=(0.5, 0.9), ema=0.9999))
+        optim=VAEOptimSettings(
+            steps=1_000_000, batch=32, lr=1e-4, min_lr=1e-5, warmup=5000, betas=(0.5, 0.9), ema=0.9999))
 
 
 def paper_sampling(guidance: float = 3.0) -> dict:
-    """Return how the paper draws, as options of `generate` and `draw`: 250 steps of a model trained with 1000, text greedily.
+    """Return how the paper draws, as options of `generate` and `draw`.
 
+    It takes 250 steps of a model trained with 1000, and the likeliest token of the text.
     Guidance is 3 in its ablations (section 4.3) and 5 in its comparisons (section 4.2).
     """
     return {"steps": 250, "sampler": "ddim", "guidance": guidance, "temperature": 0.0}

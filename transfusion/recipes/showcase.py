@@ -1,15 +1,18 @@
 """Emoji drawn in a style they were never shown in: `python -m transfusion.showcase` trains, draws and judges.
 
-The same command goes on where it was interrupted. The model sees 459 named faces, animals, plants and dishes in two styles, but
-one in ten of them in one style alone; those it draws in the other. On two CPU cores a small decoder learns them from nothing. With
-a GPU, start from a language model, whose text loss is measured before and after, and take all 1,870 emoji:
+The same command goes on where it was interrupted. The model sees 459 named faces, animals, plants and dishes in two
+styles, but one in ten of them in one style alone; those it draws in the other. On two CPU cores a small decoder
+learns them from nothing. With a GPU, start from a language model, whose text loss is measured before and after, and
+take all 1,870 emoji:
 
-    transfusion init --llm SmolLM2-135M --patch-size 4 --objective x0 --diffusion-weight 50 --backbone adaln --positions 2d \\
+    transfusion init --llm SmolLM2-135M --patch-size 4 --objective x0 --diffusion-weight 50 --backbone adaln
+    --positions 2d \\
         --out runs/start
     python -m transfusion.showcase --train.tune.start runs/start --train.data.no-lively --train.optim.lr 2e-4 \\
         --train.autocast --train.out runs/emoji-smollm2
 
-Leaves in runs/emoji: the checkpoint, samples.png (held-out pairs of name and style), loss.png, the judges and metrics.json.
+Leaves in runs/emoji: the checkpoint, samples.png (held-out pairs of name and style), loss.png, the judges and
+metrics.json.
 """
 import json
 import time
@@ -116,8 +119,8 @@ def judge_drawings(settings: ShowcaseSettings, model: Transfusion, judges: Judge
                    shown: Tensor) -> tuple[Tensor, dict[str, float]]:
     """Draw the held-out names in the style never shown and in the other; return the first and what the judges read.
 
-    Beside them they read the pictures that were `shown` (N, C, H, W), one for each held-out pair, as if they had been drawn
-    for it.
+    Beside them they read the pictures that were `shown` (N, C, H, W), one for each held-out pair, as if they had been
+    drawn for it.
     """
     size = open_dataset(settings.train.data, "held-out")[0].image_shape[1:]
     pair = torch.arange(len(held_out.labels)).repeat_interleave(settings.each)
@@ -125,8 +128,8 @@ def judge_drawings(settings: ShowcaseSettings, model: Transfusion, judges: Judge
     for name, asked in (("held_out", styles), ("trained", 1 - styles)):
         captions = [held_out.caption(held_out.names[label], STYLES[style]) for label, style in zip(labels, asked)]
         print(f"drawing {len(captions)} pictures of {name.replace('_', '-')} pairs ...", flush=True)
-        drawn[name] = draw_emoji(model, captions, steps=settings.steps, guidance=settings.guidance, seed=settings.train.seed,
-                                 image_size=size)
+        drawn[name] = draw_emoji(model, captions, steps=settings.steps, guidance=settings.guidance,
+                                 seed=settings.train.seed, image_size=size)
         metrics |= {f"{name}_{key}": value for key, value in judges.read(drawn[name], labels, asked).items()}
     read = judges.read(shown[pair], labels, styles)
     return drawn["held_out"], metrics | {f"shown_{key}": value for key, value in read.items()}

@@ -256,8 +256,6 @@ def judge(config: JudgeConfig) -> float:
     return share
 
 
-
-
 if __name__ == "__main__":
     from transfusion.recipes.command_line import judge_main
 

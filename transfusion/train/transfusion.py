@@ -204,5 +204,3 @@ def train_to_end(config: TrainConfig) -> Path:
     if (step := saved_step(out)) < config.optim.steps:
         raise KeyboardInterrupt(f"{out}: {step:,} of {config.optim.steps:,} steps are done; the same command goes on")
     return out
-
-

@@ -34,7 +34,8 @@ def test_documents_come_in_the_shares_asked_for():
     digits, generator = settings.open(), torch.Generator().manual_seed(0)
     shapes = [tuple(type(part) for part in digits.document(generator, settings)) for _ in range(4000)]
     shares = {shape: shapes.count(shape) / len(shapes) for shape in set(shapes)}
-    expected = {(Text, Image, Text, Image): 0.25, (Image, Text): 0.75 * 0.3, (Image,): 0.75 * 0.7 * 0.2, (Text, Image): 0.75 * 0.7 * 0.8}
+    expected = {(Text, Image, Text, Image): 0.25, (Image, Text): 0.75 * 0.3, (Image,): 0.75 * 0.7 * 0.2,
+                (Text, Image): 0.75 * 0.7 * 0.8}
     assert shares.keys() == expected.keys() and all(abs(shares[k] - expected[k]) < 0.03 for k in expected)
 
 
@@ -49,7 +50,10 @@ def test_captions_tell_the_digit_of_their_image():
 
 def test_a_batch_depends_on_seed_and_step_alone_and_fills_its_rows():
     model = tiny_model()
-    batch = lambda seed, step: draw_batch(Digits(), DigitsSettings(), model.tokenizer, model.config, 4, 128, step_generator(seed, step))  # noqa: E731
+
+    def batch(seed, step):
+        return draw_batch(Digits(), DigitsSettings(), model.tokenizer, model.config, 4, 128, step_generator(seed, step))
+
     (first, limit), (again, _), (other, _) = batch(0, 3), batch(0, 3), batch(0, 4)
     assert torch.equal(first.tokens, again.tokens) and torch.equal(first.patches, again.patches)
     assert first.patches.shape != other.patches.shape or not torch.equal(first.patches, other.patches)
@@ -62,7 +66,8 @@ def test_only_images_that_stand_before_their_caption_get_the_noise_limit():
                                (DigitsSettings(caption_first=1.0, caption_dropout=0.5), {1.0}),
                                (DigitsSettings(story=1.0), {1.0}),
                                (DigitsSettings(caption_first=0.5, noise_limit=0.25), {0.25, 1.0})):
-        sequence, limit = draw_batch(settings.open(), settings, model.tokenizer, model.config, 4, 128, step_generator(0, 0))
+        sequence, limit = draw_batch(settings.open(), settings, model.tokenizer, model.config, 4, 128,
+                                     step_generator(0, 0))
         assert set(limit.tolist()) == expected
         assert ((limit < 1) <= sequence.image_first).all()
 

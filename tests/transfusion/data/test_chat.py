@@ -13,15 +13,23 @@ from transfusion.data.sources import DataError, PictureRef, Record, Turn
 from transfusion.sequence import Image, Text, encode
 
 IGNORED, IMAGE_TOKEN = -100, -200
-SMOL = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are "
-        "a helpful AI assistant named SmolLM<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + "
-        "message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-        "{% endif %}")
-MISTRAL = ("{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] | "
-           "trim + ' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] | trim + eos_token }}"
-           "{% else %}{{ raise_exception('no system here') }}{% endif %}{% endfor %}")
-VOCABULARY = ("the cat sat on a mat what colour is bus white and red describe image in detail USER ASSISTANT Answer question "
-              "using single word or phrase two three 12 1985 naïve straße 猫 ünïcode don't it's [0.12, 0.5] yes no")
+SMOL = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + "
+    "message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] | "
+    "trim + ' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] | trim + eos_token }}"
+    "{% else %}{{ raise_exception('no system here') }}{% endif %}{% endfor %}"
+)
+VOCABULARY = (
+    "the cat sat on a mat what colour is bus white and red describe image in detail USER ASSISTANT Answer question "
+    "using single word or phrase two three 12 1985 naïve straße 猫 ünïcode don't it's [0.12, 0.5] yes no"
+)
 WORDS = VOCABULARY.split()
 
 
@@ -59,11 +67,20 @@ def byte_level(template=None, eos="<|im_end|>"):
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<boi>", "<eoi>"],
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<boi>", "<eoi>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
     trained.train_from_iterator([" ".join(WORDS) + "\n\n" + CHATML] * 3, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=trained, bos_token="<|endoftext|>", eos_token=eos, chat_template=template,
-                                   additional_special_tokens=["<|im_start|>", "<|im_end|>", "<boi>", "<eoi>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained,
+        bos_token="<|endoftext|>",
+        eos_token=eos,
+        chat_template=template,
+        additional_special_tokens=["<|im_start|>", "<|im_end|>", "<boi>", "<eoi>"],
+    )
 
 
 @pytest.fixture(scope="module", params=["legacy", "later"])
@@ -83,7 +100,9 @@ def rows(count, seed=0, picture=False):
     def text():
         words = generator.choices(WORDS, k=generator.randint(1, 14))
         joints = generator.choices([" ", " ", " ", "\n", "  ", ", ", ".\n"], k=len(words))
-        return "".join(word + joint for word, joint in zip(words, joints)).strip() + generator.choice(["", ".", "?", "!"])
+        return "".join(word + joint for word, joint in zip(words, joints)).strip() + generator.choice(
+            ["", ".", "?", "!"]
+        )
 
     for _ in range(count):
         said = [{"from": who, "value": text()} for _ in range(generator.randint(1, 4)) for who in ("human", "gpt")]
@@ -193,30 +212,48 @@ def test_pictures_stay_where_the_author_put_them_unless_the_front_is_asked_for(l
     picture = PictureRef(b"x", loss=False)
     said = [{"from": "human", "value": "what is <image> this"}, {"from": "gpt", "value": "a cat"}]
     kept = chat_parts(record(said, picture), legacy, ChatSettings())
-    assert kept[0].text.endswith("USER: what is ") and kept[1] is picture and kept[2].text.startswith(" this ASSISTANT:")
+    assert (
+        kept[0].text.endswith("USER: what is ") and kept[1] is picture and kept[2].text.startswith(" this ASSISTANT:")
+    )
     front = chat_parts(record(said, picture), legacy, ChatSettings(image_position="front"))
     assert front[0].text.endswith("USER: ") and front[1] is picture and front[2].text.startswith("\nwhat is  this ")
 
 
 def written(parts):
     """Text with targets in brackets, as a reader would mark them."""
-    return "".join("<image>" if isinstance(part, PictureRef) else f"[{part.text}]" if part.loss else part.text for part in parts)
+    return "".join(
+        "<image>" if isinstance(part, PictureRef) else f"[{part.text}]" if part.loss else part.text for part in parts
+    )
 
 
 HELLO = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}, {"from": "human", "value": "the cat"},
          {"from": "gpt", "value": "the mat"}]
 
 
-@pytest.mark.parametrize("template, made, expected", [
-    ("vicuna_v1", lambda: llama_like(True), "S USER: hi ASSISTANT:[ hello</s>]USER: the cat ASSISTANT:[ the mat]"),
-    ("llama_2", lambda: llama_like(True), "[INST] <<SYS>>\nS\n<</SYS>>\n\nhi [/INST][ hello </s>]<s>[INST] the cat [/INST]"
-     "[ the mat ]"),
-    ("chatml", byte_level, "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n[hello"
-     "<|im_end|>]\n<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n[the mat]"),
-    ("tokenizer", lambda: byte_level(SMOL), "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>"
-     "assistant\n[hello<|im_end|>]\n<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n[the mat]"),
-    ("plain", lambda: llama_like(True), "hi\n[hello\n]the cat\n[the mat\n]"),
-])
+@pytest.mark.parametrize(
+    "template, made, expected",
+    [
+        ("vicuna_v1", lambda: llama_like(True), "S USER: hi ASSISTANT:[ hello</s>]USER: the cat ASSISTANT:[ the mat]"),
+        (
+            "llama_2",
+            lambda: llama_like(True),
+            "[INST] <<SYS>>\nS\n<</SYS>>\n\nhi [/INST][ hello </s>]<s>[INST] the cat [/INST][ the mat ]",
+        ),
+        (
+            "chatml",
+            byte_level,
+            "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n[hello"
+            "<|im_end|>]\n<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n[the mat]",
+        ),
+        (
+            "tokenizer",
+            lambda: byte_level(SMOL),
+            "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>"
+            "assistant\n[hello<|im_end|>]\n<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n[the mat]",
+        ),
+        ("plain", lambda: llama_like(True), "hi\n[hello\n]the cat\n[the mat\n]"),
+    ],
+)
 def test_templates_write_their_words_and_train_on_answers_and_what_ends_them(template, made, expected):
     tokenizer = made()
     parts = chat_parts(record(HELLO), tokenizer, ChatSettings(template=template, system="S"))
@@ -252,7 +289,10 @@ def test_a_template_that_strips_and_puts_a_space_before_the_answer_is_followed()
 def test_plain_keeps_pictures_and_answers_of_pairs():
     picture = PictureRef(b"x", loss=False)
     said = [{"from": "human", "value": "Give a caption.\n<image>"}, {"from": "gpt", "value": "the cat"}]
-    assert written(chat_parts(record(said, picture), llama_like(True), ChatSettings(template="plain"))) == "<image>[the cat\n]"
+    assert (
+        written(chat_parts(record(said, picture), llama_like(True), ChatSettings(template="plain")))
+        == "<image>[the cat\n]"
+    )
 
 
 def test_names_of_special_tokens_in_an_authors_words_are_spelled_out(legacy):
@@ -276,7 +316,11 @@ def test_a_question_without_an_answer_at_the_end_is_left_out(legacy):
 
 def test_conversations_too_long_lose_whole_exchanges_and_no_part_of_a_picture(legacy):
     picture = PictureRef(b"x", loss=False)
-    said = [turn for i in range(6) for turn in ({"from": "human", "value": f"<image>what is {i}"}, {"from": "gpt", "value": "the cat"})]
+    said = [
+        turn
+        for i in range(6)
+        for turn in ({"from": "human", "value": f"<image>what is {i}"}, {"from": "gpt", "value": "the cat"})
+    ]
     whole = record(said, picture)
     parts = [chat_parts(Record("r", turns=whole.turns[:2 * n]), legacy, ChatSettings()) for n in range(1, 7)]
     sizes = [length(part, legacy, lambda _: 66) for part in parts]
@@ -289,8 +333,12 @@ def test_conversations_too_long_lose_whole_exchanges_and_no_part_of_a_picture(le
 
 
 def test_the_length_of_parts_is_that_of_their_document():
-    for tokenizer, template in ((llama_like(True), "vicuna_v1"), (byte_level(SMOL), "tokenizer"), (byte_level(), "chatml"),
-                                (llama_like(False), "llama_2")):
+    for tokenizer, template in (
+        (llama_like(True), "vicuna_v1"),
+        (byte_level(SMOL), "tokenizer"),
+        (byte_level(), "chatml"),
+        (llama_like(False), "llama_2"),
+    ):
         for said in rows(10, seed=3):
             parts = chat_parts(record(said), tokenizer, ChatSettings(template=template))
             assert length(parts, tokenizer) == len(encode(parts, tokenizer, config()).tokens)
@@ -303,14 +351,25 @@ def test_a_row_without_any_target_is_an_error_with_its_place(legacy):
     read = PictureRef(b"x", loss=False)
     silent = Record("r", turns=(Turn("user", ("",)), Turn("assistant", (read,))))
     with pytest.raises(DataError, match="r: nothing in it is a target"):
-        chat_parts(silent, byte_level("{% for m in messages %}{{ m['content'] }}{% endfor %}"), ChatSettings(template="tokenizer"))
+        chat_parts(
+            silent,
+            byte_level("{% for m in messages %}{{ m['content'] }}{% endfor %}"),
+            ChatSettings(template="tokenizer"),
+        )
 
 
 def test_a_drawn_picture_in_an_answer_is_a_target(legacy):
     drawn = PictureRef(b"x", loss=True)
-    parts = chat_parts(Record("r", turns=(Turn("user", ("draw the cat",)), Turn("assistant", (drawn,)))), legacy, ChatSettings(system=""))
+    parts = chat_parts(
+        Record("r", turns=(Turn("user", ("draw the cat",)), Turn("assistant", (drawn,)))),
+        legacy,
+        ChatSettings(system=""),
+    )
     assert [part.loss for part in parts] == [False, True, True]
-    assert parts[1] == EncodedText(" ", True, True, tuple(legacy.encode(" ", add_special_tokens=False)[1:])) and parts[2] is drawn
+    assert (
+        parts[1] == EncodedText(" ", True, True, tuple(legacy.encode(" ", add_special_tokens=False)[1:]))
+        and parts[2] is drawn
+    )
 
 
 def test_settings_and_tokenizers_that_do_not_fit_are_refused(legacy):

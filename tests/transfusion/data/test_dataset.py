@@ -66,17 +66,20 @@ def test_a_run_goes_on_with_its_own_data_set_alone_and_says_which(tmp_path):
 
 
 def test_a_run_that_an_earlier_version_saved_goes_on_by_the_name_of_its_data_set(tmp_path):
-    config = TrainConfig(out=tmp_path, model=MODEL, data=DigitsSettings(story=0.2), optim=OPTIM, device="cpu", stop_after=1)
+    config = TrainConfig(out=tmp_path, model=MODEL, data=DigitsSettings(story=0.2), optim=OPTIM, device="cpu",
+                         stop_after=1)
     train(config)
     path = tmp_path / "resume" / "run.json"
     run = json.loads(path.read_text())
     run["config"]["data"] = {
-        "name": "digits", "latents": None, "caption_first": 0.8, "caption_dropout": 0.1, "story": 0.2, "noise_limit": 0.5,
-        "context": "noised", "jitter": 0.0}
+        "name": "digits", "latents": None, "caption_first": 0.8, "caption_dropout": 0.1, "story": 0.2,
+        "noise_limit": 0.5, "context": "noised", "jitter": 0.0}
     going_on = dataclasses.replace(config, resume=True, stop_after=2)
-    for name, data in (("emoji-lively", EmojiSettings(lively=True)), ("emoji", EmojiSettings()), ("emoji-64", EmojiSettings(size=64))):
+    for name, data in (("emoji-lively", EmojiSettings(lively=True)), ("emoji", EmojiSettings()),
+                       ("emoji-64", EmojiSettings(size=64))):
         assert data.name == name
-    path.write_text(json.dumps(run | {"config": run["config"] | {"data": run["config"]["data"] | {"name": "emoji"}}}))
+    other = run["config"] | {"data": run["config"]["data"] | {"name": "emoji"}}
+    path.write_text(json.dumps(run | {"config": other}))
     with pytest.raises(ValueError, match="data.name differ from the run saved"):
         train(going_on)
     path.write_text(json.dumps(run))
@@ -87,7 +90,8 @@ def test_a_run_that_an_earlier_version_saved_goes_on_by_the_name_of_its_data_set
 def test_pairs_are_arranged_by_two_random_numbers():
     caption, image = Text("a"), Image(torch.zeros(1, 2, 2))
     arrangement = Arrangement(caption_first=0.75, caption_dropout=0.25)
-    assert arrangement.pair(caption, image, order=0.75, drop=0.0) == [image, caption] and arrangement.is_image_first(0.75)
+    assert arrangement.pair(caption, image, order=0.75, drop=0.0) == [image, caption]
+    assert arrangement.is_image_first(0.75)
     assert arrangement.pair(caption, image, order=0.74, drop=0.25) == [caption, image]
     assert arrangement.pair(caption, image, order=0.74, drop=0.24) == [image] and not arrangement.is_image_first(0.74)
 
@@ -117,5 +121,5 @@ def test_a_run_without_captions_or_without_a_data_set_is_refused_in_plain_words(
     config = TrainConfig(out=tmp_path / "run", model=MODEL, data=Bare(), optim=OPTIM, device="cpu")
     with pytest.raises(ValueError, match="pictures and no captions, so that only an autoencoder can be trained on it"):
         train(config)
-    with pytest.raises(ValueError, match="names no data set; settings of one fit; on the command line add, for example, data:"):
+    with pytest.raises(ValueError, match="names no data set; settings of one fit; on the command line add, for"):
         train(dataclasses.replace(config, data=DatasetSettings()))

@@ -2,7 +2,10 @@
 
 import dataclasses
 import io
+import multiprocessing
+import os
 import pickle
+import signal
 from collections import Counter
 
 import numpy as np
@@ -24,7 +27,7 @@ from transfusion import Transfusion, TransfusionConfig
 from transfusion.data.grids import Grids, GridSettings
 from transfusion.data.lengths import count_lengths
 from transfusion.data.loader import Failure, FailureWatch, Loader, packed_rows
-from transfusion.data.mixture import Mixture, MixtureSettings, SourceSettings
+from transfusion.data.mixture import Mixture, MixtureSettings, SourceSettings, make_mixture, open_mixture
 from transfusion.data.sources.record import DataError, PictureFile, PictureRef, Record
 from transfusion.diffusion.objective import sample_times
 from transfusion.sequence import Image, Text, encode
@@ -90,6 +93,16 @@ def test_the_loader_leaves_the_run_s_random_numbers_alone(mixture):
     before = torch.get_rng_state()
     list(Loader(rows_of(mixture), 0, 2, workers=2))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_workers_leave_an_interrupt_to_the_run(mixture):
+    """Ctrl-C goes to every process of a terminal; a run that it stops finishes its step and saves."""
+    found = []
+    for batch in Loader(rows_of(mixture), 0, 12, workers=2):
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGINT)
+        found.append(batch)
+    assert len(found) == 12 and not multiprocessing.active_children()
 
 
 def test_every_document_of_an_epoch_is_in_a_row_once_as_it_was_planned(mixture):
@@ -272,6 +285,20 @@ def test_latents_of_an_autoencoder_take_their_images_places(tmp_path, context):
     assert (len(batch.picture) > len(pictures)) == (context == "clean")
     with pytest.raises(ValueError, match="with_latents: latents have"):
         batch.with_latents([x[:, :2, :2] for x in latents], 2)
+
+
+def test_batches_of_files_are_the_same_in_a_process_that_got_them_by_pickle(tmp_path):
+    """As workers do where processes are not forked: no array, no open file and no record travels."""
+    for i in range(6):
+        (tmp_path / f"{i}.png").write_bytes(picture(i).file)
+        (tmp_path / f"{i}.txt").write_text("a red bus")
+    tokenizer = tokenizer_of_words()
+    settings = make_mixture({"sources": [{"format": "imagefolder", "path": "."}], "pictures": {"side": 16}}, tmp_path)
+    mixture = open_mixture(settings, tokenizer, kind_of(tokenizer), folder=tmp_path, workers=0)
+    rows = packed_rows(mixture, rows=1, seq_len=100)
+    here, sent = rows[0], pickle.dumps(rows)
+    assert same(pickle.loads(sent)[0], here) and not here.failures
+    assert len(sent) < 3 * len(pickle.dumps(tokenizer)) + 5000
 
 
 def test_what_workers_hold_is_small_and_waiting_is_measured(mixture):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.transfusion.data.memory import WORDS, kind_of, picture, sentence, tokenizer_of_words
-from transfusion.data.mixture import make_mixture, open_mixture, read_mixture, select
+from transfusion.data.mixture import cache_directory, make_mixture, open_mixture, read_mixture, select
 from transfusion.data.sources import ImageFolderSettings, LLaVASettings
 
 
@@ -188,6 +188,14 @@ def test_an_opened_mixture_knows_every_length_and_its_splits_share_no_picture(da
     assert (stream.weight, stream.caption_first, stream.caption_dropout) == (2, 0.5, 0)
     with pytest.raises(ValueError, match="split is 'test'; 'train' or 'held-out' fits"):
         mixture.streams("test")
+
+
+def test_a_folder_that_cannot_be_written_keeps_its_counts_in_the_users_cache(tmp_path, monkeypatch):
+    assert cache_directory(tmp_path) == tmp_path / ".transfusion"
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found = {cache_directory(tmp_path / name) for name in ("a", "b")}
+    assert len(found) == 2 and {path.parent for path in found} == {tmp_path / "cache" / "transfusion"}
 
 
 def test_an_epoch_ends_with_the_first_source_and_has_the_shares_of_the_weights(data, tokenizer):

@@ -49,8 +49,6 @@ def test_cosine_step_is_the_ddim_step_of_diffusers(name, prediction_type):
     torch.testing.assert_close(ours, scheduler.step(prediction, int(now), x).prev_sample, rtol=1e-4, atol=1e-5)
 
 
-
-
 @pytest.mark.parametrize("kind", TIMES)
 def test_times_stay_under_each_images_limit_and_follow_their_law(kind):
     limit, tokens = torch.tensor([1.0, 0.5] * 2000), torch.full((4000,), 64)

@@ -24,8 +24,9 @@ LABELS = {0: "cat", 1: "dog", 2: "bird"}
 def resnet(**options):
     """A random ResNet whose running statistics are not the initial ones."""
     torch.manual_seed(0)
-    network = ResNetForImageClassification(ResNetConfig(**{**dict(
-        num_channels=3, embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", id2label=LABELS), **options}))
+    network = ResNetForImageClassification(ResNetConfig(**{**dict(num_channels=3, embedding_size=8,
+                                                                  hidden_sizes=[8, 12], depths=[1, 1],
+                                                                  layer_type="basic", id2label=LABELS), **options}))
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.running_mean, -0.2, 0.2)
@@ -35,7 +36,8 @@ def resnet(**options):
 
 def convnext():
     torch.manual_seed(0)
-    return ConvNextForImageClassification(ConvNextConfig(hidden_sizes=[8, 12], depths=[1, 1], num_stages=2, image_size=32, id2label=LABELS)).eval()
+    return ConvNextForImageClassification(ConvNextConfig(hidden_sizes=[8, 12], depths=[1, 1], num_stages=2,
+                                                         image_size=32, id2label=LABELS)).eval()
 
 
 def pictures(*shape, dtype=torch.float32):
@@ -80,7 +82,8 @@ def test_the_gradient_is_that_of_finite_differences(size):
     assert torch.autograd.gradcheck(lambda x: (*features.stages(x), features.pooled(x), features.logits(x)), x)
 
 
-@pytest.mark.parametrize("shape,size", [((40, 40), (16, 16)), ((8, 8), (32, 32)), ((20, 30), (24, 24)), ((16, 16), (16, 16))])
+@pytest.mark.parametrize("shape,size",
+                         [((40, 40), (16, 16)), ((8, 8), (32, 32)), ((20, 30), (24, 24)), ((16, 16), (16, 16))])
 def test_what_the_network_sees_is_what_its_image_processor_makes_of_8_bit_pictures(tmp_path, shape, size):
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     processor = ViTImageProcessorPil(size={"height": size[0], "width": size[1]}, image_mean=mean, image_std=std)
@@ -97,9 +100,15 @@ def test_each_way_of_writing_the_preprocessing_is_read(tmp_path):
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
         return Preprocessing.read(tmp_path, config)
 
-    assert read({"size": {"shortest_edge": 224}, "image_mean": [0.1] * 3, "image_std": [0.2] * 3}) == (3, (224, 224), [0.1] * 3, [0.2] * 3, 1)
-    assert read({"size": 256, "do_center_crop": True, "crop_size": {"height": 224, "width": 192}}, num_channels=1) == (1, (224, 192), [0.5], [0.5], 1)
-    assert read({"do_resize": False, "size": 256, "do_normalize": False, "do_rescale": False}) == (3, None, [0.0], [1.0], 255)
+    assert read({"size": {"shortest_edge": 224}, "image_mean": [0.1] * 3, "image_std": [0.2] * 3}) == (
+        3, (224, 224), [0.1] * 3, [0.2] * 3, 1
+    )
+    assert read(
+        {"size": 256, "do_center_crop": True, "crop_size": {"height": 224, "width": 192}}, num_channels=1
+    ) == (1, (224, 192), [0.5], [0.5], 1)
+    assert read(
+        {"do_resize": False, "size": 256, "do_normalize": False, "do_rescale": False}
+    ) == (3, None, [0.0], [1.0], 255)
     (tmp_path / "preprocessor_config.json").unlink()
     assert Preprocessing.read(tmp_path, {"image_size": 96}) == (3, (96, 96), [0.5], [0.5], 1)
     assert Preprocessing.read(tmp_path, {"num_channels": 4}) == (4, None, [0.5], [0.5], 1)
@@ -142,10 +151,13 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
     network.save_pretrained(tmp_path / "pickled")
     (tmp_path / "pickled" / "model.safetensors").unlink()
     torch.save(network.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
-    assert AutoModelForImageClassification.from_pretrained(tmp_path / "pickled", use_safetensors=False)  # it is whole but for its form
+    # it is whole but for its form
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "pickled", use_safetensors=False)
     with pytest.raises(ValueError, match="cannot be loaded .* in safetensors"):
         Features.from_pretrained(tmp_path / "pickled")
-    network.save_pretrained(tmp_path / "part", state_dict={key: x for key, x in network.state_dict().items() if "encoder.stages.1" not in key})
+    network.save_pretrained(tmp_path / "part",
+                            state_dict={key: x
+                                        for key, x in network.state_dict().items() if "encoder.stages.1" not in key})
     with pytest.raises(ValueError, match="has no weights for encoder.stages.1"):
         Features.from_pretrained(tmp_path / "part")
     (tmp_path / "text").mkdir()
@@ -158,12 +170,17 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
 
 
 def test_vision_transformers_are_refused_where_their_tokens_are_no_maps(tmp_path):
-    options = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8, id2label=LABELS)
+    options = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16,
+                   patch_size=8, id2label=LABELS)
     ViTForImageClassification(ViTConfig(**options)).save_pretrained(tmp_path / "vit")
-    with pytest.raises(ValueError, match="has no weights for pooler.dense.bias, pooler.dense.weight; a convolutional classifier"):
+    with pytest.raises(ValueError,
+                       match="has no weights for pooler.dense.bias, pooler.dense.weight; a convolutional classifier"):
         Features.from_pretrained(tmp_path / "vit")
     Dinov2ForImageClassification(Dinov2Config(**options)).save_pretrained(tmp_path / "dino")
     features = Features.from_pretrained(tmp_path / "dino")
     assert features.pooled(pictures(2, 3, 16, 16)).shape == (2, 16)
-    with pytest.raises(ValueError, match=r"dinov2 .* has hidden states of shape \(2, 5, 16\), not \(N, C, h, w\); a convolutional classifier"):
+    with pytest.raises(
+        ValueError,
+        match=r"dinov2 .* has hidden states of shape \(2, 5, 16\), not \(N, C, h, w\); a convolutional classifier"
+    ):
         features.stages(pictures(2, 3, 16, 16))

@@ -40,13 +40,17 @@ def test_the_frechet_distance_of_diagonal_gaussians_has_its_closed_form():
     deviations, others = torch.tensor([1.0, 2.0, 0.5, 0.0]).double(), torch.tensor([3.0, 2.0, 0.0, 0.0]).double()
     mean = torch.tensor([0.5, -1.0, 0.0, 2.0]).double()
     a, b = with_moments(40, torch.zeros(4).double(), deviations.diag()), with_moments(30, mean, others.diag())
-    assert frechet_distance(a, b) == pytest.approx((mean.square().sum() + (deviations - others).square().sum()).item(), rel=1e-12)
+    assert frechet_distance(a, b) == pytest.approx((mean.square().sum() + (deviations - others).square().sum()).item(),
+                                                   rel=1e-12)
     shifted = frechet_distance(a, a + 2)
     assert shifted == pytest.approx(4 * 4, rel=1e-12)
 
 
 def test_the_frechet_distance_of_features_wider_than_many_is_that_of_their_span():
-    """Rotating both sets into more dimensions changes nothing, though both covariances are singular then; a set is at 0 from itself."""
+    """Rotating both sets into more dimensions changes nothing, though both covariances are singular then.
+
+    A set is at 0 from itself.
+    """
     a, b = normal(30, 6), normal(20, 6, seed=1) * 2 + 1
     turn = torch.linalg.qr(normal(100, 100, seed=2)).Q[:6]
     assert frechet_distance(a @ turn, b @ turn) == pytest.approx(scipy_frechet(a, b), rel=1e-10)
@@ -57,7 +61,8 @@ def test_the_frechet_distance_of_features_wider_than_many_is_that_of_their_span(
 
 def test_features_that_do_not_fit_are_refused_by_name():
     good = normal(4, 3)
-    for bad, what in [(good[:1], r"a has shape \(1, 3\)"), (good[0], r"a has shape \(3,\)"), (normal(4, 2), "a is 2 wide and b 3"),
+    for bad, what in [(good[:1], r"a has shape \(1, 3\)"), (good[0], r"a has shape \(3,\)"),
+                      (normal(4, 2), "a is 2 wide and b 3"),
                       (good / 0 * (good > 0), "a has .* values that are not finite")]:
         with pytest.raises(ValueError, match=f"frechet_distance: {what}"):
             frechet_distance(bad, good)
@@ -101,15 +106,20 @@ def test_psnr_of_known_errors():
     a = torch.zeros(3, 1, 4, 4)
     assert psnr(a, a + torch.tensor([0.2, 2.0, 0.0]).view(3, 1, 1, 1)).tolist() == pytest.approx([20, 0, math.inf])
     b = torch.rand(2, 3, 5, 6)
-    assert psnr(b, -b).tolist() == pytest.approx([10 * math.log10(4 / np.mean(np.square(2 * x.double().numpy()))) for x in b])
+    assert psnr(b, -b).tolist() == pytest.approx([10 * math.log10(4 / np.mean(np.square(2 * x.double().numpy())))
+                                                  for x in b])
 
 
 def plain_ssim(a, b, radius):
-    """Wang et al.'s map of 8-bit intensities by scipy's Gaussian filter, cut to where the window is whole, for (C, H, W) arrays in [-1, 1]."""
+    """Wang et al.'s map of 8-bit intensities by scipy's Gaussian filter, cut to where the window is whole.
+
+    Arrays are (C, H, W) in [-1, 1].
+    """
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
     def local(x):
-        return gaussian_filter(x, 1.5, radius=radius, mode="constant")[radius:x.shape[0] - radius, radius:x.shape[1] - radius]
+        return gaussian_filter(x, 1.5, radius=radius, mode="constant")[radius:x.shape[0] - radius,
+                                                                       radius:x.shape[1] - radius]
 
     values = []
     for x, y in zip((a + 1) * 127.5, (b + 1) * 127.5):
@@ -119,7 +129,9 @@ def plain_ssim(a, b, radius):
     return np.mean(values)
 
 
-@pytest.mark.parametrize("shape,radius", [((3, 1, 32, 32), 5), ((2, 3, 16, 24), 5), ((2, 1, 11, 11), 5), ((2, 1, 8, 8), 3), ((2, 3, 9, 40), 4)])
+@pytest.mark.parametrize("shape,radius",
+                         [((3, 1, 32, 32), 5), ((2, 3, 16, 24), 5), ((2, 1, 11, 11), 5), ((2, 1, 8, 8), 3),
+                          ((2, 3, 9, 40), 4)])
 def test_ssim_is_that_of_scipys_gaussian_filter(shape, radius):
     a = torch.tanh(normal(*shape)).float()
     b = (0.8 * a + 0.2 * torch.tanh(normal(*shape, seed=1)) + 0.05).float()

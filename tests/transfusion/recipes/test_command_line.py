@@ -43,8 +43,13 @@ def test_flags_change_the_presets_own_data_set():
                                   ("data:emoji", "digits", "--data.lively", "--optim.steps", "7")])
 def test_another_data_set_is_named_anywhere_and_what_every_data_set_has_stays_the_presets(args):
     config = read(*args)
-    assert config.data == EmojiSettings(lively=True, caption_first=0.4, noise_limit=0.3) and config.data.name == "emoji-lively"
+    assert config.data == EmojiSettings(lively=True, caption_first=0.4, noise_limit=0.3)
+    assert config.data.name == "emoji-lively"
     assert config.optim.steps == 7 and config.model == digits().model
+
+
+def test_to_name_the_data_set_that_a_preset_has_anyway_changes_nothing():
+    assert read("digits", "data:digits") == read("digits")
 
 
 def test_an_autoencoder_trains_on_a_folder():
@@ -60,7 +65,8 @@ def test_a_command_without_presets_takes_a_data_set_and_flags():
 
 @pytest.mark.parametrize("args,said", [
     (("digit",), "'digit' is no preset; digits, digits-paper, emoji, paper, own fit; did you mean digits"),
-    (("digits", "data:emojy"), "data:emojy names no data set; data:digits, data:emoji, data:folder fit; did you mean data:emoji"),
+    (("digits", "data:emojy"),
+     "data:emojy names no data set; data:digits, data:emoji, data:folder fit; did you mean data:emoji"),
     (("digits", "data:emoji", "data:digits"), "data:emoji and data:digits name several data sets; one fits"),
     (("paper", "--size", "0.67B"), "paper: size is '0.67B'; 0.16B, 0.37B, 0.76B, 1.4B, 7B fit; did you mean 0.76B")])
 def test_names_that_do_not_exist_are_answered_in_one_line_with_the_nearest(args, said):
@@ -79,7 +85,8 @@ def test_a_misspelt_flag_is_answered_with_the_nearest(args, near, capsys):
 
 
 def test_help_names_presets_data_sets_and_the_flags_of_the_named_one(capsys):
-    for args, words in (((), ("digits-paper", "emoji", "paper", "data:folder", "PRESET --help")), (("digits", "--help"), ("data:emoji", "--data.story")),
+    for args, words in (((), ("digits-paper", "emoji", "paper", "data:folder", "PRESET --help")),
+                        (("digits", "--help"), ("data:emoji", "--data.story")),
                         (("digits", "data:emoji", "--help"), ("--data.lively", "data:digits"))):
         with pytest.raises(SystemExit):
             read(*args)
@@ -119,7 +126,8 @@ def test_the_printed_line_runs_here_whether_or_not_the_command_is_on_the_path(tm
     monkeypatch.chdir(tmp_path)
     line = ["sample", "--prompt", "a handwritten five", "--out", Path("five.png")]
     monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
-    assert shell_line(*line) == "/usr/bin/python3 -m transfusion.cli sample --prompt 'a handwritten five' --out five.png"
+    expected = "/usr/bin/python3 -m transfusion.cli sample --prompt 'a handwritten five' --out five.png"
+    assert shell_line(*line) == expected
     for inside, shown in ((".venv/bin/python", "./.venv/bin/python"), ("python", "./python")):
         monkeypatch.setattr(sys, "executable", str(tmp_path / inside))
         assert shlex.split(shell_line(*line))[:3] == [shown, "-m", "transfusion.cli"]

@@ -37,7 +37,8 @@ def test_a_held_out_pair_is_never_trained_on_and_its_name_is_in_the_other_style(
 def test_no_picture_is_in_both_splits_and_every_choice_of_categories_holds_out_the_same(splits):
     pictures = {split: [picture.numpy().tobytes() for picture in dataset.pictures] for split, dataset in splits.items()}
     assert not set(pictures["train"]) & set(pictures["held-out"])
-    styles = [[name.numpy().tobytes() for name in splits["all"].pictures[splits["all"].styles == style]] for style in range(len(STYLES))]
+    styles = [[name.numpy().tobytes() for name in splits["all"].pictures[splits["all"].styles == style]]
+              for style in range(len(STYLES))]
     assert all(len(set(drawn)) == len(drawn) == len(splits["all"].names) for drawn in styles)
     few = Emoji("held-out", categories=module.LIVELY)
     named = {(splits["all"].names[label], style) for label, style in pairs(splits["held-out"])}
@@ -62,13 +63,16 @@ def test_tiles_are_the_sheets_own_pixels_on_white(splits):
     tiles = read_sheet(SHIPPED / "noto.webp", 32, 1905)
     with Picture.open(SHIPPED / "noto.webp") as sheet:
         crop = sheet.convert("RGB").crop((2 * 32, 3 * 32, 3 * 32, 4 * 32))  # column 2 of row 3
-    expected = torch.frombuffer(bytearray(crop.tobytes()), dtype=torch.uint8).view(32, 32, 3).movedim(-1, 0).float() / 127.5 - 1
+    expected = torch.frombuffer(
+        bytearray(crop.tobytes()), dtype=torch.uint8
+    ).view(32, 32, 3).movedim(-1, 0).float() / 127.5 - 1
     assert torch.equal(tiles[3 * module.COLUMNS + 2], expected)
     assert (tiles[:, :, 0, 0] == 1).all(1).double().mean() > 0.8  # most corners are background
 
 
-@pytest.mark.parametrize("name, words", [("red apple", "a red apple"), ("owl", "an owl"), ("unicorn face", "a unicorn face"), ("grapes", "grapes"),
-                                         ("european castle", "a european castle"), ("compass", "a compass")])
+@pytest.mark.parametrize("name, words",
+                         [("red apple", "a red apple"), ("owl", "an owl"), ("unicorn face", "a unicorn face"),
+                          ("grapes", "grapes"), ("european castle", "a european castle"), ("compass", "a compass")])
 def test_captions_have_articles(name, words):
     assert Emoji.caption(name, "noto") == f"{words}, noto style"
 
@@ -84,15 +88,16 @@ def test_documents_hold_a_picture_and_words_that_are_about_it(splits):
             if isinstance(part, Text):
                 assert part.text in texts
                 i = (dataset.pictures == image).flatten(1).all(1).nonzero()[0, 0]
-                assert part.text in (dataset.caption_of(i), f"{dataset.kind_names[dataset.kinds[i]]}, {STYLES[dataset.styles[i]]} style")
+                assert part.text in (dataset.caption_of(i),
+                                     f"{dataset.kind_names[dataset.kinds[i]]}, {STYLES[dataset.styles[i]]} style")
     assert abs(orders["Image", "Text"] - 60) < 28 and abs(orders["Image",] - 24) < 18 and sum(orders.values()) == 300
 
 
 def archive(path, style, names):
     """An npm package of squares, one colour a name; the last one is half transparent."""
     folder, _, _ = emoji_fetch.PACKAGES[style]
-    rows = [{"name": name.upper(), "category": "Objects", "subcategory": "other-object", "sort_order": -i, "image": f"{i}.png", "has_img_google": True,
-             "has_img_twitter": True} for i, name in enumerate(names)]
+    rows = [{"name": name.upper(), "category": "Objects", "subcategory": "other-object", "sort_order": -i,
+             "image": f"{i}.png", "has_img_google": True, "has_img_twitter": True} for i, name in enumerate(names)]
     with tarfile.open(path, "w:gz") as tar:
         def add(name, content):
             member = tarfile.TarInfo(name)
@@ -108,7 +113,9 @@ def archive(path, style, names):
 
 def test_fetched_archives_become_sheets_that_read_back(tmp_path, monkeypatch):
     names = ["cup", "fork", "spoon"]
-    monkeypatch.setattr(emoji_fetch, "_download", lambda style, scratch: archive(scratch / f"{style}.tgz", style, names))
+    monkeypatch.setattr(
+        emoji_fetch, "_download", lambda style, scratch: archive(scratch / f"{style}.tgz", style, names)
+    )
     monkeypatch.setattr(emoji_fetch.shutil, "which", lambda name: name)
     dataset = Emoji("all", fetch(Fetch(size=16, out=tmp_path / "sheets")))
     assert dataset.names == names[::-1] and dataset.image_shape == (3, 16, 16)  # in sort_order
@@ -116,7 +123,8 @@ def test_fetched_archives_become_sheets_that_read_back(tmp_path, monkeypatch):
     expected = torch.tensor([0, 100, 200]).view(3, 1, 1) / 127.5 - 1
     assert (cup - expected).abs().max() <= 4.01 / 127.5
     spoon = dataset.pictures[(dataset.labels == dataset.names.index("spoon")) & (dataset.styles == 1)][0]
-    assert (spoon[:, 0, 0] - (torch.tensor([80 + 255, 100 + 255, 200 + 255]) / 255 - 1)).abs().max() < 0.05  # half of it is white
+    # half of it is white
+    assert (spoon[:, 0, 0] - (torch.tensor([80 + 255, 100 + 255, 200 + 255]) / 255 - 1)).abs().max() < 0.05
     assert (tmp_path / "sheets" / "licences" / "README.md").is_file()
 
 

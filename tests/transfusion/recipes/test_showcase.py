@@ -31,14 +31,17 @@ def test_real_pictures_are_nearest_to_themselves_and_at_no_distance(real, judges
     found = judges.read(real.pictures, real.labels, real.styles)
     assert found["nearest"] == 1 and found["frechet"] < 1e-6
     swapped = judges.read(real.pictures, real.labels, 1 - real.styles)
-    assert swapped["nearest"] == 0 and swapped["frechet"] == pytest.approx(found["frechet"], abs=1e-6)  # the same pictures are asked for, in another order
-    shown = judges.read(real.pictures[real.styles == 0], real.labels[real.styles == 0], 1 - real.styles[real.styles == 0])
+    # the same pictures are asked for, in another order
+    assert swapped["nearest"] == 0 and swapped["frechet"] == pytest.approx(found["frechet"], abs=1e-6)
+    shown = judges.read(real.pictures[real.styles == 0], real.labels[real.styles == 0],
+                        1 - real.styles[real.styles == 0])
     assert shown["nearest"] == 0 and shown["frechet"] > 1e-3
     assert found["style"] + swapped["style"] == pytest.approx(1)
     assert judges.read(torch.ones_like(real.pictures), real.labels, real.styles)["frechet"] > 0.01
     asked = torch.tensor([7, 3, 7])
     pictures = real.pictures[judges.places(asked, torch.tensor([0, 1, 0]))]
-    assert torch.equal(pictures[0], pictures[2]) and torch.equal(pictures[1], real.pictures[(real.labels == 3) & (real.styles == 1)][0])
+    assert (torch.equal(pictures[0], pictures[2])
+            and torch.equal(pictures[1], real.pictures[(real.labels == 3) & (real.styles == 1)][0]))
 
 
 def test_judges_are_trained_once(real, judges, tmp_path, capsys, monkeypatch):
@@ -46,7 +49,8 @@ def test_judges_are_trained_once(real, judges, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     monkeypatch.setattr("transfusion.train.classifier.build_network", lambda *_: pytest.fail("trained again"))
     kept = Judges(real, tmp_path, FEW)
-    assert capsys.readouterr().out.count("is this classifier already") == 2 and torch.equal(kept.features, again.features)
+    assert (capsys.readouterr().out.count("is this classifier already") == 2
+            and torch.equal(kept.features, again.features))
 
 
 def test_names_are_counted_first_and_among_five(real, judges, monkeypatch):
@@ -56,7 +60,8 @@ def test_names_are_counted_first_and_among_five(real, judges, monkeypatch):
     logits[rows[::2], (real.labels[::2] + 1) % len(real.names)] = 3.0  # but every second comes second,
     for other in range(2, 7):
         logits[rows[::4], (real.labels[::4] + other) % len(real.names)] = 4.0  # and every fourth seventh
-    monkeypatch.setattr("transfusion.recipes.emoji_judges.in_batches", lambda read, pictures: logits if read == judges.names.logits else read(pictures))
+    monkeypatch.setattr("transfusion.recipes.emoji_judges.in_batches",
+                        lambda read, pictures: logits if read == judges.names.logits else read(pictures))
     found = judges.read(real.pictures, real.labels, real.styles)
     assert found["name"] == pytest.approx(0.5, abs=0.01) and found["name_in_five"] == pytest.approx(0.75, abs=0.01)
 
@@ -80,7 +85,9 @@ def test_captions_are_right_as_a_whole_or_in_their_name(real):
     words = [real.caption_of(i) for i in range(4)]
     words[1] = words[1].replace("noto", "twemoji")
     words[2] = words[2].replace(", noto", "s, noto")
-    assert read_captions(Parrot(words), real.pictures[:4], [real.caption_of(i) for i in range(4)]) == {"caption": 0.5, "caption_name": 0.75}
+    assert read_captions(Parrot(words), real.pictures[:4], [real.caption_of(i) for i in range(4)]) == {
+        "caption": 0.5, "caption_name": 0.75
+    }
     assert draw_emoji(Parrot([]), ["a cup"]).max() == 1  # clipped to what a picture can be
 
 
@@ -91,7 +98,9 @@ def test_bits_per_byte_are_those_of_the_whole_text(model):
     with torch.no_grad():
         nats = 0.0
         for piece in tokens.view(-1, 16):
-            logits = model.text_logits(torch.cat([torch.tensor([model.tokenizer.bos_token_id]), piece])[None])[0].double()
+            logits = model.text_logits(
+                torch.cat([torch.tensor([model.tokenizer.bos_token_id]), piece])[None]
+            )[0].double()
             nats -= logits[:-1].log_softmax(-1).gather(1, piece[:, None]).sum().item()
     expected = nats / math.log(2) / len(model.tokenizer.decode(tokens).encode())
     assert bits_per_byte(model, text, window=16, windows=5) == pytest.approx(expected, rel=1e-4)
@@ -101,8 +110,11 @@ def test_bits_per_byte_are_those_of_the_whole_text(model):
 
 def test_the_whole_road_leaves_pictures_numbers_and_a_model_and_goes_on_where_it_stopped(tmp_path, capsys):
     base = emoji()
-    config = dataclasses.replace(base, out=tmp_path / "emoji", device="cpu", stop_after=1, model=dataclasses.replace(
-        base.model, hidden=32, layers=1, heads=2, kv_heads=2, mlp=32), optim=dataclasses.replace(base.optim, steps=2, rows=1, warmup=1))
+    config = dataclasses.replace(
+        base, out=tmp_path / "emoji", device="cpu", stop_after=1,
+        model=dataclasses.replace(base.model, hidden=32, layers=1, heads=2, kv_heads=2, mlp=32),
+        optim=dataclasses.replace(base.optim, steps=2, rows=1, warmup=1)
+    )
     settings = ShowcaseSettings(train=config, judge=FEW, each=1, steps=1)
     with pytest.raises(KeyboardInterrupt, match="1 of 2 steps"):
         showcase(settings)
@@ -113,7 +125,8 @@ def test_the_whole_road_leaves_pictures_numbers_and_a_model_and_goes_on_where_it
     assert json.loads((config.out / "metrics.json").read_text()) == metrics
     assert (config.out / "samples.png").stat().st_size > 50_000 and (config.out / "loss.png").is_file()
     for name in ("held_out", "trained"):
-        assert all(0 <= metrics[f"{name}_{key}"] <= 1 for key in ("name", "name_in_five", "style", "nearest", "caption", "caption_name"))
+        assert all(0 <= metrics[f"{name}_{key}"] <= 1
+                   for key in ("name", "name_in_five", "style", "nearest", "caption", "caption_name"))
     assert metrics["shown_nearest"] == 0 and metrics["shown_frechet"] > 0
     assert metrics["text_bits_per_byte_before"] > 5 and math.isfinite(metrics["text_bits_per_byte_after"])
     image, = Transfusion.from_pretrained(config.out).draw([f"a red apple, {STYLES[0]} style"], steps=1)

@@ -1,4 +1,7 @@
-"""A tiny study from the command to its files, its cache, the two kinds of pictures at equal cost, and sentences from numbers known beforehand."""
+"""A tiny study from the command to its files, its cache, and sentences from numbers that are known beforehand.
+
+Both kinds of pictures, patches and codes, are trained at equal cost.
+"""
 import contextlib
 import dataclasses
 import io
@@ -54,10 +57,12 @@ def model_of(bench, arm):
 def test_a_study_leaves_its_table_its_numbers_a_plot_and_samples(finished):
     out, printed = finished
     table = (out / "digits-tokens.md").read_text()
-    assert table in printed and "7.72 / 27.2 / 16.8 / 25.5 |" in table and "| *real, as codes* |" in table and "±" in table
+    assert (table in printed and "7.72 / 27.2 / 16.8 / 25.5 |" in table and "| *real, as codes* |" in table
+            and "±" in table)
     assert re.search(r"about \d+ minutes in all", printed).start() < printed.index("# Continuous patches")
     numbers = json.loads((out / "digits-tokens.json").read_text())
-    assert sorted((run["arm"], run["seed"]) for run in numbers["runs"]) == [("codes", 0), ("codes", 1), ("linear", 0), ("linear", 1)]
+    assert sorted((run["arm"], run["seed"]) for run in numbers["runs"]) == [("codes", 0), ("codes", 1), ("linear", 0),
+                                                                            ("linear", 1)]
     assert all(math.isfinite(run["metrics"][name]) for run in numbers["runs"] for name in METRICS)
     mean = sum(run["metrics"]["text_loss"] for run in numbers["runs"] if run["arm"] == "codes") / 2
     line = next(line for line in table.splitlines() if line.startswith("| Chameleon"))
@@ -73,7 +78,8 @@ def test_finished_runs_are_read_and_only_changed_ones_run_again(finished, bench,
     monkeypatch.setattr(runs, "cost", lambda *_: 0.0)
     arms = bench.data.arms()
     pair = [arms["linear"], arms["codes"]]
-    assert [(r["arm"], r["seed"]) for r in runs.run_all(bench, pair, (0, 1))] == [("linear", 0), ("linear", 1), ("codes", 0), ("codes", 1)] and not done
+    assert ([(r["arm"], r["seed"]) for r in runs.run_all(bench, pair, (0, 1))]
+            == [("linear", 0), ("linear", 1), ("codes", 0), ("codes", 1)] and not done)
     runs.run_all(bench, pair, (0, 1, 2))
     assert done == [("linear", 2), ("codes", 2)]
     done.clear()
@@ -101,28 +107,36 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(finished, ben
     (tmp_path / "codes-0" / "left over").touch()
     runs.run(again, dataclasses.replace(arm, data={"caption_first": 0.7}), 0)
     assert resumed == [True, False] and not (tmp_path / "codes-0" / "left over").exists()
-    assert [path.name for path in tmp_path.glob("codes-0-*/*") if path.name == "left over"] == ["left over"]  # put aside, not thrown away
+    # put aside, not thrown away
+    assert [path.name for path in tmp_path.glob("codes-0-*/*") if path.name == "left over"] == ["left over"]
 
 
 def test_arms_change_what_they_are_named_after_and_nothing_else():
     data = DATA["digits"]()
     base = dataclasses.asdict(data.base)
-    changed = {name: {part: {key for key, value in dataclasses.asdict(arm.config(data.base, data.base.out, 0))[part].items() if value != base[part][key]}
-                      for part in ("model", "data", "optim", "tune")} for name, arm in data.arms().items()}
+    changed = {
+        name: {part: {key
+                      for key, value in dataclasses.asdict(arm.config(data.base, data.base.out, 0))[part].items()
+                      if value != base[part][key]} for part in ("model", "data", "optim", "tune")}
+        for name, arm in data.arms().items()
+    }
     found = {name: set().union(*parts.values()) for name, parts in changed.items()}
     unet = {"image_layers", "unet_channels"}
-    assert found == {"linear": set(), "linear-causal": {"image_attention"}, "unet": unet, "unet-causal": unet | {"image_attention"},
-                     "unet-no-limit": unet | {"noise_limit"}, "linear-patch-1": {"patch_size"}, "linear-patch-4": {"patch_size"},
+    assert found == {"linear": set(), "linear-causal": {"image_attention"}, "unet": unet,
+                     "unet-causal": unet | {"image_attention"}, "unet-no-limit": unet | {"noise_limit"},
+                     "linear-patch-1": {"patch_size"}, "linear-patch-4": {"patch_size"},
                      "unet-patch-4": unet | {"patch_size"}, "codes": set()}
     assert all(row.arm in found for study in studies(data).values() for row in study.rows)
-    assert all(arm in {row.arm for row in study.rows} for study in studies(data).values() for pair in study.pairs for arm in pair)
+    assert all(arm in {row.arm for row in study.rows} for study in studies(data).values() for pair in study.pairs
+               for arm in pair)
 
 
 def test_both_kinds_of_pictures_cost_the_same_in_the_layers_and_what_transformers_decoder_does(bench):
     found, lengths = {}, {}
     for name, pictures in (("linear", Patches()), ("codes", bench.codes())):
         model = model_of(bench, name)
-        document = encode([Text(Digits.caption(3)), *pictures.parts(bench.train.pictures[:1])], model.tokenizer, model.config)
+        document = encode([Text(Digits.caption(3)), *pictures.parts(bench.train.pictures[:1])], model.tokenizer,
+                          model.config)
         lengths[name] = len(document.tokens)
         found[name] = flops(model, pack([document], lengths[name], model.config.patch_dim))
         config = model.config.text_config
@@ -130,10 +144,12 @@ def test_both_kinds_of_pictures_cost_the_same_in_the_layers_and_what_transformer
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             plain.model(inputs_embeds=torch.zeros(1, lengths[name], config.hidden_size))
         pairs, heads = lengths[name]**2, config.num_hidden_layers * config.num_attention_heads * config.head_dim
-        counted = sum(sum(counter.get_flop_counts()[f"LlamaModel.layers.{i}"].values()) for i in range(config.num_hidden_layers))
+        counted = sum(sum(counter.get_flop_counts()[f"LlamaModel.layers.{i}"].values())
+                      for i in range(config.num_hidden_layers))
         assert counted == found[name]["layers"] + 4 * heads * pairs
     assert lengths["linear"] == lengths["codes"] and found["linear"]["layers"] == found["codes"]["layers"]
-    assert found["linear"]["attention"] - found["codes"]["attention"] == 4 * heads * 16 * 15 // 2  # what patches see of later ones
+    # what patches see of later ones
+    assert found["linear"]["attention"] - found["codes"]["attention"] == 4 * heads * 16 * 15 // 2
 
 
 def test_documents_of_codes_hold_the_same_captions_orders_and_pictures(bench):
@@ -153,7 +169,8 @@ def test_documents_of_codes_hold_the_same_captions_orders_and_pictures(bench):
         assert torch.equal(codes, to_codes(pictures.autoencoder, image[None]))
         lone, captions = len(parts) == 1, [part for part in parts if isinstance(part, Text)]
         assert captions == [part for part in written if isinstance(part, Text) and "<" not in part.text and part.loss]
-        assert not lone or document.tokens[start + 17] != model.tokenizer.eos_token_id and not document.targets[start + 17]
+        assert (not lone
+                or document.tokens[start + 17] != model.tokenizer.eos_token_id and not document.targets[start + 17])
         assert all(document.targets[start - 1:start + 17])
         kinds.add((lone, isinstance(parts[0], Text)))
     assert len(kinds) == 3
@@ -192,11 +209,13 @@ def test_codes_are_drawn_from_the_guided_distribution(bench):
     tokens = encode([Text(caption)], model.tokenizer, model.config, end=False).tokens
     boi, first = model.config.boi_token_id, model.tokenizer.convert_tokens_to_ids("<code 0>")
     with torch.no_grad():
-        whole, nothing = (model.text_logits(torch.tensor([[*prompt, boi]]))[0, -1].log_softmax(-1) for prompt in (tokens, tokens[:1]))
+        whole, nothing = (model.text_logits(torch.tensor([[*prompt, boi]]))[0, -1].log_softmax(-1)
+                          for prompt in (tokens, tokens[:1]))
     expected = (nothing + 2.0 * (whole - nothing))[first:first + len(spy.names)].softmax(-1)
     codes = next(codes for codes in drawn if codes.shape == (count, 4, 4))
     found = codes[:, 0, 0].bincount(minlength=len(spy.names)) / count
-    assert ((found - expected).abs() < 4.5 * (expected * (1 - expected) / count).sqrt() + 1e-3).all() and expected.max() < 0.95
+    assert (((found - expected).abs() < 4.5 * (expected * (1 - expected) / count).sqrt() + 1e-3).all()
+            and expected.max() < 0.95)
 
 
 def test_losses_and_accuracies_are_what_their_definitions_say(bench):
@@ -206,41 +225,57 @@ def test_losses_and_accuracies_are_what_their_definitions_say(bench):
     for prompts in ([[], []], [[part] for part in parts]):
         total = 0.0
         for prompt, own in zip(prompts, ids):
-            tokens = [model.tokenizer.bos_token_id, *(i for part in prompt for i in model.tokenizer.encode(part.text, add_special_tokens=False)), *own]
+            tokens = [
+                model.tokenizer.bos_token_id,
+                *(i for part in prompt for i in model.tokenizer.encode(part.text, add_special_tokens=False)), *own
+            ]
             with torch.no_grad():
                 logits = model.text_logits(torch.tensor([tokens]))[0].log_softmax(-1)
             total -= sum(logits[len(tokens) - len(own) + k - 1, token].item() for k, token in enumerate(own))
         assert text_loss(model, prompts, captions) == pytest.approx(total / sum(map(len, ids)), rel=1e-4)
-    writer = SimpleNamespace(tokenizer=model.tokenizer, generate_batch=lambda prompts, **_: [[Text(" a handwritten three")], [Text("a handwritten six")], []])
+    writer = SimpleNamespace(tokenizer=model.tokenizer,
+                             generate_batch=lambda prompts, **_: [[Text(" a handwritten three")],
+                                                                  [Text("a handwritten six")], []])
     assert caption_accuracy(writer, [[]] * 3, [Digits.caption(i) for i in (3, 7, 7)]) == 1 / 3
 
 
 def test_real_pictures_measured_as_drawn_ones_are_perfect(bench):
     yardstick = Yardstick(bench.train, bench.held_out, bench.yardstick.classifier)
-    images, labels = (torch.cat([getattr(split, name) for split in (bench.train, bench.held_out)]) for name in ("pictures", "labels"))
+    images, labels = (torch.cat([getattr(split, name) for split in (bench.train, bench.held_out)])
+                      for name in ("pictures", "labels"))
     found = yardstick.pictures(images, labels)
     assert found["frechet"] == pytest.approx(0, abs=1e-3) and found["precision"] == found["recall"] == 1
-    assert yardstick.floor()["label_accuracy"] == pytest.approx(yardstick.pictures(bench.held_out.pictures, bench.held_out.labels)["label_accuracy"])
+    assert yardstick.floor()["label_accuracy"] == pytest.approx(
+        yardstick.pictures(bench.held_out.pictures, bench.held_out.labels)["label_accuracy"]
+    )
 
 
 def test_differences_are_paired_by_seed():
     a, b = {0: 10.0, 1: 20.0, 2: 33.0}, {0: 9.0, 1: 18.0, 2: 30.0, 5: 100.0}
     found = difference(a, b)  # 1, 2, 3: mean 2, standard deviation 1
-    assert found.mean == 2 and found.error == pytest.approx(1 / math.sqrt(3)) and found.sign == 0  # 3.5 standard errors; chance at 95 % gives 4.3
+    # 3.5 standard errors; chance at 95 % gives 4.3
+    assert found.mean == 2 and found.error == pytest.approx(1 / math.sqrt(3)) and found.sign == 0
     assert difference(a | {2: 32.0}, b).sign == 1
-    assert difference({0: 1.0}, {0: 2.0}).sign == 0 and Difference(-1.0, 0.24).sign == 0 and Difference(-1.0, 0.23).sign == -1
-    assert Difference(-1.0, 0.24, seeds=4).sign == -1 and Difference(1.0, 0.09, seeds=2).sign == 0 and difference({0: 1.0, 1: 3.0}, {0: 1.0, 1: 1.0}).seeds == 2
+    assert (difference({0: 1.0}, {0: 2.0}).sign == 0 and Difference(-1.0, 0.24).sign == 0
+            and Difference(-1.0, 0.23).sign == -1)
+    assert (Difference(-1.0, 0.24, seeds=4).sign == -1 and Difference(1.0, 0.09, seeds=2).sign == 0
+            and difference({0: 1.0, 1: 3.0}, {0: 1.0, 1: 1.0}).seeds == 2)
 
 
-@pytest.mark.parametrize("metric,ours,paper,words", [
-    ("frechet", Difference(-4.4, 1.0), (20.3, 61.3), "A is better: agrees with the paper (FID 20.3 and 61.3, A better)"),
-    ("frechet", Difference(4.4, 1.0), (20.3, 61.3), "B is better: differs from the paper"),
-    ("frechet", Difference(-1.0, 1.0), (20.3, 61.3), "no difference seen: does not show the paper's order"),
-    ("label_accuracy", Difference(0.2, 0.01), (24.0, 23.0), "A is better: agrees with the paper (CLIP 24 and 23, A better)"),
-    ("label_accuracy", Difference(0.0, 0.1), (25.4, 25.3), "no difference seen: nor in the paper (CLIP 25.4 and 25.3, no difference)"),
-    ("text_loss", Difference(0.2, 0.01), (10.4, 10.4), "B is better: differs from the paper (C4 ppl 10.4 and 10.4, no difference)"),
-    ("caption_accuracy", Difference(0.2, math.nan), (16.0, 12.7), "one seed, no error (CIDEr 16 and 12.7, A better)"),
-])
+@pytest.mark.parametrize("metric,ours,paper,words",
+                         [("frechet", Difference(-4.4, 1.0), (20.3, 61.3),
+                           "A is better: agrees with the paper (FID 20.3 and 61.3, A better)"),
+                          ("frechet", Difference(4.4, 1.0), (20.3, 61.3), "B is better: differs from the paper"),
+                          ("frechet", Difference(-1.0, 1.0), (20.3, 61.3),
+                           "no difference seen: does not show the paper's order"),
+                          ("label_accuracy", Difference(0.2, 0.01), (24.0, 23.0),
+                           "A is better: agrees with the paper (CLIP 24 and 23, A better)"),
+                          ("label_accuracy", Difference(0.0, 0.1), (25.4, 25.3),
+                           "no difference seen: nor in the paper (CLIP 25.4 and 25.3, no difference)"),
+                          ("text_loss", Difference(0.2, 0.01), (10.4, 10.4),
+                           "B is better: differs from the paper (C4 ppl 10.4 and 10.4, no difference)"),
+                          ("caption_accuracy", Difference(0.2, math.nan), (16.0, 12.7),
+                           "one seed, no error (CIDEr 16 and 12.7, A better)"),])
 def test_a_sentence_says_whether_the_order_is_the_papers(metric, ours, paper, words):
     assert words in sentence(metric, ("A", "B"), ours, paper)
 
@@ -251,7 +286,8 @@ def test_each_pair_is_compared_in_each_metric_that_the_paper_has():
     results = [{"arm": row.arm, "seed": seed, "metrics": dict.fromkeys(METRICS, seed + (row.arm == "linear"))}
                for row, seed in itertools.product(study.rows, range(3))]
     lines = comparisons(study, results)
-    assert len(lines) == 8 and "linear, bidirectional minus linear, causal: +1 ± 0, linear, causal is better: differs from the paper (FID" in lines[0]
+    said = "linear, bidirectional minus linear, causal: +1 ± 0, linear, causal is better: differs from the paper (FID"
+    assert len(lines) == 8 and said in lines[0]
 
 
 def test_cells_and_pictures_by_hand():
@@ -260,32 +296,42 @@ def test_cells_and_pictures_by_hand():
     chosen = by_class(images, torch.tensor([1, 0, 1]), 2, 2, blank=-1.0)
     assert chosen[:, 0, 0, 0].tolist() == [1, -1, -1, 0]
     picture = mosaic(chosen, 2, line=0.25)
-    assert picture.shape == (6, 6, 1) and picture[[0, 0, 3, 3], [0, 3, 0, 3], 0].tolist() == [1, 0, 0, 0.5] and (picture[2] == 0.25).all()
+    assert (picture.shape == (6, 6, 1) and picture[[0, 0, 3, 3], [0, 3, 0, 3], 0].tolist() == [1, 0, 0, 0.5]
+            and (picture[2] == 0.25).all())
     wide = torch.arange(6.0).view(1, 1, 2, 3) / 5
     torch.testing.assert_close(mosaic(wide, 1, line=0.25)[:2, :3, 0], (wide[0, 0] + 1) / 2)
 
 
 def test_emoji_have_the_captions_of_their_category_and_style_and_are_as_small_as_said():
     kinds, emoji = EmojiKinds("held-out"), Emoji("held-out")
-    assert kinds.pictures.shape == (len(emoji.pictures), *kinds.image_shape) and kinds.image_shape == (3, 16, 16) and set(KINDS) == set(emoji.category_names)
+    assert (kinds.pictures.shape == (len(emoji.pictures), *kinds.image_shape) and kinds.image_shape == (3, 16, 16)
+            and set(KINDS) == set(emoji.category_names))
     torch.testing.assert_close(kinds.pictures[5, :, 3, 7], emoji.pictures[5, :, 6:8, 14:16].mean((1, 2)))
     said = [kinds.classes[label] for label in kinds.labels]
-    assert said == [f"{KINDS[emoji.category_names[c]]}, {STYLES[s]} style" for c, s in zip(emoji.categories, emoji.styles)]
-    documents = [kinds.document(torch.Generator().manual_seed(seed), Arrangement(caption_first=0.5, caption_dropout=0.3)) for seed in range(60)]
+    assert said == [f"{KINDS[emoji.category_names[c]]}, {STYLES[s]} style"
+                    for c, s in zip(emoji.categories, emoji.styles)]
+    documents = [
+        kinds.document(torch.Generator().manual_seed(seed), Arrangement(caption_first=0.5, caption_dropout=0.3))
+        for seed in range(60)
+    ]
     assert {tuple(type(part) for part in parts) for parts in documents} == {(Image,), (Text, Image), (Image, Text)}
     for parts in documents:
-        at = next(i for i, image in enumerate(kinds.pictures) if torch.equal(image, next(p.latent for p in parts if isinstance(p, Image))))
+        at = next(i
+                  for i, image in enumerate(kinds.pictures)
+                  if torch.equal(image, next(p.latent for p in parts if isinstance(p, Image))))
         assert [part.text for part in parts if isinstance(part, Text)] in ([], [said[at]])
 
 
 def test_codes_train_on_what_they_are_and_pictures_are_never_images(bench):
     model = model_of(bench, "codes")
     config = bench.codes().prepare(bench.data.arms()["codes"].config(bench.data.base, bench.out / "codes-0", 0))
-    sequence, _ = draw_batch(config.data.open(), DatasetSettings(), model.tokenizer, model.config, 1, 128, step_generator(0, 0))
+    sequence, _ = draw_batch(config.data.open(), DatasetSettings(), model.tokenizer, model.config, 1, 128,
+                             step_generator(0, 0))
     assert sequence.image_count == 0 and torch.equal(sequence.mask().dense(), sequence.causal_mask().dense())
     output = model.train()(sequence, torch.zeros(0), 0)
     output.loss.backward()
-    assert output.diffusion_loss == 0 and all(not p.grad.any() for p in model.image_head.parameters() if p.grad is not None)
+    assert (output.diffusion_loss == 0
+            and all(not p.grad.any() for p in model.image_head.parameters() if p.grad is not None))
 
 
 def test_a_wrong_name_is_refused(tmp_path):

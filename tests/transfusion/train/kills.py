@@ -2,11 +2,15 @@
 import os
 import sys
 
-CALLS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate"}  # audit events; os.replace is a rename, too
+# audit events; os.replace is a rename, too
+CALLS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate"}
 
 
 def in_a_child(work, kill_at=None):
-    """Run `work` in a forked process that dies at one of its calls that change or sync files; return the exit status, 0 where it came to its end."""
+    """Run `work` in a forked process that dies at one of its calls that change or sync files.
+
+    Return the exit status, 0 where it came to its end.
+    """
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -20,7 +24,8 @@ def in_a_child(work, kill_at=None):
                 os._exit(9)
 
     def audited(event, args):
-        if event in CALLS or event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        if event in CALLS or event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR
+                                                                                         | os.O_CREAT):
             count()
 
     status = 1

@@ -20,7 +20,8 @@ from transfusion.train.autoencoder_losses import (
 def classifier(path):
     """A random residual network whose batch norms' statistics are not those it began with."""
     torch.manual_seed(5)
-    network = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=4))
+    network = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1],
+                                                        layer_type="basic", num_labels=4))
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.running_var, 0.5, 2)
@@ -46,19 +47,21 @@ def autoencoder():
 
 
 def gradients(loss, module):
-    return [grad is not None and bool(grad.abs().sum() > 0) for grad in torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)]
+    return [grad is not None and bool(grad.abs().sum() > 0)
+            for grad in torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)]
 
 
 def test_reconstruction_is_the_mean_absolute_difference(pair):
     x, y = pair
-    torch.testing.assert_close(reconstruction_loss(x, y).item(), abs(x.double().numpy() - y.double().numpy()).mean(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(reconstruction_loss(x, y).item(), abs(x.double().numpy() - y.double().numpy()).mean(),
+                               rtol=1e-6, atol=0)
     assert reconstruction_loss(x, x) == 0
 
 
 def test_perception_is_the_squared_chord_between_unit_features_of_each_stage(features, pair):
     expected = 0.0
     for a, b in zip(*([stage.double().numpy() for stage in features.stages(x)] for x in pair)):
-        cosines = (a * b).sum(1) / ((a**2).sum(1) * (b**2).sum(1)) ** 0.5                   # |a / |a| - b / |b||^2 = 2 - 2 cos
+        cosines = (a * b).sum(1) / ((a**2).sum(1) * (b**2).sum(1)) ** 0.5  # |a / |a| - b / |b||^2 = 2 - 2 cos
         expected += (2 - 2 * cosines).mean()
     assert len(features.stages(pair[0])) == 3
     torch.testing.assert_close(perceptual_loss(features, *pair).item(), expected, rtol=1e-4, atol=0)
@@ -74,8 +77,10 @@ def test_identity_is_the_mean_absolute_difference_of_pooled_features(features, p
 def test_the_kl_divergence_is_that_of_the_two_normal_distributions():
     moments = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(2))
     mean, log_variance = moments.double().chunk(2, dim=1)
-    normal = torch.distributions.kl_divergence(torch.distributions.Normal(mean, (log_variance / 2).exp()), torch.distributions.Normal(0.0, 1.0))
-    torch.testing.assert_close(kl_loss(DiagonalGaussianDistribution(moments)).item(), normal.sum((1, 2, 3)).mean().item(), rtol=1e-6, atol=0)
+    normal = torch.distributions.kl_divergence(torch.distributions.Normal(mean, (log_variance / 2).exp()),
+                                               torch.distributions.Normal(0.0, 1.0))
+    torch.testing.assert_close(kl_loss(DiagonalGaussianDistribution(moments)).item(),
+                               normal.sum((1, 2, 3)).mean().item(), rtol=1e-6, atol=0)
 
 
 def test_the_hinge_counts_what_is_not_yet_told_apart_by_1():
@@ -91,8 +96,10 @@ def test_the_hinge_counts_what_is_not_yet_told_apart_by_1():
 def test_the_terms_of_the_reconstruction_reach_encoder_and_decoder(features, pair, autoencoder, name):
     pictures, discriminator = pair[0], PatchDiscriminator(3, 8, layers=1)
     drawn, _ = reconstruct(autoencoder, pictures, torch.Generator().manual_seed(0))
-    loss = {"reconstruction": lambda: reconstruction_loss(pictures, drawn), "perceptual": lambda: perceptual_loss(features, pictures, drawn),
-            "identity": lambda: identity_loss(features, pictures, drawn), "adversarial": lambda: generator_loss(discriminator, drawn)}[name]()
+    loss = {"reconstruction": lambda: reconstruction_loss(pictures, drawn),
+            "perceptual": lambda: perceptual_loss(features, pictures, drawn),
+            "identity": lambda: identity_loss(features, pictures, drawn),
+            "adversarial": lambda: generator_loss(discriminator, drawn)}[name]()
     assert all(gradients(loss, autoencoder))
     assert all(p.grad is None for p in (*features.body.parameters(), *discriminator.parameters()))
 
@@ -106,7 +113,7 @@ def test_the_kl_divergence_reaches_the_encoder_alone(pair, autoencoder):
 
 def test_the_discriminators_loss_reaches_the_discriminator_alone(pair, autoencoder):
     discriminator = PatchDiscriminator(3, 8, layers=1)
-    torch.nn.init.normal_(discriminator[-1].weight)                                         # some patches are beyond the margin, or the last bias would cancel
+    torch.nn.init.normal_(discriminator[-1].weight)  # some patches are beyond the margin, or the last bias would cancel
     drawn, _ = reconstruct(autoencoder, pair[0], torch.Generator().manual_seed(0))
     discriminator_loss(discriminator, pair[0], drawn).backward()
     assert all(p.grad.abs().sum() > 0 for p in discriminator.parameters())
@@ -115,9 +122,13 @@ def test_the_discriminators_loss_reaches_the_discriminator_alone(pair, autoencod
 
 @pytest.mark.parametrize("layers,field", [(1, 16), (2, 34), (3, 70)])
 def test_a_patch_of_the_discriminator_sees_as_many_pixels_as_pix2pix_says(layers, field):
-    """Without its norms, which see the whole picture, one output depends on field x field pixels: 16, 34 and 70 (arXiv:1611.07004, section 6.1)."""
+    """One output depends on field x field pixels: 16, 34 and 70 (arXiv:1611.07004, section 6.1).
+
+    That is so without its norms, which see the whole picture.
+    """
     discriminator = PatchDiscriminator(1, 8, layers)
-    convolutions = torch.nn.Sequential(*(module for module in discriminator if not isinstance(module, torch.nn.GroupNorm)))
+    convolutions = torch.nn.Sequential(*(module
+                                         for module in discriminator if not isinstance(module, torch.nn.GroupNorm)))
     picture = torch.randn(1, 1, 128, 128, requires_grad=True)
     scores = convolutions(picture)
     scores[0, 0, scores.shape[2] // 2, scores.shape[3] // 2].backward()

@@ -42,7 +42,9 @@ def test_a_judge_knows_its_labels_its_size_and_how_it_was_trained(judge):
     digits = Digits("held-out").pictures
     loaded = Features.from_pretrained(out)
     assert torch.equal(loaded.logits(digits[:5]), features.logits(digits[:5]))
-    assert [stage.shape[1:] for stage in features.stages(digits[:5])] == [(16, 8, 8), (16, 8, 8), (32, 4, 4), (64, 2, 2)]
+    assert [stage.shape[1:] for stage in features.stages(digits[:5])] == [
+        (16, 8, 8), (16, 8, 8), (32, 4, 4), (64, 2, 2)
+    ]
     assert features.pooled(digits[:5]).shape == (5, 64)
 
 
@@ -52,14 +54,16 @@ def test_the_seed_alone_decides_the_weights(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.rand(len(files))  # what the global generator has drawn does not matter
         state = torch.get_rng_state()
-        train_classifier(digits.pictures, digits.labels, DIGIT_NAMES, tmp_path / name, dataclasses.replace(TINY, seed=seed))
+        train_classifier(digits.pictures, digits.labels, DIGIT_NAMES, tmp_path / name,
+                         dataclasses.replace(TINY, seed=seed))
         assert torch.equal(state, torch.get_rng_state())
         files.append(load_file(tmp_path / name / "model.safetensors"))
     same, other = ([torch.equal(files[0][key], x) for key, x in file.items()] for file in files[1:])
     assert all(same) and sum(other) < len(other) / 2
 
 
-def test_the_same_call_after_an_interruption_ends_with_the_weights_of_one_that_never_stopped(tmp_path, monkeypatch, capsys):
+def test_the_same_call_after_an_interruption_ends_with_the_weights_of_one_that_never_stopped(tmp_path, monkeypatch,
+                                                                                             capsys):
     digits, settings = Digits(), dataclasses.replace(TINY, steps=8, save_every=3)
 
     def run(name, settings=settings):
@@ -84,7 +88,8 @@ def test_the_same_call_after_an_interruption_ends_with_the_weights_of_one_that_n
     assert "going on" not in capsys.readouterr().out
 
 
-def test_a_signal_keeps_the_step_and_an_older_classifier_stands_until_the_new_one_is_whole(tmp_path, monkeypatch, capsys):
+def test_a_signal_keeps_the_step_and_an_older_classifier_stands_until_the_new_one_is_whole(tmp_path, monkeypatch,
+                                                                                           capsys):
     digits, newer = Digits(), dataclasses.replace(TINY, steps=8, seed=1)
     train_classifier(digits.pictures, digits.labels, DIGIT_NAMES, tmp_path, TINY)
     older, calls = (tmp_path / "model.safetensors").read_bytes(), []
@@ -95,7 +100,8 @@ def test_a_signal_keeps_the_step_and_an_older_classifier_stands_until_the_new_on
             os.kill(os.getpid(), signal.SIGTERM)
         return augment(*given)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="2 of 8 steps are done; the same command goes on"):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt,
+                                                       match="2 of 8 steps are done; the same command goes on"):
         patch.setattr("transfusion.train.classifier.augment", asked_to_stop)
         train_classifier(digits.pictures, digits.labels, DIGIT_NAMES, tmp_path, newer)
     assert (tmp_path / "model.safetensors").read_bytes() == older and Features.from_pretrained(tmp_path)
@@ -116,11 +122,13 @@ def test_a_step_that_is_not_finite_ends_the_training_and_leaves_the_older_classi
 
 def test_pictures_are_moved_scaled_and_brightened_within_their_limits_and_never_mirrored():
     still = ClassifierSettings(move=0, scale=0, brightness=0)
-    ramp = torch.linspace(-0.5, 0.5, 16).expand(200, 1, 16, 16).contiguous()  # brighter to the right, equal in every row
+    # brighter to the right, equal in every row
+    ramp = torch.linspace(-0.5, 0.5, 16).expand(200, 1, 16, 16).contiguous()
     generator = torch.Generator().manual_seed(0)
     torch.testing.assert_close(augment(ramp, still, generator), ramp, rtol=0, atol=1e-6)
     brightened = augment(ramp, dataclasses.replace(still, brightness=0.2), generator) - ramp
-    assert (brightened - brightened.mean((1, 2, 3), keepdim=True)).abs().max() < 1e-6 and 0.15 < brightened.abs().max() <= 0.2
+    assert ((brightened - brightened.mean((1, 2, 3), keepdim=True)).abs().max() < 1e-6
+            and 0.15 < brightened.abs().max() <= 0.2)
     step = 1 / 15
     moved = (augment(ramp, dataclasses.replace(still, move=0.125), generator) - ramp)[..., 4:12]
     assert 1.8 * step < moved.abs().max() <= 2.001 * step and moved.min() < 0 < moved.max()  # an eighth of 16 pixels
@@ -133,22 +141,26 @@ def test_rare_labels_count_as_much_as_common_ones_in_the_balanced_accuracy(judge
     features, digits = judge[0], Digits()
     zeros, ones = digits.pictures[digits.labels == 0][:90], digits.pictures[digits.labels == 1][:10]
     images, labels = torch.cat([zeros, ones]), torch.tensor([0] * 90 + [9] * 10)  # the ones are said to be nines
-    assert accuracy(features, images, labels) > 0.85 and balanced_accuracy(features, images, labels) == pytest.approx(0.5, abs=0.06)
+    assert (accuracy(features, images, labels) > 0.85
+            and balanced_accuracy(features, images, labels) == pytest.approx(0.5, abs=0.06))
 
 
 def test_the_command_says_its_cost_and_how_much_it_reads(tmp_path, capsys):
-    command = ["data:digits", "--label", "name", "--out", str(tmp_path / "judge"), "--settings.width", "4", "--settings.steps", "3",
-               "--settings.batch", "8", "--settings.device", "cpu"]
+    command = ["data:digits", "--label", "name", "--out", str(tmp_path / "judge"), "--settings.width", "4",
+               "--settings.steps", "3", "--settings.batch", "8", "--settings.device", "cpu"]
     main(command)
     said = capsys.readouterr().out
-    assert "10 labels, 1437 pictures\n3 steps of 8 pictures at " in said and "% of 360 held-out pictures are read right" in said
+    assert ("10 labels, 1437 pictures\n3 steps of 8 pictures at " in said
+            and "% of 360 held-out pictures are read right" in said)
     main(command)
     assert "is this classifier already" in capsys.readouterr().out
     main([*command, "--settings.seed", "1"])  # other settings: its own directory is written anew
     assert "3 steps of 8 pictures at " in capsys.readouterr().out
     with pytest.raises(SystemExit, match="error: classifier: label is 'style'; name fits data set 'digits'"):
         main([*command, "--label", "style"])
-    with pytest.raises(SystemExit, match="error: data:digit names no data set; data:digits, .* did you mean data:digits"):
+    with pytest.raises(
+        SystemExit, match="error: data:digit names no data set; data:digits, .* did you mean data:digits"
+    ):
         main(["data:digit"])
 
 
@@ -158,15 +170,17 @@ def test_emoji_are_told_apart_by_name_style_category_or_kind(tmp_path, capsys):
     said = {kind: (labels[i].item(), names) for kind, (labels, names) in dataset.labels_by_name().items()}
     assert {kind: names[label] for kind, (label, names) in said.items()} == {
         "name": "chestnut", "style": "twemoji", "category": "Food & Drink", "kind": "food vegetable"}
-    main(["data:emoji", "--data.lively", "--label", "category", "--out", str(tmp_path / "judge"), "--settings.width", "4", "--settings.steps", "1",
-          "--settings.batch", "8", "--settings.device", "cpu"])
+    main(["data:emoji", "--data.lively", "--label", "category", "--out", str(tmp_path / "judge"), "--settings.width",
+          "4", "--settings.steps", "1", "--settings.batch", "8", "--settings.device", "cpu"])
     assert "3 labels, 865 pictures" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_is_refused_by_name_before_training(tmp_path):
     (tmp_path / "theirs.txt").write_text("kept")
     images, labels = torch.zeros(2, 1, 8, 8), torch.tensor([0, 1])
-    with pytest.raises(ValueError, match="holds files and no classifier.json; an empty directory or one that this command wrote fits"):
+    with pytest.raises(
+        ValueError, match="holds files and no classifier.json; an empty directory or one that this command wrote fits"
+    ):
         train_classifier(images, labels, ["a", "b"], tmp_path, TINY)
     assert [path.name for path in tmp_path.iterdir()] == ["theirs.txt"]
     with pytest.raises(ValueError, match="labels is from 0 to 1; 0 to 0 fit: they have names"):

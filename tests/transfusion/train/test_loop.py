@@ -1,4 +1,4 @@
-"""The loop: micro-batches change memory alone, and whatever optimizer a run has, it goes on as if it had not stopped."""
+"""The loop: micro-batches change memory alone, and with any optimizer a run goes on as if it had not stopped."""
 import dataclasses
 import json
 from collections import Counter
@@ -25,7 +25,7 @@ from transfusion.train.transfusion import OptimSettings, TransfusionTask, train
 
 
 def uneven_rows(model, count=4):
-    """Rows with very different numbers of text targets and images: text alone, images alone, both, and almost nothing."""
+    """Rows with very different numbers of text targets and images: text or images alone, both, almost nothing."""
     generator = torch.Generator().manual_seed(2)
     images = [Image(torch.rand(1, 8, 8, generator=generator) * 2 - 1) for _ in range(4)]
     rows = [[[Text("a handwritten seven and a handwritten four and a handwritten two")]], [[images[0]], [images[1]]],
@@ -46,10 +46,12 @@ def test_micro_batches_hold_the_rows_of_the_batch(parts):
     for part in found:
         rows = slice(row, row + len(part.tokens))
         assert torch.equal(part.mask().dense(), whole.mask().dense()[rows])
-        assert torch.equal(part.image_ids >= 0, (whole.image_ids >= 0)[rows]) and part.image_ids.max() == part.image_count - 1
+        assert (torch.equal(part.image_ids >= 0, (whole.image_ids >= 0)[rows])
+                and part.image_ids.max() == part.image_count - 1)
         assert torch.equal(part.tokens.flatten()[part.target_places + 1], part.text_targets)
         assert torch.equal(part.layout.image_ids, part.image_ids.flatten()[part.patch_places].long())
-        assert torch.equal(torch.cat([part.modality.text_places, part.patch_places]).sort().values, torch.arange(part.tokens.numel()))
+        assert torch.equal(torch.cat([part.modality.text_places, part.patch_places]).sort().values,
+                           torch.arange(part.tokens.numel()))
         row = rows.stop
 
 
@@ -67,7 +69,8 @@ def gradients(monkeypatch, tmp_path, parts, autocast=False):
 @pytest.mark.parametrize("parts", [2, 3, 4])
 def test_losses_and_gradients_of_very_uneven_micro_batches_are_those_of_the_whole_batch(monkeypatch, tmp_path, parts):
     (means, grads), (expected_means, expected) = (gradients(monkeypatch, tmp_path, n) for n in (parts, 1))
-    assert means.keys() == expected_means.keys() == {"loss", "text_loss", "diffusion_loss"} and grads.keys() == expected.keys()
+    assert (means.keys() == expected_means.keys() == {"loss", "text_loss", "diffusion_loss"}
+            and grads.keys() == expected.keys())
     for name, mean in means.items():
         torch.testing.assert_close(mean, expected_means[name], rtol=1e-5, atol=1e-6)
     for name, grad in grads.items():
@@ -92,7 +95,8 @@ def test_each_micro_batch_has_noise_of_its_own_and_accumulation_draws_the_same_d
 
 
 def records(out):
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"}
+            for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 class Counting(torch.optim.SGD):
@@ -139,7 +143,9 @@ def test_a_resumed_run_equals_one_that_never_stopped_whatever_its_optimizer(tmp_
 def test_a_run_does_not_go_on_with_another_optimizer(tmp_path, monkeypatch):
     train(small(tmp_path, stop_after=2))
     monkeypatch.setattr(trainer, "build_optimizer", OPTIMIZERS["SGD"])
-    with pytest.raises(ValueError, match="train: the saved run's optimizer is AdamW and this one SGD; the same one fits"):
+    with pytest.raises(
+        ValueError, match="train: the saved run's optimizer is AdamW and this one SGD; the same one fits"
+    ):
         train(small(tmp_path, resume=True))
 
 
@@ -150,7 +156,8 @@ def test_an_optimizer_whose_state_cannot_be_saved_is_refused(tmp_path, monkeypat
             self.state[self.param_groups[0]["params"][0]]["past"] = [1]
 
     monkeypatch.setattr(trainer, "build_optimizer", lambda model, optim: Listing(model.parameters(), lr=optim.lr))
-    with pytest.raises(ValueError, match=r"train: the optimizer, Listing, keeps a list \(past\); tensors and numbers can be saved"):
+    with pytest.raises(ValueError,
+                       match=r"train: the optimizer, Listing, keeps a list \(past\); tensors and numbers can be saved"):
         train(small(tmp_path, stop_after=1))
 
 
@@ -163,11 +170,15 @@ def test_a_run_in_micro_batches_goes_on_as_if_it_had_not_stopped(tmp_path):
 
 
 def test_an_autoencoder_and_its_discriminator_train_alike_in_micro_batches(tmp_path):
-    """Samples of posteriors of 2 x 4 x 4 numbers a picture are drawn in order: four micro-batches of 2 pictures draw what one of 8 does."""
+    """Samples of posteriors, 2 x 4 x 4 numbers a picture, are drawn in order.
+
+    So four micro-batches of 2 pictures draw what one of 8 does.
+    """
     base = tiny_autoencoder(tmp_path, stop_after=2)
     base = dataclasses.replace(base, losses=dataclasses.replace(base.losses, adversarial_from=1))
     for parts in (1, 4):
-        train_autoencoder(dataclasses.replace(base, out=tmp_path / str(parts), optim=dataclasses.replace(base.optim, accumulate=parts)))
+        train_autoencoder(dataclasses.replace(base, out=tmp_path / str(parts),
+                                              optim=dataclasses.replace(base.optim, accumulate=parts)))
     for ours, theirs in zip(records(tmp_path / "4"), records(tmp_path / "1")):
         assert ours.keys() == theirs.keys()
         assert all(ours[key] == pytest.approx(theirs[key], rel=2e-3, abs=1e-6) for key in theirs)

@@ -1,6 +1,9 @@
-"""What was wrong in the implementation that this project began from, an unofficial Transfusion: a test for each defect, numbered as they were found.
+"""What was wrong in the implementation that this project began from, an unofficial Transfusion.
 
-The twelfth, adapters without BOI, EOI and image layers, has its tests in `test_tuning`; the wish for an interleaved loop in the twentieth, in `test_sample`.
+There is a test for each defect, numbered as they were found.
+
+The twelfth, adapters without BOI, EOI and image layers, has its tests in `model/test_lora.py`; the wish for an
+interleaved loop in the twentieth, in `generate/test_generation.py`.
 """
 import dataclasses
 
@@ -41,7 +44,8 @@ def recorded(model, monkeypatch):
 def test_01_the_target_is_made_of_the_noise_that_is_in_the_input(objective, monkeypatch):
     model, seen = tiny_model(objective), []
     embed = model.patch_embedding.forward
-    monkeypatch.setattr(model.patch_embedding, "forward", lambda x, patches, *rest: seen.append(patches) or embed(x, patches, *rest))
+    monkeypatch.setattr(model.patch_embedding, "forward",
+                        lambda x, patches, *rest: seen.append(patches) or embed(x, patches, *rest))
     sequence, t = packed(model, [[Text("a"), picture()]], 32), torch.tensor([0.6])
     model(sequence, t, SEED)
     (signal, noise), (p, q) = model.objective.path(t), model.objective.target(t)
@@ -56,7 +60,8 @@ def test_02_patches_of_an_image_see_later_patches_and_images_do_not_see_later_im
 
     def hidden(patches):
         positions = model.positions(sequence.positions, sequence.image_ids, sequence.layout.columns)
-        return model.backbone(model.embed(sequence, patches, condition)[0], positions, sequence.mask(), condition, sequence.modality)[0]
+        return model.backbone(model.embed(sequence, patches, condition)[0], positions, sequence.mask(), condition,
+                              sequence.modality)[0]
 
     first, changed = sequence.patch_places[0], sequence.patches.clone()
     changed[15] += 1
@@ -80,7 +85,8 @@ def test_04_rows_of_text_alone_train_beside_images_and_by_themselves(model):
 
 def test_05_and_18_images_of_any_number_of_channels_and_any_sizes_share_a_batch():
     base = tiny_model().config
-    model = Transfusion(TransfusionConfig(text_config=base.text_config, image_channels=3, boi_token_id=base.boi_token_id, eoi_token_id=base.eoi_token_id),
+    model = Transfusion(TransfusionConfig(text_config=base.text_config, image_channels=3,
+                                          boi_token_id=base.boi_token_id, eoi_token_id=base.eoi_token_id),
                         tiny_model().tokenizer).eval()
     sequence = packed_of(model, [[Text("a"), picture(3, 8, 4)], [picture(3, 4, 12), Text("b")]], 12)
     assert model(sequence, torch.tensor([0.3, 0.7]), SEED).image_losses.shape == (2,)
@@ -103,10 +109,12 @@ def test_07_generating_ends_in_an_image(model):
 
 
 def test_08_guidance_asks_an_unconditional_model_and_scale_one_is_the_conditional_one(model):
-    free, whole, strong = (model.draw(["a handwritten two"], steps=3, guidance=Guidance(scale, interval=(0, 1))) for scale in (0.0, 1.0, 4.0))
+    free, whole, strong = (model.draw(["a handwritten two"], steps=3, guidance=Guidance(scale, interval=(0, 1)))
+                           for scale in (0.0, 1.0, 4.0))
     assert not torch.allclose(whole[0].latent, strong[0].latent, atol=1e-4)
     other = model.draw(["a handwritten nine and so on"], steps=3, guidance=0.0)
-    torch.testing.assert_close(free[0].latent, other[0].latent, rtol=1e-4, atol=1e-4)       # at scale 0 the prompt says nothing
+    # at scale 0 the prompt says nothing
+    torch.testing.assert_close(free[0].latent, other[0].latent, rtol=1e-4, atol=1e-4)
 
 
 def test_09_a_model_in_bfloat16_draws():
@@ -116,8 +124,8 @@ def test_09_a_model_in_bfloat16_draws():
 
 def test_10_a_unet_gives_as_many_tokens_as_there_are_patches_and_runs():
     base = tiny_model().config
-    config = TransfusionConfig(text_config=base.text_config, image_layers="unet", unet_channels=(8, 8), unet_blocks=1, boi_token_id=base.boi_token_id,
-                               eoi_token_id=base.eoi_token_id)
+    config = TransfusionConfig(text_config=base.text_config, image_layers="unet", unet_channels=(8, 8), unet_blocks=1,
+                               boi_token_id=base.boi_token_id, eoi_token_id=base.eoi_token_id)
     model = Transfusion(config, tiny_model().tokenizer).eval()
     sequence = packed(model, [[Text("a"), picture()]], 32)
     assert len(sequence.patch_places) == 16 and torch.isfinite(model(sequence, torch.tensor([0.5]), SEED).loss)
@@ -126,7 +134,8 @@ def test_10_a_unet_gives_as_many_tokens_as_there_are_patches_and_runs():
 @pytest.mark.parametrize("layers", IMAGE_LAYER_CLASSES)
 def test_11_the_layers_that_are_asked_for_are_the_layers_that_are_built(layers):
     model = Transfusion(TransfusionConfig(text_config=tiny_model().config.text_config, image_layers=layers))
-    assert (type(model.patch_embedding), type(model.image_head)) == IMAGE_LAYER_CLASSES[layers] and model.config.image_layers == layers
+    assert ((type(model.patch_embedding), type(model.image_head)) == IMAGE_LAYER_CLASSES[layers]
+            and model.config.image_layers == layers)
 
 
 def test_13_lambda_is_the_papers_and_the_paths_are_the_papers(model):
@@ -145,9 +154,12 @@ def test_14_a_denoising_step_runs_the_images_tokens_alone(model, recorded):
 
 def test_15_captions_stand_before_images_too_and_only_images_that_stand_first_have_limited_noise():
     model, settings = tiny_model(), DigitsSettings(caption_first=0.5, noise_limit=0.3)
-    sequence, limit = draw_batch(settings.open(), settings, model.tokenizer, model.config, 16, 128, step_generator(0, 0))
+    sequence, limit = draw_batch(
+        settings.open(), settings, model.tokenizer, model.config, 16, 128, step_generator(0, 0)
+    )
     assert 0 < sequence.image_first.float().mean() < 1
-    assert (limit[~sequence.image_first] == 1).all() and (limit == 0.3).any() and set(limit.tolist()) <= {torch.tensor(0.3).item(), 1.0}
+    assert ((limit[~sequence.image_first] == 1).all() and (limit == 0.3).any()
+            and set(limit.tolist()) <= {torch.tensor(0.3).item(), 1.0})
 
 
 def test_16_evaluation_is_deterministic(model):
@@ -165,11 +177,13 @@ def test_17_the_text_loss_is_the_language_models_own(model):
 
 def test_19_and_21_transformers_own_classes_load_a_checkpoint(tmp_path):
     tiny_model().save_pretrained(tmp_path)
-    assert AutoConfig.from_pretrained(tmp_path).model_type == "transfusion" and type(AutoModel.from_pretrained(tmp_path)) is Transfusion
+    assert (AutoConfig.from_pretrained(tmp_path).model_type == "transfusion"
+            and type(AutoModel.from_pretrained(tmp_path)) is Transfusion)
 
 
 def test_20_averaged_weights_are_kept_and_saved(tmp_path):
     train(small(tmp_path / "averaged"))
     train(dataclasses.replace(small(tmp_path / "last"), optim=dataclasses.replace(small(tmp_path).optim, ema=0.0)))
     averaged, last = (load_file(tmp_path / name / "model.safetensors") for name in ("averaged", "last"))
-    assert averaged.keys() == last.keys() and not torch.equal(averaged["image_head.linear.weight"], last["image_head.linear.weight"])
+    assert (averaged.keys() == last.keys()
+            and not torch.equal(averaged["image_head.linear.weight"], last["image_head.linear.weight"]))

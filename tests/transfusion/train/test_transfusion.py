@@ -30,7 +30,8 @@ from transfusion.train.transfusion import ModelSettings, OptimSettings, TrainCon
 
 
 def small(out, **changes):
-    base = TrainConfig(out=out, model=ModelSettings(hidden=32, layers=1, heads=2, kv_heads=2, mlp=64), data=DigitsSettings(caption_first=0.5, story=0.2),
+    base = TrainConfig(out=out, model=ModelSettings(hidden=32, layers=1, heads=2, kv_heads=2, mlp=64),
+                       data=DigitsSettings(caption_first=0.5, story=0.2),
                        optim=OptimSettings(steps=12, rows=2, seq_len=64, lr=3e-3, warmup=2, ema=0.9), device="cpu")
     return dataclasses.replace(base, **changes)
 
@@ -43,7 +44,8 @@ def losses(out):
 @pytest.mark.parametrize("objective", ["flow", "eps", "v"])
 def test_losses_fall(tmp_path, objective):
     config = small(tmp_path)
-    train(dataclasses.replace(config, model=dataclasses.replace(config.model, objective=objective), optim=dataclasses.replace(config.optim, steps=40)))
+    train(dataclasses.replace(config, model=dataclasses.replace(config.model, objective=objective),
+                              optim=dataclasses.replace(config.optim, steps=40)))
     records = losses(tmp_path)
     mean = lambda key, part: sum(r[key] for r in part) / len(part)  # noqa: E731
     for key in ("text_loss", "diffusion_loss"):
@@ -81,12 +83,15 @@ def test_a_crash_after_the_last_save_loses_only_the_steps_after_it(tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(tmp_path, signum):
-    command = [sys.executable, "-m", "transfusion.train", "digits", "--out", str(tmp_path / "run"), "--save-every", "3", "--model.hidden", "32",
-               "--model.layers", "1", "--model.mlp", "64", "--optim.rows", "1", "--optim.seq-len", "64", "--optim.steps", "100000"]
+    command = [sys.executable, "-m", "transfusion.train", "digits", "--out", str(tmp_path / "run"), "--save-every", "3",
+               "--model.hidden", "32", "--model.layers", "1", "--model.mlp", "64", "--optim.rows", "1",
+               "--optim.seq-len", "64", "--optim.steps", "100000"]
     with (tmp_path / "errors").open("w") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
-        while process.poll() is None and not (tmp_path / "run" / "resume" / "run.json").exists():  # steps are being taken
+        # steps are being taken
+        while process.poll() is None and not (tmp_path / "run" / "resume" / "run.json").exists():
             time.sleep(0.05)
         process.send_signal(signum)
         process.wait()
@@ -105,7 +110,8 @@ def test_a_signal_before_the_first_step_ends_a_command_in_one_line_and_leaves_no
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with pytest.raises(SystemExit, match=f"^stopped: by {signum.name}$"), plain_errors():
         train(small(tmp_path / "run"))
-    assert not (tmp_path / "run").exists() and before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert (not (tmp_path / "run").exists()
+            and before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)])
 
 
 def test_signals_that_are_ignored_stay_so_and_a_second_one_stops_at_once():
@@ -126,7 +132,8 @@ def test_a_run_resumes_only_with_its_own_settings(tmp_path):
     with pytest.raises(ValueError, match="holds no saved run"):
         train(small(tmp_path, resume=True))
     train(small(tmp_path, stop_after=1))
-    other = small(tmp_path, resume=True, data=DigitsSettings(caption_first=0.5), optim=dataclasses.replace(small(tmp_path).optim, lr=1.0, rows=3))
+    other = small(tmp_path, resume=True, data=DigitsSettings(caption_first=0.5),
+                  optim=dataclasses.replace(small(tmp_path).optim, lr=1.0, rows=3))
     with pytest.raises(ValueError, match="data.story, optim.rows differ"):
         train(other)
     with pytest.raises(ValueError, match="seed differ"):
@@ -157,12 +164,15 @@ def test_train_to_end_goes_on_and_says_where_it_was_stopped(tmp_path):
 def test_a_finished_run_goes_on_with_more_steps_and_another_learning_rate(tmp_path, capsys):
     train(small(tmp_path))
     before, capsys_ = losses(tmp_path), capsys.readouterr()
-    more = dataclasses.replace(small(tmp_path).optim, steps=14, lr=1e-4, warmup=1, weight_decay=0.0, betas=(0.8, 0.9), clip=0.5)
+    more = dataclasses.replace(small(tmp_path).optim, steps=14, lr=1e-4, warmup=1, weight_decay=0.0, betas=(0.8, 0.9),
+                               clip=0.5)
     train(small(tmp_path, resume=True, save_every=1, optim=more))
     said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("going on with"))
-    assert "optim.steps 14 (was 12)" in said and "optim.lr 0.0001 (was 0.003)" in said and "save_every 1 (was 500)" in said and "out" not in said.split()
+    assert ("optim.steps 14 (was 12)" in said and "optim.lr 0.0001 (was 0.003)" in said
+            and "save_every 1 (was 500)" in said and "out" not in said.split())
     after = losses(tmp_path)
-    assert after[:12] == before and [record["lr"] for record in after[12:]] == [learning_rate(step, more) for step in (12, 13)]
+    assert (after[:12] == before
+            and [record["lr"] for record in after[12:]] == [learning_rate(step, more) for step in (12, 13)])
     assert "going on with" not in capsys_.out
 
 
@@ -170,12 +180,14 @@ def test_a_finished_run_goes_on_with_more_steps_and_another_learning_rate(tmp_pa
 def test_a_damaged_log_does_not_keep_a_run_from_going_on(tmp_path, damage, capsys):
     train(small(tmp_path, stop_after=5))
     log, whole = tmp_path / "log.jsonl", losses(tmp_path)
-    data = {"missing": None, "empty": b"", "half a line": log.read_bytes()[:-30], "not text": b"\xff\x00\n" + log.read_bytes()}[damage]
+    data = {"missing": None, "empty": b"", "half a line": log.read_bytes()[:-30],
+            "not text": b"\xff\x00\n" + log.read_bytes()}[damage]
     log.unlink() if data is None else log.write_bytes(data)
     capsys.readouterr()
     train(small(tmp_path, resume=True))
     kept = {"missing": [], "empty": [], "half a line": whole[:4], "not text": whole}[damage]
-    assert losses(tmp_path)[:len(kept)] == kept and [record["step"] for record in losses(tmp_path)[len(kept):]] == list(range(5, 12))
+    assert (losses(tmp_path)[:len(kept)] == kept
+            and [record["step"] for record in losses(tmp_path)[len(kept):]] == list(range(5, 12)))
     assert (f"holds {len(kept)} of the 5 steps" in capsys.readouterr().out) == (damage != "not text")
 
 
@@ -201,7 +213,10 @@ def test_a_kill_while_resuming_loses_no_line_of_the_log(tmp_path):
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_never_reaches_the_weights(tmp_path, monkeypatch, where):
-    """The run ends there, what was saved before stands, and goes on with another learning rate; where nothing was saved the error says so."""
+    """The run ends there; what was saved before stands and goes on with another learning rate.
+
+    Where nothing was saved, the error says so.
+    """
     forward, broken = Transfusion.forward, set()
 
     def spoilt(self, sequence, times, seed):
@@ -209,12 +224,14 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(tmp_path, monkeypat
         if int(seed[1]) not in broken:
             return output
         loss = output.text_loss
-        bad = loss * float("nan") if where == "loss" else torch.where(torch.tensor(True), loss, (loss - loss.detach()) ** 0.5)
+        bad = (loss * float("nan")
+               if where == "loss" else torch.where(torch.tensor(True), loss, (loss - loss.detach()) ** 0.5))
         return output._replace(text_loss=bad)
 
     monkeypatch.setattr(Transfusion, "forward", spoilt)
     broken.add(7)
-    with pytest.raises(FloatingPointError, match=r"in step 7 .*nan.*the save of 5 steps in .* stands; --resume with a lower optim.lr"):
+    with pytest.raises(FloatingPointError,
+                       match=r"in step 7 .*nan.*the save of 5 steps in .* stands; --resume with a lower optim.lr"):
         train(small(tmp_path / "run", save_every=5))
     state = load_file(tmp_path / "run" / "resume" / "state.safetensors")
     assert all(torch.isfinite(x).all() for x in state.values()) and len(losses(tmp_path / "run")) == 7
@@ -233,13 +250,16 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     train(small(tmp_path, stop_after=3))
     before = (tmp_path / "model.safetensors").read_bytes()
     monkeypatch.setattr("transfusion.train.transfusion.learning_rate", lambda *_: 1e39)
-    with pytest.raises(FloatingPointError, match="after 4 steps .* tensors are not finite .* the save of 3 steps in .* stands"):
+    with pytest.raises(FloatingPointError,
+                       match="after 4 steps .* tensors are not finite .* the save of 3 steps in .* stands"):
         train(small(tmp_path, resume=True, stop_after=4))
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 def test_a_second_run_in_the_same_directory_is_refused(tmp_path):
-    with locked(tmp_path), ThreadPoolExecutor(1) as other, pytest.raises(ValueError, match=f"train: .* is in use by process {os.getpid()} on "):
+    with locked(tmp_path), ThreadPoolExecutor(1) as other, pytest.raises(
+        ValueError, match=f"train: .* is in use by process {os.getpid()} on "
+    ):
         other.submit(train, small(tmp_path)).result()
 
 
@@ -262,14 +282,17 @@ def test_an_out_that_does_not_fit_is_refused_before_the_model_is_built(tmp_path,
     kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     start = TuneSettings(start=tmp_path / "start")
     for config, message in (
-            (small(tmp_path / "file"), "which is a file; a directory fits"), (small(tmp_path / "file" / "in"), "cannot be written"),
-            (small(Path("/proc/none")), "cannot be written"), (small(tmp_path / "start"), "holds config.json of something else"),
+            (small(tmp_path / "file"), "which is a file; a directory fits"),
+            (small(tmp_path / "file" / "in"), "cannot be written"),
+            (small(Path("/proc/none")), "cannot be written"),
+            (small(tmp_path / "start"), "holds config.json of something else"),
             (small(tmp_path / "start", tune=start), "what is read would be written over"),
             (small(tmp_path / "start" / "in", tune=start), "what is read would be written over"),
             (small(tmp_path, tune=start), "what is read would be written over")):
         with pytest.raises(ValueError, match=message):
             train(config)
-    assert kept == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} and not (tmp_path / "start" / "in").exists()
+    assert (kept == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+            and not (tmp_path / "start" / "in").exists())
 
 
 @pytest.mark.parametrize("name", ["resume/state.safetensors", "resume/run.json"])
@@ -278,10 +301,13 @@ def test_a_damaged_resume_state_is_refused_by_the_files_name(tmp_path, name, dam
     train(small(tmp_path, stop_after=2))
     data = bytearray((tmp_path / name).read_bytes())
     data[len(data) // 2 if name.endswith("tensors") else 0] ^= 0x40
-    (tmp_path / name).write_bytes({"flipped": data, "half": data[:len(data) // 2], "empty": b"", "missing": b""}[damage])
+    (tmp_path / name).write_bytes(
+        {"flipped": data, "half": data[:len(data) // 2], "empty": b"", "missing": b""}[damage]
+    )
     if damage == "missing":
         (tmp_path / name).unlink()
-    message = "holds no saved run" if (name, damage) == ("resume/run.json", "missing") else rf"{tmp_path / name} is (damaged|missing)"
+    message = ("holds no saved run"
+               if (name, damage) == ("resume/run.json", "missing") else rf"{tmp_path / name} is (damaged|missing)")
     with pytest.raises(ValueError, match=message):
         train(small(tmp_path, resume=True))
 
@@ -298,7 +324,9 @@ def test_a_full_disk_ends_a_command_in_one_line_and_the_older_save_stands(tmp_pa
 
     def full():
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-        with pytest.raises(SystemExit, match=rf"^error: {tmp_path}.*: File too large; what was saved before stands; make room"), plain_errors():
+        with pytest.raises(
+            SystemExit, match=rf"^error: {tmp_path}.*: File too large; what was saved before stands; make room"
+        ), plain_errors():
             train(small(tmp_path, resume=True))
 
     assert in_a_child(full) == 0
@@ -315,12 +343,17 @@ def test_a_device_that_is_not_there_is_refused_by_name(tmp_path, device):
     assert not (tmp_path / "run").exists() and choose_device("cpu").type == "cpu"
 
 
-@pytest.mark.parametrize("error,line", [
-    (OSError(28, "No space left on device", "/a/b"), "error: /a/b: No space left on device; what was saved before stands; make room, or name"),
-    (PermissionError(13, "Permission denied", "/a/b"), "error: /a/b: Permission denied; a file or directory that this user may read and write fits"),
-    (FileNotFoundError(2, "No such file or directory", "/a/b"), "error: /a/b: No such file or directory; name one that is there"),
-    (OSError("no file named\nmodel.safetensors in x"), "error: no file named model.safetensors in x"),
-    (SafetensorError("header too small"), "error: header too small")])
+@pytest.mark.parametrize(
+    "error,line",
+    [(OSError(28, "No space left on device", "/a/b"),
+      "error: /a/b: No space left on device; what was saved before stands; make room, or name"),
+     (PermissionError(13, "Permission denied", "/a/b"),
+      "error: /a/b: Permission denied; a file or directory that this user may read and write fits"),
+     (FileNotFoundError(2, "No such file or directory", "/a/b"),
+      "error: /a/b: No such file or directory; name one that is there"),
+     (OSError("no file named\nmodel.safetensors in x"), "error: no file named model.safetensors in x"),
+     (SafetensorError("header too small"), "error: header too small")]
+)
 def test_an_error_of_the_file_system_ends_a_command_with_one_line(error, line):
     with pytest.raises(SystemExit) as stopped, plain_errors():
         raise error
@@ -329,9 +362,12 @@ def test_an_error_of_the_file_system_ends_a_command_with_one_line(error, line):
         raise RuntimeError
 
 
-@pytest.mark.parametrize("error,resumes,line", [
-    (ValueError("lr is 0"), False, "error: lr is 0"), (FloatingPointError("nan"), True, "error: nan"), (KeyboardInterrupt(), False, "stopped: by Ctrl-C"),
-    (KeyboardInterrupt(), True, "stopped: the same command goes on"), (KeyboardInterrupt("3 of 12"), True, "stopped: 3 of 12")])
+@pytest.mark.parametrize("error,resumes,line",
+                         [(ValueError("lr is 0"), False, "error: lr is 0"),
+                          (FloatingPointError("nan"), True, "error: nan"),
+                          (KeyboardInterrupt(), False, "stopped: by Ctrl-C"),
+                          (KeyboardInterrupt(), True, "stopped: the same command goes on"),
+                          (KeyboardInterrupt("3 of 12"), True, "stopped: 3 of 12")])
 def test_a_command_ends_with_one_line(error, resumes, line):
     with pytest.raises(SystemExit) as stopped, plain_errors(resumes):
         raise error

@@ -186,8 +186,10 @@ def _is_of(name: str, split: str) -> bool:
 
 
 def _no_split(op: str, folder: Path, split: str, splits: list[str]) -> ValueError:
-    return ValueError(f"{op}: split is {split!r}, and {str(folder)!r} has {', '.join(map(repr, splits))}; one of these fits"
-                      f"{nearest(split, splits)}")
+    return ValueError(
+        f"{op}: split is {split!r}, and {str(folder)!r} has {', '.join(map(repr, splits))}; one of these fits"
+        f"{nearest(split, splits)}"
+    )
 
 
 def _listed(path: Path, key: str) -> list:

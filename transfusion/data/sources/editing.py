@@ -1,6 +1,7 @@
 """Editing triples in a table: a source picture, an instruction, and the target picture, which alone is drawn.
 
-The default columns are those of InstructPix2Pix, MagicBrush, UltraEdit and OmniGen. The source may be a list of pictures.
+The default columns are those of InstructPix2Pix, MagicBrush, UltraEdit and OmniGen. The source may be a list of
+pictures.
 """
 from dataclasses import dataclass
 from pathlib import Path

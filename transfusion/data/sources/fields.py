@@ -19,8 +19,11 @@ def string(value, where: str, what: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise DataError(where, f"{what} is {value[:40]!r}, which is no Unicode text ({error.reason}); what UTF-8 can write "
-                        "fits", "bad encoding") from None
+        raise DataError(
+            where,
+            f"{what} is {value[:40]!r}, which is no Unicode text ({error.reason}); what UTF-8 can write fits",
+            "bad encoding",
+        ) from None
     return value
 
 

@@ -48,7 +48,9 @@ class ImageFolderSettings:
         op = "imagefolder"
         check(op, self)
         if not self.path.is_dir():
-            raise ValueError(f"{op}: path is {str(self.path)!r}, which is no folder; one with pictures and captions fits")
+            raise ValueError(
+                f"{op}: path is {str(self.path)!r}, which is no folder; one with pictures and captions fits"
+            )
         if "{label}" not in self.template:
             raise ValueError(f"{op}: template is {self.template!r}; text with {{label}} in it fits, e.g. 'a {{label}}'")
         metadata = [name for name in list_files(self.path, METADATA) if PurePath(name).name in METADATA]
@@ -57,14 +59,22 @@ class ImageFolderSettings:
         found = list_files(self.path, (*PICTURES, ".txt"))
         names = [name for name in found if not name.endswith(".txt")]
         if not names:
-            raise ValueError(f"{op}: path is {str(self.path)!r}, in which no picture lies; {', '.join(PICTURES)} files fit")
+            raise ValueError(
+                f"{op}: path is {str(self.path)!r}, in which no picture lies; {', '.join(PICTURES)} files fit"
+            )
         stems = {os.path.splitext(name)[0] for name in found if name.endswith(".txt")}
-        if self.captions == "txt" or self.captions == "auto" and any(os.path.splitext(name)[0] in stems for name in names):
+        if (
+            self.captions == "txt"
+            or self.captions == "auto"
+            and any(os.path.splitext(name)[0] in stems for name in names)
+        ):
             return TextBesideFolder(self, names)
         if any("/" in name for name in names):
             return LabelFolder(self, [name for name in names if "/" in name])
-        raise ValueError(f"{op}: path is {str(self.path)!r}, whose {len(names)} pictures have no captions; metadata.jsonl, "
-                         "metadata.csv, a .txt beside each picture or folders named after labels fit")
+        raise ValueError(
+            f"{op}: path is {str(self.path)!r}, whose {len(names)} pictures have no captions; metadata.jsonl, "
+            "metadata.csv, a .txt beside each picture or folders named after labels fit"
+        )
 
 
 class MetadataFolder:
@@ -76,8 +86,10 @@ class MetadataFolder:
             raise ValueError(f"imagefolder: captions is 'metadata', and in {str(settings.path)!r} lies no "
                              f"{' or '.join(METADATA)}; one fits")
         if len({path.suffix for path in paths}) > 1:
-            raise ValueError(f"imagefolder: path is {str(settings.path)!r}, in which {', '.join(names)} lie; metadata of one "
-                             "kind fits")
+            raise ValueError(
+                f"imagefolder: path is {str(settings.path)!r}, in which {', '.join(names)} lie; metadata of one "
+                "kind fits"
+            )
         self.name, self.settings = begin("imagefolder", settings.path)[0], settings
         self.table = json_table(paths) if paths[0].suffix == ".jsonl" else CsvTable(paths, "csv", find_csv_rows)
 
@@ -132,18 +144,21 @@ class TextBesideFolder(NamedFolder):
         try:
             text = decoded(beside.read_bytes(), str(beside)).removeprefix("\ufeff").strip()
         except OSError as error:
-            raise DataError(str(path), f"its caption {beside.name!r} cannot be read ({error.strerror}); a text file beside the "
-                            "picture fits", "missing caption") from error
+            raise DataError(
+                str(path),
+                f"its caption {beside.name!r} cannot be read ({error.strerror}); a text file beside the picture fits",
+                "missing caption",
+            ) from error
         if not text:
             raise DataError(str(path), f"its caption {beside.name!r} is empty; text fits", "missing caption")
         return text
 
     def fingerprint(self) -> str:
-        table, digests = self.index.table.tolist(), []
-        for start, stop in table:
+        changes = []
+        for start, stop in self.index.table.tolist():
             beside = (self.settings.path / name_at(self.index, start, stop)).with_suffix(".txt")
-            digests.append(beside.stat().st_mtime_ns if beside.is_file() else 0)
-        return digest(super().fingerprint(), hash(tuple(digests)))
+            changes.append(beside.stat().st_mtime_ns if beside.is_file() else 0)
+        return digest(super().fingerprint(), changes)
 
 
 class LabelFolder(NamedFolder):

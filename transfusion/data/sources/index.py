@@ -7,7 +7,6 @@ Bytes are counted, never characters, so text of any language may stand in the fi
 """
 import hashlib
 import os
-import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -242,8 +241,12 @@ def find_json_objects(path: Path) -> Contents:
             _refuse_rest(path, data, end + 1)
             break
     else:
-        raise DataError(f"{path}, row {sum(map(len, stops))}", f"the list does not end: the file stops at byte {len(data)}"
-                        f"{' inside a string' if inside else ''}; it is cut off; copy it again", "truncated file")
+        raise DataError(
+            f"{path}, row {sum(map(len, stops))}",
+            f"the list does not end: the file stops at byte {len(data)}"
+            f"{' inside a string' if inside else ''}; it is cut off; copy it again",
+            "truncated file",
+        )
     table = np.stack([np.concatenate(starts), np.concatenate(stops)], 1)
     _check_gaps(path, data, table, end)
     return table, b""
@@ -264,8 +267,11 @@ def _refuse_rest(path: Path, data: np.ndarray, begin: int) -> None:
     """Refuse anything but white space behind the end of the list."""
     rest = data[begin:begin + CHUNK].tobytes().strip(SPACE)
     if rest:
-        raise DataError(f"{path}, byte {begin}", f"{rest[:20]!r} stands behind the end of the list; one list of objects "
-                        "fits", "bad json")
+        raise DataError(
+            f"{path}, byte {begin}",
+            f"{rest[:20]!r} stands behind the end of the list; one list of objects fits",
+            "bad json",
+        )
 
 
 def _check_gaps(path: Path, data: np.ndarray, table: np.ndarray, end: int) -> None:
@@ -290,98 +296,8 @@ def _check_gaps(path: Path, data: np.ndarray, table: np.ndarray, end: int) -> No
                         "between them fit", "bad json")
 
 
-_BLOCK = 512
-_PAX = re.compile(rb"(\d+) ([^=]+)=")
-
-
-def find_tar_members(path: Path) -> Contents:
-    """(record, start, stop, name start, name stop) of each file in a tar; those of one record stand together.
-
-    A record is what shares its name up to the first dot behind the last slash, as webdataset has it. ustar, GNU long
-    names and pax headers are read.
-
-    Raises:
-        DataError: it is no tar, is compressed, or ends inside a member.
-    """
-    mapped(path)  # refuses compressed ones
-    records, rows, names = {}, [], bytearray()
-    with open(path, "rb", buffering=0) as file:
-        for name, start, size in _members(path, file.fileno(), os.fstat(file.fileno()).st_size):
-            folder, _, base = name.rpartition(b"/")
-            key, dot, _ = base.partition(b".")
-            if not dot or not key:  # hidden files, and those without a suffix
-                continue
-            number = records.setdefault((folder, key), len(records))
-            rows.append((number, start, start + size, len(names), len(names) + len(name)))
-            names += name
-    if not rows:
-        raise DataError(str(path), "the tar holds no files; at least one record fits", "empty file")
-    table = np.array(rows, np.int64)
-    return table[np.argsort(table[:, 0], kind="stable")], bytes(names)
-
-
-def _members(path: Path, handle: int, end: int):
-    """Yield (name, start, size) of each regular file in a tar."""
-    at, long_name, pax, shared = 0, None, {}, {}
-    while at + _BLOCK <= end:
-        header = os.pread(handle, _BLOCK, at)
-        if not header.strip(b"\0"):  # the end's zeros
-            return
-        size = _check_header(path, header, at)
-        kind, start = header[156:157], at + _BLOCK
-        fields = {**shared, **pax}
-        if kind not in b"xgLK" and b"size" in fields:
-            size = int(fields[b"size"])
-        stop = start + size
-        if stop > end:
-            raise DataError(f"{path}, byte {at}", f"the tar ends at byte {end}, inside a member that goes to {stop}; it is "
-                            "cut off; copy it again", "truncated file")
-        if kind == b"L":
-            long_name = os.pread(handle, size, start).rstrip(b"\0")
-        elif kind == b"x":
-            pax = _pax_fields(os.pread(handle, size, start))
-        elif kind == b"g":
-            shared = {**shared, **_pax_fields(os.pread(handle, size, start))}
-        elif kind != b"K":
-            if kind in b"0\x007":
-                yield fields.get(b"path") or long_name or _ustar_name(header), start, size
-            long_name, pax = None, {}
-        at = start + -(-size // _BLOCK) * _BLOCK if kind not in b"123456" else start
-    if at != end:
-        raise DataError(f"{path}, byte {at}", f"the tar ends at byte {end}, between two members; it is cut off; copy it "
-                        "again", "truncated file")
-
-
-def _check_header(path: Path, header: bytes, at: int) -> int:
-    """Return a member's size; refuse a header whose checksum is wrong."""
-    try:
-        total = int(header[148:156].strip(b"\0 ") or b"0", 8)
-        size = int.from_bytes(header[125:136], "big") if header[124] & 0x80 else int(header[124:136].strip(b"\0 ") or b"0", 8)
-    except ValueError:
-        total = size = -1
-    if total != sum(header) - sum(header[148:156]) + 8 * ord(" ") or size < 0:
-        raise DataError(f"{path}, byte {at}", "here no tar header stands; an uncompressed tar fits", "bad tar")
-    return size
-
-
-def _ustar_name(header: bytes) -> bytes:
-    name, prefix = header[:100].split(b"\0")[0], header[345:500].split(b"\0")[0]
-    return prefix + b"/" + name if header[257:263] == b"ustar\0" and prefix else name
-
-
-def _pax_fields(data: bytes) -> dict[bytes, bytes]:
-    fields, at = {}, 0
-    while match := _PAX.match(data, at):
-        stop = at + int(match[1])
-        fields[match[2]] = data[match.end():stop - 1]
-        if stop <= at:
-            break
-        at = stop
-    return fields
-
-
 def list_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Names of all files with these suffixes in a folder and the folders inside it, sorted; hidden ones are left out."""
+    """Return the sorted names of files with these suffixes in a folder and its subfolders; hidden ones are left out."""
     found = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]

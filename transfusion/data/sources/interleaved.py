@@ -2,8 +2,8 @@
 
 Our own:  {"parts": [{"text": "A cat."}, {"image": "cat.jpg"}, {"text": "It sleeps.", "loss": false}]}
 OBELICS:  {"texts": ["A cat.", null], "images": [null, "cat.jpg"]}: at each place one of the two
-MMC4:     {"text_list": ["A cat.", ...], "image_info": [{"image_name": "cat.jpg", "matched_text_index": 0}, ...]}: a picture
-          stands before the sentence it matches
+MMC4:     {"text_list": ["A cat.", ...], "image_info": [{"image_name": "cat.jpg", "matched_text_index": 0}, ...]}:
+          a picture stands before the sentence it matches
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +58,11 @@ class Interleaved:
         row, where = self.table.row(number, self.columns), self.table.where(number)
         layout = next((read for name, read in _LAYOUTS.items() if row.get(name) is not None), None)
         if layout is None:
-            raise DataError(where, f"the row has {', '.join(map(repr, row)) or 'no column'}; {', '.join(map(repr, _LAYOUTS))} "
-                            "fit", "missing column")
+            raise DataError(
+                where,
+                f"the row has {', '.join(map(repr, row)) or 'no column'}; {', '.join(map(repr, _LAYOUTS))} fit",
+                "missing column",
+            )
         parts = [self._part(kind, value, loss, where) for kind, value, loss in layout(row, where)]
         if not parts:
             raise DataError(where, "the document is empty; at least one text or picture fits", "empty text")
@@ -93,10 +96,17 @@ def _own(row: dict, where: str) -> list[tuple]:
 
 def _obelics(row: dict, where: str) -> list[tuple]:
     """As `_own`; paragraphs with nothing between them are joined by a blank line."""
-    texts, images = _list(row["texts"], where, "texts"), _list(column(row, ("images",), where, "pictures"), where, "images")
+    texts, images = (
+        _list(row["texts"], where, "texts"),
+        _list(column(row, ("images",), where, "pictures"), where, "images"),
+    )
     if len(texts) != len(images):
-        raise DataError(where, f"there are {len(texts)} texts and {len(images)} images; as many fit, with null in one of them "
-                        "at each place", "bad part")
+        raise DataError(
+            where,
+            f"there are {len(texts)} texts and {len(images)} images; as many fit, with null in one of them "
+            "at each place",
+            "bad part",
+        )
     parts = []
     for i, (text, image) in enumerate(zip(texts, images)):
         if text and image:
@@ -112,8 +122,11 @@ def _mmc4(row: dict, where: str) -> list[tuple]:
     before = [[] for _ in sentences]
     for image in listed(row.get("image_info")):
         if not isinstance(image, dict):
-            raise DataError(where, f"an image is {image!r:.60}; an object with 'image_name' and 'matched_text_index' fits",
-                            "bad part")
+            raise DataError(
+                where,
+                f"an image is {image!r:.60}; an object with 'image_name' and 'matched_text_index' fits",
+                "bad part",
+            )
         at = image.get("matched_text_index")
         if not isinstance(at, int) or isinstance(at, bool) or not 0 <= at < len(sentences):
             raise DataError(where, f"matched_text_index is {at!r}; 0 to {len(sentences) - 1} fit", "bad part")

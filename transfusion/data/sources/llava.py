@@ -3,8 +3,8 @@
     {"id": "000000033471", "image": "coco/train2017/000000033471.jpg", "conversations": [
         {"from": "human", "value": "<image>\\nWhat colour is the bus?"}, {"from": "gpt", "value": "White and red"}]}
 
-`image` is absent in rows of text, one file's name, or a list of them. `<image>` stands where the author put it, once for
-each picture. A first turn of the assistant is dropped, as LLaVA does; after it the roles alternate.
+`image` is absent in rows of text, one file's name, or a list of them. `<image>` stands where the author put it, once
+for each picture. A first turn of the assistant is dropped, as LLaVA does; after it the roles alternate.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,7 +84,9 @@ def _said(turn, where: str, number: int) -> tuple[str, object]:
         raise DataError(where, f"turn {number} is {turn!r:.60}; an object with a role and a text fits", "no turns")
     role = column(turn, ("from", "role"), f"{where}, turn {number}", "role")
     if not isinstance(role, str) or role.lower() not in ROLE_OF:
-        raise DataError(where, f"turn {number} is said by {role!r}; {', '.join(map(repr, ROLE_OF))} fit", "unknown role")
+        raise DataError(
+            where, f"turn {number} is said by {role!r}; {', '.join(map(repr, ROLE_OF))} fit", "unknown role"
+        )
     content = column(turn, ("value", "content"), f"{where}, turn {number}", "text")
     return ROLE_OF[role.lower()], content
 
@@ -99,12 +101,18 @@ def _in_order(said: list, where: str) -> list:
     for i, (role, _) in enumerate(rest):
         wanted = ("user", "assistant")[i % 2]
         if role != wanted:
-            raise DataError(where, f"turn {i + len(head)} is the {role}'s and the {wanted}'s is due; turns that alternate, "
-                            "the user's first, fit", "roles do not alternate")
+            raise DataError(
+                where,
+                f"turn {i + len(head)} is the {role}'s and the {wanted}'s is due; turns that alternate, "
+                "the user's first, fit",
+                "roles do not alternate",
+            )
     return head + rest
 
 
-def place_pictures(said: Sequence[tuple[str, object]], images: list, where: str, folder: Path, drawn: str) -> tuple[Turn, ...]:
+def place_pictures(
+    said: Sequence[tuple[str, object]], images: list, where: str, folder: Path, drawn: str
+) -> tuple[Turn, ...]:
     """Put each picture where its `<image>` stands; (role, content) with content a text or OpenAI's list of parts.
 
     Raises:
@@ -113,8 +121,11 @@ def place_pictures(said: Sequence[tuple[str, object]], images: list, where: str,
     split = [(role, _split(content, where)) for role, content in said]
     holes = sum(part is None for _, parts in split for part in parts)
     if holes != len(images):
-        raise DataError(where, f"{PLACEHOLDER} stands in the text {holes} times and the row has {len(images)} pictures; as "
-                        "many fit", "placeholders and pictures differ")
+        raise DataError(
+            where,
+            f"{PLACEHOLDER} stands in the text {holes} times and the row has {len(images)} pictures; as many fit",
+            "placeholders and pictures differ",
+        )
     left, turns = iter(images), []
     for role, parts in split:
         loss = drawn == "all" or drawn == role
@@ -132,8 +143,11 @@ def _split(content, where: str) -> list[str | dict | None]:
         parts = []
         for one in content:
             if not isinstance(one, dict):
-                raise DataError(where, f"a part of a turn is {one!r:.60}; an object such as {{'type': 'text', 'text': ...}} "
-                                "fits", "no turns")
+                raise DataError(
+                    where,
+                    f"a part of a turn is {one!r:.60}; an object such as {{'type': 'text', 'text': ...}} fits",
+                    "no turns",
+                )
             parts += _split_part(one, where)
         return parts
     texts = string(content, where, "a turn's text").split(PLACEHOLDER)

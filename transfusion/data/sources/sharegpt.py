@@ -4,8 +4,8 @@
      "images": ["cat.jpg"]}
 
 Roles and texts are called role and content, or from and value. A content may be a list of parts as OpenAI has it:
-{"type": "text", "text": ...} and {"type": "image", "image": "cat.jpg"}, where an image without a name takes the next one
-of `images`. A picture in an answer is drawn, one in a question read.
+{"type": "text", "text": ...} and {"type": "image", "image": "cat.jpg"}, where an image without a name takes the next
+one of `images`. A picture in an answer is drawn, one in a question read.
 """
 from dataclasses import dataclass
 from pathlib import Path

@@ -42,6 +42,8 @@ class Pieces:
         self.paths = paths
         self.indices = [open_index(path, kind, build) for path in paths]
         self.ends = np.cumsum([self._rows(index) for index in self.indices])
+        if not len(self):
+            raise DataError(", ".join(map(str, paths)), "there is no record; at least one fits", "empty file")
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -121,7 +123,9 @@ class CsvTable(Lines):
         where = self.where(number)
         cells = self._cells(read_piece(path, *index.table[row, :2].tolist(), index.stamp), path, where)
         if len(cells) != len(header):
-            raise DataError(where, f"the row has {len(cells)} columns and the header {len(header)}; as many fit", "bad csv")
+            raise DataError(
+                where, f"the row has {len(cells)} columns and the header {len(header)}; as many fit", "bad csv"
+            )
         return {name: cell or None for name, cell in zip(header, cells)}
 
     def _cells(self, data: bytes, path: Path, where: str) -> list[str]:
@@ -141,8 +145,11 @@ def decoded(data: bytes, where: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise DataError(where, f"is not UTF-8: byte {error.start} is {data[error.start]:#04x} ({error.reason}); save the "
-                        "file as UTF-8", "bad encoding") from error
+        raise DataError(
+            where,
+            f"is not UTF-8: byte {error.start} is {data[error.start]:#04x} ({error.reason}); save the file as UTF-8",
+            "bad encoding",
+        ) from error
 
 
 def parse_object(data: bytes, where: str) -> dict:
@@ -168,8 +175,11 @@ def json_table(paths: list[Path]) -> Lines:
     """
     kinds = {_first_byte(path): path for path in paths}
     if len(kinds) > 1:
-        raise DataError(", ".join(map(str, kinds.values())), "one is a JSON list and one JSON lines; files of one kind fit; "
-                        "name the others as a source of their own", "bad json")
+        raise DataError(
+            ", ".join(map(str, kinds.values())),
+            "one is a JSON list and one JSON lines; files of one kind fit; name the others as a source of their own",
+            "bad json",
+        )
     if b"[" in kinds:
         return JsonList(paths, "json", find_json_objects)
     return Lines(paths, "lines", find_lines)
@@ -188,7 +198,7 @@ def _first_byte(path: Path) -> bytes:
 
 
 def matching(op: str, path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Return the files that `path` names: itself, all that fit a pattern (* ? [...] {0..9} {a,b}), or those in a folder.
+    """Return the files that `path` names: itself, those in a folder, or those of a pattern (* ? [...] {0..9} {a,b}).
 
     Raises:
         ValueError: there is none.
@@ -201,8 +211,10 @@ def matching(op: str, path: Path, suffixes: tuple[str, ...]) -> list[Path]:
     else:
         found = list(itertools.chain.from_iterable(_glob(pattern) for pattern in _braces(str(path))))
     if not found:
-        raise ValueError(f"{op}: path is {str(path)!r}, where no file is; {' or '.join(suffixes)} files, a folder of them or a "
-                         "pattern such as 'part-*' fit")
+        raise ValueError(
+            f"{op}: path is {str(path)!r}, where no file is; {' or '.join(suffixes)} files, a folder of them or a "
+            "pattern such as 'part-*' fit"
+        )
     return found
 
 
@@ -247,6 +259,8 @@ def digest(*parts) -> str:
 
 
 def begin(op: str, path: Path) -> tuple[str, Path]:
-    """Return a source's name, from its file's, and the folder that the file lies in."""
+    """Return a source's name, from its file's, and the folder that its files lie in."""
     path = Path(path)
-    return path.stem or op, path if path.is_dir() else path.parent
+    if path.is_dir():
+        return path.resolve().name or op, path
+    return path.stem, next(folder for folder in path.parents if not set("*?[{") & set(str(folder)) or folder.is_dir())

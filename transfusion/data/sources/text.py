@@ -93,9 +93,8 @@ class TextFiles:
     """Text files, each one document, by number."""
 
     def __init__(self, settings: TextSettings):
-        self.name, folder = begin("text", settings.path)
+        self.name, self.folder = begin("text", settings.path)
         self.settings, paths = settings, matching("text", settings.path, TEXTS)
-        self.folder = Path(".") if any(folder not in path.parents for path in paths) else folder
         names = [path.relative_to(self.folder).as_posix() for path in paths]
         self.stamps = digest([(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in zip(names, paths)])
         self.index = index_names(self.folder, f"text-{digest(str(settings.path))[:8]}", names)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from transfusion.data.sources.fields import captions_of, string
 from transfusion.data.sources.imagefolder import CAPTIONS
-from transfusion.data.sources.index import Index, find_tar_members, name_at, read_piece
+from transfusion.data.sources.index import Index, name_at, read_piece
 from transfusion.data.sources.record import DataError, PictureFile, PictureRef, Record
 from transfusion.data.sources.tables import Pieces, begin, decoded, digest, matching, parse_object
+from transfusion.data.sources.tar import find_tar_members
 from transfusion.settings import check
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -66,8 +67,11 @@ class Tars:
         where = f"{path}, {name[:begin_suffix]}"
         suffix = next((one for one in PICTURES if one in members), None)
         if suffix is None:
-            raise DataError(where, f"there is no picture; the record has {', '.join(members)}; {', '.join(PICTURES)} fit",
-                            "missing picture")
+            raise DataError(
+                where,
+                f"there is no picture; the record has {', '.join(members)}; {', '.join(PICTURES)} fit",
+                "missing picture",
+            )
         name, start, stop = members[suffix]
         picture = PictureRef(PictureFile(str(path), start, stop - start, f"{path}, {name}"), self.settings.drawn, name)
         captions = self._captions(path, index, members, where)
@@ -77,14 +81,19 @@ class Tars:
         found = []
         if "txt" in members:
             _, start, stop = members["txt"]
-            found.append(string(decoded(read_piece(path, start, stop, index.stamp), where), where, "the caption").strip())
+            found.append(
+                string(decoded(read_piece(path, start, stop, index.stamp), where), where, "the caption").strip()
+            )
         elif "json" in members:
             _, start, stop = members["json"]
             row = parse_object(read_piece(path, start, stop, index.stamp), where)
             return captions_of(row, self.settings.columns, where)
         if not any(found):
-            raise DataError(where, f"there is no caption; the record has {', '.join(members)}; a txt or json with text fits",
-                            "missing caption")
+            raise DataError(
+                where,
+                f"there is no caption; the record has {', '.join(members)}; a txt or json with text fits",
+                "missing caption",
+            )
         return tuple(found)
 
     def fingerprint(self) -> str:

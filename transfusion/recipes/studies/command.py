@@ -23,7 +23,7 @@ class StudySettings:
     data: Literal["digits", "emoji"] = "digits"
     """the pictures"""
     seeds: tuple[Seed, ...] = (0, 1, 2)
-    """runs of each arm; two processes may share the work by seeds, and the one command afterwards finds all of them done"""
+    """runs of each arm; two processes may share the work by seeds, and one command afterwards finds them all done"""
     out: Path = Path("runs/studies")
     """directory of runs, tables and pictures"""
     fast: bool = False
@@ -32,8 +32,10 @@ class StudySettings:
 
 def fast(data: StudyData) -> StudyData:
     """The same data set with two steps of everything."""
-    base = replace(data.base, optim=replace(data.base.optim, steps=2, rows=1, warmup=1), model=replace(data.base.model, hidden=24, layers=1, mlp=32))
-    return replace(data, base=base, measuring=Measuring(draws=2 * len(data.captions), steps=2), channels=(8,) * len(data.channels),
+    base = replace(data.base, optim=replace(data.base.optim, steps=2, rows=1, warmup=1),
+                   model=replace(data.base.model, hidden=24, layers=1, mlp=32))
+    return replace(data, base=base, measuring=Measuring(draws=2 * len(data.captions), steps=2),
+                   channels=(8,) * len(data.channels),
                    autoencoder=replace(data.autoencoder, steps=3, batch=8, codes=8),
                    classifier=ClassifierSettings(size=16, width=8, depths=(1,), steps=2, batch=8, device=base.device))
 
@@ -56,7 +58,8 @@ def run_studies(settings: StudySettings) -> list[Path]:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of `python -m transfusion.studies`."""
-    settings = tyro.cli(StudySettings, prog="python -m transfusion.studies", description=transfusion.recipes.studies.__doc__, args=args)
+    settings = tyro.cli(StudySettings, prog="python -m transfusion.studies",
+                        description=transfusion.recipes.studies.__doc__, args=args)
     with plain_errors(resumes=True):
         run_studies(settings)
 

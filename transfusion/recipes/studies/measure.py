@@ -2,12 +2,14 @@
 
     label_accuracy      share of drawn pictures that the classifier reads as the asked class
     frechet             Frechet distance between drawn and real pictures in the classifier's pooled features
-    precision, recall   share of drawn pictures near real ones, and of real ones near drawn ones, there (arXiv:1904.06991)
+    precision, recall   share of drawn pictures near real ones, and of real ones near drawn ones, in these features
+                        (arXiv:1904.06991)
     caption_accuracy    share of held-out pictures whose greedily written caption is exactly theirs
     caption_loss        nats per token of captions behind their held-out pictures
     text_loss           nats per token of captions alone
 
-The classifier was trained on the same real training pictures; real pictures are those of both splits. `floor` and `perfect` are what real pictures get.
+The classifier was trained on the same real training pictures; real pictures are those of both splits. `floor` and
+`perfect` are what real pictures get.
 """
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ class Yardstick:
                 "label_accuracy": accuracy(self.classifier, drawn, asked)}
 
     def perfect(self, asked: Tensor) -> dict[str, float]:
-        """Measure as many real pictures of the classes `asked`, each class's in order: a model that drew these would get no less a distance."""
+        """Measure as many real pictures of the classes `asked`, each class's in order: what a perfect model gets."""
         labels = torch.cat([self.train.labels, self.held_out.labels])
         chosen = torch.empty_like(asked)
         for label in asked.unique():
@@ -73,15 +75,18 @@ def _caption_alone(document: Document, count: int) -> Document:
 
 
 def flops(model: Transfusion, sequence: Sequence) -> dict[str, int]:
-    """Multiplications and additions of matrices in the forward pass of packed documents: backbone, and what is in front of and behind it.
+    """Return multiplications and additions of matrices in the forward pass of packed documents.
 
-    The backbone's are 2 for each weight of its layers' matrices and token, and 4 H D for each visible pair; heads are the text's where there is a text
-    target, and linear image layers at each patch. A U-Net's convolutions are not counted. Training costs three times as much.
+    The backbone's are 2 for each weight of its layers' matrices and token, and 4 H D for each visible pair; heads are
+    the text's where there is a text target, and linear image layers at each patch. A U-Net's convolutions are not
+    counted. Training costs three times as much.
     """
     decoder, text = model.backbone.decoder.get_decoder(), model.config.text_config
     matrices = sum(p.numel() for p in decoder.layers.parameters() if p.ndim == 2)
     pairs = int(model.image_attention.mask(sequence).area())
     head = 2 * model.get_output_embeddings().weight.numel() * len(sequence.text_targets)
-    linear = sum(p.numel() for name, p in model.named_parameters() if name in ("patch_embedding.linear.weight", "image_head.linear.weight"))
-    return {"layers": 2 * matrices * sequence.tokens.numel(), "attention": 4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * pairs,
+    names = ("patch_embedding.linear.weight", "image_head.linear.weight")
+    linear = sum(p.numel() for name, p in model.named_parameters() if name in names)
+    heads = text.num_hidden_layers * text.num_attention_heads * text.head_dim
+    return {"layers": 2 * matrices * sequence.tokens.numel(), "attention": 4 * heads * pairs,
             "heads": head + 2 * linear * len(sequence.patches)}

@@ -1,7 +1,8 @@
 """From runs to a study's table, sentences, plot and samples.
 
-A pair's order is decided by the differences of equal seeds: their mean and its standard error, by Student's t at 95 % (4.3 standard errors for three seeds).
-Two numbers of the paper, which has no error bars, are the same where they differ by less than 2 %.
+A pair's order is decided by the differences of equal seeds: their mean and its standard error, by Student's t at 95 %
+(4.3 standard errors for three seeds). Two numbers of the paper, which has no error bars, are the same where they
+differ by less than 2 %.
 """
 import json
 import math
@@ -49,8 +50,9 @@ def sentence(metric: str, labels: tuple[str, str], ours: Difference, paper: tupl
     theirs = 0 if abs(paper[0] - paper[1]) < 0.02 * max(paper) else 1 if paper[0] > paper[1] else -1
     verdict = "no difference seen" if ours.sign == 0 else f"{labels[0] if ours.sign == better else labels[1]} is better"
     verdict = "one seed, no error" if math.isnan(ours.error) else verdict
-    held = {(True, True): "nor in the paper", (True, False): "agrees with the paper", (False, True): "does not show the paper's order",
-            (False, False): "differs from the paper"}[ours.sign == theirs, ours.sign == 0]
+    held = {(True, True): "nor in the paper", (True, False): "agrees with the paper",
+            (False, True): "does not show the paper's order", (False, False): "differs from the paper"}
+    held = held[ours.sign == theirs, ours.sign == 0]
     best = "no difference" if theirs == 0 else f"{labels[0] if theirs == better else labels[1]} better"
     claim = "" if math.isnan(ours.error) else f": {held}"
     return (f"{title}, {labels[0]} minus {labels[1]}: {ours.mean:+.3g} ± {ours.error:.2g}, {verdict}{claim} "
@@ -69,7 +71,8 @@ def comparisons(study: Study, results: list[dict]) -> list[str]:
         for metric in METRICS:
             paper = rows[a].number(metric), rows[b].number(metric)
             if None not in paper:
-                lines.append(sentence(metric, (rows[a].label, rows[b].label), difference(by_seed(results, a, metric), by_seed(results, b, metric)), paper))
+                ours = difference(by_seed(results, a, metric), by_seed(results, b, metric))
+                lines.append(sentence(metric, (rows[a].label, rows[b].label), ours, paper))
     return lines
 
 
@@ -81,14 +84,16 @@ def cell(values: list[float]) -> str:
 def table(study: Study, results: list[dict], real: dict[str, dict[str, float]]) -> list[str]:
     """The study's table in Markdown, the paper's numbers in its last column."""
     titles = [f"{metric.title} {'↑' if metric.more_is_better else '↓'}" for metric in METRICS.values()]
-    lines = [" | ".join(["| arm", "parameters", *titles, f"paper ({study.size}): C4 ppl / CIDEr / FID / CLIP |"]), "|---" * (len(titles) + 3) + "|"]
+    head = ["| arm", "parameters", *titles, f"paper ({study.size}): C4 ppl / CIDEr / FID / CLIP |"]
+    lines = [" | ".join(head), "|---" * len(head) + "|"]
     for row in study.rows:
         parameters = next(result["parameters"] for result in results if result["arm"] == row.arm)
         cells = [cell(list(by_seed(results, row.arm, metric).values())) for metric in METRICS]
         paper = " / ".join(f"{x:g}" for x in row.paper) if row.paper else ""
         lines.append(" | ".join([f"| {row.label}", f"{parameters:,}", *cells, f"{paper} |"]))
     for name, found in real.items():
-        lines.append(" | ".join([f"| *{name}*", "", *(f"{found[metric]:.3g}" if metric in found else "" for metric in METRICS), " |"]))
+        cells = [f"{found[metric]:.3g}" if metric in found else "" for metric in METRICS]
+        lines.append(" | ".join([f"| *{name}*", "", *cells, " |"]))
     return lines
 
 
@@ -96,20 +101,27 @@ def notes(study: Study, data: StudyData, results: list[dict]) -> list[str]:
     """How the numbers were made, and what one document of each arm costs."""
     model, optim, measuring = data.base.model, data.base.optim, data.measuring
     seeds = len({result["seed"] for result in results})
-    lines = [f"{data.name}, {seeds} seeds: ± is the standard deviation over them, behind a difference the standard error of its mean over equal seeds; one "
-             f"is called better where Student's t at 95 % tells them apart. {optim.steps} steps of {optim.rows} x {optim.seq_len} tokens, lr "
-             f"{optim.lr:g}; {model.layers} layers of width {model.hidden}, {model.objective}-prediction, lambda {model.diffusion_weight:g}, captions first "
-             f"{data.base.data.caption_first:.0%}, guidance {measuring.guidance:g}; {measuring.draws} pictures drawn in "
+    lines = [f"{data.name}, {seeds} seeds: ± is the standard deviation over them, behind a difference the standard "
+             "error "
+             "of its mean over equal seeds; one is called better where Student's t at 95 % tells them apart. "
+             f"{optim.steps} steps of {optim.rows} x {optim.seq_len} tokens, lr {optim.lr:g}; {model.layers} layers of "
+             f"width {model.hidden}, {model.objective}-prediction, lambda {model.diffusion_weight:g}, captions first "
+             f"{data.base.data.caption_first:.0%}, guidance {measuring.guidance:g}; {measuring.draws} pictures drawn "
+             "in "
              f"{measuring.steps} steps. Pictures are pixels, without a VAE.",
-             "Fréchet distance, precision, recall and label accuracy are of a small classifier trained on the same real pictures, so they compare with each "
-             "other and not with the paper's FID and CLIP; losses are nats per caption token."]
+             "Fréchet distance, precision, recall and label accuracy are of a small classifier trained on the same "
+             "real "
+             "pictures, so they compare with each other and not with the paper's FID and CLIP; losses are nats per "
+             "caption token."]
     for row in study.rows:
         result = next(result for result in results if result["arm"] == row.arm)
         cost = result["document_flops"]
         seconds = statistics.fmean(other["seconds"]["train"] for other in results if other["arm"] == row.arm)
-        lines.append(f"{row.label}: {result['document_tokens']} tokens a document, {sum(cost.values()) / 1e6:.2f} MFLOP forward (layers "
-                     f"{cost['layers'] / 1e6:.2f}, attention {cost['attention'] / 1e6:.2f}, linear heads {cost['heads'] / 1e6:.2f}; convolutions not "
-                     f"counted), {seconds:.0f} s to train")
+        lines.append(f"{row.label}: {result['document_tokens']} tokens a document, {sum(cost.values()) / 1e6:.2f} "
+                     "MFLOP "
+                     f"forward (layers {cost['layers'] / 1e6:.2f}, attention {cost['attention'] / 1e6:.2f}, linear "
+                     "heads "
+                     f"{cost['heads'] / 1e6:.2f}; convolutions not counted), {seconds:.0f} s to train")
     return lines
 
 
@@ -123,7 +135,8 @@ def plot(path: Path, study: Study, results: list[dict], real: dict[str, dict[str
             axis.hlines(statistics.fmean(values), x - 0.25, x + 0.25, color=f"C{x}", linewidth=2)
         for label, found in real.items():
             if name in found:
-                axis.axhline(found[name], color="0.4", linestyle="--" if label == "real, held out" else ":", linewidth=1, label=label)
+                style = "--" if label == "real, held out" else ":"
+                axis.axhline(found[name], color="0.4", linestyle=style, linewidth=1, label=label)
         axis.set_title(f"{metric.title} ({'more' if metric.more_is_better else 'less'} is better)", fontsize=10)
         axis.set_xticks(range(len(study.rows)), [row.label.replace(", ", ",\n") for row in study.rows], fontsize=8)
         axis.set_xlim(-0.6, len(study.rows) - 0.4)
@@ -139,12 +152,16 @@ def plot(path: Path, study: Study, results: list[dict], real: dict[str, dict[str
 def mosaic(images: Tensor, rows: int, line: float) -> Tensor:
     """Pictures (rows * columns, C, H, W), row by row, as one (H', W', C) in [0, 1] with a line behind each."""
     count, channels, height, width = images.shape
-    framed = torch.nn.functional.pad((images.clamp(-1, 1) + 1) / 2, (0, 1, 0, 1), value=line).unflatten(0, (rows, count // rows))
+    framed = torch.nn.functional.pad((images.clamp(-1, 1) + 1) / 2, (0, 1, 0, 1), value=line)
+    framed = framed.unflatten(0, (rows, count // rows))
     return framed.permute(0, 3, 1, 4, 2).reshape(rows * (height + 1), -1, channels)
 
 
 def samples(path: Path, study: Study, data: StudyData, drawn: dict[str, Tensor], real: Tensor, ink: bool) -> None:
-    """A row for each class, its first pictures in each arm side by side and real ones last; `ink`: grey pictures are dark on white."""
+    """Write a row for each class: its first pictures in each arm side by side, and real ones last.
+
+    `ink` says that grey pictures are to be dark on white.
+    """
     classes, blocks = len(data.titles), {**{row.label: drawn[row.arm] for row in study.rows}, "real, held out": real}
     figure, axes = plt.subplots(1, len(blocks), figsize=(2.7 * len(blocks) + 1, 0.36 * classes + 0.8), squeeze=False)
     for axis, (label, images) in zip(axes[0], blocks.items()):
@@ -174,17 +191,21 @@ def report(study: Study, data: StudyData, results: list[dict], bench, columns: i
     arms = {row.arm for row in study.rows}
     results, real = [result for result in results if result["arm"] in arms], bench.real()
     stem = bench.out.parent / f"{data.name}-{study.name}"
-    lines = [f"# {study.question[0].upper() + study.question[1:]}: {data.name}", "", f"Table {study.table} of arXiv:2408.11039, reproduced small.", "",
+    lines = [f"# {study.question[0].upper() + study.question[1:]}: {data.name}", "",
+             f"Table {study.table} of arXiv:2408.11039, reproduced small.", "",
              *table(study, results, real), "", *(f"- {line}" for line in comparisons(study, results)), "",
-             f"![every seed of every arm]({stem.name}.png)", "", f"![drawn pictures beside real ones]({stem.name}-samples.png)", "",
+             f"![every seed of every arm]({stem.name}.png)", "",
+             f"![drawn pictures beside real ones]({stem.name}-samples.png)", "",
              "How it was made:", "", *(f"- {line}" for line in notes(study, data, results))]
     write_text(stem.with_suffix(".md"), "\n".join(lines) + "\n")
-    write_text(stem.with_suffix(".json"), json.dumps({"study": study._asdict(), "real": real, "runs": results}, indent=2) + "\n")
+    record = {"study": study._asdict(), "real": real, "runs": results}
+    write_text(stem.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
     plot(stem.with_suffix(".png"), study, results, real)
     classes, ink = len(data.captions), bench.held_out.pictures.shape[1] == 1
     columns, blank = min(columns, data.measuring.draws // classes), -1.0 if ink else 1.0
     seed = min(result["seed"] for result in results)
-    drawn = {row.arm: load_tensors(bench.out / f"{row.arm}-{seed}" / "drawn.safetensors")["drawn"] for row in study.rows}
+    drawn = {row.arm: load_tensors(bench.out / f"{row.arm}-{seed}" / "drawn.safetensors")["drawn"]
+             for row in study.rows}
     labels = torch.arange(len(next(iter(drawn.values())))) % classes
     drawn = {arm: by_class(images, labels, classes, columns, blank) for arm, images in drawn.items()}
     held_out = by_class(bench.held_out.pictures, bench.held_out.labels, classes, columns, blank)

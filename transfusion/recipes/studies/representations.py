@@ -1,8 +1,9 @@
-"""What stands for a picture in a document: continuous patches (Transfusion), or codes among the text's tokens (Chameleon).
+"""What stands for a picture in a document: continuous patches (Transfusion), or codes among the text (Chameleon).
 
-The codes are those of a VQ autoencoder. Both kinds are trained by `transfusion.train.transfusion`, on the same data set's documents
-drawn in the same order. A Transfusion that never sees an image part is its decoder, a plain LlamaForCausalLM: text, language-model
-loss on every token, a causal mask; transformers' `generate` draws with it, token by token.
+The codes are those of a VQ autoencoder. Both kinds are trained by `transfusion.train.transfusion`, on the same data
+set's documents drawn in the same order. A Transfusion that never sees an image part is its decoder, a plain
+LlamaForCausalLM: text, language-model loss on every token, a causal mask; transformers' `generate` draws with it,
+token by token.
 """
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +34,8 @@ class Patches:
 
     def draw(self, model: Transfusion, captions: list[str], steps: int, guidance: float, seed: int) -> Tensor:
         """Draw one picture (N, C, H, W) for each caption."""
-        return torch.stack([image.latent for image in model.draw(captions, steps=steps, guidance=guidance, seed=seed)]).clamp(-1, 1)
+        images = model.draw(captions, steps=steps, guidance=guidance, seed=seed)
+        return torch.stack([image.latent for image in images]).clamp(-1, 1)
 
 
 class CodeText(Text):
@@ -45,29 +47,32 @@ class CodeText(Text):
 
 
 class Codes:
-    """Pictures as text: BOI, a token for each code in raster order, EOI; `path` is the directory of the VQ autoencoder."""
+    """Pictures as text: BOI, a token for each code in raster order, EOI.
+
+    `path` is the directory of the VQ autoencoder.
+    """
 
     def __init__(self, path: Path):
         self.path, self.autoencoder = path, load_autoencoder(path)
         self.names = [f"<code {i}>" for i in range(self.autoencoder.config.num_vq_embeddings)]
 
     def prepare(self, config: TrainConfig) -> TrainConfig:
-        """Write a fresh decoder whose vocabulary holds the codes, to start from, and name the data set whose documents do."""
+        """Write a fresh decoder whose vocabulary holds the codes; return the run that starts from it, on codes."""
         dataset, settings = config.data.open(), config.model
         tokenizer = train_tokenizer(dataset.texts())
         tokenizer.add_tokens(self.names, special_tokens=True)
         torch.manual_seed(config.seed)
         decoder = LlamaForCausalLM(LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=settings.hidden, intermediate_size=settings.mlp,
-            num_hidden_layers=settings.layers, num_attention_heads=settings.heads, num_key_value_heads=settings.kv_heads,
-            tie_word_embeddings=False, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id))
+            num_hidden_layers=settings.layers, num_attention_heads=settings.heads,
+            num_key_value_heads=settings.kv_heads, tie_word_embeddings=False, pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
         channels, *size = dataset.image_shape
         model = from_language_model(decoder, tokenizer, seed=config.seed, image_channels=channels, image_size=size,
                                     patch_size=settings.patch_size, image_layers="linear")
         start = config.out.with_name(f"{config.out.name}-start")
         model.save_pretrained(start)
-        data = CodeDocumentsSettings(pictures=config.data, autoencoder=self.path, **config.data.shared())
+        data = CodeDocumentsSettings(original=config.data, autoencoder=self.path, **config.data.shared())
         return replace(config, data=data, tune=replace(config.tune, start=start))
 
     def text(self, codes: Tensor) -> str:
@@ -98,8 +103,8 @@ class Codes:
                 nothing = torch.tensor([tokenizer.bos_token_id, config.boi_token_id]).expand(len(rows), -1)
                 written = decoder.generate(
                     prompt, attention_mask=torch.ones_like(prompt), negative_prompt_ids=nothing,
-                    negative_prompt_attention_mask=torch.ones_like(nothing), guidance_scale=guidance, do_sample=True, top_k=0,
-                    suppress_tokens=others, min_new_tokens=grid.numel(), max_new_tokens=grid.numel())
+                    negative_prompt_attention_mask=torch.ones_like(nothing), guidance_scale=guidance, do_sample=True,
+                    top_k=0, suppress_tokens=others, min_new_tokens=grid.numel(), max_new_tokens=grid.numel())
                 drawn[rows] = (written[:, prompt.shape[1]:] - first).view(-1, *grid)
         return from_codes(self.autoencoder, drawn)
 
@@ -108,7 +113,7 @@ class Codes:
 class CodeDocumentsSettings(DatasetSettings):
     """The documents of another data set with codes in place of pictures."""
 
-    pictures: DatasetSettings = field(default_factory=DatasetSettings)
+    original: DatasetSettings = field(default_factory=DatasetSettings)
     """the other data set"""
     autoencoder: Path = Path()
     """directory of the VQ autoencoder whose codes they are"""
@@ -116,11 +121,11 @@ class CodeDocumentsSettings(DatasetSettings):
     @property
     def name(self) -> str:
         """What messages call the data set."""
-        return f"{self.pictures.name}-codes"
+        return f"{self.original.name}-codes"
 
     def open(self, split: str = "train") -> "CodeDocuments":
         """As `DatasetSettings.open`."""
-        return CodeDocuments(self.pictures.open(split), Codes(self.autoencoder))
+        return CodeDocuments(self.original.open(split), Codes(self.autoencoder))
 
 
 class CodeDocuments(PictureDataset):
@@ -129,7 +134,8 @@ class CodeDocuments(PictureDataset):
     def __init__(self, dataset: Dataset, codes: Codes):
         super().__init__(dataset.pictures)
         self.codes, self.dataset = codes, dataset
-        dataset.pictures = to_codes(codes.autoencoder, dataset.pictures)[:, None].float()  # documents hold codes, made once
+        made = to_codes(codes.autoencoder, dataset.pictures)                               # (N, h, w), once
+        dataset.pictures = made[:, None].float()                                           # so that documents hold them
 
     def texts(self) -> list[str]:
         """As `Dataset.texts`, without the codes."""
@@ -138,7 +144,8 @@ class CodeDocuments(PictureDataset):
     def document(self, generator: torch.Generator, arrangement: Arrangement) -> list[Part]:
         """Draw one document.
 
-        Behind a lone picture stands a blank without loss: as everywhere, it is not learned that a picture has no caption.
+        Behind a lone picture stands a blank without loss: as everywhere, it is not learned that a picture has no
+        caption.
         """
         parts = self.dataset.document(generator, arrangement)
         code = self.codes.text

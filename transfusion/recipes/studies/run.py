@@ -51,7 +51,8 @@ class Bench:
         path = self.out / f"classifier-{key(self.data.classifier)}"
         if not current(path, "model.safetensors").is_file():
             with locked(path, wait=True):  # two processes may share a study's work
-                train_classifier(self.train.pictures, self.train.labels, list(self.data.titles), path, self.data.classifier)
+                train_classifier(self.train.pictures, self.train.labels, list(self.data.titles), path,
+                                 self.data.classifier)
         return Features.from_pretrained(path)
 
     def representation(self, arm: Arm) -> Patches | Codes:
@@ -70,7 +71,7 @@ class Bench:
         return self.made_codes
 
     def real(self) -> dict[str, dict[str, float]]:
-        """Measurements of real held-out pictures and, where an autoencoder was made, of real pictures decoded from codes."""
+        """Measurements of real held-out pictures and, where codes were made, of real pictures decoded from codes."""
         floor = {"real, held out": self.yardstick.floor(),
                  "real, of the drawn classes": self.yardstick.perfect(asked(self.data))}
         if self.made_codes is None:
@@ -98,7 +99,10 @@ def finished(bench: Bench, arm: Arm, seed: int) -> dict | None:
 
 
 def run(bench: Bench, arm: Arm, seed: int) -> dict:
-    """Train and measure one arm with one seed; what an interrupted run left is gone on from, what other settings left is put aside."""
+    """Train and measure one arm with one seed.
+
+    What an interrupted run left is gone on from; what other settings left is put aside.
+    """
     out, settings = bench.out / f"{arm.name}-{seed}", settings_key(bench, arm, seed)
     put_aside(out, settings)
     with claim("studies", out):
@@ -145,7 +149,7 @@ def asked(data: StudyData) -> torch.Tensor:
 
 def measure(bench: Bench, model: Transfusion, representation: Patches | Codes,
             seed: int) -> tuple[dict[str, float], torch.Tensor]:
-    """Return a trained model's measurements, and the first pictures that it drew of each class, (classes * SHOWN, C, H, W)."""
+    """Return a trained model's measurements and its first pictures of each class, (classes * SHOWN, C, H, W)."""
     data, classes, held_out = bench.data, asked(bench.data), bench.held_out
     said = [data.captions[i] for i in classes]
     drawn = representation.draw(model, said, data.measuring.steps, data.measuring.guidance, seed)
@@ -159,7 +163,7 @@ def measure(bench: Bench, model: Transfusion, representation: Patches | Codes,
 
 
 def cost(bench: Bench, arm: Arm, steps: int = 4) -> float:
-    """Estimate an arm's seconds for one seed: a few timed training steps, and a tenth of its drawing by what they leave."""
+    """Estimate an arm's seconds for one seed by a few timed training steps and a tenth of its drawing."""
     base, measuring, representation = bench.data.base, bench.data.measuring, bench.representation(arm)
     with tempfile.TemporaryDirectory() as directory:
         config = representation.prepare(arm.config(base, Path(directory) / "run", 0))
@@ -182,9 +186,11 @@ def run_all(bench: Bench, arms: list[Arm], seeds: tuple[int, ...]) -> list[dict]
     results = {(arm.name, seed): finished(bench, arm, seed) for arm in arms for seed in seeds}
     missing = [(arm, seed) for seed in seeds for arm in arms if results[arm.name, seed] is None]
     if missing:
-        print(f"{len(results) - len(missing)} of {len(results)} runs are there; timing a few steps of the others ...", flush=True)
+        print(f"{len(results) - len(missing)} of {len(results)} runs are there; timing a few steps of the others "
+              "...", flush=True)
         seconds = {name: cost(bench, arm) for name, arm in {arm.name: arm for arm, _ in missing}.items()}
-        lines = [f"  {name:<20}{sum(arm.name == name for arm, _ in missing)} x {cost:.0f} s" for name, cost in seconds.items()]
+        lines = [f"  {name:<20}{sum(arm.name == name for arm, _ in missing)} x {cost:.0f} "
+                 "s" for name, cost in seconds.items()]
         minutes = sum(seconds[arm.name] for arm, _ in missing) / 60
         print("\n".join([*lines, f"about {minutes:.0f} minutes in all"]), flush=True)
     for arm, seed in tqdm(missing, desc=f"runs on {bench.data.name}", unit="run", dynamic_ncols=True):

@@ -19,10 +19,13 @@ def test_columns_of_the_known_data_sets_are_found(folder):
         {"original_image": "1.png", "original_prompt": "a cat", "edit_prompt": "make it red", "edited_image": "3.png"},
         {"input_images": ["1.png", "2.png"], "instruction": "join them", "output_image": "3.png"}])
     records = check_source(EditingSettings(path).open(), 3)
-    assert [[part if isinstance(part, Text) else (part.name, part.loss) for part in record.parts] for record in records] == [
+    assert [
+        [part if isinstance(part, Text) else (part.name, part.loss) for part in record.parts] for record in records
+    ] == [
         [("1.png", False), Text("male die 猫 rot", loss=False), ("2.png", True)],
         [("1.png", False), Text("make it red", loss=False), ("3.png", True)],
-        [("1.png", False), ("2.png", False), Text("join them", loss=False), ("3.png", True)]]
+        [("1.png", False), ("2.png", False), Text("join them", loss=False), ("3.png", True)],
+    ]
     assert [record.key for record in records] == ["1.png"] * 3
     loud = EditingSettings(path, drawn="all", loss=True).open()[0]
     assert [part.loss for part in loud.parts] == [True, True, True]
@@ -36,11 +39,28 @@ def test_parquet_with_bytes_and_columns_of_ones_own(tmp_path):
     assert [picture.read() for picture in record.pictures()] == [png(1), png(2)]
 
 
-@pytest.mark.parametrize("row, words, kind", [
-    ({"source": "1.png", "instruction": "x"}, "for the target picture; the row has 'source', 'instruction'", "missing column"),
-    ({"source": [], "instruction": "x", "target": "1.png"}, "the list of source pictures is empty", "missing source picture"),
-    ({"source": "1.png", "instruction": ["x"], "target": "2.png"}, "the instruction is list ['x']; text fits", "no text"),
-    ({"source": "1.png", "instruction": "x", "target": 3}, "a picture is int 3", "no picture"),
-])
+@pytest.mark.parametrize(
+    "row, words, kind",
+    [
+        (
+            {"source": "1.png", "instruction": "x"},
+            "for the target picture; the row has 'source', 'instruction'",
+            "missing column",
+        ),
+        (
+            {"source": [], "instruction": "x", "target": "1.png"},
+            "the list of source pictures is empty",
+            "missing source picture",
+        ),
+        (
+            {"source": "1.png", "instruction": ["x"], "target": "2.png"},
+            "the instruction is list ['x']; text fits",
+            "no text",
+        ),
+        ({"source": "1.png", "instruction": "x", "target": 3}, "a picture is int 3", "no picture"),
+    ],
+)
 def test_a_triple_that_does_not_fit_is_an_error_with_its_line(folder, fails, row, words, kind):
-    fails(EditingSettings(write_json_lines(folder / "rows.jsonl", [row])).open(), 0, [words, "rows.jsonl, line 1"], kind)
+    fails(
+        EditingSettings(write_json_lines(folder / "rows.jsonl", [row])).open(), 0, [words, "rows.jsonl, line 1"], kind
+    )

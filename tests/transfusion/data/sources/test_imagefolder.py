@@ -22,8 +22,13 @@ def folder(tmp_path):
 
 
 def test_metadata_in_json_lines_names_pictures_and_any_number_of_captions(folder):
-    write_json_lines(folder / "metadata.jsonl", [
-        {"file_name": "a.png", "text": "die 猫"}, {"file_name": "train/c.png", "caption": ["one", "two", "one", ""], "text": "zero", "n": 3}])
+    write_json_lines(
+        folder / "metadata.jsonl",
+        [
+            {"file_name": "a.png", "text": "die 猫"},
+            {"file_name": "train/c.png", "caption": ["one", "two", "one", ""], "text": "zero", "n": 3},
+        ],
+    )
     one, two = check_source(ImageFolderSettings(folder).open(), 2)
     assert (one.captions, one.key, one.picture.loss, one.picture.read()) == (("die 猫",), "a.png", True, png(1))
     assert two.captions == ("zero", "one", "two") and two.picture.read() == png(3)
@@ -67,15 +72,26 @@ def test_names_of_folders_are_labels_and_a_template_makes_captions_of_them(tmp_p
     assert check_source(ImageFolderSettings(tmp_path).open(), 3)[0].captions == ("dog",)
 
 
-@pytest.mark.parametrize("row, words, kind", [
-    ({"file_name": "a.png", "text": 3}, "the caption in column 'text' is int 3; text fits", "no text"),
-    ({"file_name": "a.png", "text": ["x", None]}, "the caption in column 'text' is NoneType None", "no text"),
-    ({"file_name": "a.png", "text": " "}, "column 'text' holds no caption", "missing caption"),
-    ({"file_name": "a.png", "texts": "x"}, "there is no column 'text' or 'caption' or 'captions' or 'prompt' for the caption; the row has "
-     "'file_name', 'texts'; did you mean texts?", "missing column"),
-    ({"filename": "a.png", "text": "x"}, "there is no column 'file_name' or 'image' or 'file' or 'path' for the picture", "missing column"),
-    ({"file_name": ["a.png"], "text": "x"}, "a picture's name is list ['a.png']; text fits", "no text"),
-])
+@pytest.mark.parametrize(
+    "row, words, kind",
+    [
+        ({"file_name": "a.png", "text": 3}, "the caption in column 'text' is int 3; text fits", "no text"),
+        ({"file_name": "a.png", "text": ["x", None]}, "the caption in column 'text' is NoneType None", "no text"),
+        ({"file_name": "a.png", "text": " "}, "column 'text' holds no caption", "missing caption"),
+        (
+            {"file_name": "a.png", "texts": "x"},
+            "there is no column 'text' or 'caption' or 'captions' or 'prompt' for the caption; the row has "
+            "'file_name', 'texts'; did you mean texts?",
+            "missing column",
+        ),
+        (
+            {"filename": "a.png", "text": "x"},
+            "there is no column 'file_name' or 'image' or 'file' or 'path' for the picture",
+            "missing column",
+        ),
+        ({"file_name": ["a.png"], "text": "x"}, "a picture's name is list ['a.png']; text fits", "no text"),
+    ],
+)
 def test_a_row_of_metadata_that_does_not_fit_is_an_error_with_its_line(folder, fails, row, words, kind):
     write_json_lines(folder / "metadata.jsonl", [{"file_name": "b.png", "text": "b"}, row])
     source = ImageFolderSettings(folder).open()
@@ -103,4 +119,7 @@ def test_new_pictures_are_found_when_the_folder_is_opened_again(tmp_path):
     put(tmp_path, cat__1_png=1)
     assert len(ImageFolderSettings(tmp_path).open()) == 1
     put(tmp_path, cat__0_png=2)
-    assert [record.picture.read() for record in check_source(ImageFolderSettings(tmp_path).open(), 2)] == [png(2), png(1)]
+    assert [record.picture.read() for record in check_source(ImageFolderSettings(tmp_path).open(), 2)] == [
+        png(2),
+        png(1),
+    ]

@@ -1,10 +1,8 @@
 """Indices hold bytes' offsets, follow the data's changes, and never trust what is damaged."""
-import io
 import json
 import os
 import pickle
 import random
-import tarfile
 
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ from transfusion.data.sources.index import (
     find_json_objects,
     find_lines,
     find_paragraphs,
-    find_tar_members,
     index_names,
     name_at,
     open_index,
@@ -100,54 +97,6 @@ def test_paragraphs_are_runs_of_lines_that_are_not_blank(tmp_path, chunks):
     assert [(data[a:b].strip(), line) for a, b, line in table] == [(b"one\nstill one", 3), (b"two", 7), (b"three", 9)]
 
 
-LONG = "folder/" * 30 + "name that is longer than a header"
-
-
-@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_members_of_a_tar_are_where_tarfile_finds_them(tmp_path, kind):
-    path = tmp_path / "a.tar"
-    names = ["1.jpg", "1.txt", "deep/2.jpg", "deep/2.seg.png", "dir.with.dots/3.jpg", "1.json", "ünï.png", "x" * 90 + ".txt"]
-    names += ["d" * 100 + "/" + "e" * 90 + ".txt"] + [LONG + ".jpg"] * (kind != tarfile.USTAR_FORMAT)
-    with tarfile.open(path, "w", format=kind) as tar:
-        folder = tarfile.TarInfo("deep")
-        folder.type = tarfile.DIRTYPE
-        tar.addfile(folder)
-        link = tarfile.TarInfo("4.jpg")
-        link.type, link.linkname = tarfile.SYMTYPE, "1.jpg"
-        tar.addfile(link)
-        for i, name in enumerate(names):
-            member = tarfile.TarInfo(name)
-            member.size = i * 300
-            tar.addfile(member, io.BytesIO(bytes([i]) * member.size))
-    table, blob = find_tar_members(path)
-    found = {os.fsdecode(blob[a:b]): (start, stop - start) for _, start, stop, a, b in table.tolist()}
-    with tarfile.open(path) as tar:
-        assert found == {member.name: (member.offset_data, member.size) for member in tar if member.isfile()}
-    record = {os.fsdecode(blob[a:b]): number for number, _, _, a, b in table.tolist()}
-    assert record["1.jpg"] == record["1.txt"] == record["1.json"]
-    assert record["deep/2.jpg"] == record["deep/2.seg.png"] and len(set(record.values())) == len(names) - 3
-    assert (np.diff(table[:, 0]) >= 0).all()
-
-
-def test_a_tar_cut_off_compressed_or_none_is_named(tmp_path):
-    path = tmp_path / "a.tar"
-    with tarfile.open(path, "w") as tar:
-        for name in ("1.jpg", "2.jpg"):
-            member = tarfile.TarInfo(name)
-            member.size = 700
-            tar.addfile(member, io.BytesIO(b"x" * 700))
-    whole = path.read_bytes()
-    for stop, words in ((2500, "inside a member that goes to"), (1700, "ends at byte 1700, between two members")):
-        path.write_bytes(whole[:stop])
-        with pytest.raises(DataError, match=words):
-            find_tar_members(path)
-    for data, words in ((b"\x1f\x8b" + whole, "is compressed"), (b"hello" * 400, "byte 0: here no tar header stands"),
-                        (bytes(1024), "holds no files")):
-        path.write_bytes(data)
-        with pytest.raises(DataError, match=words):
-            find_tar_members(path)
-
-
 @pytest.mark.parametrize("data, words", [(b"", "the file is empty"), ("[{}]".encode("utf-16"), "is UTF-16"),
                                          (b"\x1f\x8b\x08\x00", "is compressed")])
 def test_files_that_are_plainly_something_else_are_refused(tmp_path, data, words):
@@ -229,7 +178,10 @@ def test_names_of_a_folder_are_kept_whatever_they_are(tmp_path):
     names = ["a.png", "sub/ü.png", os.fsdecode(b"\xff.png"), "with\nbreak.png"]
     found = index_names(tmp_path, "names", names)
     assert [name_at(found, *row) for row in found.table.tolist()] == names
-    assert index_names(tmp_path, "names", names[:2]).stamp != found.stamp and len(index_names(tmp_path, "names", names[:2])) == 2
+    assert (
+        index_names(tmp_path, "names", names[:2]).stamp != found.stamp
+        and len(index_names(tmp_path, "names", names[:2])) == 2
+    )
 
 
 def test_an_index_pickles_without_its_contents(tmp_path):

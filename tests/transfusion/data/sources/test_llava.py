@@ -14,10 +14,23 @@ def talk(*values):
 
 
 ROWS = [
-    {"id": "000000033471", "image": "coco/1.png", "conversations": talk("<image>\nWas ist das für ein Bus?", "Ein weißer.")},
+    {
+        "id": "000000033471",
+        "image": "coco/1.png",
+        "conversations": talk("<image>\nWas ist das für ein Bus?", "Ein weißer."),
+    },
     {"id": 7, "conversations": talk("Tell me of the 猫.", "It sleeps.", "Why?", "It is night.")},
-    {"id": "7", "image": ["coco/1.png", "gqa/2.png"], "model": "", "conversations": talk("Compare <image> with\n<image>.", "No.")},
-    {"id": "x", "image": "gqa/2.png", "conversations": [{"from": "gpt", "value": "Hello!"}, *talk("And this?\n<image>", "Blue.")]},
+    {
+        "id": "7",
+        "image": ["coco/1.png", "gqa/2.png"],
+        "model": "",
+        "conversations": talk("Compare <image> with\n<image>.", "No."),
+    },
+    {
+        "id": "x",
+        "image": "gqa/2.png",
+        "conversations": [{"from": "gpt", "value": "Hello!"}, *talk("And this?\n<image>", "Blue.")],
+    },
     {"id": "y", "image": "gqa/2.png", "conversations": talk("Draw it.", "Here: <image>")},
 ]
 
@@ -49,48 +62,84 @@ def test_rows_are_read_as_they_lie(folder, name):
     assert [part if isinstance(part, str) else part.name for part in two[0].parts] == [
         "Compare ", "coco/1.png", " with\n", "gqa/2.png", "."]
     assert [turn.text for turn in dropped] == ["And this?\n<image>", "Blue."]
-    assert [[picture.loss for picture in record.pictures()] for record in records] == [[False], [], [False] * 2, [False], [True]]
+    assert [[picture.loss for picture in record.pictures()] for record in records] == [
+        [False],
+        [],
+        [False] * 2,
+        [False],
+        [True],
+    ]
 
 
 def test_a_folder_beside_the_file_is_the_default_and_numbers_are_those_of_the_list(folder):
     (folder / "mix.json").rename(folder / "images" / "mix.json")
     source = LLaVASettings(folder / "images" / "mix.json").open()
     assert source.name == "mix" and source[0].turns[0].parts[0].read() == png(0)
-    for number, row in enumerate(json.load(open(folder / "images" / "mix.json", encoding="utf-8"))):
+    for number, row in enumerate(json.loads((folder / "images" / "mix.json").read_text(encoding="utf-8"))):
         texts = [turn.text for turn in source[number].turns]
         assert texts == [turn["value"] for turn in row["conversations"]][-len(texts):]
         assert source[number].where.endswith(f"mix.json, row {number}")
 
 
-@pytest.mark.parametrize("drawn, losses", [("none", [False, False]), ("all", [True, True]), ("assistant", [False, True])])
+@pytest.mark.parametrize(
+    "drawn, losses", [("none", [False, False]), ("all", [True, True]), ("assistant", [False, True])]
+)
 def test_which_pictures_are_drawn_is_a_setting(folder, drawn, losses):
     rows = [{"image": ["coco/1.png", "gqa/2.png"], "conversations": talk("<image> Turn it.", "<image>")}]
     assert [picture.loss for picture in open_rows(folder, rows, drawn=drawn)[0].pictures()] == losses
 
 
-@pytest.mark.parametrize("row, words, kind", [
-    ({"image": "coco/1.png", "conversations": talk("What?", "No.")}, "<image> stands in the text 0 times and the row has 1 pictures",
-     "placeholders and pictures differ"),
-    ({"conversations": talk("<image>What?", "No.")}, "stands in the text 1 times and the row has 0", "placeholders and pictures differ"),
-    ({"image": ["a.png"], "conversations": talk("<image><image>", "No.")}, "2 times and the row has 1", "placeholders and pictures differ"),
-    ({"conversation": talk("a", "b")}, "there is no column 'conversations' for the turns; the row has 'conversation'; did you mean "
-     "conversation?", "missing column"),
-    ({"conversations": []}, "the turns are []", "no turns"),
-    ({"conversations": "hello"}, "the turns are 'hello'", "no turns"),
-    ({"conversations": ["hello"]}, "turn 0 is 'hello'", "no turns"),
-    ({"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]},
-     "turn 1 is the user's and the assistant's is due", "roles do not alternate"),
-    ({"conversations": [{"from": "tool", "value": "a"}]}, "turn 0 is said by 'tool'", "unknown role"),
-    ({"conversations": [{"from": "gpt", "value": "a"}]}, "there is no turn of the user", "no turns"),
-    ({"conversations": [{"value": "a"}]}, "turn 0: there is no column 'from' or 'role' for the role", "missing column"),
-    ({"conversations": [{"from": "human"}]}, "no column 'value' or 'content' for the text", "missing column"),
-    ({"conversations": talk(3, "b")}, "a turn's text is int 3; text fits", "no text"),
-    ({"conversations": talk("a \ud800", "b")}, "which is no Unicode text", "bad encoding"),
-    ({"conversations": talk("a", " ")}, "turn 1, the assistant's, is empty", "empty turn"),
-    ({"image": 5, "conversations": talk("<image>a", "b")}, "a picture is int 5; a file's name or bytes fit", "no picture"),
-    ({"image": "", "conversations": talk("<image>a", "b")}, "a picture is str ''", "no picture"),
-    ({"image": "https://x/y.jpg", "conversations": talk("<image>a", "b")}, "fetch it first", "no picture"),
-])
+@pytest.mark.parametrize(
+    "row, words, kind",
+    [
+        (
+            {"image": "coco/1.png", "conversations": talk("What?", "No.")},
+            "<image> stands in the text 0 times and the row has 1 pictures",
+            "placeholders and pictures differ",
+        ),
+        (
+            {"conversations": talk("<image>What?", "No.")},
+            "stands in the text 1 times and the row has 0",
+            "placeholders and pictures differ",
+        ),
+        (
+            {"image": ["a.png"], "conversations": talk("<image><image>", "No.")},
+            "2 times and the row has 1",
+            "placeholders and pictures differ",
+        ),
+        (
+            {"conversation": talk("a", "b")},
+            "there is no column 'conversations' for the turns; the row has 'conversation'; did you mean conversation?",
+            "missing column",
+        ),
+        ({"conversations": []}, "the turns are []", "no turns"),
+        ({"conversations": "hello"}, "the turns are 'hello'", "no turns"),
+        ({"conversations": ["hello"]}, "turn 0 is 'hello'", "no turns"),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]},
+            "turn 1 is the user's and the assistant's is due",
+            "roles do not alternate",
+        ),
+        ({"conversations": [{"from": "tool", "value": "a"}]}, "turn 0 is said by 'tool'", "unknown role"),
+        ({"conversations": [{"from": "gpt", "value": "a"}]}, "there is no turn of the user", "no turns"),
+        (
+            {"conversations": [{"value": "a"}]},
+            "turn 0: there is no column 'from' or 'role' for the role",
+            "missing column",
+        ),
+        ({"conversations": [{"from": "human"}]}, "no column 'value' or 'content' for the text", "missing column"),
+        ({"conversations": talk(3, "b")}, "a turn's text is int 3; text fits", "no text"),
+        ({"conversations": talk("a \ud800", "b")}, "which is no Unicode text", "bad encoding"),
+        ({"conversations": talk("a", " ")}, "turn 1, the assistant's, is empty", "empty turn"),
+        (
+            {"image": 5, "conversations": talk("<image>a", "b")},
+            "a picture is int 5; a file's name or bytes fit",
+            "no picture",
+        ),
+        ({"image": "", "conversations": talk("<image>a", "b")}, "a picture is str ''", "no picture"),
+        ({"image": "https://x/y.jpg", "conversations": talk("<image>a", "b")}, "fetch it first", "no picture"),
+    ],
+)
 def test_a_row_that_does_not_fit_is_an_error_with_its_place_and_costs_no_other(folder, fails, row, words, kind):
     source = open_rows(folder, [ROWS[1], row, ROWS[1]])
     assert fails(source, 1, [words, "rows.json, row 1"], kind).where.startswith(str(folder))

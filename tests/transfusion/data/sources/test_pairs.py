@@ -7,7 +7,10 @@ from tests.transfusion.data.sources.conftest import check_source, png, write_jso
 from tests.transfusion.data.sources.test_tables import write_parquet
 from transfusion.data.sources import PairsSettings
 
-ROWS = [{"image": {"bytes": png(i), "path": f"{i}.png"}, "caption": f"猫 {i}", "captions": ["x", f"y {i}"]} for i in range(9)]
+ROWS = [
+    {"image": {"bytes": png(i), "path": f"{i}.png"}, "caption": f"猫 {i}", "captions": ["x", f"y {i}"]}
+    for i in range(9)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -18,9 +21,13 @@ def pyarrow():
 def test_parquet_holds_bytes_and_captions_in_several_columns(tmp_path):
     records = check_source(PairsSettings(write_parquet(tmp_path / "a.parquet", ROWS)).open(), 9)
     assert [record.captions for record in records] == [(f"猫 {i}", "x", f"y {i}") for i in range(9)]
-    assert [record.picture.read() for record in records] == [png(i) for i in range(9)] and len({record.key for record in records}) == 9
-    assert [record.captions for record in map(PairsSettings(tmp_path, columns=("caption",), drawn=False).open().__getitem__, range(2))] == [
-        ("猫 0",), ("猫 1",)]
+    assert [record.picture.read() for record in records] == [png(i) for i in range(9)] and len(
+        {record.key for record in records}
+    ) == 9
+    assert [
+        record.captions
+        for record in map(PairsSettings(tmp_path, columns=("caption",), drawn=False).open().__getitem__, range(2))
+    ] == [("猫 0",), ("猫 1",)]
 
 
 def test_pictures_may_be_plain_bytes_or_names(tmp_path):

@@ -38,8 +38,12 @@ def test_pictures_that_are_missing_or_empty_or_cut_off_are_errors_with_file_and_
 
 def test_errors_of_data_survive_pickling():
     error = pickle.loads(pickle.dumps(DataError("a.json, row 2", "is no JSON", "bad json")))
-    assert (str(error), error.where, error.reason, error.kind) == ("a.json, row 2: is no JSON", "a.json, row 2", "is no JSON",
-                                                                   "bad json")
+    assert (str(error), error.where, error.reason, error.kind) == (
+        "a.json, row 2: is no JSON",
+        "a.json, row 2",
+        "is no JSON",
+        "bad json",
+    )
 
 
 def test_a_record_lists_its_pictures_in_order():

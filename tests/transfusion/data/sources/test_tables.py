@@ -43,10 +43,17 @@ def test_csv_rows_are_those_of_the_csv_module(tmp_path):
     with open(tmp_path / "t.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
     table = open_table("op", tmp_path / "t.csv")
-    assert all_rows(table) == [{"name": "a", "text": 'two\nlines, "quoted"'}, {"name": "b", "text": None}, {"name": "ü", "text": "x"}]
+    assert all_rows(table) == [
+        {"name": "a", "text": 'two\nlines, "quoted"'},
+        {"name": "b", "text": None},
+        {"name": "ü", "text": "x"},
+    ]
     assert table.where(1).endswith("t.csv, line 4")
     (tmp_path / "t.tsv").write_text("name\ttext\na\tb, c\n")
     assert all_rows(open_table("op", tmp_path / "t.tsv")) == [{"name": "a", "text": "b, c"}]
+    (tmp_path / "t.csv").write_text("name,text\n")
+    with pytest.raises(DataError, match="t.csv: there is no record; at least one fits"):
+        open_table("op", tmp_path / "t.csv")
     (tmp_path / "t.csv").write_text("name,text\na,b,c\n")
     with pytest.raises(DataError, match="t.csv, line 2: the row has 3 columns and the header 2"):
         open_table("op", tmp_path / "t.csv").row(0)
@@ -121,8 +128,11 @@ def test_parquet_rows_are_read_by_row_group_and_column(tmp_path, pyarrow, monkey
     table = open_table("op", tmp_path)
     asked = []
     read = pyarrow.parquet.ParquetFile.read_row_group
-    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "read_row_group",
-                        lambda self, group, columns, **options: asked.append((group, columns)) or read(self, group, columns, **options))
+    monkeypatch.setattr(
+        pyarrow.parquet.ParquetFile,
+        "read_row_group",
+        lambda self, group, columns, **options: asked.append((group, columns)) or read(self, group, columns, **options),
+    )
     assert all_rows(table) == PLAIN
     assert [group for group, _ in asked] == [0, 1, 2, 3, 0, 1, 2]
     assert table.row(14, frozenset(("text", "caption"))) == {"text": "übung 14"}
@@ -143,13 +153,17 @@ def test_directories_of_save_to_disk_are_read_through_their_state(tmp_path, pyar
         batches = pyarrow.Table.from_pylist(PLAIN[part * 13:part * 13 + 13])
         with new(str(tmp_path / "data" / "train" / name), batches.schema) as writer:
             writer.write_table(batches, max_chunksize=3)
-    (tmp_path / "data" / "train" / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    (tmp_path / "data" / "train" / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": name} for name in names]})
+    )
     (tmp_path / "data" / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
     for path in (tmp_path / "data", tmp_path / "data" / "train"):
         table = open_table("op", path)
         assert all_rows(table) == PLAIN and table.row(3, frozenset(("n",))) == {"n": 3}
         assert all_rows(pickle.loads(pickle.dumps(table))) == PLAIN
-    with pytest.raises(ValueError, match="split is 'tain', and .* has 'train', 'test'; one of these fits; did you mean train"):
+    with pytest.raises(
+        ValueError, match="split is 'tain', and .* has 'train', 'test'; one of these fits; did you mean train"
+    ):
         open_table("op", tmp_path / "data", "tain")
     (tmp_path / "data" / "train" / "state.json").write_text("{}")
     with pytest.raises(DataError, match="state.json: has no list '_data_files'"):

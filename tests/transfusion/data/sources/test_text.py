@@ -26,13 +26,28 @@ def test_files_paragraphs_and_lines_of_text(tmp_path):
     assert texts(TextSettings(tmp_path, documents="line").open(), 4) == ["eins", "zwei", "drei 猫", "vier"]
     assert TextSettings(tmp_path, documents="line").open()[2].where.endswith("a.txt, line 5")
     assert texts(TextSettings(tmp_path / "*.txt").open(), 1) == ["eins\nzwei\n\n\ndrei 猫"]
+    assert texts(TextSettings(tmp_path / "**" / "*.txt").open(), 2) == ["eins\nzwei\n\n\ndrei 猫", "vier"]
 
 
-@pytest.mark.parametrize("row, words, kind", [
-    ({"text": 3}, "the text is int 3; text fits", "no text"), ({"text": " "}, "the text is empty", "empty text"),
-    ({"txt": "a"}, "no column 'text' or 'content' for the text; the row has 'txt'; did you mean txt?", "missing column")])
+@pytest.mark.parametrize(
+    "row, words, kind",
+    [
+        ({"text": 3}, "the text is int 3; text fits", "no text"),
+        ({"text": " "}, "the text is empty", "empty text"),
+        (
+            {"txt": "a"},
+            "no column 'text' or 'content' for the text; the row has 'txt'; did you mean txt?",
+            "missing column",
+        ),
+    ],
+)
 def test_a_row_that_does_not_fit_is_an_error_with_its_line(tmp_path, fails, row, words, kind):
-    fails(TextSettings(write_json_lines(tmp_path / "a.jsonl", [{"text": "a"}, row])).open(), 1, [words, "a.jsonl, line 2"], kind)
+    fails(
+        TextSettings(write_json_lines(tmp_path / "a.jsonl", [{"text": "a"}, row])).open(),
+        1,
+        [words, "a.jsonl, line 2"],
+        kind,
+    )
 
 
 def test_files_that_are_no_utf8_gone_or_empty_are_named(tmp_path, fails):

@@ -19,9 +19,16 @@ def write_tar(path, members):
 
 
 MEMBERS = [
-    ("000000.png", png(0)), ("000000.txt", "eine 猫 ".encode()), ("000000.json", b'{"caption": "not asked"}'),
-    ("sub/000000.JPG", b"jpg"), ("sub/000000.json", json.dumps({"caption": "two", "text": ["three", "four"], "n": 1}).encode()),
-    ("000002.seg.png", b"mask"), ("000002.webp", b"webp"), ("000003.txt", b"late"), ("000002.txt", b"behind another"), ("000003.png", png(3)),
+    ("000000.png", png(0)),
+    ("000000.txt", "eine 猫 ".encode()),
+    ("000000.json", b'{"caption": "not asked"}'),
+    ("sub/000000.JPG", b"jpg"),
+    ("sub/000000.json", json.dumps({"caption": "two", "text": ["three", "four"], "n": 1}).encode()),
+    ("000002.seg.png", b"mask"),
+    ("000002.webp", b"webp"),
+    ("000003.txt", b"late"),
+    ("000002.txt", b"behind another"),
+    ("000003.png", png(3)),
 ]
 
 
@@ -35,14 +42,25 @@ def shards(tmp_path):
 @pytest.mark.parametrize("pattern", ["", "shard-*.tar", "shard-{00..01}.tar"])
 def test_records_are_the_members_of_one_name_in_all_tars(shards, pattern):
     records = check_source(WebDatasetSettings(shards / pattern).open(), 5)
-    assert [record.captions for record in records] == [("eine 猫",), ("three", "four", "two"), ("behind another",), ("late",), ("nine",)]
+    assert [record.captions for record in records] == [
+        ("eine 猫",),
+        ("three", "four", "two"),
+        ("behind another",),
+        ("late",),
+        ("nine",),
+    ]
     read = []
-    for shard, names in (("shard-00", ("000000.png", "sub/000000.JPG", "000002.webp", "000003.png")), ("shard-01", ("000000.png",))):
+    for shard, names in (
+        ("shard-00", ("000000.png", "sub/000000.JPG", "000002.webp", "000003.png")),
+        ("shard-01", ("000000.png",)),
+    ):
         with tarfile.open(shards / f"{shard}.tar") as tar:
             read += [tar.extractfile(name).read() for name in names]
     assert [record.picture.read() for record in records] == read
     assert len({record.key for record in records}) == 5 and all(record.picture.loss for record in records)
-    assert records[1].where.endswith("shard-00.tar, sub/000000") and records[4].picture.file.path.endswith("shard-01.tar")
+    assert records[1].where.endswith("shard-00.tar, sub/000000") and records[4].picture.file.path.endswith(
+        "shard-01.tar"
+    )
 
 
 @pytest.mark.parametrize("members, words, kind", [
