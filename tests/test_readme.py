@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import transfusion.cli
+import transfusion.data.check
 import transfusion.model.from_language_model
 import transfusion.recipes.command_line as command_line
 import transfusion.sample
@@ -68,6 +69,7 @@ def test_a_command_line_is_understood(command, monkeypatch):
                          (transfusion.model.from_language_model, "init"), (transfusion.sample, "sample"),
                          (transfusion.sample, "caption")):
         monkeypatch.setattr(module, name, run.append)
+    monkeypatch.setattr(transfusion.data.check, "check_mixture", lambda *settings: run.append(settings) or True)
     transfusion.cli.main(shlex.split(command)[1:])
     assert len(run) == 1, f"{command} ran nothing"
 

@@ -24,7 +24,7 @@ from transfusion.data.grids import Grids
 from transfusion.data.loader import Batch, Loader, PackedRows, packed_rows
 from transfusion.data.mixture import Mixture, MixtureSettings, open_mixture, read_mixture
 from transfusion.data.plan import epochs_in_plan
-from transfusion.data.sources import FORMATS, DataError, Record
+from transfusion.data.sources import FORMATS, DataError, Record, Source
 from transfusion.model.vae import VAE
 from transfusion.sequence import Text
 from transfusion.settings import Count, OneOf, WholeNumber, check
@@ -51,7 +51,7 @@ class MixtureFileSettings(DataSettings):
     """of the pictures that a new model draws as pixels: 3 (colour) or 1 (grey)"""
 
     name = "mixture"
-    free = ("file", "workers", "prefetch")
+    free = ("file", "workers", "prefetch", "files")
 
     @functools.cached_property
     def mixture(self) -> MixtureSettings:
@@ -61,14 +61,30 @@ class MixtureFileSettings(DataSettings):
                              "what stands in it")
         return read_mixture(self.file)
 
+    @functools.cached_property
+    def files(self) -> list[str]:
+        """What the sources' files were when they were opened, so that a run that goes on can say that they changed."""
+        sources = _opened(self.mixture)
+        return [f"{source.name}: {len(source):,} records, {source.fingerprint()[:8]}" for source in sources]
+
     def directories(self) -> dict[str, Path | None]:
         """As `DataSettings.directories`."""
         return {"vae": self.vae}
 
     def record(self) -> dict[str, object]:
         """As `DataSettings.record`: the mixture itself, its paths as seen from its file."""
-        mixture = {name: _plain(value, self.file.parent) for name, value in vars(self.mixture).items() if name != "cache"}
-        return {"name": self.name, "mixture": mixture}
+        shown = {name: value for name, value in vars(self.mixture).items() if name != "cache"}
+        mixture = {name: _plain(value, self.file.parent) for name, value in shown.items()}
+        return {"name": self.name, "mixture": mixture, "files": self.files}
+
+
+def _opened(mixture: MixtureSettings) -> Iterator[Source]:
+    """The sources of a mixture, one after the other."""
+    for i, entry in enumerate(mixture.sources):
+        try:
+            yield entry.source.open()
+        except ValueError as error:
+            raise ValueError(f"mixture: sources[{i}] cannot be opened: {error}") from error
 
 
 def _plain(value, folder: Path):
@@ -90,6 +106,7 @@ class MixtureData:
     def __init__(self, settings: MixtureFileSettings, patch_size: int | None = None):
         check("train", settings, "data.")
         self.settings, self.mixture = settings, settings.mixture
+        settings.record()                              # what the files are now, not when the run is first saved
         self.vae = None if settings.vae is None else VAE.from_pretrained(settings.vae)
         factor, channels = (1, settings.channels) if self.vae is None else (_factor(self.vae), self.vae.channels)
         if patch_size is not None:
@@ -100,11 +117,7 @@ class MixtureData:
     def texts(self) -> list[str]:
         """As `TrainingData.texts`: those of records spread evenly over each source."""
         texts, share = [], -(-TEXTS // len(self.mixture.sources))
-        for i, entry in enumerate(self.mixture.sources):
-            try:
-                source = entry.source.open()
-            except ValueError as error:
-                raise ValueError(f"mixture: sources[{i}] cannot be opened: {error}") from error
+        for source in _opened(self.mixture):
             for number in np.unique(np.linspace(0, len(source) - 1, min(share, len(source)), dtype=np.int64)).tolist():
                 try:
                     texts += [text[:CHARACTERS] for text in _texts(source[number])]
@@ -116,8 +129,8 @@ class MixtureData:
         """As `TrainingData.check_start`."""
         if self.vae is not None and (model.vae is None or model.vae.fingerprint() != self.vae.fingerprint()):
             theirs = "pictures" if model.vae is None else "another autoencoder's latents"
-            raise ValueError(f"train: data.vae is {str(self.settings.vae)!r} and tune.start a model of {theirs}; leave data.vae "
-                             "out, or make the model with `transfusion init --vae`")
+            raise ValueError(f"train: data.vae is {str(self.settings.vae)!r} and tune.start a model of {theirs}; leave "
+                             "data.vae out, or make the model with `transfusion init --vae`")
 
     def rows(self, tokenizer, config, vae: VAE | None, *, rows: int, seq_len: int, steps: int) -> "MixtureRows":
         """As `TrainingData.rows`; the mixture's lengths are counted, and its first rows planned."""
@@ -153,17 +166,28 @@ class MixtureRows:
     def words(self) -> list[str]:
         """As `Rows.words`."""
         report, seq_len = self.report, self.packed.seq_len
-        tokens, rows, samples = (count / self.epochs for count in (sum(report["tokens"]), report["rows"], sum(report["samples"])))
-        lines = [f"{self.settings.file}: an epoch has {samples:,.0f} documents of {tokens:,.0f} tokens in {rows:,.0f} rows of "
-                 f"{seq_len:,}, {100 * report['fill']:.1f} % full: {self.steps_in_epoch:,.1f} steps"]
+        samples, tokens = (sum(report[name]) / self.epochs for name in ("samples", "tokens"))
+        lines = [f"{self.settings.file}: an epoch has {samples:,.0f} documents of {tokens:,.0f} tokens in "
+                 f"{report['rows'] / self.epochs:,.0f} rows of {seq_len:,}, {100 * report['fill']:.1f} % full: "
+                 f"{self.steps_in_epoch:,.1f} steps"]
+        lines += self._shares() if len(self.mixture.sources) > 1 else []
         for name, lengths, too_long in zip(self.mixture.names, self.mixture.lengths, report["too_long"]):
             for kind, count in lengths.failures().items():
                 _, where, reason = lengths.examples[kind][0]
-                lines.append(f"{name}: {count:,} of {len(lengths):,} records cannot be used: {kind} ({where}: {reason})")
+                lines.append(f"{name}: {count:,} of {len(lengths):,} records cannot be used: {kind} "
+                             f"({where}: {reason})")
             if too_long:
-                lines.append(f"{name}: {too_long / self.epochs:,.0f} documents an epoch are longer than optim.seq_len, {seq_len} "
-                             "tokens, and are left out; a larger optim.seq_len, or max_length in the mixture's file, fits")
+                lines.append(f"{name}: {too_long / self.epochs:,.0f} documents an epoch are longer than optim.seq_len, "
+                             f"{seq_len} tokens, and are left out; a larger optim.seq_len, or max_length in the "
+                             "mixture's file, fits")
         return lines
+
+    def _shares(self) -> list[str]:
+        """A line for each source: how much of an epoch it is."""
+        amounts = self.mixture.epoch()
+        total = sum(amount.tokens for amount in amounts)
+        return [f"{amount.name}: {amount.samples:,.0f} documents of {amount.tokens:,.0f} tokens, "
+                f"{100 * amount.tokens / total:.1f} %; read {amount.passes:.3g} times an epoch" for amount in amounts]
 
     def draw(self, step: int, generator: torch.Generator) -> Drawn:
         """As `Rows.draw`."""
@@ -177,7 +201,8 @@ class MixtureRows:
         """A step's batch, and the seconds it was waited for; the last one is kept, for it may be asked for again."""
         if step != self._step:
             if step != self._step + 1 or self._batch is None:
-                self._loader = Loader(self.packed, step, max(self.steps, step + 1), self.settings.workers, self.settings.prefetch)
+                stop = max(self.steps, step + 1)
+                self._loader = Loader(self.packed, step, stop, self.settings.workers, self.settings.prefetch)
                 self._ahead = iter(self._loader)
             self._batch, self._step = next(self._ahead), step
             self._say_failures(self._batch)
@@ -218,7 +243,8 @@ def _alike(pictures: Sequence[Tensor]) -> Iterator[list[int]]:
 
 def _factor(vae: VAE) -> int:
     if vae.factor == 1:
-        raise ValueError("train: the autoencoder's latents are as large as its pictures; one that halves them at least once fits")
+        raise ValueError("train: the autoencoder's latents are as large as its pictures; one that halves them at least "
+                         "once fits")
     return vae.factor
 
 

@@ -24,7 +24,7 @@ class Rows(Protocol):
         """Lines to print before training: how much there is, and what is left out."""
 
     def draw(self, step: int, generator: torch.Generator) -> Drawn:
-        """Return what step `step` trains on; all that is random in it comes from `generator`, the step's own, or a hash.
+        """Return what a step trains on; all that is random in it comes from `generator`, the step's own, or a hash.
 
         Steps may be asked for in any order and again; asked for in order, they are read ahead.
         """
@@ -95,8 +95,8 @@ class DrawnRows:
         """As `Rows.words`."""
         seq_len = self.shape[1]
         share = document_lengths(*self.how, seq_len).left_out
-        return [f"documents of more than optim.seq_len, {seq_len} tokens, are left out, about {100 * share:.1f} % of those "
-                "drawn; the log counts them (left_out)"] if share else []
+        return [f"documents of more than optim.seq_len, {seq_len} tokens, are left out, about {100 * share:.1f} % of "
+                "those drawn; the log counts them (left_out)"] if share else []
 
     def draw(self, step: int, generator: torch.Generator) -> Drawn:
         """As `Rows.draw`."""

@@ -4,8 +4,8 @@ It is an AutoencoderKL of diffusers, as Stable Diffusion, FLUX and the paper hav
 
     latent = (mean of the posterior - shift) * scale            picture = decoder(latent / scale + shift)
 
-scale and shift are the autoencoder's own `scaling_factor` and `shift_factor`. `encode` takes the posterior's mean, not a
-sample, so that the same picture gives the same latent; `posterior` gives what a sample is drawn from.
+scale and shift are the autoencoder's own `scaling_factor` and `shift_factor`. `encode` takes the posterior's mean, not
+a sample, so that the same picture gives the same latent; `posterior` gives what a sample is drawn from.
 """
 import hashlib
 from pathlib import Path
@@ -77,7 +77,7 @@ class VAE:
 
     @torch.inference_mode()
     def posterior(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents of pictures, both in latents' scale: mean + deviation * noise is one."""
+        """Mean and standard deviation of pictures' latents, on their scale: mean + deviation * noise is a latent."""
         mean, posterior = self._latents("posterior", pictures)
         return mean, (posterior.std.float() * self.scale).to(pictures.device)
 

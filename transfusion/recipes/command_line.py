@@ -3,7 +3,7 @@
     transfusion train digits --optim.steps 100                      the preset's own data set
     transfusion train digits data:emoji --data.lively               another one; --data.* are the flags of its settings
     transfusion train paper --size 0.76B data:digits                a preset's parameters are flags, too
-    transfusion train own --data mix.yaml                           data:mixture --data.file mix.yaml: files of one's own
+    transfusion train own --data mix.yaml                           data:mixture --data.file mix.yaml: one's own files
 """
 import dataclasses
 import inspect
@@ -43,6 +43,8 @@ WORD = "data:"
 def train_main(args: list[str] | None = None) -> None:
     """Entry point of `transfusion train` and `python -m transfusion.train`."""
     args = sys.argv[1:] if args is None else list(args)
+    if args and args[0].startswith(("--data", f"{WORD}mixture")):
+        args = ["own", *args]                          # a mixture names no preset
     with plain_errors():
         trainer.train(read_llava(args) if is_llava(args) else
                       read_preset("transfusion train", trainer.__doc__, PRESETS, args, TRAINED_ON))
@@ -151,8 +153,8 @@ def _spell_out(args: list[str], is_known: bool) -> list[str]:
     if at is None:
         return args
     if not is_known:
-        raise SystemExit("error: --data names a mixture, which `transfusion train` reads; here data:folder --data.folder "
-                         "DIRECTORY fits")
+        raise SystemExit("error: --data names a mixture, which `transfusion train` reads; here data:folder "
+                         "--data.folder DIRECTORY fits")
     file, rest = args[at].removeprefix("--data").removeprefix("="), args[at + 1:]
     if args[at] == "--data":
         file, *rest = rest or [""]

@@ -3,10 +3,11 @@
     transfusion train --model_name_or_path DIR --data_path mix665k.json --image_folder data --output_dir OUT ...
 
 Flags become a mixture, written to OUT-mix.json, and settings of the trainer. Those that belong to CLIP, DeepSpeed or
-Hugging Face's trainer are accepted and named, so that a script runs as it is. An unknown one is answered with the nearest.
-Flags of `transfusion train` itself, such as --optim.steps or --resume, may stand among them and come last.
+Hugging Face's trainer are accepted and named, so that a script runs as it is. An unknown one is answered with the
+nearest. Flags of `transfusion train` itself, such as --optim.steps or --resume, may stand among them and count last.
 
-`model_name_or_path` is a Transfusion's checkpoint, or a language model's, of which `transfusion init` makes one beside OUT.
+`model_name_or_path` is a Transfusion's checkpoint, or a language model's, of which `transfusion init` makes one beside
+OUT.
 """
 import dataclasses
 import json
@@ -148,7 +149,8 @@ def read_llava(arguments: Sequence[str]) -> TrainConfig:
     if out is None:
         raise ValueError("train: there is no --output_dir; a new directory fits")
     if flags.model is None:
-        raise ValueError("train: there is no --model_name_or_path; the directory of a language model or of a Transfusion fits")
+        raise ValueError("train: there is no --model_name_or_path; the directory of a language model or of a "
+                         "Transfusion fits")
     for line in flags.words:
         print(line, flush=True)
     file = out.with_name(f"{out.name}-mix.json")
@@ -198,7 +200,8 @@ def read_flags(arguments: Sequence[str], folder: Path = Path()) -> LLaVAFlags:
         trainer["optim.accumulate"] = others.get("accumulate", 1)
     given = _mixture(others, trainer, folder)
     rest = {name: others.get(name) for name in ("model", "epochs", "warmup_ratio", "workers")}
-    return LLaVAFlags(given, make_mixture(given, folder, "train"), trainer, **rest, words=tuple(words), ours=tuple(ours))
+    mixture = make_mixture(given, folder, "train")
+    return LLaVAFlags(given, mixture, trainer, **rest, words=tuple(words), ours=tuple(ours))
 
 
 def _mixture(others: dict[str, Any], trainer: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -226,8 +229,8 @@ def _start(flags: LLaVAFlags, config: TrainConfig) -> Path:
         return model
     if model.suffix != ".gguf":
         if not current(model, "config.json").is_file():
-            raise ValueError(f"train: --model_name_or_path is {str(model)!r}, which is no checkpoint's directory; nothing is "
-                             "downloaded; the directory of a language model or of a Transfusion fits")
+            raise ValueError(f"train: --model_name_or_path is {str(model)!r}, which is no checkpoint's directory; "
+                             "nothing is downloaded; the directory of a language model or of a Transfusion fits")
         if read_json(current(model, "config.json")).get("model_type") == TransfusionConfig.model_type:
             return model
     start = config.out.with_name(f"{config.out.name}-from-{model.stem if model.suffix == '.gguf' else model.name}")

@@ -6,6 +6,7 @@ A term is a mean over things that are counted: text targets, drawn images, pictu
 numbers of them, so each mean is weighted with its share of the whole step's count: `accumulate` changes memory, not
 what is learnt.
 """
+import contextlib
 import shutil
 import sys
 import time
@@ -92,7 +93,9 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
             # gradients
             for group in (group for player in task.players for group in player.optimizer.param_groups):
                 group["lr"] = rate(step)
-            means, playing, notes = accumulate(task, step)
+            with saving_first(command, config, task, done, done > start, way_on):
+                batches = task.batches(step)
+            means, playing, notes = accumulate(task, step, batches)
             norms = {f"{player.prefix('_')}grad_norm": clip_gradients(player, optim.clip) for player in playing}
             found = numbers(**means, **norms)
             check_finite(command, config.out, step, found, way_on)
@@ -121,6 +124,17 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
                 progress.close()
                 break
     return done
+
+
+@contextlib.contextmanager
+def saving_first(command: str, config: RunSettings, task: Task, step: int, is_new: bool, way_on: str) -> Iterator[None]:
+    """Save what was trained so far where the data end a run, as when too many files cannot be read any more."""
+    try:
+        yield
+    except ValueError:
+        if is_new and step % config.save_every:
+            save(command, config, task, step, way_on)
+        raise
 
 
 def accumulate(task: Task, step: int, batches: list[Batch] | None = None

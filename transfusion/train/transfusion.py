@@ -95,7 +95,7 @@ def check_settings(op: str, config: TrainConfig, prefix: str = "") -> None:
 
 
 def build_model(config: TrainConfig, data: TrainingData) -> Transfusion:
-    """Return a freshly initialised model and its tokenizer for a data set; of it, `texts` and `image_shape` are asked."""
+    """Return a freshly initialised model, with its tokenizer, for `texts` and `image_shape` of data."""
     tokenizer = train_tokenizer(data.texts(), config.model.vocabulary)
     torch.manual_seed(config.seed)
     text_config = LlamaConfig(

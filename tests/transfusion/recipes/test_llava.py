@@ -1,4 +1,5 @@
 """LLaVA's own command lines."""
+
 import json
 import shlex
 from pathlib import Path
@@ -39,7 +40,8 @@ def test_the_script_for_lora_is_read_as_it_is(tmp_path):
     trainer = {name: str(value) for name, value in flags.trainer.items()}
     assert trainer == {
         "out": "checkpoints/llava-v1.5-13b-lora", "optim.rows": "16",
-        "optim.accumulate": "1", "optim.seq_len": "2048", "optim.lr": "0.0002", "optim.weight_decay": "0.0", "save_every": "50000",
+        "optim.accumulate": "1", "optim.seq_len": "2048", "optim.lr": "0.0002", "optim.weight_decay": "0.0",
+        "save_every": "50000",
         "autocast": "True", "tune.lora_rank": "128", "tune.lora_alpha": "256", "tune.trained": "lora"}  # fmt: skip
     assert (flags.epochs, flags.warmup_ratio, flags.workers) == (1.0, 0.03, 4)
     assert flags.model == Path("lmsys/vicuna-13b-v1.5") and len(flags.given["sources"]) == 1
@@ -58,8 +60,8 @@ def here(tmp_path_factory):
 
 SCRIPT = """
     --lora_enable True --lora_r 2 --lora_alpha 4 --deepspeed ./scripts/zero3.json --model_name_or_path llm --version v1
-    --data_path talk.json --image_folder images --vision_tower openai/clip-vit-large-patch14-336 --image_aspect_ratio pad
-    --bf16 False --output_dir runs/lora --num_train_epochs 2 --per_device_train_batch_size 1 --learning_rate 2e-4
+    --data_path talk.json --image_folder images --vision_tower openai/clip-vit-large-patch14-336
+    --image_aspect_ratio pad --bf16 False --output_dir runs/lora --num_train_epochs 2 --per_device_train_batch_size 1 --learning_rate 2e-4
     --gradient_accumulation_steps 2 --warmup_ratio 0.5 --lr_scheduler_type cosine --model_max_length 512
     --dataloader_num_workers 0 --report_to wandb --image_size 16 --device cpu --model.patch-size 4
 """  # the last flags of our own make it tiny
@@ -76,28 +78,70 @@ def test_the_script_runs_as_it_is_and_again_and_goes_on(here, monkeypatch, capsy
     run = json.loads((here / "runs" / "lora" / "resume" / "run.json").read_text())
     config, steps = run["config"], run["step"]
     assert config["tune"] == {"start": "runs/lora-from-llm", "trained": "lora", "lora_rank": 2, "lora_alpha": 4}
-    optim = {name: config["optim"][name] for name in ("rows", "accumulate", "seq_len", "lr", "min_lr", "warmup", "steps")}
+    optim = {
+        name: config["optim"][name] for name in ("rows", "accumulate", "seq_len", "lr", "min_lr", "warmup", "steps")
+    }
     assert optim == dict(rows=2, accumulate=2, seq_len=512, lr=2e-4, min_lr=0.0, warmup=-(-steps // 2), steps=steps)
     mixture = config["data"]["mixture"]
-    assert mixture["pictures"]["mode"] == "pad" and mixture["chat"]["template"] == "vicuna_v1" and mixture["max_length"] == 512
+    assert (
+        mixture["pictures"]["mode"] == "pad"
+        and mixture["chat"]["template"] == "vicuna_v1"
+        and mixture["max_length"] == 512
+    )
     records = [json.loads(line) for line in (here / "runs" / "lora" / "log.jsonl").read_text().splitlines()]
-    assert len(records) == steps and all(record["text_loss"] > 0 and record["diffusion_loss"] == 0 for record in records)
+    assert len(records) == steps and all(
+        record["text_loss"] > 0 and record["diffusion_loss"] == 0 for record in records
+    )
     assert Transfusion.from_pretrained(here / "runs" / "lora").config.patch_size == 4
-    again = SCRIPT.replace("--model_name_or_path llm", "--model_name_or_path runs/lora-from-llm").replace("runs/lora ", "runs/again ")
+    again = SCRIPT.replace("--model_name_or_path llm", "--model_name_or_path runs/lora-from-llm").replace(
+        "runs/lora ", "runs/again "
+    )
     main(["train", *shlex.split(again), "--max_steps", "1"])
-    assert (here / "runs" / "again" / "adapter_config.json").is_file() and not (here / "runs" / "again-from-lora-from-llm").exists()
+    assert (here / "runs" / "again" / "adapter_config.json").is_file() and not (
+        here / "runs" / "again-from-lora-from-llm"
+    ).exists()
 
 
-@pytest.mark.parametrize("words, said", [
-    (("--data_path", "talk.json", "--output_dir", "runs/x"), "there is no --model_name_or_path"),
-    (("--data_path", "talk.json", "--model_name_or_path", "llm"), "there is no --output_dir"),
-    (("--data_path", "talk.json", "--model_name_or_path", "lmsys/vicuna-7b-v1.5", "--output_dir", "runs/x"),
-     "--model_name_or_path is 'lmsys/vicuna-7b-v1.5', which is no checkpoint's directory; nothing is downloaded"),
-    (("--data_path", "gone.json", "--model_name_or_path", "llm", "--output_dir", "runs/x", "--model.patch-size", "4", "--image_size", "16"),
-     "sources\\[0\\] cannot be opened: llava: .*gone.json"),
-    (("--data_path", "talk.json", "--model_name_or_path", "llm", "--output_dir", "runs/x", "--num_train_epochs", "0"),
-     "--num_train_epochs is 0.0; a number above 0 fits"),
-    (("--data_path", "talk.json", "--model_name_or_path", "llm", "--output_dirr", "x"), "did you mean output_dir")])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("--data_path", "talk.json", "--output_dir", "runs/x"), "there is no --model_name_or_path"),
+        (("--data_path", "talk.json", "--model_name_or_path", "llm"), "there is no --output_dir"),
+        (
+            ("--data_path", "talk.json", "--model_name_or_path", "lmsys/vicuna-7b-v1.5", "--output_dir", "runs/x"),
+            "--model_name_or_path is 'lmsys/vicuna-7b-v1.5', which is no checkpoint's directory; nothing is downloaded",
+        ),
+        (
+            (
+                "--data_path",
+                "gone.json",
+                "--model_name_or_path",
+                "llm",
+                "--output_dir",
+                "runs/x",
+                "--model.patch-size",
+                "4",
+                "--image_size",
+                "16",
+            ),
+            "sources\\[0\\] cannot be opened: llava: .*gone.json",
+        ),
+        (
+            (
+                "--data_path",
+                "talk.json",
+                "--model_name_or_path",
+                "llm",
+                "--output_dir",
+                "runs/x",
+                "--num_train_epochs",
+                "0",
+            ),
+            "--num_train_epochs is 0.0; a number above 0 fits",
+        ),
+        (("--data_path", "talk.json", "--model_name_or_path", "llm", "--output_dirr", "x"), "did you mean output_dir"),
+    ],
+)
 def test_a_command_line_that_does_not_fit_ends_in_one_line(here, monkeypatch, words, said):
     monkeypatch.chdir(here)
     with pytest.raises(SystemExit, match=f"^error: .*{said}") as stop:
@@ -118,19 +162,22 @@ def test_a_command_line_is_known_by_its_data_path():
     assert not is_llava(["digits", "--optim.steps", "10"]) and not is_llava(["--data", "mix.yaml"])
 
 
-@pytest.mark.parametrize("arguments, words", [
-    ("--data_path a.json --learning_rat 1", "--learning_rat is no flag of LLaVA's; did you mean learning_rate"),
-    ("--data_path a.json --learning_rate fast", "--learning_rate is 'fast'; a number fits"),
-    ("--data_path a.json --lora_r 1.5", "--lora_r is '1.5'; a whole number fits"),
-    ("--data_path a.json --bf16 maybe", "--bf16 is 'maybe'; True or False fits"),
-    ("--data_path a.json --version v9", "--version is 'v9'; one of 'v1', .* fits"),
-    ("--data_path a.json --image_aspect_ratio padd", "--image_aspect_ratio is 'padd'; .*did you mean pad"),
-    ("--data_path a.json --model_max_length", "--model_max_length has no value"),
-    ("--data_path --image_folder b", "--data_path has no value"),
-    ("--data_path a.json stray", "'stray' stands where a flag is due"),
-    ("--image_folder b", "there is no --data_path"),
-    ("--data_path a.json --seed -1", "train: seed is -1; a whole number of at least 0"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("--data_path a.json --learning_rat 1", "--learning_rat is no flag of LLaVA's; did you mean learning_rate"),
+        ("--data_path a.json --learning_rate fast", "--learning_rate is 'fast'; a number fits"),
+        ("--data_path a.json --lora_r 1.5", "--lora_r is '1.5'; a whole number fits"),
+        ("--data_path a.json --bf16 maybe", "--bf16 is 'maybe'; True or False fits"),
+        ("--data_path a.json --version v9", "--version is 'v9'; one of 'v1', .* fits"),
+        ("--data_path a.json --image_aspect_ratio padd", "--image_aspect_ratio is 'padd'; .*did you mean pad"),
+        ("--data_path a.json --model_max_length", "--model_max_length has no value"),
+        ("--data_path --image_folder b", "--data_path has no value"),
+        ("--data_path a.json stray", "'stray' stands where a flag is due"),
+        ("--image_folder b", "there is no --data_path"),
+        ("--data_path a.json --seed -1", "train: seed is -1; a whole number of at least 0"),
+    ],
+)
 def test_flags_that_do_not_fit_are_refused(arguments, words):
     with pytest.raises(ValueError, match=words):
         read_flags(shlex.split(arguments))

@@ -1,4 +1,5 @@
 """Pictures with captions in small files, mixtures of them, and tiny runs on them."""
+
 import dataclasses
 import io
 import json
@@ -24,7 +25,9 @@ def paint(count, side=16):
         picture = Picture.new("RGB", (width, height), "white")
         left, top = (int(x) for x in random.integers(0, side // 3, 2))
         draw = ImageDraw.Draw(picture)
-        (draw.ellipse if shape == "circle" else draw.rectangle)((left, top, left + side // 2, top + side // 2), COLOURS[colour])
+        (draw.ellipse if shape == "circle" else draw.rectangle)(
+            (left, top, left + side // 2, top + side // 2), COLOURS[colour]
+        )
         painted.append((f"a {colour} {shape}", picture))
     return painted
 
@@ -101,16 +104,21 @@ def write_llava(path, pairs):
 
 def write_mixture(path, *sources, **settings):
     """A mixture's file, as JSON, which YAML reads as well."""
-    path.write_text(json.dumps({"pictures": {"side": 16}, "held_out": 0.0, **settings, "sources": list(sources)}, indent=1))
+    path.write_text(
+        json.dumps({"pictures": {"side": 16}, "held_out": 0.0, **settings, "sources": list(sources)}, indent=1)
+    )
     return path
 
 
 def tiny(out, file, data=None, **changes) -> TrainConfig:
     """A run of a few steps on a mixture."""
     config = TrainConfig(
-        out=out, data=data or MixtureFileSettings(file=file, workers=0), device="cpu",
+        out=out,
+        data=data or MixtureFileSettings(file=file, workers=0),
+        device="cpu",
         model=ModelSettings(hidden=32, layers=1, heads=2, kv_heads=2, mlp=64, patch_size=4, vocabulary=300),
-        optim=OptimSettings(steps=6, rows=2, seq_len=96, lr=3e-3, min_lr=1e-4, warmup=2, ema=0.9))
+        optim=OptimSettings(steps=6, rows=2, seq_len=96, lr=3e-3, min_lr=1e-4, warmup=2, ema=0.9),
+    )
     return dataclasses.replace(config, **changes)
 
 
