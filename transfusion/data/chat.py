@@ -44,8 +44,8 @@ class ChatSettings:
     template: Annotated[str, OneOf(TEMPLATES)] = "vicuna_v1"
     """vicuna_v1, llama_2, chatml, plain, or the tokenizer's own"""
     system: str | None = None
-    """what the system says where a conversation does not say it; None: what the template has; "": nothing, but where the
-    tokenizer's own template says something by itself"""
+    """what the system says where a conversation does not say it; None: what the template has; "": nothing, unless
+    the tokenizer's own template says something by itself"""
     image_position: Annotated[str, OneOf(("keep", "front"))] = "keep"
     """of a turn's pictures: where the author put them, or in front of its text, each with a new line, as in LLaVA"""
 

@@ -29,7 +29,7 @@ class Sequence:
     patches: Tensor        # (P, patch_dim) clean
     modality: Modality     # which tokens are text, which are patches and of which image
     image_first: Tensor    # (N,) bool: the image stands before any text of its document
-    drawn: Tensor          # (N,) bool: the image has a time and a diffusion loss; one only read, or a clean copy, has time 0
+    drawn: Tensor          # (N,) bool: it has a time and a diffusion loss; one only read, or a clean copy, is at time 0
     layout: ImageLayout    # of the patches
     left_out: int = 0      # documents that were drawn for it and are longer than a row
 

@@ -24,7 +24,8 @@ class Text:
     def token_ids(self, tokenizer, config) -> tuple[int, ...]:
         """Return its tokens."""
         images, template = (config.boi_token_id, config.eoi_token_id), bool(tokenizer.chat_template)
-        tokenize = _token_ids if isinstance(self.text, str) and len(self.text) <= SHORT else _token_ids.__wrapped__
+        is_short = isinstance(self.text, str) and len(self.text) <= SHORT
+        tokenize = _token_ids if is_short else _token_ids.__wrapped__
         return tokenize(tokenizer, len(tokenizer), self.text, self.special, template, images)
 
 
@@ -32,7 +33,7 @@ class Text:
 class Image:
     """An image or its VAE latent, (channels, height, width), values around [-1, 1].
 
-    `loss=False` for an image that the model only reads: it stays clean, has no diffusion loss, and its BOI is no target.
+    `loss=False` for an image that the model only reads: it stays clean, has no loss, and its BOI is no target.
     """
 
     latent: Tensor
