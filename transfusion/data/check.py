@@ -3,6 +3,7 @@
 Every record's text is tokenized and every picture's header is read, as training does it first of all; the counts are
 kept, and training finds them. With `--decode` every picture is decoded, too.
 """
+import dataclasses
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def check_mixture(path: Path, settings: CheckSettings) -> bool:
         ValueError: settings or a mixture that do not fit, or a source that cannot be opened.
     """
     check("data check", settings)
-    mixture_settings = read_mixture(path)
+    mixture_settings = dataclasses.replace(read_mixture(path), latents=None)  # what is shown are pictures
     tokenizer, config, factor = settings.load(mixture_settings)
     mixture = open_mixture(mixture_settings, tokenizer, config, folder=Path(path).parent, factor=factor,
                            workers=settings.workers)

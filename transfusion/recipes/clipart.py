@@ -161,7 +161,7 @@ def describe(drawing: Path, name: Path) -> tuple[str, list[str]]:
     if len(title) < 2 or title.lower() in NO_WORDS:
         title = re.sub(r"[\s\d]+$", "", _plain(name.stem.removesuffix(".svg"))) or name.parent.name
     words = [word for word in dict.fromkeys(word.lower() for word in words)
-             if 1 < len(word) < 40 and word not in NO_WORDS and not word.startswith("hash(") and word != title.lower()]
+             if 1 < len(word) < 40 and word not in NO_WORDS and not re.match(r"hash\(|0x", word) and word != title.lower()]
     return title, words
 
 
