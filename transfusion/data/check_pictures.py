@@ -1,4 +1,4 @@
-"""The pictures of `transfusion data check`: how long documents and how large pictures are, and samples as the model reads them."""
+"""What `transfusion data check` draws: lengths of documents, sizes of pictures, and samples as the model reads them."""
 from pathlib import Path
 
 import matplotlib
@@ -39,7 +39,7 @@ def draw_histograms(path: Path, mixture: Mixture, sizes: list[np.ndarray]) -> Pa
     left.set(xscale="log", xlabel="tokens of a document", ylabel="documents", title="Lengths")
     for i, found in enumerate(sizes):
         colour = f"C{shown.index(i) % 10}" if i in shown else "C0"
-        middle.plot(*found.T, ".", markersize=3, alpha=0.5, color=colour, label=mixture.names[i] if len(found) else None)
+        middle.plot(*found.T, ".", markersize=3, alpha=0.5, color=colour)
     middle.set(xlabel="width in pixels", ylabel="height in pixels", title="Sizes of pictures")
     if any(len(found) for found in sizes):
         middle.set(xscale="log", yscale="log")
@@ -106,7 +106,7 @@ def _choose(rows: PackedRows, sources: int, count: int) -> list[tuple[int, Encod
 
 
 def _cell(name: str, one: Encoded, mixture: Mixture) -> tuple[Picture.Image, int]:
-    """One sample: what it is of, then its text and pictures in the order in which they are read; and how high that is."""
+    """One sample, its source, text and pictures in the order in which they are read, and how high that is."""
     cell = Picture.new("RGB", (WIDTH, HEIGHT), "white")
     pen = ImageDraw.Draw(cell)
     pen.text((MARGIN, 7), f"{name}, {len(one.document.tokens):,} tokens", (0, 0, 0), _font(True))

@@ -52,8 +52,8 @@ class Batch(NamedTuple):
     sequence: packed rows. limit: (N,) the largest noise time of each image.
     pixels: (n,) uint8, pictures that an autoencoder is to encode, one behind the other; see `pictures`. Empty where the
         model draws pixels, which the sequence holds.
-    shapes: (height, width) of each of them. picture: (N,) which of them each image of the sequence is; STORED, -1, where
-        the sequence holds its latent already.
+    shapes: (height, width) of each of them. picture: (N,) which of them each image of the sequence is; STORED, -1,
+        where the sequence holds its latent already.
     documents: how many documents were planned. failures: those that could not be read.
     """
 
@@ -334,7 +334,10 @@ def packed_rows(mixture: Mixture, *, rows: int, seq_len: int, split: str = "trai
 
 
 def _numbered(documents: list[Encoded], latents: bool) -> tuple[list[Tensor], Tensor]:
-    """All pictures, and (N,) which of them each image is; a clean copy is the one before it. Pixels are numbered not."""
+    """All pictures, and (N,) which of them each image is; a clean copy is the one before it.
+
+    `latents`: whether the model draws latents; images that no picture is left to encode for are then STORED.
+    """
     pictures, numbers = [], []
     for document, own in documents:
         copies = {n + 1 for n in document.hidden}

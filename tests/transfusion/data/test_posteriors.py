@@ -1,4 +1,5 @@
 """Latents encoded ahead: what is kept, kills at any moment, changed files, and how training draws from them."""
+import functools
 import json
 import pickle
 
@@ -20,8 +21,9 @@ SIZE = (16, 16)
 
 def autoencoder_in(path, seed=0):
     torch.manual_seed(seed)
-    model = AutoencoderKL(in_channels=3, out_channels=3, latent_channels=2, block_out_channels=(4, 4), layers_per_block=1,
-                          norm_num_groups=2, down_block_types=("DownEncoderBlock2D",) * 2, scaling_factor=0.7,
+    model = AutoencoderKL(in_channels=3, out_channels=3, latent_channels=2, block_out_channels=(4, 4),
+                          layers_per_block=1, norm_num_groups=2, scaling_factor=0.7,
+                          down_block_types=("DownEncoderBlock2D",) * 2,
                           up_block_types=("UpDecoderBlock2D",) * 2, shift_factor=0.1, mid_block_add_attention=False)
     VAE(model).save_pretrained(path)
     return path
@@ -51,7 +53,8 @@ def write_mixture(folder, **settings):
 
 
 def settings_of(vae, out, **options):
-    return PosteriorSettings(vae, out, **{**dict(workers=0, shard=3, batch=2, device="cpu", dtype="float32"), **options})
+    defaults = dict(workers=0, shard=3, batch=2, device="cpu", dtype="float32")
+    return PosteriorSettings(vae, out, **{**defaults, **options})
 
 
 def reference(path):
@@ -98,17 +101,18 @@ def test_a_kill_at_any_moment_leaves_whole_shards_and_the_next_run_ends_it(mixtu
     kill, kept = 0, []
     while True:
         out = tmp_path / f"out-{kill}"
-        status = in_a_child(lambda: encode_mixture(mixture_file, settings_of(vae, out, shard=2)), kill_at=kill)
+        settings = settings_of(vae, out, shard=2)
+        status = in_a_child(functools.partial(encode_mixture, mixture_file, settings), kill_at=kill)
         if status == 0:
             break
         assert status == 9
         kept.append(sum(1 for _ in shard_paths(out)))
-        store = PosteriorStore(encode_mixture(mixture_file, settings_of(vae, out, shard=2)), tmp_path)
+        store = PosteriorStore(encode_mixture(mixture_file, settings), tmp_path)
         assert len(store) == 6 and sorted(path.name for path in out.iterdir()) == [
             "000000.safetensors", "000001.safetensors", "000002.safetensors", "latents.json"]
         for i in (0, 6):
             found = reference(tmp_path / "pictures" / f"{i}.png")
-            torch.testing.assert_close(store.posterior(found, SIZE, "crop", False), whole.posterior(found, SIZE, "crop", False))
+            torch.testing.assert_close(*(one.posterior(found, SIZE, "crop", False) for one in (store, whole)))
         kill += 1
     assert set(kept) == {0, 1, 2, 3} and kill > 10
 
@@ -135,7 +139,8 @@ def test_a_changed_file_is_refused_by_training_and_encoded_again(mixture_file, v
 
 
 def test_another_autoencoder_is_refused_by_name(mixture_file, vae, tmp_path):
-    out, other = encode_mixture(mixture_file, settings_of(vae, tmp_path / "latents")), autoencoder_in(tmp_path / "other", 1)
+    out = encode_mixture(mixture_file, settings_of(vae, tmp_path / "latents"))
+    other = autoencoder_in(tmp_path / "other", 1)
     with pytest.raises(ValueError, match="holds latents of another autoencoder or dtype: vae "):
         encode_mixture(mixture_file, settings_of(other, out))
     with pytest.raises(ValueError, match="dtype float32 .now bfloat16."):
@@ -154,10 +159,10 @@ def test_training_draws_from_the_posterior_anew_in_each_pass_and_again_after_a_r
     assert torch.equal(draws[7], pickle.loads(pickle.dumps(rows)).read(0, 3, 7).document.images[0][1])
     mean, log_variance = PosteriorStore(tmp_path / "latents", tmp_path).posterior(
         reference(tmp_path / "pictures" / "3.png"), SIZE, "crop", False)
-    expected = (torch.nn.functional.pixel_unshuffle(x, 2).flatten(1).T for x in ((mean - 0.1) * 0.7, (log_variance / 2).exp() * 0.7))
+    deviation = (log_variance / 2).exp() * 0.7
+    expected = (torch.nn.functional.pixel_unshuffle(x, 2).flatten(1).T for x in ((mean - 0.1) * 0.7, deviation))
     for found, wanted, width in zip((draws.mean(0), draws.std(0)), expected, (5 / 300**0.5, 0.3)):
-        deviation = (log_variance / 2).exp().max() * 0.7
-        assert (found - wanted).abs().max() < width * deviation
+        assert (found - wanted).abs().max() < width * deviation.max()
     batch = rows[0] if rows.planned.ensure(2) is None else None
     assert not len(batch.pixels) and set(batch.picture.tolist()) == {-1} and not batch.failures
     assert torch.equal(batch.with_latents([], 2).patches, batch.sequence.patches)
@@ -174,10 +179,12 @@ def test_pictures_that_the_store_lacks_are_left_to_the_trainer(mixture_file, vae
     rows.planned.ensure(2)
     batch = rows[0]
     pictures = batch.pictures()
-    assert 0 < len(pictures) < len(batch.picture) and sorted(set(batch.picture.tolist())) == list(range(-1, len(pictures)))
+    assert 0 < len(pictures) < len(batch.picture)
+    assert sorted(set(batch.picture.tolist())) == list(range(-1, len(pictures)))
     latents = [torch.full((2, 8, 8), float(n + 100)) for n in range(len(pictures))]
     filled, sizes = batch.with_latents(latents, 2).patches, [16] * len(batch.picture)
-    for number, before, after in zip(batch.picture.tolist(), batch.sequence.patches.split(sizes), filled.split(sizes)):
+    images = zip(batch.picture.tolist(), batch.sequence.patches.split(sizes), filled.split(sizes))
+    for number, before, after in images:
         assert torch.equal(after, before) if number < 0 else (after == number + 100).all()
 
 
@@ -185,11 +192,12 @@ def test_a_model_of_pixels_refuses_latents(mixture_file, vae, tmp_path):
     encode_mixture(mixture_file, settings_of(vae, tmp_path / "latents"))
     tokenizer = tokenizer_of_words()
     with pytest.raises(ValueError, match="and the model draws pixels; leave latents out"):
-        open_mixture(read_mixture(write_mixture(tmp_path, latents="latents")), tokenizer, kind_of(tokenizer), folder=tmp_path,
-                     workers=0)
+        open_mixture(read_mixture(write_mixture(tmp_path, latents="latents")), tokenizer, kind_of(tokenizer),
+                     folder=tmp_path, workers=0)
 
 
-@pytest.mark.parametrize("dtype, of_mean, of_width", [("float16", 2**-11, 0.008), ("bfloat16", 2**-8, 0.07), ("float32", 0, 0)])
+@pytest.mark.parametrize("dtype, of_mean, of_width", [
+    ("float16", 2**-11, 0.008), ("bfloat16", 2**-8, 0.07), ("float32", 0, 0)])
 def test_rounding_is_told_and_small(dtype, of_mean, of_width):
     errors, random = RoundingError(), torch.Generator().manual_seed(0)
     mean = torch.randn(50, 4, 8, 8, generator=random)
