@@ -42,9 +42,7 @@ WORD = "data:"
 
 def train_main(args: list[str] | None = None) -> None:
     """Entry point of `transfusion train` and `python -m transfusion.train`."""
-    args = sys.argv[1:] if args is None else list(args)
-    if args and args[0].startswith(("--data", f"{WORD}mixture")):
-        args = ["own", *args]                          # a mixture names no preset
+    args = _preset_first(sys.argv[1:] if args is None else list(args))
     with plain_errors():
         trainer.train(read_llava(args) if is_llava(args) else
                       read_preset("transfusion train", trainer.__doc__, PRESETS, args, TRAINED_ON))
@@ -145,6 +143,14 @@ def take_data_set(args: list[str] | None, data_sets: Mapping[str, type] = DATA_S
                              f"fit{nearest(WORD + name, known)}")
     rest = [arg for arg in args if not arg.startswith(WORD)]
     return data_sets[names[0]] if names else None, rest
+
+
+def _preset_first(args: list[str]) -> list[str]:
+    """Arguments that begin with a mixture's file, with their preset before it: the one that they name, or `own`."""
+    if not args or is_llava(args) or not args[0].startswith(("--data", f"{WORD}mixture")):
+        return args
+    at = next((i for i, arg in enumerate(args) if arg in PRESETS), None)
+    return ["own", *args] if at is None else [args[at], *args[:at], *args[at + 1:]]
 
 
 def _spell_out(args: list[str], is_known: bool) -> list[str]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from transfusion.data.latents import EncodeSettings
+from transfusion.data.mixture_data import MixtureFileSettings
 from transfusion.data.picture_files import PictureFolderSettings
 from transfusion.recipes.command_line import (
     AUTOENCODER_PRESETS,
@@ -19,6 +20,7 @@ from transfusion.recipes.command_line import (
 )
 from transfusion.recipes.digits import DigitsSettings, digits
 from transfusion.recipes.emoji import EmojiSettings
+from transfusion.recipes.own import own
 from transfusion.recipes.paper import PAPER, Size, paper, paper_model
 from transfusion.train import build_model
 
@@ -50,6 +52,27 @@ def test_another_data_set_is_named_anywhere_and_what_every_data_set_has_stays_th
 
 def test_to_name_the_data_set_that_a_preset_has_anyway_changes_nothing():
     assert read("digits", "data:digits") == read("digits")
+
+
+@pytest.mark.parametrize("words", [
+    "paper --data mix.yaml --data.workers 4", "paper --data=mix.yaml --data.workers 4",
+    "paper data:mixture --data.workers 4 --data.file mix.yaml", "data:mixture paper --data.file mix.yaml --data.workers 4",
+    "--data mix.yaml paper --data.workers 4", "--data.workers 4 --data mix.yaml paper data:mixture"])
+def test_a_mixture_is_named_by_its_file_or_as_a_data_set(words, monkeypatch):
+    run = []
+    monkeypatch.setattr("transfusion.train.transfusion.train", run.append)
+    train_main(shlex.split(words))
+    assert run == [dataclasses.replace(paper(), data=MixtureFileSettings(file=Path("mix.yaml"), workers=4))]
+
+
+def test_a_mixture_alone_trains_the_preset_own(monkeypatch):
+    run = []
+    monkeypatch.setattr("transfusion.train.transfusion.train", run.append)
+    for words in (["--data", "mix.yaml"], ["own", "--data", "mix.yaml"], ["data:mixture", "--data.file", "mix.yaml"]):
+        train_main(words)
+    assert run == [dataclasses.replace(own(), data=MixtureFileSettings(file=Path("mix.yaml")))] * 3
+    train_main(["own", "data:digits"])
+    assert run[-1] == dataclasses.replace(own(), data=DigitsSettings())
 
 
 def test_an_autoencoder_trains_on_a_folder():

@@ -61,9 +61,10 @@ def here(tmp_path_factory):
 SCRIPT = """
     --lora_enable True --lora_r 2 --lora_alpha 4 --deepspeed ./scripts/zero3.json --model_name_or_path llm --version v1
     --data_path talk.json --image_folder images --vision_tower openai/clip-vit-large-patch14-336
-    --image_aspect_ratio pad --bf16 False --output_dir runs/lora --num_train_epochs 2 --per_device_train_batch_size 1 --learning_rate 2e-4
-    --gradient_accumulation_steps 2 --warmup_ratio 0.5 --lr_scheduler_type cosine --model_max_length 512
-    --dataloader_num_workers 0 --report_to wandb --image_size 16 --device cpu --model.patch-size 4
+    --image_aspect_ratio pad --bf16 False --output_dir runs/lora --num_train_epochs 2
+    --per_device_train_batch_size 1 --learning_rate 2e-4 --gradient_accumulation_steps 2 --warmup_ratio 0.5
+    --lr_scheduler_type cosine --model_max_length 512 --dataloader_num_workers 0 --report_to wandb
+    --image_size 16 --device cpu --model.patch-size 4
 """  # the last flags of our own make it tiny
 
 
