@@ -3,6 +3,7 @@
 Every record's text is tokenized and every picture's header is read, as training does it first of all; the counts are
 kept, and training finds them. With `--decode` every picture is decoded, too.
 """
+import dataclasses
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from transformers import AutoTokenizer
 from transfusion.data.grids import picture_size
 from transfusion.data.lengths import NO_TARGET
 from transfusion.data.loader import Failure, PackedRows, packed_rows
-from transfusion.data.mixture import Mixture, MixtureSettings, open_mixture, read_mixture
-from transfusion.data.sources.record import DataError, Record
+from transfusion.data.mixture import Mixture, open_mixture, read_mixture
+from transfusion.data.mixture_data import MixtureData, MixtureFileSettings
+from transfusion.data.sources.record import DataError
 from transfusion.files import read_json
 from transfusion.model.config import TransfusionConfig
 from transfusion.sequence.tokenizer import BOI, EOI, train_tokenizer
@@ -28,7 +30,6 @@ MISSING = ("missing picture",)
 UNREADABLE = ("unreadable picture", "empty picture", "picture too large")
 SHOWN = 3          # failures of each kind that are printed
 SAMPLED = 2000     # pictures of a source whose sizes are looked up
-TEXTS = 20_000     # records of each source that a tokenizer is trained on
 MEASURED = 3.0     # seconds in which the speed of reading is measured, at most
 ROWS = 200         # rows that are read for it, at most
 
@@ -39,21 +40,21 @@ class ModelShape:
 
     model: Path | None = None
     """directory of a checkpoint, whose tokenizer and patches count; none: as the three settings below say"""
-    vocabulary: Annotated[int, Range(261)] = 512
-    """tokens of the tokenizer that `transfusion train` would train on the texts"""
-    patch_size: Count = 2
-    """side of a patch, in positions of the latent"""
-    factor: Count = 8
-    """pixels to a position of the latent: 8 for Stable Diffusion's autoencoder, 1 for a model that draws pixels"""
+    vocabulary: Annotated[int, Range(261)] = 4096
+    """tokens of the tokenizer that `transfusion train` would train on the texts; these three are of the preset own"""
+    patch_size: Count = 16
+    """side of a patch in pixels or, for a model of latents, in positions of the latent"""
+    factor: Count = 1
+    """pixels to a position of the latent: 1 for a model of pixels, 8 for Stable Diffusion's autoencoder"""
 
-    def load(self, settings: MixtureSettings):
-        """Return tokenizer, configuration and factor.
+    def load(self, path: Path):
+        """Return tokenizer, configuration and factor for a mixture's file.
 
         Raises:
             ValueError: `model` is no checkpoint.
         """
         if self.model is None:
-            tokenizer = tokenizer_of(settings, self.vocabulary)
+            tokenizer = tokenizer_of(path, self.vocabulary)
             ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in
                    (("boi_token_id", BOI), ("eoi_token_id", EOI))}
             return tokenizer, SimpleNamespace(**ids, image_channels=3, patch_size=self.patch_size), self.factor
@@ -73,9 +74,9 @@ class ModelShape:
 class CheckSettings(ModelShape):
     """Count what a mixture holds, name what would fail, and draw twelve samples as the model will read them."""
 
-    seq_len: Count = 2048
+    seq_len: Count = 1024
     """tokens in a packed row"""
-    rows: Count = 8
+    rows: Count = 4
     """packed rows in a step"""
     decode: bool = False
     """decode every picture, which finds what a header does not tell"""
@@ -107,8 +108,8 @@ def check_mixture(path: Path, settings: CheckSettings) -> bool:
         ValueError: settings or a mixture that do not fit, or a source that cannot be opened.
     """
     check("data check", settings)
-    mixture_settings = read_mixture(path)
-    tokenizer, config, factor = settings.load(mixture_settings)
+    mixture_settings = dataclasses.replace(read_mixture(path), latents=None)  # what is shown are pictures
+    tokenizer, config, factor = settings.load(path)
     mixture = open_mixture(mixture_settings, tokenizer, config, folder=Path(path).parent, factor=factor,
                            workers=settings.workers)
     verdict = Verdict()
@@ -126,28 +127,9 @@ def check_mixture(path: Path, settings: CheckSettings) -> bool:
     return not verdict.problems
 
 
-def tokenizer_of(settings: MixtureSettings, vocabulary: int):
-    """Return a tokenizer trained on the texts of a mixture, of large sources on a part, evenly spread."""
-    return train_tokenizer(_texts(settings), vocabulary)
-
-
-def _texts(settings: MixtureSettings):
-    for i, entry in enumerate(settings.sources):
-        try:
-            source = entry.source.open()
-        except ValueError as error:
-            raise ValueError(f"mixture: sources[{i}] cannot be opened: {error}") from error
-        for number in _spread(np.arange(len(source)), TEXTS).tolist():
-            try:
-                yield from texts_of(source[number])
-            except DataError:
-                continue  # it is counted where lengths are
-
-
-def texts_of(record: Record) -> list[str]:
-    """All texts of a record."""
-    parts = [part.text for part in record.parts if hasattr(part, "text")]
-    return [*record.captions, *parts, *(turn.text for turn in record.turns)]
+def tokenizer_of(path: Path, vocabulary: int):
+    """Return the tokenizer that `transfusion train` would make for a mixture's file."""
+    return train_tokenizer(MixtureData(MixtureFileSettings(file=path)).texts(), vocabulary)
 
 
 def _spread(numbers: np.ndarray, count: int) -> np.ndarray:
@@ -201,8 +183,9 @@ def source_table(mixture: Mixture, broken: list[list[Failure]], sizes: list[np.n
         first = lengths.arrays["lengths"][lengths.arrays["starts"][:-1][usable]]
         kinds = [sum(counts.get(kind, 0) for kind in group) for group in (MISSING, UNREADABLE, (NO_TARGET,))]
         others = sum(counts.values()) - sum(kinds)
-        numbers = (len(lengths), int(usable.sum()) - len(broken[i]), int(lengths.arrays["images"].sum()), *kinds, others,
-                   int(first.sum()), int(first.max(initial=0)))
+        pictures = int(lengths.arrays["images"].sum())
+        numbers = (len(lengths), int(usable.sum()) - len(broken[i]), pictures, *kinds, others, int(first.sum()),
+                   int(first.max(initial=0)))
         lines.append((name, *(f"{number:,}" for number in numbers), _size_words(sizes[i])))
     return table(lines)
 
@@ -256,8 +239,8 @@ def _judge_sources(mixture: Mixture, broken: list[list[Failure]], allow: float, 
         if failed == count:
             verdict.refuse(f"none of {count:,} records of {name!r} can be used; see above why")
         elif failed > allow * count:
-            verdict.refuse(f"{failed:,} of {count:,} records of {name!r} cannot be used, {100 * failed / count:.1f} %; at most "
-                           f"{100 * allow:g} % fit; put them right, or raise --allow")
+            verdict.refuse(f"{failed:,} of {count:,} records of {name!r} cannot be used, {100 * failed / count:.1f} %; "
+                           f"at most {100 * allow:g} % fit; put them right, or raise --allow")
 
 
 def _judge_plan(mixture: Mixture, settings: CheckSettings, verdict: Verdict) -> PackedRows | None:
@@ -276,13 +259,14 @@ def _judge_plan(mixture: Mixture, settings: CheckSettings, verdict: Verdict) -> 
         for amount, share, long, count in zip(amounts, report["shares"], report["too_long"], report["samples"]))]))
     used = sum(report["tokens"]) / max(report["rows"], 1)
     epoch_rows = total * (1 - _share_too_long(report)) / max(used, 1)
-    print(f"{total:,.0f} tokens, about {epoch_rows:,.0f} rows of {settings.seq_len:,} ({100 * report['fill']:.2f} % full), "
-          f"{epoch_rows / settings.rows:,.0f} steps of {settings.rows} rows; attention of a step's slowest row over "
+    print(f"{total:,.0f} tokens, about {epoch_rows:,.0f} rows of {settings.seq_len:,}, "
+          f"{100 * report['fill']:.2f} % full; {epoch_rows / settings.rows:,.1f} steps of {settings.rows} rows; attention of a step's slowest row over "
           f"their mean: {report['slowest']:.2f}")
     for name, long, count in zip(mixture.names, report["too_long"], report["samples"]):
         if long > settings.allow * (long + count):
-            verdict.refuse(f"{long:,} of {long + count:,} documents of {name!r} are longer than a row of {settings.seq_len:,} "
-                           "tokens; raise --seq-len, or set max_length in the mixture, which cuts them")
+            verdict.refuse(f"{long:,} of {long + count:,} documents of {name!r} are longer than a row of "
+                           f"{settings.seq_len:,} tokens; raise --seq-len, or set max_length in the mixture, which "
+                           "cuts them")
     print(_time_words(rows, total, settings))
     return rows
 

@@ -1,4 +1,4 @@
-"""The pictures of `transfusion data check`: how long documents and how large pictures are, and samples as the model reads them."""
+"""What `transfusion data check` draws: lengths of documents, sizes of pictures, and samples as the model reads them."""
 from pathlib import Path
 
 import matplotlib
@@ -30,7 +30,8 @@ def draw_histograms(path: Path, mixture: Mixture, sizes: list[np.ndarray]) -> Pa
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     lengths = [_lengths(mixture, i) for i in range(len(mixture.names))]
     longest = max((x.max(initial=1) for x in lengths), default=1)
-    bins = np.unique(np.geomspace(1, longest + 1, 50).round())
+    shortest = min((x.min(initial=longest) for x in lengths), default=1)
+    bins = np.unique(np.geomspace(max(shortest, 1), longest + 1, 50).round())
     shown = [i for i, x in enumerate(lengths) if len(x)]
     if shown:
         left.hist([lengths[i] for i in shown], bins=bins, label=[mixture.names[i] for i in shown], stacked=True)
@@ -38,7 +39,7 @@ def draw_histograms(path: Path, mixture: Mixture, sizes: list[np.ndarray]) -> Pa
     left.set(xscale="log", xlabel="tokens of a document", ylabel="documents", title="Lengths")
     for i, found in enumerate(sizes):
         colour = f"C{shown.index(i) % 10}" if i in shown else "C0"
-        middle.plot(*found.T, ".", markersize=3, alpha=0.5, color=colour, label=mixture.names[i] if len(found) else None)
+        middle.plot(*found.T, ".", markersize=3, alpha=0.5, color=colour)
     middle.set(xlabel="width in pixels", ylabel="height in pixels", title="Sizes of pictures")
     if any(len(found) for found in sizes):
         middle.set(xscale="log", yscale="log")
@@ -70,17 +71,21 @@ def _draw_grids(axis, mixture: Mixture, sizes: np.ndarray) -> None:
 def draw_montage(path: Path, rows: PackedRows, mixture: Mixture, count: int = SAMPLES) -> Path:
     """Draw samples of the plan's first rows as the model reads them, about as many of each source."""
     chosen = _choose(rows, len(mixture.names), count)
-    lines = -(-max(len(chosen), 1) // COLUMNS)
-    sheet = Picture.new("RGB", (COLUMNS * WIDTH, 40 + lines * HEIGHT), "white")
+    cells = [_cell(mixture.names[source], one, mixture) for source, one in chosen]
+    lines = [cells[at:at + COLUMNS] for at in range(0, len(cells), COLUMNS)]
+    heights = [max(high for _, high in line) for line in lines]
+    sheet = Picture.new("RGB", (COLUMNS * WIDTH, 40 + sum(heights)), "white")
     pen, x = ImageDraw.Draw(sheet), MARGIN
     for pair in LEGEND:
         for text, colour, bold in pair:
             pen.text((x, 12), text, colour, _font(bold))
             x += round(_font(bold).getlength(text)) + 8
         x += 22
-    for place, (source, one) in enumerate(chosen):
-        cell = _cell(mixture.names[source], one, mixture)
-        sheet.paste(cell, (place % COLUMNS * WIDTH, 40 + place // COLUMNS * HEIGHT))
+    for number, (line, high) in enumerate(zip(lines, heights)):
+        top = 40 + sum(heights[:number])
+        for column, (cell, _) in enumerate(line):
+            sheet.paste(cell, (column * WIDTH, top))
+            pen.rectangle((column * WIDTH + 2, top + 2, (column + 1) * WIDTH - 3, top + high - 3), outline=PALE)
     with written(path) as aside:
         sheet.save(aside)
     return path
@@ -100,11 +105,10 @@ def _choose(rows: PackedRows, sources: int, count: int) -> list[tuple[int, Encod
     return sorted(turns[:count], key=lambda pair: pair[0])
 
 
-def _cell(name: str, one: Encoded, mixture: Mixture) -> Picture.Image:
-    """One sample: what it is of, then its text and pictures in the order in which they are read."""
+def _cell(name: str, one: Encoded, mixture: Mixture) -> tuple[Picture.Image, int]:
+    """One sample, its source, text and pictures in the order in which they are read, and how high that is."""
     cell = Picture.new("RGB", (WIDTH, HEIGHT), "white")
     pen = ImageDraw.Draw(cell)
-    pen.rectangle((2, 2, WIDTH - 3, HEIGHT - 3), outline=PALE)
     pen.text((MARGIN, 7), f"{name}, {len(one.document.tokens):,} tokens", (0, 0, 0), _font(True))
     writer = _Writer(cell, pen)
     for part in pieces(one, mixture):
@@ -114,7 +118,7 @@ def _cell(name: str, one: Encoded, mixture: Mixture) -> Picture.Image:
             writer.show(part.picture, part.drawn)
     if writer.full:
         pen.text((WIDTH - MARGIN - 24, HEIGHT - 24), "...", (0, 0, 0), _font(True))
-    return cell
+    return cell, HEIGHT if writer.full else min(HEIGHT, writer.y + writer.high + 2 * MARGIN)
 
 
 class Shown:

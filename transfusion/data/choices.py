@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 GOLDEN, FIRST, SECOND = (np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-ORDER, MIX, IMAGE_FIRST, DROPOUT, CAPTION, FLIP, STEPS = range(7)
+ORDER, MIX, IMAGE_FIRST, DROPOUT, CAPTION, FLIP, STEPS, LATENT = range(8)
 """Purposes: choices for different ones are independent."""
 
 

@@ -15,6 +15,7 @@ from transfusion.data.arrays import fingerprint
 from transfusion.data.dataset import CONTEXTS
 from transfusion.data.grids import Grids
 from transfusion.data.sources.record import DataError, PictureRef, Record
+from transfusion.data.stored_latents import PosteriorStore
 from transfusion.sequence import Document, Image, Text, encode, with_clean_copies
 
 Parts = list[Text | PictureRef]
@@ -57,17 +58,19 @@ class Documents:
         max_length: tokens that a document is cut to, before an image where the cut would go through it; None: never
             cut.
         name: of the template, in fingerprints.
+        store: latents of pictures that were encoded ahead.
     """
 
     def __init__(self, tokenizer, kind: Kind, grids: Grids, *, template: Callable[..., Parts] | None = None,
-                 context: str = "noised", max_length: int | None = None, name: str = ""):
+                 context: str = "noised", max_length: int | None = None, name: str = "",
+                 store: PosteriorStore | None = None):
         if context not in CONTEXTS:
             raise ValueError(f"Documents: context is {context!r}; {' or '.join(map(repr, CONTEXTS))} fits")
         if grids.cell != kind.patch_size * kind.factor:
             raise ValueError(f"Documents: grids are of cells of {grids.cell} pixels and the model's patches are "
                              f"{kind.patch_size * kind.factor} pixels wide; equal ones fit")
         self.tokenizer, self.kind, self.grids, self.template = tokenizer, kind, grids, template
-        self.context, self.max_length, self.name = context, max_length, name
+        self.context, self.max_length, self.name, self.store = context, max_length, name, store
 
     def fingerprint(self) -> str:
         """Return what changes when a length may."""
@@ -132,15 +135,20 @@ class Documents:
                 text_seen = text_seen or bool(ids)
         return self._finish(Document([*tokens, eos], [*targets, text_seen], images, read=read))
 
-    def encode(self, parts: Parts, flipped: bool = False) -> Encoded:
-        """Decode the pictures of arranged parts and encode all; latents that an autoencoder has yet to make are 0.
+    def encode(self, parts: Parts, flipped: bool = False, noise: int = 0) -> Encoded:
+        """Decode the pictures of arranged parts and encode all; where an autoencoder is to encode them, latents are 0.
+
+        Where the store holds latents of all of them, these are drawn, with `noise` for a seed, and nothing is decoded.
 
         Raises:
             DataError: a picture cannot be read. ValueError: text that cannot be tokenized.
         """
+        latents = self._stored(parts, flipped, noise)
         found, pictures = [], []
-        for part in parts:
-            if isinstance(part, PictureRef):
+        for number, part in enumerate(parts):
+            if number in latents:
+                found.append(Image(latents[number], part.loss))
+            elif isinstance(part, PictureRef):
                 grid = self.grids.of(part)
                 pixels = self.grids.pixels(part, grid, flipped)
                 if self.kind.factor > 1:
@@ -152,6 +160,18 @@ class Documents:
         whole = encode(found, self.tokenizer, self.kind)
         document = self._finish(whole)
         return Encoded(document, tuple(pictures[:len(document.images) - len(document.hidden)]))
+
+    def _stored(self, parts: Parts, flipped: bool, noise: int) -> dict[int, Tensor]:
+        """Latents of the pictures by their places among the parts: of all of them, or of none."""
+        latents: dict[int, Tensor] = {}
+        for number, part in enumerate(parts if self.store is not None else ()):
+            if isinstance(part, PictureRef):
+                size = tuple(side * self.grids.cell for side in self.grids.of(part))
+                latent = self.store.draw(part, size, self.grids.mode, flipped, (noise + number) % 2**64)
+                if latent is None:
+                    return {}
+                latents[number] = latent
+        return latents
 
     def _finish(self, document: Document) -> Document:
         document = cut(document, self.max_length)

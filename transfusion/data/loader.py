@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from transfusion.data.arrays import ABOUT, Arrays, fingerprint, write_arrays
 from transfusion.data.batches import noise_limits
-from transfusion.data.choices import choose, source_key
+from transfusion.data.choices import LATENT, choose, hashed, source_key
 from transfusion.data.documents import Documents, Encoded
 from transfusion.data.mixture import Mixture, MixtureSettings
 from transfusion.data.plan import Stream, make_plan
@@ -34,6 +34,7 @@ from transfusion.sequence import lay_out
 
 VERSION = 1
 CHANGED = "changed record"
+STORED = -1
 LEFT_TO_THE_RUN = signal.SIGINT, signal.SIGHUP
 
 
@@ -51,7 +52,8 @@ class Batch(NamedTuple):
     sequence: packed rows. limit: (N,) the largest noise time of each image.
     pixels: (n,) uint8, pictures that an autoencoder is to encode, one behind the other; see `pictures`. Empty where the
         model draws pixels, which the sequence holds.
-    shapes: (height, width) of each of them. picture: (N,) which of them each image of the sequence is.
+    shapes: (height, width) of each of them. picture: (N,) which of them each image of the sequence is; STORED, -1,
+        where the sequence holds its latent already.
     documents: how many documents were planned. failures: those that could not be read.
     """
 
@@ -71,8 +73,9 @@ class Batch(NamedTuple):
     def with_latents(self, latents: Sequence[Tensor], patch_size: int) -> PackedSequence:
         """Return the sequence with the latents (channels, h, w) of `pictures`, in order, in their images' places."""
         patches = [torch.nn.functional.pixel_unshuffle(latent, patch_size).flatten(1).T for latent in latents]
-        chosen = [patches[i] for i in self.picture.tolist()]
         sizes = [rows * columns for rows, columns in self.sequence.layout.grids]
+        stored = self.sequence.patches.split(sizes)
+        chosen = [stored[n] if i == STORED else patches[i] for n, i in enumerate(self.picture.tolist())]
         if [len(x) for x in chosen] != sizes:
             raise ValueError(f"with_latents: latents have {[len(x) for x in chosen]} patches and their images {sizes}; "
                              "latents of `pictures`, in order, fit")
@@ -166,7 +169,8 @@ class PackedRows(Dataset):
         packed = [[one.document for one in row if isinstance(one, Encoded)] for row in read]
         kind = self.documents.kind
         sequence = lay_out(packed, self.seq_len, kind.image_channels * kind.patch_size**2)
-        pictures, picture = _numbered([one for row in read for one in row if isinstance(one, Encoded)])
+        pictures, picture = _numbered([one for row in read for one in row if isinstance(one, Encoded)],
+                                      kind.factor > 1)
         pixels = torch.cat([torch.zeros(0, dtype=torch.uint8), *(one.flatten() for one in pictures)])
         failures = tuple(one for row in read for one in row if isinstance(one, Failure))
         shapes = tuple(tuple(x.shape[1:]) for x in pictures)
@@ -194,7 +198,8 @@ class PackedRows(Dataset):
             choice = choose(self.seed, share.key, passes, number, max(1, len(record.captions)), flip=share.flip,
                             caption_first=share.caption_first, caption_dropout=share.caption_dropout)
             parts = self.documents.parts(record, bool(choice.image_first), bool(choice.dropped), int(choice.caption))
-            return self.documents.encode(parts, bool(choice.flipped))
+            noise = int(hashed(self.seed, LATENT, share.key, passes, number))
+            return self.documents.encode(parts, bool(choice.flipped), noise)
         except DataError as error:
             return Failure(error.where, error.reason, error.kind)
         except ValueError as error:
@@ -332,12 +337,15 @@ def packed_rows(mixture: Mixture, *, rows: int, seq_len: int, split: str = "trai
                       rows=rows, settings=settings, rank=rank, ranks=ranks)
 
 
-def _numbered(documents: list[Encoded]) -> tuple[list[Tensor], Tensor]:
-    """All pictures, and (N,) which of them each image is; a clean copy is the one before it."""
+def _numbered(documents: list[Encoded], latents: bool) -> tuple[list[Tensor], Tensor]:
+    """All pictures, and (N,) which of them each image is; a clean copy is the one before it.
+
+    `latents`: whether the model draws latents; images that no picture is left to encode for are then STORED.
+    """
     pictures, numbers = [], []
     for document, own in documents:
         copies = {n + 1 for n in document.hidden}
         shown = np.cumsum([n not in copies for n in range(len(document.images))], dtype=np.int64) - 1
-        numbers += (len(pictures) + shown).tolist() if own else []
+        numbers += (len(pictures) + shown).tolist() if own else [STORED] * len(document.images) * latents
         pictures += own
     return pictures, torch.tensor(numbers, dtype=torch.int64)

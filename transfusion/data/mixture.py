@@ -31,6 +31,7 @@ from transfusion.data.grids import Grids, GridSettings
 from transfusion.data.lengths import KEYS, Lengths, count_lengths
 from transfusion.data.plan import Stream, passes_in_epoch
 from transfusion.data.sources import FORMATS, PictureRef, Record, Source
+from transfusion.data.stored_latents import PosteriorStore
 from transfusion.settings import Count, Decay, NotNegative, OneOf, Positive, Seed, Share, check, nearest
 
 
@@ -83,6 +84,8 @@ class MixtureSettings:
     """seed of order, captions and mirrored pictures"""
     chat: ChatSettings = field(default_factory=ChatSettings)
     pictures: GridSettings = field(default_factory=GridSettings)
+    latents: Path | None = None
+    """directory that `transfusion data encode` wrote: pictures that it holds are not decoded and encoded in training"""
     cache: Path | None = None
     """directory of what is counted and planned; none: one beside the mixture's file"""
 
@@ -192,7 +195,7 @@ def make_mixture(given: dict, folder: Path, op: str = "mixture",
 
 
 def open_mixture(settings: MixtureSettings, tokenizer, config, *, folder: Path = Path(), factor: int = 1,
-                 channels: int | None = None, workers: int | None = None) -> Mixture:
+                 channels: int | None = None, workers: int | None = None, autoencoder: str = "") -> Mixture:
     """Open the sources of a mixture and count the lengths of their records, or find them counted.
 
     Args:
@@ -201,9 +204,10 @@ def open_mixture(settings: MixtureSettings, tokenizer, config, *, folder: Path =
         factor: pixels to a position of the model's latents; 1 where it draws pixels.
         channels: of pictures, 3 or 1; those of the model, or 3 before an autoencoder.
         workers: processes that count.
+        autoencoder: the fingerprint of the one whose latents the model draws; "" for any.
 
     Raises:
-        ValueError: a source that cannot be opened, or two of the same name.
+        ValueError: a source that cannot be opened, two of the same name, or latents that are not the model's.
     """
     kind = Kind.of(config, factor)
     channels = channels or (kind.image_channels if factor == 1 else 3)
@@ -212,19 +216,9 @@ def open_mixture(settings: MixtureSettings, tokenizer, config, *, folder: Path =
                          "or latents, with the factor of their autoencoder")
     grids = Grids(settings.pictures, kind.patch_size * factor, channels)
     documents = Documents(tokenizer, kind, grids, template=Chat(tokenizer, settings.chat), context=settings.context,
-                          max_length=settings.max_length, name=str(settings.chat))
-    sources, names = [], []
-    for i, entry in enumerate(settings.sources):
-        try:
-            source = entry.source.open()
-        except ValueError as error:
-            raise ValueError(f"mixture: sources[{i}] cannot be opened: {error}") from error
-        name = entry.name or source.name
-        if name in names:
-            raise ValueError(f"mixture: sources[{names.index(name)}] and sources[{i}] are both called {name!r}; "
-                             "different names fit; set `name` of one")
-        sources.append(source)
-        names.append(name)
+                          max_length=settings.max_length, name=str(settings.chat),
+                          store=_open_latents(settings, folder, kind, autoencoder))
+    sources, names = open_sources(settings)
     cache = settings.cache or cache_directory(folder)
     lengths = tuple(count_lengths(source, documents, cache, held_out_by=settings.held_out_by, workers=workers)
                     for source in sources)
@@ -238,6 +232,40 @@ def cache_directory(folder: Path) -> Path:
         return beside
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "transfusion" / fingerprint(os.path.abspath(folder))
+
+
+def _open_latents(settings: MixtureSettings, folder: Path, kind: Kind, autoencoder: str) -> PosteriorStore | None:
+    """The latents that a mixture names, if it names some."""
+    if settings.latents is None:
+        return None
+    store = PosteriorStore(settings.latents, folder, autoencoder)
+    if (store.factor, store.channels) != (kind.factor, kind.image_channels):
+        shape = f"latents of {kind.image_channels} channels, {kind.factor} pixels wide"
+        raise ValueError(f"mixture: latents is {str(settings.latents)!r}, of {store.channels} channels, {store.factor} "
+                         f"pixels wide, and the model draws {'pixels' if kind.factor == 1 else shape}; leave latents "
+                         "out, or name its autoencoder")
+    return store
+
+
+def open_sources(settings: MixtureSettings) -> tuple[list[Source], list[str]]:
+    """Open the sources of a mixture; return them and their names.
+
+    Raises:
+        ValueError: one that cannot be opened, or two of the same name.
+    """
+    sources, names = [], []
+    for i, entry in enumerate(settings.sources):
+        try:
+            source = entry.source.open()
+        except ValueError as error:
+            raise ValueError(f"mixture: sources[{i}] cannot be opened: {error}") from error
+        name = entry.name or source.name
+        if name in names:
+            raise ValueError(f"mixture: sources[{names.index(name)}] and sources[{i}] are both called {name!r}; "
+                             "different names fit; set `name` of one")
+        sources.append(source)
+        names.append(name)
+    return sources, names
 
 
 class Chat:

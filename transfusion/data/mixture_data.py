@@ -137,7 +137,8 @@ class MixtureData:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are what runs in parallel
         mixture = open_mixture(self.mixture, tokenizer, config, folder=self.settings.file.parent,
                                factor=1 if vae is None else _factor(vae),
-                               channels=None if vae is None else vae.picture_channels)
+                               channels=None if vae is None else vae.picture_channels,
+                               autoencoder="" if vae is None else vae.fingerprint())
         packed = packed_rows(mixture, rows=rows, seq_len=seq_len)
         latents = None if vae is None else Posterior(vae)
         return MixtureRows(self.settings, mixture, packed, config.patch_size, latents, steps)

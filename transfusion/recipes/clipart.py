@@ -1,7 +1,7 @@
-"""Fetch Open Clip Art from Debian, 8,121 pictures in the public domain: `python -m transfusion.recipes.clipart --out DIR`.
+"""Fetch Open Clip Art, 8,121 pictures in the public domain: `python -m transfusion.recipes.clipart --out DIR`.
 
-apt fetches the packages openclipart-png and openclipart-svg (156 MB) and checks them; nothing is installed, and no root
-is needed. The pictures come from the first, shrunk and on white; titles and keywords from the second.
+apt fetches Debian's packages openclipart-png and openclipart-svg (156 MB) and checks them; nothing is
+installed, and no root is needed. The pictures come from the first, shrunk and on white; titles and keywords from the second.
 
     DIR/pictures/metadata.jsonl and DIR/pictures/animals/...png     what `format: imagefolder` reads
     DIR/mix.yaml                                                    a mixture of it, for `transfusion data check`
@@ -30,8 +30,8 @@ PACKAGES = ("openclipart-png", "openclipart-svg")
 TITLE, SUBJECT, ITEM = (
     "{http://purl.org/dc/elements/1.1/}title", "{http://purl.org/dc/elements/1.1/}subject",
     "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}li")
-NO_WORDS = {"hash", "externalsource", "unsorted", "clipart", "clip art", "image", "media", "png", "svg", "public domain",
-            "contour", "jpg", "inkscape", "vector", "title"}
+NO_WORDS = {"hash", "externalsource", "unsorted", "clipart", "clip art", "image", "media", "png", "svg",
+            "public domain", "contour", "jpg", "inkscape", "vector", "title"}
 """Keywords and titles that say nothing of what a picture shows."""
 SHARED = 3
 """pictures that may have a title in common; where there are more it names a set of them, not what one shows"""
@@ -67,7 +67,8 @@ def fetch(options: ClipArt) -> Path:
         tree = _unpacked(options.packages, Path(scratch))
         pictures = sorted((tree / "png").rglob("*.png"))
         if not pictures:
-            raise ValueError("clipart: the packages hold no picture below usr/share/openclipart/png; those of Debian 12 fit")
+            raise ValueError("clipart: the packages hold no picture below usr/share/openclipart/png; those of "
+                             "Debian 12 fit")
         with replacing(options.out, weights=False) as fresh:
             rows, skipped = _write_pictures(pictures, tree, fresh / "pictures", options.size)
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -103,8 +104,8 @@ def _download(folder: Path) -> None:
         raise ValueError("clipart: apt-get is not on the PATH; a Debian or Ubuntu machine fits, or --packages DIR with "
                          f"the .deb files of {' and '.join(PACKAGES)}, which packages.debian.org has")
     print(f"fetching {' and '.join(PACKAGES)} (156 MB) ...", flush=True)
-    _run(["apt-get", "download", *PACKAGES], folder, "apt cannot fetch the packages; `apt-get update` first, on a machine "
-         "that reaches a mirror of Debian or Ubuntu")
+    _run(["apt-get", "download", *PACKAGES], folder, "apt cannot fetch the packages; `apt-get update` first, on a "
+         "machine that reaches a mirror of Debian or Ubuntu")
 
 
 def _run(command: list[str], folder: Path, problem: str) -> None:
@@ -160,9 +161,10 @@ def describe(drawing: Path, name: Path) -> tuple[str, list[str]]:
     title = re.sub(r"^clipart by [^-]+ - ", "", title, flags=re.IGNORECASE)
     if len(title) < 2 or title.lower() in NO_WORDS:
         title = re.sub(r"[\s\d]+$", "", _plain(name.stem.removesuffix(".svg"))) or name.parent.name
-    words = [word for word in dict.fromkeys(word.lower() for word in words)
-             if 1 < len(word) < 40 and word not in NO_WORDS and not word.startswith("hash(") and word != title.lower()]
-    return title, words
+    words = dict.fromkeys(word.lower() for word in words)
+    left_out = {*NO_WORDS, title.lower()}
+    return title, [word for word in words
+                   if 1 < len(word) < 40 and word not in left_out and not re.match(r"hash\(|0x", word)]
 
 
 def _plain(text: str | None) -> str:

@@ -27,9 +27,11 @@ def package(folder, name, fill):
     tree = folder / f"tree-{name}"
     (tree / "DEBIAN").mkdir(parents=True)
     (tree / "DEBIAN" / "control").write_text(
-        f"Package: {name}\nVersion: 1\nArchitecture: all\nMaintainer: Nobody <nobody@example.org>\nDescription: a test\n")
+        f"Package: {name}\nVersion: 1\nArchitecture: all\nMaintainer: Nobody <nobody@example.org>\n"
+        "Description: a test\n")
     fill(tree / "usr" / "share" / "openclipart")
-    subprocess.run(["dpkg-deb", "--build", str(tree), str(folder / f"{name}_1_all.deb")], check=True, capture_output=True)
+    command = ["dpkg-deb", "--build", str(tree), str(folder / f"{name}_1_all.deb")]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="packages are built and unpacked by dpkg-deb")
@@ -70,7 +72,8 @@ def test_a_drawing_that_is_no_xml_leaves_the_file_s_name(tmp_path):
 
 
 def test_a_title_of_a_whole_set_is_told_apart_by_the_file_s_name():
-    rows = [{"file_name": f"icons/{name}.png", "captions": ["Lemon theme"]} for name in ("open", "close_01", "save", "7")]
+    names = "open", "close_01", "save", "7"
+    rows = [{"file_name": f"icons/{name}.png", "captions": ["Lemon theme"]} for name in names]
     assert [row["captions"] for row in clipart._tell_apart(rows)] == [
         ["open, Lemon theme"], ["close, Lemon theme"], ["save, Lemon theme"], ["Lemon theme"]]
 
