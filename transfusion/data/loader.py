@@ -290,7 +290,11 @@ def _held_back(signals: tuple[int, ...]) -> Iterator[None]:
 
 
 def _start_worker(number: int) -> None:
-    """Leave Ctrl-C and a closed terminal to the run, which saves and then ends its workers; tokenize in one thread."""
+    """Leave Ctrl-C and a closed terminal to the run, which saves and then ends its workers; tokenize in one thread.
+
+    A group of its own spares a worker the signals that are sent to the run's whole group, SIGTERM too.
+    """
+    os.setpgid(0, 0)
     for name in LEFT_TO_THE_RUN:
         signal.signal(name, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, LEFT_TO_THE_RUN)

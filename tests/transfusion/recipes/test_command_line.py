@@ -56,7 +56,8 @@ def test_to_name_the_data_set_that_a_preset_has_anyway_changes_nothing():
 
 @pytest.mark.parametrize("words", [
     "paper --data mix.yaml --data.workers 4", "paper --data=mix.yaml --data.workers 4",
-    "paper data:mixture --data.workers 4 --data.file mix.yaml", "data:mixture paper --data.file mix.yaml --data.workers 4",
+    "paper data:mixture --data.workers 4 --data.file mix.yaml",
+    "data:mixture paper --data.file mix.yaml --data.workers 4",
     "--data mix.yaml paper --data.workers 4", "--data.workers 4 --data mix.yaml paper data:mixture"])
 def test_a_mixture_is_named_by_its_file_or_as_a_data_set(words, monkeypatch):
     run = []
