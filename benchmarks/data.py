@@ -1,173 +1,270 @@
-"""Data at scale: planning a million samples, opening and counting a LLaVA json, loading packed rows.
+"""Data at size: indices, lengths, plans and the loader on a synthetic LLaVA json and tars, in a temporary folder.
 
-    python -m benchmarks.data --out DIR [--quick]
+Each stage is checked before its numbers are recorded: an index against the file, a plan against its documents, rows
+against what was planned. Memory is what a process of its own holds beyond what it held before, as `ru_maxrss` and
+/proc/self/smaps say (private bytes: pages of mapped files are the system's). The file of results also says how loaded
+the machine was.
 
-Everything is made in a temporary folder. Times are of one thread, seconds of the clock and of the processor, which a
-loaded machine does not lengthen. Memory of a plan is what the process's peak rises by; memory of a worker is what it
-shares with no other process. Before a number is written, what it is of is checked: rows are no longer than they may be,
-each sample is in one of them, and documents are as long as they were counted.
+    python -m benchmarks.data --out benchmarks/results [--rows 665000] [--members 100000] [--samples 1000000] [--quick]
 """
 import argparse
+import io
 import json
 import multiprocessing
+import os
 import random
+import resource
+import tarfile
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 from PIL import Image as Picture
 
+from benchmarks.command_line import common_parser, short_commit
 from benchmarks.environment import environment
-from transfusion.data.choices import source_key
+from benchmarks.harness import Result
+from benchmarks.report import Report
+from transfusion.data.chat import ChatSettings
+from transfusion.data.documents import Documents, Kind
+from transfusion.data.grids import Grids, GridSettings
+from transfusion.data.lengths import count_lengths
 from transfusion.data.loader import Loader, packed_rows
-from transfusion.data.mixture import Mixture, make_mixture, open_mixture
+from transfusion.data.mixture import Chat, make_mixture, open_mixture
 from transfusion.data.plan import Stream, make_plan
+from transfusion.data.sources import LLaVASettings, WebDatasetSettings
 from transfusion.sequence.tokenizer import BOI, EOI, train_tokenizer
 
-STEP_SECONDS = 1.0  # of the step that a loader is waited for by
+WORDS = (
+    "the", "picture", "shows", "a", "red", "bus", "in", "front", "of", "an", "old", "house", "while", "two", "people",
+    "wait", "beside", "the", "road", "and", "a", "dog", "sleeps", "under", "the", "tree", "what", "colour", "is", "it",
+    "how", "many", "are", "there", "can", "you", "describe", "why", "they", "are", "standing", "here")
+WORDS_IN_TURN = 75         # of an answer, so that 665,000 rows make about 1 GB, as LLaVA's file is
+PICTURES = 64              # different files; rows name one of them each
+SEQ_LEN = 8192
+MEAN_LENGTHS = (5.0, 1.0)  # of the logarithm of synthetic documents' tokens, and its standard deviation
 
 
-def make_streams(samples: int) -> list[Stream]:
-    """Make half of them text of 20 to 2,000 tokens, the others pairs and conversations with 256 to 1,024 patches."""
-    numbers = np.random.default_rng(0)
-    kinds = {"text": samples // 2, "pairs": samples * 3 // 10, "conversations": samples // 5}
-    streams = []
-    for name, count in kinds.items():
-        patches = numbers.choice([256, 480, 512, 1024], count) if name != "text" else np.zeros(count, np.int64)
-        text = np.exp(numbers.normal(5.5, 1.0, count)).clip(20, 2000).astype(np.int64)
-        text = numbers.integers(10, 80, count) if name == "pairs" else text
-        bare = patches + 4 if name == "pairs" else np.zeros(count, np.int64)
-        streams.append(Stream(
-            source_key(name), np.arange(count), np.arange(count + 1), (patches + text).astype(np.int32),
-            bare.astype(np.int32), patches * (patches - 1) // 2))
-    return streams
-
-
-def measure_plan(samples: int, seq_len: int) -> dict:
-    """Plan an epoch of `samples` samples in rows of `seq_len` tokens."""
-    streams = make_streams(samples)
-    Path("/proc/self/clear_refs").write_text("5")      # the peak begins anew
-    before, began, spent = memory("VmHWM"), time.perf_counter(), time.process_time()
-    plan = make_plan(streams, seed=0, number=0, seq_len=seq_len, step_rows=8, epochs=1)
-    found = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - spent,
-             "peak_mb": memory("VmHWM") - before}
-    at = [(plan.sources == i, stream) for i, stream in enumerate(streams)]
-    lengths = np.zeros(len(plan.records), np.int64)
-    for mine, stream in at:
-        lengths[mine] = stream.chosen_lengths(0, plan.passes[mine], plan.records[mine])
-        assert len(np.unique(plan.records[mine])) == mine.sum()
-    assert np.add.reduceat(lengths, plan.offsets[:-1]).max() <= seq_len
-    assert len(plan.records) + sum(plan.report.too_long) == sum(len(stream.records) for stream in streams)
-    report = plan.report
-    return {"samples": samples, "seq_len": seq_len, **found, "rows": report.rows, "fill": report.fill,
-            "slowest_over_mean": report.slowest, "before_balancing": report.slowest_before}
-
-
-def write_llava(folder: Path, rows: int) -> None:
-    """Write a LLaVA json of `rows` conversations, 15 in 16 with one of 200 pictures of usual sizes."""
-    choose, numbers = random.Random(0), np.random.default_rng(0)
-    for i in range(200):
-        width, height = ((640, 480), (480, 640), (500, 375), (612, 612), (1024, 768))[i % 5]
-        small = Picture.fromarray(numbers.integers(0, 255, (height // 16, width // 16, 3), dtype=np.uint8))
-        small.resize((width, height)).save(folder / f"{i}.jpg", quality=90)
-    words = ["".join(choose.choices("abcdefghijklmnopqrstuvwxyz", k=choose.randint(2, 9))) for _ in range(3000)]
-    (folder / "words.txt").write_text(" ".join(words))
-    texts = [" ".join(choose.choices(words, k=choose.randint(3, 40))) for _ in range(3000)]
-    with open(folder / "mix.json", "w") as file:
+def write_llava(folder: Path, rows: int) -> Path:
+    """Write a json list of conversations as LLaVA's; three rows in four have a picture."""
+    draw = random.Random(0)
+    (folder / "images").mkdir(parents=True)
+    for i in range(PICTURES):
+        pixels = np.random.default_rng(i).integers(0, 255, (12, 16, 3), dtype=np.uint8)
+        Picture.fromarray(pixels).resize((640, 480 if i % 3 else 640)).save(folder / "images" / f"{i}.jpg", quality=90)
+    path = folder / "llava.json"
+    with open(path, "w", encoding="utf-8") as file:
         for i in range(rows):
-            said = [{"from": who, "value": choose.choice(texts)} for _ in range(choose.choice((1, 1, 2, 3, 5)))
-                    for who in ("human", "gpt")]
-            row = {"id": f"{i:09d}", "conversations": said}
-            if i % 16:
-                said[0]["value"] = "<image>\n" + said[0]["value"]
-                row["image"] = f"{choose.randrange(200)}.jpg"
-            file.write(("[" if i == 0 else ",\n") + json.dumps(row))
-        file.write("]")
+            turns = []
+            for turn in range(draw.randint(1, 5)):
+                picture = "<image>\n" if turn == 0 and i % 4 else ""
+                turns += [{"from": "human", "value": f"{picture}{' '.join(draw.choices(WORDS, k=12))}?"},
+                          {"from": "gpt", "value": " ".join(draw.choices(WORDS, k=WORDS_IN_TURN))}]
+            image = {"image": f"images/{i % PICTURES}.jpg"} if i % 4 else {}
+            row = json.dumps({"id": f"{i:09d}", **image, "conversations": turns})
+            file.write(("[\n" if i == 0 else ",\n") + row)
+        file.write("\n]\n")
+    return path
 
 
-def measure_index(folder: Path, rows: int) -> dict:
-    """Open a json twice: its index is made, then found."""
-    write_llava(folder, rows)
-    settings = make_mixture({"sources": [{"format": "llava", "path": "mix.json"}]}, folder).sources[0].source
-    found = {"rows": rows, "file_mb": (folder / "mix.json").stat().st_size / 2**20}
-    for name in ("make_index_seconds", "open_seconds"):
-        before, began = memory("VmRSS"), time.perf_counter()
-        source = settings.open()
-        assert len(source) == rows and source[rows - 1].turns
-        found |= {name: time.perf_counter() - began, "open_mb": memory("VmRSS") - before}
-    began = time.perf_counter()
-    for number in np.random.default_rng(0).integers(0, rows, 1000).tolist():
-        source[number]
-    return found | {"row_microseconds": (time.perf_counter() - began) * 1000}
+def write_tar(folder: Path, members: int) -> Path:
+    """Write a tar of so many members, a picture and a caption in turn."""
+    folder.mkdir(parents=True)
+    data = io.BytesIO()
+    Picture.new("RGB", (64, 64), "red").save(data, "JPEG")
+    path = folder / "shard.tar"
+    with tarfile.open(path, "w") as tar:
+        for i in range(members // 2):
+            for suffix, content in (("jpg", data.getvalue()), ("txt", f"a red square, number {i}".encode())):
+                about = tarfile.TarInfo(f"{i:08d}.{suffix}")
+                about.size = len(content)
+                tar.addfile(about, io.BytesIO(content))
+    return path
 
 
-def open_counted(folder: Path, rows: int) -> tuple[Mixture, dict]:
-    """Count the lengths of a json in this process."""
-    write_llava(folder, rows)
-    tokenizer = train_tokenizer([(folder / "words.txt").read_text()], 4000)
-    boi, eoi = (tokenizer.convert_tokens_to_ids(name) for name in (BOI, EOI))
-    config = SimpleNamespace(boi_token_id=boi, eoi_token_id=eoi, image_channels=3, patch_size=16)
-    settings = make_mixture({"sources": [{"format": "llava", "path": "mix.json"}], "held_out": 0.0}, folder)
-    spent = time.process_time()
-    mixture = open_mixture(settings, tokenizer, config, folder=folder, workers=0)
-    return mixture, {"rows": rows, "rows_per_cpu_second": rows / (time.process_time() - spent)}
+def apart(work: Callable, *arguments) -> dict:
+    """Run `work` in a process of its own; return what it returns, with the seconds and megabytes that it took."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
 
+    def run() -> None:
+        before, private, began = _peak_mb(), _private_mb(), time.perf_counter()
+        found = work(*arguments)
+        seconds = time.perf_counter() - began
+        memory = {"private_mb": _private_mb() - private, "peak_mb": _peak_mb() - before}
+        theirs.send({"seconds": seconds, **memory, **found})
 
-def measure_loader(mixture: Mixture, seq_len: int, steps: int) -> dict:
-    """Load rows in this process, then with two workers beside a step that takes `STEP_SECONDS` and no processor."""
-    rows = packed_rows(mixture, rows=1, seq_len=seq_len)
-    rows[0]
-    spent, batches = time.process_time(), [rows[step] for step in range(1, 1 + steps)]
-    spent = time.process_time() - spent
-    assert not any(batch.failures for batch in batches)
-    loader, memories = Loader(rows, 0, steps, workers=2), []
-    began = None
-    for batch in loader:
-        began = began or (time.perf_counter(), loader.waited_in_all)  # the workers' start is not waited for again
-        memories.append(max((private_memory(worker.pid) for worker in multiprocessing.active_children()), default=0))
-        assert batch.sequence.tokens.shape == (1, seq_len)
-        time.sleep(STEP_SECONDS)
-    waited = (loader.waited_in_all - began[1]) / (time.perf_counter() - began[0])
-    return {"seq_len": seq_len, "cpu_seconds_a_row": spent / steps,
-            "documents_per_cpu_second": sum(batch.documents for batch in batches) / spent,
-            "pictures_per_cpu_second": sum(batch.sequence.image_count for batch in batches) / spent,
-            "tokens_per_cpu_second": steps * seq_len / spent, "step_seconds": STEP_SECONDS, "share_waited": waited,
-            "worker_private_mb": max(memories)}
-
-
-def memory(name: str) -> float:
-    """A line of /proc/self/status, in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
-
-
-def private_memory(process: int) -> float:
-    """What a process shares with no other, in MB; 0 where it has ended."""
+    process = context.Process(target=run)
+    process.start()
+    theirs.close()
     try:
-        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("Private"))
+        return ours.recv()
+    finally:
+        process.join()
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _private_mb() -> float:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+
+def opened(settings, count: int) -> dict:
+    """Open a source, which writes its index or finds it, and check that it has `count` records."""
+    source = settings.open()
+    assert len(source) == count, (len(source), count)
+    return {}
+
+
+def random_records(settings, count: int) -> dict:
+    """Read records at random numbers; milliseconds of each at the median and at 99 of 100."""
+    source, numbers, times = settings.open(), random.Random(0), []
+    for number in (numbers.randrange(len(source)) for _ in range(count)):
+        began = time.perf_counter()
+        record = source[number]
+        times.append(1000 * (time.perf_counter() - began))
+        assert str(number) in record.where or f"{number:08d}" in record.where, record.where
+    return {"record_ms_p50": float(np.median(times)), "record_ms_p99": float(np.quantile(times, 0.99))}
+
+
+def documents() -> Documents:
+    """How records become documents: patches of 16 pixels, pictures of about 256x256, LLaVA's template."""
+    tokenizer = train_tokenizer([" ".join(WORDS)] * 3, 512)
+    names = (("boi_token_id", BOI), ("eoi_token_id", EOI))
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names}
+    kind = Kind.of(SimpleNamespace(**ids, image_channels=3, patch_size=16))
+    return Documents(tokenizer, kind, Grids(GridSettings(), 16), template=Chat(tokenizer, ChatSettings()))
+
+
+class _First:
+    """The first records of a source."""
+
+    def __init__(self, source, count: int):
+        self.source, self.count, self.name = source, min(count, len(source)), source.name
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int):
+        return self.source[number]
+
+    def fingerprint(self) -> str:
+        return f"{self.source.fingerprint()}-{self.count}"
+
+
+def lengths(settings, count: int, cache: Path) -> dict:
+    """Count tokens of records with one process."""
+    source = _First(settings.open(), count)
+    began = time.perf_counter()
+    found = count_lengths(source, documents(), cache, workers=0)
+    assert not found.failures(), found.failures()
+    return {"records_per_second": len(source) / (time.perf_counter() - began)}
+
+
+def synthetic_stream(samples: int) -> Stream:
+    """Lengths of so many documents, log-normal, half of them with a picture of 256 patches."""
+    draw = np.random.default_rng(0)
+    tokens = np.exp(draw.normal(*MEAN_LENGTHS, samples)).clip(4, SEQ_LEN - 300).astype(np.int32)
+    pictures = draw.random(samples) < 0.5
+    tokens += (258 * pictures).astype(np.int32)
+    starts = np.arange(samples + 1, dtype=np.int64)
+    extra = pictures * np.int64(256 * 255 // 2)
+    return Stream(7, starts[:-1], starts, tokens, np.zeros(samples, np.int32), extra)
+
+
+def plan(stream: Stream) -> dict:
+    """Plan an epoch; every document must be in one row, once, and none in a row that is too full."""
+    began = time.perf_counter()
+    made = make_plan([stream], seed=0, number=0, seq_len=SEQ_LEN, step_rows=8, epochs=1)
+    seconds, peak = time.perf_counter() - began, _peak_mb()
+    assert np.array_equal(np.sort(made.records), stream.records)
+    assert np.add.reduceat(stream.lengths[made.records], made.offsets[:-1]).max() <= SEQ_LEN
+    return {"plan_seconds": seconds, "fill": made.report.fill, "slowest_over_mean": made.report.slowest,
+            "slowest_over_mean_unbalanced": made.report.slowest_before, "peak_at_plan_mb": peak}
+
+
+def loading(folder: Path, rows: int, workers: int, steps: int, step_seconds: float) -> dict:
+    """Read batches while a step of `step_seconds` is slept through; the share of time that is waited."""
+    mixture = make_mixture({"sources": [{"format": "llava", "path": "llava.json"}], "held_out": 0.0, "seed": 1}, folder)
+    made = documents()
+    config = SimpleNamespace(**vars(made.kind))
+    opened_mixture = open_mixture(mixture, made.tokenizer, config, folder=folder, workers=0)
+    packed = packed_rows(opened_mixture, rows=rows, seq_len=2048)
+    packed.planned.ensure(steps * rows)
+    loader, tokens, waited, began = Loader(packed, 0, steps, workers=workers), 0, 0.0, time.perf_counter()
+    for number, batch in enumerate(loader):
+        assert not batch.failures, batch.failures
+        tokens += batch.sequence.tokens.numel()
+        waited += loader.waited if number else 0.0     # the first batch is waited for, whatever comes
+        if number == 0:
+            began = time.perf_counter()
+        time.sleep(step_seconds)
+    seconds = time.perf_counter() - began
+    return {"tokens_per_second": tokens / seconds, "share_waited": waited / seconds}
+
+
+def record(report: Report, stage: str, found: dict, **sizes) -> None:
+    """Add a stage, which has passed its checks, to the file, and print it."""
+    seconds = found.pop("seconds")
+    ms = {"p20": 1000 * seconds, "p50": 1000 * seconds, "p80": 1000 * seconds, "repetitions": 1}
+    result = Result(f"transfusion.data {stage}", checked=True, milliseconds={stage: ms}, timing={stage: "wall"})
+    report.record({"stage": stage, **sizes}, result, load_average=os.getloadavg()[0], **found)
+    words = "  ".join(f"{name} {value:,.4g}" for name, value in found.items())
+    sized = " ".join(f"{value:,}" if isinstance(value, int) else str(value) for value in sizes.values())
+    print(f"{stage:<14}{sized:>12}  {seconds:9.3f} s  {words}", flush=True)
+
+
+def run(report: Report, folder: Path, options: argparse.Namespace) -> None:
+    """Run every stage in turn."""
+    path = write_llava(folder / "chat", options.rows)
+    size = path.stat().st_size / 1e6
+    settings = LLaVASettings(path)
+    record(report, "json index", apart(opened, settings, options.rows), rows=options.rows, megabytes=round(size))
+    record(report, "json open", apart(opened, settings, options.rows), rows=options.rows, megabytes=round(size))
+    record(report, "json records", apart(random_records, settings, options.reads), reads=options.reads)
+
+    tars = WebDatasetSettings(write_tar(folder / "tar", options.members))
+    record(report, "tar index", apart(opened, tars, options.members // 2), members=options.members)
+    record(report, "tar open", apart(opened, tars, options.members // 2), members=options.members)
+    record(report, "tar records", apart(random_records, tars, options.reads), reads=options.reads)
+
+    record(report, "lengths", apart(lengths, settings, options.counted, folder / "lengths"), records=options.counted)
+    record(report, "plan", apart(plan, synthetic_stream(options.samples)), samples=options.samples)
+    small = write_llava(folder / "small", options.counted)
+    for workers, seconds in ((0, 0.0), (1, 0.0), (1, options.step)):
+        found = apart(loading, small.parent, 2, workers, options.steps, seconds)
+        record(report, "loader", found, workers=workers, step_seconds=seconds)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure everything and write DIR/data.json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="a hundredth of everything")
-    given = parser.parse_args(arguments)
-    part = 100 if given.quick else 1
-    plans = [measure_plan(1_000_000 // part, seq_len) for seq_len in (8192, 2048)]
-    found: dict = {"environment": environment("cpu"), "plan": plans}
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as other:
-        found["llava"] = measure_index(Path(folder), 665_000 // part)
-        mixture, found["lengths"] = open_counted(Path(other), 4000 // min(part, 10))
-        found["loader"] = measure_loader(mixture, 8192, 24 if part == 1 else 3)
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "data.json").write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps({name: value for name, value in found.items() if name != "environment"}, indent=2))
+    """Run all stages, print a line for each, and write them."""
+    parser = common_parser(__doc__.splitlines()[0], "a few hundred rows, for the test")
+    for name, default, words in (
+            ("rows", 665_000, "rows of the json"), ("members", 100_000, "members of the tar"),
+            ("samples", 1_000_000, "documents that are planned"), ("counted", 4000, "records whose tokens are counted"),
+            ("reads", 1000, "records read at random"), ("steps", 30, "batches that the loader reads")):
+        parser.add_argument(f"--{name}", type=int, default=default, help=words)
+    parser.add_argument("--step", type=float, default=0.5, help="seconds of a step that the loader reads ahead of")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.rows, options.members, options.samples, options.counted = 300, 200, 3000, 100
+        options.reads, options.steps, options.step = 50, 3, 0.05
+    torch.set_num_threads(1)
+    names = "rows", "members", "samples", "counted", "reads", "steps", "step"
+    sizes = {name: getattr(options, name) for name in names}
+    loaded = {"load_average": os.getloadavg(), "processors": os.cpu_count()}
+    report = Report("data", {"quick": options.quick, "seq_len": SEQ_LEN, **sizes, **loaded},
+                    environment("cpu", options.commit))
+    with tempfile.TemporaryDirectory() as folder:
+        run(report, Path(folder), options)
+    report.save(options.out / f"data-cpu-{short_commit(report)}.json")
     return 0
 
 

@@ -260,8 +260,8 @@ def _judge_plan(mixture: Mixture, settings: CheckSettings, verdict: Verdict) -> 
     used = sum(report["tokens"]) / max(report["rows"], 1)
     epoch_rows = total * (1 - _share_too_long(report)) / max(used, 1)
     print(f"{total:,.0f} tokens, about {epoch_rows:,.0f} rows of {settings.seq_len:,}, "
-          f"{100 * report['fill']:.2f} % full; {epoch_rows / settings.rows:,.1f} steps of {settings.rows} rows; attention of a step's slowest row over "
-          f"their mean: {report['slowest']:.2f}")
+          f"{100 * report['fill']:.2f} % full; {epoch_rows / settings.rows:,.1f} steps of {settings.rows} rows; "
+          f"attention of a step's slowest row over their mean: {report['slowest']:.2f}")
     for name, long, count in zip(mixture.names, report["too_long"], report["samples"]):
         if long > settings.allow * (long + count):
             verdict.refuse(f"{long:,} of {long + count:,} documents of {name!r} are longer than a row of "

@@ -1,7 +1,8 @@
 """Fetch Open Clip Art, 8,121 pictures in the public domain: `python -m transfusion.recipes.clipart --out DIR`.
 
 apt fetches Debian's packages openclipart-png and openclipart-svg (156 MB) and checks them; nothing is
-installed, and no root is needed. The pictures come from the first, shrunk and on white; titles and keywords from the second.
+installed, and no root is needed. The pictures come from the first, shrunk and on white, titles and keywords from the
+second.
 
     DIR/pictures/metadata.jsonl and DIR/pictures/animals/...png     what `format: imagefolder` reads
     DIR/mix.yaml                                                    a mixture of it, for `transfusion data check`
