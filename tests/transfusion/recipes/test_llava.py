@@ -1,7 +1,9 @@
 """LLaVA's own command lines."""
-
 import json
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -182,3 +184,16 @@ def test_a_command_line_is_known_by_its_data_path():
 def test_flags_that_do_not_fit_are_refused(arguments, words):
     with pytest.raises(ValueError, match=words):
         read_flags(shlex.split(arguments))
+
+
+def test_the_script_of_the_project_trains_a_tiny_model_on_other_files(here):
+    root = Path(__file__).parents[3]
+    tiny = """--model_name_or_path llm --data_path talk.json --image_folder images --output_dir runs/script --bf16 False
+              --lora_r 2 --lora_alpha 4 --model_max_length 512 --per_device_train_batch_size 1 --max_steps 1
+              --dataloader_num_workers 0 --image_size 16 --device cpu --model.patch-size 4"""
+    variables = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", str(root / "scripts/train_lora.sh"), *shlex.split(tiny)], cwd=here, env=variables,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (here / "runs/script/adapter_config.json").is_file()
+    assert len((here / "runs/script/log.jsonl").read_text().splitlines()) == 1
