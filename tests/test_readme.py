@@ -7,6 +7,7 @@ import pytest
 
 import transfusion.cli
 import transfusion.data.check
+import transfusion.data.posteriors
 import transfusion.model.from_language_model
 import transfusion.recipes.command_line as command_line
 import transfusion.sample
@@ -69,7 +70,8 @@ def test_a_command_line_is_understood(command, monkeypatch):
                          (transfusion.model.from_language_model, "init"), (transfusion.sample, "sample"),
                          (transfusion.sample, "caption")):
         monkeypatch.setattr(module, name, run.append)
-    monkeypatch.setattr(transfusion.data.check, "check_mixture", lambda *settings: run.append(settings) or True)
+    for module, name in ((transfusion.data.check, "check_mixture"), (transfusion.data.posteriors, "encode_mixture")):
+        monkeypatch.setattr(module, name, lambda *settings: run.append(settings) or True)
     transfusion.cli.main(shlex.split(command)[1:])
     assert len(run) == 1, f"{command} ran nothing"
 
