@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL
 
 from tests.transfusion.data.memory import kind_of, picture, tokenizer_of_words
 from tests.transfusion.train.kills import in_a_child
+from transfusion.cli import main
 from transfusion.data.loader import Failure, Loader, packed_rows
 from transfusion.data.mixture import open_mixture, read_mixture
 from transfusion.data.posteriors import PosteriorSettings, RoundingError, encode_mixture
@@ -217,3 +218,15 @@ def test_a_damaged_shard_is_named(mixture_file, vae, tmp_path):
     shard.write_bytes(shard.read_bytes()[:50])
     with pytest.raises(ValueError, match="000001.safetensors is damaged"):
         PosteriorStore(out, tmp_path)
+
+
+def test_the_command_encodes_and_says_what_does_not_fit(mixture_file, vae, tmp_path, capsys):
+    words = ["data", "encode", str(mixture_file), "--vae", str(vae), "--workers", "1", "--out"]
+    main([*words, str(tmp_path / "latents")])
+    assert "6 entries encoded" in capsys.readouterr().out
+    assert len(PosteriorStore(tmp_path / "latents", tmp_path)) == 6
+    with pytest.raises(SystemExit, match="error: data encode: out is .* and vae"):
+        main([*words, str(vae)])
+    main(["data", "--help"])
+    said = capsys.readouterr().out
+    assert "usage: transfusion data VERB" in said and "check" in said and "encode" in said
