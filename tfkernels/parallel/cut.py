@@ -60,6 +60,10 @@ class Cut:
                             for rank, x in enumerate(self.tokens)])
         return torch.empty_like(places).index_copy_(0, torch.cat(self.tokens), places)
 
+    def to(self, device) -> "Cut":
+        """Return the same cut on `device`, where the tensors are that it takes from."""
+        return Cut(tuple(x.to(device) for x in self.tokens))
+
     def take(self, x: Tensor, rank: int, dim: int = 1) -> Tensor:
         """Return a rank's tokens of a whole row's tensor: tokens, positions, image ids, hidden states (B, S, C)."""
         return x.index_select(dim, self.tokens[rank])
