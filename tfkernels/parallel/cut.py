@@ -7,7 +7,7 @@ are balanced too. A rank therefore holds several runs of the row. Positions and 
 holds, and `TransfusionMask.select_queries` gives its mask.
 """
 import heapq
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -17,19 +17,18 @@ from tfkernels._arguments import need_integer
 from tfkernels.mask import TransfusionMask
 
 
-@dataclass(frozen=True, eq=False)
 class Cut:
     """Which tokens of a row each rank holds.
 
-    Attributes:
-        tokens: for each rank the numbers of its tokens in the row, (T,) int64, ascending. Every token of the row
-            belongs to one rank. Counts may differ.
+    It is no dataclass, for FSDP makes those anew in every layer that it shards.
     """
 
-    tokens: tuple[Tensor, ...]
+    def __init__(self, tokens: Sequence[Tensor]):
+        """Take, for each rank, the numbers of its tokens in the row: (T,) int64, ascending, every token at one rank.
 
-    def __post_init__(self):
-        """Refuse tokens that are not those of one row, each held once; this waits for the device, once a row."""
+        Counts may differ. Checking them waits for the device, once a row.
+        """
+        self.tokens = tuple(tokens)
         if not self.tokens or any(x.ndim != 1 or x.dtype != torch.int64 for x in self.tokens):
             raise ValueError("Cut: tokens does not hold int64 tensors (T,); one for each rank fits")
         together = torch.cat(self.tokens)
@@ -62,7 +61,7 @@ class Cut:
 
     def to(self, device) -> "Cut":
         """Return the same cut on `device`, where the tensors are that it takes from."""
-        return Cut(tuple(x.to(device) for x in self.tokens))
+        return Cut([x.to(device) for x in self.tokens])
 
     def take(self, x: Tensor, rank: int, dim: int = 1) -> Tensor:
         """Return a rank's tokens of a whole row's tensor: tokens, positions, image ids, hidden states (B, S, C)."""
@@ -101,7 +100,7 @@ def cut_by_area(mask: TransfusionMask, ranks: int, chunk_len: int = 128) -> Cut:
         raise ValueError(f"{op}: ranks is {ranks} and the row has {len(chunks)} chunks of {chunk_len} tokens; at least "
                          "a chunk for each rank fits; make chunk_len smaller")
     areas = tokens.new_zeros(len(chunks)).index_add_(0, tokens // chunk_len, mask.visible_keys().sum(0))
-    return Cut(tuple(torch.cat([chunks[n] for n in held]) for held in _deal(areas.tolist(), ranks)))
+    return Cut([torch.cat([chunks[n] for n in held]) for held in _deal(areas.tolist(), ranks)])
 
 
 def _deal(areas: list[int], ranks: int) -> list[list[int]]:

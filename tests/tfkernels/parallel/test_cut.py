@@ -57,7 +57,7 @@ def test_the_slowest_of_2_to_64_ranks_has_at_most_a_tenth_more_than_the_mean_of_
 
 def test_runs_of_equal_length_are_far_from_balanced_where_the_cut_is_not():
     mask = packed_row(4_000)
-    assert slowest(mask.visible_keys(), Cut(tuple(torch.arange(ROW).chunk(8)))) > 1.5
+    assert slowest(mask.visible_keys(), Cut(torch.arange(ROW).chunk(8))) > 1.5
 
 
 @given(arguments(), st.integers(1, 5), st.integers(1, 4))
@@ -82,7 +82,7 @@ def test_every_token_has_one_rank_and_tensors_come_back_in_order(given_arguments
     [], [[0, 1], [1, 2]], [[0, 1], [3]], [[1, 0], [2]], [[0.0, 1.0]], [[[0, 1]]]], ids=str)
 def test_tokens_that_are_not_those_of_one_row_are_refused(tokens):
     with pytest.raises(ValueError, match="Cut: tokens .* fit"):
-        Cut(tuple(torch.tensor(x) for x in tokens))
+        Cut([torch.tensor(x) for x in tokens])
 
 
 @pytest.mark.parametrize("change,name", [

@@ -74,6 +74,15 @@ def accuracy(way, mask, cut, group, dtype):
     return ""
 
 
+def autocast(way, mask, cut, group):
+    """The dtype under autocast to bfloat16, and the largest difference from the same call in one process."""
+    rank, (q, k, v, _) = dist.get_rank(group), inputs(mask, 4, 2, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = attention(q, k, v, mask)
+        part = WAYS[way](*(cut.take(x, rank, 2) for x in (q, k, v)), mask, cut, group)
+    return part.dtype, (part - cut.take(whole, rank, 2)).abs().max().item()
+
+
 def repeats(way, group):
     """Whether a second call gives the same bits, gradients too."""
     cut = cut_by_area(HIDDEN, 2, 32)
@@ -114,6 +123,7 @@ def of_two(group):
             found["accuracy", way, dtype] = accuracy(way, LONG, cut_by_area(LONG, 2, 32), group, dtype)
         found["uneven", way] = errors(way, PACKED, Cut((torch.arange(100), torch.arange(100, 512))), group)
         found["repeats", way] = repeats(way, group)
+        found["autocast", way] = autocast(way, LONG, cut_by_area(LONG, 2, 32), group)
     return found | refusals(group)
 
 
@@ -121,8 +131,10 @@ def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=4,
                             timeout=datetime.timedelta(seconds=SECONDS))
-    pair = dist.new_group([2, 3])
+    pair, alone = dist.new_group([2, 3]), dist.new_group([1])
     found = of_two(pair) if rank >= 2 else {}
+    if rank == 1:
+        found = {("alone", way): errors(way, HIDDEN, cut_by_area(HIDDEN, 1), alone) for way in WAYS}
     found |= {("four", way): errors(way, HIDDEN, cut_by_area(HIDDEN, 4, 16), None) for way in WAYS}
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -200,6 +212,18 @@ def test_arguments_that_do_not_fit_the_cut_are_refused_by_name(name, way, two):
     for rank in two:
         said = rank[way, name]
         assert said.startswith(f"{way}_attention: {name.split()[0]} ") and " fit" in said
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_autocast_casts_as_it_does_in_one_process(way, two):
+    for rank in two:
+        dtype, error = rank["autocast", way]
+        assert dtype == torch.bfloat16 and error <= (0 if way == "gathered" else 4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_group_of_one_process_changes_nothing(way, four):
+    assert max(four[1]["alone", way]) <= (0 if way == "gathered" else 1e-13)
 
 
 @pytest.mark.parametrize("way", WAYS)
