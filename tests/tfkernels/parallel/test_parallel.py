@@ -49,14 +49,21 @@ def with_gradients(function, q, k, v, dout):
     return out.detach(), *(x.detach() for x in torch.autograd.grad(out, (q, k, v), dout))
 
 
-def errors(way, mask, cut, group, heads=4, kv_heads=2, dtype=torch.float64, **options):
-    """The largest differences of out, dq, dk, dv from one process."""
+def errors(way, mask, cut, group, heads=4, kv_heads=2, dtype=torch.float64, padding=None, **options):
+    """The largest differences of out, dq, dk, dv from one process; `padding` is what tokens hold that see nothing."""
     rank, row = dist.get_rank(group), inputs(mask, heads, kv_heads, dtype)
+    if padding is not None:
+        row = [x.masked_fill((mask.visible_keys() == 0)[:, None, :, None], padding) for x in row]
     whole = with_gradients(lambda q, k, v: attention(q, k, v, mask, **options), *row)
     part = with_gradients(lambda q, k, v: WAYS[way](q, k, v, mask, cut, group, **options),
                           *(cut.take(x, rank, 2) for x in row))
     assert all(x.dtype == dtype for x in part)
     return [(x - cut.take(y, rank, 2)).abs().max().item() for x, y in zip(part, whole)]
+
+
+def equal(found, limit=1e-13):
+    """Whether no difference is larger than the limit, or NaN."""
+    return all(difference <= limit for difference in found)
 
 
 def accuracy(way, mask, cut, group, dtype):
@@ -122,6 +129,7 @@ def of_two(group):
             found["dtype", way, dtype] = errors(way, LONG, cut_by_area(LONG, 2, 32), group, dtype=dtype)
             found["accuracy", way, dtype] = accuracy(way, LONG, cut_by_area(LONG, 2, 32), group, dtype)
         found["uneven", way] = errors(way, PACKED, Cut((torch.arange(100), torch.arange(100, 512))), group)
+        found["nan", way] = errors(way, PACKED, cut, group, padding=torch.nan)
         found["repeats", way] = repeats(way, group)
         found["autocast", way] = autocast(way, LONG, cut_by_area(LONG, 2, 32), group)
     return found | refusals(group)
@@ -164,27 +172,33 @@ def two(four):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_mask_gives_what_one_process_gives(kind, way, two):
     for rank in two:
-        assert max(rank["kind", way, kind]) <= 1e-13
+        assert equal(rank["kind", way, kind])
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_scale_and_softcap_give_what_one_process_gives(name, way, two):
     for rank in two:
-        assert max(rank["option", way, name]) <= 1e-13
+        assert equal(rank["option", way, name])
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("heads", HEADS)
 def test_grouped_heads_give_what_one_process_gives(heads, way, two):
     for rank in two:
-        assert max(rank["heads", way, heads]) <= 1e-13
+        assert equal(rank["heads", way, heads])
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_ranks_may_hold_uneven_numbers_of_tokens(way, two):
     for rank in two:
-        assert max(rank["uneven", way]) <= 1e-13
+        assert equal(rank["uneven", way])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_padding_that_holds_nan_reaches_no_rank(way, two):
+    for rank in two:
+        assert equal(rank["nan", way])
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -223,10 +237,10 @@ def test_autocast_casts_as_it_does_in_one_process(way, two):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_group_of_one_process_changes_nothing(way, four):
-    assert max(four[1]["alone", way]) <= (0 if way == "gathered" else 1e-13)
+    assert equal(four[1]["alone", way], 0 if way == "gathered" else 1e-13)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_four_processes_give_what_one_gives(way, four):
     for rank in four:
-        assert max(rank["four", way]) <= 1e-13
+        assert equal(rank["four", way])
