@@ -14,6 +14,7 @@ ORDER = (
     "tfkernels._launch",
     "tfkernels.mask",
     "tfkernels.attention",
+    "tfkernels.parallel",
     "tfkernels.norm",
     "tfkernels.rotary",
     "tfkernels.patches",

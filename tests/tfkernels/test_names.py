@@ -5,7 +5,7 @@ import pytest
 
 import tfkernels
 
-FACES = ("attention", "losses", "mask", "norm", "patches", "rotary")
+FACES = ("attention", "losses", "mask", "norm", "parallel", "patches", "rotary")
 
 
 @pytest.mark.parametrize("face", FACES)

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tfkernels._arguments import INT32, need_integer, need_integers, need_range, shown
+from tfkernels._arguments import INT32, looks, need_integer, need_integers, need_range, shown
 from tfkernels.mask.arguments import checked_documents, checked_spans, checked_window, described, int32
+from tfkernels.mask.counting import visible_keys
 from tfkernels.mask.flex_attention import block_mask
 from tfkernels.mask.intervals import intervals
 
@@ -285,6 +286,37 @@ class TransfusionMask:
                              f"{self.query_len}) fits")
         return replace(self, lo=self.lo[:, start:stop], hi=self.hi[:, start:stop], offset=self.offset + start)
 
+    def keys(self, start: int, stop: int) -> "TransfusionMask":
+        """Return the mask of the same queries and keys [start, stop): one part of a row's keys, whose attention is
+        merged with that of the other parts (`tfkernels.parallel`). A query that sees none of them has an empty row."""
+        start = need_integer("TransfusionMask.keys", "start", start, INT32[0])
+        stop = need_integer("TransfusionMask.keys", "stop", stop, INT32[0])
+        if not 0 <= start <= stop <= self.key_len:
+            raise ValueError(f"TransfusionMask.keys: [start, stop) is [{start}, {stop}); a range within [0, "
+                             f"{self.key_len}) fits")
+        lo, hi = (end.clamp(start, stop) - start for end in (self.lo, self.hi))
+        return replace(self, lo=lo, hi=hi, key_since=self.key_since[:, start:stop],
+                       key_until=self.key_until[:, start:stop])
+
+    def select_queries(self, rows: Tensor) -> "TransfusionMask":
+        """Return the mask of the queries `rows`, several runs of them put one after another, and the same keys.
+
+        rows: (R,) int64 numbers of queries, strictly ascending. A key is seen by one run of queries, so it is seen by
+        one run of any of them: the result is a mask like any other, whose queries are numbered from 0. On CUDA, where
+        looking would wait for the device, `rows` is not checked.
+        """
+        rows = _ascending("TransfusionMask.select_queries", "rows", rows, self.query_len, self.lo.device)
+        key_since, key_until = (torch.searchsorted(rows + self.offset, end.long(), out_int32=True)
+                                for end in (self.key_since, self.key_until))
+        return replace(self, lo=self.lo[:, rows], hi=self.hi[:, rows], key_since=key_since, key_until=key_until,
+                       offset=0)
+
+    def select_keys(self, columns: Tensor) -> "TransfusionMask":
+        """Return the mask of the same queries and the keys `columns`, given as `select_queries` takes queries."""
+        columns = _ascending("TransfusionMask.select_keys", "columns", columns, self.key_len, self.lo.device)
+        lo, hi = (torch.searchsorted(columns, end.long(), out_int32=True) for end in (self.lo, self.hi))
+        return replace(self, lo=lo, hi=hi, key_since=self.key_since[:, columns], key_until=self.key_until[:, columns])
+
     def dense(self) -> Tensor:
         """Return the mask as (B, 1, Sq, Sk) bool, True where visible: for tests and for SDPA. O(Sq * Sk) memory."""
         rows = torch.arange(self.offset, self.offset + self.query_len, device=self.lo.device)[:, None]
@@ -294,17 +326,28 @@ class TransfusionMask:
             visible &= (self.key_since[:, None] <= rows) & (rows < self.key_until[:, None])
         return visible[:, None]
 
+    def visible_keys(self) -> Tensor:
+        """Return how many keys each query sees, (B, Sq) int64, in O(S log S) time and O(S) memory."""
+        return visible_keys(self.lo, self.hi, self.key_since, self.key_until, self.rows_exact, self.offset)
+
     def area(self) -> Tensor:
         """Return the number of visible (query, key) pairs of all batch rows, an int64 scalar on the device."""
-        if self.rows_exact:
-            return (self.hi.clamp(max=self.key_len) - self.lo.clamp(min=0)).clamp(min=0).sum(dtype=torch.int64)
-        step = max(1, 2**24 // max(1, self.key_len))
-        parts = [self.queries(i, min(i + step, self.query_len)).dense().sum() for i in range(0, self.query_len, step)]
-        return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.int64, device=self.lo.device)
+        return self.visible_keys().sum()
 
     def block_mask(self, block_size: int = 128):
         """Return FlexAttention's BlockMask, built from tile bounds: O((S / block_size)^2), no S x S tensor."""
         return block_mask(self, need_integer("TransfusionMask.block_mask", "block_size", block_size, 1))
+
+
+def _ascending(op: str, name: str, x: Tensor, size: int, device: torch.device) -> Tensor:
+    """Return (R,) int64 numbers on `device`; where looking is free, refuse those that do not ascend in [0, size)."""
+    x = need_integers(op, name, x, f"(R,) of ascending numbers from 0 to {size - 1}", device)
+    if x.ndim != 1:
+        raise ValueError(f"{op}: {name} is {described(x)}; an integer tensor (R,) fits")
+    need_range(op, name, x, 0, size - 1, f"for there are {size}")
+    if looks(x) and bool((x[1:] <= x[:-1]).any()):
+        raise ValueError(f"{op}: {name} does not ascend; each number larger than the one before it fits; sort them")
+    return x.long()
 
 
 def _hull(visible: Tensor) -> tuple[Tensor, Tensor]:

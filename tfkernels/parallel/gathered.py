@@ -1,0 +1,65 @@
+"""Attention of a row's queries, cut over ranks, against keys and values gathered from all of them.
+
+    out_r = attention(q_r, gather(k), gather(v), mask of rank r's queries)            dk_r = sum over ranks s of dk_s[r]
+
+A query meets the keys of the whole row, in order, as on one process. Keys and values travel once forward, and their
+gradients once backward; the backward adds up what the ranks send in the order of the ranks, so gradients are
+deterministic on every backend. Each rank holds a whole row's keys and values for one layer at a time, which is little
+where heads are grouped; `ring.py` is for rows that are longer still.
+"""
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tfkernels.attention import attention
+from tfkernels.mask import TransfusionMask
+from tfkernels.parallel.arguments import checked_rank
+from tfkernels.parallel.cut import Cut
+from tfkernels.parallel.pairs import packed, sums_of, unpacked
+
+
+def gathered_attention(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, cut: Cut, group=None, *,
+                       scale: float | None = None, softcap: float | None = None) -> Tensor:
+    """Return `tfkernels.attention` of this rank's queries against the whole row's keys and values.
+
+    Args:
+        q: (B, H, T, D), the queries of the T tokens that `cut` gives this rank.
+        k, v: (B, K, T, D), their keys and values; H a multiple of K.
+        mask: the whole row's mask, S queries by S keys, the same on every rank.
+        cut: which tokens each rank holds, the same on every rank: `cut_by_area(mask, ranks)`.
+        group: process group of the ranks that share the row; None for all processes.
+        scale, softcap: as `tfkernels.attention` takes them.
+
+    Returns:
+        (B, H, T, D) like q. Every rank must call it, and its backward, the same number of times in the same order.
+
+    Raises:
+        ValueError: a shape that does not fit the cut, or what `tfkernels.attention` refuses.
+    """
+    rank = checked_rank("gathered_attention", q, k, v, mask, cut, group)
+    k, v = _Gather.apply(k, v, cut, group)
+    return attention(q, k, v, mask.select_queries(cut.tokens[rank]), scale=scale, softcap=softcap)
+
+
+class _Gather(torch.autograd.Function):
+    """Keys and values of the whole row, in its order: forward (B, K, T, D) -> (B, K, S, D)."""
+
+    @staticmethod
+    def forward(ctx, k, v, cut, group):
+        ctx.cut, ctx.group, ctx.tokens = cut, group, k.shape[2]
+        mine = packed(k, v, cut.longest)
+        everyone = mine.new_empty(cut.ranks * cut.longest, *mine.shape[1:])
+        dist.all_gather(list(everyone.chunk(cut.ranks)), mine, group=group)
+        return unpacked(everyone.index_select(0, cut.places), cut.seq_len)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dk, dv):
+        cut = ctx.cut
+        row = packed(dk, dv, cut.seq_len)
+        sent = row.new_zeros(cut.ranks * cut.longest, *row.shape[1:]).index_copy_(0, cut.places, row)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=ctx.group)
+        total = received.unflatten(0, (cut.ranks, cut.longest)).sum(0, dtype=sums_of(row)).to(row.dtype)
+        return *unpacked(total, ctx.tokens), None, None
