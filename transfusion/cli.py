@@ -29,6 +29,11 @@ def _train(args: list[str]) -> None:
     train_main(args)
 
 
+def _plan(args: list[str]) -> None:
+    from transfusion.recipes.command_line import plan_main
+    plan_main(args)
+
+
 def _vae_train(args: list[str]) -> None:
     from transfusion.recipes.command_line import vae_train_main
     vae_train_main(args)
@@ -78,6 +83,7 @@ VAE_VERBS = {
 VERBS = {
     "init": ("make a model from a pretrained language model", _init),
     "train": ("train a model from a preset", _train),
+    "plan": ("say what a training would need: memory, time, GPUs", _plan),
     "sample": ("draw or write from a prompt", _sample),
     "caption": ("write what follows an image", _caption),
     "data": ("check a mixture of one's own data, compute its latents",

@@ -17,6 +17,7 @@ import tyro
 
 import transfusion.train.autoencoder as autoencoder
 import transfusion.train.classifier as classifier
+import transfusion.train.plan as plan
 import transfusion.train.transfusion as trainer
 from transfusion.command import plain_errors
 from transfusion.data.dataset import DatasetSettings, DataSettings
@@ -46,6 +47,19 @@ def train_main(args: list[str] | None = None) -> None:
     with plain_errors():
         trainer.train(read_llava(args) if is_llava(args) else
                       read_preset("transfusion train", trainer.__doc__, PRESETS, args, TRAINED_ON))
+
+
+def plan_main(args: list[str] | None = None) -> None:
+    """Entry point of `transfusion plan`: flags of `PlanSettings`, and all that `transfusion train` takes."""
+    args = sys.argv[1:] if args is None else list(args)
+    if any(arg in ("-h", "--help") for arg in args):
+        tyro.cli(plan.PlanSettings, prog="transfusion plan PRESET", args=["--help"],
+                 description=f"{plan.__doc__}\nFlags of `transfusion train PRESET` fit, too.")
+    with plain_errors():
+        settings, args = tyro.cli(plan.PlanSettings, prog="transfusion plan", args=args, return_unknown_args=True,
+                                  add_help=False)
+        config = read_preset("transfusion plan", plan.__doc__, PRESETS, _preset_first(args), TRAINED_ON)
+        plan.print_plan(config, settings)
 
 
 def vae_train_main(args: list[str] | None = None) -> None:
