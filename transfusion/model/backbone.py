@@ -173,7 +173,8 @@ class ModulatedLayer:
     parameters alone, inside its own forward. That is what lets `fully_shard` split layers among processes.
     """
 
-    __call__ = nn.Module.__call__  # transformers' would checkpoint a second time what `AdaLNBackbone.run` checkpoints
+    # `AdaLNBackbone.run` checkpoints blocks: what transformers sets here would do so a second time
+    gradient_checkpointing = property(lambda self: False, lambda self, enabled: None)
 
     def forward(self, x: Tensor | Stream, modulation: Modulation | None = None, **options):
         """The stream behind the block; without a modulation, what the decoder's own layer says of hidden states x."""
