@@ -1,5 +1,6 @@
 """What two processes compute together, for tests/transfusion/train/test_parallel.py: run in each of them by `spawn`."""
 import copy
+import dataclasses
 from datetime import timedelta
 from pathlib import Path
 
@@ -35,9 +36,9 @@ MODELS = {  # options of `random_model`; "trained" is that of `TuneSettings`
     "adaln, unet, lora": dict(backbone="adaln", trained="lora", **UNET),
     "mixture_of_transformers, dit, lora": dict(backbone="mixture_of_transformers", trained="lora"),
     "adaln, dit, images": dict(backbone="adaln", trained="images"),
+    "adaln, dit, a copy each": dict(backbone="adaln"),
 }
 ROWS = {  # of `rows`, in the order in which each process takes them as micro-batches
-    "each a row": ((0,), (2,)),
     "text alone and images alone": ((0,), (1,)),
     "uneven micro-batches": ((0, 1), (2, 3)),
 }
@@ -64,7 +65,7 @@ class Rows:
         self.numbers, self.player = numbers, Player(model, torch.optim.SGD(model.parameters()))
 
     def batches(self, step):
-        """The rows, of which each has times and noise of its own."""
+        """The rows, of which each has times and noise of its own; that of two images has nothing to write."""
         generator = torch.Generator().manual_seed(2)
         images = [Image(torch.rand(1, 8, 8, generator=generator) * 2 - 1) for _ in range(4)]
         rows = [[[Text("a handwritten seven and a handwritten four and a handwritten two")]],
@@ -72,6 +73,9 @@ class Rows:
                 [[Text("a"), images[2]], [images[3], Text("a handwritten two")]], [[Text("a")]]]
         parts = split_rows(lay_out([[encode(parts, self.base.tokenizer, self.base.config) for parts in row]
                                     for row in rows], 64, self.base.config.patch_dim), 4)
+        images_alone = parts[1]
+        parts[1] = dataclasses.replace(images_alone, target_places=images_alone.target_places[:0],
+                                       text_targets=images_alone.text_targets[:0])
         return [Batch((parts[number], torch.linspace(0.2, 0.8, parts[number].image_count), torch.tensor([5, number])),
                       {"text_loss": len(parts[number].text_targets), "diffusion_loss": int(parts[number].drawn.sum())})
                 for number in self.numbers]
@@ -95,12 +99,13 @@ def run(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2,
                             timeout=timedelta(seconds=60))
-    mesh, found = init_device_mesh("cpu", (2,)), {}
+    shards, copies = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1), mesh_dim_names=("copy", "shard"))
+    found = {}
     for name, options in MODELS.items():
         model = random_model(**options)
         names = [name for name, _ in model.named_parameters()]
         wanted = {name for name, p in model.named_parameters() if p.requires_grad}
-        shard(model, mesh)
+        shard(model, copies if "a copy each" in name else shards)
         assert [name for name, _ in model.named_parameters()] == names
         backbone = next(module for module in model.modules() if isinstance(module, Backbone))
         assert all(isinstance(module, FSDPModule) for module in [model, *backbone.blocks()])
@@ -108,7 +113,7 @@ def run(rank: int, folder: str) -> None:
         for kind, numbers in ROWS.items():
             model.zero_grad()
             found[name, kind] = *step(model, numbers[rank]), wanted, share
-    found["bfloat16"] = bfloat16(mesh, rank)
+    found["bfloat16"] = bfloat16(shards, rank)
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
     dist.destroy_process_group()
