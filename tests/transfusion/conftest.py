@@ -14,6 +14,8 @@ def tiny_model(
     image_layers="dit",
     positions="1d",
     image_attention="bidirectional",
+    unet_channels=(64, 128),
+    unet_blocks=2,
     **text_options,
 ):
     """A random model of 2 layers whose image layers are not silent, so that images and their times matter."""
@@ -43,6 +45,8 @@ def tiny_model(
             image_layers=image_layers,
             positions=positions,
             objective=objective,
+            unet_channels=unet_channels,
+            unet_blocks=unet_blocks,
             image_attention=image_attention,
             boi_token_id=tokenizer.convert_tokens_to_ids(BOI),
             eoi_token_id=tokenizer.convert_tokens_to_ids(EOI),

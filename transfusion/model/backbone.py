@@ -7,6 +7,10 @@
 The first is the unmodified model, the second its parts in adaLN blocks; `transfusion.model.mixture_of_transformers`
 adds a third. All are called alike and hold the decoder under its own class, parameter names and file format.
 """
+from collections.abc import Callable
+from functools import cache, partial
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -65,6 +69,12 @@ class Backbone(nn.Module):
         """Return the mask of each kind of layer."""
         narrow = SLIDING in self.kinds and self.window is not None and mask.key_len > self.window
         return {FULL: mask, SLIDING: windowed(mask, self.window) if narrow else mask}
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the layers. A forward calls each once, and nothing else reads a layer's parameters."""
+        layers = self.decoder.config.get_text_config().num_hidden_layers
+        lists = (part for part in self.decoder.get_decoder().children() if isinstance(part, nn.ModuleList))
+        return list(next(part for part in lists if len(part) == layers))
 
     def load_text(self, decoder) -> None:
         """Take the weights of a language model of the same configuration."""
@@ -126,6 +136,84 @@ class LayerOffsets(nn.Module):
         return self.weight
 
 
+class Stream(NamedTuple):
+    """The residual stream in front of a norm: x + gate * branch, a sum that the norm's kernel makes on its way.
+
+    Embeddings are x alone.
+    """
+
+    x: Tensor
+    branch: Tensor | None = None
+    gate: Tensor | None = None
+
+
+class Modulation(NamedTuple):
+    """What a layer's block takes beside the stream."""
+
+    entry: tuple[Tensor, Tensor]  # scale and shift (N, C) of the norm in front of attention
+    table: Tensor  # (N, 6, C), of which the gates and the other norm's scale and shift are taken
+    rotation: tuple[Tensor, Tensor]  # cos and sin (B, S, R/2)
+    image_ids: Tensor  # (B, S)
+    mix: Callable[..., Tensor]  # attention between its projections, as `attend`
+
+
+def add_and_norm(stream: Stream, norm: nn.Module, entry: tuple[Tensor, Tensor], image_ids: Tensor) -> tuple:
+    """Return the stream's sum and its norm, modulated by `entry`: scale and shift (N, C)."""
+    (x, branch, gate), (scale, shift) = stream, entry
+    if branch is None:
+        return x, modulated_rms_norm(x, norm.weight, scale, shift, image_ids, eps=norm.variance_epsilon)
+    return gated_residual_rms_norm(x, branch, gate, weight=norm.weight, scale=scale, shift=shift, index=image_ids,
+                                   eps=norm.variance_epsilon)
+
+
+class ModulatedLayer:
+    """A decoder's own layer that also runs as an adaLN block: `modulated_class` puts this in front of its class.
+
+    The block begins with the layer's first norm and ends in front of the next layer's, so that a layer reads its own
+    parameters alone, inside its own forward. That is what lets `fully_shard` split layers among processes.
+    """
+
+    # `AdaLNBackbone.run` checkpoints blocks: what transformers sets here would do so a second time
+    gradient_checkpointing = property(lambda self: False, lambda self, enabled: None)
+
+    def forward(self, x: Tensor | Stream, modulation: Modulation | None = None, **options):
+        """The stream behind the block; without a modulation, what the decoder's own layer says of hidden states x."""
+        if modulation is None:
+            return super().forward(x, **options)
+        entry, table, rotation, image_ids, mix = modulation
+        x, normed = add_and_norm(x, self.input_layernorm, entry, image_ids)
+        attention = self.self_attn
+        branch = attention.o_proj(mix(attention, *project(attention, normed, rotation)))
+        _, _, gate_attention, scale, shift, gate_mlp = table.unbind(1)                     # (N, C) each
+        x, normed = add_and_norm(Stream(x, branch, 1 + gate_attention), self.post_attention_layernorm, (scale, shift),
+                                 image_ids)
+        return Stream(x, self.mlp(normed), 1 + gate_mlp)
+
+
+@cache
+def modulated_class(layer: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of a decoder's layers with `ModulatedLayer` in front of it."""
+    return type(f"Modulated{layer.__name__}", (ModulatedLayer, layer), {})
+
+
+def project(attention, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer's queries (B, H, S, D), keys and values (B, K, S, D); queries and keys are normed and rotated."""
+    q, k, v = (linear(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+               for linear in (attention.q_proj, attention.k_proj, attention.v_proj))
+    if not AdaLNBackbone.FAMILIES[attention.config.model_type]:
+        return *qk_norm_rotary(q, k, None, None, *rotation), v
+    q_norm, k_norm = attention.q_norm, attention.k_norm
+    return *qk_norm_rotary(q, k, q_norm.weight, k_norm.weight, *rotation, eps=q_norm.variance_epsilon), v
+
+
+def attend(attention, q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, cache: DynamicCache | None) -> Tensor:
+    """A layer's attention between its projections, (B, S, H * D); a cache's keys and values come before."""
+    if cache is not None:
+        k, v = cache.update(k, v, attention.layer_idx)
+    out, _ = integration.attend(attention, q, k, v, None, scaling=attention.scaling, transfusion_mask=mask)
+    return out.flatten(2)
+
+
 class AdaLNBackbone(Backbone):
     """A Llama-shaped decoder's own attention, MLP and norm weights in blocks that each image's timestep modulates.
 
@@ -143,6 +231,8 @@ class AdaLNBackbone(Backbone):
             raise ValueError(f"{type(self).__name__}: text_config.model_type is {text_config.model_type!r}; "
                              f"{', '.join(map(repr, self.FAMILIES))} fit, whose blocks are two norms, attention and "
                              "MLP; set backbone='decoder' for others")
+        for layer in self.decoder.get_decoder().layers:
+            layer.__class__ = modulated_class(type(layer))
         self.modulation = ZeroLinear(text_config.hidden_size, 6 * text_config.hidden_size)
         self.offsets = LayerOffsets(text_config.num_hidden_layers, text_config.hidden_size)
         self.gradient_checkpointing = False  # transformers' gradient_checkpointing_enable sets it
@@ -152,23 +242,22 @@ class AdaLNBackbone(Backbone):
         """As `Backbone.forward`; positions may also be (B, S, 2), of row and column (`tfkernels.grid_positions`)."""
         decoder, image_ids, rotation = self.decoder.get_decoder(), modality.image_ids, self.rotation(x, positions)
         tables, entries = self.tables(condition)
-        norms = [layer.input_layernorm for layer in decoder.layers] + [decoder.norm]
-        normed = modulated_rms_norm(x, norms[0].weight, *entries[0], image_ids, eps=norms[0].variance_epsilon)
-        masks = self.layer_masks(mask)
-        for layer, table, norm, entry, own in zip(decoder.layers, tables, norms[1:], entries[1:], masks):
-            x, normed = self.run(layer, x, normed, table, norm, entry, rotation, own, image_ids, cache)
-        return normed
+        stream = Stream(x)
+        for layer, table, entry, own in zip(decoder.layers, tables, entries, self.layer_masks(mask)):
+            mixing = partial(attend, mask=own, cache=cache)
+            stream = self.run(layer, stream, Modulation(entry, table, rotation, image_ids, mixing))
+        return add_and_norm(stream, decoder.norm, entries[-1], image_ids)[1]
 
     def layer_masks(self, mask: TransfusionMask) -> list[TransfusionMask]:
         """Return each layer's mask."""
         masks = self.masks(mask)
         return [masks[kind] for kind in self.kinds]
 
-    def run(self, *arguments):
-        """`block`, whose intermediates are made again in backward under gradient checkpointing."""
+    def run(self, block, *arguments):
+        """`block(*arguments)`, whose intermediates are made again in backward under gradient checkpointing."""
         if self.gradient_checkpointing and self.training:
-            return checkpoint(self.block, *arguments, use_reentrant=False)
-        return self.block(*arguments)
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return block(*arguments)
 
     def tables(self, condition: Tensor) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
         """What each layer's block is modulated by (N, 6, C), and scale and shift (N, C) of each norm in front of one.
@@ -189,38 +278,3 @@ class AdaLNBackbone(Backbone):
         axes = torch.arange(len(rotary.inv_freq), device=x.device) % 2
         tables = rotary_table(positions, rotary.inv_freq.float(), axes)
         return tuple((table * rotary.attention_scaling).to(x.dtype) for table in tables)
-
-    def block(self, layer, x: Tensor, normed: Tensor, table: Tensor, next_norm, next_entry, rotation, mask,
-              image_ids: Tensor, cache) -> tuple[Tensor, Tensor]:
-        """One layer, from its normed input to the next one's."""
-        attention = layer.self_attn
-        branch = attention.o_proj(self.attend(attention, *self.project(attention, normed, rotation), mask, cache))
-        return self.add(layer, x, branch, table, next_norm, next_entry, image_ids)
-
-    def add(self, layer, x: Tensor, branch: Tensor, table: Tensor, next_norm, next_entry,
-            image_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """A layer behind its attention: residual, norm, MLP, residual and the next layer's norm."""
-        _, _, gate_attention, scale, shift, gate_mlp = table.unbind(1)                     # (N, C) each
-        norm = layer.post_attention_layernorm
-        x, normed = gated_residual_rms_norm(x, branch, 1 + gate_attention, weight=norm.weight, scale=scale,
-                                            shift=shift, index=image_ids, eps=norm.variance_epsilon)
-        scale, shift = next_entry
-        return tuple(gated_residual_rms_norm(x, layer.mlp(normed), 1 + gate_mlp, weight=next_norm.weight, scale=scale,
-                                             shift=shift, index=image_ids, eps=next_norm.variance_epsilon))
-
-    def project(self, attention, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """A layer's queries (B, H, S, D), keys and values (B, K, S, D); queries and keys are normed and rotated."""
-        q, k, v = (project(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-                   for project in (attention.q_proj, attention.k_proj, attention.v_proj))
-        if not self.FAMILIES[attention.config.model_type]:
-            return *qk_norm_rotary(q, k, None, None, *rotation), v
-        q_norm, k_norm = attention.q_norm, attention.k_norm
-        return *qk_norm_rotary(q, k, q_norm.weight, k_norm.weight, *rotation, eps=q_norm.variance_epsilon), v
-
-    def attend(self, attention, q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask,
-               cache: DynamicCache | None) -> Tensor:
-        """A layer's attention between its projections, (B, S, H * D); a cache's keys and values come before."""
-        if cache is not None:
-            k, v = cache.update(k, v, attention.layer_idx)
-        out, _ = integration.attend(attention, q, k, v, None, scaling=attention.scaling, transfusion_mask=mask)
-        return out.flatten(2)

@@ -14,12 +14,14 @@ patches are two separate tensors, so that each weight takes part in one matrix p
 alone.
 """
 import copy
+from collections.abc import Callable
+from functools import partial
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
-from tfkernels import TransfusionMask, modulated_rms_norm
-from transfusion.model.backbone import AdaLNBackbone
+from tfkernels import TransfusionMask
+from transfusion.model.backbone import AdaLNBackbone, Modulation, Stream, add_and_norm, attend
 from transfusion.sequence import Modality
 
 
@@ -40,6 +42,10 @@ class MixtureOfTransformersBackbone(AdaLNBackbone):
         self.image_layers.load_state_dict(decoder.layers.state_dict())
         self.image_norm.load_state_dict(decoder.norm.state_dict())
 
+    def blocks(self) -> list[nn.Module]:
+        """As `Backbone.blocks`, of text and then of patches."""
+        return [*super().blocks(), *self.image_layers]
+
     def load_text(self, decoder) -> None:
         """As `Backbone.load_text`; the image layers start from the same weights."""
         super().load_text(decoder)
@@ -51,23 +57,42 @@ class MixtureOfTransformersBackbone(AdaLNBackbone):
         decoder = self.decoder.get_decoder()
         rotations = tuple(zip(*map(modality.split, self.rotation(x, positions))))          # (cos, sin) of each modality
         tables, entries = self.tables(condition)
-        layers = list(zip(decoder.layers, self.image_layers))
-        norms = [tuple(layer.input_layernorm for layer in pair) for pair in layers] + [(decoder.norm, self.image_norm)]
-        x, images = modality.split(x), modality.split(modality.image_ids)
-        normed = [modulated_rms_norm(rows, norm.weight, *entries[0], image, eps=norm.variance_epsilon)
-                  for rows, norm, image in zip(x, norms[0], images)]
-        for pair, table, norm, entry, own in zip(layers, tables, norms[1:], entries[1:], self.layer_masks(mask)):
-            x, normed = self.run(pair, x, normed, table, norm, entry, rotations, own, images, modality, cache)
+        images = modality.split(modality.image_ids)
+        streams = tuple(map(Stream, modality.split(x)))
+        for *layers, table, entry, own in zip(decoder.layers, self.image_layers, tables, entries,
+                                              self.layer_masks(mask)):
+            mixing = partial(attend, mask=own, cache=cache)
+            streams = self.run(run_pair, layers, streams, table, entry, rotations, images, modality, mixing)
+        normed = [add_and_norm(stream, norm, entries[-1], image)[1]
+                  for stream, norm, image in zip(streams, (decoder.norm, self.image_norm), images)]
         return modality.join(*normed)
 
-    def block(self, layers, x, normed, table: Tensor, next_norms, next_entry, rotations, mask, images,
-              modality: Modality, cache):
-        """As `AdaLNBackbone.block`, of pairs."""
-        attentions = [layer.self_attn for layer in layers]
-        projected = zip(*map(self.project, attentions, normed, rotations))                 # pairs of (1, H, rows, D)
-        q, k, v = (modality.join(*(rows.transpose(1, 2) for rows in pair)).transpose(1, 2) for pair in projected)
-        mixed = modality.split(self.attend(attentions[0], q, k, v, mask, cache))
-        branches = [attention.o_proj(rows) for attention, rows in zip(attentions, mixed)]
-        added = [self.add(layer, rows, branch, table, norm, next_entry, image)
-                 for layer, rows, branch, norm, image in zip(layers, x, branches, next_norms, images)]
-        return tuple(zip(*added))                                                          # (residuals), (normed)
+
+def run_pair(layers, streams: tuple[Stream, Stream], table: Tensor, entry: tuple[Tensor, Tensor], rotations, images,
+             modality: Modality, mix: Callable[..., Tensor]) -> tuple[Stream, Stream]:
+    """Run the layer of text and that of patches, which meet in one attention.
+
+    Each is called once and reads its parameters inside this call: text's layer, where it comes to its attention, calls
+    that of patches, which joins the rows of both.
+    """
+    text_layer, image_layer = layers
+    text_rotation, image_rotation = rotations
+    text_ids, image_ids = images
+    image_stream = None
+
+    def mix_both(attention, *of_text: Tensor) -> Tensor:
+        nonlocal image_stream
+        text = None
+
+        def mix_joined(_, *of_images: Tensor) -> Tensor:
+            nonlocal text
+            q, k, v = (modality.join(*(rows.transpose(1, 2) for rows in pair)).transpose(1, 2)
+                       for pair in zip(of_text, of_images))                               # pairs of (1, H, rows, D)
+            text, image = modality.split(mix(attention, q, k, v))
+            return image
+
+        image_stream = image_layer(streams[1], Modulation(entry, table, image_rotation, image_ids, mix_joined))
+        return text
+
+    text_stream = text_layer(streams[0], Modulation(entry, table, text_rotation, text_ids, mix_both))
+    return text_stream, image_stream

@@ -4,7 +4,7 @@
 
 A term is a mean over things that are counted: text targets, drawn images, pictures. Micro-batches hold different
 numbers of them, so each mean is weighted with its share of the whole step's count: `accumulate` changes memory, not
-what is learnt.
+what is learnt. Where several processes take a step together, the total counts are those of all of them.
 """
 import contextlib
 import shutil
@@ -32,6 +32,7 @@ from transfusion.train.checkpoint import (
 )
 from transfusion.train.log import LOG, Log, start_log
 from transfusion.train.optimizer import Player
+from transfusion.train.parallel import sum_counts, sum_means, whole
 from transfusion.train.settings import RunSettings, StepSettings
 
 
@@ -149,6 +150,7 @@ def accumulate(task: Task, step: int, batches: list[Batch] | None = None
     for batch in batches:
         totals.update(batch.counts)
         notes.update(batch.notes)
+    totals = sum_counts(totals)
     means: dict[str, Tensor] = {}
     playing: list[Player] = []
     for batch in batches:
@@ -160,12 +162,12 @@ def accumulate(task: Task, step: int, batches: list[Batch] | None = None
             for name, part in ({player.loss: loss} | parts).items():
                 means[name] = means[name] + part.detach() if name in means else part.detach()
             playing += [player] if player not in playing else []
-    return means, playing, {name: count for name, count in notes.items() if count}
+    return sum_means(means), playing, {name: count for name, count in notes.items() if count}
 
 
 def clip_gradients(player: Player, limit: float | None) -> Tensor:
     """Scale the gradients of a player down to a norm of at most `limit`; return the norm before."""
-    return torch.nn.utils.clip_grad_norm_(player.model.parameters(), float("inf") if limit is None else limit)
+    return whole(torch.nn.utils.clip_grad_norm_(player.model.parameters(), float("inf") if limit is None else limit))
 
 
 def numbers(**values: Tensor) -> dict[str, float]:
