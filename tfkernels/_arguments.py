@@ -5,6 +5,7 @@ import operator
 
 import torch
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
 
 INT32 = -2**31, 2**31 - 1
 
@@ -68,9 +69,9 @@ def integers(x: Tensor) -> bool:
 
 def looks(*tensors: Tensor | None) -> bool:
     """Return whether values may be looked at: plain tensors on a CPU, where nothing waits, and not while a graph is
-    traced."""
-    return not torch.compiler.is_compiling() and all(
-        x is None or x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) for x in tensors)
+    traced or operations are counted with tensors that hold no values."""
+    plain = all(x is None or x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) for x in tensors)
+    return plain and not torch.compiler.is_compiling() and active_fake_mode() is None
 
 
 def need_range(op: str, name: str, x: Tensor, least: int, most: int, fits: str) -> None:

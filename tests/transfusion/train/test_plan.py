@@ -261,3 +261,8 @@ def test_the_page_shows_what_the_command_prints(number, capsys):
     for a, b in zip(printed, shown):  # other versions of torch keep a little more or less
         if figure.match(a.rstrip(",.")) and a != b:
             assert float(a.replace(",", "")) == pytest.approx(float(b.replace(",", "")), rel=0.05)
+
+
+def test_positions_on_a_grid_are_planned_without_a_look_at_them(capsys):
+    main(["plan", "emoji", "--optim.seq-len", "512"])
+    assert "images: modulation" in capsys.readouterr().out
