@@ -1,5 +1,6 @@
 """Shared settings: which device and dtypes the kernels' tests use, and memory that is NaN until someone writes it."""
 import os
+import signal
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
@@ -17,6 +18,9 @@ settings.register_profile(
     phases=[Phase.explicit, Phase.reuse, Phase.generate] + ([] if INTERPRET else [Phase.shrink]),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 settings.load_profile("project")
+# A shell's background jobs ignore Ctrl-C, and so would what tests start to interrupt it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # On a shared machine set OMP_NUM_THREADS to 1: threads that wait for a core keep it busy.
 if DEVICE == "cpu" and "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(min(2, os.cpu_count() or 1))

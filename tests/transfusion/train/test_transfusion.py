@@ -94,7 +94,7 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(tmp_path, signum):
         while process.poll() is None and not (tmp_path / "run" / "resume" / "run.json").exists():
             time.sleep(0.05)
         process.send_signal(signum)
-        process.wait()
+        process.wait(timeout=120)
     finally:
         process.kill()
         process.wait()
