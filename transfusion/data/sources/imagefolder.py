@@ -57,7 +57,7 @@ class ImageFolderSettings:
         if self.captions == "metadata" or self.captions == "auto" and metadata:
             return MetadataFolder(self, metadata)
         found = list_files(self.path, (*PICTURES, ".txt"))
-        names = [name for name in found if not name.endswith(".txt")]
+        names = [name for name in found if not name.lower().endswith(".txt")]
         if not names:
             raise ValueError(
                 f"{op}: path is {str(self.path)!r}, in which no picture lies; {', '.join(PICTURES)} files fit"

@@ -129,9 +129,9 @@ class CsvTable(Lines):
         return {name: cell or None for name, cell in zip(header, cells)}
 
     def _cells(self, data: bytes, path: Path, where: str) -> list[str]:
-        text = decoded(data, where)
+        text, between = decoded(data, where), "\t" if path.suffix.lower() == ".tsv" else ","
         try:
-            return next(csv.reader(io.StringIO(text), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True))
+            return next(csv.reader(io.StringIO(text), delimiter=between, strict=True))
         except (csv.Error, StopIteration) as error:
             raise DataError(where, f"is no row of CSV ({error})", "bad csv") from error
 

@@ -65,6 +65,13 @@ def test_texts_that_are_missing_empty_or_no_utf8_are_errors_of_their_picture(fol
     fails(source, 2, ["train/c.png: its caption 'c.txt' cannot be read (No such file"], "missing caption")
 
 
+def test_a_text_is_no_picture_however_its_suffix_is_written(tmp_path):
+    put(tmp_path, a_png=1)
+    (tmp_path / "a.txt").write_text("a dog")
+    (tmp_path / "READ ME.TXT").write_text("of these pictures")
+    assert check_source(ImageFolderSettings(tmp_path).open(), 1)[0].captions == ("a dog",)
+
+
 def test_names_of_folders_are_labels_and_a_template_makes_captions_of_them(tmp_path):
     put(tmp_path, tabby_cat__1_png=1, tabby_cat__2_png=2, animals__dog__1_png=3)
     records = check_source(ImageFolderSettings(tmp_path, template="a photo of a {label}").open(), 3)

@@ -50,7 +50,9 @@ def test_csv_rows_are_those_of_the_csv_module(tmp_path):
     ]
     assert table.where(1).endswith("t.csv, line 4")
     (tmp_path / "t.tsv").write_text("name\ttext\na\tb, c\n")
-    assert all_rows(open_table("op", tmp_path / "t.tsv")) == [{"name": "a", "text": "b, c"}]
+    (tmp_path / "T.TSV").write_text("name\ttext\na\tb, c\n")
+    for name in ("t.tsv", "T.TSV"):
+        assert all_rows(open_table("op", tmp_path / name)) == [{"name": "a", "text": "b, c"}]
     (tmp_path / "t.csv").write_text("name,text\n")
     with pytest.raises(DataError, match="t.csv: there is no record; at least one fits"):
         open_table("op", tmp_path / "t.csv")
