@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transfusion.data.dataset import SPLITS, DatasetSettings, PictureDataset, Pictures
 from transfusion.settings import Count, check
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 UNREADABLE = (  # what Pillow raises of bad files
     OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, EOFError, MemoryError,
     NotImplementedError, struct.error, zlib.error, Picture.DecompressionBombError)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from transfusion.data.sources.fields import column, listed, picture_in, picture_key, string
 from transfusion.data.sources.record import DataError, Record
-from transfusion.data.sources.tables import begin, digest, open_table
+from transfusion.data.sources.tables import TableSource
 from transfusion.sequence import Text
 from transfusion.settings import OneOf, check
 
@@ -50,21 +50,15 @@ class EditingSettings:
         return Edits(self)
 
 
-class Edits:
+class Edits(TableSource):
     """Triples of a table, by number."""
 
     def __init__(self, settings: EditingSettings):
-        self.name, folder = begin("editing", settings.path)
-        self.folder, self.settings = settings.images if settings.images is not None else folder, settings
-        self.table = open_table("editing", settings.path, settings.split)
-        self.columns = frozenset((*settings.source, *settings.instruction, *settings.target))
+        super().__init__("editing", settings, (*settings.source, *settings.instruction, *settings.target))
 
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, number: int) -> Record:
+    def read(self, row: dict, where: str) -> Record:
+        """As `TableSource.read`."""
         settings = self.settings
-        row, where = self.table.row(number, self.columns), self.table.where(number)
         sources = [picture_in(one, where, self.folder, settings.drawn == "all")
                    for one in listed(column(row, settings.source, where, "source picture"))]
         if not sources:
@@ -72,6 +66,3 @@ class Edits:
         text = string(column(row, settings.instruction, where, "instruction"), where, "the instruction")
         target = picture_in(column(row, settings.target, where, "target picture"), where, self.folder, True)
         return Record(where, parts=(*sources, Text(text, loss=settings.loss), target), key=picture_key(sources[0]))
-
-    def fingerprint(self) -> str:
-        return digest("editing", str(self.settings), self.table.stamps())

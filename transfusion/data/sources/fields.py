@@ -7,6 +7,9 @@ from pathlib import Path
 from transfusion.data.sources.record import DataError, PictureFile, PictureRef
 from transfusion.settings import nearest
 
+CAPTIONS = ("text", "caption", "captions", "prompt")
+"""Columns of captions, where the settings of a format name no others."""
+
 
 def string(value, where: str, what: str) -> str:
     """Return `value`, which must be text that UTF-8 can write.

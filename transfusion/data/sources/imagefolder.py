@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Annotated
 
-from transfusion.data.sources.fields import captions_of, column, picture_in, string
+from transfusion.data.picture_files import SUFFIXES
+from transfusion.data.sources.fields import CAPTIONS, captions_of, column, picture_in, string
 from transfusion.data.sources.index import find_csv_rows, index_names, list_files, name_at
 from transfusion.data.sources.record import DataError, PictureFile, PictureRef, Record
 from transfusion.data.sources.tables import CsvTable, begin, decoded, digest, json_table
 from transfusion.settings import OneOf, check
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 METADATA = ("metadata.jsonl", "metadata.csv")
-CAPTIONS = ("text", "caption", "captions", "prompt")
 FILES = ("file_name", "image", "file", "path")
 WAYS = ("auto", "metadata", "txt", "folders")
 
@@ -56,11 +55,11 @@ class ImageFolderSettings:
         metadata = [name for name in list_files(self.path, METADATA) if PurePath(name).name in METADATA]
         if self.captions == "metadata" or self.captions == "auto" and metadata:
             return MetadataFolder(self, metadata)
-        found = list_files(self.path, (*PICTURES, ".txt"))
+        found = list_files(self.path, (*SUFFIXES, ".txt"))
         names = [name for name in found if not name.lower().endswith(".txt")]
         if not names:
             raise ValueError(
-                f"{op}: path is {str(self.path)!r}, in which no picture lies; {', '.join(PICTURES)} files fit"
+                f"{op}: path is {str(self.path)!r}, in which no picture lies; {', '.join(SUFFIXES)} files fit"
             )
         stems = {os.path.splitext(name)[0] for name in found if name.endswith(".txt")}
         if (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transfusion.data.sources.fields import column, listed, picture_in, picture_key, string
 from transfusion.data.sources.record import DataError, PictureRef, Record
-from transfusion.data.sources.tables import begin, digest, open_table
+from transfusion.data.sources.tables import TableSource
 from transfusion.sequence import Text
 from transfusion.settings import check
 
@@ -41,21 +41,14 @@ class InterleavedSettings:
         return Interleaved(self)
 
 
-class Interleaved:
+class Interleaved(TableSource):
     """Documents of a table, by number."""
 
-    columns = frozenset(("parts", "texts", "images", "text_list", "image_info"))
-
     def __init__(self, settings: InterleavedSettings):
-        self.name, folder = begin("interleaved", settings.path)
-        self.folder, self.settings = settings.images if settings.images is not None else folder, settings
-        self.table = open_table("interleaved", settings.path, settings.split)
+        super().__init__("interleaved", settings, ("parts", "texts", "images", "text_list", "image_info"))
 
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, number: int) -> Record:
-        row, where = self.table.row(number, self.columns), self.table.where(number)
+    def read(self, row: dict, where: str) -> Record:
+        """As `TableSource.read`."""
         layout = next((read for name, read in _LAYOUTS.items() if row.get(name) is not None), None)
         if layout is None:
             raise DataError(
@@ -74,9 +67,6 @@ class Interleaved:
         if kind == "text":
             return Text(string(value, where, "a text"), loss=self.settings.loss if loss is None else loss)
         return picture_in(value, where, self.folder, self.settings.drawn if loss is None else loss)
-
-    def fingerprint(self) -> str:
-        return digest("interleaved", str(self.settings), self.table.stamps())
 
 
 def _own(row: dict, where: str) -> list[tuple]:

@@ -13,7 +13,7 @@ from typing import Annotated
 
 from transfusion.data.sources.fields import column, listed, picture_in, picture_key, string
 from transfusion.data.sources.record import DataError, PictureRef, Record, Turn
-from transfusion.data.sources.tables import begin, digest, open_table
+from transfusion.data.sources.tables import TableSource, digest
 from transfusion.settings import OneOf, check
 
 PLACEHOLDER = "<image>"
@@ -46,21 +46,15 @@ class LLaVASettings:
         return Conversations("llava", self, turns=("conversations",), images=("image", "images"))
 
 
-class Conversations:
+class Conversations(TableSource):
     """Rows of turns and pictures, by number."""
 
     def __init__(self, op: str, settings, turns: tuple[str, ...], images: tuple[str, ...]):
-        self.name, folder = begin(op, settings.path)
-        self.folder = settings.images if settings.images is not None else folder
-        self.op, self.settings, self.turns, self.images = op, settings, turns, images
-        self.table = open_table(op, settings.path, settings.split)
-        self.columns = frozenset((*turns, *images, "id", "system"))
+        super().__init__(op, settings, (*turns, *images, "id", "system"))
+        self.turns, self.images = turns, images
 
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, number: int) -> Record:
-        row, where = self.table.row(number, self.columns), self.table.where(number)
+    def read(self, row: dict, where: str) -> Record:
+        """As `TableSource.read`."""
         images = next((listed(row[name]) for name in self.images if row.get(name) is not None), [])
         said = [("system", row["system"])] if row.get("system") else []
         said += [_said(turn, where, i) for i, turn in enumerate(_turns(row, self.turns, where))]

@@ -6,10 +6,9 @@ several columns, each a text or a list of texts.
 from dataclasses import dataclass
 from pathlib import Path
 
-from transfusion.data.sources.fields import captions_of, column, picture_in, picture_key
-from transfusion.data.sources.imagefolder import CAPTIONS
+from transfusion.data.sources.fields import CAPTIONS, captions_of, column, picture_in, picture_key
 from transfusion.data.sources.record import Record
-from transfusion.data.sources.tables import begin, digest, open_table
+from transfusion.data.sources.tables import TableSource
 from transfusion.settings import check
 
 IMAGES = ("image", "jpg", "png", "picture", "image_path", "path", "file_name")
@@ -43,24 +42,15 @@ class PairsSettings:
         return Pairs(self)
 
 
-class Pairs:
+class Pairs(TableSource):
     """Pictures and captions of a table, by number."""
 
     def __init__(self, settings: PairsSettings):
-        self.name, folder = begin("pairs", settings.path)
-        self.folder, self.settings = settings.images if settings.images is not None else folder, settings
-        self.table = open_table("pairs", settings.path, settings.split)
-        self.columns = frozenset((*settings.image, *settings.columns))
+        super().__init__("pairs", settings, (*settings.image, *settings.columns))
 
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, number: int) -> Record:
-        row, where = self.table.row(number, self.columns), self.table.where(number)
+    def read(self, row: dict, where: str) -> Record:
+        """As `TableSource.read`."""
         value = column(row, self.settings.image, where, "picture")
         picture = picture_in(value, where, self.folder, self.settings.drawn)
         captions = captions_of(row, self.settings.columns, where)
         return Record(where, captions=captions, picture=picture, key=picture_key(picture))
-
-    def fingerprint(self) -> str:
-        return digest("pairs", str(self.settings), self.table.stamps())

@@ -10,7 +10,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ from transfusion.data.sources.index import (
     read_piece,
     stamp_of,
 )
-from transfusion.data.sources.record import DataError
+from transfusion.data.sources.record import DataError, Record
 
 JSON, CSV = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv")
 
@@ -251,6 +251,36 @@ def open_table(op: str, path: Path, split: str = "train"):
     if kind == CSV:
         return CsvTable(paths, "csv", find_csv_rows)
     return {JSON: json_table, PARQUET: ParquetTable, ARROW: ArrowTable}[kind](paths)
+
+
+class TableSource:
+    """Records of a table, by number; a format's own class says what stands in its `columns`, and reads a row.
+
+    `settings` have `path`, `images` (the folder that pictures' names start from, None for the path's own) and `split`.
+    """
+
+    def __init__(self, op: str, settings, columns: Iterable[str]):
+        self.name, folder = begin(op, settings.path)
+        self.folder = settings.images if settings.images is not None else folder
+        self.op, self.settings, self.columns = op, settings, frozenset(columns)
+        self.table = open_table(op, settings.path, settings.split)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, number: int) -> Record:
+        return self.read(self.table.row(number, self.columns), self.table.where(number))
+
+    def read(self, row: dict, where: str) -> Record:
+        """Return the record of a row.
+
+        Raises:
+            DataError: what stands in its columns does not fit.
+        """
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        return digest(self.op, str(self.settings), self.table.stamps())
 
 
 def digest(*parts) -> str:

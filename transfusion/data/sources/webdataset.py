@@ -6,8 +6,7 @@ index; a picture is then a piece of the tar.
 from dataclasses import dataclass
 from pathlib import Path
 
-from transfusion.data.sources.fields import captions_of, string
-from transfusion.data.sources.imagefolder import CAPTIONS
+from transfusion.data.sources.fields import CAPTIONS, captions_of, string
 from transfusion.data.sources.index import Index, name_at, read_piece
 from transfusion.data.sources.record import DataError, PictureFile, PictureRef, Record
 from transfusion.data.sources.tables import Pieces, begin, decoded, digest, matching, parse_object
