@@ -70,11 +70,6 @@ class Lengths:
         mine = self.arrays["high"] < limit if split == "held-out" else self.arrays["low"] >= limit
         return np.flatnonzero(mine & (self.arrays["reason"] == 0)).astype(np.int64)
 
-    def straddling(self, held_out: float) -> int:
-        """How many records are in neither split, because their pictures fall into both."""
-        limit = round(held_out * 2**32)
-        return int(((self.arrays["low"] < limit) & (self.arrays["high"] >= limit) & (self.arrays["reason"] == 0)).sum())
-
 
 def count_lengths(source: Source, documents: Documents, cache: Path, *, held_out_by: str = "name",
                   workers: int | None = None) -> Lengths:

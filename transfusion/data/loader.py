@@ -214,7 +214,6 @@ class FailureWatch:
 
     def __init__(self, window: int = 1000, first: int = 200, share: float = 0.05):
         self.window, self.first, self.share = window, first, share
-        self.kinds: Counter[str] = Counter()
         self.documents = 0
         self._recent: deque[tuple[int, tuple[Failure, ...]]] = deque()
 
@@ -225,7 +224,6 @@ class FailureWatch:
             ValueError: too many documents failed.
         """
         self.documents += documents
-        self.kinds.update(failure.kind for failure in failures)
         self._recent.append((documents, failures))
         while sum(count for count, _ in self._recent) - self._recent[0][0] >= self.window:
             self._recent.popleft()
@@ -244,7 +242,7 @@ class Loader:
 
         for step, batch in enumerate(loader, start): ...
 
-    waited: seconds that the last batch was waited for. waited_in_all: of all batches. failures: a `FailureWatch`.
+    waited: seconds that the last batch was waited for. failures: a `FailureWatch`.
 
     Args:
         rows: the batches.
@@ -255,7 +253,7 @@ class Loader:
 
     def __init__(self, rows: PackedRows, start: int, stop: int, workers: int = 2, prefetch: int = 2):
         self.rows, self.start, self.stop, self.workers, self.prefetch = rows, start, stop, workers, prefetch
-        self.waited = self.waited_in_all = 0.0
+        self.waited = 0.0
         self.failures = FailureWatch()
 
     def __len__(self) -> int:
@@ -274,7 +272,6 @@ class Loader:
             self.waited = time.perf_counter() - began
             if batch is None:
                 return
-            self.waited_in_all += self.waited
             self.failures.add(batch.documents, batch.failures)
             yield batch
 

@@ -166,10 +166,9 @@ def test_records_that_cannot_be_used_are_counted_by_reason(documents, tmp_path):
 def test_no_picture_is_in_both_splits(documents, tmp_path):
     random = np.random.default_rng(0)
     files = [PictureRef(PictureFile(f"{tmp_path}/pictures/{i}.png"), True, f"{i}.png") for i in range(60)]
-    for i, ref in enumerate(files):
+    for i in range(60):
         (tmp_path / "pictures").mkdir(exist_ok=True)
         (tmp_path / "pictures" / f"{i}.png").write_bytes(picture(i).file)
-        assert ref.exists()
     records = [Record(f"row {i}", captions=(sentence(random),), picture=files[random.integers(60)]) for i in range(150)]
     records += [Record(f"row {150 + i}", parts=tuple(files[n] for n in random.choice(60, 2))) for i in range(100)]
     for by in ("name", "content"):
@@ -177,7 +176,7 @@ def test_no_picture_is_in_both_splits(documents, tmp_path):
         train, held_out = (lengths.records(split, 0.3) for split in ("train", "held-out"))
         seen = [{ref.name for n in numbers for ref in records[n].pictures()} for numbers in (train, held_out)]
         assert not seen[0] & seen[1] and min(map(len, seen)) > 5
-        assert len(train) + len(held_out) + lengths.straddling(0.3) == len(records) and lengths.straddling(0.3) > 10
+        assert len(train) + len(held_out) < len(records) - 10  # those whose pictures fall into both are in neither
         assert len(lengths.records("train", 0.0)) == len(records) and len(lengths.records("held-out", 0.0)) == 0
 
 

@@ -242,7 +242,7 @@ def test_a_rising_share_of_failures_stops_the_run_and_a_few_do_not(tmp_path):
     rows = rows_of(mixture_of(tmp_path, source, held_out=0.0), epochs=1)
     source.broken = 12  # 3 %
     loader = Loader(rows, 0, 12, workers=0)
-    assert sum(len(batch.failures) for batch in loader) == loader.failures.kinds["missing file"] > 0
+    assert {failure.kind for batch in loader for failure in batch.failures} == {"missing file"}
     source.broken = 40
     with pytest.raises(
         ValueError,
@@ -307,7 +307,7 @@ def test_what_workers_hold_is_small_and_waiting_is_measured(mixture):
     loader = Loader(rows, 0, 3, workers=0)
     for _ in loader:
         assert loader.waited > 0
-    assert loader.waited_in_all >= loader.waited and len(loader) == 3
+    assert len(loader) == 3
 
 
 @pytest.mark.parametrize("autoencoder", [False, True])

@@ -7,12 +7,9 @@ chosen later). Each picture says whether it is drawn or only read.
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol, runtime_checkable
 
 from transfusion.sequence import Text
-
-ROLES = ("system", "user", "assistant")
 
 
 class DataError(ValueError):
@@ -70,10 +67,6 @@ class PictureFile(NamedTuple):
                             f"{max(self.size, 1)} or more fit", "unreadable picture")
         return data
 
-    def exists(self) -> bool:
-        """Whether the file is there; nothing is read."""
-        return Path(self.path).is_file()
-
 
 class _Piece(io.RawIOBase):
     """`size` bytes of a file from `offset` on, as a file of their own; closes that file when it is closed."""
@@ -122,10 +115,6 @@ class PictureRef:
     def read(self) -> bytes:
         """Return its bytes; see `PictureFile.read`."""
         return self.file if isinstance(self.file, bytes) else self.file.read()
-
-    def exists(self) -> bool:
-        """Whether its bytes or its file are there; nothing is read."""
-        return isinstance(self.file, bytes) or self.file.exists()
 
 
 @dataclass(frozen=True)
