@@ -5,9 +5,8 @@ styles, but one in ten of them in one style alone; those it draws in the other. 
 learns them from nothing. With a GPU, start from a language model, whose text loss is measured before and after, and
 take all 1,870 emoji:
 
-    transfusion init --llm SmolLM2-135M --patch-size 4 --objective x0 --diffusion-weight 50 --backbone adaln
-    --positions 2d \\
-        --out runs/start
+    transfusion init --llm SmolLM2-135M --patch-size 4 --objective x0 --diffusion-weight 50 --backbone adaln \\
+        --positions 2d --out runs/start
     python -m transfusion.showcase --train.tune.start runs/start --train.data.no-lively --train.optim.lr 2e-4 \\
         --train.autocast --train.out runs/emoji-smollm2
 
