@@ -71,7 +71,7 @@ def test_every_mixture_on_the_page_is_understood_and_its_defaults_are_true(tmp_p
     settings = make_mixture(whole, tmp_path)
     others = [field.name for field in dataclasses.fields(MixtureSettings) if field.name != "sources"]
     assert set(whole) == {*others, "sources"}
-    defaults = MixtureSettings(settings.sources)
+    defaults = MixtureSettings(sources=settings.sources)
     assert {name: getattr(settings, name) for name in others} == {name: getattr(defaults, name) for name in others}
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from transfusion.data.dataset import Dataset, DatasetSettings
+from transfusion.data.dataset import Arrangement, Dataset, DatasetSettings
 from transfusion.sequence import Document, Sequence, encode, lay_out, with_clean_copies
 from transfusion.settings import check
 
@@ -86,7 +86,7 @@ def draw_batch(dataset: Dataset, settings: DatasetSettings, tokenizer, config, r
     return sequence, noise_limits(sequence, settings)
 
 
-def noise_limits(sequence: Sequence, settings) -> Tensor:
+def noise_limits(sequence: Sequence, settings: Arrangement) -> Tensor:
     """(N,) the noise limit of images that stand before their caption; 1 of the others, and of all with clean copies."""
     limit = settings.noise_limit if settings.context == "noised" else 1.0
     return torch.where(sequence.image_first & _captioned(sequence), limit, 1.0)

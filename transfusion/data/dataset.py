@@ -13,7 +13,7 @@ A data set draws documents (lists of `Text` and `Image`) from a random generator
 
 `TrainConfig(data=FlowerSettings())` trains on it, `VAETrainConfig` and `EncodeSettings` take the same settings. What
 every data set has in common (`DatasetSettings`) happens once: the order of caption and image and the captions left
-out in `Arrangement`, the noise limit and the clean copies in `transfusion.data.batches`.
+out in `Arrangement.pair`, the noise limit and the clean copies in `transfusion.data.batches`.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -55,12 +55,17 @@ class Labels(NamedTuple):
 
 @dataclass(frozen=True)
 class Arrangement:
-    """How the parts of a document are arranged."""
+    """How the parts of a document are arranged, and how much noise there is where an image is read."""
 
     caption_first: Share = 0.8
     """share of pairs whose caption stands before the image (the paper: 0.8)"""
     caption_dropout: Share = 0.1
     """share of caption-first pairs whose caption is left out, so that guidance has an unconditional model"""
+    noise_limit: Share = 0.5
+    """largest noise time of an image that stands before its caption (the paper: 0.5); none with context clean"""
+    context: Annotated[str, OneOf(CONTEXTS)] = "noised"
+    """what later tokens read of an image: noised, the patches it is drawn from (the paper), or clean, a second copy of
+    them without noise (BAGEL), which makes an image twice as long"""
 
     def is_image_first(self, order: float) -> bool:
         """Whether the image stands before its caption, to be read; `order` is a uniform random number in [0, 1)."""
@@ -117,11 +122,6 @@ class DataSettings:
 class DatasetSettings(Arrangement, DataSettings):
     """The data set of a run: what every data set has; its own settings are added by a class of its own."""
 
-    noise_limit: Share = 0.5
-    """largest noise time of an image that stands before its caption (the paper: 0.5); none with context clean"""
-    context: Annotated[str, OneOf(CONTEXTS)] = "noised"
-    """what later tokens read of an image: noised, the patches it is drawn from (the paper), or clean, a second copy of
-    them without noise (BAGEL), which makes an image twice as long"""
     latents: Path | None = None
     """a cache that `transfusion vae encode` wrote of this data set: its latents are drawn in place of pictures, and the
     checkpoint carries their autoencoder"""

@@ -25,7 +25,7 @@ import numpy as np
 from transfusion.data.arrays import fingerprint
 from transfusion.data.chat import ChatSettings, chat_parts
 from transfusion.data.choices import source_key
-from transfusion.data.dataset import CONTEXTS, SPLITS
+from transfusion.data.dataset import SPLITS, Arrangement
 from transfusion.data.documents import Documents, Kind, Parts
 from transfusion.data.grids import Grids, GridSettings
 from transfusion.data.lengths import KEYS, Lengths, count_lengths
@@ -56,21 +56,13 @@ class SourceSettings:
 
 
 @dataclass(frozen=True)
-class MixtureSettings:
+class MixtureSettings(Arrangement):
     """Sources and what is common to them."""
 
-    sources: tuple[SourceSettings, ...]
+    sources: tuple[SourceSettings, ...] = field(kw_only=True)
     """at least one"""
     weights: Annotated[str, OneOf(("tokens", "samples"))] = "tokens"
     """what weights are shares of"""
-    caption_first: Share = 0.8
-    """share of pairs whose caption stands before the picture (the paper: 0.8)"""
-    caption_dropout: Share = 0.1
-    """share of those whose caption is left out, so that guidance has an unconditional model"""
-    noise_limit: Share = 0.5
-    """largest noise time of an image that stands before its caption (the paper: 0.5); none with context clean"""
-    context: Annotated[str, OneOf(CONTEXTS)] = "noised"
-    """what later tokens read of an image that is drawn: noised, as it is drawn (the paper), or clean, a copy"""
     flip: Share = 0.0
     """share of records whose pictures are mirrored"""
     held_out: Decay = 0.01

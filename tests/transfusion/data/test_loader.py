@@ -39,7 +39,7 @@ def mixture_of(cache, *sources, documents=None, entries=None, **settings):
     entries = entries or tuple(SourceSettings(None) for _ in sources)
     lengths = tuple(count_lengths(source, documents, cache, workers=0) for source in sources)
     return Mixture(
-        MixtureSettings(entries, **settings),
+        MixtureSettings(sources=entries, **settings),
         sources,
         tuple(source.name for source in sources),
         documents,

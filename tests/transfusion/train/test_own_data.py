@@ -81,7 +81,7 @@ class MemorySettings(MixtureFileSettings):
             for i, (caption, picture) in enumerate(self.pairs)
         ]
         source = SourceSettings(type("Opens", (), {"open": lambda _: MemorySource("own", records)})(), name="own")
-        return MixtureSettings((source,), pictures=GridSettings(side=32), held_out=0.0, **self.shown)
+        return MixtureSettings(sources=(source,), pictures=GridSettings(side=32), held_out=0.0, **self.shown)
 
 
 def test_emoji_in_four_formats_train_to_the_losses_that_they_have_from_memory(tmp_path, emoji, monkeypatch):
