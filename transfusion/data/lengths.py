@@ -66,7 +66,7 @@ class Lengths:
 
     def records(self, split: str, held_out: float) -> np.ndarray:
         """Numbers (n,) of the records of a split, "train" or "held-out", that can be used."""
-        limit = round(held_out * 2**32)
+        limit = _limit(held_out)
         mine = self.arrays["high"] < limit if split == "held-out" else self.arrays["low"] >= limit
         return np.flatnonzero(mine & (self.arrays["reason"] == 0)).astype(np.int64)
 
@@ -224,6 +224,20 @@ def _reason(error: ValueError, where: str) -> tuple[str, str, str]:
     if isinstance(error, DataError):
         return error.kind, error.where, error.reason
     return BAD_TEXT, where, " ".join(str(error).split())
+
+
+def is_trained_on(record: Record, held_out: float, held_out_by: str = "name") -> bool:
+    """Whether a record is in the split "train", as `Lengths.records` has it.
+
+    Raises:
+        DataError: by "content", a picture of it cannot be read.
+    """
+    return min(_hashes(record, held_out_by)) >= _limit(held_out)
+
+
+def _limit(held_out: float) -> int:
+    """Hashes below it are held out."""
+    return round(held_out * 2**32)
 
 
 def _hashes(record: Record, held_out_by: str) -> Iterator[int]:

@@ -21,10 +21,11 @@ from tqdm import tqdm
 from transfusion.data.batches import Drawn
 from transfusion.data.dataset import DataSettings
 from transfusion.data.grids import Grids
+from transfusion.data.lengths import is_trained_on
 from transfusion.data.loader import Batch, Loader, PackedRows, packed_rows
-from transfusion.data.mixture import Mixture, MixtureSettings, open_mixture, read_mixture
+from transfusion.data.mixture import Mixture, MixtureSettings, open_mixture, open_sources, read_mixture
 from transfusion.data.plan import epochs_in_plan
-from transfusion.data.sources import FORMATS, DataError, Record, Source
+from transfusion.data.sources import FORMATS, DataError, Record
 from transfusion.model.vae import VAE
 from transfusion.sequence import Text
 from transfusion.settings import Count, OneOf, WholeNumber, check
@@ -64,7 +65,7 @@ class MixtureFileSettings(DataSettings):
     @functools.cached_property
     def files(self) -> list[str]:
         """What the sources' files were when they were opened, so that a run that goes on can say that they changed."""
-        sources = _opened(self.mixture)
+        sources, _ = open_sources(self.mixture)
         return [f"{source.name}: {len(source):,} records, {source.fingerprint()[:8]}" for source in sources]
 
     def directories(self) -> dict[str, Path | None]:
@@ -76,15 +77,6 @@ class MixtureFileSettings(DataSettings):
         shown = {name: value for name, value in vars(self.mixture).items() if name != "cache"}
         mixture = {name: _plain(value, self.file.parent) for name, value in shown.items()}
         return {"name": self.name, "mixture": mixture, "files": self.files}
-
-
-def _opened(mixture: MixtureSettings) -> Iterator[Source]:
-    """The sources of a mixture, one after the other."""
-    for i, entry in enumerate(mixture.sources):
-        try:
-            yield entry.source.open()
-        except ValueError as error:
-            raise ValueError(f"mixture: sources[{i}] cannot be opened: {error}") from error
 
 
 def _plain(value, folder: Path):
@@ -115,12 +107,14 @@ class MixtureData:
         self.image_shape = channels, *(side // factor for side in size)
 
     def texts(self) -> list[str]:
-        """As `TrainingData.texts`: those of records spread evenly over each source."""
+        """As `TrainingData.texts`: those of records spread evenly over each source, none of them held out."""
         texts, share = [], -(-TEXTS // len(self.mixture.sources))
-        for source in _opened(self.mixture):
+        for source in open_sources(self.mixture)[0]:
             for number in np.unique(np.linspace(0, len(source) - 1, min(share, len(source)), dtype=np.int64)).tolist():
                 try:
-                    texts += [text[:CHARACTERS] for text in _texts(source[number])]
+                    record = source[number]
+                    if is_trained_on(record, self.mixture.held_out, self.mixture.held_out_by):
+                        texts += [text[:CHARACTERS] for text in _texts(record)]
                 except DataError:
                     continue                           # it is counted, and named, where lengths are
         return texts

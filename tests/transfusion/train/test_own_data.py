@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.transfusion.data.memory import MemorySource
+from tests.transfusion.data.memory import MemorySource, kind_of, tokenizer_of_words
 from tests.transfusion.model.test_vae import autoencoder
 from tests.transfusion.train.own_data import (
     losses,
@@ -35,7 +35,7 @@ from transfusion import Transfusion
 from transfusion.cli import main
 from transfusion.command import saved_step
 from transfusion.data.grids import GridSettings
-from transfusion.data.mixture import MixtureSettings, SourceSettings
+from transfusion.data.mixture import MixtureSettings, SourceSettings, open_mixture, read_mixture
 from transfusion.data.mixture_data import MixtureFileSettings, Posterior
 from transfusion.data.sources import PictureRef, Record
 from transfusion.data.training_data import open_data
@@ -380,3 +380,22 @@ def test_a_new_model_s_tokenizer_is_made_of_the_sources_texts(shapes):
     assert len(texts) == 60 and set(texts) == {
         f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square")
     }
+
+
+@pytest.mark.parametrize("by", ["name", "content"])
+def test_a_new_model_s_tokenizer_sees_no_text_of_a_held_out_record(tmp_path, by):
+    write_folder(tmp_path / "pictures", [(f"number {i}", picture) for i, (_, picture) in enumerate(paint(40))])
+    (tmp_path / "lines.txt").write_text("".join(f"line {i}\n" for i in range(40)))
+    file = write_mixture(
+        tmp_path / "mix.yaml",
+        {"format": "imagefolder", "path": "pictures"},
+        {"format": "text", "path": "lines.txt", "documents": "line"},
+        held_out=0.4,
+        held_out_by=by,
+    )
+    tokenizer = tokenizer_of_words()
+    mixture = open_mixture(read_mixture(file), tokenizer, kind_of(tokenizer), folder=tmp_path, workers=0)
+    pictures, lines = (stream.records.tolist() for stream in mixture.streams())
+    assert 10 < len(pictures) < 35 and 10 < len(lines) < 35
+    texts = open_data(MixtureFileSettings(file=file)).texts()
+    assert texts == [f"number {i}" for i in pictures] + [f"line {i}" for i in lines]
