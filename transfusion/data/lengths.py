@@ -247,9 +247,8 @@ def _hashes(record: Record, held_out_by: str) -> Iterator[int]:
         by_content = held_out_by == "content" or isinstance(picture.file, bytes)
         yield _hash(picture.read() if by_content else picture_name(picture).encode())
     if not pictures:
-        texts = [part.text for part in record.parts]
-        text = record.key or repr([record.captions, texts, [turn.parts for turn in record.turns]])
-        yield _hash(text.encode(errors="replace"))
+        texts = [*record.captions, *(part.text for part in record.parts), *(turn.text for turn in record.turns)]
+        yield _hash("\n".join(texts).encode(errors="replace"))
 
 
 def picture_name(picture: PictureRef) -> str:

@@ -180,6 +180,12 @@ def test_no_picture_is_in_both_splits(documents, tmp_path):
         assert len(lengths.records("train", 0.0)) == len(records) and len(lengths.records("held-out", 0.0)) == 0
 
 
+def test_one_text_is_in_one_split_wherever_it_stands(documents, tmp_path):
+    said = [Record(where, parts=(Text(text),)) for where, text in (("a", "a dog"), ("b", "a dog"), ("c", "a cat"))]
+    low = count_lengths(MemorySource("texts", said), documents, tmp_path).arrays["low"]
+    assert low[0] == low[1] != low[2]
+
+
 def test_the_same_bytes_under_two_names_are_one_picture_by_content(documents, tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.png").write_bytes(picture(0).file)

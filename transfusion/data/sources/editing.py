@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from transfusion.data.sources.fields import column, listed, picture_in, picture_key, string
+from transfusion.data.sources.fields import column, listed, picture_in, string
 from transfusion.data.sources.record import DataError, Record
 from transfusion.data.sources.tables import TableSource
 from transfusion.sequence import Text
@@ -65,4 +65,4 @@ class Edits(TableSource):
             raise DataError(where, "the list of source pictures is empty; at least one fits", "missing source picture")
         text = string(column(row, settings.instruction, where, "instruction"), where, "the instruction")
         target = picture_in(column(row, settings.target, where, "target picture"), where, self.folder, True)
-        return Record(where, parts=(*sources, Text(text, loss=settings.loss), target), key=picture_key(sources[0]))
+        return Record(where, parts=(*sources, Text(text, loss=settings.loss), target))

@@ -1,5 +1,4 @@
 """What stands in a row's columns: text, captions and pictures, checked; a misfit is a `DataError` with the row."""
-import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -90,11 +89,6 @@ def picture_in(value, where: str, folder: Path, loss: bool) -> PictureRef:
     if "\0" in path:
         raise DataError(where, f"a picture is {value[:60]!r}; a file's name fits", "no picture")
     return PictureRef(PictureFile(path, name=where), loss, value)
-
-
-def picture_key(picture: PictureRef) -> str:
-    """What a picture is known by in every row: its name, or a fingerprint of its bytes."""
-    return hashlib.sha256(picture.file).hexdigest() if isinstance(picture.file, bytes) else picture.name
 
 
 def listed(value) -> list:

@@ -100,7 +100,7 @@ class MetadataFolder:
         folder = self.table.find(number)[0].parent
         name = string(column(row, FILES, where, "picture"), where, "a picture's name")
         picture = picture_in(name, where, folder, self.settings.drawn)
-        return Record(where, captions=captions_of(row, self.settings.columns, where), picture=picture, key=name)
+        return Record(where, captions=captions_of(row, self.settings.columns, where), picture=picture)
 
     def fingerprint(self) -> str:
         return digest("imagefolder", str(self.settings), self.table.stamps())
@@ -122,7 +122,7 @@ class NamedFolder:
         name = name_at(self.index, *self.index.table[number].tolist())
         path = self.settings.path / name
         picture = PictureRef(PictureFile(str(path), name=str(path)), self.settings.drawn, name)
-        return Record(str(path), captions=(self.caption(path),), picture=picture, key=name)
+        return Record(str(path), captions=(self.caption(path),), picture=picture)
 
     def fingerprint(self) -> str:
         return digest("imagefolder", str(self.settings), self.index.stamp, self.kind)

@@ -8,7 +8,7 @@ MMC4:     {"text_list": ["A cat.", ...], "image_info": [{"image_name": "cat.jpg"
 from dataclasses import dataclass
 from pathlib import Path
 
-from transfusion.data.sources.fields import column, listed, picture_in, picture_key, string
+from transfusion.data.sources.fields import column, listed, picture_in, string
 from transfusion.data.sources.record import DataError, PictureRef, Record
 from transfusion.data.sources.tables import TableSource
 from transfusion.sequence import Text
@@ -59,9 +59,7 @@ class Interleaved(TableSource):
         parts = [self._part(kind, value, loss, where) for kind, value, loss in layout(row, where)]
         if not parts:
             raise DataError(where, "the document is empty; at least one text or picture fits", "empty text")
-        pictures = [part for part in parts if isinstance(part, PictureRef)]
-        key = picture_key(pictures[0]) if pictures else "\n".join(part.text for part in parts)
-        return Record(where, parts=tuple(parts), key=key)
+        return Record(where, parts=tuple(parts))
 
     def _part(self, kind: str, value, loss: bool | None, where: str) -> Text | PictureRef:
         if kind == "text":

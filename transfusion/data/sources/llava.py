@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from transfusion.data.sources.fields import column, listed, picture_in, picture_key, string
-from transfusion.data.sources.record import DataError, PictureRef, Record, Turn
+from transfusion.data.sources.fields import column, listed, picture_in, string
+from transfusion.data.sources.record import DataError, Record, Turn
 from transfusion.data.sources.tables import TableSource, digest
 from transfusion.settings import OneOf, check
 
@@ -59,7 +59,7 @@ class Conversations(TableSource):
         said = [("system", row["system"])] if row.get("system") else []
         said += [_said(turn, where, i) for i, turn in enumerate(_turns(row, self.turns, where))]
         turns = place_pictures(_in_order(said, where), images, where, self.folder, self.settings.drawn)
-        return Record(where, turns=turns, key=_key(turns, row))
+        return Record(where, turns=turns)
 
     def fingerprint(self) -> str:
         return digest(self.op, self.settings.drawn, str(self.folder), self.table.stamps())
@@ -156,9 +156,3 @@ def _split_part(part: dict, where: str) -> list[str | dict | None]:
         given = given.get("url") if isinstance(given, dict) and "url" in given else given
         return [given if isinstance(given, dict) else {"path": given} if given else None]
     raise DataError(where, f"a part's type is {part.get('type')!r}; 'text' or 'image' fits", "no turns")
-
-
-def _key(turns: tuple[Turn, ...], row: dict) -> str:
-    """The first picture's name; of text, the text itself."""
-    pictures = [part for turn in turns for part in turn.parts if isinstance(part, PictureRef)]
-    return picture_key(pictures[0]) if pictures else "\n".join(turn.text for turn in turns)

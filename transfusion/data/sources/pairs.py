@@ -6,7 +6,7 @@ several columns, each a text or a list of texts.
 from dataclasses import dataclass
 from pathlib import Path
 
-from transfusion.data.sources.fields import CAPTIONS, captions_of, column, picture_in, picture_key
+from transfusion.data.sources.fields import CAPTIONS, captions_of, column, picture_in
 from transfusion.data.sources.record import Record
 from transfusion.data.sources.tables import TableSource
 from transfusion.settings import check
@@ -53,4 +53,4 @@ class Pairs(TableSource):
         value = column(row, self.settings.image, where, "picture")
         picture = picture_in(value, where, self.folder, self.settings.drawn)
         captions = captions_of(row, self.settings.columns, where)
-        return Record(where, captions=captions, picture=picture, key=picture_key(picture))
+        return Record(where, captions=captions, picture=picture)

@@ -138,7 +138,6 @@ class Record:
     parts: of a document, in order, each with its loss.
     turns: of a conversation.
     captions, picture: of a pair; a caption is chosen, placed or dropped later.
-    key: what a held-out split is hashed from; records of the same picture have the same key, so none leaks.
     """
 
     where: str
@@ -146,7 +145,6 @@ class Record:
     turns: tuple[Turn, ...] = ()
     captions: tuple[str, ...] = ()
     picture: PictureRef | None = None
-    key: str = ""
 
     def pictures(self) -> Iterator[PictureRef]:
         """Yield its pictures in order."""

@@ -120,4 +120,4 @@ def _document(text: str, where: str, loss: bool) -> Record:
     text = text.strip()
     if not text:
         raise DataError(where, "the text is empty; at least one character fits", "empty text")
-    return Record(where, parts=(Text(text, loss=loss),), key=text)
+    return Record(where, parts=(Text(text, loss=loss),))

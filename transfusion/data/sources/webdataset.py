@@ -74,7 +74,7 @@ class Tars:
         name, start, stop = members[suffix]
         picture = PictureRef(PictureFile(str(path), start, stop - start, f"{path}, {name}"), self.settings.drawn, name)
         captions = self._captions(path, index, members, where)
-        return Record(where, captions=captions, picture=picture, key=f"{path.name}/{name}")
+        return Record(where, captions=captions, picture=picture)
 
     def _captions(self, path: Path, index: Index, members: dict, where: str) -> tuple[str, ...]:
         found = []

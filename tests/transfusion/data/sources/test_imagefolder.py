@@ -30,7 +30,7 @@ def test_metadata_in_json_lines_names_pictures_and_any_number_of_captions(folder
         ],
     )
     one, two = check_source(ImageFolderSettings(folder).open(), 2)
-    assert (one.captions, one.key, one.picture.loss, one.picture.read()) == (("die 猫",), "a.png", True, png(1))
+    assert (one.captions, one.picture.name, one.picture.read()) == (("die 猫",), "a.png", png(1)) and one.picture.loss
     assert two.captions == ("zero", "one", "two") and two.picture.read() == png(3)
 
 
@@ -49,7 +49,7 @@ def test_a_text_beside_each_picture(folder):
         (folder / f"{name}.txt").write_text(f" eine 猫 in {name}\n", encoding="utf-8")
     source = ImageFolderSettings(folder).open()
     records = check_source(source, 3)
-    assert [(record.key, record.captions) for record in records] == [
+    assert [(record.picture.name, record.captions) for record in records] == [
         (f"{name}.png", (f"eine 猫 in {name}",)) for name in ("a", "b", "train/c")]
     first = source.fingerprint()
     (folder / "a.txt").write_text("another")

@@ -154,12 +154,6 @@ def test_pictures_that_are_missing_are_named_with_their_row_when_they_are_read(f
     assert error.value.kind == "missing picture"
 
 
-def test_rows_of_one_picture_have_one_key_and_texts_their_own(folder):
-    source = LLaVASettings(folder / "mix.json", folder / "images").open()
-    assert [source[number].key for number in (0, 2, 3, 4)] == ["coco/1.png", "coco/1.png", "gqa/2.png", "gqa/2.png"]
-    assert source[1].key == "Tell me of the 猫.\nIt sleeps.\nWhy?\nIt is night."
-
-
 def test_the_fingerprint_follows_the_file_and_the_settings(folder):
     settings = LLaVASettings(folder / "mix.json", folder / "images")
     first = settings.open().fingerprint()

@@ -57,7 +57,7 @@ def test_records_are_the_members_of_one_name_in_all_tars(shards, pattern):
         with tarfile.open(shards / f"{shard}.tar") as tar:
             read += [tar.extractfile(name).read() for name in names]
     assert [record.picture.read() for record in records] == read
-    assert len({record.key for record in records}) == 5 and all(record.picture.loss for record in records)
+    assert len({record.picture.file for record in records}) == 5 and all(record.picture.loss for record in records)
     assert records[1].where.endswith("shard-00.tar, sub/000000") and records[4].picture.file.path.endswith(
         "shard-01.tar"
     )
