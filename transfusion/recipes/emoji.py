@@ -27,7 +27,7 @@ from transfusion.train.transfusion import ModelSettings, OptimSettings, TrainCon
 STYLES = ("noto", "twemoji")
 COLUMNS = 44  # tiles in a row of a sheet
 SHIPPED = Path(__file__).parent / "assets" / "emoji"
-FETCHED = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "transfusion"
+FETCHED = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transfusion"
 CATEGORIES = ("Smileys & Emotion", "People & Body", "Animals & Nature", "Food & Drink", "Travel & Places", "Activities",
               "Objects", "Symbols", "Flags")
 LIVELY = ("Smileys & Emotion", "Animals & Nature", "Food & Drink")
