@@ -124,10 +124,9 @@ def evaluate(settings: VAEEvalSettings) -> dict:
     """
     check("vae eval", settings)
     out = settings.out or settings.vae / "eval"
-    check_writable("vae eval", out)
     device = choose_device(settings.device)
-    vae = VAE.from_pretrained(settings.vae)
-    vae.autoencoder.to(device)
+    vae = VAE.from_pretrained(settings.vae).to(device)
+    check_writable("vae eval", out)
     features = None if settings.classifier is None else Features.from_pretrained(settings.classifier).to(device)
     train, real = _open(settings, vae)
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import tyro
 from transformers import AutoTokenizer
 
-from transfusion.data.mixture import MixtureSettings, make_mixture
+from transfusion.data.mixture import MixtureSettings, make_mixture, open_sources
 from transfusion.data.mixture_data import MixtureFileSettings
 from transfusion.data.training_data import open_data
 from transfusion.files import current, read_json, write_text
@@ -162,8 +162,9 @@ def read_llava(arguments: Sequence[str]) -> TrainConfig:
     for name, value in flags.trainer.items():
         config = _with(config, name, value)
     config = tyro.cli(TrainConfig, default=config, args=list(flags.ours), prog="transfusion train")
-    write_text(file, json.dumps(flags.given, indent=2) + "\n")
+    open_sources(flags.mixture)                        # what is missing is told before a model is made
     config = _with(config, "tune.start", _start(flags, config))
+    write_text(file, json.dumps(flags.given, indent=2) + "\n")
     if "optim.steps" not in flags.trainer and "--optim.steps" not in [one.partition("=")[0] for one in flags.ours]:
         config = _with(config, "optim.steps", _steps(config, 3.0 if flags.epochs is None else flags.epochs))
     if flags.warmup_ratio is not None and "optim.warmup" not in flags.trainer:

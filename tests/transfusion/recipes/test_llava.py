@@ -152,6 +152,14 @@ def test_a_command_line_that_does_not_fit_ends_in_one_line(here, monkeypatch, wo
     assert "\n" not in str(stop.value)
 
 
+@pytest.mark.parametrize("data, model", [("gone.json", "llm"), ("talk.json", "gone")])
+def test_what_is_missing_is_told_before_anything_is_written(here, monkeypatch, data, model):
+    monkeypatch.chdir(here)
+    with pytest.raises(SystemExit, match="gone"):
+        main(["train", "--data_path", data, "--model_name_or_path", model, "--output_dir", "runs/none"])
+    assert not list(here.glob("runs/none*"))
+
+
 def test_pretraining_is_plain_and_trains_the_image_layers(tmp_path):
     arguments = "--data_path=blip.json --version=plain --tune_mm_mlp_adapter=True --image_aspect_ratio square"
     flags = read_flags(arguments.split(), tmp_path)

@@ -411,6 +411,9 @@ def test_settings_that_do_not_fit_are_answered_by_name(folder, tmp_path, trained
     with pytest.raises(ValueError, match="pictures have 3 channels and the autoencoder of .* takes 1"):
         evaluate(VAEEvalSettings(vae=trained, out=tmp_path, data=PictureFolderSettings(folder=folder, size=8),
                                  device="cpu"))
+    with pytest.raises(ValueError, match="which holds no config.json"):
+        evaluate(VAEEvalSettings(vae=tmp_path / "none", data=DigitsSettings(), device="cpu"))
+    assert not (tmp_path / "none").exists()
     with pytest.raises(SystemExit, match="'trian' is not a verb; train, eval, encode fit; did you mean train"):
         main(["vae", "trian"])
 
