@@ -14,15 +14,14 @@ import pytest
 import torch
 import triton
 
+from tests.conftest import compiles
 from tests.resources import Resources, resources
 from tfkernels import _launch
 from tfkernels._launch import ARCHITECTURES, SHARED_LIMIT, Config, table_row
-from tfkernels._library import INTERPRET
 from tfkernels.attention.triton import backward, decode, forward, tiles
 from tfkernels.mask import triton as build
 
-pytestmark = pytest.mark.skipif(INTERPRET,
-                                reason="TRITON_INTERPRET=1: kernels are interpreted functions, which do not compile")
+pytestmark = compiles
 
 TABLES = {"fwd": forward.CONFIGS, "dq": backward.DQ_CONFIGS, "dkv": backward.DKV_CONFIGS, "decode": decode.CONFIGS,
           "wide": decode.WIDE_CONFIGS}
@@ -130,7 +129,7 @@ def test_the_small_kernels_spill_nothing(name, architecture):
     kernel, constants = SMALL[name]
     warps = build.WARPS if kernel is build._mask_intervals else 4
     found = resources(kernel, constants, Config(0, 0, warps, 3), architecture=architecture, element_size=2)
-    assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
+    assert found.fit(architecture), found
 
 
 @pytest.mark.parametrize("capability,rows",

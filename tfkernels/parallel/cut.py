@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tfkernels._arguments import need_integer
+from tfkernels._arguments import need_integer, shown
 from tfkernels.mask import TransfusionMask
 
 
@@ -28,6 +28,8 @@ class Cut:
 
         Counts may differ. Checking them waits for the device, once a row.
         """
+        if not isinstance(tokens, Sequence) or not all(isinstance(x, Tensor) for x in tokens):
+            raise ValueError(f"Cut: tokens is {shown(tokens)}; a list of int64 tensors (T,), one for each rank, fits")
         self.tokens = tuple(tokens)
         if not self.tokens or any(x.ndim != 1 or x.dtype != torch.int64 for x in self.tokens):
             raise ValueError("Cut: tokens does not hold int64 tensors (T,); one for each rank fits")
