@@ -314,6 +314,7 @@ def test_fakes_have_the_strides_of_the_results_whatever_those_of_the_inputs(layo
 @traced
 def test_compiles_whole_and_does_not_recompile_when_images_move():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
 
     def step(q, k, v, mask):
         return attention(q * 2, k, v, mask).square().mean()
