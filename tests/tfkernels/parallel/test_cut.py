@@ -97,6 +97,17 @@ def test_tokens_that_are_no_tensors_are_refused(tokens):
         Cut(tokens)
 
 
+@pytest.mark.parametrize("call,words", [
+    (lambda cut: cut.take(torch.zeros(2, 4, 64, 8), 0), r"Cut.take: x is .* of shape \(2, 4, 64, 8\) .* with dim"),
+    (lambda cut: cut.take(torch.zeros(64), 0), "Cut.take: x is .* 64 tokens in dimension 1 fits"),
+    (lambda cut: cut.take([1], 0), "Cut.take: x is a list"), (lambda cut: cut.take(torch.zeros(1, 64), 2), "rank is 2"),
+    (lambda cut: cut.take(torch.zeros(1, 64), -1), "Cut.take: rank is -1; 0 to 1 fits"),
+    (lambda cut: cut.join([torch.zeros(1, 32), torch.zeros(1, 40)]), r"Cut.join: parts put together is .* \(1, 72\)")])
+def test_what_is_not_a_whole_rows_is_refused_by_name(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(cut_by_area(TransfusionMask.causal(64), 2, 16))
+
+
 @pytest.mark.parametrize("change,name", [
     ({"mask": "causal"}, "mask"), ({"mask": TransfusionMask.causal(64).queries(8, 24)}, "mask"),
     ({"mask": TransfusionMask.causal(64).keys(8, 24)}, "mask"), ({"ranks": 0}, "ranks"), ({"ranks": 5}, "ranks"),
