@@ -129,7 +129,7 @@ def checker(inputs, mask: TransfusionMask):
 
 
 def our_contender(make_mask, inputs, check) -> Contender:
-    """tfkernels.attention.op, its mask built from spans and documents on the device."""
+    """`tfkernels.attention`, its mask built from spans and documents on the device."""
     return peers.contender("tfkernels", inputs, check, attention, make_mask)
 
 

@@ -201,10 +201,10 @@ def loading(folder: Path, rows: int, workers: int, steps: int, step_seconds: flo
     loader, tokens, waited, began = Loader(packed, 0, steps, workers=workers), 0, 0.0, time.perf_counter()
     for number, batch in enumerate(loader):
         assert not batch.failures, batch.failures
-        tokens += batch.sequence.tokens.numel()
-        waited += loader.waited if number else 0.0     # the first batch is waited for, whatever comes
-        if number == 0:
-            began = time.perf_counter()
+        if number:
+            tokens, waited = tokens + batch.sequence.tokens.numel(), waited + loader.waited
+        else:
+            began = time.perf_counter()                # the first batch is waited for, whatever comes
         time.sleep(step_seconds)
     seconds = time.perf_counter() - began
     return {"tokens_per_second": tokens / seconds, "share_waited": waited / seconds}

@@ -61,8 +61,10 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
     if not case.width:
         moved = [n * case.patches * case.dim * e for n in MOVED["diffusion_loss"]]
         tensors = {"prediction": random(case.patches, case.dim)}
-        ours = lambda prediction: tfkernels.diffusion_loss(prediction, x0, p, q, weight, seed, offsets=offsets)  # noqa: E731
         reference = plain
+
+        def ours(prediction):
+            return tfkernels.diffusion_loss(prediction, x0, p, q, weight, seed, offsets=offsets)
     else:
         tokens = 2 * case.patches
         moved = [(a * case.patches + b * tokens) * case.width * e for a, b in MOVED["norm, head, loss"]]

@@ -1,4 +1,5 @@
-"""Shared settings: which device and dtypes the kernels' tests use, and memory that is NaN until someone writes it."""
+"""Shared settings: which device and dtypes the kernels' tests use, what is skipped where, and memory that is NaN
+until someone writes it."""
 import os
 import signal
 
@@ -12,6 +13,14 @@ from tfkernels._library import INTERPRET  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRET else [torch.bfloat16])
+KERNEL_RUNS = DEVICE == "cuda" or INTERPRET
+cpu_only = pytest.mark.skipif(DEVICE != "cpu" or INTERPRET, reason="float64 runs in the CPU implementation only")
+compiles = pytest.mark.skipif(
+    INTERPRET, reason="TRITON_INTERPRET=1: kernels are interpreted functions, which do not compile")
+traced = pytest.mark.skipif(
+    INTERPRET, reason="tracing does not see which implementation runs; once, without the interpreter, is enough")
+adapts = pytest.mark.skipif(
+    INTERPRET, reason="an adapter does not see which implementation runs; once, without the interpreter, is enough")
 
 settings.register_profile(
     "project", deadline=None, derandomize=True, max_examples=15 if INTERPRET else 60,
@@ -34,8 +43,3 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before)
-
-
-@pytest.fixture
-def device():
-    return torch.device(DEVICE)

@@ -13,7 +13,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tfkernels._launch import Config
+from tfkernels._launch import SHARED_LIMIT, Config
 
 INT32 = (
     "lo_ptr", "hi_ptr", "low_ptr", "high_ptr", "since_ptr", "until_ptr", "bounds_ptr", "table_ptr", "offsets_ptr",
@@ -39,6 +39,10 @@ class Resources(NamedTuple):
     tensor_core: dict[str, int]  # multiply instructions: how many of each
     loops: int  # innermost loops with a multiply instruction
     pipelined: int  # how many of them also start an asynchronous copy to shared memory
+
+    def fit(self, architecture: int) -> bool:
+        """Whether nothing spills and a block's shared memory is within the limit of the architecture's cards."""
+        return self.spills == 0 and self.shared_bytes <= SHARED_LIMIT[architecture]
 
 
 def argument_type(name: str, element: str) -> str:

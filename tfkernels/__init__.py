@@ -6,8 +6,9 @@ heads, D head dim, C hidden size. Words, everywhere: `places` are flat rows of a
 holds image ids, the number of the image that each token belongs to, negative for text; `offsets` (N + 1,) are the ends
 of each image's rows among all patches.
 
-Each folder has the same shape: the public functions and their checks in op.py (or a file for each), what they compute
-in plain PyTorch in reference.py, and a backend each in cpu.py and triton (a file or a folder).
+The folder of an operator always has the same shape: the public functions and their checks in op.py (or a file for
+each), what they compute in plain PyTorch in reference.py, and a backend each in cpu.py and triton (a file or a folder).
+`tfkernels.parallel`, attention of rows cut over several processes, is imported by its own name.
 """
 from tfkernels.attention import (
     AttentionOutput,

@@ -14,15 +14,14 @@ import pytest
 import torch
 import triton
 
+from tests.conftest import compiles
 from tests.resources import Resources, resources
 from tfkernels import _launch
 from tfkernels._launch import ARCHITECTURES, SHARED_LIMIT, Config, table_row
-from tfkernels._library import INTERPRET
 from tfkernels.attention.triton import backward, decode, forward, tiles
 from tfkernels.mask import triton as build
 
-pytestmark = pytest.mark.skipif(INTERPRET,
-                                reason="TRITON_INTERPRET=1: kernels are interpreted functions, which do not compile")
+pytestmark = compiles
 
 TABLES = {"fwd": forward.CONFIGS, "dq": backward.DQ_CONFIGS, "dkv": backward.DKV_CONFIGS, "decode": decode.CONFIGS,
           "wide": decode.WIDE_CONFIGS}
@@ -130,7 +129,7 @@ def test_the_small_kernels_spill_nothing(name, architecture):
     kernel, constants = SMALL[name]
     warps = build.WARPS if kernel is build._mask_intervals else 4
     found = resources(kernel, constants, Config(0, 0, warps, 3), architecture=architecture, element_size=2)
-    assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
+    assert found.fit(architecture), found
 
 
 @pytest.mark.parametrize("capability,rows",
@@ -170,17 +169,20 @@ if __name__ == "__main__":
     rows = ROWS + VARIANTS + DELTA_ROWS + RARE
     print(f"""# What the launch tables compile to
 
-`python -m tests.tfkernels.test_resources`, Triton {triton.__version__}. A tile is queries x keys; `spilled` is the
-stack in bytes a thread. `check`: masks of two sides; `narrow`: HEAD_DIM 80 in D 128; `tf32`: float32 where PyTorch
-allows it. The last {len(RARE)} rows are left out of the tests for time.
-The kernels around attention are compiled by the tests of their own operators (`pytest -k spill`).
+`python -m tests.tfkernels.test_resources` prints this page: registers, shared memory, spills and matrix instructions of
+every row of attention's launch tables, compiled offline, here on Triton {triton.__version__}. The last {len(RARE)} rows
+are left out of the tests for time. The kernels around attention are compiled by the tests of their own operators
+(`pytest -k spill`).
+
+A tile is queries x keys; `spilled` counts the instructions that store to or load from a thread's stack. Variants:
+`check`, masks of two sides; `narrow`, HEAD_DIM 80 in D 128; `tf32`, float32 where PyTorch allows it.
 
 | arch | bytes | D | kernel | tile | warps | stages | registers | spilled | shared KiB | multiplies |""")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     failures = 0
     with pool() as processes:
         for row, found in zip(rows, processes.map(compiled, rows)):
-            failures += found.spills > 0 or found.shared_bytes > SHARED_LIMIT[row.architecture]
+            failures += not found.fit(row.architecture)
             c, kernel = row.config, " ".join(x for x in (row.kernel, row.variant) if x)
             tile = f"{c.block_m}x{c.block_n}" if c.block_n else f"{c.block_m}"
             multiplies = ", ".join(f"{count} {name}" for name, count in found.tensor_core.items()) or "-"

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from tests.conftest import DEVICE, DTYPES
+from tests.conftest import DEVICE, DTYPES, cpu_only, traced
 from tests.tfkernels.attention.test_attention import random_inputs
 from tfkernels import TransfusionMask, attention, attention_with_lse
 from tfkernels._library import INTERPRET
@@ -18,9 +18,6 @@ HALVES = [dtype for dtype in DTYPES if dtype != torch.float32]
 WIDTH, HEADS, KV_HEADS, HEAD_DIM = 48, 4, 2, 16
 needs_cuda = pytest.mark.skipif(
     DEVICE != "cuda", reason="torch.cuda.is_available() is False: CUDA graphs and synchronisations exist on CUDA only"
-)
-traced = pytest.mark.skipif(
-    INTERPRET, reason="tracing does not see which implementation runs; once, without the interpreter, is enough"
 )
 
 
@@ -135,7 +132,7 @@ def test_autocast_of_a_model_equals_its_casts_written_out():
                  [expected, *torch.autograd.grad(expected.square().mean(), list(module.parameters()))])
 
 
-@pytest.mark.skipif(DEVICE != "cpu" or INTERPRET, reason="float64 runs in the CPU implementation only")
+@cpu_only
 def test_autocast_leaves_float64_alone_as_pytorch_does():
     mask, inputs = packed_mask(), random_inputs(1, 4, 2, 40, 40, 32)
     q, k, v = inputs[:3]

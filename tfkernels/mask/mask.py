@@ -26,7 +26,7 @@ _FAR = INT32[1]
 class TransfusionMask:
     """Which keys each query sees.
 
-    Build one with `from_spans`, `from_token_types`, `causal`, `from_cache` or `from_intervals`,
+    Build one with `from_spans`, `from_token_types`, `causal`, `from_cache`, `from_intervals` or `from_dense`,
     or with a published model's recipe (`tfkernels.mask.recipes`); `python -m tfkernels.mask` draws them.
 
     Attributes (Sq queries, Sk keys; all int32; a batch of 1 serves every batch row):

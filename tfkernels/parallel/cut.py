@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tfkernels._arguments import need_integer
+from tfkernels._arguments import got, need_integer, shown
 from tfkernels.mask import TransfusionMask
 
 
@@ -28,6 +28,8 @@ class Cut:
 
         Counts may differ. Checking them waits for the device, once a row.
         """
+        if not isinstance(tokens, Sequence) or not all(isinstance(x, Tensor) for x in tokens):
+            raise ValueError(f"Cut: tokens is {shown(tokens)}; a list of int64 tensors (T,), one for each rank, fits")
         self.tokens = tuple(tokens)
         if not self.tokens or any(x.ndim != 1 or x.dtype != torch.int64 for x in self.tokens):
             raise ValueError("Cut: tokens does not hold int64 tensors (T,); one for each rank fits")
@@ -65,11 +67,22 @@ class Cut:
 
     def take(self, x: Tensor, rank: int, dim: int = 1) -> Tensor:
         """Return a rank's tokens of a whole row's tensor: tokens, positions, image ids, hidden states (B, S, C)."""
+        self._need_row("take", "x", x, dim)
+        if not 0 <= rank < self.ranks:
+            raise ValueError(f"Cut.take: rank is {rank}; 0 to {self.ranks - 1} fits, for the cut has {self.ranks}")
         return x.index_select(dim, self.tokens[rank])
 
     def join(self, parts, dim: int = 1) -> Tensor:
         """Return a whole row's tensor from those of all ranks, in the order of the ranks; undoes `take`."""
-        return torch.cat(list(parts), dim).index_select(dim, torch.cat(self.tokens).argsort())
+        together = torch.cat(list(parts), dim)
+        self._need_row("join", "parts put together", together, dim)
+        return together.index_select(dim, torch.cat(self.tokens).argsort())
+
+    def _need_row(self, op: str, name: str, x: Tensor, dim: int) -> None:
+        """Refuse what is not a whole row's; on CUDA an index behind its end would lose the device."""
+        if not isinstance(x, Tensor) or not -x.ndim <= dim < x.ndim or x.shape[dim] != self.seq_len:
+            raise ValueError(f"Cut.{op}: {name} is {got(x)}; a tensor with the row's {self.seq_len} tokens in "
+                             f"dimension {dim} fits; say which one has them with dim")
 
 
 def cut_by_area(mask: TransfusionMask, ranks: int, chunk_len: int = 128) -> Cut:

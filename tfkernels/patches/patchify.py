@@ -12,9 +12,9 @@ Bytes that must move for E elements of e bytes (plain PyTorch: what eager mode m
 
     op               forward   plain PyTorch   backward   plain PyTorch
     patchify         2 E e     2 E e           2 E e      2 E e
-    noise_patchify   2 E e     11 E e          2 E e      4 E e
+    noise_patchify   2 E e     10 E e          2 E e      4 E e
 
-The 11 are randn 1, two products 4, their sum 3, a copy 2, and 1 for eps, which is kept for the loss.
+The 10 are randn 1, two products 4, their sum 3 and a copy 2; eps also stays in memory, E e, for the loss.
 """
 import torch
 from torch import Tensor

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import tfkernels
 from tests.compare import assert_as_accurate
-from tests.conftest import DEVICE, DTYPES
+from tests.conftest import DEVICE, DTYPES, cpu_only, traced
 from tfkernels import TransfusionMask, attention, attention_reference, attention_with_lse
 from tfkernels._library import INTERPRET
 from tfkernels.attention.triton.forward import dot_precision
@@ -258,7 +258,7 @@ def test_one_mask_row_serves_the_whole_batch():
     assert torch.equal(attention(q, k, v, one), attention(q, k, v, three))
 
 
-@pytest.mark.skipif(DEVICE != "cpu" or INTERPRET, reason="float64 runs in the CPU implementation only")
+@cpu_only
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_gradcheck_in_float64(softcap):
     mask = TransfusionMask.from_spans([[(2, 7)]], 10, documents=torch.tensor([[-1, 0, 0, 0, 0, 0, 0, 0, 1, 1]]))
@@ -311,10 +311,10 @@ def test_fakes_have_the_strides_of_the_results_whatever_those_of_the_inputs(layo
     torch.testing.assert_close(out, attention(*(x.contiguous() for x in (q, k, v)), mask, scale=0.2))
 
 
-@pytest.mark.skipif(INTERPRET,
-                    reason="tracing does not see which implementation runs; once, without the interpreter, is enough")
+@traced
 def test_compiles_whole_and_does_not_recompile_when_images_move():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
 
     def step(q, k, v, mask):
         return attention(q * 2, k, v, mask).square().mean()

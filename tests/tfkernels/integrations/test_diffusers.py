@@ -9,14 +9,11 @@ import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
-from tests.conftest import DEVICE
+from tests.conftest import DEVICE, adapts
 from tfkernels import TransfusionMask
-from tfkernels._library import INTERPRET
 from tfkernels.integrations.diffusers import TransfusionAttnProcessor
 
-pytestmark = pytest.mark.skipif(
-    INTERPRET, reason="an adapter does not see which implementation runs; once, without the interpreter, is enough"
-)
+pytestmark = adapts
 
 
 def noise(*shape, seed=1):

@@ -31,14 +31,11 @@ from transformers import (
 )
 from transformers import masking_utils as masking
 
-from tests.conftest import DEVICE
+from tests.conftest import DEVICE, adapts
 from tfkernels import TransfusionMask
-from tfkernels._library import INTERPRET
 from tfkernels.integrations import transformers as integration
 
-pytestmark = pytest.mark.skipif(
-    INTERPRET, reason="an adapter does not see which implementation runs; once, without the interpreter, is enough"
-)
+pytestmark = adapts
 
 WINDOW = 9
 SIZES = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,

@@ -2,14 +2,11 @@
 import pytest
 import torch
 
-from tests.conftest import DEVICE
+from tests.conftest import DEVICE, adapts
 from tests.tfkernels.integrations.test_transformers import WINDOW, build, close, tokens
 from tfkernels import TransfusionMask
-from tfkernels._library import INTERPRET
 
-pytestmark = pytest.mark.skipif(
-    INTERPRET, reason="an adapter does not see which implementation runs; once, without the interpreter, is enough"
-)
+pytestmark = adapts
 LEFT = [0, 5]  # padding on the left, row by row
 PROMPT = [[(8, 14)], [(6, 9), (9, 20)]]
 

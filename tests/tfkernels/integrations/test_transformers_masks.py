@@ -6,15 +6,12 @@ import torch
 from transformers import masking_utils as masking
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tests.conftest import DEVICE
+from tests.conftest import DEVICE, adapts
 from tests.tfkernels.integrations.test_transformers import CONFIGS, block_ids, build, close, padded, pair, tokens
 from tfkernels import TransfusionMask
-from tfkernels._library import INTERPRET
 from tfkernels.integrations import transformers as integration
 
-pytestmark = pytest.mark.skipif(
-    INTERPRET, reason="an adapter does not see which implementation runs; once, without the interpreter, is enough"
-)
+pytestmark = adapts
 
 
 @pytest.mark.parametrize("query_len,key_len,module_is_causal,is_causal",

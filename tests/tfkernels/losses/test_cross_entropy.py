@@ -9,20 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.compare import assert_as_accurate
-from tests.conftest import DEVICE, DTYPES
+from tests.conftest import DEVICE, DTYPES, compiles
 from tests.resources import resources
 from tfkernels import LinearCrossEntropy, linear_cross_entropy, linear_cross_entropy_reference
-from tfkernels._launch import ARCHITECTURES, SHARED_LIMIT
+from tfkernels._launch import ARCHITECTURES
 from tfkernels._library import INTERPRET
 from tfkernels.losses import cross_entropy as module
 from tfkernels.losses.cross_entropy import chunk_rows
 from tfkernels.losses.triton.cross_entropy import WIDEST, _cross_entropy_rows, launch_config
-
-KERNEL_RUNS = DEVICE == "cuda" or INTERPRET
-traced = pytest.mark.skipif(
-    INTERPRET, reason="tracing does not see which implementation runs; once, without the interpreter, is enough"
-)
-cpu_only = pytest.mark.skipif(DEVICE != "cpu" or INTERPRET, reason="float64 runs in the CPU implementation only")
 
 
 class Case(NamedTuple):
@@ -366,7 +360,7 @@ def test_logits_of_a_chunk_take_about_the_memory_of_the_rows():
         assert size >= rows or size * (vocabulary + width) >= rows * width
 
 
-@pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1: kernels are interpreted functions, which do not compile")
+@compiles
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("vocabulary, gradient",
@@ -376,4 +370,4 @@ def test_the_kernel_spills_nothing(vocabulary, gradient, size, architecture):
     constants = {"V": vocabulary, "STRIDE": stride, "WEIGHT": gradient, "GRADIENT": gradient, "BLOCK": launch.block_n}
     found = resources(_cross_entropy_rows, constants, launch, architecture=architecture, element_size=size,
                       float32=("row_weight_ptr", "losses_ptr"))
-    assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
+    assert found.fit(architecture), found

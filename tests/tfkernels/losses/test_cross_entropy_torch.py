@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.conftest import DEVICE, DTYPES
-from tests.tfkernels.losses.test_cross_entropy import CASES, KERNEL_RUNS, cpu_only, random_case, run, traced
+from tests.conftest import DEVICE, DTYPES, KERNEL_RUNS, cpu_only, traced
+from tests.tfkernels.losses.test_cross_entropy import CASES, random_case, run
 from tfkernels import linear_cross_entropy, linear_cross_entropy_reference
 from tfkernels._library import INTERPRET
 from tfkernels.losses.cross_entropy import _forward, _scale

@@ -5,12 +5,20 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.compare import assert_as_accurate
-from tests.conftest import DEVICE, DTYPES
+from tests.conftest import DEVICE, DTYPES, compiles, cpu_only, traced
 from tests.resources import resources
-from tests.tfkernels.patches.latents import CASES, numbers, random, rows_of_tokens, uniform
+from tests.tfkernels.patches.latents import (
+    CASES,
+    COMPILED,
+    layout_constants,
+    numbers,
+    random,
+    rows_of_tokens,
+    uniform,
+)
 from tests.transfusion.plain import add_noise
 from tfkernels import diffusion_loss, diffusion_loss_reference, min_snr_weight, noise_patchify, pack_latents, patchify
-from tfkernels._launch import ARCHITECTURES, SHARED_LIMIT, Config
+from tfkernels._launch import ARCHITECTURES, Config
 from tfkernels._library import INTERPRET
 from tfkernels.losses.diffusion import _backward, _loss
 from tfkernels.losses.triton.diffusion import BLOCK, _diffusion_loss_bwd, _diffusion_loss_images, _diffusion_loss_rows
@@ -21,10 +29,6 @@ from transfusion.diffusion.objective import OBJECTIVES
 SEED = torch.tensor([-99, 2**31 + 5], device=DEVICE)
 LONG = {"rows beyond one block": rows_of_tokens([2 * BLOCK + 3, 1, BLOCK], 8 if INTERPRET else 16),
         "one element": uniform(1, 1, 1, 1, patch=1)}
-traced = pytest.mark.skipif(
-    INTERPRET, reason="tracing does not see which implementation runs; once, without the interpreter, is enough"
-)
-cpu_only = pytest.mark.skipif(DEVICE != "cpu" or INTERPRET, reason="float64 runs in the CPU implementation only")
 
 
 def given(case):
@@ -311,23 +315,22 @@ PER_IMAGE = ("weight_ptr",)
 KERNELS = {"rows": (_diffusion_loss_rows, {}), "backward": (_diffusion_loss_bwd, {"WEIGHT": True})}
 
 
-@pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1: kernels are interpreted functions, which do not compile")
+@compiles
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("layout, size, dim, patch",
-                         [("latents", 2, 16, 2), ("packed", 4, 48, 4), ("tokens", 2, 1536, 1)])
+@pytest.mark.parametrize("layout, size, dim, patch", COMPILED)
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_kernels_spill_nothing(name, layout, size, dim, patch, architecture):
     kernel, constants = KERNELS[name]
-    constants = {**constants, "LAYOUT": layout, "SEARCH": layout != "latents", "PATCH": patch, **layouts.tile(dim)}
+    constants = {**constants, **layout_constants(layout, dim, patch)}
     found = resources(kernel, constants, Config(0, 0, 4, 3), architecture=architecture, element_size=size,
                       float32=PER_IMAGE)
-    assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
+    assert found.fit(architecture), found
 
 
-@pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1: kernels are interpreted functions, which do not compile")
+@compiles
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_sum_over_an_images_rows_spills_nothing(architecture):
     constants = {"SEARCH": True, "WEIGHT": True, "DIM": 16, "BLOCK": BLOCK}
     found = resources(_diffusion_loss_images, constants, Config(0, 0, 4, 3), architecture=architecture, element_size=2,
                       float32=PER_IMAGE)
-    assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
+    assert found.fit(architecture), found

@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import tfkernels
 from tests.compare import assert_as_accurate
-from tests.conftest import DEVICE, DTYPES
+from tests.conftest import DEVICE, DTYPES, KERNEL_RUNS, compiles, cpu_only, traced
 from tests.resources import resources
 from tests.tfkernels.patches.latents import CASES, numbers, random, rows_of_tokens, uniform
 from tfkernels import (
@@ -16,23 +16,18 @@ from tfkernels import (
     pack_latents,
     patchify,
 )
-from tfkernels._launch import ARCHITECTURES, SHARED_LIMIT
+from tfkernels._launch import ARCHITECTURES
 from tfkernels._library import INTERPRET
 from tfkernels.losses.head import _backward, _loss
 from tfkernels.losses.triton import head as kernels
 
 SEED = torch.tensor([-99, 2**31 + 5], device=DEVICE)
 NORMS = ("modulated_layer_norm", "modulated_rms_norm")
-INPUTS = ("hidden", "scale", "shift", "weight", "bias")
 WIDTH = 24 if INTERPRET else 40  # of hidden, where a test does not name another
 PADDED = "tokens, an empty image, padding"
 # one of each layout; what the interpreter, seconds a case, has time for
 SOME = ("latents", "packed, patch 3, padding", PADDED)
 WIDE = {} if INTERPRET else {"tiles of every kind": rows_of_tokens([70, 1, 0, 140], 150, before=3, behind=2)}
-KERNEL_RUNS = DEVICE == "cuda" or INTERPRET
-traced = pytest.mark.skipif(
-    INTERPRET, reason="tracing does not see which implementation runs; once, without the interpreter, is enough"
-)
 
 
 def tensors(case, width=WIDTH, missing=()):
@@ -318,7 +313,7 @@ def test_no_image_and_no_row_give_zero_gradients(name, norm):
     assert all(not x.any() for x in found.values()) and found["loss"].shape == (case.images,)
 
 
-@pytest.mark.skipif(DEVICE != "cpu" or INTERPRET, reason="float64 runs in the CPU implementation only")
+@cpu_only
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", ["one image", "tokens, padding"])
 def test_gradients_pass_gradcheck(name, norm):
@@ -425,7 +420,7 @@ FLAGS = {"all": {}, "rows": {"WEIGHT": False, "BASE": False}, "head": {"HIDDEN":
 LAYOUTS = {16: ("latents", 2), 32: ("latents", 2), 64: ("packed", 4), 300: ("tokens", 1)}
 
 
-@pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1: kernels are interpreted functions, which do not compile")
+@compiles
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("dim", LAYOUTS)
@@ -442,4 +437,4 @@ def test_the_kernels_spill_nothing(dim, size, architecture):
         found.append(resources(kernels._head_loss_bwd,
                                constants | flags | {"BLOCK_R": launch.block_m, "BLOCK_C": launch.block_n}, launch,
                                architecture=architecture, element_size=size, float32=("k_ptr", "dweight_ptr")))
-    assert all(f.spills == 0 and f.shared_bytes <= SHARED_LIMIT[architecture] for f in found), found
+    assert all(f.fit(architecture) for f in found), found

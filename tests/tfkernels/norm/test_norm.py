@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 import tfkernels
 from tests.compare import assert_as_accurate
-from tests.conftest import DEVICE, DTYPES
+from tests.conftest import DEVICE, DTYPES, compiles
 from tests.resources import resources
 from tfkernels import gated_residual, gated_residual_rms_norm, modulated_layer_norm, modulated_rms_norm
-from tfkernels._launch import ARCHITECTURES, SHARED_LIMIT, Config
+from tfkernels._launch import ARCHITECTURES, Config
 from tfkernels._library import INTERPRET
 from tfkernels.norm import triton as kernels
 from tfkernels.norm.reference import of_token
@@ -25,7 +25,6 @@ ARGUMENTS = {
 }
 NORMS = [op for op in ARGUMENTS if op != "gated_residual"]
 WIDTHS = (64, 96, 150, 1000)  # in the interpreter, whose blocks are 64 wide, all but the first go block by block
-KERNEL_RUNS = DEVICE == "cuda" or INTERPRET
 
 
 class Case(NamedTuple):
@@ -340,7 +339,7 @@ def compiled(kernel, op, width, architecture, size):
                      element_size=size)
 
 
-@pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1: kernels are interpreted functions, which do not compile")
+@compiles
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("width", [64, 512, 1024, 2048, 3000, 4096, 16384])
@@ -350,7 +349,7 @@ def test_the_kernels_spill_nothing(width, size, architecture):
     ) + [("images", "norm")]
     for kernel, op in variants:
         found = compiled(kernel, op, width, architecture, size)
-        assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], (kernel, op, found)
+        assert found.fit(architecture), (kernel, op, found)
 
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter's blocks are small")

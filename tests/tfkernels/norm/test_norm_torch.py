@@ -3,8 +3,8 @@ import pytest
 import torch
 
 import tfkernels
-from tests.conftest import DEVICE
-from tests.tfkernels.norm.test_norm import ARGUMENTS, KERNEL_RUNS, as_tuple, packed_index, random_case, run
+from tests.conftest import DEVICE, KERNEL_RUNS, cpu_only, traced
+from tests.tfkernels.norm.test_norm import ARGUMENTS, as_tuple, packed_index, random_case, run
 from tfkernels import gated_residual, gated_residual_rms_norm, modulated_layer_norm, modulated_rms_norm
 from tfkernels._library import INTERPRET
 
@@ -18,7 +18,7 @@ def test_autocast_changes_nothing(op):
     assert all(torch.equal(a, b) for a, b in zip(found.values(), expected.values()))
 
 
-@pytest.mark.skipif(DEVICE != "cpu" or INTERPRET, reason="float64 runs in the CPU implementation only")
+@cpu_only
 @pytest.mark.parametrize("missing", [(), ("weight", "bias", "shift")])
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_gradcheck_in_float64(op, missing):
@@ -54,8 +54,7 @@ def test_opcheck_passes_for_every_operator():
     torch.library.opcheck(ops.gated_residual_norm_backward.default, (dout, dy, out, *values[1:], index, rstd))
 
 
-@pytest.mark.skipif(INTERPRET,
-                    reason="tracing does not see which implementation runs; once, without the interpreter, is enough")
+@traced
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_compiles_whole_and_does_not_recompile_when_tokens_or_images_change(op):
     torch._dynamo.reset()

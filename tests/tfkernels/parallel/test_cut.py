@@ -1,4 +1,7 @@
-"""How a row's tokens are dealt to ranks: balance of area and of tokens, and what a cut gives back."""
+"""How a row's tokens are dealt to ranks: balance of area and of tokens, and what a cut gives back.
+
+`python -m tests.tfkernels.parallel.test_cut` prints the table of docs/kernels.md.
+"""
 import random
 
 import pytest
@@ -88,6 +91,23 @@ def test_tokens_that_are_not_those_of_one_row_are_refused(tokens):
         Cut([torch.tensor(x) for x in tokens])
 
 
+@pytest.mark.parametrize("tokens", [[[0, 1], [2]], 3, None], ids=str)
+def test_tokens_that_are_no_tensors_are_refused(tokens):
+    with pytest.raises(ValueError, match="Cut: tokens is .* fits"):
+        Cut(tokens)
+
+
+@pytest.mark.parametrize("call,words", [
+    (lambda cut: cut.take(torch.zeros(2, 4, 64, 8), 0), r"Cut.take: x is .* of shape \(2, 4, 64, 8\) .* with dim"),
+    (lambda cut: cut.take(torch.zeros(64), 0), "Cut.take: x is .* 64 tokens in dimension 1 fits"),
+    (lambda cut: cut.take([1], 0), "Cut.take: x is a list"), (lambda cut: cut.take(torch.zeros(1, 64), 2), "rank is 2"),
+    (lambda cut: cut.take(torch.zeros(1, 64), -1), "Cut.take: rank is -1; 0 to 1 fits"),
+    (lambda cut: cut.join([torch.zeros(1, 32), torch.zeros(1, 40)]), r"Cut.join: parts put together is .* \(1, 72\)")])
+def test_what_is_not_a_whole_rows_is_refused_by_name(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(cut_by_area(TransfusionMask.causal(64), 2, 16))
+
+
 @pytest.mark.parametrize("change,name", [
     ({"mask": "causal"}, "mask"), ({"mask": TransfusionMask.causal(64).queries(8, 24)}, "mask"),
     ({"mask": TransfusionMask.causal(64).keys(8, 24)}, "mask"), ({"ranks": 0}, "ranks"), ({"ranks": 5}, "ranks"),
@@ -95,3 +115,13 @@ def test_tokens_that_are_not_those_of_one_row_are_refused(tokens):
 def test_what_cannot_be_cut_is_refused_by_name(change, name):
     with pytest.raises(ValueError, match=f"cut_by_area: {name} is .* fits"):
         cut_by_area(**{"mask": TransfusionMask.causal(64), "ranks": 2, "chunk_len": 16, **change})
+
+
+if __name__ == "__main__":
+    print("| row | 2 ranks | 4 | 8 | 16 | 32 | 64 | 64, one run each |\n|---|---|---|---|---|---|---|---|")
+    for kind, made in ROWS.items():
+        mask = made()
+        keys = mask.visible_keys()
+        dealt = [slowest(keys, cut_by_area(mask, ranks)) for ranks in (2, 4, 8, 16, 32, 64)]
+        print(f"| {kind} |", *(f"{found:.3f} |" for found in dealt),
+              f"{slowest(keys, Cut(torch.arange(ROW).chunk(64))):.2f} |")

@@ -1,4 +1,5 @@
-"""Latents in the three layouts, in float64, for the tests of patchify and of the diffusion loss."""
+"""Latents in the three layouts, in float64, and what kernels are compiled for in each, for the tests of patchify and of
+the diffusion loss."""
 from typing import NamedTuple
 
 import torch
@@ -6,6 +7,7 @@ from torch import Tensor
 
 from tests.conftest import DEVICE
 from tfkernels import PackedLatents, pack_latents
+from tfkernels.patches.triton.layout import tile
 
 
 class Case(NamedTuple):
@@ -64,6 +66,12 @@ def rows_of_tokens(counts, dim: int, before: int = 0, behind: int = 0) -> Case:
     return Case(random(rows, dim).to(DEVICE), {"offsets": offsets}, len(counts), rows, dim, (offsets, None, dim, 1))
 
 
+def layout_constants(layout: str, dim: int, patch: int) -> dict:
+    """The constants by which a kernel knows the layout of its latents."""
+    return {"LAYOUT": layout, "SEARCH": layout != "latents", "PATCH": patch, **tile(dim)}
+
+
+COMPILED = [("latents", 2, 16, 2), ("packed", 4, 48, 4), ("tokens", 2, 1536, 1)]  # layout, bytes an element, D, patch
 CASES = {"one image": uniform(1, 1, 4, 4, patch=2), "latents": uniform(3, 4, 8, 6, patch=2),
          "pixels of 3 channels": uniform(2, 3, 5, 3, patch=1), "wide patches": uniform(2, 3, 8, 16, patch=4),
          "no images": uniform(0, 4, 4, 4, patch=2), "packed": ragged([(3, 2), (1, 5), (4, 4)], 4, 2),

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.compare import assert_as_accurate
-from tests.conftest import DEVICE, DTYPES
+from tests.conftest import DEVICE, DTYPES, KERNEL_RUNS, compiles, cpu_only, traced
 from tests.resources import resources
 from tests.tfkernels.patches.latents import random
 from tfkernels import embed_patches, embed_patches_reference
-from tfkernels._launch import ARCHITECTURES, SHARED_LIMIT, Config
+from tfkernels._launch import ARCHITECTURES, Config
 from tfkernels._library import INTERPRET
 from tfkernels.patches import embed as op
 from tfkernels.patches.reference import placed
@@ -21,13 +21,6 @@ from tfkernels.patches.triton import embed
 from transfusion.model.image_layers.embedding import PatchEmbedding
 
 NAMES = ("hidden", "patches", "weight", "condition")
-KERNEL_RUNS = DEVICE == "cuda" or INTERPRET
-traced = pytest.mark.skipif(
-    INTERPRET, reason="tracing does not see which implementation runs; once, without the interpreter, is enough"
-)
-cpu_only = pytest.mark.skipif(DEVICE != "cpu" or INTERPRET, reason="float64 runs in the CPU implementation only")
-compiles = pytest.mark.skipif(INTERPRET,
-                              reason="TRITON_INTERPRET=1: kernels are interpreted functions, which do not compile")
 
 
 class Case(NamedTuple):
@@ -386,7 +379,7 @@ def test_the_kernels_that_multiply_spill_nothing(name, size, dim, architecture):
     found = resources(
         kernel, constants, launch, architecture=architecture, element_size=size, float32=("products_ptr",)
     )
-    assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
+    assert found.fit(architecture), found
     assert size == 4 or found.tensor_core, found
 
 
@@ -398,4 +391,4 @@ def test_the_kernels_that_multiply_spill_nothing(name, size, dim, architecture):
                           (embed._embed_bwd_images, {"C": 2048, "BLOCK_M": 32, "BLOCK": 64})])
 def test_the_other_kernels_spill_nothing(kernel, constants, architecture):
     found = resources(kernel, constants, Config(0, 0, 4, 3), architecture=architecture, element_size=2)
-    assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
+    assert found.fit(architecture), found

@@ -5,9 +5,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.compare import assert_as_accurate
-from tests.conftest import DEVICE, DTYPES
+from tests.conftest import DEVICE, DTYPES, compiles, cpu_only, traced
 from tests.resources import resources
-from tests.tfkernels.patches.latents import CASES, numbers, padded, random, rows_of_tokens
+from tests.tfkernels.patches.latents import CASES, COMPILED, layout_constants, numbers, padded, random, rows_of_tokens
 from tfkernels import (
     PackedLatents,
     noise_patchify,
@@ -17,8 +17,7 @@ from tfkernels import (
     unpatchify,
     unpatchify_packed,
 )
-from tfkernels._launch import ARCHITECTURES, SHARED_LIMIT, Config
-from tfkernels._library import INTERPRET
+from tfkernels._launch import ARCHITECTURES, Config
 from tfkernels.patches import noise_patchify_reference, noise_reference
 from tfkernels.patches.patchify import _noise_patchify, _noise_patchify_backward, _patchify, _unpatchify
 from tfkernels.patches.triton import layout as layouts
@@ -26,10 +25,6 @@ from tfkernels.patches.triton.patchify import _patchify_bwd, _patchify_fwd
 
 SEED = torch.tensor([1234, 56], device=DEVICE)
 SHAPES = [(3, 4, 8, 6, 2), (1, 1, 1, 1, 1), (2, 3, 8, 12, 4), (2, 5, 6, 9, 3), (4, 1, 7, 5, 1)]
-traced = pytest.mark.skipif(
-    INTERPRET, reason="tracing does not see which implementation runs; once, without the interpreter, is enough"
-)
-cpu_only = pytest.mark.skipif(DEVICE != "cpu" or INTERPRET, reason="float64 runs in the CPU implementation only")
 
 
 def rearranged(x, p):
@@ -291,13 +286,12 @@ KERNELS = {"patchify": (_patchify_fwd, False), "noise_patchify": (_patchify_fwd,
            "unpatchify": (_patchify_bwd, False), "noise_patchify backward": (_patchify_bwd, True)}
 
 
-@pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1: kernels are interpreted functions, which do not compile")
+@compiles
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("layout, size, dim, patch",
-                         [("latents", 2, 16, 2), ("packed", 4, 48, 4), ("tokens", 2, 1536, 1)])
+@pytest.mark.parametrize("layout, size, dim, patch", COMPILED)
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_kernels_spill_nothing(name, layout, size, dim, patch, architecture):
     kernel, noise = KERNELS[name]
-    constants = {"NOISE": noise, "LAYOUT": layout, "SEARCH": layout != "latents", "PATCH": patch, **layouts.tile(dim)}
+    constants = {"NOISE": noise, **layout_constants(layout, dim, patch)}
     found = resources(kernel, constants, Config(0, 0, 4, 3), architecture=architecture, element_size=size)
-    assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], found
+    assert found.fit(architecture), found

@@ -7,12 +7,10 @@ import torch
 import triton
 import triton.language as tl
 
-from tests.conftest import DEVICE
-from tfkernels._library import INTERPRET
+from tests.conftest import DEVICE, KERNEL_RUNS
 from tfkernels.patches.philox import philox_normal, philox_normal_reference, philox_reference, seed_tensor
 
-RUNS_KERNELS = DEVICE == "cuda" or INTERPRET
-needs_kernels = pytest.mark.skipif(not RUNS_KERNELS, reason="neither CUDA nor TRITON_INTERPRET=1: no kernel runs here")
+needs_kernels = pytest.mark.skipif(not KERNEL_RUNS, reason="neither CUDA nor TRITON_INTERPRET=1: no kernel runs here")
 # Random123, kat_vectors, philox4x32-10
 KNOWN = [((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
          ((2**32 - 1,) * 4, (2**32 - 1,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),

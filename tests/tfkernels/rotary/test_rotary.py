@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
 from tests.compare import assert_as_accurate
-from tests.conftest import DEVICE, DTYPES
+from tests.conftest import DEVICE, DTYPES, compiles, cpu_only, traced
 from tests.resources import resources
 from tfkernels import qk_norm_rotary, qk_norm_rotary_reference, rotary_table
-from tfkernels._launch import ARCHITECTURES, SHARED_LIMIT, Config
+from tfkernels._launch import ARCHITECTURES, Config
 from tfkernels._library import INTERPRET
 from tfkernels.rotary import op, triton
 from tfkernels.rotary.reference import rotate
@@ -50,10 +50,6 @@ LAYOUTS = {
         lambda x: torch.cat([x, x[:, :1]], 1).transpose(1, 2).contiguous()[:, :, :x.shape[1]].transpose(1, 2),
     "columns apart": lambda x: torch.stack([x, x], -1)[..., 0],
 }
-cpu_only = pytest.mark.skipif(DEVICE != "cpu" or INTERPRET, reason="float64 runs in the CPU implementation only")
-traced = pytest.mark.skipif(
-    INTERPRET, reason="tracing does not see which implementation runs; once, without the interpreter, is enough"
-)
 
 
 def frequencies(half):
@@ -455,7 +451,7 @@ RESOURCES = [(32, 8, 128, 64, 2, True), (32, 8, 128, 64, 4, True), (32, 32, 64, 
              (16, 16, 256, 128, 2, True), (32, 8, 96, 16, 2, True), (32, 8, 128, 64, 2, False)]
 
 
-@pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1: kernels are interpreted functions, which do not compile")
+@compiles
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("heads,kv_heads,dim,half,size,norm", RESOURCES)
 def test_the_kernels_spill_nothing(heads, kv_heads, dim, half, size, norm, architecture):
@@ -463,4 +459,4 @@ def test_the_kernels_spill_nothing(heads, kv_heads, dim, half, size, norm, archi
         constants, warps = triton.launch_config(heads, kv_heads, dim, half, *table)
         found = resources(kernel, constants | {"Q_NORM": norm, "K_NORM": norm}, Config(0, 0, warps, 3),
                           architecture=architecture, element_size=size, float32=("cos_ptr", "sin_ptr"))
-        assert found.spills == 0 and found.shared_bytes <= SHARED_LIMIT[architecture], (kernel, found)
+        assert found.fit(architecture), (kernel, found)

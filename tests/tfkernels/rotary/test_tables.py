@@ -4,8 +4,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from tests.conftest import DEVICE
-from tests.tfkernels.rotary.test_rotary import Sizes, T, frequencies, random_inputs, traced
+from tests.conftest import DEVICE, traced
+from tests.tfkernels.rotary.test_rotary import Sizes, T, frequencies, random_inputs
 from tfkernels import grid_positions, qk_norm_rotary, rotary_table
 
 
