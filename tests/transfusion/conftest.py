@@ -1,7 +1,8 @@
-"""A tiny model and its tokenizer, built once and never trained in place."""
+"""A tiny model and its tokenizer, built once and never trained in place, and pictures."""
 import pytest
 import torch
-from transformers import LlamaConfig
+from PIL import Image as Picture
+from transformers import AutoConfig, LlamaConfig
 
 from transfusion import Image, Transfusion, TransfusionConfig
 from transfusion.recipes.digits import Digits
@@ -61,6 +62,13 @@ def tiny_model(
     return model.eval()
 
 
+def tiny_decoder_config(family, **options):
+    """The configuration of a language model of any family, with 2 layers."""
+    sizes = dict(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=8, pad_token_id=0)
+    return AutoConfig.for_model(family, **sizes | options)
+
+
 @pytest.fixture(scope="session", params=["decoder", "adaln, 2d", "mixture_of_transformers, 2d"])
 def model(request):
     backbone, *positions = request.param.split(", ")
@@ -71,3 +79,18 @@ def model(request):
 def pictures():
     generator = torch.Generator().manual_seed(1)
     return [Image(torch.rand(1, 8, 8, generator=generator) * 2 - 1) for _ in range(4)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Forty pictures, left half red and right half blue behind bars, two files that are none, and a text."""
+    (tmp_path / "pictures" / "deep").mkdir(parents=True)
+    for i in range(40):
+        picture = Picture.new("RGB", (40, 20), "red")
+        picture.paste("blue", (20, 0, 40, 20))
+        picture.save(tmp_path / "pictures" / ("deep" if i % 2 else ".") / f"{i}.png")
+    (tmp_path / "pictures" / "broken.png").write_bytes(b"not a picture")
+    whole = (tmp_path / "pictures" / "0.png").read_bytes()
+    (tmp_path / "pictures" / "half.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "pictures" / "notes.txt").write_text("no picture")
+    return tmp_path / "pictures"

@@ -12,7 +12,7 @@ class GPU(NamedTuple):
     teraflops: float
     """dense bfloat16 peak"""
     memory: int
-    """GiB on the card"""
+    """GiB on the card; data sheets write this number as GB"""
     bandwidth: float
     """of the memory, GB/s"""
     link: float

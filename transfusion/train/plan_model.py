@@ -1,10 +1,10 @@
 """What is planned for: the model that settings describe, and rows like those of its training. No data set is read."""
-import json
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, LlamaConfig
+from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig
 
+from transfusion.files import read_json
 from transfusion.model.config import TransfusionConfig
 from transfusion.sequence import Sequence, pack
 from transfusion.sequence.encoding import Document
@@ -58,7 +58,11 @@ def planned_config(config: TrainConfig, image: tuple[int, int, int]) -> Transfus
 def _shape(start: Path) -> dict:
     file = Path(start) / "config.json"
     if file.is_file():
-        return json.loads(file.read_text())
+        shape = read_json(file)
+        if shape.get("model_type") not in CONFIG_MAPPING:
+            raise ValueError(f"plan: tune.start is {str(start)!r}, whose config.json has model_type "
+                             f"{shape.get('model_type')!r}; a Transfusion or a language model of transformers fits")
+        return shape
     if str(start) not in SHAPES:
         raise ValueError(f"plan: tune.start is {str(start)!r}, where no config.json is; a checkpoint's directory or "
                          f"{', '.join(SHAPES)} fit{nearest(str(start), SHAPES)}")

@@ -7,10 +7,11 @@ its own; where it starts from other values, `defaults` names them:
     @defaults(steps=400, lr=3e-3)
     class ClassifierSettings(JobSettings, StepSettings): ...
 """
-import dataclasses
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 from transfusion.settings import Count, Decay, NotNegative, Positive, Seed, WholeNumber
 
@@ -77,10 +78,9 @@ class OptimizerSettings(StepSettings):
 def defaults(**values) -> Callable[[type], type]:
     """Give a settings class, below `@dataclass`, other default values for options that its base classes write."""
     def change(kind: type) -> type:
-        bases = [base for base in kind.__mro__ if dataclasses.is_dataclass(base)]
-        inherited = {f.name: f for base in bases for f in dataclasses.fields(base)}
+        hints = get_type_hints(kind, include_extras=True)
+        kind.__annotations__ = {**inspect.get_annotations(kind), **{name: hints[name] for name in values}}
         for name, value in values.items():
-            kind.__annotations__ = {**kind.__dict__.get("__annotations__", {}), name: inherited[name].type}
             setattr(kind, name, value)
         return kind
     return change

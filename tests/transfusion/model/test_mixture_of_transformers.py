@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from tests.compare import assert_as_accurate
-from tests.transfusion.conftest import tiny_model
+from tests.transfusion.conftest import tiny_decoder_config, tiny_model
 from tests.transfusion.model.test_from_language_model import language_model
 from tests.transfusion.model.test_transfusion import hidden_states, losses, packed
 from tests.transfusion.train.test_transfusion import losses as steps_of
@@ -29,20 +29,8 @@ def model():
 
 def random_model(family):
     """A model in which every weight, those of norms and of the modulation too, is its own random number."""
-    text = AutoConfig.for_model(
-        family,
-        vocab_size=400,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        pad_token_id=0,
-    )
-    model = Transfusion(
-        TransfusionConfig(text_config=text, backbone="mixture_of_transformers"), tiny_model().tokenizer
-    ).eval()
+    config = TransfusionConfig(text_config=tiny_decoder_config(family), backbone="mixture_of_transformers")
+    model = Transfusion(config, tiny_model().tokenizer).eval()
     torch.manual_seed(2)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2, mean=float(parameter.ndim == 1))

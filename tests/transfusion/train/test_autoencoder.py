@@ -1,4 +1,4 @@
-"""Autoencoders: training and resuming, pictures from folders, measuring and caches of latents.
+"""Autoencoders: training and resuming, measuring and caches of latents.
 
 And what a Transfusion carries that is trained on one's latents.
 """
@@ -19,7 +19,7 @@ from transfusion.cli import main
 from transfusion.data.batches import step_generator
 from transfusion.data.dataset import DatasetSettings
 from transfusion.data.latents import EncodeSettings, encode_dataset, open_dataset
-from transfusion.data.picture_files import PictureFolder, PictureFolderSettings, describe, read_picture
+from transfusion.data.picture_files import PictureFolder, PictureFolderSettings
 from transfusion.eval.autoencoder import LinearCodec, VAEEvalSettings, evaluate, frechet_name, patch_pca, picture_pca
 from transfusion.eval.features import Features
 from transfusion.files import locked
@@ -206,63 +206,6 @@ def test_the_papers_autoencoder_has_the_shape_it_says():
         losses.perceptual, losses.adversarial, losses.identity, losses.kl, losses.adversarial_from
     ) == (1.0, 0.5, 0.2, 1e-6, 50_000)
     assert config.optim.steps == 1_000_000 and set(AUTOENCODER_PRESETS) == {"small", "paper"}
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Forty pictures, left half red and right half blue behind bars, two files that are none, and a text."""
-    (tmp_path / "pictures" / "deep").mkdir(parents=True)
-    for i in range(40):
-        picture = Picture.new("RGB", (40, 20), "red")
-        picture.paste("blue", (20, 0, 40, 20))
-        picture.save(tmp_path / "pictures" / ("deep" if i % 2 else ".") / f"{i}.png")
-    (tmp_path / "pictures" / "broken.png").write_bytes(b"not a picture")
-    whole = (tmp_path / "pictures" / "0.png").read_bytes()
-    (tmp_path / "pictures" / "half.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "pictures" / "notes.txt").write_text("no picture")
-    return tmp_path / "pictures"
-
-
-def test_a_folders_pictures_are_their_middle_squares_resized_and_bad_files_are_left_out_and_named(folder):
-    settings = PictureFolderSettings(folder=folder, size=8)
-    train_set, held_out = (settings.open(split).pictures for split in ("train", "held-out"))
-    assert len(train_set) + len(held_out) == 40 and 0 < len(held_out) < 12
-    assert not set(train_set.paths) & set(held_out.paths)
-    skipped = train_set.skipped + held_out.skipped
-    assert sorted(path.name for path in skipped) == ["broken.png", "half.png"]
-    lines = [describe(pictures, settings, "train") for pictures in (train_set, held_out)]
-    assert (sum(path.name in line for path in skipped for line in lines) == 2
-            and sum("cannot be read are left out" in line for line in lines) >= 1)
-    batch = train_set[torch.tensor([0, 5])]
-    assert batch.shape == (2, *train_set.shape[1:]) == (2, 3, 8, 8)
-    torch.testing.assert_close(batch[0, :, 4, 0], torch.tensor([1.0, -1.0, -1.0]))
-    torch.testing.assert_close(batch[0, :, 4, 7], torch.tensor([-1.0, -1.0, 1.0]))
-    assert PictureFolder(dataclasses.replace(settings, channels=1)).shape[1:] == (1, 8, 8)
-
-
-def test_pictures_stand_as_their_camera_held_them_and_16_bits_are_scaled(tmp_path):
-    picture = Picture.new("RGB", (8, 8), "red")
-    picture.paste("blue", (0, 0, 8, 4))
-    exif = Picture.Exif()
-    exif[0x0112] = 6  # turned a quarter
-    for i in range(20):
-        picture.save(tmp_path / f"{i}.png", exif=exif)
-    turned = read_picture(tmp_path / "0.png", 8, 3)
-    torch.testing.assert_close(turned[:, 4, 7], torch.tensor([-1.0, -1.0, 1.0]))
-    torch.testing.assert_close(turned[:, 4, 0], torch.tensor([1.0, -1.0, -1.0]))
-    Picture.new("I;16", (8, 8), 40_000).save(tmp_path / "deep.png")
-    Picture.new("F", (8, 8), 0.5).save(tmp_path / "float.tiff")
-    folders = [PictureFolder(PictureFolderSettings(folder=tmp_path, size=8), split) for split in ("train", "held-out")]
-    assert sorted(path.name for folder in folders for path in folder.skipped) == ["float.tiff"]
-    deep = read_picture(tmp_path / "deep.png", 8, 3)
-    torch.testing.assert_close(deep, torch.full((3, 8, 8), round(40_000 * 255 / 65_535) / 127.5 - 1))
-    with pytest.raises(ValueError, match="float.tiff is not a picture that can be read .pixels of kind F"):
-        read_picture(tmp_path / "float.tiff", 8, 3)
-
-
-def test_transparent_parts_are_white(tmp_path):
-    Picture.new("RGBA", (6, 6), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert torch.equal(read_picture(tmp_path / "clear.png", 4, 3), torch.ones(3, 4, 4))
 
 
 def test_a_picture_that_breaks_during_training_is_replaced_by_the_next(folder, tmp_path):

@@ -235,6 +235,16 @@ def test_what_does_not_fit_ends_the_command_in_a_line(args, message, capsys):
     assert re.search(message, str(stop.value) + capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("written,message", [
+    ("{}", "plan: tune.start is '.*', whose config.json has model_type None; a Transfusion or a language model"),
+    ('{"model_type": "lama"}', "whose config.json has model_type 'lama'; "),
+    ('{"model', "config.json is damaged")])
+def test_a_start_of_no_known_kind_is_refused_by_name(written, message, tmp_path):
+    (tmp_path / "config.json").write_text(written)
+    with pytest.raises(SystemExit, match=message):
+        main(["plan", "paper", "--tune.start", str(tmp_path)])
+
+
 def test_no_data_set_is_opened_and_no_model_is_built(monkeypatch, capsys):
     monkeypatch.setattr("transfusion.data.dataset.DatasetSettings.open", lambda *_: pytest.fail("opened"))
     main(["plan", "paper", "--size", "7B", "--optim.seq-len", "4096"])

@@ -62,7 +62,3 @@ def main(args: list[str] | None = None) -> None:
                         description=transfusion.recipes.studies.__doc__, args=args)
     with plain_errors(resumes=True):
         run_studies(settings)
-
-
-if __name__ == "__main__":
-    main()

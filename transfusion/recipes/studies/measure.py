@@ -19,6 +19,7 @@ from transfusion.eval.metrics import frechet_distance, precision_recall
 from transfusion.model.transfusion import Transfusion
 from transfusion.sequence import Document, Part, Sequence, Text, encode, pack
 from transfusion.train.classifier import accuracy
+from transfusion.train.estimates import work
 
 
 class Yardstick:
@@ -77,16 +78,12 @@ def _caption_alone(document: Document, count: int) -> Document:
 def flops(model: Transfusion, sequence: Sequence) -> dict[str, int]:
     """Return multiplications and additions of matrices in the forward pass of packed documents.
 
-    The backbone's are 2 for each weight of its layers' matrices and token, and 4 H D for each visible pair; heads are
-    the text's where there is a text target, and linear image layers at each patch. A U-Net's convolutions are not
-    counted. Training costs three times as much.
+    Layers and attention are those of `transfusion.train.estimates.work`; heads are the text's where there is a text
+    target, and linear image layers at each patch. A U-Net's convolutions are not counted. Training costs three times as
+    much.
     """
-    decoder, text = model.backbone.decoder.get_decoder(), model.config.text_config
-    matrices = sum(p.numel() for p in decoder.layers.parameters() if p.ndim == 2)
-    pairs = int(model.image_attention.mask(sequence).area())
-    head = 2 * model.get_output_embeddings().weight.numel() * len(sequence.text_targets)
+    parts = work(model, model, sequence)
     names = ("patch_embedding.linear.weight", "image_head.linear.weight")
     linear = sum(p.numel() for name, p in model.named_parameters() if name in names)
-    heads = text.num_hidden_layers * text.num_attention_heads * text.head_dim
-    return {"layers": 2 * matrices * sequence.tokens.numel(), "attention": 4 * heads * pairs,
-            "heads": head + 2 * linear * len(sequence.patches)}
+    return {"layers": parts["layers"].forward, "attention": parts["attention"].forward,
+            "heads": parts["text head"].forward + 2 * linear * len(sequence.patches)}
