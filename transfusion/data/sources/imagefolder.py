@@ -69,7 +69,7 @@ class ImageFolderSettings:
         ):
             return TextBesideFolder(self, names)
         if any("/" in name for name in names):
-            return LabelFolder(self, [name for name in names if "/" in name])
+            return LabelFolder(self, names)
         raise ValueError(
             f"{op}: path is {str(self.path)!r}, whose {len(names)} pictures have no captions; metadata.jsonl, "
             "metadata.csv, a .txt beside each picture or folders named after labels fit"
@@ -166,5 +166,11 @@ class LabelFolder(NamedFolder):
     kind = "folders"
 
     def caption(self, path: Path) -> str:
-        """Return the caption of the picture at `path`."""
+        """Return the caption of the picture at `path`.
+
+        Raises:
+            DataError: the picture lies beside the folders that are labels.
+        """
+        if path.parent == self.settings.path:
+            raise DataError(str(path), "it lies in no folder that is a label; move it into one", "missing caption")
         return self.settings.template.replace("{label}", path.parent.name.replace("_", " "))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.transfusion.data.sources.conftest import check_source, png, write_json_lines
-from transfusion.data.sources import ImageFolderSettings
+from transfusion.data.sources import DataError, ImageFolderSettings
 
 
 def put(folder, **files):
@@ -77,6 +77,15 @@ def test_names_of_folders_are_labels_and_a_template_makes_captions_of_them(tmp_p
     records = check_source(ImageFolderSettings(tmp_path, template="a photo of a {label}").open(), 3)
     assert [record.captions[0] for record in records] == ["a photo of a dog"] + ["a photo of a tabby cat"] * 2
     assert check_source(ImageFolderSettings(tmp_path).open(), 3)[0].captions == ("dog",)
+
+
+def test_a_picture_beside_the_folders_that_are_labels_is_counted_as_one_without_a_caption(tmp_path):
+    put(tmp_path, cat__1_png=1, lost_png=2)
+    source = ImageFolderSettings(tmp_path).open()
+    assert len(source) == 2 and source[0].captions == ("cat",)
+    with pytest.raises(DataError, match="it lies in no folder that is a label; move it into one") as error:
+        source[1]
+    assert error.value.kind == "missing caption"
 
 
 @pytest.mark.parametrize(
