@@ -72,8 +72,15 @@ class Task(Protocol):
         """Write what `from_pretrained` reads, after `step` steps."""
 
 
+class Watcher(Protocol):
+    """What looks at a run from outside, every so many steps: losses on held-out data, samples."""
+
+    def after(self, done: int) -> dict[str, float]:
+        """Look at the players after `done` steps; return numbers for the step's record in the log, or none."""
+
+
 def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate: Callable[[int], float], *,
-        fixed: tuple[str, ...], way_on: str = "", epoch: float | None = None) -> int:
+        fixed: tuple[str, ...], way_on: str = "", epoch: float | None = None, watchers: Sequence[Watcher] = ()) -> int:
     """Train to the last step, to `stop_after`, or to Ctrl-C, SIGTERM or SIGHUP; return the number of steps done.
 
     Args:
@@ -82,6 +89,7 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
         fixed: settings that must be what they were when a run goes on.
         way_on: what helps where a loss is not finite, for trainers without --resume.
         epoch: steps that show all data once, where there is such a number.
+        watchers: what looks at the players after each step. They change neither weights nor what later steps draw.
     """
     start = restore(config, task.players, fixed) if config.resume else 0
     print(cost(task, optim, start, epoch), flush=True)
@@ -111,6 +119,8 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
 
             # log
             record = {"step": step, **found, "lr": rate(step), "seconds": time.perf_counter() - began, **notes}
+            for watcher in watchers:
+                record |= watcher.after(done)
             log.write(record)
             speed = (done - start) * task.size / (record["seconds"] - spent)
             progress.set_postfix({name: f"{found[name]:.3f}" for name in task.shown if name in found},
