@@ -193,7 +193,8 @@ def load_state(config: RunSettings, fixed: tuple[str, ...]) -> tuple[dict[str, T
         theirs.pop("data.name", None)  # earlier versions wrote a data set's name beside a folder, too
     if "model.backbone" in theirs:
         theirs["model.backbone"] = present_backbone(theirs["model.backbone"])
-    if not {key.split(".")[0] for key in ours if "." in key} <= {key.split(".")[0] for key in theirs}:
+    groups = {name.partition(".")[0] for name in fixed} & {key.partition(".")[0] for key in ours if "." in key}
+    if not groups <= {key.partition(".")[0] for key in theirs}:  # settings that are new since then are in none of them
         raise ValueError(f"train: out is {out!r}, which holds a run of another kind; --resume goes on with the same "
                          "command's; take another --out")
     changed = [key for key in ours

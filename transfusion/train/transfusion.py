@@ -29,7 +29,9 @@ from transfusion.settings import Count, OneOf, Positive, Range, check
 from transfusion.train.loop import Batch, Term, fit, say_stopped
 from transfusion.train.micro_batches import split_rows
 from transfusion.train.optimizer import Player, build_average, build_optimizer, learning_rate
+from transfusion.train.samples import Samples, SamplesSettings, held_out_prompts, read_prompts
 from transfusion.train.settings import OptimizerSettings, RunSettings, check_steps
+from transfusion.train.validation import Validation, ValidationSettings
 
 FIXED = ("model", "data", "tune", "seed", "optim.rows", "optim.seq_len", "optim.times")
 """Settings that decide what was trained on: a run goes on with these alone as they were."""
@@ -75,6 +77,8 @@ class TrainConfig(RunSettings):
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DatasetSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
+    validate: ValidationSettings = field(default_factory=ValidationSettings)
+    samples: SamplesSettings = field(default_factory=SamplesSettings)
 
 
 def check_settings(op: str, config: TrainConfig, prefix: str = "") -> None:
@@ -166,6 +170,27 @@ class TransfusionTask:
             name_base(directory, self.config.tune.start, self.config.out)
 
 
+def watch(config: TrainConfig, task: TransfusionTask, rows: Rows) -> list[Validation | Samples]:
+    """Make what looks at the run while it trains, and say what that is.
+
+    Raises:
+        ValueError: the data hold out nothing, or there is nothing to draw.
+    """
+    watchers, steps = [], config.optim.steps
+    if config.validate.every:
+        held_out = rows.held_out(config.validate.rows)
+        watchers.append(Validation(config.validate, held_out, task.player, steps=steps, autocast=config.autocast))
+    if config.samples.every:
+        given, count = config.samples.prompts, config.samples.count
+        prompts = (held_out_prompts(rows.held_out(4 * count), task.base.tokenizer, count) if given is None
+                   else read_prompts(given))
+        start = saved_step(config.out) if config.resume else 0
+        watchers.append(Samples(config.samples, prompts, task.player, task.base, config.out, steps=steps, start=start))
+    for watcher in watchers:
+        print(watcher.words(), flush=True)
+    return watchers
+
+
 def train(config: TrainConfig) -> Path:
     """Run `config` as far as `fit` goes; return the directory with the checkpoint."""
     check_settings("train", config)
@@ -192,8 +217,9 @@ def _train(config: TrainConfig) -> Path:
 
     # optimizer and loop
     task = TransfusionTask(config, rows, base, model)
+    watchers = watch(config, task, rows)
     done = fit("train", config, config.optim, task, lambda step: learning_rate(step, config.optim), fixed=FIXED,
-               epoch=rows.steps_in_epoch)
+               epoch=rows.steps_in_epoch, watchers=watchers)
     say_stopped(config, config.optim, done)
     return config.out
 
