@@ -74,10 +74,11 @@ class Validation:
         if not is_due(done, self.settings.every, self.steps):
             return {}
         began = time.perf_counter()
-        with averaged_weights(self.player), torch.no_grad():
+        with averaged_weights(self.player):
             found = self.measure()
         return found | {"validation_seconds": round(time.perf_counter() - began, 3)}
 
+    @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """The losses of the model as it is."""
         table = self._table()
