@@ -31,6 +31,21 @@ class JobSettings:
 
 
 @dataclass(frozen=True)
+class GuardSettings:
+    """What happens at a step whose loss or gradient norm is far above those before it."""
+
+    do: Annotated[str, OneOf(("none", "skip", "stop"))] = "none"
+    """none: the step is taken; skip: its gradients are dropped, and those that are not finite, too; stop: save and
+    stop before it"""
+    factor: Annotated[float, Range(above=1)] = 5.0
+    """how many times their running medians losses and gradient norms may be"""
+    window: Count = 100
+    """steps that a median is taken over; before there are as many, no step is too far above them"""
+    patience: Count = 10
+    """steps in a row that may be skipped; one more, and the run saves and stops"""
+
+
+@dataclass(frozen=True)
 class RunSettings(JobSettings):
     """A training run in a directory of its own."""
 
@@ -42,6 +57,9 @@ class RunSettings(JobSettings):
     """stop (and save) after this step, as Ctrl-C would"""
     autocast: bool = False
     """compute in bfloat16 under autocast"""
+    max_hours: Positive | None = None
+    """save and stop so that this training, from its first step on, takes no longer; None: as long as it takes"""
+    guard: GuardSettings = GuardSettings()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from transfusion.data.batches import Drawn
 from transfusion.sequence import encode, lay_out
 from transfusion.train import transfusion as trainer
 from transfusion.train.autoencoder import train as train_autoencoder
+from transfusion.train.log import CLOCKED
 from transfusion.train.loop import accumulate
 from transfusion.train.micro_batches import split_rows
 from transfusion.train.optimizer import Player
@@ -95,7 +96,7 @@ def test_each_micro_batch_has_noise_of_its_own_and_accumulation_draws_the_same_d
 
 
 def records(out):
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"}
+    return [{key: value for key, value in json.loads(line).items() if key not in CLOCKED}
             for line in (out / "log.jsonl").read_text().splitlines()]
 
 
