@@ -8,7 +8,8 @@ from transfusion.command import FULL
 from transfusion.files import written
 
 LOG = "log.jsonl"
-CLOCKED = ("seconds", "waited", "tokens_per_second", "pictures_per_second", "data_share", "memory", "mfu")
+CLOCKED = ("seconds", "waited", "tokens_per_second", "pictures_per_second", "data_share", "memory", "mfu",
+           "validation_seconds", "samples_seconds")
 """Numbers of a record that are the machine's. All others are equal in two runs of equal settings."""
 
 

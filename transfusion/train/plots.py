@@ -108,7 +108,7 @@ def draw_panel(axis, panel: Panel, runs: Sequence[Run], width: int | None) -> No
         means = running_mean(values, width or max(1, len(values) // 50)) if panel.smooth else values
         if panel.smooth:
             axis.plot(*thinned(steps, values), color=colour, linewidth=0.7, alpha=0.25)
-        axis.plot(*thinned(steps, means), color=colour, linewidth=1.5)
+        axis.plot(*thinned(steps, means), color=colour, linewidth=1.5, marker="o" if len(values) == 1 else None)
         shown.append(means if panel.smooth and len(means) > 1 else values)
         if panel.held_out is not None and len(column(run, panel.held_out)[0]):
             steps, values = column(run, panel.held_out)
@@ -189,7 +189,7 @@ def _finish(axis, title: str, unit: str, logarithmic: bool, values: np.ndarray, 
     if logarithmic and len(values) and values.min() > 0 and values.max() > WIDE * values.min():
         axis.set_yscale("log")
         many = values.max() > 1000 * values.min()
-        axis.yaxis.set_major_locator(LogLocator(subs=(1,) if many else (1, 2, 5)))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1,) if many else (1, 2, 3, 5)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
     elif len(values) and values.max() >= 10_000:

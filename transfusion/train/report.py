@@ -20,9 +20,9 @@ from tyro.conf import Positional
 from transfusion.files import check_writable, write_text
 from transfusion.settings import Count, NotNegative, check
 from transfusion.train.plots import Panel, colours, draw_alone, draw_panels, drawings
-from transfusion.train.run_log import Run, column, flat, read_runs, speed, step_seconds, tokens_in_a_step
+from transfusion.train.run_log import Run, column, flat, read_runs, size_of_a_step, speed, step_seconds, unit, units
 
-OWN = ("step", "seconds", "validation_perplexity", "validation_seconds", "samples_seconds", "tokens")
+OWN = ("step", "seconds", "tokens", "pictures", "samples_seconds", "tokens_per_second", "pictures_per_second")
 """What the log has beside curves."""
 UNLIKE = ("out", "resume", "stop_after", "device")
 """Settings that are no difference between runs."""
@@ -73,20 +73,21 @@ def panels_of(runs: Sequence[Run]) -> list[Panel]:
             return steps, values * factor
         return curve
 
-    tokens = any(tokens_in_a_step(run) for run in runs)
     known = [
         Panel("text loss", "nats per token", at("text_loss"), "validation_text_loss", True),
         Panel("diffusion loss", "mean squared error", at("diffusion_loss"), "validation_diffusion_loss", True),
         Panel("loss", "weighted sum", at("loss"), None, True),
         Panel("gradient norm", "before clipping", at("grad_norm"), None, True),
         Panel("learning rate", "", at("lr"), smooth=False),
-        Panel("speed", "tokens a second" if tokens else "steps a second", speed),
-        Panel("wait for data", "seconds a step", at("waited")),
-        Panel("memory, most in use", "GiB", at("memory_gib"), smooth=False),
-        Panel("use of the peak (MFU)", "%", at("mfu", factor=100)),
+        Panel("speed", f"{units(runs)} a second", speed),
+        Panel("drawing batches", "% of a step's time", at("data_share", factor=100)),
+        Panel("wait for worker processes", "seconds a step", at("waited")),
+        Panel("memory, most in use so far", "GiB", at("memory", factor=2**-30), smooth=False),
+        Panel("use of the GPU's peak (MFU)", "%", at("mfu", factor=100)),
         Panel("steps skipped so far", "", at("skipped"), smooth=False),
     ]
-    names = {"text_loss", "diffusion_loss", "loss", "grad_norm", "lr", "waited", "memory_gib", "mfu", "skipped", *OWN}
+    names = {"text_loss", "diffusion_loss", "loss", "grad_norm", "lr", "data_share", "waited", "memory", "mfu",
+             "skipped", *OWN}
     keys = dict.fromkeys(key for run in runs for record in run.records for key in record)
     other = [key for key in keys if key not in names and not key.startswith("validation_")]
     known += [Panel(key.replace("_", " "), "", at(key), None, "loss" in key or "norm" in key) for key in other]
@@ -95,15 +96,15 @@ def panels_of(runs: Sequence[Run]) -> list[Panel]:
 
 def numbers(run: Run, price: float | None = None) -> dict[str, str]:
     """What sums a run up, as words by name; what the log does not have is left out."""
-    planned, tokens = run.settings.get("optim.steps"), tokens_in_a_step(run)
-    seconds, (_, took) = run.seconds, step_seconds(run)
+    planned, seconds, (_, took) = run.settings.get("optim.steps"), run.seconds, step_seconds(run)
     found = {"steps": f"{run.done:,}" + (f" of {planned:,}" if isinstance(planned, int) else "")}
     found["time"] = duration(seconds)
     if len(took):
         found["time of a step"] = f"{np.median(took):.3g} s (median), {np.percentile(took, 99):.3g} s (99 %)"
-    if tokens:
-        found["tokens"] = f"{run.done * tokens:,} (padding among them)"
-        found["speed"] = f"{np.median(speed(run)[1]):,.0f} tokens a second" if len(took) else ""
+    if len(speed(run)[1]):
+        found["speed"] = f"{np.median(speed(run)[1]):,.4g} {unit(run)} a second (median)"
+    if size := size_of_a_step(run):
+        found[f"{unit(run)} seen"] = f"{run.done * size:,}" + " (padding among them)" * (unit(run) == "tokens")
     for key, name in (("text_loss", "text loss"), ("diffusion_loss", "diffusion loss"), ("loss", "loss")):
         steps, values = column(run, key)
         if len(values):
@@ -115,17 +116,18 @@ def numbers(run: Run, price: float | None = None) -> dict[str, str]:
     _, norms = column(run, "grad_norm")
     if len(norms):
         found["gradient norm"] = f"{np.median(norms):.3g} (median), {norms.max():.3g} (largest)"
-    for key, name, form in (("memory_gib", "memory, most in use", "{:.2f} GiB"),
-                            ("skipped", "steps skipped", "{:,.0f}"),
-                            ("samples_failed", "samples that failed", "{:,.0f}")):
+    for key, name, pick, form in (
+            ("memory", "memory, most in use", np.max, lambda x: f"{x / 2**30:.2f} GiB"),
+            ("mfu", "use of the GPU's peak (MFU)", np.median, lambda x: f"{100 * x:.1f} % (median)"),
+            ("data_share", "drawing batches", np.median, lambda x: f"{100 * x:.1f} % of a step's time (median)"),
+            ("skipped", "steps skipped", np.max, lambda x: f"{x:,.0f}"),
+            ("samples_failed", "samples that failed", np.max, lambda x: f"{x:,.0f}")):
         _, values = column(run, key)
-        found |= {name: form.format(values.max())} if len(values) else {}
-    _, mfu = column(run, "mfu")
-    found |= {"use of the peak (MFU)": f"{100 * np.median(mfu):.1f} % (median)"} if len(mfu) else {}
+        found |= {name: form(pick(values))} if len(values) else {}
     for key, name in (("left_out", "documents left out, too long"), ("failed", "documents that could not be read")):
         _, values = column(run, key)
         found |= {name: f"{values.sum():,.0f}"} if len(values) else {}
-    for key, name in (("waited", "wait for data"), ("validation_seconds", "held-out losses took"),
+    for key, name in (("waited", "wait for worker processes"), ("validation_seconds", "held-out losses took"),
                       ("samples_seconds", "samples took")):
         _, values = column(run, key)
         found |= {name: share(values.sum(), seconds)} if len(values) else {}
@@ -160,8 +162,8 @@ def differences(runs: Sequence[Run], presets: Mapping[str, Mapping[str, object]]
                 ) -> tuple[str, list[tuple[str, list[str]]]]:
     """The preset that the first run is nearest to, and settings that differ: their values there and in each run."""
     def differ(preset: Mapping, run: Run) -> list[str]:
-        return [key for key in preset.keys() & run.settings.keys()
-                if key not in UNLIKE and preset[key] != run.settings[key]]
+        return [key for key, value in preset.items()
+                if key not in UNLIKE and value != run.settings.get(key, value)]
 
     def distance(name: str) -> int:
         return len(differ(presets[name], known[0])) + len(presets[name].keys() ^ known[0].settings.keys())
@@ -227,7 +229,7 @@ def notes(runs: Sequence[Run]) -> list[str]:
         if missing:
             said.append(f"{run.name}: the log holds {len(run.records):,} of {run.done:,} steps")
         if not run.settings:
-            said.append(f"{run.name}: no save holds its settings, so that tokens are not known")
+            said.append(f"{run.name}: no save holds its settings, so that these are not known")
     return [f"<p class='note'>{html.escape(line)}.</p>" for line in said]
 
 

@@ -98,27 +98,47 @@ def bins(run: Run) -> dict[tuple[float, float], str]:
     return dict(sorted(found.items()))
 
 
-def step_seconds(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Steps, and the seconds that each took without validation and samples; the first after a pause is left out."""
-    steps, took = [], []
-    for before, record in zip(run.records, run.records[1:]):
-        if record["step"] != before["step"] + 1 or not all("seconds" in one for one in (before, record)):
-            continue
-        looked = sum(before.get(name, 0.0) for name in ("validation_seconds", "samples_seconds"))
-        seconds = record["seconds"] - before["seconds"] - looked
-        if seconds > 0:
-            steps.append(record["step"] + 1)
-            took.append(seconds)
-    return np.array(steps, dtype=np.int64), np.array(took)
+def unit(run: Run) -> str:
+    """What speed is counted in: tokens, pictures or, where the log and the settings say neither, steps."""
+    known = next((name for name in ("tokens", "pictures") if len(column(run, f"{name}_per_second")[0])), "steps")
+    return "tokens" if known == "steps" and size_of_a_step(run) else known
 
 
-def tokens_in_a_step(run: Run) -> int | None:
-    """Tokens of a step by its settings, None where these are not known or the run has pictures alone."""
+def units(runs: Sequence[Run]) -> str:
+    """The units of several runs."""
+    return " or ".join(sorted({unit(run) for run in runs}))
+
+
+def size_of_a_step(run: Run) -> int | None:
+    """Tokens or pictures of a step by the log or the settings, None where these do not say."""
+    last = run.records[-1]
+    seen = last.get("tokens", last.get("pictures"))
+    if isinstance(seen, int):
+        return seen // run.done
     rows, length = run.settings.get("optim.rows"), run.settings.get("optim.seq_len")
     return rows * length if isinstance(rows, int) and isinstance(length, int) else None
 
 
 def speed(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Steps, and tokens a second; steps a second where a step's tokens are not known."""
-    steps, seconds = step_seconds(run)
-    return steps, (tokens_in_a_step(run) or 1) / seconds
+    """Steps, and tokens, pictures or steps a second."""
+    steps, values = column(run, "tokens_per_second", "pictures_per_second")
+    if len(values):
+        return steps, values
+    steps, seconds = _pauses(run)
+    return steps, (size_of_a_step(run) or 1) / seconds
+
+
+def step_seconds(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Steps, and the seconds that each took, without saves and what watchers did where the log has the speed."""
+    steps, values = column(run, "tokens_per_second", "pictures_per_second")
+    size = size_of_a_step(run)
+    return (steps, size / values) if len(values) and size else _pauses(run)
+
+
+def _pauses(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds between the records of one step and the next, for logs without a speed."""
+    pairs = [(record["step"] + 1, record["seconds"] - before["seconds"])
+             for before, record in zip(run.records, run.records[1:])
+             if record["step"] == before["step"] + 1 and all("seconds" in one for one in (before, record))]
+    pairs = [(step, seconds) for step, seconds in pairs if seconds > 0]
+    return np.array([step for step, _ in pairs], dtype=np.int64), np.array([seconds for _, seconds in pairs])

@@ -149,8 +149,9 @@ def test_latents_without_an_autoencoder_are_refused(tmp_path):
 def write_picture(out, step, number, prompt, shade, side=8):
     about = module.PngInfo()
     about.add_itxt("prompt", prompt)
-    (out / "samples").mkdir(exist_ok=True)
-    Picture.new("RGB", (side, side), (shade, 0, 0)).save(out / "samples" / f"{step:07d}-{number:02d}.png", pnginfo=about)
+    file = out / "samples" / f"{step:07d}-{number:02d}.png"
+    file.parent.mkdir(exist_ok=True)
+    Picture.new("RGB", (side, side), (shade, 0, 0)).save(file, pnginfo=about)
 
 
 def test_the_table_has_a_row_for_each_time_and_a_column_for_each_prompt_as_it_is_now(tmp_path):
