@@ -114,7 +114,7 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
                 player.optimizer.step()
                 player.model.zero_grad()
                 if player.averaged is not None:
-                    player.averaged.update_parameters(player.model)
+                    player.averaged.update(player.model)
             done = step + 1
 
             # log
