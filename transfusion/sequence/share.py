@@ -120,7 +120,7 @@ def share(sequence: Sequence, mask: TransfusionMask, context: Context) -> Share:
 
     `mask` is the rows' mask in the layers that see most.
     """
-    rank, ranks, (batch, length) = context.rank, context.ranks, sequence.tokens.shape
+    rank, ranks, length = context.rank, context.ranks, sequence.tokens.shape[1]
     cut = cut_by_area(mask, ranks, max(1, min(CHUNK_LEN, length // (CHUNKS * ranks))))
     holder, number = torch.empty(2, length, dtype=torch.int64, device=sequence.tokens.device)
     for r, tokens in enumerate(cut.tokens):  # which rank has a token, and as which of its tokens

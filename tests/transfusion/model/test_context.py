@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.transfusion.conftest import tiny_model
 from tests.transfusion.model.ranks import EVERY_ROW, IN_FLOAT32, MODELS, ON_FOUR, ROWS, SECONDS, run
 from tfkernels._library import INTERPRET
 from transfusion.sequence import CONTEXT_ATTENTION
