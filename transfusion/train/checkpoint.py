@@ -189,7 +189,8 @@ def load_state(config: RunSettings, fixed: tuple[str, ...]) -> tuple[dict[str, T
         theirs.pop("data.name", None)  # earlier versions wrote a data set's name beside a folder, too
     if "model.backbone" in theirs:
         theirs["model.backbone"] = present_backbone(theirs["model.backbone"])
-    if not {key.split(".")[0] for key in ours if "." in key} <= {key.split(".")[0] for key in theirs}:
+    groups = {key.split(".")[0] for key in ours if "." in key} - {"parallel"}  # which earlier versions did not have
+    if not groups <= {key.split(".")[0] for key in theirs}:
         raise ValueError(f"train: out is {out!r}, which holds a run of another kind; --resume goes on with the same "
                          "command's; take another --out")
     changed = [key for key in ours
