@@ -178,14 +178,16 @@ class TransfusionTask:
 
     def _draw(self, step: int, generator: torch.Generator) -> tuple[Drawn, dict[str, int], dict[str, int]]:
         """This process's rows, and how much the rows before them hold, and all; an error of one ends all processes."""
-        drawn, counts, failed = None, {"images": 0, "text_loss": 0, "diffusion_loss": 0}, None
+        drawn, counts, error = None, dict.fromkeys(("images", "text_loss", "diffusion_loss", "failed"), 0), None
         try:
             drawn = self.rows.draw(step, generator)
-            counts = {"images": drawn.sequence.image_count, **_counts(drawn.sequence)}
-        except ValueError as error:
-            failed = error
-        before, totals = self.processes.exchange(counts, failed)
-        return drawn, before, totals
+            counts = {"images": drawn.sequence.image_count, "failed": drawn.notes.get("failed", 0),
+                      **_counts(drawn.sequence)}
+        except ValueError as caught:
+            error = caught
+        before, totals = self.processes.exchange(counts, error)
+        notes = drawn.notes | {name: totals[name] for name in drawn.notes if name == "failed"}
+        return drawn._replace(notes=notes), before, totals
 
     def losses(self, step: int, batch: Batch) -> Iterator[tuple[Player, dict[str, Term]]]:
         """Text loss + lambda * diffusion loss."""
@@ -221,7 +223,7 @@ def train(config: TrainConfig) -> Path:
         with processes.agreeing():
             check_settings("train", config)
             check_rows("train", config.optim, processes)
-        inputs = {f"data.{name}": path for name, path in config.data.directories().items()}
+            inputs = {f"data.{name}": path for name, path in config.data.directories().items()}
         claimed = claim("train", config.out, {"tune.start": config.tune.start, **inputs}, config.resume,
                         alone=processes.size == 1)
         with processes.main_holds(claimed):
