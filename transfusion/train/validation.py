@@ -10,13 +10,15 @@ that each pass holds all noise levels and each image meets every one. Times are 
 """
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from transfusion.data.batches import Drawn
+from transfusion.sequence import Sequence
 from transfusion.settings import Count, WholeNumber
 from transfusion.train.optimizer import Player
 from transfusion.train.parallel import sum_means
@@ -43,16 +45,19 @@ class Validation:
 
     Args:
         settings: how often, and how many bins.
-        rows: held-out rows, each a batch of one; this process passes those of `numbers`.
+        rows: held-out rows, each a batch of one.
         player: whose model, with averaged weights, is measured.
         steps: of the run, whose last one is always looked at.
         autocast: compute in bfloat16, as training does.
+        rank, ranks: which part of the rows this process passes, of how many parts.
+        share: what this process computes of a row whose tokens it shares with others, as `Transfusion.share` says.
     """
 
-    def __init__(self, settings: ValidationSettings, rows: Sequence[Drawn], player: Player, *, steps: int,
-                 autocast: bool = False, rank: int = 0, ranks: int = 1):
+    def __init__(self, settings: ValidationSettings, rows: Many[Drawn], player: Player, *, steps: int,
+                 autocast: bool = False, rank: int = 0, ranks: int = 1,
+                 share: Callable[[Sequence], Sequence] | None = None):
         self.settings, self.player, self.steps, self.autocast = settings, player, steps, autocast
-        self.count, self.rank, self.ranks = len(rows), rank, ranks
+        self.count, self.rank, self.ranks, self.share = len(rows), rank, ranks, share
         self.rows = {number: rows[number] for number in self._numbers()}
 
     def _numbers(self) -> list[int]:
@@ -109,7 +114,8 @@ class Validation:
     def _passes(self, number: int) -> dict[str, float]:
         """Sums and counts of a row over its passes."""
         bins, device = self.settings.bins, next(self.player.model.parameters()).device
-        sequence, limit, _ = self.rows[number]
+        sequence = self.rows[number].sequence
+        sequence = sequence if self.share is None else self.share(sequence)
         targets, on_device = len(sequence.text_targets), sequence.to(device)
         texts, losses, places = [], [], []
         for k in range(bins):

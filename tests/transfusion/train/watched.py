@@ -1,5 +1,6 @@
 """What looks at a run, in one process and in two; run in each of them by `spawn`."""
 import copy
+import functools
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,14 +12,17 @@ from tests.transfusion.train.two_processes import MODELS, ROWS, random_model, st
 from transfusion import Text
 from transfusion.data.training_data import DrawnRows
 from transfusion.recipes.digits import Digits, DigitsSettings
+from transfusion.sequence import Context
 from transfusion.train.average import Average
 from transfusion.train.optimizer import Player
 from transfusion.train.parallel import shard, whole
 from transfusion.train.samples import Samples, SamplesSettings
 from transfusion.train.validation import Validation, ValidationSettings
 
-WATCHED = ("decoder, dit, tied", "adaln, unet, lora", "mixture_of_transformers, linear")
+WATCHED = ("decoder, dit, tied", "adaln, unet, lora", "mixture_of_transformers, linear", "adaln, dit, 2d")
 """Models of `MODELS` that two processes look at together."""
+SHARED = WATCHED[2:]
+"""Those whose processes share the tokens of each row; of the others each takes rows of its own."""
 COUNT = 5  # rows, so that the second process has one that counts nothing
 
 
@@ -42,13 +46,13 @@ def player_of(model):
     return player
 
 
-def look(model, folder, rank=0, ranks=1):
+def look(model, folder, rank=0, ranks=1, share=None):
     """What the watchers find, and whether weights and averages are what they were; pictures are written by rank 0."""
     player = player_of(model)
     before = [whole(p.detach()).clone() for p in model.parameters()]
     kept = {name: whole(x).clone() for name, x in player.averaged.tensors.items()}
-    validation = Validation(ValidationSettings(every=2, bins=3), held_out(model), player, steps=9, rank=rank,
-                            ranks=ranks)
+    validation = Validation(ValidationSettings(every=2, bins=3), held_out(model), player, steps=9,
+                            rank=0 if share else rank, ranks=1 if share else ranks, share=share)
     samples = Samples(SamplesSettings(every=2, steps=2), [Text("a handwritten two"), Text("one")], player,
                       base_of(model), folder, steps=9, writes=rank == 0)
     found = validation.after(2) | samples.after(2)
@@ -67,7 +71,8 @@ def run(rank: int, folder: str) -> None:
         model = shard(random_model(**MODELS[name]), mesh)
         before = step(model, ROWS["uneven micro-batches"][rank])[0]
         model.zero_grad()
-        numbers, same = look(model, Path(folder) / str(number), rank, 2)
+        share = functools.partial(base_of(model).share, context=Context()) if name in SHARED else None
+        numbers, same = look(model, Path(folder) / str(number), rank, 2, share)
         after = step(model, ROWS["uneven micro-batches"][rank])[0]
         found[name] = numbers, same, all(torch.equal(before[key], after[key]) for key in before)
     if rank == 0:
