@@ -32,7 +32,8 @@ class Panel(NamedTuple):
     curve: Callable[[Run], tuple[np.ndarray, np.ndarray]]  # steps and values
     held_out: str | None = None                            # key of the same loss on held-out data
     logarithmic: bool = False                              # where values are wide apart
-    smooth: bool = True
+    smooth: bool = True                                    # show a running mean
+    from_zero: bool = False                                # begin the axis at 0
 
 
 def loss_curves(path: Path, log: Path) -> None:
@@ -70,7 +71,8 @@ def draw_panels(path: Path, panels: Sequence[Panel], runs: Sequence[Run], width:
     for axis in left:
         axis.axis("off")
     figure.suptitle(title, fontweight="bold")
-    figure.legend(handles=legend(runs), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    handles = legend(runs)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False, fontsize=9)
     with written(path) as aside:
         figure.savefig(aside, dpi=130)
     plt.close(figure)
@@ -116,6 +118,8 @@ def draw_panel(axis, panel: Panel, runs: Sequence[Run], width: int | None) -> No
                       linestyle="--")
             shown.append(values)
     _finish(axis, panel.title, panel.unit, panel.logarithmic, np.concatenate(shown) if shown else np.zeros(0))
+    if panel.from_zero:
+        axis.set_ylim(0, 1.06 * axis.dataLim.y1)
 
 
 def draw_bins(axis, runs: Sequence[Run]) -> None:
@@ -152,11 +156,11 @@ def legend(runs: Sequence[Run]) -> list[Line2D]:
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """The mean of the `width` values around each one, of fewer at the ends."""
+    """The mean of the `width` values around each one, of those that there are at the ends."""
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     at = np.arange(len(values))
-    reach = np.minimum(np.minimum(at, len(values) - 1 - at), width // 2)  # as far to both sides, so that ends stay true
-    return (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
+    first, last = np.maximum(at - width // 2, 0), np.minimum(at + width // 2 + 1, len(values))
+    return (sums[last] - sums[first]) / (last - first)
 
 
 def thinned(steps: np.ndarray, values: np.ndarray, count: int = SHOWN) -> tuple[np.ndarray, np.ndarray]:

@@ -79,12 +79,12 @@ def panels_of(runs: Sequence[Run]) -> list[Panel]:
         Panel("loss", "weighted sum", at("loss"), None, True),
         Panel("gradient norm", "before clipping", at("grad_norm"), None, True),
         Panel("learning rate", "", at("lr"), smooth=False),
-        Panel("speed", f"{units(runs)} a second", speed),
-        Panel("drawing batches", "% of a step's time", at("data_share", factor=100)),
-        Panel("wait for worker processes", "seconds a step", at("waited")),
-        Panel("memory, most in use so far", "GiB", at("memory", factor=2**-30), smooth=False),
-        Panel("use of the GPU's peak (MFU)", "%", at("mfu", factor=100)),
-        Panel("steps skipped so far", "", at("skipped"), smooth=False),
+        Panel("speed", f"{units(runs)} a second", speed, from_zero=True),
+        Panel("drawing batches", "% of a step's time", at("data_share", factor=100), from_zero=True),
+        Panel("wait for worker processes", "seconds a step", at("waited"), from_zero=True),
+        Panel("memory, most in use so far", "GiB", at("memory", factor=2**-30), smooth=False, from_zero=True),
+        Panel("use of the GPU's peak (MFU)", "%", at("mfu", factor=100), from_zero=True),
+        Panel("steps skipped so far", "", at("skipped"), smooth=False, from_zero=True),
     ]
     names = {"text_loss", "diffusion_loss", "loss", "grad_norm", "lr", "data_share", "waited", "memory", "mfu",
              "skipped", *OWN}
@@ -209,7 +209,7 @@ def page(title: str, panels: Sequence[Panel], runs: Sequence[Run], presets: Mapp
     nearest, rows = differences(runs, presets)
     if nearest:
         parts.append(f"<h2>Settings that differ from the preset {html.escape(nearest)}</h2>")
-        parts.append(table(["", nearest, *(run.name for run in runs)], [[key, *values] for key, values in rows])
+        parts.append(table(["", f"preset {nearest}", *(run.name for run in runs)], [[key, *values] for key, values in rows])
                      if rows else "<p>None.</p>")
     for run in runs:
         samples = run.path / "samples.png"

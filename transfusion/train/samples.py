@@ -12,7 +12,6 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import Image as Picture
 from PIL import ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
@@ -103,7 +102,7 @@ class Samples:
     def draw(self) -> list[Image]:
         """One image for each prompt."""
         settings = self.settings
-        with averaged_weights(self.player), gathered(self.player.model), torch.compiler.set_stance("force_eager"):
+        with averaged_weights(self.player), gathered(self.player.model):
             return self.base.draw([[prompt] for prompt in self.prompts], steps=settings.steps,
                                   guidance=settings.guidance, seed=settings.seed)
 

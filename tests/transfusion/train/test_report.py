@@ -201,10 +201,9 @@ def test_markup_in_names_and_settings_is_text(tmp_path):
 
 
 @pytest.mark.parametrize("width", [1, 2, 5, 50])
-def test_a_running_mean_is_of_as_many_values_on_both_sides_and_fewer_at_the_ends(width):
+def test_a_running_mean_is_of_the_values_around_each_one_that_there_are(width):
     values = np.random.default_rng(0).normal(size=40)
-    reach = [min(i, 39 - i, width // 2) for i in range(40)]
-    expected = [values[i - n:i + n + 1].mean() for i, n in enumerate(reach)]
+    expected = [values[max(0, i - width // 2):i + width // 2 + 1].mean() for i in range(40)]
     np.testing.assert_allclose(running_mean(values, width), expected, atol=1e-12)
 
 
