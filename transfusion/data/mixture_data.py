@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from transfusion.data.batches import Drawn, step_generator
+from transfusion.data.batches import Drawn
 from transfusion.data.dataset import DataSettings
 from transfusion.data.grids import Grids
 from transfusion.data.lengths import is_trained_on
@@ -238,8 +238,7 @@ class HeldOutRows(Sequence):
         batch = self.packed[number]
         sequence = batch.sequence
         if self.latents is not None:
-            pictures = self.latents(batch.pictures(), step_generator(self.packed.seed, number))
-            sequence = batch.with_latents(pictures, self.patch_size)
+            sequence = batch.with_latents(self.latents(batch.pictures(), batch.noises), self.patch_size)
         return Drawn(sequence, batch.limit, {"failed": len(batch.failures)})
 
 

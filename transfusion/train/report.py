@@ -50,6 +50,8 @@ def report(settings: ReportSettings, presets: Mapping[str, Mapping[str, object]]
     Raises:
         ValueError: a run that is not there or has no step, or a page that cannot be written.
     """
+    if not settings.runs:
+        raise ValueError("report: no run is named; the directory of one fits, such as runs/digits")
     check("report", settings)
     runs = read_runs(settings.runs)
     out = settings.out or runs[0].path / "report.html"

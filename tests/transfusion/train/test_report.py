@@ -158,6 +158,8 @@ def test_damaged_logs_are_read_as_far_as_they_go_and_empty_ones_are_named(tmp_pa
             report(ReportSettings((run,)), {})
     with pytest.raises(ValueError, match="nowhere holds no log.jsonl; the directory of a training run, its --out, fit"):
         report(ReportSettings((tmp_path / "nowhere",)), {})
+    with pytest.raises(SystemExit, match="error: report: no run is named"):
+        main(["report"])
     with pytest.raises(SystemExit, match="error: report: .*holds no log.jsonl"):
         main(["report", str(tmp_path)])
     (run / "log.jsonl").write_text(json.dumps(record(0)))
