@@ -211,8 +211,8 @@ def page(title: str, panels: Sequence[Panel], runs: Sequence[Run], presets: Mapp
     nearest, rows = differences(runs, presets)
     if nearest:
         parts.append(f"<h2>Settings that differ from the preset {html.escape(nearest)}</h2>")
-        parts.append(table(["", f"preset {nearest}", *(run.name for run in runs)], [[key, *values] for key, values in rows])
-                     if rows else "<p>None.</p>")
+        head = ["", f"preset {nearest}", *(run.name for run in runs)]
+        parts.append(table(head, [[key, *values] for key, values in rows]) if rows else "<p>None.</p>")
     for run in runs:
         samples = run.path / "samples.png"
         if samples.is_file():
