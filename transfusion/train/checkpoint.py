@@ -22,13 +22,9 @@ from transfusion.command import saved_run, saved_step
 from transfusion.data.dataset import DataSettings
 from transfusion.files import load_tensors, whole
 from transfusion.model.config import present_backbone
+from transfusion.train.average import trained_parameters
 from transfusion.train.optimizer import Player
 from transfusion.train.settings import RunSettings
-
-
-def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Parameters that training changes, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def training_state(players: Sequence[Player]) -> tuple[dict[str, Tensor], dict[str, dict]]:
@@ -42,7 +38,7 @@ def training_state(players: Sequence[Player]) -> tuple[dict[str, Tensor], dict[s
         moments, optimizers[player.name] = _optimizer_state(player)
         tensors |= {f"optimizer.{name}": x for name, x in moments.items()}
         if player.averaged is not None:
-            tensors |= {f"averaged.{name}": p for name, p in trained_parameters(player.averaged.module).items()}
+            tensors |= {f"averaged.{name}": x for name, x in player.averaged.tensors.items()}
             tensors["averaged_steps"] = player.averaged.n_averaged
         state |= {player.prefix(".") + name: x for name, x in tensors.items()}
     return state, optimizers
@@ -63,8 +59,8 @@ def restore_players(players: Sequence[Player], state: Mapping[str, Tensor], opti
         tensors = {name.removeprefix(start): x for name, x in state.items() if name.startswith(start)}
         _restore_optimizer(player, tensors, optimizers.get(player.name, {}))
         if player.averaged is not None:
-            for name, p in trained_parameters(player.averaged.module).items():
-                p.copy_(state[f"{prefix}averaged.{name}"])
+            for name, x in player.averaged.tensors.items():
+                x.copy_(state[f"{prefix}averaged.{name}"])
             player.averaged.n_averaged.copy_(state[f"{prefix}averaged_steps"])
 
 

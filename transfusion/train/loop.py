@@ -201,7 +201,7 @@ def take_step(player: Player, *, is_skipped: bool) -> None:
         player.optimizer.step()
     player.model.zero_grad()
     if player.averaged is not None and not is_skipped:
-        player.averaged.update_parameters(player.model)
+        player.averaged.update(player.model)
 
 
 def shown(task: Task, record: Mapping[str, float], speed: float) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The optimizer of every trainer, learning rates, and the moving average of the weights.
+"""The optimizer of every trainer, and learning rates.
 
 Another optimizer is chosen in `build_optimizer`: the loop and the checkpoints know none by name.
 """
@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from transfusion.train.average import Average
 from transfusion.train.settings import OptimizerSettings, StepSettings
 
 
@@ -20,7 +20,7 @@ class Player:
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    averaged: AveragedModel | None = None
+    averaged: Average | None = None
     name: str = ""
     loss: str = "loss"
 
@@ -58,27 +58,3 @@ def build_optimizer(model: torch.nn.Module, optim: StepSettings, *, fused: bool 
     matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=fused)
-
-
-def average_decay(count: int, ema: float) -> float:
-    """Decay of the average once it holds the weights of `count` steps: min(ema, (1 + count) / (10 + count)).
-
-    This is the warm-up of TensorFlow's ExponentialMovingAverage with num_updates. Without it the first step's weights
-    would keep a share of ema^steps, most of the average of a short run. With it a short run averages its last tenth.
-    """
-    return min(ema, (1 + count) / (10 + count))
-
-
-def build_average(model: torch.nn.Module, optim: OptimizerSettings) -> AveragedModel:
-    """Exponential moving average of what is trained, its decay warmed up; what is frozen stays in memory once."""
-    averaged = AveragedModel(model)
-
-    def update(kept: list[torch.Tensor], new: list[torch.Tensor], _) -> None:
-        decay = average_decay(int(averaged.n_averaged), optim.ema)  # a count on the host: nothing waits
-        get_ema_multi_avg_fn(decay)(kept, new, None)
-
-    averaged.multi_avg_fn = update
-    for copied, p in zip(averaged.module.parameters(), model.parameters()):
-        if not p.requires_grad:
-            copied.data = p.data
-    return averaged

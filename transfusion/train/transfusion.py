@@ -26,9 +26,12 @@ from transfusion.model.lora import TuneSettings, name_base, prepare, trained_tab
 from transfusion.model.transfusion import Transfusion
 from transfusion.sequence.tokenizer import BOI, EOI, train_tokenizer
 from transfusion.settings import Count, OneOf, Positive, Range, check
+from transfusion.train.activations import outline
+from transfusion.train.average import Average
+from transfusion.train.estimates import work
 from transfusion.train.loop import Batch, Term, fit, say_stopped
 from transfusion.train.micro_batches import split_rows
-from transfusion.train.optimizer import Player, build_average, build_optimizer, learning_rate
+from transfusion.train.optimizer import Player, build_optimizer, learning_rate
 from transfusion.train.settings import OptimizerSettings, RunSettings, check_steps
 
 FIXED = ("model", "data", "tune", "seed", "optim.rows", "optim.seq_len", "optim.times")
@@ -131,7 +134,7 @@ class TransfusionTask:
         """`model` is `base`, or the adapters around it."""
         self.config, self.rows, self.base = config, rows, base
         self.size = config.optim.rows * config.optim.seq_len
-        self.player = Player(model, build_optimizer(model, config.optim), build_average(model, config.optim))
+        self.player = Player(model, build_optimizer(model, config.optim), Average(model, config.optim.ema))
         self.players = (self.player,)
 
     def batches(self, step: int) -> list[Batch]:
@@ -159,9 +162,16 @@ class TransfusionTask:
         yield self.player, {"text_loss": Term(1.0, output.text_loss),
                             "diffusion_loss": Term(self.base.config.diffusion_weight, output.diffusion_loss)}
 
+    def operations(self, batches: list[Batch]) -> float:
+        """How many the model's mathematics needs for a step's batches, forward and backward."""
+        plain = outline(self.base.config, TuneSettings())
+        rows = (batch.inputs[0] for batch in batches)
+        return sum(part.step for one in rows for part in work(self.player.model, plain, one).values())
+
     def save(self, directory: Path, step: int) -> None:
         """Write the averaged model or, where only adapters are trained, those and the way to their model."""
-        (self.player.averaged.module if self.config.optim.ema else self.player.model).save_pretrained(directory)
+        with self.player.averaged.applied(self.player.model):
+            self.player.model.save_pretrained(directory)
         if self.config.tune.trained != "all":
             name_base(directory, self.config.tune.start, self.config.out)
 
@@ -193,7 +203,7 @@ def _train(config: TrainConfig) -> Path:
     # optimizer and loop
     task = TransfusionTask(config, rows, base, model)
     done = fit("train", config, config.optim, task, lambda step: learning_rate(step, config.optim), fixed=FIXED,
-               epoch=rows.steps_in_epoch)
+               epoch=rows.steps_in_epoch, operations=task.operations)
     say_stopped(config, config.optim, done)
     return config.out
 
