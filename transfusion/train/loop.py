@@ -26,6 +26,7 @@ from transfusion.train.checkpoint import (
     check_finite,
     check_weights,
     load_state,
+    recorded,
     restore_players,
     training_state,
     write_state,
@@ -36,6 +37,7 @@ from transfusion.train.meter import Meter, TimeLimit
 from transfusion.train.optimizer import Player
 from transfusion.train.parallel import sum_counts, sum_means, whole
 from transfusion.train.settings import RunSettings, StepSettings
+from transfusion.train.trackers import start_trackers
 
 
 class Term(NamedTuple):
@@ -106,11 +108,12 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
     print(cost(task, optim, start, epoch), flush=True)
     spent = start_log(config.out / LOG, start)
     guard = Guard(command, config.guard, task.players, records_before(config.out / LOG, start))
+    trackers = start_trackers(command, config.log or (), config.out, recorded(config), start)
     meter = Meter(task.size, task.unit, device_of(task), operations)
     progress = tqdm(range(start, optim.steps), initial=start, total=optim.steps, desc=f"{command} {config.out.name}",
                     smoothing=0.05, unit="step", dynamic_ncols=True)
     began, done = time.perf_counter() - spent, start
-    with Interrupt() as stop, Log(config.out / LOG) as log:
+    with Interrupt() as stop, Log(config.out / LOG, trackers) as log:
         for step in progress:
             # gradients
             for group in (group for player in task.players for group in player.optimizer.param_groups):

@@ -33,6 +33,7 @@ from transfusion.train.loop import Batch, Term, fit, say_stopped
 from transfusion.train.micro_batches import split_rows
 from transfusion.train.optimizer import Player, build_optimizer, learning_rate
 from transfusion.train.settings import OptimizerSettings, RunSettings, check_steps
+from transfusion.train.trackers import check_trackers
 
 FIXED = ("model", "data", "tune", "seed", "optim.rows", "optim.seq_len", "optim.times")
 """Settings that decide what was trained on: a run goes on with these alone as they were."""
@@ -179,6 +180,7 @@ class TransfusionTask:
 def train(config: TrainConfig) -> Path:
     """Run `config` as far as `fit` goes; return the directory with the checkpoint."""
     check_settings("train", config)
+    check_trackers("train", config.log or ())
     inputs = {f"data.{name}": path for name, path in config.data.directories().items()}
     with claim("train", config.out, {"tune.start": config.tune.start, **inputs}, config.resume):
         return _train(config)
