@@ -116,8 +116,8 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
     with Interrupt() as stop, Log(config.out / LOG, trackers) as log:
         for step in progress:
             # gradients
-            for group in (group for player in task.players for group in player.optimizer.param_groups):
-                group["lr"] = rate(step)
+            for player in task.players:
+                player.set_rate(rate(step))
             with saving_first(command, config, task, done, done > start, way_on), meter.begin():
                 batches = task.batches(step)
             means, playing, notes = accumulate(task, step, batches)

@@ -22,7 +22,7 @@ from transfusion.data.training_data import Rows, TrainingData, open_data
 from transfusion.device import choose_device
 from transfusion.diffusion.objective import TIMES, sample_times
 from transfusion.model.config import TransfusionConfig, TransfusionSettings
-from transfusion.model.lora import TuneSettings, name_base, prepare, trained_table
+from transfusion.model.lora import TuneSettings, is_of_images, name_base, prepare, trained_table
 from transfusion.model.transfusion import Transfusion
 from transfusion.sequence.tokenizer import BOI, EOI, train_tokenizer
 from transfusion.settings import Count, OneOf, Positive, Range, check
@@ -31,7 +31,7 @@ from transfusion.train.average import Average
 from transfusion.train.estimates import work
 from transfusion.train.loop import Batch, Term, fit, say_stopped
 from transfusion.train.micro_batches import split_rows
-from transfusion.train.optimizer import Player, build_optimizer, learning_rate
+from transfusion.train.optimizer import Player, build_optimizer, learning_rate, scale_rates
 from transfusion.train.settings import OptimizerSettings, RunSettings, check_steps
 from transfusion.train.trackers import check_trackers
 
@@ -69,6 +69,9 @@ class OptimSettings(OptimizerSettings):
     """tokens in a row"""
     times: Annotated[str, OneOf(TIMES)] = "uniform"
     """how an image's time is drawn: uniform (the paper) or logit-normal"""
+    image_lr: Positive = 1.0
+    """factor of the image layers' learning rate, which may have more or less to learn than a decoder that was trained
+    before, or than its adapters"""
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,10 @@ class TransfusionTask:
         """`model` is `base`, or the adapters around it."""
         self.config, self.rows, self.base = config, rows, base
         self.size = config.optim.rows * config.optim.seq_len
-        self.player = Player(model, build_optimizer(model, config.optim), Average(model, config.optim.ema))
+        optimizer = build_optimizer(model, config.optim)
+        images = (p for name, p in model.named_parameters() if is_of_images(name))
+        scale_rates(optimizer, images, config.optim.image_lr)
+        self.player = Player(model, optimizer, Average(model, config.optim.ema))
         self.players = (self.player,)
 
     def batches(self, step: int) -> list[Batch]:
