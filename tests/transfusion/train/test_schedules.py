@@ -148,4 +148,4 @@ def test_a_run_with_another_schedule_logs_its_rates(tmp_path):
     train(config)
     expected = [learning_rate(step, config.optim) for step in range(12)]
     assert [record["lr"] for record in records(tmp_path)] == expected
-    assert expected[1:11] == [3e-3] * 10 and expected[11] < 1e-3
+    assert expected[1:11] == [3e-3] * 10 and expected[11] < 2e-3
