@@ -128,6 +128,20 @@ def test_signals_that_are_ignored_stay_so_and_a_second_one_stops_at_once():
         signal.signal(signal.SIGHUP, previous)
 
 
+def test_sigusr1_asks_to_stop_as_often_as_it_comes_also_where_a_launcher_ignores_it():
+    previous = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        with plain_errors(), Interrupt() as stop:
+            for signum in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
+                os.kill(os.getpid(), signum)
+                assert stop.asked
+            with pytest.raises(KeyboardInterrupt, match="at once, by SIGTERM"):
+                os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+
+
 def test_a_run_resumes_only_with_its_own_settings(tmp_path):
     with pytest.raises(ValueError, match="holds no saved run"):
         train(small(tmp_path, resume=True))
