@@ -36,6 +36,7 @@ from transfusion.train.log import LOG, Log, records_before, start_log
 from transfusion.train.meter import Meter, TimeLimit
 from transfusion.train.optimizer import Player
 from transfusion.train.parallel import sum_counts, sum_means, whole
+from transfusion.train.processes import any_process, is_main
 from transfusion.train.settings import RunSettings, StepSettings
 from transfusion.train.trackers import start_trackers
 
@@ -50,12 +51,14 @@ class Term(NamedTuple):
 class Batch(NamedTuple):
     """A micro-batch: what losses are computed from, and how many things each term is a mean over.
 
-    `notes` are numbers for the step's record in the log; those that are 0 are left out.
+    `notes` are numbers for the step's record in the log; those that are 0 are left out. `totals` are the counts of all
+    micro-batches of all processes, where the task knows them; otherwise `accumulate` adds them up.
     """
 
     inputs: object
     counts: Mapping[str, int]
     notes: Mapping[str, float] = {}
+    totals: Mapping[str, int] | None = None
 
 
 class Task(Protocol):
@@ -106,12 +109,13 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
     limit = TimeLimit(config.max_hours)
     start = restore(config, task.players, fixed) if config.resume else 0
     print(cost(task, optim, start, epoch), flush=True)
-    spent = start_log(config.out / LOG, start)
+    spent = start_log(config.out / LOG, start) if is_main() else 0.0
     guard = Guard(command, config.guard, task.players, records_before(config.out / LOG, start))
-    trackers = start_trackers(command, config.log or (), config.out, recorded(config), start)
+    named = (config.log or ()) if is_main() else ()
+    trackers = start_trackers(command, named, config.out, recorded(config), start)
     meter = Meter(task.size, task.unit, device_of(task), operations)
     progress = tqdm(range(start, optim.steps), initial=start, total=optim.steps, desc=f"{command} {config.out.name}",
-                    smoothing=0.05, unit="step", dynamic_ncols=True)
+                    smoothing=0.05, unit="step", dynamic_ncols=True, disable=not is_main())
     began, done = time.perf_counter() - spent, start
     with Interrupt() as stop, Log(config.out / LOG, trackers) as log:
         for step in progress:
@@ -140,11 +144,12 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
                       **meter.after(done, batches), **notes, **guard.notes(bool(skipped))}
             for watcher in watchers:
                 record |= watcher.after(done)
-            log.write(record)
+            if is_main():
+                log.write(record)
             progress.set_postfix(shown(task, record, (done - start) * task.size / (record["seconds"] - spent)))
 
             # save
-            last = done == optim.steps or stop.asked or limit.is_near() or done == config.stop_after
+            last = done in (optim.steps, config.stop_after) or any_process(stop.asked or limit.is_near())
             if last or done % config.save_every == 0:
                 log.sync()
                 with limit.saving():
@@ -178,7 +183,7 @@ def accumulate(task: Task, step: int, batches: list[Batch] | None = None
     for batch in batches:
         totals.update(batch.counts)
         notes.update(batch.notes)
-    totals = sum_counts(totals)
+    totals = sum_counts(totals) if batches[0].totals is None else batches[0].totals
     means: dict[str, Tensor] = {}
     playing: list[Player] = []
     for batch in batches:
@@ -250,10 +255,12 @@ def cost(task: Task, optim: StepSettings, start: int, epoch: float | None = None
 def save(command: str, config: RunSettings, task: Task, step: int, way_on: str = "") -> None:
     """Replace the checkpoint and what resuming needs together: a kill while writing leaves the save before whole."""
     state, optimizers = training_state(task.players)
+    state = {name: whole(x) for name, x in state.items()}
     check_weights(command, config.out, step, state, way_on)
-    with replacing(config.out) as fresh:
+    with replacing(config.out) if is_main() else contextlib.nullcontext(config.out) as fresh:
         task.save(fresh, step)
-        write_state(fresh, config, state, optimizers, step)
+        if is_main():
+            write_state(fresh, config, state, optimizers, step)
 
 
 def restore(config: RunSettings, players: Sequence[Player], fixed: tuple[str, ...]) -> int:
@@ -265,7 +272,7 @@ def restore(config: RunSettings, players: Sequence[Player], fixed: tuple[str, ..
 
 def say_stopped(config: RunSettings, optim: StepSettings, done: int) -> None:
     """Say how a run that was stopped before its last step goes on, in commands that have --resume."""
-    if done < optim.steps:
+    if done < optim.steps and is_main():
         print(f"stopped after step {done} of {optim.steps}, saved in {config.out}; add --resume to the same command to "
               "go on", file=sys.stderr)
 

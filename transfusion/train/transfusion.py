@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, LlamaConfig
 
 from transfusion.command import claim, saved_step
-from transfusion.data.batches import step_generator
+from transfusion.data.batches import Drawn, step_generator
 from transfusion.data.dataset import DatasetSettings, DataSettings
 from transfusion.data.training_data import Rows, TrainingData, open_data
 from transfusion.device import choose_device
@@ -24,14 +24,16 @@ from transfusion.diffusion.objective import TIMES, sample_times
 from transfusion.model.config import TransfusionConfig, TransfusionSettings
 from transfusion.model.lora import TuneSettings, is_of_images, name_base, prepare, trained_table
 from transfusion.model.transfusion import Transfusion
+from transfusion.sequence import Sequence, split_rows
 from transfusion.sequence.tokenizer import BOI, EOI, train_tokenizer
 from transfusion.settings import Count, OneOf, Positive, Range, check
 from transfusion.train.activations import outline
 from transfusion.train.average import Average
 from transfusion.train.estimates import work
 from transfusion.train.loop import Batch, Term, fit, say_stopped
-from transfusion.train.micro_batches import split_rows
 from transfusion.train.optimizer import Player, build_optimizer, learning_rate, scale_rates
+from transfusion.train.parallel import shard, whole
+from transfusion.train.processes import ALONE, ParallelSettings, Processes, is_main, start_processes
 from transfusion.train.settings import OptimizerSettings, RunSettings, check_steps
 from transfusion.train.trackers import check_trackers
 
@@ -64,7 +66,7 @@ class OptimSettings(OptimizerSettings):
     """Steps and batches of packed rows."""
 
     rows: Count = 8
-    """packed rows in a batch"""
+    """packed rows in a step's batch, over all processes and micro-batches"""
     seq_len: Count = 512
     """tokens in a row"""
     times: Annotated[str, OneOf(TIMES)] = "uniform"
@@ -82,6 +84,7 @@ class TrainConfig(RunSettings):
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DatasetSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
 
 
 def check_settings(op: str, config: TrainConfig, prefix: str = "") -> None:
@@ -99,6 +102,22 @@ def check_settings(op: str, config: TrainConfig, prefix: str = "") -> None:
     if model.heads % model.kv_heads:
         raise ValueError(f"{op}: {prefix}model.kv_heads is {model.kv_heads} and {prefix}model.heads {model.heads}; "
                          "a divisor of heads fits")
+
+
+def check_rows(op: str, optim: OptimSettings, processes: Processes) -> None:
+    """Refuse a batch that the processes cannot split evenly.
+
+    Raises:
+        ValueError: the number of its rows.
+    """
+    ranks, rows = processes.data_ranks, optim.rows
+    if rows % ranks:
+        raise ValueError(f"{op}: optim.rows is {rows}, the rows of a step over all processes, and {ranks} of them take "
+                         f"a part each; a multiple of {ranks} fits; change optim.rows, or how many processes start")
+    if optim.accumulate > rows // ranks:
+        raise ValueError(f"{op}: optim.accumulate is {optim.accumulate} and each of {ranks} processes takes "
+                         f"{rows // ranks} of the {rows} rows of a step; at most {rows // ranks} fits; lower "
+                         "optim.accumulate or raise optim.rows")
 
 
 def build_model(config: TrainConfig, data: TrainingData) -> Transfusion:
@@ -134,9 +153,10 @@ class TransfusionTask:
 
     unit, shown = "tokens", ("text_loss", "diffusion_loss")
 
-    def __init__(self, config: TrainConfig, rows: Rows, base: Transfusion, model: nn.Module):
-        """`model` is `base`, or the adapters around it."""
-        self.config, self.rows, self.base = config, rows, base
+    def __init__(self, config: TrainConfig, rows: Rows, base: Transfusion, model: nn.Module,
+                 processes: Processes = ALONE):
+        """`model` is `base`, or the adapters around it; `rows` are those of this one of the processes."""
+        self.config, self.rows, self.base, self.processes = config, rows, base, processes
         self.size = config.optim.rows * config.optim.seq_len
         optimizer = build_optimizer(model, config.optim)
         images = (p for name, p in model.named_parameters() if is_of_images(name))
@@ -145,20 +165,38 @@ class TransfusionTask:
         self.players = (self.player,)
 
     def batches(self, step: int) -> list[Batch]:
-        """Draw a step's rows and times, then split them: what is drawn does not depend on `accumulate`."""
+        """Draw this process's part of a step's rows, and the times of its images, then split them into micro-batches.
+
+        Times and noise are drawn for the images of the whole batch, of which each process and each micro-batch takes
+        its own: what is drawn depends neither on the number of processes nor on `accumulate`.
+        """
         config, base = self.config, self.base
         generator = step_generator(config.seed, step)
-        sequence, limit, notes = self.rows.draw(step, generator)
+        (sequence, limit, notes), before, totals = self._draw(step, generator)
         tokens = sequence.layout.offsets.diff()
-        times = sample_times(config.optim.times, limit, tokens, base.config.time_shift_tokens, generator)
-        batches, first = [], 0
+        first, after = before["images"], totals["images"] - before["images"] - sequence.image_count
+        times = sample_times(config.optim.times, limit, tokens, base.config.time_shift_tokens, generator,
+                             before=first, after=after)
+        batches, start = [], 0
         for number, part in enumerate(split_rows(sequence, config.optim.accumulate)):
-            seed = torch.tensor([(config.seed + (number << 32)) % 2**63, step])  # noise of its own for each micro-batch
-            inputs = part, times[first:first + part.image_count], seed
-            counts = {"text_loss": len(part.text_targets), "diffusion_loss": int(part.drawn.sum())}
-            batches.append(Batch(inputs, counts, {} if number else notes))
-            first += part.image_count
+            seed = torch.tensor([config.seed, step, first + start])
+            inputs = part, times[start:start + part.image_count], seed
+            batches.append(Batch(inputs, _counts(part), {} if number else notes, totals))
+            start += part.image_count
         return batches
+
+    def _draw(self, step: int, generator: torch.Generator) -> tuple[Drawn, dict[str, int], dict[str, int]]:
+        """This process's rows, and how much the rows before them hold, and all; an error of one ends all processes."""
+        drawn, counts, error = None, dict.fromkeys(("images", "text_loss", "diffusion_loss", "failed"), 0), None
+        try:
+            drawn = self.rows.draw(step, generator)
+            counts = {"images": drawn.sequence.image_count, "failed": drawn.notes.get("failed", 0),
+                      **_counts(drawn.sequence)}
+        except ValueError as caught:
+            error = caught
+        before, totals = self.processes.exchange(counts, error)
+        notes = drawn.notes | {name: totals[name] for name in drawn.notes if name == "failed"}
+        return drawn._replace(notes=notes), before, totals
 
     def losses(self, step: int, batch: Batch) -> Iterator[tuple[Player, dict[str, Term]]]:
         """Text loss + lambda * diffusion loss."""
@@ -170,46 +208,67 @@ class TransfusionTask:
                             "diffusion_loss": Term(self.base.config.diffusion_weight, output.diffusion_loss)}
 
     def operations(self, batches: list[Batch]) -> float:
-        """How many the model's mathematics needs for a step's batches, forward and backward."""
+        """How many the model's mathematics needs of this process for a step's batches, forward and backward."""
         plain = outline(self.base.config, TuneSettings())
         rows = (batch.inputs[0] for batch in batches)
-        return sum(part.step for one in rows for part in work(self.player.model, plain, one).values())
+        operations = sum(part.step for one in rows for part in work(self.player.model, plain, one).values())
+        return operations / self.processes.context_ranks
 
     def save(self, directory: Path, step: int) -> None:
         """Write the averaged model or, where only adapters are trained, those and the way to their model."""
-        with self.player.averaged.applied(self.player.model):
-            self.player.model.save_pretrained(directory)
-        if self.config.tune.trained != "all":
+        player = self.player
+        with player.averaged.applied(player.model):
+            weights = {name: whole(x) for name, x in player.model.state_dict().items()}
+            if is_main():
+                player.model.save_pretrained(directory, state_dict=weights)
+        if self.config.tune.trained != "all" and is_main():
             name_base(directory, self.config.tune.start, self.config.out)
 
 
+def _counts(sequence: Sequence) -> dict[str, int]:
+    """How many things the loss's terms are means over."""
+    return {"text_loss": len(sequence.text_targets), "diffusion_loss": int(sequence.drawn.sum())}
+
+
 def train(config: TrainConfig) -> Path:
-    """Run `config` as far as `fit` goes; return the directory with the checkpoint."""
-    check_settings("train", config)
-    check_trackers("train", config.log or ())
-    inputs = {f"data.{name}": path for name, path in config.data.directories().items()}
-    with claim("train", config.out, {"tune.start": config.tune.start, **inputs}, config.resume):
-        return _train(config)
+    """Run `config` as far as `fit` goes; return the directory with the checkpoint.
+
+    Under torchrun, each of its processes calls this with the same settings.
+    """
+    with start_processes("train", config.parallel, config.device) as processes:
+        with processes.agreeing():
+            check_settings("train", config)
+            check_trackers("train", config.log or ())
+            check_rows("train", config.optim, processes)
+            inputs = {f"data.{name}": path for name, path in config.data.directories().items()}
+        claimed = claim("train", config.out, {"tune.start": config.tune.start, **inputs}, config.resume,
+                        alone=processes.size == 1)
+        with processes.main_holds(claimed):
+            return _train(config, processes)
 
 
-def _train(config: TrainConfig) -> Path:
+def _train(config: TrainConfig, processes: Processes) -> Path:
     # data and model
-    device = choose_device(config.device)
-    data = open_data(config.data, config.model.patch_size if config.tune.start is None else None)
-    base = (build_model(config, data) if config.tune.start is None else start_model(config, data)).to(device)
-    base.vae = base.vae if data.vae is None else data.vae
-    if base.vae is not None:
-        base.vae.to(device)
-    torch.manual_seed(config.seed)  # adapters start at random
-    model = prepare(base, config.tune).train()
-    print(trained_table(model), flush=True)
-    optim = config.optim
-    rows = data.rows(base.tokenizer, base.config, base.vae, rows=optim.rows, seq_len=optim.seq_len, steps=optim.steps)
-    for line in rows.words():
-        print(line, flush=True)
+    with processes.agreeing():
+        device = processes.device or choose_device(config.device)
+        data = open_data(config.data, config.model.patch_size if config.tune.start is None else None)
+        base = (build_model(config, data) if config.tune.start is None else start_model(config, data)).to(device)
+        base.vae = base.vae if data.vae is None else data.vae
+        if base.vae is not None:
+            base.vae.to(device)
+        torch.manual_seed(config.seed)  # adapters start at random
+        model = prepare(base, config.tune).train()
+        print(trained_table(model), flush=True)
+        optim = config.optim
+        rows = data.rows(base.tokenizer, base.config, base.vae, rows=optim.rows, seq_len=optim.seq_len,
+                         steps=optim.steps, rank=processes.data_rank, ranks=processes.data_ranks)
+        for line in rows.words():
+            print(line, flush=True)
 
     # optimizer and loop
-    task = TransfusionTask(config, rows, base, model)
+    if processes.mesh is not None:
+        model = shard(model, processes.mesh)
+    task = TransfusionTask(config, rows, base, model, processes)
     done = fit("train", config, config.optim, task, lambda step: learning_rate(step, config.optim), fixed=FIXED,
                epoch=rows.steps_in_epoch, operations=task.operations)
     say_stopped(config, config.optim, done)

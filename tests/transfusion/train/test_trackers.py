@@ -101,6 +101,12 @@ def test_runs_have_ids_of_their_own_and_a_run_that_fails_is_closed_as_such(packa
     assert Run.made[0].options["id"] != Run.made[1].options["id"]
 
 
+def test_of_several_processes_the_main_one_alone_tracks(packages, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "is_main", lambda: False)
+    train(small(tmp_path, log=("tensorboard", "wandb"), stop_after=1))
+    assert not Writer.made and not Run.made and not (tmp_path / "log.jsonl").exists()
+
+
 def test_other_trackers_may_be_asked_for_when_a_run_goes_on(packages, tmp_path):
     train(small(tmp_path, stop_after=5))
     train(small(tmp_path, log=("wandb",), resume=True))
