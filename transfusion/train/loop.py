@@ -26,6 +26,7 @@ from transfusion.train.checkpoint import (
     check_finite,
     check_weights,
     load_state,
+    recorded,
     restore_players,
     training_state,
     write_state,
@@ -37,6 +38,7 @@ from transfusion.train.optimizer import Player
 from transfusion.train.parallel import sum_counts, sum_means, whole
 from transfusion.train.processes import any_process, is_main
 from transfusion.train.settings import RunSettings, StepSettings
+from transfusion.train.trackers import start_trackers
 
 
 class Term(NamedTuple):
@@ -109,15 +111,17 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
     print(cost(task, optim, start, epoch), flush=True)
     spent = start_log(config.out / LOG, start) if is_main() else 0.0
     guard = Guard(command, config.guard, task.players, records_before(config.out / LOG, start))
+    named = (config.log or ()) if is_main() else ()
+    trackers = start_trackers(command, named, config.out, recorded(config), start)
     meter = Meter(task.size, task.unit, device_of(task), operations)
     progress = tqdm(range(start, optim.steps), initial=start, total=optim.steps, desc=f"{command} {config.out.name}",
                     smoothing=0.05, unit="step", dynamic_ncols=True, disable=not is_main())
     began, done = time.perf_counter() - spent, start
-    with Interrupt() as stop, Log(config.out / LOG) as log:
+    with Interrupt() as stop, Log(config.out / LOG, trackers) as log:
         for step in progress:
             # gradients
-            for group in (group for player in task.players for group in player.optimizer.param_groups):
-                group["lr"] = rate(step)
+            for player in task.players:
+                player.set_rate(rate(step))
             with saving_first(command, config, task, done, done > start, way_on), meter.begin():
                 batches = task.batches(step)
             means, playing, notes = accumulate(task, step, batches)

@@ -16,6 +16,7 @@ from typing import Annotated, get_type_hints
 from transfusion.settings import Count, Decay, NotNegative, OneOf, Positive, Range, Seed, WholeNumber
 
 SCHEDULES = ("cosine", "wsd", "constant")
+TRACKERS = ("tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class RunSettings(JobSettings):
     max_hours: Positive | None = None
     """save and stop so that this training, from its first step on, takes no longer; None: as long as it takes"""
     guard: GuardSettings = GuardSettings()
+    log: tuple[Annotated[str, OneOf(TRACKERS)], ...] | None = None
+    """where the numbers of log.jsonl go as well: tensorboard, wandb, both"""
 
 
 @dataclass(frozen=True)

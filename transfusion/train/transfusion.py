@@ -23,18 +23,21 @@ from transfusion.data.training_data import Rows, TrainingData, open_data
 from transfusion.device import choose_device
 from transfusion.diffusion.objective import TIMES, sample_times
 from transfusion.model.config import TransfusionConfig, TransfusionSettings
-from transfusion.model.lora import TuneSettings, name_base, prepare, trained_table
+from transfusion.model.lora import TuneSettings, is_of_images, name_base, prepare, trained_table
 from transfusion.model.transfusion import Transfusion
 from transfusion.sequence import CONTEXT_ATTENTION, Context, Sequence, split_rows
 from transfusion.sequence.tokenizer import BOI, EOI, train_tokenizer
 from transfusion.settings import Count, OneOf, Positive, Range, check
+from transfusion.train.activations import outline
 from transfusion.train.average import Average
+from transfusion.train.estimates import work
 from transfusion.train.loop import Batch, Term, fit, say_stopped
-from transfusion.train.optimizer import Player, build_optimizer, learning_rate
+from transfusion.train.optimizer import Player, build_optimizer, learning_rate, scale_rates
 from transfusion.train.parallel import shard, whole
 from transfusion.train.processes import ALONE, ParallelSettings, Processes, is_main, start_processes
 from transfusion.train.samples import Samples, SamplesSettings, held_out_prompts, read_prompts
 from transfusion.train.settings import OptimizerSettings, RunSettings, check_steps
+from transfusion.train.trackers import check_trackers
 from transfusion.train.validation import Validation, ValidationSettings
 
 FIXED = ("model", "data", "tune", "seed", "optim.rows", "optim.seq_len", "optim.times")
@@ -71,6 +74,9 @@ class OptimSettings(OptimizerSettings):
     """tokens in a row"""
     times: Annotated[str, OneOf(TIMES)] = "uniform"
     """how an image's time is drawn: uniform (the paper) or logit-normal"""
+    image_lr: Positive = 1.0
+    """factor of the image layers' learning rate, which may have more or less to learn than a decoder that was trained
+    before, or than its adapters"""
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,10 @@ class TransfusionTask:
         self.context = None
         if processes.context_ranks > 1:
             self.context = Context(processes.context_group, CONTEXT_ATTENTION[config.parallel.context_by])
-        self.player = Player(model, build_optimizer(model, config.optim), Average(model, config.optim.ema))
+        optimizer = build_optimizer(model, config.optim)
+        images = (p for name, p in model.named_parameters() if is_of_images(name))
+        scale_rates(optimizer, images, config.optim.image_lr)
+        self.player = Player(model, optimizer, Average(model, config.optim.ema))
         self.players = (self.player,)
 
     def batches(self, step: int) -> list[Batch]:
@@ -206,6 +215,13 @@ class TransfusionTask:
             output = self.player.model(sequence, times, seed)
         yield self.player, {"text_loss": Term(1.0, output.text_loss),
                             "diffusion_loss": Term(self.base.config.diffusion_weight, output.diffusion_loss)}
+
+    def operations(self, batches: list[Batch]) -> float:
+        """How many the model's mathematics needs of this process for a step's batches, forward and backward."""
+        plain = outline(self.base.config, TuneSettings())
+        rows = (batch.inputs[0] for batch in batches)
+        operations = sum(part.step for one in rows for part in work(self.player.model, plain, one).values())
+        return operations / self.processes.context_ranks
 
     def save(self, directory: Path, step: int) -> None:
         """Write the averaged model or, where only adapters are trained, those and the way to their model."""
@@ -256,6 +272,7 @@ def train(config: TrainConfig) -> Path:
     with start_processes("train", config.parallel, config.device) as processes:
         with processes.agreeing():
             check_settings("train", config)
+            check_trackers("train", config.log or ())
             check_rows("train", config.optim, processes)
             inputs = {f"data.{name}": path for name, path in config.data.directories().items()}
         claimed = claim("train", config.out, {"tune.start": config.tune.start, **inputs}, config.resume,
@@ -288,7 +305,7 @@ def _train(config: TrainConfig, processes: Processes) -> Path:
     task = TransfusionTask(config, rows, base, model, processes)
     watchers = watch(config, task, rows)
     done = fit("train", config, config.optim, task, lambda step: learning_rate(step, config.optim), fixed=FIXED,
-               epoch=rows.steps_in_epoch, watchers=watchers)
+               epoch=rows.steps_in_epoch, watchers=watchers, operations=task.operations)
     say_stopped(config, config.optim, done)
     return config.out
 

@@ -11,6 +11,7 @@ from transfusion.data.mixture_data import MixtureFileSettings, MixtureRows
 from transfusion.data.training_data import DrawnRows
 from transfusion.recipes.digits import DigitsSettings
 from transfusion.train.processes import ParallelSettings
+from transfusion.train.settings import GuardSettings
 from transfusion.train.transfusion import ModelSettings, OptimSettings, TrainConfig, train
 
 
@@ -34,6 +35,9 @@ def runs(folder: Path) -> dict[str, TrainConfig]:
             "copies": digits(folder / "copies", ParallelSettings(replicate=2), steps=3),
             "context": digits(folder / "context", ParallelSettings(context=2), steps=3),
             "ring": digits(folder / "ring", ParallelSettings(context=2, context_by="ring"), steps=3, accumulate=2),
+            "guarded": dataclasses.replace(
+                digits(folder / "guarded", steps=8, image_lr=3.0, schedule="wsd", decay_share=0.5),
+                guard=GuardSettings(do="skip", window=2, factor=1.0001, patience=8)),
             "mixture": mixture,
             "mixture, accumulated": dataclasses.replace(
                 mixture, out=folder / "mixture, accumulated",

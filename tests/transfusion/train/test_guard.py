@@ -47,8 +47,8 @@ def test_skipped_steps_do_not_move_the_median_and_too_many_in_a_row_end_the_run(
     looking = guard([step()] * 4)
     for number in (4, 5):
         assert looking.skips(number, step(100.0))
-    with pytest.raises(Spike, match="train: step 6 has a loss of 100, 100.0 times its median over 4 steps, 1, and the 2 "
-                                    "steps before it were skipped already; --resume with"):
+    with pytest.raises(Spike, match="train: step 6 has a loss of 100, 100.0 times its median over 4 steps, 1, and the "
+                                    "2 steps before it were skipped already; --resume with"):
         looking.skips(6, step(100.0))
     looking = guard([step()] * 4)
     for number in range(4, 24, 2):
