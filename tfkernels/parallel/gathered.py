@@ -56,9 +56,17 @@ class _Gathered(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = attention_gradients(dout, q, *_gathered(k, v, ctx.cut, ctx.group), out, lse, ctx.mask,
-                                         **ctx.options)
-        return dq, *_summed(dk, dv, k.shape[2], ctx.cut, ctx.group), None, None, None, None
+        cut, tokens = ctx.cut, k.shape[2]
+        dq, dk, dv = attention_gradients(dout, q, *_gathered(k, v, cut, ctx.group), out, lse, ctx.mask, **ctx.options)
+        row = packed(dk, dv, cut.seq_len)
+        del dk, dv  # here and below: of what is as large as the row's keys and values, two are there at a time
+        sent = row.new_zeros(cut.ranks * cut.longest, *row.shape[1:]).index_copy_(0, cut.places, row)
+        del row
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=ctx.group)
+        del sent
+        total = received.unflatten(0, (cut.ranks, cut.longest)).sum(0, dtype=sums_of(received)).to(received.dtype)
+        return dq, *unpacked(total, tokens), None, None, None, None
 
 
 def _gathered(k: Tensor, v: Tensor, cut: Cut, group) -> tuple[Tensor, Tensor]:
@@ -67,13 +75,3 @@ def _gathered(k: Tensor, v: Tensor, cut: Cut, group) -> tuple[Tensor, Tensor]:
     everyone = mine.new_empty(cut.ranks * cut.longest, *mine.shape[1:])
     dist.all_gather(list(everyone.chunk(cut.ranks)), mine, group=group)
     return unpacked(everyone.index_select(0, cut.places), cut.seq_len)
-
-
-def _summed(dk: Tensor, dv: Tensor, tokens: int, cut: Cut, group) -> tuple[Tensor, Tensor]:
-    """Return the gradients of this rank's keys and values, summed over ranks: (B, K, S, D) -> (B, K, T, D)."""
-    row = packed(dk, dv, cut.seq_len)
-    sent = row.new_zeros(cut.ranks * cut.longest, *row.shape[1:]).index_copy_(0, cut.places, row)
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=group)
-    total = received.unflatten(0, (cut.ranks, cut.longest)).sum(0, dtype=sums_of(row)).to(row.dtype)
-    return unpacked(total, tokens)

@@ -18,7 +18,7 @@ from tfkernels._library import INTERPRET
 from tfkernels.mask import recipes
 from tfkernels.parallel import Cut, SharedMask, cut_by_area, exchange, gathered_attention, ring_attention
 
-SECONDS = 120
+SECONDS = 240
 WAYS = {"gathered": gathered_attention, "ring": ring_attention}
 KINDS = {title: mask for title, mask in recipes.examples() if mask.query_len == mask.key_len}
 HALVES = [[(10, 138), (160, 230)], [(100, 290), (310, 440)]]
