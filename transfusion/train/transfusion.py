@@ -34,7 +34,8 @@ from transfusion.train.estimates import work
 from transfusion.train.loop import Batch, Term, fit, say_stopped
 from transfusion.train.optimizer import Player, build_optimizer, learning_rate, scale_rates
 from transfusion.train.parallel import shard, whole
-from transfusion.train.processes import ALONE, ParallelSettings, Processes, is_main, start_processes
+from transfusion.train.processes import ALONE, DTYPES, ParallelSettings, Processes, is_main, start_processes
+from transfusion.train.recompute import RECOMPUTE, checkpoint_layers
 from transfusion.train.samples import Samples, SamplesSettings, held_out_prompts, read_prompts
 from transfusion.train.settings import OptimizerSettings, RunSettings, check_steps
 from transfusion.train.trackers import check_trackers
@@ -88,6 +89,9 @@ class TrainConfig(RunSettings):
     data: DataSettings = field(default_factory=DatasetSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    recompute: Annotated[str, OneOf(RECOMPUTE)] = "none"
+    """activation checkpointing: what the backward pass computes again in place of keeping it; selective keeps the
+    results of matrix products and of attention, full the inputs of layers alone"""
     validate: ValidationSettings = field(default_factory=ValidationSettings)
     samples: SamplesSettings = field(default_factory=SamplesSettings)
 
@@ -209,7 +213,7 @@ class TransfusionTask:
 
     def losses(self, step: int, batch: Batch) -> Iterator[tuple[Player, dict[str, Term]]]:
         """Text loss + lambda * diffusion loss."""
-        device = self.base.device
+        device = self.processes.device or self.base.device
         sequence, times, seed = (x.to(device) for x in batch.inputs)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.autocast):
             output = self.player.model(sequence, times, seed)
@@ -292,6 +296,7 @@ def _train(config: TrainConfig, processes: Processes) -> Path:
             base.vae.to(device)
         torch.manual_seed(config.seed)  # adapters start at random
         model = prepare(base, config.tune).train()
+        checkpoint_layers(base, config.recompute)
         print(trained_table(model), flush=True)
         optim = config.optim
         rows = data.rows(base.tokenizer, base.config, base.vae, rows=optim.rows, seq_len=optim.seq_len,
@@ -301,7 +306,7 @@ def _train(config: TrainConfig, processes: Processes) -> Path:
 
     # optimizer and loop
     if processes.mesh is not None:
-        model = shard(model, processes.mesh)
+        model = shard(model, processes.mesh, DTYPES[config.parallel.dtype], offload=config.parallel.offload)
     task = TransfusionTask(config, rows, base, model, processes)
     watchers = watch(config, task, rows)
     done = fit("train", config, config.optim, task, lambda step: learning_rate(step, config.optim), fixed=FIXED,
