@@ -12,6 +12,7 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image as Picture
 from PIL import ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
@@ -61,13 +62,14 @@ class Samples:
         out: directory of the run.
         steps: of the run, whose last one is always drawn.
         start: the step that the run goes on from; what was drawn after it is removed.
+        device: that the model computes on; None for that of its weights.
         writes: whether this process writes pictures. Of several, all draw, for they gather sharded weights together.
     """
 
     def __init__(self, settings: SamplesSettings, prompts: Many[Text], player: Player, base: Transfusion, out: Path, *,
-                 steps: int, start: int = 0, writes: bool = True):
+                 steps: int, start: int = 0, writes: bool = True, device: torch.device | None = None):
         self.settings, self.prompts, self.player, self.base = settings, list(prompts), player, base
-        self.out, self.steps, self.writes, self.failed = Path(out), steps, writes, 0
+        self.out, self.steps, self.writes, self.device, self.failed = Path(out), steps, writes, device, 0
         if base.vae is None and base.config.image_channels not in (1, 3):
             raise ValueError(f"train: samples.every is {settings.every} and the model's images have "
                              f"{base.config.image_channels} channels and no autoencoder; 1 or 3, or latents with their "
@@ -102,7 +104,7 @@ class Samples:
     def draw(self) -> list[Image]:
         """One image for each prompt."""
         settings = self.settings
-        with averaged_weights(self.player), gathered(self.player.model):
+        with averaged_weights(self.player, self.device), gathered(self.player.model):
             return self.base.draw([[prompt] for prompt in self.prompts], steps=settings.steps,
                                   guidance=settings.guidance, seed=settings.seed)
 

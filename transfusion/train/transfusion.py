@@ -249,20 +249,21 @@ def watch(config: TrainConfig, task: TransfusionTask, rows: Rows) -> list[Valida
     Raises:
         ValueError: the data hold out nothing, or there is nothing to draw.
     """
-    watchers, steps, here, base = [], config.optim.steps, task.processes, task.base
+    watchers, here, base = [], task.processes, task.base
+    common = {"steps": config.optim.steps, "device": here.device}
     with here.agreeing():
         if config.validate.every:
             held_out = rows.held_out(config.validate.rows)
             share = None if task.context is None else functools.partial(base.share, context=task.context)
-            watchers.append(Validation(config.validate, held_out, task.player, steps=steps, autocast=config.autocast,
-                                       rank=here.data_rank, ranks=here.data_ranks, share=share))
+            watchers.append(Validation(config.validate, held_out, task.player, autocast=config.autocast, share=share,
+                                       rank=here.data_rank, ranks=here.data_ranks, **common))
         if config.samples.every:
             given, count = config.samples.prompts, config.samples.count
             prompts = (held_out_prompts(rows.held_out(4 * count), base.tokenizer, count) if given is None
                        else read_prompts(given))
             start = saved_step(config.out) if config.resume else 0
-            watchers.append(Samples(config.samples, prompts, task.player, base, config.out, steps=steps, start=start,
-                                    writes=here.is_main))
+            watchers.append(Samples(config.samples, prompts, task.player, base, config.out, start=start,
+                                    writes=here.is_main, **common))
     for watcher in watchers:
         print(watcher.words(), flush=True)
     return watchers

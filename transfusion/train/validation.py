@@ -49,14 +49,16 @@ class Validation:
         player: whose model, with averaged weights, is measured.
         steps: of the run, whose last one is always looked at.
         autocast: compute in bfloat16, as training does.
+        device: that the model computes on; None for that of its weights.
         rank, ranks: which part of the rows this process passes, of how many parts.
         share: what this process computes of a row whose tokens it shares with others, as `Transfusion.share` says.
     """
 
     def __init__(self, settings: ValidationSettings, rows: Many[Drawn], player: Player, *, steps: int,
-                 autocast: bool = False, rank: int = 0, ranks: int = 1,
+                 autocast: bool = False, device: torch.device | None = None, rank: int = 0, ranks: int = 1,
                  share: Callable[[Sequence], Sequence] | None = None):
         self.settings, self.player, self.steps, self.autocast = settings, player, steps, autocast
+        self.device = device or next(player.model.parameters()).device
         self.count, self.rank, self.ranks, self.share = len(rows), rank, ranks, share
         self.rows = {number: rows[number] for number in self._numbers()}
 
@@ -79,7 +81,7 @@ class Validation:
         if not is_due(done, self.settings.every, self.steps):
             return {}
         began = time.perf_counter()
-        with averaged_weights(self.player):
+        with averaged_weights(self.player, self.device):
             found = self.measure()
         return found | {"validation_seconds": round(time.perf_counter() - began, 3)}
 
@@ -113,7 +115,7 @@ class Validation:
 
     def _passes(self, number: int) -> dict[str, float]:
         """Sums and counts of a row over its passes."""
-        bins, device = self.settings.bins, next(self.player.model.parameters()).device
+        bins, device = self.settings.bins, self.device
         sequence = self.rows[number].sequence
         sequence = sequence if self.share is None else self.share(sequence)
         targets, on_device = len(sequence.text_targets), sequence.to(device)

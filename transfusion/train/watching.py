@@ -13,14 +13,15 @@ def is_due(done: int, every: int, steps: int) -> bool:
 
 
 @contextlib.contextmanager
-def averaged_weights(player: Player) -> Iterator[None]:
+def averaged_weights(player: Player, device: torch.device | None = None) -> Iterator[None]:
     """Put the averages into the model, in evaluation mode; put weights, mode and random state back at the end.
 
-    A compiled model runs as it is written: what is passed here has other shapes, each of which would be compiled.
+    `device` is that the model computes on, None for that of its weights. A compiled model runs as it is written: what is
+    passed here has other shapes, each of which would be compiled.
     """
     model = player.model
     modes = [(module, module.training) for module in model.modules()]
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
