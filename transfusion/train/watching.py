@@ -16,8 +16,8 @@ def is_due(done: int, every: int, steps: int) -> bool:
 def averaged_weights(player: Player, device: torch.device | None = None) -> Iterator[None]:
     """Put the averages into the model, in evaluation mode; put weights, mode and random state back at the end.
 
-    `device` is that the model computes on, None for that of its weights. A compiled model runs as it is written: what is
-    passed here has other shapes, each of which would be compiled.
+    `device` is that the model computes on, None for that of its weights. A compiled model runs as it is written: rows
+    and prompts have shapes of their own here, each of which would be compiled.
     """
     model = player.model
     modes = [(module, module.training) for module in model.modules()]
