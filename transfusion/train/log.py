@@ -18,10 +18,10 @@ CLOCKED = ("seconds", "waited", "tokens_per_second", "pictures_per_second", "dat
 class Log:
     """A log to add records to. Its file is made with the first record: a run that fails before leaves none.
 
-    What is in the file goes to `trackers` as well.
+    What is in the file goes to `trackers` as well. Without a path nothing is written.
     """
 
-    def __init__(self, path: Path, trackers: Sequence[Tracker] = ()):
+    def __init__(self, path: Path | None, trackers: Sequence[Tracker] = ()):
         self.path, self.trackers, self.file = path, trackers, None
 
     def __enter__(self) -> "Log":
@@ -29,6 +29,8 @@ class Log:
 
     def write(self, record: dict) -> None:
         """Add a record."""
+        if self.path is None:
+            return
         with self._named():
             if self.file is None:
                 self.file = self.path.open("a")

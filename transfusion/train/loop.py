@@ -88,7 +88,7 @@ class Watcher(Protocol):
 
 def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate: Callable[[int], float], *,
         fixed: tuple[str, ...], way_on: str = "", epoch: float | None = None, watchers: Sequence[Watcher] = (),
-        operations: Callable[[Sequence[Batch]], float] | None = None) -> int:
+        operations: Callable[[], float] | None = None) -> int:
     """Train to the last step, to `stop_after`, near the end of `max_hours`, or to Ctrl-C, SIGTERM, SIGHUP or SIGUSR1.
 
     Args:
@@ -98,7 +98,7 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
         way_on: what helps where a loss is not finite, for trainers without --resume.
         epoch: steps that show all data once, where there is such a number.
         watchers: what looks at the players after each step. They change neither weights nor what later steps draw.
-        operations: how many a step's batches take, where that can be counted.
+        operations: how many this process computes for the step drawn last, where that can be counted.
 
     Returns:
         The number of steps done.
@@ -111,13 +111,11 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
     print(cost(task, optim, start, epoch), flush=True)
     spent = start_log(config.out / LOG, start) if is_main() else 0.0
     guard = Guard(command, config.guard, task.players, records_before(config.out / LOG, start))
-    named = (config.log or ()) if is_main() else ()
-    trackers = start_trackers(command, named, config.out, recorded(config), start)
     meter = Meter(task.size, task.unit, device_of(task), operations)
     progress = tqdm(range(start, optim.steps), initial=start, total=optim.steps, desc=f"{command} {config.out.name}",
                     smoothing=0.05, unit="step", dynamic_ncols=True, disable=not is_main())
     began, done = time.perf_counter() - spent, start
-    with Interrupt() as stop, Log(config.out / LOG, trackers) as log:
+    with Interrupt() as stop, open_log(command, config, start) as log:
         for step in progress:
             # gradients
             for player in task.players:
@@ -129,23 +127,20 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
             found = numbers(**means, **norms)
             with saving_first(command, config, task, done, done > start, way_on):
                 skipped = guard.skips(step, found)
-            if skipped:
-                progress.write(skipped)
-            else:
+            if not skipped:
                 check_finite(command, config.out, step, found, way_on)
 
             # step
             for player in playing:
-                take_step(player, is_skipped=bool(skipped))
+                take_step(player, is_skipped=skipped)
             done = step + 1
 
             # log
             record = {"step": step, **found, "lr": rate(step), "seconds": time.perf_counter() - began,
-                      **meter.after(done, batches), **notes, **guard.notes(bool(skipped))}
+                      **meter.after(done), **notes, **guard.notes(skipped)}
             for watcher in watchers:
                 record |= watcher.after(done)
-            if is_main():
-                log.write(record)
+            log.write(record)
             progress.set_postfix(shown(task, record, (done - start) * task.size / (record["seconds"] - spent)))
 
             # save
@@ -158,6 +153,13 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
                 progress.close()
                 break
     return done
+
+
+def open_log(command: str, config: RunSettings, start: int) -> Log:
+    """Return the log of a run that goes on from step `start`; of several processes the main one alone writes."""
+    if not is_main():
+        return Log(None)
+    return Log(config.out / LOG, start_trackers(command, config.log or (), config.out, recorded(config), start))
 
 
 @contextlib.contextmanager

@@ -174,7 +174,7 @@ class TransfusionTask:
         images = (p for name, p in model.named_parameters() if is_of_images(name))
         scale_rates(optimizer, images, config.optim.image_lr)
         self.player = Player(model, optimizer, Average(model, config.optim.ema))
-        self.players = (self.player,)
+        self.players, self.drawn = (self.player,), None
 
     def batches(self, step: int) -> list[Batch]:
         """Draw this process's part of a step's rows, and the times of its images, then split them into micro-batches.
@@ -186,6 +186,7 @@ class TransfusionTask:
         config, base = self.config, self.base
         generator = step_generator(config.seed, step)
         (sequence, limit, notes), before, totals = self._draw(step, generator)
+        self.drawn = sequence
         tokens = sequence.layout.offsets.diff()
         first, after = before["images"], totals["images"] - before["images"] - sequence.image_count
         times = sample_times(config.optim.times, limit, tokens, base.config.time_shift_tokens, generator,
@@ -220,12 +221,10 @@ class TransfusionTask:
         yield self.player, {"text_loss": Term(1.0, output.text_loss),
                             "diffusion_loss": Term(self.base.config.diffusion_weight, output.diffusion_loss)}
 
-    def operations(self, batches: list[Batch]) -> float:
-        """How many the model's mathematics needs of this process for a step's batches, forward and backward."""
-        plain = outline(self.base.config, TuneSettings())
-        rows = (batch.inputs[0] for batch in batches)
-        operations = sum(part.step for one in rows for part in work(self.player.model, plain, one).values())
-        return operations / self.processes.context_ranks
+    def operations(self) -> float:
+        """How many the model's mathematics needs of this process for the step drawn last, forward and backward."""
+        parts = work(self.player.model, outline(self.base.config, TuneSettings()), self.drawn)
+        return sum(part.step for part in parts.values()) / self.processes.context_ranks
 
     def save(self, directory: Path, step: int) -> None:
         """Write the averaged model or, where only adapters are trained, those and the way to their model."""
