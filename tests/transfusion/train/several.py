@@ -34,6 +34,7 @@ def runs(folder: Path) -> dict[str, TrainConfig]:
             "copies": digits(folder / "copies", ParallelSettings(replicate=2), steps=3, accumulate=2),
             "offloaded, full": dataclasses.replace(
                 digits(folder / "offloaded, full", ParallelSettings(offload=True), steps=3), recompute="full"),
+            "compiled": dataclasses.replace(digits(folder / "compiled", steps=3), compile=True),
             "selective": dataclasses.replace(
                 digits(folder / "selective", steps=3), recompute="selective",
                 model=ModelSettings(hidden=32, layers=2, heads=2, kv_heads=2, mlp=64, backbone="adaln")),

@@ -65,7 +65,7 @@ def alone(tmp_path_factory):
     """A folder with the runs of one process."""
     folder = write_data(tmp_path_factory.mktemp("alone"))
     for config in runs(folder).values():
-        train(dataclasses.replace(config, parallel=ParallelSettings()))
+        train(dataclasses.replace(config, parallel=ParallelSettings(), compile=False, recompute="none"))
     return folder
 
 
