@@ -44,6 +44,12 @@ def runs(folder: Path) -> dict[str, TrainConfig]:
                 optim=dataclasses.replace(mixture.optim, accumulate=2))}
 
 
+def layouts(folder: Path) -> dict[str, TrainConfig]:
+    """Runs of four processes, in other layouts, that give the losses of "digits"."""
+    return {"copies of shards": digits(folder / "copies of shards", ParallelSettings(shard=2, replicate=2)),
+            "shards of four": digits(folder / "shards of four")}
+
+
 def refused(name: str, config: TrainConfig, folder: Path) -> None:
     """Train what ends in an error; note which one, and in which process."""
     rank = os.environ["RANK"]
@@ -100,4 +106,8 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if os.environ["WORLD_SIZE"] == "2":
+        main(Path(sys.argv[1]))
+    else:
+        for config in layouts(Path(sys.argv[1])).values():
+            train(config)

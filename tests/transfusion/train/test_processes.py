@@ -12,7 +12,7 @@ import torch
 
 from tests.transfusion.model.test_vae import autoencoder
 from tests.transfusion.train.own_data import paint, write_lines, write_mixture
-from tests.transfusion.train.several import digits, runs
+from tests.transfusion.train.several import digits, layouts, runs
 from transfusion import Transfusion
 from transfusion.command import claim, saved_step
 from transfusion.train import processes
@@ -81,6 +81,13 @@ def together(tmp_path_factory):
 @pytest.mark.parametrize("name", list(runs(Path("."))))
 def test_two_processes_log_the_losses_of_one(alone, together, name):
     assert_same_losses(log(together[0] / name), log(alone / name))
+
+
+def test_four_processes_log_the_losses_of_one_in_every_layout(alone, tmp_path):
+    _, err, status = torchrun(4, "-m", "tests.transfusion.train.several", str(tmp_path))
+    assert status == 0, err
+    for config in layouts(tmp_path).values():
+        assert_same_losses(log(config.out), log(alone / "digits"))
 
 
 def test_accumulation_changes_no_loss(alone):
