@@ -12,7 +12,7 @@ import torch
 
 from tests.transfusion.model.test_vae import autoencoder
 from tests.transfusion.train.own_data import paint, write_lines, write_mixture
-from tests.transfusion.train.several import digits, runs
+from tests.transfusion.train.several import digits, layouts, runs
 from transfusion import Transfusion
 from transfusion.command import claim, saved_step
 from transfusion.train import processes
@@ -65,7 +65,7 @@ def alone(tmp_path_factory):
     """A folder with the runs of one process."""
     folder = write_data(tmp_path_factory.mktemp("alone"))
     for config in runs(folder).values():
-        train(dataclasses.replace(config, parallel=ParallelSettings()))
+        train(dataclasses.replace(config, parallel=ParallelSettings(), compile=False, recompute="none"))
     return folder
 
 
@@ -87,6 +87,13 @@ def test_two_processes_skip_the_steps_that_one_skips(alone, together):
     """The guard is so narrow here that common steps are spikes; image layers have a learning rate of their own."""
     found, expected = ([record.get("skipped") for record in log(folder / "guarded")] for folder in (together[0], alone))
     assert found == expected and 0 < sum(map(bool, found)) < len(found)
+
+
+def test_four_processes_log_the_losses_of_one_in_every_layout(alone, tmp_path):
+    _, err, status = torchrun(4, "-m", "tests.transfusion.train.several", str(tmp_path))
+    assert status == 0, err
+    for config in layouts(tmp_path).values():
+        assert_same_losses(log(config.out), log(alone / "digits"))
 
 
 def test_accumulation_changes_no_loss(alone):
