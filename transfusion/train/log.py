@@ -10,7 +10,8 @@ from transfusion.files import written
 from transfusion.train.trackers import Tracker
 
 LOG = "log.jsonl"
-CLOCKED = ("seconds", "waited", "tokens_per_second", "pictures_per_second", "data_share", "memory", "mfu")
+CLOCKED = ("seconds", "waited", "tokens_per_second", "pictures_per_second", "data_share", "memory", "mfu",
+           "validation_seconds", "samples_seconds")
 """Numbers of a record that are the machine's. All others are equal in two runs of equal settings."""
 
 

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,8 @@ from safetensors import SafetensorError
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from transfusion.device import choose_device
-from transfusion.settings import Count, check
+from transfusion.sequence import CONTEXT_ATTENTION
+from transfusion.settings import Count, OneOf, check
 
 MEETING, PATIENCE = datetime.timedelta(seconds=60), datetime.timedelta(minutes=30)
 """how long processes wait for each other at the beginning, and whenever one needs what another one has"""
@@ -41,6 +43,8 @@ _runs = itertools.count()
 class FailedElsewhere(ValueError):
     """Another process failed, and the main one says why."""
 
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class ParallelSettings:
@@ -52,6 +56,13 @@ class ParallelSettings:
     """copies of the weights, each in processes of its own, which split rows too"""
     context: Count = 1
     """processes that split the tokens of the same rows, and share the copy of the weights as well"""
+    context_by: Annotated[str, OneOf(CONTEXT_ATTENTION)] = "gathered"
+    """what brings these processes the keys and values of each other's tokens: gathered, a layer's all at once; or ring,
+    those of one process at a time, which holds less and computes attention once more in backward"""
+    dtype: Annotated[str, OneOf(DTYPES)] = "float32"
+    """what layers gather their weights in and compute in; weights are kept and gradients are summed in float32"""
+    offload: bool = False
+    """keep weights, gradients and what the optimizer keeps in the memory of the CPU, where it steps as well"""
 
 
 @dataclass(frozen=True)
@@ -156,6 +167,7 @@ def start_processes(command: str, settings: ParallelSettings, device: str = "aut
     if size == 1:
         check(command, settings, "parallel.")
         _sizes(command, settings, 1)
+        _check_alone(command, settings)
         yield ALONE
         return
     rank, store = _meet(command, device)
@@ -253,6 +265,15 @@ def _sizes(command: str, settings: ParallelSettings, size: int) -> tuple[int, in
                          f"{settings.context}, and {_processes(size)} started; numbers whose product is {size} fit, "
                          "or, without parallel.shard, divide it; torchrun --nproc-per-node says how many start")
     return settings.replicate, shard, settings.context
+
+
+def _check_alone(command: str, settings: ParallelSettings) -> None:
+    """Refuse to one process what several of them do."""
+    for name, way in (("dtype", "--autocast computes in bfloat16"), ("offload", "leave it out")):
+        value = getattr(settings, name)
+        if value != getattr(ParallelSettings(), name):
+            raise ValueError(f"{command}: parallel.{name} is {value!r} and one process was started; it is for several, "
+                             f"which torchrun starts; {way}")
 
 
 def _processes(size: int) -> str:

@@ -5,6 +5,7 @@ documents, times and noise of a step depend on (seed, step) alone, so that a res
 never stopped. Ctrl-C saves.
 """
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from transfusion.diffusion.objective import TIMES, sample_times
 from transfusion.model.config import TransfusionConfig, TransfusionSettings
 from transfusion.model.lora import TuneSettings, is_of_images, name_base, prepare, trained_table
 from transfusion.model.transfusion import Transfusion
-from transfusion.sequence import Sequence, split_rows
+from transfusion.sequence import CONTEXT_ATTENTION, Context, Sequence, split_rows
 from transfusion.sequence.tokenizer import BOI, EOI, train_tokenizer
 from transfusion.settings import Count, OneOf, Positive, Range, check
 from transfusion.train.activations import outline
@@ -33,9 +34,12 @@ from transfusion.train.estimates import work
 from transfusion.train.loop import Batch, Term, fit, say_stopped
 from transfusion.train.optimizer import Player, build_optimizer, learning_rate, scale_rates
 from transfusion.train.parallel import shard, whole
-from transfusion.train.processes import ALONE, ParallelSettings, Processes, is_main, start_processes
+from transfusion.train.processes import ALONE, DTYPES, ParallelSettings, Processes, is_main, start_processes
+from transfusion.train.recompute import RECOMPUTE, checkpoint_layers
+from transfusion.train.samples import Samples, SamplesSettings, held_out_prompts, read_prompts
 from transfusion.train.settings import OptimizerSettings, RunSettings, check_steps
 from transfusion.train.trackers import check_trackers
+from transfusion.train.validation import Validation, ValidationSettings
 
 FIXED = ("model", "data", "tune", "seed", "optim.rows", "optim.seq_len", "optim.times")
 """Settings that decide what was trained on: a run goes on with these alone as they were."""
@@ -85,6 +89,11 @@ class TrainConfig(RunSettings):
     data: DataSettings = field(default_factory=DatasetSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    recompute: Annotated[str, OneOf(RECOMPUTE)] = "none"
+    """activation checkpointing: what the backward pass computes again in place of keeping it; selective keeps the
+    results of matrix products and of attention, full the inputs of layers alone"""
+    validate: ValidationSettings = field(default_factory=ValidationSettings)
+    samples: SamplesSettings = field(default_factory=SamplesSettings)
 
 
 def check_settings(op: str, config: TrainConfig, prefix: str = "") -> None:
@@ -158,6 +167,9 @@ class TransfusionTask:
         """`model` is `base`, or the adapters around it; `rows` are those of this one of the processes."""
         self.config, self.rows, self.base, self.processes = config, rows, base, processes
         self.size = config.optim.rows * config.optim.seq_len
+        self.context = None
+        if processes.context_ranks > 1:
+            self.context = Context(processes.context_group, CONTEXT_ATTENTION[config.parallel.context_by])
         optimizer = build_optimizer(model, config.optim)
         images = (p for name, p in model.named_parameters() if is_of_images(name))
         scale_rates(optimizer, images, config.optim.image_lr)
@@ -168,7 +180,8 @@ class TransfusionTask:
         """Draw this process's part of a step's rows, and the times of its images, then split them into micro-batches.
 
         Times and noise are drawn for the images of the whole batch, of which each process and each micro-batch takes
-        its own: what is drawn depends neither on the number of processes nor on `accumulate`.
+        its own: what is drawn depends neither on the number of processes nor on `accumulate`. Processes that split the
+        tokens of rows draw the same rows.
         """
         config, base = self.config, self.base
         generator = step_generator(config.seed, step)
@@ -180,9 +193,9 @@ class TransfusionTask:
                              before=first, after=after)
         batches, start = [], 0
         for number, part in enumerate(split_rows(sequence, config.optim.accumulate)):
-            seed = torch.tensor([config.seed, step, first + start])
-            inputs = part, times[start:start + part.image_count], seed
-            batches.append(Batch(inputs, _counts(part), {} if number else notes, totals))
+            held = part if self.context is None else base.share(part, self.context)
+            inputs = held, times[start:start + part.image_count], torch.tensor([config.seed, step, first + start])
+            batches.append(Batch(inputs, _counts(held), {} if number else notes, totals))
             start += part.image_count
         return batches
 
@@ -201,7 +214,7 @@ class TransfusionTask:
 
     def losses(self, step: int, batch: Batch) -> Iterator[tuple[Player, dict[str, Term]]]:
         """Text loss + lambda * diffusion loss."""
-        device = self.base.device
+        device = self.processes.device or self.base.device
         sequence, times, seed = (x.to(device) for x in batch.inputs)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.autocast):
             output = self.player.model(sequence, times, seed)
@@ -227,6 +240,32 @@ class TransfusionTask:
 def _counts(sequence: Sequence) -> dict[str, int]:
     """How many things the loss's terms are means over."""
     return {"text_loss": len(sequence.text_targets), "diffusion_loss": int(sequence.drawn.sum())}
+
+
+def watch(config: TrainConfig, task: TransfusionTask, rows: Rows) -> list[Validation | Samples]:
+    """Make what looks at the run while it trains, and say what that is.
+
+    Raises:
+        ValueError: the data hold out nothing, or there is nothing to draw.
+    """
+    watchers, here, base = [], task.processes, task.base
+    common = {"steps": config.optim.steps, "device": here.device}
+    with here.agreeing():
+        if config.validate.every:
+            held_out = rows.held_out(config.validate.rows)
+            share = None if task.context is None else functools.partial(base.share, context=task.context)
+            watchers.append(Validation(config.validate, held_out, task.player, autocast=config.autocast, share=share,
+                                       rank=here.data_rank, ranks=here.data_ranks, **common))
+        if config.samples.every:
+            given, count = config.samples.prompts, config.samples.count
+            prompts = (held_out_prompts(rows.held_out(4 * count), base.tokenizer, count) if given is None
+                       else read_prompts(given))
+            start = saved_step(config.out) if config.resume else 0
+            watchers.append(Samples(config.samples, prompts, task.player, base, config.out, start=start,
+                                    writes=here.is_main, **common))
+    for watcher in watchers:
+        print(watcher.words(), flush=True)
+    return watchers
 
 
 def train(config: TrainConfig) -> Path:
@@ -257,6 +296,7 @@ def _train(config: TrainConfig, processes: Processes) -> Path:
             base.vae.to(device)
         torch.manual_seed(config.seed)  # adapters start at random
         model = prepare(base, config.tune).train()
+        checkpoint_layers(base, config.recompute)
         print(trained_table(model), flush=True)
         optim = config.optim
         rows = data.rows(base.tokenizer, base.config, base.vae, rows=optim.rows, seq_len=optim.seq_len,
@@ -266,10 +306,11 @@ def _train(config: TrainConfig, processes: Processes) -> Path:
 
     # optimizer and loop
     if processes.mesh is not None:
-        model = shard(model, processes.mesh)
+        model = shard(model, processes.mesh, DTYPES[config.parallel.dtype], offload=config.parallel.offload)
     task = TransfusionTask(config, rows, base, model, processes)
+    watchers = watch(config, task, rows)
     done = fit("train", config, config.optim, task, lambda step: learning_rate(step, config.optim), fixed=FIXED,
-               epoch=rows.steps_in_epoch, operations=task.operations)
+               epoch=rows.steps_in_epoch, watchers=watchers, operations=task.operations)
     say_stopped(config, config.optim, done)
     return config.out
 

@@ -32,7 +32,14 @@ def runs(folder: Path) -> dict[str, TrainConfig]:
     return {"digits": digits(folder / "digits"),
             "accumulated": digits(folder / "accumulated", accumulate=2),
             "logit-normal": dataclasses.replace(digits(folder / "logit-normal", times="logit-normal", steps=2)),
-            "copies": digits(folder / "copies", ParallelSettings(replicate=2), steps=3),
+            "copies": digits(folder / "copies", ParallelSettings(replicate=2), steps=3, accumulate=2),
+            "offloaded, full": dataclasses.replace(
+                digits(folder / "offloaded, full", ParallelSettings(offload=True), steps=3), recompute="full"),
+            "selective": dataclasses.replace(
+                digits(folder / "selective", steps=3), recompute="selective",
+                model=ModelSettings(hidden=32, layers=2, heads=2, kv_heads=2, mlp=64, backbone="adaln")),
+            "context": digits(folder / "context", ParallelSettings(context=2), steps=3),
+            "ring": digits(folder / "ring", ParallelSettings(context=2, context_by="ring"), steps=3, accumulate=2),
             "guarded": dataclasses.replace(
                 digits(folder / "guarded", steps=8, image_lr=3.0, schedule="wsd", decay_share=0.5),
                 guard=GuardSettings(do="skip", window=2, factor=1.0001, patience=8)),
