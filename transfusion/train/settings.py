@@ -122,10 +122,11 @@ def check_steps(op: str, optim: StepSettings, batch: str, prefix: str = "") -> N
     Raises:
         ValueError: the first of them, named.
     """
-    if isinstance(optim, OptimizerSettings) and optim.min_lr > optim.lr:
+    has_schedule = isinstance(optim, OptimizerSettings)
+    if has_schedule and optim.schedule != "constant" and optim.min_lr > optim.lr:
         raise ValueError(f"{op}: {prefix}min_lr is {optim.min_lr:g} and {prefix}lr {optim.lr:g}; at most lr fits; "
                          f"lower {prefix}min_lr or raise {prefix}lr")
-    if isinstance(optim, OptimizerSettings) and optim.schedule == "wsd":
+    if has_schedule and optim.schedule == "wsd":
         stable = (1 - optim.decay_share) * optim.steps
         if optim.warmup > stable:
             raise ValueError(f"{op}: {prefix}warmup is {optim.warmup} and {prefix}decay_share {optim.decay_share:g} of "
