@@ -139,11 +139,15 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(alone, together):
     assert_same_losses(log(together[0] / "stopped"), log(alone / "digits")[:3])
 
 
-def test_settings_that_do_not_fit_end_torchrun_with_one_line(tmp_path):
+@pytest.mark.parametrize("flags,said", [
+    (["--parallel.shard", "4"], "error: train: parallel.shard is 4, parallel.replicate is 1"),
+    (["--parallel.shrad", "2"], "Unrecognized options: --parallel.shrad"),
+])
+def test_settings_that_do_not_fit_end_torchrun_with_one_message(tmp_path, flags, said):
     _, err, status = torchrun(2, "-m", "transfusion.train", "digits", "--out", str(tmp_path / "run"), "--device", "cpu",
-                              "--parallel.shard", "4", limit=120)
-    assert status and err.count("error: train: parallel.shard is 4, parallel.replicate is 1") == 1
-    assert err.count("error: train") == 1 and not (tmp_path / "run").exists()
+                              *flags, limit=120)
+    assert status and err.count(said) == 1, err
+    assert not (tmp_path / "run").exists()
 
 
 def test_processes_that_do_not_meet_say_so(tmp_path, monkeypatch):
