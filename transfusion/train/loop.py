@@ -34,7 +34,7 @@ from transfusion.train.guard import Guard, Spike
 from transfusion.train.log import LOG, Log, records_before, start_log
 from transfusion.train.meter import Meter, TimeLimit
 from transfusion.train.optimizer import Player
-from transfusion.train.parallel import sum_counts, sum_means, whole
+from transfusion.train.parallel import sum_copies, sum_counts, sum_means, whole
 from transfusion.train.processes import any_process, is_main
 from transfusion.train.settings import RunSettings, StepSettings
 
@@ -182,8 +182,9 @@ def accumulate(task: Task, step: int, batches: list[Batch] | None = None
     totals = sum_counts(totals) if batches[0].totals is None else batches[0].totals
     means: dict[str, Tensor] = {}
     playing: list[Player] = []
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
         for player, terms in task.losses(step, batch):
+            sum_copies(player.model, number == len(batches))
             parts = {name: term.mean * (batch.counts[name] / totals[name] if totals[name] else 1.0)
                      for name, term in terms.items()}
             loss = sum(term.weight * parts[name] for name, term in terms.items())

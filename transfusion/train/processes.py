@@ -43,6 +43,8 @@ _runs = itertools.count()
 class FailedElsewhere(ValueError):
     """Another process failed, and the main one says why."""
 
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class ParallelSettings:
@@ -57,6 +59,10 @@ class ParallelSettings:
     context_by: Annotated[str, OneOf(CONTEXT_ATTENTION)] = "gathered"
     """what brings these processes the keys and values of each other's tokens: gathered, a layer's all at once; or ring,
     those of one process at a time, which holds less and computes attention once more in backward"""
+    dtype: Annotated[str, OneOf(DTYPES)] = "float32"
+    """what layers gather their weights in and compute in; weights are kept and gradients are summed in float32"""
+    offload: bool = False
+    """keep weights, gradients and what the optimizer keeps in the memory of the CPU, where it steps as well"""
 
 
 @dataclass(frozen=True)
@@ -161,6 +167,7 @@ def start_processes(command: str, settings: ParallelSettings, device: str = "aut
     if size == 1:
         check(command, settings, "parallel.")
         _sizes(command, settings, 1)
+        _check_alone(command, settings)
         yield ALONE
         return
     rank, store = _meet(command, device)
@@ -175,11 +182,25 @@ def start_processes(command: str, settings: ParallelSettings, device: str = "aut
         if rank == 0:
             store.set("ended", str(error))
         elif isinstance(error, FailedElsewhere) or _has_ended(store):
-            time.sleep(1)  # torchrun ends all processes when one ends; the main one speaks first
+            time.sleep(1)  # torchrun ends all processes when one fails; the main one speaks first
             raise SystemExit(1) from None
         raise
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def said_once() -> Iterator[None]:
+    """Read a command line, which is the same for all processes: what is wrong with it, the main one alone says."""
+    if started() == 1 or os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            yield
+    except (SystemExit, *PLAIN) as end:
+        time.sleep(1)
+        raise SystemExit(1 if getattr(end, "code", 1) else 0) from None
 
 
 def started() -> int:
@@ -258,6 +279,15 @@ def _sizes(command: str, settings: ParallelSettings, size: int) -> tuple[int, in
                          f"{settings.context}, and {_processes(size)} started; numbers whose product is {size} fit, "
                          "or, without parallel.shard, divide it; torchrun --nproc-per-node says how many start")
     return settings.replicate, shard, settings.context
+
+
+def _check_alone(command: str, settings: ParallelSettings) -> None:
+    """Refuse to one process what several of them do."""
+    for name, way in (("dtype", "--autocast computes in bfloat16"), ("offload", "leave it out")):
+        value = getattr(settings, name)
+        if value != getattr(ParallelSettings(), name):
+            raise ValueError(f"{command}: parallel.{name} is {value!r} and one process was started; it is for several, "
+                             f"which torchrun starts; {way}")
 
 
 def _processes(size: int) -> str:

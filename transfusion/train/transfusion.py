@@ -31,7 +31,8 @@ from transfusion.train.average import Average
 from transfusion.train.loop import Batch, Term, fit, say_stopped
 from transfusion.train.optimizer import Player, build_optimizer, learning_rate
 from transfusion.train.parallel import shard, whole
-from transfusion.train.processes import ALONE, ParallelSettings, Processes, is_main, start_processes
+from transfusion.train.processes import ALONE, DTYPES, ParallelSettings, Processes, is_main, start_processes
+from transfusion.train.recompute import RECOMPUTE, checkpoint_layers, compile_layers
 from transfusion.train.settings import OptimizerSettings, RunSettings, check_steps
 
 FIXED = ("model", "data", "tune", "seed", "optim.rows", "optim.seq_len", "optim.times")
@@ -79,6 +80,11 @@ class TrainConfig(RunSettings):
     data: DataSettings = field(default_factory=DatasetSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    recompute: Annotated[str, OneOf(RECOMPUTE)] = "none"
+    """activation checkpointing: what the backward pass computes again in place of keeping it; selective keeps the
+    results of matrix products and of attention, full the inputs of layers alone"""
+    compile: bool = False
+    """compile the decoder's layers with torch.compile; the first steps wait for it"""
 
 
 def check_settings(op: str, config: TrainConfig, prefix: str = "") -> None:
@@ -195,7 +201,7 @@ class TransfusionTask:
 
     def losses(self, step: int, batch: Batch) -> Iterator[tuple[Player, dict[str, Term]]]:
         """Text loss + lambda * diffusion loss."""
-        device = self.base.device
+        device = self.processes.device or self.base.device
         sequence, times, seed = (x.to(device) for x in batch.inputs)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.autocast):
             output = self.player.model(sequence, times, seed)
@@ -245,6 +251,9 @@ def _train(config: TrainConfig, processes: Processes) -> Path:
             base.vae.to(device)
         torch.manual_seed(config.seed)  # adapters start at random
         model = prepare(base, config.tune).train()
+        checkpoint_layers(base, config.recompute)
+        if config.compile:
+            compile_layers(base)
         print(trained_table(model), flush=True)
         optim = config.optim
         rows = data.rows(base.tokenizer, base.config, base.vae, rows=optim.rows, seq_len=optim.seq_len,
@@ -254,7 +263,7 @@ def _train(config: TrainConfig, processes: Processes) -> Path:
 
     # optimizer and loop
     if processes.mesh is not None:
-        model = shard(model, processes.mesh)
+        model = shard(model, processes.mesh, DTYPES[config.parallel.dtype], offload=config.parallel.offload)
     task = TransfusionTask(config, rows, base, model, processes)
     done = fit("train", config, config.optim, task, lambda step: learning_rate(step, config.optim), fixed=FIXED,
                epoch=rows.steps_in_epoch)
