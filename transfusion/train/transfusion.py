@@ -24,7 +24,7 @@ from transfusion.diffusion.objective import TIMES, sample_times
 from transfusion.model.config import TransfusionConfig, TransfusionSettings
 from transfusion.model.lora import TuneSettings, name_base, prepare, trained_table
 from transfusion.model.transfusion import Transfusion
-from transfusion.sequence import Sequence, split_rows
+from transfusion.sequence import CONTEXT_ATTENTION, Context, Sequence, split_rows
 from transfusion.sequence.tokenizer import BOI, EOI, train_tokenizer
 from transfusion.settings import Count, OneOf, Positive, Range, check
 from transfusion.train.average import Average
@@ -158,6 +158,9 @@ class TransfusionTask:
         """`model` is `base`, or the adapters around it; `rows` are those of this one of the processes."""
         self.config, self.rows, self.base, self.processes = config, rows, base, processes
         self.size = config.optim.rows * config.optim.seq_len
+        self.context = None
+        if processes.context_ranks > 1:
+            self.context = Context(processes.context_group, CONTEXT_ATTENTION[config.parallel.context_by])
         self.player = Player(model, build_optimizer(model, config.optim), Average(model, config.optim.ema))
         self.players = (self.player,)
 
@@ -165,7 +168,8 @@ class TransfusionTask:
         """Draw this process's part of a step's rows, and the times of its images, then split them into micro-batches.
 
         Times and noise are drawn for the images of the whole batch, of which each process and each micro-batch takes
-        its own: what is drawn depends neither on the number of processes nor on `accumulate`.
+        its own: what is drawn depends neither on the number of processes nor on `accumulate`. Processes that split the
+        tokens of rows draw the same rows.
         """
         config, base = self.config, self.base
         generator = step_generator(config.seed, step)
@@ -176,9 +180,9 @@ class TransfusionTask:
                              before=first, after=after)
         batches, start = [], 0
         for number, part in enumerate(split_rows(sequence, config.optim.accumulate)):
-            seed = torch.tensor([config.seed, step, first + start])
-            inputs = part, times[start:start + part.image_count], seed
-            batches.append(Batch(inputs, _counts(part), {} if number else notes, totals))
+            held = part if self.context is None else base.share(part, self.context)
+            inputs = held, times[start:start + part.image_count], torch.tensor([config.seed, step, first + start])
+            batches.append(Batch(inputs, _counts(held), {} if number else notes, totals))
             start += part.image_count
         return batches
 

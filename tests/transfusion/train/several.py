@@ -38,6 +38,8 @@ def runs(folder: Path) -> dict[str, TrainConfig]:
             "selective": dataclasses.replace(
                 digits(folder / "selective", steps=3), recompute="selective",
                 model=ModelSettings(hidden=32, layers=2, heads=2, kv_heads=2, mlp=64, backbone="adaln")),
+            "context": digits(folder / "context", ParallelSettings(context=2), steps=3),
+            "ring": digits(folder / "ring", ParallelSettings(context=2, context_by="ring"), steps=3, accumulate=2),
             "mixture": mixture,
             "mixture, accumulated": dataclasses.replace(
                 mixture, out=folder / "mixture, accumulated",
