@@ -182,11 +182,25 @@ def start_processes(command: str, settings: ParallelSettings, device: str = "aut
         if rank == 0:
             store.set("ended", str(error))
         elif isinstance(error, FailedElsewhere) or _has_ended(store):
-            time.sleep(1)  # torchrun ends all processes when one ends; the main one speaks first
+            time.sleep(1)  # torchrun ends all processes when one fails; the main one speaks first
             raise SystemExit(1) from None
         raise
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def said_once() -> Iterator[None]:
+    """Read a command line, which is the same for all processes: what is wrong with it, the main one alone says."""
+    if started() == 1 or os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            yield
+    except (SystemExit, *PLAIN) as end:
+        time.sleep(1)
+        raise SystemExit(1 if getattr(end, "code", 1) else 0) from None
 
 
 def started() -> int:

@@ -1,4 +1,6 @@
-"""Activation checkpointing: what a layer makes between its input and its output is made again in the backward pass.
+"""Layers that keep less, by activation checkpointing, and layers that torch.compile makes faster.
+
+What a checkpointed layer makes between its input and its output is made again in the backward pass:
 
     none        everything is kept
     selective   results of matrix products and of attention are kept; all else, which is cheap, is computed again
@@ -7,6 +9,7 @@
 Layers are what is checkpointed (arXiv:1604.06174; the selective kind as in arXiv:2205.05198, section 5). It changes
 memory and time, and no number.
 """
+from collections.abc import Callable
 from functools import partial
 
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -26,6 +29,16 @@ def checkpoint_layers(model: Transfusion, recompute: str) -> None:
     # transformers' name for it since 5.20, and before
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False, **kept})
+
+
+def compile_layers(model: Transfusion, backend: str | Callable = "inductor") -> None:
+    """Compile each layer by itself, before `shard`. Numbers of images and patches may change from step to step.
+
+    A layer is compiled for each form that its inputs have: the first layer's embeddings, the others' residual stream,
+    and numbers of images in general once they have changed.
+    """
+    for layer in model.backbone.blocks():
+        layer.compile(backend=backend, fullgraph=True)
 
 
 def _policy(_, operation, *arguments, **options) -> CheckpointPolicy:

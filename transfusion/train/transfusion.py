@@ -35,7 +35,7 @@ from transfusion.train.loop import Batch, Term, fit, say_stopped
 from transfusion.train.optimizer import Player, build_optimizer, learning_rate, scale_rates
 from transfusion.train.parallel import shard, whole
 from transfusion.train.processes import ALONE, DTYPES, ParallelSettings, Processes, is_main, start_processes
-from transfusion.train.recompute import RECOMPUTE, checkpoint_layers
+from transfusion.train.recompute import RECOMPUTE, checkpoint_layers, compile_layers
 from transfusion.train.samples import Samples, SamplesSettings, held_out_prompts, read_prompts
 from transfusion.train.settings import OptimizerSettings, RunSettings, check_steps
 from transfusion.train.trackers import check_trackers
@@ -92,6 +92,8 @@ class TrainConfig(RunSettings):
     recompute: Annotated[str, OneOf(RECOMPUTE)] = "none"
     """activation checkpointing: what the backward pass computes again in place of keeping it; selective keeps the
     results of matrix products and of attention, full the inputs of layers alone"""
+    compile: bool = False
+    """compile the decoder's layers with torch.compile; the first steps wait for it"""
     validate: ValidationSettings = field(default_factory=ValidationSettings)
     samples: SamplesSettings = field(default_factory=SamplesSettings)
 
@@ -297,6 +299,8 @@ def _train(config: TrainConfig, processes: Processes) -> Path:
         torch.manual_seed(config.seed)  # adapters start at random
         model = prepare(base, config.tune).train()
         checkpoint_layers(base, config.recompute)
+        if config.compile:
+            compile_layers(base)
         print(trained_table(model), flush=True)
         optim = config.optim
         rows = data.rows(base.tokenizer, base.config, base.vae, rows=optim.rows, seq_len=optim.seq_len,

@@ -35,6 +35,7 @@ def runs(folder: Path) -> dict[str, TrainConfig]:
             "copies": digits(folder / "copies", ParallelSettings(replicate=2), steps=3, accumulate=2),
             "offloaded, full": dataclasses.replace(
                 digits(folder / "offloaded, full", ParallelSettings(offload=True), steps=3), recompute="full"),
+            "compiled": dataclasses.replace(digits(folder / "compiled", steps=3), compile=True),
             "selective": dataclasses.replace(
                 digits(folder / "selective", steps=3), recompute="selective",
                 model=ModelSettings(hidden=32, layers=2, heads=2, kv_heads=2, mlp=64, backbone="adaln")),
@@ -47,6 +48,12 @@ def runs(folder: Path) -> dict[str, TrainConfig]:
             "mixture, accumulated": dataclasses.replace(
                 mixture, out=folder / "mixture, accumulated",
                 optim=dataclasses.replace(mixture.optim, accumulate=2))}
+
+
+def layouts(folder: Path) -> dict[str, TrainConfig]:
+    """Runs of four processes, in other layouts, that give the losses of "digits"."""
+    return {"copies of shards": digits(folder / "copies of shards", ParallelSettings(shard=2, replicate=2)),
+            "shards of four": digits(folder / "shards of four")}
 
 
 def refused(name: str, config: TrainConfig, folder: Path) -> None:
@@ -105,4 +112,8 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if os.environ["WORLD_SIZE"] == "2":
+        main(Path(sys.argv[1]))
+    else:
+        for config in layouts(Path(sys.argv[1])).values():
+            train(config)

@@ -12,7 +12,7 @@ import torch
 
 from tests.transfusion.model.test_vae import autoencoder
 from tests.transfusion.train.own_data import paint, write_lines, write_mixture
-from tests.transfusion.train.several import digits, runs
+from tests.transfusion.train.several import digits, layouts, runs
 from transfusion import Transfusion
 from transfusion.command import claim, saved_step
 from transfusion.train import processes
@@ -65,7 +65,7 @@ def alone(tmp_path_factory):
     """A folder with the runs of one process."""
     folder = write_data(tmp_path_factory.mktemp("alone"))
     for config in runs(folder).values():
-        train(dataclasses.replace(config, parallel=ParallelSettings()))
+        train(dataclasses.replace(config, parallel=ParallelSettings(), compile=False, recompute="none"))
     return folder
 
 
@@ -87,6 +87,13 @@ def test_two_processes_skip_the_steps_that_one_skips(alone, together):
     """The guard is so narrow here that common steps are spikes; image layers have a learning rate of their own."""
     found, expected = ([record.get("skipped") for record in log(folder / "guarded")] for folder in (together[0], alone))
     assert found == expected and 0 < sum(map(bool, found)) < len(found)
+
+
+def test_four_processes_log_the_losses_of_one_in_every_layout(alone, tmp_path):
+    _, err, status = torchrun(4, "-m", "tests.transfusion.train.several", str(tmp_path))
+    assert status == 0, err
+    for config in layouts(tmp_path).values():
+        assert_same_losses(log(config.out), log(alone / "digits"))
 
 
 def test_accumulation_changes_no_loss(alone):
@@ -132,11 +139,15 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(alone, together):
     assert_same_losses(log(together[0] / "stopped"), log(alone / "digits")[:3])
 
 
-def test_settings_that_do_not_fit_end_torchrun_with_one_line(tmp_path):
+@pytest.mark.parametrize("flags,said", [
+    (["--parallel.shard", "4"], "error: train: parallel.shard is 4, parallel.replicate is 1"),
+    (["--parallel.shrad", "2"], "Unrecognized options: --parallel.shrad"),
+])
+def test_settings_that_do_not_fit_end_torchrun_with_one_message(tmp_path, flags, said):
     _, err, status = torchrun(2, "-m", "transfusion.train", "digits", "--out", str(tmp_path / "run"), "--device", "cpu",
-                              "--parallel.shard", "4", limit=120)
-    assert status and err.count("error: train: parallel.shard is 4, parallel.replicate is 1") == 1
-    assert err.count("error: train") == 1 and not (tmp_path / "run").exists()
+                              *flags, limit=120)
+    assert status and err.count(said) == 1, err
+    assert not (tmp_path / "run").exists()
 
 
 def test_processes_that_do_not_meet_say_so(tmp_path, monkeypatch):

@@ -1,15 +1,20 @@
-"""Activation checkpointing keeps what it says, whatever the backbone, and changes no number."""
+"""Checkpointed layers keep what they say, and compiled ones are compiled once; neither changes a number."""
+import copy
 import functools
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.transfusion.conftest import tiny_model
 from tests.transfusion.train.test_plan import ROWS, InUse, rows_of, small
+from transfusion import Image, Text
 from transfusion.model.config import BACKBONES
 from transfusion.model.lora import TuneSettings
 from transfusion.model.transfusion import Transfusion
+from transfusion.sequence import encode, lay_out
 from transfusion.train.activations import trace
-from transfusion.train.recompute import checkpoint_layers
+from transfusion.train.recompute import checkpoint_layers, compile_layers
 
 
 @functools.cache
@@ -48,3 +53,38 @@ def test_what_is_computed_again_is_not_kept_as_it_is_planned_and_numbers_stay(ba
     others = everything - planned.everything                          # the rows, and what their mask is made of
     assert kept - others == pytest.approx(getattr(planned, recompute) - layer, rel=0.08)
     assert kept < {"selective": 0.65, "full": 0.2}[recompute] * everything
+
+
+def drawn(model, images):
+    """Two rows, one of them with so many images."""
+    generator = torch.Generator().manual_seed(images)
+    pictures = [Image(torch.rand(1, 8, 8, generator=generator) * 2 - 1) for _ in range(images)]
+    documents = [[[Text("a handwritten seven"), *pictures]], [[Text("a" * (images + 1))]]]
+    return lay_out([[encode(parts, model.tokenizer, model.config) for parts in row] for row in documents], 128,
+                   model.config.patch_dim)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_compiled_layers_give_the_same_numbers_and_are_not_compiled_again_when_lengths_change(backbone, recompute):
+    def losses(model):
+        found = []
+        for images in (1, 2, 3, 4, 2, 5):
+            rows = drawn(model, images)
+            model.zero_grad()
+            loss = model(rows, torch.full((images,), 0.5), torch.tensor([1, 2, 0])).loss
+            loss.backward()
+            found.append((loss.detach(), torch.stack([p.grad.norm() for p in model.parameters()])))
+            compiled.append(counter.frame_count)
+        return found
+
+    torch._dynamo.reset()
+    counter, compiled = CompileCounterWithBackend("aot_eager"), []
+    model = tiny_model(backbone=backbone).train()
+    plain = copy.deepcopy(model)
+    plain.tokenizer = model.tokenizer
+    checkpoint_layers(model, recompute)
+    compile_layers(model, counter)
+    for found, expected in zip(losses(model), losses(plain)):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert 0 < compiled[0] <= compiled[1] == compiled[-1] <= 8, compiled
