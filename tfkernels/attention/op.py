@@ -68,10 +68,11 @@ def attention_gradients(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tens
 
     It is for who does not keep k and v between forward and backward.
     """
-    numbers = mask.rows_exact, mask.columns_exact, mask.offset, float(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
     with torch.autocast(dout.device.type, enabled=False):
         return _backward(dout, torch.zeros_like(lse), q, k, v, out, lse, mask.lo, mask.hi, mask.key_since,
-                         mask.key_until, *numbers, float(softcap or 0))
+                         mask.key_until, mask.rows_exact, mask.columns_exact, mask.offset, float(scale),
+                         float(softcap or 0))
 
 
 def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, mask: TransfusionMask, *,

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+@torch.compiler.disable
 def exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], group=None) -> Tensor:
     """Return the rows that the ranks of a group send to this one, in the order of the ranks.
 

@@ -17,7 +17,7 @@ UNET = dict(image_layers="unet", unet_channels=(8, 16), unet_blocks=1)
 IMAGE_LAYERS = {"linear": dict(image_layers="linear"), "dit": {}, "unet": UNET}
 MODELS = {f"{backbone}, {layers}": dict(backbone=backbone, **options)
           for backbone in BACKBONES for layers, options in IMAGE_LAYERS.items()}
-MODELS |= {  # what else a model may be; "checkpointed" and "trained" are options of `built`
+MODELS |= {  # what else a model may be; "checkpointed", "compiled" and "trained" are for `built`
     "causal images": dict(image_attention="causal"),
     **{f"{backbone}, 2d": dict(backbone=backbone, positions="2d") for backbone in BACKBONES[1:]},
     "tied": dict(tie_word_embeddings=True),
@@ -26,6 +26,7 @@ MODELS |= {  # what else a model may be; "checkpointed" and "trained" are option
                                    layer_types=["sliding_attention", "full_attention"]),
     "adaln, window": dict(family="mistral", sliding_window=7, backbone="adaln"),
     **{f"{backbone}, checkpointed": dict(backbone=backbone, checkpointed=True) for backbone in BACKBONES},
+    "adaln, compiled": dict(backbone="adaln", compiled=True),
     "lora": dict(trained="lora", **UNET),
     "image layers alone": dict(trained="images", backbone="adaln", **UNET),
 }
@@ -36,12 +37,14 @@ ON_FOUR = {"decoder, unet": "ring", "adaln, 2d": "gathered", "mixture_of_transfo
 IN_FLOAT32 = "decoder, dit", "adaln, 2d", "mixture_of_transformers, linear", "decoder, unet"
 
 
-def built(family=None, trained="all", checkpointed=False, dtype=torch.float64, **options):
+def built(family=None, trained="all", checkpointed=False, compiled=False, dtype=torch.float64, **options):
     """A model in training, and the adapters around it; with a family, one of its decoders and a DiT head."""
     base = tiny_model(**options) if family is None else of_family(family, **options)
     base = base.to(dtype).train()
     if checkpointed:
         base.gradient_checkpointing_enable()
+    for layer in base.backbone.blocks() if compiled else ():
+        layer.compile(backend="aot_eager")  # dynamo and autograd as for any compiler, without one
     model = prepare(base, TuneSettings(start=Path("start"), trained=trained, lora_rank=4))
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
