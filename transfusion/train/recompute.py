@@ -38,7 +38,7 @@ def compile_layers(model: Transfusion, backend: str | Callable = "inductor") -> 
     and numbers of images in general once they have changed.
     """
     for layer in model.backbone.blocks():
-        layer.compile(backend=backend, fullgraph=True)
+        layer.compile(backend=backend)
 
 
 def _policy(_, operation, *arguments, **options) -> CheckpointPolicy:
