@@ -11,7 +11,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from transfusion.files import current, locked, read_json, settle
+from transfusion.files import current, read_json, settle
+from transfusion.locks import locked
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

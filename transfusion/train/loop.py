@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,15 +26,18 @@ from transfusion.files import replacing
 from transfusion.train.checkpoint import (
     check_finite,
     check_weights,
-    load_state,
+    open_saved,
     restore_players,
     training_state,
+    write_run,
     write_state,
 )
 from transfusion.train.log import LOG, Log, start_log
 from transfusion.train.optimizer import Player
 from transfusion.train.parallel import sum_counts, sum_means, whole
+from transfusion.train.resuming import recorded, run_to_resume
 from transfusion.train.settings import RunSettings, StepSettings
+from transfusion.train.sharded import Saver, agreeing, averaged_weights
 
 
 class Term(NamedTuple):
@@ -71,6 +75,9 @@ class Task(Protocol):
     def save(self, directory: Path, step: int) -> None:
         """Write what `from_pretrained` reads, after `step` steps."""
 
+    def save_whole(self, directory: Path, weights: dict[str, Tensor]) -> None:
+        """Write the same of these weights, in the background: for trainers of several processes, who hold shards."""
+
 
 class Watcher(Protocol):
     """What looks at a run from outside, every so many steps: losses on held-out data, samples."""
@@ -97,12 +104,12 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
     progress = tqdm(range(start, optim.steps), initial=start, total=optim.steps, desc=f"{command} {config.out.name}",
                     smoothing=0.05, unit="step", dynamic_ncols=True)
     began, done = time.perf_counter() - spent, start
-    with Interrupt() as stop, Log(config.out / LOG) as log:
+    with Interrupt() as stop, Log(config.out / LOG) as log, open_saver(config) as saver:
         for step in progress:
             # gradients
             for group in (group for player in task.players for group in player.optimizer.param_groups):
                 group["lr"] = rate(step)
-            with saving_first(command, config, task, done, done > start, way_on):
+            with saving_first(command, config, task, done, done > start, way_on, saver):
                 batches = task.batches(step)
             means, playing, notes = accumulate(task, step, batches)
             norms = {f"{player.prefix('_')}grad_norm": clip_gradients(player, optim.clip) for player in playing}
@@ -130,7 +137,9 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
             last = done == optim.steps or stop.asked or done == config.stop_after
             if last or done % config.save_every == 0:
                 log.sync()
-                save(command, config, task, done, way_on)
+                save(command, config, task, done, way_on, saver)
+            if last and saver is not None:
+                saver.wait()
             if last and done < optim.steps:
                 progress.close()
                 break
@@ -138,13 +147,14 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
 
 
 @contextlib.contextmanager
-def saving_first(command: str, config: RunSettings, task: Task, step: int, is_new: bool, way_on: str) -> Iterator[None]:
+def saving_first(command: str, config: RunSettings, task: Task, step: int, is_new: bool, way_on: str,
+                 saver: Saver | None = None) -> Iterator[None]:
     """Save what was trained so far where the data end a run, as when too many files cannot be read any more."""
     try:
         yield
     except ValueError:
         if is_new and step % config.save_every:
-            save(command, config, task, step, way_on)
+            save(command, config, task, step, way_on, saver)
         raise
 
 
@@ -209,19 +219,41 @@ def cost(task: Task, optim: StepSettings, start: int, epoch: float | None = None
     return f"{told}, {left / epoch:,.1f} epochs of {epoch:,.1f} steps and {epoch * seconds / 60:,.1f} min each"
 
 
-def save(command: str, config: RunSettings, task: Task, step: int, way_on: str = "") -> None:
-    """Replace the checkpoint and what resuming needs together: a kill while writing leaves the save before whole."""
+def open_saver(config: RunSettings) -> contextlib.AbstractContextManager[Saver | None]:
+    """What saves in the background where several processes train; None of one process."""
+    return Saver(config.out) if dist.is_initialized() else contextlib.nullcontext()
+
+
+def save(command: str, config: RunSettings, task: Task, step: int, way_on: str = "",
+         saver: Saver | None = None) -> None:
+    """Replace the checkpoint and what resuming needs together: a kill while writing leaves the save before whole.
+
+    With a `saver` training goes on while files are written.
+    """
     state, optimizers = training_state(task.players)
-    check_weights(command, config.out, step, state, way_on)
+    with contextlib.nullcontext() if saver is None else saver.agreeing():
+        check_weights(command, config.out, step, state, way_on)
+    settings = recorded(config)
+
+    def finish(fresh: Path) -> None:
+        task.save_whole(fresh, averaged_weights(fresh))
+        write_run(fresh, settings, optimizers, step)
+
+    if saver is not None:
+        saver.start(state, finish, step)
+        return
     with replacing(config.out) as fresh:
         task.save(fresh, step)
-        write_state(fresh, config, state, optimizers, step)
+        write_state(fresh, state)
+        write_run(fresh, settings, optimizers, step)
 
 
 def restore(config: RunSettings, players: Sequence[Player], fixed: tuple[str, ...]) -> int:
     """Put what `save` wrote into the players; return the step to go on from."""
-    state, run = load_state(config, fixed)
-    restore_players(players, state, run.get("optimizers", {}))
+    with agreeing() if dist.is_initialized() else contextlib.nullcontext():
+        run = run_to_resume(config, fixed)
+        with open_saved(config.out) as saved:
+            restore_players(players, saved, run.get("optimizers", {}))
     return run["step"]
 
 

@@ -20,7 +20,7 @@ from tests.transfusion.train.kills import in_a_child
 from transfusion import Transfusion
 from transfusion.command import Interrupt, plain_errors, saved_step
 from transfusion.device import choose_device
-from transfusion.files import locked
+from transfusion.locks import locked
 from transfusion.model.lora import TuneSettings
 from transfusion.recipes.command_line import PRESETS
 from transfusion.recipes.digits import DigitsSettings
