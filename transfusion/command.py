@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from transfusion.files import current, read_json, settle
 from transfusion.locks import locked
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that end a command, beside Ctrl-C; batch systems such as SLURM send SIGUSR1 before a job's time is over."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CHECKPOINT = ("config.json", "adapter_config.json", "cache.json", "classifier.json", "model.safetensors",
               "model.safetensors.index.json", "diffusion_pytorch_model.safetensors")
@@ -25,10 +26,10 @@ CHECKPOINT = ("config.json", "adapter_config.json", "cache.json", "classifier.js
 def plain_errors(resumes: bool = False) -> Iterator[None]:
     """End a command with one line in place of a traceback.
 
-    That is where its input or a file is wrong, its loss is not finite, or it was stopped. SIGTERM and SIGHUP stop a
-    command as Ctrl-C does. `resumes`: the same command goes on from there.
+    That is where its input or a file is wrong, its loss is not finite, or it was stopped. SIGTERM, SIGHUP and
+    SIGUSR1 stop a command as Ctrl-C does. `resumes`: the same command goes on from there.
     """
-    with _signals(_stop, (signal.SIGTERM, signal.SIGHUP)):
+    with _signals(_stop, ENDS):
         try:
             yield
         except (ValueError, FloatingPointError) as error:
@@ -74,12 +75,12 @@ def _signals(handler, numbers) -> Iterator[None]:
 
 
 class Interrupt:
-    """The first Ctrl-C, SIGTERM or SIGHUP asks the loop to save and stop; a second one stops at once."""
+    """The first Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 asks the loop to save and stop; a second one stops at once."""
 
     asked = False
 
     def __enter__(self):
-        self.handlers = _signals(self.ask, STOPS)
+        self.handlers = _signals(self.ask, (signal.SIGINT, *ENDS))
         self.handlers.__enter__()
         return self
 

@@ -36,6 +36,7 @@ from tfkernels._arguments import got
 from tfkernels.attention.op import attention
 from tfkernels.integrations._visible import visible_pairs
 from tfkernels.mask import TransfusionMask
+from tfkernels.mask.pairs import PAIRS, hulls
 
 NAME = "tfkernels"
 ARGUMENT = "transfusion_mask"
@@ -43,7 +44,6 @@ _DEAF = ("moshi", "nemotron", "stablelm")  # in some version of transformers
 _OP = "tfkernels attention"
 _FAR = torch.iinfo(torch.int32).max
 _WAY = f"load the model with attn_implementation={NAME!r}, or call model.set_attn_implementation({NAME!r})"
-_BLOCK = 2**22  # (query, key) pairs of transformers' mask looked at together
 _REFUSED = {"s_aux": "attention sinks", "sinks": "attention sinks", "position_bias": "numbers added to the scores",
             "head_mask": "weights of heads", "indices": "keys chosen one by one",
             "block_indices": "blocks of keys chosen one by one", "cache": "a paged cache",
@@ -219,39 +219,20 @@ def _read_off(batch_size, q_length, kv_length, q_offset, device, **rule) -> Tran
     from transformers.masking_utils import sdpa_mask
 
     compiling = torch.compiler.is_compiling()
-    step = q_length if compiling else max(1, _BLOCK // (batch_size * kv_length))
+    step = q_length if compiling else max(1, PAIRS // (batch_size * kv_length))
     rule |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    rows, columns = [], []
-    for start in range(0, q_length, step):
-        visible = sdpa_mask(batch_size=batch_size, q_length=min(step, q_length - start), kv_length=kv_length,
+    found = hulls(sdpa_mask(batch_size=batch_size, q_length=min(step, q_length - start), kv_length=kv_length,
                             q_offset=q_offset + start, device=device, **rule)[:, 0]
-        rows.append(_hull(visible))
-        since, until, count = _hull(visible.mT)
-        columns.append(
-            (torch.where(count > 0, since + start, q_length), torch.where(count > 0, until + start, 0), count)
-        )
-    lo, hi, row_count = (torch.cat(x, 1) for x in zip(*rows))                              # (B, Sq)
-    since, until, column_count = (torch.stack(x) for x in zip(*columns))                   # (blocks, B, Sk)
-    since, until, column_count = since.amin(0), until.amax(0), column_count.sum(0)
-    exact = [not compiling and bool((count == (stop - first).clamp(min=0)).all())
-             for first, stop, count in ((lo, hi, row_count), (since, until, column_count))]
-    mask = TransfusionMask(lo.int(), hi.int(), since.int(), until.int(), *exact)
-    fits = mask.area() == row_count.sum()
+                  for start in range(0, q_length, step))
+    fits = ~found.missed().any()
     if compiling:
         torch._assert_async(fits, "tfkernels attention: the model's mask has rows with holes that no column explains")
     elif not fits:
         raise ValueError("tfkernels attention: the model's mask has rows with holes that no column explains; one run "
                          "of keys per query and one run of queries per key fit; use attn_implementation='sdpa' for "
                          "this one")
-    return mask
-
-
-def _hull(visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each row's first True, last True + 1 (0 and 0 without one) and number of True, all (B, R) of (B, R, C)."""
-    count = visible.sum(-1)
-    first, last = (visible.view(torch.uint8).argmax(-1),
-                   visible.shape[-1] - visible.view(torch.uint8).flip(-1).argmax(-1))
-    return torch.where(count > 0, first, 0), torch.where(count > 0, last, 0), count
+    exact = [not compiling and bool(x) for x in (found.rows_exact, found.columns_exact)]
+    return TransfusionMask(found.lo, found.hi, found.since, found.until, *exact)
 
 
 def _of_layer(masks: TransfusionMask | Mapping, module, sliding_window, windowed: bool,

@@ -35,7 +35,7 @@ from transfusion.sequence import lay_out
 VERSION = 1
 CHANGED = "changed record"
 STORED = -1
-LEFT_TO_THE_RUN = signal.SIGINT, signal.SIGHUP
+LEFT_TO_THE_RUN = signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
 
 
 class Failure(NamedTuple):

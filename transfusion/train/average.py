@@ -43,7 +43,8 @@ class Average:
         """Take in the weights after a step; the first ones are copied."""
         kept, new, count = list(self.tensors.values()), list(trained_parameters(model).values()), int(self.n_averaged)
         if count == 0:
-            torch._foreach_copy_(kept, new)
+            for average, weights in zip(kept, new):  # DTensors have no _foreach_copy_
+                average.copy_(weights)
         else:
             get_ema_multi_avg_fn(average_decay(count, self.ema))(kept, new, None)
         self.n_averaged += 1

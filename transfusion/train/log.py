@@ -8,6 +8,8 @@ from transfusion.command import FULL
 from transfusion.files import written
 
 LOG = "log.jsonl"
+CLOCKED = ("seconds", "waited", "tokens_per_second", "pictures_per_second", "data_share", "memory", "mfu")
+"""Numbers of a record that are the machine's. All others are equal in two runs of equal settings."""
 
 
 class Log:
@@ -59,9 +61,14 @@ def read_log(log: Path) -> list[dict]:
     return records
 
 
+def records_before(log: Path, step: int) -> list[dict]:
+    """Return a log's records of the steps before `step`."""
+    return [record for record in read_log(log) if isinstance(record.get("step"), int) and record["step"] < step]
+
+
 def start_log(log: Path, step: int) -> float:
     """Drop the records from `step` on, which the run takes again; return the seconds of training before it."""
-    records = [record for record in read_log(log) if isinstance(record.get("step"), int) and record["step"] < step]
+    records = records_before(log, step)
     if len(records) < step:
         print(f"{log} holds {len(records):,} of the {step:,} steps so far; the run goes on without the others' records",
               flush=True)

@@ -32,7 +32,9 @@ from transfusion.train.checkpoint import (
     write_run,
     write_state,
 )
-from transfusion.train.log import LOG, Log, start_log
+from transfusion.train.guard import Guard, Spike
+from transfusion.train.log import LOG, Log, records_before, start_log
+from transfusion.train.meter import Meter, TimeLimit
 from transfusion.train.optimizer import Player
 from transfusion.train.parallel import sum_counts, sum_means, whole
 from transfusion.train.resuming import recorded, run_to_resume
@@ -87,8 +89,9 @@ class Watcher(Protocol):
 
 
 def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate: Callable[[int], float], *,
-        fixed: tuple[str, ...], way_on: str = "", epoch: float | None = None, watchers: Sequence[Watcher] = ()) -> int:
-    """Train to the last step, to `stop_after`, or to Ctrl-C, SIGTERM or SIGHUP; return the number of steps done.
+        fixed: tuple[str, ...], way_on: str = "", epoch: float | None = None, watchers: Sequence[Watcher] = (),
+        operations: Callable[[Sequence[Batch]], float] | None = None) -> int:
+    """Train to the last step, to `stop_after`, near the end of `max_hours`, or to Ctrl-C, SIGTERM, SIGHUP or SIGUSR1.
 
     Args:
         command: whose name stands in errors and beside the progress bar.
@@ -97,10 +100,20 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
         way_on: what helps where a loss is not finite, for trainers without --resume.
         epoch: steps that show all data once, where there is such a number.
         watchers: what looks at the players after each step. They change neither weights nor what later steps draw.
+        operations: how many a step's batches take, where that can be counted.
+
+    Returns:
+        The number of steps done.
+
+    Raises:
+        ValueError: the data end the run. FloatingPointError: a loss is not finite, or the guard ends the run.
     """
+    limit = TimeLimit(config.max_hours)
     start = restore(config, task.players, fixed) if config.resume else 0
     print(cost(task, optim, start, epoch), flush=True)
     spent = start_log(config.out / LOG, start)
+    guard = Guard(command, config.guard, task.players, records_before(config.out / LOG, start))
+    meter = Meter(task.size, task.unit, device_of(task), operations)
     progress = tqdm(range(start, optim.steps), initial=start, total=optim.steps, desc=f"{command} {config.out.name}",
                     smoothing=0.05, unit="step", dynamic_ncols=True)
     began, done = time.perf_counter() - spent, start
@@ -109,37 +122,39 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
             # gradients
             for group in (group for player in task.players for group in player.optimizer.param_groups):
                 group["lr"] = rate(step)
-            with saving_first(command, config, task, done, done > start, way_on, saver):
+            with saving_first(command, config, task, done, done > start, way_on, saver), meter.begin():
                 batches = task.batches(step)
             means, playing, notes = accumulate(task, step, batches)
             norms = {f"{player.prefix('_')}grad_norm": clip_gradients(player, optim.clip) for player in playing}
             found = numbers(**means, **norms)
-            check_finite(command, config.out, step, found, way_on)
+            with saving_first(command, config, task, done, done > start, way_on, saver):
+                skipped = guard.skips(step, found)
+            if skipped:
+                progress.write(skipped)
+            else:
+                check_finite(command, config.out, step, found, way_on)
 
             # step
             for player in playing:
-                player.optimizer.step()
-                player.model.zero_grad()
-                if player.averaged is not None:
-                    player.averaged.update(player.model)
+                take_step(player, is_skipped=bool(skipped))
             done = step + 1
 
             # log
-            record = {"step": step, **found, "lr": rate(step), "seconds": time.perf_counter() - began, **notes}
+            record = {"step": step, **found, "lr": rate(step), "seconds": time.perf_counter() - began,
+                      **meter.after(done, batches), **notes, **guard.notes(bool(skipped))}
             for watcher in watchers:
                 record |= watcher.after(done)
             log.write(record)
-            speed = (done - start) * task.size / (record["seconds"] - spent)
-            progress.set_postfix({name: f"{found[name]:.3f}" for name in task.shown if name in found},
-                                 **{f"{task.unit}/s": f"{speed:,.0f}"})
+            progress.set_postfix(shown(task, record, (done - start) * task.size / (record["seconds"] - spent)))
 
             # save
-            last = done == optim.steps or stop.asked or done == config.stop_after
+            last = done == optim.steps or stop.asked or limit.is_near() or done == config.stop_after
             if last or done % config.save_every == 0:
                 log.sync()
-                save(command, config, task, done, way_on, saver)
-            if last and saver is not None:
-                saver.wait()
+                with limit.saving():
+                    save(command, config, task, done, way_on, saver)
+                    if last and saver is not None:
+                        saver.wait()
             if last and done < optim.steps:
                 progress.close()
                 break
@@ -149,10 +164,10 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
 @contextlib.contextmanager
 def saving_first(command: str, config: RunSettings, task: Task, step: int, is_new: bool, way_on: str,
                  saver: Saver | None = None) -> Iterator[None]:
-    """Save what was trained so far where the data end a run, as when too many files cannot be read any more."""
+    """Save what was trained so far where the data end a run, as when too many files cannot be read, or the guard."""
     try:
         yield
-    except ValueError:
+    except (ValueError, Spike):
         if is_new and step % config.save_every:
             save(command, config, task, step, way_on, saver)
         raise
@@ -190,9 +205,29 @@ def clip_gradients(player: Player, limit: float | None) -> Tensor:
     return whole(torch.nn.utils.clip_grad_norm_(player.model.parameters(), float("inf") if limit is None else limit))
 
 
+def take_step(player: Player, *, is_skipped: bool) -> None:
+    """Let a player's optimizer take its step and its average take part in it, or not; drop the gradients."""
+    if not is_skipped:
+        player.optimizer.step()
+    player.model.zero_grad()
+    if player.averaged is not None and not is_skipped:
+        player.averaged.update(player.model)
+
+
+def shown(task: Task, record: Mapping[str, float], speed: float) -> dict[str, str]:
+    """What stands beside the progress bar: losses, how fast the run is, and what it makes of its GPU."""
+    said = {name: f"{record[name]:.3f}" for name in task.shown if name in record} | {f"{task.unit}/s": f"{speed:,.0f}"}
+    return said | ({"MFU": f"{record['mfu']:.1%}"} if "mfu" in record else {})
+
+
 def numbers(**values: Tensor) -> dict[str, float]:
     """Single numbers as floats, with one wait for the device."""
     return dict(zip(values, torch.stack([x.detach().float() for x in values.values()]).tolist()))
+
+
+def device_of(task: Task) -> torch.device:
+    """Where the players are."""
+    return next(task.players[0].model.parameters()).device
 
 
 def cost(task: Task, optim: StepSettings, start: int, epoch: float | None = None) -> str:
@@ -210,7 +245,7 @@ def cost(task: Task, optim: StepSettings, start: int, epoch: float | None = None
         for player in task.players:
             player.model.zero_grad()
 
-    seconds = seconds_of(once, next(task.players[0].model.parameters()).device)
+    seconds = seconds_of(once, device_of(task))
     for x, before in buffers:
         x.copy_(before)
     told = f"{left:,} steps of {task.size:,} {task.unit} at {seconds:.2f} s: about {left * seconds / 60:,.0f} min"

@@ -33,9 +33,21 @@ class Player:
 
 
 def learning_rate(step: int, optim: OptimizerSettings) -> float:
-    """Linear warm-up, then a cosine down to min_lr."""
+    """Linear warm-up, then min_lr + (lr - min_lr) * share, where the schedule makes `share` of its progress x.
+
+        cosine      share = (1 + cos(pi x)) / 2     x from the end of the warm-up to the last step (arXiv:1608.03983)
+        wsd         share = 1 - sqrt(x)             x from `decay_share` of the steps before the last one, until when
+                                                    the rate is lr (warmup-stable-decay, arXiv:2404.06395; the form of
+                                                    the decay: arXiv:2405.18392)
+        constant    share = 1
+    """
     if step < optim.warmup:
         return optim.lr * (step + 1) / optim.warmup
+    left, decay = optim.steps - step, optim.decay_share * optim.steps
+    if optim.schedule == "constant" or optim.schedule == "wsd" and left >= decay:
+        return optim.lr
+    if optim.schedule == "wsd":
+        return optim.min_lr + (optim.lr - optim.min_lr) * (1 - math.sqrt(1 - left / decay))
     progress = (step - optim.warmup) / max(1, optim.steps - optim.warmup)
     return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 

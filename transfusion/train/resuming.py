@@ -37,11 +37,12 @@ def run_to_resume(config: RunSettings, fixed: tuple[str, ...]) -> dict:
         theirs.pop("data.name", None)  # earlier versions wrote a data set's name beside a folder, too
     if "model.backbone" in theirs:
         theirs["model.backbone"] = present_backbone(theirs["model.backbone"])
-    if not {key.split(".")[0] for key in ours if "." in key} <= {key.split(".")[0] for key in theirs}:
+    groups = {name.partition(".")[0] for name in fixed} & {key.partition(".")[0] for key in ours if "." in key}
+    if not groups <= {key.partition(".")[0] for key in theirs}:  # settings that are new since then are in none of them
         raise ValueError(f"train: out is {out!r}, which holds a run of another kind; --resume goes on with the same "
                          "command's; take another --out")
-    changed = [key for key in ours
-               if key in theirs and theirs[key] != ours[key] and key not in ("out", "resume", "stop_after")]
+    of_a_call = "out", "resume", "stop_after", "max_hours"
+    changed = [key for key in ours if key in theirs and theirs[key] != ours[key] and key not in of_a_call]
     free = {f"{name}.{one}" for name, value in _data(config).items() for one in value.free}
     other = [key for key in changed
              if key not in free and any(key == name or key.startswith(f"{name}.") for name in fixed)]

@@ -29,7 +29,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from transfusion.command import file_error, saved_step
-from transfusion.files import SAVING, replacing, sharing_lock
+from transfusion.files import SAVING, replacing
+from transfusion.locks import sharing_lock
 
 SHARDS = Path("resume", "state")
 """where a save in shards has them"""

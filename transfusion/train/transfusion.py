@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, LlamaConfig
 
 from transfusion.command import claim, saved_step
@@ -128,9 +128,11 @@ class TransfusionTask:
 
     unit, shown = "tokens", ("text_loss", "diffusion_loss")
 
-    def __init__(self, config: TrainConfig, rows: Rows, base: Transfusion, model: nn.Module):
-        """`model` is `base`, or the adapters around it."""
-        self.config, self.rows, self.base = config, rows, base
+    def __init__(self, config: TrainConfig, rows: Rows, base: Transfusion, model: nn.Module,
+                 outline: nn.Module | None = None):
+        """`model` is `base`, or the adapters around it; where it is sharded, `outline` is what it was, without memory.
+        """
+        self.config, self.rows, self.base, self.outline = config, rows, base, outline
         self.size = config.optim.rows * config.optim.seq_len
         self.player = Player(model, build_optimizer(model, config.optim), Average(model, config.optim.ema))
         self.players = (self.player,)
@@ -163,7 +165,14 @@ class TransfusionTask:
     def save(self, directory: Path, step: int) -> None:
         """Write the averaged model or, where only adapters are trained, those and the way to their model."""
         with self.player.averaged.applied(self.player.model):
-            self.player.model.save_pretrained(directory)
+            self._write(directory, self.player.model)
+
+    def save_whole(self, directory: Path, weights: dict[str, Tensor]) -> None:
+        """Write the same of whole weights, where those of the model are in shards."""
+        self._write(directory, self.outline, state_dict=weights)
+
+    def _write(self, directory: Path, model: nn.Module, **weights) -> None:
+        model.save_pretrained(directory, **weights)
         if self.config.tune.trained != "all":
             name_base(directory, self.config.tune.start, self.config.out)
 

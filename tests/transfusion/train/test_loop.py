@@ -17,6 +17,7 @@ from transfusion.data.batches import Drawn
 from transfusion.sequence import encode, lay_out
 from transfusion.train import transfusion as trainer
 from transfusion.train.autoencoder import train as train_autoencoder
+from transfusion.train.log import CLOCKED
 from transfusion.train.loop import accumulate
 from transfusion.train.micro_batches import split_rows
 from transfusion.train.optimizer import Player
@@ -95,7 +96,7 @@ def test_each_micro_batch_has_noise_of_its_own_and_accumulation_draws_the_same_d
 
 
 def records(out):
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"}
+    return [{key: value for key, value in json.loads(line).items() if key not in CLOCKED}
             for line in (out / "log.jsonl").read_text().splitlines()]
 
 
@@ -200,6 +201,8 @@ def test_other_defaults_leave_the_other_options_and_the_base_class_as_they_are()
 
 @pytest.mark.parametrize("optim,message", [
     (OptimSettings(lr=1e-5), "op: optim.min_lr is 1.5e-05 and optim.lr 1e-05; at most lr fits"),
+    (OptimSettings(steps=100, warmup=90, schedule="wsd", decay_share=0.2),
+     "op: optim.warmup is 90 and optim.decay_share 0.2 of 100 steps; at most 80 steps of warm-up fit"),
     (OptimSettings(rows=2, accumulate=3), "op: optim.accumulate is 3 and optim.rows 2; at most rows fits")])
 def test_settings_of_steps_that_do_not_fit_each_other_are_refused_by_name(optim, message):
     with pytest.raises(ValueError, match=message):
