@@ -132,11 +132,12 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(out: Path, weights: bool = True) -> Iterator[Path]:
+def replacing(out: Path, weights: bool = True, keep: str | None = None) -> Iterator[Path]:
     """Yield an empty directory; what is written there takes its place in `out` at the end, as a whole.
 
     Files of other names in `out` stay, but for weights: where the new save holds any, the older save's weights, adapter
-    and autoencoder go, unless `weights` is False. Inside another `replacing` the directory is that one's.
+    and autoencoder go, unless `weights` is False. `keep` names a directory in `out` where the new save stays when a
+    later one takes its place. Inside another `replacing` the directory is that one's.
 
     Raises:
         ValueError: another process writes into `out`.
@@ -158,7 +159,7 @@ def replacing(out: Path, weights: bool = True) -> Iterator[Path]:
                 if not any(fresh.iterdir()):
                     fresh.rmdir()
                     return
-                _seal(out, fresh, weights)
+                _seal(out, fresh, weights, keep)
                 os.rename(fresh, out / SAVED)
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -169,7 +170,7 @@ def replacing(out: Path, weights: bool = True) -> Iterator[Path]:
         _finish(out)
 
 
-def _seal(out: Path, fresh: Path, weights: bool) -> None:
+def _seal(out: Path, fresh: Path, weights: bool, keep: str | None) -> None:
     """Write the checksums and the journal of a new save, let others read it as umask says, and sync it."""
     for directory in [fresh, *(path for path in fresh.rglob("*") if path.is_dir())]:
         if sums := {path.name: checksum(path) for path in _summed(directory)}:
@@ -181,7 +182,7 @@ def _seal(out: Path, fresh: Path, weights: bool) -> None:
     left = {str(path.relative_to(out)) for path in older} - set(files)
     if weights and files and CHECKSUMS not in files and (out / CHECKSUMS).is_file():
         left.add(CHECKSUMS)
-    (fresh / JOURNAL).write_text(json.dumps({"files": files, "obsolete": sorted(left)}))
+    (fresh / JOURNAL).write_text(json.dumps({"files": files, "obsolete": sorted(left), "keep": keep}))
     mode = (fresh / JOURNAL).stat().st_mode & 0o777
     for name in files:
         (fresh / name).chmod(mode)
@@ -200,6 +201,8 @@ def _finish(out: Path) -> None:
     """Move what waits in .saved into its place; may be stopped and called again at any moment."""
     saved = out / SAVED
     journal = read_json(saved / JOURNAL)
+    if journal.get("keep") is not None:
+        _link(saved, journal["files"], out / journal["keep"])
     places = {out}
     for name in journal["files"]:
         if (saved / name).exists():
@@ -218,6 +221,27 @@ def _finish(out: Path) -> None:
     (saved / JOURNAL).unlink()
     shutil.rmtree(saved)
     sync(out)
+
+
+def _link(saved: Path, files: list[str], place: Path) -> None:
+    """Let the files of a save stand in `place` too, as hard links or, on a file system without these, as copies."""
+    if place.exists():
+        return
+    aside = place.with_name(f"{ASIDE}{place.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    for name in files:
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(saved / name, aside / name)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
+                raise
+            shutil.copyfile(saved / name, aside / name)
+            sync(aside / name)
+    for directory in [path for path in aside.rglob("*") if path.is_dir()] + [aside]:
+        sync(directory)
+    os.rename(aside, place)
+    sync(place.parent)
 
 
 def settle(out: Path) -> None:

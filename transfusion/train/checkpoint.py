@@ -203,7 +203,6 @@ def write_state(directory: Path, state: Mapping[str, Tensor]) -> None:
     save_file(tensors, directory / "resume" / "state.safetensors")
 
 
-def write_run(directory: Path, config: Mapping, optimizers: Mapping[str, dict], step: int) -> None:
-    """Write the rest of what going on needs; `config` are settings as `recorded` returns them."""
-    run = {"step": step, "config": config, "optimizers": optimizers}
+def write_run(directory: Path, run: Mapping) -> None:
+    """Write the rest of what going on needs: step, config (as `recorded` returns it), optimizers, history."""
     (directory / "resume" / "run.json").write_text(json.dumps(run, indent=2))

@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from transfusion.command import Interrupt
 from transfusion.device import seconds_of
-from transfusion.files import replacing
 from transfusion.train.checkpoint import (
     check_finite,
     check_weights,
@@ -33,11 +32,12 @@ from transfusion.train.checkpoint import (
     write_state,
 )
 from transfusion.train.guard import Guard, Spike
+from transfusion.train.keeping import save_place
 from transfusion.train.log import LOG, Log, records_before, start_log
 from transfusion.train.meter import Meter, TimeLimit
 from transfusion.train.optimizer import Player
 from transfusion.train.parallel import sum_counts, sum_means, whole
-from transfusion.train.resuming import recorded, run_to_resume
+from transfusion.train.resuming import history, recorded, run_to_resume
 from transfusion.train.settings import RunSettings, StepSettings
 from transfusion.train.sharded import Saver, agreeing, averaged_weights
 
@@ -152,9 +152,7 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
             if last or done % config.save_every == 0:
                 log.sync()
                 with limit.saving():
-                    save(command, config, task, done, way_on, saver)
-                    if last and saver is not None:
-                        saver.wait()
+                    save(command, config, task, done, way_on, saver, is_last=last)
             if last and done < optim.steps:
                 progress.close()
                 break
@@ -169,7 +167,7 @@ def saving_first(command: str, config: RunSettings, task: Task, step: int, is_ne
         yield
     except (ValueError, Spike):
         if is_new and step % config.save_every:
-            save(command, config, task, step, way_on, saver)
+            save(command, config, task, step, way_on, saver, is_last=True)
         raise
 
 
@@ -260,27 +258,29 @@ def open_saver(config: RunSettings) -> contextlib.AbstractContextManager[Saver |
 
 
 def save(command: str, config: RunSettings, task: Task, step: int, way_on: str = "",
-         saver: Saver | None = None) -> None:
+         saver: Saver | None = None, is_last: bool = False) -> None:
     """Replace the checkpoint and what resuming needs together: a kill while writing leaves the save before whole.
 
-    With a `saver` training goes on while files are written.
+    With a `saver` training goes on while files are written, but for the last ones, which are waited for.
     """
     state, optimizers = training_state(task.players)
     with contextlib.nullcontext() if saver is None else saver.agreeing():
         check_weights(command, config.out, step, state, way_on)
-    settings = recorded(config)
+    run = {"step": step, "config": recorded(config), "optimizers": optimizers, **history(config)}
 
     def finish(fresh: Path) -> None:
         task.save_whole(fresh, averaged_weights(fresh))
-        write_run(fresh, settings, optimizers, step)
+        write_run(fresh, run)
 
     if saver is not None:
-        saver.start(state, finish, step)
+        saver.start(state, save_place(config, step), finish, step)
+        if is_last:
+            saver.wait()
         return
-    with replacing(config.out) as fresh:
+    with save_place(config, step) as fresh:
         task.save(fresh, step)
         write_state(fresh, state)
-        write_run(fresh, settings, optimizers, step)
+        write_run(fresh, run)
 
 
 def restore(config: RunSettings, players: Sequence[Player], fixed: tuple[str, ...]) -> int:

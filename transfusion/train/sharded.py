@@ -16,6 +16,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from transfusion.command import file_error, saved_step
-from transfusion.files import SAVING, replacing
+from transfusion.files import SAVING
 from transfusion.locks import sharing_lock
 
 SHARDS = Path("resume", "state")
@@ -62,16 +63,18 @@ class Saver:
         if kind is None or not issubclass(kind, KeyboardInterrupt):
             self._join()
 
-    def start(self, state: Mapping[str, Tensor], finish: Callable[[Path], None], step: int) -> None:
+    def start(self, state: Mapping[str, Tensor], place: AbstractContextManager[Path], finish: Callable[[Path], None],
+              step: int) -> None:
         """Copy tensors to the host's memory and save them while training goes on; an earlier save is waited for.
 
         Args:
             state: of the same names in all processes.
-            finish: writes the rest of the save into its directory, in the main process, when all shards are there.
+            place: gives the main process the directory to write to, in `out`, and moves it to its place at the end.
+            finish: writes the rest of the save there, in the main process, when all shards are written.
         """
         self._join()
         copies = {name: x.detach().to("cpu", copy=True) for name, x in state.items()}
-        self.thread = threading.Thread(target=self._save, args=(copies, finish, step), daemon=True)
+        self.thread = threading.Thread(target=self._save, args=(copies, place, finish, step), daemon=True)
         self.thread.start()
 
     @contextlib.contextmanager
@@ -96,12 +99,13 @@ class Saver:
             self.thread.join()
             self.thread = None
 
-    def _save(self, state: dict[str, Tensor], finish: Callable[[Path], None], step: int) -> None:
+    def _save(self, state: dict[str, Tensor], place: AbstractContextManager[Path], finish: Callable[[Path], None],
+              step: int) -> None:
         """Save, and keep the error for `wait`; the main process says it at once."""
         self.failed = None
         try:
             with agreeing(self.group), sharing_lock(self.out, self.owner):
-                self._write(state, finish)
+                self._write(state, place, finish)
         except Exception as error:
             self.failed = SaveError(f"the save of {step:,} steps failed: {one_line(error)}")
             if self.is_main:
@@ -109,10 +113,11 @@ class Saver:
                 kept = "nothing was saved before" if stands is None else f"that of {stands:,} steps stands"
                 print(f"\n{self.failed}; {kept}", file=sys.stderr, flush=True)
 
-    def _write(self, state: dict[str, Tensor], finish: Callable[[Path], None]) -> None:
+    def _write(self, state: dict[str, Tensor], place: AbstractContextManager[Path],
+               finish: Callable[[Path], None]) -> None:
         with contextlib.ExitStack() as stack:
             with agreeing(self.group):  # that the directory is there, and empty
-                fresh = stack.enter_context(replacing(self.out)) if self.is_main else self.out / SAVING
+                fresh = stack.enter_context(place) if self.is_main else self.out / SAVING
             try:
                 dcp.save(state, storage_writer=dcp.FileSystemWriter(fresh / SHARDS), process_group=self.group)
             except CheckpointException as error:  # no Exception, and many lines long
