@@ -20,6 +20,7 @@ from transfusion.train.transfusion import OptimSettings, TrainConfig, Transfusio
 
 MODELS = {"unet": dict(backbone="adaln", image_layers="unet", unet_channels=(8, 16), unet_blocks=1),
           "tied": dict(tie_word_embeddings=True)}
+ADAPTERS = {"lora": dict(trained="lora"), "images": dict(backbone="adaln", trained="images")}
 STEPS = 2  # before the save
 
 
@@ -85,6 +86,11 @@ def save_and_go_on(rank: int, folder: str) -> None:
         found[name, "loaded"] = contents(again)
         found[name, "losses again"] = train(again, rows, 2)
         found[name, "from one"] = contents(resumed(folder / f"one {name}", random_model(**options), mesh))
+    for name, options in ADAPTERS.items():
+        task = small_task(folder / name, random_model(**options), mesh)
+        train(task, rows_of(rank, 2), STEPS)
+        with Saver(folder / name) as saver:
+            loop.save("train", task.config, task, STEPS, "", saver, is_last=True)
     found |= failures(rank, folder, mesh)
     if rank == 0:
         torch.save(found, folder / "found.pt")
