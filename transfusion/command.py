@@ -97,18 +97,21 @@ class Interrupt:
 
 @contextlib.contextmanager
 def claim(command: str, out: Path, inputs: Mapping[str, Path | None] | None = None,
-          resume: bool | None = None) -> Iterator[None]:
+          resume: bool | None = None, alone: bool = True) -> Iterator[None]:
     """Hold `out` for a command that will write there; what killed saves left is finished or cleared.
 
     `inputs` are directories, by the settings that name them, that the command reads. `resume`: True goes on with the
-    run in `out`, False starts one, and None leaves the contents of `out` to the command.
+    run in `out`, False starts one, and None leaves the contents of `out` to the command. `alone`: whether the command
+    is one process; otherwise the main one of several claims `out` for all.
 
     Raises:
         ValueError: `out` is a file, cannot be written, is in use by another process, is or holds an input, or holds
-            what is not this run; or the command is one of several that a launcher started. Nothing was written then.
+            what is not this run; or a command that is one process was started several times by a launcher. Nothing was
+            written then.
     """
     out = Path(out)
-    check_alone(command)
+    if alone:
+        check_alone(command)
     check_apart(command, out, inputs or {})
     with contextlib.ExitStack() as stack:
         try:
@@ -125,12 +128,12 @@ def claim(command: str, out: Path, inputs: Mapping[str, Path | None] | None = No
 
 
 def check_alone(command: str) -> None:
-    """Refuse to be one of several processes that train the same."""
+    """Refuse to be one of several processes that do the same."""
     for name, alone in (("WORLD_SIZE", 1), ("RANK", 0)):
         value = os.environ.get(name, "").strip()
         if value.isdigit() and int(value) > alone:
-            raise ValueError(f"{command}: {name} is {value}, as torchrun sets it; one process trains a run; start it "
-                             "without a launcher of several")
+            raise ValueError(f"{command}: {name} is {value}, as torchrun sets it; this command is one process; "
+                             "start it without a launcher of several")
 
 
 def check_apart(command: str, out: Path, inputs: Mapping[str, Path | None]) -> None:

@@ -12,6 +12,7 @@ from transfusion.data.dataset import DatasetSettings, DataSettings
 from transfusion.data.latents import open_dataset
 from transfusion.data.mixture_data import MixtureData, MixtureFileSettings
 from transfusion.model.vae import VAE
+from transfusion.sequence import split_rows
 
 
 class Rows(Protocol):
@@ -48,8 +49,12 @@ class TrainingData(Protocol):
             ValueError: what differs, named.
         """
 
-    def rows(self, tokenizer, config, vae: VAE | None, *, rows: int, seq_len: int, steps: int) -> Rows:
-        """Return the rows of a model's steps, up to `steps`; the VAE is the model's."""
+    def rows(self, tokenizer, config, vae: VAE | None, *, rows: int, seq_len: int, steps: int, rank: int = 0,
+             ranks: int = 1) -> Rows:
+        """Return the rows of a model's steps, up to `steps`; the VAE is the model's.
+
+        `rows` are those of a step, of which this is part `rank` of `ranks` equal ones.
+        """
 
 
 class DrawnData:
@@ -77,19 +82,21 @@ class DrawnData:
                              "latents of its own autoencoder fit; make them with "
                              "`transfusion vae encode`, and the model with `transfusion init --vae`")
 
-    def rows(self, tokenizer, config, vae: VAE | None, *, rows: int, seq_len: int, steps: int) -> "DrawnRows":
+    def rows(self, tokenizer, config, vae: VAE | None, *, rows: int, seq_len: int, steps: int, rank: int = 0,
+             ranks: int = 1) -> "DrawnRows":
         """As `TrainingData.rows`."""
-        return DrawnRows(self.dataset, self.settings, tokenizer, config, rows, seq_len)
+        return DrawnRows(self.dataset, self.settings, tokenizer, config, rows, seq_len, rank, ranks)
 
 
 class DrawnRows:
-    """Rows of documents that a data set draws with the step's generator."""
+    """Rows of documents that a data set draws with the step's generator: all of them, of which this is a part."""
 
     steps_in_epoch = None
 
-    def __init__(self, dataset, settings: DatasetSettings, tokenizer, config, rows: int, seq_len: int):
+    def __init__(self, dataset, settings: DatasetSettings, tokenizer, config, rows: int, seq_len: int,
+                 rank: int = 0, ranks: int = 1):
         self.how = dataset, settings, tokenizer, config
-        self.shape = rows, seq_len
+        self.shape, self.part = (rows, seq_len), (rank, ranks)
 
     def words(self) -> list[str]:
         """As `Rows.words`."""
@@ -101,7 +108,11 @@ class DrawnRows:
     def draw(self, step: int, generator: torch.Generator) -> Drawn:
         """As `Rows.draw`."""
         sequence, limit = draw_batch(*self.how, *self.shape, generator)
-        return Drawn(sequence, limit, {"left_out": sequence.left_out})
+        rank, ranks = self.part
+        parts = split_rows(sequence, ranks)
+        first = sum(part.image_count for part in parts[:rank])
+        own = limit[first:first + parts[rank].image_count]
+        return Drawn(parts[rank], own, {"left_out": sequence.left_out})
 
 
 def open_data(settings: DataSettings, patch_size: int | None = None) -> TrainingData:

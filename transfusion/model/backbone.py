@@ -235,7 +235,8 @@ class AdaLNBackbone(Backbone):
             layer.__class__ = modulated_class(type(layer))
         self.modulation = ZeroLinear(text_config.hidden_size, 6 * text_config.hidden_size)
         self.offsets = LayerOffsets(text_config.num_hidden_layers, text_config.hidden_size)
-        self.gradient_checkpointing = False  # transformers' gradient_checkpointing_enable sets it
+        self.gradient_checkpointing = False  # transformers' gradient_checkpointing_enable sets both
+        self._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
     def forward(self, x: Tensor, positions: Tensor, mask: TransfusionMask, condition: Tensor, modality: Modality,
                 cache: DynamicCache | None = None) -> Tensor:
@@ -256,7 +257,7 @@ class AdaLNBackbone(Backbone):
     def run(self, block, *arguments):
         """`block(*arguments)`, whose intermediates are made again in backward under gradient checkpointing."""
         if self.gradient_checkpointing and self.training:
-            return checkpoint(block, *arguments, use_reentrant=False)
+            return self._gradient_checkpointing_func(block, *arguments)
         return block(*arguments)
 
     def tables(self, condition: Tensor) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:

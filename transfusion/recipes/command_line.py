@@ -31,6 +31,7 @@ from transfusion.recipes.llava import is_llava, read_llava
 from transfusion.recipes.own import own
 from transfusion.recipes.paper import paper, paper_autoencoder
 from transfusion.settings import nearest
+from transfusion.train.processes import said_once
 
 DATA_SETS = {"digits": DigitsSettings, "emoji": EmojiSettings, "folder": PictureFolderSettings}
 """What data:NAME may name on the command line. A program of one's own gives `TrainConfig` any settings."""
@@ -45,8 +46,10 @@ def train_main(args: list[str] | None = None) -> None:
     """Entry point of `transfusion train` and `python -m transfusion.train`."""
     args = _preset_first(sys.argv[1:] if args is None else list(args))
     with plain_errors():
-        trainer.train(read_llava(args) if is_llava(args) else
-                      read_preset("transfusion train", trainer.__doc__, PRESETS, args, TRAINED_ON))
+        with said_once():
+            config = read_llava(args) if is_llava(args) else read_preset(
+                "transfusion train", trainer.__doc__, PRESETS, args, TRAINED_ON)
+        trainer.train(config)
 
 
 def plan_main(args: list[str] | None = None) -> None:

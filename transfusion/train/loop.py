@@ -36,7 +36,8 @@ from transfusion.train.keeping import save_place
 from transfusion.train.log import LOG, Log, records_before, start_log
 from transfusion.train.meter import Meter, TimeLimit
 from transfusion.train.optimizer import Player
-from transfusion.train.parallel import sum_counts, sum_means, whole
+from transfusion.train.parallel import sum_copies, sum_counts, sum_means, whole
+from transfusion.train.processes import any_process, is_main
 from transfusion.train.resuming import history, recorded, run_to_resume
 from transfusion.train.settings import RunSettings, StepSettings
 from transfusion.train.sharded import Saver, agreeing, averaged_weights
@@ -52,12 +53,14 @@ class Term(NamedTuple):
 class Batch(NamedTuple):
     """A micro-batch: what losses are computed from, and how many things each term is a mean over.
 
-    `notes` are numbers for the step's record in the log; those that are 0 are left out.
+    `notes` are numbers for the step's record in the log; those that are 0 are left out. `totals` are the counts of all
+    micro-batches of all processes, where the task knows them; otherwise `accumulate` adds them up.
     """
 
     inputs: object
     counts: Mapping[str, int]
     notes: Mapping[str, float] = {}
+    totals: Mapping[str, int] | None = None
 
 
 class Task(Protocol):
@@ -111,11 +114,11 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
     limit = TimeLimit(config.max_hours)
     start = restore(config, task.players, fixed) if config.resume else 0
     print(cost(task, optim, start, epoch), flush=True)
-    spent = start_log(config.out / LOG, start)
+    spent = start_log(config.out / LOG, start) if is_main() else 0.0
     guard = Guard(command, config.guard, task.players, records_before(config.out / LOG, start))
     meter = Meter(task.size, task.unit, device_of(task), operations)
     progress = tqdm(range(start, optim.steps), initial=start, total=optim.steps, desc=f"{command} {config.out.name}",
-                    smoothing=0.05, unit="step", dynamic_ncols=True)
+                    smoothing=0.05, unit="step", dynamic_ncols=True, disable=not is_main())
     began, done = time.perf_counter() - spent, start
     with Interrupt() as stop, Log(config.out / LOG) as log, open_saver(config) as saver:
         for step in progress:
@@ -144,11 +147,12 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
                       **meter.after(done, batches), **notes, **guard.notes(bool(skipped))}
             for watcher in watchers:
                 record |= watcher.after(done)
-            log.write(record)
+            if is_main():
+                log.write(record)
             progress.set_postfix(shown(task, record, (done - start) * task.size / (record["seconds"] - spent)))
 
             # save
-            last = done == optim.steps or stop.asked or limit.is_near() or done == config.stop_after
+            last = done in (optim.steps, config.stop_after) or any_process(stop.asked or limit.is_near())
             if last or done % config.save_every == 0:
                 log.sync()
                 with limit.saving():
@@ -183,11 +187,12 @@ def accumulate(task: Task, step: int, batches: list[Batch] | None = None
     for batch in batches:
         totals.update(batch.counts)
         notes.update(batch.notes)
-    totals = sum_counts(totals)
+    totals = sum_counts(totals) if batches[0].totals is None else batches[0].totals
     means: dict[str, Tensor] = {}
     playing: list[Player] = []
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
         for player, terms in task.losses(step, batch):
+            sum_copies(player.model, number == len(batches))
             parts = {name: term.mean * (batch.counts[name] / totals[name] if totals[name] else 1.0)
                      for name, term in terms.items()}
             loss = sum(term.weight * parts[name] for name, term in terms.items())
@@ -294,7 +299,7 @@ def restore(config: RunSettings, players: Sequence[Player], fixed: tuple[str, ..
 
 def say_stopped(config: RunSettings, optim: StepSettings, done: int) -> None:
     """Say how a run that was stopped before its last step goes on, in commands that have --resume."""
-    if done < optim.steps:
+    if done < optim.steps and is_main():
         print(f"stopped after step {done} of {optim.steps}, saved in {config.out}; add --resume to the same command to "
               "go on", file=sys.stderr)
 

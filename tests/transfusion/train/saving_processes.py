@@ -31,7 +31,7 @@ def small_task(out: Path, model, mesh=None) -> TransfusionTask:
     config = TrainConfig(out=out, optim=OptimSettings(ema=0.6, lr=1e-2, rows=4), tune=TuneSettings(
         start=Path("start") if hasattr(model, "peft_config") else None,
         trained="lora" if hasattr(model, "peft_config") else "all"))
-    return TransfusionTask(config, None, model, model, lean)
+    return TransfusionTask(config, None, model, model, outline=lean)
 
 
 def train(task: TransfusionTask, rows: tuple[int, ...], steps: int) -> list[float]:

@@ -263,14 +263,6 @@ def test_a_second_run_in_the_same_directory_is_refused(tmp_path):
         other.submit(train, small(tmp_path)).result()
 
 
-@pytest.mark.parametrize("name,value", [("WORLD_SIZE", "2"), ("RANK", "1")])
-def test_one_of_several_processes_is_refused_and_writes_nothing(tmp_path, monkeypatch, name, value):
-    monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=f"train: {name} is {value}, as torchrun sets it; one process trains a run"):
-        train(small(tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
-
-
 def test_an_out_that_does_not_fit_is_refused_before_the_model_is_built(tmp_path, monkeypatch):
     def build(*_):
         raise AssertionError("built")
