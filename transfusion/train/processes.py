@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from transfusion.device import choose_device
+from transfusion.sequence import CONTEXT_ATTENTION
 from transfusion.settings import Count, OneOf, check
 
 MEETING, PATIENCE = datetime.timedelta(seconds=60), datetime.timedelta(minutes=30)
@@ -55,6 +56,9 @@ class ParallelSettings:
     """copies of the weights, each in processes of its own, which split rows too"""
     context: Count = 1
     """processes that split the tokens of the same rows, and share the copy of the weights as well"""
+    context_by: Annotated[str, OneOf(CONTEXT_ATTENTION)] = "gathered"
+    """what brings these processes the keys and values of each other's tokens: gathered, a layer's all at once; or ring,
+    those of one process at a time, which holds less and computes attention once more in backward"""
     dtype: Annotated[str, OneOf(DTYPES)] = "float32"
     """what layers gather their weights in and compute in; weights are kept and gradients are summed in float32"""
     offload: bool = False

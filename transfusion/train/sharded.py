@@ -174,7 +174,7 @@ def averaged_weights(save: Path) -> dict[str, Tensor]:
     return {name: found[kept] for name, kept in names.items()}
 
 
-def outline(model: nn.Module, *shared) -> nn.Module:
+def without_memory(model: nn.Module, *shared) -> nn.Module:
     """Return a copy of a model whose parameters take no memory, for what is saved beside weights.
 
     Make it before the model is sharded: a thread that saves must not look at a model that gathers and gives up its

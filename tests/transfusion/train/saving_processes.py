@@ -15,7 +15,7 @@ from transfusion.train import loop
 from transfusion.train.average import trained_parameters
 from transfusion.train.checkpoint import training_state
 from transfusion.train.parallel import shard, whole
-from transfusion.train.sharded import Saver, outline
+from transfusion.train.sharded import Saver, without_memory
 from transfusion.train.transfusion import OptimSettings, TrainConfig, TransfusionTask
 
 MODELS = {"unet": dict(backbone="adaln", image_layers="unet", unet_channels=(8, 16), unet_blocks=1),
@@ -26,12 +26,12 @@ STEPS = 2  # before the save
 
 def small_task(out: Path, model, mesh=None) -> TransfusionTask:
     """A task without data around a model, sharded over `mesh` if there is one."""
-    lean = None if mesh is None else outline(model)
+    lean = None if mesh is None else without_memory(model)
     model = model if mesh is None else shard(model, mesh)
     config = TrainConfig(out=out, optim=OptimSettings(ema=0.6, lr=1e-2, rows=4), tune=TuneSettings(
         start=Path("start") if hasattr(model, "peft_config") else None,
         trained="lora" if hasattr(model, "peft_config") else "all"))
-    return TransfusionTask(config, None, model, model, outline=lean)
+    return TransfusionTask(config, None, model, model, written=lean)
 
 
 def train(task: TransfusionTask, rows: tuple[int, ...], steps: int) -> list[float]:

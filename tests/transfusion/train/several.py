@@ -11,6 +11,7 @@ from transfusion.data.mixture_data import MixtureFileSettings, MixtureRows
 from transfusion.data.training_data import DrawnRows
 from transfusion.recipes.digits import DigitsSettings
 from transfusion.train.processes import ParallelSettings
+from transfusion.train.settings import GuardSettings
 from transfusion.train.transfusion import ModelSettings, OptimSettings, TrainConfig, train
 
 
@@ -38,6 +39,15 @@ def runs(folder: Path) -> dict[str, TrainConfig]:
             "selective": dataclasses.replace(
                 digits(folder / "selective", steps=3), recompute="selective",
                 model=ModelSettings(hidden=32, layers=2, heads=2, kv_heads=2, mlp=64, backbone="adaln")),
+            "context": digits(folder / "context", ParallelSettings(context=2), steps=3),
+            "context, compiled": dataclasses.replace(
+                digits(folder / "context, compiled", ParallelSettings(context=2), steps=3), compile=True),
+            "ring, selective": dataclasses.replace(
+                digits(folder / "ring, selective", ParallelSettings(context=2, context_by="ring"), steps=3,
+                       accumulate=2), recompute="selective"),
+            "guarded": dataclasses.replace(
+                digits(folder / "guarded", steps=8, image_lr=3.0, schedule="wsd", decay_share=0.5),
+                guard=GuardSettings(do="skip", window=2, factor=1.0001, patience=8)),
             "mixture": mixture,
             "mixture, accumulated": dataclasses.replace(
                 mixture, out=folder / "mixture, accumulated",
@@ -47,7 +57,8 @@ def runs(folder: Path) -> dict[str, TrainConfig]:
 def layouts(folder: Path) -> dict[str, TrainConfig]:
     """Runs of four processes, in other layouts, that give the losses of "digits"."""
     return {"copies of shards": digits(folder / "copies of shards", ParallelSettings(shard=2, replicate=2)),
-            "shards of four": digits(folder / "shards of four")}
+            "shards of four": digits(folder / "shards of four"),
+            "rows and tokens": digits(folder / "rows and tokens", ParallelSettings(shard=2, context=2))}
 
 
 def refused(name: str, config: TrainConfig, folder: Path) -> None:
