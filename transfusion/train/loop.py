@@ -150,7 +150,8 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
             progress.set_postfix(shown(task, record, (done - start) * task.size / (record["seconds"] - spent)))
 
             # save
-            last = done in (optim.steps, config.stop_after) or any_process(stop.asked or limit.is_near())
+            last = done in (optim.steps, config.stop_after) or any_process(
+                stop.asked or limit.is_near(0.0 if saver is None else saver.seconds()))
             if last or done % config.save_every == 0:
                 log.sync()
                 with limit.saving():

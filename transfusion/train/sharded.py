@@ -13,6 +13,7 @@ import contextlib
 import copy
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -55,6 +56,7 @@ class Saver:
         self.owner = threading.get_ident()  # of the main process's lock of `out`
         self.thread: threading.Thread | None = None
         self.failed: SaveError | None = None
+        self.began, self.took = 0.0, 0.0
 
     def __enter__(self):
         return self
@@ -74,6 +76,7 @@ class Saver:
         """
         self._join()
         copies = {name: x.detach().to("cpu", copy=True) for name, x in state.items()}
+        self.began = time.monotonic()
         self.thread = threading.Thread(target=self._save, args=(copies, place, finish, step), daemon=True)
         self.thread.start()
 
@@ -94,6 +97,11 @@ class Saver:
         if self.failed is not None:
             raise self.failed
 
+    def seconds(self) -> float:
+        """How long the last save took, or the present one has taken if that is longer."""
+        present = 0.0 if self.thread is None or not self.thread.is_alive() else time.monotonic() - self.began
+        return max(self.took, present)
+
     def _join(self) -> None:
         if self.thread is not None:
             self.thread.join()
@@ -112,6 +120,7 @@ class Saver:
                 stands = saved_step(self.out)
                 kept = "nothing was saved before" if stands is None else f"that of {stands:,} steps stands"
                 print(f"\n{self.failed}; {kept}", file=sys.stderr, flush=True)
+        self.took = time.monotonic() - self.began
 
     def _write(self, state: dict[str, Tensor], place: AbstractContextManager[Path],
                finish: Callable[[Path], None]) -> None:
