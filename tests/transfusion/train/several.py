@@ -122,3 +122,4 @@ if __name__ == "__main__":
     else:
         for config in layouts(Path(sys.argv[1])).values():
             train(config)
+        train(digits(Path(sys.argv[1]) / "bfloat16", ParallelSettings(dtype="bfloat16"), steps=3))
