@@ -39,8 +39,6 @@ def runs(folder: Path) -> dict[str, TrainConfig]:
                 digits(folder / "selective", steps=3), recompute="selective",
                 model=ModelSettings(hidden=32, layers=2, heads=2, kv_heads=2, mlp=64, backbone="adaln")),
             "context": digits(folder / "context", ParallelSettings(context=2), steps=3),
-            "context, compiled": dataclasses.replace(
-                digits(folder / "context, compiled", ParallelSettings(context=2), steps=3), compile=True),
             "ring, selective": dataclasses.replace(
                 digits(folder / "ring, selective", ParallelSettings(context=2, context_by="ring"), steps=3,
                        accumulate=2), recompute="selective"),
