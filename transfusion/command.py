@@ -60,11 +60,14 @@ def _stop(number: int, _) -> None:
 
 @contextlib.contextmanager
 def _signals(handler, numbers) -> Iterator[None]:
-    """Handle signals in the main thread and put the handlers back; what is ignored, as by nohup, stays so."""
+    """Handle signals in the main thread and put the handlers back; what is ignored, as by nohup, stays so.
+
+    SIGUSR1 is handled all the same: examples/slurm_train.sh has torchrun ignore it, and its processes inherit that.
+    """
     before = {}
     with contextlib.suppress(ValueError):  # not the main thread: leave signals alone
         for number in numbers:
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            if number == signal.SIGUSR1 or signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, handler)
     try:
         yield
@@ -74,9 +77,12 @@ def _signals(handler, numbers) -> Iterator[None]:
 
 
 class Interrupt:
-    """The first Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 asks the loop to save and stop; a second one stops at once."""
+    """The first Ctrl-C, SIGTERM or SIGHUP asks the loop to save and stop; a second one stops at once.
 
-    asked = False
+    SIGUSR1 asks it, too, as often as it comes: a batch system may send it more than once, and SIGTERM afterwards.
+    """
+
+    asked = urged = False
 
     def __enter__(self):
         self.handlers = _signals(self.ask, (signal.SIGINT, *ENDS))
@@ -85,10 +91,10 @@ class Interrupt:
 
     def ask(self, number: int, _) -> None:
         """Take note of a signal."""
-        if self.asked:
+        if self.urged and number != signal.SIGUSR1:
             by = "a second Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
             raise KeyboardInterrupt(f"at once, by {by}; what was saved before stands")
-        self.asked = True
+        self.asked, self.urged = True, self.urged or number != signal.SIGUSR1
 
     def __exit__(self, *error):
         self.handlers.__exit__(*error)

@@ -6,6 +6,7 @@ of stored latents is: a resumed run, or one of more processes, draws the same.
 """
 import dataclasses
 import functools
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -194,6 +195,16 @@ class MixtureRows:
             sequence = batch.with_latents(self.latents(batch.pictures(), batch.noises), self.patch_size)
         return Drawn(sequence, batch.limit, {"failed": len(batch.failures), "waited": waited})
 
+    def held_out(self, count: int) -> "HeldOutRows":
+        """As `Rows.held_out`: at most one epoch of the split."""
+        if not any(len(stream.records) for stream in self.mixture.streams("held-out")):
+            raise ValueError(f"train: {self.settings.file} holds out no record (held_out is "
+                             f"{self.mixture.settings.held_out:g}); a larger share fits, such as held_out: 0.05")
+        packed = packed_rows(self.mixture, rows=1, seq_len=self.packed.seq_len, split="held-out")
+        epochs = epochs_in_plan(packed.planned.streams, self.mixture.settings.weights)
+        rows = math.ceil(packed.planned.report(0)["rows"] / epochs)
+        return HeldOutRows(packed, self.patch_size, self.latents, min(count, rows))
+
     def _read(self, step: int) -> tuple[Batch, float]:
         """A step's batch, and the seconds it was waited for; the last one is kept, for it may be asked for again."""
         if step != self._step:
@@ -211,6 +222,24 @@ class MixtureRows:
             self._kinds[failure.kind] += 1
             if self._kinds[failure.kind] == 1:
                 tqdm.write(f"left out, and counted in the log (failed): {failure.where}: {failure.reason}")
+
+
+class HeldOutRows(Sequence):
+    """Planned rows of a mixture's held-out split; `latents` as in `MixtureRows`."""
+
+    def __init__(self, packed: PackedRows, patch_size: int, latents: "Posterior | None", count: int):
+        self.packed, self.patch_size, self.latents, self.count = packed, patch_size, latents, count
+        packed.planned.ensure(count)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> Drawn:
+        batch = self.packed[number]
+        sequence = batch.sequence
+        if self.latents is not None:
+            sequence = batch.with_latents(self.latents(batch.pictures(), batch.noises), self.patch_size)
+        return Drawn(sequence, batch.limit, {"failed": len(batch.failures)})
 
 
 class Posterior:

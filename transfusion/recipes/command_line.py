@@ -18,6 +18,7 @@ import tyro
 import transfusion.train.autoencoder as autoencoder
 import transfusion.train.classifier as classifier
 import transfusion.train.plan as plan
+import transfusion.train.report as report
 import transfusion.train.transfusion as trainer
 from transfusion.command import plain_errors
 from transfusion.data.dataset import DatasetSettings, DataSettings
@@ -63,6 +64,15 @@ def plan_main(args: list[str] | None = None) -> None:
                                   add_help=False)
         config = read_preset("transfusion plan", plan.__doc__, PRESETS, _preset_first(args), TRAINED_ON)
         plan.print_plan(config, settings)
+
+
+def report_main(args: list[str] | None = None) -> None:
+    """Entry point of `transfusion report`."""
+    settings = tyro.cli(report.ReportSettings, prog="transfusion report", description=report.__doc__, args=args)
+    presets = {name: preset() for name, preset in PRESETS.items()}
+    presets |= {f"{name} (autoencoder)": preset() for name, preset in AUTOENCODER_PRESETS.items()}
+    with plain_errors():
+        report.report(settings, report.flat_presets(presets))
 
 
 def vae_train_main(args: list[str] | None = None) -> None:

@@ -37,6 +37,7 @@ from transfusion.train.checkpoint import check_finite
 from transfusion.train.loop import Batch, Term, fit, say_stopped
 from transfusion.train.optimizer import Player, build_optimizer, learning_rate
 from transfusion.train.settings import OptimizerSettings, RunSettings, check_steps, defaults
+from transfusion.train.trackers import check_trackers
 
 FIRST_LOG_VARIANCE = -6.0  # of the posterior: at 0 the decoder would first read noise
 MEASURED = 4096  # training pictures, evenly spread, that scale and shift are measured on
@@ -270,6 +271,7 @@ def train(config: VAETrainConfig) -> Path:
     inputs |= {f"losses.{name}": getattr(config.losses, name) for name in ("perceptual_model", "identity_model")}
     check("vae train", config)
     check_steps("vae train", config.optim, "batch", "optim.")
+    check_trackers("vae train", config.log or ())
     with claim("vae train", config.out, inputs, config.resume):
         return _train(config)
 

@@ -11,6 +11,8 @@ import statistics
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 
+from tqdm import tqdm
+
 from transfusion.train.optimizer import Player
 from transfusion.train.settings import GuardSettings
 
@@ -37,8 +39,8 @@ class Guard:
         for record in records:
             self._take_in(record, SKIPPED in record)
 
-    def skips(self, step: int, found: Mapping[str, float]) -> str:
-        """Say why a step must be skipped, or nothing where it is to be taken.
+    def skips(self, step: int, found: Mapping[str, float]) -> bool:
+        """Whether a step must be skipped; one line says so, and why.
 
         Raises:
             Spike: the run must stop before it.
@@ -52,7 +54,9 @@ class Guard:
         if self.in_a_row > settings.patience:
             raise Spike(f"{self.command}: step {step:,} has {wrong}, and the {settings.patience} steps before it were "
                         "skipped already; --resume with a lower optim.lr, another guard.factor or more guard.patience")
-        return wrong and f"step {step:,} has {wrong}; it is skipped, as were {self.skipped - 1:,} before"
+        if wrong:
+            tqdm.write(f"step {step:,} has {wrong}; it is skipped, as were {self.skipped - 1:,} before")
+        return bool(wrong)
 
     def notes(self, is_skipped: bool) -> dict[str, int]:
         """What the record of a step is told."""

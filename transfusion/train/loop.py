@@ -26,6 +26,7 @@ from transfusion.train.checkpoint import (
     check_finite,
     check_weights,
     load_state,
+    recorded,
     restore_players,
     training_state,
     write_state,
@@ -37,6 +38,7 @@ from transfusion.train.optimizer import Player
 from transfusion.train.parallel import sum_copies, sum_counts, sum_means, whole
 from transfusion.train.processes import any_process, is_main
 from transfusion.train.settings import RunSettings, StepSettings
+from transfusion.train.trackers import start_trackers
 
 
 class Term(NamedTuple):
@@ -86,7 +88,7 @@ class Watcher(Protocol):
 
 def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate: Callable[[int], float], *,
         fixed: tuple[str, ...], way_on: str = "", epoch: float | None = None, watchers: Sequence[Watcher] = (),
-        operations: Callable[[Sequence[Batch]], float] | None = None) -> int:
+        operations: Callable[[], float] | None = None) -> int:
     """Train to the last step, to `stop_after`, near the end of `max_hours`, or to Ctrl-C, SIGTERM, SIGHUP or SIGUSR1.
 
     Args:
@@ -96,7 +98,7 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
         way_on: what helps where a loss is not finite, for trainers without --resume.
         epoch: steps that show all data once, where there is such a number.
         watchers: what looks at the players after each step. They change neither weights nor what later steps draw.
-        operations: how many a step's batches take, where that can be counted.
+        operations: how many this process computes for the step drawn last, where that can be counted.
 
     Returns:
         The number of steps done.
@@ -113,11 +115,11 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
     progress = tqdm(range(start, optim.steps), initial=start, total=optim.steps, desc=f"{command} {config.out.name}",
                     smoothing=0.05, unit="step", dynamic_ncols=True, disable=not is_main())
     began, done = time.perf_counter() - spent, start
-    with Interrupt() as stop, Log(config.out / LOG) as log:
+    with Interrupt() as stop, open_log(command, config, start) as log:
         for step in progress:
             # gradients
-            for group in (group for player in task.players for group in player.optimizer.param_groups):
-                group["lr"] = rate(step)
+            for player in task.players:
+                player.set_rate(rate(step))
             with saving_first(command, config, task, done, done > start, way_on), meter.begin():
                 batches = task.batches(step)
             means, playing, notes = accumulate(task, step, batches)
@@ -125,23 +127,20 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
             found = numbers(**means, **norms)
             with saving_first(command, config, task, done, done > start, way_on):
                 skipped = guard.skips(step, found)
-            if skipped:
-                progress.write(skipped)
-            else:
+            if not skipped:
                 check_finite(command, config.out, step, found, way_on)
 
             # step
             for player in playing:
-                take_step(player, is_skipped=bool(skipped))
+                take_step(player, is_skipped=skipped)
             done = step + 1
 
             # log
             record = {"step": step, **found, "lr": rate(step), "seconds": time.perf_counter() - began,
-                      **meter.after(done, batches), **notes, **guard.notes(bool(skipped))}
+                      **meter.after(done), **notes, **guard.notes(skipped)}
             for watcher in watchers:
                 record |= watcher.after(done)
-            if is_main():
-                log.write(record)
+            log.write(record)
             progress.set_postfix(shown(task, record, (done - start) * task.size / (record["seconds"] - spent)))
 
             # save
@@ -154,6 +153,13 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
                 progress.close()
                 break
     return done
+
+
+def open_log(command: str, config: RunSettings, start: int) -> Log:
+    """Return the log of a run that goes on from step `start`; of several processes the main one alone writes."""
+    if not is_main():
+        return Log(None)
+    return Log(config.out / LOG, start_trackers(command, config.log or (), config.out, recorded(config), start))
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -19,8 +19,8 @@ class Meter:
     """
 
     def __init__(self, size: int, unit: str, device: torch.device,
-                 operations: Callable[[Sequence], float] | None = None):
-        """`size` is that of a batch in `unit`; `operations` counts what this process computes for a step's batches."""
+                 operations: Callable[[], float] | None = None):
+        """`size` is of a batch in `unit`; `operations` counts what this process computes for the step drawn last."""
         self.size, self.unit, self.device = size, unit, device
         self.count, self.operations = operations, None
         gpu = gpu_of(device)
@@ -34,7 +34,7 @@ class Meter:
         yield
         self.drawing = time.perf_counter() - self.began
 
-    def after(self, done: int, batches: Sequence) -> dict[str, float]:
+    def after(self, done: int) -> dict[str, float]:
         """Numbers for the record of the step that has just ended, the last of `done`.
 
             tokens              seen by the run so far, or pictures
@@ -49,7 +49,7 @@ class Meter:
                  "data_share": round(self.drawing / seconds, 4), "memory": peak_memory(self.device)}
         if self.count is not None and self.peak is not None:
             if self.operations is None:  # once: steps of packed rows are alike
-                self.operations = self.count(batches)
+                self.operations = self.count()
             found["mfu"] = round(self.operations / seconds / self.peak, 4)
         return found
 

@@ -3,12 +3,16 @@
 Another optimizer is chosen in `build_optimizer`: the loop and the checkpoints know none by name.
 """
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from transfusion.train.average import Average
 from transfusion.train.settings import OptimizerSettings, StepSettings
+
+FACTOR = "lr_factor"
+"""What an optimizer's group has whose learning rate is not that of the others."""
 
 
 @dataclass(eq=False)
@@ -30,6 +34,11 @@ class Player:
     def prefix(self, separator: str) -> str:
         """What stands before its names: nothing, or its own name and the separator."""
         return f"{self.name}{separator}" if self.name else ""
+
+    def set_rate(self, rate: float) -> None:
+        """Set the learning rate of the next step, times the factor of each group that has one."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get(FACTOR, 1.0)
 
 
 def learning_rate(step: int, optim: OptimizerSettings) -> float:
@@ -58,3 +67,15 @@ def build_optimizer(model: torch.nn.Module, optim: StepSettings, *, fused: bool 
     matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=fused)
+
+
+def scale_rates(optimizer: torch.optim.Optimizer, chosen: Iterable[torch.nn.Parameter], factor: float) -> None:
+    """Make the learning rates of the chosen parameters `factor` times the others': they get groups of their own."""
+    if factor == 1:
+        return
+    chosen, groups = set(chosen), []
+    for group in optimizer.param_groups:
+        for more, of_chosen in (({}, False), ({FACTOR: factor}, True)):
+            parameters = [p for p in group["params"] if (p in chosen) == of_chosen]
+            groups += [group | {"params": parameters} | more] if parameters else []
+    optimizer.param_groups = groups

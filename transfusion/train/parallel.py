@@ -6,7 +6,8 @@ Each process holds a shard of every parameter, of its gradient and of what the o
 A layer is gathered when it runs, forward or backward, and given up behind it; what is not in a layer (embeddings, image
 layers, norms, text head) is gathered once for the whole forward. Without a process group nothing here does anything.
 """
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -90,6 +91,22 @@ def sum_means(means: Mapping[str, Tensor]) -> dict[str, Tensor]:
     numbers = torch.stack([means[name].float() for name in names])
     dist.all_reduce(numbers)
     return dict(zip(names, numbers))
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Gather what a sharded model holds outside its layers, so that parts of it run that are not its forward pass.
+
+    Layers gather themselves when they run. All processes enter this together and make the same calls inside.
+    """
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
 
 
 def whole(x: Tensor) -> Tensor:

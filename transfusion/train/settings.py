@@ -16,6 +16,7 @@ from typing import Annotated, get_type_hints
 from transfusion.settings import Count, Decay, NotNegative, OneOf, Positive, Range, Seed, WholeNumber
 
 SCHEDULES = ("cosine", "wsd", "constant")
+TRACKERS = ("tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class RunSettings(JobSettings):
     max_hours: Positive | None = None
     """save and stop so that this training, from its first step on, takes no longer; None: as long as it takes"""
     guard: GuardSettings = GuardSettings()
+    log: tuple[Annotated[str, OneOf(TRACKERS)], ...] | None = None
+    """where the numbers of log.jsonl go as well: tensorboard, wandb, both"""
 
 
 @dataclass(frozen=True)
@@ -119,10 +122,11 @@ def check_steps(op: str, optim: StepSettings, batch: str, prefix: str = "") -> N
     Raises:
         ValueError: the first of them, named.
     """
-    if isinstance(optim, OptimizerSettings) and optim.min_lr > optim.lr:
+    has_schedule = isinstance(optim, OptimizerSettings)
+    if has_schedule and optim.schedule != "constant" and optim.min_lr > optim.lr:
         raise ValueError(f"{op}: {prefix}min_lr is {optim.min_lr:g} and {prefix}lr {optim.lr:g}; at most lr fits; "
                          f"lower {prefix}min_lr or raise {prefix}lr")
-    if isinstance(optim, OptimizerSettings) and optim.schedule == "wsd":
+    if has_schedule and optim.schedule == "wsd":
         stable = (1 - optim.decay_share) * optim.steps
         if optim.warmup > stable:
             raise ValueError(f"{op}: {prefix}warmup is {optim.warmup} and {prefix}decay_share {optim.decay_share:g} of "

@@ -5,6 +5,7 @@ documents, times and noise of a step depend on (seed, step) alone, so that a res
 never stopped. Ctrl-C saves.
 """
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,18 +23,23 @@ from transfusion.data.training_data import Rows, TrainingData, open_data
 from transfusion.device import choose_device
 from transfusion.diffusion.objective import TIMES, sample_times
 from transfusion.model.config import TransfusionConfig, TransfusionSettings
-from transfusion.model.lora import TuneSettings, name_base, prepare, trained_table
+from transfusion.model.lora import TuneSettings, is_of_images, name_base, prepare, trained_table
 from transfusion.model.transfusion import Transfusion
 from transfusion.sequence import CONTEXT_ATTENTION, Context, Sequence, split_rows
 from transfusion.sequence.tokenizer import BOI, EOI, train_tokenizer
 from transfusion.settings import Count, OneOf, Positive, Range, check
+from transfusion.train.activations import outline
 from transfusion.train.average import Average
+from transfusion.train.estimates import work
 from transfusion.train.loop import Batch, Term, fit, say_stopped
-from transfusion.train.optimizer import Player, build_optimizer, learning_rate
+from transfusion.train.optimizer import Player, build_optimizer, learning_rate, scale_rates
 from transfusion.train.parallel import shard, whole
 from transfusion.train.processes import ALONE, DTYPES, ParallelSettings, Processes, is_main, start_processes
 from transfusion.train.recompute import RECOMPUTE, checkpoint_layers, compile_layers
+from transfusion.train.samples import Samples, SamplesSettings, held_out_prompts, read_prompts
 from transfusion.train.settings import OptimizerSettings, RunSettings, check_steps
+from transfusion.train.trackers import check_trackers
+from transfusion.train.validation import Validation, ValidationSettings
 
 FIXED = ("model", "data", "tune", "seed", "optim.rows", "optim.seq_len", "optim.times")
 """Settings that decide what was trained on: a run goes on with these alone as they were."""
@@ -69,6 +75,9 @@ class OptimSettings(OptimizerSettings):
     """tokens in a row"""
     times: Annotated[str, OneOf(TIMES)] = "uniform"
     """how an image's time is drawn: uniform (the paper) or logit-normal"""
+    image_lr: Positive = 1.0
+    """factor of the image layers' learning rate, which may have more or less to learn than a decoder that was trained
+    before, or than its adapters"""
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,8 @@ class TrainConfig(RunSettings):
     results of matrix products and of attention, full the inputs of layers alone"""
     compile: bool = False
     """compile the decoder's layers with torch.compile; the first steps wait for it"""
+    validate: ValidationSettings = field(default_factory=ValidationSettings)
+    samples: SamplesSettings = field(default_factory=SamplesSettings)
 
 
 def check_settings(op: str, config: TrainConfig, prefix: str = "") -> None:
@@ -161,8 +172,11 @@ class TransfusionTask:
         self.context = None
         if processes.context_ranks > 1:
             self.context = Context(processes.context_group, CONTEXT_ATTENTION[config.parallel.context_by])
-        self.player = Player(model, build_optimizer(model, config.optim), Average(model, config.optim.ema))
-        self.players = (self.player,)
+        optimizer = build_optimizer(model, config.optim)
+        images = (p for name, p in model.named_parameters() if is_of_images(name))
+        scale_rates(optimizer, images, config.optim.image_lr)
+        self.player = Player(model, optimizer, Average(model, config.optim.ema))
+        self.players, self.drawn = (self.player,), None
 
     def batches(self, step: int) -> list[Batch]:
         """Draw this process's part of a step's rows, and the times of its images, then split them into micro-batches.
@@ -174,6 +188,7 @@ class TransfusionTask:
         config, base = self.config, self.base
         generator = step_generator(config.seed, step)
         (sequence, limit, notes), before, totals = self._draw(step, generator)
+        self.drawn = sequence
         tokens = sequence.layout.offsets.diff()
         first, after = before["images"], totals["images"] - before["images"] - sequence.image_count
         times = sample_times(config.optim.times, limit, tokens, base.config.time_shift_tokens, generator,
@@ -208,6 +223,11 @@ class TransfusionTask:
         yield self.player, {"text_loss": Term(1.0, output.text_loss),
                             "diffusion_loss": Term(self.base.config.diffusion_weight, output.diffusion_loss)}
 
+    def operations(self) -> float:
+        """How many the model's mathematics needs of this process for the step drawn last, forward and backward."""
+        parts = work(self.player.model, outline(self.base.config, TuneSettings()), self.drawn)
+        return sum(part.step for part in parts.values()) / self.processes.context_ranks
+
     def save(self, directory: Path, step: int) -> None:
         """Write the averaged model or, where only adapters are trained, those and the way to their model."""
         player = self.player
@@ -224,6 +244,32 @@ def _counts(sequence: Sequence) -> dict[str, int]:
     return {"text_loss": len(sequence.text_targets), "diffusion_loss": int(sequence.drawn.sum())}
 
 
+def watch(config: TrainConfig, task: TransfusionTask, rows: Rows) -> list[Validation | Samples]:
+    """Make what looks at the run while it trains, and say what that is.
+
+    Raises:
+        ValueError: the data hold out nothing, or there is nothing to draw.
+    """
+    watchers, here, base = [], task.processes, task.base
+    common = {"steps": config.optim.steps, "device": here.device}
+    with here.agreeing():
+        if config.validate.every:
+            held_out = rows.held_out(config.validate.rows)
+            share = None if task.context is None else functools.partial(base.share, context=task.context)
+            watchers.append(Validation(config.validate, held_out, task.player, autocast=config.autocast, share=share,
+                                       rank=here.data_rank, ranks=here.data_ranks, **common))
+        if config.samples.every:
+            given, count = config.samples.prompts, config.samples.count
+            prompts = (held_out_prompts(rows.held_out(4 * count), base.tokenizer, count) if given is None
+                       else read_prompts(given))
+            start = saved_step(config.out) if config.resume else 0
+            watchers.append(Samples(config.samples, prompts, task.player, base, config.out, start=start,
+                                    writes=here.is_main, **common))
+    for watcher in watchers:
+        print(watcher.words(), flush=True)
+    return watchers
+
+
 def train(config: TrainConfig) -> Path:
     """Run `config` as far as `fit` goes; return the directory with the checkpoint.
 
@@ -232,6 +278,7 @@ def train(config: TrainConfig) -> Path:
     with start_processes("train", config.parallel, config.device) as processes:
         with processes.agreeing():
             check_settings("train", config)
+            check_trackers("train", config.log or ())
             check_rows("train", config.optim, processes)
             inputs = {f"data.{name}": path for name, path in config.data.directories().items()}
         claimed = claim("train", config.out, {"tune.start": config.tune.start, **inputs}, config.resume,
@@ -265,8 +312,9 @@ def _train(config: TrainConfig, processes: Processes) -> Path:
     if processes.mesh is not None:
         model = shard(model, processes.mesh, DTYPES[config.parallel.dtype], offload=config.parallel.offload)
     task = TransfusionTask(config, rows, base, model, processes)
+    watchers = watch(config, task, rows)
     done = fit("train", config, config.optim, task, lambda step: learning_rate(step, config.optim), fixed=FIXED,
-               epoch=rows.steps_in_epoch)
+               epoch=rows.steps_in_epoch, watchers=watchers, operations=task.operations)
     say_stopped(config, config.optim, done)
     return config.out
 

@@ -11,6 +11,7 @@ from transfusion.data.mixture_data import MixtureFileSettings, MixtureRows
 from transfusion.data.training_data import DrawnRows
 from transfusion.recipes.digits import DigitsSettings
 from transfusion.train.processes import ParallelSettings
+from transfusion.train.settings import GuardSettings
 from transfusion.train.transfusion import ModelSettings, OptimSettings, TrainConfig, train
 
 
@@ -39,6 +40,11 @@ def runs(folder: Path) -> dict[str, TrainConfig]:
                 digits(folder / "selective", steps=3), recompute="selective",
                 model=ModelSettings(hidden=32, layers=2, heads=2, kv_heads=2, mlp=64, backbone="adaln")),
             "context": digits(folder / "context", ParallelSettings(context=2), steps=3),
+            "guarded": dataclasses.replace(
+                digits(folder / "guarded", steps=8, image_lr=3.0, schedule="wsd", decay_share=0.5),
+                guard=GuardSettings(do="skip", window=2, factor=1.0001, patience=8)),
+            "context, compiled": dataclasses.replace(
+                digits(folder / "context, compiled", ParallelSettings(context=2), steps=3), compile=True),
             "ring, selective": dataclasses.replace(
                 digits(folder / "ring, selective", ParallelSettings(context=2, context_by="ring"), steps=3,
                        accumulate=2), recompute="selective"),

@@ -213,6 +213,7 @@ def test_settings_of_steps_that_do_not_fit_each_other_are_refused_by_name(optim,
     with pytest.raises(ValueError, match=message):
         check_steps("op", optim, "rows", "optim.")
     check_steps("op", OptimSettings(lr=1.5e-5, rows=2, accumulate=2), "rows", "optim.")
+    check_steps("op", OptimSettings(lr=1e-5, schedule="constant"), "rows", "optim.")
     assert issubclass(OptimSettings, OptimizerSettings)
 
 

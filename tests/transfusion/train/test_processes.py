@@ -83,6 +83,12 @@ def test_two_processes_log_the_losses_of_one(alone, together, name):
     assert_same_losses(log(together[0] / name), log(alone / name))
 
 
+def test_two_processes_skip_the_steps_that_one_skips(alone, together):
+    """The guard is so narrow here that common steps are spikes; image layers have a learning rate of their own."""
+    found, expected = ([record.get("skipped") for record in log(folder / "guarded")] for folder in (together[0], alone))
+    assert found == expected and 0 < sum(map(bool, found)) < len(found)
+
+
 def test_four_processes_log_the_losses_of_one_in_every_layout(alone, tmp_path):
     _, err, status = torchrun(4, "-m", "tests.transfusion.train.several", str(tmp_path))
     assert status == 0, err
