@@ -300,7 +300,7 @@ def _train(config: TrainConfig, processes: Processes) -> Path:
         model = prepare(base, config.tune).train()
         checkpoint_layers(base, config.recompute)
         if config.compile:
-            compile_layers(base)
+            compile_layers(base, whole=processes.context_ranks == 1)
         print(trained_table(model), flush=True)
         optim = config.optim
         rows = data.rows(base.tokenizer, base.config, base.vae, rows=optim.rows, seq_len=optim.seq_len,
