@@ -22,6 +22,7 @@ ORDER = (
     "tfkernels",
     "tfkernels.integrations",
     "transfusion.settings",
+    "transfusion.locks",
     "transfusion.files",
     "transfusion.command",
     "transfusion.device",
