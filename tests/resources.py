@@ -55,7 +55,7 @@ def argument_type(name: str, element: str) -> str:
         return "*fp32"
     if name.endswith("_ptr"):
         return f"*{element}"
-    return "fp32" if name in ("scale", "softcap", "eps") else "i32"
+    return "fp32" if name in ("scale", "softcap", "smoothing", "z_loss", "eps") else "i32"
 
 
 def output(*command: str) -> str:

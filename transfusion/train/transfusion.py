@@ -309,7 +309,7 @@ def _train(config: TrainConfig, processes: Processes) -> Path:
         written = without_memory(model, base.vae) if processes.size > 1 else None
         checkpoint_layers(base, config.recompute)
         if config.compile:
-            compile_layers(base)
+            compile_layers(base, whole=processes.context_ranks == 1)
         print(trained_table(model), flush=True)
         optim = config.optim
         rows = data.rows(base.tokenizer, base.config, base.vae, rows=optim.rows, seq_len=optim.seq_len,

@@ -11,8 +11,10 @@ from transfusion.data.mixture_data import MixtureFileSettings, MixtureRows
 from transfusion.data.training_data import DrawnRows
 from transfusion.recipes.digits import DigitsSettings
 from transfusion.train.processes import ParallelSettings
+from transfusion.train.samples import SamplesSettings
 from transfusion.train.settings import GuardSettings
 from transfusion.train.transfusion import ModelSettings, OptimSettings, TrainConfig, train
+from transfusion.train.validation import ValidationSettings
 
 
 def digits(out: Path, parallel: ParallelSettings = ParallelSettings(), **optim) -> TrainConfig:  # noqa: B008
@@ -21,6 +23,12 @@ def digits(out: Path, parallel: ParallelSettings = ParallelSettings(), **optim) 
     return TrainConfig(out=out, parallel=parallel, device="cpu", data=DigitsSettings(caption_first=0.5, story=0.2),
                        model=ModelSettings(hidden=32, layers=2, heads=2, kv_heads=2, mlp=64),
                        optim=OptimSettings(**settings))
+
+
+def watched(config: TrainConfig) -> TrainConfig:
+    """The same run, looked at after every second step and the last."""
+    return dataclasses.replace(config, validate=ValidationSettings(every=2, rows=3, bins=2),
+                               samples=SamplesSettings(every=2, steps=1, count=2))
 
 
 def runs(folder: Path) -> dict[str, TrainConfig]:
@@ -32,22 +40,22 @@ def runs(folder: Path) -> dict[str, TrainConfig]:
     return {"digits": digits(folder / "digits"),
             "accumulated": digits(folder / "accumulated", accumulate=2),
             "logit-normal": dataclasses.replace(digits(folder / "logit-normal", times="logit-normal", steps=2)),
-            "copies": digits(folder / "copies", ParallelSettings(replicate=2), steps=3, accumulate=2),
-            "offloaded, full": dataclasses.replace(
-                digits(folder / "offloaded, full", ParallelSettings(offload=True), steps=3), recompute="full"),
+            "copies": watched(digits(folder / "copies", ParallelSettings(replicate=2), steps=3, accumulate=2)),
+            "offloaded, full": watched(dataclasses.replace(
+                digits(folder / "offloaded, full", ParallelSettings(offload=True), steps=3), recompute="full")),
             "compiled": dataclasses.replace(digits(folder / "compiled", steps=3), compile=True),
             "selective": dataclasses.replace(
                 digits(folder / "selective", steps=3), recompute="selective",
                 model=ModelSettings(hidden=32, layers=2, heads=2, kv_heads=2, mlp=64, backbone="adaln")),
             "context": digits(folder / "context", ParallelSettings(context=2), steps=3),
-            "context, compiled": dataclasses.replace(
-                digits(folder / "context, compiled", ParallelSettings(context=2), steps=3), compile=True),
-            "ring, selective": dataclasses.replace(
-                digits(folder / "ring, selective", ParallelSettings(context=2, context_by="ring"), steps=3,
-                       accumulate=2), recompute="selective"),
             "guarded": dataclasses.replace(
                 digits(folder / "guarded", steps=8, image_lr=3.0, schedule="wsd", decay_share=0.5),
                 guard=GuardSettings(do="skip", window=2, factor=1.0001, patience=8)),
+            "context, compiled": watched(dataclasses.replace(
+                digits(folder / "context, compiled", ParallelSettings(context=2), steps=3), compile=True)),
+            "ring, selective": dataclasses.replace(
+                digits(folder / "ring, selective", ParallelSettings(context=2, context_by="ring"), steps=3,
+                       accumulate=2), recompute="selective"),
             "mixture": mixture,
             "mixture, accumulated": dataclasses.replace(
                 mixture, out=folder / "mixture, accumulated",
@@ -122,3 +130,4 @@ if __name__ == "__main__":
     else:
         for config in layouts(Path(sys.argv[1])).values():
             train(config)
+        train(digits(Path(sys.argv[1]) / "bfloat16", ParallelSettings(dtype="bfloat16"), steps=3))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image as Picture
+from PIL import ImageChops
 
 from tests.transfusion.model.test_vae import autoencoder
 from tests.transfusion.train.own_data import paint, write_lines, write_mixture
@@ -16,10 +18,11 @@ from tests.transfusion.train.several import digits, layouts, runs
 from transfusion import Transfusion
 from transfusion.command import claim, saved_step
 from transfusion.train import processes
+from transfusion.train.log import CLOCKED
 from transfusion.train.processes import ParallelSettings, start_processes
 from transfusion.train.transfusion import train
 
-LIMIT = 300  # seconds for processes that torchrun starts
+LIMIT = 480  # seconds for processes that torchrun starts
 
 
 def torchrun(count, *command, limit=LIMIT):
@@ -83,6 +86,23 @@ def test_two_processes_log_the_losses_of_one(alone, together, name):
     assert_same_losses(log(together[0] / name), log(alone / name))
 
 
+@pytest.mark.parametrize("name", [name for name, config in runs(Path(".")).items() if config.validate.every])
+def test_two_processes_find_on_held_out_rows_and_draw_what_one_does(alone, together, name):
+    found, expected = (folder / name for folder in (together[0], alone))
+    for one, other in zip(log(found), log(expected), strict=True):
+        names = {key for key in other if key.startswith("validation") and key not in CLOCKED}
+        assert names == {key for key in one if key.startswith("validation") and key not in CLOCKED}
+        assert bool(names) == (other["step"] + 1 in (2, 3)) and "samples_failed" not in one
+        for key in names:
+            assert one[key] == pytest.approx(other[key], rel=1e-5), f"step {one['step']}, {key}"
+    for path in sorted((expected / "samples").iterdir()):
+        with Picture.open(path) as theirs, Picture.open(found / "samples" / path.name) as ours:
+            assert ours.text == theirs.text
+            difference = ImageChops.difference(ours, theirs)
+            assert difference.getextrema()[1] <= 1, path.name  # a rounding of 1 in 255
+    assert len(list((found / "samples").iterdir())) == len(list((expected / "samples").iterdir())) == 4
+
+
 def test_two_processes_skip_the_steps_that_one_skips(alone, together):
     """The guard is so narrow here that common steps are spikes; image layers have a learning rate of their own."""
     found, expected = ([record.get("skipped") for record in log(folder / "guarded")] for folder in (together[0], alone))
@@ -94,6 +114,9 @@ def test_four_processes_log_the_losses_of_one_in_every_layout(alone, tmp_path):
     assert status == 0, err
     for config in layouts(tmp_path).values():
         assert_same_losses(log(config.out), log(alone / "digits"))
+    for found, expected in zip(log(tmp_path / "bfloat16"), log(alone / "digits")[:3], strict=True):
+        for name in ("text_loss", "diffusion_loss"):
+            assert 0 < abs(found[name] / expected[name] - 1) < 0.03
 
 
 def test_accumulation_changes_no_loss(alone):

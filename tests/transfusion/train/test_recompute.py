@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 from tests.transfusion.conftest import tiny_model
 from tests.transfusion.train.test_plan import ROWS, InUse, rows_of, small
@@ -79,6 +80,7 @@ def test_compiled_layers_give_the_same_numbers_and_are_not_compiled_again_when_l
         return found
 
     torch._dynamo.reset()
+    counters.clear()
     counter, compiled = CompileCounterWithBackend("aot_eager"), []
     model = tiny_model(backbone=backbone).train()
     plain = copy.deepcopy(model)
@@ -87,4 +89,5 @@ def test_compiled_layers_give_the_same_numbers_and_are_not_compiled_again_when_l
     compile_layers(model, counter)
     for found, expected in zip(losses(model), losses(plain)):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not counters["graph_break"]
     assert 0 < compiled[0] <= compiled[1] == compiled[-1] <= 8, compiled
