@@ -123,7 +123,7 @@ class _Body:
         self.newlines = [m.start() for m in re.finditer("\n", text)]
         sources = [(m.start(), m[1]) for m in SOURCE.finditer(text, start)]
         self.source_starts, self.sources = [s for s, _ in sources], [name for _, name in sources]
-        blank = lambda m: re.sub(r"[^\n]", " ", m[0])  # noqa: E731  (offsets stay what they were)
+        blank = lambda m: "\n".join(" " * len(line) for line in m[0].split("\n"))  # noqa: E731  (offsets stay what they were)
         self.text = LOCATION.sub(blank, COMMENT.sub(blank, text[:self.end(text)]))
         self.scopes, self.scope_count = [], 0
 
@@ -159,15 +159,14 @@ class _Body:
             self.declare_registers(text)
         elif text.startswith(".branchtargets"):
             self.kernel.branch_targets[label] = split(text.removeprefix(".branchtargets"))
-        elif text.startswith(".pragma") or not text:
-            return
+        elif text.startswith(".") or not text:
+            return  # .pragma; memory of a thread's own, whose name is unknown to whatever would use it
         elif found := INSTRUCTION.match(text):
             negated, predicate, opcode, operands = found.groups()
             operands = [self.renamed(" ".join(part.split())) for part in split(operands)]
-            start = at + len(self.text[at:]) - len(self.text[at:].lstrip())
             self.kernel.instructions.append(Instruction(
-                opcode, operands, predicate and self.renamed(predicate), bool(negated), self.line(start),
-                self.source(start)))
+                opcode, operands, predicate and self.renamed(predicate), bool(negated), self.line(at),
+                self.source(at)))
         else:
             raise UnknownInstruction(f"line {self.line(at)} of the PTX: {text}")
 
