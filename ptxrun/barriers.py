@@ -99,16 +99,19 @@ class RegisterPool:
             self.free += self.held[warp] - registers
             self.held[warp] = registers
 
+    def enough(self, warps, registers: int) -> bool:
+        """Whether as many registers are free as warps want on top of theirs."""
+        return sum(registers - self.held[warp] for warp in warps) <= self.free
+
     def take(self, warps, registers: int) -> bool:
         """setmaxnreg.inc: whether the registers were there; where not, the warps wait."""
         if not self.known:
             return True
         if any(registers < self.held[warp] for warp in warps):
             raise Misuse(f"setmaxnreg.inc to {registers} registers of a warp that has {self.held[warps[0]]}")
-        wanted = sum(registers - self.held[warp] for warp in warps)
-        if wanted > self.free:
+        if not self.enough(warps, registers):
             return False
-        self.free -= wanted
+        self.free -= sum(registers - self.held[warp] for warp in warps)
         for warp in warps:
             self.held[warp] = registers
         return True

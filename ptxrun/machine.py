@@ -19,7 +19,7 @@ from ptxrun.ptx import NAME, Instruction, Kernel
 from ptxrun.races import Races
 from ptxrun.registers import Registers
 from ptxrun.schedule import Coin, Schedule
-from ptxrun.threads import EXIT, Group, Threads
+from ptxrun.threads import EXIT, WARP, Group, Threads
 
 PARAMETERS_AT = 0x7000_0000  # where kernels see the addresses of their parameters; 4 KiB for each
 AXES = ("x", "y", "z")
@@ -152,9 +152,10 @@ class Machine:
             self.deliveries.pop(self.coin.pick(len(self.deliveries)) if random else 0)()
             return None
         if not ready:
+            at_a_barrier = lambda group: group.waits[0] == "a barrier"  # noqa: E731  (they stand behind it)
             raise Deadlock("no thread can go on: " + "; ".join(
-                f"{group} wait for {group.waits[0]} at {self.kernel.instructions[group.at].where}"
-                for group in self.threads.groups))
+                f"{group} wait for {group.waits[0]} at "
+                f"{self.kernel.instructions[group.at - at_a_barrier(group)].where}" for group in self.threads.groups))
         if not random:
             return min(ready, key=lambda group: group.at)
         self.coin.shuffle()
@@ -162,7 +163,10 @@ class Machine:
 
     def _may_go_on(self, group: Group) -> bool:
         kind, *key = group.waits
-        return kind == "an mbarrier" and self.mbarriers.passed(*key) or kind == "registers"
+        if kind == "registers":
+            block, warps, count = key
+            return self.pools[block].enough(warps, count)
+        return kind == "an mbarrier" and self.mbarriers.passed(*key)
 
     def _step(self, group: Group):
         """One straight run of one group."""
@@ -187,11 +191,10 @@ class Machine:
 
     def _check_hazards(self, group: Group, run: Run):
         """No instruction may touch a register that an asynchronous product still uses; reading inputs is harmless."""
+        size = WARPGROUP if self.threads.joined else WARP
         for unit, held in self.products.in_flight.items():
-            if not group.low <= unit < group.high and not unit <= group.low < unit + WARPGROUP:
-                continue
-            for instruction, names in run.touched:
-                for name in names & held.keys():
+            for instruction, names in run.touched if unit < group.high and group.low < unit + size else ():
+                for name in sorted(names & held.keys()):
                     if held[name] is not None or name in instruction.operands[0]:
                         raise Hazard(f"{name} is used while an asynchronous product of {group} has not been waited "
                                      "for").at(instruction)
@@ -298,14 +301,6 @@ class Machine:
             if "dec" in instruction.parts:
                 pool.release(warps, count)
             elif not pool.take(warps, count):
-                part.waits = "registers", count
-                if not self._others_can_go(part):
-                    raise Deadlock(f"{part} wait for {count} registers each, and {pool.free} are free")
+                part.waits = "registers", block, warps, count
                 continue
             part.waits, part.at = None, end
-
-    def _others_can_go(self, group: Group) -> bool:
-        return bool(self.deliveries) or any(
-            other is not group and (other.waits is None or other.waits[0] == "an mbarrier" and self._may_go_on(other))
-            for other in self.threads.groups)
-
