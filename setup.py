@@ -29,6 +29,7 @@ setup(
         "demo": DEMO,
         "gguf": GGUF,
         "data": DATA,
+        "log": ["tensorboard>=2.20", "wandb>=0.20"],
         "dev": [*DEMO, *GGUF, *DATA, *TESTS, "ruff>=0.8"],
         "flash": ["flash-attn>=2.8"],
         "xformers": ["xformers>=0.0.35"],

@@ -4,8 +4,8 @@
 
 A refactor changes no number, and this says whether one did. OLD and NEW are checkouts of the project, and each setting
 below is a command that both run, in a process of its own with one thread. The two must log equal records (all that OLD
-records of a step but the seconds), save equal tensors, draw equal pictures and print equal text. NEW also has to read
-what OLD saved: both draw, go on and fine-tune from checkpoints that OLD made.
+records of a step but what the clock says), save equal tensors, draw equal pictures and print equal text. NEW also has
+to read what OLD saved: both draw, go on and fine-tune from checkpoints that OLD made.
 
 With --work, DIR keeps what OLD gave, and it is not computed again. --checkpoint is what is drawn from: by default OLD's
 finished demo (runs/digits) if it is there, or else what the first setting trained. The exit status is 1 where anything
@@ -27,6 +27,7 @@ from typing import NamedTuple
 from safetensors.torch import load_file
 
 from tests.transfusion.model.test_from_language_model import language_model
+from transfusion.train.log import CLOCKED
 
 DIGITS = "train digits --out {out} --optim.steps 12 --optim.rows 2 --model.hidden 32 --model.layers 2 --model.mlp 64"
 TUNE = "train digits --out {out} --optim.steps 8 --optim.rows 2 --tune.start {old}/init"
@@ -88,7 +89,7 @@ def run(checkout: Path, command: str, out: Path) -> dict:
         found[f"picture {path.relative_to(out)}"] = hashlib.sha256(path.read_bytes()).hexdigest()
     for log in files(out, "log.jsonl"):
         for record in map(json.loads, log.read_text().splitlines()):
-            found |= {f"step {record['step']} {key}": value for key, value in record.items() if key != "seconds"}
+            found |= {f"step {record['step']} {key}": value for key, value in record.items() if key not in CLOCKED}
     if " sample " in command or " caption " in command:
         found["text"] = done.stdout.replace(str(out), "")
     return found if done.returncode == 0 else {"failed": done.stderr[-2000:]}

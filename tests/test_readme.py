@@ -66,7 +66,7 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page, checkpoint, monkeypa
 def test_a_command_line_is_understood(command, monkeypatch):
     run = []
     for module, name in ((command_line.trainer, "train"), (command_line.autoencoder, "train"),
-                         (command_line.plan, "print_plan"),
+                         (command_line.plan, "print_plan"), (command_line.report, "report"),
                          (command_line, "evaluate"), (command_line, "encode_dataset"),
                          (transfusion.model.from_language_model, "init"), (transfusion.sample, "sample"),
                          (transfusion.sample, "caption")):

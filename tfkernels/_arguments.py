@@ -80,16 +80,16 @@ def need_range(op: str, name: str, x: Tensor, least: int, most: int, fits: str) 
         raise ValueError(f"{op}: {name} holds {low if low < least else high}; {least} to {most} fits, {fits}")
 
 
-def need_offsets(op: str, name: str, offsets: Tensor, rows: int) -> None:
+def need_offsets(op: str, name: str, offsets: Tensor, rows: int, what: str = "image") -> None:
     """Refuse offsets that fall or leave [0, rows], where looking is free. What lies before the first and behind the
-    last is padding."""
+    last is padding; `what` lies between two of them."""
     if not looks(offsets):
         return
     ends = offsets.tolist()
     for n, (start, stop) in enumerate(zip(ends, ends[1:])):
         if start > stop:
-            raise ValueError(f"{op}: {name} falls from {start} to {stop} at image {n}; offsets that never fall fit; "
-                             "put the images in order")
+            raise ValueError(f"{op}: {name} falls from {start} to {stop} at {what} {n}; offsets that never fall fit; "
+                             f"put the {what}s in order")
     if ends and not 0 <= ends[0] <= ends[-1] <= rows:
         raise ValueError(f"{op}: {name} goes from {ends[0]} to {ends[-1]} and there are {rows} rows; 0 to {rows} fits")
 

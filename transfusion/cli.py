@@ -34,6 +34,11 @@ def _plan(args: list[str]) -> None:
     plan_main(args)
 
 
+def _report(args: list[str]) -> None:
+    from transfusion.recipes.command_line import report_main
+    report_main(args)
+
+
 def _vae_train(args: list[str]) -> None:
     from transfusion.recipes.command_line import vae_train_main
     vae_train_main(args)
@@ -84,6 +89,7 @@ VERBS = {
     "init": ("make a model from a pretrained language model", _init),
     "train": ("train a model from a preset", _train),
     "plan": ("say what a training would need: memory, time, GPUs", _plan),
+    "report": ("make a page of what runs logged: curves, numbers, samples", _report),
     "sample": ("draw or write from a prompt", _sample),
     "caption": ("write what follows an image", _caption),
     "data": ("check a mixture of one's own data, compute its latents",

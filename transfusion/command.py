@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 
 from transfusion.files import current, locked, read_json, settle
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that end a command, beside Ctrl-C; batch systems such as SLURM send SIGUSR1 before a job's time is over."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CHECKPOINT = ("config.json", "adapter_config.json", "cache.json", "classifier.json", "model.safetensors",
               "model.safetensors.index.json", "diffusion_pytorch_model.safetensors")
@@ -24,10 +25,10 @@ CHECKPOINT = ("config.json", "adapter_config.json", "cache.json", "classifier.js
 def plain_errors(resumes: bool = False) -> Iterator[None]:
     """End a command with one line in place of a traceback.
 
-    That is where its input or a file is wrong, its loss is not finite, or it was stopped. SIGTERM and SIGHUP stop a
-    command as Ctrl-C does. `resumes`: the same command goes on from there.
+    That is where its input or a file is wrong, its loss is not finite, or it was stopped. SIGTERM, SIGHUP and
+    SIGUSR1 stop a command as Ctrl-C does. `resumes`: the same command goes on from there.
     """
-    with _signals(_stop, (signal.SIGTERM, signal.SIGHUP)):
+    with _signals(_stop, ENDS):
         try:
             yield
         except (ValueError, FloatingPointError) as error:
@@ -59,11 +60,14 @@ def _stop(number: int, _) -> None:
 
 @contextlib.contextmanager
 def _signals(handler, numbers) -> Iterator[None]:
-    """Handle signals in the main thread and put the handlers back; what is ignored, as by nohup, stays so."""
+    """Handle signals in the main thread and put the handlers back; what is ignored, as by nohup, stays so.
+
+    SIGUSR1 is handled all the same: examples/slurm_train.sh has torchrun ignore it, and its processes inherit that.
+    """
     before = {}
     with contextlib.suppress(ValueError):  # not the main thread: leave signals alone
         for number in numbers:
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            if number == signal.SIGUSR1 or signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, handler)
     try:
         yield
@@ -73,21 +77,24 @@ def _signals(handler, numbers) -> Iterator[None]:
 
 
 class Interrupt:
-    """The first Ctrl-C, SIGTERM or SIGHUP asks the loop to save and stop; a second one stops at once."""
+    """The first Ctrl-C, SIGTERM or SIGHUP asks the loop to save and stop; a second one stops at once.
 
-    asked = False
+    SIGUSR1 asks it, too, as often as it comes: a batch system may send it more than once, and SIGTERM afterwards.
+    """
+
+    asked = urged = False
 
     def __enter__(self):
-        self.handlers = _signals(self.ask, STOPS)
+        self.handlers = _signals(self.ask, (signal.SIGINT, *ENDS))
         self.handlers.__enter__()
         return self
 
     def ask(self, number: int, _) -> None:
         """Take note of a signal."""
-        if self.asked:
+        if self.urged and number != signal.SIGUSR1:
             by = "a second Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
             raise KeyboardInterrupt(f"at once, by {by}; what was saved before stands")
-        self.asked = True
+        self.asked, self.urged = True, self.urged or number != signal.SIGUSR1
 
     def __exit__(self, *error):
         self.handlers.__exit__(*error)
@@ -95,18 +102,21 @@ class Interrupt:
 
 @contextlib.contextmanager
 def claim(command: str, out: Path, inputs: Mapping[str, Path | None] | None = None,
-          resume: bool | None = None) -> Iterator[None]:
+          resume: bool | None = None, alone: bool = True) -> Iterator[None]:
     """Hold `out` for a command that will write there; what killed saves left is finished or cleared.
 
     `inputs` are directories, by the settings that name them, that the command reads. `resume`: True goes on with the
-    run in `out`, False starts one, and None leaves the contents of `out` to the command.
+    run in `out`, False starts one, and None leaves the contents of `out` to the command. `alone`: whether the command
+    is one process; otherwise the main one of several claims `out` for all.
 
     Raises:
         ValueError: `out` is a file, cannot be written, is in use by another process, is or holds an input, or holds
-            what is not this run; or the command is one of several that a launcher started. Nothing was written then.
+            what is not this run; or a command that is one process was started several times by a launcher. Nothing was
+            written then.
     """
     out = Path(out)
-    check_alone(command)
+    if alone:
+        check_alone(command)
     check_apart(command, out, inputs or {})
     with contextlib.ExitStack() as stack:
         try:
@@ -123,12 +133,12 @@ def claim(command: str, out: Path, inputs: Mapping[str, Path | None] | None = No
 
 
 def check_alone(command: str) -> None:
-    """Refuse to be one of several processes that train the same."""
+    """Refuse to be one of several processes that do the same."""
     for name, alone in (("WORLD_SIZE", 1), ("RANK", 0)):
         value = os.environ.get(name, "").strip()
         if value.isdigit() and int(value) > alone:
-            raise ValueError(f"{command}: {name} is {value}, as torchrun sets it; one process trains a run; start it "
-                             "without a launcher of several")
+            raise ValueError(f"{command}: {name} is {value}, as torchrun sets it; this command is one process; "
+                             "start it without a launcher of several")
 
 
 def check_apart(command: str, out: Path, inputs: Mapping[str, Path | None]) -> None:

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 from PIL import Image as Picture
 from tyro.conf import arg
 
-from transfusion.data.picture_files import read_picture
+from transfusion.data.picture_files import read_picture, to_picture
 from transfusion.device import choose_device
 from transfusion.files import check_writable, written
 from transfusion.generate.sampling import Sampling, TextSampling
@@ -73,9 +72,8 @@ def load_image(path: Path, config, vae: VAE | None = None) -> Image:
 def save_image(image: Image, path: Path, vae: VAE | None = None) -> None:
     """Write an image of 1 or 3 channels, or what the VAE makes of its latent, as a picture file, in one piece."""
     pixels = image.latent if vae is None else vae.decode(image.latent[None])[0]
-    pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(0, -1).squeeze(-1)
     with written(path) as aside:
-        Picture.fromarray(pixels.numpy()).save(aside)
+        to_picture(pixels).save(aside)
 
 
 def check_picture_path(path: Path) -> None:

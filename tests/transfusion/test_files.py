@@ -40,6 +40,7 @@ from transfusion.model.lora import TuneSettings, prepare
 from transfusion.model.vae import VAE
 from transfusion.recipes.studies.vq import VQRun, VQSettings, VQTask, load_autoencoder, to_codes
 from transfusion.train import loop
+from transfusion.train.average import trained_parameters
 from transfusion.train.classifier import ClassifierRun, ClassifierSettings, ClassifierTask, build_network
 from transfusion.train.transfusion import TransfusionTask
 
@@ -141,9 +142,8 @@ def test_a_kill_at_any_call_of_a_runs_save_leaves_checkpoint_and_resume_state_of
 
     def save(step, out):
         with torch.no_grad():
-            for p in (p for module in (model, task.player.averaged.module)
-                      for p in module.parameters() if p.requires_grad):
-                p.fill_(step / 100)
+            for x in (*trained_parameters(model).values(), *task.player.averaged.tensors.values()):
+                x.fill_(step / 100)
         loop.save("train", dataclasses.replace(config, out=out), task, step)
 
     def read(out):

@@ -3,7 +3,13 @@
 `op.py` is what is called and `reference.py` says what it computes; `cpu.py` and `triton/` are the backends, which
 PyTorch's dispatcher picks by the tensors' device.
 """
-from tfkernels.attention.op import MAX_HEAD_DIM, attention, attention_with_lse, paged_attention
+from tfkernels.attention.op import (
+    MAX_HEAD_DIM,
+    attention,
+    attention_gradients,
+    attention_with_lse,
+    paged_attention,
+)
 from tfkernels.attention.reference import AttentionOutput, attention_reference, paged_attention_reference
 
 __all__ = [
@@ -11,6 +17,7 @@ __all__ = [
     "AttentionOutput",
     "attention",
     "attention_reference",
+    "attention_gradients",
     "attention_with_lse",
     "paged_attention",
     "paged_attention_reference",

@@ -62,6 +62,19 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *
     return AttentionOutput(out, lse)
 
 
+def attention_gradients(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: TransfusionMask,
+                        *, scale: float | None = None, softcap: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk, dv of `attention` from its arguments, in one dtype, and the results of `attention_with_lse`.
+
+    It is for who does not keep k and v between forward and backward.
+    """
+    scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
+    with torch.autocast(dout.device.type, enabled=False):
+        return _backward(dout, torch.zeros_like(lse), q, k, v, out, lse, mask.lo, mask.hi, mask.key_since,
+                         mask.key_until, mask.rows_exact, mask.columns_exact, mask.offset, float(scale),
+                         float(softcap or 0))
+
+
 def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, mask: TransfusionMask, *,
                     scale: float | None = None, softcap: float | None = None) -> Tensor:
     """Return `attention` against a paged cache, for inference.

@@ -11,7 +11,8 @@
 `transfusion_mask` reaches every layer as a keyword argument and replaces the mask that transformers would make, except
 that the keys which a 2-D `attention_mask` hides stay hidden. A mask of fewer tokens than there are belongs to a prompt:
 tokens behind it see what the prompt's last token sees, and each other causally, with any cache. Its batch is 1, or what
-generate makes of the prompts: with beams or several returned sequences, a row for each of them.
+generate makes of the prompts: with beams or several returned sequences, a row for each of them. Where ranks share a
+row, a `tfkernels.parallel.SharedMask` in its place has each of them attend with its own tokens.
 
 A mask that transformers makes travels as what it takes for a ready 4-D mask: our integers in one int32 tensor (see
 `_as_tensor`), which it may copy, keep in a static buffer or trace. A ready 4-D mask of at most one element beside
@@ -36,6 +37,8 @@ from tfkernels._arguments import got
 from tfkernels.attention.op import attention
 from tfkernels.integrations._visible import visible_pairs
 from tfkernels.mask import TransfusionMask
+from tfkernels.mask.pairs import PAIRS, hulls
+from tfkernels.parallel import SharedMask
 
 NAME = "tfkernels"
 ARGUMENT = "transfusion_mask"
@@ -43,7 +46,6 @@ _DEAF = ("moshi", "nemotron", "stablelm")  # in some version of transformers
 _OP = "tfkernels attention"
 _FAR = torch.iinfo(torch.int32).max
 _WAY = f"load the model with attn_implementation={NAME!r}, or call model.set_attn_implementation({NAME!r})"
-_BLOCK = 2**22  # (query, key) pairs of transformers' mask looked at together
 _REFUSED = {"s_aux": "attention sinks", "sinks": "attention sinks", "position_bias": "numbers added to the scores",
             "head_mask": "weights of heads", "indices": "keys chosen one by one",
             "block_indices": "blocks of keys chosen one by one", "cache": "a paged cache",
@@ -148,7 +150,8 @@ def _refusing(name: str, function):
 
 def attend(
     module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling=None, dropout=0.0, softcap=None,
-    sliding_window=None, is_causal=None, transfusion_mask: TransfusionMask | Mapping | None = None, **options
+    sliding_window=None, is_causal=None, transfusion_mask: TransfusionMask | SharedMask | Mapping | None = None,
+    **options
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: (B, H, Sq, D) x (B, K, Sk, D) -> (B, Sq, H, D), and None for its weights."""
     if dropout:
@@ -163,6 +166,10 @@ def attend(
     made = _from_tensor(attention_mask, query_len, key_len)
     if transfusion_mask is not None:
         mask = _of_layer(transfusion_mask, module, sliding_window, windowed, key_len)
+        if isinstance(mask, SharedMask):
+            if made is None or made.kept is not None:
+                _need_no_other(attention_mask)
+            return mask.attend(query, key, value, scale=scaling, softcap=softcap).transpose(1, 2), None
         mask = _fitted(mask, made, attention_mask, query_len, key_len, sliding_window)
     elif made is not None:
         mask = made.mask
@@ -219,43 +226,24 @@ def _read_off(batch_size, q_length, kv_length, q_offset, device, **rule) -> Tran
     from transformers.masking_utils import sdpa_mask
 
     compiling = torch.compiler.is_compiling()
-    step = q_length if compiling else max(1, _BLOCK // (batch_size * kv_length))
+    step = q_length if compiling else max(1, PAIRS // (batch_size * kv_length))
     rule |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    rows, columns = [], []
-    for start in range(0, q_length, step):
-        visible = sdpa_mask(batch_size=batch_size, q_length=min(step, q_length - start), kv_length=kv_length,
+    found = hulls(sdpa_mask(batch_size=batch_size, q_length=min(step, q_length - start), kv_length=kv_length,
                             q_offset=q_offset + start, device=device, **rule)[:, 0]
-        rows.append(_hull(visible))
-        since, until, count = _hull(visible.mT)
-        columns.append(
-            (torch.where(count > 0, since + start, q_length), torch.where(count > 0, until + start, 0), count)
-        )
-    lo, hi, row_count = (torch.cat(x, 1) for x in zip(*rows))                              # (B, Sq)
-    since, until, column_count = (torch.stack(x) for x in zip(*columns))                   # (blocks, B, Sk)
-    since, until, column_count = since.amin(0), until.amax(0), column_count.sum(0)
-    exact = [not compiling and bool((count == (stop - first).clamp(min=0)).all())
-             for first, stop, count in ((lo, hi, row_count), (since, until, column_count))]
-    mask = TransfusionMask(lo.int(), hi.int(), since.int(), until.int(), *exact)
-    fits = mask.area() == row_count.sum()
+                  for start in range(0, q_length, step))
+    fits = ~found.missed().any()
     if compiling:
         torch._assert_async(fits, "tfkernels attention: the model's mask has rows with holes that no column explains")
     elif not fits:
         raise ValueError("tfkernels attention: the model's mask has rows with holes that no column explains; one run "
                          "of keys per query and one run of queries per key fit; use attn_implementation='sdpa' for "
                          "this one")
-    return mask
+    exact = [not compiling and bool(x) for x in (found.rows_exact, found.columns_exact)]
+    return TransfusionMask(found.lo, found.hi, found.since, found.until, *exact)
 
 
-def _hull(visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each row's first True, last True + 1 (0 and 0 without one) and number of True, all (B, R) of (B, R, C)."""
-    count = visible.sum(-1)
-    first, last = (visible.view(torch.uint8).argmax(-1),
-                   visible.shape[-1] - visible.view(torch.uint8).flip(-1).argmax(-1))
-    return torch.where(count > 0, first, 0), torch.where(count > 0, last, 0), count
-
-
-def _of_layer(masks: TransfusionMask | Mapping, module, sliding_window, windowed: bool,
-              key_len: int) -> TransfusionMask:
+def _of_layer(masks: TransfusionMask | SharedMask | Mapping, module, sliding_window, windowed: bool,
+              key_len: int) -> TransfusionMask | SharedMask:
     """The mask of one layer: the one mask, where the layer has no window to cut it, or the one of the layer's kind."""
     if isinstance(masks, Mapping):
         types = getattr(module.config, "layer_types", None)
@@ -270,7 +258,7 @@ def _of_layer(masks: TransfusionMask | Mapping, module, sliding_window, windowed
                          '{"full_attention": mask, "sliding_attention": windowed mask} fits, the latter alone where '
                          'all layers have the window; '
                          "pass it, or set the config's sliding_window to None")
-    if not isinstance(masks, TransfusionMask):
+    if not isinstance(masks, TransfusionMask | SharedMask):
         raise ValueError(f"{_OP}: {ARGUMENT} is {got(masks)}; a tfkernels.TransfusionMask, or a mapping of them by "
                          "kind of layer, fits; build one with TransfusionMask.from_spans")
     return masks
@@ -281,10 +269,7 @@ def _fitted(mask: TransfusionMask, made: _Made | None, attention_mask, query_len
     """`mask` without the keys that attention_mask hides, and for the queries and keys of this pass where it is a
     prompt's."""
     if made is None:
-        if attention_mask is not None and attention_mask.numel() > 1:
-            raise ValueError(f"{_OP}: attention_mask is {got(attention_mask)} beside {ARGUMENT}; (B, Sk), 1 for keys "
-                             "and 0 for padding, or None fits; "
-                             f"put what it hides into {ARGUMENT}: padding is documents of -1")
+        _need_no_other(attention_mask)
         return mask
     if (mask.query_len, mask.key_len) != (query_len, key_len) and mask.offset == 0 and mask.query_len == mask.key_len:
         mask = _behind(mask, made, window)
@@ -294,6 +279,14 @@ def _fitted(mask: TransfusionMask, made: _Made | None, attention_mask, query_len
     mask = _sized(mask, len(made.kept))
     key_since, key_until = (torch.where(made.kept, x, mask.offset) for x in (mask.key_since, mask.key_until))
     return replace(mask, key_since=key_since, key_until=key_until, rows_exact=False)
+
+
+def _need_no_other(attention_mask) -> None:
+    """Refuse what hides keys beside `transfusion_mask`."""
+    if attention_mask is not None and attention_mask.numel() > 1:
+        raise ValueError(f"{_OP}: attention_mask is {got(attention_mask)} beside {ARGUMENT}; (B, Sk), 1 for keys "
+                         "and 0 for padding, or None fits; "
+                         f"put what it hides into {ARGUMENT}: padding is documents of -1")
 
 
 def _sized(mask: TransfusionMask, batch: int) -> TransfusionMask:

@@ -40,7 +40,7 @@ def diffusion_loss(prediction: Tensor, x0: Tensor | PackedLatents, p: Tensor, q:
             p x0 + q eps: (0, 1) for the noise, (1, 0) for the clean latent, (-noise, signal) for the velocity v and
             (-1, 1) for the flow. Inside they are called x0_factor and eps_factor.
         weight: (N,), or None for 1; see `min_snr_weight`.
-        seed: the int64 tensor (2,), [seed, offset], or the int that `noise_patchify` was given.
+        seed: the int64 tensor or the int that `noise_patchify` was given.
         offsets: (N + 1,) int32, image n in the rows [offsets_n, offsets_n+1); rows outside count nowhere, whatever they
             hold. Offsets that do not fit are treated as `noise_patchify` treats them.
 

@@ -2,17 +2,41 @@
 import torch
 from torch import Tensor
 
-from tfkernels._arguments import INT32, integers, looks, need_integers, need_range, shown
+from tfkernels._arguments import INT32, integers, looks, need_integers, need_offsets, need_range, shown
 
 _SPANS_FIT = "a list of (start, end) per batch row, or an integer tensor (B, M, 2), fits"
 
 
-def checked_window(window) -> int:
+def checked_window(op: str, window) -> int:
     """Return a window of at least 1 key."""
     if isinstance(window, int) and not isinstance(window, bool) and window >= 1:
         return window
-    raise ValueError(f"TransfusionMask.from_spans: window is {shown(window)}; a window of at least 1 key (the query "
-                     "itself) fits; pass None for no window")
+    raise ValueError(f"{op}: window is {shown(window)}; a window of at least 1 key (the query itself) fits; pass None "
+                     "for no window")
+
+
+def checked_dense(op: str, visible) -> Tensor:
+    """Return a bool tensor (B, 1, Sq, Sk), (B, Sq, Sk) or (Sq, Sk)."""
+    fits = "a bool tensor (B, 1, Sq, Sk), (B, Sq, Sk) or (Sq, Sk), one mask for all heads, fits"
+    try:
+        visible = torch.as_tensor(visible)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{op}: visible is {shown(visible)}; {fits}") from error
+    if visible.ndim not in (2, 3, 4) or visible.ndim == 4 and visible.shape[1] != 1 or visible.dtype != torch.bool:
+        raise ValueError(f"{op}: visible is {described(visible)}; {fits}")
+    return visible
+
+
+def documents_of_lengths(op: str, cu_seqlens, seq_len: int, device) -> Tensor:
+    """Return the document ids (1, seq_len) of sequences that end where `cu_seqlens` (N + 1,) says, -1 outside them."""
+    cu_seqlens = need_integers(op, "cu_seqlens", cu_seqlens, "(N + 1,)", device)
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
+        raise ValueError(f"{op}: cu_seqlens is {described(cu_seqlens)}; an integer tensor (N + 1,) fits, from 0 to the "
+                         "number of tokens")
+    need_offsets(op, "cu_seqlens", cu_seqlens, seq_len, what="sequence")
+    tokens = torch.arange(seq_len, device=cu_seqlens.device)
+    begun = torch.searchsorted(cu_seqlens.long(), tokens, right=True)  # sequences, 0 before the first
+    return torch.where(begun == len(cu_seqlens), 0, begun)[None] - 1
 
 
 def int32(op: str, name: str, x: Tensor | None) -> Tensor | None:

@@ -13,11 +13,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tfkernels._arguments import INT32, looks, need_integer, need_integers, need_range, shown
-from tfkernels.mask.arguments import checked_documents, checked_spans, checked_window, described, int32
+from tfkernels._arguments import INT32, looks, need_integer, need_integers, need_range
+from tfkernels.mask.arguments import (
+    checked_dense,
+    checked_documents,
+    checked_spans,
+    checked_window,
+    described,
+    documents_of_lengths,
+    int32,
+)
 from tfkernels.mask.counting import visible_keys
 from tfkernels.mask.flex_attention import block_mask
 from tfkernels.mask.intervals import intervals
+from tfkernels.mask.pairs import Hulls, block_mask_rows, exact_hulls, need_block_mask
 
 _FAR = INT32[1]
 
@@ -26,8 +35,9 @@ _FAR = INT32[1]
 class TransfusionMask:
     """Which keys each query sees.
 
-    Build one with `from_spans`, `from_token_types`, `causal`, `from_cache`, `from_intervals` or `from_dense`,
-    or with a published model's recipe (`tfkernels.mask.recipes`); `python -m tfkernels.mask` draws them.
+    Build one with `from_spans`, `from_token_types`, `causal`, `from_cu_seqlens`, `from_cache`, `from_intervals`,
+    `from_dense` or `from_block_mask`, or with a published model's recipe (`tfkernels.mask.recipes`); `python -m
+    tfkernels.mask` draws them.
 
     Attributes (Sq queries, Sk keys; all int32; a batch of 1 serves every batch row):
         lo, hi: (B, Sq) query i sees the keys [lo_i, hi_i); an empty row (lo >= hi) sees nothing: attention gives 0.
@@ -70,7 +80,7 @@ class TransfusionMask:
         """
         seq_len = need_integer("TransfusionMask.from_spans", "seq_len", seq_len)
         if window is not None:
-            window = min(checked_window(window), max(1, seq_len))
+            window = min(checked_window("TransfusionMask.from_spans", window), max(1, seq_len))
         documents = checked_documents("TransfusionMask.from_spans", documents, seq_len, device)
         device = device if device is not None else documents.device if documents is not None else None
         spans = checked_spans("spans", spans, seq_len, device, documents)
@@ -103,10 +113,31 @@ class TransfusionMask:
         return cls.from_spans([[]], seq_len, documents=documents, window=window, device=device)
 
     @classmethod
-    def from_cache(cls, cached_lens, query_len, key_len, image=False) -> "TransfusionMask":
+    def from_cu_seqlens(cls, cu_seqlens, seq_len, spans=None, hidden=None, window=None,
+                        device=None) -> "TransfusionMask":
+        """Sequences laid one after another in one batch row, as variable-length attention takes them: each a document.
+
+        Args:
+            cu_seqlens: (N + 1,) integers that never fall: sequence n is the tokens [cu_seqlens[n], cu_seqlens[n + 1]),
+                and may be empty. What lies before the first and behind the last is padding. Numbers that fall or leave
+                [0, seq_len] are refused on a CPU; on CUDA, where looking would wait for the device, they are not.
+            seq_len: the number of all tokens, those of padding included.
+            spans, hidden, window, device: as in `from_spans`, with one batch row whose tokens are counted through. The
+                tokens of a sequence that is also a span all see each other.
+
+        q, k and v of flash-attn's form (tokens, heads, D) fit as x.transpose(0, 1)[None], which copies nothing.
+        """
+        op = "TransfusionMask.from_cu_seqlens"
+        seq_len = need_integer(op, "seq_len", seq_len)
+        documents = documents_of_lengths(op, cu_seqlens, seq_len, device)
+        return cls.from_spans([[]] if spans is None else spans, seq_len, documents=documents, hidden=hidden,
+                              window=window, device=documents.device)
+
+    @classmethod
+    def from_cache(cls, cached_lens, query_len, key_len, image=False, window=None) -> "TransfusionMask":
         """Cached inference: row b's cache holds cached_lens[b] tokens, and its query_len newest ones right behind them.
 
-        visible(r, j) = j < cached_len + (query_len if image else r + 1)
+        visible(r, j) = j < cached_len + (query_len if image else r + 1)  and  cached_len + r - j < window
 
         Args:
             cached_lens: (B,) integers, tokens before the new ones; rows may differ. Less than 0 or more than key_len -
@@ -116,8 +147,10 @@ class TransfusionMask:
                 is denoised.
             key_len: columns of the cache, new tokens included; those behind a row's own are not seen.
             image: the new tokens are one image and all see each other.
+            window: keys a query looks back on, itself included, by the rule of `from_spans`; None for all.
         """
         op = "TransfusionMask.from_cache"
+        window = INT32[1] if window is None else checked_window(op, window)
         cached_lens = need_integers(op, "cached_lens", cached_lens, "(B,)")
         if cached_lens.ndim != 1:
             raise ValueError(f"{op}: cached_lens is {described(cached_lens)}; an integer tensor (B,) fits: tokens "
@@ -134,7 +167,10 @@ class TransfusionMask:
         hi = cached + (torch.full_like(order, query_len) if image else order + 1)
         seen_by = torch.zeros_like(keys - cached) if image else (keys - cached).clamp(min=0)
         first = torch.where(keys < cached + query_len, seen_by, query_len)
-        return cls(torch.zeros_like(hi), hi, first, torch.full_like(first, query_len))
+        if window >= key_len:
+            return cls(torch.zeros_like(hi), hi, first, torch.full_like(first, query_len))
+        lo = (cached + order + 1 - window).clamp(min=0)
+        return cls(lo, hi, first, (keys - cached + window).clamp(0, query_len))
 
     @classmethod
     def from_intervals(
@@ -174,29 +210,43 @@ class TransfusionMask:
 
     @classmethod
     def from_dense(cls, visible) -> "TransfusionMask":
-        """Read the integers off a dense (B, 1, Sq, Sk) bool mask of another library: O(Sq * Sk), waits for the device.
+        """Read the integers off a dense bool mask of another library: O(Sq * Sk), waits for the device.
+
+        visible: (B, 1, Sq, Sk), (B, Sq, Sk), or (Sq, Sk) for every batch row.
 
         Raises:
-            ValueError: the mask is not the meeting of one run of keys per query and one run of queries per key.
+            ValueError: the mask is not the meeting of one run of keys per query and one run of queries per key; the
+                first pair in the way is named.
         """
-        try:
-            visible = torch.as_tensor(visible)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"TransfusionMask.from_dense: visible is {shown(visible)}; a bool tensor (B, 1, Sq, "
-                             "Sk), one mask for all heads, fits") from error
-        if visible.ndim != 4 or visible.shape[1] != 1 or visible.dtype != torch.bool:
-            raise ValueError(f"TransfusionMask.from_dense: visible is {described(visible)}; a bool tensor (B, 1, Sq, "
-                             "Sk), one mask for all heads, fits")
-        visible = visible[:, 0]
-        lo, hi = _hull(visible)
-        rows = cls.from_intervals(lo, hi, key_len=visible.shape[2])
-        if torch.equal(rows.dense()[:, 0], visible):
-            return rows
-        mask = cls.from_intervals(lo, hi, *_hull(visible.mT))
-        if not torch.equal(mask.dense()[:, 0], visible):
-            raise ValueError("TransfusionMask.from_dense: visible has rows with holes that no column explains; one "
-                             "run of keys per query and one run of queries per key fit; use SDPA for this mask")
-        return mask
+        op = "TransfusionMask.from_dense"
+        visible = checked_dense(op, visible)
+        pairs = visible[None] if visible.ndim == 2 else visible.flatten(0, -3)             # (B, Sq, Sk)
+
+        def name(*at: int) -> str:
+            return f"visible[{', '.join(map(str, {2: at[1:], 3: at, 4: (at[0], 0, *at[1:])}[visible.ndim]))}]"
+
+        return cls._of_hulls(exact_hulls(op, lambda start, stop: pairs[:, start:stop], *pairs.shape, name))
+
+    @classmethod
+    def from_block_mask(cls, block_mask) -> "TransfusionMask":
+        """Read the integers off a FlexAttention BlockMask, by its tiles and its mask_mod: O(Sq * Sk) time, O(S) memory,
+        waits for the device.
+
+        The mask has the BlockMask's batch size. One mask for all heads fits.
+
+        Raises:
+            ValueError: heads differ, or the mask is not the meeting of one run of keys per query and one run of
+                queries per key; the first pair in the way is named.
+        """
+        op = "TransfusionMask.from_block_mask"
+        need_block_mask(op, block_mask)
+        rows_of = block_mask_rows(op, block_mask)
+        return cls._of_hulls(exact_hulls(op, rows_of, block_mask.kv_num_blocks.shape[0], *block_mask.seq_lengths,
+                                         lambda b, i, j: f"block_mask[{b}, 0, {i}, {j}]"))
+
+    @classmethod
+    def _of_hulls(cls, found: Hulls) -> "TransfusionMask":
+        return cls(found.lo, found.hi, found.since, found.until, bool(found.rows_exact), bool(found.columns_exact))
 
     @classmethod
     def _build(cls, op: str, spans: Tensor | None, types: Tensor | None, documents: Tensor | None,
@@ -348,11 +398,3 @@ def _ascending(op: str, name: str, x: Tensor, size: int, device: torch.device) -
     if looks(x) and bool((x[1:] <= x[:-1]).any()):
         raise ValueError(f"{op}: {name} does not ascend; each number larger than the one before it fits; sort them")
     return x.long()
-
-
-def _hull(visible: Tensor) -> tuple[Tensor, Tensor]:
-    """Return [first True, last True + 1) of each row of (B, R, C), [0, 0) for rows without one."""
-    size = visible.shape[-1]
-    some = visible.any(-1)
-    first, last = visible.int().argmax(-1), size - visible.flip(-1).int().argmax(-1)
-    return torch.where(some, first, 0), torch.where(some, last, 0)

@@ -1,4 +1,5 @@
 """What every attention over several processes asks of its arguments, checked before the first message is sent."""
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -30,3 +31,12 @@ def checked_rank(op: str, q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask
         raise ValueError(f"{op}: k is {k.dtype} of shape {tuple(k.shape)} and v {v.dtype} of shape {tuple(v.shape)}; "
                          "the same dtype and shape fit")
     return rank
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors as `attention` casts them under autocast: before they are sent."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)

@@ -62,8 +62,10 @@ class Cut:
         return torch.empty_like(places).index_copy_(0, torch.cat(self.tokens), places)
 
     def to(self, device) -> "Cut":
-        """Return the same cut on `device`, where the tensors are that it takes from."""
-        return Cut([x.to(device) for x in self.tokens])
+        """Return the same cut on `device`, where the tensors are that it takes from; it is not checked again."""
+        moved = object.__new__(Cut)
+        moved.tokens = tuple(x.to(device, non_blocking=True) for x in self.tokens)
+        return moved
 
     def take(self, x: Tensor, rank: int, dim: int = 1) -> Tensor:
         """Return a rank's tokens of a whole row's tensor: tokens, positions, image ids, hidden states (B, S, C)."""

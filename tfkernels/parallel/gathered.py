@@ -2,19 +2,19 @@
 
     out_r = attention(q_r, gather(k), gather(v), mask of rank r's queries)            dk_r = sum over ranks s of dk_s[r]
 
-A query meets the keys of the whole row, in order, as on one process. Keys and values travel once forward, and their
-gradients once backward; the backward adds up what the ranks send in the order of the ranks, so gradients are
-deterministic on every backend. Each rank holds a whole row's keys and values for one layer at a time, which is little
-where heads are grouped; `ring.py` is for rows that are longer still.
+A query meets the keys of the whole row, in order, as on one process. Keys and values are gathered in forward and again
+in backward, so that no more than one layer's are there at a time, and their gradients travel once. The backward adds up
+what the ranks send in the order of the ranks, so gradients are deterministic on every backend. A whole row's keys and
+values are little where heads are grouped; `ring.py` is for rows that are longer still.
 """
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tfkernels.attention import attention
+from tfkernels.attention import attention_gradients, attention_with_lse
 from tfkernels.mask import TransfusionMask
-from tfkernels.parallel.arguments import checked_rank
+from tfkernels.parallel.arguments import autocast, checked_rank
 from tfkernels.parallel.cut import Cut
 from tfkernels.parallel.pairs import packed, sums_of, unpacked
 
@@ -38,28 +38,40 @@ def gathered_attention(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, c
         ValueError: a shape that does not fit the cut, or what `tfkernels.attention` refuses.
     """
     rank = checked_rank("gathered_attention", q, k, v, mask, cut, group)
-    k, v = _Gather.apply(k, v, cut, group)
-    return attention(q, k, v, mask.select_queries(cut.tokens[rank]), scale=scale, softcap=softcap)
+    return _Gathered.apply(*autocast(q, k, v), mask.select_queries(cut.tokens[rank]), cut, group,
+                           {"scale": scale, "softcap": softcap})
 
 
-class _Gather(torch.autograd.Function):
-    """Keys and values of the whole row, in its order: forward (B, K, T, D) -> (B, K, S, D)."""
+class _Gathered(torch.autograd.Function):
+    """(B, H, T, D), (B, K, T, D) -> (B, H, T, D)."""
 
     @staticmethod
-    def forward(ctx, k, v, cut, group):
-        ctx.cut, ctx.group, ctx.tokens = cut, group, k.shape[2]
-        mine = packed(k, v, cut.longest)
-        everyone = mine.new_empty(cut.ranks * cut.longest, *mine.shape[1:])
-        dist.all_gather(list(everyone.chunk(cut.ranks)), mine, group=group)
-        return unpacked(everyone.index_select(0, cut.places), cut.seq_len)
+    def forward(ctx, q, k, v, mask, cut, group, options):
+        out, lse = attention_with_lse(q, *_gathered(k, v, cut, group), mask, **options)
+        ctx.mask, ctx.cut, ctx.group, ctx.options = mask, cut, group, options
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dk, dv):
-        cut = ctx.cut
+    def backward(ctx, dout):
+        q, k, v, out, lse = ctx.saved_tensors
+        cut, tokens = ctx.cut, k.shape[2]
+        dq, dk, dv = attention_gradients(dout, q, *_gathered(k, v, cut, ctx.group), out, lse, ctx.mask, **ctx.options)
         row = packed(dk, dv, cut.seq_len)
+        del dk, dv  # here and below: of what is as large as the row's keys and values, two are there at a time
         sent = row.new_zeros(cut.ranks * cut.longest, *row.shape[1:]).index_copy_(0, cut.places, row)
+        del row
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=ctx.group)
-        total = received.unflatten(0, (cut.ranks, cut.longest)).sum(0, dtype=sums_of(row)).to(row.dtype)
-        return *unpacked(total, ctx.tokens), None, None
+        del sent
+        total = received.unflatten(0, (cut.ranks, cut.longest)).sum(0, dtype=sums_of(received)).to(received.dtype)
+        return dq, *unpacked(total, tokens), None, None, None, None
+
+
+def _gathered(k: Tensor, v: Tensor, cut: Cut, group) -> tuple[Tensor, Tensor]:
+    """Return the keys and values of the whole row, in its order: (B, K, T, D) -> (B, K, S, D)."""
+    mine = packed(k, v, cut.longest)
+    everyone = mine.new_empty(cut.ranks * cut.longest, *mine.shape[1:])
+    dist.all_gather(list(everyone.chunk(cut.ranks)), mine, group=group)
+    return unpacked(everyone.index_select(0, cut.places), cut.seq_len)

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from tfkernels.attention import attention_with_lse
 from tfkernels.mask import TransfusionMask
-from tfkernels.parallel.arguments import checked_rank
+from tfkernels.parallel.arguments import autocast, checked_rank
 from tfkernels.parallel.cut import Cut
 from tfkernels.parallel.pairs import packed, sums_of, unpacked
 
@@ -31,11 +31,8 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, cut: 
     The arguments are those of `gathered_attention`. The backward computes the forward's parts again.
     """
     rank = checked_rank("ring_attention", q, k, v, mask, cut, group)
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
-    mine = mask.select_queries(cut.tokens[rank])
-    return _Ring.apply(q, k, v, mine, cut, group, {"scale": scale, "softcap": softcap})
+    return _Ring.apply(*autocast(q, k, v), mask.select_queries(cut.tokens[rank]), cut, group,
+                       {"scale": scale, "softcap": softcap})
 
 
 def merged(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -111,8 +111,10 @@ def noise_patchify(x0: Tensor | PackedLatents, signal: Tensor, noise: Tensor, se
         x0: latents (N, C, H, W) with `patch_size`; or `PackedLatents`; or clean tokens (P, D) with `offsets`. float16,
             bfloat16 or float32 (float64 on CPU), any strides.
         signal, noise: (N,) one number per image.
-        seed: int64 tensor (2,) on x0's device, [seed, offset], or an int (offset 0). Give every training step another
-            offset (its low 32 bits count). `diffusion_loss` with the same seed sees the same eps.
+        seed: int64 tensor on x0's device, [seed, offset] or [seed, offset, first image], or an int (offset 0). Give
+            every training step another offset (its low 32 bits count). Images are numbered from the first one, 0 where
+            it is left out: a part of a batch that starts at image n gets the batch's own eps from [seed, offset, n].
+            `diffusion_loss` with the same seed sees the same eps.
         offsets: (N + 1,) int32, image n in the rows [offsets_n, offsets_n+1); rows outside are padding, may hold
             anything and come out 0. Offsets that fall or leave [0, P] raise on a CPU; on a GPU, where looking would
             synchronise, each row goes to the last image whose offset is not above it, and what lies outside is never

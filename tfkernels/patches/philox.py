@@ -1,6 +1,6 @@
 """Normal noise from a counter: Philox4x32-10 and Box-Muller, the same numbers in a Triton kernel and in plain PyTorch.
 
-    w0..w3 = Philox4x32-10(counter = (d // 4, row, image, offset), key = seed)
+    w0..w3 = Philox4x32-10(counter = (d // 4, row, first image + image, offset), key = seed)
     u      = round(w0 * 2^-32 + 2^-33)          a = 2 pi w1 * 2^-32       u in (0, 1], rounded to float32 in every dtype
     eps    = sqrt(-2 log u) * (cos a, sin a)    and the same of w2, w3
 
@@ -8,8 +8,9 @@ Philox is of Salmon et al., SC'11, doi:10.1145/2063384.2063405. `eps` of the ele
 (seed, offset, image, row within its image, g) alone: not on the launch, on the other images or on where the rows lie in
 memory, and no two elements share a counter. The integers are equal everywhere; the normals, up to 6.8 standard
 deviations, to float32 rounding. The angle is reduced as an integer, so that sine and cosine need no slow path (and no
-stack). Nothing moves through memory: two int64 (seed and offset) are read on the device, where a CUDA graph's replay
-can find new ones.
+stack). Nothing moves through memory: three int64 (seed, offset, first image) are read on the device, where a CUDA
+graph's replay can find new ones. Images count from the first one, so that a part of a batch, on whatever device it is,
+gets the noise that the whole batch would give it.
 """
 import math
 
@@ -46,6 +47,7 @@ def philox_normal(seed_ptr, image, row, first, BLOCK_D: tl.constexpr):
     """
     group = first // 4 + tl.arange(0, BLOCK_D // 4)[None, :]
     offset = tl.load(seed_ptr + 1).to(tl.int32)
+    image += tl.load(seed_ptr + 2).to(tl.int32)
     w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), group, row[:, None], image[:, None], offset)
     n0, n1 = _pair(w0, w1)
     n2, n3 = _pair(w2, w3)
@@ -72,10 +74,11 @@ def philox_normal_reference(
 ) -> Tensor:
     """The specification: eps (P, dim) in `dtype` of rows `row` (P,) of images `image` (P,).
 
-    seed (2,) int64 holds the seed and the offset.
+    seed (3,) int64 holds the seed, the offset and the first image, or (2,) for a first image of 0.
     """
+    first = seed[2] if len(seed) == 3 else 0
     group = torch.arange(-(-dim // 4), device=seed.device)
-    counter = group, row.long()[:, None] & _MASK, image.long()[:, None] & _MASK, seed[1] & _MASK
+    counter = group, row.long()[:, None] & _MASK, (image + first)[:, None] & _MASK, seed[1] & _MASK
     words = torch.broadcast_tensors(*philox_reference(counter, (seed[0] & _MASK, seed[0] >> 32 & _MASK)))
     normals = []
     for word, other in (words[:2], words[2:]):
@@ -86,16 +89,20 @@ def philox_normal_reference(
 
 
 def seed_tensor(op: str, seed: Tensor | int, device: torch.device) -> Tensor:
-    """Return [seed, offset], int64 (2,) on `device`, without a host synchronisation; an int is a seed with offset 0."""
+    """Return [seed, offset, first image], int64 (3,) on `device`, without a host synchronisation.
+
+    An int is a seed with offset 0; what a shorter tensor leaves out is 0.
+    """
     if isinstance(seed, Tensor):
-        if seed.shape != (2,) or seed.dtype != torch.int64 or seed.device != device:
+        if seed.shape not in ((2,), (3,)) or seed.dtype != torch.int64 or seed.device != device:
             raise ValueError(f"{op}: seed is {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}; an int64 "
-                             f"tensor (2,) on {device}, [seed, offset], or an int fits; torch.tensor([seed, step], "
-                             "device=...) makes one")
-        return seed
+                             f"tensor on {device}, [seed, offset] or [seed, offset, first image], or an int fits; "
+                             "torch.tensor([seed, step], device=...) makes one")
+        return seed if len(seed) == 3 else torch.nn.functional.pad(seed, (0, 1))
     if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
-        raise ValueError(f"{op}: seed is a {type(seed).__name__}; an int64 tensor (2,), [seed, offset], or an int fits")
+        raise ValueError(f"{op}: seed is a {type(seed).__name__}; an int64 tensor, [seed, offset] or [seed, offset, "
+                         "first image], or an int fits")
     if not -2**63 <= seed < 2**63:
         raise ValueError(f"{op}: seed is {seed}; an int of 64 bits fits, -2^63 to 2^63 - 1")
     number = torch.full((1,), seed, dtype=torch.int64, device=device)
-    return torch.cat([number, torch.zeros_like(number)])
+    return torch.nn.functional.pad(number, (0, 2))

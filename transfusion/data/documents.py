@@ -22,10 +22,14 @@ Parts = list[Text | PictureRef]
 
 
 class Encoded(NamedTuple):
-    """A document, and pictures (3, H, W) uint8 that an autoencoder has yet to encode: one for each image, or none."""
+    """A document, and pictures (3, H, W) uint8 that an autoencoder has yet to encode: one for each image, or none.
+
+    noises: a seed for the latent of each of these pictures.
+    """
 
     document: Document
     pictures: tuple[Tensor, ...]
+    noises: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -138,13 +142,14 @@ class Documents:
     def encode(self, parts: Parts, flipped: bool = False, noise: int = 0) -> Encoded:
         """Decode the pictures of arranged parts and encode all; where an autoencoder is to encode them, latents are 0.
 
-        Where the store holds latents of all of them, these are drawn, with `noise` for a seed, and nothing is decoded.
+        Where the store holds latents of all of them, these are drawn and nothing is decoded. `noise` is the seed of
+        latents, whoever draws them.
 
         Raises:
             DataError: a picture cannot be read. ValueError: text that cannot be tokenized.
         """
         latents = self._stored(parts, flipped, noise)
-        found, pictures = [], []
+        found, pictures, noises = [], [], []
         for number, part in enumerate(parts):
             if number in latents:
                 found.append(Image(latents[number], part.loss))
@@ -153,13 +158,15 @@ class Documents:
                 pixels = self.grids.pixels(part, grid, flipped)
                 if self.kind.factor > 1:
                     pictures.append(((pixels + 1) * 127.5).round().byte())
+                    noises.append((noise + number) % 2**64)
                     pixels = torch.zeros(self.kind.image_channels, *(side * self.kind.patch_size for side in grid))
                 found.append(Image(pixels, part.loss))
             else:
                 found.append(part)
         whole = encode(found, self.tokenizer, self.kind)
         document = self._finish(whole)
-        return Encoded(document, tuple(pictures[:len(document.images) - len(document.hidden)]))
+        kept = slice(len(document.images) - len(document.hidden))
+        return Encoded(document, tuple(pictures[kept]), tuple(noises[kept]))
 
     def _stored(self, parts: Parts, flipped: bool, noise: int) -> dict[int, Tensor]:
         """Latents of the pictures by their places among the parts: of all of them, or of none."""

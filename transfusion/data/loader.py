@@ -35,7 +35,7 @@ from transfusion.sequence import lay_out
 VERSION = 1
 CHANGED = "changed record"
 STORED = -1
-LEFT_TO_THE_RUN = signal.SIGINT, signal.SIGHUP
+LEFT_TO_THE_RUN = signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
 
 
 class Failure(NamedTuple):
@@ -52,8 +52,8 @@ class Batch(NamedTuple):
     sequence: packed rows. limit: (N,) the largest noise time of each image.
     pixels: (n,) uint8, pictures that an autoencoder is to encode, one behind the other; see `pictures`. Empty where the
         model draws pixels, which the sequence holds.
-    shapes: (height, width) of each of them. picture: (N,) which of them each image of the sequence is; STORED, -1,
-        where the sequence holds its latent already.
+    shapes: (height, width) of each of them. noises: a seed for the latent of each. picture: (N,) which of them each
+        image of the sequence is; STORED, -1, where the sequence holds its latent already.
     documents: how many documents were planned. failures: those that could not be read.
     """
 
@@ -61,6 +61,7 @@ class Batch(NamedTuple):
     limit: Tensor
     pixels: Tensor
     shapes: tuple[tuple[int, int], ...]
+    noises: tuple[int, ...]
     picture: Tensor
     documents: int
     failures: tuple[Failure, ...]
@@ -169,13 +170,14 @@ class PackedRows(Dataset):
         packed = [[one.document for one in row if isinstance(one, Encoded)] for row in read]
         kind = self.documents.kind
         sequence = lay_out(packed, self.seq_len, kind.image_channels * kind.patch_size**2)
-        pictures, picture = _numbered([one for row in read for one in row if isinstance(one, Encoded)],
-                                      kind.factor > 1)
+        encoded = [one for row in read for one in row if isinstance(one, Encoded)]
+        pictures, picture = _numbered(encoded, kind.factor > 1)
         pixels = torch.cat([torch.zeros(0, dtype=torch.uint8), *(one.flatten() for one in pictures)])
         failures = tuple(one for row in read for one in row if isinstance(one, Failure))
         shapes = tuple(tuple(x.shape[1:]) for x in pictures)
         limit, documents = noise_limits(sequence, self.settings), sum(map(len, read))
-        return Batch(sequence, limit, pixels, shapes, picture, documents, failures)
+        noises = tuple(noise for one in encoded for noise in one.noises)
+        return Batch(sequence, limit, pixels, shapes, noises, picture, documents, failures)
 
     def read_row(self, number: int) -> list[Encoded | Failure]:
         """The documents of a row, or why one could not be made."""
@@ -340,7 +342,7 @@ def _numbered(documents: list[Encoded], latents: bool) -> tuple[list[Tensor], Te
     `latents`: whether the model draws latents; images that no picture is left to encode for are then STORED.
     """
     pictures, numbers = [], []
-    for document, own in documents:
+    for document, own, _ in documents:
         copies = {n + 1 for n in document.hidden}
         shown = np.cumsum([n not in copies for n in range(len(document.images))], dtype=np.int64) - 1
         numbers += (len(pictures) + shown).tolist() if own else [STORED] * len(document.images) * latents

@@ -1,11 +1,12 @@
 """Training on a mixture's file: `transfusion train PRESET --data mix.yaml`.
 
 Its rows are planned and read ahead by worker processes (`transfusion.data.loader`). Where the model draws latents, an
-autoencoder encodes each step's pictures on the trainer's device; the posterior is sampled with the step's generator, so
-that a resumed run draws what it would have drawn.
+autoencoder encodes each step's pictures on the trainer's device; the noise of a latent is a hash of its record, as that
+of stored latents is: a resumed run, or one of more processes, draws the same.
 """
 import dataclasses
 import functools
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from transfusion.data.loader import Batch, Loader, PackedRows, packed_rows
 from transfusion.data.mixture import Mixture, MixtureSettings, open_mixture, open_sources, read_mixture
 from transfusion.data.plan import epochs_in_plan
 from transfusion.data.sources import FORMATS, DataError, Record
+from transfusion.data.stored_latents import normal
 from transfusion.model.vae import VAE
 from transfusion.sequence import Text
 from transfusion.settings import Count, OneOf, WholeNumber, check
@@ -126,14 +128,15 @@ class MixtureData:
             raise ValueError(f"train: data.vae is {str(self.settings.vae)!r} and tune.start a model of {theirs}; leave "
                              "data.vae out, or make the model with `transfusion init --vae`")
 
-    def rows(self, tokenizer, config, vae: VAE | None, *, rows: int, seq_len: int, steps: int) -> "MixtureRows":
+    def rows(self, tokenizer, config, vae: VAE | None, *, rows: int, seq_len: int, steps: int, rank: int = 0,
+             ranks: int = 1) -> "MixtureRows":
         """As `TrainingData.rows`; the mixture's lengths are counted, and its first rows planned."""
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are what runs in parallel
         mixture = open_mixture(self.mixture, tokenizer, config, folder=self.settings.file.parent,
                                factor=1 if vae is None else _factor(vae),
                                channels=None if vae is None else vae.picture_channels,
                                autoencoder="" if vae is None else vae.fingerprint())
-        packed = packed_rows(mixture, rows=rows, seq_len=seq_len)
+        packed = packed_rows(mixture, rows=rows // ranks, seq_len=seq_len, rank=rank, ranks=ranks)
         latents = None if vae is None else Posterior(vae)
         return MixtureRows(self.settings, mixture, packed, config.patch_size, latents, steps)
 
@@ -156,7 +159,7 @@ class MixtureRows:
     @property
     def steps_in_epoch(self) -> float:
         """As `Rows.steps_in_epoch`."""
-        return self.report["rows"] / self.epochs / self.packed.rows
+        return self.report["rows"] / self.epochs / (self.packed.rows * self.packed.ranks)
 
     def words(self) -> list[str]:
         """As `Rows.words`."""
@@ -189,8 +192,18 @@ class MixtureRows:
         batch, waited = self._read(step)
         sequence = batch.sequence
         if self.latents is not None:
-            sequence = batch.with_latents(self.latents(batch.pictures(), generator), self.patch_size)
+            sequence = batch.with_latents(self.latents(batch.pictures(), batch.noises), self.patch_size)
         return Drawn(sequence, batch.limit, {"failed": len(batch.failures), "waited": waited})
+
+    def held_out(self, count: int) -> "HeldOutRows":
+        """As `Rows.held_out`: at most one epoch of the split."""
+        if not any(len(stream.records) for stream in self.mixture.streams("held-out")):
+            raise ValueError(f"train: {self.settings.file} holds out no record (held_out is "
+                             f"{self.mixture.settings.held_out:g}); a larger share fits, such as held_out: 0.05")
+        packed = packed_rows(self.mixture, rows=1, seq_len=self.packed.seq_len, split="held-out")
+        epochs = epochs_in_plan(packed.planned.streams, self.mixture.settings.weights)
+        rows = math.ceil(packed.planned.report(0)["rows"] / epochs)
+        return HeldOutRows(packed, self.patch_size, self.latents, min(count, rows))
 
     def _read(self, step: int) -> tuple[Batch, float]:
         """A step's batch, and the seconds it was waited for; the last one is kept, for it may be asked for again."""
@@ -211,20 +224,38 @@ class MixtureRows:
                 tqdm.write(f"left out, and counted in the log (failed): {failure.where}: {failure.reason}")
 
 
+class HeldOutRows(Sequence):
+    """Planned rows of a mixture's held-out split; `latents` as in `MixtureRows`."""
+
+    def __init__(self, packed: PackedRows, patch_size: int, latents: "Posterior | None", count: int):
+        self.packed, self.patch_size, self.latents, self.count = packed, patch_size, latents, count
+        packed.planned.ensure(count)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> Drawn:
+        batch = self.packed[number]
+        sequence = batch.sequence
+        if self.latents is not None:
+            sequence = batch.with_latents(self.latents(batch.pictures(), batch.noises), self.patch_size)
+        return Drawn(sequence, batch.limit, {"failed": len(batch.failures)})
+
+
 class Posterior:
     """Latents of pictures, a sample of what an autoencoder says of each; it computes on its own device."""
 
     def __init__(self, vae: VAE):
         self.vae = vae
 
-    def __call__(self, pictures: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
-        """Return a latent (C, h, w) for each picture (channels, H, W), in order, on the host."""
+    def __call__(self, pictures: Sequence[Tensor], noises: Sequence[int]) -> list[Tensor]:
+        """Return a latent (C, h, w) for each picture (channels, H, W) and its seed, in order, on the host."""
         latents: list[Tensor | None] = [None] * len(pictures)
         for places in _alike(pictures):
             mean, deviation = self.vae.posterior(torch.stack([pictures[i] for i in places]))
             for i, one, width in zip(places, mean, deviation):
-                latents[i] = one, width
-        return [mean + deviation * torch.randn(mean.shape, generator=generator) for mean, deviation in latents]
+                latents[i] = one + width * normal(noises[i], one.shape)
+        return latents
 
 
 def _alike(pictures: Sequence[Tensor]) -> Iterator[list[int]]:

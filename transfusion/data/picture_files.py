@@ -100,6 +100,12 @@ class PictureFolder:
                          "back")
 
 
+def to_picture(pixels: Tensor) -> Picture.Image:
+    """Return pixels (C, H, W) in [-1, 1], of 1 or 3 channels, as a picture; what lies outside is cut off."""
+    pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(0, -1).squeeze(-1)
+    return Picture.fromarray(pixels.numpy())
+
+
 def read_picture(path: Path | BinaryIO, size: int | tuple[int, int], channels: int) -> Tensor:
     """Read a file as (channels, height, width) in [-1, 1]: its central part, of `size` or (height, width), resized.
 

@@ -160,6 +160,10 @@ class PosteriorStore:
         if found is None:
             return None
         mean, log_variance = found
-        random = np.random.Generator(np.random.Philox(key=int(hashed(noise))))
-        drawn = torch.from_numpy(random.standard_normal(mean.shape, dtype=np.float32))
-        return (mean + torch.exp(log_variance / 2) * drawn - self.shift) * self.scale
+        return (mean + torch.exp(log_variance / 2) * normal(noise, mean.shape) - self.shift) * self.scale
+
+
+def normal(noise: int, shape: torch.Size) -> Tensor:
+    """Standard normal numbers that depend on `noise` alone: what a latent is drawn with."""
+    random = np.random.Generator(np.random.Philox(key=int(hashed(noise))))
+    return torch.from_numpy(random.standard_normal(tuple(shape), dtype=np.float32))

@@ -126,10 +126,14 @@ def logit_normal_times(count: int, generator: torch.Generator) -> Tensor:
 TIMES = {"uniform": uniform_times, "logit-normal": logit_normal_times}
 
 
-def sample_times(kind: str, limit: Tensor, tokens: Tensor, base: int | None, generator: torch.Generator) -> Tensor:
+def sample_times(kind: str, limit: Tensor, tokens: Tensor, base: int | None, generator: torch.Generator, *,
+                 before: int = 0, after: int = 0) -> Tensor:
     """Draw one time for each image (N,): by TIMES[kind], shifted for its `tokens` (N,), scaled into [0, limit] (N,).
 
-    The limit is the noise limit of an image that stands before any text, and 1 for others.
+    The limit is the noise limit of an image that stands before any text, and 1 for others. Where the images are a part
+    of a batch, `before` and `after` are how many stand before and behind them: each gets the time that it has when all
+    are drawn together.
     """
     check_value("sample_times", "kind", kind, Annotated[str, OneOf(TIMES)])
-    return limit * shift_times(TIMES[kind](len(limit), generator), tokens, base)
+    times = TIMES[kind](before + len(limit) + after, generator)[before:before + len(limit)]
+    return limit * shift_times(times, tokens, base)

@@ -25,6 +25,7 @@ from tfkernels import (
     qk_norm_rotary,
     rotary_table,
 )
+from tfkernels.parallel import SharedMask
 from transfusion.model.decoders import FULL, SLIDING, check_config, check_implementation, check_parts, layer_kinds
 from transfusion.model.image_layers.embedding import ZeroLinear
 from transfusion.sequence import Modality
@@ -51,12 +52,12 @@ class Backbone(nn.Module):
         self.window = getattr(text_config, "sliding_window", None)
         self.kinds = layer_kinds(text_config)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: TransfusionMask, condition: Tensor, modality: Modality,
-                cache: DynamicCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, mask: TransfusionMask | SharedMask, condition: Tensor,
+                modality: Modality, cache: DynamicCache | None = None) -> Tensor:
         """(B, S, C) embeddings -> (B, S, C) hidden states.
 
         condition (N, C) is the time of each image, and modality knows the image of each token. With a cache, its keys
-        come before and the mask counts them.
+        come before and the mask counts them. Under a `SharedMask` all but the mask is of this rank's tokens.
         """
         check_implementation(self.decoder)
         ready = x.new_empty(0, 0, 0, 0)  # else transformers makes a mask of S x S, waits for the device and discards it
@@ -65,10 +66,16 @@ class Backbone(nn.Module):
             past_key_values=cache, use_cache=cache is not None)
         return outputs.last_hidden_state
 
-    def masks(self, mask: TransfusionMask) -> dict[str, TransfusionMask]:
-        """Return the mask of each kind of layer."""
+    def masks(self, mask: TransfusionMask | SharedMask) -> dict[str, TransfusionMask | SharedMask]:
+        """Return the mask of each kind of layer; windows are those of whole rows, whoever shares them."""
+        if isinstance(mask, SharedMask):
+            return {kind: mask.of(own) for kind, own in self.masks(mask.whole).items()}
         narrow = SLIDING in self.kinds and self.window is not None and mask.key_len > self.window
         return {FULL: mask, SLIDING: windowed(mask, self.window) if narrow else mask}
+
+    def widest(self, mask: TransfusionMask) -> TransfusionMask:
+        """Return the mask of the layers that see most."""
+        return self.masks(mask)[FULL if FULL in self.kinds else SLIDING]
 
     def blocks(self) -> list[nn.Module]:
         """Return the layers. A forward calls each once, and nothing else reads a layer's parameters."""
@@ -206,7 +213,8 @@ def project(attention, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tens
     return *qk_norm_rotary(q, k, q_norm.weight, k_norm.weight, *rotation, eps=q_norm.variance_epsilon), v
 
 
-def attend(attention, q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, cache: DynamicCache | None) -> Tensor:
+def attend(attention, q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask | SharedMask,
+           cache: DynamicCache | None) -> Tensor:
     """A layer's attention between its projections, (B, S, H * D); a cache's keys and values come before."""
     if cache is not None:
         k, v = cache.update(k, v, attention.layer_idx)
@@ -235,10 +243,11 @@ class AdaLNBackbone(Backbone):
             layer.__class__ = modulated_class(type(layer))
         self.modulation = ZeroLinear(text_config.hidden_size, 6 * text_config.hidden_size)
         self.offsets = LayerOffsets(text_config.num_hidden_layers, text_config.hidden_size)
-        self.gradient_checkpointing = False  # transformers' gradient_checkpointing_enable sets it
+        self.gradient_checkpointing = False  # transformers' gradient_checkpointing_enable sets both
+        self._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: TransfusionMask, condition: Tensor, modality: Modality,
-                cache: DynamicCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, mask: TransfusionMask | SharedMask, condition: Tensor,
+                modality: Modality, cache: DynamicCache | None = None) -> Tensor:
         """As `Backbone.forward`; positions may also be (B, S, 2), of row and column (`tfkernels.grid_positions`)."""
         decoder, image_ids, rotation = self.decoder.get_decoder(), modality.image_ids, self.rotation(x, positions)
         tables, entries = self.tables(condition)
@@ -248,7 +257,7 @@ class AdaLNBackbone(Backbone):
             stream = self.run(layer, stream, Modulation(entry, table, rotation, image_ids, mixing))
         return add_and_norm(stream, decoder.norm, entries[-1], image_ids)[1]
 
-    def layer_masks(self, mask: TransfusionMask) -> list[TransfusionMask]:
+    def layer_masks(self, mask: TransfusionMask | SharedMask) -> list[TransfusionMask | SharedMask]:
         """Return each layer's mask."""
         masks = self.masks(mask)
         return [masks[kind] for kind in self.kinds]
@@ -256,7 +265,7 @@ class AdaLNBackbone(Backbone):
     def run(self, block, *arguments):
         """`block(*arguments)`, whose intermediates are made again in backward under gradient checkpointing."""
         if self.gradient_checkpointing and self.training:
-            return checkpoint(block, *arguments, use_reentrant=False)
+            return self._gradient_checkpointing_func(block, *arguments)
         return block(*arguments)
 
     def tables(self, condition: Tensor) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:

@@ -71,6 +71,11 @@ def prepare(model, settings: TuneSettings) -> nn.Module:
     return adapted
 
 
+def is_of_images(name: str) -> bool:
+    """Whether a parameter, by its name in a model or in one with adapters, stands outside the decoder."""
+    return "backbone.decoder." not in name
+
+
 def image_modules(model) -> list[str]:
     """Names of the modules that hold every parameter outside the decoder."""
     children = [(name, module) for name, module in model.backbone.named_children() if name != "decoder"]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from tfkernels import TransfusionMask
+from tfkernels.parallel import SharedMask
 from transfusion.model.backbone import AdaLNBackbone, Modulation, Stream, add_and_norm, attend
 from transfusion.sequence import Modality
 
@@ -51,8 +52,8 @@ class MixtureOfTransformersBackbone(AdaLNBackbone):
         super().load_text(decoder)
         self.start_from_text()
 
-    def forward(self, x: Tensor, positions: Tensor, mask: TransfusionMask, condition: Tensor, modality: Modality,
-                cache: DynamicCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, mask: TransfusionMask | SharedMask, condition: Tensor,
+                modality: Modality, cache: DynamicCache | None = None) -> Tensor:
         """As `AdaLNBackbone.forward`; in between, everything is a pair (of text, of patches)."""
         decoder = self.decoder.get_decoder()
         rotations = tuple(zip(*map(modality.split, self.rotation(x, positions))))          # (cos, sin) of each modality

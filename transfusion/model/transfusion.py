@@ -22,7 +22,7 @@ from transfusion.model.lora import find_base, holds_adapter, load_adapter, spare
 from transfusion.model.mixture_of_transformers import MixtureOfTransformersBackbone
 from transfusion.model.progress import without_progress_bars
 from transfusion.model.vae import VAE
-from transfusion.sequence import IMAGE_ATTENTION, Image, Part, Sequence
+from transfusion.sequence import IMAGE_ATTENTION, Context, Image, Part, Sequence, Share, share
 from transfusion.settings import nearest
 
 BACKBONE_CLASSES = {
@@ -187,9 +187,9 @@ class Transfusion(PreTrainedModel):
     def embed(self, sequence: Sequence, patches: Tensor, condition: Tensor) -> tuple[Tensor, list]:
         """Token embeddings (B, S, C), those of the (noised) patches in their places, and what skips the decoder."""
         x = self.backbone.embed(sequence.tokens)
-        layout, places = sequence.layout, sequence.patch_places
-        embedded, skips = self.patch_embedding(x.flatten(0, 1), patches, condition, layout, places)
-        return embedded.view_as(x), skips
+        rows, places = sequence.image_rows(x)
+        embedded, skips = self.patch_embedding(rows, patches, condition, sequence.layout, places)
+        return sequence.placed(x, embedded), skips
 
     def positions(self, positions: Tensor, image_ids: Tensor, columns: Tensor) -> Tensor:
         """Positions (B, S) as the backbone takes them: as they are, or on each image's grid, (B, S, 2)."""
@@ -200,20 +200,30 @@ class Transfusion(PreTrainedModel):
 
         `seed` makes the noise, as in `tfkernels.noise_patchify`. An image that is not drawn, but only read or a clean
         copy, is at time 0, whatever `times` says.
+
+        Of a `Share` of rows, losses are means over the text targets and the drawn images that are this rank's.
         """
-        times = torch.where(sequence.drawn, times, 0)
+        times = torch.where(sequence.timed, times, 0)
         (signal, noise), (p, q) = self.objective.path(times), self.objective.target(times)
         condition = self.timestep(times)                                                   # (N, C)
         noised = noise_patchify(sequence.patches, signal, noise, seed, offsets=sequence.layout.offsets)
         x, skips = self.embed(sequence, noised, condition)
-        positions = self.positions(sequence.positions, sequence.image_ids, sequence.layout.columns)
+        positions = sequence.own(self.positions(sequence.positions, sequence.image_ids, sequence.layout.columns))
         mask = self.image_attention.mask(sequence)
         x = self.backbone(x, positions, mask, condition, sequence.modality).flatten(0, 1)  # (B * S, C)
         text = self.backbone.text_loss(x, sequence.target_places, sequence.text_targets)
-        images = sequence.drawn * self.image_head.loss(x, sequence.patch_places, condition, sequence.layout, skips,
+        images = sequence.drawn * self.image_head.loss(*sequence.read_by_images(x), condition, sequence.layout, skips,
                                                        sequence.patches, p, q, seed)
         diffusion = images.sum() / sequence.drawn.sum().clamp(min=1)
         return TransfusionOutput(text + self.config.diffusion_weight * diffusion, text, diffusion, images)
+
+    def share(self, sequence: Sequence, context: Context) -> Share:
+        """Return this rank's share of packed rows that the ranks of `context` compute together.
+
+        `forward` takes it in place of the rows, with the times of all their images. Each rank must call it with the
+        same rows, and take the same number of forward and backward passes.
+        """
+        return share(sequence, self.backbone.widest(self.image_attention.mask(sequence)), context)
 
     def text_logits(self, tokens: Tensor) -> Tensor:
         """Next-token logits (B, S, V) of plain text (B, S): what the decoder alone would say."""

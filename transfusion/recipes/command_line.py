@@ -18,6 +18,7 @@ import tyro
 import transfusion.train.autoencoder as autoencoder
 import transfusion.train.classifier as classifier
 import transfusion.train.plan as plan
+import transfusion.train.report as report
 import transfusion.train.transfusion as trainer
 from transfusion.command import plain_errors
 from transfusion.data.dataset import DatasetSettings, DataSettings
@@ -31,6 +32,7 @@ from transfusion.recipes.llava import is_llava, read_llava
 from transfusion.recipes.own import own
 from transfusion.recipes.paper import paper, paper_autoencoder
 from transfusion.settings import nearest
+from transfusion.train.processes import said_once
 
 DATA_SETS = {"digits": DigitsSettings, "emoji": EmojiSettings, "folder": PictureFolderSettings}
 """What data:NAME may name on the command line. A program of one's own gives `TrainConfig` any settings."""
@@ -45,8 +47,10 @@ def train_main(args: list[str] | None = None) -> None:
     """Entry point of `transfusion train` and `python -m transfusion.train`."""
     args = _preset_first(sys.argv[1:] if args is None else list(args))
     with plain_errors():
-        trainer.train(read_llava(args) if is_llava(args) else
-                      read_preset("transfusion train", trainer.__doc__, PRESETS, args, TRAINED_ON))
+        with said_once():
+            config = read_llava(args) if is_llava(args) else read_preset(
+                "transfusion train", trainer.__doc__, PRESETS, args, TRAINED_ON)
+        trainer.train(config)
 
 
 def plan_main(args: list[str] | None = None) -> None:
@@ -60,6 +64,15 @@ def plan_main(args: list[str] | None = None) -> None:
                                   add_help=False)
         config = read_preset("transfusion plan", plan.__doc__, PRESETS, _preset_first(args), TRAINED_ON)
         plan.print_plan(config, settings)
+
+
+def report_main(args: list[str] | None = None) -> None:
+    """Entry point of `transfusion report`."""
+    settings = tyro.cli(report.ReportSettings, prog="transfusion report", description=report.__doc__, args=args)
+    presets = {name: preset() for name, preset in PRESETS.items()}
+    presets |= {f"{name} (autoencoder)": preset() for name, preset in AUTOENCODER_PRESETS.items()}
+    with plain_errors():
+        report.report(settings, report.flat_presets(presets))
 
 
 def vae_train_main(args: list[str] | None = None) -> None:

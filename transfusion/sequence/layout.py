@@ -37,12 +37,17 @@ class ImageLayout(NamedTuple):
         return ImageLayout(*(x.to(device, non_blocking=True) for x in self[:3]), self.grids)
 
     def by_grid(self) -> list[tuple[tuple[int, int], Tensor, Tensor]]:
-        """For each grid there is: (grid, ids of its images (n,), indices of their patches (n * rows * columns,))."""
-        if len(set(self.grids)) == 1:  # nothing to sort out, and nothing to carry to the device
+        """For each grid there is: (grid, ids of its images (n,), indices of their patches (n * rows * columns,)).
+
+        Images without patches, which another rank has, are left out.
+        """
+        if len(set(self.grids)) == 1 and any(self.grids[0]):  # nothing to sort out, and nothing to carry to the device
             counts = len(self.grids), len(self.image_ids)
             return [(self.grids[0], *(torch.arange(count, device=self.image_ids.device) for count in counts))]
         ends, found = 0, {}
         for number, (rows, columns) in enumerate(self.grids):
+            if not rows:
+                continue
             numbers, patches = found.setdefault((rows, columns), ([], []))
             numbers.append(number)
             patches += range(ends, ends + rows * columns)

@@ -35,10 +35,25 @@ class Sequence:
 
     def to(self, device) -> "Sequence":
         """Return the same sequence on `device`."""
-        others = ("modality", "layout", "left_out")
-        names = [f.name for f in fields(self) if f.name not in others]
-        tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return replace(self, **tensors, modality=self.modality.to(device), layout=self.layout.to(device))
+        kept = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x.to(device)
+                                for name, x in kept.items() if hasattr(x, "to")})
+
+    def own(self, x: Tensor) -> Tensor:
+        """Return what this process computes of whole rows (B, S, ...): all; a `Share` has some tokens of each."""
+        return x
+
+    def image_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rows and the places in them to which patches are embedded: the token embeddings x (B, S, C)."""
+        return x.flatten(0, 1), self.patch_places
+
+    def placed(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Return token embeddings x with the patches that were embedded to `rows`."""
+        return rows.view_as(x)
+
+    def read_by_images(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rows and the places in them where image heads read hidden states x (B * S, C)."""
+        return x, self.patch_places
 
     def mask(self) -> TransfusionMask:
         """Return who sees whom."""
@@ -50,7 +65,7 @@ class Sequence:
 
     def _mask(self, spans: Tensor) -> TransfusionMask:
         hidden = self.hidden if self.hidden.shape[1] else None
-        return TransfusionMask.from_spans(spans, self.tokens.shape[1], documents=self.documents, hidden=hidden)
+        return TransfusionMask.from_spans(spans, self.documents.shape[1], documents=self.documents, hidden=hidden)
 
     @property
     def image_ids(self) -> Tensor:
@@ -61,6 +76,11 @@ class Sequence:
     def patch_places(self) -> Tensor:
         """(P,) the places of patches."""
         return self.modality.patch_places
+
+    @property
+    def timed(self) -> Tensor:
+        """(N,) bool: the image has a time."""
+        return self.drawn
 
     @property
     def image_count(self) -> int:

@@ -26,9 +26,8 @@ from transfusion.model.config import TransfusionConfig
 from transfusion.model.lora import TuneSettings, prepare
 from transfusion.model.transfusion import Transfusion
 from transfusion.sequence import IMAGE_ATTENTION, Sequence
+from transfusion.train.recompute import PRODUCTS
 
-PRODUCTS = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten.convolution.", "tfkernels.attention_forward.")
-"""Operations whose results selective checkpointing keeps; all others are computed again."""
 STREAMS = {"decoder": 1, "adaln": 2, "mixture_of_transformers": 2}
 """Tensors (B, S, C) that go from layer to layer: the residual stream and, in some backbones, its norm."""
 

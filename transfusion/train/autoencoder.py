@@ -32,10 +32,12 @@ from transfusion.train.autoencoder_losses import (
     perceptual_loss,
     reconstruction_loss,
 )
+from transfusion.train.average import Average
 from transfusion.train.checkpoint import check_finite
 from transfusion.train.loop import Batch, Term, fit, say_stopped
-from transfusion.train.optimizer import Player, build_average, build_optimizer, learning_rate
+from transfusion.train.optimizer import Player, build_optimizer, learning_rate
 from transfusion.train.settings import OptimizerSettings, RunSettings, check_steps, defaults
+from transfusion.train.trackers import check_trackers
 
 FIRST_LOG_VARIANCE = -6.0  # of the posterior: at 0 the decoder would first read noise
 MEASURED = 4096  # training pictures, evenly spread, that scale and shift are measured on
@@ -226,7 +228,7 @@ class AutoencoderTask:
 
     def __init__(self, config: VAETrainConfig, pictures, autoencoder: AutoencoderKL, terms: Terms):
         self.config, self.pictures, self.terms, self.size = config, pictures, terms, config.optim.batch
-        average = build_average(autoencoder, config.optim)
+        average = Average(autoencoder, config.optim.ema)
         self.autoencoder = Player(autoencoder, build_optimizer(autoencoder, config.optim), average)
         self.opponent = Player(terms.discriminator, build_optimizer(terms.discriminator, config.optim),
                                name="discriminator", loss="discriminator")
@@ -254,13 +256,13 @@ class AutoencoderTask:
 
     def save(self, directory: Path, step: int) -> None:
         """Write the averaged autoencoder with the scale and shift of its latents."""
-        config = self.config
-        final = self.autoencoder.averaged.module if config.optim.ema else self.autoencoder.model
-        mean, std = latent_statistics(final, self.pictures, 4 * config.optim.batch)  # as little memory as a step's
-        check_finite("vae train", config.out, step,
-                     {"mean of the latents": mean, "1 / their standard deviation": 1 / std if std else math.inf})
-        final.register_to_config(scaling_factor=1 / std, shift_factor=mean)
-        final.save_pretrained(directory, safe_serialization=True)
+        config, model = self.config, self.autoencoder.model
+        with self.autoencoder.averaged.applied(model):
+            mean, std = latent_statistics(model, self.pictures, 4 * config.optim.batch)  # as little memory as a step's
+            check_finite("vae train", config.out, step,
+                         {"mean of the latents": mean, "1 / their standard deviation": 1 / std if std else math.inf})
+            model.register_to_config(scaling_factor=1 / std, shift_factor=mean)
+            model.save_pretrained(directory, safe_serialization=True)
 
 
 def train(config: VAETrainConfig) -> Path:
@@ -269,6 +271,7 @@ def train(config: VAETrainConfig) -> Path:
     inputs |= {f"losses.{name}": getattr(config.losses, name) for name in ("perceptual_model", "identity_model")}
     check("vae train", config)
     check_steps("vae train", config.optim, "batch", "optim.")
+    check_trackers("vae train", config.log or ())
     with claim("vae train", config.out, inputs, config.resume):
         return _train(config)
 

@@ -22,13 +22,9 @@ from transfusion.command import saved_run, saved_step
 from transfusion.data.dataset import DataSettings
 from transfusion.files import load_tensors, whole
 from transfusion.model.config import present_backbone
+from transfusion.train.average import trained_parameters
 from transfusion.train.optimizer import Player
 from transfusion.train.settings import RunSettings
-
-
-def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Parameters that training changes, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def training_state(players: Sequence[Player]) -> tuple[dict[str, Tensor], dict[str, dict]]:
@@ -42,7 +38,7 @@ def training_state(players: Sequence[Player]) -> tuple[dict[str, Tensor], dict[s
         moments, optimizers[player.name] = _optimizer_state(player)
         tensors |= {f"optimizer.{name}": x for name, x in moments.items()}
         if player.averaged is not None:
-            tensors |= {f"averaged.{name}": p for name, p in trained_parameters(player.averaged.module).items()}
+            tensors |= {f"averaged.{name}": x for name, x in player.averaged.tensors.items()}
             tensors["averaged_steps"] = player.averaged.n_averaged
         state |= {player.prefix(".") + name: x for name, x in tensors.items()}
     return state, optimizers
@@ -63,8 +59,8 @@ def restore_players(players: Sequence[Player], state: Mapping[str, Tensor], opti
         tensors = {name.removeprefix(start): x for name, x in state.items() if name.startswith(start)}
         _restore_optimizer(player, tensors, optimizers.get(player.name, {}))
         if player.averaged is not None:
-            for name, p in trained_parameters(player.averaged.module).items():
-                p.copy_(state[f"{prefix}averaged.{name}"])
+            for name, x in player.averaged.tensors.items():
+                x.copy_(state[f"{prefix}averaged.{name}"])
             player.averaged.n_averaged.copy_(state[f"{prefix}averaged_steps"])
 
 
@@ -193,11 +189,12 @@ def load_state(config: RunSettings, fixed: tuple[str, ...]) -> tuple[dict[str, T
         theirs.pop("data.name", None)  # earlier versions wrote a data set's name beside a folder, too
     if "model.backbone" in theirs:
         theirs["model.backbone"] = present_backbone(theirs["model.backbone"])
-    if not {key.split(".")[0] for key in ours if "." in key} <= {key.split(".")[0] for key in theirs}:
+    groups = {name.partition(".")[0] for name in fixed} & {key.partition(".")[0] for key in ours if "." in key}
+    if not groups <= {key.partition(".")[0] for key in theirs}:  # settings that are new since then are in none of them
         raise ValueError(f"train: out is {out!r}, which holds a run of another kind; --resume goes on with the same "
                          "command's; take another --out")
-    changed = [key for key in ours
-               if key in theirs and theirs[key] != ours[key] and key not in ("out", "resume", "stop_after")]
+    of_a_call = "out", "resume", "stop_after", "max_hours"
+    changed = [key for key in ours if key in theirs and theirs[key] != ours[key] and key not in of_a_call]
     free = {f"{name}.{one}" for name, value in _data(config).items() for one in value.free}
     other = [key for key in changed
              if key not in free and any(key == name or key.startswith(f"{name}.") for name in fixed)]

@@ -51,13 +51,11 @@ class Memory(NamedTuple):
 
             weights + moments + averages + now + gradients          of several micro-batches
             weights + moments + averages + max(now, gradients)      of one: as backward makes gradients, the others go
-            2 weights                                               while the average is made, of which what is frozen
-                                                                    is then given back
         """
         fixed = self.weights + self.moments + self.averages
         now = self.gathered + activations + self.activations.working
         step = now + self.gradients if accumulate > 1 else max(now, self.gradients)
-        return max(fixed + step, 2 * self.weights)
+        return fixed + step
 
 
 class Messages(NamedTuple):

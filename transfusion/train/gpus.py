@@ -3,7 +3,10 @@
 Peaks are of dense bfloat16 products that are added up in float32, as PyTorch's are; data sheets that print a number
 "with sparsity" print twice as much. Links are of one GPU to the others of its node, both directions together.
 """
+import re
 from typing import NamedTuple
+
+import torch
 
 
 class GPU(NamedTuple):
@@ -29,3 +32,19 @@ GPUS = {
     "L40S": GPU(362, 48, 864, 64, "NVIDIA L40S data sheet (733 TFLOP/s with sparsity); PCIe 4"),
     "RTX4090": GPU(165, 24, 1008, 64, "NVIDIA Ada GPU architecture, appendix A; PCIe 4"),
 }
+NAMES = {
+    "A100-40": r"A100-SXM4-40GB", "A100-80": r"A100-SXM4-80GB", "H100": r"H100 80GB HBM3", "H200": r"H200",
+    "B200": r"B200", "L40S": r"L40S", "RTX4090": r"RTX 4090",
+}
+"""What CUDA calls them, behind "NVIDIA"; cards of the same name with other peaks, as on PCIe, are not among them."""
+
+
+def gpu_named(name: str) -> GPU | None:
+    """Return the GPU of a name that CUDA gives, such as "NVIDIA H100 80GB HBM3"; None where it is not known."""
+    return next((GPUS[kind] for kind, known in NAMES.items()
+                 if re.fullmatch(rf"(NVIDIA )?(GeForce )?{known}", name)), None)
+
+
+def gpu_of(device: torch.device) -> GPU | None:
+    """Return which GPU a device is; None for the CPU and for what is not known."""
+    return gpu_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

@@ -26,14 +26,19 @@ from transfusion.train.checkpoint import (
     check_finite,
     check_weights,
     load_state,
+    recorded,
     restore_players,
     training_state,
     write_state,
 )
-from transfusion.train.log import LOG, Log, start_log
+from transfusion.train.guard import Guard, Spike
+from transfusion.train.log import LOG, Log, records_before, start_log
+from transfusion.train.meter import Meter, TimeLimit
 from transfusion.train.optimizer import Player
-from transfusion.train.parallel import sum_counts, sum_means, whole
+from transfusion.train.parallel import sum_copies, sum_counts, sum_means, whole
+from transfusion.train.processes import any_process, is_main
 from transfusion.train.settings import RunSettings, StepSettings
+from transfusion.train.trackers import start_trackers
 
 
 class Term(NamedTuple):
@@ -46,12 +51,14 @@ class Term(NamedTuple):
 class Batch(NamedTuple):
     """A micro-batch: what losses are computed from, and how many things each term is a mean over.
 
-    `notes` are numbers for the step's record in the log; those that are 0 are left out.
+    `notes` are numbers for the step's record in the log; those that are 0 are left out. `totals` are the counts of all
+    micro-batches of all processes, where the task knows them; otherwise `accumulate` adds them up.
     """
 
     inputs: object
     counts: Mapping[str, int]
     notes: Mapping[str, float] = {}
+    totals: Mapping[str, int] | None = None
 
 
 class Task(Protocol):
@@ -80,8 +87,9 @@ class Watcher(Protocol):
 
 
 def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate: Callable[[int], float], *,
-        fixed: tuple[str, ...], way_on: str = "", epoch: float | None = None, watchers: Sequence[Watcher] = ()) -> int:
-    """Train to the last step, to `stop_after`, or to Ctrl-C, SIGTERM or SIGHUP; return the number of steps done.
+        fixed: tuple[str, ...], way_on: str = "", epoch: float | None = None, watchers: Sequence[Watcher] = (),
+        operations: Callable[[], float] | None = None) -> int:
+    """Train to the last step, to `stop_after`, near the end of `max_hours`, or to Ctrl-C, SIGTERM, SIGHUP or SIGUSR1.
 
     Args:
         command: whose name stands in errors and beside the progress bar.
@@ -90,59 +98,76 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
         way_on: what helps where a loss is not finite, for trainers without --resume.
         epoch: steps that show all data once, where there is such a number.
         watchers: what looks at the players after each step. They change neither weights nor what later steps draw.
+        operations: how many this process computes for the step drawn last, where that can be counted.
+
+    Returns:
+        The number of steps done.
+
+    Raises:
+        ValueError: the data end the run. FloatingPointError: a loss is not finite, or the guard ends the run.
     """
+    limit = TimeLimit(config.max_hours)
     start = restore(config, task.players, fixed) if config.resume else 0
     print(cost(task, optim, start, epoch), flush=True)
-    spent = start_log(config.out / LOG, start)
+    spent = start_log(config.out / LOG, start) if is_main() else 0.0
+    guard = Guard(command, config.guard, task.players, records_before(config.out / LOG, start))
+    meter = Meter(task.size, task.unit, device_of(task), operations)
     progress = tqdm(range(start, optim.steps), initial=start, total=optim.steps, desc=f"{command} {config.out.name}",
-                    smoothing=0.05, unit="step", dynamic_ncols=True)
+                    smoothing=0.05, unit="step", dynamic_ncols=True, disable=not is_main())
     began, done = time.perf_counter() - spent, start
-    with Interrupt() as stop, Log(config.out / LOG) as log:
+    with Interrupt() as stop, open_log(command, config, start) as log:
         for step in progress:
             # gradients
-            for group in (group for player in task.players for group in player.optimizer.param_groups):
-                group["lr"] = rate(step)
-            with saving_first(command, config, task, done, done > start, way_on):
+            for player in task.players:
+                player.set_rate(rate(step))
+            with saving_first(command, config, task, done, done > start, way_on), meter.begin():
                 batches = task.batches(step)
             means, playing, notes = accumulate(task, step, batches)
             norms = {f"{player.prefix('_')}grad_norm": clip_gradients(player, optim.clip) for player in playing}
             found = numbers(**means, **norms)
-            check_finite(command, config.out, step, found, way_on)
+            with saving_first(command, config, task, done, done > start, way_on):
+                skipped = guard.skips(step, found)
+            if not skipped:
+                check_finite(command, config.out, step, found, way_on)
 
             # step
             for player in playing:
-                player.optimizer.step()
-                player.model.zero_grad()
-                if player.averaged is not None:
-                    player.averaged.update_parameters(player.model)
+                take_step(player, is_skipped=skipped)
             done = step + 1
 
             # log
-            record = {"step": step, **found, "lr": rate(step), "seconds": time.perf_counter() - began, **notes}
+            record = {"step": step, **found, "lr": rate(step), "seconds": time.perf_counter() - began,
+                      **meter.after(done), **notes, **guard.notes(skipped)}
             for watcher in watchers:
                 record |= watcher.after(done)
             log.write(record)
-            speed = (done - start) * task.size / (record["seconds"] - spent)
-            progress.set_postfix({name: f"{found[name]:.3f}" for name in task.shown if name in found},
-                                 **{f"{task.unit}/s": f"{speed:,.0f}"})
+            progress.set_postfix(shown(task, record, (done - start) * task.size / (record["seconds"] - spent)))
 
             # save
-            last = done == optim.steps or stop.asked or done == config.stop_after
+            last = done in (optim.steps, config.stop_after) or any_process(stop.asked or limit.is_near())
             if last or done % config.save_every == 0:
                 log.sync()
-                save(command, config, task, done, way_on)
+                with limit.saving():
+                    save(command, config, task, done, way_on)
             if last and done < optim.steps:
                 progress.close()
                 break
     return done
 
 
+def open_log(command: str, config: RunSettings, start: int) -> Log:
+    """Return the log of a run that goes on from step `start`; of several processes the main one alone writes."""
+    if not is_main():
+        return Log(None)
+    return Log(config.out / LOG, start_trackers(command, config.log or (), config.out, recorded(config), start))
+
+
 @contextlib.contextmanager
 def saving_first(command: str, config: RunSettings, task: Task, step: int, is_new: bool, way_on: str) -> Iterator[None]:
-    """Save what was trained so far where the data end a run, as when too many files cannot be read any more."""
+    """Save what was trained so far where the data end a run, as when too many files cannot be read, or the guard."""
     try:
         yield
-    except ValueError:
+    except (ValueError, Spike):
         if is_new and step % config.save_every:
             save(command, config, task, step, way_on)
         raise
@@ -160,11 +185,12 @@ def accumulate(task: Task, step: int, batches: list[Batch] | None = None
     for batch in batches:
         totals.update(batch.counts)
         notes.update(batch.notes)
-    totals = sum_counts(totals)
+    totals = sum_counts(totals) if batches[0].totals is None else batches[0].totals
     means: dict[str, Tensor] = {}
     playing: list[Player] = []
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
         for player, terms in task.losses(step, batch):
+            sum_copies(player.model, number == len(batches))
             parts = {name: term.mean * (batch.counts[name] / totals[name] if totals[name] else 1.0)
                      for name, term in terms.items()}
             loss = sum(term.weight * parts[name] for name, term in terms.items())
@@ -180,9 +206,29 @@ def clip_gradients(player: Player, limit: float | None) -> Tensor:
     return whole(torch.nn.utils.clip_grad_norm_(player.model.parameters(), float("inf") if limit is None else limit))
 
 
+def take_step(player: Player, *, is_skipped: bool) -> None:
+    """Let a player's optimizer take its step and its average take part in it, or not; drop the gradients."""
+    if not is_skipped:
+        player.optimizer.step()
+    player.model.zero_grad()
+    if player.averaged is not None and not is_skipped:
+        player.averaged.update(player.model)
+
+
+def shown(task: Task, record: Mapping[str, float], speed: float) -> dict[str, str]:
+    """What stands beside the progress bar: losses, how fast the run is, and what it makes of its GPU."""
+    said = {name: f"{record[name]:.3f}" for name in task.shown if name in record} | {f"{task.unit}/s": f"{speed:,.0f}"}
+    return said | ({"MFU": f"{record['mfu']:.1%}"} if "mfu" in record else {})
+
+
 def numbers(**values: Tensor) -> dict[str, float]:
     """Single numbers as floats, with one wait for the device."""
     return dict(zip(values, torch.stack([x.detach().float() for x in values.values()]).tolist()))
+
+
+def device_of(task: Task) -> torch.device:
+    """Where the players are."""
+    return next(task.players[0].model.parameters()).device
 
 
 def cost(task: Task, optim: StepSettings, start: int, epoch: float | None = None) -> str:
@@ -200,7 +246,7 @@ def cost(task: Task, optim: StepSettings, start: int, epoch: float | None = None
         for player in task.players:
             player.model.zero_grad()
 
-    seconds = seconds_of(once, next(task.players[0].model.parameters()).device)
+    seconds = seconds_of(once, device_of(task))
     for x, before in buffers:
         x.copy_(before)
     told = f"{left:,} steps of {task.size:,} {task.unit} at {seconds:.2f} s: about {left * seconds / 60:,.0f} min"
@@ -212,10 +258,12 @@ def cost(task: Task, optim: StepSettings, start: int, epoch: float | None = None
 def save(command: str, config: RunSettings, task: Task, step: int, way_on: str = "") -> None:
     """Replace the checkpoint and what resuming needs together: a kill while writing leaves the save before whole."""
     state, optimizers = training_state(task.players)
+    state = {name: whole(x) for name, x in state.items()}
     check_weights(command, config.out, step, state, way_on)
-    with replacing(config.out) as fresh:
+    with replacing(config.out) if is_main() else contextlib.nullcontext(config.out) as fresh:
         task.save(fresh, step)
-        write_state(fresh, config, state, optimizers, step)
+        if is_main():
+            write_state(fresh, config, state, optimizers, step)
 
 
 def restore(config: RunSettings, players: Sequence[Player], fixed: tuple[str, ...]) -> int:
@@ -227,7 +275,7 @@ def restore(config: RunSettings, players: Sequence[Player], fixed: tuple[str, ..
 
 def say_stopped(config: RunSettings, optim: StepSettings, done: int) -> None:
     """Say how a run that was stopped before its last step goes on, in commands that have --resume."""
-    if done < optim.steps:
+    if done < optim.steps and is_main():
         print(f"stopped after step {done} of {optim.steps}, saved in {config.out}; add --resume to the same command to "
               "go on", file=sys.stderr)
 

@@ -1,14 +1,18 @@
-"""The optimizer of every trainer, learning rates, and the moving average of the weights.
+"""The optimizer of every trainer, and learning rates.
 
 Another optimizer is chosen in `build_optimizer`: the loop and the checkpoints know none by name.
 """
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from transfusion.train.average import Average
 from transfusion.train.settings import OptimizerSettings, StepSettings
+
+FACTOR = "lr_factor"
+"""What an optimizer's group has whose learning rate is not that of the others."""
 
 
 @dataclass(eq=False)
@@ -20,7 +24,7 @@ class Player:
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    averaged: AveragedModel | None = None
+    averaged: Average | None = None
     name: str = ""
     loss: str = "loss"
 
@@ -31,11 +35,28 @@ class Player:
         """What stands before its names: nothing, or its own name and the separator."""
         return f"{self.name}{separator}" if self.name else ""
 
+    def set_rate(self, rate: float) -> None:
+        """Set the learning rate of the next step, times the factor of each group that has one."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get(FACTOR, 1.0)
+
 
 def learning_rate(step: int, optim: OptimizerSettings) -> float:
-    """Linear warm-up, then a cosine down to min_lr."""
+    """Linear warm-up, then min_lr + (lr - min_lr) * share, where the schedule makes `share` of its progress x.
+
+        cosine      share = (1 + cos(pi x)) / 2     x from the end of the warm-up to the last step (arXiv:1608.03983)
+        wsd         share = 1 - sqrt(x)             x from `decay_share` of the steps before the last one, until when
+                                                    the rate is lr (warmup-stable-decay, arXiv:2404.06395; the form of
+                                                    the decay: arXiv:2405.18392)
+        constant    share = 1
+    """
     if step < optim.warmup:
         return optim.lr * (step + 1) / optim.warmup
+    left, decay = optim.steps - step, optim.decay_share * optim.steps
+    if optim.schedule == "constant" or optim.schedule == "wsd" and left >= decay:
+        return optim.lr
+    if optim.schedule == "wsd":
+        return optim.min_lr + (optim.lr - optim.min_lr) * (1 - math.sqrt(1 - left / decay))
     progress = (step - optim.warmup) / max(1, optim.steps - optim.warmup)
     return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -48,25 +69,13 @@ def build_optimizer(model: torch.nn.Module, optim: StepSettings, *, fused: bool 
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=fused)
 
 
-def average_decay(count: int, ema: float) -> float:
-    """Decay of the average once it holds the weights of `count` steps: min(ema, (1 + count) / (10 + count)).
-
-    This is the warm-up of TensorFlow's ExponentialMovingAverage with num_updates. Without it the first step's weights
-    would keep a share of ema^steps, most of the average of a short run. With it a short run averages its last tenth.
-    """
-    return min(ema, (1 + count) / (10 + count))
-
-
-def build_average(model: torch.nn.Module, optim: OptimizerSettings) -> AveragedModel:
-    """Exponential moving average of what is trained, its decay warmed up; what is frozen stays in memory once."""
-    averaged = AveragedModel(model)
-
-    def update(kept: list[torch.Tensor], new: list[torch.Tensor], _) -> None:
-        decay = average_decay(int(averaged.n_averaged), optim.ema)  # a count on the host: nothing waits
-        get_ema_multi_avg_fn(decay)(kept, new, None)
-
-    averaged.multi_avg_fn = update
-    for copied, p in zip(averaged.module.parameters(), model.parameters()):
-        if not p.requires_grad:
-            copied.data = p.data
-    return averaged
+def scale_rates(optimizer: torch.optim.Optimizer, chosen: Iterable[torch.nn.Parameter], factor: float) -> None:
+    """Make the learning rates of the chosen parameters `factor` times the others': they get groups of their own."""
+    if factor == 1:
+        return
+    chosen, groups = set(chosen), []
+    for group in optimizer.param_groups:
+        for more, of_chosen in (({}, False), ({FACTOR: factor}, True)):
+            parameters = [p for p in group["params"] if (p in chosen) == of_chosen]
+            groups += [group | {"params": parameters} | more] if parameters else []
+    optimizer.param_groups = groups

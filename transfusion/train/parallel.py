@@ -6,18 +6,19 @@ Each process holds a shard of every parameter, of its gradient and of what the o
 A layer is gathered when it runs, forward or backward, and given up behind it; what is not in a layer (embeddings, image
 layers, norms, text head) is gathered once for the whole forward. Without a process group nothing here does anything.
 """
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> nn.Module:
+def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None, *, offload: bool = False) -> nn.Module:
     """Split the parameters of a Transfusion, or of the adapters around it, among the processes of `mesh`, in place.
 
     Names stay what they were; parameters become DTensors. Gradients are sums over processes, not means: a loss carries
@@ -29,6 +30,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None) 
         mesh: of one dimension; of two, the first of which holds copies and the second the shards.
         dtype: what is gathered and computed in, such as bfloat16; None for the parameters' own. Gradients are summed
             in float32, and times, patches and latents keep their own dtype.
+        offload: keep shards, their gradients and so what an optimizer makes of them in the memory of the CPU; a layer's
+            shard is copied to the device where it is gathered.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
 
@@ -36,15 +39,25 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None) 
         return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32,
                                     cast_forward_inputs=cast_inputs)
 
+    places = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy()
     model.register_forward_hook(reach_every_parameter)  # runs before FSDP's own hooks
     for layer in base.backbone.blocks():
-        fully_shard(layer, mesh=mesh, mp_policy=policy(True))
-    fully_shard(model, mesh=mesh, mp_policy=policy(False))
+        fully_shard(layer, mesh=mesh, mp_policy=policy(True), offload_policy=places)
+    fully_shard(model, mesh=mesh, mp_policy=policy(False), offload_policy=places)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # a plain sum, which every backend has
     return model
+
+
+def sum_copies(model: nn.Module, now: bool) -> None:
+    """Let the next backward pass sum gradients over copies of the weights, or not: once a step is enough.
+
+    Over the shards of a copy each backward pass sums them: no process ever holds the gradient of the whole model.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(now)
 
 
 def reach_every_parameter(model: nn.Module, arguments: tuple, output):
@@ -78,6 +91,22 @@ def sum_means(means: Mapping[str, Tensor]) -> dict[str, Tensor]:
     numbers = torch.stack([means[name].float() for name in names])
     dist.all_reduce(numbers)
     return dict(zip(names, numbers))
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Gather what a sharded model holds outside its layers, so that parts of it run that are not its forward pass.
+
+    Layers gather themselves when they run. All processes enter this together and make the same calls inside.
+    """
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
 
 
 def whole(x: Tensor) -> Tensor:

@@ -280,8 +280,8 @@ def advice(made: Plan) -> list[str]:
 def _fit(made: Plan, layout: Layout) -> str:
     """What of a layout fits on its GPU, or the next thing to do."""
     optim, limit = made.config.optim, FREE * GPUS[made.settings.gpu].memory * GIB
-    ways = {"everything": "fits as it is", "selective": "fits with selective checkpointing",
-            "full": "fits with full checkpointing"}
+    ways = {"everything": "fits as it is", "selective": "fits with selective checkpointing, --recompute selective",
+            "full": "fits with full checkpointing, --recompute full"}
     for kind, words in ways.items():
         if layout.memory.peak(getattr(layout.memory.activations, kind), optim.accumulate) <= limit:
             return words
@@ -289,7 +289,7 @@ def _fit(made: Plan, layout: Layout) -> str:
     while rows > 1:
         rows = (rows + 1) // 2
         smaller = layout.memory._replace(activations=layout.trace.activations(rows))
-        for kind, words in (("everything", ""), ("full", " and full checkpointing")):
+        for kind, words in (("everything", ""), ("full", " --recompute full")):
             if smaller.peak(getattr(smaller.activations, kind), 2) <= limit:
                 parts = -(-optim.rows // (rows * min(made.settings.gpus, optim.rows)))
                 return f"does not fit; --optim.accumulate {parts}{words} makes it fit, {rows} rows at a time"

@@ -11,9 +11,12 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_type_hints
+from typing import Annotated, get_type_hints
 
-from transfusion.settings import Count, Decay, NotNegative, Positive, Seed, WholeNumber
+from transfusion.settings import Count, Decay, NotNegative, OneOf, Positive, Range, Seed, WholeNumber
+
+SCHEDULES = ("cosine", "wsd", "constant")
+TRACKERS = ("tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,21 @@ class JobSettings:
 
 
 @dataclass(frozen=True)
+class GuardSettings:
+    """What happens at a step whose loss or gradient norm is far above those before it."""
+
+    do: Annotated[str, OneOf(("none", "skip", "stop"))] = "none"
+    """none: the step is taken; skip: its gradients are dropped, and those that are not finite, too; stop: save and
+    stop before it"""
+    factor: Annotated[float, Range(above=1)] = 5.0
+    """how many times their running medians losses and gradient norms may be"""
+    window: Count = 100
+    """steps that a median is taken over; before there are as many, no step is too far above them"""
+    patience: Count = 10
+    """steps in a row that may be skipped; one more, and the run saves and stops"""
+
+
+@dataclass(frozen=True)
 class RunSettings(JobSettings):
     """A training run in a directory of its own."""
 
@@ -40,6 +58,11 @@ class RunSettings(JobSettings):
     """stop (and save) after this step, as Ctrl-C would"""
     autocast: bool = False
     """compute in bfloat16 under autocast"""
+    max_hours: Positive | None = None
+    """save and stop so that this training, from its first step on, takes no longer; None: as long as it takes"""
+    guard: GuardSettings = GuardSettings()
+    log: tuple[Annotated[str, OneOf(TRACKERS)], ...] | None = None
+    """where the numbers of log.jsonl go as well: tensorboard, wandb, both"""
 
 
 @dataclass(frozen=True)
@@ -62,13 +85,18 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings(StepSettings):
-    """Steps under a warm-up and a cosine, and the average of the weights.
+    """Steps under a schedule of learning rates, and the average of the weights.
 
     The defaults are the paper's: 3e-4, betas 0.9 and 0.95, decay 0.1, clip 1.
     """
 
+    schedule: Annotated[str, OneOf(SCHEDULES)] = "cosine"
+    """learning rates after the warm-up: cosine, down to min_lr; wsd, constant and then down to min_lr over the last
+    `decay_share` of the steps; constant"""
+    decay_share: Annotated[float, Range(above=0, high=1)] = 0.1
+    """share of the steps in which wsd lowers the learning rate"""
     min_lr: NotNegative = 1.5e-5
-    """learning rate at the end of the cosine; lr at most"""
+    """learning rate at the end of cosine and wsd; lr at most"""
     warmup: WholeNumber = 100
     """steps of linear warm-up"""
     ema: Decay = 0.999
@@ -94,9 +122,16 @@ def check_steps(op: str, optim: StepSettings, batch: str, prefix: str = "") -> N
     Raises:
         ValueError: the first of them, named.
     """
-    if isinstance(optim, OptimizerSettings) and optim.min_lr > optim.lr:
+    has_schedule = isinstance(optim, OptimizerSettings)
+    if has_schedule and optim.schedule != "constant" and optim.min_lr > optim.lr:
         raise ValueError(f"{op}: {prefix}min_lr is {optim.min_lr:g} and {prefix}lr {optim.lr:g}; at most lr fits; "
                          f"lower {prefix}min_lr or raise {prefix}lr")
+    if has_schedule and optim.schedule == "wsd":
+        stable = (1 - optim.decay_share) * optim.steps
+        if optim.warmup > stable:
+            raise ValueError(f"{op}: {prefix}warmup is {optim.warmup} and {prefix}decay_share {optim.decay_share:g} of "
+                             f"{optim.steps} steps; at most {stable:.0f} steps of warm-up fit before wsd's decay; "
+                             f"lower one of them or raise {prefix}steps")
     if optim.accumulate > getattr(optim, batch):
         raise ValueError(f"{op}: {prefix}accumulate is {optim.accumulate} and {prefix}{batch} {getattr(optim, batch)}; "
                          f"at most {batch} fits; lower {prefix}accumulate")

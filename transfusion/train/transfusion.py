@@ -5,6 +5,7 @@ documents, times and noise of a step depend on (seed, step) alone, so that a res
 never stopped. Ctrl-C saves.
 """
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,20 +17,29 @@ from torch import nn
 from transformers import AutoConfig, LlamaConfig
 
 from transfusion.command import claim, saved_step
-from transfusion.data.batches import step_generator
+from transfusion.data.batches import Drawn, step_generator
 from transfusion.data.dataset import DatasetSettings, DataSettings
 from transfusion.data.training_data import Rows, TrainingData, open_data
 from transfusion.device import choose_device
 from transfusion.diffusion.objective import TIMES, sample_times
 from transfusion.model.config import TransfusionConfig, TransfusionSettings
-from transfusion.model.lora import TuneSettings, name_base, prepare, trained_table
+from transfusion.model.lora import TuneSettings, is_of_images, name_base, prepare, trained_table
 from transfusion.model.transfusion import Transfusion
+from transfusion.sequence import CONTEXT_ATTENTION, Context, Sequence, split_rows
 from transfusion.sequence.tokenizer import BOI, EOI, train_tokenizer
 from transfusion.settings import Count, OneOf, Positive, Range, check
+from transfusion.train.activations import outline
+from transfusion.train.average import Average
+from transfusion.train.estimates import work
 from transfusion.train.loop import Batch, Term, fit, say_stopped
-from transfusion.train.micro_batches import split_rows
-from transfusion.train.optimizer import Player, build_average, build_optimizer, learning_rate
+from transfusion.train.optimizer import Player, build_optimizer, learning_rate, scale_rates
+from transfusion.train.parallel import shard, whole
+from transfusion.train.processes import ALONE, DTYPES, ParallelSettings, Processes, is_main, start_processes
+from transfusion.train.recompute import RECOMPUTE, checkpoint_layers, compile_layers
+from transfusion.train.samples import Samples, SamplesSettings, held_out_prompts, read_prompts
 from transfusion.train.settings import OptimizerSettings, RunSettings, check_steps
+from transfusion.train.trackers import check_trackers
+from transfusion.train.validation import Validation, ValidationSettings
 
 FIXED = ("model", "data", "tune", "seed", "optim.rows", "optim.seq_len", "optim.times")
 """Settings that decide what was trained on: a run goes on with these alone as they were."""
@@ -60,11 +70,14 @@ class OptimSettings(OptimizerSettings):
     """Steps and batches of packed rows."""
 
     rows: Count = 8
-    """packed rows in a batch"""
+    """packed rows in a step's batch, over all processes and micro-batches"""
     seq_len: Count = 512
     """tokens in a row"""
     times: Annotated[str, OneOf(TIMES)] = "uniform"
     """how an image's time is drawn: uniform (the paper) or logit-normal"""
+    image_lr: Positive = 1.0
+    """factor of the image layers' learning rate, which may have more or less to learn than a decoder that was trained
+    before, or than its adapters"""
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,14 @@ class TrainConfig(RunSettings):
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DatasetSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    recompute: Annotated[str, OneOf(RECOMPUTE)] = "none"
+    """activation checkpointing: what the backward pass computes again in place of keeping it; selective keeps the
+    results of matrix products and of attention, full the inputs of layers alone"""
+    compile: bool = False
+    """compile the decoder's layers with torch.compile; the first steps wait for it"""
+    validate: ValidationSettings = field(default_factory=ValidationSettings)
+    samples: SamplesSettings = field(default_factory=SamplesSettings)
 
 
 def check_settings(op: str, config: TrainConfig, prefix: str = "") -> None:
@@ -92,6 +113,22 @@ def check_settings(op: str, config: TrainConfig, prefix: str = "") -> None:
     if model.heads % model.kv_heads:
         raise ValueError(f"{op}: {prefix}model.kv_heads is {model.kv_heads} and {prefix}model.heads {model.heads}; "
                          "a divisor of heads fits")
+
+
+def check_rows(op: str, optim: OptimSettings, processes: Processes) -> None:
+    """Refuse a batch that the processes cannot split evenly.
+
+    Raises:
+        ValueError: the number of its rows.
+    """
+    ranks, rows = processes.data_ranks, optim.rows
+    if rows % ranks:
+        raise ValueError(f"{op}: optim.rows is {rows}, the rows of a step over all processes, and {ranks} of them take "
+                         f"a part each; a multiple of {ranks} fits; change optim.rows, or how many processes start")
+    if optim.accumulate > rows // ranks:
+        raise ValueError(f"{op}: optim.accumulate is {optim.accumulate} and each of {ranks} processes takes "
+                         f"{rows // ranks} of the {rows} rows of a step; at most {rows // ranks} fits; lower "
+                         "optim.accumulate or raise optim.rows")
 
 
 def build_model(config: TrainConfig, data: TrainingData) -> Transfusion:
@@ -127,73 +164,157 @@ class TransfusionTask:
 
     unit, shown = "tokens", ("text_loss", "diffusion_loss")
 
-    def __init__(self, config: TrainConfig, rows: Rows, base: Transfusion, model: nn.Module):
-        """`model` is `base`, or the adapters around it."""
-        self.config, self.rows, self.base = config, rows, base
+    def __init__(self, config: TrainConfig, rows: Rows, base: Transfusion, model: nn.Module,
+                 processes: Processes = ALONE):
+        """`model` is `base`, or the adapters around it; `rows` are those of this one of the processes."""
+        self.config, self.rows, self.base, self.processes = config, rows, base, processes
         self.size = config.optim.rows * config.optim.seq_len
-        self.player = Player(model, build_optimizer(model, config.optim), build_average(model, config.optim))
-        self.players = (self.player,)
+        self.context = None
+        if processes.context_ranks > 1:
+            self.context = Context(processes.context_group, CONTEXT_ATTENTION[config.parallel.context_by])
+        optimizer = build_optimizer(model, config.optim)
+        images = (p for name, p in model.named_parameters() if is_of_images(name))
+        scale_rates(optimizer, images, config.optim.image_lr)
+        self.player = Player(model, optimizer, Average(model, config.optim.ema))
+        self.players, self.drawn = (self.player,), None
 
     def batches(self, step: int) -> list[Batch]:
-        """Draw a step's rows and times, then split them: what is drawn does not depend on `accumulate`."""
+        """Draw this process's part of a step's rows, and the times of its images, then split them into micro-batches.
+
+        Times and noise are drawn for the images of the whole batch, of which each process and each micro-batch takes
+        its own: what is drawn depends neither on the number of processes nor on `accumulate`. Processes that split the
+        tokens of rows draw the same rows.
+        """
         config, base = self.config, self.base
         generator = step_generator(config.seed, step)
-        sequence, limit, notes = self.rows.draw(step, generator)
+        (sequence, limit, notes), before, totals = self._draw(step, generator)
+        self.drawn = sequence
         tokens = sequence.layout.offsets.diff()
-        times = sample_times(config.optim.times, limit, tokens, base.config.time_shift_tokens, generator)
-        batches, first = [], 0
+        first, after = before["images"], totals["images"] - before["images"] - sequence.image_count
+        times = sample_times(config.optim.times, limit, tokens, base.config.time_shift_tokens, generator,
+                             before=first, after=after)
+        batches, start = [], 0
         for number, part in enumerate(split_rows(sequence, config.optim.accumulate)):
-            seed = torch.tensor([(config.seed + (number << 32)) % 2**63, step])  # noise of its own for each micro-batch
-            inputs = part, times[first:first + part.image_count], seed
-            counts = {"text_loss": len(part.text_targets), "diffusion_loss": int(part.drawn.sum())}
-            batches.append(Batch(inputs, counts, {} if number else notes))
-            first += part.image_count
+            held = part if self.context is None else base.share(part, self.context)
+            inputs = held, times[start:start + part.image_count], torch.tensor([config.seed, step, first + start])
+            batches.append(Batch(inputs, _counts(held), {} if number else notes, totals))
+            start += part.image_count
         return batches
+
+    def _draw(self, step: int, generator: torch.Generator) -> tuple[Drawn, dict[str, int], dict[str, int]]:
+        """This process's rows, and how much the rows before them hold, and all; an error of one ends all processes."""
+        drawn, counts, error = None, dict.fromkeys(("images", "text_loss", "diffusion_loss", "failed"), 0), None
+        try:
+            drawn = self.rows.draw(step, generator)
+            counts = {"images": drawn.sequence.image_count, "failed": drawn.notes.get("failed", 0),
+                      **_counts(drawn.sequence)}
+        except ValueError as caught:
+            error = caught
+        before, totals = self.processes.exchange(counts, error)
+        notes = drawn.notes | {name: totals[name] for name in drawn.notes if name == "failed"}
+        return drawn._replace(notes=notes), before, totals
 
     def losses(self, step: int, batch: Batch) -> Iterator[tuple[Player, dict[str, Term]]]:
         """Text loss + lambda * diffusion loss."""
-        device = self.base.device
+        device = self.processes.device or self.base.device
         sequence, times, seed = (x.to(device) for x in batch.inputs)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.autocast):
             output = self.player.model(sequence, times, seed)
         yield self.player, {"text_loss": Term(1.0, output.text_loss),
                             "diffusion_loss": Term(self.base.config.diffusion_weight, output.diffusion_loss)}
 
+    def operations(self) -> float:
+        """How many the model's mathematics needs of this process for the step drawn last, forward and backward."""
+        parts = work(self.player.model, outline(self.base.config, TuneSettings()), self.drawn)
+        return sum(part.step for part in parts.values()) / self.processes.context_ranks
+
     def save(self, directory: Path, step: int) -> None:
         """Write the averaged model or, where only adapters are trained, those and the way to their model."""
-        (self.player.averaged.module if self.config.optim.ema else self.player.model).save_pretrained(directory)
-        if self.config.tune.trained != "all":
+        player = self.player
+        with player.averaged.applied(player.model):
+            weights = {name: whole(x) for name, x in player.model.state_dict().items()}
+            if is_main():
+                player.model.save_pretrained(directory, state_dict=weights)
+        if self.config.tune.trained != "all" and is_main():
             name_base(directory, self.config.tune.start, self.config.out)
 
 
+def _counts(sequence: Sequence) -> dict[str, int]:
+    """How many things the loss's terms are means over."""
+    return {"text_loss": len(sequence.text_targets), "diffusion_loss": int(sequence.drawn.sum())}
+
+
+def watch(config: TrainConfig, task: TransfusionTask, rows: Rows) -> list[Validation | Samples]:
+    """Make what looks at the run while it trains, and say what that is.
+
+    Raises:
+        ValueError: the data hold out nothing, or there is nothing to draw.
+    """
+    watchers, here, base = [], task.processes, task.base
+    common = {"steps": config.optim.steps, "device": here.device}
+    with here.agreeing():
+        if config.validate.every:
+            held_out = rows.held_out(config.validate.rows)
+            share = None if task.context is None else functools.partial(base.share, context=task.context)
+            watchers.append(Validation(config.validate, held_out, task.player, autocast=config.autocast, share=share,
+                                       rank=here.data_rank, ranks=here.data_ranks, **common))
+        if config.samples.every:
+            given, count = config.samples.prompts, config.samples.count
+            prompts = (held_out_prompts(rows.held_out(4 * count), base.tokenizer, count) if given is None
+                       else read_prompts(given))
+            start = saved_step(config.out) if config.resume else 0
+            watchers.append(Samples(config.samples, prompts, task.player, base, config.out, start=start,
+                                    writes=here.is_main, **common))
+    for watcher in watchers:
+        print(watcher.words(), flush=True)
+    return watchers
+
+
 def train(config: TrainConfig) -> Path:
-    """Run `config` as far as `fit` goes; return the directory with the checkpoint."""
-    check_settings("train", config)
-    inputs = {f"data.{name}": path for name, path in config.data.directories().items()}
-    with claim("train", config.out, {"tune.start": config.tune.start, **inputs}, config.resume):
-        return _train(config)
+    """Run `config` as far as `fit` goes; return the directory with the checkpoint.
+
+    Under torchrun, each of its processes calls this with the same settings.
+    """
+    with start_processes("train", config.parallel, config.device) as processes:
+        with processes.agreeing():
+            check_settings("train", config)
+            check_trackers("train", config.log or ())
+            check_rows("train", config.optim, processes)
+            inputs = {f"data.{name}": path for name, path in config.data.directories().items()}
+        claimed = claim("train", config.out, {"tune.start": config.tune.start, **inputs}, config.resume,
+                        alone=processes.size == 1)
+        with processes.main_holds(claimed):
+            return _train(config, processes)
 
 
-def _train(config: TrainConfig) -> Path:
+def _train(config: TrainConfig, processes: Processes) -> Path:
     # data and model
-    device = choose_device(config.device)
-    data = open_data(config.data, config.model.patch_size if config.tune.start is None else None)
-    base = (build_model(config, data) if config.tune.start is None else start_model(config, data)).to(device)
-    base.vae = base.vae if data.vae is None else data.vae
-    if base.vae is not None:
-        base.vae.to(device)
-    torch.manual_seed(config.seed)  # adapters start at random
-    model = prepare(base, config.tune).train()
-    print(trained_table(model), flush=True)
-    optim = config.optim
-    rows = data.rows(base.tokenizer, base.config, base.vae, rows=optim.rows, seq_len=optim.seq_len, steps=optim.steps)
-    for line in rows.words():
-        print(line, flush=True)
+    with processes.agreeing():
+        device = processes.device or choose_device(config.device)
+        data = open_data(config.data, config.model.patch_size if config.tune.start is None else None)
+        base = (build_model(config, data) if config.tune.start is None else start_model(config, data)).to(device)
+        base.vae = base.vae if data.vae is None else data.vae
+        if base.vae is not None:
+            base.vae.to(device)
+        torch.manual_seed(config.seed)  # adapters start at random
+        model = prepare(base, config.tune).train()
+        checkpoint_layers(base, config.recompute)
+        if config.compile:
+            compile_layers(base)
+        print(trained_table(model), flush=True)
+        optim = config.optim
+        rows = data.rows(base.tokenizer, base.config, base.vae, rows=optim.rows, seq_len=optim.seq_len,
+                         steps=optim.steps, rank=processes.data_rank, ranks=processes.data_ranks)
+        for line in rows.words():
+            print(line, flush=True)
 
     # optimizer and loop
-    task = TransfusionTask(config, rows, base, model)
+    if processes.mesh is not None:
+        model = shard(model, processes.mesh, DTYPES[config.parallel.dtype], offload=config.parallel.offload)
+    task = TransfusionTask(config, rows, base, model, processes)
+    watchers = watch(config, task, rows)
     done = fit("train", config, config.optim, task, lambda step: learning_rate(step, config.optim), fixed=FIXED,
-               epoch=rows.steps_in_epoch)
+               epoch=rows.steps_in_epoch, watchers=watchers, operations=task.operations)
     say_stopped(config, config.optim, done)
     return config.out
 

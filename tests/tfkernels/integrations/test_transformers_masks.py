@@ -67,7 +67,7 @@ def both_masks(rule, compiled=False):
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_is_read_off_exactly_in_blocks_of_rows(rule, monkeypatch):
     rows, theirs = [], masking.sdpa_mask
-    monkeypatch.setattr(integration, "_BLOCK", 2 * 24 * 5)
+    monkeypatch.setattr(integration, "PAIRS", 2 * 24 * 5)
     monkeypatch.setattr(masking, "sdpa_mask", lambda **options: rows.append(options["q_length"]) or theirs(**options))
     got, expected, _ = both_masks(rule)
     assert rows == [5, 5, 5, 5, 4]
@@ -77,7 +77,7 @@ def test_a_rule_is_read_off_exactly_in_blocks_of_rows(rule, monkeypatch):
 
 @pytest.mark.parametrize("rule", ["window", "packing", "images"])
 def test_a_rule_of_plain_runs_travels_as_rows_and_columns_exact_alone(rule, monkeypatch):
-    monkeypatch.setattr(integration, "_BLOCK", 2 * 24 * 5)
+    monkeypatch.setattr(integration, "PAIRS", 2 * 24 * 5)
     assert both_masks(rule)[2].shape == (2, 2, 1, 96)
 
 
@@ -106,7 +106,7 @@ def checker(b, h, i, j):
 
 
 def test_a_rule_that_is_no_meeting_of_intervals_is_refused(monkeypatch):
-    monkeypatch.setattr(integration, "_BLOCK", 2 * 8 * 3)
+    monkeypatch.setattr(integration, "PAIRS", 2 * 8 * 3)
     with pytest.raises(ValueError, match="rows with holes that no column explains"):
         integration.make_mask(2, 8, 8, mask_function=checker, device=DEVICE)
 

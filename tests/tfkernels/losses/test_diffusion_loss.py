@@ -26,7 +26,7 @@ from tfkernels.patches import noise_reference
 from tfkernels.patches.triton import layout as layouts
 from transfusion.diffusion.objective import OBJECTIVES
 
-SEED = torch.tensor([-99, 2**31 + 5], device=DEVICE)
+SEED = torch.tensor([-99, 2**31 + 5, 0], device=DEVICE)
 LONG = {"rows beyond one block": rows_of_tokens([2 * BLOCK + 3, 1, BLOCK], 8 if INTERPRET else 16),
         "one element": uniform(1, 1, 1, 1, patch=1)}
 

@@ -21,7 +21,7 @@ from tfkernels._library import INTERPRET
 from tfkernels.losses.head import _backward, _loss
 from tfkernels.losses.triton import head as kernels
 
-SEED = torch.tensor([-99, 2**31 + 5], device=DEVICE)
+SEED = torch.tensor([-99, 2**31 + 5, 0], device=DEVICE)
 NORMS = ("modulated_layer_norm", "modulated_rms_norm")
 WIDTH = 24 if INTERPRET else 40  # of hidden, where a test does not name another
 PADDED = "tokens, an empty image, padding"

@@ -128,10 +128,12 @@ def test_negative_token_types_are_refused_where_looking_costs_nothing():
 
 @pytest.mark.parametrize(
     "visible",
-    [torch.ones(1, 1, 2, 2), torch.ones(2, 2, dtype=torch.bool), None, "dense", [[[[True], [True, False]]]]],
+    [torch.ones(1, 1, 2, 2), torch.ones(2, dtype=torch.bool), torch.ones(1, 2, 2, 2, dtype=torch.bool), None, "dense",
+     [[[[True], [True, False]]]]],
 )
 def test_dense_masks_that_do_not_fit_are_refused_by_name(visible):
-    with pytest.raises(ValueError, match=r"TransfusionMask.from_dense: visible is .*; a bool tensor \(B, 1, Sq, Sk\)"):
+    with pytest.raises(ValueError, match=r"TransfusionMask.from_dense: visible is .*; a bool tensor \(B, 1, Sq, Sk\), "
+                                         r"\(B, Sq, Sk\) or \(Sq, Sk\), one mask for all heads, fits"):
         TransfusionMask.from_dense(visible)
 
 

@@ -204,14 +204,17 @@ def test_block_diffusion_in_halves_and_interleaved(block_len, blocks):
     check(recipes.block_diffusion(block_len, blocks, device=DEVICE), lambda q, k: formula(order[q], order[k]))
 
 
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=3), st.integers(0, 6), st.integers(0, 4), st.booleans())
-def test_a_cache_with_prefixes_of_different_lengths_equals_rows_of_each_own_mask(cached, query_len, spare, image):
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=3), st.integers(0, 6), st.integers(0, 4), st.booleans(),
+       st.one_of(st.none(), st.integers(1, 20)))
+def test_a_cache_with_prefixes_of_different_lengths_equals_rows_of_each_own_mask(cached, query_len, spare, image,
+                                                                                 window):
     key_len = max(cached) + query_len + spare
-    mask = TransfusionMask.from_cache(torch.tensor(cached, device=DEVICE), query_len, key_len, image=image)
+    mask = TransfusionMask.from_cache(torch.tensor(cached, device=DEVICE), query_len, key_len, image=image,
+                                      window=window)
     rows = torch.arange(query_len)[:, None]
     for row, length in enumerate(cached):
         spans = [(length, length + query_len)] if image else []
-        whole = dense(build([spans], length + query_len))[0, length:]
+        whole = dense(build([spans], length + query_len, window=window))[0, length:]
         assert (torch.equal(dense(mask)[row, :, :length + query_len], whole)
                 and not dense(mask)[row, :, length + query_len:].any())
         columns = (mask.key_since[row].cpu() <= rows) & (rows < mask.key_until[row].cpu())
@@ -222,6 +225,8 @@ def test_lengths_that_do_not_fit_are_refused_by_name():
     with pytest.raises(ValueError,
                        match=r"from_cache: cached_lens is torch.int64 of shape \(1, 1\); an integer tensor \(B,\)"):
         TransfusionMask.from_cache([[3]], 1, 4)
+    with pytest.raises(ValueError, match="from_cache: window is 0; a window of at least 1 key"):
+        TransfusionMask.from_cache([0], 1, 4, window=0)
     with pytest.raises(ValueError, match="from_cache: query_len is 5 and key_len 4"):
         TransfusionMask.from_cache([0], 5, 4)
     for lens, message in (

@@ -9,14 +9,16 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import AutoConfig, AutoModel
 
+import tfkernels.integrations.transformers as integration
 from tests.compare import assert_as_accurate
 from tfkernels import TransfusionMask, attention
 from tfkernels._library import INTERPRET
 from tfkernels.mask import recipes
-from tfkernels.parallel import Cut, cut_by_area, gathered_attention, ring_attention
+from tfkernels.parallel import Cut, SharedMask, cut_by_area, exchange, gathered_attention, ring_attention
 
-SECONDS = 120
+SECONDS = 240
 WAYS = {"gathered": gathered_attention, "ring": ring_attention}
 KINDS = {title: mask for title, mask in recipes.examples() if mask.query_len == mask.key_len}
 HALVES = [[(10, 138), (160, 230)], [(100, 290), (310, 440)]]
@@ -28,6 +30,7 @@ LONG = TransfusionMask.from_spans([[(10, 138), (400, 656)]], 1024, hidden=[[(10,
 OPTIONS = {"plain": {}, "scale": {"scale": 0.3}, "softcap": {"softcap": 2.0}, "both": {"scale": 0.3, "softcap": 5.0}}
 HEADS = (1, 1), (4, 1), (6, 3)
 DTYPES = torch.float64, torch.float32, torch.bfloat16
+FAMILIES = "qwen2", "qwen3"
 
 pytestmark = [
     pytest.mark.skipif(INTERPRET, reason="processes do not see which kernel runs; once, on PyTorch's, is enough"),
@@ -90,6 +93,16 @@ def autocast(way, mask, cut, group):
     return part.dtype, (part - cut.take(whole, rank, 2)).abs().max().item()
 
 
+def kept(way, group):
+    """Bytes that are kept between forward and backward, over those of this rank's q, k, v and output."""
+    cut, sizes = cut_by_area(LONG, 2, 32), []
+    part = [cut.take(x, dist.get_rank(group), 2).requires_grad_() for x in inputs(LONG, 4, 2, torch.float32)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
+        out = WAYS[way](*part[:3], LONG, cut, group)
+    out.sum().backward()
+    return sum(sizes) / sum(x.nbytes for x in part)
+
+
 def repeats(way, group):
     """Whether a second call gives the same bits, gradients too."""
     cut = cut_by_area(HIDDEN, 2, 32)
@@ -115,10 +128,56 @@ def refusals(group):
     return said
 
 
+def of_model(family, way, group, attention_mask=None):
+    """The largest difference of a transformers model's hidden states, in which every other layer has a window."""
+    integration.register()
+    config = AutoConfig.for_model(family, vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                  num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=20,
+                                  layer_types=["sliding_attention", "full_attention"], use_sliding_window=True)
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config, attn_implementation="tfkernels").double()
+    masks = {"full_attention": LONG, "sliding_attention": TransfusionMask.causal(1024, window=20)}
+    cut, rank = cut_by_area(LONG, 2, 32), dist.get_rank(group)
+    shared = {kind: SharedMask(mask, cut, group, WAYS[way]) for kind, mask in masks.items()}
+    row = torch.randn(1, 1024, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(1024)[None]
+    with torch.no_grad():
+        whole = model(inputs_embeds=row, position_ids=positions, transfusion_mask=masks, use_cache=False)[0]
+        part = model(inputs_embeds=cut.take(row, rank), position_ids=cut.take(positions, rank), use_cache=False,
+                     transfusion_mask=shared, attention_mask=attention_mask)[0]
+    return (part - cut.take(whole, rank)).abs().max().item()
+
+
+def padded(group):
+    """What a model says to padding beside the mask that ranks share."""
+    with pytest.raises(ValueError) as error:
+        of_model("qwen3", "gathered", group, torch.arange(512)[None] > 3)
+    return str(error.value)
+
+
+def exchanged(group):
+    """Whether rows arrive in the order of the ranks, and their gradients where they came from; what is refused."""
+    rank = dist.get_rank(group)
+    sent, received = ((1, 2), (0, 3))[rank], ((1, 0), (2, 3))[rank]
+    x = (torch.arange(3.0)[:, None] + 10 * rank).requires_grad_()
+    y = exchange(x, sent, received, group)
+    (y * torch.tensor([1.0, 100.0])[rank]).sum().backward()
+    arrived, factors = ([0.0], [1.0, 2.0, 10.0, 11.0, 12.0])[rank], ([1.0, 100.0, 100.0], [100.0] * 3)[rank]
+    none = exchange(torch.zeros(0, 2), (0, 0), (0, 0), group)
+    none.sum().backward()
+    said = []
+    for counts in (((1,), (1,)), ((1, 1), (0, 3))):
+        with pytest.raises(ValueError, match="exchange: .* fits?") as error:
+            exchange(x, *counts, group)
+        said.append(str(error.value))
+    return y.flatten().tolist() == arrived and x.grad.flatten().tolist() == factors and none.requires_grad, said
+
+
 def of_two(group):
     """All that two processes are asked."""
-    found, cut = {}, cut_by_area(HIDDEN, 2, 32)
+    found, cut = {"exchange": exchanged(group), "padded": padded(group)}, cut_by_area(HIDDEN, 2, 32)
     for way in WAYS:
+        found["model", way] = [of_model(family, way, group) for family in FAMILIES]
         for kind, mask in KINDS.items():
             found["kind", way, kind] = errors(way, mask, cut_by_area(mask, 2, 3), group)
         for name, options in OPTIONS.items():
@@ -130,6 +189,7 @@ def of_two(group):
             found["accuracy", way, dtype] = accuracy(way, LONG, cut_by_area(LONG, 2, 32), group, dtype)
         found["uneven", way] = errors(way, PACKED, Cut((torch.arange(100), torch.arange(100, 512))), group)
         found["nan", way] = errors(way, PACKED, cut, group, padding=torch.nan)
+        found["kept", way] = kept(way, group)
         found["repeats", way] = repeats(way, group)
         found["autocast", way] = autocast(way, LONG, cut_by_area(LONG, 2, 32), group)
     return found | refusals(group)
@@ -206,6 +266,12 @@ def test_gradients_are_the_same_bits_each_time(way, two):
     assert all(rank["repeats", way] for rank in two)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_other_ranks_keys_and_values_are_not_kept_for_backward(way, two):
+    for rank in two:  # beside q, k, v and out there is the LSE, a sixteenth of out
+        assert 1 <= rank["kept", way] <= 1.1
+
+
 def test_gathered_keys_give_the_bits_of_one_process_where_chunks_are_those_of_its_kernel(two):
     for rank in two:
         for dtype in DTYPES:
@@ -244,3 +310,20 @@ def test_a_group_of_one_process_changes_nothing(way, four):
 def test_four_processes_give_what_one_gives(way, four):
     for rank in four:
         assert equal(rank["four", way])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_of_transformers_attends_with_its_tokens_under_a_mask_that_ranks_share(way, two):
+    for rank in two:  # norms are float32 in any model
+        assert max(rank["model", way]) <= 1e-6
+
+
+def test_padding_beside_a_mask_that_ranks_share_is_refused(two):
+    for rank in two:
+        assert rank["padded"].startswith("tfkernels attention: attention_mask is ")
+
+
+def test_rows_go_to_the_ranks_that_they_are_sent_to_and_gradients_come_back(two):
+    for rank in two:
+        arrived, (group, rows) = rank["exchange"]
+        assert arrived and group.startswith("exchange: sent has 1 counts") and rows.startswith("exchange: sent adds up")

@@ -23,7 +23,7 @@ from tfkernels.patches.patchify import _noise_patchify, _noise_patchify_backward
 from tfkernels.patches.triton import layout as layouts
 from tfkernels.patches.triton.patchify import _patchify_bwd, _patchify_fwd
 
-SEED = torch.tensor([1234, 56], device=DEVICE)
+SEED = torch.tensor([1234, 56, 0], device=DEVICE)
 SHAPES = [(3, 4, 8, 6, 2), (1, 1, 1, 1, 1), (2, 3, 8, 12, 4), (2, 5, 6, 9, 3), (4, 1, 7, 5, 1)]
 
 
@@ -138,7 +138,9 @@ def test_noise_is_the_references_and_the_same_in_every_layout_and_batch():
     offsets = torch.tensor([0, 12, 24, 36], dtype=torch.int32, device=DEVICE)
     assert torch.equal(noise_patchify(pack_latents(list(x), 2), signal, noise, SEED), uniform)
     assert torch.equal(noise_patchify(patchify(x, 2), signal, noise, SEED, offsets=offsets), uniform)
-    assert torch.equal(noise_patchify(x[:2], signal[:2], noise[:2], SEED, patch_size=2), uniform[:24])
+    assert torch.equal(noise_patchify(x[:2], signal[:2], noise[:2], SEED[:2], patch_size=2), uniform[:24])
+    second = SEED + torch.tensor([0, 0, 1], device=DEVICE)
+    assert torch.equal(noise_patchify(x[1:], signal[1:], noise[1:], second, patch_size=2), uniform[12:])
     eps = noise_patchify(torch.zeros_like(x), signal, noise, SEED, patch_size=2)
     torch.testing.assert_close(eps, noise_reference(SEED, None, 3, 36, 16)[1], rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(eps, noise_reference(SEED, offsets, 3, 36, 16)[1], rtol=1e-5, atol=2e-6)
@@ -156,11 +158,11 @@ def test_noise_does_not_depend_on_the_tiles_of_the_launch(monkeypatch):
 def test_the_seed_and_the_offset_decide_the_noise():
     x, ones = torch.zeros(2, 3, 8, 8, device=DEVICE), torch.ones(2, device=DEVICE)
     found = [noise_patchify(x, ones, ones, seed, patch_size=2)
-             for seed in (SEED, SEED + torch.tensor([1, 0], device=DEVICE), SEED + torch.tensor([0, 1], device=DEVICE),
-                          1234)]
+             for seed in (*(SEED + torch.tensor(more, device=DEVICE)
+                            for more in ([0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 2])), 1234)]
     assert all((a != b).float().mean() > 0.99 for i, a in enumerate(found) for b in found[:i])
     assert torch.equal(found[0], noise_patchify(x, ones, ones, SEED.clone(), patch_size=2))
-    assert torch.equal(found[3], noise_patchify(x, ones, ones, torch.tensor([1234, 0], device=DEVICE), patch_size=2))
+    assert torch.equal(found[4], noise_patchify(x, ones, ones, torch.tensor([1234, 0], device=DEVICE), patch_size=2))
 
 
 def test_mixed_precision_numbers_are_taken_in_float32():

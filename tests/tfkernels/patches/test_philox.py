@@ -39,8 +39,8 @@ def signed(x, bits):
     return x - 2**bits if x >= 2**(bits - 1) else x
 
 
-def seeds(seed, offset=0):
-    return torch.tensor([seed, offset], device=DEVICE)
+def seeds(seed, offset=0, first=0):
+    return torch.tensor([seed, offset, first], device=DEVICE)
 
 
 def eps(seed, images, rows, dim, dtype=torch.float32):
@@ -81,7 +81,7 @@ def test_the_kernels_words_are_the_known_answers_and_the_references():
 @pytest.mark.parametrize("dim", [1, 3, 16, 37])
 def test_the_kernels_normals_equal_the_references_to_float32_rounding_under_any_tiles(dim):
     image, row = torch.tensor([0, 0, 0, 1, 1, 7, 7, 7, 7]), torch.tensor([0, 1, 2, 0, 1, 0, 1, 2, 100_000])
-    seed = seeds(-2**63 + 12345, 2**32 + 7)
+    seed = seeds(-2**63 + 12345, 2**32 + 7, 5)
     found = [launched(seed, image, row, dim, *tile) for tile in ((4, 16), (1, 64), (16, 4))]
     exact = philox_normal_reference(seed.cpu(), image, row, dim, torch.float64)
     assert (found[0].double() - exact).abs().max() < 4 * torch.finfo(torch.float32).eps * exact.abs().max()
@@ -92,6 +92,7 @@ def test_an_elements_noise_depends_on_its_own_place_only():
     whole = eps(seeds(5, 9), 4, 8, 13)
     some = philox_normal_reference(seeds(5, 9).cpu(), torch.tensor([3, 1]), torch.tensor([2, 7]), 13)
     assert torch.equal(some, whole[[3, 1], [2, 7]])
+    assert torch.equal(eps(seeds(5, 9, 2), 2, 8, 13), whole[2:])
     assert torch.equal(eps(seeds(5, 9), 1, 8, 5), whole[:1, :, :5])
 
 
@@ -140,13 +141,14 @@ def test_no_word_repeats_across_seeds_offsets_and_images_more_often_than_chance(
     assert abs(repeated - pairs) < 5 * math.sqrt(pairs)
 
 
-def test_a_seed_is_an_int_or_a_tensor_of_two():
-    assert seed_tensor("op", -5, torch.device(DEVICE)).tolist() == [-5, 0]
-    seed = seeds(1, 2)
+def test_a_seed_is_an_int_or_a_tensor_of_two_or_three():
+    assert seed_tensor("op", -5, torch.device(DEVICE)).tolist() == [-5, 0, 0]
+    seed = seeds(1, 2, 3)
     assert seed_tensor("op", seed, seed.device) is seed
+    assert seed_tensor("op", seed[:2], seed.device).tolist() == [1, 2, 0]
     for bad, message in ((2**63, "op: seed is 9223372036854775808; an int of 64 bits fits"),
                          (1.5, "op: seed is a float; an int64 tensor"), (True, "seed is a bool"),
-                         (seed.int(), "seed is torch.int32 of shape \\(2,\\)"), (seed[:1], "of shape \\(1,\\)"),
-                         (seed.to("meta"), "on meta; an int64 tensor")):
+                         (seed.int(), "seed is torch.int32 of shape \\(3,\\)"), (seed[:1], "of shape \\(1,\\)"),
+                         (seed.to("meta"), "on meta; an int64 tensor on")):
         with pytest.raises(ValueError, match=message):
             seed_tensor("op", bad, torch.device(DEVICE))

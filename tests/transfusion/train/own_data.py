@@ -11,6 +11,7 @@ from PIL import Image as Picture
 from PIL import ImageDraw
 
 from transfusion.data.mixture_data import MixtureFileSettings
+from transfusion.train.log import CLOCKED
 from transfusion.train.transfusion import ModelSettings, OptimSettings, TrainConfig
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 220)}
@@ -125,4 +126,4 @@ def tiny(out, file, data=None, **changes) -> TrainConfig:
 def losses(out: Path) -> list[dict]:
     """The numbers of a run's log that do not depend on the clock."""
     records = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    return [{key: value for key, value in record.items() if key not in ("seconds", "waited")} for record in records]
+    return [{key: value for key, value in record.items() if key not in CLOCKED} for record in records]

@@ -43,6 +43,7 @@ from transfusion.train.autoencoder import (
 )
 from transfusion.train.autoencoder_losses import PatchDiscriminator, discriminator_loss
 from transfusion.train.checkpoint import load_state
+from transfusion.train.log import CLOCKED
 from transfusion.train.transfusion import ModelSettings, OptimSettings, TrainConfig
 from transfusion.train.transfusion import train as train_transfusion
 
@@ -56,7 +57,7 @@ def tiny(out, **changes):
 
 
 def log(out):
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"}
+    return [{key: value for key, value in json.loads(line).items() if key not in CLOCKED}
             for line in (out / "log.jsonl").read_text().splitlines()]
 
 

@@ -11,14 +11,15 @@ from safetensors.torch import load_file
 from tests.transfusion.conftest import tiny_model
 from tests.transfusion.train.test_autoencoder import tiny as tiny_autoencoder
 from tests.transfusion.train.test_transfusion import small
+from tfkernels import noise_patchify
 from transfusion import Image, Text
 from transfusion.command import saved_run
 from transfusion.data.batches import Drawn
-from transfusion.sequence import encode, lay_out
+from transfusion.sequence import encode, lay_out, split_rows
 from transfusion.train import transfusion as trainer
 from transfusion.train.autoencoder import train as train_autoencoder
+from transfusion.train.log import CLOCKED
 from transfusion.train.loop import accumulate
-from transfusion.train.micro_batches import split_rows
 from transfusion.train.optimizer import Player
 from transfusion.train.settings import OptimizerSettings, StepSettings, check_steps, defaults
 from transfusion.train.transfusion import OptimSettings, TransfusionTask, train
@@ -55,20 +56,19 @@ def test_micro_batches_hold_the_rows_of_the_batch(parts):
         row = rows.stop
 
 
-def gradients(monkeypatch, tmp_path, parts, autocast=False):
-    """A step's losses and gradients in `parts` micro-batches; images are at time 0 and predict themselves: no noise."""
+def gradients(tmp_path, parts):
+    """A step's losses and gradients in `parts` micro-batches."""
     config = small(tmp_path, optim=OptimSettings(rows=4, seq_len=64, accumulate=parts))
-    model = tiny_model("x0").train()
+    model = tiny_model().train()
     rows = SimpleNamespace(draw=lambda step, generator: Drawn(uneven_rows(model), torch.ones(4), {}))
-    monkeypatch.setattr(trainer, "sample_times", lambda kind, limit, *_: torch.zeros_like(limit))
     means, playing, _ = accumulate(TransfusionTask(config, rows, model, model), 0)
     assert [player.model for player in playing] == [model]
     return means, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("parts", [2, 3, 4])
-def test_losses_and_gradients_of_very_uneven_micro_batches_are_those_of_the_whole_batch(monkeypatch, tmp_path, parts):
-    (means, grads), (expected_means, expected) = (gradients(monkeypatch, tmp_path, n) for n in (parts, 1))
+def test_losses_and_gradients_of_very_uneven_micro_batches_are_those_of_the_whole_batch(tmp_path, parts):
+    (means, grads), (expected_means, expected) = (gradients(tmp_path, n) for n in (parts, 1))
     assert (means.keys() == expected_means.keys() == {"loss", "text_loss", "diffusion_loss"}
             and grads.keys() == expected.keys())
     for name, mean in means.items():
@@ -78,7 +78,7 @@ def test_losses_and_gradients_of_very_uneven_micro_batches_are_those_of_the_whol
     assert max(grad.abs().max() for grad in expected.values()) > 0.01
 
 
-def test_each_micro_batch_has_noise_of_its_own_and_accumulation_draws_the_same_documents(tmp_path):
+def test_micro_batches_have_the_documents_the_times_and_the_noise_of_the_whole_batch(tmp_path):
     data, model = trainer.open_data(small(tmp_path).data), tiny_model()
     rows = data.rows(model.tokenizer, model.config, None, rows=4, seq_len=64, steps=12)
     configs = [small(tmp_path, optim=OptimSettings(rows=4, seq_len=64, accumulate=n)) for n in (1, 4)]
@@ -86,8 +86,14 @@ def test_each_micro_batch_has_noise_of_its_own_and_accumulation_draws_the_same_d
     assert len(whole) == 1 and len(parts) == 4
     assert torch.equal(torch.cat([batch.inputs[0].tokens for batch in parts]), whole[0].inputs[0].tokens)
     assert torch.equal(torch.cat([batch.inputs[1] for batch in parts]), whole[0].inputs[1])
-    seeds = [tuple(batch.inputs[2].tolist()) for batch in parts]
-    assert len(set(seeds)) == 4 and seeds[0] == tuple(whole[0].inputs[2].tolist()) == (0, 5)
+
+    def noise(batch):
+        sequence, _, seed = batch.inputs
+        still = torch.zeros(sequence.image_count)
+        return noise_patchify(sequence.patches, still, still + 1, seed, offsets=sequence.layout.offsets)
+
+    assert torch.equal(torch.cat([noise(batch) for batch in parts]), noise(whole[0]))
+    assert len(noise(whole[0]).unique(dim=0)) == len(whole[0].inputs[0].patches)
     totals = Counter()
     for batch in parts:
         totals.update(batch.counts)
@@ -95,7 +101,7 @@ def test_each_micro_batch_has_noise_of_its_own_and_accumulation_draws_the_same_d
 
 
 def records(out):
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"}
+    return [{key: value for key, value in json.loads(line).items() if key not in CLOCKED}
             for line in (out / "log.jsonl").read_text().splitlines()]
 
 
@@ -200,11 +206,14 @@ def test_other_defaults_leave_the_other_options_and_the_base_class_as_they_are()
 
 @pytest.mark.parametrize("optim,message", [
     (OptimSettings(lr=1e-5), "op: optim.min_lr is 1.5e-05 and optim.lr 1e-05; at most lr fits"),
+    (OptimSettings(steps=100, warmup=90, schedule="wsd", decay_share=0.2),
+     "op: optim.warmup is 90 and optim.decay_share 0.2 of 100 steps; at most 80 steps of warm-up fit"),
     (OptimSettings(rows=2, accumulate=3), "op: optim.accumulate is 3 and optim.rows 2; at most rows fits")])
 def test_settings_of_steps_that_do_not_fit_each_other_are_refused_by_name(optim, message):
     with pytest.raises(ValueError, match=message):
         check_steps("op", optim, "rows", "optim.")
     check_steps("op", OptimSettings(lr=1.5e-5, rows=2, accumulate=2), "rows", "optim.")
+    check_steps("op", OptimSettings(lr=1e-5, schedule="constant"), "rows", "optim.")
     assert issubclass(OptimSettings, OptimizerSettings)
 
 

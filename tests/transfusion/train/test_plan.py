@@ -18,9 +18,10 @@ from transfusion.model.transfusion import Transfusion
 from transfusion.recipes.digits import digits
 from transfusion.recipes.paper import PAPER, paper
 from transfusion.train.activations import Activations, outline, storage, trace
+from transfusion.train.average import Average
 from transfusion.train.estimates import Sizes, memory, messages, sizes, work
 from transfusion.train.gpus import GPUS
-from transfusion.train.optimizer import build_average, build_optimizer
+from transfusion.train.optimizer import build_optimizer
 from transfusion.train.plan import PlanSettings, plan, report
 from transfusion.train.plan_model import SHAPES, planned_config, planned_rows
 from transfusion.train.transfusion import OptimSettings
@@ -87,7 +88,7 @@ def test_memory_of_a_step_is_planned_within_5_percent(backbone, image_layers, tr
 
     rows, optim = rows_of(config, ROWS), OptimSettings()
     model = prepare(Transfusion(config), tune).train()
-    optimizer, averaged = build_optimizer(model, optim), build_average(model, optim)
+    optimizer, averaged = build_optimizer(model, optim), Average(model, optim.ema)
     times, seed = torch.full((rows.image_count,), 0.5), torch.tensor([1, 2])
 
     def loss():
@@ -100,20 +101,20 @@ def test_memory_of_a_step_is_planned_within_5_percent(backbone, image_layers, tr
         optimizer.step()
         gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
         model.zero_grad()
-        averaged.update_parameters(model)
+        averaged.update(model)
         return gradients
 
     assert saved_bytes(model, loss) == pytest.approx(planned.activations.everything + planned.activations.copies,
                                                      rel=0.05)
     assert step() == pytest.approx(planned.gradients, rel=0.05)
     weights = sum(p.nbytes for p in model.parameters())
-    both = {storage(p): p.nbytes for p in [*model.parameters(), *averaged.parameters()]}
+    averages = sum(x.nbytes for x in averaged.tensors.values())
     moments = sum(x.nbytes for state in optimizer.state.values() for x in state.values())
     assert weights == planned.weights and moments == pytest.approx(planned.moments, rel=0.05)
-    assert sum(both.values()) - weights == pytest.approx(planned.averages, rel=0.05)
+    assert averages == planned.averages
     with InUse() as used:
         step()
-    kept = sum(both.values()) + moments
+    kept = weights + averages + moments
     assert kept + used.most == pytest.approx(planned.peak(planned.activations.everything), rel=0.05)
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tests.transfusion.conftest import tiny_model
 from tests.transfusion.train.kills import in_a_child
 from transfusion import Transfusion
-from transfusion.command import Interrupt, plain_errors, saved_step
+from transfusion.command import ENDS, Interrupt, plain_errors, saved_step
 from transfusion.device import choose_device
 from transfusion.files import locked
 from transfusion.model.lora import TuneSettings
@@ -104,14 +104,14 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(tmp_path, signum):
     assert saved >= 1 and len(losses(tmp_path)) == saved and (tmp_path / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_before_the_first_step_ends_a_command_in_one_line_and_leaves_nothing(tmp_path, monkeypatch, signum):
     monkeypatch.setattr("transfusion.train.transfusion.build_model", lambda *_: os.kill(os.getpid(), signum))
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    before = [signal.getsignal(number) for number in (signal.SIGINT, *ENDS)]
     with pytest.raises(SystemExit, match=f"^stopped: by {signum.name}$"), plain_errors():
         train(small(tmp_path / "run"))
     assert (not (tmp_path / "run").exists()
-            and before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)])
+            and before == [signal.getsignal(number) for number in (signal.SIGINT, *ENDS)])
 
 
 def test_signals_that_are_ignored_stay_so_and_a_second_one_stops_at_once():
@@ -126,6 +126,20 @@ def test_signals_that_are_ignored_stay_so_and_a_second_one_stops_at_once():
                 os.kill(os.getpid(), signal.SIGTERM)
     finally:
         signal.signal(signal.SIGHUP, previous)
+
+
+def test_sigusr1_asks_to_stop_as_often_as_it_comes_also_where_a_launcher_ignores_it():
+    previous = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        with plain_errors(), Interrupt() as stop:
+            for signum in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
+                os.kill(os.getpid(), signum)
+                assert stop.asked
+            with pytest.raises(KeyboardInterrupt, match="at once, by SIGTERM"):
+                os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
 
 
 def test_a_run_resumes_only_with_its_own_settings(tmp_path):
@@ -261,14 +275,6 @@ def test_a_second_run_in_the_same_directory_is_refused(tmp_path):
         ValueError, match=f"train: .* is in use by process {os.getpid()} on "
     ):
         other.submit(train, small(tmp_path)).result()
-
-
-@pytest.mark.parametrize("name,value", [("WORLD_SIZE", "2"), ("RANK", "1")])
-def test_one_of_several_processes_is_refused_and_writes_nothing(tmp_path, monkeypatch, name, value):
-    monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=f"train: {name} is {value}, as torchrun sets it; one process trains a run"):
-        train(small(tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
 
 
 def test_an_out_that_does_not_fit_is_refused_before_the_model_is_built(tmp_path, monkeypatch):

@@ -13,9 +13,8 @@ from tests.transfusion.conftest import tiny_model
 from transfusion import Image, Text
 from transfusion.model.backbone import Backbone
 from transfusion.model.lora import TuneSettings, prepare
-from transfusion.sequence import encode, lay_out
+from transfusion.sequence import encode, lay_out, split_rows
 from transfusion.train.loop import Batch, Term, accumulate, clip_gradients
-from transfusion.train.micro_batches import split_rows
 from transfusion.train.optimizer import Player
 from transfusion.train.parallel import shard, whole
 

@@ -2,7 +2,8 @@
 import torch
 from torch import Tensor
 
-from transfusion.sequence import ImageLayout, Modality, Sequence
+from transfusion.sequence.layout import ImageLayout, Modality
+from transfusion.sequence.packing import Sequence
 
 
 def split_rows(sequence: Sequence, parts: int) -> list[Sequence]:

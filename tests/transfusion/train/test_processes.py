@@ -1,0 +1,176 @@
+"""A run of several processes learns what a run of one learns, prints and writes once, and ends as one."""
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.transfusion.model.test_vae import autoencoder
+from tests.transfusion.train.own_data import paint, write_lines, write_mixture
+from tests.transfusion.train.several import digits, layouts, runs
+from transfusion import Transfusion
+from transfusion.command import claim, saved_step
+from transfusion.train import processes
+from transfusion.train.processes import ParallelSettings, start_processes
+from transfusion.train.transfusion import train
+
+LIMIT = 300  # seconds for processes that torchrun starts
+
+
+def torchrun(count, *command, limit=LIMIT):
+    """What a command gives that torchrun starts `count` times; where it takes too long, all of it is killed."""
+    variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path.cwd())}
+    started = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone", *command],
+        env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        return (*started.communicate(timeout=limit), started.returncode)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"{count} processes took more than {limit} s: they wait for each other")
+    finally:
+        for child in subprocess.run(["ps", "-o", "pid=", "-s", str(started.pid)], capture_output=True,
+                                    text=True).stdout.split():
+            os.kill(int(child), signal.SIGKILL)
+        started.kill()
+
+
+def log(out):
+    return list(map(json.loads, (out / "log.jsonl").read_text().splitlines()))
+
+
+def assert_same_losses(found, expected):
+    """Equal in 6 digits: sums of another order round otherwise."""
+    assert [record["step"] for record in found] == [record["step"] for record in expected]
+    for one, other in zip(found, expected):
+        for name in ("loss", "text_loss", "diffusion_loss", "grad_norm"):
+            assert one[name] == pytest.approx(other[name], rel=3e-6, abs=1e-6), f"step {one['step']}, {name}"
+
+
+def write_data(folder):
+    """A mixture of pictures, and the autoencoder of its latents."""
+    write_lines(folder / "pairs.jsonl", paint(24))
+    write_mixture(folder / "mix.yaml", {"format": "pairs", "path": "pairs.jsonl"})
+    torch.manual_seed(0)
+    autoencoder(latent_channels=4).save_pretrained(folder / "vae")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A folder with the runs of one process."""
+    folder = write_data(tmp_path_factory.mktemp("alone"))
+    for config in runs(folder).values():
+        train(dataclasses.replace(config, parallel=ParallelSettings(), compile=False, recompute="none"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """A folder with the runs of two processes, and what they printed."""
+    folder = write_data(tmp_path_factory.mktemp("together"))
+    out, err, status = torchrun(2, "-m", "tests.transfusion.train.several", str(folder))
+    assert status == 0, err
+    return folder, out, err
+
+
+@pytest.mark.parametrize("name", list(runs(Path("."))))
+def test_two_processes_log_the_losses_of_one(alone, together, name):
+    assert_same_losses(log(together[0] / name), log(alone / name))
+
+
+def test_two_processes_skip_the_steps_that_one_skips(alone, together):
+    """The guard is so narrow here that common steps are spikes; image layers have a learning rate of their own."""
+    found, expected = ([record.get("skipped") for record in log(folder / "guarded")] for folder in (together[0], alone))
+    assert found == expected and 0 < sum(map(bool, found)) < len(found)
+
+
+def test_four_processes_log_the_losses_of_one_in_every_layout(alone, tmp_path):
+    _, err, status = torchrun(4, "-m", "tests.transfusion.train.several", str(tmp_path))
+    assert status == 0, err
+    for config in layouts(tmp_path).values():
+        assert_same_losses(log(config.out), log(alone / "digits"))
+
+
+def test_accumulation_changes_no_loss(alone):
+    assert_same_losses(log(alone / "accumulated"), log(alone / "digits"))
+    assert_same_losses(log(alone / "mixture, accumulated"), log(alone / "mixture"))
+
+
+def test_two_processes_save_the_checkpoint_of_one(alone, together):
+    for name in ("digits", "mixture"):
+        found, expected = (Transfusion.from_pretrained(folder / name) for folder in (together[0], alone))
+        for (name, x), (_, y) in zip(found.state_dict().items(), expected.state_dict().items(), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4, msg=name)
+    assert not (together[0] / "digits" / ".lock").exists()
+
+
+def test_one_process_prints(together):
+    _, out, err = together
+    assert out.count("a process speaks") == 2 and out.count("steps of 384 tokens at") == len(runs(Path("."))) + 3
+    assert err.count("stopped after step 3 of 5") == 1
+
+
+@pytest.mark.parametrize("name,said", [
+    ("product", "train: parallel.replicate is 3 and parallel.context 1, and 2 processes were started; numbers whose"),
+    ("rows", "train: optim.rows is 3, the rows of a step over all processes, and 2 of them take a part each; a multi"),
+    ("device", "train: device is 'cpu:0' and there are 2 processes, each of which takes a GPU of its own; 'cpu' fits"),
+    ("taken", "which holds a run of 5 steps; --resume goes on with it"),
+    ("failed", "data: too many files are gone (said by process 1 of 2)"),
+    ("mixture failed", "data: too many files are gone (said by process 1 of 2)"),
+])
+def test_an_error_of_one_process_ends_all_of_them_and_the_main_one_says_it(together, name, said):
+    folder = together[0]
+    first, second = ((folder / f"{name} {rank}.txt").read_text() for rank in (0, 1))
+    assert first.startswith("ValueError: ") and said in first and second == "SystemExit: 1"
+    assert not (folder / "refused").exists()
+
+
+def test_what_was_trained_before_the_data_ended_is_saved(together):
+    assert saved_step(together[0] / "failed") == 3 and saved_step(together[0] / "mixture failed") == 2
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(alone, together):
+    assert saved_step(together[0] / "stopped") == 3
+    assert_same_losses(log(together[0] / "stopped"), log(alone / "digits")[:3])
+
+
+@pytest.mark.parametrize("flags,said", [
+    (["--parallel.shard", "4"], "error: train: parallel.shard is 4, parallel.replicate is 1"),
+    (["--parallel.shrad", "2"], "Unrecognized options: --parallel.shrad"),
+])
+def test_settings_that_do_not_fit_end_torchrun_with_one_message(tmp_path, flags, said):
+    _, err, status = torchrun(2, "-m", "transfusion.train", "digits", "--out", str(tmp_path / "run"), "--device", "cpu",
+                              *flags, limit=120)
+    assert status and err.count(said) == 1, err
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_do_not_meet_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "MEETING", processes.datetime.timedelta(seconds=2))
+    for name, value in dict(WORLD_SIZE="2", RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29677").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="train: WORLD_SIZE is 2, and its processes did not meet within 2 s"):
+        train(digits(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_starts_no_communication_and_refuses_layouts_of_several(tmp_path):
+    with start_processes("train", ParallelSettings()) as alone:
+        assert alone == processes.Processes() and alone.is_main and not torch.distributed.is_initialized()
+    with pytest.raises(ValueError, match="train: parallel.replicate is 1 and parallel.context 2, and one process was "
+                                         "started; numbers whose product is 1 fit"):
+        train(digits(tmp_path / "run", ParallelSettings(context=2)))
+
+
+@pytest.mark.parametrize("name,value", [("WORLD_SIZE", "2"), ("RANK", "1")])
+def test_other_commands_refuse_to_be_one_of_several_processes(tmp_path, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    message = f"vae train: {name} is {value}, as torchrun sets it; this command is one "
+    with pytest.raises(ValueError, match=message), claim("vae train", tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run").exists()
