@@ -11,6 +11,7 @@ SESSION = pytest.StashKey()
 
 
 def pytest_addoption(parser):
+    """The options of the command line."""
     group = parser.getgroup("ptxrun", "compiled Triton kernels without a GPU")
     group.addoption("--emulate", metavar="sm_90", help="run compiled kernels for this architecture in an emulator")
     group.addoption("--races", action="store_true", help="with --emulate: look for races")
@@ -21,6 +22,7 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config):
+    """Put the driver in place."""
     options = early_config.known_args_namespace
     if options.emulate:
         from ptxrun import emulate
@@ -31,17 +33,20 @@ def pytest_load_initial_conftests(early_config):
 
 
 def pytest_collection_finish(session):
+    """Let operators run their CUDA implementation, now that all are registered."""
     if SESSION in session.config.stash:
         from ptxrun import operators_on_cpu
         operators_on_cpu()
 
 
 def pytest_unconfigure(config):
+    """Give Triton its own driver back."""
     if SESSION in config.stash:
         config.stash[SESSION][0].close()
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    """List the kernels."""
     if SESSION not in config.stash or not config.stash[SESSION][1].kernels:
         return
     emulation = config.stash[SESSION][1]
