@@ -1,6 +1,7 @@
 # make demo   train on handwritten digits, draw, read, measure (minutes on two CPU cores)
 # make test   lint and test
 # make bench  what can be measured without a GPU
+# make emulate  the kernels' bfloat16 tests on their compiled code, without a GPU
 # make gpu    tests and benchmarks on a CUDA machine
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +11,7 @@ TORCH := $(shell grep '^torch==' $(CONSTRAINTS))
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 export TRITON_DEFAULT_FP_FUSION ?= 1
 
-.PHONY: demo test bench gpu clean
+.PHONY: demo test emulate bench gpu clean
 
 demo: .venv/ready
 	$(BIN)/python -m transfusion.demo
@@ -23,6 +24,13 @@ ifeq ($(CUDA),cpu)
 else
 	$(BIN)/python -m pytest -q
 endif
+
+EMULATED := tests/tfkernels/mask/test_mask_build.py tests/tfkernels/attention/test_attention.py
+BFLOAT16 := test_errs_at_most and dtype2 or test_hidden_spans and dtype2 or test_equals_its_reference
+
+emulate: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p ptxrun.plugin --emulate sm_80 --races -q -n 2 $(EMULATED) -k "$(BFLOAT16)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p ptxrun.plugin --emulate sm_90 --races -q -n 2 $(EMULATED) -k "$(BFLOAT16)"
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.attention --cpu --out benchmarks/results

@@ -1,4 +1,4 @@
-"""Package metadata of tfkernels and transfusion; tools are configured in pyproject.toml."""
+"""Package metadata of tfkernels, transfusion and ptxrun; tools are configured in pyproject.toml."""
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -18,7 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=find_packages(include=["tfkernels*", "transfusion*"]),
+    packages=find_packages(include=["tfkernels*", "transfusion*", "ptxrun*"]),
     package_data={"transfusion.recipes": ["assets/emoji/*", "assets/emoji/licences/*"]},
     install_requires=[
         "torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "numpy", "transformers>=5.17,<6", "tokenizers>=0.22",

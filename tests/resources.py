@@ -27,6 +27,8 @@ FLOAT32 = (
 ELEMENT = {2: "bf16", 4: "fp32"}
 TENSOR_CORE = re.compile(r"^\s*(?:@%\w+ )?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", re.MULTILINE)
 LOCAL_MEMORY = re.compile(r"\b(?:STL|LDL)\b")
+BUTTERFLY = re.compile(r"\bshfl\.sync\.bfly\.b32\s+(%\w+)")
+FUSED = re.compile(r"\bfma\.rn(?:\.ftz)?\.f32\s+%\w+, [^,;]+, [^,;]+, (%\w+);")
 COPY = re.compile(r"\bcp\.async\.(?:ca|cg|bulk)\b")
 
 
@@ -39,6 +41,7 @@ class Resources(NamedTuple):
     tensor_core: dict[str, int]  # multiply instructions: how many of each
     loops: int  # innermost loops with a multiply instruction
     pipelined: int  # how many of them also start an asynchronous copy to shared memory
+    uneven_sums: int = 0  # fused steps of a butterfly, behind which lanes of one row may differ in the last bit
 
     def fit(self, architecture: int) -> bool:
         """Whether nothing spills and a block's shared memory is within the limit of the architecture's cards."""
@@ -55,7 +58,7 @@ def argument_type(name: str, element: str) -> str:
         return "*fp32"
     if name.endswith("_ptr"):
         return f"*{element}"
-    return "fp32" if name in ("scale", "softcap", "eps") else "i32"
+    return "fp32" if name in ("scale", "softcap", "smoothing", "z_loss", "eps") else "i32"
 
 
 def output(*command: str) -> str:
@@ -73,7 +76,8 @@ def innermost_loops(ptx: str) -> list[str]:
     return [ptx[start:end] for start, end in ends.items() if not any(start < s and e < end for s, e in ends.items())]
 
 
-def compiled(kernel, constants: dict, config: Config, architecture: int, element: str, float32: tuple[str, ...]):
+def compiled(kernel, constants: dict, config: Config, architecture: int, element: str, float32: tuple[str, ...],
+             fuses: bool = True):
     """Compile `kernel` for sm_`architecture` as a launch with the usual layouts would."""
     def kind(name: str) -> str:
         if name in constants:
@@ -83,7 +87,7 @@ def compiled(kernel, constants: dict, config: Config, architecture: int, element
     signature = {p.name: kind(p.name) for p in kernel.params}
     divisible = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.params)
                  if p.name.startswith("stride_") and not p.do_not_specialize or p.name.endswith("_ptr")}
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True,
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": fuses,
                "maxnreg": config.max_registers}
     source = ASTSource(kernel, signature, constants, divisible)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
@@ -102,17 +106,26 @@ def registers_and_spills(cubin: bytes) -> tuple[int, int]:
     return int(re.search(r"REG:(\d+)", usage)[1]), spills
 
 
+def uneven_sums(ptx: str) -> int:
+    """Count the fused sums whose addend comes from another lane: the product beside it is not rounded, that lane's was.
+
+    A register's name is defined once in what Triton emits, so that names are enough.
+    """
+    return len([addend for addend in FUSED.findall(ptx) if addend in set(BUTTERFLY.findall(ptx))])
+
+
 def resources(kernel, constants: dict, config: Config, *, architecture: int, element_size: int,
-              float32: tuple[str, ...] = ()) -> Resources:
+              float32: tuple[str, ...] = (), fuses: bool = True) -> Resources:
     """Compile `kernel` with its constexprs `constants` and the warps and stages of `config` for sm_`architecture`.
 
-    `float32` names arguments that hold float32 in this kernel and data in others.
+    `float32` names arguments that hold float32 in this kernel and data in others. `fuses` is false where the launch
+    says ROUNDED_PRODUCTS.
     """
-    built = compiled(kernel, constants, config, architecture, ELEMENT[element_size], float32)
+    built = compiled(kernel, constants, config, architecture, ELEMENT[element_size], float32, fuses)
     registers, spills = registers_and_spills(built.asm["cubin"])
     ptx = built.asm["ptx"]
     found = [m.strip().split(" ")[-1] for m in TENSOR_CORE.findall(ptx)]
     loops = [loop for loop in innermost_loops(ptx) if TENSOR_CORE.search(loop)]
     return Resources(
         registers, spills, built.metadata.shared, {name: found.count(name) for name in sorted(set(found))},
-        len(loops), sum(COPY.search(loop) is not None for loop in loops))
+        len(loops), sum(COPY.search(loop) is not None for loop in loops), uneven_sums(ptx))

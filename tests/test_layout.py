@@ -22,6 +22,7 @@ ORDER = (
     "tfkernels",
     "tfkernels.integrations",
     "transfusion.settings",
+    "transfusion.locks",
     "transfusion.files",
     "transfusion.command",
     "transfusion.device",
@@ -34,7 +35,27 @@ ORDER = (
     "transfusion.eval",
     "transfusion.train",
     "transfusion.recipes",
+    "ptxrun.errors",
+    "ptxrun.numbers",
+    "ptxrun.ptx",
+    "ptxrun.registers",
+    "ptxrun.memory",
+    "ptxrun.threads",
+    "ptxrun.barriers",
+    "ptxrun.races",
+    "ptxrun.conflicts",
+    "ptxrun.tensor_map",
+    "ptxrun.traffic",
+    "ptxrun.schedule",
+    "ptxrun.instructions",
+    "ptxrun.machine",
+    "ptxrun.launch",
+    "ptxrun.driver",
+    "ptxrun",
+    "ptxrun.plugin",
 )
+ROOMS = ("tfkernels", "transfusion", "ptxrun")
+KNOW_NOTHING_OF = {"tfkernels": ("ptxrun",), "transfusion": ("ptxrun",), "ptxrun": ("tfkernels", "transfusion")}
 ENTRIES = (  # what people start; these may import everything, and nothing imports them
     "transfusion.cli",
     "transfusion.sample",
@@ -56,8 +77,8 @@ def name_of(path):
 def place(module):
     """The place in ORDER of a module of the packages, None where it has none; the last place is that of ENTRIES.
 
-    A module belongs to the longest name in ORDER that it is or lies in. The packages' own names, "tfkernels" and
-    "transfusion", stand for their `__init__.py` alone.
+    A module belongs to the longest name in ORDER that it is or lies in. The packages' own names,
+    "tfkernels", "transfusion" and "ptxrun", stand for their `__init__.py` alone.
     """
     if module in ENTRIES:
         return len(ORDER)
@@ -95,7 +116,7 @@ def files(*folders):
     return pytest.mark.parametrize("path", found, ids=lambda path: str(path.relative_to(ROOT)))
 
 
-@files("tfkernels", "transfusion")
+@files(*ROOMS)
 def test_imports_point_down(path):
     where, here = path.relative_to(ROOT), place(name_of(path))
     assert here is not None, (
@@ -103,7 +124,10 @@ def test_imports_point_down(path):
         "or the file in ENTRIES if people start it")
     for line, module in imported(path):
         assert module.split(".")[0] not in APART, f"{where}:{line} imports {module}; packages import none of {APART}"
-        if module.split(".")[0] in ("tfkernels", "transfusion"):
+        if module.split(".")[0] in ROOMS:
+            assert module.split(".")[0] not in KNOW_NOTHING_OF[where.parts[0]], (
+                f"{where}:{line} imports {module}; the emulator and the packages that it tests know nothing of each "
+                "other")
             there = place(module)
             assert there is not None, f"{where}:{line} imports {module}, which has no place in ORDER"
             assert there <= here, (
@@ -117,7 +141,7 @@ def test_every_layer_and_entry_is_there():
         assert path.with_suffix(".py").is_file() or (path / "__init__.py").is_file(), f"there is no {module}"
 
 
-@files("tfkernels", "transfusion")
+@files(*ROOMS)
 def test_every_module_class_and_public_function_says_what_it_is(path):
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree), f"{path.relative_to(ROOT)} has no docstring"
@@ -126,7 +150,7 @@ def test_every_module_class_and_public_function_says_what_it_is(path):
             assert ast.get_docstring(node), f"{path.relative_to(ROOT)}:{node.lineno} {node.name} has no docstring"
 
 
-@files("tfkernels", "transfusion", "benchmarks", "examples")
+@files(*ROOMS, "benchmarks", "examples")
 def test_files_and_functions_are_short_enough_to_read_at_once(path):
     text, where = path.read_text(), path.relative_to(ROOT)
     lines = len(text.splitlines())

@@ -20,10 +20,13 @@ from tfkernels.attention import (
 )
 from tfkernels.losses import (
     LinearCrossEntropy,
+    LinearCrossEntropyLSE,
     diffusion_loss,
     diffusion_loss_reference,
     linear_cross_entropy,
     linear_cross_entropy_reference,
+    linear_cross_entropy_with_lse,
+    linear_cross_entropy_with_lse_reference,
     min_snr_weight,
     modulated_layer_norm_diffusion_loss,
     modulated_layer_norm_diffusion_loss_reference,
@@ -64,6 +67,7 @@ _REFERENCES = (
     gated_residual_reference,
     gated_residual_rms_norm_reference,
     linear_cross_entropy_reference,
+    linear_cross_entropy_with_lse_reference,
     modulated_layer_norm_diffusion_loss_reference,
     modulated_layer_norm_reference,
     modulated_rms_norm_diffusion_loss_reference,
@@ -75,6 +79,7 @@ _REFERENCES = (
 __all__ = [
     "AttentionOutput",
     "LinearCrossEntropy",
+    "LinearCrossEntropyLSE",
     "PackedLatents",
     "ResidualNorm",
     "RotatedQK",
@@ -87,6 +92,7 @@ __all__ = [
     "gated_residual_rms_norm",
     "grid_positions",
     "linear_cross_entropy",
+    "linear_cross_entropy_with_lse",
     "min_snr_weight",
     "modulated_layer_norm",
     "modulated_layer_norm_diffusion_loss",

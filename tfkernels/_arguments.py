@@ -1,6 +1,7 @@
 """What callers give the public functions, checked in one way and told in one form: tensors, numbers, and values where
 looking at them is free."""
 import math
+import numbers
 import operator
 
 import torch
@@ -47,6 +48,13 @@ def need_eps(op: str, eps) -> float:
     if isinstance(eps, bool) or not isinstance(eps, (int, float, torch.SymFloat)) or not 0 <= eps < math.inf:
         raise ValueError(f"{op}: eps is {shown(eps)}; 0 or more fits, a finite number")
     return float(eps)
+
+
+def need_between(op: str, name: str, x, least: float, most: float, fits: str, *, ends: bool = True) -> None:
+    """Refuse what is no number from `least` to `most`, the `ends` included or not; NaN and bools are none."""
+    number = isinstance(x, (int, float, numbers.Real, torch.SymFloat)) and not isinstance(x, bool)
+    if not number or not (least <= x <= most if ends else least < x < most):
+        raise ValueError(f"{op}: {name} is {shown(x)}; {fits}")
 
 
 def need_integers(op: str, name: str, x, shape: str, device=None, *, flags: bool = False) -> Tensor:

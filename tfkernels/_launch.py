@@ -13,6 +13,9 @@ from tfkernels._library import INTERPRET
 ARCHITECTURES = (80, 90, 100)
 # bytes a block may use; the 80 rows also fit the 99 KiB of sm_86, sm_89 and sm_120
 SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}
+# For kernels that sum over the lanes of a warp by butterflies. Fused, each lane would add its own exact product to the
+# other's rounded one, and lanes that share a row would hold sums that differ in their last bit.
+ROUNDED_PRODUCTS = {"enable_fp_fusion": False}
 
 
 class Config(NamedTuple):

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from transfusion.files import current, locked, read_json, settle
+from transfusion.files import current, read_json, settle
+from transfusion.locks import locked
 
 ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Signals that end a command, beside Ctrl-C; batch systems such as SLURM send SIGUSR1 before a job's time is over."""

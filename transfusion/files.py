@@ -8,21 +8,17 @@ a checkpoint cannot all be renamed at once (`replacing`):
                the older save goes, and journal.json last.
 
 A kill in between leaves the new save partly in its place and partly in .saved. Readers put the two together without
-writing anything (`whole`, `current`), and the next writer finishes the move (`settle`). `locked` keeps a second process
-from writing into the same directory. checksums.json holds the CRC-32 of each file of weights, which finds every flipped
-bit at some 3.5 GB/s (SHA-256: 1.3 GB/s).
+writing anything (`whole`, `current`), and the next writer finishes the move (`settle`). checksums.json holds the CRC-32
+of each file of weights, which finds every flipped bit at some 3.5 GB/s (SHA-256: 1.3 GB/s).
 """
 import contextlib
 import errno
-import fcntl
 import glob
 import json
 import os
 import re
 import shutil
-import socket
 import tempfile
-import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -32,11 +28,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-SAVING, SAVED, JOURNAL, CHECKSUMS, LOCK, ASIDE = ".saving", ".saved", "journal.json", "checksums.json", ".lock", ".new-"
+from transfusion.locks import in_use, locked
+
+SAVING, SAVED, JOURNAL, CHECKSUMS, ASIDE = ".saving", ".saved", "journal.json", "checksums.json", ".new-"
 WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors",
            "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.safetensors.index.json", "vae/*")
 """What a loader would take for a part of the new save if the older one left it behind."""
-_held: dict[tuple[int, int, str], int] = {}  # locks by process, thread and directory: their holders may take them again
+STATE = ("resume/*", "resume/state/*")
+"""What resuming would take for one, where the new save holds resume/: it is one file, or the shards of processes."""
+SUMMED = (".safetensors", ".distcp", ".metadata")
+"""ends of files that checksums are kept of"""
 _staging: list[Path] = []                    # directories being filled: what is saved inside one is a part of it
 
 
@@ -131,88 +132,12 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(out: Path, wait: bool = False) -> Iterator[None]:
-    """Keep other processes from writing into `out`, which is made where it is missing.
-
-    The lock goes when its process does.
-
-    Raises:
-        ValueError: another process holds it; `wait` waits for that one instead.
-    """
-    out = Path(out)
-    key = os.getpid(), threading.get_ident(), os.path.realpath(out)
-    if key in _held:
-        yield
-        return
-    made = [path for path in (out, *out.parents) if not path.exists()]
-    handle = _lock(out, wait)
-    _held[key] = handle
-    try:
-        yield
-    finally:
-        del _held[key]
-        with contextlib.suppress(OSError):
-            if os.fstat(handle).st_ino == os.stat(out / LOCK).st_ino:
-                os.unlink(out / LOCK)
-        os.close(handle)
-        with contextlib.suppress(OSError):  # a directory that was made for nothing
-            for path in made:
-                path.rmdir()
-
-
-def _lock(out: Path, wait: bool) -> int:
-    """Open and lock `out`/.lock; a file that its last holder removed meanwhile does not count."""
-    while True:
-        out.mkdir(parents=True, exist_ok=True)
-        try:
-            handle = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:
-            if out.is_dir():
-                raise
-            continue  # its last holder removed the directory just now
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if os.fstat(handle).st_ino == os.stat(out / LOCK).st_ino:
-                with contextlib.suppress(OSError):  # a full disk: who holds it is good to know, no more
-                    os.truncate(handle, 0)
-                    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
-                return handle
-        except BlockingIOError:
-            holder = os.read(handle, 200).decode(errors="replace") or "another process"
-            os.close(handle)
-            raise ValueError(f"{str(out)!r} is in use by {holder}; wait until it ends, stop it, or take another "
-                             "directory") from None
-        except FileNotFoundError:
-            pass
-        except BaseException as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-                return handle  # a file system without locks
-            os.close(handle)
-            raise
-        os.close(handle)
-
-
-def _in_use(out: Path) -> bool:
-    """Whether some process holds the lock of `out`; writes nothing."""
-    try:
-        handle = os.open(out / LOCK, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except OSError as error:
-        return error.errno == errno.EWOULDBLOCK
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def replacing(out: Path, weights: bool = True) -> Iterator[Path]:
+def replacing(out: Path, weights: bool = True, keep: str | None = None) -> Iterator[Path]:
     """Yield an empty directory; what is written there takes its place in `out` at the end, as a whole.
 
     Files of other names in `out` stay, but for weights: where the new save holds any, the older save's weights, adapter
-    and autoencoder go, unless `weights` is False. Inside another `replacing` the directory is that one's.
+    and autoencoder go, unless `weights` is False. `keep` names a directory in `out` where the new save stays when a
+    later one takes its place. Inside another `replacing` the directory is that one's.
 
     Raises:
         ValueError: another process writes into `out`.
@@ -234,7 +159,7 @@ def replacing(out: Path, weights: bool = True) -> Iterator[Path]:
                 if not any(fresh.iterdir()):
                     fresh.rmdir()
                     return
-                _seal(out, fresh, weights)
+                _seal(out, fresh, weights, keep)
                 os.rename(fresh, out / SAVED)
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -245,18 +170,19 @@ def replacing(out: Path, weights: bool = True) -> Iterator[Path]:
         _finish(out)
 
 
-def _seal(out: Path, fresh: Path, weights: bool) -> None:
+def _seal(out: Path, fresh: Path, weights: bool, keep: str | None) -> None:
     """Write the checksums and the journal of a new save, let others read it as umask says, and sync it."""
-    for directory in {path.parent for path in fresh.rglob("*.safetensors")}:
-        sums = {path.name: checksum(path) for path in sorted(directory.glob("*.safetensors"))}
-        (directory / CHECKSUMS).write_text(json.dumps({"crc32": sums}, indent=2) + "\n")
+    for directory in [fresh, *(path for path in fresh.rglob("*") if path.is_dir())]:
+        if sums := {path.name: checksum(path) for path in _summed(directory)}:
+            (directory / CHECKSUMS).write_text(json.dumps({"crc32": sums}, indent=2) + "\n")
     files = sorted(str(path.relative_to(fresh)) for path in fresh.rglob("*") if not path.is_dir())
     weights = weights and any(path for pattern in WEIGHTS for path in fresh.glob(pattern))
-    older = (path for pattern in WEIGHTS for path in out.glob(pattern) if path.is_file()) if weights else ()
+    patterns = (WEIGHTS if weights else ()) + (STATE if (fresh / "resume").is_dir() else ())
+    older = (path for pattern in patterns for path in out.glob(pattern) if path.is_file())
     left = {str(path.relative_to(out)) for path in older} - set(files)
     if weights and files and CHECKSUMS not in files and (out / CHECKSUMS).is_file():
         left.add(CHECKSUMS)
-    (fresh / JOURNAL).write_text(json.dumps({"files": files, "obsolete": sorted(left)}))
+    (fresh / JOURNAL).write_text(json.dumps({"files": files, "obsolete": sorted(left), "keep": keep}))
     mode = (fresh / JOURNAL).stat().st_mode & 0o777
     for name in files:
         (fresh / name).chmod(mode)
@@ -266,10 +192,17 @@ def _seal(out: Path, fresh: Path, weights: bool) -> None:
         sync(directory)
 
 
+def _summed(directory: Path) -> list[Path]:
+    """The files of a directory that checksums are kept of."""
+    return sorted(path for path in directory.iterdir() if path.name.endswith(SUMMED) and path.is_file())
+
+
 def _finish(out: Path) -> None:
     """Move what waits in .saved into its place; may be stopped and called again at any moment."""
     saved = out / SAVED
     journal = read_json(saved / JOURNAL)
+    if journal.get("keep") is not None:
+        _link(saved, journal["files"], out / journal["keep"])
     places = {out}
     for name in journal["files"]:
         if (saved / name).exists():
@@ -290,6 +223,27 @@ def _finish(out: Path) -> None:
     sync(out)
 
 
+def _link(saved: Path, files: list[str], place: Path) -> None:
+    """Let the files of a save stand in `place` too, as hard links or, on a file system without these, as copies."""
+    if place.exists():
+        return
+    aside = place.with_name(f"{ASIDE}{place.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    for name in files:
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(saved / name, aside / name)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
+                raise
+            shutil.copyfile(saved / name, aside / name)
+            sync(aside / name)
+    for directory in [path for path in aside.rglob("*") if path.is_dir()] + [aside]:
+        sync(directory)
+    os.rename(aside, place)
+    sync(place.parent)
+
+
 def settle(out: Path) -> None:
     """Finish a whole save that a kill interrupted and clear what others left; for who holds the lock of `out`."""
     if (out / SAVED / JOURNAL).is_file():
@@ -308,7 +262,7 @@ def settle(out: Path) -> None:
 def unfinished(out: Path) -> bool:
     """Whether a kill left the newest save of `out` partly in .saved; a process that is moving it now is waited for."""
     journal, began = Path(out) / SAVED / JOURNAL, time.monotonic()
-    while journal.is_file() and _in_use(Path(out)) and time.monotonic() - began < 10:
+    while journal.is_file() and in_use(Path(out)) and time.monotonic() - began < 10:
         time.sleep(0.02)
     return journal.is_file()
 
@@ -353,7 +307,7 @@ def verify(directory: Path) -> None:
     Raises:
         ValueError: a file is damaged; the message names it.
     """
-    for path in sorted(Path(directory).glob("*.safetensors")):
+    for path in _summed(Path(directory)):
         _check(path)
 
 
@@ -406,8 +360,9 @@ def _problem(path: Path, expected: str | None) -> str | None:
     with open(path, "rb"):  # an error of the file system, safetensors' own would not name the file
         pass
     try:
-        with safe_open(path, "pt"):
-            pass
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                pass
     except SafetensorError as error:
         return str(error)
     if expected is not None and (found := checksum(path)) != expected:

@@ -57,6 +57,10 @@ CALLS = {
             "row_weight": numbers(3),
         },
     ),
+    "linear_cross_entropy_with_lse": lambda: (
+        tfkernels.linear_cross_entropy_with_lse,
+        CALLS["linear_cross_entropy"]()[1],
+    ),
     "diffusion_loss": lambda: (
         tfkernels.diffusion_loss,
         {
@@ -184,6 +188,7 @@ OPTIONAL = {
 }
 PER_OP = {
     "linear_cross_entropy": {"weight"},
+    "linear_cross_entropy_with_lse": {"weight"},
     "embed_patches": {"weight", "offsets"},
     "modulated_layer_norm_diffusion_loss": {"weight"},
     "modulated_rms_norm_diffusion_loss": {"weight"},

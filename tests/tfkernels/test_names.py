@@ -24,6 +24,7 @@ def test_every_name_offered_is_there_and_no_reference_is_among_them():
 @pytest.mark.parametrize("name,folder", [
     ("attention_reference", "attention"), ("paged_attention_reference", "attention"),
     ("diffusion_loss_reference", "losses"), ("linear_cross_entropy_reference", "losses"),
+    ("linear_cross_entropy_with_lse_reference", "losses"),
     ("modulated_layer_norm_diffusion_loss_reference", "losses"),
     ("modulated_rms_norm_diffusion_loss_reference", "losses"), ("gated_residual_reference", "norm"),
     ("gated_residual_rms_norm_reference", "norm"), ("modulated_layer_norm_reference", "norm"),

@@ -27,7 +27,6 @@ from transfusion.files import (
     checksums,
     current,
     load_tensors,
-    locked,
     read_json,
     replacing,
     settle,
@@ -35,6 +34,7 @@ from transfusion.files import (
     whole,
     written,
 )
+from transfusion.locks import locked
 from transfusion.model.from_language_model import InitSettings, init
 from transfusion.model.lora import TuneSettings, prepare
 from transfusion.model.vae import VAE
@@ -325,7 +325,7 @@ def test_checksums_are_crc32_of_the_files_that_stand_there(tmp_path):
 
 def test_a_lock_names_its_holder_dies_with_it_and_leaves_nothing(tmp_path):
     out = tmp_path / "new" / "run"
-    code = ("import sys, time\nfrom transfusion.files import locked\n"
+    code = ("import sys, time\nfrom transfusion.locks import locked\n"
             "with locked(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(300)")
     holder = subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, text=True)
     try:
@@ -348,7 +348,7 @@ def test_a_lock_names_its_holder_dies_with_it_and_leaves_nothing(tmp_path):
 
 def test_who_waits_for_a_lock_gets_it(tmp_path):
     began, waiting = (time.monotonic(),
-                      "from transfusion.files import locked\nimport sys\nwith locked(sys.argv[1], wait=True):\n    "
+                      "from transfusion.locks import locked\nimport sys\nwith locked(sys.argv[1], wait=True):\n    "
                       "print('got it')")
     with locked(tmp_path):
         process = subprocess.Popen([sys.executable, "-c", waiting, str(tmp_path)], stdout=subprocess.PIPE, text=True)

@@ -3,22 +3,38 @@ import torch
 from torch import Tensor
 
 from tfkernels._arguments import need_distinct
-from tfkernels.losses.reference import diffusion_loss_reference, prediction_error
+from tfkernels.losses.reference import EntropyOptions, diffusion_loss_reference, prediction_error
 from tfkernels.patches.latents import images_of_rows, rows_per_image
 
 
-def entropy(logits: Tensor, targets: Tensor, places: Tensor, row_weight: Tensor | None, losses: Tensor, tokens: int,
-            gradient: bool) -> Tensor:
-    """The same in plain PyTorch."""
+def entropy(logits: Tensor, targets: Tensor, places: Tensor, row_weight: Tensor | None, lse_weight: Tensor | None,
+            losses: Tensor, lse: Tensor | None, tokens: int, gradient: bool, options: EntropyOptions) -> Tensor:
+    """What the kernel does, in plain PyTorch."""
+    softcap, smoothing, z_loss = options
     without, index = targets < 0, targets.clamp(min=0)[:, None]
-    log_p = logits.to(losses.dtype).log_softmax(-1)
-    losses.copy_(-log_p.gather(1, index)[:, 0]).masked_fill_(without, 0)
+    z = logits.to(losses.dtype)
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    log_p = z.log_softmax(-1)
+    found = -log_p.gather(1, index)[:, 0]
+    found = (1 - smoothing) * found - smoothing * log_p.mean(-1) if smoothing else found
+    sums = z.logsumexp(-1).masked_fill_(without, 0) if z_loss or lse is not None else None
+    losses.copy_(found + z_loss * sums.square() if z_loss else found).masked_fill_(without, 0)
+    if lse is not None:
+        lse.copy_(sums)
     if not gradient:
         return logits
-    dz = log_p.exp_()
-    dz.scatter_add_(1, index, dz.new_full((1, 1), -1).expand_as(index))
+    p = log_p.exp_()
+    if lse_weight is not None:                                      # row_weight is there, too
+        lse_gradient = p * lse_weight[:, None]
+    dz = p * (1 + 2 * z_loss * sums)[:, None] if z_loss else p
+    dz = dz - smoothing / dz.shape[1] if smoothing else dz
+    dz.scatter_add_(1, index, dz.new_full((1, 1), smoothing - 1).expand_as(index))
     if row_weight is not None:
         dz *= row_weight[:, None]
+    if lse_weight is not None:
+        dz += lse_gradient
+    if softcap:
+        dz *= (1 - z / softcap) * (1 + z / softcap)
     if without.any():
         dz.masked_fill_(without[:, None], 0)
     return dz.to(logits.dtype)

@@ -4,12 +4,19 @@
     loss = sum_r row_weight_r * losses_r        dz_r = row_weight_r * (softmax(z_r) - onehot(targets_r))
     dhidden[rows_r] = weight^T dz_r             dweight = sum_r dz_r hidden[rows_r]^T             dbias = sum_r dz_r
 
+With a bound c of the logits, label smoothing e over V words and a z-loss of weight l, in the same passes over them:
+
+    s_r = c tanh(z_r / c)                       lse_r = logsumexp(s_r)
+    losses_r = lse_r - (1 - e) s_r[targets_r] - e mean(s_r) + l lse_r^2
+    dz_r = (row_weight_r ((1 + 2 l lse_r) softmax(s_r) - (1 - e) onehot(targets_r) - e / V) + dlse_r softmax(s_r))
+           (1 - (s_r / c)^2)
+
 Only the rows that have a target are multiplied: images cost no logits. The logits of a chunk come from one matrix
 product. A program per row turns them into the row's loss and, where a gradient is wanted, into dz, which two more
 products turn into dhidden and dweight. The gradients are thus made in the forward (arXiv:2410.10989, section 3.2), and
-the backward scales them by dloss. Where a gradient arrives at losses too, the backward makes them anew with row weights
-dloss * row_weight + dlosses: another 6 R V C operations. Sums over rows are float32, in an order that depends on the
-sizes alone. The specification is in `reference.py`, the kernel is in `triton/cross_entropy.py`.
+the backward scales them by dloss. Where a gradient arrives at losses or lse too, the backward makes them anew with row
+weights dloss * row_weight + dlosses: another 6 R V C operations. Sums over rows are float32, in an order that depends
+on the sizes alone. The specification is in `reference.py`, the kernel is in `triton/cross_entropy.py`.
 
 With R rows, V words, C columns, e bytes an element and K rows in a chunk, the memory beside inputs and gradients is K V
 e bytes of logits, R C e of dhidden's rows and 4 V C of dweight. dweight stays float32 until dloss has scaled it, so
@@ -22,14 +29,23 @@ three reasons. It counts the targets with `.item()`, which makes the host wait f
 outside the vocabulary makes its kernel read and write beyond the row. And losses by row need its reduction "none",
 whose row weights pass over the logits again. `benchmarks/cross_entropy.py` times it.
 """
+import math
+import sys
+
 import torch
 import triton
 from torch import Tensor
 
-from tfkernels._arguments import need_tensors
+from tfkernels._arguments import need_between, need_tensors
 from tfkernels._library import INTERPRET, register
 from tfkernels.losses import cpu
-from tfkernels.losses.reference import LinearCrossEntropy, statistics_dtype, weighted
+from tfkernels.losses.reference import (
+    EntropyOptions,
+    LinearCrossEntropy,
+    LinearCrossEntropyLSE,
+    statistics_dtype,
+    weighted,
+)
 from tfkernels.losses.triton import cross_entropy as kernels
 from tfkernels.patches.latents import check_constant, check_floating
 
@@ -38,8 +54,10 @@ FEWEST_ROWS = 8 if INTERPRET else 1024
 ALIGNMENT = 16                          # the kernel's rows begin at multiples of so many elements, whatever V is
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor, *, bias: Tensor | None = None,
-                         row_weight: Tensor | None = None) -> LinearCrossEntropy:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor, *, bias: Tensor | None = None,
+    row_weight: Tensor | None = None, softcap: float | None = None, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> LinearCrossEntropy:
     """Return the cross-entropy of weight @ hidden[rows] + bias and targets, summed with weights; the caller divides.
 
         losses_r = cross_entropy(weight @ hidden[rows_r] + bias, targets_r)      loss = sum_r row_weight_r * losses_r
@@ -57,6 +75,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows: 
             may be 0.
         bias: (V,) in hidden's dtype, or None for 0.
         row_weight: (R,) floating-point constants, or None for 1.
+        softcap: bound c of the logits, c * tanh(logits / c) (Gemma 2, arXiv:2408.00118); None for no bound.
+        label_smoothing: share of the target that goes to all words alike, 0 to 1, as in torch's cross_entropy. A word
+            ruled out by a logit of -inf makes it infinite.
+        z_loss: weight of the log-sum-exp's square, which is added to each row's loss (PaLM, arXiv:2204.02311), 0 or
+            more.
 
     Returns:
         `LinearCrossEntropy`, float32 (float64 for float64), 0 for no rows. Gradients flow from loss and losses to
@@ -70,20 +93,48 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows: 
             gradient.
         RuntimeError: the backward runs with create_graph=True.
     """
-    need_tensors("linear_cross_entropy",
-                 {"hidden": hidden, "weight": weight, "targets": targets, "rows": rows, "bias": bias,
-                  "row_weight": row_weight}, ("bias", "row_weight"))
+    options = _options("linear_cross_entropy", softcap, label_smoothing, z_loss)
+    return LinearCrossEntropy(*_called("linear_cross_entropy", hidden, weight, targets, rows, bias, row_weight, options,
+                                       False)[:2])
+
+
+def linear_cross_entropy_with_lse(
+    hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor, *, bias: Tensor | None = None,
+    row_weight: Tensor | None = None, softcap: float | None = None, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> LinearCrossEntropyLSE:
+    """Return `linear_cross_entropy` and each row's log-sum-exp of the (bounded) logits, differentiable as losses are:
+    for z-losses of one's own, for what each part of the loss is, and for merging vocabularies."""
+    op = "linear_cross_entropy_with_lse"
+    options = _options(op, softcap, label_smoothing, z_loss)
+    loss, losses, *_, lse = _called(op, hidden, weight, targets, rows, bias, row_weight, options, True)
+    return LinearCrossEntropyLSE(loss, losses, lse)
+
+
+def _called(op: str, hidden, weight, targets, rows, bias, row_weight, options: EntropyOptions, lse_wanted: bool):
+    """Check the tensors and call the operator."""
+    need_tensors(op, {"hidden": hidden, "weight": weight, "targets": targets, "rows": rows, "bias": bias,
+                      "row_weight": row_weight}, ("bias", "row_weight"))
     if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = (x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype)
                                 for x in (hidden, weight, bias))
         with torch.autocast(hidden.device.type, enabled=False):
-            return linear_cross_entropy(hidden, weight, targets, rows, bias=bias, row_weight=row_weight)
-    _check(hidden, weight, targets, rows, bias, row_weight)
+            return _called(op, hidden, weight, targets, rows, bias, row_weight, options, lse_wanted)
+    _check(op, hidden, weight, targets, rows, bias, row_weight)
     wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
     row_weight = row_weight if row_weight is None else row_weight.to(statistics_dtype(hidden)).contiguous()
-    return LinearCrossEntropy(*_forward(hidden, weight, targets.contiguous(), rows.contiguous(), bias, row_weight,
-                                        *wanted)[:2])
+    return _forward(hidden, weight, targets.contiguous(), rows.contiguous(), bias, row_weight, *wanted, *options,
+                    lse_wanted)
+
+
+def _options(op: str, softcap: float | None, label_smoothing: float, z_loss: float) -> EntropyOptions:
+    """Check the numbers; 0 stands for no bound."""
+    if softcap is not None:
+        need_between(op, "softcap", softcap, 0, math.inf, "a positive, finite bound fits; pass None for no bound",
+                     ends=False)
+    need_between(op, "label_smoothing", label_smoothing, 0, 1, "a number from 0 to 1 fits")
+    need_between(op, "z_loss", z_loss, 0, sys.float_info.max, "a finite number of at least 0 fits")
+    return EntropyOptions(float(softcap or 0), float(label_smoothing), float(z_loss))
 
 
 def chunk_rows(rows: int, vocabulary: int, width: int) -> int:
@@ -94,8 +145,7 @@ def chunk_rows(rows: int, vocabulary: int, width: int) -> int:
     return max(FEWEST_ROWS, triton.next_power_of_2(triton.cdiv(rows, triton.cdiv(vocabulary, width))))
 
 
-def _check(hidden, weight, targets, rows, bias, row_weight):
-    op = "linear_cross_entropy"
+def _check(op, hidden, weight, targets, rows, bias, row_weight):
     if hidden.ndim not in (2, 3):
         raise ValueError(f"{op}: hidden has shape {tuple(hidden.shape)}; (tokens, C) or (batch, tokens, C) fits")
     check_floating(op, "hidden", hidden)
@@ -140,17 +190,17 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _walk(entropy, alignment, hidden, weight, targets, places, bias, row_weight, hidden_wanted, weight_wanted,
-          bias_wanted):
+          bias_wanted, softcap=0.0, smoothing=0.0, z_loss=0.0, lse_wanted=False, lse_weight=None):
     """The operator, chunk by chunk; `entropy` turns logits, whose rows begin at multiples of `alignment` elements, into
     losses and dz."""
-    _, losses, dx, dweight, dbias = _forward_fake(hidden, weight, targets, places, bias, row_weight, hidden_wanted,
-                                                  weight_wanted, bias_wanted)
+    _, losses, dx, dweight, dbias, lse = _forward_fake(hidden, weight, targets, places, bias, row_weight, hidden_wanted,
+                                                       weight_wanted, bias_wanted, lse_wanted=lse_wanted)
     tokens, count, vocabulary = hidden.shape[:-1].numel(), len(places), len(weight)
     if count > tokens:
         raise ValueError(f"linear_cross_entropy: rows names {count} rows and hidden has {tokens}; each row at most "
                          "once fits")
     dweight.zero_(), dbias.zero_()
-    size = chunk_rows(count, *weight.shape)
+    size, options = chunk_rows(count, *weight.shape), EntropyOptions(softcap, smoothing, z_loss)
     buffer = weight.new_empty(min(size, count), triton.cdiv(vocabulary, alignment) * alignment)[:, :vocabulary]
     for start in range(0, count, size):
         part = slice(start, start + size)
@@ -161,24 +211,27 @@ def _walk(entropy, alignment, hidden, weight, targets, places, bias, row_weight,
             torch.mm(x, weight.mT, out=z)
         else:
             torch.addmm(bias, x, weight.mT, out=z)
-        dz = entropy(z, targets[part], places[part], None if row_weight is None else row_weight[part], losses[part],
-                     tokens, hidden_wanted or weight_wanted or bias_wanted)
+        weights = (None if w is None else w[part] for w in (row_weight, lse_weight))
+        dz = entropy(z, targets[part], places[part], *weights, losses[part], lse[part] if lse_wanted else None, tokens,
+                     hidden_wanted or weight_wanted or bias_wanted, options)
         if hidden_wanted:
             torch.mm(dz, weight, out=dx[part])
         if weight_wanted:
             _accumulate(dweight, dz.mT, x)
         if bias_wanted:
             dbias += dz.sum(0, dtype=dbias.dtype)
-    return weighted(losses, targets, row_weight).sum(), losses, dx, dweight, dbias
+    return weighted(losses, targets, row_weight).sum(), losses, dx, dweight, dbias, lse
 
 
 def _forward_kernel(
     hidden: Tensor, weight: Tensor, targets: Tensor, places: Tensor, bias: Tensor | None, row_weight: Tensor | None,
-    hidden_wanted: bool, weight_wanted: bool, bias_wanted: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    targets, places, row_weight = (x if x is None else x.contiguous() for x in (targets, places, row_weight))
+    hidden_wanted: bool, weight_wanted: bool, bias_wanted: bool, softcap: float = 0.0, smoothing: float = 0.0,
+    z_loss: float = 0.0, lse_wanted: bool = False, lse_weight: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    targets, places, row_weight, lse_weight = (x if x is None else x.contiguous()
+                                               for x in (targets, places, row_weight, lse_weight))
     return _walk(kernels.entropy, ALIGNMENT, hidden, weight, targets, places, bias, row_weight, hidden_wanted,
-                 weight_wanted, bias_wanted)
+                 weight_wanted, bias_wanted, softcap, smoothing, z_loss, lse_wanted, lse_weight)
 
 
 def _forward_cpu(hidden, weight, targets, places, *others):
@@ -186,13 +239,16 @@ def _forward_cpu(hidden, weight, targets, places, *others):
     return _walk(cpu.entropy, 1, hidden, weight, targets, places, *others)
 
 
-def _forward_fake(hidden, weight, targets, places, bias, row_weight, hidden_wanted, weight_wanted, bias_wanted):
-    """Return loss, losses, and for dloss = 1 dhidden's rows (R, C), dweight and dbias; not wanted: without rows."""
+def _forward_fake(hidden, weight, targets, places, bias, row_weight, hidden_wanted, weight_wanted, bias_wanted,
+                  softcap=0.0, smoothing=0.0, z_loss=0.0, lse_wanted=False, lse_weight=None):
+    """Return loss, losses, for dloss = 1 dhidden's rows (R, C), dweight and dbias, and lse; not wanted: without
+    rows."""
     (words, width), count, wide = weight.shape, places.shape[0], statistics_dtype(hidden)
     return (hidden.new_empty((), dtype=wide), hidden.new_empty(count, dtype=wide),
             hidden.new_empty(count if hidden_wanted else 0, width),
             hidden.new_empty(words if weight_wanted else 0, width, dtype=wide),
-            hidden.new_empty(words if bias_wanted else 0, dtype=wide))
+            hidden.new_empty(words if bias_wanted else 0, dtype=wide),
+            hidden.new_empty(count if lse_wanted else 0, dtype=wide))
 
 
 def _backward(
@@ -217,41 +273,51 @@ _scale = register("linear_cross_entropy_backward", kernel=_backward, cpu=_backwa
 
 
 def _save(ctx, inputs, output):
-    hidden, weight, targets, places, bias, row_weight, *ctx.wanted = inputs
+    hidden, weight, targets, places, bias, row_weight, *wanted_and_options, lse_wanted, _ = inputs
+    ctx.wanted, ctx.options = wanted_and_options[:3], wanted_and_options[3:]
     ctx.shape = hidden.shape if ctx.wanted[0] else (0, hidden.shape[-1])
-    ctx.mark_non_differentiable(*output[2:])
+    made = output[2:5] if lse_wanted else output[2:]
+    ctx.mark_non_differentiable(*made)
     ctx.set_materialize_grads(False)
     given = (hidden, weight, targets, places, bias, row_weight) if any(ctx.wanted) else (None,) * 6
-    ctx.save_for_backward(*output[2:], *given)
+    ctx.save_for_backward(*output[2:5], *given)
 
 
-def _gradients(ctx, dloss, dlosses, *_):
+def _gradients(ctx, dloss, dlosses, _dx, _dweight, _dbias, dlse):
     if torch.is_grad_enabled():
         raise RuntimeError("linear_cross_entropy: the backward runs with create_graph=True; gradients of its "
                            "gradients are not computed; False fits; take linear_cross_entropy_reference where they "
                            "are needed")
-    if dloss is None and dlosses is None:
-        return (None,) * 9
+    if dloss is None and dlosses is None and dlse is None:
+        return (None,) * 14
     dx, dweight, dbias, *inputs = ctx.saved_tensors
-    if dlosses is not None:
-        dloss, dx, dweight, dbias = _from_losses(dloss, dlosses, *inputs, ctx.wanted)
+    if dlosses is not None or dlse is not None:
+        dloss, dx, dweight, dbias = _from_rows(dloss, dlosses, dlse, *inputs, ctx.wanted, ctx.options)
     places = inputs[3] if ctx.wanted[0] else inputs[3][:0]
     found = _scale(dloss, dx, dweight, dbias, places, list(ctx.shape))
     dhidden, dweight, dbias = (g if wanted else None for g, wanted in zip(found, ctx.wanted))
-    return dhidden, dweight, None, None, dbias, *(None,) * 4
+    return dhidden, dweight, None, None, dbias, *(None,) * 9
 
 
-def _from_losses(dloss, dlosses, hidden, weight, targets, places, bias, row_weight, wanted):
-    """The gradients made with each row's own factor: what is left to scale by, and dhidden's rows, dweight and
+def _from_rows(dloss, dlosses, dlse, hidden, weight, targets, places, bias, row_weight, wanted, options):
+    """The gradients made with each row's own factors: what is left to scale by, and dhidden's rows, dweight and
     dbias."""
-    factor = dlosses if dloss is None else dlosses + dloss * (1 if row_weight is None else row_weight)
-    factor = torch.where(targets < 0, 0, factor)
-    top = torch.where(factor.isfinite(), factor.abs(), 0).amax() if factor.shape[0] else factor.new_ones(())
+    factor = dlse.new_zeros(dlse.shape) if dlosses is None else dlosses
+    factor = factor if dloss is None else factor + dloss * (1 if row_weight is None else row_weight)
+    factor, dlse = (x if x is None else torch.where(targets < 0, 0, x) for x in (factor, dlse))
     # dz is rounded at about 1, as in the forward
+    top = _largest(factor) if dlse is None else torch.maximum(_largest(factor), _largest(dlse))
     top = torch.where(top > 0, top, 1)
+    dlse = dlse if dlse is None else dlse / top
     with torch.autocast(hidden.device.type, enabled=False):
-        _, _, dx, dweight, dbias = _forward(hidden, weight, targets, places, bias, factor / top, *wanted)
+        _, _, dx, dweight, dbias, _ = _forward(hidden, weight, targets, places, bias, factor / top, *wanted, *options,
+                                               False, dlse)
     return top, dx, dweight, dbias
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest finite absolute value, 1 of none."""
+    return torch.where(x.isfinite(), x.abs(), 0).amax() if x.shape[0] else x.new_ones(())
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

@@ -17,16 +17,50 @@ class LinearCrossEntropy(NamedTuple):
     losses: Tensor
 
 
-def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor, *,
-                                   bias: Tensor | None = None, row_weight: Tensor | None = None) -> LinearCrossEntropy:
+class LinearCrossEntropyLSE(NamedTuple):
+    """`LinearCrossEntropy`, and `lse` (R,), each row's log-sum-exp of the logits, 0 without a target; differentiable,
+    float32."""
+
+    loss: Tensor
+    losses: Tensor
+    lse: Tensor
+
+
+class EntropyOptions(NamedTuple):
+    """What a cross-entropy adds to its plain form; 0 where it does not."""
+
+    softcap: float = 0.0
+    smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+def linear_cross_entropy_reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor, *, bias: Tensor | None = None,
+    row_weight: Tensor | None = None, softcap: float | None = None, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> LinearCrossEntropy:
     """The specification in plain PyTorch, with every row's logits in memory.
 
-    Logits are in hidden's dtype and the softmax in float32 (float64 stays).
+    Logits are in hidden's dtype; the bound and the softmax are in float32 (float64 stays).
     """
+    return LinearCrossEntropy(*linear_cross_entropy_with_lse_reference(
+        hidden, weight, targets, rows, bias=bias, row_weight=row_weight, softcap=softcap,
+        label_smoothing=label_smoothing, z_loss=z_loss)[:2])
+
+
+def linear_cross_entropy_with_lse_reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor, *, bias: Tensor | None = None,
+    row_weight: Tensor | None = None, softcap: float | None = None, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> LinearCrossEntropyLSE:
+    """The specification in plain PyTorch, as in `linear_cross_entropy_reference`."""
     logits = torch.nn.functional.linear(hidden.reshape(-1, hidden.shape[-1])[rows], weight, bias)
-    losses = torch.nn.functional.cross_entropy(logits.to(statistics_dtype(logits)), targets.clamp(min=-1),
-                                               reduction="none", ignore_index=-1)
-    return LinearCrossEntropy(weighted(losses, targets, row_weight).sum(), losses)
+    logits = logits.to(statistics_dtype(logits))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    losses = torch.nn.functional.cross_entropy(logits, targets.clamp(min=-1), reduction="none", ignore_index=-1,
+                                               label_smoothing=label_smoothing)
+    lse = torch.where(targets < 0, 0, logits.logsumexp(-1))
+    losses = losses + z_loss * lse.square() if z_loss else losses
+    return LinearCrossEntropyLSE(weighted(losses, targets, row_weight).sum(), losses, lse)
 
 
 def weighted(losses: Tensor, targets: Tensor, row_weight: Tensor | None) -> Tensor:

@@ -21,8 +21,10 @@ def _of_token(table: Tensor, image_ids: Tensor, text: float) -> Tensor:
     return rows[image_ids]
 
 
-def _table_rows(image_ids: Tensor, images: int) -> Tensor:
+def _table_rows(image_ids: Tensor | None, x: Tensor, images: int) -> Tensor:
     """The row of each token in a table with a row for text behind its last."""
+    if image_ids is None:
+        return torch.arange(images).repeat_interleave(x.shape[1])
     image_ids = image_ids.reshape(-1).long()
     if image_ids.numel() and image_ids.max() >= images:
         raise ValueError(f"modulation: index names image {image_ids.max().item()} and there are {images}; -1 (text) "
@@ -32,11 +34,11 @@ def _table_rows(image_ids: Tensor, images: int) -> Tensor:
 
 def forward(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    scale: Tensor | None, shift: Tensor | None, image_ids: Tensor, eps: float, center: bool
+    scale: Tensor | None, shift: Tensor | None, image_ids: Tensor | None, eps: float, center: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `kernels.forward` computes."""
-    shape, dtype, tokens = x.shape, x.dtype, image_ids.shape
-    image_ids = _table_rows(image_ids, (gate if scale is None else scale).shape[0])
+    shape, dtype, tokens = x.shape, x.dtype, x.shape[:-1]
+    image_ids = _table_rows(image_ids, x, (gate if scale is None else scale).shape[0])
     x = _rows(x)
     out = y = mean = rstd = _wide(x).new_empty(0)
     if branch is not None:
@@ -58,11 +60,11 @@ def forward(
 
 
 def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor | None, gate: Tensor | None,
-             weight: Tensor | None, scale: Tensor | None, image_ids: Tensor, mean: Tensor, rstd: Tensor, center: bool,
-             level: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+             weight: Tensor | None, scale: Tensor | None, image_ids: Tensor | None, mean: Tensor, rstd: Tensor,
+             center: bool, level: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
     """What `kernels.backward` computes."""
     shape, dtype, images = x.shape, x.dtype, (gate if scale is None else scale).shape[0]
-    image_ids = _table_rows(image_ids, images)
+    image_ids = _table_rows(image_ids, x, images)
     x = _wide(_rows(x))
     sums, dx, dbranch = [], torch.zeros_like(x), x.new_empty(0)
 

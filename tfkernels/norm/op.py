@@ -36,7 +36,7 @@ MAX_WIDTH = 16384
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def modulated_rms_norm(x: Tensor, weight: Tensor | None, scale: Tensor, shift: Tensor | None, index: Tensor, *,
+def modulated_rms_norm(x: Tensor, weight: Tensor | None, scale: Tensor, shift: Tensor | None, index: Tensor | None, *,
                        eps: float = 1e-6) -> Tensor:
     """Return rms_norm(x) * weight * (1 + scale[n]) + shift[n], n the image of each token.
 
@@ -50,7 +50,8 @@ def modulated_rms_norm(x: Tensor, weight: Tensor | None, scale: Tensor, shift: T
             0.
         index: (T,) or (B, S) like x's tokens, int32 or int64: the image id n of each token, in any order, negative for
             text. N or more raises on a CPU; on a GPU, where looking would synchronise, such a token's output and
-            gradients are NaN.
+            gradients are NaN. None: the tokens of batch row n of a (B, S, C) are image n, N = B, as in a diffusion
+            transformer with a timestep per row; then nothing is read or sorted for it.
         eps: added to the mean square, 0 or more.
 
     Returns:
@@ -66,7 +67,7 @@ def modulated_rms_norm(x: Tensor, weight: Tensor | None, scale: Tensor, shift: T
 
 
 def modulated_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor | None,
-                         index: Tensor, *, eps: float = 1e-6) -> Tensor:
+                         index: Tensor | None, *, eps: float = 1e-6) -> Tensor:
     """Return layer_norm(x, weight, bias) * (1 + scale[n]) + shift[n], n the image of each token.
 
     For text, n < 0, that is layer_norm(x, weight, bias). bias is (C,) or None for 0; everything else is as in
@@ -76,7 +77,7 @@ def modulated_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, 
     return _norm_forward(x, weight, bias, scale, shift, index, need_eps("modulated_layer_norm", eps), True)[0]
 
 
-def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor, index: Tensor) -> Tensor:
+def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor, index: Tensor | None) -> Tensor:
     """Return residual + gate[n] * branch, n the image of each token; for text, n < 0, residual + branch.
 
     residual is as x and gate (N, C) as scale in `modulated_rms_norm`. branch has residual's shape and may have a dtype
@@ -87,7 +88,7 @@ def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor, index: Tensor
 
 
 def gated_residual_rms_norm(residual: Tensor, branch: Tensor, gate: Tensor, weight: Tensor | None, scale: Tensor,
-                            shift: Tensor | None, index: Tensor, *, eps: float = 1e-6) -> ResidualNorm:
+                            shift: Tensor | None, index: Tensor | None, *, eps: float = 1e-6) -> ResidualNorm:
     """Return `gated_residual` and its `modulated_rms_norm` from one pass; gradients may arrive on either or both.
 
     It stands between two sublayers, with the gate of the one and the scale and shift of the next: from weight on they
@@ -101,7 +102,7 @@ def gated_residual_rms_norm(residual: Tensor, branch: Tensor, gate: Tensor, weig
 
 
 def _check(
-    op: str, name: str, x: Tensor, index: Tensor, vectors: dict, tables: dict, branch: dict | None = None
+    op: str, name: str, x: Tensor, index: Tensor | None, vectors: dict, tables: dict, branch: dict | None = None
 ) -> None:
     branch = branch or {}
     need_tensors(op, {name: x, **branch, **vectors, **tables}, ("weight", "bias", "shift"))
@@ -113,8 +114,8 @@ def _check(
                          "only)")
     if not 1 <= x.shape[-1] <= MAX_WIDTH:
         raise ValueError(f"{op}: {name} has {x.shape[-1]} columns; 1 to {MAX_WIDTH} fits")
-    if (not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64) or index.shape != x.shape[:-1]
-        or index.device != x.device):
+    given = isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64)
+    if index is not None and not (given and index.shape == x.shape[:-1] and index.device == x.device):
         raise ValueError(f"{op}: index is {got(index)}; int32 or int64 of shape {tuple(x.shape[:-1])} on {x.device} "
                          "fits, the image of each token, -1 for text")
     if branch is not None and (branch.shape != x.shape or branch.device != x.device):
@@ -136,20 +137,26 @@ def _check(
         if key in tables and t.shape[0] != tables[first].shape[0]:
             raise ValueError(f"{op}: {key} has {t.shape[0]} rows and {first} {tables[first].shape[0]}; one row per "
                              "image in each fits")
+    if index is None and (x.ndim != 3 or tables[first].shape[0] != x.shape[0]):
+        raise ValueError(f"{op}: index is None, {name} has shape {tuple(x.shape)} and {first} "
+                         f"{tables[first].shape[0]} rows; (batch, tokens, C) and a row for each of the batch fit; pass "
+                         "the image of each token, -1 for text")
 
 
 def _forwards(forward):
     """The three forward operators of an implementation."""
 
     def modulated_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor | None,
-                       image_ids: Tensor, eps: float, center: bool) -> tuple[Tensor, Tensor, Tensor]:
+                       image_ids: Tensor | None, eps: float, center: bool) -> tuple[Tensor, Tensor, Tensor]:
         return forward(x, None, None, weight, bias, scale, shift, image_ids, eps, center)[1:]
 
-    def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor, image_ids: Tensor) -> Tensor:
+    def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor, image_ids: Tensor | None) -> Tensor:
         return forward(residual, branch, gate, None, None, None, None, image_ids, 0.0, False)[0]
 
-    def gated_residual_norm(residual: Tensor, branch: Tensor, gate: Tensor, weight: Tensor | None, scale: Tensor,
-                            shift: Tensor | None, image_ids: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def gated_residual_norm(
+        residual: Tensor, branch: Tensor, gate: Tensor, weight: Tensor | None, scale: Tensor, shift: Tensor | None,
+        image_ids: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         out, y, _, rstd = forward(residual, branch, gate, weight, None, scale, shift, image_ids, eps, False)
         return out, y, rstd
 
@@ -161,20 +168,22 @@ def _backwards(backward):
 
     def modulated_norm_backward(
         dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor | None,
-        image_ids: Tensor, mean: Tensor, rstd: Tensor, center: bool
+        image_ids: Tensor | None, mean: Tensor, rstd: Tensor, center: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         level = bias is not None or shift is not None
         dx, _, (a, *b) = backward(dy, None, x, None, None, weight, scale, image_ids, mean, rstd, center, level)
         return dx, *_tables(a, b[0] if level else None, weight, bias, scale, shift)
 
-    def gated_residual_backward(dout: Tensor, branch: Tensor, gate: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def gated_residual_backward(dout: Tensor, branch: Tensor, gate: Tensor,
+                                image_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         empty = dout.new_empty(0)
         _, dbranch, (g,) = backward(None, dout, dout, branch, gate, None, None, image_ids, empty, empty, False, False)
         return dbranch, g[1:].to(gate.dtype, copy=True)
 
-    def gated_residual_norm_backward(dout: Tensor, dy: Tensor, out: Tensor, branch: Tensor, gate: Tensor,
-                                     weight: Tensor | None, scale: Tensor, shift: Tensor | None, image_ids: Tensor,
-                                     rstd: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def gated_residual_norm_backward(
+        dout: Tensor, dy: Tensor, out: Tensor, branch: Tensor, gate: Tensor, weight: Tensor | None, scale: Tensor,
+        shift: Tensor | None, image_ids: Tensor | None, rstd: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         dx, dbranch, (a, *b, g) = backward(dy, dout, out, branch, gate, weight, scale, image_ids, rstd.new_empty(0),
                                            rstd, False, shift is not None)
         dweight, _, dscale, dshift = _tables(a, b[0] if b else None, weight, None, scale, shift)

@@ -12,8 +12,8 @@ class ResidualNorm(NamedTuple):
     normed: Tensor
 
 
-def modulated_rms_norm_reference(x: Tensor, weight: Tensor | None, scale: Tensor, shift: Tensor | None, index: Tensor,
-                                 *, eps: float = 1e-6) -> Tensor:
+def modulated_rms_norm_reference(x: Tensor, weight: Tensor | None, scale: Tensor, shift: Tensor | None,
+                                 index: Tensor | None, *, eps: float = 1e-6) -> Tensor:
     """The specification in plain PyTorch: statistics in float32 (float64 stays), the rest in x's dtype."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     y = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
@@ -21,7 +21,7 @@ def modulated_rms_norm_reference(x: Tensor, weight: Tensor | None, scale: Tensor
 
 
 def modulated_layer_norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor,
-                                   shift: Tensor | None, index: Tensor, *, eps: float = 1e-6) -> Tensor:
+                                   shift: Tensor | None, index: Tensor | None, *, eps: float = 1e-6) -> Tensor:
     """The specification in plain PyTorch: statistics in float32 (float64 stays), the rest in x's dtype."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     centered = wide - wide.mean(-1, keepdim=True)
@@ -30,25 +30,30 @@ def modulated_layer_norm_reference(x: Tensor, weight: Tensor | None, bias: Tenso
     return _modulate_reference(y if bias is None else y + bias, scale, shift, index).to(x.dtype)
 
 
-def gated_residual_reference(residual: Tensor, branch: Tensor, gate: Tensor, index: Tensor) -> Tensor:
+def gated_residual_reference(residual: Tensor, branch: Tensor, gate: Tensor, index: Tensor | None) -> Tensor:
     """The specification in plain PyTorch."""
     return (residual + of_token(gate, index, 1) * branch).to(residual.dtype)
 
 
 def gated_residual_rms_norm_reference(
     residual: Tensor, branch: Tensor, gate: Tensor, weight: Tensor | None, scale: Tensor, shift: Tensor | None,
-    index: Tensor, *, eps: float = 1e-6
+    index: Tensor | None, *, eps: float = 1e-6
 ) -> ResidualNorm:
     """The specification: one after the other."""
     residual = gated_residual_reference(residual, branch, gate, index)
     return ResidualNorm(residual, modulated_rms_norm_reference(residual, weight, scale, shift, index, eps=eps))
 
 
-def _modulate_reference(y: Tensor, scale: Tensor, shift: Tensor | None, index: Tensor) -> Tensor:
+def _modulate_reference(y: Tensor, scale: Tensor, shift: Tensor | None, index: Tensor | None) -> Tensor:
     y = y * (1 + of_token(scale, index, 0))
     return y if shift is None else y + of_token(shift, index, 0)
 
 
-def of_token(table: Tensor, image_ids: Tensor, text: float) -> Tensor:
-    """Each token's row of (N, C): (..., C), `text` where it has none; a row behind the last, which -1 picks."""
+def of_token(table: Tensor, image_ids: Tensor | None, text: float) -> Tensor:
+    """Each token's row of (N, C): (..., C), `text` where it has none; a row behind the last, which -1 picks.
+
+    Without image ids, batch row n is image n: (N, 1, C).
+    """
+    if image_ids is None:
+        return table[:, None]
     return torch.nn.functional.pad(table, (0, 0, 0, 1), value=text)[image_ids.clamp(min=-1)]

@@ -12,6 +12,9 @@ grow, and one of them grows at each write. So no two writes meet, and programs +
 then sums each image's rows in order. What is left (dscale = weight a + bias b, dweight = sum over images (1 + scale) a,
 ...) is arithmetic on (N + 1, C). A row wider than WIDEST_BACKWARD has its two means taken first (`_norm_bwd_means`) and
 is then split between programs. There are no atomics.
+
+Without image ids (None, which Triton compiles as a constant) the tokens of batch row n are image n's: `row_len` of
+them, in order, so that nothing is sorted and no id is read.
 """
 import torch
 import triton
@@ -42,6 +45,12 @@ def backward_config(width: int) -> Config:
     """Return the same for both kernels of the backward pass."""
     block = min(max(triton.next_power_of_2(width), 64), WIDEST_BACKWARD)
     return Config(1, block, BACKWARD_WARPS[block], 2)
+
+
+@triton.jit
+def _image(image_ids_ptr, row, row_len):
+    """The image of a token."""
+    return row // row_len if image_ids_ptr is None else tl.load(image_ids_ptr + row).to(tl.int64)
 
 
 @triton.jit
@@ -76,13 +85,13 @@ def _modulate(y_ptr, xhat, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, images
     tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["images"])
+@triton.jit(do_not_specialize=["images", "row_len"])
 def _norm_fwd(x_ptr, branch_ptr, gate_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, image_ids_ptr, out_ptr, y_ptr,
-              mean_ptr, rstd_ptr, images, eps, stride_xs, stride_bs, stride_gn, stride_cn, stride_fn,
+              mean_ptr, rstd_ptr, images, row_len, eps, stride_xs, stride_bs, stride_gn, stride_cn, stride_fn,
               C: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr,
               BIAS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    n = tl.load(image_ids_ptr + row).to(tl.int64)
+    n = _image(image_ids_ptr, row, row_len)
     x_ptr += row * stride_xs
     branch_ptr += row * stride_bs
     out_ptr += row * C
@@ -148,12 +157,12 @@ def _normed(dy_ptr, x_ptr, weight_ptr, scale_ptr, n, images, stride_cn, mean, rs
     return dy, xhat, dxhat
 
 
-@triton.jit(do_not_specialize=["images", "tokens"])
-def _norm_bwd_means(dy_ptr, x_ptr, weight_ptr, scale_ptr, image_ids_ptr, mean_ptr, rstd_ptr, means_ptr, images, tokens,
-                    stride_ds, stride_xs, stride_cn,
+@triton.jit(do_not_specialize=["images", "row_len", "tokens"])
+def _norm_bwd_means(dy_ptr, x_ptr, weight_ptr, scale_ptr, image_ids_ptr, mean_ptr, rstd_ptr, means_ptr, images, row_len,
+                    tokens, stride_ds, stride_xs, stride_cn,
                     C: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    n = tl.load(image_ids_ptr + row).to(tl.int64)
+    n = _image(image_ids_ptr, row, row_len)
     rstd = tl.load(rstd_ptr + row)
     mean = tl.load(mean_ptr + row) if CENTER else 0.0
     along, level = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
@@ -180,10 +189,10 @@ def _write_parts(parts_ptr, slot, plane, a, b, g, cols, inside,
         tl.store(parts_ptr + (NORM + LEVEL) * plane, g, mask=inside)
 
 
-@triton.jit(do_not_specialize=["images", "tokens", "rows", "slots"])
+@triton.jit(do_not_specialize=["images", "row_len", "tokens", "rows", "slots"])
 def _norm_bwd(dy_ptr, dout_ptr, x_ptr, branch_ptr, gate_ptr, weight_ptr, scale_ptr, image_ids_ptr, order_ptr, mean_ptr,
-              rstd_ptr, means_ptr, dx_ptr, dbranch_ptr, parts_ptr, images, tokens, rows, slots, stride_ds, stride_os,
-              stride_xs, stride_bs, stride_gn, stride_cn,
+              rstd_ptr, means_ptr, dx_ptr, dbranch_ptr, parts_ptr, images, row_len, tokens, rows, slots, stride_ds,
+              stride_os, stride_xs, stride_bs, stride_gn, stride_cn,
               C: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr,
               LEVEL: tl.constexpr, BLOCK: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
@@ -191,11 +200,11 @@ def _norm_bwd(dy_ptr, dout_ptr, x_ptr, branch_ptr, gate_ptr, weight_ptr, scale_p
     inside = cols < C
     first = program * rows
     plane = slots.to(tl.int64) * C
-    current = tl.load(image_ids_ptr + first).to(tl.int64)
+    current = _image(image_ids_ptr, first, row_len)
     a, b, g = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for i in range(first, tl.minimum(first + rows, tokens)):
-        row = tl.load(order_ptr + i).to(tl.int64)
-        n = tl.load(image_ids_ptr + i).to(tl.int64)
+        row = i if order_ptr is None else tl.load(order_ptr + i).to(tl.int64)
+        n = _image(image_ids_ptr, i, row_len)
         if n != current:
             _write_parts(parts_ptr, program + current + 1, plane, a, b, g, cols, inside, C, NORM, LEVEL, GATED)
             a, b, g = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
@@ -224,14 +233,17 @@ def _norm_bwd(dy_ptr, dout_ptr, x_ptr, branch_ptr, gate_ptr, weight_ptr, scale_p
     _write_parts(parts_ptr, program + current + 1, plane, a, b, g, cols, inside, C, NORM, LEVEL, GATED)
 
 
-@triton.jit(do_not_specialize=["images", "rows", "slots"])
-def _norm_bwd_images(parts_ptr, starts_ptr, sums_ptr, images, rows, slots,
+@triton.jit(do_not_specialize=["images", "row_len", "rows", "slots"])
+def _norm_bwd_images(parts_ptr, starts_ptr, sums_ptr, images, row_len, rows, slots,
                      C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
     """Sum the rows of `parts` of text (program 0) or image n (program n + 1), in the order of who wrote them."""
     image, kind = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < C
-    start, stop = tl.load(starts_ptr + image).to(tl.int64), tl.load(starts_ptr + image + 1).to(tl.int64)
+    if starts_ptr is None:
+        start, stop = tl.maximum(image - 1, 0) * row_len, image * row_len
+    else:
+        start, stop = tl.load(starts_ptr + image).to(tl.int64), tl.load(starts_ptr + image + 1).to(tl.int64)
     first, last = start // rows, (stop + rows - 1) // rows
     last = tl.where(stop > start, last, first)
     parts_ptr += kind * slots * C
@@ -245,16 +257,17 @@ def _norm_bwd_images(parts_ptr, starts_ptr, sums_ptr, images, rows, slots,
 
 def forward(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    scale: Tensor | None, shift: Tensor | None, image_ids: Tensor, eps: float, center: bool
+    scale: Tensor | None, shift: Tensor | None, image_ids: Tensor | None, eps: float, center: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return out = x + gate branch, its modulated norm, mean and 1 / std.
 
     Without `branch` there is no out, and without `scale` no norm: empty tensors instead.
     """
     gated, norm = branch is not None, scale is not None
-    width, tokens, table = x.shape[-1], image_ids.numel(), scale if norm else gate
+    width, tokens, table = x.shape[-1], x.shape[:-1].numel(), scale if norm else gate
+    row_len = _row_len(x, image_ids)
     out, y = (x.new_empty(x.shape if wanted else 0) for wanted in (gated, norm))
-    rstd, mean = (x.new_empty(image_ids.shape if wanted else 0, dtype=torch.float32)
+    rstd, mean = (x.new_empty(x.shape[:-1] if wanted else 0, dtype=torch.float32)
                   for wanted in (norm, norm and center))
     if tokens:
         x, branch = _rows(x), _rows(branch)
@@ -263,12 +276,13 @@ def forward(
         _norm_fwd[(tokens,)](
             x,
             *_or(x, branch, gate, _vector(weight), _vector(bias), scale, shift),
-            image_ids.reshape(-1).contiguous(),
+            None if image_ids is None else image_ids.reshape(-1).contiguous(),
             out,
             y,
             mean,
             rstd,
             table.shape[0],
+            row_len,
             eps,
             *(_stride(t) for t in (x, branch, gate, scale, shift)),
             C=width,
@@ -286,14 +300,15 @@ def forward(
 
 
 def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor | None, gate: Tensor | None,
-             weight: Tensor | None, scale: Tensor | None, image_ids: Tensor, mean: Tensor, rstd: Tensor, center: bool,
-             level: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+             weight: Tensor | None, scale: Tensor | None, image_ids: Tensor | None, mean: Tensor, rstd: Tensor,
+             center: bool, level: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return dx, dbranch and the sums a, b (with `level`) and g in float32, each (N + 1, C), text first.
 
     x is what the norm saw.
     """
     gated, norm = branch is not None, scale is not None
-    width, tokens, images = x.shape[-1], image_ids.numel(), (scale if norm else gate).shape[0]
+    width, tokens, images = x.shape[-1], x.shape[:-1].numel(), (scale if norm else gate).shape[0]
+    row_len = _row_len(x, image_ids)
     dx, dbranch = (x.new_empty(x.shape if norm else 0),
                    x.new_empty(x.shape, dtype=branch.dtype) if gated else x.new_empty(0))
     kinds = norm + (norm and level) + gated
@@ -303,10 +318,8 @@ def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor |
     rows = max(FEWEST_ROWS, triton.cdiv(tokens, PROGRAMS))
     programs = triton.cdiv(tokens, rows)
     slots = programs + images + 2
-    image_ids = image_ids.reshape(-1)
-    ordered, order = image_ids.clamp(-1, images).sort(stable=True)
-    starts = torch.searchsorted(ordered, torch.arange(-1, images + 1, device=image_ids.device, dtype=image_ids.dtype),
-                                out_int32=True)
+    image_ids = image_ids if image_ids is None else image_ids.reshape(-1)
+    ordered, order, starts = _sorted(image_ids, images)
     parts = x.new_empty(kinds, slots, width, dtype=torch.float32)
     dy, dout, x, branch = (_rows(t) for t in (dy, dout, x, branch))
     gate, scale, weight, mean, rstd = (columns_together(gate), columns_together(scale), _vector(weight), _vector(mean),
@@ -316,19 +329,35 @@ def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor |
     means = rstd
     if norm and width > launch.block_n:
         means = x.new_empty(1 + center, tokens, dtype=torch.float32)
-        _norm_bwd_means[(tokens,)](dy, x, *_or(x, weight), scale, image_ids, mean, rstd, means, images, tokens,
-                                   _stride(dy), _stride(x), _stride(scale), C=width, CENTER=center,
+        _norm_bwd_means[(tokens,)](dy, x, *_or(x, weight), scale, image_ids, mean, rstd, means, images,
+                                   row_len, tokens, _stride(dy), _stride(x), _stride(scale), C=width, CENTER=center,
                                    WEIGHT=weight is not None, **options)
     _norm_bwd[(programs, triton.cdiv(width, launch.block_n))](
         *_or(x, dy, dout, x, branch, gate, weight, scale), ordered, order, mean, rstd, means, dx, dbranch, parts,
-        images, tokens, rows, slots,
+        images, row_len, tokens, rows, slots,
         *(_stride(t) for t in (dy, dout, x, branch, gate, scale)), C=width, GATED=gated, NORM=norm, CENTER=center,
         WEIGHT=weight is not None,
         LEVEL=norm and level, **options)
     _norm_bwd_images[(images + 1, triton.cdiv(width, IMAGES.block_n), kinds)](
-        parts, starts, sums, images, rows, slots, C=width, BLOCK_M=IMAGES.block_m, BLOCK=IMAGES.block_n,
+        parts, starts, sums, images, row_len, rows, slots, C=width, BLOCK_M=IMAGES.block_m, BLOCK=IMAGES.block_n,
         num_warps=IMAGES.num_warps)
     return dx, dbranch, list(sums)
+
+
+def _row_len(x: Tensor, image_ids: Tensor | None) -> int | None:
+    """Tokens of a batch row, where that is what tells a token's image."""
+    return None if image_ids is not None else x.shape[1]
+
+
+def _sorted(image_ids: Tensor | None, images: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The ids in ascending order, the tokens in that order, and where text and each image start in it; None where the
+    tokens stand in that order."""
+    if image_ids is None:
+        return None, None, None
+    ordered, order = image_ids.clamp(-1, images).sort(stable=True)
+    starts = torch.searchsorted(ordered, torch.arange(-1, images + 1, device=image_ids.device, dtype=image_ids.dtype),
+                                out_int32=True)
+    return ordered, order, starts
 
 
 def _rows(x: Tensor | None) -> Tensor | None:

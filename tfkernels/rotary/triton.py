@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tfkernels._launch import ROUNDED_PRODUCTS
 from tfkernels._library import INTERPRET
 from tfkernels.rotary.results import dense_rows, empty_gradients, empty_like
 
@@ -191,7 +192,7 @@ def forward(q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | No
         ]
         _qk_norm_rotary_fwd[(batch * tokens,)](q, k, *_or(q, q_weight, k_weight), cos, sin, *outputs, tokens, eps,
                                                *strides, **constants, Q_NORM=q_weight is not None,
-                                               K_NORM=k_weight is not None, num_warps=warps)
+                                               K_NORM=k_weight is not None, num_warps=warps, **ROUNDED_PRODUCTS)
     return outputs
 
 
@@ -215,7 +216,7 @@ def backward(dq_out: Tensor | None, dk_out: Tensor | None, q: Tensor | None, k: 
     strides += [n for x in (*tensors, *(given if x.ndim == 1 else x for x in (dq, dk))) for n in x.stride()[:3]]
     _qk_norm_rotary_bwd[(programs,)](
         *tensors, *_or(given, q_weight, k_weight), cos, sin, dq, dk, parts, tokens, batch * tokens, rows, eps, *strides,
-        **constants, Q_NORM=norms[0], K_NORM=norms[1], num_warps=warps
+        **constants, Q_NORM=norms[0], K_NORM=norms[1], num_warps=warps, **ROUNDED_PRODUCTS
     )
     for dweight, total in zip((x for x, norm in zip(dweights, norms) if norm), parts.sum(1)):
         dweight.copy_(total)

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from transfusion.command import claim
 from transfusion.data.dataset import SPLITS, Dataset, DatasetSettings, Pictures
 from transfusion.device import choose_device
-from transfusion.files import LOCK, current, load_tensors, read_json, replacing, whole
+from transfusion.files import current, load_tensors, read_json, replacing, whole
+from transfusion.locks import LOCK
 from transfusion.model.vae import VAE
 from transfusion.settings import Count, check
 

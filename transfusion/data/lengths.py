@@ -25,7 +25,8 @@ from tqdm import tqdm
 from transfusion.data.arrays import Arrays, fingerprint, write_arrays
 from transfusion.data.documents import Documents, extra_area, has_target
 from transfusion.data.sources.record import DataError, PictureRef, Record, Source
-from transfusion.files import locked, written
+from transfusion.files import written
+from transfusion.locks import locked
 
 VERSION = 1
 CHUNK = 1000      # records in a chunk

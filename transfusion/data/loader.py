@@ -28,7 +28,7 @@ from transfusion.data.documents import Documents, Encoded
 from transfusion.data.mixture import Mixture, MixtureSettings
 from transfusion.data.plan import Stream, make_plan
 from transfusion.data.sources.record import DataError, Source
-from transfusion.files import locked
+from transfusion.locks import locked
 from transfusion.sequence import Sequence as PackedSequence
 from transfusion.sequence import lay_out
 

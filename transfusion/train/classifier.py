@@ -24,12 +24,13 @@ from transfusion.data.batches import step_generator
 from transfusion.data.dataset import DatasetSettings
 from transfusion.device import choose_device
 from transfusion.eval.features import Features, Preprocessing, in_batches
-from transfusion.files import LOCK, read_json
+from transfusion.files import read_json
+from transfusion.locks import LOCK
 from transfusion.settings import Count, Decay, NotNegative, Share, check
-from transfusion.train.checkpoint import same_run
 from transfusion.train.log import LOG
 from transfusion.train.loop import Batch, Term, end_run, fit
 from transfusion.train.optimizer import Player, build_optimizer
+from transfusion.train.resuming import same_run
 from transfusion.train.settings import JobSettings, RunSettings, StepSettings, check_steps, defaults
 
 CLASSIFIER = "classifier.json"  # what a finished one was made of

@@ -16,28 +16,31 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from transfusion.command import Interrupt
 from transfusion.device import seconds_of
-from transfusion.files import replacing
 from transfusion.train.checkpoint import (
     check_finite,
     check_weights,
-    load_state,
-    recorded,
+    open_saved,
     restore_players,
     training_state,
+    write_run,
     write_state,
 )
 from transfusion.train.guard import Guard, Spike
+from transfusion.train.keeping import save_place
 from transfusion.train.log import LOG, Log, records_before, start_log
 from transfusion.train.meter import Meter, TimeLimit
 from transfusion.train.optimizer import Player
 from transfusion.train.parallel import sum_copies, sum_counts, sum_means, whole
 from transfusion.train.processes import any_process, is_main
+from transfusion.train.resuming import history, recorded, run_to_resume
 from transfusion.train.settings import RunSettings, StepSettings
+from transfusion.train.sharded import Saver, agreeing, averaged_weights
 from transfusion.train.trackers import start_trackers
 
 
@@ -78,6 +81,9 @@ class Task(Protocol):
     def save(self, directory: Path, step: int) -> None:
         """Write what `from_pretrained` reads, after `step` steps."""
 
+    def save_whole(self, directory: Path, weights: dict[str, Tensor]) -> None:
+        """Write the same of these weights, in the background: for trainers of several processes, who hold shards."""
+
 
 class Watcher(Protocol):
     """What looks at a run from outside, every so many steps: losses on held-out data, samples."""
@@ -115,17 +121,17 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
     progress = tqdm(range(start, optim.steps), initial=start, total=optim.steps, desc=f"{command} {config.out.name}",
                     smoothing=0.05, unit="step", dynamic_ncols=True, disable=not is_main())
     began, done = time.perf_counter() - spent, start
-    with Interrupt() as stop, open_log(command, config, start) as log:
+    with Interrupt() as stop, open_log(command, config, start) as log, open_saver(config) as saver:
         for step in progress:
             # gradients
             for player in task.players:
                 player.set_rate(rate(step))
-            with saving_first(command, config, task, done, done > start, way_on), meter.begin():
+            with saving_first(command, config, task, done, done > start, way_on, saver), meter.begin():
                 batches = task.batches(step)
             means, playing, notes = accumulate(task, step, batches)
             norms = {f"{player.prefix('_')}grad_norm": clip_gradients(player, optim.clip) for player in playing}
             found = numbers(**means, **norms)
-            with saving_first(command, config, task, done, done > start, way_on):
+            with saving_first(command, config, task, done, done > start, way_on, saver):
                 skipped = guard.skips(step, found)
             if not skipped:
                 check_finite(command, config.out, step, found, way_on)
@@ -144,11 +150,12 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
             progress.set_postfix(shown(task, record, (done - start) * task.size / (record["seconds"] - spent)))
 
             # save
-            last = done in (optim.steps, config.stop_after) or any_process(stop.asked or limit.is_near())
+            last = done in (optim.steps, config.stop_after) or any_process(
+                stop.asked or limit.is_near(0.0 if saver is None else saver.seconds()))
             if last or done % config.save_every == 0:
                 log.sync()
                 with limit.saving():
-                    save(command, config, task, done, way_on)
+                    save(command, config, task, done, way_on, saver, is_last=last)
             if last and done < optim.steps:
                 progress.close()
                 break
@@ -163,13 +170,14 @@ def open_log(command: str, config: RunSettings, start: int) -> Log:
 
 
 @contextlib.contextmanager
-def saving_first(command: str, config: RunSettings, task: Task, step: int, is_new: bool, way_on: str) -> Iterator[None]:
+def saving_first(command: str, config: RunSettings, task: Task, step: int, is_new: bool, way_on: str,
+                 saver: Saver | None = None) -> Iterator[None]:
     """Save what was trained so far where the data end a run, as when too many files cannot be read, or the guard."""
     try:
         yield
     except (ValueError, Spike):
         if is_new and step % config.save_every:
-            save(command, config, task, step, way_on)
+            save(command, config, task, step, way_on, saver, is_last=True)
         raise
 
 
@@ -255,21 +263,43 @@ def cost(task: Task, optim: StepSettings, start: int, epoch: float | None = None
     return f"{told}, {left / epoch:,.1f} epochs of {epoch:,.1f} steps and {epoch * seconds / 60:,.1f} min each"
 
 
-def save(command: str, config: RunSettings, task: Task, step: int, way_on: str = "") -> None:
-    """Replace the checkpoint and what resuming needs together: a kill while writing leaves the save before whole."""
+def open_saver(config: RunSettings) -> contextlib.AbstractContextManager[Saver | None]:
+    """What saves in the background where several processes train; None of one process."""
+    return Saver(config.out) if dist.is_initialized() else contextlib.nullcontext()
+
+
+def save(command: str, config: RunSettings, task: Task, step: int, way_on: str = "",
+         saver: Saver | None = None, is_last: bool = False) -> None:
+    """Replace the checkpoint and what resuming needs together: a kill while writing leaves the save before whole.
+
+    With a `saver` training goes on while files are written, but for the last ones, which are waited for.
+    """
     state, optimizers = training_state(task.players)
-    state = {name: whole(x) for name, x in state.items()}
-    check_weights(command, config.out, step, state, way_on)
-    with replacing(config.out) if is_main() else contextlib.nullcontext(config.out) as fresh:
+    with contextlib.nullcontext() if saver is None else saver.agreeing():
+        check_weights(command, config.out, step, state, way_on)
+    run = {"step": step, "config": recorded(config), "optimizers": optimizers, **history(config)}
+
+    def finish(fresh: Path) -> None:
+        task.save_whole(fresh, averaged_weights(fresh))
+        write_run(fresh, run)
+
+    if saver is not None:
+        saver.start(state, save_place(config, step), finish, step)
+        if is_last:
+            saver.wait()
+        return
+    with save_place(config, step) as fresh:
         task.save(fresh, step)
-        if is_main():
-            write_state(fresh, config, state, optimizers, step)
+        write_state(fresh, state)
+        write_run(fresh, run)
 
 
 def restore(config: RunSettings, players: Sequence[Player], fixed: tuple[str, ...]) -> int:
     """Put what `save` wrote into the players; return the step to go on from."""
-    state, run = load_state(config, fixed)
-    restore_players(players, state, run.get("optimizers", {}))
+    with agreeing() if dist.is_initialized() else contextlib.nullcontext():
+        run = run_to_resume(config, fixed)
+        with open_saved(config.out) as saved:
+            restore_players(players, saved, run.get("optimizers", {}))
     return run["step"]
 
 

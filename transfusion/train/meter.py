@@ -70,14 +70,15 @@ class TimeLimit:
         self.began = self.last = time.monotonic()
         self.step, self.save = 0.0, None
 
-    def is_near(self) -> bool:
+    def is_near(self, saved: float = 0.0) -> bool:
         """Whether another step and a save might not fit any more. Ask after each step: this is how steps are timed.
 
-        A step may take as long as the longest so far, with what watchers do; a save 1.5 times as long as the last one.
+        A step may take as long as the longest so far, with what watchers do; a save 1.5 times as long as the last one,
+        or as `saved`, the seconds of one in the background.
         """
         now = time.monotonic()
         self.step, self.last = max(self.step, now - self.last), now
-        save = FIRST_SAVE * self.seconds if self.save is None else 1.5 * self.save
+        save = FIRST_SAVE * self.seconds if self.save is None else 1.5 * max(self.save, saved)
         return now - self.began + self.step + save > self.seconds
 
     @contextlib.contextmanager

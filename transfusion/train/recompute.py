@@ -31,14 +31,15 @@ def checkpoint_layers(model: Transfusion, recompute: str) -> None:
     enable({"use_reentrant": False, **kept})
 
 
-def compile_layers(model: Transfusion, backend: str | Callable = "inductor") -> None:
+def compile_layers(model: Transfusion, backend: str | Callable = "inductor", *, whole: bool = True) -> None:
     """Compile each layer by itself, before `shard`. Numbers of images and patches may change from step to step.
 
     A layer is compiled for each form that its inputs have: the first layer's embeddings, the others' residual stream,
-    and numbers of images in general once they have changed.
+    and numbers of images in general once they have changed. A layer is one graph; where it is not `whole`, because
+    processes share its rows, it is one in front of attention, which talks to the others, and one behind it.
     """
     for layer in model.backbone.blocks():
-        layer.compile(backend=backend)
+        layer.compile(backend=backend, fullgraph=whole)
 
 
 def _policy(_, operation, *arguments, **options) -> CheckpointPolicy:

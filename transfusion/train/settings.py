@@ -54,6 +54,12 @@ class RunSettings(JobSettings):
     """directory for the checkpoint, the log and what resuming needs"""
     resume: bool = False
     """go on from what `out` holds"""
+    allow_changed: bool = False
+    """go on with other settings of model, data or seed, too; what changed is kept in resume/run.json"""
+    keep_last: WholeNumber = 0
+    """newest saves that stay in `out`/steps when newer ones take their place in `out`"""
+    keep_every: Count | None = None
+    """steps whose saves stay there for good, by their distance; None: none"""
     stop_after: Count | None = None
     """stop (and save) after this step, as Ctrl-C would"""
     autocast: bool = False

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, LlamaConfig
 
 from transfusion.command import claim, saved_step
@@ -33,11 +33,12 @@ from transfusion.train.average import Average
 from transfusion.train.estimates import work
 from transfusion.train.loop import Batch, Term, fit, say_stopped
 from transfusion.train.optimizer import Player, build_optimizer, learning_rate, scale_rates
-from transfusion.train.parallel import shard, whole
-from transfusion.train.processes import ALONE, DTYPES, ParallelSettings, Processes, is_main, start_processes
+from transfusion.train.parallel import shard
+from transfusion.train.processes import ALONE, DTYPES, ParallelSettings, Processes, start_processes
 from transfusion.train.recompute import RECOMPUTE, checkpoint_layers, compile_layers
 from transfusion.train.samples import Samples, SamplesSettings, held_out_prompts, read_prompts
 from transfusion.train.settings import OptimizerSettings, RunSettings, check_steps
+from transfusion.train.sharded import without_memory
 from transfusion.train.trackers import check_trackers
 from transfusion.train.validation import Validation, ValidationSettings
 
@@ -165,9 +166,12 @@ class TransfusionTask:
     unit, shown = "tokens", ("text_loss", "diffusion_loss")
 
     def __init__(self, config: TrainConfig, rows: Rows, base: Transfusion, model: nn.Module,
-                 processes: Processes = ALONE):
-        """`model` is `base`, or the adapters around it; `rows` are those of this one of the processes."""
-        self.config, self.rows, self.base, self.processes = config, rows, base, processes
+                 processes: Processes = ALONE, written: nn.Module | None = None):
+        """`model` is `base`, or the adapters around it; `rows` are those of this one of the processes.
+
+        Where `model` is in shards, `written` is what it was before, without memory, which saves are made with.
+        """
+        self.config, self.rows, self.base, self.processes, self.written = config, rows, base, processes, written
         self.size = config.optim.rows * config.optim.seq_len
         self.context = None
         if processes.context_ranks > 1:
@@ -230,12 +234,16 @@ class TransfusionTask:
 
     def save(self, directory: Path, step: int) -> None:
         """Write the averaged model or, where only adapters are trained, those and the way to their model."""
-        player = self.player
-        with player.averaged.applied(player.model):
-            weights = {name: whole(x) for name, x in player.model.state_dict().items()}
-            if is_main():
-                player.model.save_pretrained(directory, state_dict=weights)
-        if self.config.tune.trained != "all" and is_main():
+        with self.player.averaged.applied(self.player.model):
+            self._write(directory, self.player.model)
+
+    def save_whole(self, directory: Path, weights: dict[str, Tensor]) -> None:
+        """Write the same of whole weights, where those of the model are in shards."""
+        self._write(directory, self.written, state_dict=weights)
+
+    def _write(self, directory: Path, model: nn.Module, **weights) -> None:
+        model.save_pretrained(directory, **weights)
+        if self.config.tune.trained != "all":
             name_base(directory, self.config.tune.start, self.config.out)
 
 
@@ -298,9 +306,10 @@ def _train(config: TrainConfig, processes: Processes) -> Path:
             base.vae.to(device)
         torch.manual_seed(config.seed)  # adapters start at random
         model = prepare(base, config.tune).train()
+        written = without_memory(model, base.vae) if processes.size > 1 else None
         checkpoint_layers(base, config.recompute)
         if config.compile:
-            compile_layers(base)
+            compile_layers(base, whole=processes.context_ranks == 1)
         print(trained_table(model), flush=True)
         optim = config.optim
         rows = data.rows(base.tokenizer, base.config, base.vae, rows=optim.rows, seq_len=optim.seq_len,
@@ -311,7 +320,7 @@ def _train(config: TrainConfig, processes: Processes) -> Path:
     # optimizer and loop
     if processes.mesh is not None:
         model = shard(model, processes.mesh, DTYPES[config.parallel.dtype], offload=config.parallel.offload)
-    task = TransfusionTask(config, rows, base, model, processes)
+    task = TransfusionTask(config, rows, base, model, processes, written)
     watchers = watch(config, task, rows)
     done = fit("train", config, config.optim, task, lambda step: learning_rate(step, config.optim), fixed=FIXED,
                epoch=rows.steps_in_epoch, watchers=watchers, operations=task.operations)

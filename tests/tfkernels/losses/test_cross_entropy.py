@@ -368,6 +368,7 @@ def test_logits_of_a_chunk_take_about_the_memory_of_the_rows():
 def test_the_kernel_spills_nothing(vocabulary, gradient, size, architecture):
     launch, stride = launch_config(vocabulary), -(-vocabulary // module.ALIGNMENT) * module.ALIGNMENT
     constants = {"V": vocabulary, "STRIDE": stride, "WEIGHT": gradient, "GRADIENT": gradient, "BLOCK": launch.block_n}
+    constants |= dict.fromkeys(("lse_ptr", "lse_weight_ptr", "softcap", "smoothing", "z_loss"))
     found = resources(_cross_entropy_rows, constants, launch, architecture=architecture, element_size=size,
                       float32=("row_weight_ptr", "losses_ptr"))
     assert found.fit(architecture), found

@@ -42,7 +42,7 @@ def test_opcheck():
     torch.library.opcheck(_forward, (hidden, weight.detach(), case.targets, case.rows, None, None, True, False, False))
     torch.library.opcheck(_forward,
                           (hidden.detach(), weight.detach(), case.targets, case.rows, None, None, False, False, False))
-    _, _, *gradients = _forward(batch.detach(), weight.detach(), targets, rows, None, None, True, True, False)
+    _, _, *gradients, _ = _forward(batch.detach(), weight.detach(), targets, rows, None, None, True, True, False)
     torch.library.opcheck(_scale, (torch.tensor(0.3, device=DEVICE), *gradients, rows, [4, 10, 13]))
 
 

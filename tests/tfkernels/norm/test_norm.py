@@ -323,19 +323,21 @@ FLAGS = {"norm": {"GATED": False, "NORM": True}, "gated": {"GATED": True, "NORM"
          "fused": {"GATED": True, "NORM": True}}
 
 
-def compiled(kernel, op, width, architecture, size):
-    """Compile one kernel with everything it can be asked for."""
+def compiled(kernel, op, width, architecture, size, left_out=("row_len",)):
+    """Compile one kernel with everything it can be asked for but the arguments `left_out`."""
     center = op != "fused"  # layer norm has no fused form
     flags = FLAGS[op] | {"C": width, "CENTER": center, "WEIGHT": True}
     if kernel == "images":
         return resources(kernels._norm_bwd_images,
-                         {"C": width, "BLOCK_M": kernels.IMAGES.block_m, "BLOCK": kernels.IMAGES.block_n},
+                         {"C": width, "BLOCK_M": kernels.IMAGES.block_m, "BLOCK": kernels.IMAGES.block_n}
+                         | dict.fromkeys(set(left_out) & {p.name for p in kernels._norm_bwd_images.params}),
                          kernels.IMAGES, architecture=architecture, element_size=size)
     launch: Config = kernels.forward_config(width) if kernel == "fwd" else kernels.backward_config(width)
     constants = {"fwd": flags | {"BIAS": center, "SHIFT": True}, "bwd": flags | {"LEVEL": True},
                  "means": {k: flags[k] for k in ("C", "CENTER", "WEIGHT")}}[kernel]
     function = {"fwd": kernels._norm_fwd, "bwd": kernels._norm_bwd, "means": kernels._norm_bwd_means}[kernel]
-    return resources(function, constants | {"BLOCK": launch.block_n}, launch, architecture=architecture,
+    constants |= {"BLOCK": launch.block_n} | dict.fromkeys(set(left_out) & {p.name for p in function.params})
+    return resources(function, constants, launch, architecture=architecture,
                      element_size=size)
 
 

@@ -11,9 +11,14 @@ def in_a_child(work, kill_at=None):
 
     Return the exit status, 0 where it came to its end.
     """
+    return os.waitstatus_to_exitcode(os.waitpid(start_child(work, kill_at), 0)[1])
+
+
+def start_child(work, kill_at=None):
+    """Start `work` as `in_a_child` runs it; return the process's number."""
     pid = os.fork()
     if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return pid
     left, fsync = kill_at, os.fsync
 
     def count(*_):

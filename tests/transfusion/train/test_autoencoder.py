@@ -16,13 +16,14 @@ import transfusion.train.autoencoder as vae_train
 from tests.transfusion.train.test_autoencoder_losses import classifier
 from transfusion import Transfusion
 from transfusion.cli import main
+from transfusion.command import saved_run
 from transfusion.data.batches import step_generator
 from transfusion.data.dataset import DatasetSettings
 from transfusion.data.latents import EncodeSettings, encode_dataset, open_dataset
 from transfusion.data.picture_files import PictureFolder, PictureFolderSettings
 from transfusion.eval.autoencoder import LinearCodec, VAEEvalSettings, evaluate, frechet_name, patch_pca, picture_pca
 from transfusion.eval.features import Features
-from transfusion.files import locked
+from transfusion.locks import locked
 from transfusion.model.lora import TuneSettings
 from transfusion.model.vae import VAE
 from transfusion.recipes.command_line import AUTOENCODER_PRESETS
@@ -42,7 +43,6 @@ from transfusion.train.autoencoder import (
     train,
 )
 from transfusion.train.autoencoder_losses import PatchDiscriminator, discriminator_loss
-from transfusion.train.checkpoint import load_state
 from transfusion.train.log import CLOCKED
 from transfusion.train.transfusion import ModelSettings, OptimSettings, TrainConfig
 from transfusion.train.transfusion import train as train_transfusion
@@ -390,7 +390,7 @@ def test_the_discriminator_learns_from_its_own_loss_alone(tmp_path):
     """Its first moment after one step is a tenth of that loss's gradient, without the adversarial term's."""
     config = tiny(tmp_path, stop_after=4)
     train(config)
-    state, run = load_state(config, ())
+    state, run = load_file(config.out / "resume" / "state.safetensors"), saved_run(config.out)
     autoencoder, discriminator = build_autoencoder(config.model, (1, 8, 8), 0), PatchDiscriminator(1, 8, 1)
     for module, prefix in ((autoencoder, "model."), (discriminator, "discriminator.model.")):
         for name, p in module.named_parameters():

@@ -118,7 +118,7 @@ def test_max_hours_saves_and_stops_and_the_run_goes_on_as_if_it_had_not_stopped(
     train(small(tmp_path / "whole"))
     near = iter([False] * 4 + [True])
     with monkeypatch.context() as patch:
-        patch.setattr(loop.TimeLimit, "is_near", lambda self: next(near))
+        patch.setattr(loop.TimeLimit, "is_near", lambda *_: next(near))
         train(small(tmp_path / "parts", max_hours=2.0))
     assert saved_step(tmp_path / "parts") == 5 == len(losses(tmp_path / "parts"))
     assert "stopped after step 5 of 12" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tfkernels._launch import ROUNDED_PRODUCTS
 from tfkernels._library import INTERPRET
 from tfkernels.patches.philox import philox_normal
 from tfkernels.patches.triton.layout import SCALAR_ARGUMENTS, addresses, dense, geometry, locate, tile
@@ -104,7 +105,7 @@ def forward(prediction: Tensor, x0: Tensor, x0_factor: Tensor, eps_factor: Tenso
     constants |= tile(dim)
     _diffusion_loss_rows[(triton.cdiv(rows, constants["BLOCK_R"]),)](prediction, x0, x0_factor, eps_factor, seed,
                                                                      *pointers, sums, len(x0_factor), rows, *numbers,
-                                                                     **constants, num_warps=4)
+                                                                     **constants, num_warps=4, **ROUNDED_PRODUCTS)
     _diffusion_loss_images[(len(x0_factor),)](sums, x0_factor if weight is None else weight, pointers[0], loss,
                                               rows_of_one_size(x0, patch), SEARCH=offsets is not None,
                                               WEIGHT=weight is not None, DIM=dim, BLOCK=BLOCK, num_warps=4)

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from transfusion.command import claim
 from transfusion.data.dataset import SPLITS
 from transfusion.eval.features import Features
-from transfusion.files import LOCK, current, locked, read_json, write_text, written
+from transfusion.files import current, read_json, write_text, written
+from transfusion.locks import LOCK, locked
 from transfusion.model.transfusion import Transfusion
 from transfusion.recipes.studies.arms import Arm, StudyData
 from transfusion.recipes.studies.measure import Yardstick, caption_accuracy, flops, text_loss

@@ -20,9 +20,9 @@ from torch import Tensor
 from transfusion.command import claim
 from transfusion.files import check_files, current, whole
 from transfusion.settings import Count, check
-from transfusion.train.checkpoint import same_run
 from transfusion.train.loop import Batch, Term, end_run, fit
 from transfusion.train.optimizer import Player, build_optimizer
+from transfusion.train.resuming import same_run
 from transfusion.train.settings import RunSettings, StepSettings, check_steps, defaults
 
 GROUPS = 8  # of the group norms

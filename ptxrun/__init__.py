@@ -1,0 +1,35 @@
+"""Runs compiled Triton kernels without a GPU: their PTX, instruction by instruction, on CPU tensors.
+
+    import ptxrun
+    with ptxrun.emulate("sm_90", races=True):
+        kernel[grid](x, y, out, n, BLOCK=128)        # tensors of the CPU, bfloat16 included
+
+This is the code that a GPU would run, with its tiles, its layouts in registers and shared memory, its barriers and
+asynchronous copies, of which Triton's interpreter knows nothing. docs/testing.md says what it proves and what not.
+`pytest -p ptxrun.plugin --emulate sm_90` runs a project's own tests this way.
+"""
+from ptxrun.errors import (
+    Deadlock,
+    EmulationError,
+    Hazard,
+    Misaligned,
+    Misuse,
+    OutOfBounds,
+    Race,
+    UnknownInstruction,
+)
+
+__all__ = ["Deadlock", "EmulationError", "Hazard", "Misaligned", "Misuse", "OutOfBounds", "Race", "UnknownInstruction",
+           "emulate", "operators_on_cpu"]
+
+
+def emulate(architecture: str, **options):
+    """See `ptxrun.driver.emulate`, which this imports with Triton when it is called."""
+    from ptxrun import driver
+    return driver.emulate(architecture, **options)
+
+
+def operators_on_cpu():
+    """See `ptxrun.driver.operators_on_cpu`."""
+    from ptxrun import driver
+    driver.operators_on_cpu()

@@ -1,0 +1,306 @@
+"""The machine that runs some blocks of a kernel at once: it decodes the kernel, and moves groups of threads through it.
+
+A straight run of instructions ends where threads may part or wait: at branches, barriers and the ends of asynchronous
+work. Within a run each instruction is executed by all threads of a group before the next one.
+"""
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ptxrun.barriers import MBarriers, NamedBarrier, RegisterPool
+from ptxrun.errors import Deadlock, EmulationError, Hazard, Misuse, UnknownInstruction
+from ptxrun.instructions import decode
+from ptxrun.instructions.barrier import barrier_key
+from ptxrun.instructions.copy import Copies
+from ptxrun.instructions.operands import Operands
+from ptxrun.instructions.wgmma import WARPGROUP, Products
+from ptxrun.memory import GlobalMemory, SharedMemory
+from ptxrun.ptx import NAME, Instruction, Kernel
+from ptxrun.races import Races
+from ptxrun.registers import Registers
+from ptxrun.schedule import Coin, Schedule
+from ptxrun.threads import EXIT, WARP, Group, Threads
+
+PARAMETERS_AT = 0x7000_0000  # where kernels see the addresses of their parameters; 4 KiB for each
+AXES = ("x", "y", "z")
+
+
+@dataclass
+class Run:
+    """Straight instructions, or one at which threads may part or wait, which is a run of its own."""
+
+    steps: list[tuple[Instruction, object]]
+    ender: Instruction | None
+    end: int  # index of the instruction behind
+    touched: list[tuple[Instruction, frozenset]] = field(default_factory=list)  # registers, for hazards
+
+
+def ends_run(instruction: Instruction) -> bool:
+    """Whether threads may part or wait at an instruction."""
+    base, *rest = instruction.parts
+    if base in ("bar", "barrier"):
+        return rest[0] != "warp"
+    if base == "mbarrier":
+        return rest[0] in ("try_wait", "test_wait")
+    return base in ("bra", "brx", "ret", "exit", "trap", "setmaxnreg")
+
+
+def ends_run_after(instruction: Instruction) -> bool:
+    """Whether another warp or the copy engine may be quicker behind an instruction."""
+    return instruction.opcode.startswith(("mbarrier.arrive", "wgmma", "cp.async.bulk", "cp.async.wait"))
+
+
+class Machine:
+    """Runs `blocks` blocks of a kernel at a time."""
+
+    def __init__(self, kernel: Kernel, blocks: int, shared_size: int, schedule: Schedule, *, races: bool = False):
+        self.kernel, self.blocks, self.schedule, self.check_races = kernel, blocks, schedule, races
+        count = kernel.threads * blocks
+        self.registers = Registers(kernel.registers, count)
+        self.shared = SharedMemory(shared_size, blocks, kernel.threads)
+        self.block_number = np.zeros(count, np.int64)
+        self.special = self._special_registers(count)
+        self.parameter_addresses = {name: PARAMETERS_AT + 4096 * i for i, (name, *_) in enumerate(kernel.parameters)}
+        self.parameter_sizes = {name: max(1, n) * int(kind[1:]) // 8 for name, kind, n in kernel.parameters}
+        self.parameters, self.global_memory = {}, GlobalMemory()
+        self.races, self.traffic, self.conflicts = None, None, None
+        self.runs = self._decode()
+
+    # decoding
+
+    def _special_registers(self, count: int):
+        thread = np.arange(count, dtype=np.uint32) % np.uint32(self.kernel.threads)
+        special = {"%tid.x": thread, "%laneid": thread % np.uint32(32), "%warpid": thread // np.uint32(32),
+                   "%ntid.x": np.full(count, self.kernel.threads, np.uint32)}
+        for axis in AXES:
+            special |= {f"%{name}.{axis}": np.zeros(count, np.uint32) for name in ("ctaid", "nctaid")}
+        special |= {f"%tid.{axis}": np.zeros(count, np.uint32) for axis in "yz"}
+        special |= {f"%ntid.{axis}": np.ones(count, np.uint32) for axis in "yz"}
+        special |= {name: np.zeros(count, np.uint32) for name in ("%cluster_ctarank", "%cluster_ctaid.x")}
+        return special
+
+    def _decode(self) -> dict[int, Run]:
+        code = self.kernel.instructions
+        starts = {0, *self.kernel.labels.values()}
+        for i, instruction in enumerate(code):
+            if ends_run(instruction):
+                starts |= {i, i + 1}
+            elif ends_run_after(instruction):
+                starts.add(i + 1)
+        edges = sorted(start for start in starts if start < len(code)) + [len(code)]
+        hazards = any(instruction.parts[0] == "wgmma" for instruction in code)
+        runs = {}
+        for start, end in zip(edges, edges[1:]):
+            ender = code[end - 1] if ends_run(code[end - 1]) else None
+            body = code[start:end - 1] if ender else code[start:end]
+            runs[start] = Run([(one, self._executable(one)) for one in body], ender, end)
+            if hazards:
+                runs[start].touched = [(one, self._named(one)) for one in code[start:end] if one.parts[0] != "wgmma"]
+        return runs
+
+    def _executable(self, instruction: Instruction):
+        """What executes an instruction; an unknown one is an error when a thread comes to it."""
+        try:
+            return decode(self, instruction)
+        except UnknownInstruction as error:
+            message = str(error)
+
+            def unknown(at):
+                raise UnknownInstruction(message)
+            return unknown
+
+    def _named(self, instruction: Instruction) -> frozenset:
+        names = {name for text in instruction.operands for name in NAME.findall(text)} | {instruction.predicate}
+        return frozenset(names & self.registers.kinds.keys())
+
+    # running
+
+    def start(self, numbers: range, grid: tuple[int, int, int]):
+        """Set up the blocks `numbers` of a grid, at most as many as the machine holds."""
+        threads, count = self.kernel.threads, len(numbers) * self.kernel.threads
+        self.block_number[:count] = np.repeat(np.asarray(numbers), threads)
+        number = self.block_number.astype(np.uint32)
+        for axis, size in zip(AXES, grid):
+            self.special[f"%ctaid.{axis}"][:] = number % np.uint32(size)
+            self.special[f"%nctaid.{axis}"][:] = size
+            number //= np.uint32(size)
+        self.registers.poison()
+        self.shared.poison()
+        self.threads = Threads(count, joined=not self.schedule.apart)
+        self.coin = Coin(self.schedule.seed, -(-count // 32))
+        self.copies, self.products, self.mbarriers = Copies(count), Products(), MBarriers()
+        self.named_barriers, self.deliveries, self.bulk_stores = {}, [], {}
+        self.pools = [RegisterPool(threads // 32, self.kernel.registers_per_thread) for _ in numbers]
+        self.races = Races(self.shared.size, threads // 32) if self.check_races else None
+
+    def run(self):
+        """Run until no thread is left."""
+        with np.errstate(all="ignore"):
+            while self.threads.groups:
+                group = self._next()
+                if group is not None:
+                    self._step(group)
+        for groups in self.bulk_stores.values():
+            for deliver in [one for group in groups for one in group]:
+                deliver()
+
+    def _next(self) -> Group | None:
+        """The group that goes on; None where the copy engine did something instead."""
+        ready = [group for group in self.threads.groups if group.waits is None or self._may_go_on(group)]
+        random = self.schedule.apart
+        if self.deliveries and (not ready or random and self.coin.throw(self.coin.delivery)):
+            self.deliveries.pop(self.coin.pick(len(self.deliveries)) if random else 0)()
+            return None
+        if not ready:
+            at_a_barrier = lambda group: group.waits[0] == "a barrier"  # noqa: E731  (they stand behind it)
+            raise Deadlock("no thread can go on: " + "; ".join(
+                f"{group} wait for {group.waits[0]} at "
+                f"{self.kernel.instructions[group.at - at_a_barrier(group)].where}" for group in self.threads.groups))
+        if not random:
+            return min(ready, key=lambda group: group.at)
+        self.coin.shuffle()
+        return min(ready, key=lambda group: (self.coin.priority[group.low // 32], group.at))
+
+    def _may_go_on(self, group: Group) -> bool:
+        kind, *key = group.waits
+        if kind == "registers":
+            block, warps, count = key
+            return self.pools[block].enough(warps, count)
+        return kind == "an mbarrier" and self.mbarriers.passed(*key)
+
+    def _step(self, group: Group):
+        """One straight run of one group."""
+        run, at = self.runs[group.at], group.slice
+        if self.products.in_flight:
+            self._check_hazards(group, run)
+        here = run.ender
+        try:
+            for instruction, execute in run.steps:
+                here = instruction
+                execute(at)
+            if self.traffic:
+                self.traffic.of_instructions(run, at)
+            if run.ender is None:
+                group.at = run.end
+            else:
+                self._end(group, run.ender, run.end)
+        except EmulationError as error:
+            raise error.at(here) from None
+        if len(self.threads.groups) > 1:
+            self.threads.join()
+
+    def _check_hazards(self, group: Group, run: Run):
+        """No instruction may touch a register that an asynchronous product still uses; reading inputs is harmless."""
+        size = WARPGROUP if self.threads.joined else WARP
+        for unit, held in self.products.in_flight.items():
+            for instruction, names in run.touched if unit < group.high and group.low < unit + size else ():
+                for name in sorted(names & held.keys()):
+                    if held[name] is not None or name in instruction.operands[0]:
+                        raise Hazard(f"{name} is used while an asynchronous product of {group} has not been waited "
+                                     "for").at(instruction)
+
+    # instructions at which threads part or wait
+
+    def _end(self, group: Group, instruction: Instruction, end: int):
+        base = instruction.parts[0]
+        if base == "bra":
+            self._branch(group, instruction, self.kernel.labels[instruction.operands[0]], end)
+        elif base in ("ret", "exit"):
+            self._branch(group, instruction, EXIT, end)
+        elif base == "brx":
+            index = Operands(self, instruction).read(0, "u32")(group.slice)
+            table = self.kernel.branch_targets[instruction.operands[1]]
+            self.threads.split(group, np.array([self.kernel.labels[label] for label in table])[index])
+        elif base == "trap":
+            if Operands(self, instruction).active(group.slice).any():
+                raise Misuse("trap, which a failed assertion ends in")
+            group.at = end
+        elif base == "setmaxnreg":
+            self._move_registers(group, instruction, end)
+        elif base == "mbarrier":
+            self._wait(group, instruction, end)
+        else:
+            self._barrier(group, instruction, end)
+
+    def _branch(self, group: Group, instruction: Instruction, target: int, end: int):
+        taken = Operands(self, instruction).active(group.slice)
+        if target != EXIT and taken.all():
+            group.at = target
+        elif not taken.any():
+            group.at = end
+        else:
+            self.threads.split(group, np.where(taken, target, end))
+
+    def _barrier(self, group: Group, instruction: Instruction, end: int):
+        """bar and barrier, .sync and .arrive."""
+        action = next((part for part in instruction.parts[1:] if part not in ("cta", "aligned")), "")
+        if action not in ("sync", "arrive") or instruction.predicate:
+            raise UnknownInstruction(f"not emulated: {instruction}")
+        if group.low % 32 or group.high % 32:
+            raise Misuse(f"{group}, part of a warp, come to a barrier for whole warps")
+        operands, threads = Operands(self, instruction), self.kernel.threads
+        number, *counts = (int(np.ravel(operands.read(i, "u32")(group.slice))[0])
+                           for i in range(len(instruction.operands)))
+        count = counts[0] if counts else threads
+        if count == threads and group.low % threads == group.high % threads == 0 and not self.named_barriers:
+            group.at = end  # whole blocks at once: nobody has to wait
+            if self.races and action == "sync":
+                self.races.barrier(group.warps)
+            return
+        for part in self.threads.cut(group, self._block_edges(group)):
+            part.at = end
+            key = part.low // threads, number
+            barrier = self.named_barriers.setdefault(key, NamedBarrier(count))
+            opens = barrier.arrive(part, count)
+            part.waits = ("a barrier", *key) if action == "sync" else None
+            if opens:
+                self._open(key, barrier)
+
+    def _open(self, key, barrier: NamedBarrier):
+        del self.named_barriers[key]
+        if self.races:
+            self.races.barrier(barrier.warps)
+        for group in self.threads.groups:
+            if group.waits == ("a barrier", *key):
+                group.waits = None
+
+    def _wait(self, group: Group, instruction: Instruction, end: int):
+        """mbarrier.try_wait and test_wait: come back when the phase is complete, with true."""
+        operands, at = Operands(self, instruction), group.slice
+        if "parity" not in instruction.parts:
+            raise UnknownInstruction(f"not emulated (a wait for a state): {instruction}")
+        addresses, parity = operands.address(1)(at), np.broadcast_to(operands.read(2, "u32")(at), at.stop - at.start)
+        blocks = np.arange(at.start, at.stop) // self.kernel.threads
+        keys = np.stack([blocks, addresses, parity & 1])
+        different = np.flatnonzero((keys[:, 1:] != keys[:, :-1]).any(0)) + 1
+        if len(different):
+            self.threads.cut(group, [at.start + int(i) for i in different])
+            return
+        key = barrier_key(self, at.start, int(addresses[0]))
+        if not self.mbarriers.passed(key, int(parity[0]) & 1):
+            group.waits = ("an mbarrier", key, int(parity[0]) & 1)
+            return
+        group.waits = None
+        if self.races:
+            self.races.acquire(group.warps, key)
+        operands.write(0, "pred")(at, np.ones(at.stop - at.start, bool))
+        group.at = end
+
+    def _block_edges(self, group: Group) -> range:
+        """Where a block of threads begins inside of a group."""
+        threads = self.kernel.threads
+        return range((group.low // threads + 1) * threads, group.high, threads)
+
+    def _move_registers(self, group: Group, instruction: Instruction, end: int):
+        """setmaxnreg.dec gives registers back, .inc waits for them."""
+        count = int(instruction.operands[0], 0)
+        for part in self.threads.cut(group, self._block_edges(group)):
+            block, first = divmod(part.low, self.kernel.threads)
+            pool, warps = self.pools[block], range(first // 32, (first + part.high - part.low) // 32)
+            pool.check(count)
+            if "dec" in instruction.parts:
+                pool.release(warps, count)
+            elif not pool.take(warps, count):
+                part.waits = "registers", block, warps, count
+                continue
+            part.waits, part.at = None, end

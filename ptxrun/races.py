@@ -1,0 +1,168 @@
+"""Races in shared memory: of two accesses to a byte, one of them a write, one must happen before the other.
+
+Each warp keeps a vector clock: how far it has seen every other warp, every warp's asynchronous copies (cp.async) and
+asynchronous products (wgmma), and every mbarrier's phases. Barriers join clocks; waiting for copies, products or a
+phase lets a warp see them. A byte remembers who wrote it last and who read it since, and when. So a race is found in
+whatever order the emulator happens to run the warps, as long as both accesses happen in the run.
+
+Two proxies see shared memory: wgmma and TMA do not see ordinary stores before `fence.proxy.async` of the warp that
+stored. The order of threads within one warp is taken for granted.
+"""
+import numpy as np
+
+from ptxrun.errors import Race
+from ptxrun.threads import WARP
+
+
+class Races:
+    """Happens-before over the shared memory of one block."""
+
+    def __init__(self, size: int, warps: int):
+        self.warps = warps
+        self.copies, self.products, self.mbarriers = warps, 2 * warps, 3 * warps  # where each kind's entries begin
+        entries = 3 * warps + 64
+        self.clock = np.zeros((warps, entries), np.int64)   # what each warp has seen of each entry
+        self.clock[np.arange(warps), np.arange(warps)] = 1
+        self.writer, self.written = np.zeros(size, np.int64), np.zeros(size, np.int64)
+        self.read = np.zeros((3 * warps, size), np.int64)   # when each warp, copy or product last read a byte
+        self.unfenced = np.zeros(size, np.int16)            # 1 + the warp whose ordinary store no proxy fence follows
+        self.copy_groups = np.zeros(warps, np.int64)        # of cp.async, closed so far
+        self.product_groups = np.zeros(warps, np.int64)     # of wgmma, closed so far
+        self.entry_of, self.arriving, self.complete = {}, {}, {}  # by the mbarrier's address
+
+    # what reads and writes
+
+    def access(self, lanes, places, size: int, *, write: bool, copy: bool = False, same=None):
+        """Threads `lanes` read or write `size` bytes at `places`, as themselves or by cp.async.
+
+        same: where the value that is written stands there already; such a write does not hurt one before it.
+        """
+        touched = places[:, None] + np.arange(size)
+        by_warp = [(warp, touched[lanes // WARP == warp]) for warp in np.unique(lanes // WARP)]
+        for warp, bytes_ in by_warp:
+            if write:
+                changed = touched[(lanes // WARP == warp) & ~same] if same is not None else bytes_
+                self._after_writes(warp, changed.reshape(-1), "a write")
+                self._after_reads(warp, bytes_.reshape(-1), "a write")
+            else:
+                self._after_writes(warp, bytes_.reshape(-1), "a read")
+        for warp, bytes_ in by_warp:
+            if not write:
+                self.read[warp, bytes_] = self.clock[warp, warp]
+                continue
+            self.writer[bytes_] = self.copies + warp if copy else warp
+            self.written[bytes_] = self.copy_groups[warp] + 1 if copy else self.clock[warp, warp]
+            self.unfenced[bytes_] = warp + 1
+
+    def product_reads(self, warps: range, bytes_):
+        """An asynchronous product of a warpgroup (or of a warp of it) reads shared memory."""
+        seen = self.clock[warps.start:warps.stop].min(0)
+        self._after_writes(warps.start, bytes_, "an asynchronous product's read", seen)
+        self._fenced(warps.start, bytes_, "an asynchronous product")
+        self.read[self.products + warps.start, bytes_] = self.product_groups[warps.start] + 1
+
+    def bulk_write(self, warp: int, bytes_, key, phase: int):
+        """The copy engine writes, and completes phase `phase` of an mbarrier with it."""
+        self._after_writes(warp, bytes_, "the copy engine's write")
+        self._after_reads(warp, bytes_, "the copy engine's write")
+        self.writer[bytes_], self.written[bytes_], self.unfenced[bytes_] = self.entry_of[key], phase, 0
+
+    def bulk_read(self, warp: int, bytes_):
+        """The copy engine reads shared memory to store it; done by the wait for it, like a copy's group."""
+        self._after_writes(warp, bytes_, "the copy engine's read")
+        self._fenced(warp, bytes_, "the copy engine")
+        self.read[self.copies + warp, bytes_] = self.copy_groups[warp] + 1
+
+    # what orders
+
+    def barrier(self, warps):
+        """Warps meet: each has seen what any of them had."""
+        warps = sorted(set(warps))
+        self.clock[warps] = self.clock[warps].max(0)
+        self.clock[warps, warps] += 1
+
+    def fence(self, warps):
+        """fence.proxy.async: what these warps stored may be read by products and the copy engine."""
+        for warp in warps:
+            self.unfenced[self.unfenced == warp + 1] = 0
+
+    def close_copies(self, warps):
+        """cp.async.commit_group"""
+        self.copy_groups[list(warps)] += 1
+
+    def wait_copies(self, warps, pending: int):
+        """cp.async.wait_group: all groups but the last `pending` are seen."""
+        for warp in warps:
+            entry = self.copies + warp
+            self.clock[warp, entry] = max(self.clock[warp, entry], self.copy_groups[warp] - pending)
+
+    def close_products(self, warp: int):
+        """wgmma.commit_group; `warp` is the first of its warpgroup."""
+        self.product_groups[warp] += 1
+
+    def wait_products(self, warps: range, pending: int):
+        """wgmma.wait_group"""
+        entry = self.products + warps.start
+        seen = self.product_groups[warps.start] - pending
+        self.clock[warps, entry] = np.maximum(self.clock[warps, entry], seen)
+
+    def init_mbarrier(self, key):
+        """An mbarrier is there, and nobody has arrived."""
+        entry = self.entry_of.setdefault(key, self.mbarriers + len(self.entry_of))
+        if entry >= self.clock.shape[1]:
+            self.clock = np.pad(self.clock, ((0, 0), (0, 64)))
+        self.arriving[key], self.complete[key] = (np.zeros(self.clock.shape[1], np.int64) for _ in range(2))
+
+    def release(self, warp: int, key):
+        """A thread arrives: whoever waits for this phase will have seen what it has."""
+        self.arriving[key] = self._joined(self.arriving[key], self.clock[warp])
+        self.clock[warp, warp] += 1
+
+    def close_phase(self, key, phase: int):
+        """A phase completes."""
+        self.complete[key] = self.arriving[key].copy()
+        self.arriving[key] = np.zeros_like(self.arriving[key])
+        self.complete[key][self.entry_of[key]] = phase
+
+    def acquire(self, warps, key):
+        """Warps have waited for a phase."""
+        for warp in warps:
+            self.clock[warp] = self._joined(self.clock[warp], self.complete[key])
+
+    # what must hold
+
+    def _joined(self, a, b):
+        """The later of two clocks; the older may be shorter, if mbarriers came since."""
+        size = self.clock.shape[1]
+        return np.maximum(np.pad(a, (0, size - len(a))), np.pad(b, (0, size - len(b))))
+
+    def _after_writes(self, warp: int, bytes_, what: str, seen=None):
+        seen = self.clock[warp] if seen is None else seen
+        bad = seen[self.writer[bytes_]] < self.written[bytes_]
+        if bad.any():
+            byte = bytes_[np.argmax(bad)]
+            self._fail(warp, byte, what, f"the write of {self._name(int(self.writer[byte]))}")
+
+    def _after_reads(self, warp: int, bytes_, what: str):
+        bad = self.read[:, bytes_] > self.clock[warp, :self.mbarriers, None]
+        if bad.any():
+            entry, at = np.argwhere(bad)[0]
+            self._fail(warp, bytes_[at], what, f"the read of {self._name(int(entry))}")
+
+    def _fenced(self, warp: int, bytes_, who: str):
+        if self.unfenced[bytes_].any():
+            byte = int(bytes_[np.argmax(self.unfenced[bytes_] > 0)])
+            raise Race(f"{who} of warp {warp} reads byte {byte} of shared memory, and no fence.proxy.async follows the "
+                       f"store of warp {self.unfenced[byte] - 1}")
+
+    def _fail(self, warp: int, byte, what: str, other: str):
+        raise Race(f"{what} of byte {int(byte)} of shared memory by warp {warp} is not ordered after {other}")
+
+    def _name(self, entry: int) -> str:
+        if entry < self.copies:
+            return f"warp {entry}"
+        if entry < self.products:
+            return f"an asynchronous copy of warp {entry - self.copies}"
+        if entry < self.mbarriers:
+            return f"an asynchronous product of warp {entry - self.products}"
+        return f"the copy engine for the mbarrier at {[key[1] for key, e in self.entry_of.items() if e == entry][0]}"

@@ -1,0 +1,51 @@
+"""Which saves of a run stay: the newest in `out`, and older ones, on demand, in `out`/steps.
+
+    out/steps/00001000/    the save of 1,000 steps: a run's directory of its own, which `from_pretrained` loads and
+                           --out out/steps/00001000 --resume goes on from
+
+A save that is to stay is linked there when it takes its place in `out`, so that it takes no room until a newer one
+comes. What need not stay goes when the newer one is whole.
+"""
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from transfusion.files import ASIDE, replacing
+from transfusion.train.settings import RunSettings
+
+STEPS = "steps"
+
+
+@contextlib.contextmanager
+def save_place(config: RunSettings, step: int) -> Iterator[Path]:
+    """Yield an empty directory for the save after `step` steps, as `replacing` does, then remove what need not stay."""
+    stays = config.keep_last > 0 or _for_good(config, step)
+    with replacing(config.out, keep=f"{STEPS}/{step:08d}" if stays else None) as fresh:
+        yield fresh
+    if (config.out / STEPS).is_dir():
+        _prune(config, step)
+
+
+def kept_steps(out: Path) -> list[int]:
+    """The steps whose saves stay in `out`/steps, in order."""
+    return sorted(int(path.name) for path in (out / STEPS).glob("[0-9]*") if path.name.isdigit() and path.is_dir())
+
+
+def _for_good(config: RunSettings, step: int) -> bool:
+    return config.keep_every is not None and step % config.keep_every == 0
+
+
+def _prune(config: RunSettings, newest: int) -> None:
+    """Remove saves that need not stay, each at once for those who read; those after `newest` are of another course."""
+    place = config.out / STEPS
+    for left in place.glob(f"{ASIDE}*"):  # a kill came in between
+        shutil.rmtree(left)
+    steps = [step for step in kept_steps(config.out) if step <= newest]
+    last = steps[-config.keep_last:] if config.keep_last else []
+    for step in steps:
+        if step not in last and not _for_good(config, step):
+            aside = place / f"{ASIDE}{step:08d}"
+            os.rename(place / f"{step:08d}", aside)
+            shutil.rmtree(aside)
