@@ -10,14 +10,14 @@ from transfusion import Image, Text, Transfusion, TransfusionConfig
 from transfusion.model.lora import TuneSettings, prepare
 from transfusion.sequence import CONTEXT_ATTENTION, Context, encode, lay_out, with_clean_copies
 
-SECONDS = 200
+SECONDS = 400
 LENGTH = 96
 BACKBONES = "decoder", "adaln", "mixture_of_transformers"
 UNET = dict(image_layers="unet", unet_channels=(8, 16), unet_blocks=1)
 IMAGE_LAYERS = {"linear": dict(image_layers="linear"), "dit": {}, "unet": UNET}
 MODELS = {f"{backbone}, {layers}": dict(backbone=backbone, **options)
           for backbone in BACKBONES for layers, options in IMAGE_LAYERS.items()}
-MODELS |= {  # what else a model may be; "checkpointed", "compiled" and "trained" are for `built`
+MODELS |= {  # what else a model may be; "checkpointed" and "trained" are options of `built`
     "causal images": dict(image_attention="causal"),
     **{f"{backbone}, 2d": dict(backbone=backbone, positions="2d") for backbone in BACKBONES[1:]},
     "tied": dict(tie_word_embeddings=True),
@@ -26,7 +26,6 @@ MODELS |= {  # what else a model may be; "checkpointed", "compiled" and "trained
                                    layer_types=["sliding_attention", "full_attention"]),
     "adaln, window": dict(family="mistral", sliding_window=7, backbone="adaln"),
     **{f"{backbone}, checkpointed": dict(backbone=backbone, checkpointed=True) for backbone in BACKBONES},
-    "adaln, compiled": dict(backbone="adaln", compiled=True),
     "lora": dict(trained="lora", **UNET),
     "image layers alone": dict(trained="images", backbone="adaln", **UNET),
 }
@@ -37,14 +36,12 @@ ON_FOUR = {"decoder, unet": "ring", "adaln, 2d": "gathered", "mixture_of_transfo
 IN_FLOAT32 = "decoder, dit", "adaln, 2d", "mixture_of_transformers, linear", "decoder, unet"
 
 
-def built(family=None, trained="all", checkpointed=False, compiled=False, dtype=torch.float64, **options):
+def built(family=None, trained="all", checkpointed=False, dtype=torch.float64, **options):
     """A model in training, and the adapters around it; with a family, one of its decoders and a DiT head."""
     base = tiny_model(**options) if family is None else of_family(family, **options)
     base = base.to(dtype).train()
     if checkpointed:
         base.gradient_checkpointing_enable()
-    for layer in base.backbone.blocks() if compiled else ():
-        layer.compile(backend="aot_eager")  # dynamo and autograd as for any compiler, without one
     model = prepare(base, TuneSettings(start=Path("start"), trained=trained, lora_rank=4))
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():

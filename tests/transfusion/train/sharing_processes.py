@@ -10,7 +10,7 @@ from transfusion.sequence import CONTEXT_ATTENTION, Context
 from transfusion.train.loop import accumulate, clip_gradients
 from transfusion.train.parallel import shard, whole
 
-SECONDS = 200
+SECONDS = 400
 NAMES = ("decoder, unet", "adaln, dit, 2d", "mixture_of_transformers, dit, checkpointed", "adaln, unet, lora",
          "adaln, dit, images")
 
