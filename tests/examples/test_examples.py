@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image as Picture
 
-from examples import attention_block, dit_block, finetune_own_pictures, own_dataset, sample
+from examples import attention_block, dit_block, emulate_kernel, finetune_own_pictures, own_dataset, sample
 from tests.transfusion.conftest import tiny_model
 from transfusion import Transfusion
 
@@ -34,6 +34,12 @@ def test_attention_in_a_gpt_finds_the_token_before_last():
 def test_dit_blocks_learn_to_denoise():
     losses = dit_block.main(steps=60)
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+
+
+def test_a_compiled_kernel_runs_on_the_cpu_and_one_without_its_bound_is_found():
+    error, said = emulate_kernel.main()
+    assert error < 2**-9  # half a unit in the last place of a bfloat16 below 1
+    assert "ending 56 bytes behind x, which has 1200" in said and "emulate_kernel.py:26" in said
 
 
 @pytest.fixture(scope="module")
