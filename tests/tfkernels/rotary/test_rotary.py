@@ -448,7 +448,8 @@ def test_a_negative_eps_is_refused_and_tables_may_require_gradients_where_none_a
 
 
 RESOURCES = [(32, 8, 128, 64, 2, True), (32, 8, 128, 64, 4, True), (32, 32, 64, 32, 2, True),
-             (16, 16, 256, 128, 2, True), (32, 8, 96, 16, 2, True), (32, 8, 128, 64, 2, False)]
+             (16, 16, 256, 128, 2, True), (32, 8, 96, 16, 2, True), (32, 8, 128, 64, 2, False),
+             (5, 1, 24, 4, 2, True)]
 
 
 @compiles
