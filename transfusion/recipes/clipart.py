@@ -1,12 +1,13 @@
-"""Fetch Open Clip Art, 8,121 pictures in the public domain: `python -m transfusion.recipes.clipart --out DIR`.
+"""Fetch Open Clip Art, pictures in the public domain: `python -m transfusion.recipes.clipart --out DIR`.
 
 apt fetches Debian's packages openclipart-png and openclipart-svg (156 MB) and checks them; nothing is
 installed, and no root is needed. The pictures come from the first, shrunk and on white, titles and keywords from the
-second.
+second. One that lies in several folders is written once.
 
     DIR/pictures/metadata.jsonl and DIR/pictures/animals/...png     what `format: imagefolder` reads
     DIR/mix.yaml                                                    a mixture of it, for `transfusion data check`
 """
+import hashlib
 import json
 import re
 import shutil
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from transfusion.command import plain_errors
 from transfusion.data.picture_files import open_picture
 from transfusion.files import replacing
-from transfusion.settings import Count, check
+from transfusion.settings import Count, check, nearest
 
 PACKAGES = ("openclipart-png", "openclipart-svg")
 TITLE, SUBJECT, ITEM = (
@@ -55,6 +56,8 @@ class ClipArt:
     """longest side of a picture in pixels; larger ones are shrunk"""
     packages: Path | None = None
     """directory in which the two .deb files lie already; none: apt fetches them"""
+    folders: tuple[str, ...] | None = None
+    """only pictures of these, such as `animals food plants`; none: all"""
 
 
 def fetch(options: ClipArt) -> Path:
@@ -70,6 +73,7 @@ def fetch(options: ClipArt) -> Path:
         if not pictures:
             raise ValueError("clipart: the packages hold no picture below usr/share/openclipart/png; those of "
                              "Debian 12 fit")
+        pictures = _once(_inside(pictures, tree / "png", options.folders))
         with replacing(options.out, weights=False) as fresh:
             rows, skipped = _write_pictures(pictures, tree, fresh / "pictures", options.size)
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -81,6 +85,21 @@ def fetch(options: ClipArt) -> Path:
     print(f"{len(rows):,} pictures with captions: {options.out}{left}\n"
           f"look at them: transfusion data check {options.out / 'mix.yaml'}")
     return options.out
+
+
+def _inside(pictures: list[Path], root: Path, folders: tuple[str, ...] | None) -> list[Path]:
+    """Return the pictures of the folders that are asked for, all where none is."""
+    there = sorted({path.relative_to(root).parts[0] for path in pictures if path.parent != root})
+    for name in folders or ():
+        if name not in there:
+            raise ValueError(f"clipart: folders holds {name!r}; {', '.join(there)} fit{nearest(name, there)}")
+    return [path for path in pictures if folders is None or path.relative_to(root).parts[0] in folders]
+
+
+def _once(pictures: list[Path]) -> list[Path]:
+    """Return pictures without those whose bytes an earlier one has: many lie in several folders."""
+    first = {hashlib.sha256(path.read_bytes()).digest(): path for path in reversed(pictures)}
+    return sorted(first.values())
 
 
 def _unpacked(packages: Path | None, scratch: Path) -> Path:
