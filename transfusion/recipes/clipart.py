@@ -21,6 +21,7 @@ from pathlib import Path
 
 import tyro
 from PIL import Image as Picture
+from PIL import ImageOps
 from tqdm import tqdm
 
 from transfusion.command import plain_errors
@@ -58,6 +59,8 @@ class ClipArt:
     """directory in which the two .deb files lie already; none: apt fetches them"""
     folders: tuple[str, ...] | None = None
     """only pictures of these, such as `animals food plants`; none: all"""
+    square: bool = False
+    """fit each picture into the middle of a white square of `size`; small ones are enlarged"""
 
 
 def fetch(options: ClipArt) -> Path:
@@ -75,7 +78,7 @@ def fetch(options: ClipArt) -> Path:
                              "Debian 12 fit")
         pictures = _once(_inside(pictures, tree / "png", options.folders))
         with replacing(options.out, weights=False) as fresh:
-            rows, skipped = _write_pictures(pictures, tree, fresh / "pictures", options.size)
+            rows, skipped = _write_pictures(pictures, tree, fresh / "pictures", options)
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (fresh / "pictures" / "metadata.jsonl").write_text(lines, encoding="utf-8")
             (fresh / "mix.yaml").write_text(MIXTURE.format(count=len(rows), side=options.size))
@@ -134,7 +137,7 @@ def _run(command: list[str], folder: Path, problem: str) -> None:
         raise ValueError(f"clipart: {problem} ({' '.join(run.stderr.split())[-300:]})")
 
 
-def _write_pictures(pictures: list[Path], tree: Path, out: Path, size: int) -> tuple[list[dict], list[str]]:
+def _write_pictures(pictures: list[Path], tree: Path, out: Path, options: ClipArt) -> tuple[list[dict], list[str]]:
     """Write all pictures; return a row of the metadata for each, and the names of those that cannot be read."""
     def write(path: Path) -> dict | str:
         name = path.relative_to(tree / "png")
@@ -145,7 +148,9 @@ def _write_pictures(pictures: list[Path], tree: Path, out: Path, size: int) -> t
         if picture.mode == "RGBA":
             picture = Picture.alpha_composite(Picture.new("RGBA", picture.size, "white"), picture)
         picture = picture.convert("RGB")
-        picture.thumbnail((size, size), Picture.Resampling.LANCZOS)
+        picture.thumbnail((options.size, options.size), Picture.Resampling.LANCZOS)
+        if options.square:
+            picture = ImageOps.pad(picture, (options.size, options.size), color="white")
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         picture.save(out / name)
         title, words = describe(tree / "svg" / name.with_suffix(".svg"), name)

@@ -60,7 +60,7 @@ def test_a_picture_that_lies_in_two_folders_counts_once_and_folders_can_be_chose
     def pictures(root):
         for folder, color in (("animals", "red"), ("animals/birds", "red"), ("animals/birds", "blue"), ("food", "red")):
             (root / "png" / folder).mkdir(parents=True, exist_ok=True)
-            Picture.new("RGB", (4, 4), color).save(root / "png" / folder / f"{color}.png")
+            Picture.new("RGB", (6, 3), color).save(root / "png" / folder / f"{color}.png")
 
     package(tmp_path, "openclipart-png", pictures)
     package(tmp_path, "openclipart-svg", lambda root: drawing(root / "svg" / "food" / "red.svg", "Berry"))
@@ -70,6 +70,10 @@ def test_a_picture_that_lies_in_two_folders_counts_once_and_folders_can_be_chose
         rows = [json.loads(line) for line in (out / "pictures" / "metadata.jsonl").read_text().splitlines()]
         names[folders] = [row["file_name"] for row in rows]
     assert names == {None: ["animals/birds/blue.png", "animals/birds/red.png"], ("food",): ["food/red.png"]}
+    with Picture.open(fetch(ClipArt(tmp_path / "square", size=12, packages=tmp_path, square=True))
+                      / "pictures" / "animals" / "birds" / "blue.png") as blue:
+        assert blue.size == (12, 12)
+        assert [blue.getpixel((6, y)) for y in (0, 6, 11)] == [(255, 255, 255), (0, 0, 255), (255, 255, 255)]
     with pytest.raises(ValueError, match="folders holds 'foods'; animals, food fit; did you mean food"):
         fetch(ClipArt(tmp_path / "other", packages=tmp_path, folders=("foods",)))
     assert not (tmp_path / "other").exists()
