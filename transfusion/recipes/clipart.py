@@ -1,12 +1,13 @@
-"""Fetch Open Clip Art, 8,121 pictures in the public domain: `python -m transfusion.recipes.clipart --out DIR`.
+"""Fetch Open Clip Art, pictures in the public domain: `python -m transfusion.recipes.clipart --out DIR`.
 
 apt fetches Debian's packages openclipart-png and openclipart-svg (156 MB) and checks them; nothing is
 installed, and no root is needed. The pictures come from the first, shrunk and on white, titles and keywords from the
-second.
+second. One that lies in several folders is written once.
 
     DIR/pictures/metadata.jsonl and DIR/pictures/animals/...png     what `format: imagefolder` reads
     DIR/mix.yaml                                                    a mixture of it, for `transfusion data check`
 """
+import hashlib
 import json
 import re
 import shutil
@@ -20,12 +21,13 @@ from pathlib import Path
 
 import tyro
 from PIL import Image as Picture
+from PIL import ImageOps
 from tqdm import tqdm
 
 from transfusion.command import plain_errors
 from transfusion.data.picture_files import open_picture
 from transfusion.files import replacing
-from transfusion.settings import Count, check
+from transfusion.settings import Count, check, nearest
 
 PACKAGES = ("openclipart-png", "openclipart-svg")
 TITLE, SUBJECT, ITEM = (
@@ -55,6 +57,10 @@ class ClipArt:
     """longest side of a picture in pixels; larger ones are shrunk"""
     packages: Path | None = None
     """directory in which the two .deb files lie already; none: apt fetches them"""
+    folders: tuple[str, ...] | None = None
+    """only pictures of these, such as `animals food plants`; none: all"""
+    square: bool = False
+    """fit each picture into the middle of a white square of `size`; small ones are enlarged"""
 
 
 def fetch(options: ClipArt) -> Path:
@@ -70,8 +76,9 @@ def fetch(options: ClipArt) -> Path:
         if not pictures:
             raise ValueError("clipart: the packages hold no picture below usr/share/openclipart/png; those of "
                              "Debian 12 fit")
+        pictures = _once(_inside(pictures, tree / "png", options.folders))
         with replacing(options.out, weights=False) as fresh:
-            rows, skipped = _write_pictures(pictures, tree, fresh / "pictures", options.size)
+            rows, skipped = _write_pictures(pictures, tree, fresh / "pictures", options)
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (fresh / "pictures" / "metadata.jsonl").write_text(lines, encoding="utf-8")
             (fresh / "mix.yaml").write_text(MIXTURE.format(count=len(rows), side=options.size))
@@ -81,6 +88,21 @@ def fetch(options: ClipArt) -> Path:
     print(f"{len(rows):,} pictures with captions: {options.out}{left}\n"
           f"look at them: transfusion data check {options.out / 'mix.yaml'}")
     return options.out
+
+
+def _inside(pictures: list[Path], root: Path, folders: tuple[str, ...] | None) -> list[Path]:
+    """Return the pictures of the folders that are asked for, all where none is."""
+    there = sorted({path.relative_to(root).parts[0] for path in pictures if path.parent != root})
+    for name in folders or ():
+        if name not in there:
+            raise ValueError(f"clipart: folders holds {name!r}; {', '.join(there)} fit{nearest(name, there)}")
+    return [path for path in pictures if folders is None or path.relative_to(root).parts[0] in folders]
+
+
+def _once(pictures: list[Path]) -> list[Path]:
+    """Return pictures without those whose bytes an earlier one has: many lie in several folders."""
+    first = {hashlib.sha256(path.read_bytes()).digest(): path for path in reversed(pictures)}
+    return sorted(first.values())
 
 
 def _unpacked(packages: Path | None, scratch: Path) -> Path:
@@ -115,7 +137,7 @@ def _run(command: list[str], folder: Path, problem: str) -> None:
         raise ValueError(f"clipart: {problem} ({' '.join(run.stderr.split())[-300:]})")
 
 
-def _write_pictures(pictures: list[Path], tree: Path, out: Path, size: int) -> tuple[list[dict], list[str]]:
+def _write_pictures(pictures: list[Path], tree: Path, out: Path, options: ClipArt) -> tuple[list[dict], list[str]]:
     """Write all pictures; return a row of the metadata for each, and the names of those that cannot be read."""
     def write(path: Path) -> dict | str:
         name = path.relative_to(tree / "png")
@@ -126,7 +148,9 @@ def _write_pictures(pictures: list[Path], tree: Path, out: Path, size: int) -> t
         if picture.mode == "RGBA":
             picture = Picture.alpha_composite(Picture.new("RGBA", picture.size, "white"), picture)
         picture = picture.convert("RGB")
-        picture.thumbnail((size, size), Picture.Resampling.LANCZOS)
+        picture.thumbnail((options.size, options.size), Picture.Resampling.LANCZOS)
+        if options.square:
+            picture = ImageOps.pad(picture, (options.size, options.size), color="white")
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         picture.save(out / name)
         title, words = describe(tree / "svg" / name.with_suffix(".svg"), name)

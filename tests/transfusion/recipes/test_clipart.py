@@ -55,6 +55,30 @@ def test_the_packages_become_a_folder_with_captions_and_a_mixture(tmp_path):
     assert [source[i].captions[0] for i in range(len(source))] == ["A cat", "sea dog"]
 
 
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="packages are built and unpacked by dpkg-deb")
+def test_a_picture_that_lies_in_two_folders_counts_once_and_folders_can_be_chosen(tmp_path):
+    def pictures(root):
+        for folder, color in (("animals", "red"), ("animals/birds", "red"), ("animals/birds", "blue"), ("food", "red")):
+            (root / "png" / folder).mkdir(parents=True, exist_ok=True)
+            Picture.new("RGB", (6, 3), color).save(root / "png" / folder / f"{color}.png")
+
+    package(tmp_path, "openclipart-png", pictures)
+    package(tmp_path, "openclipart-svg", lambda root: drawing(root / "svg" / "food" / "red.svg", "Berry"))
+    names = {}
+    for folders in (None, ("food",)):
+        out = fetch(ClipArt(tmp_path / f"art-{folders}", packages=tmp_path, folders=folders))
+        rows = [json.loads(line) for line in (out / "pictures" / "metadata.jsonl").read_text().splitlines()]
+        names[folders] = [row["file_name"] for row in rows]
+    assert names == {None: ["animals/birds/blue.png", "animals/birds/red.png"], ("food",): ["food/red.png"]}
+    with Picture.open(fetch(ClipArt(tmp_path / "square", size=12, packages=tmp_path, square=True))
+                      / "pictures" / "animals" / "birds" / "blue.png") as blue:
+        assert blue.size == (12, 12)
+        assert [blue.getpixel((6, y)) for y in (0, 6, 11)] == [(255, 255, 255), (0, 0, 255), (255, 255, 255)]
+    with pytest.raises(ValueError, match="folders holds 'foods'; animals, food fit; did you mean food"):
+        fetch(ClipArt(tmp_path / "other", packages=tmp_path, folders=("foods",)))
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("title, words, expected", [
     ("Clipart by Ann Author - red_jigsaw", ["", "jigsaw", "unsorted"], ("red jigsaw", ["jigsaw"])),
     ("", ["boat"], ("little boat", ["boat"])),
