@@ -27,9 +27,10 @@ settings.register_profile(
     phases=[Phase.explicit, Phase.reuse, Phase.generate] + ([] if INTERPRET else [Phase.shrink]),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 settings.load_profile("project")
-# A shell's background jobs ignore Ctrl-C, and so would what tests start to interrupt it.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell's background jobs ignore Ctrl-C, those under nohup a closed terminal, and so would what tests start.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 # On a shared machine set OMP_NUM_THREADS to 1: threads that wait for a core keep it busy.
 if DEVICE == "cpu" and "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(min(2, os.cpu_count() or 1))

@@ -356,7 +356,8 @@ def test_compiles_whole_and_serves_other_lengths_without_a_graph_break(norm):
         return function(hidden * 2, places, scale, shift, weight, bias, x, p, q, None, SEED, offsets=offsets).sum()
 
     compiled, frames = torch.compile(step, fullgraph=True, backend=counter, dynamic=True), []
-    for counts in ([5, 2, 12], [7, 3], [1, 9, 4, 4, 2]):
+    # not three images first: torch takes sizes that are equal for one, and a seed has 3
+    for counts in ([1, 9, 4, 4, 2], [7, 3], [5, 2, 12]):
         case = rows_of_tokens(counts, 12)
         inputs = [x.float().requires_grad_() for x in tensors(case).values()]
         others = (places_of(case), case.data.float(), case.options["offsets"], numbers(case.images, 1),

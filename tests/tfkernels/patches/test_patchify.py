@@ -209,7 +209,7 @@ def test_compiles_whole_and_serves_other_batches_without_a_graph_break():
         return unpatchify(noise_patchify(x, signal, noise, seed, patch_size=2) + patchify(x, 2), 2, 8, 6).square().sum()
 
     compiled = torch.compile(step, fullgraph=True, backend=counter, dynamic=True)
-    for n in (3, 2, 5, 7):
+    for n in (5, 2, 3, 7):  # not three images first: torch takes sizes that are equal for one, and a seed has 3
         x = random(n, 4, 8, 6).float().to(DEVICE).requires_grad_()
         given = numbers(n, 1), numbers(n, 2), SEED
         (dx,), (expected,) = (torch.autograd.grad(f(x, *given), x) for f in (compiled, step))

@@ -239,9 +239,10 @@ def test_pictures_for_an_autoencoder_are_handed_over_with_latents_still_to_come(
     documents = documents_of(
         tokenizer, kind=kind_of(tokenizer, channels=8, patch_size=2, factor=8), grids=Grids(GridSettings(side=64), 16)
     )
-    document, pictures = documents.encode([picture(0), Text("a dog")])
+    document, pictures, noises = documents.encode([picture(0), Text("a dog")])
     ((_, patches, grid, _),) = document.images
     assert patches.shape == (grid[0] * grid[1], 8 * 4) and not patches.any()
+    assert len(noises) == len(pictures) == 1
     assert pictures[0].dtype == torch.uint8 and pictures[0].shape == (3, grid[0] * 16, grid[1] * 16)
 
 

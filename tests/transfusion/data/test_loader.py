@@ -116,7 +116,7 @@ def test_every_document_of_an_epoch_is_in_a_row_once_as_it_was_planned(mixture):
         documents = rows.read_row(row)
         assert not any(isinstance(one, Failure) for one in documents)
         streams = mixture.streams()
-        for (document, _), source, record in zip(documents, sources, records):
+        for (document, *_), source, record in zip(documents, sources, records):
             at = np.searchsorted(streams[source].records, [record])
             assert len(document.tokens) == streams[source].chosen_lengths(0, np.zeros(1, dtype=int), at)[0]
     expected = {(i, n) for i, stream in enumerate(mixture.streams()) for n in stream.records.tolist()}
@@ -129,7 +129,7 @@ def test_choices_reach_the_documents(mixture):
     orders = Counter()
     for number in range(1, 90, 5):  # pairs
         for passes in range(8):
-            (document, _) = rows.read(0, number, passes)
+            document = rows.read(0, number, passes).document
             ((start, _, _, image_first),) = document.images
             orders[
                 "dropped"
