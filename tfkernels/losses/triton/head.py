@@ -343,6 +343,6 @@ def _of_images(parts: Tensor, starts: Tensor, images: int, span: int) -> Tensor:
     width = parts.shape[1]
     sums = parts.new_empty(images + 1, width)
     _norm_bwd_images[(images + 1, triton.cdiv(width, IMAGES.block_n), 1)](
-        parts, starts, sums, images, span, len(parts), C=width, BLOCK_M=IMAGES.block_m, BLOCK=IMAGES.block_n,
+        parts, starts, sums, images, 0, span, len(parts), C=width, BLOCK_M=IMAGES.block_m, BLOCK=IMAGES.block_n,
         num_warps=IMAGES.num_warps)
     return sums[1:]
