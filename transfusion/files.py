@@ -160,6 +160,8 @@ def replacing(out: Path, weights: bool = True, keep: str | None = None) -> Itera
                     fresh.rmdir()
                     return
                 _seal(out, fresh, weights, keep)
+                if keep is not None and (out / keep).is_dir():  # of a run that was put back to an older save
+                    remove(out / keep)
                 os.rename(fresh, out / SAVED)
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -242,6 +244,14 @@ def _link(saved: Path, files: list[str], place: Path) -> None:
         sync(directory)
     os.rename(aside, place)
     sync(place.parent)
+
+
+def remove(directory: Path) -> None:
+    """Remove a directory at once for those who read; a kill leaves the rest of it under a name with `ASIDE`."""
+    aside = directory.with_name(f"{ASIDE}{directory.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(directory, aside)
+    shutil.rmtree(aside)
 
 
 def settle(out: Path) -> None:
