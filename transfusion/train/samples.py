@@ -4,8 +4,8 @@
     out/samples.png                all of them: a row for each time, a column for each prompt
 
 A run that goes on drops what was drawn after its save, and goes on with the same picture. What goes wrong here, a full
-disk or too little memory, is said once and counted in the log; training goes on. Of several processes that draw each
-waits for the others in every layer: an error in that ends the run.
+disk or too little memory, is said once and counted in the log; training goes on. Several processes draw together, layer
+by layer, so that an error of one while they draw ends the run.
 """
 import textwrap
 import time
