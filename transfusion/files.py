@@ -78,9 +78,7 @@ def written(path: Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{ASIDE}{os.getpid()}-{path.name}")
-    for left in path.parent.glob(f"{ASIDE}*-{glob.escape(path.name)}"):
-        if not _runs(left.name.removeprefix(ASIDE).split("-")[0]):  # its writer was killed
-            left.unlink(missing_ok=True)
+    _clear(path.parent, glob.escape(path.name))
     try:
         with file_errors(path):
             aside.touch()
@@ -92,6 +90,13 @@ def written(path: Path) -> Iterator[Path]:
             sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _clear(directory: Path, names: str = "*") -> None:
+    """Remove what writers of files of these names left when they were killed."""
+    for left in directory.glob(f"{ASIDE}*-{names}"):
+        if not _runs(left.name.removeprefix(ASIDE).split("-")[0]):
+            left.unlink(missing_ok=True)
 
 
 def _runs(pid: str) -> bool:
@@ -265,8 +270,7 @@ def settle(out: Path) -> None:
     for name in (SAVED, SAVING, "resume.new", "resume.old"):
         if (out / name).is_dir():
             shutil.rmtree(out / name)
-    for path in out.glob(f"{ASIDE}*"):
-        path.unlink(missing_ok=True)
+    _clear(out)
 
 
 def unfinished(out: Path) -> bool:

@@ -59,7 +59,7 @@ class RunSettings(JobSettings):
     keep_last: WholeNumber = 0
     """newest saves that stay in `out`/steps when newer ones take their place in `out`"""
     keep_every: Count | None = None
-    """steps whose saves stay there for good, by their distance; None: none"""
+    """steps from one save that stays there for good to the next, a multiple of save_every; None: none stays"""
     stop_after: Count | None = None
     """stop (and save) after this step, as Ctrl-C would"""
     autocast: bool = False
