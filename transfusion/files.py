@@ -78,9 +78,7 @@ def written(path: Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{ASIDE}{os.getpid()}-{path.name}")
-    for left in path.parent.glob(f"{ASIDE}*-{glob.escape(path.name)}"):
-        if not _runs(left.name.removeprefix(ASIDE).split("-")[0]):  # its writer was killed
-            left.unlink(missing_ok=True)
+    _clear(path.parent, glob.escape(path.name))
     try:
         with file_errors(path):
             aside.touch()
@@ -92,6 +90,13 @@ def written(path: Path) -> Iterator[Path]:
             sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _clear(directory: Path, names: str = "*") -> None:
+    """Remove what writers of files of these names left when they were killed."""
+    for left in directory.glob(f"{ASIDE}*-{names}"):
+        if not _runs(left.name.removeprefix(ASIDE).split("-")[0]):
+            left.unlink(missing_ok=True)
 
 
 def _runs(pid: str) -> bool:
@@ -160,6 +165,8 @@ def replacing(out: Path, weights: bool = True, keep: str | None = None) -> Itera
                     fresh.rmdir()
                     return
                 _seal(out, fresh, weights, keep)
+                if keep is not None and (out / keep).is_dir():  # of a run that was put back to an older save
+                    remove(out / keep)
                 os.rename(fresh, out / SAVED)
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -244,6 +251,14 @@ def _link(saved: Path, files: list[str], place: Path) -> None:
     sync(place.parent)
 
 
+def remove(directory: Path) -> None:
+    """Remove a directory at once for those who read; a kill leaves the rest of it under a name with `ASIDE`."""
+    aside = directory.with_name(f"{ASIDE}{directory.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(directory, aside)
+    shutil.rmtree(aside)
+
+
 def settle(out: Path) -> None:
     """Finish a whole save that a kill interrupted and clear what others left; for who holds the lock of `out`."""
     if (out / SAVED / JOURNAL).is_file():
@@ -255,8 +270,7 @@ def settle(out: Path) -> None:
     for name in (SAVED, SAVING, "resume.new", "resume.old"):
         if (out / name).is_dir():
             shutil.rmtree(out / name)
-    for path in out.glob(f"{ASIDE}*"):
-        path.unlink(missing_ok=True)
+    _clear(out)
 
 
 def unfinished(out: Path) -> bool:

@@ -12,7 +12,7 @@ import difflib
 import functools
 import math
 import types
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
@@ -79,6 +79,14 @@ def nearest(name: str, names: Iterable[str], form=str) -> str:
     """Return "; did you mean ...?" with the one of `names` that is like `name`, or nothing."""
     near = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {form(near[0])}?" if near else ""
+
+
+def flat(settings: Mapping, prefix: str = "") -> dict[str, object]:
+    """Nested settings as {"optim.lr": 0.001, ...}."""
+    found = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
 
 
 @functools.cache

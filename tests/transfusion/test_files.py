@@ -214,6 +214,18 @@ def test_a_save_that_fails_leaves_the_older_one_and_no_file_of_its_own(tmp_path)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
+def test_a_save_leaves_the_file_that_a_living_process_is_writing_beside_it_and_takes_that_of_a_dead_one(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / f".new-{dead.pid}-page.html").touch()
+    with written(tmp_path / "report.html") as aside:
+        aside.write_text("a report")
+        with replacing(tmp_path) as fresh:
+            (fresh / "config.json").write_text("{}")
+    assert (tmp_path / "report.html").read_text() == "a report"
+    assert not list(tmp_path.glob(".new-*"))
+
+
 def test_files_of_other_names_stay_and_those_of_the_older_save_go(tmp_path):
     older, newer = tiny_model(), tiny_model()
     older.vae = autoencoder()

@@ -7,12 +7,11 @@ A save that is to stay is linked there when it takes its place in `out`, so that
 comes. What need not stay goes when the newer one is whole.
 """
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from transfusion.files import ASIDE, replacing
+from transfusion.files import ASIDE, remove, replacing
 from transfusion.train.settings import RunSettings
 
 STEPS = "steps"
@@ -38,7 +37,7 @@ def _for_good(config: RunSettings, step: int) -> bool:
 
 
 def _prune(config: RunSettings, newest: int) -> None:
-    """Remove saves that need not stay, each at once for those who read; those after `newest` are of another course."""
+    """Remove saves that need not stay; those after `newest` are of a run that was put back to an older save."""
     place = config.out / STEPS
     for left in place.glob(f"{ASIDE}*"):  # a kill came in between
         shutil.rmtree(left)
@@ -46,6 +45,4 @@ def _prune(config: RunSettings, newest: int) -> None:
     last = steps[-config.keep_last:] if config.keep_last else []
     for step in steps:
         if step not in last and not _for_good(config, step):
-            aside = place / f"{ASIDE}{step:08d}"
-            os.rename(place / f"{step:08d}", aside)
-            shutil.rmtree(aside)
+            remove(place / f"{step:08d}")

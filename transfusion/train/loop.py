@@ -7,6 +7,7 @@ numbers of them, so each mean is weighted with its share of the whole step's cou
 what is learnt. Where several processes take a step together, the total counts are those of all of them.
 """
 import contextlib
+import functools
 import shutil
 import sys
 import time
@@ -40,7 +41,7 @@ from transfusion.train.parallel import sum_copies, sum_counts, sum_means, whole
 from transfusion.train.processes import any_process, is_main
 from transfusion.train.resuming import history, recorded, run_to_resume
 from transfusion.train.settings import RunSettings, StepSettings
-from transfusion.train.sharded import Saver, agreeing, averaged_weights
+from transfusion.train.sharded import Saver, agreeing, whole_weights
 from transfusion.train.trackers import start_trackers
 
 
@@ -122,16 +123,18 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
                     smoothing=0.05, unit="step", dynamic_ncols=True, disable=not is_main())
     began, done = time.perf_counter() - spent, start
     with Interrupt() as stop, open_log(command, config, start) as log, open_saver(config) as saver:
+        save_run = functools.partial(save, command, config, task, way_on=way_on, saver=saver)
         for step in progress:
             # gradients
+            is_unsaved = done > start and done % config.save_every > 0
             for player in task.players:
                 player.set_rate(rate(step))
-            with saving_first(command, config, task, done, done > start, way_on, saver), meter.begin():
+            with saving_first(save_run, done, is_unsaved), meter.begin():
                 batches = task.batches(step)
             means, playing, notes = accumulate(task, step, batches)
             norms = {f"{player.prefix('_')}grad_norm": clip_gradients(player, optim.clip) for player in playing}
             found = numbers(**means, **norms)
-            with saving_first(command, config, task, done, done > start, way_on, saver):
+            with saving_first(save_run, done, is_unsaved):
                 skipped = guard.skips(step, found)
             if not skipped:
                 check_finite(command, config.out, step, found, way_on)
@@ -155,7 +158,7 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
             if last or done % config.save_every == 0:
                 log.sync()
                 with limit.saving():
-                    save(command, config, task, done, way_on, saver, is_last=last)
+                    save_run(done, is_last=last)
             if last and done < optim.steps:
                 progress.close()
                 break
@@ -169,15 +172,19 @@ def open_log(command: str, config: RunSettings, start: int) -> Log:
     return Log(config.out / LOG, start_trackers(command, config.log or (), config.out, recorded(config), start))
 
 
+def open_saver(config: RunSettings) -> contextlib.AbstractContextManager[Saver | None]:
+    """What saves in the background where several processes train; None of one process."""
+    return Saver(config.out) if dist.is_initialized() else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
-def saving_first(command: str, config: RunSettings, task: Task, step: int, is_new: bool, way_on: str,
-                 saver: Saver | None = None) -> Iterator[None]:
+def saving_first(save_run: Callable[..., None], step: int, is_unsaved: bool) -> Iterator[None]:
     """Save what was trained so far where the data end a run, as when too many files cannot be read, or the guard."""
     try:
         yield
     except (ValueError, Spike):
-        if is_new and step % config.save_every:
-            save(command, config, task, step, way_on, saver, is_last=True)
+        if is_unsaved:
+            save_run(step, is_last=True)
         raise
 
 
@@ -263,11 +270,6 @@ def cost(task: Task, optim: StepSettings, start: int, epoch: float | None = None
     return f"{told}, {left / epoch:,.1f} epochs of {epoch:,.1f} steps and {epoch * seconds / 60:,.1f} min each"
 
 
-def open_saver(config: RunSettings) -> contextlib.AbstractContextManager[Saver | None]:
-    """What saves in the background where several processes train; None of one process."""
-    return Saver(config.out) if dist.is_initialized() else contextlib.nullcontext()
-
-
 def save(command: str, config: RunSettings, task: Task, step: int, way_on: str = "",
          saver: Saver | None = None, is_last: bool = False) -> None:
     """Replace the checkpoint and what resuming needs together: a kill while writing leaves the save before whole.
@@ -278,20 +280,21 @@ def save(command: str, config: RunSettings, task: Task, step: int, way_on: str =
     with contextlib.nullcontext() if saver is None else saver.agreeing():
         check_weights(command, config.out, step, state, way_on)
     run = {"step": step, "config": recorded(config), "optimizers": optimizers, **history(config)}
+    place = save_place(config, step)
+    if saver is None:
+        with place as fresh:
+            task.save(fresh, step)
+            write_state(fresh, state)
+            write_run(fresh, run)
+        return
 
     def finish(fresh: Path) -> None:
-        task.save_whole(fresh, averaged_weights(fresh))
+        task.save_whole(fresh, whole_weights(fresh))
         write_run(fresh, run)
 
-    if saver is not None:
-        saver.start(state, save_place(config, step), finish, step)
-        if is_last:
-            saver.wait()
-        return
-    with save_place(config, step) as fresh:
-        task.save(fresh, step)
-        write_state(fresh, state)
-        write_run(fresh, run)
+    saver.start(state, place, finish, step)
+    if is_last:
+        saver.wait()
 
 
 def restore(config: RunSettings, players: Sequence[Player], fixed: tuple[str, ...]) -> int:

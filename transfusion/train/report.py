@@ -18,9 +18,9 @@ import numpy as np
 from tyro.conf import Positional
 
 from transfusion.files import check_writable, write_text
-from transfusion.settings import Count, NotNegative, check
+from transfusion.settings import Count, NotNegative, check, flat
 from transfusion.train.plots import Panel, colours, draw_alone, draw_panels, drawings
-from transfusion.train.run_log import Run, column, flat, read_runs, size_of_a_step, speed, step_seconds, unit, units
+from transfusion.train.run_log import Run, column, read_runs, size_of_a_step, speed, step_seconds, unit, units
 
 OWN = ("step", "seconds", "tokens", "pictures", "samples_seconds", "tokens_per_second", "pictures_per_second")
 """What the log has beside curves."""

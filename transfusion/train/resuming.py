@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from transfusion.command import saved_run
 from transfusion.data.dataset import DataSettings
 from transfusion.model.config import present_backbone
+from transfusion.settings import flat
 from transfusion.train.settings import RunSettings
 
 OF_A_CALL = "out", "resume", "stop_after", "max_hours", "allow_changed"
@@ -56,7 +57,7 @@ def run_to_resume(config: RunSettings, fixed: tuple[str, ...]) -> dict:
 
 def changes(config: RunSettings, run: Mapping) -> dict[str, tuple[object, object]]:
     """Settings that differ from those of a saved run, but for those of a single call: name -> (old, new)."""
-    theirs, ours = _flat(run.get("config") or {}), _flat(recorded(config))
+    theirs, ours = flat(run.get("config") or {}), flat(recorded(config))
     if theirs.get("data.folder") is not None:
         theirs.pop("data.name", None)  # earlier versions wrote a data set's name beside a folder, too
     if "model.backbone" in theirs:
@@ -90,11 +91,3 @@ def same_run(config: RunSettings, names: tuple[str, ...]) -> bool:
     if same:
         print(f"going on from step {saved['step']} of the run kept in {config.out / 'resume'}", flush=True)
     return same
-
-
-def _flat(settings: Mapping, prefix: str = "") -> dict[str, object]:
-    """Nested settings as {"optim.lr": 0.001, ...}."""
-    flat = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from transfusion.command import saved_run
+from transfusion.settings import flat
 from transfusion.train.log import LOG, read_log
 
 BIN = re.compile(r"validation_diffusion_loss_(\d\.\d+)_(\d\.\d+)")
@@ -70,14 +71,6 @@ def names_of(paths: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(set(parts)):
             break
     return names
-
-
-def flat(settings: Mapping, prefix: str = "") -> dict[str, object]:
-    """Nested settings as {"optim.lr": 0.001, ...}."""
-    found = {}
-    for key, value in settings.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return found
 
 
 def column(run: Run, *keys: str) -> tuple[np.ndarray, np.ndarray]:

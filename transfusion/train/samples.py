@@ -4,7 +4,8 @@
     out/samples.png                all of them: a row for each time, a column for each prompt
 
 A run that goes on drops what was drawn after its save, and goes on with the same picture. What goes wrong here, a full
-disk or too little memory, is said once and counted in the log; training goes on.
+disk or too little memory, is said once and counted in the log; training goes on. Several processes draw together, layer
+by layer, so that an error of one while they draw ends the run.
 """
 import textwrap
 import time
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL import Image as Picture
 from PIL import ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
@@ -87,12 +89,14 @@ class Samples:
         """As `Watcher.after`."""
         if not is_due(done, self.settings.every, self.steps):
             return {}
-        began = time.perf_counter()
+        began, images = time.perf_counter(), None
         try:
             images = self.draw()
             if self.writes:
                 self.write(done, images)
         except Exception as error:  # whatever it is: days of training must not end for a picture
+            if images is None and dist.is_initialized():
+                raise  # the others would take the layers that this process gathers next for those of the drawing
             self.failed += 1
             if self.failed == 1 and self.writes:
                 said = " ".join(str(error).split()) or type(error).__name__
@@ -191,7 +195,7 @@ def draw_table(path: Path, out: Path, prompts: Many[str]) -> None:
 
     Of more than `ROWS` times it shows as many, evenly apart, the first and the last among them.
     """
-    times: dict[int, dict[int, Picture.Image]] = {}
+    times: dict[int, dict[int, Path]] = {}
     for file, step, number in kept(out):
         with Picture.open(file) as picture:
             if number < len(prompts) and picture.text.get("prompt") == prompts[number]:

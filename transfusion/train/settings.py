@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Annotated, get_type_hints
 
 from transfusion.settings import Count, Decay, NotNegative, OneOf, Positive, Range, Seed, WholeNumber
+from transfusion.train.trackers import TRACKERS
 
 SCHEDULES = ("cosine", "wsd", "constant")
-TRACKERS = ("tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class RunSettings(JobSettings):
     keep_last: WholeNumber = 0
     """newest saves that stay in `out`/steps when newer ones take their place in `out`"""
     keep_every: Count | None = None
-    """steps whose saves stay there for good, by their distance; None: none"""
+    """steps from one save that stays there for good to the next, a multiple of save_every; None: none stays"""
     stop_after: Count | None = None
     """stop (and save) after this step, as Ctrl-C would"""
     autocast: bool = False
@@ -133,10 +133,10 @@ def check_steps(op: str, optim: StepSettings, batch: str, prefix: str = "") -> N
         raise ValueError(f"{op}: {prefix}min_lr is {optim.min_lr:g} and {prefix}lr {optim.lr:g}; at most lr fits; "
                          f"lower {prefix}min_lr or raise {prefix}lr")
     if has_schedule and optim.schedule == "wsd":
-        stable = (1 - optim.decay_share) * optim.steps
+        stable = optim.steps - optim.decay_share * optim.steps
         if optim.warmup > stable:
             raise ValueError(f"{op}: {prefix}warmup is {optim.warmup} and {prefix}decay_share {optim.decay_share:g} of "
-                             f"{optim.steps} steps; at most {stable:.0f} steps of warm-up fit before wsd's decay; "
+                             f"{optim.steps} steps; at most {int(stable)} steps of warm-up fit before wsd's decay; "
                              f"lower one of them or raise {prefix}steps")
     if optim.accumulate > getattr(optim, batch):
         raise ValueError(f"{op}: {prefix}accumulate is {optim.accumulate} and {prefix}{batch} {getattr(optim, batch)}; "

@@ -173,7 +173,7 @@ def read_shards(directory: Path, targets: dict[str, Tensor]) -> None:
     dcp.load(dict(targets), storage_reader=dcp.FileSystemReader(directory), no_dist=True)
 
 
-def averaged_weights(save: Path) -> dict[str, Tensor]:
+def whole_weights(save: Path) -> dict[str, Tensor]:
     """The averages of a save's trained weights, and its buffers, whole and on the host, by their names in the model."""
     shapes = shapes_of(save / SHARDS)
     names = {name.removeprefix("model."): name for name in shapes if name.startswith("model.")}

@@ -75,7 +75,7 @@ class WandB:
         self.run.finish(exit_code=int(failed))
 
 
-KINDS = {"tensorboard": TensorBoard, "wandb": WandB}
+TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
 def check_trackers(op: str, names: Sequence[str]) -> None:
@@ -100,7 +100,7 @@ def start_trackers(op: str, names: Sequence[str], out: Path, settings: Mapping, 
     trackers = []
     for name in dict.fromkeys(names):
         try:
-            trackers.append(KINDS[name](out, settings, step))
+            trackers.append(TRACKERS[name](out, settings, step))
         except Exception as error:  # of a package that is not ours: no network, no key, no room
             said = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"{op}: log is {name!r}, which does not start: {said}; mend that or leave it out: "

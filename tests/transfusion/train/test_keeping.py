@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import pytest
 
@@ -45,6 +46,17 @@ def test_a_run_goes_on_from_an_older_save_as_it_did_before(run):
     train(config)
     assert losses(config.out) == losses(run)[6:]
     assert (config.out / "model.safetensors").read_bytes() == before == (run / "model.safetensors").read_bytes()
+
+
+def test_a_run_that_was_put_back_to_an_older_save_keeps_its_own_saves(tmp_path):
+    train(small(tmp_path, save_every=3, keep_every=3))
+    before = {step: (tmp_path / "steps" / f"{step:08d}" / "model.safetensors").read_bytes() for step in (6, 9)}
+    shutil.copytree(tmp_path / "steps" / "00000006", tmp_path, dirs_exist_ok=True)
+    config = small(tmp_path, save_every=3, keep_every=3, resume=True, stop_after=9)
+    train(dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=1e-2)))
+    newest = (tmp_path / "model.safetensors").read_bytes()
+    kept = {step: (tmp_path / "steps" / f"{step:08d}" / "model.safetensors").read_bytes() for step in (6, 9)}
+    assert kept == {6: before[6], 9: newest} and newest != before[9]
 
 
 def test_without_the_flags_nothing_but_the_newest_save_stays(tmp_path):

@@ -208,6 +208,8 @@ def test_other_defaults_leave_the_other_options_and_the_base_class_as_they_are()
     (OptimSettings(lr=1e-5), "op: optim.min_lr is 1.5e-05 and optim.lr 1e-05; at most lr fits"),
     (OptimSettings(steps=100, warmup=90, schedule="wsd", decay_share=0.2),
      "op: optim.warmup is 90 and optim.decay_share 0.2 of 100 steps; at most 80 steps of warm-up fit"),
+    (OptimSettings(steps=6, warmup=1, schedule="wsd", decay_share=0.9),
+     "op: optim.warmup is 1 and optim.decay_share 0.9 of 6 steps; at most 0 steps of warm-up fit"),
     (OptimSettings(rows=2, accumulate=3), "op: optim.accumulate is 3 and optim.rows 2; at most rows fits")])
 def test_settings_of_steps_that_do_not_fit_each_other_are_refused_by_name(optim, message):
     with pytest.raises(ValueError, match=message):

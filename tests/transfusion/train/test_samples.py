@@ -121,6 +121,17 @@ def test_a_full_disk_or_a_failing_draw_is_said_once_and_counted_and_training_goe
     assert not (tmp_path / "broken" / "samples").exists() and "out of memory" in capsys.readouterr().out
 
 
+def test_of_several_processes_a_failing_draw_ends_the_run_for_the_others_wait_in_it(tmp_path, monkeypatch):
+    model = tiny_model()
+    watcher = Samples(DRAWS, [Text("one")], watched.player_of(model), model, tmp_path, steps=9)
+    monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(module, "draw_table", lambda *_: 1 / 0)
+    assert watcher.after(4)["samples_failed"] == 1
+    monkeypatch.setattr(Transfusion, "draw", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        watcher.after(8)
+
+
 def test_latents_are_drawn_as_what_their_autoencoder_makes_of_them(tmp_path):
     write_folder(tmp_path / "pictures", paint(40))
     autoencoder(latent_channels=4).save_pretrained(tmp_path / "vae")

@@ -16,11 +16,12 @@ from transfusion import Transfusion
 from transfusion.data.dataset import CaptionedPictures, DatasetSettings
 from transfusion.data.training_data import open_data
 from transfusion.recipes.digits import Digits
+from transfusion.settings import Seed, check_value
 from transfusion.train.average import Average
 from transfusion.train.optimizer import Player
 from transfusion.train.samples import SamplesSettings
 from transfusion.train.transfusion import train
-from transfusion.train.validation import Validation, ValidationSettings, bin_name
+from transfusion.train.validation import NOISE_SEED, Validation, ValidationSettings, bin_name
 from transfusion.train.watching import averaged_weights, is_due
 
 LIMIT = 240  # seconds for both processes together
@@ -99,7 +100,7 @@ def test_losses_are_means_over_all_targets_and_all_images_of_every_pass():
         for k in range(4):
             sequence, times = rows[number].sequence, validation.times(number, k)
             with torch.no_grad():
-                output = model.eval()(sequence, times, torch.tensor([0, number * 4 + k]))
+                output = model.eval()(sequence, times, torch.tensor([NOISE_SEED, number * 4 + k]))
             text += float(output.text_loss) * len(sequence.text_targets)
             targets += len(sequence.text_targets)
             for t, loss in zip(times.tolist(), output.image_losses.tolist()):
@@ -126,6 +127,11 @@ def test_each_image_meets_every_part_of_its_times_once(bins):
         parts = (times / limit * bins).long().sort(0).values
         assert torch.equal(parts, torch.arange(bins)[:, None].expand_as(parts))
         assert torch.equal(times, torch.stack([validation.times(number, k) for k in range(bins)]))
+
+
+def test_its_noise_is_that_of_no_run():
+    with pytest.raises(ValueError, match="seed is -1; a whole number of at least 0"):
+        check_value("train", "seed", NOISE_SEED, Seed)
 
 
 def test_rows_hold_what_is_held_out_alone_whatever_the_seed_of_the_run():
