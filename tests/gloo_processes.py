@@ -25,7 +25,7 @@ def run_together(count, function, *arguments):
         try:
             while not started.join(timeout=1):  # True once all have ended
                 if time.monotonic() > end:
-                    pytest.fail(f"{count} processes did not finish in {SECONDS} s: they wait for each other")
+                    pytest.fail(f"{count} processes did not finish in {SECONDS} s")
         finally:
             for process in started.processes:
                 process.kill()
