@@ -13,7 +13,7 @@ together pass the tests' accuracy rule against a float32 step (float64 on a CPU)
 another, so only that its loss and gradients are finite is asked. Utilisation counts three times the forward's matrix
 products (visible pairs, logits of text targets alone) against the device's dense bf16 peak. Memory is weights,
 moments and what the step needs at most. A step is timed as a user waits for it: its phases one behind the other, with
-the host's time.
+the host's time. Steps of several processes are in benchmarks/train_processes.py.
 """
 
 import functools

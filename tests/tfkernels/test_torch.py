@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tests.conftest import DEVICE, DTYPES, cpu_only, traced
+from tests.gloo_processes import needs_gloo, run_together
 from tests.tfkernels.attention.test_attention import random_inputs
 from tfkernels import TransfusionMask, attention, attention_with_lse
 from tfkernels._library import INTERPRET
@@ -283,8 +284,6 @@ def train(module, x, mask):
 
 
 def train_shard(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
     module = Stack()
@@ -294,18 +293,16 @@ def train_shard(rank, folder):
     mine = slice(2 * rank, 2 * rank + 2)
     x = torch.randn(4, 64, WIDTH, generator=torch.Generator().manual_seed(1))[mine]
     torch.save(train(module, x, TransfusionMask.from_spans(SPANS[mine], 64)), folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(INTERPRET,
                     reason="FSDP2 does not see which implementation runs; once, without the interpreter, is enough")
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(),
-                    reason="torch.distributed.is_gloo_available() is False: this PyTorch has no CPU collectives")
+@needs_gloo
 def test_two_fsdp2_processes_train_as_one(tmp_path):
     torch.manual_seed(0)
     x = torch.randn(4, 64, WIDTH, generator=torch.Generator().manual_seed(1))
     whole = train(Stack(), x, TransfusionMask.from_spans(SPANS, 64))
-    torch.multiprocessing.spawn(train_shard, args=(tmp_path,), nprocs=2)
+    run_together(2, train_shard, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for (loss, *grads), (loss0, *grads0), (loss1, *grads1) in zip(whole, first, second):
         assert_close([(loss0 + loss1) / 2, *grads0], [loss, *grads])

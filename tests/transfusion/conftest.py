@@ -1,10 +1,13 @@
 """A tiny model and its tokenizer, built once and never trained in place, and pictures."""
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image as Picture
 from transformers import AutoConfig, LlamaConfig
 
 from transfusion import Image, Transfusion, TransfusionConfig
+from transfusion.model.lora import TuneSettings, prepare
 from transfusion.recipes.digits import Digits
 from transfusion.sequence.tokenizer import BOI, EOI, train_tokenizer
 
@@ -60,6 +63,18 @@ def tiny_model(
         if name.startswith("backbone.image_") and parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()
+
+
+def in_training(model, trained="all", checkpointed=False):
+    """The model, or adapters around it, ready to be trained; the adapters, too, are random numbers."""
+    if checkpointed:
+        model.gradient_checkpointing_enable()
+    model = prepare(model.train(), TuneSettings(start=Path("start"), trained=trained, lora_rank=4))
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 def tiny_decoder_config(family, **options):

@@ -71,6 +71,11 @@ def prepare(model, settings: TuneSettings) -> nn.Module:
     return adapted
 
 
+def base_of(model: nn.Module) -> nn.Module:
+    """Return the Transfusion in what `prepare` returns: the model itself, or the one that adapters stand around."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def is_of_images(name: str) -> bool:
     """Whether a parameter, by its name in a model or in one with adapters, stands outside the decoder."""
     return "backbone.decoder." not in name

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from tfkernels import TransfusionMask
 from transfusion.model.config import TransfusionConfig
-from transfusion.model.lora import TuneSettings, prepare
+from transfusion.model.lora import TuneSettings, base_of, prepare
 from transfusion.model.transfusion import Transfusion
 from transfusion.sequence import IMAGE_ATTENTION, Sequence
 from transfusion.train.recompute import PRODUCTS
@@ -153,7 +153,7 @@ def count(config: TransfusionConfig, tune: TuneSettings, sequence: Sequence, mas
     model = outline(config, tune)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _onto_cpu(model, dtype)
-        base = model if isinstance(model, Transfusion) else model.get_base_model()
+        base = base_of(model)
         base.image_attention = _Ready(mask)
         times = torch.zeros(sequence.image_count)
         seed = torch.zeros(2, dtype=torch.int64)

@@ -1,7 +1,8 @@
 """What a training step costs, as formulas: memory, operations, bytes and messages.
 
 P parameters, T of them trained, L layers, N GPUs, R rows of S tokens, A visible pairs of query and key, H heads of D
-columns, C hidden columns, V words. A weight, a gradient and each of AdamW's moments has 4 bytes (float32).
+columns, K heads of keys and values, C hidden columns, V words. A weight, a gradient and each of AdamW's moments has 4
+bytes (float32).
 """
 import math
 from typing import NamedTuple
@@ -9,13 +10,15 @@ from typing import NamedTuple
 from torch import nn
 
 from transfusion.model.config import TransfusionConfig
+from transfusion.model.lora import base_of
 from transfusion.model.transfusion import Transfusion
 from transfusion.sequence import IMAGE_ATTENTION, Sequence
 from transfusion.train.activations import Activations
 
 FLOAT32, BFLOAT16 = 4, 2
 LAYOUTS = ("replicate", "shard", "hybrid")
-"""replicate: every GPU holds all; shard: all GPUs share one copy; hybrid: the GPUs of a node share one"""
+"""replicate: every GPU holds all, or each group of GPUs that splits the tokens of rows; shard: all GPUs share one copy;
+hybrid: the GPUs of a node share one"""
 
 
 class Sizes(NamedTuple):
@@ -45,15 +48,17 @@ class Memory(NamedTuple):
     gathered: float
     """copies of weights in bfloat16: autocast's of all matrices, or those that a sharded layer is gathered into"""
     activations: Activations
+    keys: float = 0.0
+    """a layer's keys and values of split rows, those of other GPUs included"""
 
     def peak(self, activations: float, accumulate: int = 1) -> float:
-        """The largest sum of what is there at once, `now` being gathered + activations + working.
+        """The largest sum of what is there at once, `now` being gathered + activations + working + keys.
 
             weights + moments + averages + now + gradients          of several micro-batches
             weights + moments + averages + max(now, gradients)      of one: as backward makes gradients, the others go
         """
         fixed = self.weights + self.moments + self.averages
-        now = self.gathered + activations + self.activations.working
+        now = self.gathered + activations + self.activations.working + self.keys
         step = now + self.gradients if accumulate > 1 else max(now, self.gradients)
         return fixed + step
 
@@ -68,11 +73,13 @@ class Messages(NamedTuple):
     reduced: float
     """gradients, summed and handed to all copies"""
     seconds: float
+    keys: float = 0.0
+    """keys and values, and their gradients, between GPUs that split the tokens of rows"""
 
 
 def sizes(model: nn.Module) -> Sizes:
     """Count the parameters of a model, also of one on the meta device or inside peft's; a tied weight counts once."""
-    base = model if isinstance(model, Transfusion) else model.get_base_model()
+    base = base_of(model)
     layers = base.backbone.decoder.get_decoder().layers
     own = [layers[0], *getattr(base.backbone, "image_layers", [])[:1]]
     everything, layer = list(model.parameters()), [p for part in own for p in part.parameters()]
@@ -81,12 +88,37 @@ def sizes(model: nn.Module) -> Sizes:
         len(layers))
 
 
-def shards(layout: str, gpus: int, gpus_per_node: int) -> int:
-    """Return how many GPUs share one copy of weights, gradients and moments."""
-    return {"replicate": 1, "shard": gpus, "hybrid": min(gpus, gpus_per_node)}[layout]
+class Keys(NamedTuple):
+    """Bytes of keys and values that a GPU holds of a layer and sends in a step, where it splits rows with others."""
+
+    held: float
+    sent: float
 
 
-def memory(count: Sizes, shared_by: int, activations: Activations) -> Memory:
+def split_keys(text_config, by: str, split_by: int, tokens: int, micro_batches: int) -> Keys:
+    """What n = `split_by` GPUs hold and send for the keys and values of `tokens`, those of a micro-batch's whole rows.
+
+        M = 2 K D tokens / n * 2        a GPU's own, in bfloat16
+        gathered    holds 2 n M         sends 3 (n - 1) M, in forward, in backward and as gradients
+        ring        holds 2 M + 6 M     sends 2 (n - 1) M + n * 2 M, for gradients go around in float32
+
+    Each layer of each micro-batch sends so much. With layers computed again it sends (n - 1) M more, which is not
+    counted, nor are the patches that change GPUs.
+    """
+    if split_by == 1:
+        return Keys(0.0, 0.0)
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    own = 2 * BFLOAT16 * text_config.num_key_value_heads * head_dim * tokens / split_by
+    held, sent = {"gathered": (2 * split_by, 3 * (split_by - 1)), "ring": (8, 2 * (split_by - 1) + 2 * split_by)}[by]
+    return Keys(held * own, sent * own * text_config.num_hidden_layers * micro_batches)
+
+
+def shards(layout: str, gpus: int, gpus_per_node: int, split_by: int = 1) -> int:
+    """Return how many GPUs share one copy of weights, gradients and moments; `split_by` split the tokens of rows."""
+    return {"replicate": split_by, "shard": gpus, "hybrid": max(split_by, min(gpus, gpus_per_node))}[layout]
+
+
+def memory(count: Sizes, shared_by: int, activations: Activations, keys: float = 0.0) -> Memory:
     """Bytes on one GPU where `shared_by` GPUs share each copy.
 
         weights 4 P / n     gradients 4 T / n     AdamW's moments 8 T / n     averaged weights 4 T / n
@@ -101,7 +133,7 @@ def memory(count: Sizes, shared_by: int, activations: Activations) -> Memory:
         outside = count.all - count.layers * count.layer
         gathered = BFLOAT16 * outside + 2 * BFLOAT16 * (count.layer + count.layer_trained)
     trained = FLOAT32 * count.trained / shared_by
-    return Memory(FLOAT32 * count.all / shared_by, trained, 2 * trained, trained, gathered, activations)
+    return Memory(FLOAT32 * count.all / shared_by, trained, 2 * trained, trained, gathered, activations, keys)
 
 
 def work(model: nn.Module, plain: Transfusion, rows: Sequence) -> dict[str, Work]:
@@ -121,7 +153,7 @@ def work(model: nn.Module, plain: Transfusion, rows: Sequence) -> dict[str, Work
         plain: the same without adapters.
     """
     config = plain.config
-    base = model if isinstance(model, Transfusion) else model.get_base_model()
+    base = base_of(model)
     text, tokens, patches = config.text_config.get_text_config(), rows.tokens.numel(), len(rows.patches)
     own = getattr(base.backbone, "image_layers", None)  # of patches, in a mixture of transformers
     layers = _matrices(base.backbone.decoder.get_decoder().layers, tokens if own is None else tokens - patches)
@@ -189,27 +221,30 @@ def moved(count: Sizes, activations: float, micro_batches: int) -> float:
     return (3 * BFLOAT16 * count.all + 2 * activations) * micro_batches + FLOAT32 * 12 * count.trained
 
 
-def messages(layout: str, count: Sizes, gpus: int, gpus_per_node: int, micro_batches: int, link: float,
-             network: float) -> Messages:
-    """What a layout sends in a step. n GPUs share a copy, m = N / n copies.
+def messages(shared_by: int, count: Sizes, gpus: int, gpus_per_node: int, micro_batches: int, link: float,
+             network: float, split_by: int = 1, keys: float = 0.0) -> Messages:
+    """What is sent in a step where n = `shared_by` GPUs share a copy, m = N / n copies.
 
         gathered    2 (n - 1) / n * 2 P for each micro-batch     all-gathers, in bfloat16, of all weights
         scattered   (n - 1) / n * 4 T for each micro-batch       reduce-scatters, in float32, of trained weights
         reduced     2 (m - 1) / m * 4 T / n                      all-reduces of what a GPU holds of the gradients
+        keys        of `split_keys`                              between the `split_by` GPUs that split rows
 
-    Rings inside a node run at half of `link`, one direction's bytes a second. Rings across nodes that begin at every
-    GPU of a node use all of its network cards together, `gpus_per_node` times `network`, and pass through the links,
-    too: the slower counts. The m copies of `hybrid` are reduced by one such ring for each GPU of a node, at `network`.
+    Rings inside a node run at half of `link`, one direction's bytes a second. A ring across nodes uses all network
+    cards of a node together, `gpus_per_node` times `network`, and passes through the links, too: the slower counts.
+    The m copies are reduced by n such rings at once, or by as many as a node has GPUs, which share the cards.
     """
-    n = shards(layout, gpus, gpus_per_node)
+    n, inside = shared_by, link / 2
     m = gpus // n
+
+    def rate(ring: int, rings: int = 1) -> float:
+        return inside if ring <= gpus_per_node else min(inside, network * gpus_per_node / rings)
+
     gathered = 2 * (n - 1) / n * BFLOAT16 * count.all * micro_batches
     scattered = (n - 1) / n * FLOAT32 * count.trained * micro_batches
     reduced = 2 * (m - 1) / m * FLOAT32 * count.trained / n
-    inside, across = link / 2, min(link / 2, network * gpus_per_node)
-    ring = inside if n <= gpus_per_node else across
-    copies = inside if gpus <= gpus_per_node else network if n > 1 else across
-    return Messages(gathered, scattered, reduced, (gathered + scattered) / ring + reduced / copies)
+    seconds = (gathered + scattered) / rate(n) + reduced / rate(gpus, min(n, gpus_per_node)) + keys / rate(split_by)
+    return Messages(gathered, scattered, reduced, seconds, keys)
 
 
 def rows_on_a_gpu(rows: int, gpus: int, accumulate: int) -> int:

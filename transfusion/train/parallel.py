@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+
+from transfusion.model.lora import base_of
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None, *, offload: bool = False) -> nn.Module:
@@ -33,7 +34,6 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None, 
         offload: keep shards, their gradients and so what an optimizer makes of them in the memory of the CPU; a layer's
             shard is copied to the device where it is gathered.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
 
     def policy(cast_inputs: bool) -> MixedPrecisionPolicy:
         return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32,
@@ -41,7 +41,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None, 
 
     places = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy()
     model.register_forward_hook(reach_every_parameter)  # runs before FSDP's own hooks
-    for layer in base.backbone.blocks():
+    for layer in base_of(model).backbone.blocks():
         fully_shard(layer, mesh=mesh, mp_policy=policy(True), offload_policy=places)
     fully_shard(model, mesh=mesh, mp_policy=policy(False), offload_policy=places)
     for module in model.modules():

@@ -26,6 +26,7 @@ from transfusion.train.estimates import (
     rows_on_a_gpu,
     shards,
     sizes,
+    split_keys,
     work,
 )
 from transfusion.train.gpus import GPUS
@@ -46,7 +47,8 @@ class PlanSettings:
     gpu: Annotated[str, OneOf(GPUS)] = "H100"
     """kind of GPU"""
     layout: Annotated[str, OneOf(("all", *LAYOUTS))] = "all"
-    """replicate: each GPU holds all weights; shard: all GPUs share one copy; hybrid: those of a node share one"""
+    """replicate: each GPU holds all weights, or each group that splits the tokens of rows (--parallel.context); shard:
+    all GPUs share one copy; hybrid: those of a node share one"""
     mfu: Annotated[float, Range(above=0, high=1)] = 0.4
     """share of the dense bfloat16 peak that training is assumed to reach"""
     gpus_per_node: Count = 8
@@ -88,14 +90,24 @@ class Plan(NamedTuple):
     layouts: list[Layout]
 
     @property
+    def split_by(self) -> int:
+        """GPUs that split the tokens of the same rows."""
+        return self.config.parallel.context
+
+    @property
+    def groups(self) -> int:
+        """GPUs that take rows of their own, or groups of those that split them."""
+        return self.settings.gpus // self.split_by
+
+    @property
     def micro_rows(self) -> int:
-        """Rows of a micro-batch on one GPU."""
-        return rows_on_a_gpu(self.config.optim.rows, self.settings.gpus, self.config.optim.accumulate)
+        """Rows of a micro-batch on one GPU, or on a group."""
+        return rows_on_a_gpu(self.config.optim.rows, self.groups, self.config.optim.accumulate)
 
     @property
     def seconds(self) -> float:
         """Of a step, at the assumed share of the peak."""
-        busy = min(self.settings.gpus, self.config.optim.rows)
+        busy = min(self.groups, self.config.optim.rows) * self.split_by
         return self.operations / (busy * GPUS[self.settings.gpu].teraflops * 1e12 * self.settings.mfu)
 
     @property
@@ -119,23 +131,30 @@ def plan(config: TrainConfig, settings: PlanSettings) -> Plan:
     check_settings("plan", config)
     if settings.gpus > settings.gpus_per_node and settings.gpus % settings.gpus_per_node:
         raise ValueError(f"plan: gpus is {settings.gpus} and gpus_per_node {settings.gpus_per_node}; whole nodes fit")
-    optim, gpu = config.optim, GPUS[settings.gpu]
+    optim, gpu, split_by = config.optim, GPUS[settings.gpu], config.parallel.context
+    for gpus in (settings.gpus, min(settings.gpus, settings.gpus_per_node)):
+        if gpus % split_by and (split_by % gpus or gpus == settings.gpus):
+            raise ValueError(f"plan: parallel.context is {split_by}, gpus {settings.gpus} and gpus_per_node "
+                             f"{settings.gpus_per_node}; a divisor of gpus fits that divides gpus_per_node or is a "
+                             "multiple of it")
     model_config = planned_config(config, settings.image)
     one, two = (planned_rows(model_config, rows, optim.seq_len, caption=settings.caption,
                              text_share=settings.text_share, text_tokens=settings.text_tokens) for rows in (1, 2))
     model, plain = outline(model_config, config.tune), outline(model_config, TuneSettings())
-    count, rows = sizes(model), rows_on_a_gpu(optim.rows, settings.gpus, optim.accumulate)
+    count, rows = sizes(model), rows_on_a_gpu(optim.rows, settings.gpus // split_by, optim.accumulate)
+    shared_by = {name: shards(name, settings.gpus, settings.gpus_per_node, split_by) for name in _names(settings)}
+    whole = split_keys(model_config.text_config.get_text_config(), config.parallel.context_by, split_by,
+                       rows * optim.seq_len, optim.accumulate)
     traces = {}
-    for shared in {False, settings.gpus > 1}:
+    for shared in {n > 1 for n in shared_by.values()}:
         dtype, autocast = (torch.bfloat16, False) if shared else (torch.float32, config.autocast)
         traces[shared] = trace(model_config, config.tune, one, two, dtype=dtype, autocast=autocast)
     layouts = []
-    for name in _names(settings):
-        n = shards(name, settings.gpus, settings.gpus_per_node)
-        sent = messages(name, count, settings.gpus, settings.gpus_per_node, optim.accumulate, gpu.link * 1e9,
-                        settings.network * 1e9)
-        found = traces[n > 1]
-        layouts.append(Layout(name, memory(count, n, found.activations(rows)), sent, found, n))
+    for name, n in shared_by.items():
+        sent = messages(n, count, settings.gpus, settings.gpus_per_node, optim.accumulate, gpu.link * 1e9,
+                        settings.network * 1e9, split_by, whole.sent)
+        held = memory(count, n, traces[n > 1].activations(rows / split_by), whole.held)
+        layouts.append(Layout(name, held, sent, traces[n > 1], n))
     step = {name: Work(*(optim.rows * x for x in part)) for name, part in work(model, plain, one).items()}
     return Plan(settings, config, trained_table(model), count, one, int(one.mask().area().sum()), step, layouts)
 
@@ -175,8 +194,8 @@ def _head(made: Plan) -> str:
     lines = [
         f"{settings.gpus} x {settings.gpu}: {gpu.teraflops:,.0f} TFLOP/s in dense bfloat16, {gpu.memory} GiB at "
         f"{gpu.bandwidth:,.0f} GB/s, links of {gpu.link:,.0f} GB/s. Source: {gpu.source}",
-        f"a step: {optim.rows} rows of {optim.seq_len:,} tokens in {micro}, at most {made.micro_rows} rows on a GPU at "
-        "once",
+        f"a step: {optim.rows} rows of {optim.seq_len:,} tokens in {micro}, at most {made.micro_rows} rows on "
+        + ("a GPU" if made.split_by == 1 else f"{made.split_by} GPUs, which split their tokens,") + " at once",
         f"a row: {pictures} pictures of {len(made.row.patches) // pictures} patches behind captions of "
         f"{settings.caption} tokens, {len(made.row.text_targets):,} text targets, "
         f"{200 * made.visible / tokens**2:.0f} % of a causal row's pairs visible"]
@@ -194,6 +213,8 @@ def _memory(made: Plan) -> str:
         ("activations, selective checkpointing", lambda m: m.activations.selective),
         ("activations, full checkpointing", lambda m: m.activations.full),
         ("more at the beginning of backward", lambda m: m.activations.working)]
+    if made.split_by > 1:
+        kinds.append(("keys and values of split rows", lambda m: m.keys))
     kinds += [(f"peak, {name}", lambda m, kind=kind: m.peak(getattr(m.activations, kind), made.config.optim.accumulate))
               for name, kind in (("nothing computed again", "everything"), ("selective checkpointing", "selective"),
                                  ("full checkpointing", "full"))]
@@ -238,10 +259,11 @@ def _messages(made: Plan) -> str:
     if made.settings.gpus == 1:
         return "nothing is sent: one GPU"
     sent = [layout.messages for layout in made.layouts]
-    unit, size = _unit(max(max(m[:3]) for m in sent))
+    unit, size = _unit(max(max(m.gathered, m.scattered, m.reduced, m.keys) for m in sent))
     kinds = [("all-gather of weights, bfloat16", lambda m: f"{m.gathered / size:,.2f}"),
              ("reduce-scatter of gradients, float32", lambda m: f"{m.scattered / size:,.2f}"),
              ("all-reduce of gradients, float32", lambda m: f"{m.reduced / size:,.2f}"),
+             *([("keys and values of split rows", lambda m: f"{m.keys / size:,.2f}")] if made.split_by > 1 else []),
              ("seconds at the rate of links and network", lambda m: f"{m.seconds:,.3g}"),
              ("of the seconds that computing takes", lambda m: f"{m.seconds / made.seconds:,.0%}")]
     rows = [(name, [of(m) for m in sent]) for name, of in kinds]
@@ -259,13 +281,15 @@ def _time(made: Plan) -> str:
 
 def advice(made: Plan) -> list[str]:
     """Say what fits of each layout, what would make the others fit, and what would wait."""
-    settings, optim, lines = made.settings, made.config.optim, []
-    if optim.rows < settings.gpus:
-        lines.append(f"{settings.gpus - optim.rows} GPUs have nothing to do: optim.rows is {optim.rows}; "
-                     f"--optim.rows {settings.gpus} gives each a row")
-    elif optim.rows % (settings.gpus * optim.accumulate):
+    settings, optim, groups, lines = made.settings, made.config.optim, made.groups, []
+    if optim.rows < groups:
+        each = "each" if made.split_by == 1 else f"each {made.split_by}"
+        lines.append(f"{(groups - optim.rows) * made.split_by} GPUs have nothing to do: optim.rows is {optim.rows}; "
+                     f"--optim.rows {groups} gives {each} a row")
+    elif optim.rows % (groups * optim.accumulate):
+        over = "" if made.split_by == 1 else " over parallel.context"
         lines.append(f"rows are shared unevenly: optim.rows is {optim.rows}; a multiple of "
-                     f"{settings.gpus * optim.accumulate} (GPUs times optim.accumulate) fits")
+                     f"{groups * optim.accumulate} (GPUs{over} times optim.accumulate) fits")
     for layout, column in zip(made.layouts, _columns(made)):
         lines.append(f"{column}: {_fit(made, layout)}")
         share = layout.messages.seconds / made.seconds
@@ -288,10 +312,11 @@ def _fit(made: Plan, layout: Layout) -> str:
     rows = made.micro_rows
     while rows > 1:
         rows = (rows + 1) // 2
-        smaller = layout.memory._replace(activations=layout.trace.activations(rows))
+        smaller = layout.memory._replace(activations=layout.trace.activations(rows / made.split_by),
+                                         keys=layout.memory.keys * rows / made.micro_rows)
         for kind, words in (("everything", ""), ("full", " --recompute full")):
             if smaller.peak(getattr(smaller.activations, kind), 2) <= limit:
-                parts = -(-optim.rows // (rows * min(made.settings.gpus, optim.rows)))
+                parts = -(-optim.rows // (rows * min(made.groups, optim.rows)))
                 return f"does not fit; --optim.accumulate {parts}{words} makes it fit, {rows} rows at a time"
     held = layout.memory.weights + layout.memory.gradients + layout.memory.moments + layout.memory.averages
     if held > limit and layout.shared_by < made.settings.gpus:
@@ -299,5 +324,5 @@ def _fit(made: Plan, layout: Layout) -> str:
     if held > limit:
         return (f"does not fit: what is kept of the model takes {held / GIB:,.0f} GiB on each GPU; more GPUs to share "
                 "it among, larger ones, a smaller model or --tune.trained lora help")
-    return ("does not fit, not even a row at a time with full checkpointing; shorter rows (--optim.seq-len), layouts "
-            "that share weights, larger GPUs or --tune.trained lora help")
+    return ("does not fit, not even a row at a time with full checkpointing; shorter rows (--optim.seq-len), rows that "
+            "GPUs split (--parallel.context), layouts that share weights, larger GPUs or --tune.trained lora help")

@@ -36,14 +36,13 @@ SPEAKING = datetime.timedelta(seconds=5)
 """how long a process that fails waits for the main one to say that the run ends"""
 SAID = 2000  # bytes of an error's text that processes tell each other
 PLAIN = ValueError, OSError, FloatingPointError, SafetensorError  # errors that a command says in one line
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
 _runs = itertools.count()
 
 
 class FailedElsewhere(ValueError):
     """Another process failed, and the main one says why."""
-
-DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

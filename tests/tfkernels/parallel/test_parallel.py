@@ -3,9 +3,6 @@
 One spawn of four processes makes all cases, most of them in a group of the last two, and writes down how far each is
 from one process; the tests read that.
 """
-import datetime
-import time
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,12 +10,12 @@ from transformers import AutoConfig, AutoModel
 
 import tfkernels.integrations.transformers as integration
 from tests.compare import assert_as_accurate
+from tests.gloo_processes import needs_gloo, run_together
 from tfkernels import TransfusionMask, attention
 from tfkernels._library import INTERPRET
 from tfkernels.mask import recipes
 from tfkernels.parallel import Cut, SharedMask, cut_by_area, exchange, gathered_attention, ring_attention
 
-SECONDS = 240
 WAYS = {"gathered": gathered_attention, "ring": ring_attention}
 KINDS = {title: mask for title, mask in recipes.examples() if mask.query_len == mask.key_len}
 HALVES = [[(10, 138), (160, 230)], [(100, 290), (310, 440)]]
@@ -34,8 +31,7 @@ FAMILIES = "qwen2", "qwen3"
 
 pytestmark = [
     pytest.mark.skipif(INTERPRET, reason="processes do not see which kernel runs; once, on PyTorch's, is enough"),
-    pytest.mark.skipif(not dist.is_gloo_available(),
-                       reason="torch.distributed.is_gloo_available() is False: this PyTorch has no CPU collectives")]
+    needs_gloo]
 
 
 def inputs(mask, heads, kv_heads, dtype):
@@ -196,29 +192,19 @@ def of_two(group):
 
 
 def work(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=4,
-                            timeout=datetime.timedelta(seconds=SECONDS))
     pair, alone = dist.new_group([2, 3]), dist.new_group([1])
     found = of_two(pair) if rank >= 2 else {}
     if rank == 1:
         found = {("alone", way): errors(way, HIDDEN, cut_by_area(HIDDEN, 1), alone) for way in WAYS}
     found |= {("four", way): errors(way, HIDDEN, cut_by_area(HIDDEN, 4, 16), None) for way in WAYS}
     torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    """What each process found; they are ended when the time is over."""
-    folder, end = tmp_path_factory.mktemp("four"), time.monotonic() + SECONDS
-    processes = torch.multiprocessing.spawn(work, args=(folder,), nprocs=4, join=False)
-    try:
-        while not processes.join(timeout=1):
-            assert time.monotonic() < end, f"four processes did not finish in {SECONDS} s"
-    finally:
-        for process in processes.processes:
-            process.kill()
+    """What each process found."""
+    folder = tmp_path_factory.mktemp("four")
+    run_together(4, work, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(4)]
 
 

@@ -1,16 +1,11 @@
 """What ranks that share rows compute, for tests/transfusion/model/test_context.py: run in each of four processes."""
-import datetime
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 
-from tests.transfusion.conftest import tiny_decoder_config, tiny_model
+from tests.transfusion.conftest import in_training, tiny_decoder_config, tiny_model
 from transfusion import Image, Text, Transfusion, TransfusionConfig
-from transfusion.model.lora import TuneSettings, prepare
 from transfusion.sequence import CONTEXT_ATTENTION, Context, encode, lay_out, with_clean_copies
 
-SECONDS = 400
 LENGTH = 96
 BACKBONES = "decoder", "adaln", "mixture_of_transformers"
 UNET = dict(image_layers="unet", unet_channels=(8, 16), unet_blocks=1)
@@ -39,15 +34,7 @@ IN_FLOAT32 = "decoder, dit", "adaln, 2d", "mixture_of_transformers, linear", "de
 def built(family=None, trained="all", checkpointed=False, dtype=torch.float64, **options):
     """A model in training, and the adapters around it; with a family, one of its decoders and a DiT head."""
     base = tiny_model(**options) if family is None else of_family(family, **options)
-    base = base.to(dtype).train()
-    if checkpointed:
-        base.gradient_checkpointing_enable()
-    model = prepare(base, TuneSettings(start=Path("start"), trained=trained, lora_rank=4))
-    torch.manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return base, model
+    return base, in_training(base.to(dtype), trained, checkpointed)
 
 
 def of_family(family, backbone="decoder", **options):
@@ -141,8 +128,4 @@ def compare(groups):
 
 def run(rank, folder):
     """Compare and save what was found."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=4,
-                            timeout=datetime.timedelta(seconds=SECONDS))
     torch.save(compare([dist.new_group([0, 1]), dist.new_group([2, 3])]), folder / f"{rank}.pt")
-    dist.destroy_process_group()

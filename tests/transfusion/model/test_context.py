@@ -2,34 +2,25 @@
 
 One spawn of four processes makes all comparisons, most of them on the first two and the last two.
 """
-import time
-
 import pytest
 import torch
-import torch.distributed as dist
 
-from tests.transfusion.model.ranks import EVERY_ROW, IN_FLOAT32, MODELS, ON_FOUR, ROWS, SECONDS, run
+from tests.gloo_processes import needs_gloo, run_together
+from tests.transfusion.model.ranks import EVERY_ROW, IN_FLOAT32, MODELS, ON_FOUR, ROWS, run
 from tfkernels._library import INTERPRET
 from transfusion.sequence import CONTEXT_ATTENTION
 
 pytestmark = [
     pytest.mark.skipif(INTERPRET, reason="processes do not see which kernel runs; once, on PyTorch's, is enough"),
-    pytest.mark.skipif(not dist.is_gloo_available(),
-                       reason="torch.distributed.is_gloo_available() is False: this PyTorch has no CPU collectives")]
+    needs_gloo]
 SINGLE = "windows in some layers", "lora"  # Gemma's norms, and logits of an adapted head, are float32 in any model
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each of four processes found; they are ended when the time is over."""
-    folder, end = tmp_path_factory.mktemp("ranks"), time.monotonic() + SECONDS
-    processes = torch.multiprocessing.spawn(run, args=(folder,), nprocs=4, join=False)
-    try:
-        while not processes.join(timeout=1):
-            assert time.monotonic() < end, f"four processes did not finish in {SECONDS} s"
-    finally:
-        for process in processes.processes:
-            process.kill()
+    """What each of four processes found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run_together(4, run, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
 
 

@@ -2,13 +2,12 @@
 import contextlib
 import errno
 import os
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from tests.gloo_processes import meet
 from tests.transfusion.train.two_processes import random_model, step
 from transfusion.model.lora import TuneSettings
 from transfusion.train import loop
@@ -56,23 +55,14 @@ def resumed(out: Path, model, mesh=None) -> TransfusionTask:
     return task
 
 
-def meet(rank: int, size: int, folder: Path):
-    """Start communication among `size` processes."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-{size}", rank=rank, world_size=size,
-                            timeout=timedelta(seconds=60))
-    return init_device_mesh("cpu", (size,))
-
-
 def rows_of(rank: int, size: int) -> tuple[int, ...]:
     """The rows, four in all, of a process."""
     return tuple(range(4))[rank * 4 // size:(rank + 1) * 4 // size]
 
 
-def save_and_go_on(rank: int, folder: str) -> None:
+def save_and_go_on(rank: int, folder: Path) -> None:
     """Two processes save, go on, and load what one process and they themselves saved."""
-    folder, found = Path(folder), {}
-    mesh = meet(rank, 2, folder)
+    mesh, found = init_device_mesh("cpu", (2,)), {}
     for name, options in MODELS.items():
         out, rows = folder / name, rows_of(rank, 2)
         task = small_task(out, random_model(**options), mesh)
@@ -94,7 +84,6 @@ def save_and_go_on(rank: int, folder: str) -> None:
     found |= failures(rank, folder, mesh)
     if rank == 0:
         torch.save(found, folder / "found.pt")
-    dist.destroy_process_group()
 
 
 def failures(rank: int, folder: Path, mesh) -> dict:
@@ -132,7 +121,8 @@ def full_disk():
 def save_step_2(rank: int, folder: Path, model) -> None:
     """One of two processes that replace the save in `run` by that of step 2, whose weights are all 0.02."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        task = small_task(folder / "run", model, meet(rank, 2, folder))
+        meet(rank, 2, folder)
+        task = small_task(folder / "run", model, init_device_mesh("cpu", (2,)))
         fill(task, 2)
         with Saver(folder / "run") as saver:
             loop.save("train", task.config, task, 2, "", saver)
@@ -162,10 +152,9 @@ def error_of(call) -> str:
     return "none"
 
 
-def four(rank: int, folder: str) -> None:
+def four(rank: int, folder: Path) -> None:
     """Four processes load what two saved, among it tensors of fewer rows than processes, and go on."""
-    folder, found = Path(folder), {}
-    mesh = meet(rank, 4, folder)
+    mesh, found = init_device_mesh("cpu", (4,)), {}
     for name, options in MODELS.items():
         task = resumed(folder / name, random_model(**options), mesh)
         found[name, "loaded"] = contents(task)
@@ -177,4 +166,3 @@ def four(rank: int, folder: str) -> None:
         saver.wait()
     if rank == 0:
         torch.save(found, folder / "found-4.pt")
-    dist.destroy_process_group()

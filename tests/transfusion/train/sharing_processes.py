@@ -1,8 +1,5 @@
 """What four processes compute that share rows by twos, for tests/transfusion/train/test_sharing.py."""
-from datetime import timedelta
-
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from tests.transfusion.train.two_processes import MODELS, ROWS, Rows, random_model
@@ -10,7 +7,6 @@ from transfusion.sequence import CONTEXT_ATTENTION, Context
 from transfusion.train.loop import accumulate, clip_gradients
 from transfusion.train.parallel import shard, whole
 
-SECONDS = 400
 NAMES = ("decoder, unet", "adaln, dit, 2d", "mixture_of_transformers, dit, checkpointed", "adaln, unet, lora",
          "adaln, dit, images")
 
@@ -46,9 +42,6 @@ def alone(name, kind):
 
 def run(rank: int, folder) -> None:
     """Step with every model: weights in shards over all four, rows over the pairs, tokens inside each pair."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=4,
-                            timeout=timedelta(seconds=SECONDS))
     mesh, pairs = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "context"))
     found = {}
     for name in NAMES:
@@ -61,4 +54,3 @@ def run(rank: int, folder) -> None:
                 found[name, kind, way] = step(task)
     if rank == 0:
         torch.save(found, folder / "found.pt")
-    dist.destroy_process_group()

@@ -3,21 +3,17 @@ import pytest
 import torch
 
 from tests.compare import assert_as_accurate
+from tests.gloo_processes import needs_gloo, run_together
 from tests.transfusion.conftest import tiny_model
 from tests.transfusion.train.two_processes import MODELS, ROWS, alone, run
 
-LIMIT = 240  # seconds for both processes together
-
+pytestmark = needs_gloo
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
     """What two gloo processes found, once for all tests."""
     folder = tmp_path_factory.mktemp("two")
-    processes = torch.multiprocessing.spawn(run, (str(folder),), nprocs=2, join=False)
-    if not processes.join(timeout=LIMIT) and not processes.join(timeout=5):
-        for process in processes.processes:
-            process.kill()
-        pytest.fail(f"two processes took more than {LIMIT} s: they wait for each other")
+    run_together(2, run, folder)
     return torch.load(folder / "found.pt")
 
 

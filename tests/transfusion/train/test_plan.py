@@ -1,4 +1,5 @@
 """`transfusion plan`: its memory against steps that run here, its operations against torch's counter, its report."""
+import dataclasses
 import re
 import shlex
 import weakref
@@ -6,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,13 +20,15 @@ from transfusion.model.lora import TuneSettings, prepare
 from transfusion.model.transfusion import Transfusion
 from transfusion.recipes.digits import digits
 from transfusion.recipes.paper import PAPER, paper
+from transfusion.sequence import CONTEXT_ATTENTION, Context
 from transfusion.train.activations import Activations, outline, storage, trace
 from transfusion.train.average import Average
-from transfusion.train.estimates import Sizes, memory, messages, sizes, work
+from transfusion.train.estimates import Sizes, memory, messages, shards, sizes, split_keys, work
 from transfusion.train.gpus import GPUS
 from transfusion.train.optimizer import build_optimizer
 from transfusion.train.plan import PlanSettings, plan, report
 from transfusion.train.plan_model import SHAPES, planned_config, planned_rows
+from transfusion.train.processes import ParallelSettings
 from transfusion.train.transfusion import OptimSettings
 
 ROWS = 4
@@ -137,6 +142,52 @@ def test_full_checkpointing_keeps_what_is_planned(backbone):
     assert activations.full < activations.selective < activations.everything
 
 
+@pytest.fixture
+def one_of_two():
+    """This process is one of two that split rows; the other one is not there, and what it sends is anything."""
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("backbone,image_layers", [("decoder", "dit"), ("adaln", "linear"), ("decoder", "unet")])
+def test_a_process_that_splits_rows_keeps_its_share_as_planned_within_5_percent(backbone, image_layers, one_of_two):
+    config, tune = small(backbone, image_layers), TuneSettings()
+    found = trace(config, tune, rows_of(config, 1), rows_of(config, 2), dtype=torch.float32, autocast=False)
+    rows, model = rows_of(config, ROWS), Transfusion(config).train()
+    times, seed, share = torch.full((rows.image_count,), 0.5), torch.tensor([1, 2]), model.share(rows, Context())
+    kept = saved_bytes(model, lambda: model(share, times, seed))
+    assert kept == pytest.approx(found.activations(ROWS / 2).everything, rel=0.05)
+
+
+@pytest.mark.parametrize("by", CONTEXT_ATTENTION)
+def test_keys_and_values_are_sent_as_planned(by, one_of_two, monkeypatch):
+    sent = []
+    monkeypatch.setattr(dist, "all_gather", lambda parts, x, group=None: sent.append(x.nbytes))
+    monkeypatch.setattr(dist, "all_to_all_single", lambda out, x, *_, group=None: sent.append(
+        x.nbytes / 2 if x.ndim == 5 else 0))  # patches have fewer dimensions, and are not counted
+    monkeypatch.setattr(dist, "batch_isend_irecv", lambda both: sent.append(both[0].tensor.nbytes) or [])
+    config, tokens = small("adaln", "dit"), ROWS * 256
+    rows, model = rows_of(config, ROWS), Transfusion(config).train()
+    share = model.share(rows, Context(None, CONTEXT_ATTENTION[by]))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(share, torch.full((rows.image_count,), 0.5), torch.tensor([1, 2])).loss.backward()
+    assert sum(sent) == split_keys(config.text_config, by, 2, tokens, 1).sent
+    assert split_keys(config.text_config, by, 1, tokens, 1) == (0, 0)
+
+
+def test_gpus_that_split_rows_are_planned_as_groups():
+    config = dataclasses.replace(paper("0.76B"), parallel=ParallelSettings(context=4))
+    made, plain = (plan(config, PlanSettings(gpus=gpus, layout="shard")) for gpus in (32, 8))
+    assert (made.groups, made.layouts[0].shared_by) == (8, 32) and made.seconds == plain.seconds / 4
+    said = report(made)
+    assert "64 rows on 4 GPUs, which split their tokens, at once" in said and "keys and values of split rows" in said
+    assert {name: shards(name, 32, 8, 4) for name in ("replicate", "shard", "hybrid")} == {
+        "replicate": 4, "shard": 32, "hybrid": 8}
+    with pytest.raises(ValueError, match="plan: parallel.context is 4, gpus 6 and gpus_per_node 8; a divisor of gpus"):
+        plan(config, PlanSettings(gpus=6))
+
+
 @cases
 def test_operations_are_those_that_torch_counts(backbone, image_layers, trained, autocast):
     config, tune = small(backbone, image_layers), TuneSettings(start=Path("start"), trained=trained)
@@ -195,14 +246,14 @@ def test_a_named_language_model_has_about_the_size_that_its_name_says(name):
 
 def test_layouts_send_what_their_formulas_say():
     count = Sizes(all=1000, trained=800, layer=100, layer_trained=80, layers=5)
-    replicate, shard, hybrid = (messages(name, count, 16, 8, 2, 900.0, 50.0)
+    replicate, shard, hybrid = (messages(shards(name, 16, 8), count, 16, 8, 2, 900.0, 50.0)
                                 for name in ("replicate", "shard", "hybrid"))
     assert replicate[:3] == (0, 0, 2 * 15 / 16 * 4 * 800)
     assert shard[:3] == (2 * 15 / 16 * 2 * 1000 * 2, 15 / 16 * 4 * 800 * 2, 0)
     assert hybrid[:3] == (2 * 7 / 8 * 2 * 1000 * 2, 7 / 8 * 4 * 800 * 2, 2 * 1 / 2 * 4 * 800 / 8)
     assert shard.seconds == pytest.approx((shard.gathered + shard.scattered) / 400)  # 8 cards of 50 < a link's 450
     assert hybrid.seconds == pytest.approx((hybrid.gathered + hybrid.scattered) / 450 + hybrid.reduced / 50)
-    assert messages("replicate", count, 1, 8, 1, 900.0, 50.0) == (0, 0, 0, 0)
+    assert messages(1, count, 1, 8, 1, 900.0, 50.0) == (0, 0, 0, 0, 0)
 
 
 def test_shards_divide_all_but_activations_and_two_layers():

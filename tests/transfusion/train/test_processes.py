@@ -22,7 +22,7 @@ from transfusion.train.log import CLOCKED
 from transfusion.train.processes import ParallelSettings, start_processes
 from transfusion.train.transfusion import train
 
-LIMIT = 480  # seconds for processes that torchrun starts
+LIMIT = 480  # seconds for processes that torchrun starts; compiling without a cache took 65 of them on a loaded machine
 
 
 def torchrun(count, *command, limit=LIMIT):
@@ -34,7 +34,7 @@ def torchrun(count, *command, limit=LIMIT):
     try:
         return (*started.communicate(timeout=limit), started.returncode)
     except subprocess.TimeoutExpired:
-        pytest.fail(f"{count} processes took more than {limit} s: they wait for each other")
+        pytest.fail(f"{count} processes took more than {limit} s")
     finally:
         for child in subprocess.run(["ps", "-o", "pid=", "-s", str(started.pid)], capture_output=True,
                                     text=True).stdout.split():

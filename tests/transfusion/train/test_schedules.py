@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from tests.transfusion.conftest import tiny_model
 from tests.transfusion.train.test_loop import records
 from tests.transfusion.train.test_transfusion import small
-from transfusion.model.lora import TuneSettings, image_modules, is_of_images, prepare
+from transfusion.model.lora import TuneSettings, base_of, image_modules, is_of_images, prepare
 from transfusion.train import transfusion as trainer
 from transfusion.train.loop import accumulate
 from transfusion.train.optimizer import Player, build_optimizer, learning_rate, scale_rates
@@ -57,7 +57,7 @@ def test_a_longer_run_with_wsd_has_the_same_rates_until_the_shorter_one_decays()
 
 def image_names(model):
     """Trained parameters of image modules, found by module in place of by name."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     inside = {id(p) for module in image_modules(base) for p in base.get_submodule(module).parameters()}
     return {name for name, p in model.named_parameters() if id(p) in inside and p.requires_grad}
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.gloo_processes import needs_gloo, run_together
 from tests.transfusion.train.kills import start_child
 from tests.transfusion.train.saving_processes import (
     ADAPTERS,
@@ -29,19 +30,8 @@ from transfusion.files import verify, whole
 from transfusion.train import loop
 from transfusion.train.transfusion import TrainConfig
 
-LIMIT = 400  # seconds for all processes together
+pytestmark = needs_gloo
 models = pytest.mark.parametrize("name", MODELS)
-
-
-def together(function, folder, size):
-    """Run a function in processes that meet, in bounded time."""
-    processes = torch.multiprocessing.spawn(function, (str(folder),), nprocs=size, join=False)
-    began = time.monotonic()
-    while not processes.join(timeout=1):  # True once all have ended
-        if time.monotonic() - began > LIMIT:
-            for process in processes.processes:
-                process.kill()
-            pytest.fail(f"{size} processes took more than {LIMIT} s: they wait for each other")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +42,7 @@ def folder(tmp_path_factory):
         task = small_task(folder / f"one {name}", random_model(**options))
         train(task, (0, 1, 2, 3), STEPS)
         loop.save("train", task.config, task, STEPS)
-    together(save_and_go_on, folder, 2)
+    run_together(2, save_and_go_on, folder)
     return folder
 
 
@@ -141,7 +131,7 @@ def test_a_save_of_one_process_takes_the_place_of_one_in_shards(folder, tmp_path
 
 
 def test_four_processes_go_on_from_what_two_saved_and_one_from_what_they_save(folder, found):
-    together(four, folder, 4)
+    run_together(4, four, folder)
     ours = torch.load(folder / "found-4.pt")
     for name in MODELS:
         assert_equal(ours[name, "loaded"], found[name, "saved"])

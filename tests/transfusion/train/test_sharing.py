@@ -1,30 +1,20 @@
 """Processes that split weights, rows and the tokens of rows take the step of one process."""
-import time
-
 import pytest
 import torch
-import torch.distributed as dist
 
-from tests.transfusion.train.sharing_processes import NAMES, SECONDS, alone, run
+from tests.gloo_processes import needs_gloo, run_together
+from tests.transfusion.train.sharing_processes import NAMES, alone, run
 from tests.transfusion.train.two_processes import ROWS
 from transfusion.sequence import CONTEXT_ATTENTION
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_gloo_available(),
-    reason="torch.distributed.is_gloo_available() is False: this PyTorch has no CPU collectives")
+pytestmark = needs_gloo
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """What four processes found; they are ended when the time is over."""
-    folder, end = tmp_path_factory.mktemp("sharing"), time.monotonic() + SECONDS
-    processes = torch.multiprocessing.spawn(run, args=(folder,), nprocs=4, join=False)
-    try:
-        while not processes.join(timeout=1):
-            assert time.monotonic() < end, f"four processes did not finish in {SECONDS} s"
-    finally:
-        for process in processes.processes:
-            process.kill()
+    """What four processes found."""
+    folder = tmp_path_factory.mktemp("sharing")
+    run_together(4, run, folder)
     return torch.load(folder / "found.pt")
 
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image as Picture
 from safetensors.torch import load_file
 
+from tests.gloo_processes import needs_gloo, run_together
 from tests.transfusion.conftest import tiny_model
 from tests.transfusion.train import watched
 from tests.transfusion.train.own_data import paint, tiny, write_folder, write_mixture
@@ -23,8 +24,6 @@ from transfusion.train.samples import SamplesSettings
 from transfusion.train.transfusion import train
 from transfusion.train.validation import NOISE_SEED, Validation, ValidationSettings, bin_name
 from transfusion.train.watching import averaged_weights, is_due
-
-LIMIT = 240  # seconds for both processes together
 
 
 def logged(out):
@@ -222,14 +221,11 @@ def test_a_watcher_looks_every_so_many_steps_and_after_the_last():
 def together(tmp_path_factory):
     """What two gloo processes found in sharded models, once for all tests."""
     folder = tmp_path_factory.mktemp("two")
-    processes = torch.multiprocessing.spawn(watched.run, (str(folder),), nprocs=2, join=False)
-    if not processes.join(timeout=LIMIT) and not processes.join(timeout=5):
-        for process in processes.processes:
-            process.kill()
-        pytest.fail(f"two processes took more than {LIMIT} s: they wait for each other")
+    run_together(2, watched.run, folder)
     return folder, torch.load(folder / "found.pt")
 
 
+@needs_gloo
 @pytest.mark.parametrize("name", watched.WATCHED)
 def test_two_processes_find_and_draw_what_one_does_and_train_on_as_before(together, name, tmp_path):
     folder, found = together

@@ -1,18 +1,16 @@
 """What two processes compute together, for tests/transfusion/train/test_parallel.py: run in each of them by `spawn`."""
 import copy
 import dataclasses
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
-from tests.transfusion.conftest import tiny_model
+from tests.transfusion.conftest import in_training, tiny_model
 from transfusion import Image, Text
 from transfusion.model.backbone import Backbone
-from transfusion.model.lora import TuneSettings, prepare
+from transfusion.model.lora import base_of
 from transfusion.sequence import encode, lay_out, split_rows
 from transfusion.train.loop import Batch, Term, accumulate, clip_gradients
 from transfusion.train.optimizer import Player
@@ -45,22 +43,14 @@ ROWS = {  # of `rows`, in the order in which each process takes them as micro-ba
 
 def random_model(trained="all", checkpointed=False, **options):
     """A model in training whose adapters, too, are random numbers."""
-    model = tiny_model(**options).train()
-    if checkpointed:
-        model.gradient_checkpointing_enable()
-    model = prepare(model, TuneSettings(start=Path("start"), trained=trained, lora_rank=4))
-    torch.manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
+    return in_training(tiny_model(**options), trained, checkpointed)
 
 
 class Rows:
     """A task whose micro-batches are the rows of the given numbers: text, two images, both, next to nothing."""
 
     def __init__(self, model, numbers):
-        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.base = base_of(model)
         self.numbers, self.player = numbers, Player(model, torch.optim.SGD(model.parameters()))
 
     def batches(self, step):
@@ -93,11 +83,8 @@ def step(model, numbers):
     return means, found, clip_gradients(player, None)
 
 
-def run(rank: int, folder: str) -> None:
+def run(rank: int, folder: Path) -> None:
     """Step with every model on the rows of this process; process 0 saves what came out."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2,
-                            timeout=timedelta(seconds=60))
     shards, copies = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1), mesh_dim_names=("copy", "shard"))
     found = {}
     for name, options in MODELS.items():
@@ -114,8 +101,7 @@ def run(rank: int, folder: str) -> None:
             found[name, kind] = *step(model, numbers[rank]), wanted, share
     found["bfloat16"] = bfloat16(shards, rank)
     if rank == 0:
-        torch.save(found, f"{folder}/found.pt")
-    dist.destroy_process_group()
+        torch.save(found, folder / "found.pt")
 
 
 def bfloat16(mesh, rank: int) -> dict:

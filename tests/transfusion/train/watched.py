@@ -1,16 +1,15 @@
 """What looks at a run, in one process and in two; run in each of them by `spawn`."""
 import copy
 import functools
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from tests.transfusion.train.two_processes import MODELS, ROWS, random_model, step
 from transfusion import Text
 from transfusion.data.training_data import DrawnRows
+from transfusion.model.lora import base_of
 from transfusion.recipes.digits import Digits, DigitsSettings
 from transfusion.sequence import Context
 from transfusion.train.average import Average
@@ -24,11 +23,6 @@ WATCHED = ("decoder, dit, tied", "adaln, unet, lora", "mixture_of_transformers, 
 SHARED = WATCHED[2:]
 """Those whose processes share the tokens of each row; of the others each takes rows of its own."""
 COUNT = 5  # rows, so that the second process has one that counts nothing
-
-
-def base_of(model):
-    """The Transfusion in a model, or in the adapters around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def held_out(model, count=COUNT):
@@ -61,23 +55,19 @@ def look(model, folder, rank=0, ranks=1, share=None):
     return {name: value for name, value in found.items() if "seconds" not in name}, same and model.training
 
 
-def run(rank: int, folder: str) -> None:
+def run(rank: int, folder: Path) -> None:
     """Look at sharded models together, between two steps of training; process 0 saves what came out."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2,
-                            timeout=timedelta(seconds=60))
     mesh, found = init_device_mesh("cpu", (2,)), {}
     for number, name in enumerate(WATCHED):
         model = shard(random_model(**MODELS[name]), mesh)
         before = step(model, ROWS["uneven micro-batches"][rank])[0]
         model.zero_grad()
         share = functools.partial(base_of(model).share, context=Context()) if name in SHARED else None
-        numbers, same = look(model, Path(folder) / str(number), rank, 2, share)
+        numbers, same = look(model, folder / str(number), rank, 2, share)
         after = step(model, ROWS["uneven micro-batches"][rank])[0]
         found[name] = numbers, same, all(torch.equal(before[key], after[key]) for key in before)
     if rank == 0:
-        torch.save(found, f"{folder}/found.pt")
-    dist.destroy_process_group()
+        torch.save(found, folder / "found.pt")
 
 
 def alone(name, folder):
