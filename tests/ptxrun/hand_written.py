@@ -18,8 +18,8 @@ REGISTERS = """
 WIDTH = {2: ("b16", "h"), 4: ("b32", "r"), 8: ("b64", "d")}
 
 
-def run_kernel(body, arrays, *, threads=32, blocks=1, shared=0, schedule="late", seed=0, races=False, header="",
-               parameters=()):
+def run_kernel(body, arrays, *, threads=32, blocks=1, shared=0, schedule="late", seed=0, races=False, count=False,
+               header="", parameters=()):
     """Run a body with a 64-bit pointer parameter p0, p1, ... for each array (written in place). More `parameters`
     follow as (declaration, bytes)."""
     memory = GlobalMemory()
@@ -36,7 +36,7 @@ def run_kernel(body, arrays, *, threads=32, blocks=1, shared=0, schedule="late",
     ret;
 }}
 """
-    emulation = Emulation(90, Schedule(schedule, seed), races)
+    emulation = Emulation(90, Schedule(schedule, seed), races, count)
     values = [struct.pack("<Q", array.ctypes.data) for array in arrays] + [data for _, data in parameters]
     emulation.launch(ptx, (blocks, 1, 1), values, memory, shared)
     return emulation
