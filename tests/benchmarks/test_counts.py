@@ -74,7 +74,7 @@ def test_the_norms_bytes_are_those_worked_out_by_hand(rows):
 
 
 def test_the_page_has_a_line_for_each_kernel_and_each_operator(rows):
-    text = page({"sm_80": rows})
+    text = page({"sm_90": rows})
     for row in rows:
         assert f"| {row.operator}: {row.phase} | `{row.kernel}` | {row.launches} | " in text
 
