@@ -80,6 +80,16 @@ def fence(o):
     return run
 
 
+def warp_barrier(o):
+    """bar.warp.sync: lanes of a warp meet, which are never apart here but for the search for races."""
+    machine = o.machine
+
+    def run(at):
+        if machine.races:
+            machine.races.warp_barrier(range(at.start // 32, -(-at.stop // 32)))
+    return run
+
+
 def nothing(o):
     """A hint, or an order that this emulator keeps anyway."""
     return lambda at: None
