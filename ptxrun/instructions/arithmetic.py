@@ -32,6 +32,8 @@ APPROXIMATE = {
 
 def arithmetic(o):
     """add, sub, mul, mad, fma, div, rem, min, max, neg, abs of any type."""
+    if o.has("relu") and o.type != "s32" or o.has("ftz") and o.type != "f32":
+        raise o.unknown("this modifier of this type")
     if o.type in ("f16x2", "bf16x2", "s16x2", "u16x2"):
         return _packed(o)
     if o.type == "bf16":

@@ -145,7 +145,10 @@ class Product:
 
     def __init__(self, o):
         self.machine = o.machine
-        self.m, self.n, self.k = map(int, re.fullmatch(r"m(\d+)n(\d+)k(\d+)", o.parts[4]).groups())
+        shape = re.fullmatch(r"m(\d+)n(\d+)k(\d+)", o.parts[4])
+        if shape is None:
+            raise o.unknown("a shape")
+        self.m, self.n, self.k = map(int, shape.groups())
         result, self.kind, right = o.parts[5:8]
         if result != "f32" or self.kind != right or self.kind not in ("bf16", "f16", "tf32"):
             raise o.unknown()
