@@ -20,13 +20,19 @@ from ptxrun.errors import (
 )
 
 __all__ = ["Deadlock", "EmulationError", "Hazard", "Misaligned", "Misuse", "OutOfBounds", "Race", "UnknownInstruction",
-           "emulate", "operators_on_cpu"]
+           "emulate", "operators_on_cpu", "unknown_instructions"]
 
 
 def emulate(architecture: str, **options):
     """See `ptxrun.driver.emulate`, which this imports with Triton when it is called."""
     from ptxrun import driver
     return driver.emulate(architecture, **options)
+
+
+def unknown_instructions(ptx: str) -> list[str]:
+    """See `ptxrun.launch.unknown_instructions`."""
+    from ptxrun import launch
+    return launch.unknown_instructions(ptx)
 
 
 def operators_on_cpu():

@@ -84,7 +84,7 @@ class EmulatedDriver(DriverBase):
     def __init__(self, emulation: Emulation):
         self.emulation = emulation
         self.utils = Loader(emulation.architecture)
-        self.launcher_cls = lambda source, metadata: Launcher(emulation, source, metadata)
+        self.launcher_cls = Launcher
 
     @classmethod
     def is_active(cls):
@@ -133,10 +133,11 @@ class Loader:
 
 
 class Launcher:
-    """Takes the arguments of a launch to the emulator."""
+    """Takes the arguments of a launch to the emulation that is active; Triton keeps a launcher with its kernel, and one
+    emulation may follow another."""
 
-    def __init__(self, emulation: Emulation, source, metadata):
-        self.emulation, self.metadata = emulation, metadata
+    def __init__(self, source, metadata):
+        self.metadata = metadata
         self.signature = list(source.signature.items())
         names = getattr(getattr(source, "fn", None), "arg_names", None)
         self.names = names or [str(name) for name, _ in self.signature]
@@ -149,7 +150,8 @@ class Launcher:
         scratch = torch.zeros(max(1, self.metadata.global_scratch_size * x * y * z), dtype=torch.uint8)
         tensors.append(("global scratch", scratch))
         parameters.append(struct.pack("<Q", scratch.data_ptr()))
-        self.emulation.launch(function, (x, y, z), parameters, memory_of(tensors), self.metadata.shared)
+        triton.runtime.driver.active.emulation.launch(function, (x, y, z), parameters, memory_of(tensors),
+                                                      self.metadata.shared)
 
     def _take(self, name: str, kind, argument, tensors: list, parameters: list, described: list):
         """Append an argument's bytes, and the tensors that it points to."""
@@ -160,8 +162,8 @@ class Launcher:
             return
         elif kind.startswith("tensordesc"):
             if not described:
-                raise ValueError(f"{name} is a tensor descriptor that Triton takes apart for sm_"
-                                 f"{self.emulation.architecture}, which is not emulated; pass a pointer")
+                raise ValueError(f"{name} is a tensor descriptor that Triton takes apart for this architecture, which "
+                                 "is not emulated; pass a pointer")
             parameters += descriptor(argument, described.pop(0))
             tensors.append((name, argument.base))
         elif kind.startswith("*"):

@@ -1,9 +1,14 @@
 """pytest -p ptxrun.plugin --emulate sm_90: tests on a machine without a GPU run the kernels' compiled PTX.
 
 The driver is in place before any conftest.py is imported. Operators of `torch.library.custom_op` run their CUDA
-implementation on CPU tensors. At the end each kernel's launches are listed.
+implementation on CPU tensors. At the end each kernel's launches are listed. With `--results FILE` each test leaves a
+line of JSON as it ends, and what has one is not run again, so that a run that was stopped goes on where it was.
 """
 import contextlib
+import json
+import os
+import signal
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +23,10 @@ def pytest_addoption(parser):
     group.addoption("--schedule", default="late", choices=("early", "late", "random"),
                     help="with --emulate: when asynchronous copies and products are done")
     group.addoption("--seed", type=int, default=0, help="with --schedule random: which order")
+    group.addoption("--results", type=Path, metavar="FILE",
+                    help="with --emulate: a line of JSON for each test; tests that FILE holds are left out")
+    group.addoption("--limit", type=float, default=0.0, metavar="SECONDS",
+                    help="with --emulate: skip the rest of a test that takes longer")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -30,6 +39,15 @@ def pytest_load_initial_conftests(early_config):
         emulation = stack.enter_context(
             emulate(options.emulate, races=options.races, schedule=options.schedule, seed=options.seed))
         early_config.stash[SESSION] = stack, emulation
+
+
+def pytest_configure(config):
+    """Add what `--results` and `--limit` ask for."""
+    if SESSION in config.stash:
+        if config.option.results:
+            config.pluginmanager.register(Results(config, config.stash[SESSION][1]))
+        if config.option.limit:
+            config.pluginmanager.register(Limit(config.option.limit))
 
 
 def pytest_collection_finish(session):
@@ -53,3 +71,80 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section(f"kernels emulated on sm_{emulation.architecture}")
     for name, counts in sorted(emulation.kernels.items()):
         terminalreporter.write_line(f"{name}: {counts.launches} launches, {emulation.seconds.get(name, 0):.1f} s")
+
+
+class Limit:
+    """A test that takes too long is skipped, and says so."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item):
+        """Let the test run until the alarm."""
+        def stop(number, frame):
+            pytest.skip(f"longer than {self.seconds:g} seconds")
+        before = signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, self.seconds)
+        try:
+            return (yield)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
+class Results:
+    """The file of `--results`: of each test its name, outcome, seconds, launches by kernel, and its error or reason."""
+
+    def __init__(self, config, emulation):
+        self.path, self.emulation = config.option.results, emulation
+        self.writes = "PYTEST_XDIST_WORKER" not in os.environ  # the process that hears of all tests
+        self.before, self.current = {}, {}
+
+    def pytest_collection_modifyitems(self, config, items):
+        """Leave out the tests that have a line."""
+        done = {line["test"] for line in lines(self.path)}
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
+        items[:] = [item for item in items if item.nodeid not in done]
+
+    def _launches(self) -> dict[str, int]:
+        return {name: counts.launches for name, counts in self.emulation.kernels.items()}
+
+    def pytest_runtest_setup(self):
+        """Remember what was launched before a test."""
+        self.before = self._launches()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_teardown(self, item):
+        """Give the launches of a test to its report, which may be read in another process."""
+        launches = {name: n - self.before.get(name, 0) for name, n in self._launches().items()}
+        item.user_properties.append(("launches", {name: n for name, n in launches.items() if n}))
+
+    def pytest_runtest_logreport(self, report):
+        """Gather the reports of a test's setup, call and teardown; write its line with the last."""
+        line = self.current.setdefault(report.nodeid, {"test": report.nodeid, "outcome": "passed", "seconds": 0.0})
+        line["seconds"] = round(line["seconds"] + report.duration, 2)
+        if report.outcome != "passed" and line["outcome"] != "failed":
+            line |= {"outcome": report.outcome, "why": why(report)}
+        if report.when == "teardown" and self.writes:
+            line["launches"] = dict(report.user_properties).get("launches", {})
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps(self.current.pop(report.nodeid)) + "\n")
+
+
+def why(report) -> str:
+    """The reason of a skip, or the error in a few lines."""
+    if report.skipped and isinstance(report.longrepr, tuple):
+        return report.longrepr[2]
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return (crash.message if crash else str(report.longrepr))[:2000]
+
+
+def lines(path: Path) -> list[dict]:
+    """What a file of `--results` holds; a line that a kill cut short counts as none."""
+    found = []
+    for text in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(text))
+    return found

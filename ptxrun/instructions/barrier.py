@@ -9,7 +9,7 @@ def mbarrier(o):
     action = o.parts[1]
     if action in ("init", "inval"):
         return _init(o) if action == "init" else _inval(o)
-    if action == "arrive" and not o.has("noComplete") or action == "expect_tx":
+    if action in ("arrive", "expect_tx"):
         return _arrive(o)
     raise o.unknown()
 
@@ -44,7 +44,7 @@ def _inval(o):
 def _arrive(o):
     """The state that arrive returns is the phase; Triton waits by parity and throws it away."""
     machine, expects = o.machine, o.has("expect_tx")
-    first = next(i for i, text in enumerate(o.texts) if text.startswith("["))
+    first = 0 if o.texts[0].startswith("[") else 1
     address = o.address(first)
     amount = o.read(first + 1, "u32") if len(o.texts) > first + 1 else lambda at: np.uint32(1)
     arrives = o.parts[1] == "arrive"
@@ -77,6 +77,16 @@ def fence(o):
     def run(at):
         if machine.races:
             machine.races.fence(range(at.start // 32, -(-at.stop // 32)))
+    return run
+
+
+def warp_barrier(o):
+    """bar.warp.sync: lanes of a warp meet, which are never apart here but for the search for races."""
+    machine = o.machine
+
+    def run(at):
+        if machine.races:
+            machine.races.warp_barrier(range(at.start // 32, -(-at.stop // 32)))
     return run
 
 

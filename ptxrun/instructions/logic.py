@@ -4,7 +4,7 @@ import re
 import numpy as np
 
 from ptxrun.instructions.arithmetic import apply
-from ptxrun.numbers import DTYPES, UNSIGNED, bf16_to_f32, is_float, size
+from ptxrun.numbers import DTYPES, UNSIGNED, bf16_to_f32, flush, is_float, size
 from ptxrun.ptx import members
 
 COMBINE = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
@@ -129,6 +129,8 @@ def compare(o):
         raise o.unknown()
     plain = comparison(how, kind)
     test = (lambda a, b: plain(bf16_to_f32(a), bf16_to_f32(b))) if kind == "bf16" else plain
+    if o.has("ftz"):
+        test = lambda a, b: plain(flush(a), flush(b))  # noqa: E731
     combine = COMBINE.get(o.parts[2])
     first, _, second = o.texts[0].partition("|")
     write, write_opposite = o.write_text(first, "pred"), o.write_text(second, "pred") if second else None

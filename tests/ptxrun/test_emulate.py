@@ -44,6 +44,20 @@ def test_bfloat16_goes_through_the_tensor_cores(architecture):
     assert counts.shared_passes >= counts.shared_least > 0
 
 
+@triton.jit
+def everyone_stores(x_ptr):
+    tl.store(x_ptr, tl.program_id(0))
+
+
+def test_each_emulation_looks_for_what_it_was_asked_to_although_triton_keeps_the_kernel():
+    x = torch.zeros(1, dtype=torch.int32)
+    with ptxrun.emulate("sm_90") as first:
+        everyone_stores[(2,)](x)
+    with ptxrun.emulate("sm_90", races=True), pytest.raises(ptxrun.Race, match="block 1 writes .* x_ptr"):
+        everyone_stores[(2,)](x)
+    assert first.kernels["everyone_stores"].launches == 1
+
+
 def test_an_overrun_names_the_argument_and_the_line_of_the_kernel():
     x = torch.randn(1000)
     with ptxrun.emulate("sm_90"), pytest.raises(ptxrun.OutOfBounds, match=r"(?s)behind x_ptr.*test_emulate.py:\d+"):
