@@ -267,17 +267,20 @@ class Machine:
         blocks = np.arange(at.start, at.stop) // self.kernel.threads
         keys = np.stack([blocks, addresses, parity & 1])
         different = np.flatnonzero((keys[:, 1:] != keys[:, :-1]).any(0)) + 1
-        if len(different):
-            self.threads.cut(group, [at.start + int(i) for i in different])
-            return
-        key = barrier_key(self, at.start, int(addresses[0]))
-        if not self.mbarriers.passed(key, int(parity[0]) & 1):
-            group.waits = ("an mbarrier", key, int(parity[0]) & 1)
+        for part in self.threads.cut(group, [at.start + int(i) for i in different]):
+            first = part.low - at.start
+            self._wait_for(part, instruction, end, int(addresses[first]), int(parity[first]) & 1)
+
+    def _wait_for(self, group: Group, instruction: Instruction, end: int, address: int, parity: int):
+        """Threads of one block that wait for one phase."""
+        key = barrier_key(self, group.low, address)
+        if not self.mbarriers.passed(key, parity):
+            group.waits = ("an mbarrier", key, parity)
             return
         group.waits = None
         if self.races:
             self.races.acquire(group.warps, key)
-        operands.write(0, "pred")(at, np.ones(at.stop - at.start, bool))
+        Operands(self, instruction).write(0, "pred")(group.slice, np.ones(group.high - group.low, bool))
         group.at = end
 
     def _block_edges(self, group: Group) -> range:
