@@ -134,9 +134,10 @@ class Machine:
                 group = self._next()
                 if group is not None:
                     self._step(group)
-        for groups in self.bulk_stores.values():
-            for deliver in [one for group in groups for one in group]:
-                deliver()
+        for thread, groups in self.bulk_stores.items():
+            if any(groups):
+                raise Hazard(f"thread {thread} ends, and its block's shared memory with it, before it has waited for the "
+                             "copy engine to read what it stores")
 
     def _next(self) -> Group | None:
         """The group that goes on; None where the copy engine did something instead."""
