@@ -10,7 +10,7 @@ import numpy as np
 from ptxrun.barriers import MBarriers, NamedBarrier, RegisterPool
 from ptxrun.errors import Deadlock, EmulationError, Hazard, Misuse, UnknownInstruction
 from ptxrun.instructions import decode, parts_or_waits
-from ptxrun.instructions.barrier import barrier_key
+from ptxrun.instructions.barrier import barrier_key, note_use
 from ptxrun.instructions.copy import Copies
 from ptxrun.instructions.operands import Operands
 from ptxrun.instructions.wgmma import WARPGROUP, Products
@@ -281,6 +281,7 @@ class Machine:
         group.waits = None
         if self.races:
             self.races.acquire(group.warps, key)
+            note_use(self, np.arange(group.low, group.high), address, write=False)
         Operands(self, instruction).write(0, "pred")(group.slice, np.ones(group.high - group.low, bool))
         group.at = end
 
