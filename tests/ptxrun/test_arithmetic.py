@@ -164,6 +164,13 @@ def test_names_of_an_inner_scope_are_its_own():
     assert per_thread(body)[0] == 13
 
 
+def test_comparisons_flush_subnormal_numbers_where_they_say_so():
+    tiny = np.float32(1e-39)
+    for how, expected in (("gt.f32", 1), ("gt.ftz.f32", 0)):
+        body = f"setp.{how} %p0, %r0, 0f00000000; selp.b32 %r15, 1, 0, %p0;"
+        assert per_thread(body, tiny)[0] == expected
+
+
 @pytest.mark.parametrize("text", ["dp4a.u32.u32 %r15, %r0, %r0, %r0", "add.rz.f32 %r15, %r0, %r0",
                                   "cvt.rp.f16.f32 %h0, %r0", "mov.b32 %r15, elsewhere",
                                   "mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32 {%r1}, {%r2}, {%r3}, {%r4}"])
