@@ -29,11 +29,12 @@ BUILD = ROOT / "build"
 SOURCES = ("tfkernels", "ptxrun", "tests/tfkernels", "tests/conftest.py")
 LEFT_OUT = ("test_arguments.py", "test_library.py", "test_names.py", "test_resources.py", "integrations")  # no numbers
 SCHEDULES = ("late", "early", "random-0", "random-1", "random-2", "random-3")
-LIMIT = 120  # seconds of a test
+LIMIT = 60  # seconds of the processor for a test
 PAGE = """# The kernels on their compiled code
 
-Written by `python -m benchmarks.emulate` on {date}, of commit {commit}, with torch {torch}. Races were looked for in
-every run. A test that takes longer than {limit} seconds is stopped, and counts as that.
+Written by `python -m benchmarks.emulate` on {date}, of commit {commit}, with torch {torch}. Races were looked
+for in every run. A test that takes more than {limit} seconds of the processor is
+stopped, and counts as that.
 
 | Triton | architecture | schedule | passed | failed | stopped | skipped | not reached | launches | kernels | minutes |
 |---|---|---|---|---|---|---|---|---|---|---|
@@ -142,8 +143,9 @@ def main(arguments: list[str] | None = None) -> int:
     if output("git", "status", "--porcelain", "--untracked-files=no", "--", *SOURCES):
         parser.error(f"{', '.join(SOURCES)} have changes that are in no commit; commit them, so that results have one")
     folders = [folder_of(version) for version in dict.fromkeys(given.triton)]
-    configurations = [Configuration(version_in(folder) if folder else triton.__version__, folder, architecture, schedule)
-                      for schedule in given.schedule for folder in folders for architecture in given.architecture]
+    versions = [version_in(folder) if folder else triton.__version__ for folder in folders]
+    configurations = [Configuration(version, folder, architecture, schedule) for schedule in given.schedule
+                      for version, folder in zip(versions, folders) for architecture in given.architecture]
     for one in configurations:
         one.run(commit, given.minutes)
         given.out.write_text(page(configurations, commit))

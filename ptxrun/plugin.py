@@ -27,7 +27,7 @@ def pytest_addoption(parser):
     group.addoption("--results", type=Path, metavar="FILE",
                     help="with --emulate: a line of JSON for each test; tests that FILE holds are left out")
     group.addoption("--limit", type=float, default=0.0, metavar="SECONDS",
-                    help="with --emulate: skip the rest of a test that takes longer")
+                    help="with --emulate: skip the rest of a test that takes more of the processor's time")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -75,7 +75,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 class Limit:
-    """A test that takes too long is skipped, and says so."""
+    """A test that takes too much of the processor's time is skipped, and says so."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -84,14 +84,14 @@ class Limit:
     def pytest_runtest_call(self, item):
         """Let the test run until the alarm."""
         def stop(number, frame):
-            pytest.skip(f"longer than {self.seconds:g} seconds")
-        before = signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, self.seconds)
+            pytest.skip(f"longer than {self.seconds:g} seconds of the processor")
+        before = signal.signal(signal.SIGPROF, stop)
+        signal.setitimer(signal.ITIMER_PROF, self.seconds)
         try:
             return (yield)
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.signal(signal.SIGPROF, before)
 
 
 class Results:
@@ -107,14 +107,13 @@ class Results:
         """Leave out the tests that have a line, and let one case of each test come before its second one."""
         if self.writes:
             self._write({"collected": len(items)})
-        done, turn = {line["test"] for line in lines(self.path)}, collections.Counter()
-        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
-        left = []
-        for item in reversed(items):  # the last cases first: they tend to be the richest
+        done, turns, turn_of = {line["test"] for line in lines(self.path)}, collections.Counter(), {}
+        for item in reversed(items):  # a test's last case first: it tends to be the richest
             test = item.nodeid.partition("[")[0]
-            turn[test] += 1
-            left += [(turn[test], item)] if item.nodeid not in done else []
-        items[:] = [item for _, item in sorted(left, key=lambda pair: pair[0])]
+            turns[test] += 1
+            turn_of[item] = turns[test]
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
+        items[:] = sorted((item for item in items if item.nodeid not in done), key=turn_of.get)
 
     def _launches(self) -> dict[str, int]:
         return {name: counts.launches for name, counts in self.emulation.kernels.items()}
