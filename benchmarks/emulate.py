@@ -123,7 +123,7 @@ def page(configurations: list[Configuration], commit: str) -> str:
             if test["outcome"] == "failed":
                 first = test["why"].partition("\n")[0][:300].replace("|", "\\|")
                 failures[test["test"], first].append(f"{one.triton} {one.architecture} {one.schedule}")
-    text += f"\n{len(failures) or 'No'} failures.\n"
+    text += f"\nTests that failed: {len(failures)}.\n"
     for (test, why), where in sorted(failures.items()):
         text += f"\n- `{test}` on {', '.join(where)}: {why}\n"
     return text
