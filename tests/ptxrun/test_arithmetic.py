@@ -52,6 +52,11 @@ INTEGER = {
     "bfe.u32 %r15, %r0, 5, 9": lambda a, b, c: a >> 5 & 0x1FF,
     "bfe.s32 %r15, %r0, 5, 9": lambda a, b, c: signed(a << 18 & 0xFFFFFFFF) >> 23,
     "bfe.s32 %r15, %r0, 28, 9": lambda a, b, c: signed(a) >> 28,
+    "bfi.b32 %r15, %r0, %r1, 8, 8": lambda a, b, c: b & ~0xFF00 | (a & 0xFF) << 8,
+    "bfi.b32 %r15, %r0, %r1, 28, 9": lambda a, b, c: b & 0x0FFFFFFF | a << 28,
+    "bfi.b32 %r15, %r0, %r1, 40, 3": lambda a, b, c: b,
+    "bfi.b32 %r15, %r0, %r1, 0, 32": lambda a, b, c: a,
+    "bfi.b32 %r15, %r0, %r1, 5, 0": lambda a, b, c: b,
     "prmt.b32 %r15, %r0, %r1, 0x7041": lambda a, b, c: int.from_bytes(
         bytes((a | b << 32).to_bytes(8, "little")[i] for i in (1, 4, 0, 7)), "little"),
     "max.s16x2 %r15, %r0, %r1": lambda a, b, c: sum(

@@ -104,6 +104,13 @@ def test_bits_of_every_width_are_combined_and_shifted(bits):
         assert found.tolist() == [function(int(x), int(n)) % (1 << bits) for x, n in zip(a, few)], text
 
 
+def test_a_field_of_64_bits_is_inserted():
+    a, b = values("u64")
+    found = per_thread("bfi.b64 %d15, %d0, %d1, 20, 30;", a, b, result=np.uint64)
+    field = (1 << 30) - 1
+    assert found.tolist() == [int(y) & ~(field << 20) | (int(x) & field) << 20 for x, y in zip(a, b)]
+
+
 def test_predicates_are_combined():
     a, b = np.arange(32, dtype=np.uint32) & 1, np.arange(32, dtype=np.uint32) >> 1 & 1
     for text, function in (("and.pred %p2, %p0, %p1", lambda x, y: x & y),
