@@ -131,7 +131,7 @@ def atomic(o):
     """atom and red: thread by thread, in their order."""
     kind, where = o.type, space(o)
     returns = o.parts[0] == "atom"
-    operation = next(part for part in o.parts[1:] if part in (*UPDATE, "exch", "cas", "inc", "dec"))
+    operation = next((part for part in o.parts[1:] if part in (*UPDATE, "exch", "cas", "inc")), "")
     first = 1 if returns else 0
     many = o.texts[-1].startswith("{")
     reads = [o.read_text(t, _bits(kind)) for text in o.texts[first + 1:] for t in members(text)]
