@@ -78,7 +78,7 @@ def test_a_box_is_stored_where_the_tensor_is_and_needs_a_fence():
 
 
 def stored(value, **options):
-    """128 threads of each block store their `value` to shared memory, and one of them stores a box of it, two rows of 128 bytes."""
+    """Threads store `value` to shared memory, and one of each block stores a box of it: two rows of 128 bytes."""
     x = aligned(128).reshape(4, 32)
     box = TensorMap(x.ctypes.data, (32, 4), (4, 128), (32, 4), 4, 16).encode().ljust(128, b"\0")
     body = STORE.format(fence="fence.proxy.async.shared::cta;").replace(
