@@ -1,0 +1,52 @@
+"""Launches of kernels on CPU tensors, seen and not run: neither a GPU nor the interpreter is needed."""
+from collections.abc import Callable
+from contextlib import contextmanager
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
+from torch._library.custom_ops import OPDEFS
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+
+
+@contextmanager
+def seen(look: Callable, *, computes: bool = False, capability: tuple[int, int] = (9, 0)):
+    """Call look(kernel, grid, arguments, named) in place of each launch, while operators launch on any tensors.
+
+    What a kernel would have written stays as it was allocated. With `computes`, each operator runs its CPU
+    implementation behind its launches and returns what that gives.
+    """
+    def run(kernel, *arguments, grid, warmup, **named):
+        look(kernel, grid, arguments, named)
+
+    def both(launch, compute):
+        def implementation(*arguments):
+            launch(*arguments)
+            return compute(*arguments)
+        return implementation if computes else launch
+
+    properties = SimpleNamespace(multi_processor_count=132)
+    operators = [op for op in OPDEFS.values() if op._namespace == "tfkernels"]
+    before = [op._backend_fns["cpu"] for op in operators]
+    for op, compute in zip(operators, before):
+        op.register_kernel("cpu")(both(op._backend_fns["cuda"], compute))
+    try:
+        with patch.object(JITFunction, "run", run), \
+                patch.object(torch.cuda, "get_device_capability", lambda device=None: capability), \
+                patch.object(torch.cuda, "get_device_properties", lambda device=None: properties):
+            yield
+    finally:
+        for op, compute in zip(operators, before):
+            op.register_kernel("cpu")(compute)
+
+
+def specialization(kernel: JITFunction, arguments: tuple, named: dict) -> tuple:
+    """What Triton compiles a launch for: each argument's type, and whether it is 1, None or a multiple of 16."""
+    bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+    _, found, options = bind(*arguments, **named)
+    names = [parameter.name for parameter in kernel.params]
+    return *zip(names, map(str, found)), *sorted(options.items())
