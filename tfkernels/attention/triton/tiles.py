@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Sizes, and integers that are read one by one. Triton would compile anew where one is 1 or a multiple of 16, and where a
-# pointer is one; the integers of a mask begin wherever the length of a row puts them. No load is wider for it.
+# Sizes, and integers that are read one by one. Triton would compile anew where a number is 1 or a multiple of 16 and
+# where a pointer is aligned; the integers of a mask begin wherever a row's length puts them. No load is wider for it.
 SCALAR_ARGUMENTS = ["lo_ptr", "hi_ptr", "since_ptr", "until_ptr", "bounds_ptr", "table_ptr", "heads", "kv_heads",
                     "group", "sq", "sk", "offset", "splits", "batch", "pages", "items", "stride_mask_rows",
                     "stride_mask_columns", "stride_table"]
