@@ -14,7 +14,7 @@ import ptxrun
 import tfkernels
 from tests.conftest import KERNEL_RUNS
 from tests.tfkernels.emulated.families import FAMILIES
-from tests.tfkernels.launching import emulated
+from tests.launches import emulated
 from tests.tfkernels.test_launches import ROOT
 from tfkernels._launch import Config
 from tfkernels.attention.triton import backward, decode, forward
