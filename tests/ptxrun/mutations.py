@@ -283,8 +283,8 @@ def page(kernels: list[Kernel], most: int, seconds: float) -> str:
 Written by `python -m tests.ptxrun.mutations --most {most}` on {datetime.date.today()} at {commit}, with Triton
 {triton.__version__}, in {seconds:.0f} s of one core. [testing.md](testing.md#how-well-it-catches) says what it means.
 
-{len(tried)} mutants of {len(kernels)} compiled kernels; {caught} are caught: {100 * caught / len(tried):.1f} %. Without the {same} that are shown to
-do the same as the kernel: {100 * caught / (len(tried) - same):.1f} %.
+{len(tried)} mutants of {len(kernels)} compiled kernels; {caught} are caught: {100 * caught / len(tried):.1f} %. Without
+the {same} that are shown to do the same as the kernel: {100 * caught / (len(tried) - same):.1f} %.
 
 {table(kernels)}
 
@@ -298,7 +298,7 @@ def main():
     """Mutate every kernel, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--architectures", nargs="+", default=["sm_80", "sm_90"])
-    parser.add_argument("--cases", nargs="+", default=[], help="names of tests/ptxrun/mutated.py; all where none is given")
+    parser.add_argument("--cases", nargs="+", default=[], help="of tests/ptxrun/mutated.py; all where none is named")
     parser.add_argument("--most", type=int, default=3, help="mutants of each kind and kernel")
     parser.add_argument("--out", type=Path, help="the page to write, docs/mutations.md")
     arguments = parser.parse_args()
