@@ -78,7 +78,7 @@ TABLE = {
     "elect": (warp.elect, "sync"),
     "activemask": (warp.active_mask, "b32"),
     # order and waiting
-    "bar.warp": (barrier.nothing, "sync"),                                               # a warp's threads are ordered
+    "bar.warp": (barrier.warp_barrier, "sync"),
     "fence": (barrier.fence, f"{SCOPES} proxy async async::generic shared::cta shared::cluster global tensormap "
                              "tensormap::generic mbarrier_init cluster"),
     "membar": (barrier.nothing, "gl cta sys"),                                           # memory is never late

@@ -10,6 +10,7 @@ from ptxrun.numbers import (
     SIGNED,
     UNSIGNED,
     bf16_to_f32,
+    canonical,
     flush,
     fma32,
     halves,
@@ -75,6 +76,9 @@ def _floating(o):
     if o.has("ftz"):
         rounded = operation
         operation = lambda *x: flush(rounded(*(flush(value) for value in x)))  # noqa: E731
+    if o.type == "f32" and o.parts[0] not in ("neg", "abs"):
+        computed = operation
+        operation = lambda *x: canonical(computed(*x))  # noqa: E731
     return apply(operation, reads, o.write())
 
 

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from triton.runtime.jit import JITFunction
 
 import tfkernels
 from tests.conftest import KERNEL_RUNS
+from tests.tfkernels.launching import cuda_implementations_on_cpu
 from tests.tfkernels.test_arguments import CALLS
 from tests.tfkernels.test_library import MASKS, calls_of
 from tfkernels import TransfusionMask
@@ -60,13 +60,8 @@ def launched(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: SimpleNamespace(
         multi_processor_count=132))
-    operators = [op for op in OPDEFS.values() if op._namespace == "tfkernels"]
-    before = [op._backend_fns["cpu"] for op in operators]
-    for op in operators:
-        op.register_kernel("cpu")(op._backend_fns["cuda"])
-    yield seen
-    for op, implementation in zip(operators, before):
-        op.register_kernel("cpu")(implementation)
+    with cuda_implementations_on_cpu():
+        yield seen
 
 
 def attention():
