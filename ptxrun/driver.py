@@ -29,6 +29,7 @@ SCALARS = {"i1": "<?", "u1": "<?", "i8": "<b", "u8": "<B", "i16": "<h", "u16": "
            "i64": "<q", "u64": "<Q", "fp16": "<e", "fp32": "<f", "f32": "<f", "fp64": "<d"}
 APART, ALIGNED = 1 << 40, 64             # between tensors as kernels see them, and what stays of their alignment
 SWIZZLE = {0: 16, 1: 32, 2: 64, 3: 128}  # of Triton's description of a tensor map, in bytes
+running: list[Emulation] = []            # inside of `emulate`; the last one gets the launches
 
 
 def architecture_number(name: str) -> int:
@@ -64,9 +65,11 @@ def emulate(architecture: str, *, races: bool = False, schedule: str = "late", s
     knobs.runtime.add_stages_inspection_hook = keep_ptx
     torch.cuda.get_device_capability = lambda device=None: divmod(number, 10)
     torch.cuda.get_device_properties = lambda device=None: properties
+    running.append(emulation)
     try:
         yield emulation
     finally:
+        running.remove(emulation)
         torch.cuda.get_device_capability, torch.cuda.get_device_properties = capability, get_properties
         knobs.runtime.add_stages_inspection_hook = hook
         triton.runtime.driver.set_active(before)

@@ -50,7 +50,7 @@ def _issue(o):
         if machine.races:
             machine.races.access(threads, places, size, write=True, copy=True)
         if machine.traffic:
-            machine.traffic.of_shared("copy", threads, targets, size)
+            machine.traffic.of_shared(threads, targets, size)
         if machine.schedule.at_once(machine.coin):
             machine.shared.store(places, part, values)
         else:
