@@ -119,6 +119,8 @@ def store(o):
 
 def _put_global(machine, at, addresses, width, values, active):
     write_global(machine, lanes(at, active), addresses, width, values, "a store")
+    if machine.races:
+        one_value_each(machine.global_memory.load(addresses, width, len(values)), values, "global")
 
 
 def _put_shared(machine, at, addresses, width, values, active):
@@ -132,9 +134,13 @@ def _put_shared(machine, at, addresses, width, values, active):
         machine.races.access(lanes(at, active), places, total, write=True, same=same)
     memory.store(places, width, values)
     if machine.races:
-        for now, value in zip(memory.load(places, width, len(values)), values):
-            if (now != value).any():
-                raise Race("threads store different values in one place of shared memory, and which one stays is open")
+        one_value_each(memory.load(places, width, len(values)), values, "shared")
+
+
+def one_value_each(now, values, where: str):
+    """Check that each thread's values stand where it stored them, so that no other thread of the instruction did."""
+    if any((there != value).any() for there, value in zip(now, values)):
+        raise Race(f"threads store different values in one place of {where} memory, and which one stays is open")
 
 
 def atomic(o):

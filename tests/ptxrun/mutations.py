@@ -65,9 +65,9 @@ class Launch(NamedTuple):
     shared: int
     reached: set[int]  # lines of the PTX that a mutation of them would change something in
 
-    def run(self, ptx: str, architecture: str, schedule: Schedule) -> Traced:
-        """Launch `ptx` in place of the kernel; the memory afterwards."""
-        memory = Traced()
+    def run(self, ptx: str, architecture: str, schedule: Schedule, kind: type = GlobalMemory) -> GlobalMemory:
+        """Launch `ptx` in place of the kernel; the memory, of a kind, afterwards."""
+        memory = kind()
         for start, data, name in self.before:
             memory.add(start, data.copy(), name)
         Emulation(architecture_number(architecture), schedule, races=True).launch(
@@ -171,7 +171,7 @@ class Outcome(NamedTuple):
 
 def outcome(architecture: str, launches: list[Launch], mutation: Mutation) -> Outcome:
     """Launch a mutant until it is caught."""
-    mutant, reasons = mutation.apply(launches[0].ptx), []
+    mutant = mutation.apply(launches[0].ptx)
     mutated = functools.partial(Outcome, architecture, name_of(mutant), mutation)
     for schedule in SCHEDULES:
         for launch in launches:
@@ -179,8 +179,7 @@ def outcome(architecture: str, launches: list[Launch], mutation: Mutation) -> Ou
                 how, where = caught(architecture, launch, mutant, schedule)
                 if how:
                     return mutated(how, where, "")
-                if schedule is SCHEDULES[0]:
-                    reasons.append(reason(architecture, launch, mutant))
+    reasons = [reason(architecture, launch, mutant) for launch in launches if mutation.line in launch.reached]
     return mutated("", "", max(reasons, key=REASONS.index))
 
 
@@ -193,7 +192,7 @@ REASONS = (  # why a mutant is not caught, from the most to the least that is kn
 
 def reason(architecture: str, launch: Launch, mutant: str) -> str:
     """What a mutant that is not caught does otherwise than the kernel, seen at its accesses of global memory."""
-    theirs, ours = (launch.run(ptx, architecture, SCHEDULES[0]) for ptx in (launch.ptx, mutant))
+    theirs, ours = (launch.run(ptx, architecture, SCHEDULES[0], Traced) for ptx in (launch.ptx, mutant))
     if ours.written != theirs.written:
         return REASONS[2]
     return REASONS[0] if ours.read == theirs.read else REASONS[1]
@@ -306,13 +305,14 @@ def main():
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty holds NaN
     from tests.ptxrun.mutated import CASES, SM_90_ALONE  # imports the operators, which are then registered
     ptxrun.operators_on_cpu()
-    began = time.process_time()
-    kernels = [kernel for architecture in arguments.architectures for name in arguments.cases or CASES
-               if architecture == "sm_90" or name not in SM_90_ALONE
-               for kernel in mutated(architecture, CASES[name], arguments.most)]
+    began, kernels = time.process_time(), []
+    for name in arguments.cases or CASES:
+        for architecture in arguments.architectures:
+            if architecture == "sm_90" or name not in SM_90_ALONE:
+                kernels += mutated(architecture, CASES[name], arguments.most)
+        if arguments.out:
+            arguments.out.write_text(page(kernels, arguments.most, time.process_time() - began))
     print(table(kernels))
-    if arguments.out:
-        arguments.out.write_text(page(kernels, arguments.most, time.process_time() - began))
 
 
 if __name__ == "__main__":
