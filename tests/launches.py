@@ -1,6 +1,8 @@
 """Launches of kernels on CPU tensors, seen and not run: neither a GPU nor the interpreter is needed."""
+import ast
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -10,7 +12,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+import tfkernels
+
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+PATCHIFY = {"_patchify_fwd", "_patchify_bwd"}   # one line launches both, as `kernel`
+
+
+def kernel_names() -> set[str]:
+    """The kernels that some `kernel[grid](...)` of the library launches."""
+    names = {node.func.value.id for path in Path(tfkernels.__file__).parent.rglob("*.py")
+             for node in ast.walk(ast.parse(path.read_text()))
+             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)}
+    return names - {"kernel"} | PATCHIFY
 
 
 @contextmanager
@@ -18,7 +31,7 @@ def seen(look: Callable, *, computes: bool = False, capability: tuple[int, int] 
     """Call look(kernel, grid, arguments, named) in place of each launch, while operators launch on any tensors.
 
     What a kernel would have written stays as it was allocated. With `computes`, each operator runs its CPU
-    implementation behind its launches and returns what that gives.
+    implementation behind its launches and returns what that gives. Meta tensors launch as well.
     """
     def run(kernel, *arguments, grid, warmup, **named):
         look(kernel, grid, arguments, named)
@@ -31,17 +44,19 @@ def seen(look: Callable, *, computes: bool = False, capability: tuple[int, int] 
 
     properties = SimpleNamespace(multi_processor_count=132)
     operators = [op for op in OPDEFS.values() if op._namespace == "tfkernels"]
-    before = [op._backend_fns["cpu"] for op in operators]
-    for op, compute in zip(operators, before):
+    before = [(op._backend_fns["cpu"], op._abstract_fn) for op in operators]
+    for op, (compute, _) in zip(operators, before):
         op.register_kernel("cpu")(both(op._backend_fns["cuda"], compute))
+        op._abstract_fn = op._backend_fns["cuda"]
     try:
         with patch.object(JITFunction, "run", run), \
                 patch.object(torch.cuda, "get_device_capability", lambda device=None: capability), \
                 patch.object(torch.cuda, "get_device_properties", lambda device=None: properties):
             yield
     finally:
-        for op, compute in zip(operators, before):
+        for op, (compute, fake) in zip(operators, before):
             op.register_kernel("cpu")(compute)
+            op._abstract_fn = fake
 
 
 def specialization(kernel: JITFunction, arguments: tuple, named: dict) -> tuple:
