@@ -58,6 +58,8 @@ VARIANTS = [Row(kernel, architecture, 2, 128, variant) for kernel in TRAINING fo
             for variant in ("check", "softcap", "narrow")]
 VARIANTS += [Row(kernel, architecture, 2, dim, "check") for kernel in TRAINING for architecture in ARCHITECTURES
              for dim in (64, 256)]
+VARIANTS += [Row(kernel, architecture, 2, 256, "values") for kernel in (*TRAINING, "decode", "wide")
+             for architecture in ARCHITECTURES]
 VARIANTS += [Row(kernel, architecture, 2, 128, variant) for kernel in ("decode", "wide")
              for architecture in ARCHITECTURES for variant in ("check", "paged")]
 RARE = [Row(kernel, architecture, size, dim, "check") for kernel in TRAINING for architecture in ARCHITECTURES
@@ -69,8 +71,11 @@ RARE += [Row(kernel, architecture, 4, dim, "tf32") for kernel in TRAINING for ar
 def compiled(row: Row, target: int | None = None) -> Resources:
     """Compile one row, for its architecture or for the `target` given."""
     config, variant = row.config, row.variant
-    constants = {"HEAD_DIM": 80 if variant == "narrow" else row.head_dim, "D": row.head_dim, "BLOCK_M": config.block_m}
+    head_dim = {"narrow": 80, "values": 192}.get(variant, row.head_dim)
+    constants = {"HEAD_DIM": head_dim, "D": row.head_dim, "BLOCK_M": config.block_m}
     if row.kernel != "delta":
+        values = (128, 128) if variant == "values" else (head_dim, row.head_dim)
+        constants |= dict(zip(("HEAD_DIM_V", "D_V"), values))
         constants |= {"BLOCK_N": config.block_n, "SOFTCAP": variant == "softcap",
                       "PRECISION": "tf32" if variant == "tf32" else "ieee"}
         constants["CHECK_ROWS" if row.kernel == "dkv" else "CHECK_COLUMNS"] = variant == "check"
@@ -175,7 +180,8 @@ are left out of the tests for time. The kernels around attention are compiled by
 (`pytest -k spill`).
 
 A tile is queries x keys; `spilled` counts the instructions that store to or load from a thread's stack. Variants:
-`check`, masks of two sides; `narrow`, HEAD_DIM 80 in D 128; `tf32`, float32 where PyTorch allows it.
+`check`, masks of two sides; `narrow`, head dim 80 in tiles of 128; `values`,
+keys of 192 in tiles of 256 and values of 128; `tf32`, float32 where PyTorch allows it.
 
 | arch | bytes | D | kernel | tile | warps | stages | registers | spilled | shared KiB | multiplies |""")
     print("|---|---|---|---|---|---|---|---|---|---|---|")

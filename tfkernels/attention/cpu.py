@@ -38,14 +38,15 @@ def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, rows_exact: bool,
     columns_exact: bool, offset: int, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    """(B, H, Sq, D) x (B, K, Sk, D) -> output like q, LSE (B, H, Sq) float32 (float64 for float64)."""
-    out = result_like(q).zero_()
-    q, k, v = (_rows_contiguous(x) for x in (q, k, v))
+    """(B, H, Sq, D) x (B, K, Sk, D), (B, K, Sk, Dv) -> out (B, H, Sq, Dv), LSE float32 (float64 for float64)."""
+    out = result_like(q, v.shape[-1]).zero_()
+    q, k, v = _of_one_width(q, k, v)
     lse = q.new_full(q.shape[:3], -math.inf, dtype=_statistics(q))
     written_out = bool(softcap) or not _finite(q, k, v)
     for block in _blocks(q, lo, hi, since, until, rows_exact, offset):
         part = q[:, :, block.rows], k[:, :, block.keys], v[:, :, block.keys]
         o, peak = _block_forward(*part, block, written_out, scale, softcap)
+        o = o[..., :out.shape[-1]]
         out[:, :, block.rows] = o if block.empty is None else o.masked_fill(block.empty[..., None], 0)
         lse[:, :, block.rows] = peak if block.empty is None else peak.masked_fill(block.empty, -math.inf)
     return out, lse
@@ -60,7 +61,7 @@ def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tens
     """
     dq, *results = (result_like(x).zero_() for x in (q, k, v))
     dk, dv = (x if x.dtype == _statistics(x) else torch.zeros(x.shape, dtype=_statistics(x)) for x in results)
-    q, k, v, out, dout = (_rows_contiguous(x) for x in (q, k, v, out, dout))
+    q, k, v, out, dout = _of_one_width(q, k, v, out, dout)
     empty = lse == -math.inf
     if bool(empty.any()):
         empty &= (out == 0).all(-1)  # where every visible score is -inf a row is not empty, and `out` is NaN
@@ -73,9 +74,9 @@ def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tens
         else:
             grads = _fused_backward(dout[rows], q[rows], k[keys], v[keys], out[rows], known[rows], 0.0,
                                     block.bias is None, attn_mask=block.bias, scale=scale)
-        dq[rows] = grads[0]
-        dk[keys] += grads[1]
-        dv[keys] += grads[2]
+        dq[rows] = grads[0][..., :dq.shape[-1]]
+        dk[keys] += grads[1][..., :dk.shape[-1]]
+        dv[keys] += grads[2][..., :dv.shape[-1]]
     for result, total in zip(results, (dk, dv)):
         if total is not result:
             result.copy_(total)
@@ -131,8 +132,14 @@ def _finite(*tensors: Tensor) -> bool:
     return all(math.isfinite(end) for x in tensors if x.numel() for end in x.aminmax())
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()  # the fused kernel reads wrong values where it is not
+def _of_one_width(*tensors: Tensor) -> list[Tensor]:
+    """Return the tensors as the fused kernel takes them: all as wide as the widest, by zeros, their rows contiguous.
+
+    It reads wrong values where rows are not contiguous.
+    """
+    width = max(x.shape[-1] for x in tensors)
+    padded = [x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1])) for x in tensors]
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in padded]
 
 
 def _grouped(x: Tensor) -> Tensor:

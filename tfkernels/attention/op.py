@@ -31,13 +31,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *, scale: 
 
     Args:
         q: (B, H, Sq, D) in float16, bfloat16 or float32, any strides (a transposed (B, S, H, D) costs no copy).
-        k, v: (B, K, Sk, D) like q; H a multiple of K (grouped-query attention).
+        k, v: (B, K, Sk, D) and (B, K, Sk, Dv) like q; H a multiple of K (grouped-query attention). Dv may differ from
+            D, as in multi-head latent attention (arXiv:2405.04434); on a GPU both take the tiles of the wider one.
         mask: Sq queries by Sk keys, on the same device; a mask of batch 1 serves every batch row.
         scale: factor of the scores before the softmax; 1 / sqrt(D) by default.
         softcap: bound c of the scores, c * tanh(scores / c); None for no bound.
 
     Returns:
-        (B, H, Sq, D) like q. Rows that see nothing are 0, with zero gradients. Gradients are deterministic. Under
+        (B, H, Sq, Dv) like q. Rows that see nothing are 0, with zero gradients. Gradients are deterministic. Under
         torch.autocast q, k and v are cast to its dtype (float64 stays), as F.scaled_dot_product_attention does.
 
     Raises:
@@ -83,7 +84,8 @@ def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Te
 
     Args:
         q: (B, H, Sq, D) in float16, bfloat16 or float32, any strides.
-        k_pages, v_pages: (P, page_size, K, D) like q, any strides, any page size; H a multiple of K.
+        k_pages, v_pages: (P, page_size, K, D) and (P, page_size, K, Dv) like q, any strides, any page size; H a
+            multiple of K.
         block_table: (B, T) int32, the pages of each row in order; entries behind a row's last key are never read. An
             entry that names none of the P pages raises on a CPU; on a GPU, where looking would wait, the first or the
             last page stands for it.
@@ -91,7 +93,7 @@ def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Te
         scale, softcap: as in `attention`; autocast changes nothing here, for it would copy the whole cache.
 
     Returns:
-        (B, H, Sq, D) like q; there is no backward.
+        (B, H, Sq, Dv) like q; there is no backward.
 
     Raises:
         ValueError: a shape, dtype, device or value that does not fit, named.
@@ -161,17 +163,18 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, keys
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{op}: {name} is {x.dtype} on {x.device} and q is {q.dtype} on {q.device}; one dtype "
                              f"and device fit; convert {name}")
-        if x.shape[0] != q.shape[0] or x.shape[3] != q.shape[3]:
+        if x.shape[0] != q.shape[0] or x is not v and x.shape[3] != q.shape[3]:
             raise ValueError(f"{op}: {name} has shape {tuple(x.shape)} and q {tuple(q.shape)}; the same batch size "
-                             "and head dim fit")
-    if k.shape != v.shape:
-        raise ValueError(f"{op}: v has shape {tuple(v.shape)} and k {tuple(k.shape)}; equal shapes fit")
+                             "and head dim fit (the head dim of values may differ)")
+        if not 1 <= x.shape[3] <= MAX_HEAD_DIM:
+            raise ValueError(f"{op}: {name} has head dim {x.shape[3]}; 1 to {MAX_HEAD_DIM} fits")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"{op}: {keys[1]} has shape {tuple(v.shape)} and {keys[0]} {tuple(k.shape)}; as many heads "
+                         "and tokens fit")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"{op}: q has {q.shape[1]} heads and k has {k.shape[1]}; a multiple of k's heads fits")
     if q.dtype not in _DTYPES and not (q.dtype == torch.float64 and q.device.type == "cpu"):
         raise ValueError(f"{op}: q is {q.dtype} on {q.device}; float16, bfloat16 or float32 fits (float64 on CPU only)")
-    if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
-        raise ValueError(f"{op}: q has head dim {q.shape[3]}; 1 to {MAX_HEAD_DIM} fits")
     if mask.query_len != q.shape[2] or mask.key_len != k.shape[2]:
         raise ValueError(f"{op}: mask is {mask.query_len} queries by {mask.key_len} keys, q has {q.shape[2]} tokens "
                          f"and k {k.shape[2]}; equal lengths fit; for cached decoding take mask.queries(start, stop) "
@@ -186,7 +189,7 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, keys
 
 def _forward_fake(q, k, v, lo, hi, since, until, rows_exact, columns_exact, offset, scale, softcap):
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return result_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
+    return result_like(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
 def _backward_fake(dout, dlse, q, k, v, out, lse, lo, hi, since, until, rows_exact, columns_exact, offset, scale,
@@ -195,7 +198,8 @@ def _backward_fake(dout, dlse, q, k, v, out, lse, lo, hi, since, until, rows_exa
 
 
 def _paged_fake(q, k, v, block_table, lo, hi, since, until, rows_exact, offset, scale, softcap):
-    return result_like(q), q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return result_like(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
 def _forward_kernel(

@@ -9,7 +9,7 @@ from tfkernels.mask import TransfusionMask
 
 
 class AttentionOutput(NamedTuple):
-    """`out` (B, H, Sq, D) in the inputs' dtype, and `lse` (B, H, Sq) in float32, natural, -inf for empty rows."""
+    """`out` (B, H, Sq, Dv) in the inputs' dtype, and `lse` (B, H, Sq) in float32, natural, -inf for empty rows."""
 
     out: Tensor
     lse: Tensor

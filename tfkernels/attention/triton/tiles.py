@@ -47,9 +47,9 @@ def tile_bounds(low: Tensor, high: Tensor, size: int) -> Tensor:
 
 
 @triton.constexpr_function
-def walks_runs(head_dim, largest, dtype):
+def walks_runs(key_dim, value_dim, largest, dtype):
     """Whether a kernel takes tiles run by run or one by one; above head dim `largest`, runs would make it spill."""
-    return head_dim <= largest and dtype.primitive_bitwidth == 16
+    return max(key_dim, value_dim) <= largest and dtype.primitive_bitwidth == 16
 
 
 @triton.jit
