@@ -1,6 +1,6 @@
 # make demo   train on handwritten digits, draw, read, measure (minutes on two CPU cores)
 # make test   lint and test
-# make bench  what can be measured without a GPU
+# make bench  what a CPU can time, ours beside its peers: one table and one plot, in ten minutes
 # make emulate  the kernels' bfloat16 tests on their compiled code, without a GPU
 # make gpu    tests and benchmarks on a CUDA machine
 PYTHON ?= python3
@@ -33,7 +33,7 @@ emulate: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p ptxrun.plugin --emulate sm_90 --races -q -n 2 $(EMULATED) -k "$(BFLOAT16)"
 
 bench: .venv/ready
-	$(BIN)/python -m benchmarks.attention --cpu --out benchmarks/results
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.cpu --out benchmarks/results
 
 gpu: .venv/ready
 	$(BIN)/python -m benchmarks.gpu --out benchmarks/results

@@ -26,8 +26,9 @@ def blocks(page):
 
 
 def commands(page):
-    """The lines of a page that call the `transfusion` command, without their comments."""
-    lines = [line for language, code in FENCED.findall(page.read_text()) if not language for line in code.splitlines()]
+    """The lines of a page that call the `transfusion` command, continued ones whole, without their comments."""
+    lines = [line for language, code in FENCED.findall(page.read_text()) if not language
+             for line in code.replace("\\\n", "").splitlines()]
     return [line.partition("  #")[0].strip() for line in lines if line.startswith("transfusion ")]
 
 
