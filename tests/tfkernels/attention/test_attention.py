@@ -21,38 +21,44 @@ def random_inputs(batch, heads, kv_heads, sq, sk, dim, value_dim=None, seed=0):
     return [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
 
 
-def run(function, inputs, mask, dtype, device, **options):
-    """Return out, lse, dq, dk, dv of `function` with the inputs rounded to `dtype`."""
-    q, k, v = (x.to(device, dtype).requires_grad_() for x in inputs[:3])
-    out, lse = function(q, k, v, mask, **options)
+def run(function, inputs, mask, dtype, device, sinks=None, **options):
+    """Return out, lse, dq, dk, dv of `function` with the inputs rounded to `dtype`; with sinks, dsinks as well."""
+    tensors = [x.to(device, dtype).requires_grad_() for x in (*inputs[:3], *([] if sinks is None else [sinks]))]
+    out, lse = function(*tensors[:3], mask, **options, **({} if sinks is None else {"sinks": tensors[3]}))
     dout, dlse = inputs[3].to(device, out.dtype), inputs[4].to(device, lse.dtype)
     seen = torch.isfinite(lse)
-    grads = torch.autograd.grad((out * dout).sum() + (lse.masked_fill(~seen, 0) * dlse).sum(), (q, k, v))
+    grads = torch.autograd.grad((out * dout).sum() + (lse.masked_fill(~seen, 0) * dlse).sum(), tensors)
     return (out, lse, *grads)
 
 
-def absolute_terms(q, k, v, dout, dlse, mask, scale=None, softcap=None):
-    """The sums behind out, lse, dq, dk, dv taken over absolute values, in float64: what their rounding errors scale
-    with."""
+def absolute_terms(q, k, v, dout, dlse, mask, scale=None, softcap=None, sinks=None):
+    """The sums behind out, lse, dq, dk, dv and dsinks taken over absolute values, in float64: what their rounding
+    errors scale with."""
     scale, group = scale or q.shape[-1] ** -0.5, q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores, size = q @ k.mT * scale, q.abs() @ k.abs().mT * scale
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
     visible = mask.dense().cpu()
-    p = scores.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0)
+    sink = torch.full(q.shape[1:2], -torch.inf, dtype=q.dtype) if sinks is None else sinks
+    column = sink[:, None, None].expand(*scores.shape[:-1], 1)
+    p = torch.cat([scores.masked_fill(~visible, -torch.inf), column], -1).softmax(-1).nan_to_num(0)
+    p, p_sink = p[..., :-1], p[..., -1] * visible.any(-1)
     dp = dout.abs() @ v.abs().mT
+    dsinks = (p_sink * (1 + sink.abs().nan_to_num(posinf=0)[:, None]) * ((p * dp).sum(-1) + dlse.abs())).sum((0, 2))
     ds = p * (dp + (p * dp).sum(-1, keepdim=True) + dlse.abs()[..., None]) * scale * (1 + size)
     fold = lambda x: x.unflatten(1, (-1, group)).sum(2)  # noqa: E731
-    return p @ v.abs(), (p * size).sum(-1), ds @ k.abs(), fold(ds.mT @ q.abs()), fold((p * (1 + size)).mT @ dout.abs())
+    return (p @ v.abs(), (p * size).sum(-1), ds @ k.abs(), fold(ds.mT @ q.abs()),
+            fold((p * (1 + size)).mT @ dout.abs()), dsinks)
 
 
-def check(inputs, mask, dtype, **options):
+def check(inputs, mask, dtype, sinks=None, **options):
     """Hold the operator to the accuracy rule in every output and gradient."""
     rounded_inputs = [x.to(dtype).double() for x in inputs[:3]] + inputs[3:]
+    options |= {} if sinks is None else {"sinks": sinks.to(dtype).double()}
     exact = run(attention_reference, rounded_inputs, mask, torch.float64, DEVICE, **options)
     rounded = run(attention_reference, rounded_inputs, mask, dtype, DEVICE, **options)
     actual = run(attention_with_lse, rounded_inputs, mask, dtype, DEVICE, **options)
-    for name, *values, terms in zip(("out", "lse", "dq", "dk", "dv"), actual, rounded, exact,
+    for name, *values, terms in zip(("out", "lse", "dq", "dk", "dv", "dsinks"), actual, rounded, exact,
                                     absolute_terms(*rounded_inputs, mask, **options)):
         assert_as_accurate(name, *values, terms.to(DEVICE))
 

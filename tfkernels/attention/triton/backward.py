@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tfkernels._launch import Config, lookup
 from tfkernels._library import result_like
+from tfkernels.attention.sinks import sink_gradients
 from tfkernels.attention.triton.forward import (
     batch_stride,
     core,
@@ -392,11 +393,12 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
 
 def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                        lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, rows_exact: bool, columns_exact: bool,
-                       offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the three backward kernels; return dq, dk, dv in the inputs' dtype, laid out as `result_like` says."""
+                       offset: int, scale: float, softcap: float, sinks: Tensor | None = None) -> list[Tensor]:
+    """Launch the three backward kernels; return dq, dk, dv in the inputs' dtype, laid out as `result_like` says, and
+    dsinks where there are sinks."""
     dq, dk, dv = (result_like(x) for x in (q, k, v))
     if q.numel() == 0 or k.numel() == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_()
+        return [dq.zero_(), dk.zero_(), dv.zero_()] + ([] if sinks is None else [torch.zeros_like(sinks)])
     q, k, v, out, dout, lo, hi = (rows_contiguous(x) for x in (q, k, v, out, dout, lo, hi))
     batch, heads, sq, _ = q.shape
     kv_heads, sk = k.shape[1:3]
@@ -422,4 +424,4 @@ def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tens
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
         *shared, kv_heads, *sizes,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_ROWS=not columns_exact, **constants, **config.options)
-    return dq, dk, dv
+    return [dq, dk, dv] + ([] if sinks is None else [sink_gradients(sinks, lse, delta)])

@@ -29,6 +29,7 @@ from tfkernels.attention.triton.forward import (
 from tfkernels.attention.triton.rows import (
     LOG2E,
     LOWEST,
+    add_sink,
     attend_row,
     finished,
     finite_rows,
@@ -90,10 +91,10 @@ def _part(first, last, split, splits, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["sq", "sk", "offset", "splits", "batch", "pages", "stride_mask_rows",
                                "stride_mask_columns", "stride_table"])
-def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, table_ptr, out_ptr, lse_ptr, stride_qb,
-                      stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_ob,
-                      stride_oh, stride_os, stride_mask_rows, stride_mask_columns, stride_table, kv_heads, group, sq,
-                      sk, offset, splits, batch, pages, scale, softcap,
+def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, table_ptr, sinks_ptr, out_ptr,
+                      lse_ptr, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh,
+                      stride_vs, stride_ob, stride_oh, stride_os, stride_mask_rows, stride_mask_columns, stride_table,
+                      kv_heads, group, sq, sk, offset, splits, batch, pages, scale, softcap,
                       HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr,
                       CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
@@ -144,8 +145,12 @@ def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr,
     some = total != 0
     bad = (rows < sq) & some & (good == 0)
     good = (rows < sq) & (bad == 0)
+    lse = peak + tl.log2(total)
+    if sinks_ptr is not None:
+        factor, lse = add_sink(lse, sinks_ptr, heads)
+        out *= factor[:, None]
     out = tl.where(some[:, None], out, 0.0)
-    lse = tl.where(some, peak + tl.log2(total), float("-inf"))
+    lse = tl.where(some, lse, float("-inf"))
     if not SPLIT:
         lse = lse / LOG2E
     at = ((split * batch + b) * kv_heads * group + heads) * sq + rows
@@ -174,7 +179,7 @@ def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr,
         if SPLIT:
             out_m = out_ptr + at_m * HEAD_DIM_V
         else:
-            row_out, row_lse = finished(row_out, row_lse)
+            row_out, row_lse = finished(row_out, row_lse, sinks_ptr, head)
             out_m = out_ptr + b_m * stride_ob + head * stride_oh + row * stride_os
         tl.store(lse_ptr + at_m, row_lse)
         tl.store(out_m + offs_v, row_out.to(out_ptr.dtype.element_ty), mask=offs_v < HEAD_DIM_V)
@@ -182,8 +187,8 @@ def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr,
 
 
 @triton.jit(do_not_specialize=["sq", "splits", "items"])
-def _attention_merge(parts_ptr, parts_lse_ptr, out_ptr, lse_ptr, stride_ob, stride_oh, stride_os, heads, sq, splits,
-                     items,
+def _attention_merge(parts_ptr, parts_lse_ptr, sinks_ptr, out_ptr, lse_ptr, stride_ob, stride_oh, stride_os, heads,
+                     sq, splits, items,
                      HEAD_DIM: tl.constexpr, D: tl.constexpr):
     item = tl.program_id(0).to(tl.int64)                                                   # (b * heads + h) * sq + row
     b, h, row = item // sq // heads, item // sq % heads, item % sq
@@ -205,7 +210,7 @@ def _attention_merge(parts_ptr, parts_lse_ptr, out_ptr, lse_ptr, stride_ob, stri
         unknown |= tl.max((lse != lse).to(tl.int32))                                       # the maximum passes over NaN
     lse = tl.where(tl.abs(peak) < float("inf"), peak + tl.log2(total), peak)
     lse = tl.where(peak == LOWEST, LOWEST, tl.where(unknown > 0, float("nan"), lse))
-    out, lse = finished(acc / tl.where(total == 0, 1.0, total), lse)
+    out, lse = finished(acc / tl.where(total == 0, 1.0, total), lse, sinks_ptr, h)
     tl.store(lse_ptr + item, lse)
     tl.store(out_ptr + b * stride_ob + h * stride_oh + row * stride_os + offs_d, out.to(out_ptr.dtype.element_ty),
              mask=offs_d < HEAD_DIM)
@@ -222,7 +227,7 @@ def multiprocessors(device: torch.device) -> int:
 
 def attention_decode(
     q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None, lo: Tensor, hi: Tensor, since: Tensor, until: Tensor,
-    rows_exact: bool, offset: int, scale: float, softcap: float
+    rows_exact: bool, offset: int, scale: float, softcap: float, sinks: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Launch the decode kernel and, where the keys were split, the merge: out (B, H, Sq, Dv), LSE (B, H, Sq) float32.
 
@@ -252,8 +257,8 @@ def attention_decode(
         parts, parts_lse = (q.new_empty(splits, batch, heads, sq, v.shape[-1], dtype=torch.float32),
                             q.new_empty(splits, batch, heads, sq, dtype=torch.float32))
     _attention_decode[(tiles * splits * batch * kv_heads,)](
-        q, k, v, lo, hi, since, until, block_table if paged else lo, parts, parts_lse, *q.stride()[:3], *strides,
-        *out.stride()[:3],
+        q, k, v, lo, hi, since, until, block_table if paged else lo, None if splits > 1 else sinks, parts, parts_lse,
+        *q.stride()[:3], *strides, *out.stride()[:3],
         batch_stride(lo), batch_stride(since), block_table.stride(0) if paged else 0, kv_heads, group, sq, sk, offset,
         splits, batch,
         k.shape[0], scale, softcap,
@@ -261,14 +266,14 @@ def attention_decode(
         CHECK_COLUMNS=not rows_exact, SOFTCAP=softcap > 0, PRECISION=dot_precision(q), **dims, **config.options)
     if splits > 1:
         items = batch * heads * sq
-        _attention_merge[(items,)](parts, parts_lse, out, lse, *out.stride()[:3], heads, sq, splits, items,
+        _attention_merge[(items,)](parts, parts_lse, sinks, out, lse, *out.stride()[:3], heads, sq, splits, items,
                                    HEAD_DIM=dims["HEAD_DIM_V"], D=dims["D_V"], num_warps=4)
     return out, lse
 
 
 def paged_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lo: Tensor, hi: Tensor, since: Tensor, until: Tensor,
-    rows_exact: bool, offset: int, scale: float, softcap: float
+    rows_exact: bool, offset: int, scale: float, softcap: float, sinks: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`attention_decode` for pages: the operator's form, whose block table is always there."""
-    return attention_decode(q, k, v, block_table, lo, hi, since, until, rows_exact, offset, scale, softcap)
+    return attention_decode(q, k, v, block_table, lo, hi, since, until, rows_exact, offset, scale, softcap, sinks)

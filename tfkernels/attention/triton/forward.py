@@ -18,6 +18,7 @@ from tfkernels._library import result_like
 from tfkernels.attention.triton.rows import (
     LOG2E,
     LOWEST,
+    add_sink,
     attend_row,
     finished,
     finite_rows,
@@ -149,10 +150,10 @@ def _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, start
 
 
 @triton.jit(do_not_specialize=["sq", "sk", "offset", "stride_mask_rows", "stride_mask_columns"])
-def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, bounds_ptr, out_ptr, lse_ptr, stride_qb,
-                   stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_ob,
-                   stride_oh, stride_os, stride_mask_rows, stride_mask_columns, heads, group, sq, sk, offset, scale,
-                   softcap,
+def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, bounds_ptr, sinks_ptr, out_ptr, lse_ptr,
+                   stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+                   stride_ob, stride_oh, stride_os, stride_mask_rows, stride_mask_columns, heads, group, sq, sk, offset,
+                   scale, softcap,
                    HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr,
                    PRECISION: tl.constexpr):
@@ -216,8 +217,12 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, bo
     if CHECK_COLUMNS:
         some &= total != 0
     good = (rows < sq) & (good | (some == 0))
+    lse = peak + tl.log2(total)
+    if sinks_ptr is not None:
+        factor, lse = add_sink(lse, sinks_ptr, h)
+        out *= factor[:, None]
     out = tl.where(some[:, None], out, 0.0)
-    lse = tl.where(some, (peak + tl.log2(total)) / LOG2E, float("-inf"))
+    lse = tl.where(some, lse / LOG2E, float("-inf"))
     tl.store(lse_ptr + (b * heads + h) * sq + rows, lse, mask=good)
     pointers = out_ptr + b * stride_ob + h * stride_oh + rows.to(tl.int64)[:, None] * stride_os + offs_v[None, :]
     tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=good[:, None] & (offs_v < HEAD_DIM_V)[None, :])
@@ -236,7 +241,7 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, bo
             tl.minimum(tl.load(hi_ptr + b_m * stride_mask_rows + row), sk),
             row + offset, since_ptr + b_m * stride_mask_columns, until_ptr + b_m * stride_mask_columns,
             scale, softcap, HEAD_DIM, D, HEAD_DIM_V, D_V, 0, CHECK_COLUMNS, SOFTCAP)
-        row_out, row_lse = finished(row_out, row_lse)
+        row_out, row_lse = finished(row_out, row_lse, sinks_ptr, h_m)
         tl.store(lse_ptr + (b_m * heads + h_m) * sq + row, row_lse)
         tl.store(out_ptr + b_m * stride_ob + h_m * stride_oh + row * stride_os + offs_v,
                  row_out.to(out_ptr.dtype.element_ty), mask=offs_v < HEAD_DIM_V)
@@ -273,7 +278,7 @@ def dot_precision(x: Tensor) -> str:
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, rows_exact: bool,
-    columns_exact: bool, offset: int, scale: float, softcap: float
+    columns_exact: bool, offset: int, scale: float, softcap: float, sinks: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel: (B, H, Sq, D) x (B, K, Sk, D), (B, K, Sk, Dv) -> out (B, H, Sq, Dv), LSE float32."""
     batch, heads, sq, _ = q.shape
@@ -286,8 +291,8 @@ def attention_forward(
     grid = (triton.cdiv(sq, config.block_m) * batch * heads,)
     bounds = lo if rows_exact else tile_bounds(since, until, config.block_n)
     _attention_fwd[grid](
-        q, k, v, lo, hi, since, until, bounds, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *out.stride()[:3],
+        q, k, v, lo, hi, since, until, bounds, sinks, out, lse, *q.stride()[:3], *k.stride()[:3],
+        *v.stride()[:3], *out.stride()[:3],
         batch_stride(lo), batch_stride(since), heads, heads // k.shape[1], sq, k.shape[2], offset, scale, softcap,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_COLUMNS=not rows_exact, SOFTCAP=softcap > 0,
         PRECISION=dot_precision(q), **dims, **config.options)

@@ -157,8 +157,26 @@ def attend_row(q_ptr, k_ptr, v_ptr, table_ptr, pages, stride_k_page, stride_ks, 
 
 
 @triton.jit
-def finished(out, lse):
-    """Output and natural LSE of a row that is not split, from those of its only part; with only -inf scores, NaN."""
+def add_sink(lse, sinks_ptr, head):
+    """Count a head's sink: the factor of outputs that were normalised without it, and the base-2 LSE with it."""
+    sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+    peak = tl.maximum(lse, sink)
+    shift = tl.where(tl.abs(peak) < float("inf"), peak, 0.0)
+    part = tl.exp2(lse - shift)
+    total = part + tl.exp2(sink - shift)
+    return part / total, shift + tl.log2(total)
+
+
+@triton.jit
+def finished(out, lse, sinks_ptr, head):
+    """Output and natural LSE of a row that is not split, from those of its only part, and its head's sink if there are
+    sinks.
+
+    With only -inf scores the output is NaN, or what a sink leaves of it: 0.
+    """
+    if sinks_ptr is not None:
+        factor, total = add_sink(tl.where(lse == LOWEST, float("-inf"), lse), sinks_ptr, head)
+        return out * factor, tl.where(lse == float("-inf"), lse, total / LOG2E)
     return tl.where(lse == LOWEST, float("nan"), out), tl.where(lse == LOWEST, float("-inf"), lse / LOG2E)
 
 
