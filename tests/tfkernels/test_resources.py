@@ -28,7 +28,7 @@ TABLES = {"fwd": forward.CONFIGS, "dq": backward.DQ_CONFIGS, "dkv": backward.DKV
 KERNELS = {"fwd": forward._attention_fwd, "dq": backward._attention_bwd_dq, "dkv": backward._attention_bwd_dkv,
            "delta": backward._attention_bwd_delta, "decode": decode._attention_decode, "wide": decode._attention_decode}
 TRAINING = ("fwd", "dq", "dkv")
-HEAD_DIMS = (32, 64, 128, 256)
+HEAD_DIMS = {2: (32, 64, 128, 256, 512), 4: (32, 64, 128, 256)}  # by bytes per element
 DELTA = Config(backward.DELTA_ROWS, 0, 4, 3)
 MULTIPLY = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
@@ -52,12 +52,14 @@ class Row(NamedTuple):
 
 
 ROWS = [Row(kernel, *key) for kernel, table in TABLES.items() for key in table if key[3:] != ("heavy",)]
-DELTA_ROWS = [Row("delta", architecture, size, dim) for architecture in ARCHITECTURES for size in (2, 4)
-              for dim in HEAD_DIMS]
+DELTA_ROWS = [Row("delta", architecture, size, dim) for architecture in ARCHITECTURES for size in HEAD_DIMS
+              for dim in HEAD_DIMS[size]]
 VARIANTS = [Row(kernel, architecture, 2, 128, variant) for kernel in TRAINING for architecture in ARCHITECTURES
             for variant in ("check", "softcap", "narrow")]
 VARIANTS += [Row(kernel, architecture, 2, dim, "check") for kernel in TRAINING for architecture in ARCHITECTURES
-             for dim in (64, 256)]
+             for dim in (64, 256, 512)]
+VARIANTS += [Row(kernel, architecture, 2, 512, variant) for architecture in ARCHITECTURES
+             for kernel, variant in (("dkv", "softcap"), ("decode", "check"), ("wide", "check"))]
 VARIANTS += [Row(kernel, architecture, 2, 256, "values") for kernel in (*TRAINING, "decode", "wide")
              for architecture in ARCHITECTURES]
 VARIANTS += [Row(kernel, architecture, 2, 128, variant) for kernel in ("decode", "wide")
@@ -65,7 +67,7 @@ VARIANTS += [Row(kernel, architecture, 2, 128, variant) for kernel in ("decode",
 RARE = [Row(kernel, architecture, size, dim, "check") for kernel in TRAINING for architecture in ARCHITECTURES
         for size, dim in ((2, 32), (4, 32), (4, 64), (4, 128), (4, 256))]
 RARE += [Row(kernel, architecture, 4, dim, "tf32") for kernel in TRAINING for architecture in ARCHITECTURES
-         for dim in HEAD_DIMS]
+         for dim in HEAD_DIMS[4]]
 
 
 def compiled(row: Row, target: int | None = None) -> Resources:
@@ -166,8 +168,8 @@ def test_the_80_rows_fit_the_shared_memory_of_sm_120(row):
 
 @pytest.mark.parametrize("table", TABLES)
 def test_a_table_has_a_row_for_every_key(table):
-    assert {key[:3] for key in TABLES[table]} == {(a, size, dim) for a in ARCHITECTURES for size in (2, 4)
-                                                  for dim in HEAD_DIMS}
+    assert {key[:3] for key in TABLES[table]} == {(a, size, dim) for a in ARCHITECTURES for size in HEAD_DIMS
+                                                  for dim in HEAD_DIMS[size]}
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from tfkernels.attention.reference import AttentionOutput
 from tfkernels.attention.triton import backward, decode, forward
 from tfkernels.mask import TransfusionMask
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
+MAX_CUDA_FLOAT32_HEAD_DIM = 256  # wider float32 tiles of the backward do not fit shared memory
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -30,7 +31,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *, scale: 
     """Return softmax(softcap(q k^T * scale) + mask) v, visiting only the tiles that the mask leaves visible.
 
     Args:
-        q: (B, H, Sq, D) in float16, bfloat16 or float32, any strides (a transposed (B, S, H, D) costs no copy).
+        q: (B, H, Sq, D) in float16, bfloat16 or float32, any strides (a transposed (B, S, H, D) costs no copy). D is
+            at most 512; on a GPU in float32 256.
         k, v: (B, K, Sk, D) and (B, K, Sk, Dv) like q; H a multiple of K (grouped-query attention). Dv may differ from
             D, as in multi-head latent attention (arXiv:2405.04434); on a GPU both take the tiles of the wider one.
         mask: Sq queries by Sk keys, on the same device; a mask of batch 1 serves every batch row.
@@ -175,8 +177,9 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, keys
         if x.shape[0] != q.shape[0] or x is not v and x.shape[3] != q.shape[3]:
             raise ValueError(f"{op}: {name} has shape {tuple(x.shape)} and q {tuple(q.shape)}; the same batch size "
                              "and head dim fit (the head dim of values may differ)")
-        if not 1 <= x.shape[3] <= MAX_HEAD_DIM:
-            raise ValueError(f"{op}: {name} has head dim {x.shape[3]}; 1 to {MAX_HEAD_DIM} fits")
+        most = MAX_CUDA_FLOAT32_HEAD_DIM if (x.device.type, x.dtype) == ("cuda", torch.float32) else MAX_HEAD_DIM
+        if not 1 <= x.shape[3] <= most:
+            raise ValueError(f"{op}: {name} has head dim {x.shape[3]}; 1 to {most} fits {x.dtype} on {x.device.type}")
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"{op}: {keys[1]} has shape {tuple(v.shape)} and {keys[0]} {tuple(k.shape)}; as many heads "
                          "and tokens fit")

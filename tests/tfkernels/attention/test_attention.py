@@ -67,7 +67,8 @@ def transfusion_mask(batch=2, seq_len=100):
     documents = torch.zeros(batch, seq_len, dtype=torch.int64)
     documents[:, 60:] = 1
     documents[:, -7:] = -1
-    spans = [[(3, 19), (19, 50), (64, min(80, seq_len))], [(min(70, seq_len), min(90, seq_len))]]
+    spans = [[(min(a, seq_len), min(b, seq_len)) for a, b in row]
+             for row in ([(3, 19), (19, 50), (64, 80)], [(70, 90)])]
     return TransfusionMask.from_spans(spans[:batch], seq_len, documents=documents,
                                       device=DEVICE)
 
@@ -81,6 +82,12 @@ def test_errs_at_most_twice_as_much_as_pytorch(dim, dtype):
 @pytest.mark.parametrize("dim", [16, 96, 192, 256])
 def test_any_head_dim_up_to_256_fits(dim):
     check(random_inputs(1, 2, 1, 100, 100, dim), transfusion_mask(1), torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, DTYPES[-1]])
+@pytest.mark.parametrize("dim,value_dim", [(512, 512), (300, 512), (512, 64)])
+def test_heads_of_512_fit(dim, value_dim, dtype):
+    check(random_inputs(1, 2, 1, 70, 70, dim, value_dim), transfusion_mask(1, 70), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -375,7 +382,7 @@ BAD_CALLS = {
     "k has shape .* head dim": (GOOD, GOOD[..., :8], GOOD[..., :8], 8),
     "k is torch.float16": (GOOD, GOOD.half(), GOOD.half(), 8),
     "q is torch.int64": (GOOD.long(), GOOD.long(), GOOD.long(), 8),
-    "head dim 512": (torch.zeros(1, 1, 8, 512),) * 3 + (8,),
+    "q has head dim 513; 1 to 512 fits": (torch.zeros(1, 1, 8, 513),) * 3 + (8,),
     "mask is 9 queries by 9 keys": (GOOD, GOOD, GOOD, 9),
 }
 
