@@ -21,6 +21,11 @@ def machine(ptx: str, blocks: int, shared_size: int, schedule: Schedule, races: 
     return Machine(parsed(ptx), blocks, shared_size, schedule, races=races)
 
 
+def unknown_instructions(ptx: str) -> list[str]:
+    """What a kernel holds that is not emulated, found by decoding it; nothing is run."""
+    return Machine(parse(ptx), 1, 0, Schedule()).unknown
+
+
 @dataclass
 class Emulation:
     """How launches are run, and what they have done."""

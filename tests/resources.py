@@ -1,7 +1,7 @@
 """Compile a Triton kernel for a GPU that need not be here, and read what its machine code takes from the GPU.
 
 The types of a kernel's arguments follow from their names. Their divisibility is what the launcher finds for the usual
-layouts: pointers and strides are multiples of 16, unless the kernel names a stride in do_not_specialize.
+layouts: pointers and strides are multiples of 16, unless the kernel names them in do_not_specialize.
 """
 import re
 import subprocess
@@ -13,6 +13,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ptxrun import unknown_instructions
 from tfkernels._launch import SHARED_LIMIT, Config
 
 INT32 = (
@@ -25,6 +26,7 @@ FLOAT32 = (
     "parts_ptr", "signal_ptr", "noise_ptr", "loss_ptr", "dloss_ptr", "sums_ptr", "mean_ptr", "means_ptr", "rstd_ptr",
     "statistics_ptr", "base_ptr", "base_parts_ptr", "ws_ptr", "ratio_ptr", "x0_factor_ptr", "eps_factor_ptr")
 ELEMENT = {2: "bf16", 4: "fp32"}
+EMULATED = (80, 90)  # architectures whose instructions ptxrun knows; every kernel that is compiled for them is decoded
 TENSOR_CORE = re.compile(r"^\s*(?:@%\w+ )?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", re.MULTILINE)
 LOCAL_MEMORY = re.compile(r"\b(?:STL|LDL)\b")
 BUTTERFLY = re.compile(r"\bshfl\.sync\.bfly\.b32\s+(%\w+)")
@@ -86,7 +88,7 @@ def compiled(kernel, constants: dict, config: Config, architecture: int, element
 
     signature = {p.name: kind(p.name) for p in kernel.params}
     divisible = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.params)
-                 if p.name.startswith("stride_") and not p.do_not_specialize or p.name.endswith("_ptr")}
+                 if (p.name.startswith("stride_") or p.name.endswith("_ptr")) and not p.do_not_specialize}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": fuses,
                "maxnreg": config.max_registers}
     source = ASTSource(kernel, signature, constants, divisible)
@@ -122,6 +124,8 @@ def resources(kernel, constants: dict, config: Config, *, architecture: int, ele
     says ROUNDED_PRODUCTS.
     """
     built = compiled(kernel, constants, config, architecture, ELEMENT[element_size], float32, fuses)
+    if architecture in EMULATED and (unknown := unknown_instructions(built.asm["ptx"])):
+        raise AssertionError(f"{kernel.__name__} for sm_{architecture}: {unknown}")
     registers, spills = registers_and_spills(built.asm["cubin"])
     ptx = built.asm["ptx"]
     found = [m.strip().split(" ")[-1] for m in TENSOR_CORE.findall(ptx)]

@@ -35,7 +35,8 @@ def copy(o):
 def _issue(o):
     """Copy `size` bytes, of which the last operand may say how many are read; the others become zeros."""
     target, source, size = o.address(0), o.address(1), o.constant(2)
-    read_size = o.read(3, "u32") if len(o.texts) > 3 and "L2" not in o.texts[3] else lambda at: np.uint32(size)
+    sizes = o.texts[3:-1] if o.has("L2::cache_hint") else o.texts[3:]
+    read_size = o.read_text(sizes[0], "u32") if sizes else lambda at: np.uint32(size)
     part = min(size, 8)
     machine = o.machine
 
@@ -49,7 +50,7 @@ def _issue(o):
         if machine.races:
             machine.races.access(threads, places, size, write=True, copy=True)
         if machine.traffic:
-            machine.traffic.of_shared("copy", threads, targets, size)
+            machine.traffic.of_shared(threads, targets, size)
         if machine.schedule.at_once(machine.coin):
             machine.shared.store(places, part, values)
         else:

@@ -63,7 +63,7 @@ def _fetch_shared(machine, o, at, addresses, width, count, active):
     if machine.races:
         machine.races.access(lanes(at, active), places, width * count, write=False)
     if machine.traffic:
-        machine.traffic.of_shared("load", lanes(at, active), addresses, width * count)
+        machine.traffic.of_shared(lanes(at, active), addresses, width * count)
     return machine.shared.load(places, width, count)
 
 
@@ -115,7 +115,7 @@ def _put_shared(machine, at, addresses, width, values, active):
     memory, total = machine.shared, width * len(values)
     places = memory.places(addresses, memory.base[lanes(at, active)], total, "a store")
     if machine.traffic:
-        machine.traffic.of_shared("store", lanes(at, active), addresses, total)
+        machine.traffic.of_shared(lanes(at, active), addresses, total)
     if machine.races:
         there = memory.load(places, width, len(values))
         same = np.logical_and.reduce([old == value for old, value in zip(there, values)])
@@ -131,7 +131,7 @@ def atomic(o):
     """atom and red: thread by thread, in their order."""
     kind, where = o.type, space(o)
     returns = o.parts[0] == "atom"
-    operation = next(part for part in o.parts[1:] if part in (*UPDATE, "exch", "cas", "inc", "dec"))
+    operation = next((part for part in o.parts[1:] if part in (*UPDATE, "exch", "cas", "inc")), "")
     first = 1 if returns else 0
     many = o.texts[-1].startswith("{")
     reads = [o.read_text(t, _bits(kind)) for text in o.texts[first + 1:] for t in members(text)]
@@ -152,8 +152,11 @@ def atomic(o):
                     results[j][thread - at.start] = cell[0]
                 cell[0] = update(cell[0], *operand)
         if machine.traffic and len(threads):
-            of = machine.traffic.of_shared if where == "shared" else machine.traffic.of_global
-            of("atomic", threads, addresses, step * (len(values) if many else 1))
+            total = step * (len(values) if many else 1)
+            if where == "shared":
+                machine.traffic.of_shared(threads, addresses, total)
+            else:
+                machine.traffic.of_global("atomic", threads, addresses, total)
         for write, result in zip(writes, results):
             write(at, result)
     return run

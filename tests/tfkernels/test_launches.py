@@ -7,23 +7,21 @@ import ast
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from triton.runtime.jit import JITFunction
 
 import tfkernels
 from tests.conftest import KERNEL_RUNS
+from tests.launches import OPTIONS, seen
 from tests.tfkernels.test_arguments import CALLS
 from tests.tfkernels.test_library import MASKS, calls_of
 from tfkernels import TransfusionMask
 from tfkernels.norm import triton as norm
 
 ROOT = Path(tfkernels.__file__).parent
-OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 pytestmark = pytest.mark.skipif(KERNEL_RUNS, reason="the launches themselves run here, and are tested")
 
@@ -45,28 +43,19 @@ def check(kernel: JITFunction, arguments: tuple, named: dict):
 
 
 @pytest.fixture
-def launched(monkeypatch):
+def launched():
     """The lines that have launched a kernel, while operators launch on CPU tensors."""
-    seen = set()
+    lines = set()
 
-    def run(kernel, *arguments, grid, warmup, **named):
+    def look(kernel, grid, arguments, named):
         frame = sys._getframe(1)
         while not frame.f_code.co_filename.startswith(str(ROOT)):
             frame = frame.f_back
-        seen.add((frame.f_code.co_filename, frame.f_lineno))
+        lines.add((frame.f_code.co_filename, frame.f_lineno))
         check(kernel, arguments, named)
 
-    monkeypatch.setattr(JITFunction, "run", run)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: SimpleNamespace(
-        multi_processor_count=132))
-    operators = [op for op in OPDEFS.values() if op._namespace == "tfkernels"]
-    before = [op._backend_fns["cpu"] for op in operators]
-    for op in operators:
-        op.register_kernel("cpu")(op._backend_fns["cuda"])
-    yield seen
-    for op, implementation in zip(operators, before):
-        op.register_kernel("cpu")(implementation)
+    with seen(look):
+        yield lines
 
 
 def attention():

@@ -24,6 +24,9 @@ from torch import Tensor
 from tfkernels._launch import Config
 from tfkernels._library import INTERPRET
 
+# read one number at a time, or a size: no reason to compile again (see `tfkernels.attention.triton.tiles`)
+SCALAR_ARGUMENTS = ["image_ids_ptr", "order_ptr", "starts_ptr", "mean_ptr", "rstd_ptr", "means_ptr", "images",
+                    "row_len", "tokens", "rows", "slots"]
 # columns that one block holds; small in the interpreter, so that tests reach the loops
 WIDEST_FORWARD = 64 if INTERPRET else 8192
 WIDEST_BACKWARD = 64 if INTERPRET else 4096
@@ -85,7 +88,7 @@ def _modulate(y_ptr, xhat, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, images
     tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["images", "row_len"])
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _norm_fwd(x_ptr, branch_ptr, gate_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, image_ids_ptr, out_ptr, y_ptr,
               mean_ptr, rstd_ptr, images, row_len, eps, stride_xs, stride_bs, stride_gn, stride_cn, stride_fn,
               C: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr,
@@ -157,7 +160,7 @@ def _normed(dy_ptr, x_ptr, weight_ptr, scale_ptr, n, images, stride_cn, mean, rs
     return dy, xhat, dxhat
 
 
-@triton.jit(do_not_specialize=["images", "row_len", "tokens"])
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _norm_bwd_means(dy_ptr, x_ptr, weight_ptr, scale_ptr, image_ids_ptr, mean_ptr, rstd_ptr, means_ptr, images, row_len,
                     tokens, stride_ds, stride_xs, stride_cn,
                     C: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
@@ -189,7 +192,7 @@ def _write_parts(parts_ptr, slot, plane, a, b, g, cols, inside,
         tl.store(parts_ptr + (NORM + LEVEL) * plane, g, mask=inside)
 
 
-@triton.jit(do_not_specialize=["images", "row_len", "tokens", "rows", "slots"])
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _norm_bwd(dy_ptr, dout_ptr, x_ptr, branch_ptr, gate_ptr, weight_ptr, scale_ptr, image_ids_ptr, order_ptr, mean_ptr,
               rstd_ptr, means_ptr, dx_ptr, dbranch_ptr, parts_ptr, images, row_len, tokens, rows, slots, stride_ds,
               stride_os, stride_xs, stride_bs, stride_gn, stride_cn,
@@ -233,7 +236,7 @@ def _norm_bwd(dy_ptr, dout_ptr, x_ptr, branch_ptr, gate_ptr, weight_ptr, scale_p
     _write_parts(parts_ptr, program + current + 1, plane, a, b, g, cols, inside, C, NORM, LEVEL, GATED)
 
 
-@triton.jit(do_not_specialize=["images", "row_len", "rows", "slots"])
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _norm_bwd_images(parts_ptr, starts_ptr, sums_ptr, images, row_len, rows, slots,
                      C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
     """Sum the rows of `parts` of text (program 0) or image n (program n + 1), in the order of who wrote them."""

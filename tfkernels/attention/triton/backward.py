@@ -24,11 +24,11 @@ from tfkernels.attention.triton.forward import (
     sees_keys,
 )
 from tfkernels.attention.triton.rows import LOG2E, dkv_row, dq_row, finite_rows, next_of, program_again, tanh
-from tfkernels.attention.triton.tiles import FAR, alive, next_run, tile_bounds, walks_runs
+from tfkernels.attention.triton.tiles import FAR, SCALAR_ARGUMENTS, alive, next_run, tile_bounds, walks_runs
 
 DQ_CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (80, 2, 32): Config(128, 32, 4, 3), (80, 2, 64): Config(128, 32, 8, 3),
-    (80, 2, 128): Config(64, 32, 4, 2), (80, 2, 256): Config(32, 16, 8, 2),
+    (80, 2, 128): Config(64, 32, 4, 2), (80, 2, 256): Config(32, 32, 4, 2, 255),
     (80, 4, 32): Config(32, 32, 4, 2, 255), (80, 4, 64): Config(32, 16, 4, 2, 255),
     (80, 4, 128): Config(16, 16, 4, 2, 255), (80, 4, 256): Config(16, 16, 8, 1, 255),
     (90, 2, 32): Config(128, 64, 8, 3), (90, 2, 64): Config(128, 64, 8, 3),
@@ -39,7 +39,7 @@ DQ_CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (100, 2, 128): Config(64, 64, 8, 2, 255), (100, 2, 256): Config(64, 32, 8, 2),
     (100, 4, 32): Config(32, 32, 4, 2, 255), (100, 4, 64): Config(32, 16, 4, 2, 255),
     (100, 4, 128): Config(16, 16, 4, 2, 255), (100, 4, 256): Config(16, 16, 4, 1, 255),
-    (80, 2, 64, "heavy"): Config(128, 16, 8, 3), (80, 2, 128, "heavy"): Config(64, 32, 8, 2),
+    (80, 2, 64, "heavy"): Config(128, 16, 8, 3), (80, 2, 128, "heavy"): Config(128, 16, 8, 2, 255),
     (80, 4, 32, "heavy"): Config(32, 16, 4, 2, 255),
     (90, 2, 128, "heavy"): Config(128, 32, 8, 2), (90, 2, 256, "heavy"): Config(128, 16, 8, 2),
     (90, 4, 256, "heavy"): Config(16, 16, 4, 1, 255),
@@ -47,7 +47,7 @@ DQ_CONFIGS = {  # (architecture, bytes per element, padded head dim)
 }
 DKV_CONFIGS = {
     (80, 2, 32): Config(32, 128, 8, 3), (80, 2, 64): Config(16, 128, 8, 2),
-    (80, 2, 128): Config(32, 64, 8, 2), (80, 2, 256): Config(16, 32, 8, 2),
+    (80, 2, 128): Config(32, 32, 4, 2, 255), (80, 2, 256): Config(16, 32, 4, 2, 255),
     (80, 4, 32): Config(16, 32, 4, 2, 255), (80, 4, 64): Config(32, 16, 8, 2, 255),
     (80, 4, 128): Config(16, 16, 16, 1, 255), (80, 4, 256): Config(16, 16, 4, 1, 255),
     (90, 2, 32): Config(64, 128, 8, 2), (90, 2, 64): Config(32, 128, 8, 2),
@@ -58,6 +58,7 @@ DKV_CONFIGS = {
     (100, 2, 128): Config(16, 128, 8, 2), (100, 2, 256): Config(16, 64, 8, 2),
     (100, 4, 32): Config(16, 32, 8, 2, 255), (100, 4, 64): Config(16, 16, 8, 2, 255),
     (100, 4, 128): Config(16, 16, 4, 1, 255), (100, 4, 256): Config(16, 16, 16, 1, 255),
+    (80, 2, 256, "heavy"): Config(16, 32, 8, 2),
     (90, 2, 128, "heavy"): Config(16, 128, 8, 2), (90, 2, 256, "heavy"): Config(16, 32, 8, 2),
     (100, 4, 64, "heavy"): Config(16, 32, 8, 2, 255),
     (80, 4, 32, "heavy"): Config(32, 16, 4, 2, 255), (80, 4, 128, "heavy"): Config(16, 16, 4, 1, 255),
@@ -66,7 +67,7 @@ DKV_CONFIGS = {
 DELTA_ROWS = 16
 
 
-@triton.jit(do_not_specialize=["sq"])
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _attention_bwd_delta(out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, stride_ob, stride_oh, stride_os, stride_db,
                          stride_dh, stride_ds, heads, sq,
                          HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
@@ -136,7 +137,7 @@ def _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, start,
     return dq
 
 
-@triton.jit(do_not_specialize=["sq", "sk", "offset", "stride_mask_rows", "stride_mask_columns"])
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _attention_bwd_dq(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr,
                       bounds_ptr, dq_ptr, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb,
                       stride_vh, stride_vs, stride_ob, stride_oh, stride_os, stride_db, stride_dh, stride_ds,
@@ -277,7 +278,7 @@ def _dkv_step(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr,
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["sq", "sk", "offset", "stride_mask_rows", "stride_mask_columns"])
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr,
                        bounds_ptr, dk_ptr, dv_ptr, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
                        stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os, stride_dkb, stride_dkh,

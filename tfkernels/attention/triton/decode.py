@@ -35,7 +35,7 @@ from tfkernels.attention.triton.rows import (
     page_of,
     program_again,
 )
-from tfkernels.attention.triton.tiles import FAR
+from tfkernels.attention.triton.tiles import FAR, SCALAR_ARGUMENTS
 
 MAX_QUERIES = 16  # longer runs of queries fill the multiprocessors by themselves
 MAX_SPLITS = 128
@@ -87,8 +87,7 @@ def _part(first, last, split, splits, BLOCK_N: tl.constexpr):
     return first + split * part, tl.minimum(first + split * part + part, last)
 
 
-@triton.jit(do_not_specialize=["sq", "sk", "offset", "splits", "batch", "pages", "stride_mask_rows",
-                               "stride_mask_columns", "stride_table"])
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, table_ptr, out_ptr, lse_ptr, stride_qb,
                       stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_ob,
                       stride_oh, stride_os, stride_mask_rows, stride_mask_columns, stride_table, kv_heads, group, sq,
@@ -179,7 +178,7 @@ def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr,
         m = next_of(bad, offs_m, m, BLOCK_M)
 
 
-@triton.jit(do_not_specialize=["sq", "splits", "items"])
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _attention_merge(parts_ptr, parts_lse_ptr, out_ptr, lse_ptr, stride_ob, stride_oh, stride_os, heads, sq, splits,
                      items,
                      HEAD_DIM: tl.constexpr, D: tl.constexpr):

@@ -25,7 +25,7 @@ from tfkernels.attention.triton.rows import (
     program_again,
     tanh,
 )
-from tfkernels.attention.triton.tiles import FAR, alive, next_run, tile_bounds, walks_runs
+from tfkernels.attention.triton.tiles import FAR, SCALAR_ARGUMENTS, alive, next_run, tile_bounds, walks_runs
 
 CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (80, 2, 32): Config(128, 64, 4, 3), (80, 2, 64): Config(128, 64, 8, 3),
@@ -40,7 +40,7 @@ CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (100, 2, 128): Config(128, 64, 8, 2), (100, 2, 256): Config(64, 32, 8, 2, 255),
     (100, 4, 32): Config(64, 32, 4, 2, 255), (100, 4, 64): Config(32, 32, 8, 2, 255),
     (100, 4, 128): Config(32, 16, 8, 2, 255), (100, 4, 256): Config(16, 16, 8, 2, 255),
-    (80, 2, 64, "heavy"): Config(128, 32, 8, 3), (80, 2, 128, "heavy"): Config(64, 32, 8, 2),
+    (80, 2, 64, "heavy"): Config(128, 32, 8, 3), (80, 2, 128, "heavy"): Config(128, 32, 8, 2, 255),
     (80, 4, 256, "heavy"): Config(16, 16, 8, 2, 255),
     (90, 2, 64, "heavy"): Config(128, 64, 8, 3), (90, 2, 128, "heavy"): Config(128, 32, 8, 3),
     (90, 2, 256, "heavy"): Config(128, 16, 8, 2),
@@ -146,7 +146,7 @@ def _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, start
     return acc, total, peak
 
 
-@triton.jit(do_not_specialize=["sq", "sk", "offset", "stride_mask_rows", "stride_mask_columns"])
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, bounds_ptr, out_ptr, lse_ptr, stride_qb,
                    stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_ob,
                    stride_oh, stride_os, stride_mask_rows, stride_mask_columns, heads, group, sq, sk, offset, scale,

@@ -14,12 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Sizes, and integers that are read one by one. Triton would compile anew where a number is 1 or a multiple of 16 and
+# where a pointer is aligned; the integers of a mask begin wherever a row's length puts them. No load is wider for it.
+SCALAR_ARGUMENTS = ["lo_ptr", "hi_ptr", "since_ptr", "until_ptr", "bounds_ptr", "table_ptr", "heads", "kv_heads",
+                    "group", "sq", "sk", "offset", "splits", "batch", "pages", "items", "stride_mask_rows",
+                    "stride_mask_columns", "stride_table"]
 FAR = tl.constexpr(2**31 - 1)
 WINDOW = tl.constexpr(64)  # tiles a program looks at in one go
 TILES = 16                 # tiles of one program of _tile_bounds
 
 
-@triton.jit(do_not_specialize=["stride_mask", "length", "tiles"])
+@triton.jit(do_not_specialize=["low_ptr", "high_ptr", "stride_mask", "length", "tiles"])
 def _tile_bounds(low_ptr, high_ptr, bounds_ptr, stride_mask, length, tiles, SIZE: tl.constexpr, TILES: tl.constexpr):
     programs = tl.cdiv(tiles, TILES)  # of one batch row
     b = (tl.program_id(0) // programs).to(tl.int64)

@@ -30,9 +30,10 @@ PARTS = 4 if INTERPRET else 512  # tiles of sums of chunks that the backward ker
 IMAGES = Config(32, 64, 4, 3)               # chunks and columns of an image's sums read together
 COPY = 256 if INTERPRET else 4096           # elements of a program that only copies
 FAR = tl.constexpr(2**31 - 1)
+SCALAR_ARGUMENTS = ["places_ptr", "offsets_ptr", "images", "steps", "rows", "tokens", "length", "blocks", "chunk"]
 
 
-@triton.jit(do_not_specialize=["images", "steps", "rows", "tokens"])
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _embed_index(places_ptr, offsets_ptr, table_ptr, patch_image_ids_ptr, images, steps, rows, tokens,
                  BLOCK: tl.constexpr):
     """Write each patch's image id (-1 before the first, N behind the last), and the patch of each row that has one."""
@@ -43,7 +44,7 @@ def _embed_index(places_ptr, offsets_ptr, table_ptr, patch_image_ids_ptr, images
     tl.store(table_ptr + place, row, mask=inside & (place >= 0) & (place < tokens))
 
 
-@triton.jit(do_not_specialize=["tokens", "length", "blocks"])
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _embed_fwd(x_ptr, patches_ptr, weight_ptr, condition_ptr, table_ptr, patch_image_ids_ptr, out_ptr, tokens, length,
                blocks, stride_xb, stride_xs,
                C: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -91,7 +92,7 @@ def _embed_fwd(x_ptr, patches_ptr, weight_ptr, condition_ptr, table_ptr, patch_i
             tl.store(out_ptr + cols[None, :], tl.load(x_ptr + cols[None, :], mask=wanted, other=0), mask=wanted)
 
 
-@triton.jit(do_not_specialize=["tokens", "length"])
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _embed_bwd_hidden(dout_ptr, table_ptr, dx_ptr, tokens, length, stride_ob, stride_os,
                       C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -103,14 +104,28 @@ def _embed_bwd_hidden(dout_ptr, table_ptr, dx_ptr, tokens, length, stride_ob, st
     tl.store(dx_ptr + row[:, None].to(tl.int64) * C + cols[None, :], dout, mask=inside)
 
 
-@triton.jit(do_not_specialize=["images", "rows", "tokens", "length", "chunk"])
+@triton.jit
+def _gradient_rows(dout_ptr, places_ptr, patch_image_ids_ptr, row, cols, end, images, tokens, length, stride_ob,
+                   stride_os, C: tl.constexpr):
+    """The gradient that arrives at the patches `row`, 0 where they have no place; which have one, and their images."""
+    image = tl.load(patch_image_ids_ptr + tl.minimum(row, end - 1))
+    place = tl.load(places_ptr + row, mask=row < end, other=-1)
+    taken = (image >= 0) & (image < images) & (place >= 0) & (place < tokens)
+    at = place // length * stride_ob + place % length * stride_os
+    dout = tl.load(dout_ptr + at[:, None] + cols[None, :], mask=taken[:, None] & (cols < C)[None, :], other=0)
+    return dout, taken, image
+
+
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _embed_bwd(dout_ptr, patches_ptr, places_ptr, patch_image_ids_ptr, products_ptr, parts_ptr, images, rows, tokens,
                length, chunk, stride_ob, stride_os,
                C: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
                PRECISION: tl.constexpr):
     """dout^T @ patches of a chunk, for a tile of columns and elements.
 
-    The programs of the first elements also write each image's sum of dout.
+    The programs of the first elements also write each image's sum of dout. They read dout again for it, in a loop of
+    its own: Triton takes for granted that what a pipelined loop copies to shared memory for its product has no other
+    use, and would let the next rows take its place too early.
     """
     program = tl.program_id(2).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -118,31 +133,31 @@ def _embed_bwd(dout_ptr, patches_ptr, places_ptr, patch_image_ids_ptr, products_
     inside = cols < C
     first = tl.program_id(2) * chunk
     end = tl.minimum(first + chunk, rows)
-    acc, total = tl.zeros([BLOCK_C, BLOCK_D], tl.float32), tl.zeros([BLOCK_C], tl.float32)
-    current = tl.load(patch_image_ids_ptr + first)
+    acc = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
     for start in range(first, end, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
-        image = tl.load(patch_image_ids_ptr + tl.minimum(row, end - 1))
-        place = tl.load(places_ptr + row, mask=row < end, other=-1)
-        taken = (image >= 0) & (image < images) & (place >= 0) & (place < tokens)
-        at = place // length * stride_ob + place % length * stride_os
-        dout = tl.load(dout_ptr + at[:, None] + cols[None, :], mask=taken[:, None] & inside[None, :], other=0)
+        dout, taken, _ = _gradient_rows(dout_ptr, places_ptr, patch_image_ids_ptr, row, cols, end, images, tokens,
+                                        length, stride_ob, stride_os, C)
         patch = tl.load(patches_ptr + row[:, None].to(tl.int64) * D + d[None, :],
                         mask=taken[:, None] & (d < D)[None, :], other=0).to(dout.dtype)
         acc = tl.dot(tl.trans(dout), patch, acc, input_precision=PRECISION)
-        if tl.program_id(0) == 0:
+    products_ptr += (program * C + cols[:, None]) * D
+    tl.store(products_ptr + d[None, :], acc, mask=inside[:, None] & (d < D)[None, :])
+    if tl.program_id(0) == 0:
+        total, current = tl.zeros([BLOCK_C], tl.float32), tl.load(patch_image_ids_ptr + first)
+        for start in range(first, end, BLOCK_R):
+            row = start + tl.arange(0, BLOCK_R)
+            dout, _, image = _gradient_rows(dout_ptr, places_ptr, patch_image_ids_ptr, row, cols, end, images, tokens,
+                                            length, stride_ob, stride_os, C)
             for n in range(tl.min(image), tl.max(image) + 1):
                 if n != current:
                     tl.store(parts_ptr + (program + current + 1) * C + cols, total, mask=inside)
                     total, current = tl.zeros([BLOCK_C], tl.float32), n
                 total += tl.sum(tl.where((image == n)[:, None], dout, 0.0).to(tl.float32), 0)
-    if tl.program_id(0) == 0:
         tl.store(parts_ptr + (program + current + 1) * C + cols, total, mask=inside)
-    products_ptr += (program * C + cols[:, None]) * D
-    tl.store(products_ptr + d[None, :], acc, mask=inside[:, None] & (d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "chunk"])
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _embed_bwd_images(parts_ptr, offsets_ptr, dcondition_ptr, rows, chunk,
                       C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
     """Sum the slots of image n in the order of the chunks that wrote them."""
