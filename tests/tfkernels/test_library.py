@@ -44,18 +44,22 @@ class Recorded(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def calls_of(name):
-    """The operators that a public function and its backward call, with their arguments."""
-    function, arguments = {**CALLS, **MASKS}[name]()
+def leaves_of(name, arguments):
+    """The arguments that a public function has gradients of, which from now on require one."""
     constant = {"row_weight", "p", "q", "loss_weight", "signal", "noise", "cos", "sin", "eps"}
     constant |= set() if name in ("noise_patchify", "patchify_packed") else {"x0"}
     constant |= {"weight"} if name == "diffusion_loss" else set()
     if name == "qk_norm_rotary":
         constant -= {"q"}
-    for key, x in arguments.items():
-        x = x.values if isinstance(x, PackedLatents) else x
-        if key not in constant and isinstance(x, torch.Tensor) and x.is_floating_point():
-            x.requires_grad_()
+    values = {key: x.values if isinstance(x, PackedLatents) else x for key, x in arguments.items()}
+    return [x.requires_grad_() for key, x in values.items()
+            if key not in constant and isinstance(x, torch.Tensor) and x.is_floating_point()]
+
+
+def calls_of(name):
+    """The operators that a public function and its backward call, with their arguments."""
+    function, arguments = {**CALLS, **MASKS}[name]()
+    leaves_of(name, arguments)
     with Recorded() as recorded:
         outputs = function(**arguments)
         outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
