@@ -136,8 +136,8 @@ class Machine:
                     self._step(group)
         for thread, groups in self.bulk_stores.items():
             if any(groups):
-                raise Hazard(f"thread {thread} ends, and its block's shared memory with it, before it has waited for the "
-                             "copy engine to read what it stores")
+                raise Hazard(f"thread {thread} ends, and its block's shared memory with it, before it has waited for "
+                             "the copy engine to read what it stores")
 
     def _next(self) -> Group | None:
         """The group that goes on; None where the copy engine did something instead."""
