@@ -276,7 +276,8 @@ def page(kernels: list[Kernel], most: int, seconds: float) -> str:
     caught, same = sum(bool(one.how) for one in tried), sum(one.why in REASONS[:2] for one in tried)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     missed = [f"| `{one.kernel}` | {one.architecture} | {one.mutation.kind} | {one.mutation.line} | "
-              f"`{' '.join(one.mutation.before.split()).replace('|', ',')}` | {one.why} |" for one in tried if not one.how]
+              f"`{' '.join(one.mutation.before.split()).replace('|', ',')}` | {one.why} |"
+              for one in tried if not one.how]
     return f"""# What the emulator notices of broken kernels
 
 Written by `python -m tests.ptxrun.mutations --most {most}` on {datetime.date.today()} at {commit}, with Triton
