@@ -50,11 +50,27 @@ def load(o):
 
 
 def _fetch_global(machine, o, at, addresses, width, count, active):
+    return read_global(machine, lanes(at, active), addresses, width, count, "a load")
+
+
+def read_global(machine, threads, addresses, width: int, count: int, what: str):
+    """`count` numbers of `width` bytes for each thread, counted and looked at for races between blocks."""
     if machine.traffic:
-        machine.traffic.of_global("load", lanes(at, active), addresses, width * count)
-    if machine.conflicts:
-        machine.conflicts.read(machine.block_number[lanes(at, active)], addresses, width * count)
-    return machine.global_memory.load(addresses, width, count)
+        machine.traffic.of_global("load", threads, addresses, width * count)
+    if machine.block_races:
+        machine.block_races.read(machine.block_number[threads], addresses, width * count)
+    return machine.global_memory.load(addresses, width, count, what)
+
+
+def write_global(machine, threads, addresses, width: int, values, what: str):
+    """Store `values`, an array for each of the numbers that a thread writes; the counterpart of `read_global`."""
+    if machine.traffic:
+        machine.traffic.of_global("store", threads, addresses, width * len(values))
+    if machine.block_races:
+        machine.block_races.write(machine.block_number[threads], addresses, width, values)
+    machine.global_memory.store(addresses, width, values, what)
+    if machine.races:
+        one_value_each(machine.global_memory.load(addresses, width, len(values)), values, "global")
 
 
 def _fetch_shared(machine, o, at, addresses, width, count, active):
@@ -104,13 +120,7 @@ def store(o):
 
 
 def _put_global(machine, at, addresses, width, values, active):
-    if machine.traffic:
-        machine.traffic.of_global("store", lanes(at, active), addresses, width * len(values))
-    if machine.conflicts:
-        machine.conflicts.write(machine.block_number[lanes(at, active)], addresses, width, values)
-    machine.global_memory.store(addresses, width, values)
-    if machine.races:
-        one_value_each(machine.global_memory.load(addresses, width, len(values)), values, "global")
+    write_global(machine, lanes(at, active), addresses, width, values, "a store")
 
 
 def _put_shared(machine, at, addresses, width, values, active):

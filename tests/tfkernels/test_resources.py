@@ -14,6 +14,7 @@ import pytest
 import torch
 import triton
 
+from ptxrun.instructions import TABLE
 from tests.conftest import compiles
 from tests.resources import Resources, resources
 from tfkernels import _launch
@@ -130,6 +131,13 @@ def test_the_small_kernels_spill_nothing(name, architecture):
     warps = build.WARPS if kernel is build._mask_intervals else 4
     found = resources(kernel, constants, Config(0, 0, warps, 3), architecture=architecture, element_size=2)
     assert found.fit(architecture), found
+
+
+def test_a_kernel_with_an_instruction_that_is_not_emulated_fails_by_its_name(monkeypatch):
+    monkeypatch.setitem(TABLE, "setp", (None, ""))
+    kernel, constants = SMALL["bounds"]
+    with pytest.raises(AssertionError, match="_tile_bounds for sm_90.*setp"):
+        resources(kernel, constants, Config(0, 0, 4, 3), architecture=90, element_size=2)
 
 
 @pytest.mark.parametrize("capability,rows",
