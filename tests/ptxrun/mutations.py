@@ -270,11 +270,10 @@ def table(kernels: list[Kernel]) -> str:
     return "\n".join(lines)
 
 
-def page(kernels: list[Kernel], most: int, seconds: float) -> str:
+def page(kernels: list[Kernel], most: int, commit: str, seconds: float) -> str:
     """The result as a page."""
     tried = [one for kernel in kernels for one in kernel.outcomes]
     caught, same = sum(bool(one.how) for one in tried), sum(one.why in REASONS[:2] for one in tried)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     missed = [f"| `{one.kernel}` | {one.architecture} | {one.mutation.kind} | {one.mutation.line} | "
               f"`{' '.join(one.mutation.before.split()).replace('|', ',')}` | {one.why} |"
               for one in tried if not one.how]
@@ -309,13 +308,14 @@ def main():
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty holds NaN
     from tests.ptxrun.mutated import CASES, SM_90_ALONE  # imports the operators, which are then registered
     ptxrun.operators_on_cpu()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     began, kernels = time.process_time(), []
     for name in arguments.cases or CASES:
         for architecture in arguments.architectures:
             if architecture == "sm_90" or name not in SM_90_ALONE:
                 kernels += mutated(architecture, CASES[name], arguments.most)
         if arguments.out:
-            arguments.out.write_text(page(kernels, arguments.most, time.process_time() - began))
+            arguments.out.write_text(page(kernels, arguments.most, commit, time.process_time() - began))
     print(table(kernels))
 
 
