@@ -13,10 +13,11 @@ from tfkernels.attention.triton import decode
 
 
 class Launch(NamedTuple):
-    """A kernel by its name, and what the launch named: constants and options."""
+    """A kernel by its name, what the launch named (constants and options), and what was run."""
 
     kernel: str
     named: dict
+    ptx: str
 
 
 @contextlib.contextmanager
@@ -47,9 +48,9 @@ def emulated(architecture: str, **options):
     launches, run = [], JITFunction.run
 
     def recorded(kernel, *arguments, grid, warmup, **named):
-        result = run(kernel, *arguments, grid=grid, warmup=warmup, **named)
-        launches.append(Launch(kernel.__name__, named))
-        return result
+        compiled = run(kernel, *arguments, grid=grid, warmup=warmup, **named)
+        launches.append(Launch(kernel.__name__, named, compiled.asm["ptx"]))
+        return compiled
 
     with pytest.MonkeyPatch.context() as patch, cuda_implementations_on_cpu():
         patch.setattr(JITFunction, "run", recorded)
