@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import Config, lookup
+from tfkernels._launch import ROUNDED_PRODUCTS, Config, lookup
 from tfkernels._library import INTERPRET, result_like
 from tfkernels.attention.triton.forward import (
     base2_scores,
@@ -272,7 +272,7 @@ def attention_decode(
     if splits > 1:
         items = batch * heads * sq
         _attention_merge[(items,)](parts, parts_lse, sinks, out, lse, *out.stride()[:3], heads, sq, splits, items,
-                                   HEAD_DIM=dims["HEAD_DIM_V"], D=dims["D_V"], num_warps=4)
+                                   HEAD_DIM=dims["HEAD_DIM_V"], D=dims["D_V"], num_warps=4, **ROUNDED_PRODUCTS)
     return out, lse
 
 
