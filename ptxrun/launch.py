@@ -3,7 +3,7 @@ import functools
 import time
 from dataclasses import dataclass, field
 
-from ptxrun.conflicts import Conflicts, orders_blocks
+from ptxrun.block_races import BlockRaces, orders_blocks
 from ptxrun.machine import Machine
 from ptxrun.memory import GlobalMemory
 from ptxrun.ptx import parse
@@ -19,6 +19,11 @@ parsed = functools.lru_cache(parse)
 def machine(ptx: str, blocks: int, shared_size: int, schedule: Schedule, races: bool) -> Machine:
     """A machine for a kernel; the last few are kept, since decoding takes as long as a small launch."""
     return Machine(parsed(ptx), blocks, shared_size, schedule, races=races)
+
+
+def unknown_instructions(ptx: str) -> list[str]:
+    """What a kernel holds that is not emulated, found by decoding it; nothing is run."""
+    return Machine(parse(ptx), 1, 0, Schedule()).unknown
 
 
 @dataclass
@@ -44,7 +49,7 @@ class Emulation:
         padding = [bytes(8)] * (len(names) - len(parameters))  # scratch memory that a launch may leave out
         one.parameters = dict(zip(names, [*parameters, *padding]))
         one.global_memory = memory
-        one.conflicts = Conflicts(memory) if self.races and not orders_blocks(kernel) else None
+        one.block_races = BlockRaces(memory) if self.races and not orders_blocks(kernel) else None
         traffic = self.kernels.setdefault(kernel.name, Traffic())
         traffic.launches += 1
         one.traffic = traffic if self.count else None

@@ -9,8 +9,8 @@ import numpy as np
 
 from ptxrun.barriers import MBarriers, NamedBarrier, RegisterPool
 from ptxrun.errors import Deadlock, EmulationError, Hazard, Misuse, UnknownInstruction
-from ptxrun.instructions import decode
-from ptxrun.instructions.barrier import barrier_key
+from ptxrun.instructions import decode, parts_or_waits
+from ptxrun.instructions.barrier import barrier_key, note_use
 from ptxrun.instructions.copy import Copies
 from ptxrun.instructions.operands import Operands
 from ptxrun.instructions.wgmma import WARPGROUP, Products
@@ -33,16 +33,7 @@ class Run:
     ender: Instruction | None
     end: int  # index of the instruction behind
     touched: list[tuple[Instruction, frozenset]] = field(default_factory=list)  # registers, for hazards
-
-
-def ends_run(instruction: Instruction) -> bool:
-    """Whether threads may part or wait at an instruction."""
-    base, *rest = instruction.parts
-    if base in ("bar", "barrier"):
-        return rest[0] != "warp"
-    if base == "mbarrier":
-        return rest[0] in ("try_wait", "test_wait")
-    return base in ("bra", "brx", "ret", "exit", "trap", "setmaxnreg")
+    names: frozenset = frozenset()  # of all that are touched
 
 
 def ends_run_after(instruction: Instruction) -> bool:
@@ -63,7 +54,8 @@ class Machine:
         self.parameter_addresses = {name: PARAMETERS_AT + 4096 * i for i, (name, *_) in enumerate(kernel.parameters)}
         self.parameter_sizes = {name: max(1, n) * int(kind[1:]) // 8 for name, kind, n in kernel.parameters}
         self.parameters, self.global_memory = {}, GlobalMemory()
-        self.races, self.traffic, self.conflicts = None, None, None
+        self.races, self.traffic, self.block_races = None, None, None
+        self.unknown = []  # what is wrong with each instruction that is not emulated
         self.runs = self._decode()
 
     # decoding
@@ -83,7 +75,7 @@ class Machine:
         code = self.kernel.instructions
         starts = {0, *self.kernel.labels.values()}
         for i, instruction in enumerate(code):
-            if ends_run(instruction):
+            if parts_or_waits(instruction):
                 starts |= {i, i + 1}
             elif ends_run_after(instruction):
                 starts.add(i + 1)
@@ -91,11 +83,12 @@ class Machine:
         hazards = any(instruction.parts[0] == "wgmma" for instruction in code)
         runs = {}
         for start, end in zip(edges, edges[1:]):
-            ender = code[end - 1] if ends_run(code[end - 1]) else None
-            body = code[start:end - 1] if ender else code[start:end]
-            runs[start] = Run([(one, self._executable(one)) for one in body], ender, end)
+            steps = [(one, self._executable(one)) for one in code[start:end]]
+            ender = steps.pop()[0] if steps[-1][1] is None else None
+            runs[start] = Run(steps, ender, end)
             if hazards:
                 runs[start].touched = [(one, self._named(one)) for one in code[start:end] if one.parts[0] != "wgmma"]
+                runs[start].names = frozenset().union(*(names for _, names in runs[start].touched))
         return runs
 
     def _executable(self, instruction: Instruction):
@@ -104,6 +97,7 @@ class Machine:
             return decode(self, instruction)
         except UnknownInstruction as error:
             message = str(error)
+            self.unknown.append(message)
 
             def unknown(at):
                 raise UnknownInstruction(message)
@@ -140,9 +134,10 @@ class Machine:
                 group = self._next()
                 if group is not None:
                     self._step(group)
-        for groups in self.bulk_stores.values():
-            for deliver in [one for group in groups for one in group]:
-                deliver()
+        for thread, groups in self.bulk_stores.items():
+            if any(groups):
+                raise Hazard(f"thread {thread} ends, and its block's shared memory with it, before it has waited for "
+                             "the copy engine to read what it stores")
 
     def _next(self) -> Group | None:
         """The group that goes on; None where the copy engine did something instead."""
@@ -173,6 +168,8 @@ class Machine:
         run, at = self.runs[group.at], group.slice
         if self.products.in_flight:
             self._check_hazards(group, run)
+        if run.touched:
+            self.products.touch(group.warps, run.end, run.names)
         here = run.ender
         try:
             for instruction, execute in run.steps:
@@ -233,9 +230,7 @@ class Machine:
 
     def _barrier(self, group: Group, instruction: Instruction, end: int):
         """bar and barrier, .sync and .arrive."""
-        action = next((part for part in instruction.parts[1:] if part not in ("cta", "aligned")), "")
-        if action not in ("sync", "arrive") or instruction.predicate:
-            raise UnknownInstruction(f"not emulated: {instruction}")
+        action = "arrive" if "arrive" in instruction.parts else "sync"
         if group.low % 32 or group.high % 32:
             raise Misuse(f"{group}, part of a warp, come to a barrier for whole warps")
         operands, threads = Operands(self, instruction), self.kernel.threads
@@ -273,17 +268,21 @@ class Machine:
         blocks = np.arange(at.start, at.stop) // self.kernel.threads
         keys = np.stack([blocks, addresses, parity & 1])
         different = np.flatnonzero((keys[:, 1:] != keys[:, :-1]).any(0)) + 1
-        if len(different):
-            self.threads.cut(group, [at.start + int(i) for i in different])
-            return
-        key = barrier_key(self, at.start, int(addresses[0]))
-        if not self.mbarriers.passed(key, int(parity[0]) & 1):
-            group.waits = ("an mbarrier", key, int(parity[0]) & 1)
+        for part in self.threads.cut(group, [at.start + int(i) for i in different]):
+            first = part.low - at.start
+            self._wait_for(part, instruction, end, int(addresses[first]), int(parity[first]) & 1)
+
+    def _wait_for(self, group: Group, instruction: Instruction, end: int, address: int, parity: int):
+        """Threads of one block that wait for one phase."""
+        key = barrier_key(self, group.low, address)
+        if not self.mbarriers.passed(key, parity):
+            group.waits = ("an mbarrier", key, parity)
             return
         group.waits = None
         if self.races:
             self.races.acquire(group.warps, key)
-        operands.write(0, "pred")(at, np.ones(at.stop - at.start, bool))
+            note_use(self, np.arange(group.low, group.high), address, write=False)
+        Operands(self, instruction).write(0, "pred")(group.slice, np.ones(group.high - group.low, bool))
         group.at = end
 
     def _block_edges(self, group: Group) -> range:

@@ -15,6 +15,7 @@ DTYPES = {
 }
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
+NAN = np.uint32(0x7FFFFFFF).view(np.float32)
 FLOATS = ("f16", "f32", "f64", "bf16")
 
 
@@ -86,6 +87,12 @@ def fma32(a, b, c):
         towards = np.where(lost > 0, np.inf, -np.inf)
         total = np.where(half & (lost != 0), np.nextafter(total, towards), total)
     return total.astype(np.float32)
+
+
+def canonical(x):
+    """float32 with the one NaN that arithmetic gives, whichever NaN went in."""
+    bad = x != x
+    return np.where(bad, NAN, x) if bad.any() else x
 
 
 def flush(x):

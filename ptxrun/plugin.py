@@ -1,9 +1,15 @@
 """pytest -p ptxrun.plugin --emulate sm_90: tests on a machine without a GPU run the kernels' compiled PTX.
 
 The driver is in place before any conftest.py is imported. Operators of `torch.library.custom_op` run their CUDA
-implementation on CPU tensors. At the end each kernel's launches are listed.
+implementation on CPU tensors. At the end each kernel's launches are listed. With `--results FILE` each test leaves a
+line of JSON as it ends, and what has one is not run again, so that a run that was stopped goes on where it was.
 """
+import collections
 import contextlib
+import json
+import os
+import signal
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +24,10 @@ def pytest_addoption(parser):
     group.addoption("--schedule", default="late", choices=("early", "late", "random"),
                     help="with --emulate: when asynchronous copies and products are done")
     group.addoption("--seed", type=int, default=0, help="with --schedule random: which order")
+    group.addoption("--results", type=Path, metavar="FILE",
+                    help="with --emulate: a line of JSON for each test; tests that FILE holds are left out")
+    group.addoption("--limit", type=float, default=0.0, metavar="SECONDS",
+                    help="with --emulate: skip the rest of a test that takes more of the processor's time")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -30,6 +40,15 @@ def pytest_load_initial_conftests(early_config):
         emulation = stack.enter_context(
             emulate(options.emulate, races=options.races, schedule=options.schedule, seed=options.seed))
         early_config.stash[SESSION] = stack, emulation
+
+
+def pytest_configure(config):
+    """Add what `--results` and `--limit` ask for."""
+    if SESSION in config.stash:
+        if config.option.results:
+            config.pluginmanager.register(Results(config, config.stash[SESSION][1]))
+        if config.option.limit:
+            config.pluginmanager.register(Limit(config.option.limit))
 
 
 def pytest_collection_finish(session):
@@ -53,3 +72,101 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section(f"kernels emulated on sm_{emulation.architecture}")
     for name, counts in sorted(emulation.kernels.items()):
         terminalreporter.write_line(f"{name}: {counts.launches} launches, {emulation.seconds.get(name, 0):.1f} s")
+
+
+class Limit:
+    """A test that takes too much of the processor's time is skipped, and says so."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item):
+        """Let the test run until the alarm."""
+        def stop(number, frame):
+            pytest.skip(f"longer than {self.seconds:g} seconds of the processor")
+        before = signal.signal(signal.SIGPROF, stop)
+        signal.setitimer(signal.ITIMER_PROF, self.seconds)
+        try:
+            return (yield)
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.signal(signal.SIGPROF, before)
+
+
+class Results:
+    """The file of `--results`: of each test its name, outcome, seconds, launches by kernel, and its error or reason."""
+
+    def __init__(self, config, emulation):
+        self.path, self.emulation = config.option.results, emulation
+        self.writes = "PYTEST_XDIST_WORKER" not in os.environ  # the process that hears of all tests
+        self.before, self.current = {}, {}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config, items):
+        """Leave out the tests that have a line, and let one case of each test come before its second one."""
+        if self.writes:
+            self._write({"collected": len(items)})
+        done, turns, turn_of = {line["test"] for line in lines(self.path)}, collections.Counter(), {}
+        for item in reversed(items):  # a test's last case first: it tends to be the richest
+            test = item.nodeid.partition("[")[0]
+            turns[test] += 1
+            turn_of[item] = turns[test]
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
+        items[:] = sorted((item for item in items if item.nodeid not in done), key=turn_of.get)
+
+    def _launches(self) -> dict[str, int]:
+        return {name: counts.launches for name, counts in self.emulation.kernels.items()}
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self):
+        """Remember what was launched before a test."""
+        self.before = self._launches()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_teardown(self, item):
+        """Give the launches of a test to its report, which may be read in another process."""
+        launches = {name: n - self.before.get(name, 0) for name, n in self._launches().items()}
+        item.user_properties.append(("launches", {name: n for name, n in launches.items() if n}))
+
+    def pytest_runtest_logreport(self, report):
+        """Gather the reports of a test's setup, call and teardown; write its line with the last."""
+        line = self.current.setdefault(report.nodeid, {"test": report.nodeid, "outcome": "passed", "seconds": 0.0})
+        line["seconds"] = round(line["seconds"] + report.duration, 2)
+        if report.outcome != "passed" and line["outcome"] != "failed":
+            line |= {"outcome": report.outcome, "why": why(report)}
+        if report.when == "teardown" and self.writes:
+            line["launches"] = dict(report.user_properties).get("launches", {})
+            self._write(self.current.pop(report.nodeid))
+
+    def _write(self, line: dict):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(f"\n{json.dumps(line)}")  # so that a line that a kill cut short does not reach into the next
+
+
+def why(report) -> str:
+    """The reason of a skip, or the error in a few lines."""
+    if report.skipped and isinstance(report.longrepr, tuple):
+        return report.longrepr[2]
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return (crash.message if crash else str(report.longrepr))[:2000]
+
+
+def _read(path: Path) -> list[dict]:
+    """What a file of `--results` holds; a line that a kill cut short counts as none."""
+    found = []
+    for text in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(text))
+    return found
+
+
+def lines(path: Path) -> list[dict]:
+    """The tests that a file of `--results` holds."""
+    return [line for line in _read(path) if "test" in line]
+
+
+def collected(path: Path) -> int:
+    """How many tests there were to run when a file of `--results` was last written to."""
+    return next((line["collected"] for line in reversed(_read(path)) if "collected" in line), 0)

@@ -5,13 +5,18 @@ asynchronous products (wgmma), and every mbarrier's phases. Barriers join clocks
 phase lets a warp see them. A byte remembers who wrote it last and who read it since, and when. So a race is found in
 whatever order the emulator happens to run the warps, as long as both accesses happen in the run.
 
+Threads of one warp are ordered by barriers, `bar.warp.sync` among them, and by nothing else. For them a byte remembers
+which lane wrote and read it last, and after how many barriers of its warp.
+
 Two proxies see shared memory: wgmma and TMA do not see ordinary stores before `fence.proxy.async` of the warp that
-stored. The order of threads within one warp is taken for granted.
+stored.
 """
 import numpy as np
 
 from ptxrun.errors import Race
 from ptxrun.threads import WARP
+
+SEVERAL = -1  # in place of a lane
 
 
 class Races:
@@ -25,6 +30,9 @@ class Races:
         self.clock[np.arange(warps), np.arange(warps)] = 1
         self.writer, self.written = np.zeros(size, np.int64), np.zeros(size, np.int64)
         self.read = np.zeros((3 * warps, size), np.int64)   # when each warp, copy or product last read a byte
+        self.meetings = np.zeros(warps, np.int64)           # of each warp's lanes at a barrier, so far
+        self.writing_lane, self.written_at = np.zeros(size, np.int16), np.full(size, -1, np.int64)
+        self.reading_lane, self.read_at = np.zeros((warps, size), np.int16), np.full((warps, size), -1, np.int64)
         self.unfenced = np.zeros(size, np.int16)            # 1 + the warp whose ordinary store no proxy fence follows
         self.copy_groups = np.zeros(warps, np.int64)        # of cp.async, closed so far
         self.product_groups = np.zeros(warps, np.int64)     # of wgmma, closed so far
@@ -32,34 +40,52 @@ class Races:
 
     # what reads and writes
 
-    def access(self, lanes, places, size: int, *, write: bool, copy: bool = False, same=None):
-        """Threads `lanes` read or write `size` bytes at `places`, as themselves or by cp.async.
+    def access(self, threads, places, size: int, *, write: bool, copy: bool = False, same=None, whole: bool = False):
+        """Threads read or write `size` bytes at `places`, as themselves or by cp.async.
 
         same: where the value that is written stands there already; such a write does not hurt one before it.
+        whole: the warp does it as one, so that what a thread names is every lane's.
         """
         touched = places[:, None] + np.arange(size)
-        by_warp = [(warp, touched[lanes // WARP == warp]) for warp in np.unique(lanes // WARP)]
-        for warp, bytes_ in by_warp:
+        lanes = np.full(len(threads), SEVERAL) if whole else threads % WARP
+        by_warp = [(warp, threads // WARP == warp) for warp in np.unique(threads // WARP)]
+        for warp, mine in by_warp:
             if write:
-                changed = touched[(lanes // WARP == warp) & ~same] if same is not None else bytes_
-                self._after_writes(warp, changed.reshape(-1), "a write")
-                self._after_reads(warp, bytes_.reshape(-1), "a write")
+                changed = mine & ~same if same is not None else mine
+                self._after_writes(warp, touched[changed].reshape(-1), "a write")
+                self._after_reads(warp, touched[mine].reshape(-1), "a write")
+                self._after_lanes(warp, lanes[changed], touched[changed], "a write")
+                self._before_lanes(warp, lanes[changed], touched[changed])
             else:
-                self._after_writes(warp, bytes_.reshape(-1), "a read")
-        for warp, bytes_ in by_warp:
+                self._after_writes(warp, touched[mine].reshape(-1), "a read")
+                self._after_lanes(warp, lanes[mine], touched[mine], "a read")
+        for warp, mine in by_warp:
+            bytes_, lane = touched[mine], lanes[mine][:, None]
             if not write:
+                self._note_lanes(warp, lane, bytes_)
                 self.read[warp, bytes_] = self.clock[warp, warp]
                 continue
             self.writer[bytes_] = self.copies + warp if copy else warp
             self.written[bytes_] = self.copy_groups[warp] + 1 if copy else self.clock[warp, warp]
+            self.writing_lane[bytes_], self.written_at[bytes_] = lane, self.meetings[warp]
             self.unfenced[bytes_] = warp + 1
+
+    def _note_lanes(self, warp: int, lane, bytes_):
+        """Which lane read a byte since the lanes last met; SEVERAL where another one did too."""
+        again = self.read_at[warp, bytes_] == self.meetings[warp]
+        other = again & (self.reading_lane[warp, bytes_] != lane)
+        self.reading_lane[warp, bytes_] = lane  # where lanes read one byte together, one of them stays
+        together = self.reading_lane[warp, bytes_] != lane
+        self.reading_lane[warp, bytes_[other | together]] = SEVERAL
+        self.read_at[warp, bytes_] = self.meetings[warp]
 
     def product_reads(self, warps: range, bytes_):
         """An asynchronous product of a warpgroup (or of a warp of it) reads shared memory."""
         seen = self.clock[warps.start:warps.stop].min(0)
         self._after_writes(warps.start, bytes_, "an asynchronous product's read", seen)
         self._fenced(warps.start, bytes_, "an asynchronous product")
-        self.read[self.products + warps.start, bytes_] = self.product_groups[warps.start] + 1
+        for warp in warps:
+            self.read[self.products + warp, bytes_] = self.product_groups[warp] + 1
 
     def bulk_write(self, warp: int, bytes_, key, phase: int):
         """The copy engine writes, and completes phase `phase` of an mbarrier with it."""
@@ -80,6 +106,11 @@ class Races:
         warps = sorted(set(warps))
         self.clock[warps] = self.clock[warps].max(0)
         self.clock[warps, warps] += 1
+        self.meetings[warps] += 1
+
+    def warp_barrier(self, warps):
+        """bar.warp.sync: the lanes of each warp meet."""
+        self.meetings[list(warps)] += 1
 
     def fence(self, warps):
         """fence.proxy.async: what these warps stored may be read by products and the copy engine."""
@@ -96,15 +127,15 @@ class Races:
             entry = self.copies + warp
             self.clock[warp, entry] = max(self.clock[warp, entry], self.copy_groups[warp] - pending)
 
-    def close_products(self, warp: int):
-        """wgmma.commit_group; `warp` is the first of its warpgroup."""
-        self.product_groups[warp] += 1
+    def close_products(self, warps: range):
+        """wgmma.commit_group"""
+        self.product_groups[list(warps)] += 1
 
     def wait_products(self, warps: range, pending: int):
-        """wgmma.wait_group"""
-        entry = self.products + warps.start
-        seen = self.product_groups[warps.start] - pending
-        self.clock[warps, entry] = np.maximum(self.clock[warps, entry], seen)
+        """wgmma.wait_group: each warp has seen its own part of the products, not that of its warpgroup's others."""
+        for warp in warps:
+            entry = self.products + warp
+            self.clock[warp, entry] = max(self.clock[warp, entry], self.product_groups[warp] - pending)
 
     def init_mbarrier(self, key):
         """An mbarrier is there, and nobody has arrived."""
@@ -148,6 +179,26 @@ class Races:
         if bad.any():
             entry, at = np.argwhere(bad)[0]
             self._fail(warp, bytes_[at], what, f"the read of {self._name(int(entry))}")
+
+    def _after_lanes(self, warp: int, lanes, bytes_, what: str):
+        """Another lane's write since the lanes last met is not ordered before this access."""
+        ours = np.isin(self.writer[bytes_], (warp, self.copies + warp))
+        since_then = ours & (self.written_at[bytes_] == self.meetings[warp])
+        self._lanes_differ(since_then & self._others(self.writing_lane[bytes_], lanes), warp, bytes_, what, "write")
+
+    def _before_lanes(self, warp: int, lanes, bytes_):
+        """Nor is another lane's read since then before a write."""
+        ours = self.read_at[warp, bytes_] == self.meetings[warp]
+        self._lanes_differ(ours & self._others(self.reading_lane[warp, bytes_], lanes), warp, bytes_, "a write", "read")
+
+    @staticmethod
+    def _others(before, lanes):
+        return (before != lanes[:, None]) | (before == SEVERAL)
+
+    def _lanes_differ(self, bad, warp: int, bytes_, what: str, other: str):
+        if bad.any():
+            raise Race(f"{what} of byte {int(bytes_[bad][0])} of shared memory by a lane of warp {warp} is not ordered "
+                       f"after another lane's {other}: no barrier is between them")
 
     def _fenced(self, warp: int, bytes_, who: str):
         if self.unfenced[bytes_].any():

@@ -13,6 +13,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ptxrun import unknown_instructions
 from tfkernels._launch import SHARED_LIMIT, Config
 
 INT32 = (
@@ -25,6 +26,7 @@ FLOAT32 = (
     "parts_ptr", "signal_ptr", "noise_ptr", "loss_ptr", "dloss_ptr", "sums_ptr", "mean_ptr", "means_ptr", "rstd_ptr",
     "statistics_ptr", "base_ptr", "base_parts_ptr", "ws_ptr", "ratio_ptr", "x0_factor_ptr", "eps_factor_ptr")
 ELEMENT = {2: "bf16", 4: "fp32"}
+EMULATED = (80, 90)  # architectures whose instructions ptxrun knows; every kernel that is compiled for them is decoded
 TENSOR_CORE = re.compile(r"^\s*(?:@%\w+ )?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", re.MULTILINE)
 LOCAL_MEMORY = re.compile(r"\b(?:STL|LDL)\b")
 BUTTERFLY = re.compile(r"\bshfl\.sync\.bfly\.b32\s+(%\w+)")
@@ -122,6 +124,8 @@ def resources(kernel, constants: dict, config: Config, *, architecture: int, ele
     says ROUNDED_PRODUCTS.
     """
     built = compiled(kernel, constants, config, architecture, ELEMENT[element_size], float32, fuses)
+    if architecture in EMULATED and (unknown := unknown_instructions(built.asm["ptx"])):
+        raise AssertionError(f"{kernel.__name__} for sm_{architecture}: {unknown}")
     registers, spills = registers_and_spills(built.asm["cubin"])
     ptx = built.asm["ptx"]
     found = [m.strip().split(" ")[-1] for m in TENSOR_CORE.findall(ptx)]

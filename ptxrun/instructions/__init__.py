@@ -51,6 +51,7 @@ TABLE = {
     "shr": (logic.shift, f"b16 b32 b64 {INTEGERS}"),
     "shf": (logic.funnel_shift, "l r wrap clamp b32"),
     "bfe": (logic.extract, "u32 s32 u64 s64"),
+    "bfi": (logic.insert, "b32 b64"),
     "prmt": (logic.permute, "b32"),
     "lop3": (logic.lookup, "b32"),
     **dict.fromkeys(("popc", "clz", "brev"), (logic.count_bits, "b32 b64")),
@@ -59,17 +60,17 @@ TABLE = {
     "selp": (logic.select, f"b16 b32 b64 f32 f64 {INTEGERS}"),
     "mov": (logic.move, f"{BITS} {INTEGERS} f32 f64"),
     "cvta": (logic.move, "to global shared param u32 u64"),
-    "cvt": (convert.convert, f"rn rna rzi rni rmi rpi ftz sat relu satfinite tf32 s8 u8 {INTEGERS} f16 f32 f64 bf16 "
+    "cvt": (convert.convert, f"rn rna rzi rni rmi rpi ftz sat relu tf32 s8 u8 {INTEGERS} f16 f32 f64 bf16 "
                              "f16x2 bf16x2"),
     # memory
     "ld": (memory.load, f"{SPACES} param v2 v4 v8 {TYPES} {SCOPES} {CACHING}"),
     "st": (memory.store, f"{SPACES} v2 v4 v8 {TYPES} {SCOPES} {CACHING}"),
-    "atom": (memory.atomic, f"{SPACES} {SCOPES} add max min and or xor exch cas inc dec {TYPES} f16 bf16 f16x2 bf16x2 "
+    "atom": (memory.atomic, f"{SPACES} {SCOPES} add max min and or xor exch cas inc {TYPES} f16 bf16 f16x2 bf16x2 "
                             "noftz v2 v4 v8"),
-    "red": (memory.atomic, f"{SPACES} {SCOPES} add max min and or xor inc dec {TYPES} f16 bf16 f16x2 bf16x2 noftz "
+    "red": (memory.atomic, f"{SPACES} {SCOPES} add max min and or xor inc {TYPES} f16 bf16 f16x2 bf16x2 noftz "
                            "v2 v4 v8"),
     "createpolicy": (memory.cache_hint, "fractional L2::evict_last L2::evict_first L2::evict_normal b64"),
-    "prefetch": (barrier.nothing, f"global L1 L2 {CACHING} tensormap"),
+    "prefetch": (barrier.nothing, f"global L1 L2 {CACHING} tensormap"),                  # a hint
     # warps
     "shfl": (warp.shuffle, "sync bfly idx up down b32"),
     "vote": (warp.vote, "sync any all uni ballot pred b32"),
@@ -77,12 +78,12 @@ TABLE = {
     "elect": (warp.elect, "sync"),
     "activemask": (warp.active_mask, "b32"),
     # order and waiting
-    "bar.warp": (barrier.nothing, "sync"),
+    "bar.warp": (barrier.warp_barrier, "sync"),
     "fence": (barrier.fence, f"{SCOPES} proxy async async::generic shared::cta shared::cluster global tensormap "
                              "tensormap::generic mbarrier_init cluster"),
-    "membar": (barrier.nothing, "gl cta sys"),
-    "nanosleep": (barrier.nothing, "u32"),
-    "griddepcontrol": (barrier.nothing, "wait launch_dependents"),
+    "membar": (barrier.nothing, "gl cta sys"),                                           # memory is never late
+    "nanosleep": (barrier.nothing, "u32"),                                               # time does not pass
+    "griddepcontrol": (barrier.nothing, "wait launch_dependents"),                       # launches follow each other
     "mbarrier": (barrier.mbarrier, "init inval arrive expect_tx shared shared::cta b64 release relaxed cta"),
     # asynchronous copies
     "cp.async": (copy.copy, "ca cg shared shared::cta global commit_group wait_group wait_all L2::64B L2::128B "
@@ -99,7 +100,32 @@ TABLE = {
     "mma": (matrix.multiply, "sync aligned m16n8k16 m16n8k8 row col f32 f16 bf16 tf32"),
     "wgmma": (wgmma.wgmma, "fence mma_async commit_group wait_group sync aligned f32 f16 bf16 tf32"),
 }
+# At these threads part or wait; the machine executes them itself.
+CONTROL = {
+    **dict.fromkeys(("bra", "ret"), "uni"),
+    **dict.fromkeys(("exit", "trap"), ""),
+    "brx": "idx uni",
+    **dict.fromkeys(("bar", "barrier"), "sync arrive cta aligned"),
+    "mbarrier": "try_wait test_wait parity acquire relaxed cta shared shared::cta b64",
+    "setmaxnreg": "inc dec sync aligned u32",
+}
+# What all threads of a warp, or of a block, execute together. A predicate would have to part them; it is refused.
+UNGUARDED = (
+    "bar.", "barrier", "brx", "setmaxnreg", "mbarrier.try_wait", "mbarrier.test_wait", "fence.proxy.async",
+    "shfl", "vote", "redux", "elect", "activemask", "ldmatrix", "stmatrix", "mma", "wgmma",
+    *(f"cp.async.{action}" for action in ("commit_group", "wait_group", "wait_all")),
+    *(f"cp.async.bulk.{action}" for action in ("commit_group", "wait_group")))
 PRODUCT_SHAPE = re.compile(r"m64n\d+k\d+")
+
+
+def parts_or_waits(instruction) -> bool:
+    """Whether an instruction is one of CONTROL."""
+    base, *rest = instruction.parts
+    if base == "bar":
+        return rest[0] != "warp"
+    if base == "mbarrier":
+        return rest[0] in ("try_wait", "test_wait")
+    return base in CONTROL
 
 
 def entry(instruction):
@@ -114,12 +140,23 @@ def entry(instruction):
 
 
 def decode(machine, instruction):
-    """The function of a slice of threads that executes an instruction."""
-    decoder, strange = entry(instruction)
+    """The function of a slice of threads that executes an instruction; None for one that the machine executes."""
+    if parts_or_waits(instruction):
+        understood = CONTROL[instruction.parts[0]].split()
+        decoder, strange = no_function, [part for part in instruction.parts[1:] if part not in understood]
+    else:
+        decoder, strange = entry(instruction)
     if decoder is None or strange:
         raise UnknownInstruction(f"not emulated{f' (.{strange[0]})' if strange else ''}: {instruction}")
     operands = Operands(machine, instruction)
+    if operands.guarded and instruction.opcode.startswith(UNGUARDED):
+        raise operands.unknown("a predicate")
     try:
         return decoder(operands)
-    except (KeyError, IndexError, StopIteration, AttributeError) as error:
+    except (KeyError, IndexError) as error:  # a type that is in no table, an operand that is not there
         raise operands.unknown(repr(error)) from error
+
+
+def no_function(operands):
+    """The decoder of what the machine executes."""
+    return None

@@ -10,6 +10,7 @@ from ptxrun.numbers import (
     SIGNED,
     UNSIGNED,
     bf16_to_f32,
+    canonical,
     flush,
     fma32,
     halves,
@@ -32,6 +33,8 @@ APPROXIMATE = {
 
 def arithmetic(o):
     """add, sub, mul, mad, fma, div, rem, min, max, neg, abs of any type."""
+    if o.has("relu") and o.type != "s32" or o.has("ftz") and o.type != "f32":
+        raise o.unknown("this modifier of this type")
     if o.type in ("f16x2", "bf16x2", "s16x2", "u16x2"):
         return _packed(o)
     if o.type == "bf16":
@@ -47,8 +50,11 @@ def apply(operation, reads, write):
     if len(reads) == 2:
         a, b = reads
         return lambda at: write(at, operation(a(at), b(at)))
-    a, b, c = reads
-    return lambda at: write(at, operation(a(at), b(at), c(at)))
+    if len(reads) == 3:
+        a, b, c = reads
+        return lambda at: write(at, operation(a(at), b(at), c(at)))
+    a, b, c, d = reads
+    return lambda at: write(at, operation(a(at), b(at), c(at), d(at)))
 
 
 def _float_operation(o):
@@ -70,6 +76,9 @@ def _floating(o):
     if o.has("ftz"):
         rounded = operation
         operation = lambda *x: flush(rounded(*(flush(value) for value in x)))  # noqa: E731
+    if o.type == "f32" and o.parts[0] not in ("neg", "abs"):
+        computed = operation
+        operation = lambda *x: canonical(computed(*x))  # noqa: E731
     return apply(operation, reads, o.write())
 
 

@@ -9,7 +9,7 @@ def mbarrier(o):
     action = o.parts[1]
     if action in ("init", "inval"):
         return _init(o) if action == "init" else _inval(o)
-    if action == "arrive" and not o.has("noComplete") or action == "expect_tx":
+    if action in ("arrive", "expect_tx"):
         return _arrive(o)
     raise o.unknown()
 
@@ -17,6 +17,13 @@ def mbarrier(o):
 def barrier_key(machine, thread: int, address: int) -> tuple[int, int]:
     """(block, address): the name of an mbarrier."""
     return thread // machine.kernel.threads, address
+
+
+def note_use(machine, threads, address: int, *, write: bool):
+    """For the search for races: threads use an mbarrier, or (write) make or unmake it."""
+    if machine.races:
+        places = machine.shared.base[threads] + address
+        machine.races.access(threads, places, 8, write=write)
 
 
 def _init(o):
@@ -27,6 +34,7 @@ def _init(o):
             key = barrier_key(machine, int(thread), int(where))
             machine.shared.places(np.array([where]), 0, 8, "an mbarrier")
             machine.mbarriers.init(key, int(n))
+            note_use(machine, np.array([thread]), int(where), write=True)
             if machine.races:
                 machine.races.init_mbarrier(key)
     return run
@@ -38,13 +46,14 @@ def _inval(o):
     def run(at):
         for thread, where in zip(o.lanes(at), *o.selected(at, address)):
             machine.mbarriers.invalidate(barrier_key(machine, int(thread), int(where)))
+            note_use(machine, np.array([thread]), int(where), write=True)
     return run
 
 
 def _arrive(o):
     """The state that arrive returns is the phase; Triton waits by parity and throws it away."""
     machine, expects = o.machine, o.has("expect_tx")
-    first = next(i for i, text in enumerate(o.texts) if text.startswith("["))
+    first = 0 if o.texts[0].startswith("[") else 1
     address = o.address(first)
     amount = o.read(first + 1, "u32") if len(o.texts) > first + 1 else lambda at: np.uint32(1)
     arrives = o.parts[1] == "arrive"
@@ -53,6 +62,7 @@ def _arrive(o):
     def run(at):
         for thread, where, n in zip(o.lanes(at), *o.selected(at, address, amount)):
             key = barrier_key(machine, int(thread), int(where))
+            note_use(machine, np.array([thread]), int(where), write=False)
             if machine.races and arrives:
                 machine.races.release(int(thread) // 32, key)
             change_mbarrier(machine, key, (1 if expects else int(n)) if arrives else 0, int(n) if expects else 0)
@@ -77,6 +87,16 @@ def fence(o):
     def run(at):
         if machine.races:
             machine.races.fence(range(at.start // 32, -(-at.stop // 32)))
+    return run
+
+
+def warp_barrier(o):
+    """bar.warp.sync: lanes of a warp meet, which are never apart here but for the search for races."""
+    machine = o.machine
+
+    def run(at):
+        if machine.races:
+            machine.races.warp_barrier(range(at.start // 32, -(-at.stop // 32)))
     return run
 
 

@@ -12,10 +12,12 @@ def convert(o):
     target, source = o.parts[-2:]
     if target in ("f16x2", "bf16x2") and source == "f32":
         return _convert_pair(o, target)
-    if target == "tf32" and source == "f32":
+    if target == "tf32" and source == "f32" and o.has("rna") and not o.has("relu"):
         return apply(_to_tf32, [o.read(1, "b32")], o.write(0, "b32"))
-    if target not in DTYPES or source not in DTYPES or "x2" in target + source:
+    if target not in DTYPES or source not in DTYPES or "x2" in target + source or "tf32" in (target, source):
         raise o.unknown()
+    if o.has("relu") and target not in ("f16", "bf16") or o.has("sat") and is_float(target) != is_float(source):
+        raise o.unknown("this modifier of this type")
     value = _read(o, source)
     if is_float(source):
         return _from_float(o, value, target, source)

@@ -1,6 +1,7 @@
 """cp.async: copies from global to shared memory that are done some time between their issue and the wait for them."""
 import numpy as np
 
+from ptxrun.instructions.memory import read_global
 from ptxrun.numbers import UNSIGNED
 
 
@@ -35,7 +36,8 @@ def copy(o):
 def _issue(o):
     """Copy `size` bytes, of which the last operand may say how many are read; the others become zeros."""
     target, source, size = o.address(0), o.address(1), o.constant(2)
-    read_size = o.read(3, "u32") if len(o.texts) > 3 and "L2" not in o.texts[3] else lambda at: np.uint32(size)
+    sizes = o.texts[3:-1] if o.has("L2::cache_hint") else o.texts[3:]
+    read_size = o.read_text(sizes[0], "u32") if sizes else lambda at: np.uint32(size)
     part = min(size, 8)
     machine = o.machine
 
@@ -49,7 +51,7 @@ def _issue(o):
         if machine.races:
             machine.races.access(threads, places, size, write=True, copy=True)
         if machine.traffic:
-            machine.traffic.of_shared("copy", threads, targets, size)
+            machine.traffic.of_shared(threads, targets, size)
         if machine.schedule.at_once(machine.coin):
             machine.shared.store(places, part, values)
         else:
@@ -63,14 +65,12 @@ def _read(machine, threads, sources, taken, size: int, part: int):
     values = [np.zeros(len(sources), UNSIGNED[part]) for _ in range(count)]
     whole = taken == size
     if whole.any():
-        if machine.traffic:
-            machine.traffic.of_global("load", threads[whole], sources[whole], size)
-        if machine.conflicts:
-            machine.conflicts.read(machine.block_number[threads[whole]], sources[whole], size)
-        for value, found in zip(values, machine.global_memory.load(sources[whole], part, count, "cp.async")):
-            value[whole] = found
+        found = read_global(machine, threads[whole], sources[whole], part, count, "cp.async")
+        for value, word in zip(values, found):
+            value[whole] = word
     for i in np.flatnonzero(~whole & (taken > 0)):
-        some = machine.global_memory.load(sources[i] + np.arange(int(taken[i])), 1, 1, "cp.async")[0]
+        bytes_ = sources[i] + np.arange(int(taken[i]))
+        some = read_global(machine, np.full(len(bytes_), threads[i]), bytes_, 1, 1, "cp.async")[0]
         padded = np.zeros(size, np.uint8)
         padded[:len(some)] = some
         for value, word in zip(values, padded.view(UNSIGNED[part])):

@@ -4,7 +4,7 @@ import re
 import numpy as np
 
 from ptxrun.instructions.arithmetic import apply
-from ptxrun.numbers import DTYPES, UNSIGNED, bf16_to_f32, is_float, size
+from ptxrun.numbers import DTYPES, UNSIGNED, bf16_to_f32, flush, is_float, size
 from ptxrun.ptx import members
 
 COMBINE = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
@@ -57,6 +57,19 @@ def extract(o):
         inside = np.where(start + length > bits, x >> np.minimum(start, bits - 1).astype(wide), inside)
         return np.where(length == 0, wide(0), inside).astype(DTYPES[o.type])
     return apply(field, [o.read(1), o.read(2, "u32"), o.read(3, "u32")], o.write())
+
+
+def insert(o):
+    """bfi: the lower bits of the first operand as a field of the second one; what lies beyond the width is cut off."""
+    bits, dtype = 8 * size(o.type), DTYPES[o.type]
+
+    def inserted(field, x, start, length):
+        start, length = (np.asarray(v & np.uint32(255)) for v in (start, length))
+        ones = np.where(length < bits, (dtype(1) << np.minimum(length, bits - 1).astype(dtype)) - dtype(1), ~dtype(0))
+        mask = np.where(start < bits, ones << np.minimum(start, bits - 1).astype(dtype), dtype(0))
+        return x & ~mask | field << np.minimum(start, bits - 1).astype(dtype) & mask
+    reads = [o.read(1), o.read(2), o.read(3, "u32"), o.read(4, "u32")]
+    return apply(inserted, reads, o.write())
 
 
 def permute(o):
@@ -129,6 +142,8 @@ def compare(o):
         raise o.unknown()
     plain = comparison(how, kind)
     test = (lambda a, b: plain(bf16_to_f32(a), bf16_to_f32(b))) if kind == "bf16" else plain
+    if o.has("ftz"):
+        test = lambda a, b: plain(flush(a), flush(b))  # noqa: E731
     combine = COMBINE.get(o.parts[2])
     first, _, second = o.texts[0].partition("|")
     write, write_opposite = o.write_text(first, "pred"), o.write_text(second, "pred") if second else None

@@ -50,6 +50,17 @@ class Products:
 
     def __init__(self):
         self.open, self.groups, self.in_flight = {}, {}, {}
+        self.unfenced = {}  # by warp: sets of registers that threads have touched since wgmma.fence, by where
+
+    def touch(self, warps: range, where: int, names: frozenset):
+        """Threads read or write registers, by other instructions than wgmma."""
+        for warp in warps:
+            if warp in self.unfenced:
+                self.unfenced[warp][where] = names
+
+    def fence(self, warps: range):
+        """wgmma.fence: products that follow see the registers as they are, and are the only ones to change them."""
+        self.unfenced |= {warp: {} for warp in warps}
 
     def issue(self, unit: int, work, sums: tuple, inputs: tuple):
         """A product of the warpgroup that begins at thread `unit`."""
@@ -86,6 +97,16 @@ class Products:
         if held:
             self.in_flight[unit] = held
 
+    def check_fence(self, warps: range, names: frozenset, instruction):
+        """A wgmma.fence is wanted before the first product, and between other uses of a register and a product's."""
+        for warp in warps:
+            if warp not in self.unfenced:
+                raise Hazard(f"no wgmma.fence of warp {warp} comes before its first product").at(instruction)
+            for touched in self.unfenced[warp].values():
+                if names & touched:
+                    raise Hazard(f"no wgmma.fence of warp {warp} comes between the last use of "
+                                 f"{min(names & touched)} and a product with it").at(instruction)
+
     def check(self, unit: int, sums: tuple, inputs: tuple, instruction):
         """A product may add to sums in flight if all of them are the same; it may not read its inputs from them."""
         held = self.in_flight.get(unit, {})
@@ -101,7 +122,7 @@ def wgmma(o):
     """wgmma.fence, mma_async, commit_group, wait_group."""
     action = o.parts[1]
     if action == "fence":
-        return lambda at: None
+        return lambda at: o.machine.products.fence(range(at.start // 32, at.stop // 32))
     if action == "commit_group":
         return _commit(o)
     if action == "wait_group":
@@ -121,9 +142,10 @@ def _commit(o):
     machine = o.machine
 
     def run(at):
-        for unit in units(machine, at)[0]:
+        starts, size = units(machine, at)
+        for unit in starts:
             if machine.races:
-                machine.races.close_products(unit // 32)
+                machine.races.close_products(range(unit // 32, (unit + size) // 32))
             machine.products.commit(unit, machine.schedule.at_once(machine.coin))
     return run
 
@@ -145,7 +167,10 @@ class Product:
 
     def __init__(self, o):
         self.machine = o.machine
-        self.m, self.n, self.k = map(int, re.fullmatch(r"m(\d+)n(\d+)k(\d+)", o.parts[4]).groups())
+        shape = re.fullmatch(r"m(\d+)n(\d+)k(\d+)", o.parts[4])
+        if shape is None:
+            raise o.unknown("a shape")
+        self.m, self.n, self.k = map(int, shape.groups())
         result, self.kind, right = o.parts[5:8]
         if result != "f32" or self.kind != right or self.kind not in ("bf16", "f16", "tf32"):
             raise o.unknown()
@@ -159,6 +184,7 @@ class Product:
             raise o.unknown("a transposed tf32 matrix")
         self.sums = tuple(members(o.texts[0]))
         self.inputs = tuple(members(o.texts[1])) if self.from_registers else ()
+        self.names = frozenset(self.sums + self.inputs)
         self.rows = [o.registers.view(name, np.float32) for name in self.sums]
 
     def addresses(self, descriptor: int, rows: int, by_k: bool, base: int):
@@ -216,5 +242,6 @@ def _issue(o):
         starts, size = units(machine, at)
         for unit in starts:
             machine.products.check(unit, product.sums, product.inputs, o.instruction)
+            machine.products.check_fence(range(unit // 32, (unit + size) // 32), product.names, o.instruction)
             one(slice(unit, unit + size))
     return run

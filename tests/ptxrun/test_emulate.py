@@ -44,10 +44,31 @@ def test_bfloat16_goes_through_the_tensor_cores(architecture):
     assert counts.shared_passes >= counts.shared_least > 0
 
 
+@triton.jit
+def everyone_stores(x_ptr):
+    tl.store(x_ptr, tl.program_id(0))
+
+
+def test_each_emulation_looks_for_what_it_was_asked_to_although_triton_keeps_the_kernel():
+    x = torch.zeros(1, dtype=torch.int32)
+    with ptxrun.emulate("sm_90") as first:
+        everyone_stores[(2,)](x)
+    with ptxrun.emulate("sm_90", races=True), pytest.raises(ptxrun.Race, match="block 1 writes .* x_ptr"):
+        everyone_stores[(2,)](x)
+    assert first.kernels["everyone_stores"].launches == 1
+
+
 def test_an_overrun_names_the_argument_and_the_line_of_the_kernel():
     x = torch.randn(1000)
     with ptxrun.emulate("sm_90"), pytest.raises(ptxrun.OutOfBounds, match=r"(?s)behind x_ptr.*test_emulate.py:\d+"):
         add[(8,)](x, torch.randn(1001), torch.empty(1001), 1001, BLOCK=128)
+
+
+def test_an_overrun_never_meets_another_tensor():
+    storage = torch.randn(3000)
+    x, y, out = storage[:1000], storage[1000:2000], storage[2000:]
+    with ptxrun.emulate("sm_90"), pytest.raises(ptxrun.OutOfBounds, match="4 bytes behind x_ptr"):
+        add[(8,)](x, y, out, 1001, BLOCK=128)
 
 
 def test_views_of_one_storage_are_bounded_by_what_they_show():

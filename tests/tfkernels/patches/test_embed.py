@@ -77,16 +77,21 @@ def absolute_terms(case):
     return run(embed_patches_reference, inputs, case._replace(dout=case.dout.abs()))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CASES)
-def test_output_and_gradients_are_as_accurate_as_pytorch(name, dtype):
-    case = CASES[name].rounded(dtype)
+def check(case, dtype):
+    """Hold the operator to the accuracy rule in its output and every gradient."""
+    case = case.rounded(dtype)
     ours = run(embed_patches, case.inputs(dtype), case)
     exact, theirs = (run(embed_patches_reference, case.inputs(t), case) for t in (torch.float64, dtype))
     for what, a, e, r, t in zip(("out", *(f"d{n}" for n in NAMES)), ours, exact, theirs, absolute_terms(case),
                                 strict=True):
         assert a.dtype == dtype and a.shape == e.shape and a.is_contiguous()
         assert_as_accurate(what, a, r, e, terms=t)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_output_and_gradients_are_as_accurate_as_pytorch(name, dtype):
+    check(CASES[name], dtype)
 
 
 def test_text_is_copied_to_the_bit_and_what_images_replace_is_never_read():

@@ -104,6 +104,18 @@ def _embed_bwd_hidden(dout_ptr, table_ptr, dx_ptr, tokens, length, stride_ob, st
     tl.store(dx_ptr + row[:, None].to(tl.int64) * C + cols[None, :], dout, mask=inside)
 
 
+@triton.jit
+def _gradient_rows(dout_ptr, places_ptr, patch_image_ids_ptr, row, cols, end, images, tokens, length, stride_ob,
+                   stride_os, C: tl.constexpr):
+    """The gradient that arrives at the patches `row`, 0 where they have no place; which have one, and their images."""
+    image = tl.load(patch_image_ids_ptr + tl.minimum(row, end - 1))
+    place = tl.load(places_ptr + row, mask=row < end, other=-1)
+    taken = (image >= 0) & (image < images) & (place >= 0) & (place < tokens)
+    at = place // length * stride_ob + place % length * stride_os
+    dout = tl.load(dout_ptr + at[:, None] + cols[None, :], mask=taken[:, None] & (cols < C)[None, :], other=0)
+    return dout, taken, image
+
+
 @triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _embed_bwd(dout_ptr, patches_ptr, places_ptr, patch_image_ids_ptr, products_ptr, parts_ptr, images, rows, tokens,
                length, chunk, stride_ob, stride_os,
@@ -111,7 +123,9 @@ def _embed_bwd(dout_ptr, patches_ptr, places_ptr, patch_image_ids_ptr, products_
                PRECISION: tl.constexpr):
     """dout^T @ patches of a chunk, for a tile of columns and elements.
 
-    The programs of the first elements also write each image's sum of dout.
+    The programs of the first elements also write each image's sum of dout. They read dout again for it, in a loop of
+    its own: Triton takes for granted that what a pipelined loop copies to shared memory for its product has no other
+    use, and would let the next rows take its place too early.
     """
     program = tl.program_id(2).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -119,28 +133,28 @@ def _embed_bwd(dout_ptr, patches_ptr, places_ptr, patch_image_ids_ptr, products_
     inside = cols < C
     first = tl.program_id(2) * chunk
     end = tl.minimum(first + chunk, rows)
-    acc, total = tl.zeros([BLOCK_C, BLOCK_D], tl.float32), tl.zeros([BLOCK_C], tl.float32)
-    current = tl.load(patch_image_ids_ptr + first)
+    acc = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
     for start in range(first, end, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
-        image = tl.load(patch_image_ids_ptr + tl.minimum(row, end - 1))
-        place = tl.load(places_ptr + row, mask=row < end, other=-1)
-        taken = (image >= 0) & (image < images) & (place >= 0) & (place < tokens)
-        at = place // length * stride_ob + place % length * stride_os
-        dout = tl.load(dout_ptr + at[:, None] + cols[None, :], mask=taken[:, None] & inside[None, :], other=0)
+        dout, taken, _ = _gradient_rows(dout_ptr, places_ptr, patch_image_ids_ptr, row, cols, end, images, tokens,
+                                        length, stride_ob, stride_os, C)
         patch = tl.load(patches_ptr + row[:, None].to(tl.int64) * D + d[None, :],
                         mask=taken[:, None] & (d < D)[None, :], other=0).to(dout.dtype)
         acc = tl.dot(tl.trans(dout), patch, acc, input_precision=PRECISION)
-        if tl.program_id(0) == 0:
+    products_ptr += (program * C + cols[:, None]) * D
+    tl.store(products_ptr + d[None, :], acc, mask=inside[:, None] & (d < D)[None, :])
+    if tl.program_id(0) == 0:
+        total, current = tl.zeros([BLOCK_C], tl.float32), tl.load(patch_image_ids_ptr + first)
+        for start in range(first, end, BLOCK_R):
+            row = start + tl.arange(0, BLOCK_R)
+            dout, _, image = _gradient_rows(dout_ptr, places_ptr, patch_image_ids_ptr, row, cols, end, images, tokens,
+                                            length, stride_ob, stride_os, C)
             for n in range(tl.min(image), tl.max(image) + 1):
                 if n != current:
                     tl.store(parts_ptr + (program + current + 1) * C + cols, total, mask=inside)
                     total, current = tl.zeros([BLOCK_C], tl.float32), n
                 total += tl.sum(tl.where((image == n)[:, None], dout, 0.0).to(tl.float32), 0)
-    if tl.program_id(0) == 0:
         tl.store(parts_ptr + (program + current + 1) * C + cols, total, mask=inside)
-    products_ptr += (program * C + cols[:, None]) * D
-    tl.store(products_ptr + d[None, :], acc, mask=inside[:, None] & (d < D)[None, :])
 
 
 @triton.jit(do_not_specialize=SCALAR_ARGUMENTS)

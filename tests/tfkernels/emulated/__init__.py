@@ -1,0 +1,1 @@
+"""The kernels' compiled code, run without a GPU."""
