@@ -19,6 +19,15 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _PLAIN = (Tensor, nn.Parameter)
 
 
+@functools.cache
+def refusal(device: torch.device) -> str | None:
+    """Why no kernel runs on `device`, if that is so."""
+    if device.type != "cuda" or torch.version.hip is None:
+        return None
+    return (f"on {device}, an AMD {torch.cuda.get_device_properties(device).gcnArchName}; an NVIDIA GPU or the CPU "
+            "fits; the kernels' tiles are those of NVIDIA's cards; move the tensors to the CPU")
+
+
 def register(name, *, kernel, cpu, fake):
     """Register `tfkernels::name` and return the `Operator`: `kernel` on CUDA, `cpu` on CPU, `fake` for tracing."""
 
@@ -28,6 +37,8 @@ def register(name, *, kernel, cpu, fake):
         if INTERPRET and any(t.dtype == torch.bfloat16 for t in tensors):
             raise ValueError(f"{name}: dtype is torch.bfloat16; Triton's interpreter computes bfloat16 wrongly and "
                              "silently; use float32 or float16, or unset TRITON_INTERPRET")
+        if refused := refusal(tensors[0].device):
+            raise ValueError(f"{name}: its tensors are {refused}")
         with torch.cuda.device_of(tensors[0]):
             return kernel(*args)
 

@@ -12,9 +12,9 @@ import pytest
 
 import tfkernels
 from tests.conftest import KERNEL_RUNS
+from tests.launches import emulated
 from tests.resources import uneven_sums
 from tests.tfkernels.emulated.families import FAMILIES
-from tests.launches import emulated
 from tests.tfkernels.test_launches import ROOT
 from tfkernels._launch import Config
 from tfkernels.attention.triton import backward, decode, forward
