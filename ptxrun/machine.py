@@ -54,7 +54,7 @@ class Machine:
         self.parameter_addresses = {name: PARAMETERS_AT + 4096 * i for i, (name, *_) in enumerate(kernel.parameters)}
         self.parameter_sizes = {name: max(1, n) * int(kind[1:]) // 8 for name, kind, n in kernel.parameters}
         self.parameters, self.global_memory = {}, GlobalMemory()
-        self.races, self.traffic, self.conflicts = None, None, None
+        self.races, self.traffic, self.block_races = None, None, None
         self.unknown = []  # what is wrong with each instruction that is not emulated
         self.runs = self._decode()
 
@@ -136,8 +136,8 @@ class Machine:
                     self._step(group)
         for thread, groups in self.bulk_stores.items():
             if any(groups):
-                raise Hazard(f"thread {thread} ends, and its block's shared memory with it, before it has waited for the "
-                             "copy engine to read what it stores")
+                raise Hazard(f"thread {thread} ends, and its block's shared memory with it, before it has waited for "
+                             "the copy engine to read what it stores")
 
     def _next(self) -> Group | None:
         """The group that goes on; None where the copy engine did something instead."""

@@ -58,7 +58,7 @@ class Traffic:
     threads: int = 0                                        # thread instructions
     requested: Counter = field(default_factory=Counter)     # different bytes that each warp asks for, by load or store
     moved: Counter = field(default_factory=Counter)         # 32 for each sector that an instruction of a warp touches
-    touched: dict = field(default_factory=dict)             # numbers of different sectors, by load or store
+    touched: dict = field(default_factory=dict, repr=False)  # numbers of different sectors, by load or store
     shared_passes: int = 0                                  # of shared memory, with conflicts
     shared_least: int = 0                                   # without any
 

@@ -1,6 +1,8 @@
 """Launches of kernels on CPU tensors: seen and not run, or run without a GPU, compiled, by `ptxrun`."""
+import ast
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import patch
@@ -12,10 +14,20 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import ptxrun
+import tfkernels
 from tfkernels import _launch
 from tfkernels.attention.triton import decode
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+PATCHIFY = {"_patchify_fwd", "_patchify_bwd"}   # one line launches both, as `kernel`
+
+
+def kernel_names() -> set[str]:
+    """The kernels that some `kernel[grid](...)` of the library launches."""
+    names = {node.func.value.id for path in Path(tfkernels.__file__).parent.rglob("*.py")
+             for node in ast.walk(ast.parse(path.read_text()))
+             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)}
+    return names - {"kernel"} | PATCHIFY
 
 
 class Launch(NamedTuple):
@@ -27,7 +39,7 @@ class Launch(NamedTuple):
 
 @contextmanager
 def cuda_implementations_on_cpu(*, computes: bool = False):
-    """Let every operator of the library run its CUDA implementation on CPU tensors.
+    """Let every operator of the library run its CUDA implementation on CPU tensors, and on meta tensors.
 
     With `computes`, each then runs its CPU implementation and returns what that gives.
     """
@@ -38,10 +50,11 @@ def cuda_implementations_on_cpu(*, computes: bool = False):
         return implementation if computes else launch
 
     operators = [op for op in OPDEFS.values() if op._namespace == "tfkernels"]
-    before = [op._backend_fns["cpu"] for op in operators]
+    before = [(op._backend_fns["cpu"], op._abstract_fn) for op in operators]
     caches = _launch.architecture, decode.multiprocessors  # what the library remembers of a device
-    for op, compute in zip(operators, before):
+    for op, (compute, _) in zip(operators, before):
         op.register_kernel("cpu")(both(op._backend_fns["cuda"], compute))
+        op._abstract_fn = op._backend_fns["cuda"]
     try:
         for cache in caches:
             cache.cache_clear()
@@ -49,8 +62,9 @@ def cuda_implementations_on_cpu(*, computes: bool = False):
     finally:
         for cache in caches:
             cache.cache_clear()
-        for op, compute in zip(operators, before):
+        for op, (compute, fake) in zip(operators, before):
             op.register_kernel("cpu")(compute)
+            op._abstract_fn = fake
 
 
 @contextmanager

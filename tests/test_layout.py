@@ -43,7 +43,7 @@ ORDER = (
     "ptxrun.threads",
     "ptxrun.barriers",
     "ptxrun.races",
-    "ptxrun.conflicts",
+    "ptxrun.block_races",
     "ptxrun.tensor_map",
     "ptxrun.traffic",
     "ptxrun.schedule",

@@ -137,11 +137,14 @@ def made_once(make, *tensors: Tensor, **sizes):
     return found[2]
 
 
-def result_like(x: Tensor) -> Tensor:
+def result_like(x: Tensor, width: int | None = None) -> Tensor:
     """Return an empty tensor like x: the last dimension contiguous, the others dense in the order of x's strides.
+
+    `width` is the size of the last dimension, where it is another than x's.
 
     A kernel and its fake both take their results from here, so that they agree on the layout whatever x's is: expanded,
     sliced, transposed.
     """
     order = sorted(range(x.ndim - 1), key=x.stride, reverse=True)
-    return torch.empty_permuted(x.shape, (*order, x.ndim - 1), dtype=x.dtype, device=x.device)
+    shape = (*x.shape[:-1], x.shape[-1] if width is None else width)
+    return torch.empty_permuted(shape, (*order, x.ndim - 1), dtype=x.dtype, device=x.device)

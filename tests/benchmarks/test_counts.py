@@ -44,7 +44,7 @@ def test_shared_memory_has_no_bank_conflicts_but_for_the_heads_backward(rows):
 def test_tensors_are_written_once_and_in_whole_sectors(rows):
     for row in rows:
         if row.kernel not in ("_patchify_bwd", "_diffusion_loss_images", "_attention_merge"):
-            assert row.ratio("store") < 1.06, row
+            assert row.ratio("store") < 1.1, row
 
 
 def test_what_is_needed_once_is_read_once(rows):
@@ -74,7 +74,7 @@ def test_the_norms_bytes_are_those_worked_out_by_hand(rows):
 
 
 def test_the_page_has_a_line_for_each_kernel_and_each_operator(rows):
-    text = page({"sm_80": rows})
+    text = page({"sm_90": rows})
     for row in rows:
         assert f"| {row.operator}: {row.phase} | `{row.kernel}` | {row.launches} | " in text
 

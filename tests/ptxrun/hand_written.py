@@ -18,6 +18,12 @@ REGISTERS = """
 WIDTH = {2: ("b16", "h"), 4: ("b32", "r"), 8: ("b64", "d")}
 
 
+def aligned(words: int) -> np.ndarray:
+    """uint32 numbers that begin at a multiple of 128 bytes."""
+    buffer = np.zeros(words + 32, np.uint32)
+    return buffer[-buffer.ctypes.data % 128 // 4:][:words]
+
+
 def run_kernel(body, arrays, *, threads=32, blocks=1, shared=0, schedule="late", seed=0, races=False, count=False,
                header="", parameters=()):
     """Run a body with a 64-bit pointer parameter p0, p1, ... for each array (written in place). More `parameters`

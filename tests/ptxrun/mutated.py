@@ -109,20 +109,21 @@ def multiply_boxes(rows: int, k: int, size: int = 64):
 
 
 LAYOUTS = ([(2, 3), (1, 2), (4, 1)], 2, 3), ([(2, 5), (1, 3), (4, 2)], 1, 2), ([(3, 5), (1, 1), (2, 2)], 3, 1)
-CASES = {
+CASES = {  # the quick ones first
+    "boxes": [lambda: multiply_boxes(100, 328)],
+    "rotary": [lambda: rotate(6, 2, 5), lambda: rotate(6, 2, 7)],
+    "noise": [lambda layout=layout: noise(*layout) for layout in LAYOUTS],
+    "diffusion loss": [lambda layout=layout: diffuse(*layout) for layout in LAYOUTS],
+    "gated norm": [lambda: normalise("gated_residual_rms_norm", 150),
+                   lambda: normalise("gated_residual_rms_norm", 150, 31)],
+    "patches": [lambda: embed_patches(embed.TYPICAL), lambda: embed_patches("a batch")],
+    "cross-entropy": [lambda: predict(80, 21), lambda: predict(80, 37)],
     "attention": [lambda: attend(images(201)), lambda: attend(images(261)), lambda: attend_beside_junk(images(135))],
+    "decoding": [lambda: attend(TransfusionMask.from_cache(torch.tensor([200]), 1, 201), 2),
+                 lambda: attend(TransfusionMask.from_cache(torch.tensor([130]), 1, 131), 2)],
+    "layer norm": [lambda: normalise("modulated_layer_norm", 150), lambda: normalise("modulated_layer_norm", 150, 31)],
     "attention, hidden images": [
         lambda: attend(images(201, [[(3, 19)]])), lambda: attend(images(261, [[(3, 19)]])),
         lambda: attend_beside_junk(images(135, [[(3, 19)]]))],
-    "decoding": [lambda: attend(TransfusionMask.from_cache(torch.tensor([200]), 1, 201), 2),
-                 lambda: attend(TransfusionMask.from_cache(torch.tensor([130]), 1, 131), 2)],
-    "gated norm": [lambda: normalise("gated_residual_rms_norm", 150), lambda: normalise("gated_residual_rms_norm", 150, 31)],
-    "layer norm": [lambda: normalise("modulated_layer_norm", 150), lambda: normalise("modulated_layer_norm", 150, 31)],
-    "rotary": [lambda: rotate(6, 2, 5), lambda: rotate(6, 2, 7)],
-    "patches": [lambda: embed_patches("images between text"), lambda: embed_patches("a batch")],
-    "noise": [lambda layout=layout: noise(*layout) for layout in LAYOUTS],
-    "diffusion loss": [lambda layout=layout: diffuse(*layout) for layout in LAYOUTS],
-    "boxes": [lambda: multiply_boxes(100, 328)],
-    "cross-entropy": [lambda: predict(80, 21), lambda: predict(80, 37)],
 }
 SM_90_ALONE = ("boxes",)  # TMA

@@ -65,9 +65,9 @@ class Launch(NamedTuple):
     shared: int
     reached: set[int]  # lines of the PTX that a mutation of them would change something in
 
-    def run(self, ptx: str, architecture: str, schedule: Schedule) -> Traced:
-        """Launch `ptx` in place of the kernel; the memory afterwards."""
-        memory = Traced()
+    def run(self, ptx: str, architecture: str, schedule: Schedule, kind: type = GlobalMemory) -> GlobalMemory:
+        """Launch `ptx` in place of the kernel; the memory, of a kind, afterwards."""
+        memory = kind()
         for start, data, name in self.before:
             memory.add(start, data.copy(), name)
         Emulation(architecture_number(architecture), schedule, races=True).launch(
@@ -171,7 +171,7 @@ class Outcome(NamedTuple):
 
 def outcome(architecture: str, launches: list[Launch], mutation: Mutation) -> Outcome:
     """Launch a mutant until it is caught."""
-    mutant, reasons = mutation.apply(launches[0].ptx), []
+    mutant = mutation.apply(launches[0].ptx)
     mutated = functools.partial(Outcome, architecture, name_of(mutant), mutation)
     for schedule in SCHEDULES:
         for launch in launches:
@@ -179,8 +179,7 @@ def outcome(architecture: str, launches: list[Launch], mutation: Mutation) -> Ou
                 how, where = caught(architecture, launch, mutant, schedule)
                 if how:
                     return mutated(how, where, "")
-                if schedule is SCHEDULES[0]:
-                    reasons.append(reason(architecture, launch, mutant))
+    reasons = [reason(architecture, launch, mutant) for launch in launches if mutation.line in launch.reached]
     return mutated("", "", max(reasons, key=REASONS.index))
 
 
@@ -193,7 +192,7 @@ REASONS = (  # why a mutant is not caught, from the most to the least that is kn
 
 def reason(architecture: str, launch: Launch, mutant: str) -> str:
     """What a mutant that is not caught does otherwise than the kernel, seen at its accesses of global memory."""
-    theirs, ours = (launch.run(ptx, architecture, SCHEDULES[0]) for ptx in (launch.ptx, mutant))
+    theirs, ours = (launch.run(ptx, architecture, SCHEDULES[0], Traced) for ptx in (launch.ptx, mutant))
     if ours.written != theirs.written:
         return REASONS[2]
     return REASONS[0] if ours.read == theirs.read else REASONS[1]
@@ -283,8 +282,8 @@ def page(kernels: list[Kernel], most: int, seconds: float) -> str:
 Written by `python -m tests.ptxrun.mutations --most {most}` on {datetime.date.today()} at {commit}, with Triton
 {triton.__version__}, in {seconds:.0f} s of one core. [testing.md](testing.md#how-well-it-catches) says what it means.
 
-{len(tried)} mutants of {len(kernels)} compiled kernels; {caught} are caught: {100 * caught / len(tried):.1f} %. Without the {same} that are shown to
-do the same as the kernel: {100 * caught / (len(tried) - same):.1f} %.
+{len(tried)} mutants of {len(kernels)} compiled kernels; {caught} are caught: {100 * caught / len(tried):.1f} %. Without
+the {same} that are shown to do the same as the kernel: {100 * caught / (len(tried) - same):.1f} %.
 
 {table(kernels)}
 
@@ -298,7 +297,7 @@ def main():
     """Mutate every kernel, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--architectures", nargs="+", default=["sm_80", "sm_90"])
-    parser.add_argument("--cases", nargs="+", default=[], help="names of tests/ptxrun/mutated.py; all where none is given")
+    parser.add_argument("--cases", nargs="+", default=[], help="of tests/ptxrun/mutated.py; all where none is named")
     parser.add_argument("--most", type=int, default=3, help="mutants of each kind and kernel")
     parser.add_argument("--out", type=Path, help="the page to write, docs/mutations.md")
     arguments = parser.parse_args()
@@ -306,13 +305,14 @@ def main():
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty holds NaN
     from tests.ptxrun.mutated import CASES, SM_90_ALONE  # imports the operators, which are then registered
     ptxrun.operators_on_cpu()
-    began = time.process_time()
-    kernels = [kernel for architecture in arguments.architectures for name in arguments.cases or CASES
-               if architecture == "sm_90" or name not in SM_90_ALONE
-               for kernel in mutated(architecture, CASES[name], arguments.most)]
+    began, kernels = time.process_time(), []
+    for name in arguments.cases or CASES:
+        for architecture in arguments.architectures:
+            if architecture == "sm_90" or name not in SM_90_ALONE:
+                kernels += mutated(architecture, CASES[name], arguments.most)
+        if arguments.out:
+            arguments.out.write_text(page(kernels, arguments.most, time.process_time() - began))
     print(table(kernels))
-    if arguments.out:
-        arguments.out.write_text(page(kernels, arguments.most, time.process_time() - began))
 
 
 if __name__ == "__main__":

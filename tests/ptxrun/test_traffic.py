@@ -1,17 +1,10 @@
 """ptxrun's counts, against numbers worked out by hand: sectors, bank conflicts, kinds of instructions, products."""
-import numpy as np
 import pytest
 
 from ptxrun.traffic import kind_of, products_of
-from tests.ptxrun.hand_written import run_kernel
+from tests.ptxrun.hand_written import aligned, run_kernel
 
 POINTER = "ld.param.u64 %d0, [p0]; mul.wide.u32 %offset, %me, {stride}; add.s64 %d0, %d0, %offset;"
-
-
-def aligned(words: int) -> np.ndarray:
-    """uint32 numbers that begin at a multiple of 128 bytes."""
-    buffer = np.zeros(words + 32, np.uint32)
-    return buffer[-buffer.ctypes.data % 128 // 4:][:words]
 
 
 def counted(body, *, words=512, threads=32, shared=4096):

@@ -14,6 +14,7 @@ import pytest
 import torch
 import triton
 
+from ptxrun.instructions import TABLE
 from tests.conftest import compiles
 from tests.resources import Resources, resources
 from tfkernels import _launch
@@ -28,7 +29,7 @@ TABLES = {"fwd": forward.CONFIGS, "dq": backward.DQ_CONFIGS, "dkv": backward.DKV
 KERNELS = {"fwd": forward._attention_fwd, "dq": backward._attention_bwd_dq, "dkv": backward._attention_bwd_dkv,
            "delta": backward._attention_bwd_delta, "decode": decode._attention_decode, "wide": decode._attention_decode}
 TRAINING = ("fwd", "dq", "dkv")
-HEAD_DIMS = (32, 64, 128, 256)
+HEAD_DIMS = {2: (32, 64, 128, 256, 512), 4: (32, 64, 128, 256)}  # by bytes per element
 DELTA = Config(backward.DELTA_ROWS, 0, 4, 3)
 MULTIPLY = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
@@ -52,25 +53,32 @@ class Row(NamedTuple):
 
 
 ROWS = [Row(kernel, *key) for kernel, table in TABLES.items() for key in table if key[3:] != ("heavy",)]
-DELTA_ROWS = [Row("delta", architecture, size, dim) for architecture in ARCHITECTURES for size in (2, 4)
-              for dim in HEAD_DIMS]
+DELTA_ROWS = [Row("delta", architecture, size, dim) for architecture in ARCHITECTURES for size in HEAD_DIMS
+              for dim in HEAD_DIMS[size]]
 VARIANTS = [Row(kernel, architecture, 2, 128, variant) for kernel in TRAINING for architecture in ARCHITECTURES
             for variant in ("check", "softcap", "narrow")]
 VARIANTS += [Row(kernel, architecture, 2, dim, "check") for kernel in TRAINING for architecture in ARCHITECTURES
-             for dim in (64, 256)]
+             for dim in (64, 256, 512)]
+VARIANTS += [Row(kernel, architecture, 2, 512, variant) for architecture in ARCHITECTURES
+             for kernel, variant in (("dkv", "softcap"), ("decode", "check"), ("wide", "check"))]
+VARIANTS += [Row(kernel, architecture, 2, 256, "values") for kernel in (*TRAINING, "decode", "wide")
+             for architecture in ARCHITECTURES]
 VARIANTS += [Row(kernel, architecture, 2, 128, variant) for kernel in ("decode", "wide")
              for architecture in ARCHITECTURES for variant in ("check", "paged")]
 RARE = [Row(kernel, architecture, size, dim, "check") for kernel in TRAINING for architecture in ARCHITECTURES
         for size, dim in ((2, 32), (4, 32), (4, 64), (4, 128), (4, 256))]
 RARE += [Row(kernel, architecture, 4, dim, "tf32") for kernel in TRAINING for architecture in ARCHITECTURES
-         for dim in HEAD_DIMS]
+         for dim in HEAD_DIMS[4]]
 
 
 def compiled(row: Row, target: int | None = None) -> Resources:
     """Compile one row, for its architecture or for the `target` given."""
     config, variant = row.config, row.variant
-    constants = {"HEAD_DIM": 80 if variant == "narrow" else row.head_dim, "D": row.head_dim, "BLOCK_M": config.block_m}
+    head_dim = {"narrow": 80, "values": 192}.get(variant, row.head_dim)
+    constants = {"HEAD_DIM": head_dim, "D": row.head_dim, "BLOCK_M": config.block_m}
     if row.kernel != "delta":
+        values = (128, 128) if variant == "values" else (head_dim, row.head_dim)
+        constants |= dict(zip(("HEAD_DIM_V", "D_V"), values))
         constants |= {"BLOCK_N": config.block_n, "SOFTCAP": variant == "softcap",
                       "PRECISION": "tf32" if variant == "tf32" else "ieee"}
         constants["CHECK_ROWS" if row.kernel == "dkv" else "CHECK_COLUMNS"] = variant == "check"
@@ -132,6 +140,13 @@ def test_the_small_kernels_spill_nothing(name, architecture):
     assert found.fit(architecture), found
 
 
+def test_a_kernel_with_an_instruction_that_is_not_emulated_fails_by_its_name(monkeypatch):
+    monkeypatch.setitem(TABLE, "setp", (None, ""))
+    kernel, constants = SMALL["bounds"]
+    with pytest.raises(AssertionError, match="_tile_bounds for sm_90.*setp"):
+        resources(kernel, constants, Config(0, 0, 4, 3), architecture=90, element_size=2)
+
+
 @pytest.mark.parametrize("capability,rows",
                          [((7, 5), 80), ((8, 0), 80), ((8, 6), 80), ((8, 7), 80), ((8, 9), 80), ((9, 0), 90),
                           ((10, 0), 100), ((10, 3), 100), ((12, 0), 80), ((12, 1), 80)], ids=str)
@@ -161,8 +176,8 @@ def test_the_80_rows_fit_the_shared_memory_of_sm_120(row):
 
 @pytest.mark.parametrize("table", TABLES)
 def test_a_table_has_a_row_for_every_key(table):
-    assert {key[:3] for key in TABLES[table]} == {(a, size, dim) for a in ARCHITECTURES for size in (2, 4)
-                                                  for dim in HEAD_DIMS}
+    assert {key[:3] for key in TABLES[table]} == {(a, size, dim) for a in ARCHITECTURES for size in HEAD_DIMS
+                                                  for dim in HEAD_DIMS[size]}
 
 
 if __name__ == "__main__":
@@ -175,7 +190,8 @@ are left out of the tests for time. The kernels around attention are compiled by
 (`pytest -k spill`).
 
 A tile is queries x keys; `spilled` counts the instructions that store to or load from a thread's stack. Variants:
-`check`, masks of two sides; `narrow`, HEAD_DIM 80 in D 128; `tf32`, float32 where PyTorch allows it.
+`check`, masks of two sides; `narrow`, head dim 80 in tiles of 128; `values`,
+keys of 192 in tiles of 256 and values of 128; `tf32`, float32 where PyTorch allows it.
 
 | arch | bytes | D | kernel | tile | warps | stages | registers | spilled | shared KiB | multiplies |""")
     print("|---|---|---|---|---|---|---|---|---|---|---|")

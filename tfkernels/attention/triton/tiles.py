@@ -18,8 +18,8 @@ from tfkernels._library import made_once
 
 # Sizes, and integers that are read one by one. Triton would compile anew where a number is 1 or a multiple of 16 and
 # where a pointer is aligned; the integers of a mask begin wherever a row's length puts them. No load is wider for it.
-SCALAR_ARGUMENTS = ["lo_ptr", "hi_ptr", "since_ptr", "until_ptr", "bounds_ptr", "table_ptr", "heads", "kv_heads",
-                    "group", "sq", "sk", "offset", "splits", "batch", "pages", "items", "stride_mask_rows",
+SCALAR_ARGUMENTS = ["lo_ptr", "hi_ptr", "since_ptr", "until_ptr", "bounds_ptr", "table_ptr", "sinks_ptr", "heads",
+                    "kv_heads", "group", "sq", "sk", "offset", "splits", "batch", "pages", "items", "stride_mask_rows",
                     "stride_mask_columns", "stride_table"]
 FAR = tl.constexpr(2**31 - 1)
 WINDOW = tl.constexpr(64)  # tiles a program looks at in one go
@@ -61,9 +61,9 @@ def _made_bounds(low: Tensor, high: Tensor, size: int) -> Tensor:
 
 
 @triton.constexpr_function
-def walks_runs(head_dim, largest, dtype):
+def walks_runs(key_dim, value_dim, largest, dtype):
     """Whether a kernel takes tiles run by run or one by one; above head dim `largest`, runs would make it spill."""
-    return head_dim <= largest and dtype.primitive_bitwidth == 16
+    return max(key_dim, value_dim) <= largest and dtype.primitive_bitwidth == 16
 
 
 @triton.jit

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import Config
+from tfkernels._launch import ROUNDED_PRODUCTS, Config
 from tfkernels._library import INTERPRET
 from tfkernels.attention.triton.forward import dot_precision
 from tfkernels.losses.triton.diffusion import BLOCK, _diffusion_loss_images, rows_of_one_size
@@ -283,6 +283,7 @@ def forward(
         PRECISION=dot_precision(hidden),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        **ROUNDED_PRODUCTS,
     )
     _diffusion_loss_images[(len(x0_factor),)](sums, x0_factor if loss_weight is None else loss_weight, pointers[0],
                                               loss, rows_of_one_size(x0, patch), SEARCH=offsets is not None,
