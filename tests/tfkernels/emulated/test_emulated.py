@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 import pytest
+from triton import knobs
 
 import tfkernels
 from tests.conftest import KERNEL_RUNS
@@ -16,9 +17,11 @@ from tests.launches import emulated
 from tests.resources import uneven_sums
 from tests.tfkernels.emulated.families import FAMILIES
 from tests.tfkernels.test_launches import ROOT
+from tfkernels import TransfusionMask
 from tfkernels._launch import Config
 from tfkernels.attention.triton import backward, decode, forward
 from tfkernels.losses.triton import cross_entropy, head
+from tfkernels.mask import triton as mask_build
 from tfkernels.norm import triton as norm
 from tfkernels.patches.triton import embed
 
@@ -111,3 +114,18 @@ def test_every_launch_table_of_the_library_is_looked_at():
                                              or any(isinstance(x, Config) or isinstance(x, tuple)
                                                     and isinstance(x[0], Config) for x in value.values()))}
     assert found == {id(table) for tables in TABLES.values() for table in tables}
+
+
+def test_a_second_run_compiles_nothing(tmp_path, monkeypatch):
+    """What Triton holds in memory is dropped in between, as by another process."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    found = []
+    monkeypatch.setattr(knobs.compilation, "listener", lambda *, src, cache_hit, **_: found.append(cache_hit))
+    kernel = mask_build._mask_intervals
+    monkeypatch.setattr(kernel, "device_caches", kernel.device_caches.copy())
+    with emulated("sm_90"):
+        for _ in range(2):
+            kernel.device_caches.clear()
+            TransfusionMask.from_spans([[(1, 3)]], 5)
+        kernel.device_caches.clear()
+    assert found == [False, True]
