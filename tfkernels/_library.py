@@ -14,9 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd.profiler import record_function
+from torch.utils.weak import WeakTensorKeyDictionary
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _PLAIN = (Tensor, nn.Parameter)
+
+
+@functools.cache
+def refusal(device: torch.device) -> str | None:
+    """Why no kernel runs on `device`, if that is so."""
+    if device.type != "cuda" or torch.version.hip is None:
+        return None
+    return (f"on {device}, an AMD {torch.cuda.get_device_properties(device).gcnArchName}; an NVIDIA GPU or the CPU "
+            "fits; the kernels' tiles are those of NVIDIA's cards; move the tensors to the CPU")
 
 
 def register(name, *, kernel, cpu, fake):
@@ -28,6 +38,8 @@ def register(name, *, kernel, cpu, fake):
         if INTERPRET and any(t.dtype == torch.bfloat16 for t in tensors):
             raise ValueError(f"{name}: dtype is torch.bfloat16; Triton's interpreter computes bfloat16 wrongly and "
                              "silently; use float32 or float16, or unset TRITON_INTERPRET")
+        if refused := refusal(tensors[0].device):
+            raise ValueError(f"{name}: its tensors are {refused}")
         with torch.cuda.device_of(tensors[0]):
             return kernel(*args)
 
@@ -113,6 +125,27 @@ def _plain_keys() -> dict[int, str]:
 
 
 _PLAIN_KEYS = _plain_keys()
+
+
+_made = WeakTensorKeyDictionary()
+
+
+def made_once(make, *tensors: Tensor, **sizes):
+    """Return make(*tensors, **sizes), made once while the first tensor lives and nobody writes to any of them.
+
+    It is for what many calls read off one mask or index. It is made anew on each stream, whose order alone says that it
+    is ready, and at each call inside of a CUDA graph's capture, since a replay has to read what the tensors hold then.
+    So it is for inference tensors, which do not count how often they are written to.
+    """
+    first = tensors[0]
+    if any(x.is_inference() for x in tensors) or first.is_cuda and torch.cuda.is_current_stream_capturing():
+        return make(*tensors, **sizes)
+    stream = torch.cuda.current_stream(first.device).cuda_stream if first.is_cuda else 0
+    key, versions = (make, stream, *sizes.items()), [x._version for x in tensors]
+    found = _made.setdefault(first, {}).get(key)
+    if found is None or found[0] != versions or any(a is not b for a, b in zip(found[1], tensors[1:])):
+        found = _made[first][key] = versions, tensors[1:], make(*tensors, **sizes)
+    return found[2]
 
 
 def result_like(x: Tensor, width: int | None = None) -> Tensor:

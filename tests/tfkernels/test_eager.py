@@ -194,8 +194,9 @@ def selectively_checkpointed():
 @pytest.mark.parametrize("watch", [
     lambda: once(Watched), lambda: once(Seen), compiled, exported, fake, subclassed, negated, on_meta, traced_by_jit,
     traced_by_fx, lambda: traced_by_fx(pre_dispatch=True), transformed, selectively_checkpointed,
-], ids=["dispatch mode", "function mode", "torch.compile", "torch.export", "fake tensors", "tensor subclass", "negated view", "meta",
-        "torch.jit.trace", "make_fx", "make_fx before dispatch", "torch.func", "selective checkpoint"])
+], ids=["dispatch mode", "function mode", "torch.compile", "torch.export", "fake tensors", "tensor subclass",
+        "negated view", "meta", "torch.jit.trace", "make_fx", "make_fx before dispatch", "torch.func",
+        "selective checkpoint"])
 def test_whatever_watches_sees_the_custom_op(watch, direct):
     once()
     assert direct == ["mask_intervals", "attention_forward"]
@@ -221,7 +222,7 @@ def test_a_second_derivative_is_refused_in_the_same_words(around):
     (q, k, v), mask = attention_inputs()
     with around():
         (first,) = torch.autograd.grad(attention(q, k, v, mask).square().sum(), q, create_graph=True)
-        with pytest.raises(RuntimeError, match="Trying to backward through tfkernels.attention_backward.default but no"):
+        with pytest.raises(RuntimeError, match="Trying to backward through tfkernels.attention_backward.default"):
             first.sum().backward()
 
 
@@ -322,9 +323,9 @@ def test_an_implementation_that_is_registered_later_is_the_one_that_runs(direct)
     """As ptxrun and stubbed launches do."""
     operator, calls = attention_op._forward, []
     before = operator._backend_fns[DEVICE]
-    operator.register_kernel(DEVICE)(lambda *args: calls.append(len(args)) or before(*args))
+    operator.register_kernel(DEVICE)(lambda *args: calls.append(args[0].shape) or before(*args))
     try:
         once()
     finally:
         operator._backend_fns[DEVICE] = before
-    assert calls == [12] and direct[-1] == "attention_forward"
+    assert calls == [(1, 4, 40, 16)] and direct[-1] == "attention_forward"

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import Config, lookup
+from tfkernels._launch import ROUNDED_PRODUCTS, Config, lookup
 from tfkernels._library import INTERPRET, result_like
 from tfkernels.attention.triton.forward import (
     base2_scores,
@@ -78,6 +78,7 @@ WIDE_CONFIGS = {
     (100, 2, 512): Config(64, 32, 8, 2, 255),
     (100, 4, 32): Config(32, 32, 4, 2, 255), (100, 4, 64): Config(32, 32, 8, 2, 255),
     (100, 4, 128): Config(32, 16, 8, 2, 255), (100, 4, 256): Config(16, 16, 8, 2, 255),
+    (120, 2, 64): Config(64, 64, 8, 3, 255),
 }
 
 
@@ -272,7 +273,7 @@ def attention_decode(
     if splits > 1:
         items = batch * heads * sq
         _attention_merge[(items,)](parts, parts_lse, sinks, out, lse, *out.stride()[:3], heads, sq, splits, items,
-                                   HEAD_DIM=dims["HEAD_DIM_V"], D=dims["D_V"], num_warps=4)
+                                   HEAD_DIM=dims["HEAD_DIM_V"], D=dims["D_V"], num_warps=4, **ROUNDED_PRODUCTS)
     return out, lse
 
 

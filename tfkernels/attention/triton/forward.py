@@ -52,6 +52,7 @@ CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (100, 4, 64, "heavy"): Config(32, 16, 4, 2, 255),
     (100, 2, 32, "heavy"): Config(128, 64, 8, 3), (100, 2, 64, "heavy"): Config(128, 64, 8, 3),
     (100, 2, 128, "heavy"): Config(128, 32, 8, 3), (100, 2, 256, "heavy"): Config(64, 32, 8, 2, 255),
+    (120, 4, 256): Config(16, 16, 8, 2, 255),
 }
 
 
