@@ -33,8 +33,8 @@ LIMIT = 60  # seconds of the processor for a test
 PAGE = """# The kernels on their compiled code
 
 Written by `python -m benchmarks.emulate` on {date}, of commit {commit}, with torch {torch}. Races were looked
-for in every run. A test that takes more than {limit} seconds of the processor is
-stopped, and counts as that.
+for in every run. A test that takes more than {limit} seconds of the processor is stopped, and counts as that. What is
+not reached is left for the next call of the same command; a schedule without a line has not begun.
 
 | Triton | architecture | schedule | passed | failed | stopped | skipped | not reached | launches | kernels | minutes |
 |---|---|---|---|---|---|---|---|---|---|---|

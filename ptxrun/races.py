@@ -182,9 +182,9 @@ class Races:
 
     def _after_lanes(self, warp: int, lanes, bytes_, what: str):
         """Another lane's write since the lanes last met is not ordered before this access."""
-        ours = np.isin(self.writer[bytes_], (warp, self.copies + warp))
-        since_then = ours & (self.written_at[bytes_] == self.meetings[warp])
-        self._lanes_differ(since_then & self._others(self.writing_lane[bytes_], lanes), warp, bytes_, what, "write")
+        writer = self.writer[bytes_]
+        ours = ((writer == warp) | (writer == self.copies + warp)) & (self.written_at[bytes_] == self.meetings[warp])
+        self._lanes_differ(ours & self._others(self.writing_lane[bytes_], lanes), warp, bytes_, what, "write")
 
     def _before_lanes(self, warp: int, lanes, bytes_):
         """Nor is another lane's read since then before a write."""

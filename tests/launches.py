@@ -31,10 +31,11 @@ def kernel_names() -> set[str]:
 
 
 class Launch(NamedTuple):
-    """A kernel by its name, and what the launch named: constants and options."""
+    """A kernel by its name, what the launch named (constants and options), and what was run."""
 
     kernel: str
     named: dict
+    ptx: str
 
 
 @contextmanager
@@ -92,9 +93,9 @@ def emulated(architecture: str, **options):
     launches, run = [], JITFunction.run
 
     def recorded(kernel, *arguments, grid, warmup, **named):
-        result = run(kernel, *arguments, grid=grid, warmup=warmup, **named)
-        launches.append(Launch(kernel.__name__, named))
-        return result
+        compiled = run(kernel, *arguments, grid=grid, warmup=warmup, **named)
+        launches.append(Launch(kernel.__name__, named, compiled.asm["ptx"]))
+        return compiled
 
     with cuda_implementations_on_cpu(), patch.object(JITFunction, "run", recorded), \
             ptxrun.emulate(architecture, races=True, **options) as emulation:

@@ -113,7 +113,8 @@ def uneven_sums(ptx: str) -> int:
 
     A register's name is defined once in what Triton emits, so that names are enough.
     """
-    return len([addend for addend in FUSED.findall(ptx) if addend in set(BUTTERFLY.findall(ptx))])
+    of_another_lane = set(BUTTERFLY.findall(ptx))
+    return sum(addend in of_another_lane for addend in FUSED.findall(ptx))
 
 
 def resources(kernel, constants: dict, config: Config, *, architecture: int, element_size: int,

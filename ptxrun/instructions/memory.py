@@ -69,6 +69,8 @@ def write_global(machine, threads, addresses, width: int, values, what: str):
     if machine.block_races:
         machine.block_races.write(machine.block_number[threads], addresses, width, values)
     machine.global_memory.store(addresses, width, values, what)
+    if machine.races:
+        one_value_each(machine.global_memory.load(addresses, width, len(values)), values, "global")
 
 
 def _fetch_shared(machine, o, at, addresses, width, count, active):
@@ -119,8 +121,6 @@ def store(o):
 
 def _put_global(machine, at, addresses, width, values, active):
     write_global(machine, lanes(at, active), addresses, width, values, "a store")
-    if machine.races:
-        one_value_each(machine.global_memory.load(addresses, width, len(values)), values, "global")
 
 
 def _put_shared(machine, at, addresses, width, values, active):

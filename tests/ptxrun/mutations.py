@@ -270,25 +270,27 @@ def table(kernels: list[Kernel]) -> str:
     return "\n".join(lines)
 
 
-def page(kernels: list[Kernel], most: int, seconds: float) -> str:
+def page(kernels: list[Kernel], most: int, commit: str, seconds: float) -> str:
     """The result as a page."""
     tried = [one for kernel in kernels for one in kernel.outcomes]
     caught, same = sum(bool(one.how) for one in tried), sum(one.why in REASONS[:2] for one in tried)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    missed = [f"- `{one.kernel}`, {one.architecture}, {one.mutation.kind}: `{' '.join(one.mutation.before.split())}` "
-              f"(line {one.mutation.line}) {one.why}." for one in tried if not one.how]
+    missed = [f"| `{one.kernel}` | {one.architecture} | {one.mutation.kind} | {one.mutation.line} | "
+              f"`{' '.join(one.mutation.before.split()).replace('|', ',')}` | {one.why} |"
+              for one in tried if not one.how]
     return f"""# What the emulator notices of broken kernels
 
 Written by `python -m tests.ptxrun.mutations --most {most}` on {datetime.date.today()} at {commit}, with Triton
 {triton.__version__}, in {seconds:.0f} s of one core. [testing.md](testing.md#how-well-it-catches) says what it means.
 
-{len(tried)} mutants of {len(kernels)} compiled kernels; {caught} are caught: {100 * caught / len(tried):.1f} %. Without
-the {same} that are shown to do the same as the kernel: {100 * caught / (len(tried) - same):.1f} %.
+{len(tried)} mutants of {len(kernels)} compiled kernels; {caught} are caught: {100 * caught / len(tried):.1f} %.
+Without the {same} that are shown to do the same as the kernel: {100 * caught / (len(tried) - same):.1f} %.
 
 {table(kernels)}
 
 ## Not caught
 
+| kernel | architecture | change | line | instruction | why |
+|---|---|---|---|---|---|
 {chr(10).join(missed)}
 """
 
@@ -297,7 +299,8 @@ def main():
     """Mutate every kernel, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--architectures", nargs="+", default=["sm_80", "sm_90"])
-    parser.add_argument("--cases", nargs="+", default=[], help="of tests/ptxrun/mutated.py; all where none is named")
+    parser.add_argument("--cases", nargs="+", default=[],
+                        help="names of tests/ptxrun/mutated.py; all where none is given")
     parser.add_argument("--most", type=int, default=3, help="mutants of each kind and kernel")
     parser.add_argument("--out", type=Path, help="the page to write, docs/mutations.md")
     arguments = parser.parse_args()
@@ -305,13 +308,14 @@ def main():
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty holds NaN
     from tests.ptxrun.mutated import CASES, SM_90_ALONE  # imports the operators, which are then registered
     ptxrun.operators_on_cpu()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     began, kernels = time.process_time(), []
     for name in arguments.cases or CASES:
         for architecture in arguments.architectures:
             if architecture == "sm_90" or name not in SM_90_ALONE:
                 kernels += mutated(architecture, CASES[name], arguments.most)
         if arguments.out:
-            arguments.out.write_text(page(kernels, arguments.most, time.process_time() - began))
+            arguments.out.write_text(page(kernels, arguments.most, commit, time.process_time() - began))
     print(table(kernels))
 
 

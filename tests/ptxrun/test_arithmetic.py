@@ -99,6 +99,12 @@ def test_floats_round_flush_and_pass_nan_as_the_modifiers_say():
     assert per_thread("abs.f32 %r15, %r0;", np.float32(-2.5), result=np.float32)[0] == 2.5
 
 
+def test_arithmetic_gives_one_nan_whichever_went_in():
+    a, b = (np.uint32(bits).view(np.float32) for bits in (0xFFC0_0001, 0x7FC0_0002))
+    for text in ("add.f32 %r15, %r0, %r1;", "mul.f32 %r15, %r1, %r0;", "fma.rn.f32 %r15, %r0, %r1, %r1;"):
+        assert per_thread(text, a, b)[0] == 0x7FFFFFFF
+
+
 def bf16(x):
     return np.float32(x).view(np.uint32) >> np.uint32(16)
 

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from ptxrun import Deadlock, Race
+from ptxrun import Deadlock, Hazard, Race
 from ptxrun.tensor_map import TensorMap
 from tests.ptxrun.hand_written import aligned, run_kernel
 
@@ -68,13 +68,16 @@ STORE = """
 def test_a_box_is_stored_where_the_tensor_is_and_needs_a_fence():
     x = np.zeros((4, 32), np.uint32)
     box = TensorMap(x.ctypes.data, (32, 4), (4, 128), (32, 4), 4, 16).encode().ljust(128, b"\0")
-    run = lambda fence: run_kernel(  # noqa: E731
-        STORE.format(fence=fence), [x, x[:1].copy()], threads=128, shared=512, races=True,
+    wait = "cp.async.bulk.wait_group.read 0;"
+    run = lambda fence, instead=wait: run_kernel(  # noqa: E731
+        STORE.format(fence=fence).replace(wait, instead), [x, x[:1].copy()], threads=128, shared=512, races=True,
         parameters=[(".param .align 64 .b8 map[128]", box)])
     run("fence.proxy.async.shared::cta;")
     assert x[2:].reshape(-1).tolist() == list(range(64)) and not x[:2].any()
     with pytest.raises(Race, match="no fence.proxy.async"):
         run("")
+    with pytest.raises(Hazard, match="thread 0 ends, .* before it has waited"):
+        run("fence.proxy.async.shared::cta;", instead="")
 
 
 def stored(value, **options):

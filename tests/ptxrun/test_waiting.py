@@ -95,6 +95,16 @@ def test_a_phase_completes_with_its_last_arrival_and_orders_memory(schedule):
     assert found[32:].tolist() == list(range(32))
 
 
+def test_an_mbarrier_is_made_and_ended_before_and_behind_its_uses():
+    body = """mov.b32 %r9, 0; setp.eq.u32 %p0, %me, 0; mov.b32 %r15, 0;
+        @%p0 mbarrier.init.shared::cta.b64 [%r9], 64; {made}
+        mbarrier.arrive.shared::cta.b64 _, [%r9]; {used} @%p0 mbarrier.inval.shared::cta.b64 [%r9];"""
+    per_thread(body.format(made="bar.sync 0;", used="bar.sync 0;"), threads=64, shared=16, races=True)
+    for made, used in (("", "bar.sync 0;"), ("bar.sync 0;", "")):
+        with pytest.raises(Race, match="of byte 0 of shared memory"):
+            per_thread(body.format(made=made, used=used), threads=64, shared=16, races=True)
+
+
 def test_blocks_that_run_together_wait_for_their_own_mbarriers():
     found = per_thread(MBARRIER.format(count=32, store=STORE), threads=64, shared=320, blocks=3)
     assert found[32:].tolist() == list(range(32))

@@ -68,6 +68,8 @@ VARIANTS += [Row(kernel, architecture, 2, 256, "values") for kernel in (*TRAININ
              for architecture in ARCHITECTURES]
 VARIANTS += [Row(kernel, architecture, 2, 128, variant) for kernel in ("decode", "wide")
              for architecture in ARCHITECTURES for variant in ("check", "paged")]
+VARIANTS += [Row(kernel, architecture, 2, 64, "sinks") for kernel in ("fwd", "decode", "wide")
+             for architecture in ARCHITECTURES]
 RARE = [Row(kernel, architecture, size, dim, "check") for kernel in TRAINING for architecture in ARCHITECTURES
         for size, dim in ((2, 32), (4, 32), (4, 64), (4, 128), (4, 256))]
 RARE += [Row(kernel, architecture, 4, dim, "tf32") for kernel in TRAINING for architecture in ARCHITECTURES
@@ -86,7 +88,9 @@ def compiled(row: Row, target: int | None = None) -> Resources:
                       "PRECISION": "tf32" if variant == "tf32" else "ieee"}
         constants["CHECK_ROWS" if row.kernel == "dkv" else "CHECK_COLUMNS"] = variant == "check"
     if row.kernel in ("decode", "wide"):
-        constants |= {"PAGE_SIZE": 16 if variant == "paged" else 0, "SPLIT": True}
+        constants |= {"PAGE_SIZE": 16 if variant == "paged" else 0, "SPLIT": variant != "sinks"}
+    if "sinks_ptr" in KERNELS[row.kernel].arg_names and variant != "sinks":
+        constants["sinks_ptr"] = None
     return resources(KERNELS[row.kernel], constants, config, architecture=target or row.architecture,
                      element_size=row.element_size)
 
@@ -208,7 +212,8 @@ are left out of the tests for time. The kernels around attention are compiled by
 
 A tile is queries x keys; `spilled` counts the instructions that store to or load from a thread's stack. Variants:
 `check`, masks of two sides; `narrow`, head dim 80 in tiles of 128; `values`,
-keys of 192 in tiles of 256 and values of 128; `tf32`, float32 where PyTorch allows it.
+keys of 192 in tiles of 256 and values of 128;
+`sinks`, a learned sink per head; `tf32`, float32 where PyTorch allows it.
 
 | arch | bytes | D | kernel | tile | warps | stages | registers | spilled | shared KiB | multiplies |""")
     print("|---|---|---|---|---|---|---|---|---|---|---|")

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tfkernels._launch import Config
-from tfkernels._library import INTERPRET
+from tfkernels._library import INTERPRET, made_once
 
 # read one number at a time, or a size: no reason to compile again (see `tfkernels.attention.triton.tiles`)
 SCALAR_ARGUMENTS = ["image_ids_ptr", "order_ptr", "starts_ptr", "mean_ptr", "rstd_ptr", "means_ptr", "images",
@@ -321,8 +321,8 @@ def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor |
     rows = max(FEWEST_ROWS, triton.cdiv(tokens, PROGRAMS))
     programs = triton.cdiv(tokens, rows)
     slots = programs + images + 2
+    ordered, order, starts = (None,) * 3 if image_ids is None else made_once(sorted_tokens, image_ids, images=images)
     image_ids = image_ids if image_ids is None else image_ids.reshape(-1)
-    ordered, order, starts = _sorted(image_ids, images)
     parts = x.new_empty(kinds, slots, width, dtype=torch.float32)
     dy, dout, x, branch = (_rows(t) for t in (dy, dout, x, branch))
     gate, scale, weight, mean, rstd = (columns_together(gate), columns_together(scale), _vector(weight), _vector(mean),
@@ -352,12 +352,9 @@ def _row_len(x: Tensor, image_ids: Tensor | None) -> int | None:
     return None if image_ids is not None else x.shape[1]
 
 
-def _sorted(image_ids: Tensor | None, images: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The ids in ascending order, the tokens in that order, and where text and each image start in it; None where the
-    tokens stand in that order."""
-    if image_ids is None:
-        return None, None, None
-    ordered, order = image_ids.clamp(-1, images).sort(stable=True)
+def sorted_tokens(image_ids: Tensor, images: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The ids in ascending order, the tokens in that order, and where text and each image start in it."""
+    ordered, order = image_ids.reshape(-1).clamp(-1, images).sort(stable=True)
     starts = torch.searchsorted(ordered, torch.arange(-1, images + 1, device=image_ids.device, dtype=image_ids.dtype),
                                 out_int32=True)
     return ordered, order, starts

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import pytest
 
-import ptxrun
 import tfkernels
 from tests.conftest import KERNEL_RUNS
-from tests.tfkernels.emulated.families import FAMILIES
 from tests.launches import emulated
+from tests.resources import uneven_sums
+from tests.tfkernels.emulated.families import FAMILIES
 from tests.tfkernels.test_launches import ROOT
 from tfkernels._launch import Config
 from tfkernels.attention.triton import backward, decode, forward
@@ -65,8 +65,9 @@ def rows(architecture: int) -> list[Row]:
     found = [Row(kernel, key, named(kernel, key, value)) for kernel, tables in TABLES.items() for table in tables
              for key, value in table.items()
              if (key[:2] == (architecture, 2) if isinstance(key, tuple) else "norm" in kernel or key == 2)]
-    return found + [Row("_cross_entropy_rows", block, {"BLOCK": block, "num_warps": cross_entropy.launch_config(block)[2]})
-                    for block in ENTROPY_BLOCKS]
+    return found + [
+        Row("_cross_entropy_rows", block,
+            {"BLOCK": block, "num_warps": cross_entropy.launch_config(block).num_warps}) for block in ENTROPY_BLOCKS]
 
 
 def kernels() -> set[str]:
@@ -88,6 +89,7 @@ def test_compiled_kernels_err_at_most_twice_as_much_as_pytorch_and_race_nowhere(
     missing = [row for row in rows(architecture)
                if family.holds(row.kernel, row.key) and not any(map(row.is_of, launches))]
     assert not missing
+    assert not {launch.kernel for launch in launches if uneven_sums(launch.ptx)}
 
 
 def test_every_kernel_of_the_library_is_run():

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import Config, lookup
+from tfkernels._launch import ROUNDED_PRODUCTS, Config, lookup
 from tfkernels._library import INTERPRET, result_like
 from tfkernels.attention.triton.forward import (
     base2_scores,
@@ -48,7 +48,7 @@ MERGED = tl.constexpr(16)  # parts merged at a time
 CONFIGS = {
     (80, 2, 32): Config(16, 128, 4, 3, 255), (80, 2, 64): Config(16, 128, 4, 3, 255),
     (80, 2, 128): Config(16, 64, 4, 3, 255), (80, 2, 256): Config(16, 32, 4, 3, 255),
-    (80, 2, 512): Config(16, 32, 4, 2, 255),
+    (80, 2, 512): Config(16, 16, 4, 2, 255),
     (80, 4, 32): Config(16, 64, 4, 2, 255), (80, 4, 64): Config(16, 32, 4, 2, 255),
     (80, 4, 128): Config(16, 16, 4, 2, 255), (80, 4, 256): Config(16, 16, 4, 2, 255),
     (90, 2, 32): Config(16, 128, 2, 3, 255), (90, 2, 64): Config(16, 128, 4, 3, 255),
@@ -70,7 +70,7 @@ WIDE_CONFIGS = {
     (80, 4, 128): Config(32, 16, 8, 2, 255), (80, 4, 256): Config(16, 16, 4, 2, 255),
     (90, 2, 32): Config(64, 64, 4, 3, 255), (90, 2, 64): Config(64, 64, 4, 3, 255),
     (90, 2, 128): Config(64, 64, 8, 3, 255), (90, 2, 256): Config(64, 32, 8, 2, 255),
-    (90, 2, 512): Config(64, 32, 8, 2, 255),
+    (90, 2, 512): Config(32, 16, 8, 2, 255),
     (90, 4, 32): Config(32, 32, 4, 2, 255), (90, 4, 64): Config(32, 32, 8, 2, 255),
     (90, 4, 128): Config(32, 16, 8, 2, 255), (90, 4, 256): Config(16, 16, 8, 2, 255),
     (100, 2, 32): Config(64, 64, 4, 3, 255), (100, 2, 64): Config(64, 64, 4, 3, 255),
@@ -273,7 +273,7 @@ def attention_decode(
     if splits > 1:
         items = batch * heads * sq
         _attention_merge[(items,)](parts, parts_lse, sinks, out, lse, *out.stride()[:3], heads, sq, splits, items,
-                                   HEAD_DIM=dims["HEAD_DIM_V"], D=dims["D_V"], num_warps=4)
+                                   HEAD_DIM=dims["HEAD_DIM_V"], D=dims["D_V"], num_warps=4, **ROUNDED_PRODUCTS)
     return out, lse
 
 

@@ -236,8 +236,11 @@ def dkv_row(k_ptr, v_ptr, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, s
         ds = tl.where(visible, p * (tl.sum(v[None, :] * dout, 1) - delta) * slope, 0.0)
         dk += tl.sum(ds[:, None] * q, 0)
         dv += tl.sum(p[:, None] * dout, 0)
-        known = tl.maximum(tl.max(((dk == dk) & (offs_d < HEAD_DIM)).to(tl.int32)),
-                           tl.max(((dv == dv) & (offs_v < HEAD_DIM_V)).to(tl.int32)))
+        if HEAD_DIM == HEAD_DIM_V:  # one reduction
+            known = tl.max((((dk == dk) | (dv == dv)) & (offs_d < HEAD_DIM)).to(tl.int32))
+        else:
+            known = tl.maximum(tl.max(((dk == dk) & (offs_d < HEAD_DIM)).to(tl.int32)),
+                               tl.max(((dv == dv) & (offs_v < HEAD_DIM_V)).to(tl.int32)))
         m += M
         if m >= last:
             m = first

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tfkernels._library import made_once
+
 # Sizes, and integers that are read one by one. Triton would compile anew where a number is 1 or a multiple of 16 and
 # where a pointer is aligned; the integers of a mask begin wherever a row's length puts them. No load is wider for it.
 SCALAR_ARGUMENTS = ["lo_ptr", "hi_ptr", "since_ptr", "until_ptr", "bounds_ptr", "table_ptr", "sinks_ptr", "heads",
@@ -42,7 +44,14 @@ def _tile_bounds(low_ptr, high_ptr, bounds_ptr, stride_mask, length, tiles, SIZE
 
 
 def tile_bounds(low: Tensor, high: Tensor, size: int) -> Tensor:
-    """Return (B, 4, tiles) int32 of (B, length) intervals: each tile's min low, max low, min high and max high."""
+    """Return (B, 4, tiles) int32 of (B, length) intervals: each tile's min low, max low, min high and max high.
+
+    They are made once for a mask and a size of tiles, whatever layers and steps ask for them.
+    """
+    return made_once(_made_bounds, low, high, size=size)
+
+
+def _made_bounds(low: Tensor, high: Tensor, size: int) -> Tensor:
     batch, length = low.shape
     tiles = triton.cdiv(length, size)
     bounds = torch.empty(batch, 4, tiles, dtype=torch.int32, device=low.device)

@@ -109,11 +109,12 @@ def _cross_entropy_rows(logits_ptr, targets_ptr, places_ptr, row_weight_ptr, los
 def entropy(logits: Tensor, targets: Tensor, places: Tensor, row_weight: Tensor | None, lse_weight: Tensor | None,
             losses: Tensor, lse: Tensor | None, tokens: int, gradient: bool, options: EntropyOptions) -> Tensor:
     """Write `losses` and, where it is wanted, `lse`, and with `gradient` return dz, which takes the logits' place."""
-    launch = launch_config(logits.shape[1])
+    launch, stride = launch_config(logits.shape[1]), logits.stride(0)
+    whole = logits.as_strided((len(logits), stride), (stride, 1))                          # rows with what pads them
     softcap, smoothing, z_loss = (x or None for x in options)
-    _cross_entropy_rows[(len(logits),)](logits, targets, places, losses if row_weight is None else row_weight, losses,
+    _cross_entropy_rows[(len(logits),)](whole, targets, places, losses if row_weight is None else row_weight, losses,
                                         lse, lse_weight, tokens, softcap, smoothing, z_loss,
-                                        V=logits.shape[1], STRIDE=logits.stride(0),
+                                        V=logits.shape[1], STRIDE=stride,
                                         WEIGHT=row_weight is not None, GRADIENT=gradient, BLOCK=launch.block_n,
                                         num_warps=launch.num_warps, num_stages=launch.num_stages)
     return logits
