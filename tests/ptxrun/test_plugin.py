@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
     """A folder with tests that have run once."""
     folder = tmp_path_factory.mktemp("project")
     (folder / "test_double.py").write_text(TESTS)
-    assert run(folder, "--limit", "0.5").startswith("1 failed, 2 passed, 1 skipped")
+    assert run(folder, "--limit", "5").startswith("1 failed, 2 passed, 1 skipped")
     return folder
 
 
@@ -58,7 +58,7 @@ def test_every_test_leaves_a_line_and_the_last_case_of_each_comes_first(folder):
         "test_doubles[64]", "test_reads_beyond_its_tensor", "test_takes_long", "test_doubles[32]"]
     assert [line["outcome"] for line in found] == ["passed", "failed", "skipped", "passed"]
     assert [line["launches"] for line in found] == [{"double": 1}, {"double": 1}, {}, {"double": 1}]
-    assert "OutOfBounds" in found[1]["why"] and "longer than 0.5 seconds" in found[2]["why"]
+    assert "OutOfBounds" in found[1]["why"] and "longer than 5 seconds" in found[2]["why"]
     assert collected(folder / "results") == 4
 
 

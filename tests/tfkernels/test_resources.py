@@ -147,7 +147,7 @@ def test_the_small_kernels_spill_nothing(name, architecture):
     assert found.fit(architecture), found
 
 
-def test_a_kernel_with_an_instruction_that_is_not_emulated_fails_by_its_name(monkeypatch):
+def test_spills_of_a_kernel_with_an_instruction_that_is_not_emulated_are_not_asked_for(monkeypatch):
     monkeypatch.setitem(TABLE, "setp", (None, ""))
     kernel, constants = SMALL["bounds"]
     with pytest.raises(AssertionError, match="_tile_bounds for sm_90.*setp"):
@@ -177,7 +177,7 @@ SMALL_CARDS += [(card, Row("dkv", 80, 2, 128)) for card in (86, 89)]
 
 
 @pytest.mark.parametrize("card,row", SMALL_CARDS, ids=str)
-def test_an_80_row_fits_the_other_cards_that_take_it(card, row):
+def test_an_80_row_spills_nothing_on_the_other_cards_that_take_it(card, row):
     """Compiled for the card itself, whose multiply instructions, registers and shared memory may differ."""
     assert compiled(row, target=card).fit(80)
 
