@@ -1,13 +1,15 @@
 """Attention on packed Transfusion batches of 1k to 32k tokens, beside the other implementations of the same mask.
 
     python -m benchmarks.attention --out DIR [--quick]      on a CUDA device
-    python -m benchmarks.attention --out DIR --cpu          without one: mask build and tiles (benchmarks/mask.py)
+    python -m benchmarks.attention --out DIR --cpu          without one: float32, documents of 512 with an image of 256,
+                                                            and mask build and tiles (benchmarks/mask.py)
 
 Measured are mask build, forward, backward and memory. TFLOP/s count the mask's visible pairs and nothing else: 4 *
 area * H * D forward, 2.5 times that backward. Every contender gets the same inputs, drawn from N(0, 1). Before it is
 timed, its output and gradients must pass the tests' accuracy rule against float64 in this very run.
 """
 import importlib.util
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ from torch.nn.attention import SDPBackend
 
 from benchmarks import attention_peers as peers
 from benchmarks import mask as mask_benchmark
-from benchmarks.batches import PackedBatch, packed_batch
+from benchmarks.batches import PackedBatch, even_batch, packed_batch
 from benchmarks.command_line import run_command
 from benchmarks.environment import peak_tflops
 from benchmarks.harness import Contender, LeftOut, Result, measure, present
@@ -35,6 +37,9 @@ LENGTHS, HEAD_DIMS, HEADS, IMAGES = (
 OUR_FACTOR, PEER_FACTOR = 2.0, 4.0  # times PyTorch's own error; a peer need only have computed the same function
 CEILINGS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 REFERENCE_BYTES = 2**29
+
+
+CPU_DOCUMENT = 512  # tokens
 
 
 class Case(NamedTuple):
@@ -59,6 +64,12 @@ def cases(quick: bool = False) -> list[Case]:
     first.append(Case(16384, 128, 16, 16, 256, hidden=True))
     grid += [Case(s, d, 16, 16, 256, hidden=True) for d in reversed(HEAD_DIMS) for s in LENGTHS[1:]]
     return first if quick else first + [c for c in grid if c not in first]
+
+
+def cpu_cases(quick: bool) -> list[Case | mask_benchmark.Case]:
+    """Attention at lengths that a CPU takes below seconds, or the shortest alone, and then the masks."""
+    lengths, dim = ((1024,), 32) if quick else (LENGTHS[:3], 64)
+    return [*(Case(seq_len, dim, 8, 2, 256) for seq_len in lengths), *mask_benchmark.cases(quick)]
 
 
 def flops(area: int, heads: int, head_dim: int) -> dict[str, float]:
@@ -113,13 +124,13 @@ def reference(inputs, mask: TransfusionMask, dtype: torch.dtype) -> tuple[Tensor
 
 
 def checker(inputs, mask: TransfusionMask):
-    """Return check(factor): a function of a contender's state that asserts out, dq, dk and dv against float64."""
+    """Return check(factor): it asserts a state's out and, if it has them, dq, dk and dv against float64."""
     exact, rounded = reference(inputs, mask, torch.float64), reference(inputs, mask, inputs[0].dtype)
 
     def check(factor):
         def assert_right(state):
             for name, *values in zip(
-                ("out", "dq", "dk", "dv"), (state["out"].detach(), *state["grads"]), rounded, exact
+                ("out", "dq", "dk", "dv"), (state["out"].detach(), *state.get("grads", ())), rounded, exact
             ):
                 assert_as_accurate(name, *values, factor=factor)
 
@@ -147,11 +158,7 @@ def contenders(case: Case, batch: PackedBatch, inputs) -> tuple[list[Contender],
     make_mask = mask_builder(batch)
     check = checker(inputs, make_mask())
     chosen, areas = [our_contender(make_mask, inputs, check(OUR_FACTOR))], {}
-    torch.cuda.empty_cache()
-    dense_bytes, free = (
-        8 * case.seq_len**2,
-        torch.cuda.mem_get_info()[0],
-    )  # bool mask, its bf16 bias, and room for a copy of each
+    dense_bytes, free = 8 * case.seq_len**2, free_bytes()  # bool mask, its bf16 bias, and room for a copy of each
 
     def maker(name, source, make):
         def made():
@@ -174,7 +181,10 @@ def contenders(case: Case, batch: PackedBatch, inputs) -> tuple[list[Contender],
         }
     )
     chosen += found.values()
-    if case.image_tokens == IMAGES[0] and not case.hidden:
+    if batch.documents.device.type == "cpu":
+        chosen.append(peers.products_alone(case.seq_len, CPU_DOCUMENT, inputs))
+        areas[chosen[-1].name] = case.seq_len * CPU_DOCUMENT
+    elif case.image_tokens == IMAGES[0] and not case.hidden:
         causal = TransfusionMask.causal(case.seq_len, device=batch.documents.device)
         check = checker(inputs, causal)
         for backend in CEILINGS:
@@ -183,13 +193,22 @@ def contenders(case: Case, batch: PackedBatch, inputs) -> tuple[list[Contender],
     return chosen, others, areas
 
 
-def run_case(case: Case, report: Report, seconds: float) -> None:
+def free_bytes() -> float:
+    """Of the CUDA device's memory; a CPU's is not asked for."""
+    if not torch.cuda.is_available():
+        return math.inf
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
+
+
+def run_case(case: Case, report: Report, seconds: float, device: str = "cuda") -> None:
     """Measure one configuration, and record and print a row per contender."""
     torch._dynamo.reset()  # every shape compiles anew, so that no limit on recompilation sends a peer to its slow path
-    batch, inputs = (
-        packed_batch(case.seq_len, case.image_tokens, device="cuda", hidden=case.hidden),
-        random_inputs(case, "cuda", torch.bfloat16),
-    )
+    if device == "cpu":
+        batch, dtype = even_batch(case.seq_len, CPU_DOCUMENT, case.image_tokens), torch.float32
+    else:
+        batch, dtype = packed_batch(case.seq_len, case.image_tokens, device=device, hidden=case.hidden), torch.bfloat16
+    inputs = random_inputs(case, device, dtype)
     area, peak = mask_builder(batch)().area().item(), peak_tflops(report.environment["device"])
     chosen, others, areas = contenders(case, batch, inputs)
 
@@ -204,9 +223,9 @@ def run_case(case: Case, report: Report, seconds: float) -> None:
         return report.record(
             {
                 **case._asdict(),
-                "dtype": "bfloat16",
+                "dtype": str(dtype).removeprefix("torch."),
                 "area": own_area,
-                "mask": "causal" if result.name in areas else "transfusion",
+                "mask": "another" if result.name in areas else "transfusion",
             },
             result,
             sum_ms=sum(medians.values()) if medians else None,
@@ -214,7 +233,7 @@ def run_case(case: Case, report: Report, seconds: float) -> None:
             percent_of_peak={phase: 100 * rate / peak for phase, rate in rates.items()} if peak and rates else None,
         )
 
-    found = measure(chosen, device="cuda", seconds=seconds, record=record, **report.limits)
+    found = measure(chosen, device=device, seconds=seconds, record=record, **report.limits)
     print(table([record(result) for result in found + others]), flush=True)
 
 
@@ -229,10 +248,11 @@ def table(rows: list[dict]) -> str:
             lines.append(f"{head} {(row['error'] or row['left_out'] or 'no numbers').splitlines()[0][:90]}")
         else:
             p50 = {phase: times["p50"] for phase, times in row["milliseconds"].items()}
+            rates = "/".join(f"{rate:4.0f}" if rate >= 1 else f"{rate:.3f}" for rate in row["tflops"].values())
+            memory = f" {row['peak_bytes'] / 2**20:7.0f} MiB" if row["peak_bytes"] else ""
             lines.append(
-                f"{head} build {p50.get('build', 0):7.3f} fwd {p50['forward']:8.3f} bwd {p50['backward']:8.3f} "
-                f"sum {row['sum_ms']:8.3f} ms  {row['tflops']['forward']:4.0f}/{row['tflops']['backward']:4.0f} "
-                f"TFLOP/s {row['peak_bytes'] / 2**20:7.0f} MiB{remark(row['timing'])}"
+                f"{head} build {p50.get('build', 0):7.3f} fwd {p50['forward']:8.3f} bwd {p50.get('backward', 0):8.3f} "
+                f"sum {row['sum_ms']:8.3f} ms  {rates} TFLOP/s{memory}{remark(row['timing'])}"
             )
     return "\n".join(lines)
 
@@ -276,16 +296,16 @@ def plot(report: Report, out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the grid, or with `--cpu` that of benchmarks/mask.py."""
+    """Run the grid, or with `--cpu` `cpu_cases`."""
 
     def measure_case(case: Case | mask_benchmark.Case, report: Report, device: str) -> None:
-        if device == "cpu":
+        if isinstance(case, mask_benchmark.Case):
             mask_benchmark.run_case(case, report)
         else:
-            run_case(case, report, seconds=1.0)
+            run_case(case, report, 1.0, device)
 
     return run_command(
-        "attention", __doc__, arguments, cases=cases, cpu_cases=mask_benchmark.cases, measure_case=measure_case,
+        "attention", __doc__, arguments, cases=cases, cpu_cases=cpu_cases, measure_case=measure_case,
         settings={"timing": "interleaved; on CUDA L2 flushed before each phase, on the CPU wall time, nothing flushed",
                   "cpu_image_tokens": mask_benchmark.IMAGE},
         quick="three lengths, images of 256 tokens", finish=plot)

@@ -65,20 +65,43 @@ def flex(batch: PackedBatch, inputs, check) -> Contender:
     def build():
         return create(visible, None, None, seq_len, seq_len, device=device)
 
-    return contender("FlexAttention, create_block_mask", inputs, check, _flex_forward(), build)
+    return flex_contender("FlexAttention, create_block_mask", inputs, check, build)
 
 
 def flex_with_our_blocks(make_mask, inputs, check) -> Contender:
     """Compiled FlexAttention; its block mask from `TransfusionMask.block_mask()`."""
-    name = "FlexAttention, mask.block_mask()"
-    return contender(name, inputs, check, _flex_forward(), lambda: make_mask().block_mask())
+    return flex_contender("FlexAttention, mask.block_mask()", inputs, check, lambda: make_mask().block_mask())
 
 
-def _flex_forward():
+def flex_contender(name, inputs, check, build) -> Contender:
+    """Compiled FlexAttention; on a CPU forward alone, as it has no backward there."""
     from torch.nn.attention.flex_attention import flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v, mask: compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+    def forward(q, k, v, mask):
+        return compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+    if inputs[0].is_cuda:
+        return contender(name, inputs, check, forward, build)
+    whole = contender(name, [x.detach() for x in inputs], check, forward, build)
+    return Contender(name, {phase: run for phase, run in whole.phases.items() if phase != "backward"}, check)
+
+
+def products_alone(seq_len: int, document: int, inputs) -> Contender:
+    """The two matrix products of attention for every pair of a document's tokens, and nothing else: a ceiling."""
+    q, k, v = (x.detach().unflatten(2, (seq_len // document, document)) for x in inputs[:3])
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+
+    def forward(state):
+        state["out"] = (q @ k.mT) @ v
+
+    def check(state):
+        exact = (q.double() @ k.double().mT) @ v.double()
+        error = ((state["out"] - exact).norm() / exact.norm()).item()
+        assert error < 1e-5, f"products: relative error {error:.1e}"
+
+    return Contender("matrix products alone (all pairs of a document)", {"forward": forward}, check)
 
 
 def xformers_dense(batch: PackedBatch, inputs, check) -> Contender:

@@ -162,7 +162,7 @@ def run_benchmark(
     *,
     settings: dict,
     cases: Callable[[bool], Iterable],
-    cpu_cases: Iterable,
+    cpu_cases: Callable[[bool], Iterable],
     problem: Callable[[NamedTuple, str, torch.dtype], Problem],
 ) -> int:
     """Command line of a benchmark whose cases are problems of this module: bfloat16 on CUDA, float32 on the CPU."""
@@ -173,7 +173,7 @@ def run_benchmark(
 
     return run_command(
         name, documentation, arguments, settings={**settings, "timing": "interleaved, L2 flushed on CUDA"}, cases=cases,
-        cpu_cases=lambda quick: cpu_cases, measure_case=measure_case)
+        cpu_cases=cpu_cases, measure_case=measure_case)
 
 
 def _tuple(outputs) -> tuple[Tensor, ...]:

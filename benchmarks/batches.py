@@ -49,6 +49,17 @@ def packed_batch(
     return PackedBatch([spans], documents, image_ids.to(device), hidden_ids.to(device))
 
 
+def even_batch(seq_len: int, document_tokens: int, image_tokens: int) -> PackedBatch:
+    """Fill `seq_len` tokens on the CPU with documents of one length, each with an image in its middle."""
+    starts = range((document_tokens - image_tokens) // 2, seq_len, document_tokens)
+    spans = [(at, at + image_tokens) for at in starts if at + image_tokens <= seq_len]
+    documents = (torch.arange(seq_len, dtype=torch.int32) // document_tokens)[None]
+    image_ids = torch.zeros(1, seq_len, dtype=torch.int32)
+    for number, (start, stop) in enumerate(spans, 1):
+        image_ids[0, start:stop] = number
+    return PackedBatch([spans], documents, image_ids, torch.zeros_like(image_ids))
+
+
 def dense_definition(batch: PackedBatch, start: int = 0, stop: int | None = None) -> Tensor:
     """(1, 1, stop - start, S) bool: the batch's mask for the queries [start, stop), straight from the ids."""
     documents, images = batch.documents, batch.image_ids

@@ -188,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     return run_command(
         "cross_entropy", __doc__, arguments, settings={"timing": "interleaved, L2 flushed on CUDA"}, cases=cases,
-        cpu_cases=lambda quick: [Case(512, 128, 500)], measure_case=measure_case)
+        cpu_cases=lambda quick: [Case(512, 128, 500) if quick else Case(1024, 512, 8192)], measure_case=measure_case)
 
 
 if __name__ == "__main__":

@@ -93,9 +93,12 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
-    small = [Case("diffusion_loss", 1024, 32)] + [Case(op, 1024, 32, 128) for op in HEADS]
+    def cpu_cases(quick: bool) -> list[Case]:
+        patches, width = (1024, 128) if quick else (2048, 512)
+        return [Case("diffusion_loss", patches, 32)] + [Case(op, patches, 32, width) for op in HEADS]
+
     return run_benchmark("diffusion_loss", __doc__, arguments, settings={"image_patches": IMAGE}, cases=cases,
-                         cpu_cases=small, problem=problem)
+                         cpu_cases=cpu_cases, problem=problem)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
     return run_benchmark("image_chain", __doc__, arguments, settings={"image_patches": IMAGE, "patch_elements": DIM},
-                         cases=cases, cpu_cases=[Case(1024, 128)], problem=problem)
+                         cases=cases, cpu_cases=lambda quick: [Case(1024, 128) if quick else Case(2048, 512)],
+                         problem=problem)
 
 
 if __name__ == "__main__":

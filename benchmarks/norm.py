@@ -91,8 +91,11 @@ def _liger():
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
+    def cpu_cases(quick: bool) -> list[Case]:
+        return [Case(op, *((1024, 256) if quick else (4096, 512))) for op in ARGUMENTS]
+
     return run_benchmark("norm", __doc__, arguments, settings={"image_tokens": IMAGE}, cases=cases,
-                         cpu_cases=[Case(op, 1024, 256) for op in ARGUMENTS], problem=problem)
+                         cpu_cases=cpu_cases, problem=problem)
 
 
 if __name__ == "__main__":

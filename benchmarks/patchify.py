@@ -107,9 +107,12 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
-    small = [Case(op, 512, 32, 128 if "embed" in op else 0) for op in OPS]
+    def cpu_cases(quick: bool) -> list[Case]:
+        patches, width = (512, 128) if quick else (2048, 512)
+        return [Case(op, patches, 32, width if "embed" in op else 0) for op in OPS]
+
     return run_benchmark("patchify", __doc__, arguments, settings={"image_tokens": IMAGE, "patch_size": PATCH},
-                         cases=cases, cpu_cases=small, problem=problem)
+                         cases=cases, cpu_cases=cpu_cases, problem=problem)
 
 
 if __name__ == "__main__":

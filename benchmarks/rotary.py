@@ -99,8 +99,11 @@ def _liger(table: tuple):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
+    def cpu_cases(quick: bool) -> list[Case]:
+        return [Case(op, *((256, 4, 2, 64) if quick else (4096, 8, 2, 64))) for op in MOVED]
+
     return run_benchmark("rotary", __doc__, arguments, settings={"document_tokens": DOCUMENT}, cases=cases,
-                         cpu_cases=[Case(op, 256, 4, 2, 64) for op in MOVED], problem=problem)
+                         cpu_cases=cpu_cases, problem=problem)
 
 
 if __name__ == "__main__":

@@ -362,10 +362,14 @@ def line(case: Case, row: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid."""
-    small = [Case("draw", "tiny", 2, 24, 4), Case("write", "tiny", 2, 24, 8)]
+    def cpu_cases(quick: bool) -> list[Case]:
+        if quick:
+            return [Case("draw", "tiny", 2, 24, 4), Case("write", "tiny", 2, 24, 8)]
+        return [Case("draw", "small", 1, 256, 10), Case("write", "small", 1, 256, 64)]
+
     return run_command(
         "sample", __doc__, arguments, settings={"guidance": GUIDANCE, "timing": "interleaved, wall time"}, cases=cases,
-        cpu_cases=lambda quick: small, measure_case=functools.partial(run_case, seconds=5.0))
+        cpu_cases=cpu_cases, measure_case=functools.partial(run_case, seconds=5.0))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ OURS, COMPILED, DENSE, FLEX, PEER = (
 OUR_FACTOR, PEER_FACTOR = 2.0, 4.0
 ROUNDING = 1e-6  # of a float32 loss
 SEED = (5, 7)  # of our noise
+SMALL = {"tiny": (64, 2, 16), "small": (256, 6, 32)}
+"""width, layers and a latent's side of models that a CPU can time"""
 
 
 class Case(NamedTuple):
@@ -71,22 +73,23 @@ def cases(quick: bool) -> list[Case]:
 
 
 def configuration(case: Case) -> TransfusionConfig:
-    """The paper's model, or "tiny", which a CPU can time."""
+    """The paper's model, or one of `SMALL`."""
     if case.size in PAPER:
         return paper(case.size)
+    width, layers, side = SMALL[case.size]
     text_config = LlamaConfig(
         vocab_size=258,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
         max_position_embeddings=4096,
     )
     return TransfusionConfig(
         text_config=text_config,
         image_channels=8,
-        image_size=(16, 16),
+        image_size=(side, side),
         image_layers="linear",
         objective="eps",
         boi_token_id=256,
@@ -292,7 +295,8 @@ def main(arguments: list[str] | None = None) -> int:
     timing = "interleaved, wall time; transfusion-pytorch apart, for memory"
     return run_command(
         "train_step", __doc__, arguments, settings={"timing": timing}, cases=cases,
-        cpu_cases=lambda quick: [Case("tiny", 2, 256)], measure_case=functools.partial(run_case, seconds=4.0))
+        cpu_cases=lambda quick: [Case("tiny", 2, 256) if quick else Case("small", 1, 2048)],
+        measure_case=functools.partial(run_case, seconds=4.0))
 
 
 if __name__ == "__main__":

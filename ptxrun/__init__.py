@@ -8,6 +8,8 @@ This is the code that a GPU would run, with its tiles, its layouts in registers 
 asynchronous copies, of which Triton's interpreter knows nothing. docs/testing.md says what it proves and what not.
 `pytest -p ptxrun.plugin --emulate sm_90` runs a project's own tests this way.
 """
+import sys
+
 from ptxrun.errors import (
     Deadlock,
     EmulationError,
@@ -20,13 +22,19 @@ from ptxrun.errors import (
 )
 
 __all__ = ["Deadlock", "EmulationError", "Hazard", "Misaligned", "Misuse", "OutOfBounds", "Race", "UnknownInstruction",
-           "emulate", "operators_on_cpu", "unknown_instructions"]
+           "active", "emulate", "operators_on_cpu", "unknown_instructions"]
 
 
 def emulate(architecture: str, **options):
     """See `ptxrun.driver.emulate`, which this imports with Triton when it is called."""
     from ptxrun import driver
     return driver.emulate(architecture, **options)
+
+
+def active() -> bool:
+    """Whether launches are emulated now, for tests that choose by that what they ask of a kernel."""
+    driver = sys.modules.get("ptxrun.driver")
+    return driver is not None and bool(driver.running)
 
 
 def unknown_instructions(ptx: str) -> list[str]:

@@ -27,7 +27,9 @@ MULTIPROCESSORS = 4                                                  # what laun
 STAGE_KEY = "ptxrun: PTX in place of a cubin"
 SCALARS = {"i1": "<?", "u1": "<?", "i8": "<b", "u8": "<B", "i16": "<h", "u16": "<H", "i32": "<i", "u32": "<I",
            "i64": "<q", "u64": "<Q", "fp16": "<e", "fp32": "<f", "f32": "<f", "fp64": "<d"}
+APART, ALIGNED = 1 << 40, 64             # between tensors as kernels see them, and what stays of their alignment
 SWIZZLE = {0: 16, 1: 32, 2: 64, 3: 128}  # of Triton's description of a tensor map, in bytes
+running: list[Emulation] = []            # inside of `emulate`; the last one gets the launches
 
 
 def architecture_number(name: str) -> int:
@@ -63,9 +65,11 @@ def emulate(architecture: str, *, races: bool = False, schedule: str = "late", s
     knobs.runtime.add_stages_inspection_hook = keep_ptx
     torch.cuda.get_device_capability = lambda device=None: divmod(number, 10)
     torch.cuda.get_device_properties = lambda device=None: properties
+    running.append(emulation)
     try:
         yield emulation
     finally:
+        running.remove(emulation)
         torch.cuda.get_device_capability, torch.cuda.get_device_properties = capability, get_properties
         knobs.runtime.add_stages_inspection_hook = hook
         triton.runtime.driver.set_active(before)
@@ -149,12 +153,13 @@ class Launcher:
             self._take(name, kind, argument, tensors, parameters, described)
         scratch = torch.zeros(max(1, self.metadata.global_scratch_size * x * y * z), dtype=torch.uint8)
         tensors.append(("global scratch", scratch))
-        parameters.append(struct.pack("<Q", scratch.data_ptr()))
-        triton.runtime.driver.active.emulation.launch(function, (x, y, z), parameters, memory_of(tensors),
-                                                      self.metadata.shared)
+        parameters.append(pointer(scratch))
+        memory, addresses = memory_of(tensors)
+        parameters = [one(addresses) if callable(one) else one for one in parameters]
+        triton.runtime.driver.active.emulation.launch(function, (x, y, z), parameters, memory, self.metadata.shared)
 
     def _take(self, name: str, kind, argument, tensors: list, parameters: list, described: list):
-        """Append an argument's bytes, and the tensors that it points to."""
+        """Append an argument's bytes, or the function of the tensors' addresses that gives them, and the tensors."""
         if isinstance(kind, tuple):
             for i, (inner, value) in enumerate(zip(kind, argument)):
                 self._take(f"{name}[{i}]", inner, value, tensors, parameters, described)
@@ -167,41 +172,67 @@ class Launcher:
             parameters += descriptor(argument, described.pop(0))
             tensors.append((name, argument.base))
         elif kind.startswith("*"):
-            parameters.append(struct.pack("<Q", argument.data_ptr() if argument is not None else 0))
+            parameters.append(pointer(argument) if argument is not None else bytes(8))
             if argument is not None:
                 tensors.append((name, argument))
         else:
             parameters.append(struct.pack(SCALARS[kind], argument))
 
 
-def descriptor(argument, meta) -> list[bytes]:
+class Addresses:
+    """Where a kernel sees each range of the host's memory: far from all others, so that no overrun meets a tensor, and
+    at the same place in every process."""
+
+    def __init__(self, spans):
+        """`spans`: (start, end) of ranges in the host's memory."""
+        self.spans = [(start, end, (i + 1) * APART + start % ALIGNED) for i, (start, end) in enumerate(spans)]
+
+    def of(self, host: int) -> int:
+        """The address of what lies at `host`; of an empty tensor, which is nowhere, one that may not be used."""
+        return next((at + host - start for start, end, at in self.spans if start <= host < end), APART // 2)
+
+
+def pointer(tensor):
+    """The bytes of a pointer, as a function of addresses."""
+    return lambda addresses: struct.pack("<Q", addresses.of(tensor.data_ptr()))
+
+
+def descriptor(argument, meta) -> list:
     """A host's tensor descriptor: the tensor map, then sizes and strides, as Triton's launcher passes them."""
     element = argument.base.element_size()
     strides = [stride * element for stride in argument.strides[::-1]]
-    box = TensorMap(argument.base.data_ptr(), tuple(argument.shape[::-1]), tuple(strides),
-                    tuple(meta["block_size"][::-1]), element, SWIZZLE[meta["swizzle"]], argument.padding == "nan")
-    return [box.encode().ljust(BYTES, b"\0"), *(struct.pack("<i", n) for n in argument.shape),
-            *(struct.pack("<q", n) for n in argument.strides)]
+
+    def box(addresses):
+        return TensorMap(addresses.of(argument.base.data_ptr()), tuple(argument.shape[::-1]), tuple(strides),
+                         tuple(meta["block_size"][::-1]), element, SWIZZLE[meta["swizzle"]],
+                         argument.padding == "nan").encode().ljust(BYTES, b"\0")
+    return [box, *(struct.pack("<i", n) for n in argument.shape), *(struct.pack("<q", n) for n in argument.strides)]
 
 
-def memory_of(tensors) -> GlobalMemory:
+def memory_of(tensors) -> tuple[GlobalMemory, Addresses]:
     """The memory of named tensors: from the first to the last element of each, those that overlap as one."""
     spans = []
-    for name, tensor in tensors:
+    for place, (name, tensor) in enumerate(tensors):
         tensor = getattr(tensor, "base", tensor) if not isinstance(tensor, torch.Tensor) else tensor
         if tensor.device.type != "cpu":
             raise ValueError(f"emulate: {name} is on {tensor.device}; kernels run on CPU tensors here")
         if tensor.numel():
             last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-            spans.append((tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size(), name))
-    memory, spans = GlobalMemory(), sorted(spans)
+            spans.append((tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size(), place, name))
+    merged, spans = [], sorted(spans)
     while spans:
-        start, end, name = spans.pop(0)
+        start, end, place, name = spans.pop(0)
         while spans and spans[0][0] < end:
-            _, other_end, other = spans.pop(0)
-            end, name = max(end, other_end), name if other in name.split(" and ") else f"{name} and {other}"
-        memory.add(start, np.frombuffer((ctypes.c_uint8 * (end - start)).from_address(start), np.uint8), name)
-    return memory
+            _, other_end, other_place, other = spans.pop(0)
+            end, place = max(end, other_end), min(place, other_place)
+            name = name if other in name.split(" and ") else f"{name} and {other}"
+        merged.append((place, start, end, name))
+    merged.sort()  # by the place among the arguments, which is the same in every process
+    memory, addresses = GlobalMemory(), Addresses([(start, end) for _, start, end, _ in merged])
+    for _, start, end, name in merged:
+        bytes_ = np.frombuffer((ctypes.c_uint8 * (end - start)).from_address(start), np.uint8)
+        memory.add(addresses.of(start), bytes_, name)
+    return memory, addresses
 
 
 def operators_on_cpu():

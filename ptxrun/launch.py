@@ -3,7 +3,7 @@ import functools
 import time
 from dataclasses import dataclass, field
 
-from ptxrun.conflicts import Conflicts, orders_blocks
+from ptxrun.block_races import BlockRaces, orders_blocks
 from ptxrun.machine import Machine
 from ptxrun.memory import GlobalMemory
 from ptxrun.ptx import parse
@@ -49,7 +49,7 @@ class Emulation:
         padding = [bytes(8)] * (len(names) - len(parameters))  # scratch memory that a launch may leave out
         one.parameters = dict(zip(names, [*parameters, *padding]))
         one.global_memory = memory
-        one.conflicts = Conflicts(memory) if self.races and not orders_blocks(kernel) else None
+        one.block_races = BlockRaces(memory) if self.races and not orders_blocks(kernel) else None
         traffic = self.kernels.setdefault(kernel.name, Traffic())
         traffic.launches += 1
         one.traffic = traffic if self.count else None

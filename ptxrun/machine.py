@@ -10,7 +10,7 @@ import numpy as np
 from ptxrun.barriers import MBarriers, NamedBarrier, RegisterPool
 from ptxrun.errors import Deadlock, EmulationError, Hazard, Misuse, UnknownInstruction
 from ptxrun.instructions import decode, parts_or_waits
-from ptxrun.instructions.barrier import barrier_key
+from ptxrun.instructions.barrier import barrier_key, note_use
 from ptxrun.instructions.copy import Copies
 from ptxrun.instructions.operands import Operands
 from ptxrun.instructions.wgmma import WARPGROUP, Products
@@ -54,7 +54,7 @@ class Machine:
         self.parameter_addresses = {name: PARAMETERS_AT + 4096 * i for i, (name, *_) in enumerate(kernel.parameters)}
         self.parameter_sizes = {name: max(1, n) * int(kind[1:]) // 8 for name, kind, n in kernel.parameters}
         self.parameters, self.global_memory = {}, GlobalMemory()
-        self.races, self.traffic, self.conflicts = None, None, None
+        self.races, self.traffic, self.block_races = None, None, None
         self.unknown = []  # what is wrong with each instruction that is not emulated
         self.runs = self._decode()
 
@@ -134,9 +134,10 @@ class Machine:
                 group = self._next()
                 if group is not None:
                     self._step(group)
-        for groups in self.bulk_stores.values():
-            for deliver in [one for group in groups for one in group]:
-                deliver()
+        for thread, groups in self.bulk_stores.items():
+            if any(groups):
+                raise Hazard(f"thread {thread} ends, and its block's shared memory with it, before it has waited for "
+                             "the copy engine to read what it stores")
 
     def _next(self) -> Group | None:
         """The group that goes on; None where the copy engine did something instead."""
@@ -267,17 +268,21 @@ class Machine:
         blocks = np.arange(at.start, at.stop) // self.kernel.threads
         keys = np.stack([blocks, addresses, parity & 1])
         different = np.flatnonzero((keys[:, 1:] != keys[:, :-1]).any(0)) + 1
-        if len(different):
-            self.threads.cut(group, [at.start + int(i) for i in different])
-            return
-        key = barrier_key(self, at.start, int(addresses[0]))
-        if not self.mbarriers.passed(key, int(parity[0]) & 1):
-            group.waits = ("an mbarrier", key, int(parity[0]) & 1)
+        for part in self.threads.cut(group, [at.start + int(i) for i in different]):
+            first = part.low - at.start
+            self._wait_for(part, instruction, end, int(addresses[first]), int(parity[first]) & 1)
+
+    def _wait_for(self, group: Group, instruction: Instruction, end: int, address: int, parity: int):
+        """Threads of one block that wait for one phase."""
+        key = barrier_key(self, group.low, address)
+        if not self.mbarriers.passed(key, parity):
+            group.waits = ("an mbarrier", key, parity)
             return
         group.waits = None
         if self.races:
             self.races.acquire(group.warps, key)
-        operands.write(0, "pred")(at, np.ones(at.stop - at.start, bool))
+            note_use(self, np.arange(group.low, group.high), address, write=False)
+        Operands(self, instruction).write(0, "pred")(group.slice, np.ones(group.high - group.low, bool))
         group.at = end
 
     def _block_edges(self, group: Group) -> range:

@@ -4,6 +4,7 @@ The driver is in place before any conftest.py is imported. Operators of `torch.l
 implementation on CPU tensors. At the end each kernel's launches are listed. With `--results FILE` each test leaves a
 line of JSON as it ends, and what has one is not run again, so that a run that was stopped goes on where it was.
 """
+import collections
 import contextlib
 import json
 import os
@@ -26,7 +27,7 @@ def pytest_addoption(parser):
     group.addoption("--results", type=Path, metavar="FILE",
                     help="with --emulate: a line of JSON for each test; tests that FILE holds are left out")
     group.addoption("--limit", type=float, default=0.0, metavar="SECONDS",
-                    help="with --emulate: skip the rest of a test that takes longer")
+                    help="with --emulate: skip the rest of a test that takes more of the processor's time")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -74,7 +75,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 class Limit:
-    """A test that takes too long is skipped, and says so."""
+    """A test that takes too much of the processor's time is skipped, and says so."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -83,14 +84,14 @@ class Limit:
     def pytest_runtest_call(self, item):
         """Let the test run until the alarm."""
         def stop(number, frame):
-            pytest.skip(f"longer than {self.seconds:g} seconds")
-        before = signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, self.seconds)
+            pytest.skip(f"longer than {self.seconds:g} seconds of the processor")
+        before = signal.signal(signal.SIGPROF, stop)
+        signal.setitimer(signal.ITIMER_PROF, self.seconds)
         try:
             return (yield)
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.signal(signal.SIGPROF, before)
 
 
 class Results:
@@ -101,15 +102,23 @@ class Results:
         self.writes = "PYTEST_XDIST_WORKER" not in os.environ  # the process that hears of all tests
         self.before, self.current = {}, {}
 
+    @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config, items):
-        """Leave out the tests that have a line."""
-        done = {line["test"] for line in lines(self.path)}
+        """Leave out the tests that have a line, and let one case of each test come before its second one."""
+        if self.writes:
+            self._write({"collected": len(items)})
+        done, turns, turn_of = {line["test"] for line in lines(self.path)}, collections.Counter(), {}
+        for item in reversed(items):  # a test's last case first: it tends to be the richest
+            test = item.nodeid.partition("[")[0]
+            turns[test] += 1
+            turn_of[item] = turns[test]
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
-        items[:] = [item for item in items if item.nodeid not in done]
+        items[:] = sorted((item for item in items if item.nodeid not in done), key=turn_of.get)
 
     def _launches(self) -> dict[str, int]:
         return {name: counts.launches for name, counts in self.emulation.kernels.items()}
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self):
         """Remember what was launched before a test."""
         self.before = self._launches()
@@ -128,9 +137,12 @@ class Results:
             line |= {"outcome": report.outcome, "why": why(report)}
         if report.when == "teardown" and self.writes:
             line["launches"] = dict(report.user_properties).get("launches", {})
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(json.dumps(self.current.pop(report.nodeid)) + "\n")
+            self._write(self.current.pop(report.nodeid))
+
+    def _write(self, line: dict):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(f"\n{json.dumps(line)}")  # so that a line that a kill cut short does not reach into the next
 
 
 def why(report) -> str:
@@ -141,10 +153,20 @@ def why(report) -> str:
     return (crash.message if crash else str(report.longrepr))[:2000]
 
 
-def lines(path: Path) -> list[dict]:
+def _read(path: Path) -> list[dict]:
     """What a file of `--results` holds; a line that a kill cut short counts as none."""
     found = []
     for text in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
             found.append(json.loads(text))
     return found
+
+
+def lines(path: Path) -> list[dict]:
+    """The tests that a file of `--results` holds."""
+    return [line for line in _read(path) if "test" in line]
+
+
+def collected(path: Path) -> int:
+    """How many tests there were to run when a file of `--results` was last written to."""
+    return next((line["collected"] for line in reversed(_read(path)) if "collected" in line), 0)

@@ -89,6 +89,11 @@ def parse(text: str) -> Kernel:
     return kernel
 
 
+def blank(found: re.Match) -> str:
+    """As many spaces and lines as were found, so that what stands behind keeps its place."""
+    return re.sub(r"[^\n]", " ", found[0])
+
+
 def directive(text: str, name: str) -> int | None:
     """The number behind a directive of the entry, None where it is absent."""
     found = re.search(rf"\.{name}\s+(\d+)", text)
@@ -123,7 +128,6 @@ class _Body:
         self.newlines = [m.start() for m in re.finditer("\n", text)]
         sources = [(m.start(), m[1]) for m in SOURCE.finditer(text, start)]
         self.source_starts, self.sources = [s for s, _ in sources], [name for _, name in sources]
-        blank = lambda m: "\n".join(" " * len(line) for line in m[0].split("\n"))  # noqa: E731  (offsets stay what they were)
         self.text = LOCATION.sub(blank, COMMENT.sub(blank, text[:self.end(text)]))
         self.scopes, self.scope_count = [], 0
 

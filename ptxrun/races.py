@@ -84,7 +84,8 @@ class Races:
         seen = self.clock[warps.start:warps.stop].min(0)
         self._after_writes(warps.start, bytes_, "an asynchronous product's read", seen)
         self._fenced(warps.start, bytes_, "an asynchronous product")
-        self.read[self.products + warps.start, bytes_] = self.product_groups[warps.start] + 1
+        for warp in warps:
+            self.read[self.products + warp, bytes_] = self.product_groups[warp] + 1
 
     def bulk_write(self, warp: int, bytes_, key, phase: int):
         """The copy engine writes, and completes phase `phase` of an mbarrier with it."""
@@ -126,15 +127,15 @@ class Races:
             entry = self.copies + warp
             self.clock[warp, entry] = max(self.clock[warp, entry], self.copy_groups[warp] - pending)
 
-    def close_products(self, warp: int):
-        """wgmma.commit_group; `warp` is the first of its warpgroup."""
-        self.product_groups[warp] += 1
+    def close_products(self, warps: range):
+        """wgmma.commit_group"""
+        self.product_groups[list(warps)] += 1
 
     def wait_products(self, warps: range, pending: int):
-        """wgmma.wait_group"""
-        entry = self.products + warps.start
-        seen = self.product_groups[warps.start] - pending
-        self.clock[warps, entry] = np.maximum(self.clock[warps, entry], seen)
+        """wgmma.wait_group: each warp has seen its own part of the products, not that of its warpgroup's others."""
+        for warp in warps:
+            entry = self.products + warp
+            self.clock[warp, entry] = max(self.clock[warp, entry], self.product_groups[warp] - pending)
 
     def init_mbarrier(self, key):
         """An mbarrier is there, and nobody has arrived."""
@@ -181,7 +182,8 @@ class Races:
 
     def _after_lanes(self, warp: int, lanes, bytes_, what: str):
         """Another lane's write since the lanes last met is not ordered before this access."""
-        ours = np.isin(self.writer[bytes_], (warp, self.copies + warp)) & (self.written_at[bytes_] == self.meetings[warp])
+        writer = self.writer[bytes_]
+        ours = ((writer == warp) | (writer == self.copies + warp)) & (self.written_at[bytes_] == self.meetings[warp])
         self._lanes_differ(ours & self._others(self.writing_lane[bytes_], lanes), warp, bytes_, what, "write")
 
     def _before_lanes(self, warp: int, lanes, bytes_):

@@ -9,22 +9,25 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 
+import ptxrun  # noqa: E402
 from tfkernels._library import INTERPRET  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRET else [torch.bfloat16])
-KERNEL_RUNS = DEVICE == "cuda" or INTERPRET
-cpu_only = pytest.mark.skipif(DEVICE != "cpu" or INTERPRET, reason="float64 runs in the CPU implementation only")
+EMULATED = ptxrun.active()  # pytest --emulate: the compiled kernels run on CPU tensors
+SLOW = INTERPRET or EMULATED
+KERNEL_RUNS = DEVICE == "cuda" or SLOW
+cpu_only = pytest.mark.skipif(DEVICE != "cpu" or SLOW, reason="float64 runs in the CPU implementation only")
 compiles = pytest.mark.skipif(
-    INTERPRET, reason="TRITON_INTERPRET=1: kernels are interpreted functions, which do not compile")
+    SLOW, reason="under TRITON_INTERPRET=1 kernels are interpreted functions, under --emulate there is no machine code")
 traced = pytest.mark.skipif(
-    INTERPRET, reason="tracing does not see which implementation runs; once, without the interpreter, is enough")
+    SLOW, reason="tracing does not see which implementation runs; once, with the CPU's, is enough")
 adapts = pytest.mark.skipif(
-    INTERPRET, reason="an adapter does not see which implementation runs; once, without the interpreter, is enough")
+    SLOW, reason="an adapter does not see which implementation runs; once, with the CPU's, is enough")
 
 settings.register_profile(
-    "project", deadline=None, derandomize=True, max_examples=15 if INTERPRET else 60,
-    phases=[Phase.explicit, Phase.reuse, Phase.generate] + ([] if INTERPRET else [Phase.shrink]),
+    "project", deadline=None, derandomize=True, max_examples=15 if SLOW else 60,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate] + ([] if SLOW else [Phase.shrink]),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 settings.load_profile("project")
 # A shell's background jobs ignore Ctrl-C, those under nohup a closed terminal, and so would what tests start.

@@ -1,7 +1,7 @@
 """Compile a Triton kernel for a GPU that need not be here, and read what its machine code takes from the GPU.
 
 The types of a kernel's arguments follow from their names. Their divisibility is what the launcher finds for the usual
-layouts: pointers and strides are multiples of 16, unless the kernel names a stride in do_not_specialize.
+layouts: pointers and strides are multiples of 16, unless the kernel names them in do_not_specialize.
 """
 import re
 import subprocess
@@ -88,7 +88,7 @@ def compiled(kernel, constants: dict, config: Config, architecture: int, element
 
     signature = {p.name: kind(p.name) for p in kernel.params}
     divisible = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.params)
-                 if p.name.startswith("stride_") and not p.do_not_specialize or p.name.endswith("_ptr")}
+                 if (p.name.startswith("stride_") or p.name.endswith("_ptr")) and not p.do_not_specialize}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": fuses,
                "maxnreg": config.max_registers}
     source = ASTSource(kernel, signature, constants, divisible)

@@ -11,8 +11,9 @@ import torch
 from tfkernels._library import INTERPRET
 
 ARCHITECTURES = (80, 90, 100)
+BASE = {120: 80}  # whose rows an architecture takes where a table has none of its own
 # bytes a block may use; the 80 rows also fit the 99 KiB of sm_86, sm_89 and sm_120
-SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}
+SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 # For kernels that sum over the lanes of a warp by butterflies. Fused, each lane would add its own exact product to the
 # other's rounded one, and lanes that share a row would hold sums that differ in their last bit.
 ROUNDED_PRODUCTS = {"enable_fp_fusion": False}
@@ -52,9 +53,9 @@ def architecture(device: torch.device) -> int:
 def table_architecture(capability: tuple[int, int]) -> int:
     """Return the table architecture of a compute capability: 90 and 100 for the data-centre cards of their families.
 
-    Every other card, sm_86, sm_89 and sm_120 among them, takes the 80 rows, which fit the 99 KiB of their blocks.
+    Every other card takes the 80 rows, which fit the 99 KiB of its blocks; sm_120 all but those that spill there.
     """
-    return {9: 90, 10: 100}.get(capability[0], 80)
+    return {9: 90, 10: 100, 12: 120}.get(capability[0], 80)
 
 
 def lookup(table: dict, tensor: torch.Tensor, head_dim: int, *, heavy: bool = False) -> Config:
@@ -69,4 +70,5 @@ def lookup(table: dict, tensor: torch.Tensor, head_dim: int, *, heavy: bool = Fa
 
 def table_row(table: dict, *key: int, heavy: bool) -> Config:
     """Return the row of (architecture, bytes per element, padded head dim), or its "heavy" row where it has one."""
-    return table[(*key, "heavy")] if heavy and (*key, "heavy") in table else table[key]
+    keys = [key, (BASE.get(key[0], key[0]), *key[1:])]
+    return next(table[k] for k in [(*k, "heavy") for k in keys if heavy] + keys if k in table)

@@ -2,18 +2,35 @@
 
 PyTorch's dispatcher picks by the tensors' device. Under `TRITON_INTERPRET=1` the CPU runs the Triton kernel through
 Triton's interpreter, so that the same tests check the same kernel on a machine without a GPU.
+
+Whatever traces, transforms or watches operators sees the custom op. Where nothing does, a call goes to the same
+implementation and the same backward formula through an `autograd.Function`, because the custom op's way through Python
+takes longer than many kernels do (docs/performance.md).
 """
 import functools
 import os
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
+from torch.autograd.profiler import record_function
+from torch.utils.weak import WeakTensorKeyDictionary
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+_PLAIN = (Tensor, nn.Parameter)
+
+
+@functools.cache
+def refusal(device: torch.device) -> str | None:
+    """Why no kernel runs on `device`, if that is so."""
+    if device.type != "cuda" or torch.version.hip is None:
+        return None
+    return (f"on {device}, an AMD {torch.cuda.get_device_properties(device).gcnArchName}; an NVIDIA GPU or the CPU "
+            "fits; the kernels' tiles are those of NVIDIA's cards; move the tensors to the CPU")
 
 
 def register(name, *, kernel, cpu, fake):
-    """Register `tfkernels::name` and return it: `kernel` on CUDA, `cpu` on CPU, `fake` for tracing."""
+    """Register `tfkernels::name` and return the `Operator`: `kernel` on CUDA, `cpu` on CPU, `fake` for tracing."""
 
     @functools.wraps(kernel)
     def launch(*args):
@@ -21,20 +38,124 @@ def register(name, *, kernel, cpu, fake):
         if INTERPRET and any(t.dtype == torch.bfloat16 for t in tensors):
             raise ValueError(f"{name}: dtype is torch.bfloat16; Triton's interpreter computes bfloat16 wrongly and "
                              "silently; use float32 or float16, or unset TRITON_INTERPRET")
+        if refused := refusal(tensors[0].device):
+            raise ValueError(f"{name}: its tensors are {refused}")
         with torch.cuda.device_of(tensors[0]):
             return kernel(*args)
 
     op = torch.library.custom_op(f"tfkernels::{name}", launch, mutates_args=(), device_types="cuda")
     op.register_kernel("cpu")(launch if INTERPRET else cpu)
     op.register_fake(fake)
+    op.__class__ = Operator
+    op.defaults = tuple(argument.default_value for argument in op._opoverload._schema.arguments)
     return op
 
 
-def result_like(x: Tensor) -> Tensor:
+class Operator(torch.library.CustomOpDef):
+    """A custom op whose implementation is called directly where nothing has to see an operator."""
+
+    _function = None  # what autograd runs in place of the operator; None where it has no backward
+
+    def __call__(self, *args):
+        device = None if watched() else plain_device(args)
+        if device not in self._backend_fns:
+            return super().__call__(*args)
+        needs_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if needs_grad and self._function is None:
+            return super().__call__(*args)  # whose backward says that there is none
+        return self.directly(self._backend_fns[device], needs_grad, args)
+
+    def directly(self, implementation, needs_grad: bool, args: tuple):
+        """Call an implementation, with a node of the autograd graph around it or without."""
+        args += self.defaults[len(args):]  # as the dispatcher does: formulas count on all arguments
+        if torch.autograd._profiler_enabled():
+            implementation = record_function(self._qualname)(implementation)
+        return self._function.apply(*args, implementation) if needs_grad else implementation(*args)
+
+    def register_autograd(self, backward, /, *, setup_context) -> None:
+        """As `CustomOpDef.register_autograd`."""
+        super().register_autograd(backward, setup_context=setup_context)
+        self._function = _function(self._name, backward, setup_context)
+
+
+def _function(name: str, formula, setup_context) -> type[torch.autograd.Function]:
+    """Return an autograd.Function of (*args, implementation), whose formula knows the args alone."""
+
+    def forward(ctx, *inputs):
+        *args, implementation = inputs
+        outputs = implementation(*args)
+        setup_context(ctx=ctx, inputs=tuple(args), output=outputs)
+        return outputs
+
+    def backward(ctx, *gradients):
+        found = formula(ctx, *gradients)
+        return *(found if isinstance(found, tuple) else (found,)), None
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), methods)
+
+
+def watched() -> bool:
+    """Return whether something traces, transforms or watches operators: the compiler, export, fake tensors, dispatch
+    modes (selective checkpoints are one), function modes, functorch's transforms, torch.jit.trace."""
+    return (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or torch._C._is_torch_function_mode_enabled() or torch._C._get_tracing_state() is not None
+            or _len_torch_dispatch_stack_pre_dispatch() > 0)
+
+
+def plain_device(args) -> str | None:
+    """Return the type of the device that all tensors are on; None where they differ, or where one is more than numbers
+    in memory: a subclass, a batch of vmap's, a negated view."""
+    devices = {_PLAIN_KEYS.get(torch._C._dispatch_keys(x).raw_repr()) if type(x) in _PLAIN else None
+               for x in args if isinstance(x, Tensor)}
+    return devices.pop() if len(devices) == 1 else None
+
+
+def _plain_keys() -> dict[int, str]:
+    """The device of a plain tensor by the keys that PyTorch dispatches it by; inference tensors lack autograd's."""
+    found = {}
+    for backend in ("CPU", "CUDA"):
+        inference, plain, in_place = (
+            torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
+            for name in (backend, f"Autograd{backend}", "ADInplaceOrView"))
+        inference |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{backend}"))
+        found |= {keys.raw_repr(): backend.lower() for keys in (inference, inference | plain | in_place)}
+    return found
+
+
+_PLAIN_KEYS = _plain_keys()
+
+
+_made = WeakTensorKeyDictionary()
+
+
+def made_once(make, *tensors: Tensor, **sizes):
+    """Return make(*tensors, **sizes), made once while the first tensor lives and nobody writes to any of them.
+
+    It is for what many calls read off one mask or index. It is made anew on each stream, whose order alone says that it
+    is ready, and at each call inside of a CUDA graph's capture, since a replay has to read what the tensors hold then.
+    So it is for inference tensors, which do not count how often they are written to.
+    """
+    first = tensors[0]
+    if any(x.is_inference() for x in tensors) or first.is_cuda and torch.cuda.is_current_stream_capturing():
+        return make(*tensors, **sizes)
+    stream = torch.cuda.current_stream(first.device).cuda_stream if first.is_cuda else 0
+    key, versions = (make, stream, *sizes.items()), [x._version for x in tensors]
+    found = _made.setdefault(first, {}).get(key)
+    if found is None or found[0] != versions or any(a is not b for a, b in zip(found[1], tensors[1:])):
+        found = _made[first][key] = versions, tensors[1:], make(*tensors, **sizes)
+    return found[2]
+
+
+def result_like(x: Tensor, width: int | None = None) -> Tensor:
     """Return an empty tensor like x: the last dimension contiguous, the others dense in the order of x's strides.
+
+    `width` is the size of the last dimension, where it is another than x's.
 
     A kernel and its fake both take their results from here, so that they agree on the layout whatever x's is: expanded,
     sliced, transposed.
     """
     order = sorted(range(x.ndim - 1), key=x.stride, reverse=True)
-    return torch.empty_permuted(x.shape, (*order, x.ndim - 1), dtype=x.dtype, device=x.device)
+    shape = (*x.shape[:-1], x.shape[-1] if width is None else width)
+    return torch.empty_permuted(shape, (*order, x.ndim - 1), dtype=x.dtype, device=x.device)

@@ -51,6 +51,7 @@ TABLE = {
     "shr": (logic.shift, f"b16 b32 b64 {INTEGERS}"),
     "shf": (logic.funnel_shift, "l r wrap clamp b32"),
     "bfe": (logic.extract, "u32 s32 u64 s64"),
+    "bfi": (logic.insert, "b32 b64"),
     "prmt": (logic.permute, "b32"),
     "lop3": (logic.lookup, "b32"),
     **dict.fromkeys(("popc", "clz", "brev"), (logic.count_bits, "b32 b64")),

@@ -50,8 +50,11 @@ def apply(operation, reads, write):
     if len(reads) == 2:
         a, b = reads
         return lambda at: write(at, operation(a(at), b(at)))
-    a, b, c = reads
-    return lambda at: write(at, operation(a(at), b(at), c(at)))
+    if len(reads) == 3:
+        a, b, c = reads
+        return lambda at: write(at, operation(a(at), b(at), c(at)))
+    a, b, c, d = reads
+    return lambda at: write(at, operation(a(at), b(at), c(at), d(at)))
 
 
 def _float_operation(o):

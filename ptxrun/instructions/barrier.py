@@ -19,6 +19,13 @@ def barrier_key(machine, thread: int, address: int) -> tuple[int, int]:
     return thread // machine.kernel.threads, address
 
 
+def note_use(machine, threads, address: int, *, write: bool):
+    """For the search for races: threads use an mbarrier, or (write) make or unmake it."""
+    if machine.races:
+        places = machine.shared.base[threads] + address
+        machine.races.access(threads, places, 8, write=write)
+
+
 def _init(o):
     address, count, machine = o.address(0), o.read(1, "u32"), o.machine
 
@@ -27,6 +34,7 @@ def _init(o):
             key = barrier_key(machine, int(thread), int(where))
             machine.shared.places(np.array([where]), 0, 8, "an mbarrier")
             machine.mbarriers.init(key, int(n))
+            note_use(machine, np.array([thread]), int(where), write=True)
             if machine.races:
                 machine.races.init_mbarrier(key)
     return run
@@ -38,6 +46,7 @@ def _inval(o):
     def run(at):
         for thread, where in zip(o.lanes(at), *o.selected(at, address)):
             machine.mbarriers.invalidate(barrier_key(machine, int(thread), int(where)))
+            note_use(machine, np.array([thread]), int(where), write=True)
     return run
 
 
@@ -53,6 +62,7 @@ def _arrive(o):
     def run(at):
         for thread, where, n in zip(o.lanes(at), *o.selected(at, address, amount)):
             key = barrier_key(machine, int(thread), int(where))
+            note_use(machine, np.array([thread]), int(where), write=False)
             if machine.races and arrives:
                 machine.races.release(int(thread) // 32, key)
             change_mbarrier(machine, key, (1 if expects else int(n)) if arrives else 0, int(n) if expects else 0)

@@ -5,6 +5,7 @@ import numpy as np
 
 from ptxrun.errors import OutOfBounds
 from ptxrun.instructions.barrier import barrier_key, change_mbarrier
+from ptxrun.instructions.memory import read_global, write_global
 from ptxrun.numbers import UNSIGNED
 from ptxrun.tensor_map import BYTES, TensorMap
 
@@ -87,9 +88,7 @@ def _read_box(machine, box: TensorMap, corner, thread: int):
         values[:] = {2: 0x7FFF, 4: 0x7FFFFFFF}.get(box.element, 0)
     addresses = box.address + offsets[inside]
     if len(addresses):
-        if machine.traffic:
-            machine.traffic.of_global("load", np.full(len(addresses), thread), addresses, box.element)
-        values[inside] = machine.global_memory.load(addresses, box.element, 1, "TMA")[0]
+        values[inside] = read_global(machine, np.full(len(addresses), thread), addresses, box.element, 1, "TMA")[0]
     return values
 
 
@@ -105,11 +104,12 @@ def _store(o):
                 touched = (places[:, None] + np.arange(box.element)).reshape(-1)
                 machine.races.bulk_read(thread // 32, touched)
 
-            def deliver(box=box, places=places, start=start):
+            def deliver(box=box, places=places, start=start, thread=thread):
                 offsets, inside = box.offsets(start)
-                value = machine.shared.load(places, box.element, 1)[0]
-                if inside.any():
-                    machine.global_memory.store(box.address + offsets[inside], box.element, [value[inside]], "TMA")
+                value, addresses = machine.shared.load(places, box.element, 1)[0], box.address + offsets[inside]
+                if len(addresses):
+                    threads = np.full(len(addresses), thread)
+                    write_global(machine, threads, addresses, box.element, [value[inside]], "TMA")
             machine.bulk_stores.setdefault(thread, [[]])[-1].append(deliver)
     return run
 

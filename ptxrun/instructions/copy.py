@@ -1,6 +1,7 @@
 """cp.async: copies from global to shared memory that are done some time between their issue and the wait for them."""
 import numpy as np
 
+from ptxrun.instructions.memory import read_global
 from ptxrun.numbers import UNSIGNED
 
 
@@ -50,7 +51,7 @@ def _issue(o):
         if machine.races:
             machine.races.access(threads, places, size, write=True, copy=True)
         if machine.traffic:
-            machine.traffic.of_shared("copy", threads, targets, size)
+            machine.traffic.of_shared(threads, targets, size)
         if machine.schedule.at_once(machine.coin):
             machine.shared.store(places, part, values)
         else:
@@ -64,14 +65,12 @@ def _read(machine, threads, sources, taken, size: int, part: int):
     values = [np.zeros(len(sources), UNSIGNED[part]) for _ in range(count)]
     whole = taken == size
     if whole.any():
-        if machine.traffic:
-            machine.traffic.of_global("load", threads[whole], sources[whole], size)
-        if machine.conflicts:
-            machine.conflicts.read(machine.block_number[threads[whole]], sources[whole], size)
-        for value, found in zip(values, machine.global_memory.load(sources[whole], part, count, "cp.async")):
-            value[whole] = found
+        found = read_global(machine, threads[whole], sources[whole], part, count, "cp.async")
+        for value, word in zip(values, found):
+            value[whole] = word
     for i in np.flatnonzero(~whole & (taken > 0)):
-        some = machine.global_memory.load(sources[i] + np.arange(int(taken[i])), 1, 1, "cp.async")[0]
+        bytes_ = sources[i] + np.arange(int(taken[i]))
+        some = read_global(machine, np.full(len(bytes_), threads[i]), bytes_, 1, 1, "cp.async")[0]
         padded = np.zeros(size, np.uint8)
         padded[:len(some)] = some
         for value, word in zip(values, padded.view(UNSIGNED[part])):

@@ -59,6 +59,19 @@ def extract(o):
     return apply(field, [o.read(1), o.read(2, "u32"), o.read(3, "u32")], o.write())
 
 
+def insert(o):
+    """bfi: the lower bits of the first operand as a field of the second one; what lies beyond the width is cut off."""
+    bits, dtype = 8 * size(o.type), DTYPES[o.type]
+
+    def inserted(field, x, start, length):
+        start, length = (np.asarray(v & np.uint32(255)) for v in (start, length))
+        ones = np.where(length < bits, (dtype(1) << np.minimum(length, bits - 1).astype(dtype)) - dtype(1), ~dtype(0))
+        mask = np.where(start < bits, ones << np.minimum(start, bits - 1).astype(dtype), dtype(0))
+        return x & ~mask | field << np.minimum(start, bits - 1).astype(dtype) & mask
+    reads = [o.read(1), o.read(2), o.read(3, "u32"), o.read(4, "u32")]
+    return apply(inserted, reads, o.write())
+
+
 def permute(o):
     """prmt: each nibble of the selector takes one of eight bytes, or eight copies of its sign."""
     def permuted(a, b, selector):

@@ -107,5 +107,5 @@ def _rows(machine, at, address, count: int, *, write: bool):
     if machine.races:
         machine.races.access(threads, places, 16, write=write, whole=True)
     if machine.traffic:
-        machine.traffic.of_matrix("store" if write else "load", threads, places, count)
+        machine.traffic.of_matrix(places)
     return places.reshape(-1, count, 8)

@@ -50,11 +50,27 @@ def load(o):
 
 
 def _fetch_global(machine, o, at, addresses, width, count, active):
+    return read_global(machine, lanes(at, active), addresses, width, count, "a load")
+
+
+def read_global(machine, threads, addresses, width: int, count: int, what: str):
+    """`count` numbers of `width` bytes for each thread, counted and looked at for races between blocks."""
     if machine.traffic:
-        machine.traffic.of_global("load", lanes(at, active), addresses, width * count)
-    if machine.conflicts:
-        machine.conflicts.read(machine.block_number[lanes(at, active)], addresses, width * count)
-    return machine.global_memory.load(addresses, width, count)
+        machine.traffic.of_global("load", threads, addresses, width * count)
+    if machine.block_races:
+        machine.block_races.read(machine.block_number[threads], addresses, width * count)
+    return machine.global_memory.load(addresses, width, count, what)
+
+
+def write_global(machine, threads, addresses, width: int, values, what: str):
+    """Store `values`, an array for each of the numbers that a thread writes; the counterpart of `read_global`."""
+    if machine.traffic:
+        machine.traffic.of_global("store", threads, addresses, width * len(values))
+    if machine.block_races:
+        machine.block_races.write(machine.block_number[threads], addresses, width, values)
+    machine.global_memory.store(addresses, width, values, what)
+    if machine.races:
+        one_value_each(machine.global_memory.load(addresses, width, len(values)), values, "global")
 
 
 def _fetch_shared(machine, o, at, addresses, width, count, active):
@@ -63,7 +79,7 @@ def _fetch_shared(machine, o, at, addresses, width, count, active):
     if machine.races:
         machine.races.access(lanes(at, active), places, width * count, write=False)
     if machine.traffic:
-        machine.traffic.of_shared("load", lanes(at, active), addresses, width * count)
+        machine.traffic.of_shared(lanes(at, active), addresses, width * count)
     return machine.shared.load(places, width, count)
 
 
@@ -104,27 +120,27 @@ def store(o):
 
 
 def _put_global(machine, at, addresses, width, values, active):
-    if machine.traffic:
-        machine.traffic.of_global("store", lanes(at, active), addresses, width * len(values))
-    if machine.conflicts:
-        machine.conflicts.write(machine.block_number[lanes(at, active)], addresses, width, values)
-    machine.global_memory.store(addresses, width, values)
+    write_global(machine, lanes(at, active), addresses, width, values, "a store")
 
 
 def _put_shared(machine, at, addresses, width, values, active):
     memory, total = machine.shared, width * len(values)
     places = memory.places(addresses, memory.base[lanes(at, active)], total, "a store")
     if machine.traffic:
-        machine.traffic.of_shared("store", lanes(at, active), addresses, total)
+        machine.traffic.of_shared(lanes(at, active), addresses, total)
     if machine.races:
         there = memory.load(places, width, len(values))
         same = np.logical_and.reduce([old == value for old, value in zip(there, values)])
         machine.races.access(lanes(at, active), places, total, write=True, same=same)
     memory.store(places, width, values)
     if machine.races:
-        for now, value in zip(memory.load(places, width, len(values)), values):
-            if (now != value).any():
-                raise Race("threads store different values in one place of shared memory, and which one stays is open")
+        one_value_each(memory.load(places, width, len(values)), values, "shared")
+
+
+def one_value_each(now, values, where: str):
+    """Check that each thread's values stand where it stored them, so that no other thread of the instruction did."""
+    if any((there != value).any() for there, value in zip(now, values)):
+        raise Race(f"threads store different values in one place of {where} memory, and which one stays is open")
 
 
 def atomic(o):
@@ -152,8 +168,11 @@ def atomic(o):
                     results[j][thread - at.start] = cell[0]
                 cell[0] = update(cell[0], *operand)
         if machine.traffic and len(threads):
-            of = machine.traffic.of_shared if where == "shared" else machine.traffic.of_global
-            of("atomic", threads, addresses, step * (len(values) if many else 1))
+            total = step * (len(values) if many else 1)
+            if where == "shared":
+                machine.traffic.of_shared(threads, addresses, total)
+            else:
+                machine.traffic.of_global("atomic", threads, addresses, total)
         for write, result in zip(writes, results):
             write(at, result)
     return run

@@ -142,9 +142,10 @@ def _commit(o):
     machine = o.machine
 
     def run(at):
-        for unit in units(machine, at)[0]:
+        starts, size = units(machine, at)
+        for unit in starts:
             if machine.races:
-                machine.races.close_products(unit // 32)
+                machine.races.close_products(range(unit // 32, (unit + size) // 32))
             machine.products.commit(unit, machine.schedule.at_once(machine.coin))
     return run
 

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from benchmarks import attention as attention_benchmark
+from benchmarks import attention_peers
 from benchmarks import mask as mask_benchmark
 from benchmarks.attention_peers import contender, sdpa_dense
 from benchmarks.batches import dense_definition, packed_batch
-from benchmarks.harness import Result, measure
+from benchmarks.harness import LeftOut, Result, measure
 from benchmarks.report import Report
 from tests.conftest import DEVICE
 from tfkernels import TransfusionMask, attention_reference
@@ -139,6 +140,7 @@ def test_the_table_and_plot_take_results_and_errors(tmp_path):
 
 def test_without_a_gpu_masks_are_built_and_tiles_counted_into_a_file_of_the_commit(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(mask_benchmark, "LENGTHS", (600, 700))
+    monkeypatch.setattr(attention_benchmark, "cpu_cases", mask_benchmark.cases)
     assert attention_benchmark.main(["--cpu", "--quick", "--commit", "0123456789abc", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "attention-cpu-0123456789.json").read_text())
     assert report["benchmark"] == "attention" and report["settings"]["quick"]
@@ -153,3 +155,23 @@ def test_without_a_gpu_masks_are_built_and_tiles_counted_into_a_file_of_the_comm
             counts = rows[seq_len, name]["tiles"]["128x128"]
             assert counts["visited"] >= counts["minimum"] >= counts["area_in_tiles"] > 0
     assert "bytes, largest tensor" in capsys.readouterr().out
+
+
+def test_on_a_cpu_attention_runs_beside_its_peers_on_documents_of_one_length(capsys, monkeypatch):
+    def uncompiled(name, inputs, check, build):
+        raise LeftOut("compiling takes a minute")
+
+    monkeypatch.setattr(attention_peers, "flex_contender", uncompiled)
+    report = Report("attention", {}, {"device": "CPU"})
+    attention_benchmark.run_case(attention_benchmark.Case(1024, 32, 4, 2, 256), report, 0.0, "cpu")
+    rows = {row["contender"]: row for row in report.rows}
+    ours, dense = rows["tfkernels"], rows["SDPA, dense mask"]
+    assert ours["checked"] and dense["checked"] and ours["area"] == dense["area"]
+    assert ours["area"] == 2 * (512 * 513 // 2 + 256 * 255 // 2)  # causal pairs, and those above in an image
+    assert set(ours["milliseconds"]) == {"build", "forward", "backward"}
+    assert rows["FlexAttention, create_block_mask"]["left_out"] == "compiling takes a minute"
+    ceiling, = (row for row in report.rows if row["mask"] == "another")
+    assert ceiling["checked"] and ceiling["area"] == 1024 * 512
+    assert ceiling["tflops"]["forward"] == pytest.approx(
+        4 * 1024 * 512 * 4 * 32 / ceiling["milliseconds"]["forward"]["p50"] / 1e9)
+    assert "TFLOP/s" in capsys.readouterr().out

@@ -29,6 +29,6 @@ def test_the_quick_grid_is_the_beginning_of_the_whole():
 
 
 def test_the_command_writes_a_complete_file(tmp_path):
-    assert norm.main(["--cpu", "--out", str(tmp_path)]) == 0
+    assert norm.main(["--cpu", "--quick", "--out", str(tmp_path)]) == 0
     rows = rows_of(tmp_path, "norm")
     assert len(rows) == 12 and all(row["checked"] and row["gb_per_s"]["forward"] > 0 for row in rows)

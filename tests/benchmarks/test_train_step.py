@@ -117,7 +117,7 @@ def test_the_quick_grid_is_the_beginning_of_the_whole():
 
 
 def test_operations_grow_with_the_rows_and_the_command_writes_a_complete_file(tmp_path, capsys):
-    assert train_step.main(["--cpu", "--out", str(tmp_path)]) == 0
+    assert train_step.main(["--cpu", "--quick", "--out", str(tmp_path)]) == 0
     rows = {row["contender"]: row for row in rows_of(tmp_path, "train_step")}
     assert all(row["timing"].get("forward", "wall") == "wall" for row in rows.values())
     for name in (OURS, DENSE):

@@ -18,15 +18,29 @@ REGISTERS = """
 WIDTH = {2: ("b16", "h"), 4: ("b32", "r"), 8: ("b64", "d")}
 
 
-def run_kernel(body, arrays, *, threads=32, blocks=1, shared=0, schedule="late", seed=0, races=False, header="",
-               parameters=()):
+def aligned(words: int) -> np.ndarray:
+    """uint32 numbers that begin at a multiple of 128 bytes."""
+    buffer = np.zeros(words + 32, np.uint32)
+    return buffer[-buffer.ctypes.data % 128 // 4:][:words]
+
+
+def run_kernel(body, arrays, *, threads=32, blocks=1, shared=0, schedule="late", seed=0, races=False, count=False,
+               header="", parameters=()):
     """Run a body with a 64-bit pointer parameter p0, p1, ... for each array (written in place). More `parameters`
     follow as (declaration, bytes)."""
     memory = GlobalMemory()
     for i, array in enumerate(arrays):
         memory.add(array.ctypes.data, array, f"p{i}")
     declared = [f".param .u64 p{i}" for i in range(len(arrays))] + [text for text, _ in parameters]
-    ptx = f"""
+    emulation = Emulation(90, Schedule(schedule, seed), races, count)
+    values = [struct.pack("<Q", array.ctypes.data) for array in arrays] + [data for _, data in parameters]
+    emulation.launch(kernel_text(body, declared, threads, header), (blocks, 1, 1), values, memory, shared)
+    return emulation
+
+
+def kernel_text(body, declared=(), threads=32, header=""):
+    """The PTX of a kernel with a body."""
+    return f"""
 .visible .entry kernel({', '.join(declared)}) .reqntid {threads} {header}
 {{
 {REGISTERS}
@@ -36,10 +50,6 @@ def run_kernel(body, arrays, *, threads=32, blocks=1, shared=0, schedule="late",
     ret;
 }}
 """
-    emulation = Emulation(90, Schedule(schedule, seed), races)
-    values = [struct.pack("<Q", array.ctypes.data) for array in arrays] + [data for _, data in parameters]
-    emulation.launch(ptx, (blocks, 1, 1), values, memory, shared)
-    return emulation
 
 
 def per_thread(body, *inputs, result=np.uint32, threads=32, **options):

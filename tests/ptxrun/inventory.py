@@ -3,8 +3,8 @@
     python -m tests.ptxrun.inventory [FOLDERS OF TESTS]
 
 Compiles what the tests compile offline: every row of the launch tables with its variants, in each dtype, and every
-kernel around attention, for sm_80 and sm_90. ptxas is left out, nothing is run. With another Triton before it on
-PYTHONPATH the same is said of that one.
+kernel around attention, for sm_80 and sm_90; without FOLDERS also the rare rows that the tests leave out. ptxas is left
+out, nothing is run. With another Triton before it on PYTHONPATH the same is said of that one.
 """
 import collections
 import os
@@ -17,6 +17,7 @@ from triton import knobs
 from ptxrun.driver import keep_ptx
 from ptxrun.ptx import parse
 from tests import resources
+from tests.tfkernels.test_resources import RARE, compiled
 
 COMPILING = ("-k", "spill", "-q", "-p", "no:cacheprovider", "--tb=line")
 
@@ -46,6 +47,9 @@ def main(arguments: list[str]) -> int:
     knobs.runtime.add_stages_inspection_hook = keep_ptx
     resources.compiled, resources.registers_and_spills = inventory.compile, lambda cubin: (0, 0)
     pytest.main([*COMPILING, *(arguments or ["tests/tfkernels"])])
+    for row in () if arguments else RARE:
+        if row.architecture in resources.EMULATED:
+            compiled(row)
     for opcode, kernels in sorted(inventory.opcodes.items()):
         print(f"{kernels:5} {opcode}")
     print(f"{len(inventory.opcodes)} opcodes in {inventory.kernels} kernels on Triton {triton.__version__}; "

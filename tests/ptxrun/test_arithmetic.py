@@ -52,6 +52,11 @@ INTEGER = {
     "bfe.u32 %r15, %r0, 5, 9": lambda a, b, c: a >> 5 & 0x1FF,
     "bfe.s32 %r15, %r0, 5, 9": lambda a, b, c: signed(a << 18 & 0xFFFFFFFF) >> 23,
     "bfe.s32 %r15, %r0, 28, 9": lambda a, b, c: signed(a) >> 28,
+    "bfi.b32 %r15, %r0, %r1, 8, 8": lambda a, b, c: b & ~0xFF00 | (a & 0xFF) << 8,
+    "bfi.b32 %r15, %r0, %r1, 28, 9": lambda a, b, c: b & 0x0FFFFFFF | a << 28,
+    "bfi.b32 %r15, %r0, %r1, 40, 3": lambda a, b, c: b,
+    "bfi.b32 %r15, %r0, %r1, 0, 32": lambda a, b, c: a,
+    "bfi.b32 %r15, %r0, %r1, 5, 0": lambda a, b, c: b,
     "prmt.b32 %r15, %r0, %r1, 0x7041": lambda a, b, c: int.from_bytes(
         bytes((a | b << 32).to_bytes(8, "little")[i] for i in (1, 4, 0, 7)), "little"),
     "max.s16x2 %r15, %r0, %r1": lambda a, b, c: sum(
@@ -92,6 +97,12 @@ def test_floats_round_flush_and_pass_nan_as_the_modifiers_say():
     assert np.isnan(per_thread("max.NaN.f32 %r15, %r0, 0f3F800000;", nan, result=np.float32)[0])
     assert per_thread("ex2.approx.ftz.f32 %r15, %r0;", np.float32(5), result=np.float32)[0] == 32
     assert per_thread("abs.f32 %r15, %r0;", np.float32(-2.5), result=np.float32)[0] == 2.5
+
+
+def test_arithmetic_gives_one_nan_whichever_went_in():
+    a, b = (np.uint32(bits).view(np.float32) for bits in (0xFFC0_0001, 0x7FC0_0002))
+    for text in ("add.f32 %r15, %r0, %r1;", "mul.f32 %r15, %r1, %r0;", "fma.rn.f32 %r15, %r0, %r1, %r1;"):
+        assert per_thread(text, a, b)[0] == 0x7FFFFFFF
 
 
 def bf16(x):
@@ -162,6 +173,13 @@ def test_names_of_an_inner_scope_are_its_own():
     { .reg .b32 x; mov.b32 x, 5; add.s32 %r15, %r15, x; }
     { .reg .b32 x; mov.b32 x, 7; add.s32 %r15, %r15, x; }"""
     assert per_thread(body)[0] == 13
+
+
+def test_comparisons_flush_subnormal_numbers_where_they_say_so():
+    tiny = np.float32(1e-39)
+    for how, expected in (("gt.f32", 1), ("gt.ftz.f32", 0)):
+        body = f"setp.{how} %p0, %r0, 0f00000000; selp.b32 %r15, 1, 0, %p0;"
+        assert per_thread(body, tiny)[0] == expected
 
 
 @pytest.mark.parametrize("text", ["dp4a.u32.u32 %r15, %r0, %r0, %r0", "add.rz.f32 %r15, %r0, %r0",

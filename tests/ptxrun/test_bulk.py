@@ -2,9 +2,9 @@
 import numpy as np
 import pytest
 
-from ptxrun import Deadlock, Race
+from ptxrun import Deadlock, Hazard, Race
 from ptxrun.tensor_map import TensorMap
-from tests.ptxrun.hand_written import run_kernel
+from tests.ptxrun.hand_written import aligned, run_kernel
 
 LOAD = """
     ld.param.u64 %d1, [p1]; mov.b64 %d0, map; mov.b32 %r9, 1024; mov.b32 %r8, 0; mov.b32 %r15, -1;
@@ -68,13 +68,37 @@ STORE = """
 def test_a_box_is_stored_where_the_tensor_is_and_needs_a_fence():
     x = np.zeros((4, 32), np.uint32)
     box = TensorMap(x.ctypes.data, (32, 4), (4, 128), (32, 4), 4, 16).encode().ljust(128, b"\0")
-    run = lambda fence: run_kernel(  # noqa: E731
-        STORE.format(fence=fence), [x, x[:1].copy()], threads=128, shared=512, races=True,
+    wait = "cp.async.bulk.wait_group.read 0;"
+    run = lambda fence, instead=wait: run_kernel(  # noqa: E731
+        STORE.format(fence=fence).replace(wait, instead), [x, x[:1].copy()], threads=128, shared=512, races=True,
         parameters=[(".param .align 64 .b8 map[128]", box)])
     run("fence.proxy.async.shared::cta;")
     assert x[2:].reshape(-1).tolist() == list(range(64)) and not x[:2].any()
     with pytest.raises(Race, match="no fence.proxy.async"):
         run("")
+    with pytest.raises(Hazard, match="thread 0 ends, .* before it has waited"):
+        run("fence.proxy.async.shared::cta;", instead="")
+
+
+def stored(value, **options):
+    """Threads store `value` to shared memory, and one of each block stores a box of it: two rows of 128 bytes."""
+    x = aligned(128).reshape(4, 32)
+    box = TensorMap(x.ctypes.data, (32, 4), (4, 128), (32, 4), 4, 16).encode().ljust(128, b"\0")
+    body = STORE.format(fence="fence.proxy.async.shared::cta;").replace(
+        "st.shared.b32 [%r1], %me;", f"mov.u32 %r3, {value}; st.shared.b32 [%r1], %r3;")
+    return run_kernel(body, [x, x[:1].copy()], threads=128, shared=512, **options,
+                      parameters=[(".param .align 64 .b8 map[128]", box)])
+
+
+def test_blocks_whose_boxes_meet_race_unless_they_store_the_same():
+    stored("%tid.x", blocks=2, races=True)
+    with pytest.raises(Race, match="block 1 writes byte 256 of p0, which block 0 writes"):
+        stored("%ctaid.x", blocks=2, races=True)
+
+
+def test_what_the_copy_engine_moves_is_counted():
+    found = stored("%tid.x", count=True).kernels["kernel"]
+    assert found.moved["store"] == found.least("store") == found.requested["store"] == 256
 
 
 def test_a_map_made_field_by_field_is_the_map():

@@ -64,6 +64,13 @@ def test_an_overrun_names_the_argument_and_the_line_of_the_kernel():
         add[(8,)](x, torch.randn(1001), torch.empty(1001), 1001, BLOCK=128)
 
 
+def test_an_overrun_never_meets_another_tensor():
+    storage = torch.randn(3000)
+    x, y, out = storage[:1000], storage[1000:2000], storage[2000:]
+    with ptxrun.emulate("sm_90"), pytest.raises(ptxrun.OutOfBounds, match="4 bytes behind x_ptr"):
+        add[(8,)](x, y, out, 1001, BLOCK=128)
+
+
 def test_views_of_one_storage_are_bounded_by_what_they_show():
     storage = torch.randn(2000)
     with ptxrun.emulate("sm_90"), pytest.raises(ptxrun.OutOfBounds, match="x_ptr"):

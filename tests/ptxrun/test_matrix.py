@@ -85,18 +85,19 @@ $fill:
     setp.lt.u32 %p0, %r1, {steps}; @%p0 bra $fill;
     {fence}
     bar.sync 0;
-    wgmma.fence.sync.aligned;
+    {before}
     setp.ne.u32 %p1, 0, 0;
     wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{%r10, %r11, %r12, %r13}}, %d4, %d5, %p1, 1, 1, 0, 0;
     wgmma.commit_group.sync.aligned;
     {wait}
+    {after}
     mul.wide.u32 %offset, %me, 16; add.s64 %d1, %d1, %offset;
     st.global.v4.b32 [%d1], {{%r10, %r11, %r12, %r13}};
 """
 
 
 def product(width=128, fence="fence.proxy.async.shared::cta;", wait="wgmma.wait_group.sync.aligned 0;", start=0,
-            schedule="late", races=True):
+            schedule="late", races=True, before="wgmma.fence.sync.aligned;", after=""):
     """A (64, 16) by (16, 8), both with k along swizzled rows; the result as a matrix."""
     left, right = (swizzled(f32_to_bf16(np.ascontiguousarray(x)), width) for x in (A, B.T))
     memory = np.concatenate([left, np.zeros(-len(left) % 512, np.uint16), right])
@@ -105,7 +106,8 @@ def product(width=128, fence="fence.proxy.async.shared::cta;", wait="wgmma.wait_
     code = {128: 1, 64: 2, 32: 3}[width] << 62
     descriptor = lambda where: code | 8 * width // 16 << 32 | 1 << 16 | where // 16  # noqa: E731
     out = np.zeros((128, 4), np.float32)
-    run_kernel(PRODUCT.format(fence=fence, wait=wait, steps=len(memory) * 2 // 512), [memory, out], threads=128,
+    body = PRODUCT.format(fence=fence, wait=wait, before=before, after=after, steps=len(memory) * 2 // 512)
+    run_kernel(body, [memory, out], threads=128,
                shared=memory.nbytes, schedule=schedule, races=races, parameters=[
                    (".param .u64 left", struct.pack("<Q", descriptor(start))),
                    (".param .u64 right", struct.pack("<Q", descriptor(at)))])
@@ -128,6 +130,23 @@ def test_sums_may_not_be_read_before_they_are_waited_for(schedule):
     for wait in ("", "wgmma.wait_group.sync.aligned 1;"):
         with pytest.raises(Hazard, match="has not been waited for"):
             product(wait=wait, schedule=schedule)
+
+
+def test_products_need_a_fence_before_the_first_and_behind_other_uses_of_their_registers():
+    fence = "wgmma.fence.sync.aligned;"
+    with pytest.raises(Hazard, match="no wgmma.fence of warp 0 comes before its first product"):
+        product(before="")
+    product(before=f"mov.b32 %r10, 0; {fence}")
+    with pytest.raises(Hazard, match="between the last use of %r10 and a product"):
+        product(before=f"{fence} mov.b32 %r10, 0;")
+
+
+def test_what_a_warpgroups_products_read_is_written_behind_a_barrier_alone():
+    """A warp has waited for its own part of a product; the parts of other warps may still read."""
+    overwrite = "mov.b32 %r2, 0; setp.eq.u32 %p2, %me, 0; @%p2 st.shared.b32 [%r2+1024], %me;"
+    product(after=f"bar.sync 0; {overwrite}")
+    with pytest.raises(Race, match="a write of byte 1024 .* the read of an asynchronous product of warp [123]"):
+        product(after=overwrite)
 
 
 def test_ordinary_stores_need_a_fence_between_the_proxies():

@@ -81,3 +81,10 @@ def test_blocks_may_write_the_same_value_but_not_different_ones():
     run_kernel(body.format("mov.b32 %r0, 7;"), [np.zeros(1, np.uint32)], blocks=2, races=True)
     with pytest.raises(Race, match="writes"):
         run_kernel(body.format(""), [np.zeros(1, np.uint32)], blocks=2, races=True)
+
+
+def test_threads_that_store_different_values_in_one_place_race():
+    body = "ld.param.u64 %d0, [p0]; st.global.b32 [%d0], {};"
+    run_kernel(body.format("7"), [np.zeros(1, np.uint32)], races=True)
+    with pytest.raises(Race, match="different values in one place of global memory"):
+        run_kernel(body.format("%me"), [np.zeros(1, np.uint32)], races=True)

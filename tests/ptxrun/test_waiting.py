@@ -27,6 +27,27 @@ def test_overwriting_what_another_warp_still_reads_is_a_race():
         per_thread(body.format(""), threads=64, shared=256, races=True)
 
 
+ACROSS_LANES = "xor.b32 %r2, %r1, 4; ld.shared.b32 %r15, [%r2];"
+
+
+@pytest.mark.parametrize("barrier", ["bar.warp.sync 0xffffffff;", "bar.sync 0;"])
+def test_a_barrier_orders_what_the_lanes_of_one_warp_write_and_read(barrier):
+    assert per_thread(STORE + barrier + ACROSS_LANES, shared=128, races=True).tolist() == [t ^ 1 for t in range(32)]
+
+
+def test_lanes_of_one_warp_race_where_no_barrier_is_between_them():
+    with pytest.raises(Race, match="a read of byte 4 .* by a lane of warp 0 .* another lane's write"):
+        per_thread(STORE + ACROSS_LANES, shared=128, races=True)
+    body = STORE + "bar.warp.sync 0xffffffff;" + ACROSS_LANES + "mov.b32 %r3, 7; {} st.shared.b32 [%r1], %r3;"
+    per_thread(body.format("bar.warp.sync 0xffffffff;"), shared=128, races=True)
+    with pytest.raises(Race, match="a write of byte 0 .* by a lane of warp 0 .* another lane's read"):
+        per_thread(body.format(""), shared=128, races=True)
+
+
+def test_a_lane_reads_what_it_wrote_itself_without_a_barrier():
+    assert per_thread(STORE + "ld.shared.b32 %r15, [%r1];", shared=128, races=True).tolist() == list(range(32))
+
+
 def test_reports_are_the_same_each_time():
     reports = set()
     for _ in range(3):
@@ -71,6 +92,21 @@ $end:
 def test_a_phase_completes_with_its_last_arrival_and_orders_memory(schedule):
     body = MBARRIER.format(count=32, store=STORE)
     found = per_thread(body, threads=64, shared=320, races=True, schedule=schedule)
+    assert found[32:].tolist() == list(range(32))
+
+
+def test_an_mbarrier_is_made_and_ended_before_and_behind_its_uses():
+    body = """mov.b32 %r9, 0; setp.eq.u32 %p0, %me, 0; mov.b32 %r15, 0;
+        @%p0 mbarrier.init.shared::cta.b64 [%r9], 64; {made}
+        mbarrier.arrive.shared::cta.b64 _, [%r9]; {used} @%p0 mbarrier.inval.shared::cta.b64 [%r9];"""
+    per_thread(body.format(made="bar.sync 0;", used="bar.sync 0;"), threads=64, shared=16, races=True)
+    for made, used in (("", "bar.sync 0;"), ("bar.sync 0;", "")):
+        with pytest.raises(Race, match="of byte 0 of shared memory"):
+            per_thread(body.format(made=made, used=used), threads=64, shared=16, races=True)
+
+
+def test_blocks_that_run_together_wait_for_their_own_mbarriers():
+    found = per_thread(MBARRIER.format(count=32, store=STORE), threads=64, shared=320, blocks=3)
     assert found[32:].tolist() == list(range(32))
 
 

@@ -16,14 +16,14 @@ from triton.runtime.jit import JITFunction
 
 import tfkernels
 from tests.conftest import KERNEL_RUNS
-from tests.tfkernels.launching import cuda_implementations_on_cpu
+from tests.launches import OPTIONS, seen
 from tests.tfkernels.test_arguments import CALLS
 from tests.tfkernels.test_library import MASKS, calls_of
-from tfkernels import TransfusionMask
+from tfkernels import TransfusionMask, _library
+from tfkernels._library import refusal
 from tfkernels.norm import triton as norm
 
 ROOT = Path(tfkernels.__file__).parent
-OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 pytestmark = pytest.mark.skipif(KERNEL_RUNS, reason="the launches themselves run here, and are tested")
 
@@ -45,23 +45,19 @@ def check(kernel: JITFunction, arguments: tuple, named: dict):
 
 
 @pytest.fixture
-def launched(monkeypatch):
+def launched():
     """The lines that have launched a kernel, while operators launch on CPU tensors."""
-    seen = set()
+    lines = set()
 
-    def run(kernel, *arguments, grid, warmup, **named):
+    def look(kernel, grid, arguments, named):
         frame = sys._getframe(1)
         while not frame.f_code.co_filename.startswith(str(ROOT)):
             frame = frame.f_back
-        seen.add((frame.f_code.co_filename, frame.f_lineno))
+        lines.add((frame.f_code.co_filename, frame.f_lineno))
         check(kernel, arguments, named)
 
-    monkeypatch.setattr(JITFunction, "run", run)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: SimpleNamespace(
-        multi_processor_count=132))
-    with cuda_implementations_on_cpu():
-        yield seen
+    with seen(look):
+        yield lines
 
 
 def attention():
@@ -100,3 +96,24 @@ def test_a_launch_without_one_argument_or_with_two_swapped_is_refused(launched):
         check(kernel, (x, x, x, 1, 1, 1), named)
     with pytest.raises(TypeError, match="starts_ptr is 1; a tensor fits"):
         check(kernel, (x, 1, x, x, 0, 1, 1), named)
+
+
+def test_an_amd_card_is_refused_in_one_line_that_names_it(launched, monkeypatch):
+    """Its capability reads as that of an NVIDIA card whose tiles do not fit its 64 KiB a block."""
+    assert refusal(torch.device("cpu")) is None
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName="gfx942"))
+    refusal.cache_clear()
+    try:
+        assert "\n" not in refusal(torch.device("cuda:0")) and "an AMD gfx942" in refusal(torch.device("cuda:0"))
+        assert refusal(torch.device("cpu")) is None
+    finally:
+        refusal.cache_clear()
+
+
+def test_every_operator_asks_whether_its_device_is_refused(launched, monkeypatch):
+    monkeypatch.setattr(_library, "refusal", lambda device: "on a card that is refused")
+    for name in CALLS:
+        if name not in ("min_snr_weight", "rotary_table", "grid_positions", "pack_latents"):
+            with pytest.raises(ValueError, match="its tensors are on a card that is refused"):
+                calls_of(name)

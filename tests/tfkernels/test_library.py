@@ -1,5 +1,8 @@
 """Every registered operator's fake: sizes, dtypes and strides are those of the real result, whatever the strides of the
 inputs are."""
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -7,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.conftest import DEVICE
 from tests.tfkernels.test_arguments import CALLS, whole
 from tfkernels import PackedLatents, TransfusionMask
+from tfkernels._library import made_once
 
 MASKS = {
     "mask from spans": lambda: (
@@ -44,18 +48,22 @@ class Recorded(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def calls_of(name):
-    """The operators that a public function and its backward call, with their arguments."""
-    function, arguments = {**CALLS, **MASKS}[name]()
+def leaves_of(name, arguments):
+    """The arguments that a public function has gradients of, which from now on require one."""
     constant = {"row_weight", "p", "q", "loss_weight", "signal", "noise", "cos", "sin", "eps"}
     constant |= set() if name in ("noise_patchify", "patchify_packed") else {"x0"}
     constant |= {"weight"} if name == "diffusion_loss" else set()
     if name == "qk_norm_rotary":
         constant -= {"q"}
-    for key, x in arguments.items():
-        x = x.values if isinstance(x, PackedLatents) else x
-        if key not in constant and isinstance(x, torch.Tensor) and x.is_floating_point():
-            x.requires_grad_()
+    values = {key: x.values if isinstance(x, PackedLatents) else x for key, x in arguments.items()}
+    return [x.requires_grad_() for key, x in values.items()
+            if key not in constant and isinstance(x, torch.Tensor) and x.is_floating_point()]
+
+
+def calls_of(name):
+    """The operators that a public function and its backward call, with their arguments."""
+    function, arguments = {**CALLS, **MASKS}[name]()
+    leaves_of(name, arguments)
     with Recorded() as recorded:
         outputs = function(**arguments)
         outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
@@ -87,3 +95,46 @@ def test_every_registered_operator_is_checked():
         if name.startswith("tfkernels::") and "." not in name
     }
     assert DEVICE in ("cpu", "cuda")
+
+
+@pytest.fixture
+def made():
+    """A function that counts how often it makes something of two tensors."""
+    calls = []
+
+    def make(x, other, plus):
+        calls.append(plus)
+        return x + other + plus
+
+    make.calls = calls
+    return make
+
+
+def test_what_is_made_once_is_made_again_where_a_tensor_was_written_or_is_another_one(made):
+    x, other = torch.arange(3), torch.ones(3, dtype=torch.int64)
+    first = made_once(made, x, other, plus=1)
+    assert made_once(made, x, other, plus=1) is first and made.calls == [1]
+    made_once(made, x, other, plus=2)
+    x[0] = 7
+    assert made_once(made, x, other, plus=1).tolist() == [9, 3, 4] and made.calls == [1, 2, 1]
+    other += 1
+    assert made_once(made, x, other, plus=1).tolist() == [10, 4, 5] and made.calls == [1, 2, 1, 1]
+    assert made_once(made, x, torch.zeros_like(x), plus=1).tolist() == [8, 2, 3] and len(made.calls) == 5
+    assert made_once(made, x.clone(), other, plus=1).tolist() == [10, 4, 5] and len(made.calls) == 6
+
+
+def test_what_is_made_of_a_tensor_is_forgotten_with_it(made):
+    x, other = torch.arange(3), torch.ones(3, dtype=torch.int64)
+    result = weakref.ref(made_once(made, x, other, plus=1))
+    assert result() is not None
+    del x
+    gc.collect()
+    assert result() is None
+
+
+def test_of_an_inference_tensor_whose_writes_nobody_counts_it_is_made_each_time(made):
+    with torch.inference_mode():
+        x = torch.arange(3)
+        made_once(made, x, x, plus=1)
+        x += 1
+        assert made_once(made, x, x, plus=1).tolist() == [3, 5, 7] and made.calls == [1, 1]

@@ -2,11 +2,14 @@
 card's limit.
 
 `python -m tests.tfkernels.test_resources` prints the table of docs/resources.md, with rare variants that the tests
-leave out for time. Rows are compiled by two processes ahead of the tests that ask for them, or under pytest-xdist by
-the worker that asks; Triton's own cache makes a second run quick.
+leave out for time; with a number behind it (86, 89 or 120), which of the 80 rows do not fit that card. Rows are
+compiled by two processes ahead of the tests that ask for them, or under pytest-xdist by the worker that asks; Triton's
+own cache makes a second run quick.
 """
+import functools
 import multiprocessing
 import os
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
@@ -14,10 +17,11 @@ import pytest
 import torch
 import triton
 
+from ptxrun.instructions import TABLE
 from tests.conftest import compiles
 from tests.resources import Resources, resources
 from tfkernels import _launch
-from tfkernels._launch import ARCHITECTURES, SHARED_LIMIT, Config, table_row
+from tfkernels._launch import ARCHITECTURES, BASE, SHARED_LIMIT, Config, table_row
 from tfkernels.attention.triton import backward, decode, forward, tiles
 from tfkernels.mask import triton as build
 
@@ -28,9 +32,9 @@ TABLES = {"fwd": forward.CONFIGS, "dq": backward.DQ_CONFIGS, "dkv": backward.DKV
 KERNELS = {"fwd": forward._attention_fwd, "dq": backward._attention_bwd_dq, "dkv": backward._attention_bwd_dkv,
            "delta": backward._attention_bwd_delta, "decode": decode._attention_decode, "wide": decode._attention_decode}
 TRAINING = ("fwd", "dq", "dkv")
-HEAD_DIMS = (32, 64, 128, 256)
+HEAD_DIMS = {2: (32, 64, 128, 256, 512), 4: (32, 64, 128, 256)}  # by bytes per element
 DELTA = Config(backward.DELTA_ROWS, 0, 4, 3)
-MULTIPLY = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+MULTIPLY = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 
 
 class Row(NamedTuple):
@@ -52,30 +56,41 @@ class Row(NamedTuple):
 
 
 ROWS = [Row(kernel, *key) for kernel, table in TABLES.items() for key in table if key[3:] != ("heavy",)]
-DELTA_ROWS = [Row("delta", architecture, size, dim) for architecture in ARCHITECTURES for size in (2, 4)
-              for dim in HEAD_DIMS]
+DELTA_ROWS = [Row("delta", architecture, size, dim) for architecture in ARCHITECTURES for size in HEAD_DIMS
+              for dim in HEAD_DIMS[size]]
 VARIANTS = [Row(kernel, architecture, 2, 128, variant) for kernel in TRAINING for architecture in ARCHITECTURES
             for variant in ("check", "softcap", "narrow")]
 VARIANTS += [Row(kernel, architecture, 2, dim, "check") for kernel in TRAINING for architecture in ARCHITECTURES
-             for dim in (64, 256)]
+             for dim in (64, 256, 512)]
+VARIANTS += [Row(kernel, architecture, 2, 512, variant) for architecture in ARCHITECTURES
+             for kernel, variant in (("dkv", "softcap"), ("decode", "check"), ("wide", "check"))]
+VARIANTS += [Row(kernel, architecture, 2, 256, "values") for kernel in (*TRAINING, "decode", "wide")
+             for architecture in ARCHITECTURES]
 VARIANTS += [Row(kernel, architecture, 2, 128, variant) for kernel in ("decode", "wide")
              for architecture in ARCHITECTURES for variant in ("check", "paged")]
+VARIANTS += [Row(kernel, architecture, 2, 64, "sinks") for kernel in ("fwd", "decode", "wide")
+             for architecture in ARCHITECTURES]
 RARE = [Row(kernel, architecture, size, dim, "check") for kernel in TRAINING for architecture in ARCHITECTURES
         for size, dim in ((2, 32), (4, 32), (4, 64), (4, 128), (4, 256))]
 RARE += [Row(kernel, architecture, 4, dim, "tf32") for kernel in TRAINING for architecture in ARCHITECTURES
-         for dim in HEAD_DIMS]
+         for dim in HEAD_DIMS[4]]
 
 
 def compiled(row: Row, target: int | None = None) -> Resources:
     """Compile one row, for its architecture or for the `target` given."""
     config, variant = row.config, row.variant
-    constants = {"HEAD_DIM": 80 if variant == "narrow" else row.head_dim, "D": row.head_dim, "BLOCK_M": config.block_m}
+    head_dim = {"narrow": 80, "values": 192}.get(variant, row.head_dim)
+    constants = {"HEAD_DIM": head_dim, "D": row.head_dim, "BLOCK_M": config.block_m}
     if row.kernel != "delta":
+        values = (128, 128) if variant == "values" else (head_dim, row.head_dim)
+        constants |= dict(zip(("HEAD_DIM_V", "D_V"), values))
         constants |= {"BLOCK_N": config.block_n, "SOFTCAP": variant == "softcap",
                       "PRECISION": "tf32" if variant == "tf32" else "ieee"}
         constants["CHECK_ROWS" if row.kernel == "dkv" else "CHECK_COLUMNS"] = variant == "check"
     if row.kernel in ("decode", "wide"):
-        constants |= {"PAGE_SIZE": 16 if variant == "paged" else 0, "SPLIT": True}
+        constants |= {"PAGE_SIZE": 16 if variant == "paged" else 0, "SPLIT": variant != "sinks"}
+    if "sinks_ptr" in KERNELS[row.kernel].arg_names and variant != "sinks":
+        constants["sinks_ptr"] = None
     return resources(KERNELS[row.kernel], constants, config, architecture=target or row.architecture,
                      element_size=row.element_size)
 
@@ -132,40 +147,61 @@ def test_the_small_kernels_spill_nothing(name, architecture):
     assert found.fit(architecture), found
 
 
+def test_a_kernel_with_an_instruction_that_is_not_emulated_fails_by_its_name(monkeypatch):
+    monkeypatch.setitem(TABLE, "setp", (None, ""))
+    kernel, constants = SMALL["bounds"]
+    with pytest.raises(AssertionError, match="_tile_bounds for sm_90.*setp"):
+        resources(kernel, constants, Config(0, 0, 4, 3), architecture=90, element_size=2)
+
+
 @pytest.mark.parametrize("capability,rows",
                          [((7, 5), 80), ((8, 0), 80), ((8, 6), 80), ((8, 7), 80), ((8, 9), 80), ((9, 0), 90),
-                          ((10, 0), 100), ((10, 3), 100), ((12, 0), 80), ((12, 1), 80)], ids=str)
+                          ((10, 0), 100), ((10, 3), 100), ((12, 0), 120), ((12, 1), 120)], ids=str)
 def test_a_card_takes_rows_that_fit_its_shared_memory(capability, rows, monkeypatch):
     """sm_86, sm_89 and sm_120 have 99 KiB a block, for which the 80 rows are gated; what is unknown takes them as
-    well."""
+    well. sm_120 has rows of its own where those of 80 would spill."""
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     _launch.architecture.cache_clear()
     try:
         assert _launch.architecture(torch.device("cuda:0")) == rows
         for table in TABLES.values():
             row = _launch.table_row(table, _launch.architecture(torch.device("cuda:0")), 2, 128, heavy=False)
-            assert row == table[(rows, 2, 128)]
+            assert row == table[(BASE.get(rows, rows), 2, 128)]
     finally:
         _launch.architecture.cache_clear()
 
 
-SMALL_CARDS = [Row(kernel, 80, 2, dim) for kernel in ("fwd", "dq", "dkv", "decode", "wide") for dim in (64, 128)]
+# What comes nearest to a thread's registers on these cards; the rest of the 80 rows by hand, see the end of the file.
+SMALL_CARDS = [(120, Row(kernel, 80, 2, dim)) for kernel in ("fwd", "dq", "dkv", "wide") for dim in (128, 256)]
+SMALL_CARDS += [(card, Row("dkv", 80, 2, 128)) for card in (86, 89)]
 
 
-@pytest.mark.parametrize("row", SMALL_CARDS, ids=str)
-def test_the_80_rows_fit_the_shared_memory_of_sm_120(row):
-    """Compiled for the card itself, whose multiply instructions and shared memory may differ; without that a launch
-    fails."""
-    assert compiled(row, target=120).shared_bytes <= SHARED_LIMIT[80]
+@pytest.mark.parametrize("card,row", SMALL_CARDS, ids=str)
+def test_an_80_row_fits_the_other_cards_that_take_it(card, row):
+    """Compiled for the card itself, whose multiply instructions, registers and shared memory may differ."""
+    assert compiled(row, target=card).fit(80)
 
 
 @pytest.mark.parametrize("table", TABLES)
 def test_a_table_has_a_row_for_every_key(table):
-    assert {key[:3] for key in TABLES[table]} == {(a, size, dim) for a in ARCHITECTURES for size in (2, 4)
-                                                  for dim in HEAD_DIMS}
+    assert {key[:3] for key in TABLES[table] if key[0] not in BASE} == {
+        (a, size, dim) for a in ARCHITECTURES for size in HEAD_DIMS for dim in HEAD_DIMS[size]}
 
 
-if __name__ == "__main__":
+def check_card(card: int):
+    """Print the 80 rows that do not fit `card`, but for those in whose place it has rows of its own."""
+    rows = [row for row in ROWS + VARIANTS + DELTA_ROWS + RARE if row.architecture == 80
+            and (row.kernel == "delta" or (card, *row[2:4]) not in TABLES[row.kernel])]
+    with pool() as processes:
+        found = list(zip(rows, processes.map(functools.partial(compiled, target=card), rows)))
+    unfit = [(row, result) for row, result in found if not result.fit(80)]
+    print(*(f"{row} {result}" for row, result in unfit), sep="\n")
+    print(f"{len(unfit)} of {len(rows)} rows do not fit sm_{card} on Triton {triton.__version__}")
+
+
+if __name__ == "__main__" and len(sys.argv) > 1:
+    check_card(int(sys.argv[1]))
+elif __name__ == "__main__":
     rows = ROWS + VARIANTS + DELTA_ROWS + RARE
     print(f"""# What the launch tables compile to
 
@@ -175,7 +211,9 @@ are left out of the tests for time. The kernels around attention are compiled by
 (`pytest -k spill`).
 
 A tile is queries x keys; `spilled` counts the instructions that store to or load from a thread's stack. Variants:
-`check`, masks of two sides; `narrow`, HEAD_DIM 80 in D 128; `tf32`, float32 where PyTorch allows it.
+`check`, masks of two sides; `narrow`, head dim 80 in tiles of 128; `values`,
+keys of 192 in tiles of 256 and values of 128;
+`sinks`, a learned sink per head; `tf32`, float32 where PyTorch allows it.
 
 | arch | bytes | D | kernel | tile | warps | stages | registers | spilled | shared KiB | multiplies |""")
     print("|---|---|---|---|---|---|---|---|---|---|---|")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tfkernels._library import result_like
 from tfkernels.attention.reference import gather_pages, visible_sums
+from tfkernels.attention.sinks import add_sinks, sink_gradients
 
 BLOCK = 32
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -36,16 +37,17 @@ class _Block(NamedTuple):
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, rows_exact: bool,
-    columns_exact: bool, offset: int, scale: float, softcap: float
+    columns_exact: bool, offset: int, scale: float, softcap: float, sinks: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(B, H, Sq, D) x (B, K, Sk, D) -> output like q, LSE (B, H, Sq) float32 (float64 for float64)."""
-    out = result_like(q).zero_()
-    q, k, v = (_rows_contiguous(x) for x in (q, k, v))
+    """(B, H, Sq, D) x (B, K, Sk, D), (B, K, Sk, Dv) -> out (B, H, Sq, Dv), LSE float32 (float64 for float64)."""
+    out = result_like(q, v.shape[-1]).zero_()
+    q, k, v = _of_one_width(q, k, v)
     lse = q.new_full(q.shape[:3], -math.inf, dtype=_statistics(q))
     written_out = bool(softcap) or not _finite(q, k, v)
     for block in _blocks(q, lo, hi, since, until, rows_exact, offset):
         part = q[:, :, block.rows], k[:, :, block.keys], v[:, :, block.keys]
-        o, peak = _block_forward(*part, block, written_out, scale, softcap)
+        o, peak = _block_forward(*part, block, written_out, scale, softcap, sinks)
+        o = o[..., :out.shape[-1]]
         out[:, :, block.rows] = o if block.empty is None else o.masked_fill(block.empty[..., None], 0)
         lse[:, :, block.rows] = peak if block.empty is None else peak.masked_fill(block.empty, -math.inf)
     return out, lse
@@ -53,14 +55,14 @@ def attention_forward(
 
 def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                        lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, rows_exact: bool, columns_exact: bool,
-                       offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk, dv in the inputs' dtype, laid out as `result_like` says.
+                       offset: int, scale: float, softcap: float, sinks: Tensor | None = None) -> list[Tensor]:
+    """Return dq, dk, dv in the inputs' dtype, laid out as `result_like` says, and dsinks where there are sinks.
 
     dk and dv are summed over the blocks in the statistics' dtype.
     """
     dq, *results = (result_like(x).zero_() for x in (q, k, v))
     dk, dv = (x if x.dtype == _statistics(x) else torch.zeros(x.shape, dtype=_statistics(x)) for x in results)
-    q, k, v, out, dout = (_rows_contiguous(x) for x in (q, k, v, out, dout))
+    q, k, v, out, dout = _of_one_width(q, k, v, out, dout)
     empty = lse == -math.inf
     if bool(empty.any()):
         empty &= (out == 0).all(-1)  # where every visible score is -inf a row is not empty, and `out` is NaN
@@ -69,39 +71,44 @@ def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tens
     for block in _blocks(q, lo, hi, since, until, rows_exact, offset):
         rows, keys = (slice(None), slice(None), block.rows), (slice(None), slice(None), block.keys)
         if written_out:
-            grads = _block_backward(dout[rows], dlse[rows], q[rows], k[keys], v[keys], block, scale, softcap)
+            grads = _block_backward(dout[rows], dlse[rows], q[rows], k[keys], v[keys], block, scale, softcap, sinks)
         else:
             grads = _fused_backward(dout[rows], q[rows], k[keys], v[keys], out[rows], known[rows], 0.0,
                                     block.bias is None, attn_mask=block.bias, scale=scale)
-        dq[rows] = grads[0]
-        dk[keys] += grads[1]
-        dv[keys] += grads[2]
+        dq[rows] = grads[0][..., :dq.shape[-1]]
+        dk[keys] += grads[1][..., :dk.shape[-1]]
+        dv[keys] += grads[2][..., :dv.shape[-1]]
     for result, total in zip(results, (dk, dv)):
         if total is not result:
             result.copy_(total)
-    return dq.masked_fill_(empty[..., None], 0), *results
+    results = [dq.masked_fill_(empty[..., None], 0), *results]
+    if sinks is not None:
+        delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1) - dlse
+        results.append(sink_gradients(sinks, lse, delta))
+    return results
 
 
 def paged_forward(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lo: Tensor, hi: Tensor, since: Tensor,
-                  until: Tensor, rows_exact: bool, offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+                  until: Tensor, rows_exact: bool, offset: int, scale: float, softcap: float,
+                  sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return `attention_forward` against a paged cache, whose pages are laid out in order first."""
     k, v = (gather_pages(x, block_table, hi) for x in (k, v))
-    return attention_forward(q, k, v, lo, hi, since, until, rows_exact, False, offset, scale, softcap)
+    return attention_forward(q, k, v, lo, hi, since, until, rows_exact, False, offset, scale, softcap, sinks)
 
 
-def _block_forward(q, k, v, block, written_out, scale, softcap):
+def _block_forward(q, k, v, block, written_out, scale, softcap, sinks):
     if not written_out:
         out, lse = _fused(q, k, v, 0.0, block.bias is None, attn_mask=block.bias, scale=scale)
         if _finite(lse if block.empty is None else lse.masked_fill(block.empty, 0)):
-            return out, lse  # else the scores of finite inputs overflow
-    scores, _ = _scores(q, k, block, scale, softcap)
+            return (out, lse) if sinks is None else add_sinks(out, lse, sinks)  # else finite inputs' scores overflow
+    scores, _ = _scores(q, k, block, scale, softcap, sinks)
     out = visible_sums(_weights(scores, block), _grouped(v), block.visible())
     return out.flatten(1, 2).to(q.dtype), scores.logsumexp(-1).flatten(1, 2)
 
 
-def _block_backward(dout, dlse, q, k, v, block, scale, softcap):
+def _block_backward(dout, dlse, q, k, v, block, scale, softcap, sinks):
     group, visible = (k.shape[1], q.shape[1] // k.shape[1]), block.visible()
-    scores, slope = _scores(q, k, block, scale, softcap)                                   # (B, K, G, m, n)
+    scores, slope = _scores(q, k, block, scale, softcap, sinks)                              # (B, K, G, m, n)
     p = _weights(scores, block)
     d = dout.to(p.dtype).unflatten(1, group)
     dp = (d @ _grouped(v).mT).masked_fill(~visible, 0)
@@ -111,19 +118,25 @@ def _block_backward(dout, dlse, q, k, v, block, scale, softcap):
     return dq, dk, visible_sums(p.mT, d, visible.mT).sum(2)
 
 
-def _scores(q, k, block, scale, softcap):
-    """Return masked scores (B, K, G, m, n) and the slope of the soft cap (1 without one)."""
+def _scores(q, k, block, scale, softcap, sinks):
+    """Return masked scores (B, K, G, m, n), one column more with sinks, and the slope of the soft cap (1 without one).
+    """
     hidden = ~block.visible()
     scores = (q.to(_statistics(q)).unflatten(1, (k.shape[1], -1)) @ _grouped(k).mT * scale).masked_fill(hidden, 0)
     slope = 1.0
     if softcap:
         bent = torch.tanh(scores / softcap)
         scores, slope = softcap * bent, 1 - bent**2
-    return scores.masked_fill(hidden, -math.inf), slope
+    scores = scores.masked_fill(hidden, -math.inf)
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(k.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], -1)
+    return scores, slope
 
 
 def _weights(scores, block):
-    return scores.softmax(-1).masked_fill(~block.visible(), 0)  # softmax of an empty row is NaN
+    visible = block.visible()
+    return scores.softmax(-1)[..., :visible.shape[-1]].masked_fill(~visible, 0)  # softmax of an empty row is NaN
 
 
 def _finite(*tensors: Tensor) -> bool:
@@ -131,8 +144,14 @@ def _finite(*tensors: Tensor) -> bool:
     return all(math.isfinite(end) for x in tensors if x.numel() for end in x.aminmax())
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()  # the fused kernel reads wrong values where it is not
+def _of_one_width(*tensors: Tensor) -> list[Tensor]:
+    """Return the tensors as the fused kernel takes them: all as wide as the widest, by zeros, their rows contiguous.
+
+    It reads wrong values where rows are not contiguous.
+    """
+    width = max(x.shape[-1] for x in tensors)
+    padded = [x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1])) for x in tensors]
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in padded]
 
 
 def _grouped(x: Tensor) -> Tensor:

@@ -14,51 +14,61 @@ import numbers
 import torch
 from torch import Tensor
 
-from tfkernels._arguments import looks, need_range
+from tfkernels._arguments import got, looks, need_range, need_tensors
 from tfkernels._library import register, result_like
 from tfkernels.attention import cpu
 from tfkernels.attention.reference import AttentionOutput
 from tfkernels.attention.triton import backward, decode, forward
 from tfkernels.mask import TransfusionMask
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
+MAX_CUDA_FLOAT32_HEAD_DIM = 256  # wider float32 tiles of the backward do not fit shared memory
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *, scale: float | None = None,
-              softcap: float | None = None) -> Tensor:
+              softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
     """Return softmax(softcap(q k^T * scale) + mask) v, visiting only the tiles that the mask leaves visible.
 
     Args:
-        q: (B, H, Sq, D) in float16, bfloat16 or float32, any strides (a transposed (B, S, H, D) costs no copy).
-        k, v: (B, K, Sk, D) like q; H a multiple of K (grouped-query attention).
+        q: (B, H, Sq, D) in float16, bfloat16 or float32, any strides (a transposed (B, S, H, D) costs no copy). D is
+            at most 512; on a GPU in float32 256.
+        k, v: (B, K, Sk, D) and (B, K, Sk, Dv) like q; H a multiple of K (grouped-query attention). Dv may differ from
+            D, as in multi-head latent attention (arXiv:2405.04434); on a GPU both take the tiles of the wider one.
         mask: Sq queries by Sk keys, on the same device; a mask of batch 1 serves every batch row.
         scale: factor of the scores before the softmax; 1 / sqrt(D) by default.
         softcap: bound c of the scores, c * tanh(scores / c); None for no bound.
+        sinks: (H,) in any floating-point dtype, a learned logit per head that joins the softmax's denominator alone
+            (gpt-oss, arXiv:2508.10925). It is neither scaled nor capped, and has a gradient.
 
     Returns:
-        (B, H, Sq, D) like q. Rows that see nothing are 0, with zero gradients. Gradients are deterministic. Under
+        (B, H, Sq, Dv) like q. Rows that see nothing are 0, with zero gradients. Gradients are deterministic. Under
         torch.autocast q, k and v are cast to its dtype (float64 stays), as F.scaled_dot_product_attention does.
 
     Raises:
         ValueError: a shape, dtype, device or value that does not fit, named.
     """
-    return attention_with_lse(q, k, v, mask, scale=scale, softcap=softcap).out
+    return attention_with_lse(q, k, v, mask, scale=scale, softcap=softcap, sinks=sinks).out
 
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *, scale: float | None = None,
-                       softcap: float | None = None) -> AttentionOutput:
-    """Return `attention`'s output and the scores' log-sum-exp, both differentiable: what merging parts needs."""
+                       softcap: float | None = None, sinks: Tensor | None = None) -> AttentionOutput:
+    """Return `attention`'s output and the scores' log-sum-exp, both differentiable: what merging parts needs.
+
+    The log-sum-exp counts the sink of its head, except in a row that sees nothing, where it is -inf. So of parts that
+    are merged one may have sinks.
+    """
     _check_kinds("attention", mask, scale, softcap, q=q, k=k, v=v)
     if _autocast(q):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):
-            return attention_with_lse(q, k, v, mask, scale=scale, softcap=softcap)
+            return attention_with_lse(q, k, v, mask, scale=scale, softcap=softcap, sinks=sinks)
     _check("attention", q, k, v, mask)
+    _check_sinks("attention", sinks, q)
     scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
     out, lse = _forward(q, k, v, mask.lo, mask.hi, mask.key_since, mask.key_until, mask.rows_exact, mask.columns_exact,
-                        mask.offset, float(scale), float(softcap or 0))
+                        mask.offset, float(scale), float(softcap or 0), sinks)
     return AttentionOutput(out, lse)
 
 
@@ -66,32 +76,34 @@ def attention_gradients(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tens
                         *, scale: float | None = None, softcap: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk, dv of `attention` from its arguments, in one dtype, and the results of `attention_with_lse`.
 
-    It is for who does not keep k and v between forward and backward.
+    It is for who does not keep k and v between forward and backward. With sinks, `lse` counts them.
     """
     scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
     with torch.autocast(dout.device.type, enabled=False):
-        return _backward(dout, torch.zeros_like(lse), q, k, v, out, lse, mask.lo, mask.hi, mask.key_since,
-                         mask.key_until, mask.rows_exact, mask.columns_exact, mask.offset, float(scale),
-                         float(softcap or 0))
+        dq, dk, dv = _backward(dout, torch.zeros_like(lse), q, k, v, out, lse, mask.lo, mask.hi, mask.key_since,
+                               mask.key_until, mask.rows_exact, mask.columns_exact, mask.offset, float(scale),
+                               float(softcap or 0), None)
+    return dq, dk, dv
 
 
 def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, mask: TransfusionMask, *,
-                    scale: float | None = None, softcap: float | None = None) -> Tensor:
+                    scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
     """Return `attention` against a paged cache, for inference.
 
     Key j of row b is k_pages[block_table[b, j // page_size], j % page_size].
 
     Args:
         q: (B, H, Sq, D) in float16, bfloat16 or float32, any strides.
-        k_pages, v_pages: (P, page_size, K, D) like q, any strides, any page size; H a multiple of K.
+        k_pages, v_pages: (P, page_size, K, D) and (P, page_size, K, Dv) like q, any strides, any page size; H a
+            multiple of K.
         block_table: (B, T) int32, the pages of each row in order; entries behind a row's last key are never read. An
             entry that names none of the P pages raises on a CPU; on a GPU, where looking would wait, the first or the
             last page stands for it.
         mask: Sq queries by T * page_size keys: `TransfusionMask.from_cache(cached_lens, Sq, T * page_size, image=...)`.
-        scale, softcap: as in `attention`; autocast changes nothing here, for it would copy the whole cache.
+        scale, softcap, sinks: as in `attention`; autocast changes nothing here, for it would copy the whole cache.
 
     Returns:
-        (B, H, Sq, D) like q; there is no backward.
+        (B, H, Sq, Dv) like q; there is no backward.
 
     Raises:
         ValueError: a shape, dtype, device or value that does not fit, named.
@@ -112,10 +124,11 @@ def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Te
     keys = [x[:1, :1].transpose(1, 2).expand(q.shape[0], -1, block_table.shape[1] * x.shape[1], -1)
             for x in (k_pages, v_pages)]
     _check("paged_attention", q, *keys, mask, keys=("k_pages", "v_pages"))
+    _check_sinks("paged_attention", sinks, q)
     _check_pages(block_table, mask.hi, len(k_pages), k_pages.shape[1])
     scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
     return _paged(q, k_pages, v_pages, block_table, mask.lo, mask.hi, mask.key_since, mask.key_until, mask.rows_exact,
-                  mask.offset, float(scale), float(softcap or 0))[0]
+                  mask.offset, float(scale), float(softcap or 0), sinks)[0]
 
 
 def _check_pages(block_table: Tensor, hi: Tensor, pages: int, page_size: int) -> None:
@@ -161,17 +174,19 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, keys
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{op}: {name} is {x.dtype} on {x.device} and q is {q.dtype} on {q.device}; one dtype "
                              f"and device fit; convert {name}")
-        if x.shape[0] != q.shape[0] or x.shape[3] != q.shape[3]:
+        if x.shape[0] != q.shape[0] or x is not v and x.shape[3] != q.shape[3]:
             raise ValueError(f"{op}: {name} has shape {tuple(x.shape)} and q {tuple(q.shape)}; the same batch size "
-                             "and head dim fit")
-    if k.shape != v.shape:
-        raise ValueError(f"{op}: v has shape {tuple(v.shape)} and k {tuple(k.shape)}; equal shapes fit")
+                             "and head dim fit (the head dim of values may differ)")
+        most = MAX_CUDA_FLOAT32_HEAD_DIM if (x.device.type, x.dtype) == ("cuda", torch.float32) else MAX_HEAD_DIM
+        if not 1 <= x.shape[3] <= most:
+            raise ValueError(f"{op}: {name} has head dim {x.shape[3]}; 1 to {most} fits {x.dtype} on {x.device.type}")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"{op}: {keys[1]} has shape {tuple(v.shape)} and {keys[0]} {tuple(k.shape)}; as many heads "
+                         "and tokens fit")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"{op}: q has {q.shape[1]} heads and k has {k.shape[1]}; a multiple of k's heads fits")
     if q.dtype not in _DTYPES and not (q.dtype == torch.float64 and q.device.type == "cpu"):
         raise ValueError(f"{op}: q is {q.dtype} on {q.device}; float16, bfloat16 or float32 fits (float64 on CPU only)")
-    if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
-        raise ValueError(f"{op}: q has head dim {q.shape[3]}; 1 to {MAX_HEAD_DIM} fits")
     if mask.query_len != q.shape[2] or mask.key_len != k.shape[2]:
         raise ValueError(f"{op}: mask is {mask.query_len} queries by {mask.key_len} keys, q has {q.shape[2]} tokens "
                          f"and k {k.shape[2]}; equal lengths fit; for cached decoding take mask.queries(start, stop) "
@@ -184,27 +199,39 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, keys
                          "mask.to(q.device)")
 
 
-def _forward_fake(q, k, v, lo, hi, since, until, rows_exact, columns_exact, offset, scale, softcap):
+def _check_sinks(op: str, sinks: Tensor | None, q: Tensor) -> None:
+    """Check what is given for sinks beside q, which is checked."""
+    if sinks is None:
+        return
+    need_tensors(op, {"sinks": sinks})
+    if sinks.shape != (q.shape[1],) or not sinks.is_floating_point() or sinks.device != q.device:
+        raise ValueError(f"{op}: sinks is {got(sinks)} and q has {q.shape[1]} heads on {q.device}; a floating-point "
+                         f"tensor of shape ({q.shape[1]},) on {q.device} fits, a logit for each head")
+
+
+def _forward_fake(q, k, v, lo, hi, since, until, rows_exact, columns_exact, offset, scale, softcap, sinks=None):
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return result_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
+    return result_like(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
 def _backward_fake(dout, dlse, q, k, v, out, lse, lo, hi, since, until, rows_exact, columns_exact, offset, scale,
-                   softcap):
-    return result_like(q), result_like(k), result_like(v)
+                   softcap, sinks=None):
+    return [*(result_like(x) for x in (q, k, v))] + ([] if sinks is None else [torch.empty_like(sinks)])
 
 
-def _paged_fake(q, k, v, block_table, lo, hi, since, until, rows_exact, offset, scale, softcap):
-    return result_like(q), q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+def _paged_fake(q, k, v, block_table, lo, hi, since, until, rows_exact, offset, scale, softcap, sinks=None):
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return result_like(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
 def _forward_kernel(
     q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, rows_exact: bool,
-    columns_exact: bool, offset: int, scale: float, softcap: float
+    columns_exact: bool, offset: int, scale: float, softcap: float, sinks: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     if q.shape[2] <= decode.MAX_QUERIES:
-        return decode.attention_decode(q, k, v, None, lo, hi, since, until, rows_exact, offset, scale, softcap)
-    return forward.attention_forward(q, k, v, lo, hi, since, until, rows_exact, columns_exact, offset, scale, softcap)
+        return decode.attention_decode(q, k, v, None, lo, hi, since, until, rows_exact, offset, scale, softcap, sinks)
+    return forward.attention_forward(q, k, v, lo, hi, since, until, rows_exact, columns_exact, offset, scale, softcap,
+                                     sinks)
 
 
 _forward = register("attention_forward", kernel=_forward_kernel, cpu=cpu.attention_forward, fake=_forward_fake)
@@ -214,15 +241,17 @@ _paged = register("paged_attention", kernel=decode.paged_attention_forward, cpu=
 
 
 def _save(ctx, inputs, output):
-    q, k, v, lo, hi, since, until, *ctx.numbers = inputs
-    ctx.save_for_backward(q, k, v, *output, lo, hi, since, until)
+    q, k, v, lo, hi, since, until, *ctx.numbers, sinks = inputs
+    ctx.save_for_backward(q, k, v, *output, lo, hi, since, until, sinks)
 
 
 def _gradients(ctx, dout, dlse):
     if _autocast(dout):
         with torch.autocast(dout.device.type, enabled=False):
             return _gradients(ctx, dout, dlse)
-    return *_backward(dout, dlse, *ctx.saved_tensors, *ctx.numbers), *(None,) * 9
+    *tensors, sinks = ctx.saved_tensors
+    dq, dk, dv, *dsinks = _backward(dout, dlse, *tensors, *ctx.numbers, sinks)
+    return dq, dk, dv, *(None,) * 9, dsinks[0] if dsinks else None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

@@ -9,14 +9,14 @@ from tfkernels.mask import TransfusionMask
 
 
 class AttentionOutput(NamedTuple):
-    """`out` (B, H, Sq, D) in the inputs' dtype, and `lse` (B, H, Sq) in float32, natural, -inf for empty rows."""
+    """`out` (B, H, Sq, Dv) in the inputs' dtype, and `lse` (B, H, Sq) in float32, natural, -inf for empty rows."""
 
     out: Tensor
     lse: Tensor
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, *, scale: float | None = None,
-                        softcap: float | None = None) -> AttentionOutput:
+                        softcap: float | None = None, sinks: Tensor | None = None) -> AttentionOutput:
     """The specification in plain PyTorch, in the inputs' dtype, with the whole score matrix in memory.
 
     What the mask hides from a query takes no part in its row, nor in a gradient, whatever stands there.
@@ -30,16 +30,20 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, 
         scores = softcap * torch.tanh(scores / softcap)
     empty = ~visible.any(-1, keepdim=True)                                                 # (B, 1, Sq, 1)
     scores = scores.masked_fill(~visible, -math.inf).masked_fill(empty, 0)
-    weights = scores.softmax(-1).masked_fill(~visible, 0)
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], -1)                                           # (B, H, Sq, Sk + 1)
+    weights = scores.softmax(-1)[..., :visible.shape[-1]].masked_fill(~visible, 0)
     return AttentionOutput(_VisibleSums.apply(weights, v, visible),
                            scores.logsumexp(-1).masked_fill(empty[..., 0], -math.inf))
 
 
 def paged_attention_reference(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, mask: TransfusionMask,
-                              *, scale: float | None = None, softcap: float | None = None) -> Tensor:
+                              *, scale: float | None = None, softcap: float | None = None,
+                              sinks: Tensor | None = None) -> Tensor:
     """The specification: gather each row's pages, then `attention_reference`."""
     return attention_reference(q, *(gather_pages(x, block_table, mask.hi) for x in (k_pages, v_pages)), mask,
-                               scale=scale, softcap=softcap).out
+                               scale=scale, softcap=softcap, sinks=sinks).out
 
 
 class _VisibleProducts(torch.autograd.Function):

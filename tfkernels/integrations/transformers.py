@@ -46,7 +46,7 @@ _DEAF = ("moshi", "nemotron", "stablelm")  # in some version of transformers
 _OP = "tfkernels attention"
 _FAR = torch.iinfo(torch.int32).max
 _WAY = f"load the model with attn_implementation={NAME!r}, or call model.set_attn_implementation({NAME!r})"
-_REFUSED = {"s_aux": "attention sinks", "sinks": "attention sinks", "position_bias": "numbers added to the scores",
+_REFUSED = {"sinks": "attention sinks of each query", "position_bias": "numbers added to the scores",
             "head_mask": "weights of heads", "indices": "keys chosen one by one",
             "block_indices": "blocks of keys chosen one by one", "cache": "a paged cache",
             "cu_seq_lens_q": "packing by lengths, not by position_ids",
@@ -151,9 +151,12 @@ def _refusing(name: str, function):
 def attend(
     module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling=None, dropout=0.0, softcap=None,
     sliding_window=None, is_causal=None, transfusion_mask: TransfusionMask | SharedMask | Mapping | None = None,
-    **options
+    s_aux: Tensor | None = None, **options
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: (B, H, Sq, D) x (B, K, Sk, D) -> (B, Sq, H, D), and None for its weights."""
+    """Attention as transformers calls it: (B, H, Sq, D) x (B, K, Sk, D) -> (B, Sq, H, D), and None for its weights.
+
+    `s_aux` (H,) is its name for learned sinks (gpt-oss).
+    """
     if dropout:
         raise ValueError(f"tfkernels attention: dropout is {dropout}; 0 fits; set the model's attention_dropout "
                          "(attention_probs_dropout_prob) to 0")
@@ -169,6 +172,9 @@ def attend(
         if isinstance(mask, SharedMask):
             if made is None or made.kept is not None:
                 _need_no_other(attention_mask)
+            if s_aux is not None:
+                raise ValueError(f"{_OP}: s_aux (attention sinks) is given beside a SharedMask; ranks that share a row "
+                                 "fit models without sinks")
             return mask.attend(query, key, value, scale=scaling, softcap=softcap).transpose(1, 2), None
         mask = _fitted(mask, made, attention_mask, query_len, key_len, sliding_window)
     elif made is not None:
@@ -182,7 +188,7 @@ def attend(
     else:
         mask = _without_mask(query_len, key_len, getattr(module, "is_causal", True) if is_causal is None else is_causal,
                              query.device)
-    return attention(query, key, value, mask, scale=scaling, softcap=softcap).transpose(1, 2), None
+    return attention(query, key, value, mask, scale=scaling, softcap=softcap, sinks=s_aux).transpose(1, 2), None
 
 
 def make_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None,

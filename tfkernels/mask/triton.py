@@ -76,8 +76,8 @@ def _span(ptr, count, rows, seq_len, SPANS: tl.constexpr):
     return start, end
 
 
-@triton.jit(do_not_specialize=["spans", "hidden_spans", "seq_len", "window", "stride_images", "stride_documents",
-                               "stride_hidden", "stride_out"])
+@triton.jit(do_not_specialize=["images_ptr", "documents_ptr", "hidden_ptr", "spans", "hidden_spans", "seq_len",
+                               "window", "stride_images", "stride_documents", "stride_hidden", "stride_out"])
 def _mask_intervals(images_ptr, documents_ptr, hidden_ptr, out_ptr, spans, hidden_spans, seq_len, window, stride_images,
                     stride_documents, stride_hidden, stride_out,
                     TYPES: tl.constexpr, DOCUMENTS: tl.constexpr, HIDDEN: tl.constexpr, WINDOW: tl.constexpr,

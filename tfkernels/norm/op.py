@@ -259,9 +259,12 @@ def _save_norm(ctx, inputs, output):
     x, weight, bias, scale, shift, image_ids, _, ctx.center = inputs
     ctx.save_for_backward(x, weight, bias, scale, shift, image_ids, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else zeros are made for the statistics
 
 
 def _norm_gradients(ctx, dy, dmean, drstd):
+    if dy is None:
+        return (None,) * 8
     saved = ctx.saved_tensors
     return *_given(_norm_backward(dy, *saved, ctx.center), saved), None, None, None
 
@@ -278,10 +281,14 @@ def _save_gated_norm(ctx, inputs, output):
     _, *saved, _ = inputs
     ctx.save_for_backward(output[0], *saved, output[2])
     ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
 
 
 def _gated_norm_gradients(ctx, dout, dy, drstd):
+    if dout is None and dy is None:
+        return (None,) * 8
     saved = ctx.saved_tensors
+    dout, dy = (torch.zeros_like(saved[0]) if x is None else x for x in (dout, dy))
     return *_given(_gated_norm_backward(dout, dy, *saved), saved), None, None
 
 

@@ -22,8 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 from tfkernels._launch import Config
-from tfkernels._library import INTERPRET
+from tfkernels._library import INTERPRET, made_once
 
+# read one number at a time, or a size: no reason to compile again (see `tfkernels.attention.triton.tiles`)
+SCALAR_ARGUMENTS = ["image_ids_ptr", "order_ptr", "starts_ptr", "mean_ptr", "rstd_ptr", "means_ptr", "images",
+                    "row_len", "tokens", "rows", "slots"]
 # columns that one block holds; small in the interpreter, so that tests reach the loops
 WIDEST_FORWARD = 64 if INTERPRET else 8192
 WIDEST_BACKWARD = 64 if INTERPRET else 4096
@@ -85,7 +88,7 @@ def _modulate(y_ptr, xhat, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, images
     tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["images", "row_len"])
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _norm_fwd(x_ptr, branch_ptr, gate_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, image_ids_ptr, out_ptr, y_ptr,
               mean_ptr, rstd_ptr, images, row_len, eps, stride_xs, stride_bs, stride_gn, stride_cn, stride_fn,
               C: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr,
@@ -157,7 +160,7 @@ def _normed(dy_ptr, x_ptr, weight_ptr, scale_ptr, n, images, stride_cn, mean, rs
     return dy, xhat, dxhat
 
 
-@triton.jit(do_not_specialize=["images", "row_len", "tokens"])
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _norm_bwd_means(dy_ptr, x_ptr, weight_ptr, scale_ptr, image_ids_ptr, mean_ptr, rstd_ptr, means_ptr, images, row_len,
                     tokens, stride_ds, stride_xs, stride_cn,
                     C: tl.constexpr, CENTER: tl.constexpr, WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
@@ -189,7 +192,7 @@ def _write_parts(parts_ptr, slot, plane, a, b, g, cols, inside,
         tl.store(parts_ptr + (NORM + LEVEL) * plane, g, mask=inside)
 
 
-@triton.jit(do_not_specialize=["images", "row_len", "tokens", "rows", "slots"])
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _norm_bwd(dy_ptr, dout_ptr, x_ptr, branch_ptr, gate_ptr, weight_ptr, scale_ptr, image_ids_ptr, order_ptr, mean_ptr,
               rstd_ptr, means_ptr, dx_ptr, dbranch_ptr, parts_ptr, images, row_len, tokens, rows, slots, stride_ds,
               stride_os, stride_xs, stride_bs, stride_gn, stride_cn,
@@ -233,7 +236,7 @@ def _norm_bwd(dy_ptr, dout_ptr, x_ptr, branch_ptr, gate_ptr, weight_ptr, scale_p
     _write_parts(parts_ptr, program + current + 1, plane, a, b, g, cols, inside, C, NORM, LEVEL, GATED)
 
 
-@triton.jit(do_not_specialize=["images", "row_len", "rows", "slots"])
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _norm_bwd_images(parts_ptr, starts_ptr, sums_ptr, images, row_len, rows, slots,
                      C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
     """Sum the rows of `parts` of text (program 0) or image n (program n + 1), in the order of who wrote them."""
@@ -318,8 +321,8 @@ def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor |
     rows = max(FEWEST_ROWS, triton.cdiv(tokens, PROGRAMS))
     programs = triton.cdiv(tokens, rows)
     slots = programs + images + 2
+    ordered, order, starts = (None,) * 3 if image_ids is None else made_once(sorted_tokens, image_ids, images=images)
     image_ids = image_ids if image_ids is None else image_ids.reshape(-1)
-    ordered, order, starts = _sorted(image_ids, images)
     parts = x.new_empty(kinds, slots, width, dtype=torch.float32)
     dy, dout, x, branch = (_rows(t) for t in (dy, dout, x, branch))
     gate, scale, weight, mean, rstd = (columns_together(gate), columns_together(scale), _vector(weight), _vector(mean),
@@ -349,12 +352,9 @@ def _row_len(x: Tensor, image_ids: Tensor | None) -> int | None:
     return None if image_ids is not None else x.shape[1]
 
 
-def _sorted(image_ids: Tensor | None, images: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The ids in ascending order, the tokens in that order, and where text and each image start in it; None where the
-    tokens stand in that order."""
-    if image_ids is None:
-        return None, None, None
-    ordered, order = image_ids.clamp(-1, images).sort(stable=True)
+def sorted_tokens(image_ids: Tensor, images: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The ids in ascending order, the tokens in that order, and where text and each image start in it."""
+    ordered, order = image_ids.reshape(-1).clamp(-1, images).sort(stable=True)
     starts = torch.searchsorted(ordered, torch.arange(-1, images + 1, device=image_ids.device, dtype=image_ids.dtype),
                                 out_int32=True)
     return ordered, order, starts

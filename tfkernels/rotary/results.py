@@ -7,6 +7,11 @@ def dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def even_rows(x: Tensor) -> Tensor:
+    """(B, S, half) whose batch rows begin whole rows apart, 0 included; a copy only where they do not."""
+    return x if x.stride(-1) == 1 and x.stride(1) and x.stride(0) % x.stride(1) == 0 else x.contiguous()
+
+
 def empty_like(x: Tensor) -> Tensor:
     """Dense (B, H, S, D), in memory (B, S, H, D) where x's heads are closer together than its tokens."""
     batch, heads, tokens, dim = x.shape

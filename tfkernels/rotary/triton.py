@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tfkernels._launch import ROUNDED_PRODUCTS
 from tfkernels._library import INTERPRET
-from tfkernels.rotary.results import dense_rows, empty_gradients, empty_like
+from tfkernels.rotary.results import dense_rows, empty_gradients, empty_like, even_rows
 
 # of the backward kernel at most, and so of rows of partial sums; fixed: the sums' order is, too
 PROGRAMS = 3 if INTERPRET else 1024
@@ -64,11 +64,11 @@ def _inverse_rms(x1, x2, rest, inside, eps, HALF: tl.constexpr, REST: tl.constex
 
 
 @triton.jit
-def _angle(cos_ptr, sin_ptr, b, s, stride_cb, stride_cs, stride_nb, stride_ns, HALF: tl.constexpr, BLOCK: tl.constexpr):
+def _angle(cos_ptr, sin_ptr, b, s, rows_cb, stride_cs, rows_nb, stride_ns, HALF: tl.constexpr, BLOCK: tl.constexpr):
     """cos and sin of a token, (1, BLOCK) float32."""
     cols = tl.arange(0, BLOCK)[None, :]
-    cos = tl.load(cos_ptr + b * stride_cb + s * stride_cs + cols, mask=cols < HALF, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + b * stride_nb + s * stride_ns + cols, mask=cols < HALF, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + (b * rows_cb + s) * stride_cs + cols, mask=cols < HALF, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + (b * rows_nb + s) * stride_ns + cols, mask=cols < HALF, other=0.0).to(tl.float32)
     return cos, sin
 
 
@@ -90,15 +90,15 @@ def _turn(x_ptr, weight_ptr, out_ptr, cos, sin, eps, stride_xh, stride_oh,
                BLOCK_REST)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "rows_cb", "rows_nb"])
 def _qk_norm_rotary_fwd(q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, tokens, eps,
-                        stride_cb, stride_cs, stride_nb, stride_ns, stride_qb, stride_qh, stride_qs, stride_kb,
+                        rows_cb, stride_cs, rows_nb, stride_ns, stride_qb, stride_qh, stride_qs, stride_kb,
                         stride_kh, stride_ks, stride_oqb, stride_oqh, stride_oqs, stride_okb, stride_okh, stride_oks,
                         H: tl.constexpr, K: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
                         HALF: tl.constexpr, REST: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
                         BLOCK: tl.constexpr, BLOCK_REST: tl.constexpr):
     b, s = (tl.program_id(0) // tokens).to(tl.int64), (tl.program_id(0) % tokens).to(tl.int64)
-    cos, sin = _angle(cos_ptr, sin_ptr, b, s, stride_cb, stride_cs, stride_nb, stride_ns, HALF, BLOCK)
+    cos, sin = _angle(cos_ptr, sin_ptr, b, s, rows_cb, stride_cs, rows_nb, stride_ns, HALF, BLOCK)
     _turn(q_ptr + b * stride_qb + s * stride_qs, q_weight_ptr, q_out_ptr + b * stride_oqb + s * stride_oqs, cos, sin,
           eps, stride_qh, stride_oqh, H, Q_NORM, HALF, REST, BLOCK_H, BLOCK, BLOCK_REST)
     _turn(k_ptr + b * stride_kb + s * stride_ks, k_weight_ptr, k_out_ptr + b * stride_okb + s * stride_oks, cos, sin,
@@ -106,8 +106,8 @@ def _qk_norm_rotary_fwd(q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_p
 
 
 @triton.jit
-def _turn_back(dout_ptr, x_ptr, weight_ptr, dx_ptr, parts_ptr, cos_ptr, sin_ptr, first, last, tokens, eps, stride_cb,
-               stride_cs, stride_nb, stride_ns, stride_gb, stride_gh, stride_gs, stride_xb, stride_xh, stride_xs,
+def _turn_back(dout_ptr, x_ptr, weight_ptr, dx_ptr, parts_ptr, cos_ptr, sin_ptr, first, last, tokens, eps, rows_cb,
+               stride_cs, rows_nb, stride_ns, stride_gb, stride_gh, stride_gs, stride_xb, stride_xh, stride_xs,
                stride_db, stride_dh, stride_ds,
                HEADS: tl.constexpr, NORM: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, BLOCK_H: tl.constexpr,
                BLOCK: tl.constexpr, BLOCK_REST: tl.constexpr):
@@ -118,7 +118,7 @@ def _turn_back(dout_ptr, x_ptr, weight_ptr, dx_ptr, parts_ptr, cos_ptr, sin_ptr,
         a_rest = tl.zeros([BLOCK_H, BLOCK_REST], tl.float32)
     for token in range(first, last):
         b, s = (token // tokens).to(tl.int64), (token % tokens).to(tl.int64)
-        cos, sin = _angle(cos_ptr, sin_ptr, b, s, stride_cb, stride_cs, stride_nb, stride_ns, HALF, BLOCK)
+        cos, sin = _angle(cos_ptr, sin_ptr, b, s, rows_cb, stride_cs, rows_nb, stride_ns, HALF, BLOCK)
         for start in range(0, HEADS, BLOCK_H):
             head = (start + tl.arange(0, BLOCK_H))[:, None]
             inside, head = head < HEADS, head.to(tl.int64)
@@ -148,9 +148,9 @@ def _turn_back(dout_ptr, x_ptr, weight_ptr, dx_ptr, parts_ptr, cos_ptr, sin_ptr,
         _store(parts_ptr, 0, True, a1, a2, a_rest, HALF, REST, BLOCK, BLOCK_REST)
 
 
-@triton.jit(do_not_specialize=["tokens", "count", "rows"])
+@triton.jit(do_not_specialize=["tokens", "count", "rows", "rows_cb", "rows_nb"])
 def _qk_norm_rotary_bwd(dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dq_ptr,
-                        dk_ptr, parts_ptr, tokens, count, rows, eps, stride_cb, stride_cs, stride_nb, stride_ns,
+                        dk_ptr, parts_ptr, tokens, count, rows, eps, rows_cb, stride_cs, rows_nb, stride_ns,
                         stride_gqb, stride_gqh, stride_gqs, stride_gkb, stride_gkh, stride_gks, stride_qb, stride_qh,
                         stride_qs, stride_kb, stride_kh, stride_ks, stride_dqb, stride_dqh, stride_dqs, stride_dkb,
                         stride_dkh, stride_dks,
@@ -161,11 +161,11 @@ def _qk_norm_rotary_bwd(dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, q_weight_ptr, k_we
     last = tl.minimum(first + rows, count)
     parts_ptr += tl.program_id(0) * (2 * HALF + REST)
     _turn_back(dq_out_ptr, q_ptr, q_weight_ptr, dq_ptr, parts_ptr, cos_ptr, sin_ptr, first, last, tokens, eps,
-               stride_cb, stride_cs, stride_nb, stride_ns, stride_gqb, stride_gqh, stride_gqs, stride_qb, stride_qh,
+               rows_cb, stride_cs, rows_nb, stride_ns, stride_gqb, stride_gqh, stride_gqs, stride_qb, stride_qh,
                stride_qs, stride_dqb, stride_dqh, stride_dqs, H, Q_NORM, HALF, REST, BLOCK_H, BLOCK, BLOCK_REST)
     parts_ptr += Q_NORM * tl.num_programs(0) * (2 * HALF + REST)
     _turn_back(dk_out_ptr, k_ptr, k_weight_ptr, dk_ptr, parts_ptr, cos_ptr, sin_ptr, first, last, tokens, eps,
-               stride_cb, stride_cs, stride_nb, stride_ns, stride_gkb, stride_gkh, stride_gks, stride_kb, stride_kh,
+               rows_cb, stride_cs, rows_nb, stride_ns, stride_gkb, stride_gkh, stride_gks, stride_kb, stride_kh,
                stride_ks, stride_dkb, stride_dkh, stride_dks, K, K_NORM, HALF, REST, BLOCK_K, BLOCK, BLOCK_REST)
 
 
@@ -185,9 +185,9 @@ def forward(q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | No
     """Launch the forward kernel: q and k, normalised and turned."""
     outputs, (batch, heads, tokens, dim) = (empty_like(q), empty_like(k)), q.shape
     if batch * tokens:
-        q, k, cos, sin = (dense_rows(x) for x in (q, k, cos, sin))
+        q, k, cos, sin = dense_rows(q), dense_rows(k), even_rows(cos), even_rows(sin)
         constants, warps = launch_config(heads, k.shape[1], dim, cos.shape[-1], *FORWARD)
-        strides = [n for x in (cos, sin) for n in x.stride()[:2]] + [
+        strides = [n for x in (cos, sin) for n in (x.stride(0) // x.stride(1), x.stride(1))] + [
             n for x in (q, k, *outputs) for n in x.stride()[:3]
         ]
         _qk_norm_rotary_fwd[(batch * tokens,)](q, k, *_or(q, q_weight, k_weight), cos, sin, *outputs, tokens, eps,
@@ -205,14 +205,14 @@ def backward(dq_out: Tensor | None, dk_out: Tensor | None, q: Tensor | None, k: 
         return dq, dk, *(x.zero_() for x in dweights)
     heads, kv_heads = (0 if x is None else x.shape[1] for x in (dq_out, dk_out))
     given = dk_out if dq_out is None else dq_out
-    cos, sin = dense_rows(cos), dense_rows(sin)
+    cos, sin = even_rows(cos), even_rows(sin)
     constants, warps = launch_config(heads, kv_heads, given.shape[-1], half, *BACKWARD)
     rows = triton.cdiv(batch * tokens, PROGRAMS)
     programs = triton.cdiv(batch * tokens, rows)
     norms = q_weight is not None, k_weight is not None
     parts = cos.new_empty(sum(norms), programs, given.shape[-1], dtype=torch.float32)
     tensors = _or(given, dq_out, dk_out, q, k)
-    strides = [n for x in (cos, sin) for n in x.stride()[:2]]
+    strides = [n for x in (cos, sin) for n in (x.stride(0) // x.stride(1), x.stride(1))]
     strides += [n for x in (*tensors, *(given if x.ndim == 1 else x for x in (dq, dk))) for n in x.stride()[:3]]
     _qk_norm_rotary_bwd[(programs,)](
         *tensors, *_or(given, q_weight, k_weight), cos, sin, dq, dk, parts, tokens, batch * tokens, rows, eps, *strides,

@@ -42,7 +42,8 @@ class PrefixCache:
         until = torch.where(torch.cat([self.seen, valid], 1), _EVER, 0)
         mask = TransfusionMask.from_intervals(torch.zeros_like(hi), hi, since=torch.zeros_like(until), until=until,
                                               offset=self.seen.shape[1])
-        image_ids = torch.where(order < block, torch.arange(batch, device=device)[:, None], -1)  # (B, n)
+        images = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
+        image_ids = torch.where(order < block, images, -1)  # (B, n)
         columns = torch.full((batch,), max(1, grid[1]), dtype=torch.int32, device=device)
         places = torch.arange(batch * count, device=device).view(batch, count)
         modality = Modality(image_ids, places[:, block:].flatten(), places[:, :block].flatten())
@@ -102,7 +103,8 @@ class Canvas:
         rows, count, device = len(prefix.positions), grid[0] * grid[1], prefix.positions.device
         valid = torch.ones(rows, count, dtype=torch.bool, device=device)
         self.model, self.layout = model, ImageLayout.of([grid] * rows, device)
-        self.mask, self.positions, self.modality = prefix.after(model, valid, grid)
+        with torch.inference_mode(False):  # of a plain tensor attention remembers what all steps and layers ask for
+            self.mask, self.positions, self.modality = prefix.after(model, valid, grid)
         self.cache = Cache(layers=[_LastColumns(layer, count) for layer in prefix.cache.layers])
         self.predict = Graph(self._predict) if graph else self._predict
 

@@ -14,45 +14,51 @@ from tfkernels.attention.triton.forward import dot_precision
 from tfkernels.mask import recipes
 
 
-def random_inputs(batch, heads, kv_heads, sq, sk, dim, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    sizes = [(batch, heads, sq, dim), (batch, kv_heads, sk, dim), (batch, kv_heads, sk, dim), (batch, heads, sq, dim),
-             (batch, heads, sq)]
+def random_inputs(batch, heads, kv_heads, sq, sk, dim, value_dim=None, seed=0):
+    generator, value_dim = torch.Generator().manual_seed(seed), value_dim or dim
+    sizes = [(batch, heads, sq, dim), (batch, kv_heads, sk, dim), (batch, kv_heads, sk, value_dim),
+             (batch, heads, sq, value_dim), (batch, heads, sq)]
     return [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
 
 
-def run(function, inputs, mask, dtype, device, **options):
-    """Return out, lse, dq, dk, dv of `function` with the inputs rounded to `dtype`."""
-    q, k, v = (x.to(device, dtype).requires_grad_() for x in inputs[:3])
-    out, lse = function(q, k, v, mask, **options)
+def run(function, inputs, mask, dtype, device, sinks=None, **options):
+    """Return out, lse, dq, dk, dv of `function` with the inputs rounded to `dtype`; with sinks, dsinks as well."""
+    tensors = [x.to(device, dtype).requires_grad_() for x in (*inputs[:3], *([] if sinks is None else [sinks]))]
+    out, lse = function(*tensors[:3], mask, **options, **({} if sinks is None else {"sinks": tensors[3]}))
     dout, dlse = inputs[3].to(device, out.dtype), inputs[4].to(device, lse.dtype)
     seen = torch.isfinite(lse)
-    grads = torch.autograd.grad((out * dout).sum() + (lse.masked_fill(~seen, 0) * dlse).sum(), (q, k, v))
+    grads = torch.autograd.grad((out * dout).sum() + (lse.masked_fill(~seen, 0) * dlse).sum(), tensors)
     return (out, lse, *grads)
 
 
-def absolute_terms(q, k, v, dout, dlse, mask, scale=None, softcap=None):
-    """The sums behind out, lse, dq, dk, dv taken over absolute values, in float64: what their rounding errors scale
-    with."""
+def absolute_terms(q, k, v, dout, dlse, mask, scale=None, softcap=None, sinks=None):
+    """The sums behind out, lse, dq, dk, dv and dsinks taken over absolute values, in float64: what their rounding
+    errors scale with."""
     scale, group = scale or q.shape[-1] ** -0.5, q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores, size = q @ k.mT * scale, q.abs() @ k.abs().mT * scale
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
     visible = mask.dense().cpu()
-    p = scores.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0)
+    sink = torch.full(q.shape[1:2], -torch.inf, dtype=q.dtype) if sinks is None else sinks
+    column = sink[:, None, None].expand(*scores.shape[:-1], 1)
+    p = torch.cat([scores.masked_fill(~visible, -torch.inf), column], -1).softmax(-1).nan_to_num(0)
+    p, p_sink = p[..., :-1], p[..., -1] * visible.any(-1)
     dp = dout.abs() @ v.abs().mT
+    dsinks = (p_sink * (1 + sink.abs().nan_to_num(posinf=0)[:, None]) * ((p * dp).sum(-1) + dlse.abs())).sum((0, 2))
     ds = p * (dp + (p * dp).sum(-1, keepdim=True) + dlse.abs()[..., None]) * scale * (1 + size)
     fold = lambda x: x.unflatten(1, (-1, group)).sum(2)  # noqa: E731
-    return p @ v.abs(), (p * size).sum(-1), ds @ k.abs(), fold(ds.mT @ q.abs()), fold((p * (1 + size)).mT @ dout.abs())
+    return (p @ v.abs(), (p * size).sum(-1), ds @ k.abs(), fold(ds.mT @ q.abs()),
+            fold((p * (1 + size)).mT @ dout.abs()), dsinks)
 
 
-def check(inputs, mask, dtype, **options):
+def check(inputs, mask, dtype, sinks=None, **options):
     """Hold the operator to the accuracy rule in every output and gradient."""
     rounded_inputs = [x.to(dtype).double() for x in inputs[:3]] + inputs[3:]
+    options |= {} if sinks is None else {"sinks": sinks.to(dtype).double()}
     exact = run(attention_reference, rounded_inputs, mask, torch.float64, DEVICE, **options)
     rounded = run(attention_reference, rounded_inputs, mask, dtype, DEVICE, **options)
     actual = run(attention_with_lse, rounded_inputs, mask, dtype, DEVICE, **options)
-    for name, *values, terms in zip(("out", "lse", "dq", "dk", "dv"), actual, rounded, exact,
+    for name, *values, terms in zip(("out", "lse", "dq", "dk", "dv", "dsinks"), actual, rounded, exact,
                                     absolute_terms(*rounded_inputs, mask, **options)):
         assert_as_accurate(name, *values, terms.to(DEVICE))
 
@@ -61,7 +67,9 @@ def transfusion_mask(batch=2, seq_len=100):
     documents = torch.zeros(batch, seq_len, dtype=torch.int64)
     documents[:, 60:] = 1
     documents[:, -7:] = -1
-    return TransfusionMask.from_spans([[(3, 19), (19, 50), (64, 80)], [(70, 90)]][:batch], seq_len, documents=documents,
+    spans = [[(min(a, seq_len), min(b, seq_len)) for a, b in row]
+             for row in ([(3, 19), (19, 50), (64, 80)], [(70, 90)])]
+    return TransfusionMask.from_spans(spans[:batch], seq_len, documents=documents,
                                       device=DEVICE)
 
 
@@ -74,6 +82,18 @@ def test_errs_at_most_twice_as_much_as_pytorch(dim, dtype):
 @pytest.mark.parametrize("dim", [16, 96, 192, 256])
 def test_any_head_dim_up_to_256_fits(dim):
     check(random_inputs(1, 2, 1, 100, 100, dim), transfusion_mask(1), torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, DTYPES[-1]])
+@pytest.mark.parametrize("dim,value_dim", [(512, 512), (300, 512), (512, 64)])
+def test_heads_of_512_fit(dim, value_dim, dtype):
+    check(random_inputs(1, 2, 1, 70, 70, dim, value_dim), transfusion_mask(1, 70), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim,value_dim", [(192, 128), (24, 16), (32, 80)])
+def test_values_may_be_narrower_or_wider_than_keys(dim, value_dim, dtype):
+    check(random_inputs(2, 2, 1, 70, 70, dim, value_dim), transfusion_mask(2, 70), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -195,7 +215,8 @@ def test_fuzzed_masks_follow_the_reference(data):
     mask = TransfusionMask.from_spans(
         spans, seq_len, documents=documents, hidden=hidden, window=window, device=DEVICE
     ).queries(start, seq_len)
-    check(random_inputs(1, 2, 1, seq_len - start, seq_len, 16, seed=seq_len), mask, torch.float32)
+    value_dim = data.draw(st.sampled_from([16, 8, 40]))
+    check(random_inputs(1, 2, 1, seq_len - start, seq_len, 16, value_dim, seed=seq_len), mask, torch.float32)
 
 
 def test_rows_that_see_nothing_are_zero_with_zero_gradients():
@@ -259,10 +280,10 @@ def test_one_mask_row_serves_the_whole_batch():
 
 
 @cpu_only
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_gradcheck_in_float64(softcap):
+@pytest.mark.parametrize("value_dim,softcap", [(4, None), (4, 2.0), (2, None), (6, 2.0)])
+def test_gradcheck_in_float64(value_dim, softcap):
     mask = TransfusionMask.from_spans([[(2, 7)]], 10, documents=torch.tensor([[-1, 0, 0, 0, 0, 0, 0, 0, 1, 1]]))
-    q, k, v = (x.requires_grad_() for x in random_inputs(1, 2, 1, 10, 10, 4)[:3])
+    q, k, v = (x.requires_grad_() for x in random_inputs(1, 2, 1, 10, 10, 4, value_dim)[:3])
 
     def seen(q, k, v):
         out, lse = attention_with_lse(q, k, v, mask, softcap=softcap)
@@ -271,9 +292,10 @@ def test_gradcheck_in_float64(softcap):
     assert torch.autograd.gradcheck(seen, (q, k, v))
 
 
-def test_opcheck_passes_forward_and_backward():
+@pytest.mark.parametrize("value_dim", [16, 8])
+def test_opcheck_passes_forward_and_backward(value_dim):
     mask = TransfusionMask.from_spans([[(2, 15)]], 20, device=DEVICE)
-    q, k, v, dout, dlse = (x.float().to(DEVICE) for x in random_inputs(1, 2, 1, 20, 20, 16))
+    q, k, v, dout, dlse = (x.float().to(DEVICE) for x in random_inputs(1, 2, 1, 20, 20, 16, value_dim))
     sides = mask.lo, mask.hi, mask.key_since, mask.key_until
     numbers = mask.rows_exact, mask.columns_exact, 0, 0.2, 0.0
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -297,7 +319,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("sq", [20, 3])  # 3: decoding
 def test_fakes_have_the_strides_of_the_results_whatever_those_of_the_inputs(layout, sq):
     mask = TransfusionMask.from_spans([[(2, 15)]], 20, device=DEVICE).queries(20 - sq, 20)
-    inputs = [x.float().to(DEVICE) for x in random_inputs(2, 4, 2, sq, 20, 16)[:4]]
+    inputs = [x.float().to(DEVICE) for x in random_inputs(2, 4, 2, sq, 20, 16, 24)[:4]]
     q, k, v, dout = (LAYOUTS[layout](x) for x in inputs)
     sides, numbers = (mask.lo, mask.hi, mask.key_since, mask.key_until), (True, True, mask.offset, 0.2, 0.0)
     forward, backward = torch.ops.tfkernels.attention_forward.default, torch.ops.tfkernels.attention_backward.default
@@ -323,7 +345,7 @@ def test_compiles_whole_and_does_not_recompile_when_images_move():
     frames = []
     for seq_len, spans in ((96, [(3, 19)]), (64, [(5, 30)]), (80, [(40, 60)]), (112, [(1, 2)]), (128, [])):
         mask = TransfusionMask.from_spans([spans], seq_len, device=DEVICE)
-        q, k, v = (x.float().to(DEVICE).requires_grad_() for x in random_inputs(2, 4, 2, seq_len, seq_len, 32)[:3])
+        q, k, v = (x.float().to(DEVICE).requires_grad_() for x in random_inputs(2, 4, 2, seq_len, seq_len, 32, 24)[:3])
         loss = compiled(q, k, v, mask)
         grads = torch.autograd.grad(loss, (q, k, v))
         expected = torch.autograd.grad(step(q, k, v, mask), (q, k, v))
@@ -354,11 +376,13 @@ GOOD = torch.zeros(2, 4, 8, 16)
 BAD_CALLS = {
     "q has 4 heads and k has 3": (GOOD, GOOD[:, :3], GOOD[:, :3], 8),
     "v has shape": (GOOD, GOOD, GOOD[:, :2], 8),
+    "v has shape .* as many heads and tokens": (GOOD, GOOD, GOOD[:, :, :4], 8),
+    "v has head dim 0; 1 to": (GOOD, GOOD, GOOD[..., :0], 8),
     "q has shape": (GOOD[0], GOOD, GOOD, 8),
     "k has shape .* head dim": (GOOD, GOOD[..., :8], GOOD[..., :8], 8),
     "k is torch.float16": (GOOD, GOOD.half(), GOOD.half(), 8),
     "q is torch.int64": (GOOD.long(), GOOD.long(), GOOD.long(), 8),
-    "head dim 512": (torch.zeros(1, 1, 8, 512),) * 3 + (8,),
+    "q has head dim 513; 1 to 512 fits": (torch.zeros(1, 1, 8, 513),) * 3 + (8,),
     "mask is 9 queries by 9 keys": (GOOD, GOOD, GOOD, 9),
 }
 

@@ -29,6 +29,13 @@ def test_decoding_errs_at_most_twice_as_much_as_pytorch(query_len, dim, dtype):
     check(random_inputs(2, 4, 2, query_len, 220, dim), mask, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim,value_dim", [(24, 16), (16, 40)])
+def test_decoding_with_values_narrower_or_wider_than_keys(dim, value_dim, dtype):
+    mask = TransfusionMask.from_cache(torch.tensor([200, 3], device=DEVICE), 3, 220)
+    check(random_inputs(2, 4, 2, 3, 220, dim, value_dim), mask, dtype)
+
+
 @pytest.mark.parametrize("heads,kv_heads", [(1, 1), (3, 3), (8, 1), (12, 4)])
 def test_query_heads_that_share_a_key_head_read_it_together(heads, kv_heads):
     mask = TransfusionMask.from_cache(torch.tensor([150], device=DEVICE), 3, 153)
@@ -47,7 +54,8 @@ def test_any_few_queries_of_any_mask_follow_the_reference(data):
                         torch.randint(0, 20, (2, key_len), generator=generator))
         since, until = since.to(DEVICE), until.to(DEVICE)
     mask = TransfusionMask.from_intervals(lo.to(DEVICE), hi.to(DEVICE), since, until, key_len=key_len)
-    check(random_inputs(2, 2, 1, query_len, key_len, 16, seed=key_len), mask, torch.float32)
+    value_dim = data.draw(st.sampled_from([16, 8, 40]))
+    check(random_inputs(2, 2, 1, query_len, key_len, 16, value_dim, seed=key_len), mask, torch.float32)
 
 
 def test_a_long_cache_in_parts_equals_one_in_whole():
@@ -103,10 +111,10 @@ def pages(k, page_size, spare, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("page_size", [1, 7, 16])
-@pytest.mark.parametrize("query_len,image", [(1, False), (5, False), (40, True)])
-def test_a_paged_cache_errs_at_most_twice_as_much_as_pytorch(query_len, image, page_size, dtype):
+@pytest.mark.parametrize("query_len,value_dim,image", [(1, 32, False), (5, 24, False), (40, 40, True)])
+def test_a_paged_cache_errs_at_most_twice_as_much_as_pytorch(query_len, value_dim, image, page_size, dtype):
     key_len = 77 + query_len
-    inputs = random_inputs(2, 4, 2, query_len, key_len, 32)
+    inputs = random_inputs(2, 4, 2, query_len, key_len, 32, value_dim)
     q, k, v, dout, dlse = inputs
     tables = [pages(x.to(DEVICE, dtype), page_size, 3, seed=1) for x in (k, v)]
     (k_pages, table), (v_pages, _) = tables

@@ -25,11 +25,11 @@ few = settings(max_examples=5 if INTERPRET else 40)
 CLOSE = dict(rtol=1e-4, atol=1e-4)
 
 
-def inputs(batch, heads, kv_heads, sq, sk, dim, seed):
+def inputs(batch, heads, kv_heads, sq, sk, dim, seed, value_dim=None):
     """q, k, v, dout, dlse."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = ((batch, heads, sq, dim), (batch, kv_heads, sk, dim), (batch, kv_heads, sk, dim), (batch, heads, sq, dim),
-             (batch, heads, sq))
+    generator, value_dim = torch.Generator().manual_seed(seed), value_dim or dim
+    sizes = ((batch, heads, sq, dim), (batch, kv_heads, sk, dim), (batch, kv_heads, sk, value_dim),
+             (batch, heads, sq, value_dim), (batch, heads, sq))
     return [torch.randn(size, generator=generator).to(DEVICE) for size in sizes]
 
 
@@ -82,12 +82,12 @@ def with_zeros_and_with_junk(function, tensors, queries, keys, mask, softcap):
 
 
 @few
-@given(masks(), st.integers(0, 999), st.sampled_from([None, 1.3]))
-def test_a_row_is_what_zeros_in_all_that_it_does_not_see_would_give(mask, seed, softcap):
+@given(masks(), st.integers(0, 999), st.sampled_from([16, 8, 40]), st.sampled_from([None, 1.3]))
+def test_a_row_is_what_zeros_in_all_that_it_does_not_see_would_give(mask, seed, value_dim, softcap):
     """For one query: every key that it does not see and every other query hold junk."""
     row = seed % mask.query_len
     hidden, others = ~mask.dense()[:, 0, row], torch.arange(mask.query_len, device=DEVICE).expand(2, -1) != row
-    tensors = inputs(2, 2, 1, mask.query_len, mask.key_len, 16, seed)
+    tensors = inputs(2, 2, 1, mask.query_len, mask.key_len, 16, seed, value_dim)
     for function in (attention_with_lse, attention_reference):
         wanted, gotten = with_zeros_and_with_junk(function, tensors, others, hidden, mask, softcap)
         for got, want in zip(gotten[:3], wanted[:3]):                                      # out, lse, dq
@@ -95,14 +95,14 @@ def test_a_row_is_what_zeros_in_all_that_it_does_not_see_would_give(mask, seed, 
 
 
 @few
-@given(masks(), st.integers(0, 999), st.sampled_from([None, 1.3]))
-def test_a_keys_gradients_are_what_zeros_in_the_queries_that_do_not_see_it_would_give(mask, seed, softcap):
+@given(masks(), st.integers(0, 999), st.sampled_from([16, 8, 40]), st.sampled_from([None, 1.3]))
+def test_a_keys_gradients_are_what_zeros_in_the_queries_that_do_not_see_it_would_give(mask, seed, value_dim, softcap):
     """For one key: every query that does not see it holds junk, and so does every key that none of its queries sees."""
     key, dense = seed % mask.key_len, mask.dense()[:, 0]
     others = ~dense[:, :, key]
     unrelated = ~(dense & ~others[..., None]).any(1)
     unrelated[:, key] = False
-    tensors = inputs(2, 2, 1, mask.query_len, mask.key_len, 16, seed)
+    tensors = inputs(2, 2, 1, mask.query_len, mask.key_len, 16, seed, value_dim)
     for function in (attention_with_lse, attention_reference):
         wanted, gotten = with_zeros_and_with_junk(function, tensors, others, unrelated, mask, softcap)
         for got, want in zip(gotten[3:], wanted[3:]):                                      # dk, dv
@@ -110,16 +110,17 @@ def test_a_keys_gradients_are_what_zeros_in_the_queries_that_do_not_see_it_would
 
 
 @few
-@given(masks(), st.integers(0, 999), st.sampled_from(["q", "k", "v", "dout", "dlse"]), st.sampled_from(JUNK.tolist()),
-       st.sampled_from([None, 1.3]))
-def test_what_is_seen_shows_where_the_reference_shows_it(mask, seed, name, value, softcap):
+@given(masks(), st.integers(0, 999), st.sampled_from([16, 8, 40]), st.sampled_from(["q", "k", "v", "dout", "dlse"]),
+       st.sampled_from(JUNK.tolist()), st.sampled_from([None, 1.3]))
+def test_what_is_seen_shows_where_the_reference_shows_it(mask, seed, value_dim, name, value, softcap):
     """One value that is not finite, in a place that somebody sees: the same results are not finite as in the reference,
     in float64."""
     pairs = mask.dense()[0, 0].nonzero()
     if len(pairs) == 0:
         return
     row, key = pairs[seed % len(pairs)].tolist()
-    tensors = dict(zip(("q", "k", "v", "dout", "dlse"), inputs(2, 2, 1, mask.query_len, mask.key_len, 16, seed)))
+    made = inputs(2, 2, 1, mask.query_len, mask.key_len, 16, seed, value_dim)
+    tensors = dict(zip(("q", "k", "v", "dout", "dlse"), made))
     place = (0, 0, key if name in ("k", "v") else row) + (() if name == "dlse" else (3,))
     tensors[name][place] = value
     got = run(attention_with_lse, *tensors.values(), mask, softcap=softcap)

@@ -72,6 +72,17 @@ def attention_options():
     check_attention(random_inputs(1, 2, 2, 100, 100, 48), mask_of_two_sides(100), BFLOAT16, softcap=1.5)
 
 
+def values_and_sinks():
+    """Values narrower and wider than keys, and a sink for each head: whole, with few queries, and in parts."""
+    sinks = torch.tensor([1.5, -0.5], dtype=torch.float64)
+    for mask in (packed_mask(130), mask_of_two_sides(130)):
+        check_attention(random_inputs(1, 2, 1, 130, 130, 48, 24), mask, BFLOAT16, sinks)
+    check_attention(random_inputs(1, 2, 1, 130, 130, 16, 64), packed_mask(130), BFLOAT16)
+    for cached in (40, 590):
+        mask = TransfusionMask.from_cache(torch.tensor([cached]), 3, cached + 3)
+        check_attention(random_inputs(1, 2, 1, 3, cached + 3, 48, 24), mask, BFLOAT16, sinks)
+
+
 def rows_done_over():
     """NaN and infinities in what nobody sees: results are those of zeros there, a row at a time."""
     for mask in (packed_mask(100), replace(packed_mask(100), rows_exact=False, columns_exact=False)):
@@ -202,13 +213,14 @@ TRAINED = {*TRAINING, "_attention_bwd_delta", "_tile_bounds", "_mask_intervals"}
 NORM = {"_norm_fwd", "_norm_bwd", "_norm_bwd_images"}
 FAMILIES = {f"attention, head dim {dim}": Family(lambda dim=dim, tokens=tokens: training(dim, tokens), TRAINED,
                                                  of_head_dim(TRAINING, dim))
-            for dim, tokens in {32: 300, 64: 300, 128: 210, 256: 150}.items()}
+            for dim, tokens in {32: 300, 64: 300, 128: 210, 256: 150, 512: 120}.items()}
 FAMILIES |= {f"decoding, head dim {dim}": Family(lambda dim=dim: decoding(dim),
                                                  {"_attention_decode", "_attention_merge"},
                                                  of_head_dim({"_attention_decode"}, dim))
-             for dim in (32, 64, 128, 256)}
+             for dim in (32, 64, 128, 256, 512)}
 FAMILIES |= {
     "attention's options": Family(attention_options, TRAINED),
+    "values and sinks": Family(values_and_sinks, TRAINED | {"_attention_decode", "_attention_merge"}),
     "rows of attention done over": Family(rows_done_over, TRAINED),
     "a cache in pages": Family(paged, {"_attention_decode"}),
     "layer norm": Family(lambda: norms("modulated_layer_norm", norm.FORWARD_WARPS), NORM | {"_norm_bwd_means"},

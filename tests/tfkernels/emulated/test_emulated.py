@@ -13,9 +13,9 @@ from triton import knobs
 
 import tfkernels
 from tests.conftest import KERNEL_RUNS
+from tests.launches import emulated
 from tests.resources import uneven_sums
 from tests.tfkernels.emulated.families import FAMILIES
-from tests.tfkernels.launching import emulated
 from tests.tfkernels.test_launches import ROOT
 from tfkernels import TransfusionMask
 from tfkernels._launch import Config

@@ -10,12 +10,14 @@ from transformers import (
     BertConfig,
     BertModel,
     BloomConfig,
+    DeepseekV3Config,
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MptConfig,
@@ -370,6 +372,32 @@ OTHERS = {
         sliding_window=WINDOW,
         layer_types=["sliding_attention", "full_attention"],
     ),
+    "deepseek_v3": lambda: DeepseekV3Config(
+        **ONE,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        num_key_value_heads=4,
+    ),
+    "gpt_oss": lambda: GptOssConfig(
+        **ONE,
+        intermediate_size=32,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
     "qwen3_moe": lambda: Qwen3MoeConfig(
         **ONE,
         intermediate_size=96,
@@ -399,10 +427,11 @@ def test_other_families_give_their_own_logits_and_see_our_mask(family):
     masks = {"full_attention": TransfusionMask.from_spans(SPANS, 24, device=DEVICE),
              "sliding_attention": TransfusionMask.from_spans(SPANS, 24, window=WINDOW, device=DEVICE)}
     ready = {kind: additive(mask.dense()) for kind, mask in masks.items()}
-    ready, mask = (ready, masks) if family == "gemma3" else (ready["full_attention"], masks["full_attention"])
+    if family not in ("gemma3", "gpt_oss"):
+        ready, masks = ready["full_attention"], masks["full_attention"]
     positions = torch.arange(24, device=DEVICE)[None]  # OPT counts them from attention_mask otherwise
-    close(ours(x, transfusion_mask=mask).logits, theirs(x, attention_mask=ready, position_ids=positions).logits)
-    differ(ours(x, transfusion_mask=mask).logits, ours(x).logits)
+    close(ours(x, transfusion_mask=masks).logits, theirs(x, attention_mask=ready, position_ids=positions).logits)
+    differ(ours(x, transfusion_mask=masks).logits, ours(x).logits)
 
 
 @torch.no_grad()

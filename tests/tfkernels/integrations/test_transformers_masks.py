@@ -143,7 +143,7 @@ def test_what_we_cannot_honour_is_refused_by_name():
 
 
 @pytest.mark.parametrize("name",
-                         ["s_aux", "sinks", "position_bias", "head_mask", "indices", "block_indices", "cache",
+                         ["sinks", "position_bias", "head_mask", "indices", "block_indices", "cache",
                           "cu_seq_lens_q", "cu_seq_lens_k"])
 def test_an_argument_that_would_change_the_result_is_refused_by_name(name):
     q = torch.zeros(1, 2, 4, 8)

@@ -14,32 +14,46 @@ from torch import Tensor
 
 from tfkernels._launch import Config, lookup
 from tfkernels._library import result_like
+from tfkernels.attention.sinks import sink_gradients
 from tfkernels.attention.triton.forward import (
     batch_stride,
     core,
     dot_precision,
+    head_dims,
     load_rows,
     row_bounds,
     rows_contiguous,
     sees_keys,
 )
-from tfkernels.attention.triton.rows import LOG2E, dkv_row, dq_row, finite_rows, next_of, program_again, tanh
-from tfkernels.attention.triton.tiles import FAR, alive, next_run, tile_bounds, walks_runs
+from tfkernels.attention.triton.rows import (
+    LOG2E,
+    dkv_row,
+    dq_row,
+    finite_in_both,
+    finite_rows,
+    next_of,
+    program_again,
+    tanh,
+)
+from tfkernels.attention.triton.tiles import FAR, SCALAR_ARGUMENTS, alive, next_run, tile_bounds, walks_runs
 
 DQ_CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (80, 2, 32): Config(128, 32, 4, 3), (80, 2, 64): Config(128, 32, 8, 3),
-    (80, 2, 128): Config(64, 32, 4, 2), (80, 2, 256): Config(32, 16, 8, 2),
+    (80, 2, 128): Config(64, 32, 4, 2), (80, 2, 256): Config(32, 32, 4, 2, 255),
+    (80, 2, 512): Config(32, 16, 8, 2),
     (80, 4, 32): Config(32, 32, 4, 2, 255), (80, 4, 64): Config(32, 16, 4, 2, 255),
     (80, 4, 128): Config(16, 16, 4, 2, 255), (80, 4, 256): Config(16, 16, 8, 1, 255),
     (90, 2, 32): Config(128, 64, 8, 3), (90, 2, 64): Config(128, 64, 8, 3),
     (90, 2, 128): Config(128, 64, 8, 2), (90, 2, 256): Config(128, 32, 8, 2),
+    (90, 2, 512): Config(32, 32, 8, 2),
     (90, 4, 32): Config(32, 32, 4, 2, 255), (90, 4, 64): Config(32, 16, 4, 2, 255),
     (90, 4, 128): Config(16, 16, 8, 2, 255), (90, 4, 256): Config(16, 16, 8, 1, 255),
     (100, 2, 32): Config(128, 32, 4, 3), (100, 2, 64): Config(128, 32, 4, 3),
     (100, 2, 128): Config(64, 64, 8, 2, 255), (100, 2, 256): Config(64, 32, 8, 2),
+    (100, 2, 512): Config(32, 32, 8, 2),
     (100, 4, 32): Config(32, 32, 4, 2, 255), (100, 4, 64): Config(32, 16, 4, 2, 255),
     (100, 4, 128): Config(16, 16, 4, 2, 255), (100, 4, 256): Config(16, 16, 4, 1, 255),
-    (80, 2, 64, "heavy"): Config(128, 16, 8, 3), (80, 2, 128, "heavy"): Config(64, 32, 8, 2),
+    (80, 2, 64, "heavy"): Config(128, 16, 8, 3), (80, 2, 128, "heavy"): Config(128, 16, 8, 2, 255),
     (80, 4, 32, "heavy"): Config(32, 16, 4, 2, 255),
     (90, 2, 128, "heavy"): Config(128, 32, 8, 2), (90, 2, 256, "heavy"): Config(128, 16, 8, 2),
     (90, 4, 256, "heavy"): Config(16, 16, 4, 1, 255),
@@ -47,17 +61,21 @@ DQ_CONFIGS = {  # (architecture, bytes per element, padded head dim)
 }
 DKV_CONFIGS = {
     (80, 2, 32): Config(32, 128, 8, 3), (80, 2, 64): Config(16, 128, 8, 2),
-    (80, 2, 128): Config(32, 64, 8, 2), (80, 2, 256): Config(16, 32, 8, 2),
+    (80, 2, 128): Config(32, 32, 4, 2, 255), (80, 2, 256): Config(16, 32, 4, 2, 255),
+    (80, 2, 512): Config(16, 16, 8, 2),
     (80, 4, 32): Config(16, 32, 4, 2, 255), (80, 4, 64): Config(32, 16, 8, 2, 255),
     (80, 4, 128): Config(16, 16, 16, 1, 255), (80, 4, 256): Config(16, 16, 4, 1, 255),
     (90, 2, 32): Config(64, 128, 8, 2), (90, 2, 64): Config(32, 128, 8, 2),
     (90, 2, 128): Config(32, 128, 8, 2), (90, 2, 256): Config(16, 64, 8, 2),
+    (90, 2, 512): Config(16, 16, 8, 2),
     (90, 4, 32): Config(32, 32, 8, 2, 255), (90, 4, 64): Config(32, 16, 8, 2, 255),
     (90, 4, 128): Config(16, 16, 8, 2, 255), (90, 4, 256): Config(16, 16, 16, 1, 255),
     (100, 2, 32): Config(32, 64, 8, 2), (100, 2, 64): Config(64, 128, 8, 2),
     (100, 2, 128): Config(16, 128, 8, 2), (100, 2, 256): Config(16, 64, 8, 2),
+    (100, 2, 512): Config(16, 16, 8, 2),
     (100, 4, 32): Config(16, 32, 8, 2, 255), (100, 4, 64): Config(16, 16, 8, 2, 255),
     (100, 4, 128): Config(16, 16, 4, 1, 255), (100, 4, 256): Config(16, 16, 16, 1, 255),
+    (80, 2, 256, "heavy"): Config(16, 32, 8, 2),
     (90, 2, 128, "heavy"): Config(16, 128, 8, 2), (90, 2, 256, "heavy"): Config(16, 32, 8, 2),
     (100, 4, 64, "heavy"): Config(16, 32, 8, 2, 255),
     (80, 4, 32, "heavy"): Config(32, 16, 4, 2, 255), (80, 4, 128, "heavy"): Config(16, 16, 4, 1, 255),
@@ -66,7 +84,7 @@ DKV_CONFIGS = {
 DELTA_ROWS = 16
 
 
-@triton.jit(do_not_specialize=["sq"])
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _attention_bwd_delta(out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, stride_ob, stride_oh, stride_os, stride_db,
                          stride_dh, stride_ds, heads, sq,
                          HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
@@ -100,11 +118,12 @@ def _load_lse(lse_ptr, rows, sq):
 @triton.jit
 def _dq_tile(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi, since_ptr, until_ptr, limit,
              scale, softcap,
-             HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-             CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+             HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
+             BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr,
+             PRECISION: tl.constexpr):
     offs_n = tl.arange(0, BLOCK_N)
     k = load_rows(k_ptr, n, offs_n, stride_ks, limit, HEAD_DIM, D, MASKED)
-    v = load_rows(v_ptr, n, offs_n, stride_vs, limit, HEAD_DIM, D, MASKED)
+    v = load_rows(v_ptr, n, offs_n, stride_vs, limit, HEAD_DIM_V, D_V, MASKED)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if SOFTCAP:
         bent = tanh(s * (scale / softcap))
@@ -128,21 +147,24 @@ def _dq_tile(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, n, row
 @triton.jit
 def _dq_step(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, start, stop, rows, lo, hi, since_ptr,
              until_ptr, limit, scale, softcap,
-             HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-             CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+             HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
+             BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr,
+             PRECISION: tl.constexpr):
     for n in range(start, stop, BLOCK_N):
         dq = _dq_tile(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi, since_ptr,
-                      until_ptr, limit, scale, softcap, HEAD_DIM, D, BLOCK_N, MASKED, CHECK_COLUMNS, SOFTCAP, PRECISION)
+                      until_ptr, limit, scale, softcap, HEAD_DIM, D, HEAD_DIM_V, D_V, BLOCK_N, MASKED, CHECK_COLUMNS,
+                      SOFTCAP, PRECISION)
     return dq
 
 
-@triton.jit(do_not_specialize=["sq", "sk", "offset", "stride_mask_rows", "stride_mask_columns"])
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _attention_bwd_dq(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr,
                       bounds_ptr, dq_ptr, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb,
                       stride_vh, stride_vs, stride_ob, stride_oh, stride_os, stride_db, stride_dh, stride_ds,
                       stride_mask_rows, stride_mask_columns, heads, group, sq, sk, offset, scale, softcap,
-                      HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                      CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+                      HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
+                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr,
+                      PRECISION: tl.constexpr):
     tiles = tl.cdiv(sq, BLOCK_M)
     pid = tl.program_id(0)
     start_m = (tiles - 1 - pid % tiles) * BLOCK_M
@@ -155,7 +177,7 @@ def _attention_bwd_dq(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr,
     lo, hi, first, core_first, core_last, last = row_bounds(lo_ptr + b * stride_mask_rows,
                                                             hi_ptr + b * stride_mask_rows, rows, sq, sk)
     q = load_rows(q_ptr + b * stride_qb + h * stride_qh, start_m, offs_m, stride_qs, sq, HEAD_DIM, D, True)
-    dout = load_rows(dout_ptr + b * stride_ob + h * stride_oh, start_m, offs_m, stride_os, sq, HEAD_DIM, D, True)
+    dout = load_rows(dout_ptr + b * stride_ob + h * stride_oh, start_m, offs_m, stride_os, sq, HEAD_DIM_V, D_V, True)
     lse = _load_lse(lse_ptr + (b * heads + h) * sq, rows, sq)
     delta = tl.load(delta_ptr + (b * heads + h) * sq + rows, mask=rows < sq, other=0.0)
     dq = tl.zeros([BLOCK_M, D], tl.float32)
@@ -164,33 +186,33 @@ def _attention_bwd_dq(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr,
         bounds_ptr += 4 * tiles_n * b * (stride_mask_columns > 0)
         start, end = start_m + offset, tl.minimum(start_m + BLOCK_M, sq) + offset
         at, stop = first // BLOCK_N, tl.cdiv(last, BLOCK_N)
-        if walks_runs(D, 128, q_ptr.dtype.element_ty):
+        if walks_runs(D, D_V, 128, q_ptr.dtype.element_ty):
             while at < stop:
                 partial, full, at = next_run(bounds_ptr, at, stop, tiles_n, start, end, core_first, core_last, BLOCK_N)
                 dq = _dq_step(dq, q, dout, lse, delta, k_head, v_head, stride_ks, stride_vs, partial * BLOCK_N,
                               full * BLOCK_N, rows + offset, lo, hi, key_since, key_until, last, scale, softcap,
-                              HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP, PRECISION)
+                              HEAD_DIM, D, HEAD_DIM_V, D_V, BLOCK_N, True, True, SOFTCAP, PRECISION)
                 dq = _dq_step(
                     dq, q, dout, lse, delta, k_head, v_head, stride_ks, stride_vs, full * BLOCK_N, at * BLOCK_N,
-                    rows + offset, lo, hi, key_since, key_until, last, scale, softcap, HEAD_DIM, D, BLOCK_N, False,
-                    False, SOFTCAP, PRECISION
+                    rows + offset, lo, hi, key_since, key_until, last, scale, softcap, HEAD_DIM, D, HEAD_DIM_V, D_V,
+                    BLOCK_N, False, False, SOFTCAP, PRECISION
                 )
         else:
             for tile in range(at, stop):
                 if alive(bounds_ptr, tile, tiles_n, start, end):
                     dq = _dq_tile(dq, q, dout, lse, delta, k_head, v_head, stride_ks, stride_vs, tile * BLOCK_N,
                                   rows + offset, lo, hi, key_since, key_until, last, scale, softcap, HEAD_DIM, D,
-                                  BLOCK_N, True, True, SOFTCAP, PRECISION)
+                                  HEAD_DIM_V, D_V, BLOCK_N, True, True, SOFTCAP, PRECISION)
     else:
         core_start, core_stop = core(first, core_first, core_last, last, BLOCK_N)
         for n in range(first, last - core_stop + core_start, BLOCK_N):  # the partial tiles on both sides of the core
             tile = n + tl.where(n >= core_start, core_stop - core_start, 0)
             dq = _dq_tile(dq, q, dout, lse, delta, k_head, v_head, stride_ks, stride_vs, tile, rows + offset, lo, hi,
-                          key_since, key_until, last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP,
-                          PRECISION)
+                          key_since, key_until, last, scale, softcap, HEAD_DIM, D, HEAD_DIM_V, D_V, BLOCK_N, True,
+                          False, SOFTCAP, PRECISION)
         dq = _dq_step(dq, q, dout, lse, delta, k_head, v_head, stride_ks, stride_vs, core_start, core_stop,
-                      rows + offset, lo, hi, key_since, key_until, last, scale, softcap, HEAD_DIM, D, BLOCK_N, False,
-                      False, SOFTCAP, PRECISION)
+                      rows + offset, lo, hi, key_since, key_until, last, scale, softcap, HEAD_DIM, D, HEAD_DIM_V, D_V,
+                      BLOCK_N, False, False, SOFTCAP, PRECISION)
     good = finite_rows(dq)
     pid = program_again(tl.min(good.to(tl.int32)), 2)
     b, h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
@@ -216,7 +238,7 @@ def _attention_bwd_dq(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr,
             tl.maximum(tl.load(lo_ptr + b_m * stride_mask_rows + row), 0),
             tl.minimum(tl.load(hi_ptr + b_m * stride_mask_rows + row), sk),
             row + offset, since_ptr + b_m * stride_mask_columns, until_ptr + b_m * stride_mask_columns,
-            scale, softcap, HEAD_DIM, D, CHECK_COLUMNS, SOFTCAP)
+            scale, softcap, HEAD_DIM, D, HEAD_DIM_V, D_V, CHECK_COLUMNS, SOFTCAP)
         tl.store(dq_ptr + b_m * stride_db + h_m * stride_dh + row * stride_ds + offs_d,
                  (row_dq * scale).to(dq_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
         m = next_of(bad, offs_m, m, BLOCK_M)
@@ -233,12 +255,12 @@ def _query_bounds(since_ptr, until_ptr, cols, offset, sq, sk):
 @triton.jit
 def _dkv_tile(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, stride_qs,
               stride_os, m, compare, cols, limit, sk, offset, scale, softcap,
-              HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, CHECK_ROWS: tl.constexpr,
-              SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+              HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
+              BLOCK_M: tl.constexpr, CHECK_ROWS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     offs_m = tl.arange(0, BLOCK_M)
     rows = m + offs_m
     q = load_rows(q_ptr, m, offs_m, stride_qs, limit, HEAD_DIM, D, True)
-    dout = load_rows(dout_ptr, m, offs_m, stride_os, limit, HEAD_DIM, D, True)
+    dout = load_rows(dout_ptr, m, offs_m, stride_os, limit, HEAD_DIM_V, D_V, True)
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     lse = _load_lse(lse_ptr, rows, limit)
     if SOFTCAP:
@@ -266,30 +288,31 @@ def _dkv_tile(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr,
 @triton.jit
 def _dkv_step(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, stride_qs,
               stride_os, first, core_start, core_stop, last, cols, limit, sk, offset, scale, softcap,
-              HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, CHECK_ROWS: tl.constexpr,
-              SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+              HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
+              BLOCK_M: tl.constexpr, CHECK_ROWS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     for m in tl.range(first, last, BLOCK_M, disable_licm=True):
         dk, dv = _dkv_tile(
             dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, stride_qs,
             stride_os, m, (m < core_start) | (m >= core_stop), cols, limit, sk, offset, scale, softcap, HEAD_DIM, D,
-            BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION
+            HEAD_DIM_V, D_V, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION
         )
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["sq", "sk", "offset", "stride_mask_rows", "stride_mask_columns"])
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr,
                        bounds_ptr, dk_ptr, dv_ptr, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
                        stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os, stride_dkb, stride_dkh,
                        stride_dks, stride_dvb, stride_dvh, stride_dvs, stride_mask_rows, stride_mask_columns, kv_heads,
                        group, sq, sk, offset, scale, softcap,
-                       HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                       CHECK_ROWS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+                       HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
+                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHECK_ROWS: tl.constexpr, SOFTCAP: tl.constexpr,
+                       PRECISION: tl.constexpr):
     tiles = tl.cdiv(sk, BLOCK_N)
     pid = tl.program_id(0)
     start_n = pid % tiles * BLOCK_N
     b, h = (pid // tiles // kv_heads).to(tl.int64), (pid // tiles % kv_heads).to(tl.int64)
-    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, D)
+    offs_n, offs_d, offs_v = tl.arange(0, BLOCK_N), tl.arange(0, D), tl.arange(0, D_V)
     cols = start_n + offs_n
     key_since, key_until = since_ptr + b * stride_mask_columns, until_ptr + b * stride_mask_columns
     since, until = _query_bounds(key_since, key_until, cols, offset, sq, sk)
@@ -299,10 +322,10 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
     first = tl.minimum(first, last)
 
     k = load_rows(k_ptr + b * stride_kb + h * stride_kh, start_n, offs_n, stride_ks, sk, HEAD_DIM, D, True)
-    v = load_rows(v_ptr + b * stride_vb + h * stride_vh, start_n, offs_n, stride_vs, sk, HEAD_DIM, D, True)
+    v = load_rows(v_ptr + b * stride_vb + h * stride_vh, start_n, offs_n, stride_vs, sk, HEAD_DIM_V, D_V, True)
     row_lo, row_hi = lo_ptr + b * stride_mask_rows, hi_ptr + b * stride_mask_rows
     dk = tl.zeros([BLOCK_N, D], tl.float32)
-    dv = tl.zeros([BLOCK_N, D], tl.float32)
+    dv = tl.zeros([BLOCK_N, D_V], tl.float32)
     core_start, core_stop = core(first, core_first, core_last, last, BLOCK_M)
     tiles_m = tl.cdiv(sq, BLOCK_M)
     bounds_ptr += 4 * tiles_m * b * (stride_mask_rows > 0)
@@ -313,27 +336,29 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
                                 delta_ptr + (b * kv_heads * group + head) * sq)
         if CHECK_ROWS:
             at, stop, end = first // BLOCK_M, tl.cdiv(last, BLOCK_M), tl.minimum(start_n + BLOCK_N, sk)
-            if walks_runs(D, 64, q_ptr.dtype.element_ty):
+            if walks_runs(D, D_V, 64, q_ptr.dtype.element_ty):
                 while at < stop:
                     partial, full, at = next_run(bounds_ptr, at, stop, tiles_m, start_n, end, core_first, core_last,
                                                  BLOCK_M)
                     dk, dv = _dkv_step(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, row_lo, row_hi, key_since,
                                        key_until, stride_qs, stride_os, partial * BLOCK_M, full * BLOCK_M, at * BLOCK_M,
                                        at * BLOCK_M, cols, last, sk, offset,
-                                       scale, softcap, HEAD_DIM, D, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION)
+                                       scale, softcap, HEAD_DIM, D, HEAD_DIM_V, D_V, BLOCK_M, CHECK_ROWS, SOFTCAP,
+                                       PRECISION)
             else:
                 for tile in tl.range(at, stop, disable_licm=True):
                     if alive(bounds_ptr, tile, tiles_m, start_n, end):
                         dk, dv = _dkv_tile(
                             dk, dv, k, v, q_head, dout_head, lse_head, delta_head, row_lo, row_hi, key_since, key_until,
                             stride_qs, stride_os, tile * BLOCK_M, True, cols, last, sk, offset, scale, softcap,
-                            HEAD_DIM, D, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION
+                            HEAD_DIM, D, HEAD_DIM_V, D_V, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION
                         )
         else:
             dk, dv = _dkv_step(dk, dv, k, v, q_head, dout_head, lse_head, delta_head, row_lo, row_hi, key_since,
                                key_until, stride_qs, stride_os, first, core_start, core_stop, last, cols, last, sk,
-                               offset, scale, softcap, HEAD_DIM, D, BLOCK_M, CHECK_ROWS, SOFTCAP, PRECISION)
-    good = finite_rows(dk * 0.0 + dv * 0.0)
+                               offset, scale, softcap, HEAD_DIM, D, HEAD_DIM_V, D_V, BLOCK_M, CHECK_ROWS, SOFTCAP,
+                               PRECISION)
+    good = finite_in_both(dk, dv)
     pid = program_again(tl.min(good.to(tl.int32)), 2)
     b, h = (pid // tiles // kv_heads).to(tl.int64), (pid // tiles % kv_heads).to(tl.int64)
     start_n = pid % tiles * BLOCK_N
@@ -342,13 +367,12 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
                                  sq, sk)
     seen = since < until
     good = (cols < sk) & (good | (seen == 0))
-    inside = good[:, None] & (offs_d < HEAD_DIM)[None, :]
     dk, dv = tl.where(seen[:, None], dk * scale, 0.0), tl.where(seen[:, None], dv, 0.0)
     row = start_n.to(tl.int64) + offs_n[:, None]
     tl.store(dk_ptr + b * stride_dkb + h * stride_dkh + row * stride_dks + offs_d[None, :],
-             dk.to(dk_ptr.dtype.element_ty), mask=inside)
-    tl.store(dv_ptr + b * stride_dvb + h * stride_dvh + row * stride_dvs + offs_d[None, :],
-             dv.to(dv_ptr.dtype.element_ty), mask=inside)
+             dk.to(dk_ptr.dtype.element_ty), mask=good[:, None] & (offs_d < HEAD_DIM)[None, :])
+    tl.store(dv_ptr + b * stride_dvb + h * stride_dvh + row * stride_dvs + offs_v[None, :],
+             dv.to(dv_ptr.dtype.element_ty), mask=good[:, None] & (offs_v < HEAD_DIM_V)[None, :])
 
     bad = (cols < sk) & (good == 0)
     n = next_of(bad, offs_n, -1, BLOCK_N)
@@ -366,43 +390,45 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
             stride_os,
             tl.maximum(tl.load(since_ptr + b_n * stride_mask_columns + col) - offset, 0),
             tl.minimum(tl.load(until_ptr + b_n * stride_mask_columns + col) - offset, sq), col, group, sq,
-            scale, softcap, HEAD_DIM, D, CHECK_ROWS, SOFTCAP)
+            scale, softcap, HEAD_DIM, D, HEAD_DIM_V, D_V, CHECK_ROWS, SOFTCAP)
         tl.store(dk_ptr + b_n * stride_dkb + h_n * stride_dkh + col * stride_dks + offs_d,
                  (col_dk * scale).to(dk_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
-        tl.store(dv_ptr + b_n * stride_dvb + h_n * stride_dvh + col * stride_dvs + offs_d,
-                 col_dv.to(dv_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+        tl.store(dv_ptr + b_n * stride_dvb + h_n * stride_dvh + col * stride_dvs + offs_v,
+                 col_dv.to(dv_ptr.dtype.element_ty), mask=offs_v < HEAD_DIM_V)
         n = next_of(bad, offs_n, n, BLOCK_N)
 
 
 def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                        lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, rows_exact: bool, columns_exact: bool,
-                       offset: int, scale: float, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the three backward kernels; return dq, dk, dv in the inputs' dtype, laid out as `result_like` says."""
+                       offset: int, scale: float, softcap: float, sinks: Tensor | None = None) -> list[Tensor]:
+    """Launch the three backward kernels; return dq, dk, dv in the inputs' dtype, laid out as `result_like` says, and
+    dsinks where there are sinks."""
     dq, dk, dv = (result_like(x) for x in (q, k, v))
     if q.numel() == 0 or k.numel() == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_()
+        return [dq.zero_(), dk.zero_(), dv.zero_()] + ([] if sinks is None else [torch.zeros_like(sinks)])
     q, k, v, out, dout, lo, hi = (rows_contiguous(x) for x in (q, k, v, out, dout, lo, hi))
-    batch, heads, sq, head_dim = q.shape
+    batch, heads, sq, _ = q.shape
     kv_heads, sk = k.shape[1:3]
-    padded = max(32, triton.next_power_of_2(head_dim))
+    dims = head_dims(q, v)
+    widest = max(dims["D"], dims["D_V"])
     delta = torch.empty_like(lse)
     _attention_bwd_delta[(triton.cdiv(sq, DELTA_ROWS) * batch * heads,)](
         out, dout, lse, dlse.contiguous(), delta, *out.stride()[:3], *dout.stride()[:3], heads, sq,
-        HEAD_DIM=head_dim, D=padded, BLOCK_M=DELTA_ROWS, num_warps=4)
+        HEAD_DIM=dims["HEAD_DIM_V"], D=dims["D_V"], BLOCK_M=DELTA_ROWS, num_warps=4)
     shared = (batch_stride(lo), batch_stride(since))
     sizes = (heads // kv_heads, sq, sk, offset, scale, softcap)
-    constants = dict(HEAD_DIM=head_dim, D=padded, SOFTCAP=softcap > 0, PRECISION=dot_precision(q))
-    config = lookup(DQ_CONFIGS, q, padded, heavy=not rows_exact)
+    constants = dict(**dims, SOFTCAP=softcap > 0, PRECISION=dot_precision(q))
+    config = lookup(DQ_CONFIGS, q, widest, heavy=not rows_exact)
     bounds = lo if rows_exact else tile_bounds(since, until, config.block_n)
     _attention_bwd_dq[(triton.cdiv(sq, config.block_m) * batch * heads,)](
         q, k, v, dout, lse, delta, lo, hi, since, until, bounds, dq,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *dq.stride()[:3], *shared, heads, *sizes,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_COLUMNS=not rows_exact, **constants, **config.options)
-    config = lookup(DKV_CONFIGS, q, padded, heavy=softcap > 0 or not columns_exact)
+    config = lookup(DKV_CONFIGS, q, widest, heavy=softcap > 0 or not columns_exact)
     bounds = lo if columns_exact else tile_bounds(lo, hi, config.block_m)
     _attention_bwd_dkv[(triton.cdiv(sk, config.block_n) * batch * kv_heads,)](
         q, k, v, dout, lse, delta, lo, hi, since, until, bounds, dk, dv,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
         *shared, kv_heads, *sizes,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_ROWS=not columns_exact, **constants, **config.options)
-    return dq, dk, dv
+    return [dq, dk, dv] + ([] if sinks is None else [sink_gradients(sinks, lse, delta)])

@@ -21,6 +21,7 @@ from tfkernels.attention.triton.forward import (
     base2_scores,
     batch_stride,
     dot_precision,
+    head_dims,
     row_bounds,
     rows_contiguous,
     softmax_step,
@@ -28,6 +29,7 @@ from tfkernels.attention.triton.forward import (
 from tfkernels.attention.triton.rows import (
     LOG2E,
     LOWEST,
+    add_sink,
     attend_row,
     finished,
     finite_rows,
@@ -35,7 +37,7 @@ from tfkernels.attention.triton.rows import (
     page_of,
     program_again,
 )
-from tfkernels.attention.triton.tiles import FAR
+from tfkernels.attention.triton.tiles import FAR, SCALAR_ARGUMENTS
 
 MAX_QUERIES = 16  # longer runs of queries fill the multiprocessors by themselves
 MAX_SPLITS = 128
@@ -46,30 +48,37 @@ MERGED = tl.constexpr(16)  # parts merged at a time
 CONFIGS = {
     (80, 2, 32): Config(16, 128, 4, 3, 255), (80, 2, 64): Config(16, 128, 4, 3, 255),
     (80, 2, 128): Config(16, 64, 4, 3, 255), (80, 2, 256): Config(16, 32, 4, 3, 255),
+    (80, 2, 512): Config(16, 16, 4, 2, 255),
     (80, 4, 32): Config(16, 64, 4, 2, 255), (80, 4, 64): Config(16, 32, 4, 2, 255),
     (80, 4, 128): Config(16, 16, 4, 2, 255), (80, 4, 256): Config(16, 16, 4, 2, 255),
     (90, 2, 32): Config(16, 128, 2, 3, 255), (90, 2, 64): Config(16, 128, 4, 3, 255),
     (90, 2, 128): Config(16, 64, 4, 3, 255), (90, 2, 256): Config(16, 32, 4, 3, 255),
+    (90, 2, 512): Config(16, 32, 4, 2, 255),
     (90, 4, 32): Config(16, 64, 8, 2, 255), (90, 4, 64): Config(16, 32, 8, 2, 255),
     (90, 4, 128): Config(16, 16, 8, 2, 255), (90, 4, 256): Config(16, 16, 8, 2, 255),
     (100, 2, 32): Config(16, 128, 2, 3, 255), (100, 2, 64): Config(16, 128, 4, 3, 255),
     (100, 2, 128): Config(16, 64, 4, 3, 255), (100, 2, 256): Config(16, 32, 4, 3, 255),
+    (100, 2, 512): Config(16, 32, 4, 2, 255),
     (100, 4, 32): Config(16, 64, 4, 2, 255), (100, 4, 64): Config(16, 32, 8, 2, 255),
     (100, 4, 128): Config(16, 16, 4, 2, 255), (100, 4, 256): Config(16, 16, 8, 2, 255),
 }
 WIDE_CONFIGS = {
     (80, 2, 32): Config(64, 64, 4, 3, 255), (80, 2, 64): Config(64, 64, 4, 3, 255),
     (80, 2, 128): Config(64, 32, 4, 3, 255), (80, 2, 256): Config(64, 16, 8, 2, 255),
+    (80, 2, 512): Config(32, 16, 8, 2, 255),
     (80, 4, 32): Config(32, 32, 4, 2, 255), (80, 4, 64): Config(32, 32, 4, 2, 255),
     (80, 4, 128): Config(32, 16, 8, 2, 255), (80, 4, 256): Config(16, 16, 4, 2, 255),
     (90, 2, 32): Config(64, 64, 4, 3, 255), (90, 2, 64): Config(64, 64, 4, 3, 255),
     (90, 2, 128): Config(64, 64, 8, 3, 255), (90, 2, 256): Config(64, 32, 8, 2, 255),
+    (90, 2, 512): Config(32, 16, 8, 2, 255),
     (90, 4, 32): Config(32, 32, 4, 2, 255), (90, 4, 64): Config(32, 32, 8, 2, 255),
     (90, 4, 128): Config(32, 16, 8, 2, 255), (90, 4, 256): Config(16, 16, 8, 2, 255),
     (100, 2, 32): Config(64, 64, 4, 3, 255), (100, 2, 64): Config(64, 64, 4, 3, 255),
     (100, 2, 128): Config(64, 64, 8, 3, 255), (100, 2, 256): Config(64, 32, 8, 2, 255),
+    (100, 2, 512): Config(64, 32, 8, 2, 255),
     (100, 4, 32): Config(32, 32, 4, 2, 255), (100, 4, 64): Config(32, 32, 8, 2, 255),
     (100, 4, 128): Config(32, 16, 8, 2, 255), (100, 4, 256): Config(16, 16, 8, 2, 255),
+    (120, 2, 64): Config(64, 64, 8, 3, 255),
 }
 
 
@@ -87,20 +96,20 @@ def _part(first, last, split, splits, BLOCK_N: tl.constexpr):
     return first + split * part, tl.minimum(first + split * part + part, last)
 
 
-@triton.jit(do_not_specialize=["sq", "sk", "offset", "splits", "batch", "pages", "stride_mask_rows",
-                               "stride_mask_columns", "stride_table"])
-def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, table_ptr, out_ptr, lse_ptr, stride_qb,
-                      stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_ob,
-                      stride_oh, stride_os, stride_mask_rows, stride_mask_columns, stride_table, kv_heads, group, sq,
-                      sk, offset, splits, batch, pages, scale, softcap,
-                      HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                      PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr, CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr,
-                      PRECISION: tl.constexpr):
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
+def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, table_ptr, sinks_ptr, out_ptr,
+                      lse_ptr, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh,
+                      stride_vs, stride_ob, stride_oh, stride_os, stride_mask_rows, stride_mask_columns, stride_table,
+                      kv_heads, group, sq, sk, offset, splits, batch, pages, scale, softcap,
+                      HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
+                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr,
+                      CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     b, h, split, tile = _place(tl.program_id(0), tl.cdiv(sq * group, BLOCK_M), splits, kv_heads)
-    offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
+    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    offs_d, offs_v = tl.arange(0, D), tl.arange(0, D_V)
     item = tile * BLOCK_M + offs_m  # query * group + head of the group
     rows, heads = item // group, h * group + item % group
-    inside_m, inside_d = (rows < sq)[:, None], (offs_d < HEAD_DIM)[None, :]
+    inside_m, inside_d, inside_v = (rows < sq)[:, None], (offs_d < HEAD_DIM)[None, :], (offs_v < HEAD_DIM_V)[None, :]
     k_head, v_head = k_ptr + h * stride_kh, v_ptr + h * stride_vh
     if PAGE_SIZE == 0:
         k_head += b * stride_kb
@@ -110,7 +119,7 @@ def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr,
     first, last = _part(first, last, split, splits, BLOCK_N)
     q = tl.load(q_ptr + b * stride_qb + heads[:, None] * stride_qh + rows[:, None].to(tl.int64) * stride_qs
                 + offs_d[None, :], mask=inside_m & inside_d, other=0.0)
-    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    acc = tl.zeros([BLOCK_M, D_V], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for n in range(first, last, BLOCK_N):
@@ -130,7 +139,7 @@ def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr,
             visible &= (since[None, :] <= rows[:, None] + offset) & (rows[:, None] + offset < until[None, :])
         s = tl.maximum(s, LOWEST, propagate_nan=tl.PropagateNan.ALL)  # -inf is left to rows that see nothing
         p, shrink, total, peak = softmax_step(tl.where(visible, s, float("-inf")), total, peak, True)
-        v = tl.load(v_head + v_at[:, None] + offs_d[None, :], mask=inside[:, None] & inside_d, other=0.0)
+        v = tl.load(v_head + v_at[:, None] + offs_v[None, :], mask=inside[:, None] & inside_v, other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
 
     out = acc / total[:, None]                                                             # 0 / 0 is NaN
@@ -142,16 +151,20 @@ def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr,
     some = total != 0
     bad = (rows < sq) & some & (good == 0)
     good = (rows < sq) & (bad == 0)
+    lse = peak + tl.log2(total)
+    if sinks_ptr is not None:
+        factor, lse = add_sink(lse, sinks_ptr, heads)
+        out *= factor[:, None]
     out = tl.where(some[:, None], out, 0.0)
-    lse = tl.where(some, peak + tl.log2(total), float("-inf"))
+    lse = tl.where(some, lse, float("-inf"))
     if not SPLIT:
         lse = lse / LOG2E
     at = ((split * batch + b) * kv_heads * group + heads) * sq + rows
     tl.store(lse_ptr + at, lse, mask=good)
-    # parts: (splits, B, H, Sq, HEAD_DIM)
-    out_at = at * HEAD_DIM if SPLIT else b * stride_ob + heads * stride_oh + rows.to(tl.int64) * stride_os
-    tl.store(out_ptr + out_at[:, None] + offs_d[None, :], out.to(out_ptr.dtype.element_ty),
-             mask=good[:, None] & (offs_d < HEAD_DIM)[None, :])
+    # parts: (splits, B, H, Sq, HEAD_DIM_V)
+    out_at = at * HEAD_DIM_V if SPLIT else b * stride_ob + heads * stride_oh + rows.to(tl.int64) * stride_os
+    tl.store(out_ptr + out_at[:, None] + offs_v[None, :], out.to(out_ptr.dtype.element_ty),
+             mask=good[:, None] & (offs_v < HEAD_DIM_V)[None, :])
 
     m = next_of(bad, offs_m, -1, BLOCK_M)
     while m < BLOCK_M:
@@ -167,21 +180,21 @@ def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr,
             stride_vb, stride_vs,
             tl.maximum(tl.load(lo_m + row), first_m), tl.minimum(tl.load(hi_m + row), last_m),
             row + offset, since_ptr + b_m * stride_mask_columns, until_ptr + b_m * stride_mask_columns,
-            scale, softcap, HEAD_DIM, D, PAGE_SIZE, CHECK_COLUMNS, SOFTCAP)
+            scale, softcap, HEAD_DIM, D, HEAD_DIM_V, D_V, PAGE_SIZE, CHECK_COLUMNS, SOFTCAP)
         at_m = ((split_m * batch + b_m) * kv_heads * group + head) * sq + row
         if SPLIT:
-            out_m = out_ptr + at_m * HEAD_DIM
+            out_m = out_ptr + at_m * HEAD_DIM_V
         else:
-            row_out, row_lse = finished(row_out, row_lse)
+            row_out, row_lse = finished(row_out, row_lse, sinks_ptr, head)
             out_m = out_ptr + b_m * stride_ob + head * stride_oh + row * stride_os
         tl.store(lse_ptr + at_m, row_lse)
-        tl.store(out_m + offs_d, row_out.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+        tl.store(out_m + offs_v, row_out.to(out_ptr.dtype.element_ty), mask=offs_v < HEAD_DIM_V)
         m = next_of(bad, offs_m, m, BLOCK_M)
 
 
-@triton.jit(do_not_specialize=["sq", "splits", "items"])
-def _attention_merge(parts_ptr, parts_lse_ptr, out_ptr, lse_ptr, stride_ob, stride_oh, stride_os, heads, sq, splits,
-                     items,
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
+def _attention_merge(parts_ptr, parts_lse_ptr, sinks_ptr, out_ptr, lse_ptr, stride_ob, stride_oh, stride_os, heads,
+                     sq, splits, items,
                      HEAD_DIM: tl.constexpr, D: tl.constexpr):
     item = tl.program_id(0).to(tl.int64)                                                   # (b * heads + h) * sq + row
     b, h, row = item // sq // heads, item // sq % heads, item % sq
@@ -203,7 +216,7 @@ def _attention_merge(parts_ptr, parts_lse_ptr, out_ptr, lse_ptr, stride_ob, stri
         unknown |= tl.max((lse != lse).to(tl.int32))                                       # the maximum passes over NaN
     lse = tl.where(tl.abs(peak) < float("inf"), peak + tl.log2(total), peak)
     lse = tl.where(peak == LOWEST, LOWEST, tl.where(unknown > 0, float("nan"), lse))
-    out, lse = finished(acc / tl.where(total == 0, 1.0, total), lse)
+    out, lse = finished(acc / tl.where(total == 0, 1.0, total), lse, sinks_ptr, h)
     tl.store(lse_ptr + item, lse)
     tl.store(out_ptr + b * stride_ob + h * stride_oh + row * stride_os + offs_d, out.to(out_ptr.dtype.element_ty),
              mask=offs_d < HEAD_DIM)
@@ -220,15 +233,15 @@ def multiprocessors(device: torch.device) -> int:
 
 def attention_decode(
     q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None, lo: Tensor, hi: Tensor, since: Tensor, until: Tensor,
-    rows_exact: bool, offset: int, scale: float, softcap: float
+    rows_exact: bool, offset: int, scale: float, softcap: float, sinks: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Launch the decode kernel and, where the keys were split, the merge: output like q, LSE (B, H, Sq) float32.
+    """Launch the decode kernel and, where the keys were split, the merge: out (B, H, Sq, Dv), LSE (B, H, Sq) float32.
 
-    k and v are (B, K, Sk, D), or with `block_table` (B, T) pages (P, page_size, K, D) of which row b uses those its
-    table names.
+    k is (B, K, Sk, D) and v (B, K, Sk, Dv), or with `block_table` (B, T) pages (P, page_size, K, D or Dv) of which row
+    b uses those its table names.
     """
-    batch, heads, sq, head_dim = q.shape
-    out, lse = result_like(q), q.new_empty(batch, heads, sq, dtype=torch.float32)
+    batch, heads, sq, _ = q.shape
+    out, lse = result_like(q, v.shape[-1]), q.new_empty(batch, heads, sq, dtype=torch.float32)
     q, k, v, lo, hi = (rows_contiguous(x) for x in (q, k, v, lo, hi))
     paged = block_table is not None
     if paged:
@@ -241,33 +254,32 @@ def attention_decode(
     if out.numel() == 0:
         return out, lse
     group = heads // kv_heads
-    padded = max(32, triton.next_power_of_2(head_dim))
-    config = lookup(CONFIGS if sq * group <= 16 else WIDE_CONFIGS, q, padded)
+    dims = head_dims(q, v)
+    config = lookup(CONFIGS if sq * group <= 16 else WIDE_CONFIGS, q, max(dims["D"], dims["D_V"]))
     tiles = triton.cdiv(sq * group, config.block_m)
     splits = max(1, min(2 * multiprocessors(q.device) // (tiles * batch * kv_heads), sk // SPLIT_KEYS, MAX_SPLITS))
     parts, parts_lse = out, lse
     if splits > 1:
-        parts, parts_lse = (q.new_empty(splits, batch, heads, sq, head_dim, dtype=torch.float32),
+        parts, parts_lse = (q.new_empty(splits, batch, heads, sq, v.shape[-1], dtype=torch.float32),
                             q.new_empty(splits, batch, heads, sq, dtype=torch.float32))
     _attention_decode[(tiles * splits * batch * kv_heads,)](
-        q, k, v, lo, hi, since, until, block_table if paged else lo, parts, parts_lse, *q.stride()[:3], *strides,
-        *out.stride()[:3],
+        q, k, v, lo, hi, since, until, block_table if paged else lo, None if splits > 1 else sinks, parts, parts_lse,
+        *q.stride()[:3], *strides, *out.stride()[:3],
         batch_stride(lo), batch_stride(since), block_table.stride(0) if paged else 0, kv_heads, group, sq, sk, offset,
         splits, batch,
         k.shape[0], scale, softcap,
-        HEAD_DIM=head_dim, D=padded, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PAGE_SIZE=page_size,
-        SPLIT=splits > 1, CHECK_COLUMNS=not rows_exact,
-        SOFTCAP=softcap > 0, PRECISION=dot_precision(q), **config.options)
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, PAGE_SIZE=page_size, SPLIT=splits > 1,
+        CHECK_COLUMNS=not rows_exact, SOFTCAP=softcap > 0, PRECISION=dot_precision(q), **dims, **config.options)
     if splits > 1:
         items = batch * heads * sq
-        _attention_merge[(items,)](parts, parts_lse, out, lse, *out.stride()[:3], heads, sq, splits, items,
-                                   HEAD_DIM=head_dim, D=padded, num_warps=4, **ROUNDED_PRODUCTS)
+        _attention_merge[(items,)](parts, parts_lse, sinks, out, lse, *out.stride()[:3], heads, sq, splits, items,
+                                   HEAD_DIM=dims["HEAD_DIM_V"], D=dims["D_V"], num_warps=4, **ROUNDED_PRODUCTS)
     return out, lse
 
 
 def paged_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lo: Tensor, hi: Tensor, since: Tensor, until: Tensor,
-    rows_exact: bool, offset: int, scale: float, softcap: float
+    rows_exact: bool, offset: int, scale: float, softcap: float, sinks: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`attention_decode` for pages: the operator's form, whose block table is always there."""
-    return attention_decode(q, k, v, block_table, lo, hi, since, until, rows_exact, offset, scale, softcap)
+    return attention_decode(q, k, v, block_table, lo, hi, since, until, rows_exact, offset, scale, softcap, sinks)

@@ -18,6 +18,7 @@ from tfkernels._library import result_like
 from tfkernels.attention.triton.rows import (
     LOG2E,
     LOWEST,
+    add_sink,
     attend_row,
     finished,
     finite_rows,
@@ -25,22 +26,25 @@ from tfkernels.attention.triton.rows import (
     program_again,
     tanh,
 )
-from tfkernels.attention.triton.tiles import FAR, alive, next_run, tile_bounds, walks_runs
+from tfkernels.attention.triton.tiles import FAR, SCALAR_ARGUMENTS, alive, next_run, tile_bounds, walks_runs
 
 CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (80, 2, 32): Config(128, 64, 4, 3), (80, 2, 64): Config(128, 64, 8, 3),
     (80, 2, 128): Config(128, 32, 8, 3), (80, 2, 256): Config(64, 32, 8, 2),
+    (80, 2, 512): Config(64, 16, 8, 2), (80, 2, 512, "heavy"): Config(32, 32, 8, 2),
     (80, 4, 32): Config(64, 16, 4, 2, 255), (80, 4, 64): Config(32, 32, 4, 2, 255),
     (80, 4, 128): Config(32, 16, 8, 2, 255), (80, 4, 256): Config(16, 16, 4, 2, 255),
     (90, 2, 32): Config(128, 128, 8, 3), (90, 2, 64): Config(128, 128, 8, 3),
     (90, 2, 128): Config(128, 64, 8, 2), (90, 2, 256): Config(128, 32, 8, 2),
+    (90, 2, 512): Config(32, 32, 8, 2),
     (90, 4, 32): Config(64, 16, 4, 2, 255), (90, 4, 64): Config(32, 32, 8, 2, 255),
     (90, 4, 128): Config(32, 16, 8, 2, 255), (90, 4, 256): Config(16, 16, 8, 2, 255),
     (100, 2, 32): Config(128, 64, 4, 3), (100, 2, 64): Config(128, 64, 4, 3),
     (100, 2, 128): Config(128, 64, 8, 2), (100, 2, 256): Config(64, 32, 8, 2, 255),
+    (100, 2, 512): Config(32, 32, 8, 2),
     (100, 4, 32): Config(64, 32, 4, 2, 255), (100, 4, 64): Config(32, 32, 8, 2, 255),
     (100, 4, 128): Config(32, 16, 8, 2, 255), (100, 4, 256): Config(16, 16, 8, 2, 255),
-    (80, 2, 64, "heavy"): Config(128, 32, 8, 3), (80, 2, 128, "heavy"): Config(64, 32, 8, 2),
+    (80, 2, 64, "heavy"): Config(128, 32, 8, 3), (80, 2, 128, "heavy"): Config(128, 32, 8, 2, 255),
     (80, 4, 256, "heavy"): Config(16, 16, 8, 2, 255),
     (90, 2, 64, "heavy"): Config(128, 64, 8, 3), (90, 2, 128, "heavy"): Config(128, 32, 8, 3),
     (90, 2, 256, "heavy"): Config(128, 16, 8, 2),
@@ -48,6 +52,7 @@ CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (100, 4, 64, "heavy"): Config(32, 16, 4, 2, 255),
     (100, 2, 32, "heavy"): Config(128, 64, 8, 3), (100, 2, 64, "heavy"): Config(128, 64, 8, 3),
     (100, 2, 128, "heavy"): Config(128, 32, 8, 3), (100, 2, 256, "heavy"): Config(64, 32, 8, 2, 255),
+    (120, 4, 256): Config(16, 16, 8, 2, 255),
 }
 
 
@@ -114,8 +119,9 @@ def softmax_step(s, total, peak, MASKED: tl.constexpr):
 @triton.jit
 def _forward_tile(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi, since_ptr, until_ptr, limit,
                   scale, softcap,
-                  HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-                  CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+                  HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
+                  BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr,
+                  PRECISION: tl.constexpr):
     offs_n = tl.arange(0, BLOCK_N)
     k = load_rows(k_ptr, n, offs_n, stride_ks, limit, HEAD_DIM, D, MASKED)
     s = base2_scores(q, k, scale, softcap, SOFTCAP, PRECISION)
@@ -129,7 +135,7 @@ def _forward_tile(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, n, ro
             s = tl.maximum(s, LOWEST, propagate_nan=tl.PropagateNan.ALL)  # -inf is left to rows that see nothing
         s = tl.where(visible, s, float("-inf"))
     p, shrink, total, peak = softmax_step(s, total, peak, MASKED)
-    v = load_rows(v_ptr, n, offs_n, stride_vs, limit, HEAD_DIM, D, MASKED)
+    v = load_rows(v_ptr, n, offs_n, stride_vs, limit, HEAD_DIM_V, D_V, MASKED)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return acc, total, peak
 
@@ -137,35 +143,37 @@ def _forward_tile(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, n, ro
 @triton.jit
 def _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, start, stop, rows, lo, hi, since_ptr,
                   until_ptr, limit, scale, softcap,
-                  HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-                  CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+                  HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
+                  BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr,
+                  PRECISION: tl.constexpr):
     for n in range(start, stop, BLOCK_N):
         acc, total, peak = _forward_tile(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, n, rows, lo, hi,
-                                         since_ptr, until_ptr, limit, scale, softcap, HEAD_DIM, D, BLOCK_N, MASKED,
-                                         CHECK_COLUMNS, SOFTCAP, PRECISION)
+                                         since_ptr, until_ptr, limit, scale, softcap, HEAD_DIM, D, HEAD_DIM_V, D_V,
+                                         BLOCK_N, MASKED, CHECK_COLUMNS, SOFTCAP, PRECISION)
     return acc, total, peak
 
 
-@triton.jit(do_not_specialize=["sq", "sk", "offset", "stride_mask_rows", "stride_mask_columns"])
-def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, bounds_ptr, out_ptr, lse_ptr, stride_qb,
-                   stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_ob,
-                   stride_oh, stride_os, stride_mask_rows, stride_mask_columns, heads, group, sq, sk, offset, scale,
-                   softcap,
-                   HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                   CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
+def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, bounds_ptr, sinks_ptr, out_ptr, lse_ptr,
+                   stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+                   stride_ob, stride_oh, stride_os, stride_mask_rows, stride_mask_columns, heads, group, sq, sk, offset,
+                   scale, softcap,
+                   HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr,
+                   PRECISION: tl.constexpr):
     tiles = tl.cdiv(sq, BLOCK_M)
     pid = tl.program_id(0)
     start_m = (tiles - 1 - pid % tiles) * BLOCK_M  # causal rows grow longer: start the long ones first
     b, h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
     k_head, v_head = k_ptr + b * stride_kb + h // group * stride_kh, v_ptr + b * stride_vb + h // group * stride_vh
-    offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, D)
+    offs_m, offs_v = tl.arange(0, BLOCK_M), tl.arange(0, D_V)
     rows = start_m + offs_m
     key_since, key_until = since_ptr + b * stride_mask_columns, until_ptr + b * stride_mask_columns
 
     lo, hi, first, core_first, core_last, last = row_bounds(lo_ptr + b * stride_mask_rows,
                                                             hi_ptr + b * stride_mask_rows, rows, sq, sk)
     q = load_rows(q_ptr + b * stride_qb + h * stride_qh, start_m, offs_m, stride_qs, sq, HEAD_DIM, D, True)
-    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    acc = tl.zeros([BLOCK_M, D_V], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if CHECK_COLUMNS:
@@ -173,34 +181,34 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, bo
         bounds_ptr += 4 * tiles_n * b * (stride_mask_columns > 0)
         start, end = start_m + offset, tl.minimum(start_m + BLOCK_M, sq) + offset
         at, stop = first // BLOCK_N, tl.cdiv(last, BLOCK_N)
-        if walks_runs(D, 128, q_ptr.dtype.element_ty):
+        if walks_runs(D, D_V, 128, q_ptr.dtype.element_ty):
             while at < stop:
                 partial, full, at = next_run(bounds_ptr, at, stop, tiles_n, start, end, core_first, core_last, BLOCK_N)
                 acc, total, peak = _forward_step(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs,
                                                  partial * BLOCK_N, full * BLOCK_N, rows + offset, lo, hi, key_since,
-                                                 key_until, last, scale, softcap, HEAD_DIM, D, BLOCK_N, True, True,
-                                                 SOFTCAP, PRECISION)
+                                                 key_until, last, scale, softcap, HEAD_DIM, D, HEAD_DIM_V, D_V,
+                                                 BLOCK_N, True, True, SOFTCAP, PRECISION)
                 acc, total, peak = _forward_step(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs,
                                                  full * BLOCK_N, at * BLOCK_N, rows + offset, lo, hi, key_since,
-                                                 key_until, last, scale, softcap, HEAD_DIM, D, BLOCK_N, False, False,
-                                                 SOFTCAP, PRECISION)
+                                                 key_until, last, scale, softcap, HEAD_DIM, D, HEAD_DIM_V, D_V,
+                                                 BLOCK_N, False, False, SOFTCAP, PRECISION)
         else:
             for tile in range(at, stop):
                 if alive(bounds_ptr, tile, tiles_n, start, end):
                     acc, total, peak = _forward_tile(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs,
                                                      tile * BLOCK_N, rows + offset, lo, hi, key_since, key_until, last,
-                                                     scale, softcap, HEAD_DIM, D, BLOCK_N, True, True, SOFTCAP,
-                                                     PRECISION)
+                                                     scale, softcap, HEAD_DIM, D, HEAD_DIM_V, D_V, BLOCK_N, True, True,
+                                                     SOFTCAP, PRECISION)
     else:
         core_start, core_stop = core(first, core_first, core_last, last, BLOCK_N)
         for n in range(first, last - core_stop + core_start, BLOCK_N):  # the partial tiles on both sides of the core
             tile = n + tl.where(n >= core_start, core_stop - core_start, 0)
             acc, total, peak = _forward_tile(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs, tile,
                                              rows + offset, lo, hi, key_since, key_until, last, scale, softcap,
-                                             HEAD_DIM, D, BLOCK_N, True, False, SOFTCAP, PRECISION)
+                                             HEAD_DIM, D, HEAD_DIM_V, D_V, BLOCK_N, True, False, SOFTCAP, PRECISION)
         acc, total, peak = _forward_step(acc, total, peak, q, k_head, v_head, stride_ks, stride_vs, core_start,
                                          core_stop, rows + offset, lo, hi, key_since, key_until, last, scale, softcap,
-                                         HEAD_DIM, D, BLOCK_N, False, False, SOFTCAP, PRECISION)
+                                         HEAD_DIM, D, HEAD_DIM_V, D_V, BLOCK_N, False, False, SOFTCAP, PRECISION)
 
     out = acc / total[:, None]                                                             # 0 / 0 is NaN
     good = finite_rows(out)
@@ -213,11 +221,15 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, bo
     if CHECK_COLUMNS:
         some &= total != 0
     good = (rows < sq) & (good | (some == 0))
+    lse = peak + tl.log2(total)
+    if sinks_ptr is not None:
+        factor, lse = add_sink(lse, sinks_ptr, h)
+        out *= factor[:, None]
     out = tl.where(some[:, None], out, 0.0)
-    lse = tl.where(some, (peak + tl.log2(total)) / LOG2E, float("-inf"))
+    lse = tl.where(some, lse / LOG2E, float("-inf"))
     tl.store(lse_ptr + (b * heads + h) * sq + rows, lse, mask=good)
-    pointers = out_ptr + b * stride_ob + h * stride_oh + rows.to(tl.int64)[:, None] * stride_os + offs_d[None, :]
-    tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=good[:, None] & (offs_d < HEAD_DIM)[None, :])
+    pointers = out_ptr + b * stride_ob + h * stride_oh + rows.to(tl.int64)[:, None] * stride_os + offs_v[None, :]
+    tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=good[:, None] & (offs_v < HEAD_DIM_V)[None, :])
 
     bad = (rows < sq) & (good == 0)
     m = next_of(bad, offs_m, -1, BLOCK_M)
@@ -232,11 +244,11 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, bo
             tl.maximum(tl.load(lo_ptr + b_m * stride_mask_rows + row), 0),
             tl.minimum(tl.load(hi_ptr + b_m * stride_mask_rows + row), sk),
             row + offset, since_ptr + b_m * stride_mask_columns, until_ptr + b_m * stride_mask_columns,
-            scale, softcap, HEAD_DIM, D, 0, CHECK_COLUMNS, SOFTCAP)
-        row_out, row_lse = finished(row_out, row_lse)
+            scale, softcap, HEAD_DIM, D, HEAD_DIM_V, D_V, 0, CHECK_COLUMNS, SOFTCAP)
+        row_out, row_lse = finished(row_out, row_lse, sinks_ptr, h_m)
         tl.store(lse_ptr + (b_m * heads + h_m) * sq + row, row_lse)
-        tl.store(out_ptr + b_m * stride_ob + h_m * stride_oh + row * stride_os + offs_d,
-                 row_out.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+        tl.store(out_ptr + b_m * stride_ob + h_m * stride_oh + row * stride_os + offs_v,
+                 row_out.to(out_ptr.dtype.element_ty), mask=offs_v < HEAD_DIM_V)
         m = next_of(bad, offs_m, m, BLOCK_M)
 
 
@@ -250,6 +262,16 @@ def batch_stride(x: Tensor) -> int:
     return x.stride(0) if x.shape[0] > 1 else 0
 
 
+def padded_dim(head_dim: int) -> int:
+    """Return the width of the tiles that hold heads of `head_dim`."""
+    return max(32, triton.next_power_of_2(head_dim))
+
+
+def head_dims(q: Tensor, v: Tensor) -> dict[str, int]:
+    """Return what kernels are told of the width of queries and keys, and of values."""
+    return dict(HEAD_DIM=q.shape[-1], D=padded_dim(q.shape[-1]), HEAD_DIM_V=v.shape[-1], D_V=padded_dim(v.shape[-1]))
+
+
 def dot_precision(x: Tensor) -> str:
     """Return how float32 is multiplied: exactly ("ieee") unless PyTorch was allowed tf32.
 
@@ -260,23 +282,22 @@ def dot_precision(x: Tensor) -> str:
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, rows_exact: bool,
-    columns_exact: bool, offset: int, scale: float, softcap: float
+    columns_exact: bool, offset: int, scale: float, softcap: float, sinks: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Launch the forward kernel: (B, H, Sq, D) x (B, K, Sk, D) -> output like q, LSE (B, H, Sq) float32."""
-    batch, heads, sq, head_dim = q.shape
-    out, lse = result_like(q), q.new_empty(batch, heads, sq, dtype=torch.float32)
+    """Launch the forward kernel: (B, H, Sq, D) x (B, K, Sk, D), (B, K, Sk, Dv) -> out (B, H, Sq, Dv), LSE float32."""
+    batch, heads, sq, _ = q.shape
+    out, lse = result_like(q, v.shape[-1]), q.new_empty(batch, heads, sq, dtype=torch.float32)
     q, k, v, lo, hi = (rows_contiguous(x) for x in (q, k, v, lo, hi))
     if out.numel() == 0:
         return out, lse
-    padded = max(32, triton.next_power_of_2(head_dim))
-    config = lookup(CONFIGS, q, padded, heavy=not rows_exact)
+    dims = head_dims(q, v)
+    config = lookup(CONFIGS, q, max(dims["D"], dims["D_V"]), heavy=not rows_exact)
     grid = (triton.cdiv(sq, config.block_m) * batch * heads,)
     bounds = lo if rows_exact else tile_bounds(since, until, config.block_n)
     _attention_fwd[grid](
-        q, k, v, lo, hi, since, until, bounds, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *out.stride()[:3],
+        q, k, v, lo, hi, since, until, bounds, sinks, out, lse, *q.stride()[:3], *k.stride()[:3],
+        *v.stride()[:3], *out.stride()[:3],
         batch_stride(lo), batch_stride(since), heads, heads // k.shape[1], sq, k.shape[2], offset, scale, softcap,
-        HEAD_DIM=head_dim, D=padded, BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_COLUMNS=not rows_exact,
-        SOFTCAP=softcap > 0,
-        PRECISION=dot_precision(q), **config.options)
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_COLUMNS=not rows_exact, SOFTCAP=softcap > 0,
+        PRECISION=dot_precision(q), **dims, **config.options)
     return out, lse

@@ -16,7 +16,13 @@ from tfkernels.attention.triton.tiles import FAR
 LOG2E = tl.constexpr(1.4426950408889634)
 # LSE of a part of a row that sees keys, all with a score of -inf; a part that sees none has -inf
 LOWEST = tl.constexpr(-3e38)
-LOADED = tl.constexpr(4096)   # elements of the keys (or queries) that are taken at a time
+LOADED = 4096                  # elements of the keys (or queries) that are taken at a time
+
+
+@triton.constexpr_function
+def rows_at_a_time(key_dim, value_dim):
+    """How many keys (or queries) a program takes at a time."""
+    return LOADED // max(key_dim, value_dim)
 
 
 @triton.jit
@@ -34,6 +40,14 @@ def tanh(x):
 def finite_rows(x):
     """Whether each row of x (M, N) is finite throughout."""
     return tl.min((tl.abs(x) < float("inf")).to(tl.int32), 1) > 0
+
+
+@triton.jit
+def finite_in_both(x, y):
+    """Whether each row of x (M, N) and of y (M, K) is finite throughout; one reduction where N is K."""
+    if x.shape[1] == y.shape[1]:
+        return finite_rows(x * 0.0 + y * 0.0)
+    return finite_rows(x) & finite_rows(y)
 
 
 @triton.jit
@@ -103,10 +117,10 @@ def _weights(s, lse):
 @triton.jit
 def attend_row(q_ptr, k_ptr, v_ptr, table_ptr, pages, stride_k_page, stride_ks, stride_v_page, stride_vs, first, last,
                position, since_ptr, until_ptr, scale, softcap,
-               HEAD_DIM: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr, CHECK_COLUMNS: tl.constexpr,
-               SOFTCAP: tl.constexpr):
-    """Return one row's output (D,) over the keys [first, last) and its base-2 LSE; LOWEST if all scores are -inf."""
-    N: tl.constexpr = LOADED // D
+               HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
+               PAGE_SIZE: tl.constexpr, CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Return one row's output (D_V,) over the keys [first, last) and its base-2 LSE; LOWEST if all scores are -inf."""
+    N: tl.constexpr = rows_at_a_time(D, D_V)
     offs_n, offs_d = tl.arange(0, N), tl.arange(0, D)
     q = tl.load(q_ptr + offs_d, mask=offs_d < HEAD_DIM, other=0.0).to(tl.float32)
     total, peak, seen, infinite, unknown = 0.0, float("-inf"), 0, 0, 0
@@ -128,7 +142,7 @@ def attend_row(q_ptr, k_ptr, v_ptr, table_ptr, pages, stride_k_page, stride_ks, 
     lse = tl.where(tl.abs(peak) < float("inf"), peak + tl.log2(total), peak)
     lse = tl.where((seen > 0) & (peak == float("-inf")), LOWEST, lse)
     lse = tl.where(unknown > 0, float("nan"), lse)
-    out = tl.zeros([D], tl.float32)
+    out = tl.zeros([D_V], tl.float32)
     n = first
     while (n < last) & (seen > infinite + unknown):
         visible = _visible_keys(n + offs_n, first, last, position, since_ptr, until_ptr, CHECK_COLUMNS)
@@ -136,34 +150,54 @@ def attend_row(q_ptr, k_ptr, v_ptr, table_ptr, pages, stride_k_page, stride_ks, 
                           visible, HEAD_DIM, D)
         s, _ = _scores(q, k, scale, softcap, SOFTCAP)
         v = _load_visible(v_ptr, _places(n + offs_n, visible, table_ptr, pages, stride_v_page, stride_vs, PAGE_SIZE),
-                          visible, HEAD_DIM, D)
+                          visible, HEAD_DIM_V, D_V)
         out += tl.sum(tl.where(visible, tl.exp2(s - lse), 0.0)[:, None] * v, 0)
         n += N
     return tl.where(infinite + unknown > 0, float("nan"), out), lse
 
 
 @triton.jit
-def finished(out, lse):
-    """Output and natural LSE of a row that is not split, from those of its only part; with only -inf scores, NaN."""
+def add_sink(lse, sinks_ptr, head):
+    """Count a head's sink: the factor of outputs that were normalised without it, and the base-2 LSE with it."""
+    sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+    peak = tl.maximum(lse, sink)
+    shift = tl.where(tl.abs(peak) < float("inf"), peak, 0.0)
+    part = tl.exp2(lse - shift)
+    total = part + tl.exp2(sink - shift)
+    return part / total, shift + tl.log2(total)
+
+
+@triton.jit
+def finished(out, lse, sinks_ptr, head):
+    """Output and natural LSE of a row that is not split, from those of its only part, and its head's sink if there are
+    sinks.
+
+    With only -inf scores the output is NaN, or what a sink leaves of it: 0.
+    """
+    if sinks_ptr is not None:
+        factor, total = add_sink(tl.where(lse == LOWEST, float("-inf"), lse), sinks_ptr, head)
+        return out * factor, tl.where(lse == float("-inf"), lse, total / LOG2E)
     return tl.where(lse == LOWEST, float("nan"), out), tl.where(lse == LOWEST, float("-inf"), lse / LOG2E)
 
 
 @triton.jit
 def dq_row(q_ptr, k_ptr, v_ptr, dout_ptr, stride_ks, stride_vs, lse, delta, first, last, position, since_ptr, until_ptr,
            scale, softcap,
-           HEAD_DIM: tl.constexpr, D: tl.constexpr, CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr):
+           HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
+           CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr):
     """Return one query's gradient (D,), but for the factor `scale`, from the keys [first, last)."""
-    N: tl.constexpr = LOADED // D
+    N: tl.constexpr = rows_at_a_time(D, D_V)
     offs_n, offs_d = tl.arange(0, N), tl.arange(0, D)
     q = tl.load(q_ptr + offs_d, mask=offs_d < HEAD_DIM, other=0.0).to(tl.float32)
-    dout = tl.load(dout_ptr + offs_d, mask=offs_d < HEAD_DIM, other=0.0).to(tl.float32)
+    offs_v = tl.arange(0, D_V)
+    dout = tl.load(dout_ptr + offs_v, mask=offs_v < HEAD_DIM_V, other=0.0).to(tl.float32)
     dq = tl.zeros([D], tl.float32)
     n, known = first, 1
     while (n < last) & (known > 0):
         visible = _visible_keys(n + offs_n, first, last, position, since_ptr, until_ptr, CHECK_COLUMNS)
         at = (n + offs_n).to(tl.int64)
         k = _load_visible(k_ptr, at * stride_ks, visible, HEAD_DIM, D)
-        v = _load_visible(v_ptr, at * stride_vs, visible, HEAD_DIM, D)
+        v = _load_visible(v_ptr, at * stride_vs, visible, HEAD_DIM_V, D_V)
         s, slope = _scores(q, k, scale, softcap, SOFTCAP)
         ds = tl.where(visible, _weights(s, lse * LOG2E) * (tl.sum(dout[None, :] * v, 1) - delta) * slope, 0.0)
         dq += tl.sum(ds[:, None] * k, 0)
@@ -175,13 +209,15 @@ def dq_row(q_ptr, k_ptr, v_ptr, dout_ptr, stride_ks, stride_vs, lse, delta, firs
 @triton.jit
 def dkv_row(k_ptr, v_ptr, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, stride_qh, stride_qs, stride_oh,
             stride_os, first, last, col, group, sq, scale, softcap,
-            HEAD_DIM: tl.constexpr, D: tl.constexpr, CHECK_ROWS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Return one key's gradients (D,), dk without the factor `scale`, from queries [first, last) of `group` heads."""
-    M: tl.constexpr = LOADED // D
-    offs_m, offs_d = tl.arange(0, M), tl.arange(0, D)
+            HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
+            CHECK_ROWS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Return one key's dk (D,), without the factor `scale`, and dv (D_V,), from queries [first, last) of `group` heads.
+    """
+    M: tl.constexpr = rows_at_a_time(D, D_V)
+    offs_m, offs_d, offs_v = tl.arange(0, M), tl.arange(0, D), tl.arange(0, D_V)
     k = tl.load(k_ptr + offs_d, mask=offs_d < HEAD_DIM, other=0.0).to(tl.float32)
-    v = tl.load(v_ptr + offs_d, mask=offs_d < HEAD_DIM, other=0.0).to(tl.float32)
-    dk, dv = tl.zeros([D], tl.float32), tl.zeros([D], tl.float32)
+    v = tl.load(v_ptr + offs_v, mask=offs_v < HEAD_DIM_V, other=0.0).to(tl.float32)
+    dk, dv = tl.zeros([D], tl.float32), tl.zeros([D_V], tl.float32)
     g, m, known = 0, first, 1
     while (g < group) & (first < last) & (known > 0):
         rows = m + offs_m
@@ -192,7 +228,7 @@ def dkv_row(k_ptr, v_ptr, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, s
             visible &= (lo <= col) & (col < hi)
         at = rows.to(tl.int64)
         q = _load_visible(q_ptr, at * stride_qs, visible, HEAD_DIM, D)
-        dout = _load_visible(dout_ptr, at * stride_os, visible, HEAD_DIM, D)
+        dout = _load_visible(dout_ptr, at * stride_os, visible, HEAD_DIM_V, D_V)
         lse = tl.load(lse_ptr + at, mask=visible, other=0.0) * LOG2E
         delta = tl.load(delta_ptr + at, mask=visible, other=0.0)
         s, slope = _scores(k, q, scale, softcap, SOFTCAP)
@@ -200,7 +236,11 @@ def dkv_row(k_ptr, v_ptr, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, s
         ds = tl.where(visible, p * (tl.sum(v[None, :] * dout, 1) - delta) * slope, 0.0)
         dk += tl.sum(ds[:, None] * q, 0)
         dv += tl.sum(p[:, None] * dout, 0)
-        known = tl.max((((dk == dk) | (dv == dv)) & (offs_d < HEAD_DIM)).to(tl.int32))
+        if HEAD_DIM == HEAD_DIM_V:  # one reduction
+            known = tl.max((((dk == dk) | (dv == dv)) & (offs_d < HEAD_DIM)).to(tl.int32))
+        else:
+            known = tl.maximum(tl.max(((dk == dk) & (offs_d < HEAD_DIM)).to(tl.int32)),
+                               tl.max(((dv == dv) & (offs_v < HEAD_DIM_V)).to(tl.int32)))
         m += M
         if m >= last:
             m = first

@@ -14,12 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tfkernels._library import made_once
+
+# Sizes, and integers that are read one by one. Triton would compile anew where a number is 1 or a multiple of 16 and
+# where a pointer is aligned; the integers of a mask begin wherever a row's length puts them. No load is wider for it.
+SCALAR_ARGUMENTS = ["lo_ptr", "hi_ptr", "since_ptr", "until_ptr", "bounds_ptr", "table_ptr", "sinks_ptr", "heads",
+                    "kv_heads", "group", "sq", "sk", "offset", "splits", "batch", "pages", "items", "stride_mask_rows",
+                    "stride_mask_columns", "stride_table"]
 FAR = tl.constexpr(2**31 - 1)
 WINDOW = tl.constexpr(64)  # tiles a program looks at in one go
 TILES = 16                 # tiles of one program of _tile_bounds
 
 
-@triton.jit(do_not_specialize=["stride_mask", "length", "tiles"])
+@triton.jit(do_not_specialize=["low_ptr", "high_ptr", "stride_mask", "length", "tiles"])
 def _tile_bounds(low_ptr, high_ptr, bounds_ptr, stride_mask, length, tiles, SIZE: tl.constexpr, TILES: tl.constexpr):
     programs = tl.cdiv(tiles, TILES)  # of one batch row
     b = (tl.program_id(0) // programs).to(tl.int64)
@@ -37,7 +44,14 @@ def _tile_bounds(low_ptr, high_ptr, bounds_ptr, stride_mask, length, tiles, SIZE
 
 
 def tile_bounds(low: Tensor, high: Tensor, size: int) -> Tensor:
-    """Return (B, 4, tiles) int32 of (B, length) intervals: each tile's min low, max low, min high and max high."""
+    """Return (B, 4, tiles) int32 of (B, length) intervals: each tile's min low, max low, min high and max high.
+
+    They are made once for a mask and a size of tiles, whatever layers and steps ask for them.
+    """
+    return made_once(_made_bounds, low, high, size=size)
+
+
+def _made_bounds(low: Tensor, high: Tensor, size: int) -> Tensor:
     batch, length = low.shape
     tiles = triton.cdiv(length, size)
     bounds = torch.empty(batch, 4, tiles, dtype=torch.int32, device=low.device)
@@ -47,9 +61,9 @@ def tile_bounds(low: Tensor, high: Tensor, size: int) -> Tensor:
 
 
 @triton.constexpr_function
-def walks_runs(head_dim, largest, dtype):
+def walks_runs(key_dim, value_dim, largest, dtype):
     """Whether a kernel takes tiles run by run or one by one; above head dim `largest`, runs would make it spill."""
-    return head_dim <= largest and dtype.primitive_bitwidth == 16
+    return max(key_dim, value_dim) <= largest and dtype.primitive_bitwidth == 16
 
 
 @triton.jit

@@ -36,7 +36,8 @@ def _load_logits(logits_ptr, cols, softcap, V: tl.constexpr, STRIDE: tl.constexp
     return tl.where(cols < V, z, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["targets_ptr", "places_ptr", "row_weight_ptr", "losses_ptr", "lse_ptr", "lse_weight_ptr",
+                               "tokens"])
 def _cross_entropy_rows(logits_ptr, targets_ptr, places_ptr, row_weight_ptr, losses_ptr, lse_ptr, lse_weight_ptr,
                         tokens, softcap, smoothing, z_loss,
                         V: tl.constexpr, STRIDE: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr,

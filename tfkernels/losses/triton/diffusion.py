@@ -50,7 +50,7 @@ def _diffusion_loss_rows(prediction_ptr, x_ptr, x0_factor_ptr, eps_factor_ptr, s
     tl.store(sums_ptr + row, total, mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["weight_ptr", "offsets_ptr", "tokens"])
 def _diffusion_loss_images(sums_ptr, weight_ptr, offsets_ptr, loss_ptr, tokens,
                            SEARCH: tl.constexpr, WEIGHT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
     n = tl.program_id(0)
@@ -68,7 +68,7 @@ def _diffusion_loss_images(sums_ptr, weight_ptr, offsets_ptr, loss_ptr, tokens,
     tl.store(loss_ptr + n, loss)
 
 
-@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
+@triton.jit(do_not_specialize=[*SCALAR_ARGUMENTS, "dloss_ptr", "weight_ptr"])
 def _diffusion_loss_bwd(dloss_ptr, weight_ptr, prediction_ptr, x_ptr, x0_factor_ptr, eps_factor_ptr, seed_ptr,
                         offsets_ptr, columns_ptr, dprediction_ptr, images, rows, steps, grid_rows, grid_columns,
                         stride_xn, stride_xc, stride_xh, stride_xw,

@@ -71,7 +71,7 @@ def _target(x0_ptr, x0_factor_ptr, eps_factor_ptr, seed_ptr, columns_ptr, row, f
     return x0_factor[:, None] * x + eps_factor[:, None] * philox_normal(seed_ptr, image, row - start, first, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=[*SCALAR_ARGUMENTS, "tokens"])
+@triton.jit(do_not_specialize=[*SCALAR_ARGUMENTS, "places_ptr", "tokens"])
 def _head_loss_fwd(x_ptr, places_ptr, scale_ptr, weight_ptr, base_ptr, ws_ptr, x0_ptr, x0_factor_ptr, eps_factor_ptr,
                    seed_ptr, offsets_ptr, columns_ptr, error_ptr, statistics_ptr, sums_ptr, images, rows, steps,
                    grid_rows, grid_columns, stride_xn, stride_xc, stride_xh, stride_xw, tokens, eps, stride_xs,
@@ -160,7 +160,8 @@ def _error_rows(error_ptr, row, first, inside, DIM: tl.constexpr, BLOCK_D: tl.co
                    other=0.0)
 
 
-@triton.jit(do_not_specialize=["images", "rows", "steps", "tokens", "span"])
+@triton.jit(do_not_specialize=["k_ptr", "ratio_ptr", "places_ptr", "offsets_ptr", "images", "rows", "steps", "tokens",
+                               "span"])
 def _head_loss_bwd(k_ptr, ratio_ptr, x_ptr, places_ptr, scale_ptr, weight_ptr, offsets_ptr, error_ptr, statistics_ptr,
                    dx_ptr, parts_ptr, base_parts_ptr, dweight_ptr, images, rows, steps, tokens, span, stride_xs,
                    stride_cn,

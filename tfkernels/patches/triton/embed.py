@@ -30,9 +30,10 @@ PARTS = 4 if INTERPRET else 512  # tiles of sums of chunks that the backward ker
 IMAGES = Config(32, 64, 4, 3)               # chunks and columns of an image's sums read together
 COPY = 256 if INTERPRET else 4096           # elements of a program that only copies
 FAR = tl.constexpr(2**31 - 1)
+SCALAR_ARGUMENTS = ["places_ptr", "offsets_ptr", "images", "steps", "rows", "tokens", "length", "blocks", "chunk"]
 
 
-@triton.jit(do_not_specialize=["images", "steps", "rows", "tokens"])
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _embed_index(places_ptr, offsets_ptr, table_ptr, patch_image_ids_ptr, images, steps, rows, tokens,
                  BLOCK: tl.constexpr):
     """Write each patch's image id (-1 before the first, N behind the last), and the patch of each row that has one."""
@@ -43,7 +44,7 @@ def _embed_index(places_ptr, offsets_ptr, table_ptr, patch_image_ids_ptr, images
     tl.store(table_ptr + place, row, mask=inside & (place >= 0) & (place < tokens))
 
 
-@triton.jit(do_not_specialize=["tokens", "length", "blocks"])
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _embed_fwd(x_ptr, patches_ptr, weight_ptr, condition_ptr, table_ptr, patch_image_ids_ptr, out_ptr, tokens, length,
                blocks, stride_xb, stride_xs,
                C: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -91,7 +92,7 @@ def _embed_fwd(x_ptr, patches_ptr, weight_ptr, condition_ptr, table_ptr, patch_i
             tl.store(out_ptr + cols[None, :], tl.load(x_ptr + cols[None, :], mask=wanted, other=0), mask=wanted)
 
 
-@triton.jit(do_not_specialize=["tokens", "length"])
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _embed_bwd_hidden(dout_ptr, table_ptr, dx_ptr, tokens, length, stride_ob, stride_os,
                       C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -115,7 +116,7 @@ def _gradient_rows(dout_ptr, places_ptr, patch_image_ids_ptr, row, cols, end, im
     return dout, taken, image
 
 
-@triton.jit(do_not_specialize=["images", "rows", "tokens", "length", "chunk"])
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _embed_bwd(dout_ptr, patches_ptr, places_ptr, patch_image_ids_ptr, products_ptr, parts_ptr, images, rows, tokens,
                length, chunk, stride_ob, stride_os,
                C: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -156,7 +157,7 @@ def _embed_bwd(dout_ptr, patches_ptr, places_ptr, patch_image_ids_ptr, products_
         tl.store(parts_ptr + (program + current + 1) * C + cols, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "chunk"])
+@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _embed_bwd_images(parts_ptr, offsets_ptr, dcondition_ptr, rows, chunk,
                       C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
     """Sum the slots of image n in the order of the chunks that wrote them."""

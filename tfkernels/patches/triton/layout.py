@@ -7,8 +7,10 @@ from tfkernels._library import INTERPRET
 
 # elements of one program, and of one row in it; the interpreter's cross many edges
 TILE, WIDEST = (64, 16) if INTERPRET else (2048, 1024)
-SCALAR_ARGUMENTS = ["images", "steps", "rows", "grid_rows", "grid_columns", "stride_xn", "stride_xc", "stride_xh",
-                    "stride_xw"]
+# read one number per image, or a size: no reason to compile again (see `tfkernels.attention.triton.tiles`)
+SCALAR_ARGUMENTS = ["signal_ptr", "noise_ptr", "seed_ptr", "x0_factor_ptr", "eps_factor_ptr", "offsets_ptr",
+                    "columns_ptr", "images", "steps", "rows", "grid_rows", "grid_columns", "stride_xn", "stride_xc",
+                    "stride_xh", "stride_xw"]
 
 
 def geometry(

@@ -16,7 +16,7 @@ def orders_blocks(kernel) -> bool:
     return any(instruction.parts[0] == "atom" for instruction in kernel.instructions)
 
 
-class Conflicts:
+class BlockRaces:
     """Who has read and who has written each byte, by the number of the block plus one."""
 
     def __init__(self, memory: GlobalMemory):
