@@ -3,9 +3,9 @@
 PyTorch's dispatcher picks by the tensors' device. Under `TRITON_INTERPRET=1` the CPU runs the Triton kernel through
 Triton's interpreter, so that the same tests check the same kernel on a machine without a GPU.
 
-Whatever traces, transforms or watches operators sees the custom op. Where nothing does, a call goes to the same
-implementation and the same backward formula through an `autograd.Function`, because the custom op's way through Python
-takes longer than many kernels do (docs/performance.md).
+Whatever traces, transforms or watches operators sees the custom op. Where nothing does, a call that needs a gradient
+goes to the same implementation and the same backward formula through an `autograd.Function`, because the custom op's
+way through Python takes longer than many kernels do (docs/performance.md). Without a gradient the two take as long.
 """
 import functools
 import os
@@ -52,25 +52,22 @@ def register(name, *, kernel, cpu, fake):
 
 
 class Operator(torch.library.CustomOpDef):
-    """A custom op whose implementation is called directly where nothing has to see an operator."""
+    """A custom op whose gradient takes a shorter way where nothing has to see an operator."""
 
     _function = None  # what autograd runs in place of the operator; None where it has no backward
 
     def __call__(self, *args):
-        device = None if watched() else plain_device(args)
-        if device not in self._backend_fns:
+        if (self._function is None or not torch.is_grad_enabled() or watched()
+                or not torch._C._any_requires_grad(*args) or (device := plain_device(args)) not in self._backend_fns):
             return super().__call__(*args)
-        needs_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-        if needs_grad and self._function is None:
-            return super().__call__(*args)  # whose backward says that there is none
-        return self.directly(self._backend_fns[device], needs_grad, args)
+        return self.directly(self._backend_fns[device], args)
 
-    def directly(self, implementation, needs_grad: bool, args: tuple):
-        """Call an implementation, with a node of the autograd graph around it or without."""
+    def directly(self, implementation, args: tuple):
+        """Call an implementation with a node of the autograd graph around it."""
         args += self.defaults[len(args):]  # as the dispatcher does: formulas count on all arguments
         if torch.autograd._profiler_enabled():
             implementation = record_function(self._qualname)(implementation)
-        return self._function.apply(*args, implementation) if needs_grad else implementation(*args)
+        return self._function.apply(*args, implementation)
 
     def register_autograd(self, backward, /, *, setup_context) -> None:
         """As `CustomOpDef.register_autograd`."""

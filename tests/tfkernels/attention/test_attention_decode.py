@@ -16,9 +16,6 @@ from tfkernels import (
     paged_attention,
     paged_attention_reference,
 )
-from tfkernels._launch import Config
-from tfkernels.attention.triton import backward, decode, forward, tiles
-from tfkernels.mask import triton as build
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -190,38 +187,6 @@ def test_what_is_no_tensor_or_mask_is_refused_by_the_arguments_name(name):
         paged_attention(**arguments | {"k_pages": arguments["k_pages"].half()})
     with pytest.raises(ValueError, match="paged_attention: scale is nan"):
         paged_attention(**arguments, scale=float("nan"))
-
-
-class Recorder:
-    """Stands for a kernel: keeps the grids it would be launched with."""
-
-    def __init__(self):
-        self.grids = []
-
-    def __getitem__(self, grid):
-        self.grids.append(grid)
-        return lambda *args, **kwargs: None
-
-
-def test_no_launch_puts_the_batch_into_a_dimension_of_65535(monkeypatch):
-    """A grid may have 2**31 - 1 programs along its first dimension, 65,535 along the others."""
-    batch, recorder = 70_000, Recorder()
-    for module, kernels in ((decode, ("_attention_decode", "_attention_merge")), (forward, ("_attention_fwd",)),
-                            (backward, ("_attention_bwd_delta", "_attention_bwd_dq", "_attention_bwd_dkv")),
-                            (tiles, ("_tile_bounds",)), (build, ("_mask_intervals",))):
-        for kernel in kernels:
-            monkeypatch.setattr(module, kernel, recorder)
-        if hasattr(module, "lookup"):
-            monkeypatch.setattr(module, "lookup", lambda *args, **kwargs: Config(16, 16, 4, 1))
-    monkeypatch.setattr(decode, "multiprocessors", lambda device: 10**6)
-    monkeypatch.setattr(decode, "SPLIT_KEYS", 1)
-    x, sides = torch.zeros(batch, 1, 2, 1), [torch.zeros(batch, 2, dtype=torch.int32)] * 4
-    decode.attention_decode(x, x, x, None, *sides, False, 0, 1.0, 0.0)
-    out, lse = forward.attention_forward(x, x, x, *sides, False, False, 0, 1.0, 0.0)
-    backward.attention_backward(x, lse, x, x, x, out, lse, *sides, False, False, 0, 1.0, 0.0)
-    build.intervals(torch.zeros(batch, 1, 2, dtype=torch.int64), None, None, None, batch, 2, 0)
-    assert len(recorder.grids) == 10
-    assert all(grid[0] >= batch and all(size <= 65_535 for size in grid[1:]) for grid in recorder.grids), recorder.grids
 
 
 def test_a_page_that_is_not_there_is_refused_where_a_row_reads_it():

@@ -15,6 +15,7 @@ from torch import Tensor
 from tfkernels._launch import Config, lookup
 from tfkernels._library import result_like
 from tfkernels.attention.sinks import sink_gradients
+from tfkernels.attention.triton.delta import DELTA_ROWS, _attention_bwd_delta
 from tfkernels.attention.triton.forward import (
     batch_stride,
     core,
@@ -81,31 +82,6 @@ DKV_CONFIGS = {
     (80, 4, 32, "heavy"): Config(32, 16, 4, 2, 255), (80, 4, 128, "heavy"): Config(16, 16, 4, 1, 255),
     (80, 4, 256, "heavy"): Config(16, 16, 16, 1, 255),
 }
-DELTA_ROWS = 16
-
-
-@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
-def _attention_bwd_delta(out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, stride_ob, stride_oh, stride_os, stride_db,
-                         stride_dh, stride_ds, heads, sq,
-                         HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
-    tiles = tl.cdiv(sq, BLOCK_M)
-    pid = tl.program_id(0)
-    start_m = pid % tiles * BLOCK_M
-    b, h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
-    offs_m = tl.arange(0, BLOCK_M)
-    rows = start_m + offs_m
-    out = load_rows(
-        out_ptr + b * stride_ob + h * stride_oh, start_m, offs_m, stride_os, sq, HEAD_DIM, D, True
-    ).to(tl.float32)
-    dout = load_rows(
-        dout_ptr + b * stride_db + h * stride_dh, start_m, offs_m, stride_ds, sq, HEAD_DIM, D, True
-    ).to(tl.float32)
-    at = (b * heads + h) * sq + rows
-    lse = tl.load(lse_ptr + at, mask=rows < sq, other=float("-inf"))
-    dlse = tl.load(dlse_ptr + at, mask=rows < sq, other=0.0)
-    empty = (lse == float("-inf")) & (tl.sum(tl.abs(out), 1) == 0)  # not so where every visible score is -inf: NaN
-    delta = tl.where(empty, 0.0, tl.sum(out * dout, 1) - dlse)
-    tl.store(delta_ptr + at, delta, mask=rows < sq)
 
 
 @triton.jit
