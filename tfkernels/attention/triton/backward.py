@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import Config, lookup
+from tfkernels._launch import ROUNDED_PRODUCTS, Config, lookup
 from tfkernels._library import result_like
 from tfkernels.attention.sinks import sink_gradients
 from tfkernels.attention.triton.delta import DELTA_ROWS, _attention_bwd_delta
@@ -390,7 +390,7 @@ def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tens
     delta = torch.empty_like(lse)
     _attention_bwd_delta[(triton.cdiv(sq, DELTA_ROWS) * batch * heads,)](
         out, dout, lse, dlse.contiguous(), delta, *out.stride()[:3], *dout.stride()[:3], heads, sq,
-        HEAD_DIM=dims["HEAD_DIM_V"], D=dims["D_V"], BLOCK_M=DELTA_ROWS, num_warps=4)
+        HEAD_DIM=dims["HEAD_DIM_V"], D=dims["D_V"], BLOCK_M=DELTA_ROWS, num_warps=4, **ROUNDED_PRODUCTS)
     shared = (batch_stride(lo), batch_stride(since))
     sizes = (heads // kv_heads, sq, sk, offset, scale, softcap)
     constants = dict(**dims, SOFTCAP=softcap > 0, PRECISION=dot_precision(q))

@@ -99,9 +99,19 @@ def _places(cols, visible, table_ptr, pages, stride_page, stride, PAGE_SIZE: tl.
 
 
 @triton.jit
+def _dot_rows(x, y):
+    """x (D,) times each row of y (N, D).
+
+    fma(x, y, 0) is the rounded product, which the compiler does not fuse with the sum over lanes: there each lane would
+    add its own exact product to the other's rounded one, and lanes that share a row would differ in the last bit.
+    """
+    return tl.sum(tl.fma(x[None, :], y, 0.0), 1)
+
+
+@triton.jit
 def _scores(x, y, scale, softcap, SOFTCAP: tl.constexpr):
     """Base-2 scores of the row x (D,) and the rows of y (N, D), and the soft cap's slope there."""
-    s = tl.sum(x[None, :] * y, 1) * scale
+    s = _dot_rows(x, y) * scale
     if SOFTCAP:
         bent = tanh(s / softcap)
         return bent * (softcap * LOG2E), 1 - bent * bent
@@ -199,7 +209,7 @@ def dq_row(q_ptr, k_ptr, v_ptr, dout_ptr, stride_ks, stride_vs, lse, delta, firs
         k = _load_visible(k_ptr, at * stride_ks, visible, HEAD_DIM, D)
         v = _load_visible(v_ptr, at * stride_vs, visible, HEAD_DIM_V, D_V)
         s, slope = _scores(q, k, scale, softcap, SOFTCAP)
-        ds = tl.where(visible, _weights(s, lse * LOG2E) * (tl.sum(dout[None, :] * v, 1) - delta) * slope, 0.0)
+        ds = tl.where(visible, _weights(s, lse * LOG2E) * (_dot_rows(dout, v) - delta) * slope, 0.0)
         dq += tl.sum(ds[:, None] * k, 0)
         known = tl.max(((dq == dq) & (offs_d < HEAD_DIM)).to(tl.int32))
         n += N
@@ -233,7 +243,7 @@ def dkv_row(k_ptr, v_ptr, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, s
         delta = tl.load(delta_ptr + at, mask=visible, other=0.0)
         s, slope = _scores(k, q, scale, softcap, SOFTCAP)
         p = tl.where(visible, _weights(s, lse), 0.0)
-        ds = tl.where(visible, p * (tl.sum(v[None, :] * dout, 1) - delta) * slope, 0.0)
+        ds = tl.where(visible, p * (_dot_rows(v, dout) - delta) * slope, 0.0)
         dk += tl.sum(ds[:, None] * q, 0)
         dv += tl.sum(p[:, None] * dout, 0)
         if HEAD_DIM == HEAD_DIM_V:  # one reduction
