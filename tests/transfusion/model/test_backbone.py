@@ -347,7 +347,7 @@ REFUSED = {
     ),
     "a ViTConfig; .* causal language model": ("vit", {}),
     "a MllamaTextConfig; .* causal language model": ("mllama_text_model", {}),
-    "heads of 512; 1 to 256": ("llama", SIZES | {"head_dim": 512}),
+    "heads of 1024; 1 to 512": ("llama", SIZES | {"head_dim": 1024}),
     "is 'nemotron', whose layers do not hand keyword arguments": ("nemotron", {}),
     "num_attention_heads is 4 and num_key_value_heads 3": ("llama", SIZES | {"num_key_value_heads": 3}),
 }
