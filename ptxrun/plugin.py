@@ -7,7 +7,6 @@ line of JSON as it ends, and what has one is not run again, so that a run that w
 import collections
 import contextlib
 import json
-import os
 import signal
 from pathlib import Path
 
@@ -99,7 +98,7 @@ class Results:
 
     def __init__(self, config, emulation):
         self.path, self.emulation = config.option.results, emulation
-        self.writes = "PYTEST_XDIST_WORKER" not in os.environ  # the process that hears of all tests
+        self.writes = not hasattr(config, "workerinput")  # as pytest-xdist's workers have: this one hears of all tests
         self.before, self.current = {}, {}
 
     @pytest.hookimpl(trylast=True)
