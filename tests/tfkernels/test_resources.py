@@ -211,9 +211,8 @@ are left out of the tests for time. The kernels around attention are compiled by
 (`pytest -k spill`).
 
 A tile is queries x keys; `spilled` counts the instructions that store to or load from a thread's stack. Variants:
-`check`, masks of two sides; `narrow`, head dim 80 in tiles of 128; `values`,
-keys of 192 in tiles of 256 and values of 128;
-`sinks`, a learned sink per head; `tf32`, float32 where PyTorch allows it.
+`check`, masks of two sides; `narrow`, head dim 80 in tiles of 128; `values`, keys of 192 in tiles of 256 and values
+of 128; `sinks`, a learned sink per head; `tf32`, float32 where PyTorch allows it.
 
 | arch | bytes | D | kernel | tile | warps | stages | registers | spilled | shared KiB | multiplies |""")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
