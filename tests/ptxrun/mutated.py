@@ -119,6 +119,7 @@ CASES = {  # the quick ones first
     "patches": [lambda: embed_patches(embed.TYPICAL), lambda: embed_patches("a batch")],
     "cross-entropy": [lambda: predict(80, 21), lambda: predict(80, 37)],
     "attention": [lambda: attend(images(201)), lambda: attend(images(261)), lambda: attend_beside_junk(images(135))],
+    "diffusion loss from hidden states": [lambda layout=layout: diffuse_from_hidden(*layout) for layout in LAYOUTS],
     "decoding": [lambda: attend(TransfusionMask.from_cache(torch.tensor([200]), 1, 201), 2),
                  lambda: attend(TransfusionMask.from_cache(torch.tensor([130]), 1, 131), 2)],
     "layer norm": [lambda: normalise("modulated_layer_norm", 150), lambda: normalise("modulated_layer_norm", 150, 31)],

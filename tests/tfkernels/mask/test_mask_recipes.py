@@ -290,6 +290,6 @@ def test_every_example_is_drawn(tmp_path):
     for example, drawn in zip(recipes.examples(), pictures, strict=False):
         title, *lines = drawn.strip("\n").split("\n")
         assert title == example.title
-        assert torch.equal(torch.tensor([[line[2 * k] == "█" for k in range(example.mask.key_len)] for line in lines]),
-                           dense(example.mask)[0])
+        filled = [[line[2 * k] == "█" for k in range(example.mask.key_len)] for line in lines]
+        assert torch.equal(torch.tensor(filled), dense(example.mask)[0])
     assert len({example.title for example in recipes.examples()}) == len(recipes.examples()) == len(pictures) - 1

@@ -5,7 +5,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tests.conftest import DEVICE, traced
-from tests.tfkernels.rotary.test_rotary import Sizes, T, frequencies, random_inputs
+from tests.tfkernels.rotary.test_rotary import Sizes, frequencies, random_inputs
+from tests.tfkernels.rotary.test_rotary_torch import T
 from tfkernels import grid_positions, qk_norm_rotary, rotary_table
 
 

@@ -36,8 +36,8 @@ WORDS = VOCABULARY.split()
 def llama_like(legacy):
     """A tokenizer as Llama's: word pieces with "▁" for a space, bytes for what is unknown.
 
-    Legacy ones put "▁" in front of every text behind a special token, later ones only at the beginning. As in Llama's,
-    "USER" is one token and "▁USER" two, which LLaVA's lengths rely on.
+    Legacy ones put "▁" in front of every text behind a special token, later ones only at the beginning. As in
+    Llama's, "USER" is one token and "▁USER" two, which LLaVA's lengths rely on.
     """
     trained = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
