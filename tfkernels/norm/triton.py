@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import Config
+from tfkernels._launch import Config, cdiv, next_power_of_2
 from tfkernels._library import INTERPRET, made_once
 
 # read one number at a time, or a size: no reason to compile again (see `tfkernels.attention.triton.tiles`)
@@ -40,13 +40,13 @@ BACKWARD_WARPS = {64: 1, 128: 1, 256: 1, 512: 1, 1024: 2, 2048: 4, 4096: 16}
 
 def forward_config(width: int) -> Config:
     """Return the rows (1), columns, warps and stages of a forward program for rows of `width`."""
-    block = min(max(triton.next_power_of_2(width), 64), WIDEST_FORWARD)
+    block = min(max(next_power_of_2(width), 64), WIDEST_FORWARD)
     return Config(1, block, FORWARD_WARPS[block], 2)
 
 
 def backward_config(width: int) -> Config:
     """Return the same for both kernels of the backward pass."""
-    block = min(max(triton.next_power_of_2(width), 64), WIDEST_BACKWARD)
+    block = min(max(next_power_of_2(width), 64), WIDEST_BACKWARD)
     return Config(1, block, BACKWARD_WARPS[block], 2)
 
 
@@ -318,8 +318,8 @@ def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor |
     sums = x.new_empty(kinds, images + 1, width, dtype=torch.float32)
     if not tokens:
         return dx, dbranch, list(sums.zero_())
-    rows = max(FEWEST_ROWS, triton.cdiv(tokens, PROGRAMS))
-    programs = triton.cdiv(tokens, rows)
+    rows = max(FEWEST_ROWS, cdiv(tokens, PROGRAMS))
+    programs = cdiv(tokens, rows)
     slots = programs + images + 2
     ordered, order, starts = (None,) * 3 if image_ids is None else made_once(sorted_tokens, image_ids, images=images)
     image_ids = image_ids if image_ids is None else image_ids.reshape(-1)
@@ -335,13 +335,13 @@ def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor |
         _norm_bwd_means[(tokens,)](dy, x, *_or(x, weight), scale, image_ids, mean, rstd, means, images,
                                    row_len, tokens, _stride(dy), _stride(x), _stride(scale), C=width, CENTER=center,
                                    WEIGHT=weight is not None, **options)
-    _norm_bwd[(programs, triton.cdiv(width, launch.block_n))](
+    _norm_bwd[(programs, cdiv(width, launch.block_n))](
         *_or(x, dy, dout, x, branch, gate, weight, scale), ordered, order, mean, rstd, means, dx, dbranch, parts,
         images, row_len, tokens, rows, slots,
         *(_stride(t) for t in (dy, dout, x, branch, gate, scale)), C=width, GATED=gated, NORM=norm, CENTER=center,
         WEIGHT=weight is not None,
         LEVEL=norm and level, **options)
-    _norm_bwd_images[(images + 1, triton.cdiv(width, IMAGES.block_n), kinds)](
+    _norm_bwd_images[(images + 1, cdiv(width, IMAGES.block_n), kinds)](
         parts, starts, sums, images, row_len, rows, slots, C=width, BLOCK_M=IMAGES.block_m, BLOCK=IMAGES.block_n,
         num_warps=IMAGES.num_warps)
     return dx, dbranch, list(sums)
