@@ -1,4 +1,4 @@
-"""Kernels of the modulated norms and gated residuals (`tfkernels.norm`): a forward, a backward, a segmented sum.
+"""Kernels of the modulated norms and gated residuals (`tfkernels.norm`): a forward, a backward, its sums.
 
 Forward is one program per token: gate, add, statistics, normalise, modulate. A row wider than WIDEST_FORWARD is read in
 blocks, once per statistic.
@@ -10,8 +10,8 @@ Backward walks the tokens sorted by image, `rows` of them per program, and adds 
 It writes them when the image changes, into row program + image + 1 of `parts`. Along the sorted tokens both terms only
 grow, and one of them grows at each write. So no two writes meet, and programs + N + 2 rows suffice. `_norm_bwd_images`
 then sums each image's rows in order. What is left (dscale = weight a + bias b, dweight = sum over images (1 + scale) a,
-...) is arithmetic on (N + 1, C). A row wider than WIDEST_BACKWARD has its two means taken first (`_norm_bwd_means`) and
-is then split between programs. There are no atomics.
+...) is arithmetic on (N + 1, C), of `_norm_bwd_tables`. A row wider than WIDEST_BACKWARD has its two means taken first
+(`_norm_bwd_means`) and is then split between programs. There are no atomics.
 
 Without image ids (None, which Triton compiles as a constant) the tokens of batch row n are image n's: `row_len` of
 them, in order, so that nothing is sorted and no id is read.
@@ -258,6 +258,42 @@ def _norm_bwd_images(parts_ptr, starts_ptr, sums_ptr, images, row_len, rows, slo
     tl.store(sums_ptr + (kind * (images + 1) + image) * C + cols, tl.sum(total, 0), mask=inside)
 
 
+@triton.jit(do_not_specialize=["images"])
+def _norm_bwd_tables(a_ptr, b_ptr, g_ptr, weight_ptr, bias_ptr, scale_ptr, dweight_ptr, dbias_ptr, dscale_ptr,
+                     dshift_ptr, dgate_ptr, images, stride_cn,
+                     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the gradients of vectors (C,) and tables (N, C) from sums (N + 1, C), for a block of columns."""
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < C
+    dweight, dbias = tl.zeros([BLOCK_M, BLOCK], tl.float32), tl.zeros([BLOCK_M, BLOCK], tl.float32)
+    for first in range(0, images, BLOCK_M):
+        n = (first + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+        valid = (n < images) & inside[None, :]
+        at = n * C + cols[None, :]
+        dscale = tl.load(a_ptr + C + at, mask=valid, other=0.0)
+        factor = 1 + tl.load(scale_ptr + n * stride_cn + cols[None, :], mask=valid, other=0.0).to(tl.float32)
+        if weight_ptr is not None:  # an image without tokens has sums of 0, and its scale may hold anything
+            dweight += tl.where(dscale == 0, 0.0, factor * dscale)
+            dscale *= tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if b_ptr is not None:
+            b = tl.load(b_ptr + C + at, mask=valid, other=0.0)
+            if bias_ptr is not None:
+                dbias += tl.where(b == 0, 0.0, factor * b)
+                dscale += b * tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
+            if dshift_ptr is not None:
+                tl.store(dshift_ptr + at, b.to(dshift_ptr.dtype.element_ty), mask=valid)
+        tl.store(dscale_ptr + at, dscale.to(dscale_ptr.dtype.element_ty), mask=valid)
+        if g_ptr is not None:
+            g = tl.load(g_ptr + C + at, mask=valid, other=0.0)
+            tl.store(dgate_ptr + at, g.to(dgate_ptr.dtype.element_ty), mask=valid)
+    if weight_ptr is not None:
+        dweight = tl.load(a_ptr + cols, mask=inside, other=0.0) + tl.sum(dweight, 0)
+        tl.store(dweight_ptr + cols, dweight.to(dweight_ptr.dtype.element_ty), mask=inside)
+    if bias_ptr is not None:
+        dbias = tl.load(b_ptr + cols, mask=inside, other=0.0) + tl.sum(dbias, 0)
+        tl.store(dbias_ptr + cols, dbias.to(dbias_ptr.dtype.element_ty), mask=inside)
+
+
 def forward(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     scale: Tensor | None, shift: Tensor | None, image_ids: Tensor | None, eps: float, center: bool
@@ -345,6 +381,18 @@ def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor |
         parts, starts, sums, images, row_len, rows, slots, C=width, BLOCK_M=IMAGES.block_m, BLOCK=IMAGES.block_n,
         num_warps=IMAGES.num_warps)
     return dx, dbranch, list(sums)
+
+
+def tables(a: Tensor, b: Tensor | None, g: Tensor | None, weight: Tensor | None, bias: Tensor | None, scale: Tensor,
+           shift: Tensor | None, gate: Tensor | None) -> tuple[Tensor, ...]:
+    """Return dweight, dbias, dscale, dshift and dgate from the sums of `backward`; of None, empty."""
+    gradients = [a.new_empty(0) if t is None else t.new_empty(t.shape) for t in (weight, bias, scale, shift, gate)]
+    (images, width), scale = scale.shape, columns_together(scale)
+    pointers = (None if t is None else d for t, d in zip((weight, bias, scale, shift, gate), gradients))
+    _norm_bwd_tables[(cdiv(width, IMAGES.block_n),)](
+        a, b, g, _vector(weight), _vector(bias), scale, *pointers, images, scale.stride(0), C=width,
+        BLOCK_M=IMAGES.block_m, BLOCK=IMAGES.block_n, num_warps=IMAGES.num_warps)
+    return tuple(gradients)
 
 
 def _row_len(x: Tensor, image_ids: Tensor | None) -> int | None:

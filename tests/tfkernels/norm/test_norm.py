@@ -327,11 +327,12 @@ def compiled(kernel, op, width, architecture, size, left_out=("row_len",)):
     """Compile one kernel with everything it can be asked for but the arguments `left_out`."""
     center = op != "fused"  # layer norm has no fused form
     flags = FLAGS[op] | {"C": width, "CENTER": center, "WEIGHT": True}
-    if kernel == "images":
-        return resources(kernels._norm_bwd_images,
-                         {"C": width, "BLOCK_M": kernels.IMAGES.block_m, "BLOCK": kernels.IMAGES.block_n}
-                         | dict.fromkeys(set(left_out) & {p.name for p in kernels._norm_bwd_images.params}),
-                         kernels.IMAGES, architecture=architecture, element_size=size)
+    if kernel in ("images", "tables"):
+        function = {"images": kernels._norm_bwd_images, "tables": kernels._norm_bwd_tables}[kernel]
+        return resources(function, {"C": width, "BLOCK_M": kernels.IMAGES.block_m, "BLOCK": kernels.IMAGES.block_n}
+                         | dict.fromkeys(set(left_out) & {p.name for p in function.params}),
+                         kernels.IMAGES, architecture=architecture, element_size=size,
+                         float32=("a_ptr", "b_ptr", "g_ptr"))
     launch: Config = kernels.forward_config(width) if kernel == "fwd" else kernels.backward_config(width)
     constants = {"fwd": flags | {"BIAS": center, "SHIFT": True}, "bwd": flags | {"LEVEL": True},
                  "means": {k: flags[k] for k in ("C", "CENTER", "WEIGHT")}}[kernel]
@@ -348,7 +349,7 @@ def compiled(kernel, op, width, architecture, size, left_out=("row_len",)):
 def test_the_kernels_spill_nothing(width, size, architecture):
     variants = [(kernel, op) for kernel in ("fwd", "bwd") for op in FLAGS] + [("means", "norm")] * (
         width > kernels.WIDEST_BACKWARD
-    ) + [("images", "norm")]
+    ) + [("images", "norm"), ("tables", "norm")]
     for kernel, op in variants:
         found = compiled(kernel, op, width, architecture, size)
         assert found.fit(architecture), (kernel, op, found)
