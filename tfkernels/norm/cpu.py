@@ -87,12 +87,10 @@ def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor |
     return dx.to(dtype).view(shape) if scale is not None else x.new_empty(0, dtype=dtype), dbranch, sums
 
 
-def tables(a: Tensor, b: Tensor | None, g: Tensor | None, weight: Tensor | None, bias: Tensor | None, scale: Tensor,
-           shift: Tensor | None, gate: Tensor | None) -> tuple[Tensor, ...]:
-    """Return dweight, dbias, dscale, dshift and dgate from sums (N + 1, C), text first; of None, empty.
-
-    a = sum dy xhat, b = sum dy, g = sum dx branch
-    """
+def tables(sums: list[Tensor], weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor | None,
+           gate: Tensor | None) -> tuple[Tensor, ...]:
+    """Return dweight, dbias, dscale, dshift and dgate from the sums of `backward`; of None, empty."""
+    a, *others = sums
 
     def over_images(sums):  # an image without tokens has sums of 0, and its scale may hold anything
         return sums[0] + torch.where(sums[1:] == 0, 0, (1 + scale.to(sums.dtype)) * sums[1:]).sum(0)
@@ -102,10 +100,10 @@ def tables(a: Tensor, b: Tensor | None, g: Tensor | None, weight: Tensor | None,
     if weight is not None:
         dweight = over_images(a).to(weight.dtype)
     if bias is not None:
-        dscale = dscale + b[1:] * bias
-        dbias = over_images(b).to(bias.dtype)
+        dscale = dscale + others[0][1:] * bias
+        dbias = over_images(others[0]).to(bias.dtype)
     if shift is not None:
-        dshift = b[1:].to(shift.dtype, copy=True)
+        dshift = others[0][1:].to(shift.dtype, copy=True)
     if gate is not None:
-        dgate = g[1:].to(gate.dtype, copy=True)
+        dgate = others[-1][1:].to(gate.dtype, copy=True)
     return dweight, dbias, dscale.to(scale.dtype, copy=True), dshift, dgate

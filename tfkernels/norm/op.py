@@ -171,22 +171,22 @@ def _backwards(backward, tables):
         image_ids: Tensor | None, mean: Tensor, rstd: Tensor, center: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         level = bias is not None or shift is not None
-        dx, _, (a, *b) = backward(dy, None, x, None, None, weight, scale, image_ids, mean, rstd, center, level)
-        return dx, *tables(a, b[0] if level else None, None, weight, bias, scale, shift, None)[:4]
+        dx, _, sums = backward(dy, None, x, None, None, weight, scale, image_ids, mean, rstd, center, level)
+        return dx, *tables(sums, weight, bias, scale, shift, None)[:4]
 
     def gated_residual_backward(dout: Tensor, branch: Tensor, gate: Tensor,
                                 image_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         empty = dout.new_empty(0)
-        _, dbranch, (g,) = backward(None, dout, dout, branch, gate, None, None, image_ids, empty, empty, False, False)
-        return dbranch, g[1:].to(gate.dtype, copy=True)
+        _, dbranch, sums = backward(None, dout, dout, branch, gate, None, None, image_ids, empty, empty, False, False)
+        return dbranch, sums[0][1:].to(gate.dtype, copy=True)
 
     def gated_residual_norm_backward(
         dout: Tensor, dy: Tensor, out: Tensor, branch: Tensor, gate: Tensor, weight: Tensor | None, scale: Tensor,
         shift: Tensor | None, image_ids: Tensor | None, rstd: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        dx, dbranch, (a, *b, g) = backward(dy, dout, out, branch, gate, weight, scale, image_ids, rstd.new_empty(0),
-                                           rstd, False, shift is not None)
-        dweight, _, dscale, dshift, dgate = tables(a, b[0] if b else None, g, weight, None, scale, shift, gate)
+        dx, dbranch, sums = backward(dy, dout, out, branch, gate, weight, scale, image_ids, rstd.new_empty(0), rstd,
+                                     False, shift is not None)
+        dweight, _, dscale, dshift, dgate = tables(sums, weight, None, scale, shift, gate)
         return dx, dbranch, dgate, dweight, dscale, dshift
 
     return modulated_norm_backward, gated_residual_backward, gated_residual_norm_backward
