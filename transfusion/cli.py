@@ -59,6 +59,16 @@ def _eval_draw(args: list[str]) -> None:
     draw(tyro.cli(DrawSettings, args=args, prog="transfusion eval draw", config=(tyro.conf.AvoidSubcommands,)))
 
 
+def _eval_images(args: list[str]) -> None:
+    from transfusion.eval.images import ImagesSettings, images
+    images(tyro.cli(ImagesSettings, args=args, prog="transfusion eval images"))
+
+
+def _eval_captions(args: list[str]) -> None:
+    from transfusion.eval.captions import CaptionsSettings, captions
+    captions(tyro.cli(CaptionsSettings, args=args, prog="transfusion eval captions"))
+
+
 def _data_check(args: list[str]) -> None:
     from transfusion.data.check import CheckSettings, check_mixture
     path, settings = _mixture_and_settings("transfusion data check", CheckSettings, args)
@@ -87,6 +97,8 @@ DATA_VERBS = {
 }
 EVAL_VERBS = {
     "draw": ("draw a picture for each of many prompts", _eval_draw),
+    "images": ("compare drawn pictures with real ones and with their prompts", _eval_images),
+    "captions": ("score captions against references", _eval_captions),
 }
 VAE_VERBS = {
     "train": ("train an autoencoder from a preset", _vae_train),
