@@ -68,6 +68,13 @@ def architecture(device: torch.device) -> int:
     return table_architecture(torch.cuda.get_device_capability(device))
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors `device` has; few in the interpreter, so that some tests share and some do not.
+    """
+    return 4 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def table_architecture(capability: tuple[int, int]) -> int:
     """Return the table architecture of a compute capability: 90 and 100 for the data-centre cards of their families.
 
