@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import ROUNDED_PRODUCTS, Config, lookup
+from tfkernels._launch import ROUNDED_PRODUCTS, Config, cdiv, lookup
 from tfkernels._library import result_like
 from tfkernels.attention.sinks import sink_gradients
 from tfkernels.attention.triton.delta import DELTA_ROWS, _attention_bwd_delta
@@ -374,7 +374,7 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
         n = next_of(bad, offs_n, n, BLOCK_N)
 
 
-def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+def attention_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                        lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, rows_exact: bool, columns_exact: bool,
                        offset: int, scale: float, softcap: float, sinks: Tensor | None = None) -> list[Tensor]:
     """Launch the three backward kernels; return dq, dk, dv in the inputs' dtype, laid out as `result_like` says, and
@@ -388,21 +388,21 @@ def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tens
     dims = head_dims(q, v)
     widest = max(dims["D"], dims["D_V"])
     delta = torch.empty_like(lse)
-    _attention_bwd_delta[(triton.cdiv(sq, DELTA_ROWS) * batch * heads,)](
-        out, dout, lse, dlse.contiguous(), delta, *out.stride()[:3], *dout.stride()[:3], heads, sq,
-        HEAD_DIM=dims["HEAD_DIM_V"], D=dims["D_V"], BLOCK_M=DELTA_ROWS, num_warps=4, **ROUNDED_PRODUCTS)
+    _attention_bwd_delta[(cdiv(sq, DELTA_ROWS) * batch * heads,)](
+        out, dout, lse, None if dlse is None else dlse.contiguous(), delta, *out.stride()[:3], *dout.stride()[:3],
+        heads, sq, HEAD_DIM=dims["HEAD_DIM_V"], D=dims["D_V"], BLOCK_M=DELTA_ROWS, num_warps=4, **ROUNDED_PRODUCTS)
     shared = (batch_stride(lo), batch_stride(since))
     sizes = (heads // kv_heads, sq, sk, offset, scale, softcap)
     constants = dict(**dims, SOFTCAP=softcap > 0, PRECISION=dot_precision(q))
     config = lookup(DQ_CONFIGS, q, widest, heavy=not rows_exact)
     bounds = lo if rows_exact else tile_bounds(since, until, config.block_n)
-    _attention_bwd_dq[(triton.cdiv(sq, config.block_m) * batch * heads,)](
+    _attention_bwd_dq[(cdiv(sq, config.block_m) * batch * heads,)](
         q, k, v, dout, lse, delta, lo, hi, since, until, bounds, dq,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *dq.stride()[:3], *shared, heads, *sizes,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_COLUMNS=not rows_exact, **constants, **config.options)
     config = lookup(DKV_CONFIGS, q, widest, heavy=softcap > 0 or not columns_exact)
     bounds = lo if columns_exact else tile_bounds(lo, hi, config.block_m)
-    _attention_bwd_dkv[(triton.cdiv(sk, config.block_n) * batch * kv_heads,)](
+    _attention_bwd_dkv[(cdiv(sk, config.block_n) * batch * kv_heads,)](
         q, k, v, dout, lse, delta, lo, hi, since, until, bounds, dk, dv,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
         *shared, kv_heads, *sizes,

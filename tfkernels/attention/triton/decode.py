@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import ROUNDED_PRODUCTS, Config, lookup
+from tfkernels._launch import ROUNDED_PRODUCTS, Config, cdiv, lookup
 from tfkernels._library import INTERPRET, result_like
 from tfkernels.attention.triton.forward import (
     base2_scores,
@@ -256,7 +256,7 @@ def attention_decode(
     group = heads // kv_heads
     dims = head_dims(q, v)
     config = lookup(CONFIGS if sq * group <= 16 else WIDE_CONFIGS, q, max(dims["D"], dims["D_V"]))
-    tiles = triton.cdiv(sq * group, config.block_m)
+    tiles = cdiv(sq * group, config.block_m)
     splits = max(1, min(2 * multiprocessors(q.device) // (tiles * batch * kv_heads), sk // SPLIT_KEYS, MAX_SPLITS))
     parts, parts_lse = out, lse
     if splits > 1:

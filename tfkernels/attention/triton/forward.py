@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import Config, lookup
+from tfkernels._launch import Config, cdiv, lookup, next_power_of_2
 from tfkernels._library import result_like
 from tfkernels.attention.triton.rows import (
     LOG2E,
@@ -252,7 +252,8 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, bo
 
 def rows_contiguous(x: Tensor) -> Tensor:
     """Return x with unit stride in its last dimension and a row stride that int32 holds 128 times; else a copy."""
-    return x if x.stride(-1) == 1 and (x.ndim < 2 or 128 * x.stride(-2) < 2**31) else x.contiguous()
+    *_, rows, columns = 0, *x.stride()
+    return x if columns == 1 and 128 * rows < 2**31 else x.contiguous()
 
 
 def batch_stride(x: Tensor) -> int:
@@ -262,7 +263,7 @@ def batch_stride(x: Tensor) -> int:
 
 def padded_dim(head_dim: int) -> int:
     """Return the width of the tiles that hold heads of `head_dim`."""
-    return max(32, triton.next_power_of_2(head_dim))
+    return max(32, next_power_of_2(head_dim))
 
 
 def head_dims(q: Tensor, v: Tensor) -> dict[str, int]:
@@ -290,7 +291,7 @@ def attention_forward(
         return out, lse
     dims = head_dims(q, v)
     config = lookup(CONFIGS, q, max(dims["D"], dims["D_V"]), heavy=not rows_exact)
-    grid = (triton.cdiv(sq, config.block_m) * batch * heads,)
+    grid = (cdiv(sq, config.block_m) * batch * heads,)
     bounds = lo if rows_exact else tile_bounds(since, until, config.block_n)
     _attention_fwd[grid](
         q, k, v, lo, hi, since, until, bounds, sinks, out, lse, *q.stride()[:3], *k.stride()[:3],
