@@ -59,6 +59,11 @@ def _eval_draw(args: list[str]) -> None:
     draw(tyro.cli(DrawSettings, args=args, prog="transfusion eval draw", config=(tyro.conf.AvoidSubcommands,)))
 
 
+def _eval_questions(args: list[str]) -> None:
+    from transfusion.eval.known_answers import QuestionsSettings, evaluate_questions
+    evaluate_questions(tyro.cli(QuestionsSettings, args=args, prog="transfusion eval questions"))
+
+
 def _data_check(args: list[str]) -> None:
     from transfusion.data.check import CheckSettings, check_mixture
     path, settings = _mixture_and_settings("transfusion data check", CheckSettings, args)
@@ -87,6 +92,7 @@ DATA_VERBS = {
 }
 EVAL_VERBS = {
     "draw": ("draw a picture for each of many prompts", _eval_draw),
+    "questions": ("ask questions of one's own about pictures, whose answers are known", _eval_questions),
 }
 VAE_VERBS = {
     "train": ("train an autoencoder from a preset", _vae_train),
