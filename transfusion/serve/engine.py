@@ -3,8 +3,7 @@
 Requests are admitted while others run (continuous batching, Orca, OSDI 2022): a row of text joins at any token and an
 image at any denoising step. Every round asks each running request what it needs next, a token, a prompt or one step of
 an image, and answers all that fit together in one pass, whatever their times, numbers of steps, guidance and lengths.
-The program of a request is the generator `_Running.program`: it reads top to bottom, yields what the model is to run
-and is sent the answers. An error in it ends that request alone.
+The program of a request is `Running.program`; an error in it ends that request alone.
 
 Each request draws its random numbers from its own seed, so its result does not depend on its company: texts are equal
 and images differ by the rounding of matrix products of other shapes (tests/transfusion/serve/test_engine.py: at most
@@ -13,38 +12,18 @@ and images differ by the rounding of matrix products of other shapes (tests/tran
 import queue
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from transfusion.diffusion.objective import solve
-from transfusion.generate.generation import Drawn, Event, Preview, Written, as_parts
-from transfusion.generate.row import DONE, DRAWING, WRITING, Row, check_options, guidance_of, solver_of
+from transfusion.generate.generation import Event
+from transfusion.generate.row import check_options
 from transfusion.generate.sampling import Sampling
 from transfusion.sequence import Document, Part
-from transfusion.serve.ragged_cache import PAGE, Context, Denoise, Feed, RaggedCache
-from transfusion.settings import Count, check
-
-Ask = Feed | Denoise
-
-
-class Finished(NamedTuple):
-    """A request is done: its parts, why it ended ("stop" or "length"), and tokens of prompt and text."""
-
-    parts: list[Part]
-    reason: str
-    prompt_tokens: int
-    written_tokens: int
-
-
-class Failed(NamedTuple):
-    """A request ended without a result."""
-
-    error: Exception
+from transfusion.serve.ragged_cache import Denoise, Feed, RaggedCache
+from transfusion.serve.request import Failed, Finished, Limits, Request, Running
 
 
 class QueueFull(RuntimeError):
@@ -59,39 +38,11 @@ class Closed(RuntimeError):
     """The engine takes no more requests."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """What to go on from, and how. `draw` forces one image right behind the parts."""
-
-    parts: list[Part]
-    sampling: Sampling = Sampling()
-    draw: bool = False
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one request may ask for, and how much memory all have together."""
-
-    request_tokens: Count = 4096
-    """cached tokens of one request: prompt, text and images that it may write, and its guidance's contexts"""
-    cache_tokens: Count = 16384
-    """cached tokens of all requests that run: the pool, which is allocated at the start"""
-    steps: Count = 250
-    """denoising steps of an image"""
-    pixels: Count = 2**20
-    """height times width of an image, in the model's own pixels or latents"""
-    images: Count = 8
-    """images that one request draws"""
-
-    def __post_init__(self):
-        check("Limits", self)
-
-
 class Ticket:
     """A request on its way. Its events go to `on_event`, on the engine's thread, or are read from `events`."""
 
     def __init__(self, engine: "Engine", on_event: Callable[[Event | Finished | Failed], None] | None):
-        self._engine, self._queue, self.cancelled = engine, queue.SimpleQueue(), False
+        self._engine, self._queue, self.running = engine, queue.SimpleQueue(), None
         self._on_event = on_event or self._queue.put
 
     def events(self) -> Iterator[Event | Finished | Failed]:
@@ -111,14 +62,13 @@ class Ticket:
 
     def cancel(self) -> None:
         """Leave; the place is free at the next pass. A request that has ended stays as it is."""
-        self.cancelled = True
-        self._engine._cancel(self)
+        self._engine._cancel(self.running)
 
-    def _tell(self, event: Event | Finished | Failed) -> None:
+    def tell(self, event: Event | Finished | Failed) -> None:
         try:
             self._on_event(event)
         except Exception:  # whoever listened is gone
-            self.cancelled = True
+            self.running.cancelled = True
 
 
 class Engine:
@@ -128,18 +78,19 @@ class Engine:
         model: a `Transfusion` with its tokenizer, in evaluation mode; from now on the engine's thread alone runs it.
         rows: requests that run at once.
         queue: requests that wait at most; one more raises `QueueFull`.
-        limits: what a request may ask for and how large the cache is.
+        limits: what a request may ask for and how large the cache is; None for those of `Limits`.
     """
 
-    def __init__(self, model, rows: int = 16, queue: int = 64, *, limits: Limits = Limits()):
+    def __init__(self, model, rows: int = 16, queue: int = 64, *, limits: Limits | None = None):
         for name, value in (("rows", rows), ("queue", queue)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"Engine: {name} is {value!r}; a whole number from 1 on fits")
         check_options(model, Sampling())
+        limits = limits or Limits()
         self.model, self.rows, self.queue, self.limits = model, rows, queue, limits
         self.cache = RaggedCache(model, limits.cache_tokens)
-        self._waiting: deque[_Running] = deque()
-        self._running: list[_Running] = []
+        self._waiting: deque[Running] = deque()
+        self._running: list[Running] = []
         self._calls: deque[tuple[Future, Callable]] = deque()
         self._counts: Counter = Counter()
         self._closing = False
@@ -159,7 +110,8 @@ class Engine:
         """
         ticket = Ticket(self, on_event)
         with self._tokenizing:
-            running = _Running(self, request, ticket)
+            running = Running(request, self.model, self.limits, ticket.tell, self._counts)
+            ticket.running = running
         with self._change:
             if self._closing:
                 raise Closed("submit: the engine is closed; start another")
@@ -186,7 +138,7 @@ class Engine:
         with self._change:
             self._closing = True
             for running in [] if drain else [*self._waiting, *self._running]:
-                running.ticket.cancelled = True
+                self._cancel(running)
             self._change.notify()
         self._thread.join()
 
@@ -205,12 +157,12 @@ class Engine:
         self.cache.run([Feed(context, Document([self.model.tokenizer.eos_token_id], [False], []))])
         self.cache.close(context)
 
-    def _cancel(self, ticket: Ticket) -> None:
+    def _cancel(self, running: Running) -> None:
         with self._change:
-            waiting = next((running for running in self._waiting if running.ticket is ticket), None)
-            if waiting is not None:
-                self._waiting.remove(waiting)
-                self._end(waiting, Failed(Cancelled("the request was cancelled while it waited")))
+            running.cancelled = True
+            if running in self._waiting:
+                self._waiting.remove(running)
+                self._end(running, Failed(Cancelled("the request was cancelled while it waited")))
             self._change.notify()
 
     def _loop(self) -> None:
@@ -242,10 +194,7 @@ class Engine:
 
     def _drop_cancelled(self) -> None:
         with self._change:
-            for running in [running for running in self._waiting if running.ticket.cancelled]:
-                self._waiting.remove(running)
-                self._end(running, Failed(Cancelled("the request was cancelled while it waited")))
-            for running in [running for running in self._running if running.ticket.cancelled]:
+            for running in [running for running in self._running if running.cancelled]:
                 self._end(running, Failed(Cancelled("the request was cancelled")))
 
     def _admit(self) -> None:
@@ -262,7 +211,7 @@ class Engine:
 
     def _round(self) -> None:
         """Answer what all running requests ask for."""
-        groups: dict[tuple, list[tuple[_Running, int]]] = {}
+        groups: dict[tuple, list[tuple[Running, int]]] = {}
         for running in self._running:
             running.answers = [None] * len(running.asks)
             for number, ask in enumerate(running.asks):  # lengths that share a group are padded to twice at most
@@ -274,7 +223,7 @@ class Engine:
             for running in list(self._running):
                 self._advance(running, running.answers)
 
-    def _run(self, members: "list[tuple[_Running, int]]") -> None:
+    def _run(self, members: "list[tuple[Running, int]]") -> None:
         """One pass. If it fails, each request runs alone, and those that fail again end."""
         if not members:
             return
@@ -294,7 +243,7 @@ class Engine:
         for (running, number), answer in zip(members, found):
             running.answers[number] = answer
 
-    def _advance(self, running: "_Running", answers: list[Tensor] | None) -> None:
+    def _advance(self, running: "Running", answers: list[Tensor] | None) -> None:
         """Let a request take its answers and ask for the next ones."""
         try:
             running.asks = running.steps.send(answers)
@@ -305,7 +254,7 @@ class Engine:
             with self._change:
                 self._end(running, Failed(error))
 
-    def _end(self, running: "_Running", event: Finished | Failed) -> None:
+    def _end(self, running: "Running", event: Finished | Failed) -> None:
         """Free a request's place and tell it; called with `_change` held."""
         for context in running.contexts.values():
             self.cache.close(context)
@@ -314,7 +263,7 @@ class Engine:
             self._running.remove(running)
         cancelled = isinstance(event, Failed) and isinstance(event.error, Cancelled)
         self._counts["cancelled" if cancelled else type(event).__name__.lower()] += 1
-        running.ticket._tell(event)
+        running.tell(event)
 
 
 def _answer(future: Future, function: Callable[[], object]) -> None:
@@ -322,105 +271,3 @@ def _answer(future: Future, function: Callable[[], object]) -> None:
         future.set_result(function())
     except Exception as error:
         future.set_exception(error)
-
-
-@dataclass(eq=False)
-class _Running:
-    """A request and its place: the contexts it has, what it asks for and the answers so far."""
-
-    engine: Engine
-    request: Request
-    ticket: Ticket
-    contexts: dict[str, Context] = field(default_factory=dict)
-    asks: list[Ask] = field(default_factory=list)
-    answers: list[Tensor | None] = field(default_factory=list)
-
-    def __post_init__(self):
-        engine, options = self.engine, self.request.sampling
-        grid = check_options(engine.model, options)
-        self.guidance = guidance_of(options)
-        self.row = Row(engine.model, as_parts("submit", "parts", self.request.parts), options, grid, options.seed)
-        self.document = self.row.document(self.request.draw)
-        self.sizes = self._sizes()
-        self._check()
-        self.steps = self.program()
-
-    def _sizes(self) -> dict[str, int]:
-        """Tokens of each context that the request may need at most."""
-        options, patches = self.request.sampling, self.row.grid[0] * self.row.grid[1]
-        images = max(options.max_images, int(self.request.draw))
-        sizes = {"whole": len(self.document.tokens) + options.max_new_tokens + images * (patches + 2)}
-        given = sum(len(x) + 2 for _, x, *_ in self.document.images)
-        others = {"nothing": 2 + patches, "images": 1 + given + images * (patches + 2)}
-        return sizes | {name: others[name] for name in self.guidance.contexts[1:] if images}
-
-    def _check(self) -> None:
-        """Refuse what is over the limits."""
-        limits, options, model = self.engine.limits, self.request.sampling, self.engine.model
-        height, width = (side * model.config.patch_size for side in self.row.grid)
-        tokens, at_most = sum(self.sizes.values()), min(limits.request_tokens, self.engine.cache.tokens)
-        pages = sum(-(-size // PAGE) * PAGE for size in self.sizes.values())
-        for name, value, fits, what in (
-                ("steps", options.steps, options.steps <= limits.steps, f"at most {limits.steps} fit"),
-                ("image_size", (height, width), height * width <= limits.pixels,
-                 f"at most {limits.pixels} pixels in all fit"),
-                ("max_images", options.max_images, options.max_images <= limits.images,
-                 f"at most {limits.images} fit"),
-                ("cuda_graph", options.cuda_graph, not options.cuda_graph, "False fits an engine, whose rows change"),
-                ("parts", f"of {len(self.document.tokens)} tokens and max_new_tokens {options.max_new_tokens}",
-                 tokens <= at_most and pages <= self.engine.cache.tokens,
-                 f"with images and guidance that takes {tokens} cached tokens, of which {at_most} fit; a shorter "
-                 "prompt, less text or fewer or smaller images fit")):
-            if not fits:
-                raise ValueError(f"submit: {name} is {value}; {what}")
-
-    def program(self) -> Generator[list[Ask], list[Tensor], Finished]:
-        """The request from its prompt to its end: yields what the model is to run and is sent the answers."""
-        row, whole = self.row, self.contexts["whole"]
-        scores, = yield [Feed(whole, self.document)]
-        row.state = DRAWING if self.request.draw else WRITING
-        while True:
-            while row.state == WRITING:
-                token = row.choose(scores)
-                text = row.take(token)
-                self.engine._counts["written_tokens"] += token not in (row.eos, row.config.boi_token_id)
-                if text:
-                    self.ticket._tell(Written(0, text))
-                if row.state != DONE:
-                    scores, = yield [Feed(whole, Document([token], [False], []))]
-            if row.state == DONE:
-                break
-            patches = yield from self.image()
-            self.ticket._tell(Drawn(0, row.drawn(patches)))
-            self.engine._counts["drawn_images"] += 1
-            if row.written >= row.options.max_new_tokens:
-                break
-            eoi = row.config.eoi_token_id
-            tokens = [eoi] * (len(patches) + 1)
-            image = Document(tokens, [False] * len(tokens), [(0, patches, row.grid, False)])
-            scores, = yield [Feed(whole, image)]
-        row.finish()
-        is_full = row.written >= row.options.max_new_tokens > 0
-        return Finished(row.parts, "length" if is_full else "stop", len(self.document.tokens), row.written)
-
-    def image(self) -> Generator[list[Ask], list[Tensor], Tensor]:
-        """One image from noise to patches (P, patch_dim) on the host, as `generation` draws it."""
-        row, model, guidance = self.row, self.engine.model, self.guidance
-        solver, asked = solver_of(model, row.options, row.grid), {"whole"}
-        x = solver.start(row.noise()[None]).to(model.device)                               # (1, P, patch_dim)
-        for number, t in enumerate(solver.times.tolist()):
-            given = solver.input(x, number)
-            names = guidance.contexts if guidance.active(t) else ("whole",)
-            if missing := [name for name in names if name not in asked]:
-                for name in missing:
-                    self.contexts[name].length = 0  # of an earlier image
-                yield [Feed(self.contexts[name], row.context(name)) for name in missing]
-                asked.update(missing)
-            predictions = yield [Denoise(self.contexts[name], given[0], row.grid, t) for name in names]
-            prediction = guidance.combine(torch.stack(predictions)[:, None])
-            x = solver.advance(x, prediction, number)
-            self.engine._counts["denoising_steps"] += 1
-            if row.options.previews:
-                estimate = solve(model.objective, given, prediction, torch.full((), t, device=x.device))[0]
-                self.ticket._tell(Preview(0, row.image(estimate[0]), number + 1, len(solver.times)))
-        return x[0].cpu()

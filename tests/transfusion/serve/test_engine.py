@@ -11,7 +11,8 @@ from transfusion import Image, Text
 from transfusion.diffusion.guidance import Guidance
 from transfusion.generate.generation import Drawn, Preview, Written
 from transfusion.generate.sampling import Sampling
-from transfusion.serve.engine import Cancelled, Closed, Engine, Failed, Finished, Limits, QueueFull, Request
+from transfusion.serve.engine import Cancelled, Closed, Engine, QueueFull
+from transfusion.serve.request import Failed, Finished, Limits, Request
 
 WORDS = ["a", "handwritten", "seven", "two", "and", "more", "of", "the"]
 
@@ -218,7 +219,7 @@ def test_an_error_in_one_request_touches_no_other(engine, model, monkeypatch):
 
     def poisoned(how):
         gone = submit(Request([Text("a b")], Sampling(max_new_tokens=50, max_images=0)))
-        running = next((r for r in [*engine._waiting, *engine._running] if r.ticket is gone), None)
+        running = next((r for r in [*engine._waiting, *engine._running] if r is gone.running), None)
         if running is not None and how == "pass":
             running.row.take = lambda token: running.row.__dict__.update(state=0)
             running.row.choose = lambda scores: 1.5
