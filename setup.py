@@ -6,8 +6,10 @@ from setuptools import find_packages, setup
 TRAIN = ["tyro>=1.0", "matplotlib>=3.8"]
 GGUF = ["gguf>=0.17", "accelerate>=1.0"]
 DATA = ["pyarrow>=15", "pyyaml>=6"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18"]
 DEMO = [*TRAIN, "scikit-learn>=1.4"]
-TESTS = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "hypothesis>=6.100", "transfusion-pytorch>=0.20"]
+TESTS = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "hypothesis>=6.100", "transfusion-pytorch>=0.20",
+         "httpx2>=2.12"]
 
 setup(
     name="tfkernels",
@@ -29,8 +31,9 @@ setup(
         "demo": DEMO,
         "gguf": GGUF,
         "data": DATA,
+        "serve": SERVE,
         "log": ["tensorboard>=2.20", "wandb>=0.20"],
-        "dev": [*DEMO, *GGUF, *DATA, *TESTS, "ruff>=0.8"],
+        "dev": [*DEMO, *GGUF, *DATA, *SERVE, *TESTS, "ruff>=0.8"],
         "flash": ["flash-attn>=2.8"],
         "xformers": ["xformers>=0.0.35"],
         "liger": ["liger-kernel>=0.8"],

@@ -11,6 +11,7 @@ import transfusion.data.posteriors
 import transfusion.model.from_language_model
 import transfusion.recipes.command_line as command_line
 import transfusion.sample
+import transfusion.serve.command_line
 from tests.transfusion.conftest import tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +71,7 @@ def test_a_command_line_is_understood(command, monkeypatch):
                          (command_line.plan, "print_plan"), (command_line.report, "report"),
                          (command_line, "evaluate"), (command_line, "encode_dataset"),
                          (transfusion.model.from_language_model, "init"), (transfusion.sample, "sample"),
-                         (transfusion.sample, "caption")):
+                         (transfusion.sample, "caption"), (transfusion.serve.command_line, "serve")):
         monkeypatch.setattr(module, name, lambda *arguments: run.append(arguments))
     for module, name in ((transfusion.data.check, "check_mixture"), (transfusion.data.posteriors, "encode_mixture")):
         monkeypatch.setattr(module, name, lambda *settings: run.append(settings) or True)

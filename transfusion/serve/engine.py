@@ -95,10 +95,15 @@ class Engine:
         self._counts: Counter = Counter()
         self._closing = False
         self._change = threading.Condition()    # guards all of the above
-        self._tokenizing = threading.Lock()     # a tokenizer's settings change while it encodes
+        self.tokenizing = threading.Lock()     # a tokenizer's settings change while it encodes
         self._thread = threading.Thread(target=self._loop, name="transfusion-engine", daemon=True)
         self._thread.start()
         self.call(self._allocate).result()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs requests: not closed, and its thread has not failed."""
+        return self._thread.is_alive() and not self._closing
 
     def submit(self, request: Request, on_event: Callable | None = None) -> Ticket:
         """Let a request wait for its turn.
@@ -109,7 +114,7 @@ class Engine:
             Closed: the engine is being closed.
         """
         ticket = Ticket(self, on_event)
-        with self._tokenizing:
+        with self.tokenizing:
             running = Running(request, self.model, self.limits, ticket.tell, self._counts)
             ticket.running = running
         with self._change:
@@ -219,7 +224,7 @@ class Engine:
                 groups.setdefault((type(ask), size.bit_length()), []).append((running, number))
         for members in groups.values():
             self._run([member for member in members if member[0] in self._running])
-        with self._tokenizing:
+        with self.tokenizing:
             for running in list(self._running):
                 self._advance(running, running.answers)
 
