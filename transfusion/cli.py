@@ -64,6 +64,11 @@ def _eval_images(args: list[str]) -> None:
     images(tyro.cli(ImagesSettings, args=args, prog="transfusion eval images"))
 
 
+def _eval_geneval(args: list[str]) -> None:
+    from transfusion.eval.geneval import GenevalSettings, geneval
+    geneval(tyro.cli(GenevalSettings, args=args, prog="transfusion eval geneval"))
+
+
 def _eval_captions(args: list[str]) -> None:
     from transfusion.eval.captions import CaptionsSettings, captions
     captions(tyro.cli(CaptionsSettings, args=args, prog="transfusion eval captions"))
@@ -103,6 +108,7 @@ DATA_VERBS = {
 EVAL_VERBS = {
     "draw": ("draw a picture for each of many prompts", _eval_draw),
     "images": ("compare drawn pictures with real ones and with their prompts", _eval_images),
+    "geneval": ("score pictures of GenEval's prompts", _eval_geneval),
     "captions": ("score captions against references", _eval_captions),
     "report": ("put all results into one table", _eval_report),
 }
