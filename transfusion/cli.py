@@ -79,6 +79,11 @@ def _eval_report(args: list[str]) -> None:
     report(tyro.cli(ReportSettings, args=args, prog="transfusion eval report"))
 
 
+def _eval_questions(args: list[str]) -> None:
+    from transfusion.eval.known_answers import QuestionsSettings, evaluate_questions
+    evaluate_questions(tyro.cli(QuestionsSettings, args=args, prog="transfusion eval questions"))
+
+
 def _data_check(args: list[str]) -> None:
     from transfusion.data.check import CheckSettings, check_mixture
     path, settings = _mixture_and_settings("transfusion data check", CheckSettings, args)
@@ -111,6 +116,7 @@ EVAL_VERBS = {
     "geneval": ("score pictures of GenEval's prompts", _eval_geneval),
     "captions": ("score captions against references", _eval_captions),
     "report": ("put all results into one table", _eval_report),
+    "questions": ("ask questions of one's own about pictures, whose answers are known", _eval_questions),
 }
 VAE_VERBS = {
     "train": ("train an autoencoder from a preset", _vae_train),

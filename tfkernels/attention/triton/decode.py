@@ -8,14 +8,13 @@ decoding). The cache may be paged: key j of row b then lies in page block_table[
 Bytes that must move: the visible keys and values once, 4 * D bytes per token and key head in bfloat16. The parts add (D
 + 1) * 4 bytes for each query, head and split.
 """
-import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import ROUNDED_PRODUCTS, Config, cdiv, lookup
+from tfkernels._launch import ROUNDED_PRODUCTS, Config, cdiv, lookup, multiprocessors
 from tfkernels._library import INTERPRET, result_like
 from tfkernels.attention.triton.forward import (
     base2_scores,
@@ -220,15 +219,6 @@ def _attention_merge(parts_ptr, parts_lse_ptr, sinks_ptr, out_ptr, lse_ptr, stri
     tl.store(lse_ptr + item, lse)
     tl.store(out_ptr + b * stride_ob + h * stride_oh + row * stride_os + offs_d, out.to(out_ptr.dtype.element_ty),
              mask=offs_d < HEAD_DIM)
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Return how many programs run at once, which says into how many parts to split the keys.
-
-    It is small in the interpreter, so that some tests split and some do not.
-    """
-    return 4 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def attention_decode(
