@@ -26,10 +26,10 @@ from transfusion.data.picture_files import open_picture
 from transfusion.device import choose_device
 from transfusion.eval.clip import Clip
 from transfusion.eval.detector import Detection, Detector
-from transfusion.eval.draw import PICTURES
+from transfusion.eval.draw import PICTURES, about_drawing
 from transfusion.eval.prompts import json_lines
 from transfusion.eval.results import Result, version_of, write_result
-from transfusion.files import check_writable, read_json, write_text
+from transfusion.files import check_writable, write_text
 from transfusion.settings import check
 
 THRESHOLD, COUNTING_THRESHOLD, MOST, MARGIN, GREY = 0.3, 0.9, 16, 0.1, "#999999"
@@ -207,8 +207,6 @@ def _check_names(pictures: list[tuple[Path, dict]], detector: Detector) -> None:
 
 def _results(settings: GenevalSettings, detector: Detector, clip: Clip, lines: list[dict], seconds: float):
     """Yield a result for each task and, last, their mean."""
-    drawing = settings.drawn / "drawing.json"
-    about = read_json(drawing) if drawing.is_file() else {}
     shares = {}
     for task in (*TASKS, *sorted({line["tag"] for line in lines} - set(TASKS))):
         right = [line["correct"] for line in lines if line["tag"] == task]
@@ -219,7 +217,7 @@ def _results(settings: GenevalSettings, detector: Detector, clip: Clip, lines: l
     for task, (share, count) in shares.items():
         lacking = f"; the mean is over {len(shares) - 1} tasks, without {', '.join(missing)}"
         yield Result("geneval", task, share, count, "transformers", version_of("transformers"), seconds,
-                     model=about.get("model", ""), weights_hash=about.get("weights_hash"), prompts=about.get("rule"),
-                     resize=detector.resize(), judge=f"Mask2Former {detector.name}, CLIP {clip.name}",
+                     **about_drawing(settings.drawn), resize=detector.resize(),
+                     judge=f"Mask2Former {detector.name}, CLIP {clip.name}",
                      note=NOTE + (lacking if missing and task == "overall" else ""),
                      details={"detector_weights_hash": detector.weights_hash, "clip_weights_hash": clip.weights_hash})
