@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tfkernels._launch import Config, cdiv, next_power_of_2
-from tfkernels._library import INTERPRET
+from tfkernels._library import INTERPRET, made_once
 from tfkernels.attention.triton.forward import dot_precision
 from tfkernels.patches.results import empty_embed_gradients, patch_gradients
 from tfkernels.patches.triton.layout import locate
@@ -192,7 +192,14 @@ def _strided(x: Tensor) -> tuple[Tensor, int, int, int]:
 
 
 def _index(places: Tensor, offsets: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Return the patch of each row of the sequence (T,), -1 for none, and the image of each patch (P,), both int32."""
+    """Return the patch of each row of the sequence (T,), -1 for none, and the image of each patch (P,), both int32.
+
+    They are made once for both passes.
+    """
+    return made_once(_made_index, places, offsets, tokens=tokens)
+
+
+def _made_index(places: Tensor, offsets: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     table = torch.full((tokens,), -1, dtype=torch.int32, device=places.device)
     image = table.new_empty(len(places))
     rows, block = len(places), COPY // 16
