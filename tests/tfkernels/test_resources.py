@@ -93,6 +93,8 @@ def compiled(row: Row, target: int | None = None) -> Resources:
         constants |= {"BLOCK_N": config.block_n, "SOFTCAP": variant == "softcap",
                       "PRECISION": "tf32" if variant == "tf32" else "ieee"}
         constants["CHECK_ROWS" if row.kernel == "dkv" else "CHECK_COLUMNS"] = variant == "check"
+    if "TMA" in KERNELS[row.kernel].arg_names:
+        constants["TMA"] = config.by_tma
     if row.kernel in ("decode", "wide"):
         constants |= {"PAGE_SIZE": 16 if variant == "paged" else 0, "SPLIT": variant != "sinks"}
     if "sinks_ptr" in KERNELS[row.kernel].arg_names and variant != "sinks":

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import Config, cdiv, lookup, next_power_of_2, since_triton
+from tfkernels._launch import Config, cdiv, loads_by_tma, lookup, next_power_of_2, since_triton
 from tfkernels._library import result_like
 from tfkernels.attention.triton.rows import (
     LOG2E,
@@ -83,8 +83,26 @@ def core(first, core_first, core_last, last, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def rows_of(base, stride, limit, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr):
+    """What `load_rows` takes tiles of BLOCK rows from: a pointer, or with TMA a descriptor of the rows before limit."""
+    if TMA:
+        return tl.make_tensor_descriptor(base, [tl.maximum(limit, 1), HEAD_DIM], [stride, 1], [BLOCK, D])
+    else:
+        return base
+
+
+@triton.jit
 def load_rows(base, start, offs, stride, limit, HEAD_DIM: tl.constexpr, D: tl.constexpr, BOUNDED: tl.constexpr):
     """Load rows start + offs of a (rows, HEAD_DIM) matrix as a (len(offs), D) tile; 0 outside."""
+    if isinstance(base, tl.tensor_descriptor):
+        return base.load([start, 0])
+    else:
+        return _load_by_pointers(base, start, offs, stride, limit, HEAD_DIM, D, BOUNDED)
+
+
+@triton.jit
+def _load_by_pointers(base, start, offs, stride, limit,
+                      HEAD_DIM: tl.constexpr, D: tl.constexpr, BOUNDED: tl.constexpr):
     offs_d = tl.arange(0, D)
     pointers = base + tl.cast(start, tl.int64) * stride + offs[:, None] * stride + offs_d[None, :]
     if BOUNDED and HEAD_DIM != D:
@@ -159,7 +177,7 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, bo
                    scale, softcap,
                    HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr,
-                   PRECISION: tl.constexpr):
+                   PRECISION: tl.constexpr, TMA: tl.constexpr):
     tiles = tl.cdiv(sq, BLOCK_M)
     pid = tl.program_id(0)
     start_m = (tiles - 1 - pid % tiles) * BLOCK_M  # causal rows grow longer: start the long ones first
@@ -171,6 +189,8 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, bo
 
     lo, hi, first, core_first, core_last, last = row_bounds(lo_ptr + b * stride_mask_rows,
                                                             hi_ptr + b * stride_mask_rows, rows, sq, sk)
+    k_head = rows_of(k_head, stride_ks, last, HEAD_DIM, D, BLOCK_N, TMA)
+    v_head = rows_of(v_head, stride_vs, last, HEAD_DIM_V, D_V, BLOCK_N, TMA)
     q = load_rows(q_ptr + b * stride_qb + h * stride_qh, start_m, offs_m, stride_qs, sq, HEAD_DIM, D, True)
     acc = tl.zeros([BLOCK_M, D_V], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -299,5 +319,5 @@ def attention_forward(
         *v.stride()[:3], *out.stride()[:3],
         batch_stride(lo), batch_stride(since), heads, heads // k.shape[1], sq, k.shape[2], offset, scale, softcap,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_COLUMNS=not rows_exact, SOFTCAP=softcap > 0,
-        PRECISION=dot_precision(q), **dims, **config.options)
+        PRECISION=dot_precision(q), TMA=loads_by_tma(config, k, v), **dims, **config.options)
     return out, lse

@@ -176,10 +176,10 @@ def _embed_bwd_images(parts_ptr, offsets_ptr, dcondition_ptr, rows, chunk,
 
 def tiles(table: dict, element_size: int, width: int, dim: int) -> dict:
     """Return a row of `table` as constexprs and launch options, for `width` columns and patches of `dim` elements."""
-    (block_r, block_c, num_warps, num_stages, _), widest = INTERPRETER if INTERPRET else table[element_size]
-    return {"C": width, "D": dim, "BLOCK_R": block_r, "BLOCK_C": block_c,
-            "BLOCK_D": min(max(16, next_power_of_2(dim)), widest), "num_warps": num_warps,
-            "num_stages": num_stages}
+    config, widest = INTERPRETER if INTERPRET else table[element_size]
+    return {"C": width, "D": dim, "BLOCK_R": config.block_m, "BLOCK_C": config.block_n,
+            "BLOCK_D": min(max(16, next_power_of_2(dim)), widest), "num_warps": config.num_warps,
+            "num_stages": config.num_stages}
 
 
 def _strided(x: Tensor) -> tuple[Tensor, int, int, int]:
