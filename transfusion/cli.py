@@ -54,6 +54,11 @@ def _vae_encode(args: list[str]) -> None:
     vae_encode_main(args)
 
 
+def _eval_draw(args: list[str]) -> None:
+    from transfusion.eval.draw import DrawSettings, draw
+    draw(tyro.cli(DrawSettings, args=args, prog="transfusion eval draw", config=(tyro.conf.AvoidSubcommands,)))
+
+
 def _data_check(args: list[str]) -> None:
     from transfusion.data.check import CheckSettings, check_mixture
     path, settings = _mixture_and_settings("transfusion data check", CheckSettings, args)
@@ -80,6 +85,9 @@ DATA_VERBS = {
     "check": ("count what a mixture holds, say what would fail, draw samples", _data_check),
     "encode": ("compute the latents of a mixture's pictures ahead of training", _data_encode),
 }
+EVAL_VERBS = {
+    "draw": ("draw a picture for each of many prompts", _eval_draw),
+}
 VAE_VERBS = {
     "train": ("train an autoencoder from a preset", _vae_train),
     "eval": ("measure an autoencoder on held-out pictures", _vae_eval),
@@ -94,6 +102,8 @@ VERBS = {
     "caption": ("write what follows an image", _caption),
     "data": ("check a mixture of one's own data, compute its latents",
              lambda args: run_verb("transfusion data", DATA_VERBS, args)),
+    "eval": ("draw many pictures, measure them",
+             lambda args: run_verb("transfusion eval", EVAL_VERBS, args)),
     "vae": ("train an autoencoder, measure it, cache latents",
             lambda args: run_verb("transfusion vae", VAE_VERBS, args)),
 }

@@ -33,10 +33,10 @@ import math
 import sys
 
 import torch
-import triton
 from torch import Tensor
 
 from tfkernels._arguments import need_between, need_tensors
+from tfkernels._launch import cdiv, next_power_of_2
 from tfkernels._library import INTERPRET, register
 from tfkernels.losses import cpu
 from tfkernels.losses.reference import (
@@ -142,7 +142,7 @@ def chunk_rows(rows: int, vocabulary: int, width: int) -> int:
 
     It is a power of two, FEWEST_ROWS or more, and otherwise about as many bytes as hidden's rows.
     """
-    return max(FEWEST_ROWS, triton.next_power_of_2(triton.cdiv(rows, triton.cdiv(vocabulary, width))))
+    return max(FEWEST_ROWS, next_power_of_2(cdiv(rows, cdiv(vocabulary, width))))
 
 
 def _check(op, hidden, weight, targets, rows, bias, row_weight):
@@ -201,7 +201,7 @@ def _walk(entropy, alignment, hidden, weight, targets, places, bias, row_weight,
                          "once fits")
     dweight.zero_(), dbias.zero_()
     size, options = chunk_rows(count, *weight.shape), EntropyOptions(softcap, smoothing, z_loss)
-    buffer = weight.new_empty(min(size, count), triton.cdiv(vocabulary, alignment) * alignment)[:, :vocabulary]
+    buffer = weight.new_empty(min(size, count), cdiv(vocabulary, alignment) * alignment)[:, :vocabulary]
     for start in range(0, count, size):
         part = slice(start, start + size)
         # 0 * NaN would reach dweight

@@ -1,4 +1,4 @@
-"""Kernels of the modulated norms and gated residuals (`tfkernels.norm`): a forward, a backward, a segmented sum.
+"""Kernels of the modulated norms and gated residuals (`tfkernels.norm`): a forward, a backward, its sums.
 
 Forward is one program per token: gate, add, statistics, normalise, modulate. A row wider than WIDEST_FORWARD is read in
 blocks, once per statistic.
@@ -10,8 +10,8 @@ Backward walks the tokens sorted by image, `rows` of them per program, and adds 
 It writes them when the image changes, into row program + image + 1 of `parts`. Along the sorted tokens both terms only
 grow, and one of them grows at each write. So no two writes meet, and programs + N + 2 rows suffice. `_norm_bwd_images`
 then sums each image's rows in order. What is left (dscale = weight a + bias b, dweight = sum over images (1 + scale) a,
-...) is arithmetic on (N + 1, C). A row wider than WIDEST_BACKWARD has its two means taken first (`_norm_bwd_means`) and
-is then split between programs. There are no atomics.
+...) is arithmetic on (N + 1, C), of `_norm_bwd_tables`. A row wider than WIDEST_BACKWARD has its two means taken first
+(`_norm_bwd_means`) and is then split between programs. There are no atomics.
 
 Without image ids (None, which Triton compiles as a constant) the tokens of batch row n are image n's: `row_len` of
 them, in order, so that nothing is sorted and no id is read.
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import Config
+from tfkernels._launch import Config, cdiv, next_power_of_2
 from tfkernels._library import INTERPRET, made_once
 
 # read one number at a time, or a size: no reason to compile again (see `tfkernels.attention.triton.tiles`)
@@ -40,13 +40,13 @@ BACKWARD_WARPS = {64: 1, 128: 1, 256: 1, 512: 1, 1024: 2, 2048: 4, 4096: 16}
 
 def forward_config(width: int) -> Config:
     """Return the rows (1), columns, warps and stages of a forward program for rows of `width`."""
-    block = min(max(triton.next_power_of_2(width), 64), WIDEST_FORWARD)
+    block = min(max(next_power_of_2(width), 64), WIDEST_FORWARD)
     return Config(1, block, FORWARD_WARPS[block], 2)
 
 
 def backward_config(width: int) -> Config:
     """Return the same for both kernels of the backward pass."""
-    block = min(max(triton.next_power_of_2(width), 64), WIDEST_BACKWARD)
+    block = min(max(next_power_of_2(width), 64), WIDEST_BACKWARD)
     return Config(1, block, BACKWARD_WARPS[block], 2)
 
 
@@ -258,6 +258,44 @@ def _norm_bwd_images(parts_ptr, starts_ptr, sums_ptr, images, row_len, rows, slo
     tl.store(sums_ptr + (kind * (images + 1) + image) * C + cols, tl.sum(total, 0), mask=inside)
 
 
+@triton.jit(do_not_specialize=["images"])
+def _norm_bwd_tables(sums_ptr, weight_ptr, bias_ptr, scale_ptr, dweight_ptr, dbias_ptr, dscale_ptr, dshift_ptr,
+                     dgate_ptr, images, stride_cn,
+                     C: tl.constexpr, LEVEL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the gradients of vectors (C,) and tables (N, C) from sums (N + 1, C), for a block of columns."""
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < C
+    plane = (images.to(tl.int64) + 1) * C
+    a_ptr, b_ptr, g_ptr = sums_ptr, sums_ptr + plane, sums_ptr + (1 + LEVEL) * plane
+    dweight, dbias = tl.zeros([BLOCK_M, BLOCK], tl.float32), tl.zeros([BLOCK_M, BLOCK], tl.float32)
+    for first in range(0, images, BLOCK_M):
+        n = (first + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+        valid = (n < images) & inside[None, :]
+        at = n * C + cols[None, :]
+        dscale = tl.load(a_ptr + C + at, mask=valid, other=0.0)
+        factor = 1 + tl.load(scale_ptr + n * stride_cn + cols[None, :], mask=valid, other=0.0).to(tl.float32)
+        if weight_ptr is not None:  # an image without tokens has sums of 0, and its scale may hold anything
+            dweight += tl.where(dscale == 0, 0.0, factor * dscale)
+            dscale *= tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if LEVEL:
+            b = tl.load(b_ptr + C + at, mask=valid, other=0.0)
+            if bias_ptr is not None:
+                dbias += tl.where(b == 0, 0.0, factor * b)
+                dscale += b * tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
+            if dshift_ptr is not None:
+                tl.store(dshift_ptr + at, b.to(dshift_ptr.dtype.element_ty), mask=valid)
+        tl.store(dscale_ptr + at, dscale.to(dscale_ptr.dtype.element_ty), mask=valid)
+        if dgate_ptr is not None:
+            g = tl.load(g_ptr + C + at, mask=valid, other=0.0)
+            tl.store(dgate_ptr + at, g.to(dgate_ptr.dtype.element_ty), mask=valid)
+    if weight_ptr is not None:
+        dweight = tl.load(a_ptr + cols, mask=inside, other=0.0) + tl.sum(dweight, 0)
+        tl.store(dweight_ptr + cols, dweight.to(dweight_ptr.dtype.element_ty), mask=inside)
+    if bias_ptr is not None:
+        dbias = tl.load(b_ptr + cols, mask=inside, other=0.0) + tl.sum(dbias, 0)
+        tl.store(dbias_ptr + cols, dbias.to(dbias_ptr.dtype.element_ty), mask=inside)
+
+
 def forward(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     scale: Tensor | None, shift: Tensor | None, image_ids: Tensor | None, eps: float, center: bool
@@ -273,13 +311,13 @@ def forward(
     rstd, mean = (x.new_empty(x.shape[:-1] if wanted else 0, dtype=torch.float32)
                   for wanted in (norm, norm and center))
     if tokens:
-        x, branch = _rows(x), _rows(branch)
-        gate, scale, shift = (columns_together(t) for t in (gate, scale, shift))
+        (x, stride_xs), (branch, stride_bs) = _rows(x), _rows(branch)
+        gate, scale, shift = columns_together(gate), columns_together(scale), columns_together(shift)
         launch = forward_config(width)
         _norm_fwd[(tokens,)](
             x,
             *_or(x, branch, gate, _vector(weight), _vector(bias), scale, shift),
-            None if image_ids is None else image_ids.reshape(-1).contiguous(),
+            _vector(image_ids),
             out,
             y,
             mean,
@@ -287,7 +325,11 @@ def forward(
             table.shape[0],
             row_len,
             eps,
-            *(_stride(t) for t in (x, branch, gate, scale, shift)),
+            stride_xs,
+            stride_bs,
+            _stride(gate),
+            _stride(scale),
+            _stride(shift),
             C=width,
             GATED=gated,
             NORM=norm,
@@ -304,8 +346,8 @@ def forward(
 
 def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor | None, gate: Tensor | None,
              weight: Tensor | None, scale: Tensor | None, image_ids: Tensor | None, mean: Tensor, rstd: Tensor,
-             center: bool, level: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return dx, dbranch and the sums a, b (with `level`) and g in float32, each (N + 1, C), text first.
+             center: bool, level: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dx, dbranch and the sums a, b (with `level`) and g in float32, (kinds, N + 1, C), text first.
 
     x is what the norm saw.
     """
@@ -317,34 +359,45 @@ def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor |
     kinds = norm + (norm and level) + gated
     sums = x.new_empty(kinds, images + 1, width, dtype=torch.float32)
     if not tokens:
-        return dx, dbranch, list(sums.zero_())
-    rows = max(FEWEST_ROWS, triton.cdiv(tokens, PROGRAMS))
-    programs = triton.cdiv(tokens, rows)
+        return dx, dbranch, sums.zero_()
+    rows = max(FEWEST_ROWS, cdiv(tokens, PROGRAMS))
+    programs = cdiv(tokens, rows)
     slots = programs + images + 2
     ordered, order, starts = (None,) * 3 if image_ids is None else made_once(sorted_tokens, image_ids, images=images)
-    image_ids = image_ids if image_ids is None else image_ids.reshape(-1)
     parts = x.new_empty(kinds, slots, width, dtype=torch.float32)
-    dy, dout, x, branch = (_rows(t) for t in (dy, dout, x, branch))
+    (dy, stride_ds), (dout, stride_os), (x, stride_xs), (branch, stride_bs) = map(_rows, (dy, dout, x, branch))
     gate, scale, weight, mean, rstd = (columns_together(gate), columns_together(scale), _vector(weight), _vector(mean),
                                        _vector(rstd))
+    stride_gn, stride_cn = _stride(gate), _stride(scale)
     launch = backward_config(width)
     options = {"BLOCK": launch.block_n, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
     means = rstd
     if norm and width > launch.block_n:
         means = x.new_empty(1 + center, tokens, dtype=torch.float32)
-        _norm_bwd_means[(tokens,)](dy, x, *_or(x, weight), scale, image_ids, mean, rstd, means, images,
-                                   row_len, tokens, _stride(dy), _stride(x), _stride(scale), C=width, CENTER=center,
+        _norm_bwd_means[(tokens,)](dy, x, *_or(x, weight), scale, _vector(image_ids), mean, rstd, means, images,
+                                   row_len, tokens, stride_ds, stride_xs, stride_cn, C=width, CENTER=center,
                                    WEIGHT=weight is not None, **options)
-    _norm_bwd[(programs, triton.cdiv(width, launch.block_n))](
+    _norm_bwd[(programs, cdiv(width, launch.block_n))](
         *_or(x, dy, dout, x, branch, gate, weight, scale), ordered, order, mean, rstd, means, dx, dbranch, parts,
-        images, row_len, tokens, rows, slots,
-        *(_stride(t) for t in (dy, dout, x, branch, gate, scale)), C=width, GATED=gated, NORM=norm, CENTER=center,
-        WEIGHT=weight is not None,
-        LEVEL=norm and level, **options)
-    _norm_bwd_images[(images + 1, triton.cdiv(width, IMAGES.block_n), kinds)](
+        images, row_len, tokens, rows, slots, stride_ds, stride_os, stride_xs, stride_bs, stride_gn, stride_cn,
+        C=width, GATED=gated, NORM=norm, CENTER=center, WEIGHT=weight is not None, LEVEL=norm and level, **options)
+    _norm_bwd_images[(images + 1, cdiv(width, IMAGES.block_n), kinds)](
         parts, starts, sums, images, row_len, rows, slots, C=width, BLOCK_M=IMAGES.block_m, BLOCK=IMAGES.block_n,
         num_warps=IMAGES.num_warps)
-    return dx, dbranch, list(sums)
+    return dx, dbranch, sums
+
+
+def tables(sums: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor | None,
+           gate: Tensor | None) -> tuple[Tensor, ...]:
+    """Return dweight, dbias, dscale, dshift and dgate from the sums of `backward`; of None, empty."""
+    given = (weight, bias, scale, shift, gate)
+    gradients = tuple(sums.new_empty(0) if t is None else t.new_empty(t.shape) for t in given)
+    (images, width), scale = scale.shape, columns_together(scale)
+    _norm_bwd_tables[(cdiv(width, IMAGES.block_n),)](
+        sums, _vector(weight), _vector(bias), scale, *(d if t is not None else t for t, d in zip(given, gradients)),
+        images, scale.stride(0), C=width, LEVEL=bias is not None or shift is not None, BLOCK_M=IMAGES.block_m,
+        BLOCK=IMAGES.block_n, num_warps=IMAGES.num_warps)
+    return gradients
 
 
 def _row_len(x: Tensor, image_ids: Tensor | None) -> int | None:
@@ -360,9 +413,15 @@ def sorted_tokens(image_ids: Tensor, images: int) -> tuple[Tensor, Tensor, Tenso
     return ordered, order, starts
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
-    """View (..., C) as (T, C) with the columns side by side; a copy only where the strides allow no such view."""
-    return x if x is None else columns_together(x.reshape(-1, x.shape[-1]))
+def _rows(x: Tensor | None) -> tuple[Tensor | None, int]:
+    """Return (..., C) with the columns side by side and its rows evenly apart, and how far; a copy only where they are
+    not."""
+    if x is None:
+        return None, 0
+    if not x.is_contiguous():
+        x = columns_together(x.reshape(-1, x.shape[-1]))
+        return x, x.stride(0)
+    return x, x.shape[-1]
 
 
 def columns_together(x: Tensor | None) -> Tensor | None:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import ROUNDED_PRODUCTS
+from tfkernels._launch import ROUNDED_PRODUCTS, cdiv, next_power_of_2
 from tfkernels._library import INTERPRET
 from tfkernels.rotary.results import dense_rows, empty_gradients, empty_like, even_rows
 
@@ -172,9 +172,9 @@ def _qk_norm_rotary_bwd(dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, q_weight_ptr, k_we
 def launch_config(heads: int, kv_heads: int, dim: int, half: int, tile: int, warp: int) -> tuple[dict, int]:
     """Return the constexprs of a program's tiles of at most `tile` elements, and its warps, one for `warp` of them."""
     rest = dim - 2 * half
-    block, block_rest = triton.next_power_of_2(half), triton.next_power_of_2(max(1, rest))
-    row = triton.next_power_of_2(2 * block + (block_rest if rest else 0))
-    block_h, block_k = (min(triton.next_power_of_2(max(1, n)), max(1, tile // row)) for n in (heads, kv_heads))
+    block, block_rest = next_power_of_2(half), next_power_of_2(max(1, rest))
+    row = next_power_of_2(2 * block + (block_rest if rest else 0))
+    block_h, block_k = (min(next_power_of_2(max(1, n)), max(1, tile // row)) for n in (heads, kv_heads))
     sizes = {"H": heads, "K": kv_heads, "HALF": half, "REST": rest}
     return (sizes | {"BLOCK_H": block_h, "BLOCK_K": block_k, "BLOCK": block, "BLOCK_REST": block_rest},
             max(1, max(block_h, block_k) * row // warp))
@@ -207,8 +207,8 @@ def backward(dq_out: Tensor | None, dk_out: Tensor | None, q: Tensor | None, k: 
     given = dk_out if dq_out is None else dq_out
     cos, sin = even_rows(cos), even_rows(sin)
     constants, warps = launch_config(heads, kv_heads, given.shape[-1], half, *BACKWARD)
-    rows = triton.cdiv(batch * tokens, PROGRAMS)
-    programs = triton.cdiv(batch * tokens, rows)
+    rows = cdiv(batch * tokens, PROGRAMS)
+    programs = cdiv(batch * tokens, rows)
     norms = q_weight is not None, k_weight is not None
     parts = cos.new_empty(sum(norms), programs, given.shape[-1], dtype=torch.float32)
     tensors = _or(given, dq_out, dk_out, q, k)

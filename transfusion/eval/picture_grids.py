@@ -1,7 +1,9 @@
 """Grids of pictures: generated beside real ones, and what an autoencoder keeps of them."""
+import textwrap
 from pathlib import Path
 
 import matplotlib
+from PIL import Image as Picture
 from torch import Tensor
 
 matplotlib.use("Agg")
@@ -65,6 +67,22 @@ def emoji_grid(path: Path, titles: list[str], shown: Tensor, drawn: Tensor, real
         if i % lines == 0:
             for axis, title in zip((line[0], line[1], line[-1]), ("shown", "drawn", "never shown")):
                 axis.text(0, 1.45, title, transform=axis.transAxes, fontsize=8, fontweight="bold")
+    with written(path) as aside:
+        figure.savefig(aside, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def contact_sheet(path: Path, pictures: list[Path], titles: list[str], columns: int = 8) -> None:
+    """Write the picture files, eight on a line, each above the beginning of its title."""
+    lines = -(-len(pictures) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(1.5 * columns, 1.75 * lines), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, file, title in zip(axes.flat, pictures, titles):
+        with Picture.open(file) as picture:
+            axis.imshow(picture.convert("RGB"), interpolation="nearest")
+        shown = "\n".join(textwrap.wrap(title, 26, max_lines=2, placeholder=" ...")).replace("$", r"\$")
+        axis.set_title(shown, fontsize=6, y=-0.02, va="top")
     with written(path) as aside:
         figure.savefig(aside, dpi=150, bbox_inches="tight")
     plt.close(figure)

@@ -259,6 +259,15 @@ def test_strides_as_they_come_give_equal_results(op):
 
 
 @pytest.mark.parametrize("op", ARGUMENTS)
+def test_an_index_with_gaps_between_its_numbers_gives_equal_results(op):
+    case = random_case(packed_index(9), 72, 4)
+    apart = torch.stack([case.index, torch.full_like(case.index, 3)], -1)[..., 0]
+    assert apart.stride() == (2,)
+    found, expected = (run(op, Case(case.tensors, index, case.arriving), torch.float32) for index in (apart, case.index))
+    assert all(torch.equal(a, b) for a, b in zip(found.values(), expected.values(), strict=True))
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
 def test_the_gradients_are_the_same_to_the_bit_every_time(op):
     case = random_case(packed_index(61), 130, 4)
     first = run(op, case, torch.float32)
@@ -327,10 +336,11 @@ def compiled(kernel, op, width, architecture, size, left_out=("row_len",)):
     """Compile one kernel with everything it can be asked for but the arguments `left_out`."""
     center = op != "fused"  # layer norm has no fused form
     flags = FLAGS[op] | {"C": width, "CENTER": center, "WEIGHT": True}
-    if kernel == "images":
-        return resources(kernels._norm_bwd_images,
-                         {"C": width, "BLOCK_M": kernels.IMAGES.block_m, "BLOCK": kernels.IMAGES.block_n}
-                         | dict.fromkeys(set(left_out) & {p.name for p in kernels._norm_bwd_images.params}),
+    if kernel in ("images", "tables"):
+        function = {"images": kernels._norm_bwd_images, "tables": kernels._norm_bwd_tables}[kernel]
+        return resources(function, {"C": width, "BLOCK_M": kernels.IMAGES.block_m, "BLOCK": kernels.IMAGES.block_n}
+                         | ({"LEVEL": True} if kernel == "tables" else {})
+                         | dict.fromkeys(set(left_out) & {p.name for p in function.params}),
                          kernels.IMAGES, architecture=architecture, element_size=size)
     launch: Config = kernels.forward_config(width) if kernel == "fwd" else kernels.backward_config(width)
     constants = {"fwd": flags | {"BIAS": center, "SHIFT": True}, "bwd": flags | {"LEVEL": True},
@@ -348,7 +358,7 @@ def compiled(kernel, op, width, architecture, size, left_out=("row_len",)):
 def test_the_kernels_spill_nothing(width, size, architecture):
     variants = [(kernel, op) for kernel in ("fwd", "bwd") for op in FLAGS] + [("means", "norm")] * (
         width > kernels.WIDEST_BACKWARD
-    ) + [("images", "norm")]
+    ) + [("images", "norm"), ("tables", "norm")]
     for kernel, op in variants:
         found = compiled(kernel, op, width, architecture, size)
         assert found.fit(architecture), (kernel, op, found)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import ROUNDED_PRODUCTS, Config, lookup
+from tfkernels._launch import ROUNDED_PRODUCTS, Config, cdiv, lookup
 from tfkernels._library import result_like
 from tfkernels.attention.sinks import sink_gradients
 from tfkernels.attention.triton.delta import DELTA_ROWS, _attention_bwd_delta
@@ -26,7 +26,7 @@ from tfkernels.attention.triton.forward import (
     rows_contiguous,
     sees_keys,
 )
-from tfkernels.attention.triton.parts import head_splits, multiprocessors, store_result_or_part, sum_parts
+from tfkernels.attention.triton.parts import empty_head_parts, head_splits, multiprocessors, store_or_part, sum_parts
 from tfkernels.attention.triton.rows import (
     LOG2E,
     dkv_row,
@@ -348,10 +348,10 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
     dk, dv = tl.where(seen[:, None], dk * scale, 0.0), tl.where(seen[:, None], dv, 0.0)
     row = start_n.to(tl.int64) + offs_n[:, None]
     part = parts_ptr + ((b * heads + h) * sk + row) * (HEAD_DIM + HEAD_DIM_V)
-    store_result_or_part(dk_ptr + b * stride_dkb + h * stride_dkh + row * stride_dks + offs_d[None, :],
-                         part + offs_d[None, :], dk, good[:, None] & (offs_d < HEAD_DIM)[None, :], splits)
-    store_result_or_part(dv_ptr + b * stride_dvb + h * stride_dvh + row * stride_dvs + offs_v[None, :],
-                         part + HEAD_DIM + offs_v[None, :], dv, good[:, None] & (offs_v < HEAD_DIM_V)[None, :], splits)
+    store_or_part(dk_ptr + b * stride_dkb + h * stride_dkh + row * stride_dks + offs_d[None, :],
+                  part + offs_d[None, :], dk, good[:, None] & (offs_d < HEAD_DIM)[None, :], splits)
+    store_or_part(dv_ptr + b * stride_dvb + h * stride_dvh + row * stride_dvs + offs_v[None, :],
+                  part + HEAD_DIM + offs_v[None, :], dv, good[:, None] & (offs_v < HEAD_DIM_V)[None, :], splits)
 
     bad = (cols < sk) & (good == 0)
     n = next_of(bad, offs_n, -1, BLOCK_N)
@@ -371,14 +371,14 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
             tl.minimum(tl.load(until_ptr + b_n * stride_mask_columns + col) - offset, sq), col, group, sq,
             scale, softcap, HEAD_DIM, D, HEAD_DIM_V, D_V, CHECK_ROWS, SOFTCAP)
         part_n = parts_ptr + ((b_n * heads + h_n) * sk + col) * (HEAD_DIM + HEAD_DIM_V)
-        store_result_or_part(dk_ptr + b_n * stride_dkb + h_n * stride_dkh + col * stride_dks + offs_d,
-                             part_n + offs_d, col_dk * scale, offs_d < HEAD_DIM, splits)
-        store_result_or_part(dv_ptr + b_n * stride_dvb + h_n * stride_dvh + col * stride_dvs + offs_v,
-                             part_n + HEAD_DIM + offs_v, col_dv, offs_v < HEAD_DIM_V, splits)
+        store_or_part(dk_ptr + b_n * stride_dkb + h_n * stride_dkh + col * stride_dks + offs_d,
+                      part_n + offs_d, col_dk * scale, offs_d < HEAD_DIM, splits)
+        store_or_part(dv_ptr + b_n * stride_dvb + h_n * stride_dvh + col * stride_dvs + offs_v,
+                      part_n + HEAD_DIM + offs_v, col_dv, offs_v < HEAD_DIM_V, splits)
         n = next_of(bad, offs_n, n, BLOCK_N)
 
 
-def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+def attention_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                        lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, rows_exact: bool, columns_exact: bool,
                        offset: int, scale: float, softcap: float, sinks: Tensor | None = None) -> list[Tensor]:
     """Launch the backward kernels; return dq, dk, dv in the inputs' dtype, laid out as `result_like` says, and
@@ -392,25 +392,24 @@ def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tens
     dims = head_dims(q, v)
     widest = max(dims["D"], dims["D_V"])
     delta = torch.empty_like(lse)
-    _attention_bwd_delta[(triton.cdiv(sq, DELTA_ROWS) * batch * heads,)](
-        out, dout, lse, dlse.contiguous(), delta, *out.stride()[:3], *dout.stride()[:3], heads, sq,
-        HEAD_DIM=dims["HEAD_DIM_V"], D=dims["D_V"], BLOCK_M=DELTA_ROWS, num_warps=4, **ROUNDED_PRODUCTS)
+    _attention_bwd_delta[(cdiv(sq, DELTA_ROWS) * batch * heads,)](
+        out, dout, lse, None if dlse is None else dlse.contiguous(), delta, *out.stride()[:3], *dout.stride()[:3],
+        heads, sq, HEAD_DIM=dims["HEAD_DIM_V"], D=dims["D_V"], BLOCK_M=DELTA_ROWS, num_warps=4, **ROUNDED_PRODUCTS)
     shared = (batch_stride(lo), batch_stride(since))
     group, sizes = heads // kv_heads, (sq, sk, offset, scale, softcap)
     constants = dict(**dims, SOFTCAP=softcap > 0, PRECISION=dot_precision(q))
     config = lookup(DQ_CONFIGS, q, widest, heavy=not rows_exact)
     bounds = lo if rows_exact else tile_bounds(since, until, config.block_n)
-    _attention_bwd_dq[(triton.cdiv(sq, config.block_m) * batch * heads,)](
+    _attention_bwd_dq[(cdiv(sq, config.block_m) * batch * heads,)](
         q, k, v, dout, lse, delta, lo, hi, since, until, bounds, dq,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *dq.stride()[:3], *shared, heads, group,
         *sizes, BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_COLUMNS=not rows_exact, **constants,
         **config.options)
     config = lookup(DKV_CONFIGS, q, widest, heavy=softcap > 0 or not columns_exact)
     bounds = lo if columns_exact else tile_bounds(lo, hi, config.block_m)
-    programs = triton.cdiv(sk, config.block_n) * batch * kv_heads
+    programs = cdiv(sk, config.block_n) * batch * kv_heads
     splits = head_splits(programs, group, multiprocessors(q.device))
-    parts = (torch.empty(batch, kv_heads * splits, sk, k.shape[3] + v.shape[3], dtype=torch.float32, device=q.device)
-             if splits > 1 else delta)
+    parts = empty_head_parts(k, v, splits) if splits > 1 else delta
     _attention_bwd_dkv[(programs * splits,)](
         q, k, v, dout, lse, delta, lo, hi, since, until, bounds, dk, dv, parts,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],

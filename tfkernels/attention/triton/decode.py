@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import Config, lookup
+from tfkernels._launch import Config, cdiv, lookup
 from tfkernels._library import INTERPRET, result_like
 from tfkernels.attention.triton.forward import (
     base2_scores,
@@ -206,7 +206,7 @@ def attention_decode(
     group = heads // kv_heads
     dims = head_dims(q, v)
     config = lookup(CONFIGS if sq * group <= 16 else WIDE_CONFIGS, q, max(dims["D"], dims["D_V"]))
-    tiles = triton.cdiv(sq * group, config.block_m)
+    tiles = cdiv(sq * group, config.block_m)
     splits = key_splits(tiles * batch * kv_heads, 2 * multiprocessors(q.device), sk, SPLIT_KEYS)
     parts, parts_lse = empty_parts(out, splits) if splits > 1 else (out, lse)
     _attention_decode[(tiles * splits * batch * kv_heads,)](

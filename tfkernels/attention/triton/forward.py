@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import Config, lookup
+from tfkernels._launch import Config, cdiv, lookup, next_power_of_2
 from tfkernels._library import INTERPRET, result_like
 from tfkernels.attention.triton.parts import empty_parts, key_splits, merge, multiprocessors, part_of
 from tfkernels.attention.triton.rows import (
@@ -293,7 +293,8 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, bo
 
 def rows_contiguous(x: Tensor) -> Tensor:
     """Return x with unit stride in its last dimension and a row stride that int32 holds 128 times; else a copy."""
-    return x if x.stride(-1) == 1 and (x.ndim < 2 or 128 * x.stride(-2) < 2**31) else x.contiguous()
+    *_, rows, columns = 0, *x.stride()
+    return x if columns == 1 and 128 * rows < 2**31 else x.contiguous()
 
 
 def batch_stride(x: Tensor) -> int:
@@ -303,7 +304,7 @@ def batch_stride(x: Tensor) -> int:
 
 def padded_dim(head_dim: int) -> int:
     """Return the width of the tiles that hold heads of `head_dim`."""
-    return max(32, triton.next_power_of_2(head_dim))
+    return max(32, next_power_of_2(head_dim))
 
 
 def head_dims(q: Tensor, v: Tensor) -> dict[str, int]:
@@ -331,7 +332,7 @@ def attention_forward(
         return out, lse
     dims = head_dims(q, v)
     config = lookup(CONFIGS, q, max(dims["D"], dims["D_V"]), heavy=not rows_exact)
-    programs = triton.cdiv(sq, config.block_m) * batch * heads
+    programs = cdiv(sq, config.block_m) * batch * heads
     # Not where a gradient is asked for: what is trained is the same numbers on every device.
     splits = (1 if any(x.requires_grad for x in (q, k, v))
               else key_splits(programs, multiprocessors(q.device), k.shape[2], SPLIT_KEYS))

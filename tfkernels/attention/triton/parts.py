@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import ROUNDED_PRODUCTS
+from tfkernels._launch import ROUNDED_PRODUCTS, cdiv
 from tfkernels._library import INTERPRET
 from tfkernels.attention.triton.rows import LOWEST, finished
 from tfkernels.attention.triton.tiles import SCALAR_ARGUMENTS
@@ -100,7 +100,7 @@ def merge(parts: Tensor, parts_lse: Tensor, sinks: Tensor | None, out: Tensor, l
 
 
 @triton.jit
-def store_result_or_part(result_ptr, part_ptr, x, mask, splits):
+def store_or_part(result_ptr, part_ptr, x, mask, splits):
     """Store a result in its dtype, or, if it has several parts, one of them in float32."""
     if splits > 1:
         tl.store(part_ptr, x, mask=mask)
@@ -139,10 +139,15 @@ def _attention_bwd_sum(parts_ptr, dk_ptr, dv_ptr, stride_dkb, stride_dkh, stride
              mask=inside_v)
 
 
+def empty_head_parts(k: Tensor, v: Tensor, splits: int) -> Tensor:
+    """Return memory for the float32 gradients of k and v side by side, `splits` times for each of their heads."""
+    batch, kv_heads, sk, dim = k.shape
+    return torch.empty(batch, kv_heads * splits, sk, dim + v.shape[3], dtype=torch.float32, device=k.device)
+
+
 def sum_parts(parts: Tensor, dk: Tensor, dv: Tensor, dims: dict[str, int]) -> None:
-    """Write dk and dv (B, K, Sk, D and Dv), the sums of (B, K * splits, Sk, D + Dv): the parts of a head lie together.
-    """
+    """Write dk and dv, the sums of what `empty_head_parts` gave and a kernel filled."""
     (batch, kv_heads, sk, _), splits = dk.shape, parts.shape[1] // dk.shape[1]
-    _attention_bwd_sum[(triton.cdiv(sk, SUMMED_ROWS) * batch * kv_heads,)](
+    _attention_bwd_sum[(cdiv(sk, SUMMED_ROWS) * batch * kv_heads,)](
         parts, dk, dv, *dk.stride()[:3], *dv.stride()[:3], kv_heads, sk, splits, BLOCK_N=SUMMED_ROWS, num_warps=4,
         **dims)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import ROUNDED_PRODUCTS, Config
+from tfkernels._launch import ROUNDED_PRODUCTS, Config, cdiv, next_power_of_2
 from tfkernels._library import INTERPRET
 from tfkernels.attention.triton.forward import dot_precision
 from tfkernels.losses.triton.diffusion import BLOCK, _diffusion_loss_images, rows_of_one_size
@@ -47,15 +47,15 @@ def config(table: dict, element_size: int) -> Config:
 def tile(dim: int, element_size: int) -> dict:
     """Return the constexprs of a tile of D."""
     least, most = (16, 16) if INTERPRET else TILES[element_size]
-    return {"DIM": dim, "BLOCK_D": min(max(least, triton.next_power_of_2(dim)), most)}
+    return {"DIM": dim, "BLOCK_D": min(max(least, next_power_of_2(dim)), most)}
 
 
 def chunks(rows: int, dim: int, width: int, element_size: int) -> tuple[int, int]:
     """Return into how many chunks backward cuts the patches and the patches of each."""
-    tiles = triton.cdiv(width, config(BACKWARD, element_size).block_n) * triton.cdiv(dim,
+    tiles = cdiv(width, config(BACKWARD, element_size).block_n) * cdiv(dim,
                                                                                      tile(dim, element_size)["BLOCK_D"])
-    span = triton.cdiv(rows, max(1, min(PROGRAMS // tiles, PARTIAL_BYTES // (4 * dim * width), rows // FEWEST_ROWS)))
-    return triton.cdiv(rows, span), span
+    span = cdiv(rows, max(1, min(PROGRAMS // tiles, PARTIAL_BYTES // (4 * dim * width), rows // FEWEST_ROWS)))
+    return cdiv(rows, span), span
 
 
 @triton.jit
@@ -250,7 +250,7 @@ def forward(
     sums = x0_factor.new_empty(rows)
     pointers, numbers, constants = geometry(x0, offsets, columns, patch)
     launch = config(FORWARD, hidden.element_size())
-    _head_loss_fwd[(triton.cdiv(rows, launch.block_m),)](
+    _head_loss_fwd[(cdiv(rows, launch.block_m),)](
         hidden,
         places,
         scale,
@@ -317,7 +317,7 @@ def backward(
     parts, base_parts = (dloss.new_empty((slots, width) if of_scale else 0),
                          dloss.new_empty((slots, dim) if of_base else 0))
     dweight = dloss.new_empty((count, dim, width) if of_weight else 0)
-    layers, flags = (triton.cdiv(dim, constants["BLOCK_D"]),
+    layers, flags = (cdiv(dim, constants["BLOCK_D"]),
                      {"HIDDEN": of_hidden, "SCALE": of_scale, "WEIGHT": of_weight, "BASE": of_base})
     off = dict.fromkeys(flags, False)
     rounds = ([(1, flags)]
@@ -326,7 +326,7 @@ def backward(
                     (layers, off | {n: flags[n] for n in ("WEIGHT", "BASE")})])
     for depth, part in rounds:
         if any(part.values()):
-            _head_loss_bwd[(triton.cdiv(width, launch.block_n), count, depth)](
+            _head_loss_bwd[(cdiv(width, launch.block_n), count, depth)](
                 k, k / top, hidden, places, scale, weight, offsets, error, statistics, dhidden, parts, base_parts,
                 dweight, images, rows,
                 len(offsets).bit_length(), len(hidden), span, hidden.stride(0), scale.stride(0), C=width,
@@ -344,7 +344,7 @@ def _of_images(parts: Tensor, starts: Tensor, images: int, span: int) -> Tensor:
     """Sum `parts` (slots, C) per image, chunk by chunk: (N, C)."""
     width = parts.shape[1]
     sums = parts.new_empty(images + 1, width)
-    _norm_bwd_images[(images + 1, triton.cdiv(width, IMAGES.block_n), 1)](
+    _norm_bwd_images[(images + 1, cdiv(width, IMAGES.block_n), 1)](
         parts, starts, sums, images, 0, span, len(parts), C=width, BLOCK_M=IMAGES.block_m, BLOCK=IMAGES.block_n,
         num_warps=IMAGES.num_warps)
     return sums[1:]
