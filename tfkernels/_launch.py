@@ -1,15 +1,18 @@
 """Launch configurations: one table per kernel, keyed by (architecture, bytes per element, padded head dim).
 
 A table is data, written by an offline tuner and gated by `tests/tfkernels/test_resources.py`, which compiles every row
-for its architecture and requires zero spills and shared memory within the card's limit. Nothing is tuned at call time.
+for its architecture and requires zero spills and shared memory within the card's limit, on every Triton it is run with:
+a row that fits some of them alone names the first (`since_triton`). Nothing is tuned at call time.
 """
 import functools
 from typing import NamedTuple
 
 import torch
+import triton
 
 from tfkernels._library import INTERPRET
 
+TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
 ARCHITECTURES = (80, 90, 100)
 BASE = {120: 80}  # whose rows an architecture takes where a table has none of its own
 # bytes a block may use; the 80 rows also fit the 99 KiB of sm_86, sm_89 and sm_120
@@ -51,6 +54,11 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def since_triton(version: tuple[int, int], config: Config, *, before: Config) -> Config:
+    """Return a table's row where it depends on the compiler: `config` spills on Tritons older than `version`."""
+    return config if version <= TRITON else before
+
+
 INTERPRETER = Config(32, 16, 4, 1)  # small and unequal, so that short test sequences cross many tile edges
 
 
@@ -58,6 +66,13 @@ INTERPRETER = Config(32, 16, 4, 1)  # small and unequal, so that short test sequ
 def architecture(device: torch.device) -> int:
     """Return the table architecture whose rows `device` can run."""
     return table_architecture(torch.cuda.get_device_capability(device))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors `device` has; few in the interpreter, so that some tests share and some do not.
+    """
+    return 4 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def table_architecture(capability: tuple[int, int]) -> int:

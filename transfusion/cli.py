@@ -59,6 +59,26 @@ def _eval_draw(args: list[str]) -> None:
     draw(tyro.cli(DrawSettings, args=args, prog="transfusion eval draw", config=(tyro.conf.AvoidSubcommands,)))
 
 
+def _eval_images(args: list[str]) -> None:
+    from transfusion.eval.images import ImagesSettings, images
+    images(tyro.cli(ImagesSettings, args=args, prog="transfusion eval images"))
+
+
+def _eval_captions(args: list[str]) -> None:
+    from transfusion.eval.captions import CaptionsSettings, captions
+    captions(tyro.cli(CaptionsSettings, args=args, prog="transfusion eval captions"))
+
+
+def _eval_report(args: list[str]) -> None:
+    from transfusion.eval.report import ReportSettings, report
+    report(tyro.cli(ReportSettings, args=args, prog="transfusion eval report"))
+
+
+def _eval_questions(args: list[str]) -> None:
+    from transfusion.eval.known_answers import QuestionsSettings, evaluate_questions
+    evaluate_questions(tyro.cli(QuestionsSettings, args=args, prog="transfusion eval questions"))
+
+
 def _data_check(args: list[str]) -> None:
     from transfusion.data.check import CheckSettings, check_mixture
     path, settings = _mixture_and_settings("transfusion data check", CheckSettings, args)
@@ -87,6 +107,10 @@ DATA_VERBS = {
 }
 EVAL_VERBS = {
     "draw": ("draw a picture for each of many prompts", _eval_draw),
+    "images": ("compare drawn pictures with real ones and with their prompts", _eval_images),
+    "captions": ("score captions against references", _eval_captions),
+    "report": ("put all results into one table", _eval_report),
+    "questions": ("ask questions of one's own about pictures, whose answers are known", _eval_questions),
 }
 VAE_VERBS = {
     "train": ("train an autoencoder from a preset", _vae_train),
@@ -102,7 +126,7 @@ VERBS = {
     "caption": ("write what follows an image", _caption),
     "data": ("check a mixture of one's own data, compute its latents",
              lambda args: run_verb("transfusion data", DATA_VERBS, args)),
-    "eval": ("draw many pictures, measure them",
+    "eval": ("evaluate a model: pictures, captions, questions, a report",
              lambda args: run_verb("transfusion eval", EVAL_VERBS, args)),
     "vae": ("train an autoencoder, measure it, cache latents",
             lambda args: run_verb("transfusion vae", VAE_VERBS, args)),

@@ -11,9 +11,9 @@ With n the image id of a token, -1 for text, for which scale[-1] = shift[-1] = 0
 Sources: RMS norm arXiv:1910.07467, layer norm arXiv:1607.06450, adaLN-zero arXiv:2212.09748 (section 3.2). scale, shift
 and gate hold one row per image and are never expanded to tokens: a program reads its token's row. The forward saves x,
 1 / std and the mean. The backward computes the rest again in one pass over the tokens, sorted by image, and sums
-dscale, dshift, dgate and dweight per image in an order that depends on the shapes alone. There are no atomics and no
-host synchronisation, and gradients are equal to the bit each time. The specification is in `reference.py`, the kernels
-are in `triton.py`.
+dscale, dshift, dgate and dweight per image in an order that depends on the shapes and on the device's multiprocessors
+alone. There are no atomics and no host synchronisation, and gradients are equal to the bit each time. The specification
+is in `reference.py`, the kernels are in `triton.py`.
 
 Bytes that must move, with e bytes per element, T tokens and C columns (tables and statistics aside):
 
@@ -232,7 +232,8 @@ _norm_forward, _gated_forward, _gated_norm_forward = (
     zip(_NAMES, _forwards(triton.forward), _forwards(cpu.forward), (_norm_fake, _gated_fake, _gated_norm_fake)))
 _norm_backward, _gated_backward, _gated_norm_backward = (
     register(f"{name}_backward", kernel=kernel, cpu=cpu, fake=fake)
-    for name, kernel, cpu, fake in zip(_NAMES, _backwards(triton.backward, triton.tables), _backwards(cpu.backward, cpu.tables),
+    for name, kernel, cpu, fake in zip(_NAMES, _backwards(triton.backward, triton.tables),
+                                       _backwards(cpu.backward, cpu.tables),
                                        (_norm_backward_fake, _gated_backward_fake, _gated_norm_backward_fake))
 )
 

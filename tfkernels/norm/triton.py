@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import Config, cdiv, next_power_of_2
+from tfkernels._launch import Config, cdiv, multiprocessors, next_power_of_2
 from tfkernels._library import INTERPRET, made_once
 
 # read one number at a time, or a size: no reason to compile again (see `tfkernels.attention.triton.tiles`)
@@ -30,12 +30,16 @@ SCALAR_ARGUMENTS = ["image_ids_ptr", "order_ptr", "starts_ptr", "mean_ptr", "rst
 # columns that one block holds; small in the interpreter, so that tests reach the loops
 WIDEST_FORWARD = 64 if INTERPRET else 8192
 WIDEST_BACKWARD = 64 if INTERPRET else 4096
-PROGRAMS = 1024  # of the backward kernel at most, and so of rows of partial sums; fixed: the sums' order is, too
+# Programs of the backward kernel for a block of columns, at most. Each writes a row of partial sums of text and of each
+# of its images, and one program adds all of text's. Few where rows are wide, which a multiprocessor holds few of.
+PROGRAMS = 1024
 FEWEST_ROWS = 3 if INTERPRET else 8          # tokens of one of them at least
 IMAGES = Config(32, 64, 4, 3)                # rows and columns of partial sums read together
 FORWARD_WARPS = {64: 1, 128: 1, 256: 1, 512: 2, 1024: 4, 2048: 4, 4096: 8, 8192: 16}  # by the block of columns
 # twice as many of 512, 1024, half as many of 4096 spill
 BACKWARD_WARPS = {64: 1, 128: 1, 256: 1, 512: 1, 1024: 2, 2048: 4, 4096: 16}
+# programs of the backward kernel that a multiprocessor's registers hold at once, by the block of columns
+RESIDENT = {64: 16, 128: 16, 256: 16, 512: 15, 1024: 7, 2048: 3, 4096: 1}
 
 
 def forward_config(width: int) -> Config:
@@ -48,6 +52,18 @@ def backward_config(width: int) -> Config:
     """Return the same for both kernels of the backward pass."""
     block = min(max(next_power_of_2(width), 64), WIDEST_BACKWARD)
     return Config(1, block, BACKWARD_WARPS[block], 2)
+
+
+def backward_rows(tokens: int, width: int, multiprocessors: int) -> tuple[int, int]:
+    """Return the rows of a program of the backward kernel, and how many programs share the tokens.
+
+    They all run at once, where FEWEST_ROWS and PROGRAMS allow: more would write more partial sums and leave the last
+    wave unfilled.
+    """
+    block = backward_config(width).block_n
+    programs = min(PROGRAMS, max(1, multiprocessors * RESIDENT[block] // cdiv(width, block)))
+    rows = max(FEWEST_ROWS, cdiv(tokens, programs))
+    return rows, cdiv(tokens, rows)
 
 
 @triton.jit
@@ -360,8 +376,8 @@ def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor |
     sums = x.new_empty(kinds, images + 1, width, dtype=torch.float32)
     if not tokens:
         return dx, dbranch, sums.zero_()
-    rows = max(FEWEST_ROWS, cdiv(tokens, PROGRAMS))
-    programs = cdiv(tokens, rows)
+    launch = backward_config(width)
+    rows, programs = backward_rows(tokens, width, multiprocessors(x.device))
     slots = programs + images + 2
     ordered, order, starts = (None,) * 3 if image_ids is None else made_once(sorted_tokens, image_ids, images=images)
     parts = x.new_empty(kinds, slots, width, dtype=torch.float32)
@@ -369,7 +385,6 @@ def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor |
     gate, scale, weight, mean, rstd = (columns_together(gate), columns_together(scale), _vector(weight), _vector(mean),
                                        _vector(rstd))
     stride_gn, stride_cn = _stride(gate), _stride(scale)
-    launch = backward_config(width)
     options = {"BLOCK": launch.block_n, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
     means = rstd
     if norm and width > launch.block_n:

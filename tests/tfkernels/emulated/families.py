@@ -238,7 +238,8 @@ FAMILIES |= {
     "diffusion loss": Family(diffusion_losses,
                              {"_diffusion_loss_rows", "_diffusion_loss_images", "_diffusion_loss_bwd"}),
     "diffusion loss from hidden states": Family(
-        head_losses, {"_head_loss_fwd", "_head_loss_bwd", "_diffusion_loss_images", "_norm_bwd_images"},
+        head_losses, {"_head_loss_fwd", "_head_loss_factors", "_head_loss_bwd", "_diffusion_loss_images",
+                      "_norm_bwd_images"},
         lambda kernel, key: kernel in ("_head_loss_fwd", "_head_loss_bwd")),
     "cross-entropy": Family(entropies, {"_cross_entropy_rows"}, lambda kernel, key: kernel == "_cross_entropy_rows"),
     "mask": Family(mask_integers, {"_mask_intervals"}),

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import ROUNDED_PRODUCTS, Config, cdiv, lookup
+from tfkernels._launch import ROUNDED_PRODUCTS, Config, cdiv, lookup, multiprocessors
 from tfkernels._library import result_like
 from tfkernels.attention.sinks import sink_gradients
 from tfkernels.attention.triton.delta import DELTA_ROWS, _attention_bwd_delta
@@ -26,7 +26,7 @@ from tfkernels.attention.triton.forward import (
     rows_contiguous,
     sees_keys,
 )
-from tfkernels.attention.triton.parts import empty_head_parts, head_splits, multiprocessors, store_or_part, sum_parts
+from tfkernels.attention.triton.parts import empty_head_parts, head_splits, store_or_part, sum_parts
 from tfkernels.attention.triton.rows import (
     LOG2E,
     dkv_row,
@@ -46,8 +46,8 @@ DQ_CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (80, 4, 32): Config(32, 32, 4, 2, 255), (80, 4, 64): Config(32, 16, 4, 2, 255),
     (80, 4, 128): Config(16, 16, 4, 2, 255), (80, 4, 256): Config(16, 16, 8, 1, 255),
     (90, 2, 32): Config(128, 64, 8, 3), (90, 2, 64): Config(128, 64, 8, 3),
-    (90, 2, 128): Config(128, 64, 8, 2), (90, 2, 256): Config(128, 32, 8, 2),
-    (90, 2, 512): Config(32, 32, 8, 2),
+    (90, 2, 128): Config(128, 64, 8, 3), (90, 2, 256): Config(128, 32, 8, 3),
+    (90, 2, 512): Config(32, 32, 8, 3),
     (90, 4, 32): Config(32, 32, 4, 2, 255), (90, 4, 64): Config(32, 16, 4, 2, 255),
     (90, 4, 128): Config(16, 16, 8, 2, 255), (90, 4, 256): Config(16, 16, 8, 1, 255),
     (100, 2, 32): Config(128, 32, 4, 3), (100, 2, 64): Config(128, 32, 4, 3),
@@ -57,7 +57,7 @@ DQ_CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (100, 4, 128): Config(16, 16, 4, 2, 255), (100, 4, 256): Config(16, 16, 4, 1, 255),
     (80, 2, 64, "heavy"): Config(128, 16, 8, 3), (80, 2, 128, "heavy"): Config(128, 16, 8, 2, 255),
     (80, 4, 32, "heavy"): Config(32, 16, 4, 2, 255),
-    (90, 2, 128, "heavy"): Config(128, 32, 8, 2), (90, 2, 256, "heavy"): Config(128, 16, 8, 2),
+    (90, 2, 128, "heavy"): Config(128, 32, 8, 3), (90, 2, 256, "heavy"): Config(128, 16, 8, 2),
     (90, 4, 256, "heavy"): Config(16, 16, 4, 1, 255),
     (100, 2, 64, "heavy"): Config(128, 32, 8, 3), (100, 2, 128, "heavy"): Config(64, 32, 8, 2),
 }
@@ -67,9 +67,9 @@ DKV_CONFIGS = {
     (80, 2, 512): Config(16, 16, 8, 2),
     (80, 4, 32): Config(16, 32, 4, 2, 255), (80, 4, 64): Config(32, 16, 8, 2, 255),
     (80, 4, 128): Config(16, 16, 16, 1, 255), (80, 4, 256): Config(16, 16, 4, 1, 255),
-    (90, 2, 32): Config(64, 128, 8, 2), (90, 2, 64): Config(32, 128, 8, 2),
-    (90, 2, 128): Config(32, 128, 8, 2), (90, 2, 256): Config(16, 64, 8, 2),
-    (90, 2, 512): Config(16, 16, 8, 2),
+    (90, 2, 32): Config(64, 128, 8, 3), (90, 2, 64): Config(32, 128, 8, 3),
+    (90, 2, 128): Config(32, 128, 8, 3), (90, 2, 256): Config(16, 64, 8, 3),
+    (90, 2, 512): Config(16, 16, 8, 3),
     (90, 4, 32): Config(32, 32, 8, 2, 255), (90, 4, 64): Config(32, 16, 8, 2, 255),
     (90, 4, 128): Config(16, 16, 8, 2, 255), (90, 4, 256): Config(16, 16, 16, 1, 255),
     (100, 2, 32): Config(32, 64, 8, 2), (100, 2, 64): Config(64, 128, 8, 2),
@@ -78,7 +78,7 @@ DKV_CONFIGS = {
     (100, 4, 32): Config(16, 32, 8, 2, 255), (100, 4, 64): Config(16, 16, 8, 2, 255),
     (100, 4, 128): Config(16, 16, 4, 1, 255), (100, 4, 256): Config(16, 16, 16, 1, 255),
     (80, 2, 256, "heavy"): Config(16, 32, 8, 2),
-    (90, 2, 128, "heavy"): Config(16, 128, 8, 2), (90, 2, 256, "heavy"): Config(16, 32, 8, 2),
+    (90, 2, 128, "heavy"): Config(16, 128, 8, 3), (90, 2, 256, "heavy"): Config(16, 32, 8, 3),
     (100, 4, 64, "heavy"): Config(16, 32, 8, 2, 255),
     (80, 4, 32, "heavy"): Config(32, 16, 4, 2, 255), (80, 4, 128, "heavy"): Config(16, 16, 4, 1, 255),
     (80, 4, 256, "heavy"): Config(16, 16, 16, 1, 255),

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import Config, cdiv, lookup
+from tfkernels._launch import Config, cdiv, lookup, multiprocessors
 from tfkernels._library import INTERPRET, result_like
 from tfkernels.attention.triton.forward import (
     base2_scores,
@@ -23,7 +23,7 @@ from tfkernels.attention.triton.forward import (
     rows_contiguous,
     softmax_step,
 )
-from tfkernels.attention.triton.parts import empty_parts, key_splits, merge, multiprocessors, part_of
+from tfkernels.attention.triton.parts import empty_parts, key_splits, merge, part_of
 from tfkernels.attention.triton.rows import (
     LOG2E,
     LOWEST,

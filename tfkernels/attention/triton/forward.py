@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import Config, cdiv, lookup, next_power_of_2
+from tfkernels._launch import Config, cdiv, lookup, multiprocessors, next_power_of_2, since_triton
 from tfkernels._library import INTERPRET, result_like
-from tfkernels.attention.triton.parts import empty_parts, key_splits, merge, multiprocessors, part_of
+from tfkernels.attention.triton.parts import empty_parts, key_splits, merge, part_of
 from tfkernels.attention.triton.rows import (
     LOG2E,
     LOWEST,
@@ -36,8 +36,9 @@ CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (80, 4, 32): Config(64, 16, 4, 2, 255), (80, 4, 64): Config(32, 32, 4, 2, 255),
     (80, 4, 128): Config(32, 16, 8, 2, 255), (80, 4, 256): Config(16, 16, 8, 2, 255),
     (90, 2, 32): Config(128, 128, 8, 3), (90, 2, 64): Config(128, 128, 8, 3),
-    (90, 2, 128): Config(128, 64, 8, 2), (90, 2, 256): Config(128, 32, 8, 2),
-    (90, 2, 512): Config(32, 32, 8, 2),
+    (90, 2, 128): Config(128, 64, 8, 3),
+    (90, 2, 256): since_triton((3, 7), Config(128, 32, 8, 3), before=Config(128, 32, 8, 2)),
+    (90, 2, 512): Config(32, 32, 8, 3),
     (90, 4, 32): Config(64, 16, 4, 2, 255), (90, 4, 64): Config(32, 32, 8, 2, 255),
     (90, 4, 128): Config(32, 16, 8, 2, 255), (90, 4, 256): Config(16, 16, 8, 2, 255),
     (100, 2, 32): Config(128, 64, 4, 3), (100, 2, 64): Config(128, 64, 4, 3),

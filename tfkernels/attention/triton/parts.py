@@ -5,30 +5,18 @@ share a key head are cut into parts whose gradients of that head's keys and valu
 the parts in order, so that results are the same bits each time. How many parts there are follows from shapes and from
 the number of multiprocessors alone: nothing waits for the device.
 """
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tfkernels._launch import ROUNDED_PRODUCTS, cdiv
-from tfkernels._library import INTERPRET
 from tfkernels.attention.triton.rows import LOWEST, finished
 from tfkernels.attention.triton.tiles import SCALAR_ARGUMENTS
 
 MAX_SPLITS = 128
 MERGED = tl.constexpr(16)  # parts merged at a time
 SUMMED_ROWS = 16           # keys of one program of _attention_bwd_sum
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Return how many programs run at once, which says into how many parts to split the keys.
-
-    It is small in the interpreter, so that some tests split and some do not.
-    """
-    return 4 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def key_splits(programs: int, room: int, keys: int, fewest: int) -> int:
