@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from transfusion.eval.picture_features import Network, drawn_files, features_of,
 from transfusion.eval.prompts import read_drawn
 from transfusion.eval.results import Result, version_of, write_result
 from transfusion.files import check_writable
-from transfusion.settings import Count, Seed, check
+from transfusion.settings import Count, Range, Seed, check
 
 INCEPTION = "inception"
 
@@ -45,9 +46,9 @@ class ImagesSettings:
     """of precision and recall: a ball reaches its centre's neighbour of this number"""
     neighbour_pictures: Count = 10_000
     """pictures of either kind, at most, that precision and recall compare"""
-    subsets: Count = 100
+    subsets: Annotated[int, Range(2)] = 100
     """that the kernel distance is a mean of"""
-    subset_size: Count = 1000
+    subset_size: Annotated[int, Range(2)] = 1000
     """pictures in each, at most"""
     seed: Seed = 0
     """of these subsets"""
