@@ -75,7 +75,7 @@ def prepare(settings: PrepareSettings) -> None:
         if len(missing) == len(wanted):
             raise ValueError(f"eval prepare: data is {str(settings.data)!r}, which holds no benchmark; LLaVA's "
                              "playground/data/eval fits")
-        write_tasks(settings.out)
+        write_tasks(settings.out, settings.out / TASKS)
 
 
 def prepare_one(benchmark: Benchmark, data: Path, out: Path) -> str:
@@ -192,8 +192,8 @@ def prepared(data: Path) -> Iterator[Benchmark]:
     return (one for one in BENCHMARKS.values() if (data / one.name / ABOUT).is_file())
 
 
-def write_tasks(data: Path, judge: bool = False) -> list[str]:
-    """Write a task of lmms-eval for each prepared benchmark that points to it; return their names.
+def write_tasks(data: Path, folder: Path, judge: bool = False) -> None:
+    """Write into `folder` a task of lmms-eval for each benchmark that is prepared in `data`.
 
     Without lmms-eval nothing is written, for a task includes one of its own. With `judge` the benchmarks that a
     language model scores are scored by lmms-eval's judge; without it their answers are kept alone.
@@ -201,14 +201,13 @@ def write_tasks(data: Path, judge: bool = False) -> list[str]:
     found = importlib.util.find_spec("lmms_eval")
     if found is None:
         print("lmms-eval is not installed: its tasks are written when `transfusion eval vqa` finds it", flush=True)
-        return []
+        return
     names, tasks = [], Path(found.submodule_search_locations[0]) / "tasks"
     for benchmark in prepared(data):
         names.append(f"{benchmark.name}_local")
-        write_text(data / TASKS / f"{benchmark.name}.yaml", task_yaml(benchmark, data, tasks, judge))
-    write_text(data / TASKS / f"{GROUP}.yaml", "\n".join([f"group: {GROUP}_local", "task:",
-                                                         *(f"- {name}" for name in names), ""]))
-    return names
+        write_text(folder / f"{benchmark.name}.yaml", task_yaml(benchmark, data, tasks, judge))
+    write_text(folder / f"{GROUP}.yaml", "\n".join([f"group: {GROUP}_local", "task:",
+                                                   *(f"- {name}" for name in names), ""]))
 
 
 def task_yaml(benchmark: Benchmark, data: Path, tasks: Path, judge: bool) -> str:

@@ -4,6 +4,7 @@
     OUT/answers/NAME.jsonl         the answers as LLaVA's scripts write them
     OUT/upload/NAME...             what a server wants, as LLaVA's scripts write it
     OUT/kept/                      answers as they come: the same command goes on after a stop
+    OUT/tasks/                     lmms-eval's tasks, as `transfusion eval prepare` writes them
 
     torchrun --nproc-per-node 8 -m transfusion.cli eval vqa ...    asks in eight processes
 """
@@ -105,14 +106,14 @@ def _ask(settings: VQASettings, asked: list[Benchmark], rank: int, size: int) ->
     except ImportError as error:
         raise ValueError(f"eval vqa: lmms-eval cannot be imported ({error}); {INSTALL}") from error
     if rank == 0:
-        write_tasks(settings.data, judge=settings.judge is not None)
+        write_tasks(settings.data, settings.out / TASKS, judge=settings.judge is not None)
     if size > 1:
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         torch.distributed.barrier()                    # the tasks are written
     model = TransfusionModel(
         str(settings.model), settings.batch, settings.device, str(settings.out / "kept"),
         **vars(settings.loading), **vars(settings.asking))
-    manager, lines = TaskManager(include_path=str(settings.data / TASKS), include_defaults=False), []
+    manager, lines = TaskManager(include_path=str(settings.out / TASKS), include_defaults=False), []
     for benchmark in asked:
         began = time.perf_counter()
         found = simple_evaluate(

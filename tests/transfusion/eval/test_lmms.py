@@ -14,7 +14,7 @@ import setuptools
 import torch
 from PIL import Image as Picture
 
-from tests.transfusion.conftest import tiny_model
+from tests.transfusion.conftest import in_training, tiny_model
 from tests.transfusion.eval import llava_data
 from tests.transfusion.eval.llava_data import TRUTHS
 from transfusion.cli import main
@@ -237,6 +237,19 @@ def test_log_likelihoods_are_those_of_the_asker(prepared):
 def test_an_option_of_the_model_that_does_not_fit_is_named(prepared, options, message):
     with pytest.raises(ValueError, match=message):
         lmms_model.TransfusionModel(str(prepared / "model"), device="cpu", **options)
+
+
+def test_an_adapters_directory_is_a_model_with_the_adapter_in_it(prepared, tmp_path):
+    tuned = in_training(tiny_model(), "lora")
+    tuned.peft_config["default"].base_model_name_or_path = str(prepared / "model")
+    tuned.save_pretrained(tmp_path / "adapter")
+    question = lmms_model.Question("a seven?", (Picture.new("RGB", (20, 30), "blue"),))
+    adapter, base = (lmms_model.TransfusionModel(str(path), device="cpu").asker.likelihoods([question], ["two"])[0]
+                     for path in (tmp_path / "adapter", prepared / "model"))
+    merged = tuned.eval().merge_and_unload()
+    expected, = Asker(merged, a_model(prepared).asker.asking).likelihoods([question], ["two"])
+    assert adapter.log_probability == pytest.approx(expected.log_probability, rel=1e-5)
+    assert abs(adapter.log_probability - base.log_probability) > 1e-3
 
 
 def test_weights_are_loaded_in_the_type_that_is_asked_for(prepared):

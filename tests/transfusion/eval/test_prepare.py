@@ -127,3 +127,20 @@ def test_questions_and_labels_of_pope_that_are_not_of_one_release_are_refused(da
 def test_settings_that_do_not_fit_end_in_one_line(data, tmp_path, arguments, message):
     with pytest.raises(SystemExit, match=message):
         main(["eval", "prepare", "--data", str(data), "--out", str(tmp_path / "o"), *arguments])
+
+
+@pytest.mark.parametrize("name,file,text,message", [
+    ("scienceqa_img", "scienceqa/llava_test_CQM-A.json", '{"a": 1}', "llava_test_CQM-A.json: this is a dict; a list"),
+    ("scienceqa_img", "scienceqa/llava_test_CQM-A.json", '[{"id": "1", "image": "a.png", "conversations": []}]',
+     "row 0: there is no 'value'"),
+    ("textvqa", "textvqa/TextVQA_0.5.1_val.json", '{"data": [{"image_id": "a"}]}', "row 0: there is no 'question'"),
+    ("seedbench", "seed_bench/SEED-Bench.json", "[]", "SEED-Bench.json: there is no 'questions'"),
+    ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "index\tquestion\timage\nx\twhy\t\n",
+     "mmbench_dev_20230712.tsv, line 2: its index or picture cannot be read"),
+    ("mme", "MME/MME_Benchmark_release_version/existence/1.txt", "another?\tYes\n", "llava_mme.jsonl, line 1: .*1.txt"),
+    ("mmvet", "mm-vet/mm-vet.json", '{"v1_0": {"answer": 3}}', "line 1: 'answer' is 3; a str fits"),
+])
+def test_an_answer_file_of_another_shape_is_named_with_its_row(data, name, file, text, message):
+    (data / file).write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        prepared(data, name)
