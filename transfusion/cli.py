@@ -59,6 +59,31 @@ def _eval_draw(args: list[str]) -> None:
     draw(tyro.cli(DrawSettings, args=args, prog="transfusion eval draw", config=(tyro.conf.AvoidSubcommands,)))
 
 
+def _eval_images(args: list[str]) -> None:
+    from transfusion.eval.images import ImagesSettings, images
+    images(tyro.cli(ImagesSettings, args=args, prog="transfusion eval images"))
+
+
+def _eval_geneval(args: list[str]) -> None:
+    from transfusion.eval.geneval import GenevalSettings, geneval
+    geneval(tyro.cli(GenevalSettings, args=args, prog="transfusion eval geneval"))
+
+
+def _eval_captions(args: list[str]) -> None:
+    from transfusion.eval.captions import CaptionsSettings, captions
+    captions(tyro.cli(CaptionsSettings, args=args, prog="transfusion eval captions"))
+
+
+def _eval_report(args: list[str]) -> None:
+    from transfusion.eval.report import ReportSettings, report
+    report(tyro.cli(ReportSettings, args=args, prog="transfusion eval report"))
+
+
+def _eval_questions(args: list[str]) -> None:
+    from transfusion.eval.known_answers import QuestionsSettings, evaluate_questions
+    evaluate_questions(tyro.cli(QuestionsSettings, args=args, prog="transfusion eval questions"))
+
+
 def _data_check(args: list[str]) -> None:
     from transfusion.data.check import CheckSettings, check_mixture
     path, settings = _mixture_and_settings("transfusion data check", CheckSettings, args)
@@ -102,9 +127,14 @@ DATA_VERBS = {
 }
 EVAL_VERBS = {
     "draw": ("draw a picture for each of many prompts", _eval_draw),
+    "images": ("compare drawn pictures with real ones and with their prompts", _eval_images),
+    "geneval": ("score pictures of GenEval's prompts", _eval_geneval),
+    "captions": ("score captions against references", _eval_captions),
+    "questions": ("ask questions of one's own about pictures, whose answers are known", _eval_questions),
     "prepare": ("write benchmarks in LLaVA's folders as lmms-eval reads them offline", _eval_prepare),
     "vqa": ("ask a model a benchmark's questions about pictures, with lmms-eval", _eval_vqa),
     "text": ("measure a model's language: suites of lm-eval, perplexity", _eval_text),
+    "report": ("put all results into one table", _eval_report),
 }
 VAE_VERBS = {
     "train": ("train an autoencoder from a preset", _vae_train),

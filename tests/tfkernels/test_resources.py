@@ -22,7 +22,7 @@ from tests.conftest import compiles
 from tests.resources import Resources, resources
 from tfkernels import _launch
 from tfkernels._launch import ARCHITECTURES, BASE, SHARED_LIMIT, Config, table_row
-from tfkernels.attention.triton import backward, decode, forward, tiles
+from tfkernels.attention.triton import backward, decode, forward, parts, tiles
 from tfkernels.mask import triton as build
 
 pytestmark = compiles
@@ -48,6 +48,12 @@ class Row(NamedTuple):
 
     def __str__(self) -> str:
         return "-".join(str(x) for x in self if x != "")
+
+    @property
+    def tile_by_tile(self) -> bool:
+        """Whether tiles are looked at one by one, with no pipelined loop: `walks_runs` in tiles.py says where."""
+        return (self.variant == "check" and self.kernel in TRAINING
+                and self.head_dim > (64 if self.kernel == "dkv" else 128))
 
     @property
     def config(self) -> Config:
@@ -87,6 +93,8 @@ def compiled(row: Row, target: int | None = None) -> Resources:
         constants |= {"BLOCK_N": config.block_n, "SOFTCAP": variant == "softcap",
                       "PRECISION": "tf32" if variant == "tf32" else "ieee"}
         constants["CHECK_ROWS" if row.kernel == "dkv" else "CHECK_COLUMNS"] = variant == "check"
+    if "TMA" in KERNELS[row.kernel].arg_names:
+        constants["TMA"] = config.by_tma
     if row.kernel in ("decode", "wide"):
         constants |= {"PAGE_SIZE": 16 if variant == "paged" else 0, "SPLIT": variant != "sinks"}
     if "sinks_ptr" in KERNELS[row.kernel].arg_names and variant != "sinks":
@@ -122,14 +130,23 @@ def test_a_row_spills_nothing_and_fits_shared_memory(row, result_of):
     if row.element_size == 2 and row.kernel != "delta":
         held = row.config.block_n if row.kernel == "dkv" else row.config.block_m
         assert found.tensor_core.get(MULTIPLY[row.architecture] if held >= 64 else "mma.sync", 0) > 0, found
-        one_by_one = (row.variant == "check" and row.kernel in TRAINING
-                      and row.head_dim > (64 if row.kernel == "dkv" else 128))
-        if row.head_dim in (64, 128) and not one_by_one:
+        if row.head_dim in (64, 128) and not row.tile_by_tile:
             assert found.loops > 0 and found.pipelined == found.loops, found
 
 
+LOOPS = [row for row in ROWS + VARIANTS if row.kernel in TRAINING and row[1:3] == (90, 2) and not row.tile_by_tile]
+AT_ONCE = [] if _launch.TRITON >= (3, 7) else [("fwd", 256)]  # kernel and head dim, where a third stage would spill
+
+
+@pytest.mark.parametrize("row", LOOPS, ids=str)
+def test_a_loop_on_sm_90_asks_for_a_tile_a_whole_tile_of_work_before_it_waits(row, result_of):
+    """With two stages it would wait as soon as it has asked (tests/schedule.py)."""
+    found = result_of(row)
+    assert found.waits and min(found.waits) == (0 if (row.kernel, row.head_dim) in AT_ONCE else 1), found
+
+
 SMALL = {"bounds": (tiles._tile_bounds, {"SIZE": 128, "TILES": tiles.TILES}),
-         "merge": (decode._attention_merge, {"HEAD_DIM": 256, "D": 256}),
+         "merge": (parts._attention_merge, {"HEAD_DIM": 256, "D": 256}),
          "mask from spans": (build._mask_intervals,
                              {"TYPES": False, "DOCUMENTS": True, "HIDDEN": True, "WINDOW": True, "BLOCK": 1024,
                               "SPANS": build.SPANS}),
@@ -210,12 +227,13 @@ every row of attention's launch tables, compiled offline, here on Triton {triton
 are left out of the tests for time. The kernels around attention are compiled by the tests of their own operators
 (`pytest -k spill`).
 
-A tile is queries x keys; `spilled` counts the instructions that store to or load from a thread's stack. Variants:
-`check`, masks of two sides; `narrow`, head dim 80 in tiles of 128; `values`, keys of 192 in tiles of 256 and values
-of 128; `sinks`, a learned sink per head; `tf32`, float32 where PyTorch allows it.
+A tile is queries x keys; `spilled` counts the instructions that store to or load from a thread's stack; `ahead` is how
+many tiles of work lie, at the least, between a loop's request for a tile and its wait for it. Variants: `check`, masks
+of two sides; `narrow`, head dim 80 in tiles of 128; `values`, keys of 192 in tiles of 256 and values of 128; `sinks`, a
+learned sink per head; `tf32`, float32 where PyTorch allows it.
 
-| arch | bytes | D | kernel | tile | warps | stages | registers | spilled | shared KiB | multiplies |""")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+| arch | bytes | D | kernel | tile | warps | stages | registers | spilled | shared KiB | ahead | multiplies |""")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     failures = 0
     with pool() as processes:
         for row, found in zip(rows, processes.map(compiled, rows)):
@@ -225,5 +243,6 @@ of 128; `sinks`, a learned sink per head; `tf32`, float32 where PyTorch allows i
             multiplies = ", ".join(f"{count} {name}" for name, count in found.tensor_core.items()) or "-"
             print(f"| {row.architecture} | {row.element_size} | {row.head_dim} | {kernel} | "
                   f"{tile} | {c.num_warps} | {c.num_stages} | "
-                  f"{found.registers} | {found.spills} | {found.shared_bytes / 1024:.1f} | {multiplies} |", flush=True)
+                  f"{found.registers} | {found.spills} | {found.shared_bytes / 1024:.1f} | "
+                  f"{min(found.waits, default='-')} | {multiplies} |", flush=True)
     print(f"\n{failures} of {len(rows)} rows spill or exceed shared memory.")

@@ -53,7 +53,7 @@ def attention_forward(
     return out, lse
 
 
-def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+def attention_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                        lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, rows_exact: bool, columns_exact: bool,
                        offset: int, scale: float, softcap: float, sinks: Tensor | None = None) -> list[Tensor]:
     """Return dq, dk, dv in the inputs' dtype, laid out as `result_like` says, and dsinks where there are sinks.
@@ -66,7 +66,8 @@ def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tens
     empty = lse == -math.inf
     if bool(empty.any()):
         empty &= (out == 0).all(-1)  # where every visible score is -inf a row is not empty, and `out` is NaN
-    dlse, known = dlse.masked_fill(empty, 0), lse.masked_fill(empty, 0)
+    dlse = torch.zeros_like(lse) if dlse is None else dlse.masked_fill(empty, 0)
+    known = lse.masked_fill(empty, 0)
     written_out = bool(softcap) or bool((dlse != 0).any()) or not _finite(q, k, v, out, dout)
     for block in _blocks(q, lo, hi, since, until, rows_exact, offset):
         rows, keys = (slice(None), slice(None), block.rows), (slice(None), slice(None), block.keys)

@@ -210,7 +210,8 @@ def of_head_dim(kernels, dim: int):
 
 
 TRAINED = {*TRAINING, "_attention_bwd_delta", "_tile_bounds", "_mask_intervals"}
-NORM = {"_norm_fwd", "_norm_bwd", "_norm_bwd_images"}
+GATE = {"_norm_fwd", "_norm_bwd", "_norm_bwd_images"}
+NORM = GATE | {"_norm_bwd_tables"}
 FAMILIES = {f"attention, head dim {dim}": Family(lambda dim=dim, tokens=tokens: training(dim, tokens), TRAINED,
                                                  of_head_dim(TRAINING, dim))
             for dim, tokens in {32: 300, 64: 300, 128: 210, 256: 150, 512: 120}.items()}
@@ -227,7 +228,7 @@ FAMILIES |= {
                          lambda kernel, key: kernel in ("_norm_fwd", "_norm_bwd")),
     "rms norm": Family(lambda: norms("modulated_rms_norm", (64, 1024), ("weight", "shift")), NORM),
     "gate and norm": Family(lambda: norms("gated_residual_rms_norm", (64, 1024, 4096)), NORM),
-    "gate": Family(lambda: norms("gated_residual", (64, 2048)), NORM),
+    "gate": Family(lambda: norms("gated_residual", (64, 2048)), GATE),
     "rows of several blocks": Family(rows_of_several_blocks, NORM | {"_norm_bwd_means"}),
     "rotary": Family(rotation, {"_qk_norm_rotary_fwd", "_qk_norm_rotary_bwd"}),
     "patches into the sequence": Family(
@@ -237,7 +238,8 @@ FAMILIES |= {
     "diffusion loss": Family(diffusion_losses,
                              {"_diffusion_loss_rows", "_diffusion_loss_images", "_diffusion_loss_bwd"}),
     "diffusion loss from hidden states": Family(
-        head_losses, {"_head_loss_fwd", "_head_loss_bwd", "_diffusion_loss_images", "_norm_bwd_images"},
+        head_losses, {"_head_loss_fwd", "_head_loss_factors", "_head_loss_bwd", "_diffusion_loss_images",
+                      "_norm_bwd_images"},
         lambda kernel, key: kernel in ("_head_loss_fwd", "_head_loss_bwd")),
     "cross-entropy": Family(entropies, {"_cross_entropy_rows"}, lambda kernel, key: kernel == "_cross_entropy_rows"),
     "mask": Family(mask_integers, {"_mask_intervals"}),

@@ -26,7 +26,7 @@ def _attention_bwd_delta(out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, stride
     ).to(tl.float32)
     at = (b * heads + h) * sq + rows
     lse = tl.load(lse_ptr + at, mask=rows < sq, other=float("-inf"))
-    dlse = tl.load(dlse_ptr + at, mask=rows < sq, other=0.0)
+    dlse = 0.0 if dlse_ptr is None else tl.load(dlse_ptr + at, mask=rows < sq, other=0.0)
     empty = (lse == float("-inf")) & (tl.sum(tl.abs(out), 1) == 0)  # not so where every visible score is -inf: NaN
     delta = tl.where(empty, 0.0, tl.sum(out * dout, 1) - dlse)
     tl.store(delta_ptr + at, delta, mask=rows < sq)
