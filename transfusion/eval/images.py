@@ -103,7 +103,8 @@ def _numbers(settings: ImagesSettings, network: Network, real: Tensor, drawn: Te
     yield distance_name("kernel", network), kernel.distance, {
         "standard_error": kernel.standard_error, "seed": settings.seed, "deviation": kernel.deviation,
         "subsets": settings.subsets, "subset_size": min(settings.subset_size, len(real), len(drawn))}
-    found = precision_recall(*(x[:settings.neighbour_pictures] for x in (real, drawn)), settings.neighbours)
+    compared = (x[:settings.neighbour_pictures] for x in (real, drawn))
+    found = precision_recall(*compared, settings.neighbours)
     for name, value in found._asdict().items():
         yield f"{name} ({network.name} features)", value, {
             "neighbours": settings.neighbours, "pictures_compared": settings.neighbour_pictures}
