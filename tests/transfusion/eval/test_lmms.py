@@ -19,6 +19,7 @@ from tests.transfusion.eval import llava_data
 from tests.transfusion.eval.llava_data import TRUTHS
 from transfusion.cli import main
 from transfusion.eval.questions import Asker
+from transfusion.eval.report import llava_rows
 from transfusion.eval.results import read_results
 
 pytest.importorskip("lmms_eval")
@@ -71,6 +72,9 @@ def test_true_answers_get_full_marks_from_the_scoring_of_every_benchmark(prepare
     assert "a judge scores it, and none was asked" in results["llava_wild-score"].note
     assert "eval.ai, challenge 830 scores upload/vqav2.json" in results["vqav2-score"].note
     assert "POPE: pope_f1_score 1.0000 of 4" in capsys.readouterr().out
+    published, own = llava_rows(results)
+    assert [cell.rstrip("*") for cell in own[1:]] == ["no score", "100.0", "no score", "100.0", "100.0", "100.0",
+                                                     "400.0", "100.0", "100.0", "100.0", "no score", "no score"]
 
 
 def test_what_servers_want_is_written_as_llavas_scripts_write_it(prepared, tmp_path, knowing):
