@@ -144,12 +144,13 @@ def _stored(picture: Path | bytes) -> dict | tuple[str, str]:
 
 
 def _with_partners(kept: list[tuple[Row, dict]], skipped: dict[str, list[str]]) -> list[tuple[Row, dict]]:
-    """Rows of pictures that are asked about twice, as MME's score needs; others count as skipped."""
+    """Rows of pictures that are asked about twice, as MME's score needs, side by side; others count as skipped."""
     times = Counter(row.id for row, _ in kept)
+    first = {row.id: at for at, (row, _) in reversed(list(enumerate(kept)))}
     for row, _ in kept:
         if times[row.id] != 2:
             skipped["no pair of questions"].append(f"{row.where}: {times[row.id]} questions are about {row.id}, 2 fit")
-    return [(row, stored) for row, stored in kept if times[row.id] == 2]
+    return sorted(((row, stored) for row, stored in kept if times[row.id] == 2), key=lambda one: first[one[0].id])
 
 
 def write_dataset(folder: Path, benchmark: Benchmark, rows: list[tuple[Row, dict]]) -> None:

@@ -1,5 +1,6 @@
 """Answers that are kept, files that servers want, and tasks for lmms-eval, without lmms-eval."""
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,18 @@ def test_a_judged_task_is_scored_only_with_a_judge_and_a_servers_never(judge):
 def test_settings_that_do_not_fit_end_in_one_line(tmp_path, arguments, message):
     with pytest.raises(SystemExit, match=message):
         main(["eval", "vqa", "--model", "m", "--data", str(tmp_path), "--out", str(tmp_path / "out"), *arguments])
+
+
+@pytest.mark.parametrize("verb,package", [("vqa", "lmms_eval"), ("text", "lm_eval")])
+def test_without_its_library_a_command_says_how_to_install_it(tmp_path, monkeypatch, verb, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, f"{package}.evaluator", None)
+    tiny_model().save_pretrained(tmp_path / "model")
+    main(["eval", "prepare", "--data", str(llava_data.make(tmp_path / "eval")), "--out", str(tmp_path / "prepared"),
+          "--tasks", "gqa"])
+    arguments = {"vqa": ["--data", str(tmp_path / "prepared")], "text": ["--tasks", "llama2"]}[verb]
+    with pytest.raises(SystemExit, match=r'cannot be imported .*; pip install "tfkernels\[eval\]"'):
+        main(["eval", verb, "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), *arguments])
 
 
 def test_a_judge_without_a_key_is_refused_before_anything_runs(tmp_path, monkeypatch):

@@ -122,14 +122,21 @@ def test_an_evaluation_that_was_stopped_goes_on_where_it_stood(prepared, tmp_pat
     assert len(knowing) == 4, "all answers are kept"
 
 
+def test_a_limit_is_said_and_cuts_no_pair_of_questions(prepared, tmp_path, knowing):
+    results = evaluate(prepared, tmp_path, "--tasks", "pope", "mme", "--limit", "1")
+    pope, mme = results["pope-pope_accuracy"], results["mme-mme_perception_score"]
+    assert (pope.n, pope.note) == (1, "the first 1 of 4 questions alone")
+    assert (mme.n, mme.value, mme.note) == (2, 200.0, "the first 2 of 4 questions alone")
+
+
 def test_a_random_model_really_answers_alone_and_in_two_processes(prepared, tmp_path):
-    tasks = ["--tasks", "gqa", "mme", *SHORT]
+    tasks = ["--tasks", "gqa", "pope", "--limit", "3", *SHORT]  # of POPE one process has two questions, one has one
     evaluate(prepared, tmp_path / "one", *tasks)
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29671", "-m",
          "transfusion.cli", "eval", "vqa", "--model", str(prepared / "model"), "--data", str(prepared / "prepared"),
          "--out", str(tmp_path / "two"), *tasks], check=True, timeout=300, cwd=Path(__file__).parents[3])
-    for name in ("gqa", "mme"):
+    for name in ("gqa", "pope"):
         one, two = ((tmp_path / run / "answers" / f"{name}.jsonl").read_text() for run in ("one", "two"))
         assert one == two and all(json.loads(line)["text"] for line in one.splitlines())
     assert {path.name for path in (tmp_path / "two" / "kept").iterdir()} == {"answers-0.jsonl", "answers-1.jsonl"}

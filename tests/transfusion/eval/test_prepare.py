@@ -72,6 +72,13 @@ def test_a_picture_that_is_missing_or_broken_is_left_out_counted_and_named_by_it
     assert "llava_test.jsonl, line 2" in about["examples"]["unreadable picture"][0]
 
 
+def test_both_questions_about_a_picture_of_mme_stand_side_by_side(data):
+    rows = (data / "MME" / "llava_mme.jsonl").read_text().splitlines()
+    (data / "MME" / "llava_mme.jsonl").write_text("\n".join(rows[i] for i in (0, 2, 3, 1)) + "\n")
+    asked = [row["question_id"] for row in table(prepared(data, "mme"), "mme")]
+    assert asked == ["existence/1.jpg"] * 2 + ["landmark/2.jpg"] * 2
+
+
 def test_a_question_of_mme_whose_partner_is_left_out_goes_too(data):
     rows = (data / "MME" / "llava_mme.jsonl").read_text().splitlines()
     (data / "MME" / "llava_mme.jsonl").write_text("\n".join(rows[:3]) + "\n")
