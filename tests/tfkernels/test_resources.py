@@ -22,7 +22,7 @@ from tests.conftest import compiles
 from tests.resources import Resources, resources
 from tfkernels import _launch
 from tfkernels._launch import ARCHITECTURES, BASE, SHARED_LIMIT, Config, table_row
-from tfkernels.attention.triton import backward, decode, forward, parts, tiles
+from tfkernels.attention.triton import backward, decode, delta, forward, parts, tiles
 from tfkernels.mask import triton as build
 
 pytestmark = compiles
@@ -30,10 +30,10 @@ pytestmark = compiles
 TABLES = {"fwd": forward.CONFIGS, "dq": backward.DQ_CONFIGS, "dkv": backward.DKV_CONFIGS, "decode": decode.CONFIGS,
           "wide": decode.WIDE_CONFIGS}
 KERNELS = {"fwd": forward._attention_fwd, "dq": backward._attention_bwd_dq, "dkv": backward._attention_bwd_dkv,
-           "delta": backward._attention_bwd_delta, "decode": decode._attention_decode, "wide": decode._attention_decode}
+           "delta": delta._attention_bwd_delta, "decode": decode._attention_decode, "wide": decode._attention_decode}
 TRAINING = ("fwd", "dq", "dkv")
 HEAD_DIMS = {2: (32, 64, 128, 256, 512), 4: (32, 64, 128, 256)}  # by bytes per element
-DELTA = Config(backward.DELTA_ROWS, 0, 4, 3)
+DELTA = Config(delta.DELTA_ROWS, 0, 4, 3)
 MULTIPLY = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 
 
@@ -77,13 +77,13 @@ VARIANTS += [Row(kernel, architecture, 2, 128, variant) for kernel in ("decode",
 VARIANTS += [Row(kernel, architecture, 2, 64, "sinks") for kernel in ("fwd", "decode", "wide")
              for architecture in ARCHITECTURES]
 VARIANTS += [Row("fwd", architecture, 2, dim, variant) for architecture in ARCHITECTURES
-             for dim, variant in ((128, "parts"), (128, "parts, check"), (256, "parts"), (512, "parts"))]
+             for dim, variant in ((128, "parts"), (128, "parts, check"), (256, "parts"))]
 RARE = [Row(kernel, architecture, size, dim, "check") for kernel in TRAINING for architecture in ARCHITECTURES
         for size, dim in ((2, 32), (4, 32), (4, 64), (4, 128), (4, 256))]
 RARE += [Row("fwd", architecture, size, dim, variant) for architecture in ARCHITECTURES
          for size, dim, variant in ((2, 32, "parts"), (2, 64, "parts"), (4, 32, "parts"), (4, 64, "parts"),
                                     (4, 128, "parts"), (4, 256, "parts"), (2, 64, "parts, check"),
-                                    (2, 256, "parts, check"), (2, 512, "parts, check"))]
+                                    (2, 256, "parts, check"))]
 RARE += [Row(kernel, architecture, 4, dim, "tf32") for kernel in TRAINING for architecture in ARCHITECTURES
          for dim in HEAD_DIMS[4]]
 
@@ -100,6 +100,8 @@ def compiled(row: Row, target: int | None = None) -> Resources:
         constants |= {"BLOCK_N": config.block_n, "SOFTCAP": variant == "softcap",
                       "PRECISION": "tf32" if variant == "tf32" else "ieee"}
         constants["CHECK_ROWS" if row.kernel == "dkv" else "CHECK_COLUMNS"] = "check" in variant
+    if "TMA" in KERNELS[row.kernel].arg_names:
+        constants["TMA"] = config.by_tma
     if row.kernel in ("decode", "wide"):
         constants["PAGE_SIZE"] = 16 if variant == "paged" else 0
     if "SPLIT" in KERNELS[row.kernel].arg_names:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from transfusion.device import choose_device
 from transfusion.eval.clip import Clip, clip_score
+from transfusion.eval.draw import about_drawing
 from transfusion.eval.inception import inception_file
 from transfusion.eval.metrics import frechet_distance, kernel_distance, precision_recall
 from transfusion.eval.picture_features import Network, drawn_files, features_of, picture_files
 from transfusion.eval.prompts import read_drawn
 from transfusion.eval.results import Result, version_of, write_result
-from transfusion.files import check_writable, read_json
+from transfusion.files import check_writable
 from transfusion.settings import Count, Seed, check
 
 INCEPTION = "inception"
@@ -37,7 +38,7 @@ class ImagesSettings:
     clip: str | None = None
     """directory or name of a CLIPModel; None leaves out the CLIP score, which needs --drawn with its prompts.jsonl"""
     out: Path | None = None
-    """directory for results/ and features/; None: that of the drawn pictures"""
+    """directory for results/ and features/; None: --drawn, where `transfusion eval draw` wrote it"""
     neighbours: Count = 3
     """of precision and recall: a ball reaches its centre's neighbour of this number"""
     neighbour_pictures: Count = 10_000
@@ -64,9 +65,12 @@ def images(settings: ImagesSettings) -> list[Result]:
     if settings.real is None and settings.clip is None:
         raise ValueError("eval images: real and clip are None; --real with a folder of pictures, --clip with a "
                          "CLIPModel, or both fit")
+    if settings.out is None and not (settings.drawn / "prompts.jsonl").is_file():
+        raise ValueError(f"eval images: out is None and drawn is {str(settings.drawn)!r}, a folder that `transfusion "
+                         "eval draw` did not write; a directory for the results fits for --out")
     out = settings.out or settings.drawn
     check_writable("eval images", out)
-    drawn, about = drawn_files(settings.drawn), _about(settings.drawn)
+    drawn, about = drawn_files(settings.drawn), about_drawing(settings.drawn)
     found = []
     for measure in (_distances if settings.real else None, _clip if settings.clip else None):
         found += [] if measure is None else list(measure(settings, out, drawn, about))
@@ -74,13 +78,6 @@ def images(settings: ImagesSettings) -> list[Result]:
         path = write_result(out, result)
         print(f"{result.metric:<48}{result.value:>12.5f}   {path}")
     return found
-
-
-def _about(folder: Path) -> dict:
-    """What a drawing says of its model."""
-    path = folder / "drawing.json"
-    held = read_json(path) if path.is_file() else {}
-    return {"model": held.get("model", ""), "weights_hash": held.get("weights_hash"), "prompts": held.get("rule")}
 
 
 def _distances(settings: ImagesSettings, out: Path, drawn: list[Path], about: dict) -> Iterator[Result]:

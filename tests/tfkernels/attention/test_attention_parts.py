@@ -90,6 +90,8 @@ def test_a_denoising_step_has_the_programs_that_fill_the_device(prompt, programs
     q, k = on_meta(1, 32, 256, 128), on_meta(1, 8, prompt + 256, 128)
     mask = mask_on_meta(256, prompt + 256)
     assert [count for _, count in grids_of(lambda: attention(q, k, k, mask))] == programs
+    wide = on_meta(1, 32, 256, 512), on_meta(1, 8, prompt + 256, 512)
+    assert {name for name, _ in grids_of(lambda: attention(wide[0], wide[1], wide[1], mask))} == {"_attention_fwd"}
     for needs in (q, k):  # in training nothing is cut
         needs.requires_grad_()
         assert [count for _, count in grids_of(lambda: attention(q, k, k, mask))] == [64]

@@ -121,6 +121,8 @@ def test_what_does_not_fit_is_named(made, tmp_path):
     base = ["eval", "images", "--drawn", str(made / "drawn"), "--out", str(tmp_path)]
     with pytest.raises(SystemExit, match="real and clip are None"):
         main(base)
+    with pytest.raises(SystemExit, match="out is None and drawn is .*; a directory for the results fits for --out"):
+        main([*base[:4], "--real", str(made / "real"), "--features", str(made / "resnet")])
     with pytest.raises(SystemExit, match="holds no pictures"):
         main([*base, "--real", str(tmp_path / "empty"), "--features", str(made / "resnet")])
     (tmp_path / "empty" / "prompts.jsonl").write_text('{"file": "pictures/0.png", "prompt": "a"}\n')

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import ROUNDED_PRODUCTS, Config, cdiv, lookup, multiprocessors
+from tfkernels._launch import Config, cdiv, loads_by_tma, lookup, multiprocessors
 from tfkernels._library import result_like
 from tfkernels.attention.sinks import sink_gradients
-from tfkernels.attention.triton.delta import DELTA_ROWS, _attention_bwd_delta
+from tfkernels.attention.triton.delta import row_deltas
 from tfkernels.attention.triton.forward import (
     batch_stride,
     core,
@@ -24,6 +24,7 @@ from tfkernels.attention.triton.forward import (
     load_rows,
     row_bounds,
     rows_contiguous,
+    rows_of,
     sees_keys,
 )
 from tfkernels.attention.triton.parts import empty_head_parts, head_splits, store_or_part, sum_parts
@@ -141,7 +142,7 @@ def _attention_bwd_dq(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr,
                       stride_mask_rows, stride_mask_columns, heads, group, sq, sk, offset, scale, softcap,
                       HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr,
-                      PRECISION: tl.constexpr):
+                      PRECISION: tl.constexpr, TMA: tl.constexpr):
     tiles = tl.cdiv(sq, BLOCK_M)
     pid = tl.program_id(0)
     start_m = (tiles - 1 - pid % tiles) * BLOCK_M
@@ -153,6 +154,8 @@ def _attention_bwd_dq(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr,
 
     lo, hi, first, core_first, core_last, last = row_bounds(lo_ptr + b * stride_mask_rows,
                                                             hi_ptr + b * stride_mask_rows, rows, sq, sk)
+    k_head = rows_of(k_head, stride_ks, last, HEAD_DIM, D, BLOCK_N, TMA)
+    v_head = rows_of(v_head, stride_vs, last, HEAD_DIM_V, D_V, BLOCK_N, TMA)
     q = load_rows(q_ptr + b * stride_qb + h * stride_qh, start_m, offs_m, stride_qs, sq, HEAD_DIM, D, True)
     dout = load_rows(dout_ptr + b * stride_ob + h * stride_oh, start_m, offs_m, stride_os, sq, HEAD_DIM_V, D_V, True)
     lse = _load_lse(lse_ptr + (b * heads + h) * sq, rows, sq)
@@ -391,10 +394,7 @@ def attention_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, 
     kv_heads, sk = k.shape[1:3]
     dims = head_dims(q, v)
     widest = max(dims["D"], dims["D_V"])
-    delta = torch.empty_like(lse)
-    _attention_bwd_delta[(cdiv(sq, DELTA_ROWS) * batch * heads,)](
-        out, dout, lse, None if dlse is None else dlse.contiguous(), delta, *out.stride()[:3], *dout.stride()[:3],
-        heads, sq, HEAD_DIM=dims["HEAD_DIM_V"], D=dims["D_V"], BLOCK_M=DELTA_ROWS, num_warps=4, **ROUNDED_PRODUCTS)
+    delta = row_deltas(out, dout, lse, dlse, dims["HEAD_DIM_V"], dims["D_V"])
     shared = (batch_stride(lo), batch_stride(since))
     group, sizes = heads // kv_heads, (sq, sk, offset, scale, softcap)
     constants = dict(**dims, SOFTCAP=softcap > 0, PRECISION=dot_precision(q))
@@ -403,8 +403,8 @@ def attention_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, 
     _attention_bwd_dq[(cdiv(sq, config.block_m) * batch * heads,)](
         q, k, v, dout, lse, delta, lo, hi, since, until, bounds, dq,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *dq.stride()[:3], *shared, heads, group,
-        *sizes, BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_COLUMNS=not rows_exact, **constants,
-        **config.options)
+        *sizes, BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_COLUMNS=not rows_exact,
+        TMA=loads_by_tma(config, k, v), **constants, **config.options)
     config = lookup(DKV_CONFIGS, q, widest, heavy=softcap > 0 or not columns_exact)
     bounds = lo if columns_exact else tile_bounds(lo, hi, config.block_m)
     programs = cdiv(sk, config.block_n) * batch * kv_heads

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import Config, cdiv, lookup, multiprocessors, next_power_of_2, since_triton
+from tfkernels._launch import Config, cdiv, loads_by_tma, lookup, multiprocessors, next_power_of_2, since_triton
 from tfkernels._library import INTERPRET, result_like
 from tfkernels.attention.triton.parts import empty_parts, key_splits, merge, part_of
 from tfkernels.attention.triton.rows import (
@@ -55,6 +55,7 @@ CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (100, 2, 128, "heavy"): Config(128, 32, 8, 3), (100, 2, 256, "heavy"): Config(64, 32, 8, 2, 255),
 }
 SPLIT_KEYS = 16 if INTERPRET else 512  # fewest keys worth a part of their own
+MAX_SPLIT_DIM = 256  # with parts wider heads would spill on sm_80
 
 
 @triton.jit
@@ -107,8 +108,26 @@ def core(first, core_first, core_last, last, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def rows_of(base, stride, limit, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr):
+    """What `load_rows` takes tiles of BLOCK rows from: a pointer, or with TMA a descriptor of the rows before limit."""
+    if TMA:
+        return tl.make_tensor_descriptor(base, [tl.maximum(limit, 1), HEAD_DIM], [stride, 1], [BLOCK, D])
+    else:
+        return base
+
+
+@triton.jit
 def load_rows(base, start, offs, stride, limit, HEAD_DIM: tl.constexpr, D: tl.constexpr, BOUNDED: tl.constexpr):
     """Load rows start + offs of a (rows, HEAD_DIM) matrix as a (len(offs), D) tile; 0 outside."""
+    if isinstance(base, tl.tensor_descriptor):
+        return base.load([start, 0])
+    else:
+        return _load_by_pointers(base, start, offs, stride, limit, HEAD_DIM, D, BOUNDED)
+
+
+@triton.jit
+def _load_by_pointers(base, start, offs, stride, limit,
+                      HEAD_DIM: tl.constexpr, D: tl.constexpr, BOUNDED: tl.constexpr):
     offs_d = tl.arange(0, D)
     pointers = base + tl.cast(start, tl.int64) * stride + offs[:, None] * stride + offs_d[None, :]
     if BOUNDED and HEAD_DIM != D:
@@ -183,7 +202,7 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, bo
                    splits, batch, scale, softcap,
                    HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, CHECK_COLUMNS: tl.constexpr,
-                   SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+                   SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr):
     tiles = tl.cdiv(sq, BLOCK_M)
     b, h, tile_m, split = _place(tl.program_id(0), tiles, heads, splits, SPLIT)
     start_m = tile_m * BLOCK_M
@@ -197,6 +216,8 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, bo
     if SPLIT:
         first, last = _part_of_tile(lo_ptr + b * stride_mask_rows, hi_ptr + b * stride_mask_rows, rows, sq, sk, split,
                                     splits, BLOCK_N, CHECK_COLUMNS)
+    k_head = rows_of(k_head, stride_ks, last, HEAD_DIM, D, BLOCK_N, TMA)
+    v_head = rows_of(v_head, stride_vs, last, HEAD_DIM_V, D_V, BLOCK_N, TMA)
     q = load_rows(q_ptr + b * stride_qb + h * stride_qh, start_m, offs_m, stride_qs, sq, HEAD_DIM, D, True)
     acc = tl.zeros([BLOCK_M, D_V], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -335,8 +356,8 @@ def attention_forward(
     config = lookup(CONFIGS, q, max(dims["D"], dims["D_V"]), heavy=not rows_exact)
     programs = cdiv(sq, config.block_m) * batch * heads
     # Not where a gradient is asked for: what is trained is the same numbers on every device.
-    splits = (1 if any(x.requires_grad for x in (q, k, v))
-              else key_splits(programs, multiprocessors(q.device), k.shape[2], SPLIT_KEYS))
+    whole = any(x.requires_grad for x in (q, k, v)) or max(dims["D"], dims["D_V"]) > MAX_SPLIT_DIM
+    splits = 1 if whole else key_splits(programs, multiprocessors(q.device), k.shape[2], SPLIT_KEYS)
     parts, parts_lse = empty_parts(out, splits) if splits > 1 else (out, lse)
     bounds = lo if rows_exact else tile_bounds(since, until, config.block_n)
     _attention_fwd[(programs * splits,)](
@@ -344,7 +365,7 @@ def attention_forward(
         *k.stride()[:3], *v.stride()[:3], *parts.stride()[-4:-1],
         batch_stride(lo), batch_stride(since), heads, heads // k.shape[1], sq, k.shape[2], offset, splits, batch, scale,
         softcap, BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=splits > 1, CHECK_COLUMNS=not rows_exact,
-        SOFTCAP=softcap > 0, PRECISION=dot_precision(q), **dims, **config.options)
+        SOFTCAP=softcap > 0, PRECISION=dot_precision(q), TMA=loads_by_tma(config, k, v), **dims, **config.options)
     if splits > 1:
         merge(parts, parts_lse, sinks, out, lse, dims["D_V"])
     return out, lse
