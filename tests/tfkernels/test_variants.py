@@ -72,8 +72,8 @@ def caches():
     for rows, length in ((1, 300), (1, 513), (2, 1027), (3, 2064), (1, 8192)):
         k = torch.randn(rows, 2, length, 32)
         pages, table = torch.randn(600, 16, 2, 32), torch.arange(rows * (length // 16)).int().view(rows, -1)
-        for new in (1, 3):
-            q, cached = torch.randn(rows, 4, new, 32), torch.full((rows,), length - 5)
+        for new in (1, 3, 20):
+            q, cached = torch.randn(rows, 4, new, 32), torch.full((rows,), length - max(new, 5))
             mask = TransfusionMask.from_cache(cached, new, length)
             tfkernels.attention(q, k, k, mask)
             tfkernels.attention(q, k, k, TransfusionMask.from_spans([[(4, 20)]] * rows, length).queries(7, 7 + new))
