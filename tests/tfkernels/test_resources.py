@@ -22,7 +22,7 @@ from tests.conftest import compiles
 from tests.resources import Resources, resources
 from tfkernels import _launch
 from tfkernels._launch import ARCHITECTURES, BASE, SHARED_LIMIT, Config, table_row
-from tfkernels.attention.triton import backward, decode, forward, tiles
+from tfkernels.attention.triton import backward, decode, forward, parts, tiles
 from tfkernels.mask import triton as build
 
 pytestmark = compiles
@@ -146,7 +146,7 @@ def test_a_loop_on_sm_90_asks_for_a_tile_a_whole_tile_of_work_before_it_waits(ro
 
 
 SMALL = {"bounds": (tiles._tile_bounds, {"SIZE": 128, "TILES": tiles.TILES}),
-         "merge": (decode._attention_merge, {"HEAD_DIM": 256, "D": 256}),
+         "merge": (parts._attention_merge, {"HEAD_DIM": 256, "D": 256}),
          "mask from spans": (build._mask_intervals,
                              {"TYPES": False, "DOCUMENTS": True, "HIDDEN": True, "WINDOW": True, "BLOCK": 1024,
                               "SPANS": build.SPANS}),
