@@ -73,7 +73,7 @@ def caches():
     for rows, length in ((1, 300), (1, 513), (2, 1027), (3, 2064), (1, 8192)):
         k = torch.randn(rows, 2, length, 32)
         pages, table = torch.randn(600, 16, 2, 32), torch.arange(rows * (length // 16)).int().view(rows, -1)
-        for new in (1, 3):
+        for new in (1, 3, 20):
             q, cached = torch.randn(rows, 4, new, 32), torch.full((rows,), length - 5)
             mask = TransfusionMask.from_cache(cached, new, length)
             tfkernels.attention(q, k, k, mask)

@@ -14,6 +14,7 @@ from tests.compare import assert_as_accurate
 from tests.tfkernels.attention.test_attention import absolute_terms, random_inputs
 from tests.tfkernels.attention.test_attention import check as check_attention
 from tests.tfkernels.attention.test_attention_decode import pages
+from tests.tfkernels.attention.test_attention_parts import check_forward
 from tests.tfkernels.attention.test_attention_rows import filled, run
 from tests.tfkernels.losses import test_cross_entropy, test_cross_entropy_options, test_diffusion_loss, test_head_loss
 from tests.tfkernels.mask import test_mask_build
@@ -23,6 +24,7 @@ from tests.tfkernels.patches.latents import CASES, rows_of_tokens, uniform
 from tests.tfkernels.rotary import test_rotary
 from tfkernels import TransfusionMask, attention_reference, attention_with_lse, paged_attention
 from tfkernels.attention import paged_attention_reference
+from tfkernels.attention.triton import backward
 from tfkernels.mask.intervals import intervals
 from tfkernels.mask.reference import intervals_reference
 from tfkernels.norm import triton as norm
@@ -59,16 +61,21 @@ def mask_of_two_sides(tokens: int) -> TransfusionMask:
 
 
 def training(dim: int, tokens: int):
-    """Attention forward and backward, with masks of one side and of two."""
+    """Attention forward and backward, with masks of one side and of two.
+
+    With the first a program takes both query heads of a key head, as where the device is full; with the second one.
+    """
     batch = 2 if dim == 32 else 1
-    check_attention(random_inputs(batch, 2, 1, tokens, tokens, dim), packed_mask(tokens, batch), BFLOAT16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backward, "multiprocessors", lambda device: 1)
+        check_attention(random_inputs(batch, 2, 1, tokens, tokens, dim), packed_mask(tokens, batch), BFLOAT16)
     check_attention(random_inputs(1, 2, 1, tokens, tokens, dim), mask_of_two_sides(tokens), BFLOAT16)
 
 
 def attention_options():
     """A head dim between two rows, a soft cap, and both together with a mask of two sides."""
     check_attention(random_inputs(1, 2, 1, 100, 100, 80), packed_mask(100), BFLOAT16)
-    check_attention(random_inputs(1, 2, 2, 100, 100, 64), packed_mask(100), BFLOAT16, softcap=1.5)
+    check_attention(random_inputs(1, 2, 1, 100, 100, 64), packed_mask(100), BFLOAT16, softcap=1.5)
     check_attention(random_inputs(1, 2, 2, 100, 100, 48), mask_of_two_sides(100), BFLOAT16, softcap=1.5)
 
 
@@ -110,6 +117,22 @@ def decoding(dim: int):
                               for t in (BFLOAT16, torch.float64))
         for name, *values, terms in zip(("out", "lse"), actual, rounded, exact, absolute_terms(*inputs, mask)):
             assert_as_accurate(name, *values, terms)
+
+
+def many_queries_in_parts():
+    """More queries than a tile has against keys enough for two parts, by masks of one side and of two, with sinks and a
+    soft cap; and keys that some queries must not see hold NaN, so that rows of one part are done over."""
+    for keys, dim, options in ((1100, 32, {}), (1030, 64, {"softcap": 1.5, "two_sides": True, "sinks": True})):
+        mask = TransfusionMask.from_cache(torch.tensor([keys - 140]), 140, keys, image=True)
+        mask = replace(mask, rows_exact=False) if options.pop("two_sides", False) else mask
+        sinks = torch.tensor([1.5], dtype=torch.float64) if options.pop("sinks", False) else None
+        check_forward(random_inputs(1, 1, 1, 140, keys, dim), mask, BFLOAT16, sinks, **options)
+    mask = TransfusionMask.from_cache(torch.tensor([1030]), 20, 1060)
+    q, k, v = (x.to(BFLOAT16) for x in random_inputs(1, 1, 1, 20, 1060, 32)[:3])
+    zeros = attention_with_lse(q, *(x.index_fill(2, torch.arange(1050, 1060), 0) for x in (k, v)), mask)
+    junk = attention_with_lse(q, *(x.index_fill(2, torch.arange(1050, 1060), torch.nan) for x in (k, v)), mask)
+    for ours, theirs in zip(junk, zeros):
+        torch.testing.assert_close(ours, theirs)
 
 
 def paged():
@@ -209,7 +232,7 @@ def of_head_dim(kernels, dim: int):
     return lambda kernel, key: kernel in kernels and key[2] == dim
 
 
-TRAINED = {*TRAINING, "_attention_bwd_delta", "_tile_bounds", "_mask_intervals"}
+TRAINED = {*TRAINING, "_attention_bwd_delta", "_attention_bwd_sum", "_tile_bounds", "_mask_intervals"}
 GATE = {"_norm_fwd", "_norm_bwd", "_norm_bwd_images"}
 NORM = GATE | {"_norm_bwd_tables"}
 FAMILIES = {f"attention, head dim {dim}": Family(lambda dim=dim, tokens=tokens: training(dim, tokens), TRAINED,
@@ -220,6 +243,7 @@ FAMILIES |= {f"decoding, head dim {dim}": Family(lambda dim=dim: decoding(dim),
                                                  of_head_dim({"_attention_decode"}, dim))
              for dim in (32, 64, 128, 256, 512)}
 FAMILIES |= {
+    "many queries in parts": Family(many_queries_in_parts, {"_attention_fwd", "_attention_merge", "_tile_bounds"}),
     "attention's options": Family(attention_options, TRAINED),
     "values and sinks": Family(values_and_sinks, TRAINED | {"_attention_decode", "_attention_merge"}),
     "rows of attention done over": Family(rows_done_over, TRAINED),
