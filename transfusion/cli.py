@@ -24,6 +24,11 @@ def _caption(args: list[str]) -> None:
     caption(tyro.cli(Caption, args=args, prog="transfusion caption"))
 
 
+def _serve(args: list[str]) -> None:
+    from transfusion.serve.command_line import ServeSettings, serve
+    serve(tyro.cli(ServeSettings, args=args, prog="transfusion serve"))
+
+
 def _train(args: list[str]) -> None:
     from transfusion.recipes.command_line import train_main
     train_main(args)
@@ -148,6 +153,7 @@ VERBS = {
     "report": ("make a page of what runs logged: curves, numbers, samples", _report),
     "sample": ("draw or write from a prompt", _sample),
     "caption": ("write what follows an image", _caption),
+    "serve": ("answer over HTTP with OpenAI's interface", _serve),
     "data": ("check a mixture of one's own data, compute its latents",
              lambda args: run_verb("transfusion data", DATA_VERBS, args)),
     "eval": ("measure what a model draws, sees and knows",
