@@ -19,6 +19,8 @@ from benchmarks.batches import packed_batch
 from tfkernels import TransfusionMask
 from tfkernels.attention.triton.backward import DKV_CONFIGS, DQ_CONFIGS
 from tfkernels.attention.triton.forward import CONFIGS
+from tfkernels.losses.cross_entropy import chunk_rows
+from tfkernels.norm.triton import RESIDENT, backward_config, backward_rows
 
 PROCESSORS, GHZ = 132, 1.83
 TENSOR, SHARED, EXPONENTIALS, OTHERS = 4096, 128, 16, 128  # per cycle
@@ -121,6 +123,24 @@ def bytes_moved() -> dict[str, tuple[int, int]]:
     return found
 
 
+def norm_programs(width: int, tokens: int = 32_768) -> tuple[int, float, float, float]:
+    """Programs of the norms' backward, their waves, and MiB of the partial sums that gated_residual_rms_norm's write
+    and read again, also as a share of what it must move in bfloat16."""
+    programs, block = backward_rows(tokens, width, PROCESSORS)[1], backward_config(width).block_n
+    partial = 2 * 3 * 4 * programs * width
+    waves = programs * -(-width // block) / (PROCESSORS * RESIDENT[block])
+    return programs, waves, partial / 2**20, partial / (2 * norm.MOVED["gated_residual_rms_norm"][1] * tokens * width)
+
+
+def entropy_chunks(rows: int, words: int, width: int) -> tuple[int, int, float, float, float]:
+    """Rows of a chunk of linear_cross_entropy in bfloat16, chunks, MiB of logits, GB that dweight's sums move, and the
+    waves of the product that gives dhidden, in tiles of 128 by 256."""
+    size = chunk_rows(rows, words, 2)
+    chunks = -(-rows // size)
+    tiles_of_dhidden = -(-min(size, rows) // 128) * -(-width // 256)
+    return (size, chunks, 2 * size * words / 2**20, chunks * 8 * words * width / 1e9, tiles_of_dhidden / PROCESSORS)
+
+
 def main() -> None:
     """Print the tables."""
     print("| D | kernel | tile | products | exponentials | others | cycles a tile: apart, together "
@@ -143,6 +163,17 @@ def main() -> None:
         times = forward / COPY_BANDWIDTH / 0.9 * 1e6, backward / COPY_BANDWIDTH / 0.8 * 1e6
         numbers = forward / 2**20, times[0], backward / 2**20, times[1]
         print(f"| {op} | " + " | ".join(f"{x:.0f}" for x in numbers) + " |")
+    print("\n| columns | programs | waves | partial MiB | of what must move |\n" + "|---" * 5 + "|")
+    for width in (256, 512, 1024, 2048, 4096, 16_384):
+        programs, waves, partial, share = norm_programs(width)
+        print(f"| {width} | {programs} | {waves:.2f} | {partial:.0f} | {share:.1%} |")
+    print("\n| rows, words, columns | rows a chunk | chunks | logits MiB | dweight GB | waves of dhidden |\n"
+          + "|---" * 6 + "|")
+    for sizes in ((8192, 32_000, 2048), (16_384, 32_000, 2048), (16_384, 50_257, 768), (4096, 128_256, 4096),
+                  (16_384, 128_256, 2048), (16_384, 151_936, 3584)):
+        size, chunks, logits, moved, waves = entropy_chunks(*sizes)
+        print(f"| {', '.join(f'{n:,}' for n in sizes)} | {size} | {chunks} | {logits:.0f} | {moved:.1f} | "
+              f"{waves:.2f} |")
 
 
 if __name__ == "__main__":

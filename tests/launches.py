@@ -16,7 +16,6 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 import ptxrun
 import tfkernels
 from tfkernels import _launch
-from tfkernels.attention.triton import decode
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 PATCHIFY = {"_patchify_fwd", "_patchify_bwd"}   # one line launches both, as `kernel`
@@ -52,7 +51,7 @@ def cuda_implementations_on_cpu(*, computes: bool = False):
 
     operators = [op for op in OPDEFS.values() if op._namespace == "tfkernels"]
     before = [(op._backend_fns["cpu"], op._abstract_fn) for op in operators]
-    caches = _launch.architecture, decode.multiprocessors  # what the library remembers of a device
+    caches = _launch.architecture, _launch.multiprocessors  # what the library remembers of a device
     for op, (compute, _) in zip(operators, before):
         op.register_kernel("cpu")(both(op._backend_fns["cuda"], compute))
         op._abstract_fn = op._backend_fns["cuda"]
@@ -85,19 +84,26 @@ def seen(look: Callable, *, computes: bool = False, capability: tuple[int, int] 
 
 
 @contextmanager
-def emulated(architecture: str, **options):
-    """Run the operators' kernels on CPU tensors, compiled for `architecture`, with races looked for.
-
-    Yields the emulation and the list of launches, to which each is added when it has run.
-    """
+def recorded():
+    """Yield a list of launches, to which each is added when it has run."""
     launches, run = [], JITFunction.run
 
-    def recorded(kernel, *arguments, grid, warmup, **named):
+    def record(kernel, *arguments, grid, warmup, **named):
         compiled = run(kernel, *arguments, grid=grid, warmup=warmup, **named)
         launches.append(Launch(kernel.__name__, named, compiled.asm["ptx"]))
         return compiled
 
-    with cuda_implementations_on_cpu(), patch.object(JITFunction, "run", recorded), \
+    with patch.object(JITFunction, "run", record):
+        yield launches
+
+
+@contextmanager
+def emulated(architecture: str, **options):
+    """Run the operators' kernels on CPU tensors, compiled for `architecture`, with races looked for.
+
+    Yields the emulation and the list of launches, see `recorded`.
+    """
+    with cuda_implementations_on_cpu(), recorded() as launches, \
             ptxrun.emulate(architecture, races=True, **options) as emulation:
         yield emulation, launches
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from tfkernels import unpatchify
 from transfusion.diffusion.guidance import Guidance
@@ -19,7 +19,7 @@ from transfusion.diffusion.objective import solve
 from transfusion.diffusion.solvers import make_solver
 from transfusion.generate.kv_cache import Canvas, PrefixCache, embed_images
 from transfusion.generate.sampling import Sampling
-from transfusion.sequence import Document, Image, ImageLayout, Part, Text, encode, lay_out
+from transfusion.sequence import Document, Image, ImageLayout, Part, Sequence, Text, encode, lay_out
 
 WRITING, DRAWING, DONE = range(3)
 
@@ -107,6 +107,17 @@ def caption(model, images: Image | list[Image], question: str = "", **options) -
     return ["".join(part.text for part in parts if isinstance(part, Text)).strip() for parts in results]
 
 
+def read(model, documents: list[Document], cache: Cache | None = None) -> tuple[Sequence, Tensor]:
+    """Run documents, one a row, left-padded, their images clean; return the rows and their hidden states (B, S, C)."""
+    longest = max(len(d.tokens) for d in documents)
+    sequence = lay_out([[d] for d in documents], longest, model.config.patch_dim, left=True).to(model.device)
+    condition = model.timestep(torch.zeros(1, device=model.device)).expand(sequence.image_count, -1)
+    x, _ = model.embed(sequence, sequence.patches, condition)
+    positions = model.positions(sequence.positions, sequence.image_ids, sequence.layout.columns)
+    mask = model.image_attention.mask(sequence)
+    return sequence, model.backbone(x, positions, mask, condition, sequence.modality, cache)
+
+
 def as_parts(op: str, name: str, given) -> list[Part]:
     """Return a prompt's parts, checked. A str, a Text or an Image alone is a list of one."""
     given = [Text(given)] if isinstance(given, str) else [given] if isinstance(given, (Text, Image)) else given
@@ -149,12 +160,17 @@ class _Row:
     """One prompt on its way: what it wrote since its last image, its finished parts and its own random numbers."""
 
     generator: torch.Generator
+    stop: tuple[str, ...] = ()
     state: int = WRITING
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     parts: list[Part] = field(default_factory=list)
     images: int = 0
     written: int = 0
+
+    def before_stop(self, text: str) -> str:
+        """What of a text stands before the first of the texts that end it: all of it where none is there."""
+        return text[:min((text.index(stop) for stop in self.stop if stop in text), default=len(text))]
 
 
 class _Generation:
@@ -180,7 +196,8 @@ class _Generation:
         if options.cuda_graph and model.device.type != "cuda":
             raise ValueError(f"generate: cuda_graph is True and the model is on {str(model.device)!r}; "
                              "a model on a CUDA device fits")
-        self.rows = [_Row(torch.Generator().manual_seed(options.seed + i)) for i in range(len(prompts))]
+        self.rows = [_Row(torch.Generator().manual_seed(options.seed + i), tuple(options.stop or ()))
+                     for i in range(len(prompts))]
         self.eos = model.tokenizer.eos_token_id
 
     def solver(self):
@@ -213,14 +230,9 @@ class _Generation:
 
     def prefill(self, documents: list[Document]) -> tuple[PrefixCache, Tensor]:
         """Run the prompts, left-padded; return the cache and the last column's hidden states (B, C)."""
-        longest = max(len(d.tokens) for d in documents)
-        sequence = lay_out([[d] for d in documents], longest, self.config.patch_dim, left=True).to(self.model.device)
-        condition = self.clean.expand(sequence.image_count, -1)
-        x, _ = self.model.embed(sequence, sequence.patches, condition)
-        cache, seen = DynamicCache(), sequence.documents >= 0
-        positions = self.model.positions(sequence.positions, sequence.image_ids, sequence.layout.columns)
-        mask = self.model.image_attention.mask(sequence)
-        hidden = self.model.backbone(x, positions, mask, condition, sequence.modality, cache)
+        cache = DynamicCache()
+        sequence, hidden = read(self.model, documents, cache)
+        seen = sequence.documents >= 0
         return PrefixCache(cache, seen, seen.sum(1)), hidden[:, -1]
 
     def write(self, hidden: Tensor) -> Iterator[Event]:
@@ -247,9 +259,11 @@ class _Generation:
             row.tokens.append(token)
             row.written += 1
             text = self.model.tokenizer.decode(row.tokens)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character of several tokens is not whole yet
-                yield Written(number, text[len(row.text):])
-                row.text = text
+            kept = row.before_stop(text)
+            row.state = WRITING if kept == text else DONE
+            if not kept.endswith("\N{REPLACEMENT CHARACTER}"):  # a character of several tokens is not whole yet
+                yield Written(number, kept[len(row.text):])
+                row.text = kept
 
     def choose(self, row: _Row, scores: Tensor) -> int:
         """Pick the next token of one row; EOS once it has written enough."""
@@ -335,6 +349,6 @@ class _Generation:
 
     def flush(self, row: _Row) -> list[Part]:
         """Return the text written since the last image as a part, if any."""
-        text = self.model.tokenizer.decode(row.tokens) if row.tokens else ""
+        text = row.before_stop(self.model.tokenizer.decode(row.tokens)) if row.tokens else ""
         row.tokens, row.text = [], ""
         return [Text(text)] if text else []

@@ -11,8 +11,8 @@ once per tile of D.
 
 Backward is one program per (tile of columns, `span` patches, tile of D). It walks its patches image by image, in tiles
 that begin where the image does; k_n error is the gradient of the prediction. dweight adds up in registers, with k as
-its ratio to the largest k, so that float16 holds it. At the image's end dscale goes to row chunk + image + 1 of
-`parts`, where no two writes meet (see `tfkernels.norm.triton`). There are no atomics.
+its ratio to the largest k, so that float16 holds it (`_head_loss_factors` makes both first). At the image's end dscale
+goes to row chunk + image + 1 of `parts`, where no two writes meet (see `tfkernels.norm.triton`). There are no atomics.
 """
 import torch
 import triton
@@ -23,8 +23,7 @@ from tfkernels._launch import ROUNDED_PRODUCTS, Config, cdiv, next_power_of_2
 from tfkernels._library import INTERPRET
 from tfkernels.attention.triton.forward import dot_precision
 from tfkernels.losses.triton.diffusion import BLOCK, _diffusion_loss_images, rows_of_one_size
-from tfkernels.norm.triton import IMAGES, _norm_bwd_images, columns_together
-from tfkernels.patches.latents import rows_per_image, uniform_offsets
+from tfkernels.norm.sums import IMAGES, _norm_bwd_images, columns_together
 from tfkernels.patches.philox import philox_normal
 from tfkernels.patches.triton.layout import SCALAR_ARGUMENTS, addresses, dense, geometry, locate
 
@@ -228,6 +227,41 @@ def _head_loss_bwd(k_ptr, ratio_ptr, x_ptr, places_ptr, scale_ptr, weight_ptr, o
                  mask=(d < DIM)[:, None] & (cols < C)[None, :])
 
 
+@triton.jit
+def _factor(dloss_ptr, loss_weight_ptr, offsets_ptr, n, images, tokens, DIM: tl.constexpr):
+    """k of the images `n`, 0 of one without rows, whose dloss and weight may hold anything."""
+    count = n * 0 + tokens
+    if offsets_ptr is not None:
+        count = (tl.load(offsets_ptr + n + 1, mask=n < images, other=0)
+                 - tl.load(offsets_ptr + n, mask=n < images, other=0))
+    some = (n < images) & (count > 0)
+    k = tl.load(dloss_ptr + n, mask=some, other=0.0) * 2.0 / (tl.maximum(count, 1).to(tl.float32) * DIM)
+    if loss_weight_ptr is not None:
+        k *= tl.load(loss_weight_ptr + n, mask=some, other=0.0)
+    return k
+
+
+@triton.jit(do_not_specialize=["dloss_ptr", "loss_weight_ptr", "offsets_ptr", "k_ptr", "ratio_ptr", "top_ptr",
+                               "starts_ptr", "images", "tokens"])
+def _head_loss_factors(dloss_ptr, loss_weight_ptr, offsets_ptr, k_ptr, ratio_ptr, top_ptr, starts_ptr, images, tokens,
+                       DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Write k and its ratio to the largest |k|, that, and where each image begins, the first twice; one program."""
+    top = tl.full([], 1.1754943508222875e-38, tl.float32)  # the least normal number: then the ratios are 0
+    for first in range(0, images + 1, BLOCK):
+        n = first + tl.arange(0, BLOCK)
+        k = _factor(dloss_ptr, loss_weight_ptr, offsets_ptr, n, images, tokens, DIM)
+        tl.store(k_ptr + n, k, mask=n < images)
+        top = tl.maximum(top, tl.max(tl.abs(k)))
+        start = n * tokens if offsets_ptr is None else tl.load(offsets_ptr + n, mask=n <= images, other=0)
+        tl.store(starts_ptr + n + 1, start, mask=n <= images)
+        tl.store(starts_ptr + n, start, mask=n == 0)
+    tl.store(top_ptr, top)
+    for first in range(0, images, BLOCK):
+        n = first + tl.arange(0, BLOCK)
+        k = _factor(dloss_ptr, loss_weight_ptr, offsets_ptr, n, images, tokens, DIM)
+        tl.store(ratio_ptr + n, k / top, mask=n < images)
+
+
 def forward(
     hidden: Tensor, places: Tensor, scale: Tensor, weight: Tensor, base: Tensor | None, x0: Tensor, x0_factor: Tensor,
     eps_factor: Tensor, loss_weight: Tensor | None, seed: Tensor, offsets: Tensor | None, columns: Tensor | None,
@@ -305,12 +339,11 @@ def backward(
     hidden, scale, weight = columns_together(hidden), columns_together(scale), weight.contiguous()
     dloss, places, loss_weight = dense(dloss, places, loss_weight)
     offsets, error, statistics = dense(offsets, error, statistics)
-    counts = rows_per_image(offsets, images, rows, dloss.device)
-    k = dloss * 2 / (counts.clamp(min=1) * dim) * (1 if loss_weight is None else loss_weight)
-    # of an image without rows they may hold anything
-    k = torch.where(counts > 0, k, 0)
-    top = k.abs().amax().clamp(min=torch.finfo(k.dtype).tiny)
-    offsets = uniform_offsets(images, rows, hidden.device) if offsets is None else offsets
+    k, ratio, top = dloss.new_empty(images), dloss.new_empty(images), dloss.new_empty(1)
+    starts = places.new_empty(images + 2, dtype=torch.int32)
+    _head_loss_factors[(1,)](dloss, loss_weight, offsets, k, ratio, top, starts, images, rows // images, DIM=dim,
+                             BLOCK=BLOCK, num_warps=4)
+    offsets = starts[1:]
     launch, constants = config(BACKWARD, hidden.element_size()), tile(dim, hidden.element_size())
     count, span = chunks(rows, dim, width, hidden.element_size())
     slots = count + images + 2
@@ -327,13 +360,12 @@ def backward(
     for depth, part in rounds:
         if any(part.values()):
             _head_loss_bwd[(cdiv(width, launch.block_n), count, depth)](
-                k, k / top, hidden, places, scale, weight, offsets, error, statistics, dhidden, parts, base_parts,
+                k, ratio, hidden, places, scale, weight, offsets, error, statistics, dhidden, parts, base_parts,
                 dweight, images, rows,
                 len(offsets).bit_length(), len(hidden), span, hidden.stride(0), scale.stride(0), C=width,
                 CENTER=len(statistics) == 4, **part, **constants,
                 BLOCK_R=launch.block_m, BLOCK_C=launch.block_n, PRECISION=dot_precision(hidden),
                 num_warps=launch.num_warps, num_stages=launch.num_stages)
-    starts = torch.cat([offsets[:1], offsets])
     dscale, dbase = (_of_images(x, starts, images, span) if wanted else x
                      for x, wanted in ((parts, of_scale), (base_parts, of_base)))
     dweight = dweight.sum(0) * top if of_weight else dweight
