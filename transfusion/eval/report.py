@@ -132,7 +132,7 @@ def _draw(path: Path, tables: dict[str, tuple]) -> None:
         widths = WIDTHS if head == HEAD else (20, *[15] * len(COLUMNS))
         drawn.append((title, widths, [[_wrapped(cell, width) for cell, width in zip(line, widths)]
                                       for line in (head, *rows)]))
-    lines = sum(3 + sum(_lines(line) + 0.6 for line in rows) for _, _, rows in drawn)
+    lines = 2 * (len(tables) > 1) + sum(3 + sum(_lines(line) + 0.6 for line in rows) for _, _, rows in drawn)
     width = max(sum(widths) for _, widths, _ in drawn)
     figure, axis = plt.subplots(figsize=(0.062 * width + 0.4, 0.135 * lines + 0.3))
     axis.set_xlim(0, width)
@@ -142,6 +142,8 @@ def _draw(path: Path, tables: dict[str, tuple]) -> None:
     for title, widths, rows in drawn:
         axis.text(0, top + 1.2, title, fontsize=10, fontweight="bold", va="center")
         top = _draw_rows(axis, widths, rows, top + 2.4) + 0.6
+    if len(tables) > 1:
+        axis.text(0.5, top + 0.3, SOURCE.replace("; ", ";\n", 1), fontsize=6, va="top", linespacing=1.15)
     with written(path) as aside:
         figure.savefig(aside, dpi=160, bbox_inches="tight")
     plt.close(figure)

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import ROUNDED_PRODUCTS, Config, cdiv, loads_by_tma, lookup, multiprocessors
+from tfkernels._launch import Config, cdiv, loads_by_tma, lookup, multiprocessors
 from tfkernels._library import result_like
 from tfkernels.attention.sinks import sink_gradients
-from tfkernels.attention.triton.delta import DELTA_ROWS, _attention_bwd_delta
+from tfkernels.attention.triton.delta import row_deltas
 from tfkernels.attention.triton.forward import (
     batch_stride,
     core,
@@ -394,10 +394,7 @@ def attention_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, 
     kv_heads, sk = k.shape[1:3]
     dims = head_dims(q, v)
     widest = max(dims["D"], dims["D_V"])
-    delta = torch.empty_like(lse)
-    _attention_bwd_delta[(cdiv(sq, DELTA_ROWS) * batch * heads,)](
-        out, dout, lse, None if dlse is None else dlse.contiguous(), delta, *out.stride()[:3], *dout.stride()[:3],
-        heads, sq, HEAD_DIM=dims["HEAD_DIM_V"], D=dims["D_V"], BLOCK_M=DELTA_ROWS, num_warps=4, **ROUNDED_PRODUCTS)
+    delta = row_deltas(out, dout, lse, dlse, dims["HEAD_DIM_V"], dims["D_V"])
     shared = (batch_stride(lo), batch_stride(since))
     group, sizes = heads // kv_heads, (sq, sk, offset, scale, softcap)
     constants = dict(**dims, SOFTCAP=softcap > 0, PRECISION=dot_precision(q))
