@@ -12,7 +12,10 @@ import transfusion.eval.captions
 import transfusion.eval.draw
 import transfusion.eval.geneval
 import transfusion.eval.images
+import transfusion.eval.prepare
 import transfusion.eval.report
+import transfusion.eval.text
+import transfusion.eval.vqa
 import transfusion.model.from_language_model
 import transfusion.recipes.command_line as command_line
 import transfusion.sample
@@ -74,6 +77,8 @@ def test_a_command_line_is_understood(command, monkeypatch):
     for module, name in ((command_line.trainer, "train"), (command_line.autoencoder, "train"),
                          (command_line.plan, "print_plan"), (command_line.report, "report"),
                          (command_line, "evaluate"), (command_line, "encode_dataset"),
+                         (transfusion.eval.prepare, "prepare"), (transfusion.eval.vqa, "evaluate_vqa"),
+                         (transfusion.eval.text, "evaluate_text"),
                          (transfusion.model.from_language_model, "init"), (transfusion.sample, "sample"),
                          (transfusion.sample, "caption"), (transfusion.eval.draw, "draw"),
                          (transfusion.eval.images, "images"), (transfusion.eval.geneval, "geneval"),

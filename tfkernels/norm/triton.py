@@ -39,7 +39,7 @@ FORWARD_WARPS = {64: 1, 128: 1, 256: 1, 512: 2, 1024: 4, 2048: 4, 4096: 8, 8192:
 # twice as many of 512, 1024, half as many of 4096 spill
 BACKWARD_WARPS = {64: 1, 128: 1, 256: 1, 512: 1, 1024: 2, 2048: 4, 4096: 16}
 # programs of the backward kernel that a multiprocessor's registers hold at once, by the block of columns
-RESIDENT = {64: 16, 128: 16, 256: 16, 512: 15, 1024: 7, 2048: 3, 4096: 1}
+RESIDENT = {64: 16, 128: 16, 256: 16, 512: 14, 1024: 6, 2048: 3, 4096: 1}
 
 
 def forward_config(width: int) -> Config:

@@ -119,6 +119,19 @@ def read_object(path: Path) -> dict | list:
         raise DataError(str(path), f"this is no UTF-8 text ({error.reason})") from error
 
 
+def read_list(path: Path, name: str | None = None) -> Iterator[tuple[str, dict]]:
+    """Yield the objects of a JSON list, or of the list `name` of an object, each with its file and row for messages.
+
+    Raises:
+        DataError: there is no list of objects.
+    """
+    held = read_object(path)
+    rows = held if name is None else value(held, name, str(path), (list,))
+    if not isinstance(rows, list):
+        raise DataError(str(path), f"this is a {type(rows).__name__}; a list fits")
+    yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows))
+
+
 def value(row: dict, name: str, where: str, kinds: tuple[type, ...] = (str,)):
     """Return a field of a row.
 
@@ -182,12 +195,11 @@ def _scienceqa(folder: Path) -> Iterator[Row]:
     """Of the test split the questions with pictures; the pictures lie in images/test."""
     source, asked = needed(folder / "problems.json"), needed(folder / "llava_test_CQM-A.json")
     problems, pictures = read_object(source), needed(folder / "images" / "test")
-    for number, held in enumerate(read_object(asked)):
-        where = f"{asked}, row {number}"
+    for where, held in read_list(asked):
+        key, turns = value(held, "id", where), value(held, "conversations", where, (list,))
         if not held.get("image"):
             continue
-        key, turns = value(held, "id", where), value(held, "conversations", where, (list,))
-        question = value(turns[0], "value", where).replace("<image>", "").strip()
+        question = value(turns[0] if turns else {}, "value", where).replace("<image>", "").strip()
         problem = _answer_of(problems, key, where, source)
         yield Row(where, key, f"{question}\n{DIRECTLY}", pictures / value(held, "image", where), {
             "question": value(problem, "question", where), "choices": value(problem, "choices", where, (list,)),
@@ -196,12 +208,13 @@ def _scienceqa(folder: Path) -> Iterator[Row]:
 
 def _textvqa(folder: Path) -> Iterator[Row]:
     source = needed(folder / "TextVQA_0.5.1_val.json")
-    truths = {(truth["image_id"], truth["question"].lower()): truth
-              for truth in value(read_object(source), "data", str(source), (list,))}
+    truths = {(value(truth, "image_id", where), value(truth, "question", where).lower()): truth
+              for where, truth in read_list(source, "data")}
     for where, _, row in _asked(needed(folder / "llava_textvqa_val_v051_ocr.jsonl"), needed(folder / "train_images")):
-        question = next(line for line in row.prompt.split("\n") if not line.startswith("Reference OCR token:"))
+        question = next((line for line in row.prompt.split("\n") if not line.startswith("Reference OCR token:")), "")
         truth = _answer_of(truths, (row.id, question.lower()), where, source)
-        yield row._replace(columns={"question": truth["question"], "question_id": truth["question_id"],
+        yield row._replace(columns={"question": truth["question"],
+                                    "question_id": value(truth, "question_id", where, (int,)),
                                     "answers": value(truth, "answers", where, (list,))})
 
 
@@ -240,8 +253,12 @@ def _mmbench(file: str, request: str) -> Callable[[Path], Iterator[Row]]:
         path = needed(folder / file, folder.parent / "mmbench" / file)
         csv.field_size_limit(2**31 - 1)
         with open(path, encoding="utf-8", newline="") as lines:
-            for number, held in enumerate(csv.DictReader(lines, delimiter="\t"), 1):
-                yield _mmbench_row(held, f"{path}, row {number}", request)
+            table = csv.DictReader(lines, delimiter="\t")
+            try:
+                for held in table:
+                    yield _mmbench_row(held, f"{path}, line {table.line_num}", request)
+            except csv.Error as error:
+                raise DataError(f"{path}, line {table.line_num}", f"this is no row of a table ({error})") from error
 
     return read
 
@@ -263,13 +280,13 @@ def _mmbench_row(held: dict, where: str, request: str) -> Row:
 
 def _seedbench(folder: Path) -> Iterator[Row]:
     source = needed(folder / "SEED-Bench.json")
-    truths = {str(truth["question_id"]): truth for truth in value(read_object(source), "questions", str(source),
-                                                                 (list,))}
+    truths = {str(value(truth, "question_id", where, (str, int))): truth
+              for where, truth in read_list(source, "questions")}
     for where, _, row in _asked(needed(folder / "llava-seed-bench.jsonl"), folder):
         truth = _answer_of(truths, str(row.id), where, source)
-        columns = {name: value(truth, name, where) for name in ("question", "answer", "data_type", "choice_a",
-                                                                "choice_b", "choice_c", "choice_d")}
-        yield row._replace(columns=columns | {"question_id": str(row.id)})
+        names = "question", "answer", "data_type", "choice_a", "choice_b", "choice_c", "choice_d"
+        yield row._replace(columns={"question_id": str(row.id), **{
+            name: str(value(truth, name, where, (str, int, float))) for name in names}})
 
 
 def _llava_wild(folder: Path) -> Iterator[Row]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from transfusion.eval.picture_features import Network, drawn_files, features_of,
 from transfusion.eval.prompts import read_drawn
 from transfusion.eval.results import Result, version_of, write_result
 from transfusion.files import check_writable
-from transfusion.settings import Count, Seed, check
+from transfusion.settings import Count, Range, Seed, check
 
 INCEPTION = "inception"
 
@@ -32,6 +33,8 @@ class ImagesSettings:
     """what `transfusion eval draw` wrote, or any folder of pictures"""
     real: Path | None = None
     """a folder of real pictures; None leaves out all but the CLIP score"""
+    prompted: bool = False
+    """of the real pictures take those alone that prompts.jsonl names, as COCO's prompts do"""
     features: str = INCEPTION
     """directory of a network of transformers (safetensors), a file of FID's Inception weights, or `inception`: that
     file in the cache of torch.hub"""
@@ -43,9 +46,9 @@ class ImagesSettings:
     """of precision and recall: a ball reaches its centre's neighbour of this number"""
     neighbour_pictures: Count = 10_000
     """pictures of either kind, at most, that precision and recall compare"""
-    subsets: Count = 100
+    subsets: Annotated[int, Range(2)] = 100
     """that the kernel distance is a mean of"""
-    subset_size: Count = 1000
+    subset_size: Annotated[int, Range(2)] = 1000
     """pictures in each, at most"""
     seed: Seed = 0
     """of these subsets"""
@@ -84,16 +87,30 @@ def _distances(settings: ImagesSettings, out: Path, drawn: list[Path], about: di
     began = time.perf_counter()
     path = inception_file() if settings.features == INCEPTION else Path(settings.features)
     network = Network.open(path, choose_device(settings.device))
-    real = picture_files(settings.real)
+    real = _real(settings)
     theirs, ours = (features_of(files, network, out / "features", settings.batch, title)
                     for files, title in ((real, "real"), (drawn, "drawn")))
-    details = {"real": str(settings.real), "real_pictures": len(real), "features": str(path),
-               "features_weights_hash": network.weights_hash}
+    details = {"real": str(settings.real), "prompted": settings.prompted, "real_pictures": len(real),
+               "features": str(path), "features_weights_hash": network.weights_hash}
     seconds = time.perf_counter() - began
     for metric, value, more in _numbers(settings, network, theirs, ours):
         own = {"n": len(drawn), "standard_error": more.pop("standard_error", None), "seed": more.pop("seed", None)}
         yield Result("images", metric, value, library="transfusion", version=version_of("transfusion"),
                      seconds=seconds, resize=network.resize(), details=details | more, **own, **about)
+
+
+def _real(settings: ImagesSettings) -> list[Path]:
+    """The real pictures that drawn ones are compared with."""
+    found = picture_files(settings.real)
+    if not settings.prompted:
+        return found
+    named = {row.get("image_file") for row in read_drawn(settings.drawn)}
+    chosen = [path for path in found if path.name in named]
+    if not chosen or len(chosen) != len(named):
+        raise ValueError(f"eval images: prompted is True and real is {str(settings.real)!r}, which holds "
+                         f"{len(chosen):,} of the {len(named):,} pictures that prompts.jsonl of drawn names; the "
+                         "pictures of COCO's captions fit, or no --prompted")
+    return chosen
 
 
 def _numbers(settings: ImagesSettings, network: Network, real: Tensor, drawn: Tensor) -> Iterator[tuple]:
@@ -103,7 +120,8 @@ def _numbers(settings: ImagesSettings, network: Network, real: Tensor, drawn: Te
     yield distance_name("kernel", network), kernel.distance, {
         "standard_error": kernel.standard_error, "seed": settings.seed, "deviation": kernel.deviation,
         "subsets": settings.subsets, "subset_size": min(settings.subset_size, len(real), len(drawn))}
-    found = precision_recall(*(x[:settings.neighbour_pictures] for x in (real, drawn)), settings.neighbours)
+    compared = (x[:settings.neighbour_pictures] for x in (real, drawn))
+    found = precision_recall(*compared, settings.neighbours)
     for name, value in found._asdict().items():
         yield f"{name} ({network.name} features)", value, {
             "neighbours": settings.neighbours, "pictures_compared": settings.neighbour_pictures}

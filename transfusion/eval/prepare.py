@@ -75,7 +75,7 @@ def prepare(settings: PrepareSettings) -> None:
         if len(missing) == len(wanted):
             raise ValueError(f"eval prepare: data is {str(settings.data)!r}, which holds no benchmark; LLaVA's "
                              "playground/data/eval fits")
-        write_tasks(settings.out)
+        write_tasks(settings.out, settings.out / TASKS)
 
 
 def prepare_one(benchmark: Benchmark, data: Path, out: Path) -> str:
@@ -144,12 +144,13 @@ def _stored(picture: Path | bytes) -> dict | tuple[str, str]:
 
 
 def _with_partners(kept: list[tuple[Row, dict]], skipped: dict[str, list[str]]) -> list[tuple[Row, dict]]:
-    """Rows of pictures that are asked about twice, as MME's score needs; others count as skipped."""
+    """Rows of pictures that are asked about twice, as MME's score needs, side by side; others count as skipped."""
     times = Counter(row.id for row, _ in kept)
+    first = {row.id: at for at, (row, _) in reversed(list(enumerate(kept)))}
     for row, _ in kept:
         if times[row.id] != 2:
             skipped["no pair of questions"].append(f"{row.where}: {times[row.id]} questions are about {row.id}, 2 fit")
-    return [(row, stored) for row, stored in kept if times[row.id] == 2]
+    return sorted(((row, stored) for row, stored in kept if times[row.id] == 2), key=lambda one: first[one[0].id])
 
 
 def write_dataset(folder: Path, benchmark: Benchmark, rows: list[tuple[Row, dict]]) -> None:
@@ -192,8 +193,8 @@ def prepared(data: Path) -> Iterator[Benchmark]:
     return (one for one in BENCHMARKS.values() if (data / one.name / ABOUT).is_file())
 
 
-def write_tasks(data: Path, judge: bool = False) -> list[str]:
-    """Write a task of lmms-eval for each prepared benchmark that points to it; return their names.
+def write_tasks(data: Path, folder: Path, judge: bool = False) -> None:
+    """Write into `folder` a task of lmms-eval for each benchmark that is prepared in `data`.
 
     Without lmms-eval nothing is written, for a task includes one of its own. With `judge` the benchmarks that a
     language model scores are scored by lmms-eval's judge; without it their answers are kept alone.
@@ -201,14 +202,13 @@ def write_tasks(data: Path, judge: bool = False) -> list[str]:
     found = importlib.util.find_spec("lmms_eval")
     if found is None:
         print("lmms-eval is not installed: its tasks are written when `transfusion eval vqa` finds it", flush=True)
-        return []
+        return
     names, tasks = [], Path(found.submodule_search_locations[0]) / "tasks"
     for benchmark in prepared(data):
         names.append(f"{benchmark.name}_local")
-        write_text(data / TASKS / f"{benchmark.name}.yaml", task_yaml(benchmark, data, tasks, judge))
-    write_text(data / TASKS / f"{GROUP}.yaml", "\n".join([f"group: {GROUP}_local", "task:",
-                                                         *(f"- {name}" for name in names), ""]))
-    return names
+        write_text(folder / f"{benchmark.name}.yaml", task_yaml(benchmark, data, tasks, judge))
+    write_text(folder / f"{GROUP}.yaml", "\n".join([f"group: {GROUP}_local", "task:",
+                                                   *(f"- {name}" for name in names), ""]))
 
 
 def task_yaml(benchmark: Benchmark, data: Path, tasks: Path, judge: bool) -> str:

@@ -4,6 +4,7 @@
     OUT/answers/NAME.jsonl         the answers as LLaVA's scripts write them
     OUT/upload/NAME...             what a server wants, as LLaVA's scripts write it
     OUT/kept/                      answers as they come: the same command goes on after a stop
+    OUT/tasks/                     lmms-eval's tasks, as `transfusion eval prepare` writes them
 
     torchrun --nproc-per-node 8 -m transfusion.cli eval vqa ...    asks in eight processes
 """
@@ -105,18 +106,19 @@ def _ask(settings: VQASettings, asked: list[Benchmark], rank: int, size: int) ->
     except ImportError as error:
         raise ValueError(f"eval vqa: lmms-eval cannot be imported ({error}); {INSTALL}") from error
     if rank == 0:
-        write_tasks(settings.data, judge=settings.judge is not None)
+        write_tasks(settings.data, settings.out / TASKS, judge=settings.judge is not None)
     if size > 1:
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         torch.distributed.barrier()                    # the tasks are written
     model = TransfusionModel(
         str(settings.model), settings.batch, settings.device, str(settings.out / "kept"),
         **vars(settings.loading), **vars(settings.asking))
-    manager, lines = TaskManager(include_path=str(settings.data / TASKS), include_defaults=False), []
+    manager, lines = TaskManager(include_path=str(settings.out / TASKS), include_defaults=False), []
     for benchmark in asked:
         began = time.perf_counter()
         found = simple_evaluate(
-            model, tasks=[f"{benchmark.name}_local"], task_manager=manager, limit=settings.limit, bootstrap_iters=0,
+            model, tasks=[f"{benchmark.name}_local"], task_manager=manager, limit=limit_of(benchmark, settings.limit),
+            bootstrap_iters=0,
             distributed_executor_backend="torchrun" if size > 1 else "accelerate", log_samples=True,
             cli_args=SimpleNamespace(output_path=str(settings.out / "lmms-eval"), process_with_media=False,
                                      reasoning_tags=None))
@@ -125,6 +127,11 @@ def _ask(settings: VQASettings, asked: list[Benchmark], rank: int, size: int) ->
     if size > 1:
         torch.distributed.destroy_process_group()
     return lines
+
+
+def limit_of(benchmark: Benchmark, limit: int | None) -> int | None:
+    """How many questions are asked at most: of pairs, whole ones."""
+    return limit if limit is None or not benchmark.pairs else limit + limit % 2
 
 
 def _write(settings: VQASettings, benchmark: Benchmark, found: dict, model, seconds: float) -> list[str]:
@@ -166,8 +173,9 @@ def _notes(settings: VQASettings, benchmark: Benchmark, about: dict, upload: Pat
         notes.append(f"a judge scores it, and none was asked: its answers are in answers/{benchmark.name}.jsonl")
     if upload is not None:
         notes.append(f"{benchmark.server} scores {upload.relative_to(settings.out)}")
-    if settings.limit is not None and settings.limit < about["rows"]:
-        notes.append(f"the first {settings.limit:,} of {about['rows']:,} questions alone")
+    limit = limit_of(benchmark, settings.limit)
+    if limit is not None and limit < about["rows"]:
+        notes.append(f"the first {limit:,} of {about['rows']:,} questions alone")
     notes += [f"{count:,} questions left out: {kind}" for kind, count in about["skipped"].items()]
     return notes
 

@@ -14,11 +14,12 @@ import setuptools
 import torch
 from PIL import Image as Picture
 
-from tests.transfusion.conftest import tiny_model
+from tests.transfusion.conftest import in_training, tiny_model
 from tests.transfusion.eval import llava_data
 from tests.transfusion.eval.llava_data import TRUTHS
 from transfusion.cli import main
 from transfusion.eval.questions import Asker
+from transfusion.eval.report import llava_rows
 from transfusion.eval.results import read_results
 
 pytest.importorskip("lmms_eval")
@@ -71,6 +72,9 @@ def test_true_answers_get_full_marks_from_the_scoring_of_every_benchmark(prepare
     assert "a judge scores it, and none was asked" in results["llava_wild-score"].note
     assert "eval.ai, challenge 830 scores upload/vqav2.json" in results["vqav2-score"].note
     assert "POPE: pope_f1_score 1.0000 of 4" in capsys.readouterr().out
+    published, own = llava_rows(results)
+    assert [cell.rstrip("*") for cell in own[1:]] == ["no score", "100.0", "no score", "100.0", "100.0", "100.0",
+                                                     "400.0", "100.0", "100.0", "100.0", "no score", "no score"]
 
 
 def test_what_servers_want_is_written_as_llavas_scripts_write_it(prepared, tmp_path, knowing):
@@ -118,14 +122,21 @@ def test_an_evaluation_that_was_stopped_goes_on_where_it_stood(prepared, tmp_pat
     assert len(knowing) == 4, "all answers are kept"
 
 
+def test_a_limit_is_said_and_cuts_no_pair_of_questions(prepared, tmp_path, knowing):
+    results = evaluate(prepared, tmp_path, "--tasks", "pope", "mme", "--limit", "1")
+    pope, mme = results["pope-pope_accuracy"], results["mme-mme_perception_score"]
+    assert (pope.n, pope.note) == (1, "the first 1 of 4 questions alone")
+    assert (mme.n, mme.value, mme.note) == (2, 200.0, "the first 2 of 4 questions alone")
+
+
 def test_a_random_model_really_answers_alone_and_in_two_processes(prepared, tmp_path):
-    tasks = ["--tasks", "gqa", "mme", *SHORT]
+    tasks = ["--tasks", "gqa", "pope", "--limit", "3", *SHORT]  # of POPE one process has two questions, one has one
     evaluate(prepared, tmp_path / "one", *tasks)
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29671", "-m",
          "transfusion.cli", "eval", "vqa", "--model", str(prepared / "model"), "--data", str(prepared / "prepared"),
          "--out", str(tmp_path / "two"), *tasks], check=True, timeout=300, cwd=Path(__file__).parents[3])
-    for name in ("gqa", "mme"):
+    for name in ("gqa", "pope"):
         one, two = ((tmp_path / run / "answers" / f"{name}.jsonl").read_text() for run in ("one", "two"))
         assert one == two and all(json.loads(line)["text"] for line in one.splitlines())
     assert {path.name for path in (tmp_path / "two" / "kept").iterdir()} == {"answers-0.jsonl", "answers-1.jsonl"}
@@ -237,6 +248,19 @@ def test_log_likelihoods_are_those_of_the_asker(prepared):
 def test_an_option_of_the_model_that_does_not_fit_is_named(prepared, options, message):
     with pytest.raises(ValueError, match=message):
         lmms_model.TransfusionModel(str(prepared / "model"), device="cpu", **options)
+
+
+def test_an_adapters_directory_is_a_model_with_the_adapter_in_it(prepared, tmp_path):
+    tuned = in_training(tiny_model(), "lora")
+    tuned.peft_config["default"].base_model_name_or_path = str(prepared / "model")
+    tuned.save_pretrained(tmp_path / "adapter")
+    question = lmms_model.Question("a seven?", (Picture.new("RGB", (20, 30), "blue"),))
+    adapter, base = (lmms_model.TransfusionModel(str(path), device="cpu").asker.likelihoods([question], ["two"])[0]
+                     for path in (tmp_path / "adapter", prepared / "model"))
+    merged = tuned.eval().merge_and_unload()
+    expected, = Asker(merged, a_model(prepared).asker.asking).likelihoods([question], ["two"])
+    assert adapter.log_probability == pytest.approx(expected.log_probability, rel=1e-5)
+    assert abs(adapter.log_probability - base.log_probability) > 1e-3
 
 
 def test_weights_are_loaded_in_the_type_that_is_asked_for(prepared):

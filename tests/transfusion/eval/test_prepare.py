@@ -72,6 +72,13 @@ def test_a_picture_that_is_missing_or_broken_is_left_out_counted_and_named_by_it
     assert "llava_test.jsonl, line 2" in about["examples"]["unreadable picture"][0]
 
 
+def test_both_questions_about_a_picture_of_mme_stand_side_by_side(data):
+    rows = (data / "MME" / "llava_mme.jsonl").read_text().splitlines()
+    (data / "MME" / "llava_mme.jsonl").write_text("\n".join(rows[i] for i in (0, 2, 3, 1)) + "\n")
+    asked = [row["question_id"] for row in table(prepared(data, "mme"), "mme")]
+    assert asked == ["existence/1.jpg"] * 2 + ["landmark/2.jpg"] * 2
+
+
 def test_a_question_of_mme_whose_partner_is_left_out_goes_too(data):
     rows = (data / "MME" / "llava_mme.jsonl").read_text().splitlines()
     (data / "MME" / "llava_mme.jsonl").write_text("\n".join(rows[:3]) + "\n")
@@ -127,3 +134,20 @@ def test_questions_and_labels_of_pope_that_are_not_of_one_release_are_refused(da
 def test_settings_that_do_not_fit_end_in_one_line(data, tmp_path, arguments, message):
     with pytest.raises(SystemExit, match=message):
         main(["eval", "prepare", "--data", str(data), "--out", str(tmp_path / "o"), *arguments])
+
+
+@pytest.mark.parametrize("name,file,text,message", [
+    ("scienceqa_img", "scienceqa/llava_test_CQM-A.json", '{"a": 1}', "llava_test_CQM-A.json: this is a dict; a list"),
+    ("scienceqa_img", "scienceqa/llava_test_CQM-A.json", '[{"id": "1", "image": "a.png", "conversations": []}]',
+     "row 0: there is no 'value'"),
+    ("textvqa", "textvqa/TextVQA_0.5.1_val.json", '{"data": [{"image_id": "a"}]}', "row 0: there is no 'question'"),
+    ("seedbench", "seed_bench/SEED-Bench.json", "[]", "SEED-Bench.json: there is no 'questions'"),
+    ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "index\tquestion\timage\nx\twhy\t\n",
+     "mmbench_dev_20230712.tsv, line 2: its index or picture cannot be read"),
+    ("mme", "MME/MME_Benchmark_release_version/existence/1.txt", "another?\tYes\n", "llava_mme.jsonl, line 1: .*1.txt"),
+    ("mmvet", "mm-vet/mm-vet.json", '{"v1_0": {"answer": 3}}', "line 1: 'answer' is 3; a str fits"),
+])
+def test_an_answer_file_of_another_shape_is_named_with_its_row(data, name, file, text, message):
+    (data / file).write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        prepared(data, name)
