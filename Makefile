@@ -1,4 +1,5 @@
 # make demo   train on handwritten digits, draw, read, measure (minutes on two CPU cores)
+# make serve  the demo's model over HTTP, with OpenAI's interface, on this machine's port 8000
 # make test   lint and test
 # make bench  what a CPU can time, ours beside its peers: one table and one plot, in ten minutes
 # make emulate  the kernels' compiled code, without a GPU: every dtype, launch-table row, kind of mask and Triton (an
@@ -12,10 +13,14 @@ TORCH := $(shell grep '^torch==' $(CONSTRAINTS))
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 export TRITON_DEFAULT_FP_FUSION ?= 1
 
-.PHONY: demo test emulate bench gpu clean
+.PHONY: demo serve test emulate bench gpu clean
 
 demo: .venv/ready
 	$(BIN)/python -m transfusion.demo
+
+serve: .venv/ready
+	@test -f runs/digits/config.json || { echo "runs/digits holds no model; make demo trains one in minutes"; exit 1; }
+	$(BIN)/transfusion serve --model runs/digits
 
 test: .venv/ready
 	$(BIN)/ruff check .

@@ -3,11 +3,12 @@
     python -m benchmarks.host
 
 Operators run their CUDA implementations on CPU tensors of a few numbers, and a launch of theirs does nothing. What is
-left is what a call costs the host before a kernel runs: checks, the way to the implementation, results that are
-allocated. A call without a gradient goes by the custom op. With one, `directly` is the call as it is, and `custom op`
-the same call where something watches operators. The unit is one bare launch of a kernel of three pointers through
-Triton's own Python, with a driver that does nothing. Calls of all kinds take turns and each figure is the least of many
-rounds, for whatever else runs on the machine only adds; the ratios are what to read.
+left is what a call costs the host beside its launches: checks, the way to the implementation, results that are
+allocated, and PyTorch's own operators, which compute a few numbers here and would be launched on a GPU. `directly` is
+the call as it is, and `custom op` the same call where something watches operators. All outputs are differentiated, of
+the cross-entropy its loss. The unit is one bare launch of a kernel of three pointers through Triton's own Python, with
+a driver that does nothing; a whole call takes its launches as well. Calls of all kinds take turns and each figure is
+the least of many rounds, for whatever else runs on the machine only adds; the ratios are what to read.
 """
 import contextlib
 import time
@@ -69,7 +70,7 @@ def operators() -> dict[str, tuple[Callable, list[torch.Tensor]]]:
         "modulated_layer_norm_diffusion_loss": (lambda: tfkernels.modulated_layer_norm_diffusion_loss(
             flat, places, scale, shift, out, bias, clean, coefficients, coefficients, None, seed, offsets=offsets),
             [flat, scale, out]),
-        "linear_cross_entropy": (lambda: tfkernels.linear_cross_entropy(flat, head, targets, rows), [flat, head]),
+        "linear_cross_entropy": (lambda: tfkernels.linear_cross_entropy(flat, head, targets, rows).loss, [flat, head]),
     }
 
 
@@ -85,8 +86,8 @@ def both(call: Callable, leaves: list[torch.Tensor]) -> Callable:
     """The call and its gradients."""
     def run():
         result = call()
-        first = result if isinstance(result, torch.Tensor) else result[-1 if len(result) == 2 else 0]
-        torch.autograd.grad(first, leaves, first.detach(), allow_unused=True)
+        outputs = result if isinstance(result, tuple) else (result,)
+        torch.autograd.grad(outputs, leaves, [x.detach() for x in outputs])
     return run
 
 
@@ -118,6 +119,16 @@ def bare_launch():
         yield lambda: _copied[(1,)](x, x, x, 64, BLOCK=64)
 
 
+def launches(run: Callable) -> int:
+    """Of one call, once what is made for many calls is made."""
+    found = []
+    with seen(lambda kernel, *_: found.append(kernel)):
+        run()
+        found.clear()
+        run()
+    return len(found)
+
+
 def least() -> dict[str, float]:
     """Microseconds of each kind of call."""
     with bare_launch() as launch, seen(lambda *_: None):
@@ -142,12 +153,14 @@ def table(times: dict[str, float]) -> str:
     """The table of docs/performance.md."""
     unit = times["bare launch"]
     lines = [f"One bare launch: {unit:.0f} us.", "",
-             "| operator | forward | forward and backward: custom op | directly | us |", "|" + "---|" * 5]
-    for name in operators():
+             "| operator | forward | forward and backward: custom op | directly | us | launches | us for each |",
+             "|" + "---|" * 7]
+    for name, (call, leaves) in operators().items():
         kinds = (f"{name}, {kind}" for kind in ("forward", "both, custom op", "both"))
         cells = [f"{times[kind] / unit:.1f}" if kind in times else "" for kind in kinds]
         whole = times.get(f"{name}, both", times[f"{name}, forward"])
-        lines.append(f"| {name} | {' | '.join(cells)} | {whole:.0f} |")
+        count = launches(both(call, leaves) if leaves else forward(call))
+        lines.append(f"| {name} | {' | '.join(cells)} | {whole:.0f} | {count} | {whole / count:.0f} |")
     return "\n".join(lines)
 
 

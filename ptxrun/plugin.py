@@ -33,12 +33,19 @@ def pytest_addoption(parser):
 def pytest_load_initial_conftests(early_config):
     """Put the driver in place."""
     options = early_config.known_args_namespace
-    if options.emulate:
-        from ptxrun import emulate
-        stack = contextlib.ExitStack()
+    if options.emulate is None:
+        given = [f"--{name}" for name in ("races", "results", "limit", "seed") if getattr(options, name)]
+        if given:
+            raise pytest.UsageError(f"{', '.join(given)}: nothing is emulated; --emulate sm_90 fits beside it")
+        return
+    from ptxrun import emulate
+    stack = contextlib.ExitStack()
+    try:
         emulation = stack.enter_context(
             emulate(options.emulate, races=options.races, schedule=options.schedule, seed=options.seed))
-        early_config.stash[SESSION] = stack, emulation
+    except ValueError as error:
+        raise pytest.UsageError(f"--{error}") from None
+    early_config.stash[SESSION] = stack, emulation
 
 
 def pytest_configure(config):

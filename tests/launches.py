@@ -16,7 +16,6 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 import ptxrun
 import tfkernels
 from tfkernels import _launch
-from tfkernels.attention.triton import decode
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 PATCHIFY = {"_patchify_fwd", "_patchify_bwd"}   # one line launches both, as `kernel`
@@ -52,7 +51,7 @@ def cuda_implementations_on_cpu(*, computes: bool = False):
 
     operators = [op for op in OPDEFS.values() if op._namespace == "tfkernels"]
     before = [(op._backend_fns["cpu"], op._abstract_fn) for op in operators]
-    caches = _launch.architecture, decode.multiprocessors  # what the library remembers of a device
+    caches = _launch.architecture, _launch.multiprocessors  # what the library remembers of a device
     for op, (compute, _) in zip(operators, before):
         op.register_kernel("cpu")(both(op._backend_fns["cuda"], compute))
         op._abstract_fn = op._backend_fns["cuda"]

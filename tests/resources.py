@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ptxrun import unknown_instructions
+from tests.schedule import wait_distances
 from tfkernels._launch import SHARED_LIMIT, Config
 
 INT32 = (
@@ -43,6 +44,7 @@ class Resources(NamedTuple):
     tensor_core: dict[str, int]  # multiply instructions: how many of each
     loops: int  # innermost loops with a multiply instruction
     pipelined: int  # how many of them also start an asynchronous copy to shared memory
+    waits: tuple[float, ...]  # of those: tiles of work between asking for a tile and waiting for it (tests/schedule.py)
     uneven_sums: int = 0  # fused steps of a butterfly, behind which lanes of one row may differ in the last bit
 
     def fit(self, architecture: int) -> bool:
@@ -133,4 +135,5 @@ def resources(kernel, constants: dict, config: Config, *, architecture: int, ele
     loops = [loop for loop in innermost_loops(ptx) if TENSOR_CORE.search(loop)]
     return Resources(
         registers, spills, built.metadata.shared, {name: found.count(name) for name in sorted(set(found))},
-        len(loops), sum(COPY.search(loop) is not None for loop in loops), uneven_sums(ptx))
+        len(loops), sum(COPY.search(loop) is not None for loop in loops), tuple(wait_distances(built.asm["ttgir"])),
+        uneven_sums(ptx))

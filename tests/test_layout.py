@@ -32,6 +32,7 @@ ORDER = (
     "transfusion.model",
     "transfusion",
     "transfusion.data",
+    "transfusion.serve",
     "transfusion.eval",
     "transfusion.train",
     "transfusion.recipes",

@@ -3,12 +3,13 @@
 PyTorch's dispatcher picks by the tensors' device. Under `TRITON_INTERPRET=1` the CPU runs the Triton kernel through
 Triton's interpreter, so that the same tests check the same kernel on a machine without a GPU.
 
-Whatever traces, transforms or watches operators sees the custom op. Where nothing does, a call that needs a gradient
-goes to the same implementation and the same backward formula through an `autograd.Function`, because the custom op's
-way through Python takes longer than many kernels do (docs/performance.md). Without a gradient the two take as long.
+Whatever traces, transforms or watches operators sees the custom op. Where nothing does, a call goes straight to the
+same implementation, and where it needs a gradient to the same backward formula through an `autograd.Function`, because
+the custom op's way through Python takes longer than many kernels do (docs/performance.md).
 """
 import functools
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _PLAIN = (Tensor, nn.Parameter)
+_keys_of = torch._C._dispatch_keys
 
 
 @functools.cache
@@ -34,13 +36,15 @@ def register(name, *, kernel, cpu, fake):
 
     @functools.wraps(kernel)
     def launch(*args):
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        if INTERPRET and any(t.dtype == torch.bfloat16 for t in tensors):
+        if INTERPRET and any(x.dtype == torch.bfloat16 for x in args if isinstance(x, Tensor)):
             raise ValueError(f"{name}: dtype is torch.bfloat16; Triton's interpreter computes bfloat16 wrongly and "
                              "silently; use float32 or float16, or unset TRITON_INTERPRET")
-        if refused := refusal(tensors[0].device):
+        device = next(x for x in args if isinstance(x, Tensor)).device
+        if refused := refusal(device):
             raise ValueError(f"{name}: its tensors are {refused}")
-        with torch.cuda.device_of(tensors[0]):
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return kernel(*args)
+        with torch.cuda.device(device):
             return kernel(*args)
 
     op = torch.library.custom_op(f"tfkernels::{name}", launch, mutates_args=(), device_types="cuda")
@@ -52,31 +56,33 @@ def register(name, *, kernel, cpu, fake):
 
 
 class Operator(torch.library.CustomOpDef):
-    """A custom op whose gradient takes a shorter way where nothing has to see an operator."""
+    """A custom op that is called by a shorter way where nothing has to see an operator."""
 
-    _function = None  # what autograd runs in place of the operator; None where it has no backward
+    _differentiated = None  # what is called in place of the operator for a gradient; None where it has no backward
 
     def __call__(self, *args):
-        if (self._function is None or not torch.is_grad_enabled() or watched()
-                or not torch._C._any_requires_grad(*args) or (device := plain_device(args)) not in self._backend_fns):
+        if watched() or (device := plain_device(args)) not in self._backend_fns:
             return super().__call__(*args)
-        return self.directly(self._backend_fns[device], args)
+        differentiated = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if differentiated and self._differentiated is None:
+            return super().__call__(*args)  # which refuses it once the backward comes here
+        return self.directly(self._backend_fns[device], args, differentiated)
 
-    def directly(self, implementation, args: tuple):
-        """Call an implementation with a node of the autograd graph around it."""
+    def directly(self, implementation, args: tuple, differentiated: bool):
+        """Call an implementation, with a node of the autograd graph around it where it is `differentiated`."""
         args += self.defaults[len(args):]  # as the dispatcher does: formulas count on all arguments
         if torch.autograd._profiler_enabled():
             implementation = record_function(self._qualname)(implementation)
-        return self._function.apply(*args, implementation)
+        return self._differentiated(*args, implementation) if differentiated else implementation(*args)
 
     def register_autograd(self, backward, /, *, setup_context) -> None:
         """As `CustomOpDef.register_autograd`."""
         super().register_autograd(backward, setup_context=setup_context)
-        self._function = _function(self._name, backward, setup_context)
+        self._differentiated = _differentiated(self._name, backward, setup_context)
 
 
-def _function(name: str, formula, setup_context) -> type[torch.autograd.Function]:
-    """Return an autograd.Function of (*args, implementation), whose formula knows the args alone."""
+def _differentiated(name: str, formula, setup_context) -> Callable:
+    """Return an autograd.Function's call of (*args, implementation), whose formula knows the args alone."""
 
     def forward(ctx, *inputs):
         *args, implementation = inputs
@@ -89,7 +95,8 @@ def _function(name: str, formula, setup_context) -> type[torch.autograd.Function
         return *(found if isinstance(found, tuple) else (found,)), None
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(name, (torch.autograd.Function,), methods)
+    function = type(name, (torch.autograd.Function,), methods)
+    return super(torch.autograd.Function, function).apply  # which does not look for functorch: `watched` did
 
 
 def watched() -> bool:
@@ -104,9 +111,14 @@ def watched() -> bool:
 def plain_device(args) -> str | None:
     """Return the type of the device that all tensors are on; None where they differ, or where one is more than numbers
     in memory: a subclass, a batch of vmap's, a negated view."""
-    devices = {_PLAIN_KEYS.get(torch._C._dispatch_keys(x).raw_repr()) if type(x) in _PLAIN else None
-               for x in args if isinstance(x, Tensor)}
-    return devices.pop() if len(devices) == 1 else None
+    found = None
+    for x in args:
+        if isinstance(x, Tensor):
+            device = _PLAIN_KEYS.get(_keys_of(x).raw_repr()) if type(x) in _PLAIN else None
+            if device is None or found not in (None, device):
+                return None
+            found = device
+    return found
 
 
 def _plain_keys() -> dict[int, str]:
@@ -153,6 +165,8 @@ def result_like(x: Tensor, width: int | None = None) -> Tensor:
     A kernel and its fake both take their results from here, so that they agree on the layout whatever x's is: expanded,
     sliced, transposed.
     """
-    order = sorted(range(x.ndim - 1), key=x.stride, reverse=True)
-    shape = (*x.shape[:-1], x.shape[-1] if width is None else width)
+    shape = x.shape if width is None else (*x.shape[:-1], width)
+    if x.is_contiguous():
+        return x.new_empty(shape)
+    order = sorted(range(x.ndim - 1), key=x.stride().__getitem__, reverse=True)
     return torch.empty_permuted(shape, (*order, x.ndim - 1), dtype=x.dtype, device=x.device)

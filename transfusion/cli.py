@@ -24,6 +24,11 @@ def _caption(args: list[str]) -> None:
     caption(tyro.cli(Caption, args=args, prog="transfusion caption"))
 
 
+def _serve(args: list[str]) -> None:
+    from transfusion.serve.command_line import ServeSettings, serve
+    serve(tyro.cli(ServeSettings, args=args, prog="transfusion serve"))
+
+
 def _train(args: list[str]) -> None:
     from transfusion.recipes.command_line import train_main
     train_main(args)
@@ -54,6 +59,36 @@ def _vae_encode(args: list[str]) -> None:
     vae_encode_main(args)
 
 
+def _eval_draw(args: list[str]) -> None:
+    from transfusion.eval.draw import DrawSettings, draw
+    draw(tyro.cli(DrawSettings, args=args, prog="transfusion eval draw", config=(tyro.conf.AvoidSubcommands,)))
+
+
+def _eval_images(args: list[str]) -> None:
+    from transfusion.eval.images import ImagesSettings, images
+    images(tyro.cli(ImagesSettings, args=args, prog="transfusion eval images"))
+
+
+def _eval_geneval(args: list[str]) -> None:
+    from transfusion.eval.geneval import GenevalSettings, geneval
+    geneval(tyro.cli(GenevalSettings, args=args, prog="transfusion eval geneval"))
+
+
+def _eval_captions(args: list[str]) -> None:
+    from transfusion.eval.captions import CaptionsSettings, captions
+    captions(tyro.cli(CaptionsSettings, args=args, prog="transfusion eval captions"))
+
+
+def _eval_report(args: list[str]) -> None:
+    from transfusion.eval.report import ReportSettings, report
+    report(tyro.cli(ReportSettings, args=args, prog="transfusion eval report"))
+
+
+def _eval_questions(args: list[str]) -> None:
+    from transfusion.eval.known_answers import QuestionsSettings, evaluate_questions
+    evaluate_questions(tyro.cli(QuestionsSettings, args=args, prog="transfusion eval questions"))
+
+
 def _data_check(args: list[str]) -> None:
     from transfusion.data.check import CheckSettings, check_mixture
     path, settings = _mixture_and_settings("transfusion data check", CheckSettings, args)
@@ -65,6 +100,21 @@ def _data_encode(args: list[str]) -> None:
     from transfusion.data.posteriors import PosteriorSettings, encode_mixture
     path, settings = _mixture_and_settings("transfusion data encode", PosteriorSettings, args)
     encode_mixture(path, settings)
+
+
+def _eval_vqa(args: list[str]) -> None:
+    from transfusion.eval.vqa import VQASettings, evaluate_vqa
+    evaluate_vqa(tyro.cli(VQASettings, args=args, prog="transfusion eval vqa"))
+
+
+def _eval_prepare(args: list[str]) -> None:
+    from transfusion.eval.prepare import PrepareSettings, prepare
+    prepare(tyro.cli(PrepareSettings, args=args, prog="transfusion eval prepare"))
+
+
+def _eval_text(args: list[str]) -> None:
+    from transfusion.eval.text import TextSettings, evaluate_text
+    evaluate_text(tyro.cli(TextSettings, args=args, prog="transfusion eval text"))
 
 
 def _mixture_and_settings(prog: str, settings: type, args: list[str]) -> tuple[Path, object]:
@@ -80,6 +130,17 @@ DATA_VERBS = {
     "check": ("count what a mixture holds, say what would fail, draw samples", _data_check),
     "encode": ("compute the latents of a mixture's pictures ahead of training", _data_encode),
 }
+EVAL_VERBS = {
+    "draw": ("draw a picture for each of many prompts", _eval_draw),
+    "images": ("compare drawn pictures with real ones and with their prompts", _eval_images),
+    "geneval": ("score pictures of GenEval's prompts", _eval_geneval),
+    "captions": ("score captions against references", _eval_captions),
+    "questions": ("ask questions of one's own about pictures, whose answers are known", _eval_questions),
+    "prepare": ("write benchmarks in LLaVA's folders as lmms-eval reads them offline", _eval_prepare),
+    "vqa": ("ask a model a benchmark's questions about pictures, with lmms-eval", _eval_vqa),
+    "text": ("measure a model's language: suites of lm-eval, perplexity", _eval_text),
+    "report": ("put all results into one table", _eval_report),
+}
 VAE_VERBS = {
     "train": ("train an autoencoder from a preset", _vae_train),
     "eval": ("measure an autoencoder on held-out pictures", _vae_eval),
@@ -92,8 +153,11 @@ VERBS = {
     "report": ("make a page of what runs logged: curves, numbers, samples", _report),
     "sample": ("draw or write from a prompt", _sample),
     "caption": ("write what follows an image", _caption),
+    "serve": ("answer over HTTP with OpenAI's interface", _serve),
     "data": ("check a mixture of one's own data, compute its latents",
              lambda args: run_verb("transfusion data", DATA_VERBS, args)),
+    "eval": ("measure what a model draws, sees and knows",
+             lambda args: run_verb("transfusion eval", EVAL_VERBS, args)),
     "vae": ("train an autoencoder, measure it, cache latents",
             lambda args: run_verb("transfusion vae", VAE_VERBS, args)),
 }

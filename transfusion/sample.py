@@ -8,10 +8,9 @@ from PIL import Image as Picture
 from tyro.conf import arg
 
 from transfusion.data.picture_files import read_picture, to_picture
-from transfusion.device import choose_device
 from transfusion.files import check_writable, written
 from transfusion.generate.sampling import Sampling, TextSampling
-from transfusion.model.transfusion import Transfusion
+from transfusion.model.loading import load_model
 from transfusion.model.vae import VAE
 from transfusion.sequence import Image, Text
 
@@ -48,15 +47,6 @@ class Caption:
     device: str = "auto"
     """cpu, cuda, or auto: the accelerator if there is one"""
     sampling: Annotated[TextSampling, arg(name="")] = TextSampling()
-
-
-def load_model(path: Path, device: str) -> Transfusion:
-    """Load a checkpoint, and its autoencoder if it has one, onto a device that `choose_device` knows."""
-    where = choose_device(device)
-    model = Transfusion.from_pretrained(path).eval().to(where)
-    if model.vae is not None:
-        model.vae.to(where)
-    return model
 
 
 def load_image(path: Path, config, vae: VAE | None = None) -> Image:

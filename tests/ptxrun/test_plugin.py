@@ -69,3 +69,13 @@ def test_what_has_a_line_is_not_run_again_and_what_a_kill_cut_short_is(folder):
     (folder / "results").write_text(text[:cut])
     assert run(folder).startswith("1 passed, 3 deselected")
     assert len(lines(folder / "results")) == 4
+
+
+@pytest.mark.parametrize("options,said", [
+    (("--emulate", "sm_70"), "--emulate: architecture is 'sm_70'; sm_80, sm_86, sm_89, sm_90 fit"),
+    (("--races", "--limit", "3"), "--races, --limit: nothing is emulated; --emulate sm_90 fits beside it")])
+def test_options_that_do_not_fit_are_answered_in_one_line(options, said):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "ptxrun.plugin", *options, str(Path(__file__))]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert found.returncode == pytest.ExitCode.USAGE_ERROR
+    assert f"ERROR: {said}" in found.stderr and "Traceback" not in found.stderr

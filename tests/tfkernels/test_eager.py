@@ -20,8 +20,7 @@ from tfkernels._library import Operator
 from tfkernels.attention import op as attention_op
 
 AUTOCAST = torch.float16 if INTERPRET else torch.bfloat16
-WITHOUT_GRADIENT = ("min_snr_weight", "rotary_table", "grid_positions", "pack_latents", "paged_attention",
-                    "mask from spans", "mask from token types")
+WITHOUT_OPERATOR = ("min_snr_weight", "rotary_table", "grid_positions", "pack_latents")
 
 
 class Watched(TorchDispatchMode):
@@ -88,13 +87,15 @@ def tensors_of(result):
     return [tensor for x in fields if isinstance(x, (torch.Tensor, tuple, list)) for tensor in tensors_of(x)]
 
 
-def results(name, around=contextlib.nullcontext):
-    """Outputs and gradients of a public function, called and differentiated inside `around()`."""
+def results(name, direct, around=contextlib.nullcontext):
+    """Outputs and gradients of a public function, called and differentiated inside `around()`, whose direct calls alone
+    are left in `direct`."""
     torch.manual_seed(0)
     function, arguments = EVERY[name]()
     if name in CALLS:
         leaves_of(name, arguments)
     leaves = [x for x in arguments.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+    direct.clear()
     with around():
         outputs = tensors_of(function(**arguments))
         differentiable = [x for x in outputs if x.requires_grad]
@@ -106,10 +107,9 @@ def results(name, around=contextlib.nullcontext):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_outputs_and_gradients_are_those_of_the_custom_op_to_the_bit(name, direct):
-    plain, names = results(name), {*direct}
-    direct.clear()
-    watched = results(name, Watched)
-    assert not direct and (names or name in WITHOUT_GRADIENT)
+    plain, names = results(name, direct), {*direct}
+    watched = results(name, direct, Watched)
+    assert not direct and (names or name in WITHOUT_OPERATOR)
     for found, expected in zip(plain, watched):
         assert len(found) == len(expected)
         for a, b in zip(found, expected):
@@ -200,9 +200,10 @@ def selectively_checkpointed():
         "selective checkpoint"])
 def test_whatever_watches_sees_the_custom_op(watch, direct):
     once()
-    assert direct == ["attention_forward"]
+    assert "attention_forward" in direct
+    direct.clear()
     watch()
-    assert direct == ["attention_forward"]
+    assert "attention_forward" not in direct
 
 
 def test_a_negated_view_is_read_with_its_sign():
@@ -213,7 +214,7 @@ def test_a_negated_view_is_read_with_its_sign():
 def test_a_profile_names_the_operator_of_a_direct_call(direct):
     with profile(activities=[ProfilerActivity.CPU]) as calls:
         once().sum().backward()
-    assert direct == ["attention_forward"]
+    assert direct[-2:] == ["attention_forward", "attention_backward"]
     counts = {event.key: event.count for event in calls.key_averages()}
     assert [counts[f"tfkernels::{name}"] for name in ("attention_forward", "attention_backward")] == [1, 1]
 
@@ -264,7 +265,7 @@ def hooked(around):
 
 def test_hooks_see_what_they_see_of_the_custom_op(direct):
     plain = hooked(contextlib.nullcontext)
-    assert direct == ["attention_forward"]
+    assert direct[-2:] == ["attention_forward", "attention_backward"]
     assert plain == hooked(Watched) and {kind for kind, *_ in plain} == {"saved", "gradient", "node", "accumulated"}
 
 
@@ -299,9 +300,8 @@ def test_autocast_gives_the_numbers_and_dtypes_of_the_custom_op(name, direct):
             stack.enter_context(manager)
         return stack
 
-    plain, names = results(name, lambda: both(torch.autocast(DEVICE, AUTOCAST))), {*direct}
-    direct.clear()
-    watched = results(name, lambda: both(torch.autocast(DEVICE, AUTOCAST), Watched()))
+    plain, names = results(name, direct, lambda: both(torch.autocast(DEVICE, AUTOCAST))), {*direct}
+    watched = results(name, direct, lambda: both(torch.autocast(DEVICE, AUTOCAST), Watched()))
     assert names and not direct
     for a, b in zip((*plain[0], *plain[1]), (*watched[0], *watched[1])):
         assert a is b is None or a.dtype == b.dtype and torch.equal(a, b)

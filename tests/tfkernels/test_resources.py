@@ -22,7 +22,7 @@ from tests.conftest import compiles
 from tests.resources import Resources, resources
 from tfkernels import _launch
 from tfkernels._launch import ARCHITECTURES, BASE, SHARED_LIMIT, Config, table_row
-from tfkernels.attention.triton import backward, decode, forward, tiles
+from tfkernels.attention.triton import backward, decode, delta, forward, parts, tiles
 from tfkernels.mask import triton as build
 
 pytestmark = compiles
@@ -30,10 +30,10 @@ pytestmark = compiles
 TABLES = {"fwd": forward.CONFIGS, "dq": backward.DQ_CONFIGS, "dkv": backward.DKV_CONFIGS, "decode": decode.CONFIGS,
           "wide": decode.WIDE_CONFIGS}
 KERNELS = {"fwd": forward._attention_fwd, "dq": backward._attention_bwd_dq, "dkv": backward._attention_bwd_dkv,
-           "delta": backward._attention_bwd_delta, "decode": decode._attention_decode, "wide": decode._attention_decode}
+           "delta": delta._attention_bwd_delta, "decode": decode._attention_decode, "wide": decode._attention_decode}
 TRAINING = ("fwd", "dq", "dkv")
 HEAD_DIMS = {2: (32, 64, 128, 256, 512), 4: (32, 64, 128, 256)}  # by bytes per element
-DELTA = Config(backward.DELTA_ROWS, 0, 4, 3)
+DELTA = Config(delta.DELTA_ROWS, 0, 4, 3)
 MULTIPLY = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 
 
@@ -50,8 +50,14 @@ class Row(NamedTuple):
         return "-".join(str(x) for x in self if x != "")
 
     @property
+    def tile_by_tile(self) -> bool:
+        """Whether tiles are looked at one by one, with no pipelined loop: `walks_runs` in tiles.py says where."""
+        return ("check" in self.variant and self.kernel in TRAINING
+                and self.head_dim > (64 if self.kernel == "dkv" else 128))
+
+    @property
     def config(self) -> Config:
-        heavy = self.variant == "check" or (self.kernel, self.variant) == ("dkv", "softcap")
+        heavy = "check" in self.variant or (self.kernel, self.variant) == ("dkv", "softcap")
         return DELTA if self.kernel == "delta" else table_row(TABLES[self.kernel], *self[1:4], heavy=heavy)
 
 
@@ -70,8 +76,14 @@ VARIANTS += [Row(kernel, architecture, 2, 128, variant) for kernel in ("decode",
              for architecture in ARCHITECTURES for variant in ("check", "paged")]
 VARIANTS += [Row(kernel, architecture, 2, 64, "sinks") for kernel in ("fwd", "decode", "wide")
              for architecture in ARCHITECTURES]
+VARIANTS += [Row("fwd", architecture, 2, dim, variant) for architecture in ARCHITECTURES
+             for dim, variant in ((64, "parts, check"), (128, "parts"), (256, "parts"))]
 RARE = [Row(kernel, architecture, size, dim, "check") for kernel in TRAINING for architecture in ARCHITECTURES
         for size, dim in ((2, 32), (4, 32), (4, 64), (4, 128), (4, 256))]
+RARE += [Row("fwd", architecture, size, dim, variant) for architecture in ARCHITECTURES
+         for size, dim, variant in ((2, 32, "parts"), (2, 64, "parts"), (4, 32, "parts"), (4, 64, "parts"),
+                                    (4, 128, "parts"), (4, 256, "parts"), (2, 32, "parts, check"),
+                                    (4, 32, "parts, check"), (4, 64, "parts, check"))]
 RARE += [Row(kernel, architecture, 4, dim, "tf32") for kernel in TRAINING for architecture in ARCHITECTURES
          for dim in HEAD_DIMS[4]]
 
@@ -80,19 +92,24 @@ def compiled(row: Row, target: int | None = None) -> Resources:
     """Compile one row, for its architecture or for the `target` given."""
     config, variant = row.config, row.variant
     head_dim = {"narrow": 80, "values": 192}.get(variant, row.head_dim)
+    in_parts = row.kernel in ("decode", "wide") and variant != "sinks" or "parts" in variant
     constants = {"HEAD_DIM": head_dim, "D": row.head_dim, "BLOCK_M": config.block_m}
     if row.kernel != "delta":
         values = (128, 128) if variant == "values" else (head_dim, row.head_dim)
         constants |= dict(zip(("HEAD_DIM_V", "D_V"), values))
         constants |= {"BLOCK_N": config.block_n, "SOFTCAP": variant == "softcap",
                       "PRECISION": "tf32" if variant == "tf32" else "ieee"}
-        constants["CHECK_ROWS" if row.kernel == "dkv" else "CHECK_COLUMNS"] = variant == "check"
+        constants["CHECK_ROWS" if row.kernel == "dkv" else "CHECK_COLUMNS"] = "check" in variant
+    if "TMA" in KERNELS[row.kernel].arg_names:
+        constants["TMA"] = config.by_tma
     if row.kernel in ("decode", "wide"):
-        constants |= {"PAGE_SIZE": 16 if variant == "paged" else 0, "SPLIT": variant != "sinks"}
+        constants["PAGE_SIZE"] = 16 if variant == "paged" else 0
+    if "SPLIT" in KERNELS[row.kernel].arg_names:
+        constants["SPLIT"] = in_parts
     if "sinks_ptr" in KERNELS[row.kernel].arg_names and variant != "sinks":
         constants["sinks_ptr"] = None
     return resources(KERNELS[row.kernel], constants, config, architecture=target or row.architecture,
-                     element_size=row.element_size)
+                     element_size=row.element_size, float32=("out_ptr",) if in_parts else ())
 
 
 def pool() -> ProcessPoolExecutor:
@@ -122,14 +139,25 @@ def test_a_row_spills_nothing_and_fits_shared_memory(row, result_of):
     if row.element_size == 2 and row.kernel != "delta":
         held = row.config.block_n if row.kernel == "dkv" else row.config.block_m
         assert found.tensor_core.get(MULTIPLY[row.architecture] if held >= 64 else "mma.sync", 0) > 0, found
-        one_by_one = (row.variant == "check" and row.kernel in TRAINING
-                      and row.head_dim > (64 if row.kernel == "dkv" else 128))
-        if row.head_dim in (64, 128) and not one_by_one:
+        if row.head_dim in (64, 128) and not row.tile_by_tile:
             assert found.loops > 0 and found.pipelined == found.loops, found
 
 
+LOOPS = [row for row in ROWS + VARIANTS if row.kernel in TRAINING and row[1:3] == (90, 2) and not row.tile_by_tile]
+AT_ONCE = [] if _launch.TRITON >= (3, 7) else [("fwd", 256)]  # kernel and head dim, where a third stage would spill
+
+
+@pytest.mark.parametrize("row", LOOPS, ids=str)
+def test_a_loop_on_sm_90_asks_for_a_tile_a_whole_tile_of_work_before_it_waits(row, result_of):
+    """With two stages it would wait as soon as it has asked (tests/schedule.py)."""
+    found = result_of(row)
+    assert found.waits and min(found.waits) == (0 if (row.kernel, row.head_dim) in AT_ONCE else 1), found
+
+
 SMALL = {"bounds": (tiles._tile_bounds, {"SIZE": 128, "TILES": tiles.TILES}),
-         "merge": (decode._attention_merge, {"HEAD_DIM": 256, "D": 256}),
+         "merge": (parts._attention_merge, {"HEAD_DIM": 256, "D": 256}),
+         "sum": (parts._attention_bwd_sum, {"HEAD_DIM": 512, "D": 512, "HEAD_DIM_V": 512, "D_V": 512,
+                                            "BLOCK_N": parts.SUMMED_ROWS}),
          "mask from spans": (build._mask_intervals,
                              {"TYPES": False, "DOCUMENTS": True, "HIDDEN": True, "WINDOW": True, "BLOCK": 1024,
                               "SPANS": build.SPANS}),
@@ -210,12 +238,13 @@ every row of attention's launch tables, compiled offline, here on Triton {triton
 are left out of the tests for time. The kernels around attention are compiled by the tests of their own operators
 (`pytest -k spill`).
 
-A tile is queries x keys; `spilled` counts the instructions that store to or load from a thread's stack. Variants:
-`check`, masks of two sides; `narrow`, head dim 80 in tiles of 128; `values`, keys of 192 in tiles of 256 and values
-of 128; `sinks`, a learned sink per head; `tf32`, float32 where PyTorch allows it.
+A tile is queries x keys; `spilled` counts the instructions that store to or load from a thread's stack; `ahead` is how
+many tiles of work lie, at the least, between a loop's request for a tile and its wait for it. Variants: `check`, masks
+of two sides; `narrow`, head dim 80 in tiles of 128; `values`, keys of 192 in tiles of 256 and values of 128; `sinks`, a
+learned sink per head; `tf32`, float32 where PyTorch allows it.
 
-| arch | bytes | D | kernel | tile | warps | stages | registers | spilled | shared KiB | multiplies |""")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+| arch | bytes | D | kernel | tile | warps | stages | registers | spilled | shared KiB | ahead | multiplies |""")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     failures = 0
     with pool() as processes:
         for row, found in zip(rows, processes.map(compiled, rows)):
@@ -225,5 +254,6 @@ of 128; `sinks`, a learned sink per head; `tf32`, float32 where PyTorch allows i
             multiplies = ", ".join(f"{count} {name}" for name, count in found.tensor_core.items()) or "-"
             print(f"| {row.architecture} | {row.element_size} | {row.head_dim} | {kernel} | "
                   f"{tile} | {c.num_warps} | {c.num_stages} | "
-                  f"{found.registers} | {found.spills} | {found.shared_bytes / 1024:.1f} | {multiplies} |", flush=True)
+                  f"{found.registers} | {found.spills} | {found.shared_bytes / 1024:.1f} | "
+                  f"{min(found.waits, default='-')} | {multiplies} |", flush=True)
     print(f"\n{failures} of {len(rows)} rows spill or exceed shared memory.")

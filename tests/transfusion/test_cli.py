@@ -13,7 +13,8 @@ from transfusion.cli import main
 from transfusion.data.picture_files import read_picture
 from transfusion.diffusion.guidance import Guidance
 from transfusion.generate.sampling import Sampling, TextSampling
-from transfusion.sample import load_image, load_model, save_image
+from transfusion.model.loading import load_model
+from transfusion.sample import load_image, save_image
 from transfusion.sequence import Image
 
 

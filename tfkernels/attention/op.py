@@ -80,7 +80,7 @@ def attention_gradients(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tens
     """
     scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
     with torch.autocast(dout.device.type, enabled=False):
-        dq, dk, dv = _backward(dout, torch.zeros_like(lse), q, k, v, out, lse, mask.lo, mask.hi, mask.key_since,
+        dq, dk, dv = _backward(dout, None, q, k, v, out, lse, mask.lo, mask.hi, mask.key_since,
                                mask.key_until, mask.rows_exact, mask.columns_exact, mask.offset, float(scale),
                                float(softcap or 0), None)
     return dq, dk, dv
@@ -167,34 +167,36 @@ def _is_number(x) -> bool:
 
 def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, keys: tuple[str, str] = ("k", "v")) -> None:
     """Check that shapes, dtypes and devices fit each other; `keys` are the caller's names for k and v."""
-    for name, x in zip(("q", *keys), (q, k, v)):
-        if x.ndim != 4:
-            raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; 4 dimensions (batch, heads, tokens, head dim) "
+    dtype, device, shapes = q.dtype, q.device, (q.shape, k.shape, v.shape)
+    of_q, of_k, of_v = shapes
+    most = MAX_CUDA_FLOAT32_HEAD_DIM if dtype == torch.float32 and device.type == "cuda" else MAX_HEAD_DIM
+    for name, x, shape in zip(("q", *keys), (q, k, v), shapes):
+        if len(shape) != 4:
+            raise ValueError(f"{op}: {name} has shape {tuple(shape)}; 4 dimensions (batch, heads, tokens, head dim) "
                              "fit")
-        if x.dtype != q.dtype or x.device != q.device:
+        if x.dtype != dtype or x.device != device:
             raise ValueError(f"{op}: {name} is {x.dtype} on {x.device} and q is {q.dtype} on {q.device}; one dtype "
                              f"and device fit; convert {name}")
-        if x.shape[0] != q.shape[0] or x is not v and x.shape[3] != q.shape[3]:
-            raise ValueError(f"{op}: {name} has shape {tuple(x.shape)} and q {tuple(q.shape)}; the same batch size "
+        if shape[0] != of_q[0] or x is not v and shape[3] != of_q[3]:
+            raise ValueError(f"{op}: {name} has shape {tuple(shape)} and q {tuple(of_q)}; the same batch size "
                              "and head dim fit (the head dim of values may differ)")
-        most = MAX_CUDA_FLOAT32_HEAD_DIM if (x.device.type, x.dtype) == ("cuda", torch.float32) else MAX_HEAD_DIM
-        if not 1 <= x.shape[3] <= most:
-            raise ValueError(f"{op}: {name} has head dim {x.shape[3]}; 1 to {most} fits {x.dtype} on {x.device.type}")
-    if k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"{op}: {keys[1]} has shape {tuple(v.shape)} and {keys[0]} {tuple(k.shape)}; as many heads "
+        if not 1 <= shape[3] <= most:
+            raise ValueError(f"{op}: {name} has head dim {shape[3]}; 1 to {most} fits {dtype} on {device.type}")
+    if of_k[:3] != of_v[:3]:
+        raise ValueError(f"{op}: {keys[1]} has shape {tuple(of_v)} and {keys[0]} {tuple(of_k)}; as many heads "
                          "and tokens fit")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{op}: q has {q.shape[1]} heads and k has {k.shape[1]}; a multiple of k's heads fits")
-    if q.dtype not in _DTYPES and not (q.dtype == torch.float64 and q.device.type == "cpu"):
+    if of_k[1] == 0 or of_q[1] % of_k[1]:
+        raise ValueError(f"{op}: q has {of_q[1]} heads and k has {of_k[1]}; a multiple of k's heads fits")
+    if dtype not in _DTYPES and not (dtype == torch.float64 and device.type == "cpu"):
         raise ValueError(f"{op}: q is {q.dtype} on {q.device}; float16, bfloat16 or float32 fits (float64 on CPU only)")
-    if mask.query_len != q.shape[2] or mask.key_len != k.shape[2]:
-        raise ValueError(f"{op}: mask is {mask.query_len} queries by {mask.key_len} keys, q has {q.shape[2]} tokens "
-                         f"and k {k.shape[2]}; equal lengths fit; for cached decoding take mask.queries(start, stop) "
+    if mask.query_len != of_q[2] or mask.key_len != of_k[2]:
+        raise ValueError(f"{op}: mask is {mask.query_len} queries by {mask.key_len} keys, q has {of_q[2]} tokens "
+                         f"and k {of_k[2]}; equal lengths fit; for cached decoding take mask.queries(start, stop) "
                          "of a mask as long as the cache")
-    if mask.batch_size not in (1, q.shape[0]):
-        raise ValueError(f"{op}: mask has {mask.batch_size} batch rows and q has {q.shape[0]}; the same number, or 1 "
+    if mask.batch_size not in (1, of_q[0]):
+        raise ValueError(f"{op}: mask has {mask.batch_size} batch rows and q has {of_q[0]}; the same number, or 1 "
                          "for all, fits")
-    if mask.lo.device != q.device:
+    if mask.lo.device != device:
         raise ValueError(f"{op}: mask is on {mask.lo.device} and q on {q.device}; one device fits; call "
                          "mask.to(q.device)")
 
@@ -243,13 +245,17 @@ _paged = register("paged_attention", kernel=decode.paged_attention_forward, cpu=
 def _save(ctx, inputs, output):
     q, k, v, lo, hi, since, until, *ctx.numbers, sinks = inputs
     ctx.save_for_backward(q, k, v, *output, lo, hi, since, until, sinks)
+    ctx.set_materialize_grads(False)  # else zeros are made for the log-sum-exp
 
 
 def _gradients(ctx, dout, dlse):
-    if _autocast(dout):
-        with torch.autocast(dout.device.type, enabled=False):
-            return _gradients(ctx, dout, dlse)
+    if dout is None and dlse is None:
+        return (None,) * 13
     *tensors, sinks = ctx.saved_tensors
+    if _autocast(tensors[0]):
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return _gradients(ctx, dout, dlse)
+    dout = torch.zeros_like(tensors[3]) if dout is None else dout
     dq, dk, dv, *dsinks = _backward(dout, dlse, *tensors, *ctx.numbers, sinks)
     return dq, dk, dv, *(None,) * 9, dsinks[0] if dsinks else None
 

@@ -19,10 +19,10 @@ weights dloss * row_weight + dlosses: another 6 R V C operations. Sums over rows
 on the sizes alone. The specification is in `reference.py`, the kernel is in `triton/cross_entropy.py`.
 
 With R rows, V words, C columns, e bytes an element and K rows in a chunk, the memory beside inputs and gradients is K V
-e bytes of logits, R C e of dhidden's rows and 4 V C of dweight. dweight stays float32 until dloss has scaled it, so
-that it is rounded once and no sum overflows float16. hidden and weight themselves are kept for a gradient of losses.
-Products take 2 R V C operations for the loss alone and 6 R V C with all gradients; to keep no gradient between the
-passes would take 8.
+e bytes of logits, which LOGITS_BYTES bounds, K C e of a chunk's rows, R C e of dhidden's and 4 V C of dweight. dweight
+stays float32 until dloss has scaled it, so that it is rounded once and no sum overflows float16. hidden and weight
+themselves are kept for a gradient of losses. Products take 2 R V C operations for the loss alone and 6 R V C with all
+gradients; to keep no gradient between the passes would take 8.
 
 liger-kernel's `fused_linear_cross_entropy_forward` (0.8.5) divides the work likewise. It is not called from here for
 three reasons. It counts the targets with `.item()`, which makes the host wait for the device in each step. A target
@@ -33,10 +33,10 @@ import math
 import sys
 
 import torch
-import triton
 from torch import Tensor
 
 from tfkernels._arguments import need_between, need_tensors
+from tfkernels._launch import cdiv
 from tfkernels._library import INTERPRET, register
 from tfkernels.losses import cpu
 from tfkernels.losses.reference import (
@@ -49,8 +49,12 @@ from tfkernels.losses.reference import (
 from tfkernels.losses.triton import cross_entropy as kernels
 from tfkernels.patches.latents import check_constant, check_floating
 
-# of a chunk: from about 1000 on, dweight's 2 K V C operations outlast its 8 V C bytes
+# What a chunk's logits may take. Each chunk reads and writes dweight's float32 sums once, 8 V C bytes: half of it
+# doubles that traffic, and twice as much halves it. From about 1000 rows on, a chunk's 2 K V C operations outlast it,
+# so that no chunk has fewer, and from V = 131,072 on in 16 bits the logits take more.
+LOGITS_BYTES = 2**10 if INTERPRET else 2**28
 FEWEST_ROWS = 8 if INTERPRET else 1024
+TILE_ROWS = 8 if INTERPRET else 128     # of a matrix product's tile: a chunk of whole tiles leaves none half empty
 ALIGNMENT = 16                          # the kernel's rows begin at multiples of so many elements, whatever V is
 
 
@@ -137,12 +141,13 @@ def _options(op: str, softcap: float | None, label_smoothing: float, z_loss: flo
     return EntropyOptions(float(softcap or 0), float(label_smoothing), float(z_loss))
 
 
-def chunk_rows(rows: int, vocabulary: int, width: int) -> int:
-    """Return how many rows' logits are in memory together.
+def chunk_rows(rows: int, vocabulary: int, element_size: int) -> int:
+    """Return how many rows' logits are in memory together: whole tiles, about as many in each chunk.
 
-    It is a power of two, FEWEST_ROWS or more, and otherwise about as many bytes as hidden's rows.
+    They take LOGITS_BYTES at most, or are FEWEST_ROWS.
     """
-    return max(FEWEST_ROWS, triton.next_power_of_2(triton.cdiv(rows, triton.cdiv(vocabulary, width))))
+    most = max(FEWEST_ROWS, LOGITS_BYTES // (vocabulary * element_size) // TILE_ROWS * TILE_ROWS)
+    return cdiv(cdiv(rows, max(1, cdiv(rows, most))), TILE_ROWS) * TILE_ROWS
 
 
 def _check(op, hidden, weight, targets, rows, bias, row_weight):
@@ -200,8 +205,9 @@ def _walk(entropy, alignment, hidden, weight, targets, places, bias, row_weight,
         raise ValueError(f"linear_cross_entropy: rows names {count} rows and hidden has {tokens}; each row at most "
                          "once fits")
     dweight.zero_(), dbias.zero_()
-    size, options = chunk_rows(count, *weight.shape), EntropyOptions(softcap, smoothing, z_loss)
-    buffer = weight.new_empty(min(size, count), triton.cdiv(vocabulary, alignment) * alignment)[:, :vocabulary]
+    size = max(1, chunk_rows(count, vocabulary, weight.element_size()))
+    options = EntropyOptions(softcap, smoothing, z_loss)
+    buffer = weight.new_empty(min(size, count), cdiv(vocabulary, alignment) * alignment)[:, :vocabulary]
     for start in range(0, count, size):
         part = slice(start, start + size)
         # 0 * NaN would reach dweight
@@ -255,9 +261,11 @@ def _backward(
     dloss: Tensor, dx: Tensor, dweight: Tensor, dbias: Tensor, places: Tensor, shape: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dhidden of `shape`, dweight and dbias in the inputs' dtype."""
+    factor = dloss.reshape(1)  # (1,) and not (), which would be rounded to x's dtype first
+
     def scaled(x):
-        # (1,) and not (), which would be rounded to x's dtype first
-        return torch.mul(x, dloss.reshape(1), out=x.new_empty(x.shape, dtype=dx.dtype))
+        result = x.new_empty(x.shape, dtype=dx.dtype)
+        return torch.mul(x, factor, out=result) if x.shape[0] else result
 
     dhidden = dx.new_zeros(shape)
     dhidden.view(-1, dx.shape[1]).index_copy_(0, places.clamp(0, max(0, dhidden.shape[:-1].numel() - 1)), scaled(dx))

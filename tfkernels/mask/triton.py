@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tfkernels._launch import cdiv
 from tfkernels._library import INTERPRET
 
 # tokens of one program; small in the interpreter, so that short test sequences cross many edges
@@ -124,7 +125,7 @@ def intervals(spans: Tensor | None, types: Tensor | None, documents: Tensor | No
     if out.numel() == 0:
         return out
     strides = (0 if x is None or x.shape[0] == 1 else x.stride(0) for x in (images, documents, hidden))
-    _mask_intervals[(triton.cdiv(seq_len, BLOCK) * batch,)](
+    _mask_intervals[(cdiv(seq_len, BLOCK) * batch,)](
         images, images if documents is None else documents, images if hidden is None else hidden, out,
         0 if spans is None else spans.shape[1],
         0 if hidden is None else hidden.shape[1], seq_len, window, *strides, batch * seq_len,

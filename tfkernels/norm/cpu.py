@@ -85,3 +85,25 @@ def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor |
         sums.append(per_image(dx * branch.reshape(x.shape)))
         dbranch = (dx * _of_token(gate, image_ids, 1)).view(shape).to(branch.dtype)
     return dx.to(dtype).view(shape) if scale is not None else x.new_empty(0, dtype=dtype), dbranch, sums
+
+
+def tables(sums: list[Tensor], weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor | None,
+           gate: Tensor | None) -> tuple[Tensor, ...]:
+    """Return dweight, dbias, dscale, dshift and dgate from the sums of `backward`; of None, empty."""
+    a, *others = sums
+
+    def over_images(sums):  # an image without tokens has sums of 0, and its scale may hold anything
+        return sums[0] + torch.where(sums[1:] == 0, 0, (1 + scale.to(sums.dtype)) * sums[1:]).sum(0)
+
+    dscale = a[1:] if weight is None else a[1:] * weight
+    dweight, dbias, dshift, dgate = (a.new_empty(0) for _ in range(4))
+    if weight is not None:
+        dweight = over_images(a).to(weight.dtype)
+    if bias is not None:
+        dscale = dscale + others[0][1:] * bias
+        dbias = over_images(others[0]).to(bias.dtype)
+    if shift is not None:
+        dshift = others[0][1:].to(shift.dtype, copy=True)
+    if gate is not None:
+        dgate = others[-1][1:].to(gate.dtype, copy=True)
+    return dweight, dbias, dscale.to(scale.dtype, copy=True), dshift, dgate

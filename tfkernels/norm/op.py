@@ -11,9 +11,9 @@ With n the image id of a token, -1 for text, for which scale[-1] = shift[-1] = 0
 Sources: RMS norm arXiv:1910.07467, layer norm arXiv:1607.06450, adaLN-zero arXiv:2212.09748 (section 3.2). scale, shift
 and gate hold one row per image and are never expanded to tokens: a program reads its token's row. The forward saves x,
 1 / std and the mean. The backward computes the rest again in one pass over the tokens, sorted by image, and sums
-dscale, dshift, dgate and dweight per image in an order that depends on the shapes alone. There are no atomics and no
-host synchronisation, and gradients are equal to the bit each time. The specification is in `reference.py`, the kernels
-are in `triton.py`.
+dscale, dshift, dgate and dweight per image in an order that depends on the shapes and on the device's multiprocessors
+alone. There are no atomics and no host synchronisation, and gradients are equal to the bit each time. The specification
+is in `reference.py`, the kernels are in `triton.py`.
 
 Bytes that must move, with e bytes per element, T tokens and C columns (tables and statistics aside):
 
@@ -31,6 +31,7 @@ from tfkernels._arguments import got, need_eps, need_tensors
 from tfkernels._library import register
 from tfkernels.norm import cpu, triton
 from tfkernels.norm.reference import ResidualNorm
+from tfkernels.norm.sums import tables as kernel_tables
 
 MAX_WIDTH = 16384
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -163,7 +164,7 @@ def _forwards(forward):
     return modulated_norm, gated_residual, gated_residual_norm
 
 
-def _backwards(backward):
+def _backwards(backward, tables):
     """The three backward operators of an implementation; the gradient of an input that is None is empty."""
 
     def modulated_norm_backward(
@@ -171,43 +172,25 @@ def _backwards(backward):
         image_ids: Tensor | None, mean: Tensor, rstd: Tensor, center: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         level = bias is not None or shift is not None
-        dx, _, (a, *b) = backward(dy, None, x, None, None, weight, scale, image_ids, mean, rstd, center, level)
-        return dx, *_tables(a, b[0] if level else None, weight, bias, scale, shift)
+        dx, _, sums = backward(dy, None, x, None, None, weight, scale, image_ids, mean, rstd, center, level)
+        return dx, *tables(sums, weight, bias, scale, shift, None)[:4]
 
     def gated_residual_backward(dout: Tensor, branch: Tensor, gate: Tensor,
                                 image_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         empty = dout.new_empty(0)
-        _, dbranch, (g,) = backward(None, dout, dout, branch, gate, None, None, image_ids, empty, empty, False, False)
-        return dbranch, g[1:].to(gate.dtype, copy=True)
+        _, dbranch, sums = backward(None, dout, dout, branch, gate, None, None, image_ids, empty, empty, False, False)
+        return dbranch, sums[0][1:].to(gate.dtype, copy=True)
 
     def gated_residual_norm_backward(
         dout: Tensor, dy: Tensor, out: Tensor, branch: Tensor, gate: Tensor, weight: Tensor | None, scale: Tensor,
         shift: Tensor | None, image_ids: Tensor | None, rstd: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        dx, dbranch, (a, *b, g) = backward(dy, dout, out, branch, gate, weight, scale, image_ids, rstd.new_empty(0),
-                                           rstd, False, shift is not None)
-        dweight, _, dscale, dshift = _tables(a, b[0] if b else None, weight, None, scale, shift)
-        return dx, dbranch, g[1:].to(gate.dtype, copy=True), dweight, dscale, dshift
+        dx, dbranch, sums = backward(dy, dout, out, branch, gate, weight, scale, image_ids, rstd.new_empty(0), rstd,
+                                     False, shift is not None)
+        dweight, _, dscale, dshift, dgate = tables(sums, weight, None, scale, shift, gate)
+        return dx, dbranch, dgate, dweight, dscale, dshift
 
     return modulated_norm_backward, gated_residual_backward, gated_residual_norm_backward
-
-
-def _tables(a: Tensor, b: Tensor | None, weight: Tensor | None, bias: Tensor | None, scale: Tensor,
-            shift: Tensor | None) -> tuple[Tensor, ...]:
-    """Return dweight, dbias, dscale and dshift from a = sum dy xhat and b = sum dy, (N + 1, C) with text first."""
-
-    def over_images(sums):  # an image without tokens has sums of 0, and its scale may hold anything
-        return sums[0] + torch.where(sums[1:] == 0, 0, (1 + scale.to(sums.dtype)) * sums[1:]).sum(0)
-
-    dscale, dweight, dbias, dshift = a[1:] if weight is None else a[1:] * weight, *(a.new_empty(0) for _ in range(3))
-    if weight is not None:
-        dweight = over_images(a).to(weight.dtype)
-    if bias is not None:
-        dscale = dscale + b[1:] * bias
-        dbias = over_images(b).to(bias.dtype)
-    if shift is not None:
-        dshift = b[1:].to(shift.dtype, copy=True)
-    return dweight, dbias, dscale.to(scale.dtype, copy=True), dshift
 
 
 def _statistics(x: Tensor, wanted: bool = True) -> Tensor:
@@ -250,7 +233,8 @@ _norm_forward, _gated_forward, _gated_norm_forward = (
     zip(_NAMES, _forwards(triton.forward), _forwards(cpu.forward), (_norm_fake, _gated_fake, _gated_norm_fake)))
 _norm_backward, _gated_backward, _gated_norm_backward = (
     register(f"{name}_backward", kernel=kernel, cpu=cpu, fake=fake)
-    for name, kernel, cpu, fake in zip(_NAMES, _backwards(triton.backward), _backwards(cpu.backward),
+    for name, kernel, cpu, fake in zip(_NAMES, _backwards(triton.backward, kernel_tables),
+                                       _backwards(cpu.backward, cpu.tables),
                                        (_norm_backward_fake, _gated_backward_fake, _gated_norm_backward_fake))
 )
 

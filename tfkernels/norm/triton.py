@@ -1,4 +1,4 @@
-"""Kernels of the modulated norms and gated residuals (`tfkernels.norm`): a forward, a backward, a segmented sum.
+"""Kernels of the modulated norms and gated residuals (`tfkernels.norm`): a forward and a backward.
 
 Forward is one program per token: gate, add, statistics, normalise, modulate. A row wider than WIDEST_FORWARD is read in
 blocks, once per statistic.
@@ -10,8 +10,8 @@ Backward walks the tokens sorted by image, `rows` of them per program, and adds 
 It writes them when the image changes, into row program + image + 1 of `parts`. Along the sorted tokens both terms only
 grow, and one of them grows at each write. So no two writes meet, and programs + N + 2 rows suffice. `_norm_bwd_images`
 then sums each image's rows in order. What is left (dscale = weight a + bias b, dweight = sum over images (1 + scale) a,
-...) is arithmetic on (N + 1, C). A row wider than WIDEST_BACKWARD has its two means taken first (`_norm_bwd_means`) and
-is then split between programs. There are no atomics.
+...) is arithmetic on (N + 1, C) (both in `sums.py`). A row wider than WIDEST_BACKWARD has its two means taken first
+(`_norm_bwd_means`) and is then split between programs. There are no atomics.
 
 Without image ids (None, which Triton compiles as a constant) the tokens of batch row n are image n's: `row_len` of
 them, in order, so that nothing is sorted and no id is read.
@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import Config
+from tfkernels._launch import Config, cdiv, multiprocessors, next_power_of_2
 from tfkernels._library import INTERPRET, made_once
+from tfkernels.norm.sums import IMAGES, _norm_bwd_images, columns_together, contiguous
 
 # read one number at a time, or a size: no reason to compile again (see `tfkernels.attention.triton.tiles`)
 SCALAR_ARGUMENTS = ["image_ids_ptr", "order_ptr", "starts_ptr", "mean_ptr", "rstd_ptr", "means_ptr", "images",
@@ -30,24 +31,39 @@ SCALAR_ARGUMENTS = ["image_ids_ptr", "order_ptr", "starts_ptr", "mean_ptr", "rst
 # columns that one block holds; small in the interpreter, so that tests reach the loops
 WIDEST_FORWARD = 64 if INTERPRET else 8192
 WIDEST_BACKWARD = 64 if INTERPRET else 4096
-PROGRAMS = 1024  # of the backward kernel at most, and so of rows of partial sums; fixed: the sums' order is, too
+# Programs of the backward kernel for a block of columns, at most. Each writes a row of partial sums of text and of each
+# of its images, and one program adds all of text's. Few where rows are wide, which a multiprocessor holds few of.
+PROGRAMS = 1024
 FEWEST_ROWS = 3 if INTERPRET else 8          # tokens of one of them at least
-IMAGES = Config(32, 64, 4, 3)                # rows and columns of partial sums read together
 FORWARD_WARPS = {64: 1, 128: 1, 256: 1, 512: 2, 1024: 4, 2048: 4, 4096: 8, 8192: 16}  # by the block of columns
 # twice as many of 512, 1024, half as many of 4096 spill
 BACKWARD_WARPS = {64: 1, 128: 1, 256: 1, 512: 1, 1024: 2, 2048: 4, 4096: 16}
+# programs of the backward kernel that a multiprocessor's registers hold at once, by the block of columns
+RESIDENT = {64: 16, 128: 16, 256: 16, 512: 14, 1024: 6, 2048: 3, 4096: 1}
 
 
 def forward_config(width: int) -> Config:
     """Return the rows (1), columns, warps and stages of a forward program for rows of `width`."""
-    block = min(max(triton.next_power_of_2(width), 64), WIDEST_FORWARD)
+    block = min(max(next_power_of_2(width), 64), WIDEST_FORWARD)
     return Config(1, block, FORWARD_WARPS[block], 2)
 
 
 def backward_config(width: int) -> Config:
     """Return the same for both kernels of the backward pass."""
-    block = min(max(triton.next_power_of_2(width), 64), WIDEST_BACKWARD)
+    block = min(max(next_power_of_2(width), 64), WIDEST_BACKWARD)
     return Config(1, block, BACKWARD_WARPS[block], 2)
+
+
+def backward_rows(tokens: int, width: int, multiprocessors: int) -> tuple[int, int]:
+    """Return the rows of a program of the backward kernel, and how many programs share the tokens.
+
+    They all run at once, where FEWEST_ROWS and PROGRAMS allow: more would write more partial sums and leave the last
+    wave unfilled.
+    """
+    block = backward_config(width).block_n
+    programs = min(PROGRAMS, max(1, multiprocessors * RESIDENT[block] // cdiv(width, block)))
+    rows = max(FEWEST_ROWS, cdiv(tokens, programs))
+    return rows, cdiv(tokens, rows)
 
 
 @triton.jit
@@ -236,28 +252,6 @@ def _norm_bwd(dy_ptr, dout_ptr, x_ptr, branch_ptr, gate_ptr, weight_ptr, scale_p
     _write_parts(parts_ptr, program + current + 1, plane, a, b, g, cols, inside, C, NORM, LEVEL, GATED)
 
 
-@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
-def _norm_bwd_images(parts_ptr, starts_ptr, sums_ptr, images, row_len, rows, slots,
-                     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum the rows of `parts` of text (program 0) or image n (program n + 1), in the order of who wrote them."""
-    image, kind = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = cols < C
-    if starts_ptr is None:
-        start, stop = tl.maximum(image - 1, 0) * row_len, image * row_len
-    else:
-        start, stop = tl.load(starts_ptr + image).to(tl.int64), tl.load(starts_ptr + image + 1).to(tl.int64)
-    first, last = start // rows, (stop + rows - 1) // rows
-    last = tl.where(stop > start, last, first)
-    parts_ptr += kind * slots * C
-    total = tl.zeros([BLOCK_M, BLOCK], tl.float32)
-    for at in range(first, last, BLOCK_M):
-        program = at + tl.arange(0, BLOCK_M)
-        total += tl.load(parts_ptr + (program + image)[:, None] * C + cols[None, :],
-                         mask=(program < last)[:, None] & inside[None, :], other=0.0)
-    tl.store(sums_ptr + (kind * (images + 1) + image) * C + cols, tl.sum(total, 0), mask=inside)
-
-
 def forward(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     scale: Tensor | None, shift: Tensor | None, image_ids: Tensor | None, eps: float, center: bool
@@ -273,13 +267,13 @@ def forward(
     rstd, mean = (x.new_empty(x.shape[:-1] if wanted else 0, dtype=torch.float32)
                   for wanted in (norm, norm and center))
     if tokens:
-        x, branch = _rows(x), _rows(branch)
-        gate, scale, shift = (columns_together(t) for t in (gate, scale, shift))
+        (x, stride_xs), (branch, stride_bs) = _rows(x), _rows(branch)
+        gate, scale, shift = columns_together(gate), columns_together(scale), columns_together(shift)
         launch = forward_config(width)
         _norm_fwd[(tokens,)](
             x,
-            *_or(x, branch, gate, _vector(weight), _vector(bias), scale, shift),
-            None if image_ids is None else image_ids.reshape(-1).contiguous(),
+            *_or(x, branch, gate, contiguous(weight), contiguous(bias), scale, shift),
+            contiguous(image_ids),
             out,
             y,
             mean,
@@ -287,7 +281,11 @@ def forward(
             table.shape[0],
             row_len,
             eps,
-            *(_stride(t) for t in (x, branch, gate, scale, shift)),
+            stride_xs,
+            stride_bs,
+            _stride(gate),
+            _stride(scale),
+            _stride(shift),
             C=width,
             GATED=gated,
             NORM=norm,
@@ -304,8 +302,8 @@ def forward(
 
 def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor | None, gate: Tensor | None,
              weight: Tensor | None, scale: Tensor | None, image_ids: Tensor | None, mean: Tensor, rstd: Tensor,
-             center: bool, level: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return dx, dbranch and the sums a, b (with `level`) and g in float32, each (N + 1, C), text first.
+             center: bool, level: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dx, dbranch and the sums a, b (with `level`) and g in float32, (kinds, N + 1, C), text first.
 
     x is what the norm saw.
     """
@@ -317,34 +315,31 @@ def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor |
     kinds = norm + (norm and level) + gated
     sums = x.new_empty(kinds, images + 1, width, dtype=torch.float32)
     if not tokens:
-        return dx, dbranch, list(sums.zero_())
-    rows = max(FEWEST_ROWS, triton.cdiv(tokens, PROGRAMS))
-    programs = triton.cdiv(tokens, rows)
+        return dx, dbranch, sums.zero_()
+    launch = backward_config(width)
+    rows, programs = backward_rows(tokens, width, multiprocessors(x.device))
     slots = programs + images + 2
     ordered, order, starts = (None,) * 3 if image_ids is None else made_once(sorted_tokens, image_ids, images=images)
-    image_ids = image_ids if image_ids is None else image_ids.reshape(-1)
     parts = x.new_empty(kinds, slots, width, dtype=torch.float32)
-    dy, dout, x, branch = (_rows(t) for t in (dy, dout, x, branch))
-    gate, scale, weight, mean, rstd = (columns_together(gate), columns_together(scale), _vector(weight), _vector(mean),
-                                       _vector(rstd))
-    launch = backward_config(width)
+    (dy, stride_ds), (dout, stride_os), (x, stride_xs), (branch, stride_bs) = map(_rows, (dy, dout, x, branch))
+    gate, scale = columns_together(gate), columns_together(scale)
+    weight, mean, rstd = contiguous(weight), contiguous(mean), contiguous(rstd)
+    stride_gn, stride_cn = _stride(gate), _stride(scale)
     options = {"BLOCK": launch.block_n, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
     means = rstd
     if norm and width > launch.block_n:
         means = x.new_empty(1 + center, tokens, dtype=torch.float32)
-        _norm_bwd_means[(tokens,)](dy, x, *_or(x, weight), scale, image_ids, mean, rstd, means, images,
-                                   row_len, tokens, _stride(dy), _stride(x), _stride(scale), C=width, CENTER=center,
+        _norm_bwd_means[(tokens,)](dy, x, *_or(x, weight), scale, contiguous(image_ids), mean, rstd, means, images,
+                                   row_len, tokens, stride_ds, stride_xs, stride_cn, C=width, CENTER=center,
                                    WEIGHT=weight is not None, **options)
-    _norm_bwd[(programs, triton.cdiv(width, launch.block_n))](
+    _norm_bwd[(programs, cdiv(width, launch.block_n))](
         *_or(x, dy, dout, x, branch, gate, weight, scale), ordered, order, mean, rstd, means, dx, dbranch, parts,
-        images, row_len, tokens, rows, slots,
-        *(_stride(t) for t in (dy, dout, x, branch, gate, scale)), C=width, GATED=gated, NORM=norm, CENTER=center,
-        WEIGHT=weight is not None,
-        LEVEL=norm and level, **options)
-    _norm_bwd_images[(images + 1, triton.cdiv(width, IMAGES.block_n), kinds)](
+        images, row_len, tokens, rows, slots, stride_ds, stride_os, stride_xs, stride_bs, stride_gn, stride_cn,
+        C=width, GATED=gated, NORM=norm, CENTER=center, WEIGHT=weight is not None, LEVEL=norm and level, **options)
+    _norm_bwd_images[(images + 1, cdiv(width, IMAGES.block_n), kinds)](
         parts, starts, sums, images, row_len, rows, slots, C=width, BLOCK_M=IMAGES.block_m, BLOCK=IMAGES.block_n,
         num_warps=IMAGES.num_warps)
-    return dx, dbranch, list(sums)
+    return dx, dbranch, sums
 
 
 def _row_len(x: Tensor, image_ids: Tensor | None) -> int | None:
@@ -360,18 +355,15 @@ def sorted_tokens(image_ids: Tensor, images: int) -> tuple[Tensor, Tensor, Tenso
     return ordered, order, starts
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
-    """View (..., C) as (T, C) with the columns side by side; a copy only where the strides allow no such view."""
-    return x if x is None else columns_together(x.reshape(-1, x.shape[-1]))
-
-
-def columns_together(x: Tensor | None) -> Tensor | None:
-    """Return x with its columns side by side; a copy only where they are not."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
-
-
-def _vector(x: Tensor | None) -> Tensor | None:
-    return x if x is None else x.contiguous()
+def _rows(x: Tensor | None) -> tuple[Tensor | None, int]:
+    """Return (..., C) with the columns side by side and its rows evenly apart, and how far; a copy only where they are
+    not."""
+    if x is None:
+        return None, 0
+    if not x.is_contiguous():
+        x = columns_together(x.reshape(-1, x.shape[-1]))
+        return x, x.stride(0)
+    return x, x.shape[-1]
 
 
 def _stride(x: Tensor | None) -> int:

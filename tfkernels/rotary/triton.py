@@ -4,12 +4,14 @@ A program takes a token, loads its cos and sin once and turns its heads in block
 computes 1 / rms again and adds up dweight in registers. It writes one row of sums; the number of these rows depends on
 the sizes alone, and they are added in order.
 """
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import ROUNDED_PRODUCTS
+from tfkernels._launch import ROUNDED_PRODUCTS, cdiv, next_power_of_2
 from tfkernels._library import INTERPRET
 from tfkernels.rotary.results import dense_rows, empty_gradients, empty_like, even_rows
 
@@ -169,12 +171,13 @@ def _qk_norm_rotary_bwd(dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, q_weight_ptr, k_we
                stride_ks, stride_dkb, stride_dkh, stride_dks, K, K_NORM, HALF, REST, BLOCK_K, BLOCK, BLOCK_REST)
 
 
+@functools.cache
 def launch_config(heads: int, kv_heads: int, dim: int, half: int, tile: int, warp: int) -> tuple[dict, int]:
     """Return the constexprs of a program's tiles of at most `tile` elements, and its warps, one for `warp` of them."""
     rest = dim - 2 * half
-    block, block_rest = triton.next_power_of_2(half), triton.next_power_of_2(max(1, rest))
-    row = triton.next_power_of_2(2 * block + (block_rest if rest else 0))
-    block_h, block_k = (min(triton.next_power_of_2(max(1, n)), max(1, tile // row)) for n in (heads, kv_heads))
+    block, block_rest = next_power_of_2(half), next_power_of_2(max(1, rest))
+    row = next_power_of_2(2 * block + (block_rest if rest else 0))
+    block_h, block_k = (min(next_power_of_2(max(1, n)), max(1, tile // row)) for n in (heads, kv_heads))
     sizes = {"H": heads, "K": kv_heads, "HALF": half, "REST": rest}
     return (sizes | {"BLOCK_H": block_h, "BLOCK_K": block_k, "BLOCK": block, "BLOCK_REST": block_rest},
             max(1, max(block_h, block_k) * row // warp))
@@ -207,8 +210,8 @@ def backward(dq_out: Tensor | None, dk_out: Tensor | None, q: Tensor | None, k: 
     given = dk_out if dq_out is None else dq_out
     cos, sin = even_rows(cos), even_rows(sin)
     constants, warps = launch_config(heads, kv_heads, given.shape[-1], half, *BACKWARD)
-    rows = triton.cdiv(batch * tokens, PROGRAMS)
-    programs = triton.cdiv(batch * tokens, rows)
+    rows = cdiv(batch * tokens, PROGRAMS)
+    programs = cdiv(batch * tokens, rows)
     norms = q_weight is not None, k_weight is not None
     parts = cos.new_empty(sum(norms), programs, given.shape[-1], dtype=torch.float32)
     tensors = _or(given, dq_out, dk_out, q, k)
@@ -218,8 +221,9 @@ def backward(dq_out: Tensor | None, dk_out: Tensor | None, q: Tensor | None, k: 
         *tensors, *_or(given, q_weight, k_weight), cos, sin, dq, dk, parts, tokens, batch * tokens, rows, eps, *strides,
         **constants, Q_NORM=norms[0], K_NORM=norms[1], num_warps=warps, **ROUNDED_PRODUCTS
     )
-    for dweight, total in zip((x for x, norm in zip(dweights, norms) if norm), parts.sum(1)):
-        dweight.copy_(total)
+    if any(norms):
+        for dweight, total in zip((x for x, norm in zip(dweights, norms) if norm), parts.sum(1)):
+            dweight.copy_(total)
     return dq, dk, *dweights
 
 

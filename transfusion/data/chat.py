@@ -100,6 +100,22 @@ def chat_parts(record: Record, tokenizer, settings: ChatSettings, *, room: int |
     return parts
 
 
+def question_parts(record: Record, tokenizer, settings: ChatSettings) -> list[Part]:
+    """Return a conversation up to where an answer to its last question begins, as `chat_parts` writes it in training.
+
+    Raises:
+        ValueError: settings that do not fit, or a template that this tokenizer cannot write.
+        DataError: its last turn is not the user's, or the template refuses its turns.
+    """
+    check("question_parts", settings)
+    if not record.turns or record.turns[-1].role != "user":
+        raise DataError(record.where, "its last turn is not the user's; a question fits", "no question")
+    turns = _with_system(record, settings)
+    answered = _parts(record, (*turns, Turn("assistant", ("A",))), tokenizer, settings)
+    ends = [i for i, part in enumerate(answered) if not part.loss]  # the answer's loss is in the parts behind
+    return answered[:ends[-1] + 1] if ends else []
+
+
 def length(parts: Sequence[Part], tokenizer, picture_tokens: Callable[[PictureRef], int] | None = None) -> int:
     """Tokens of a conversation's parts in a document, with BOS and EOS."""
     ids = [part.ids for part in parts[:1] if isinstance(part, EncodedText)]

@@ -86,10 +86,13 @@ class Grids:
             raise
         except ValueError as error:
             raise DataError(where, str(error).removeprefix("read_picture: "), "unreadable picture") from error
-        if self.mode == "pad":
-            opened = _padded(opened)
-        pixels = fit_picture(opened, (grid[0] * self.cell, grid[1] * self.cell), self.channels)
+        pixels = self.fitted(opened, grid)
         return pixels.flip(-1) if flipped else pixels
+
+    def fitted(self, picture: Picture.Image, grid: tuple[int, int]) -> Tensor:
+        """Return a picture that is open already, upright and RGB or RGBA, as `pixels` returns one of a file."""
+        whole = _padded(picture) if self.mode == "pad" else picture
+        return fit_picture(whole, (grid[0] * self.cell, grid[1] * self.cell), self.channels)
 
 
 def grid_list(side: int, aspect: float) -> tuple[tuple[int, int], ...]:

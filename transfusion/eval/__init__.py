@@ -1,1 +1,1 @@
-"""Measures of pictures and of autoencoders."""
+"""Measures of pictures, captions and autoencoders, and the report of all results."""

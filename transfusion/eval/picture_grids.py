@@ -1,7 +1,9 @@
 """Grids of pictures: generated beside real ones, and what an autoencoder keeps of them."""
+import textwrap
 from pathlib import Path
 
 import matplotlib
+from PIL import Image as Picture
 from torch import Tensor
 
 matplotlib.use("Agg")
@@ -70,5 +72,56 @@ def emoji_grid(path: Path, titles: list[str], shown: Tensor, drawn: Tensor, real
     plt.close(figure)
 
 
+def contact_sheet(path: Path, pictures: list[Path], titles: list[str], columns: int = 8) -> None:
+    """Write the picture files, eight on a line, each above the beginning of its title."""
+    lines = -(-len(pictures) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(1.5 * columns, 1.75 * lines), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, file, title in zip(axes.flat, pictures, titles):
+        with Picture.open(file) as picture:
+            axis.imshow(picture.convert("RGB"), interpolation="nearest")
+        shown = "\n".join(textwrap.wrap(title, 26, max_lines=2, placeholder=" ...")).replace("$", r"\$")
+        axis.text(0.5, -0.03, shown, transform=axis.transAxes, fontsize=6, ha="center", va="top")
+    with written(path) as aside:
+        figure.savefig(aside, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
 def _pixels(image: Tensor) -> Tensor:
     return ((image.clamp(-1, 1) + 1) / 2).movedim(0, -1).squeeze(-1)
+
+
+def answer_sheet(path: Path, shown: list[tuple[tuple[Picture.Image, ...], str, str, str]], columns: int = 6) -> None:
+    """Write pictures with what was asked about them and answered.
+
+    Each of `shown` is (pictures, question, answer, correction); an answer that needs no correction is green.
+    """
+    lines = max(1, -(-len(shown) // columns))
+    figure, axes = plt.subplots(lines, columns, figsize=(2.1 * columns, 2.5 * lines), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (pictures, question, answer, correction) in zip(axes.flat, shown):
+        if pictures:
+            axis.imshow(_side_by_side(pictures), interpolation="nearest")
+        axis.set_title(textwrap.fill(question, 26), fontsize=7)
+        said = [answer or "(nothing)", *([f"right: {correction}"] if correction else [])]
+        axis.text(0.5, -0.05, "\n".join(textwrap.fill(line, 28) for line in said), transform=axis.transAxes,
+                  ha="center", va="top", fontsize=7, color="tab:red" if correction else "tab:green")
+    with written(path) as aside:
+        figure.savefig(aside, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _side_by_side(pictures: tuple[Picture.Image, ...]) -> Picture.Image:
+    """The pictures at one height, from left to right, a little apart."""
+    height = max(picture.height for picture in pictures)
+    fitted = [picture.convert("RGB").resize((max(1, picture.width * height // picture.height), height))
+              for picture in pictures]
+    apart = height // 8
+    whole = Picture.new("RGB", (sum(x.width + apart for x in fitted) - apart, height), "white")
+    left = 0
+    for picture in fitted:
+        whole.paste(picture, (left, 0))
+        left += picture.width + apart
+    return whole

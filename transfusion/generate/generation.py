@@ -6,22 +6,17 @@ only its own patches as queries: the prefix stays in the cache over all steps, a
 batch. The finished image is fed once more, clean, so that later text reads it (arXiv:2408.11039, section 3.3).
 """
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
-from tfkernels import unpatchify
-from transfusion.diffusion.guidance import Guidance
 from transfusion.diffusion.objective import solve
-from transfusion.diffusion.solvers import make_solver
 from transfusion.generate.kv_cache import Canvas, PrefixCache, embed_images
+from transfusion.generate.row import DRAWING, WRITING, Row, check_options, guidance_of, solver_of
 from transfusion.generate.sampling import Sampling
-from transfusion.sequence import Document, Image, ImageLayout, Part, Text, encode, lay_out
-
-WRITING, DRAWING, DONE = range(3)
+from transfusion.sequence import Document, Image, ImageLayout, Part, Sequence, Text, lay_out
 
 
 class Written(NamedTuple):
@@ -107,6 +102,17 @@ def caption(model, images: Image | list[Image], question: str = "", **options) -
     return ["".join(part.text for part in parts if isinstance(part, Text)).strip() for parts in results]
 
 
+def read(model, documents: list[Document], cache: Cache | None = None) -> tuple[Sequence, Tensor]:
+    """Run documents, one a row, left-padded, their images clean; return the rows and their hidden states (B, S, C)."""
+    longest = max(len(d.tokens) for d in documents)
+    sequence = lay_out([[d] for d in documents], longest, model.config.patch_dim, left=True).to(model.device)
+    condition = model.timestep(torch.zeros(1, device=model.device)).expand(sequence.image_count, -1)
+    x, _ = model.embed(sequence, sequence.patches, condition)
+    positions = model.positions(sequence.positions, sequence.image_ids, sequence.layout.columns)
+    mask = model.image_attention.mask(sequence)
+    return sequence, model.backbone(x, positions, mask, condition, sequence.modality, cache)
+
+
 def as_parts(op: str, name: str, given) -> list[Part]:
     """Return a prompt's parts, checked. A str, a Text or an Image alone is a list of one."""
     given = [Text(given)] if isinstance(given, str) else [given] if isinstance(given, (Text, Image)) else given
@@ -144,54 +150,22 @@ def _consume(generation: "_Generation", on_event) -> list[list[Part]]:
     return [row.parts for row in generation.rows]
 
 
-@dataclass
-class _Row:
-    """One prompt on its way: what it wrote since its last image, its finished parts and its own random numbers."""
-
-    generator: torch.Generator
-    state: int = WRITING
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    parts: list[Part] = field(default_factory=list)
-    images: int = 0
-    written: int = 0
-
-
 class _Generation:
     """A batch of prompts on its way; each row writes, draws or is done, and waits for the others that draw."""
 
     def __init__(self, model, prompts: list[list[Part]], options: Sampling, force_image: bool = False):
-        config = model.config
-        if model.tokenizer is None or model.tokenizer.eos_token_id is None:
-            raise ValueError("generate: the model has no tokenizer with an EOS; set model.tokenizer to the one that it "
-                             "was trained with")
-        size, patch = tuple(options.image_size or config.image_size), config.patch_size
-        if any(side < patch or side % patch for side in size):
-            raise ValueError(f"generate: image_size is {size} and the patch size {patch}; "
-                             "multiples of the patch size fit")
-        self.model, self.config, self.options = model, config, options
-        self.prompts, self.force_image = prompts, force_image
-        self.documents = [encode(prompt, model.tokenizer, config, end=False) for prompt in prompts]
-        if force_image:
-            self.documents = [self.then_image(document) for document in self.documents]
-        self.grid = size[0] // patch, size[1] // patch
-        self.guidance = options.guidance if isinstance(options.guidance, Guidance) else Guidance(options.guidance)
-        self.solver()  # refuses what does not fit before anything runs
+        self.model, self.config, self.options, self.force_image = model, model.config, options, force_image
+        self.grid, self.guidance = check_options(model, options), guidance_of(options)
         if options.cuda_graph and model.device.type != "cuda":
             raise ValueError(f"generate: cuda_graph is True and the model is on {str(model.device)!r}; "
                              "a model on a CUDA device fits")
-        self.rows = [_Row(torch.Generator().manual_seed(options.seed + i)) for i in range(len(prompts))]
+        self.rows = [Row(model, prompt, options, self.grid, options.seed + i) for i, prompt in enumerate(prompts)]
+        self.documents = [row.document(force_image) for row in self.rows]
         self.eos = model.tokenizer.eos_token_id
 
     def solver(self):
         """A solver for one image, or several of one size."""
-        tokens = self.grid[0] * self.grid[1]
-        return make_solver(self.options.sampler, self.model.objective, self.options.steps, tokens,
-                           self.config.time_shift_tokens)
-
-    def then_image(self, document: Document) -> Document:
-        """The document and the BOI of an image behind it."""
-        return document._replace(tokens=[*document.tokens, self.config.boi_token_id], targets=[*document.targets, True])
+        return solver_of(self.model, self.options, self.grid)
 
     @torch.inference_mode()
     def events(self) -> Iterator[Event]:
@@ -209,18 +183,13 @@ class _Generation:
                 break
             hidden = yield from self.draw_images(drawing)
         for row in self.rows:
-            row.parts += self.flush(row)
+            row.finish()
 
     def prefill(self, documents: list[Document]) -> tuple[PrefixCache, Tensor]:
         """Run the prompts, left-padded; return the cache and the last column's hidden states (B, C)."""
-        longest = max(len(d.tokens) for d in documents)
-        sequence = lay_out([[d] for d in documents], longest, self.config.patch_dim, left=True).to(self.model.device)
-        condition = self.clean.expand(sequence.image_count, -1)
-        x, _ = self.model.embed(sequence, sequence.patches, condition)
-        cache, seen = DynamicCache(), sequence.documents >= 0
-        positions = self.model.positions(sequence.positions, sequence.image_ids, sequence.layout.columns)
-        mask = self.model.image_attention.mask(sequence)
-        hidden = self.model.backbone(x, positions, mask, condition, sequence.modality, cache)
+        cache = DynamicCache()
+        sequence, hidden = read(self.model, documents, cache)
+        seen = sequence.documents >= 0
         return PrefixCache(cache, seen, seen.sum(1)), hidden[:, -1]
 
     def write(self, hidden: Tensor) -> Iterator[Event]:
@@ -229,77 +198,32 @@ class _Generation:
             logits = self.model.backbone.logits(hidden).float().cpu()                      # (B, V)
             tokens, valid = [], []
             for number, (row, scores) in enumerate(zip(self.rows, logits)):
-                tokens.append(self.choose(row, scores) if row.state == WRITING else self.eos)
+                tokens.append(row.choose(scores) if row.state == WRITING else self.eos)
                 valid.append(row.state == WRITING and tokens[-1] != self.eos)
-                if row.state == WRITING:
-                    yield from self.take(number, row, tokens[-1])
+                if row.state == WRITING and (text := row.take(tokens[-1])) is not None:
+                    yield Written(number, text)
             if any(valid):
                 chosen, valid = (torch.tensor(x, device=hidden.device)[:, None] for x in (tokens, valid))
                 hidden = self.cache.feed(self.model, self.model.backbone.embed(chosen), valid, self.clean)[:, -1]
 
-    def take(self, number: int, row: _Row, token: int) -> Iterator[Event]:
-        """Add a token to what a row has written, or let it end or begin to draw."""
-        if token == self.eos:
-            row.state = DONE
-        elif token == self.config.boi_token_id:
-            row.state = DRAWING
-        else:
-            row.tokens.append(token)
-            row.written += 1
-            text = self.model.tokenizer.decode(row.tokens)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character of several tokens is not whole yet
-                yield Written(number, text[len(row.text):])
-                row.text = text
-
-    def choose(self, row: _Row, scores: Tensor) -> int:
-        """Pick the next token of one row; EOS once it has written enough."""
-        options = self.options
-        if row.written >= options.max_new_tokens:
-            return self.eos
-        scores = scores.clone()
-        scores[self.config.eoi_token_id] = -torch.inf
-        if row.images >= options.max_images:
-            scores[self.config.boi_token_id] = -torch.inf
-        if options.temperature == 0:
-            return int(scores.argmax())
-        ranked, order = (scores / options.temperature).softmax(-1).sort(descending=True)
-        ranked[(ranked.cumsum(-1) - ranked >= options.top_p) | (ranked < options.min_p * ranked[0])] = 0
-        ranked[0] = ranked[0].clamp(min=torch.finfo(ranked.dtype).tiny)  # top_p 0 leaves the likeliest
-        return int(order[torch.multinomial(ranked, 1, generator=row.generator)])
-
     def prefix(self, rows: list[int], contexts: tuple[str, ...]) -> PrefixCache:
         """What `rows` are denoised against: one row for each context and prompt."""
         made = {"whole": lambda: self.cache.select(rows),
-                "images": lambda: self.prefill([self.images_of(i) for i in rows])[0],
-                "nothing": lambda: self.prefill([self.then_image(self.nothing())])[0].select([0] * len(rows))}
+                "images": lambda: self.prefill([self.rows[i].context("images") for i in rows])[0],
+                "nothing": lambda: self.prefill([self.rows[0].context("nothing")])[0].select([0] * len(rows))}
         return PrefixCache.stack([made[name]() for name in contexts])
-
-    def nothing(self) -> Document:
-        """An empty prompt."""
-        return Document([self.model.tokenizer.bos_token_id], [False], [])
-
-    def images_of(self, row: int) -> Document:
-        """The images of a row's prompt and of what it has drawn, without any text, and the beginning of another."""
-        images = [part for part in (*self.prompts[row], *self.rows[row].parts) if isinstance(part, Image)]
-        if not images:
-            return self.then_image(self.nothing())
-        return self.then_image(encode(images, self.model.tokenizer, self.config, end=False))
 
     def draw_images(self, rows: list[int]) -> Iterator[Event]:
         """Denoise one image in each of `rows` and feed it; return the last column's hidden states (B, C)."""
         x = yield from self.denoise(rows)
         for i, patches in zip(rows, x):
-            self.rows[i].parts += [*self.flush(self.rows[i]), self.image(patches)]
-            self.rows[i].images += 1
-            self.rows[i].state = WRITING
-            yield Drawn(i, self.image(patches))
+            yield Drawn(i, self.rows[i].drawn(patches))
         return self.append_images(rows, x)
 
     def denoise(self, rows: list[int]) -> Iterator[Event]:
         """Solve from noise to the patches (R, P, patch_dim) of one image for each of `rows`."""
-        shape = self.grid[0] * self.grid[1], self.config.patch_dim
         solver, canvases = self.solver(), {}
-        noise = torch.stack([torch.randn(shape, generator=self.rows[i].generator) for i in rows])
+        noise = torch.stack([self.rows[i].noise() for i in rows])
         x = solver.start(noise).to(self.model.device)
         for number, t in enumerate(solver.times.tolist()):
             given = solver.input(x, number)
@@ -313,7 +237,7 @@ class _Generation:
             x = solver.advance(x, prediction, number)
             if self.options.previews:
                 estimates = solve(self.model.objective, given, prediction, time)[0]
-                yield from (Preview(i, self.image(patches), number + 1, len(solver.times))
+                yield from (Preview(i, self.rows[i].image(patches), number + 1, len(solver.times))
                             for i, patches in zip(rows, estimates))
         return x
 
@@ -327,14 +251,3 @@ class _Generation:
         full[rows, :count] = embedded
         full[:, count] = self.model.backbone.embed(torch.tensor(self.config.eoi_token_id, device=x.device))
         return self.cache.feed(self.model, full, valid, self.clean, self.grid)[:, -1]
-
-    def image(self, patches: Tensor) -> Image:
-        """An image on the host from its patches."""
-        height, width = (side * self.config.patch_size for side in self.grid)
-        return Image(unpatchify(patches.float().cpu(), self.config.patch_size, height, width)[0])
-
-    def flush(self, row: _Row) -> list[Part]:
-        """Return the text written since the last image as a part, if any."""
-        text = self.model.tokenizer.decode(row.tokens) if row.tokens else ""
-        row.tokens, row.text = [], ""
-        return [Text(text)] if text else []

@@ -21,6 +21,8 @@ class TextSampling:
     """sample text from the smallest set of tokens that holds this much probability (arXiv:1904.09751)"""
     min_p: Share = 0.0
     """sample only tokens at least this many times as likely as the likeliest (arXiv:2407.01082)"""
+    stop: tuple[str, ...] | None = None
+    """texts that end what is written where one of them appears; it and what follows it are left out"""
     seed: Annotated[int, Range(-2**63, 2**63 - 1)] = 0
     """of noise and text: prompt i draws its random numbers from seed + i, whatever the rest of the batch is"""
 

@@ -15,6 +15,7 @@ from tests.compare import assert_as_accurate
 from tests.tfkernels.attention.test_attention import RECIPES, absolute_terms, random_inputs
 from tests.tfkernels.attention.test_attention import check as check_attention
 from tests.tfkernels.attention.test_attention_decode import pages
+from tests.tfkernels.attention.test_attention_parts import check_forward
 from tests.tfkernels.attention.test_attention_rows import filled, run
 from tests.tfkernels.losses import test_cross_entropy, test_cross_entropy_options, test_diffusion_loss, test_head_loss
 from tests.tfkernels.mask import test_mask_build
@@ -24,6 +25,7 @@ from tests.tfkernels.patches.latents import CASES, rows_of_tokens, uniform
 from tests.tfkernels.rotary import test_rotary
 from tfkernels import TransfusionMask, attention_reference, attention_with_lse, paged_attention
 from tfkernels.attention import paged_attention_reference
+from tfkernels.attention.triton import backward
 from tfkernels.mask.intervals import intervals
 from tfkernels.mask.reference import intervals_reference
 from tfkernels.norm import triton as norm
@@ -63,16 +65,21 @@ def mask_of_two_sides(tokens: int) -> TransfusionMask:
 
 
 def training(dim: int, tokens: int, dtype: torch.dtype):
-    """Attention forward and backward, with masks of one side and of two."""
+    """Attention forward and backward, with masks of one side and of two.
+
+    With the first a program takes both query heads of a key head, as where the device is full; with the second one.
+    """
     batch = 2 if dim == 32 else 1
-    check_attention(random_inputs(batch, 2, 1, tokens, tokens, dim), packed_mask(tokens, batch), dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backward, "multiprocessors", lambda device: 1)
+        check_attention(random_inputs(batch, 2, 1, tokens, tokens, dim), packed_mask(tokens, batch), dtype)
     check_attention(random_inputs(1, 2, 1, tokens, tokens, dim), mask_of_two_sides(tokens), dtype)
 
 
 def attention_options(dtype: torch.dtype):
     """A head dim between two rows, a soft cap, and both together with a mask of two sides."""
     check_attention(random_inputs(1, 2, 1, 100, 100, 80), packed_mask(100), dtype)
-    check_attention(random_inputs(1, 2, 2, 100, 100, 64), packed_mask(100), dtype, softcap=1.5)
+    check_attention(random_inputs(1, 2, 1, 100, 100, 64), packed_mask(100), dtype, softcap=1.5)
     check_attention(random_inputs(1, 2, 2, 100, 100, 48), mask_of_two_sides(100), dtype, softcap=1.5)
 
 
@@ -114,6 +121,22 @@ def decoding(dim: int, dtype: torch.dtype):
                               for t in (dtype, torch.float64))
         for name, *values, terms in zip(("out", "lse"), actual, rounded, exact, absolute_terms(*inputs, mask)):
             assert_as_accurate(name, *values, terms)
+
+
+def many_queries_in_parts(dtype: torch.dtype):
+    """More queries than a tile has against keys enough for two parts, by masks of one side and of two, with sinks and a
+    soft cap; and keys that some queries must not see hold NaN, so that rows of one part are done over."""
+    for keys, dim, options in ((1100, 32, {}), (1030, 64, {"softcap": 1.5, "two_sides": True, "sinks": True})):
+        mask = TransfusionMask.from_cache(torch.tensor([keys - 140]), 140, keys, image=True)
+        mask = replace(mask, rows_exact=False) if options.pop("two_sides", False) else mask
+        sinks = torch.tensor([1.5], dtype=torch.float64) if options.pop("sinks", False) else None
+        check_forward(random_inputs(1, 1, 1, 140, keys, dim), mask, dtype, sinks, **options)
+    mask = TransfusionMask.from_cache(torch.tensor([1030]), 20, 1060)
+    q, k, v = (x.to(dtype) for x in random_inputs(1, 1, 1, 20, 1060, 32)[:3])
+    zeros = attention_with_lse(q, *(x.index_fill(2, torch.arange(1050, 1060), 0) for x in (k, v)), mask)
+    junk = attention_with_lse(q, *(x.index_fill(2, torch.arange(1050, 1060), torch.nan) for x in (k, v)), mask)
+    for ours, theirs in zip(junk, zeros):
+        torch.testing.assert_close(ours, theirs)
 
 
 def paged(dtype: torch.dtype):
@@ -224,8 +247,9 @@ def of_head_dim(kernels, dim: int):
     return lambda kernel, key: kernel in kernels and key[2] == dim
 
 
-TRAINED = {*TRAINING, "_attention_bwd_delta", "_tile_bounds", "_mask_intervals"}
-NORM = {"_norm_fwd", "_norm_bwd", "_norm_bwd_images"}
+TRAINED = {*TRAINING, "_attention_bwd_delta", "_attention_bwd_sum", "_tile_bounds", "_mask_intervals"}
+GATE = {"_norm_fwd", "_norm_bwd", "_norm_bwd_images"}
+NORM = GATE | {"_norm_bwd_tables"}
 FAMILIES = {f"attention, head dim {dim}": Family(partial(training, dim, tokens), TRAINED, of_head_dim(TRAINING, dim),
                                                  HALVES if dim == 512 else DTYPES)  # float32 goes up to 256
             for dim, tokens in {32: 300, 64: 300, 128: 210, 256: 150, 512: 120}.items()}
@@ -234,6 +258,7 @@ FAMILIES |= {f"decoding, head dim {dim}": Family(partial(decoding, dim), {"_atte
                                                  HALVES if dim == 512 else DTYPES)
              for dim in (32, 64, 128, 256, 512)}
 FAMILIES |= {
+    "many queries in parts": Family(many_queries_in_parts, {"_attention_fwd", "_attention_merge", "_tile_bounds"}),
     "attention's options": Family(attention_options, TRAINED),
     "values and sinks": Family(values_and_sinks, TRAINED | {"_attention_decode", "_attention_merge"}),
     "rows of attention done over": Family(rows_done_over, TRAINED),
@@ -242,7 +267,7 @@ FAMILIES |= {
                          lambda kernel, key: kernel in ("_norm_fwd", "_norm_bwd")),
     "rms norm": Family(partial(norms, "modulated_rms_norm", (64, 1024), ("weight", "shift")), NORM),
     "gate and norm": Family(partial(norms, "gated_residual_rms_norm", (64, 1024, 4096), ()), NORM),
-    "gate": Family(partial(norms, "gated_residual", (64, 2048), ()), NORM),
+    "gate": Family(partial(norms, "gated_residual", (64, 2048), ()), GATE),
     "rows of several blocks": Family(rows_of_several_blocks, NORM | {"_norm_bwd_means"}),
     "rotary": Family(rotation, {"_qk_norm_rotary_fwd", "_qk_norm_rotary_bwd"}),
     "patches into the sequence": Family(
@@ -252,7 +277,8 @@ FAMILIES |= {
     "diffusion loss": Family(diffusion_losses,
                              {"_diffusion_loss_rows", "_diffusion_loss_images", "_diffusion_loss_bwd"}),
     "diffusion loss from hidden states": Family(
-        head_losses, {"_head_loss_fwd", "_head_loss_bwd", "_diffusion_loss_images", "_norm_bwd_images"},
+        head_losses, {"_head_loss_fwd", "_head_loss_factors", "_head_loss_bwd", "_diffusion_loss_images",
+                      "_norm_bwd_images"},
         lambda kernel, key: kernel in ("_head_loss_fwd", "_head_loss_bwd")),
     "cross-entropy": Family(entropies, {"_cross_entropy_rows"}, lambda kernel, key: kernel == "_cross_entropy_rows"),
     "mask": Family(mask_integers, {"_mask_intervals"}, dtypes=DTYPES[:1]),  # integers alone

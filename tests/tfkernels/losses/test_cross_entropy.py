@@ -7,10 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.compare import assert_as_accurate
-from tests.conftest import DEVICE, DTYPES, compiles
+from tests.conftest import DEVICE, DTYPES, KERNEL_RUNS, compiles
+from tests.launches import seen
 from tests.resources import resources
+from tests.step_counts import tensors_of
 from tfkernels import LinearCrossEntropy, linear_cross_entropy, linear_cross_entropy_reference
 from tfkernels._launch import ARCHITECTURES
 from tfkernels._library import INTERPRET
@@ -194,7 +199,8 @@ def test_nan_that_a_target_reaches_shows_in_its_loss_and_gradients(name):
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter's chunks and blocks are small: every case has several")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_more_rows_than_a_chunk_and_more_words_than_a_block(dtype):
+def test_more_rows_than_a_chunk_and_more_words_than_a_block(dtype, monkeypatch):
+    monkeypatch.setattr(module, "LOGITS_BYTES", 2**20)
     check(random_case(1500, 24, 300, 1500, bias=True, row_weight=True), dtype)
     check(random_case(80, 8, 2 * WIDEST + 5, 70), dtype)
 
@@ -351,13 +357,55 @@ def test_the_gradients_are_the_same_to_the_bit_every_time():
                    for a, b in zip(first.values(), run(linear_cross_entropy, case, torch.float32).values()))
 
 
-def test_logits_of_a_chunk_take_about_the_memory_of_the_rows():
-    for rows, vocabulary, width in ((16384, 128256, 4096), (65536, 32000, 2048), (100_000, 50257, 768), (8, 1, 4096),
-                                    (0, 10, 10)):
-        size = chunk_rows(rows, vocabulary, width)
-        assert size >= module.FEWEST_ROWS and size & (size - 1) == 0
-        assert size == module.FEWEST_ROWS or size / 2 * vocabulary <= rows * width + vocabulary
-        assert size >= rows or size * (vocabulary + width) >= rows * width
+@pytest.mark.parametrize("rows", [0, 8, 1025, 16_384, 100_000])
+@pytest.mark.parametrize("vocabulary", [1, 258, 32_000, 50_257, 128_256, 262_144])
+def test_chunks_are_whole_tiles_of_about_equal_rows_within_a_budget(rows, vocabulary):
+    size, tile = chunk_rows(rows, vocabulary, 2), module.TILE_ROWS
+    assert size % tile == 0 and size <= max(module.FEWEST_ROWS, module.LOGITS_BYTES // (2 * vocabulary))
+    chunks = -(-rows // max(1, size))
+    assert size * chunks < rows + tile * max(1, chunks)                                    # no chunk is nearly empty
+    if chunks > 1:                                                                         # nor are there too many
+        fewer = rows / (chunks - 1)
+        assert fewer > module.FEWEST_ROWS and 2 * vocabulary * (fewer + tile) > module.LOGITS_BYTES
+
+
+class Memory(TorchDispatchMode):
+    """The most bytes of results that lived together, those of the operators' implementations included."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "tfkernels":
+            with self:
+                return OPDEFS[f"tfkernels::{function._opname}"]._backend_fns["cuda"](*args)
+        result = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tensors_of((args, tuple((kwargs or {}).values())))}
+        self.live = {s: size for s, size in self.live.items() if not s.expired()}
+        self.live |= {StorageWeakRef(x.untyped_storage()): x.untyped_storage().nbytes() for x in tensors_of(result)
+                      if x.untyped_storage()._cdata not in given}
+        self.peak = max(self.peak, sum(self.live.values()))
+        return result
+
+
+@pytest.mark.skipif(KERNEL_RUNS, reason="nothing runs: launches are seen on tensors without memory")
+@pytest.mark.parametrize("rows, vocabulary, width", [(16_384, 32_000, 2048), (4096, 128_256, 4096)])
+def test_the_memory_beside_inputs_is_what_the_module_says(rows, vocabulary, width, monkeypatch):
+    monkeypatch.setattr(module, "_accumulate", lambda total, a, b: None)                   # into `total`, on a GPU
+    def leaf(*shape):
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
+
+    hidden, weight = leaf(2 * rows, width), leaf(vocabulary, width)
+    places = torch.empty(rows, dtype=torch.int64, device="meta")
+    with seen(lambda *_: None), Memory() as memory:
+        loss = linear_cross_entropy(hidden, weight, places, places).loss
+    size = chunk_rows(rows, vocabulary, 2)
+    logits, dweight, dhidden = 2 * size * vocabulary, 4 * vocabulary * width, 2 * rows * width
+    assert logits <= max(module.LOGITS_BYTES, 2 * module.FEWEST_ROWS * vocabulary)
+    chunk, numbers = 2 * size * width, 64 * rows                                           # losses, targets, places
+    assert logits + dweight + dhidden <= memory.peak <= logits + dweight + dhidden + 2 * chunk + numbers
+    assert loss.requires_grad
 
 
 @compiles

@@ -16,7 +16,7 @@ from tfkernels import (
     pack_latents,
     patchify,
 )
-from tfkernels._launch import ARCHITECTURES
+from tfkernels._launch import ARCHITECTURES, Config
 from tfkernels._library import INTERPRET
 from tfkernels.losses.head import _backward, _loss
 from tfkernels.losses.triton import head as kernels
@@ -438,4 +438,7 @@ def test_the_kernels_spill_nothing(dim, size, architecture):
         found.append(resources(kernels._head_loss_bwd,
                                constants | flags | {"BLOCK_R": launch.block_m, "BLOCK_C": launch.block_n}, launch,
                                architecture=architecture, element_size=size, float32=("k_ptr", "dweight_ptr")))
+    found.append(resources(kernels._head_loss_factors, {"DIM": dim, "BLOCK": kernels.BLOCK}, Config(1, 1, 4, 3),
+                           architecture=architecture, element_size=size, float32=("k_ptr", "top_ptr",
+                                                                                  "loss_weight_ptr")))
     assert all(f.fit(architecture) for f in found), found

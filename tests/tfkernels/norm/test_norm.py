@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 import tfkernels
 from tests.compare import assert_as_accurate
-from tests.conftest import DEVICE, DTYPES, compiles
+from tests.conftest import DEVICE, DTYPES, KERNEL_RUNS, compiles
 from tests.resources import resources
 from tfkernels import gated_residual, gated_residual_rms_norm, modulated_layer_norm, modulated_rms_norm
 from tfkernels._launch import ARCHITECTURES, Config
 from tfkernels._library import INTERPRET
+from tfkernels.norm import sums
 from tfkernels.norm import triton as kernels
 from tfkernels.norm.reference import of_token
 
@@ -259,6 +260,35 @@ def test_strides_as_they_come_give_equal_results(op):
 
 
 @pytest.mark.parametrize("op", ARGUMENTS)
+def test_an_index_with_gaps_between_its_numbers_gives_equal_results(op):
+    case = random_case(packed_index(9), 72, 4)
+    apart = torch.stack([case.index, torch.full_like(case.index, 3)], -1)[..., 0]
+    assert apart.stride() == (2,)
+    found, expected = (run(op, Case(case.tensors, index, case.arriving), torch.float32)
+                       for index in (apart, case.index))
+    assert all(torch.equal(a, b) for a, b in zip(found.values(), expected.values(), strict=True))
+
+
+@pytest.mark.skipif(not KERNEL_RUNS, reason="the CPU's implementation has no programs")
+@pytest.mark.parametrize("programs", [1, 2])
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_few_programs_take_many_rows_each(op, programs, monkeypatch):
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    check(op, random_case(packed_index(9), 72, 4), torch.float32)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 84, 132])
+@pytest.mark.parametrize("width", [1, 64, 700, 1024, 2048, 4096, 16384])
+def test_the_programs_of_the_backward_run_all_at_once_and_take_every_row(width, multiprocessors):
+    block = kernels.backward_config(width).block_n
+    for tokens in (1, 7, 1000, 32_768):
+        rows, programs = kernels.backward_rows(tokens, width, multiprocessors)
+        assert rows >= kernels.FEWEST_ROWS and rows * (programs - 1) < tokens <= rows * programs
+        assert programs <= kernels.PROGRAMS
+        assert programs == 1 or programs * -(-width // block) <= multiprocessors * kernels.RESIDENT[block]
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
 def test_the_gradients_are_the_same_to_the_bit_every_time(op):
     case = random_case(packed_index(61), 130, 4)
     first = run(op, case, torch.float32)
@@ -327,11 +357,12 @@ def compiled(kernel, op, width, architecture, size, left_out=("row_len",)):
     """Compile one kernel with everything it can be asked for but the arguments `left_out`."""
     center = op != "fused"  # layer norm has no fused form
     flags = FLAGS[op] | {"C": width, "CENTER": center, "WEIGHT": True}
-    if kernel == "images":
-        return resources(kernels._norm_bwd_images,
-                         {"C": width, "BLOCK_M": kernels.IMAGES.block_m, "BLOCK": kernels.IMAGES.block_n}
-                         | dict.fromkeys(set(left_out) & {p.name for p in kernels._norm_bwd_images.params}),
-                         kernels.IMAGES, architecture=architecture, element_size=size)
+    if kernel in ("images", "tables"):
+        function = {"images": sums._norm_bwd_images, "tables": sums._norm_bwd_tables}[kernel]
+        return resources(function, {"C": width, "BLOCK_M": sums.IMAGES.block_m, "BLOCK": sums.IMAGES.block_n}
+                         | ({"LEVEL": True} if kernel == "tables" else {})
+                         | dict.fromkeys(set(left_out) & {p.name for p in function.params}),
+                         sums.IMAGES, architecture=architecture, element_size=size)
     launch: Config = kernels.forward_config(width) if kernel == "fwd" else kernels.backward_config(width)
     constants = {"fwd": flags | {"BIAS": center, "SHIFT": True}, "bwd": flags | {"LEVEL": True},
                  "means": {k: flags[k] for k in ("C", "CENTER", "WEIGHT")}}[kernel]
@@ -348,10 +379,14 @@ def compiled(kernel, op, width, architecture, size, left_out=("row_len",)):
 def test_the_kernels_spill_nothing(width, size, architecture):
     variants = [(kernel, op) for kernel in ("fwd", "bwd") for op in FLAGS] + [("means", "norm")] * (
         width > kernels.WIDEST_BACKWARD
-    ) + [("images", "norm")]
+    ) + [("images", "norm"), ("tables", "norm")]
     for kernel, op in variants:
         found = compiled(kernel, op, width, architecture, size)
         assert found.fit(architecture), (kernel, op, found)
+        if kernel == "bwd":
+            launch = kernels.backward_config(width)
+            of_a_program = 32 * launch.num_warps * 8 * -(-found.registers // 8)             # ptxas rounds up to 8
+            assert kernels.RESIDENT[launch.block_n] * of_a_program <= 65_536, (op, found)
 
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter's blocks are small")

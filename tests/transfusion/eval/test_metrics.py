@@ -6,8 +6,9 @@ import pytest
 import scipy.linalg
 import torch
 from scipy.ndimage import gaussian_filter
+from sklearn.metrics.pairwise import polynomial_kernel
 
-from transfusion.eval.metrics import frechet_distance, precision_recall, psnr, ssim
+from transfusion.eval.metrics import frechet_distance, kernel_distance, precision_recall, psnr, ssim
 
 
 def normal(*shape, seed=0):
@@ -72,6 +73,43 @@ def test_features_that_do_not_fit_are_refused_by_name():
         precision_recall(good, good, k=0)
 
 
+def scikit_kernel_distance(a, b):
+    """The unbiased estimate of arXiv:1801.01401, equation 4, by scikit-learn's kernel, pair by pair."""
+    m, n, kernels = len(a), len(b), [polynomial_kernel(x, y, degree=3, coef0=1) for x, y in ((a, a), (b, b), (a, b))]
+    own = sum(kernels[0][i, j] for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    other = sum(kernels[1][i, j] for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    return own + other - 2 * kernels[2].mean()
+
+
+def test_the_kernel_distance_of_all_rows_is_that_of_scikit_learns_kernel():
+    a, b = normal(30, 6), normal(30, 6, seed=1) * 1.5 + 0.3
+    found = kernel_distance(a, b, subsets=3)
+    assert found.distance == pytest.approx(scikit_kernel_distance(a, b), rel=1e-12)
+    assert found.deviation < 1e-12, "each subset is all rows"
+
+
+def test_the_kernel_distance_is_the_mean_of_random_subsets_with_its_standard_error():
+    a, b = normal(200, 4), normal(150, 4, seed=1) + 0.2
+    found = kernel_distance(a, b, subsets=50, size=40, seed=3)
+    generator, each = torch.Generator().manual_seed(3), []
+    for _ in range(50):
+        rows = [torch.randperm(len(x), generator=generator)[:40] for x in (a, b)]
+        each.append(scikit_kernel_distance(a[rows[0]], b[rows[1]]))
+    assert found.distance == pytest.approx(np.mean(each), rel=1e-10)
+    assert found.deviation == pytest.approx(np.std(each, ddof=1), rel=1e-10)
+    assert found.standard_error == pytest.approx(np.std(each, ddof=1) / 50**0.5, rel=1e-10)
+    assert kernel_distance(a, b, subsets=50, size=40, seed=3) == found != kernel_distance(a, b, subsets=50, size=40)
+
+
+def test_the_kernel_distance_of_sets_of_one_kind_is_zero_but_for_its_error():
+    a, b = normal(2000, 8), normal(2000, 8, seed=1)
+    assert abs(kernel_distance(a, b, 20, 500).distance) < 0.01 < kernel_distance(a, b + 0.5, 20, 500).distance
+    with pytest.raises(ValueError, match="kernel_distance: size is 1; 2 or more fit"):
+        kernel_distance(normal(5, 2), normal(5, 2), size=1)
+    with pytest.raises(ValueError, match="kernel_distance: b has shape"):
+        kernel_distance(normal(5, 2), normal(1, 2))
+
+
 def plain_coverage(points, centres, k):
     """A loop over points and balls."""
     inside = 0
@@ -100,6 +138,18 @@ def test_precision_and_recall_of_sets_whose_answer_is_known():
     precision, recall = precision_recall(real, collapsed)
     assert precision == 1 and recall <= 1 / 2100
     assert precision_recall(real, real[:1].repeat(50, 1)) == (1, 1 / 2100)
+
+
+def test_rows_that_are_equal_or_near_each_other_far_from_the_origin_are_told_apart():
+    """Squared norms are 1e4 and distances 1e-4: products of float32 would see no difference."""
+    real, drawn = (1e-4 * normal(40, 4, seed=seed).round(decimals=2) + 50 for seed in (5, 6))
+    drawn[:8], real[10:16] = real[:8], real[9]
+    for a, b in ((real, drawn), (drawn, real)):
+        exact = [x.float().double().tolist() for x in (a, b)]
+        assert precision_recall(a, b).precision == plain_coverage(exact[1], exact[0], 3)
+    assert precision_recall(real, real) == (1, 1)
+    equal = torch.ones(700, 3)
+    assert precision_recall(equal, equal) == (1, 1) and precision_recall(equal, equal + 1) == (0, 0)
 
 
 def test_psnr_of_known_errors():

@@ -221,6 +221,7 @@ MEANINGLESS = [
         "steps": (0, 1.5, True, NAN, "3", None),
         "max_new_tokens": (-1, 1.5, True, INF),
         "max_images": (-1, 0.5, False),
+        "stop": ("a", ("a", 1), (), 3),
         "seed": (1.5, NAN, "1", 2**64),
         "image_size": (8, 8.0, (8,), (8, 8, 8), (0, 8), (-8, 8), (8.0, 8), (True, 8), "88", (), (8, 7)),
         "guidance": (NAN, INF, -1.0, "3", None, True),

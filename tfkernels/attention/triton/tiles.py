@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tfkernels._launch import cdiv
 from tfkernels._library import made_once
 
 # Sizes, and integers that are read one by one. Triton would compile anew where a number is 1 or a multiple of 16 and
@@ -53,10 +54,10 @@ def tile_bounds(low: Tensor, high: Tensor, size: int) -> Tensor:
 
 def _made_bounds(low: Tensor, high: Tensor, size: int) -> Tensor:
     batch, length = low.shape
-    tiles = triton.cdiv(length, size)
+    tiles = cdiv(length, size)
     bounds = torch.empty(batch, 4, tiles, dtype=torch.int32, device=low.device)
-    _tile_bounds[(triton.cdiv(tiles, TILES) * batch,)](low, high, bounds, low.stride(0), length, tiles, SIZE=size,
-                                                       TILES=TILES, num_warps=4)
+    _tile_bounds[(cdiv(tiles, TILES) * batch,)](low, high, bounds, low.stride(0), length, tiles, SIZE=size, TILES=TILES,
+                                                num_warps=4)
     return bounds
 
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import Config
+from tfkernels._launch import Config, next_power_of_2
 from tfkernels._library import INTERPRET
 from tfkernels.attention.triton.rows import tanh
 from tfkernels.losses.reference import EntropyOptions
@@ -20,7 +20,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 def launch_config(vocabulary: int) -> Config:
     """Return the rows (1), logits, warps and stages of a program."""
-    block = min(max(triton.next_power_of_2(vocabulary), 32), WIDEST)
+    block = min(max(next_power_of_2(vocabulary), 32), WIDEST)
     return Config(1, block, max(1, min(8, block // 512)), 2)
 
 

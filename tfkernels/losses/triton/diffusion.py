@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import ROUNDED_PRODUCTS
+from tfkernels._launch import ROUNDED_PRODUCTS, cdiv
 from tfkernels._library import INTERPRET
 from tfkernels.patches.philox import philox_normal
 from tfkernels.patches.triton.layout import SCALAR_ARGUMENTS, addresses, dense, geometry, locate, tile
@@ -103,7 +103,7 @@ def forward(prediction: Tensor, x0: Tensor, x0_factor: Tensor, eps_factor: Tenso
                                                                                   weight, seed, offsets, columns)
     pointers, numbers, constants = geometry(x0, offsets, columns, patch)
     constants |= tile(dim)
-    _diffusion_loss_rows[(triton.cdiv(rows, constants["BLOCK_R"]),)](prediction, x0, x0_factor, eps_factor, seed,
+    _diffusion_loss_rows[(cdiv(rows, constants["BLOCK_R"]),)](prediction, x0, x0_factor, eps_factor, seed,
                                                                      *pointers, sums, len(x0_factor), rows, *numbers,
                                                                      **constants, num_warps=4, **ROUNDED_PRODUCTS)
     _diffusion_loss_images[(len(x0_factor),)](sums, x0_factor if weight is None else weight, pointers[0], loss,
@@ -123,7 +123,7 @@ def backward(dloss: Tensor, prediction: Tensor, x0: Tensor, x0_factor: Tensor, e
     seed, offsets, columns = dense(seed, offsets, columns)
     pointers, numbers, constants = geometry(x0, offsets, columns, patch)
     constants |= tile(dim)
-    grid = triton.cdiv(rows, constants["BLOCK_R"]), triton.cdiv(dim, constants["BLOCK_D"])
+    grid = cdiv(rows, constants["BLOCK_R"]), cdiv(dim, constants["BLOCK_D"])
     _diffusion_loss_bwd[grid](dloss, x0_factor if weight is None else weight, prediction, x0, x0_factor, eps_factor,
                               seed, *pointers, dprediction, len(x0_factor), rows, *numbers, WEIGHT=weight is not None,
                               **constants, num_warps=4)

@@ -11,20 +11,19 @@ once per tile of D.
 
 Backward is one program per (tile of columns, `span` patches, tile of D). It walks its patches image by image, in tiles
 that begin where the image does; k_n error is the gradient of the prediction. dweight adds up in registers, with k as
-its ratio to the largest k, so that float16 holds it. At the image's end dscale goes to row chunk + image + 1 of
-`parts`, where no two writes meet (see `tfkernels.norm.triton`). There are no atomics.
+its ratio to the largest k, so that float16 holds it (`_head_loss_factors` makes both first). At the image's end dscale
+goes to row chunk + image + 1 of `parts`, where no two writes meet (see `tfkernels.norm.triton`). There are no atomics.
 """
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import ROUNDED_PRODUCTS, Config
+from tfkernels._launch import ROUNDED_PRODUCTS, Config, cdiv, next_power_of_2
 from tfkernels._library import INTERPRET
 from tfkernels.attention.triton.forward import dot_precision
 from tfkernels.losses.triton.diffusion import BLOCK, _diffusion_loss_images, rows_of_one_size
-from tfkernels.norm.triton import IMAGES, _norm_bwd_images, columns_together
-from tfkernels.patches.latents import rows_per_image, uniform_offsets
+from tfkernels.norm.sums import IMAGES, _norm_bwd_images, columns_together
 from tfkernels.patches.philox import philox_normal
 from tfkernels.patches.triton.layout import SCALAR_ARGUMENTS, addresses, dense, geometry, locate
 
@@ -47,15 +46,15 @@ def config(table: dict, element_size: int) -> Config:
 def tile(dim: int, element_size: int) -> dict:
     """Return the constexprs of a tile of D."""
     least, most = (16, 16) if INTERPRET else TILES[element_size]
-    return {"DIM": dim, "BLOCK_D": min(max(least, triton.next_power_of_2(dim)), most)}
+    return {"DIM": dim, "BLOCK_D": min(max(least, next_power_of_2(dim)), most)}
 
 
 def chunks(rows: int, dim: int, width: int, element_size: int) -> tuple[int, int]:
     """Return into how many chunks backward cuts the patches and the patches of each."""
-    tiles = triton.cdiv(width, config(BACKWARD, element_size).block_n) * triton.cdiv(dim,
+    tiles = cdiv(width, config(BACKWARD, element_size).block_n) * cdiv(dim,
                                                                                      tile(dim, element_size)["BLOCK_D"])
-    span = triton.cdiv(rows, max(1, min(PROGRAMS // tiles, PARTIAL_BYTES // (4 * dim * width), rows // FEWEST_ROWS)))
-    return triton.cdiv(rows, span), span
+    span = cdiv(rows, max(1, min(PROGRAMS // tiles, PARTIAL_BYTES // (4 * dim * width), rows // FEWEST_ROWS)))
+    return cdiv(rows, span), span
 
 
 @triton.jit
@@ -228,6 +227,41 @@ def _head_loss_bwd(k_ptr, ratio_ptr, x_ptr, places_ptr, scale_ptr, weight_ptr, o
                  mask=(d < DIM)[:, None] & (cols < C)[None, :])
 
 
+@triton.jit
+def _factor(dloss_ptr, loss_weight_ptr, offsets_ptr, n, images, tokens, DIM: tl.constexpr):
+    """k of the images `n`, 0 of one without rows, whose dloss and weight may hold anything."""
+    count = n * 0 + tokens
+    if offsets_ptr is not None:
+        count = (tl.load(offsets_ptr + n + 1, mask=n < images, other=0)
+                 - tl.load(offsets_ptr + n, mask=n < images, other=0))
+    some = (n < images) & (count > 0)
+    k = tl.load(dloss_ptr + n, mask=some, other=0.0) * 2.0 / (tl.maximum(count, 1).to(tl.float32) * DIM)
+    if loss_weight_ptr is not None:
+        k *= tl.load(loss_weight_ptr + n, mask=some, other=0.0)
+    return k
+
+
+@triton.jit(do_not_specialize=["dloss_ptr", "loss_weight_ptr", "offsets_ptr", "k_ptr", "ratio_ptr", "top_ptr",
+                               "starts_ptr", "images", "tokens"])
+def _head_loss_factors(dloss_ptr, loss_weight_ptr, offsets_ptr, k_ptr, ratio_ptr, top_ptr, starts_ptr, images, tokens,
+                       DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Write k and its ratio to the largest |k|, that, and where each image begins, the first twice; one program."""
+    top = tl.full([], 1.1754943508222875e-38, tl.float32)  # the least normal number: then the ratios are 0
+    for first in range(0, images + 1, BLOCK):
+        n = first + tl.arange(0, BLOCK)
+        k = _factor(dloss_ptr, loss_weight_ptr, offsets_ptr, n, images, tokens, DIM)
+        tl.store(k_ptr + n, k, mask=n < images)
+        top = tl.maximum(top, tl.max(tl.abs(k)))
+        start = n * tokens if offsets_ptr is None else tl.load(offsets_ptr + n, mask=n <= images, other=0)
+        tl.store(starts_ptr + n + 1, start, mask=n <= images)
+        tl.store(starts_ptr + n, start, mask=n == 0)
+    tl.store(top_ptr, top)
+    for first in range(0, images, BLOCK):
+        n = first + tl.arange(0, BLOCK)
+        k = _factor(dloss_ptr, loss_weight_ptr, offsets_ptr, n, images, tokens, DIM)
+        tl.store(ratio_ptr + n, k / top, mask=n < images)
+
+
 def forward(
     hidden: Tensor, places: Tensor, scale: Tensor, weight: Tensor, base: Tensor | None, x0: Tensor, x0_factor: Tensor,
     eps_factor: Tensor, loss_weight: Tensor | None, seed: Tensor, offsets: Tensor | None, columns: Tensor | None,
@@ -250,7 +284,7 @@ def forward(
     sums = x0_factor.new_empty(rows)
     pointers, numbers, constants = geometry(x0, offsets, columns, patch)
     launch = config(FORWARD, hidden.element_size())
-    _head_loss_fwd[(triton.cdiv(rows, launch.block_m),)](
+    _head_loss_fwd[(cdiv(rows, launch.block_m),)](
         hidden,
         places,
         scale,
@@ -305,19 +339,18 @@ def backward(
     hidden, scale, weight = columns_together(hidden), columns_together(scale), weight.contiguous()
     dloss, places, loss_weight = dense(dloss, places, loss_weight)
     offsets, error, statistics = dense(offsets, error, statistics)
-    counts = rows_per_image(offsets, images, rows, dloss.device)
-    k = dloss * 2 / (counts.clamp(min=1) * dim) * (1 if loss_weight is None else loss_weight)
-    # of an image without rows they may hold anything
-    k = torch.where(counts > 0, k, 0)
-    top = k.abs().amax().clamp(min=torch.finfo(k.dtype).tiny)
-    offsets = uniform_offsets(images, rows, hidden.device) if offsets is None else offsets
+    k, ratio, top = dloss.new_empty(images), dloss.new_empty(images), dloss.new_empty(1)
+    starts = places.new_empty(images + 2, dtype=torch.int32)
+    _head_loss_factors[(1,)](dloss, loss_weight, offsets, k, ratio, top, starts, images, rows // images, DIM=dim,
+                             BLOCK=BLOCK, num_warps=4)
+    offsets = starts[1:]
     launch, constants = config(BACKWARD, hidden.element_size()), tile(dim, hidden.element_size())
     count, span = chunks(rows, dim, width, hidden.element_size())
     slots = count + images + 2
     parts, base_parts = (dloss.new_empty((slots, width) if of_scale else 0),
                          dloss.new_empty((slots, dim) if of_base else 0))
     dweight = dloss.new_empty((count, dim, width) if of_weight else 0)
-    layers, flags = (triton.cdiv(dim, constants["BLOCK_D"]),
+    layers, flags = (cdiv(dim, constants["BLOCK_D"]),
                      {"HIDDEN": of_hidden, "SCALE": of_scale, "WEIGHT": of_weight, "BASE": of_base})
     off = dict.fromkeys(flags, False)
     rounds = ([(1, flags)]
@@ -326,14 +359,13 @@ def backward(
                     (layers, off | {n: flags[n] for n in ("WEIGHT", "BASE")})])
     for depth, part in rounds:
         if any(part.values()):
-            _head_loss_bwd[(triton.cdiv(width, launch.block_n), count, depth)](
-                k, k / top, hidden, places, scale, weight, offsets, error, statistics, dhidden, parts, base_parts,
+            _head_loss_bwd[(cdiv(width, launch.block_n), count, depth)](
+                k, ratio, hidden, places, scale, weight, offsets, error, statistics, dhidden, parts, base_parts,
                 dweight, images, rows,
                 len(offsets).bit_length(), len(hidden), span, hidden.stride(0), scale.stride(0), C=width,
                 CENTER=len(statistics) == 4, **part, **constants,
                 BLOCK_R=launch.block_m, BLOCK_C=launch.block_n, PRECISION=dot_precision(hidden),
                 num_warps=launch.num_warps, num_stages=launch.num_stages)
-    starts = torch.cat([offsets[:1], offsets])
     dscale, dbase = (_of_images(x, starts, images, span) if wanted else x
                      for x, wanted in ((parts, of_scale), (base_parts, of_base)))
     dweight = dweight.sum(0) * top if of_weight else dweight
@@ -344,7 +376,7 @@ def _of_images(parts: Tensor, starts: Tensor, images: int, span: int) -> Tensor:
     """Sum `parts` (slots, C) per image, chunk by chunk: (N, C)."""
     width = parts.shape[1]
     sums = parts.new_empty(images + 1, width)
-    _norm_bwd_images[(images + 1, triton.cdiv(width, IMAGES.block_n), 1)](
+    _norm_bwd_images[(images + 1, cdiv(width, IMAGES.block_n), 1)](
         parts, starts, sums, images, 0, span, len(parts), C=width, BLOCK_M=IMAGES.block_m, BLOCK=IMAGES.block_n,
         num_warps=IMAGES.num_warps)
     return sums[1:]

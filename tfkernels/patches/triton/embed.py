@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import Config
-from tfkernels._library import INTERPRET
+from tfkernels._launch import Config, cdiv, next_power_of_2
+from tfkernels._library import INTERPRET, made_once
 from tfkernels.attention.triton.forward import dot_precision
 from tfkernels.patches.results import empty_embed_gradients, patch_gradients
 from tfkernels.patches.triton.layout import locate
@@ -176,10 +176,10 @@ def _embed_bwd_images(parts_ptr, offsets_ptr, dcondition_ptr, rows, chunk,
 
 def tiles(table: dict, element_size: int, width: int, dim: int) -> dict:
     """Return a row of `table` as constexprs and launch options, for `width` columns and patches of `dim` elements."""
-    (block_r, block_c, num_warps, num_stages, _), widest = INTERPRETER if INTERPRET else table[element_size]
-    return {"C": width, "D": dim, "BLOCK_R": block_r, "BLOCK_C": block_c,
-            "BLOCK_D": min(max(16, triton.next_power_of_2(dim)), widest), "num_warps": num_warps,
-            "num_stages": num_stages}
+    config, widest = INTERPRETER if INTERPRET else table[element_size]
+    return {"C": width, "D": dim, "BLOCK_R": config.block_m, "BLOCK_C": config.block_n,
+            "BLOCK_D": min(max(16, next_power_of_2(dim)), widest), "num_warps": config.num_warps,
+            "num_stages": config.num_stages}
 
 
 def _strided(x: Tensor) -> tuple[Tensor, int, int, int]:
@@ -192,12 +192,19 @@ def _strided(x: Tensor) -> tuple[Tensor, int, int, int]:
 
 
 def _index(places: Tensor, offsets: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Return the patch of each row of the sequence (T,), -1 for none, and the image of each patch (P,), both int32."""
+    """Return the patch of each row of the sequence (T,), -1 for none, and the image of each patch (P,), both int32.
+
+    They are made once for both passes.
+    """
+    return made_once(_made_index, places, offsets, tokens=tokens)
+
+
+def _made_index(places: Tensor, offsets: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     table = torch.full((tokens,), -1, dtype=torch.int32, device=places.device)
     image = table.new_empty(len(places))
     rows, block = len(places), COPY // 16
     if rows:
-        _embed_index[(triton.cdiv(rows, block),)](places, offsets, table, image, len(offsets) - 1,
+        _embed_index[(cdiv(rows, block),)](places, offsets, table, image, len(offsets) - 1,
                                                   len(offsets).bit_length(), rows, tokens, BLOCK=block, num_warps=4)
     return table, image
 
@@ -213,9 +220,9 @@ def forward(
                                                        for x in (places, offsets, patches, weight, condition))
         hidden, length, *strides = _strided(hidden)
         options = tiles(FORWARD, hidden.element_size(), *weight.shape)
-        programs, columns = triton.cdiv(tokens, options["BLOCK_R"]), triton.cdiv(width, options["BLOCK_C"])
-        blocks = triton.cdiv(columns, min(columns, max(1, PROGRAMS // programs)))
-        _embed_fwd[(programs, triton.cdiv(columns, blocks))](hidden, patches, weight, condition,
+        programs, columns = cdiv(tokens, options["BLOCK_R"]), cdiv(width, options["BLOCK_C"])
+        blocks = cdiv(columns, min(columns, max(1, PROGRAMS // programs)))
+        _embed_fwd[(programs, cdiv(columns, blocks))](hidden, patches, weight, condition,
                                                              *_index(places, offsets, tokens), out, tokens, length,
                                                              blocks, *strides, PRECISION=dot_precision(hidden),
                                                              **options)
@@ -235,15 +242,15 @@ def backward(dout: Tensor, patches: Tensor, weight: Tensor, condition: Tensor, p
     dout, length, *strides = _strided(dout)
     table, image = _index(places, offsets, tokens)
     if of_hidden:
-        block = min(max(triton.next_power_of_2(width), 16), COPY // 4)
-        _embed_bwd_hidden[(triton.cdiv(tokens, COPY // block), triton.cdiv(width, block))](
+        block = min(max(next_power_of_2(width), 16), COPY // 4)
+        _embed_bwd_hidden[(cdiv(tokens, COPY // block), cdiv(width, block))](
             dout, table, dhidden, tokens, length, *strides, C=width, BLOCK_R=COPY // block, BLOCK_C=block, num_warps=4)
     if of_sums:
         options = tiles(BACKWARD, dout.element_size(), width, dim)
-        grid = triton.cdiv(dim, options["BLOCK_D"]), triton.cdiv(width, options["BLOCK_C"])
+        grid = cdiv(dim, options["BLOCK_D"]), cdiv(width, options["BLOCK_C"])
         most = max(1, PARTS // (grid[0] * grid[1]))
-        chunk = max(1, triton.cdiv(triton.cdiv(count, most), options["BLOCK_R"])) * options["BLOCK_R"]
-        chunks = triton.cdiv(count, chunk)
+        chunk = max(1, cdiv(cdiv(count, most), options["BLOCK_R"])) * options["BLOCK_R"]
+        chunks = cdiv(count, chunk)
         products = dout.new_empty(chunks, width, dim, dtype=torch.float32)
         parts = dout.new_empty(chunks + images + 2, width, dtype=torch.float32)
         if chunks:
@@ -251,7 +258,7 @@ def backward(dout: Tensor, patches: Tensor, weight: Tensor, condition: Tensor, p
                                         chunk, *strides, PRECISION=dot_precision(dout), **options)
         dweight = products.sum(0).to(weight.dtype)
         if images:
-            _embed_bwd_images[(images, triton.cdiv(width, IMAGES.block_n))](
+            _embed_bwd_images[(images, cdiv(width, IMAGES.block_n))](
                 parts, offsets, dcondition, count, chunk, C=width, BLOCK_M=IMAGES.block_m, BLOCK=IMAGES.block_n,
                 num_warps=IMAGES.num_warps)
     return dhidden, dpatches, dweight, dcondition

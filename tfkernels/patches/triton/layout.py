@@ -3,6 +3,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tfkernels._launch import next_power_of_2
 from tfkernels._library import INTERPRET
 
 # elements of one program, and of one row in it; the interpreter's cross many edges
@@ -32,7 +33,7 @@ def dense(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def tile(dim: int) -> dict:
     """Return the constexprs of a program's tile: D, and how many rows and elements of a row it takes at a time."""
-    block = min(max(4, triton.next_power_of_2(dim)), WIDEST)
+    block = min(max(4, next_power_of_2(dim)), WIDEST)
     return {"DIM": dim, "BLOCK_R": max(1, TILE // block), "BLOCK_D": block}
 
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tfkernels._launch import cdiv
 from tfkernels.patches.philox import philox_normal
 from tfkernels.patches.results import empty_latents, empty_tokens
 from tfkernels.patches.triton.layout import SCALAR_ARGUMENTS, addresses, dense, geometry, locate, tile
@@ -59,7 +60,7 @@ def _launch(kernel, operands: list, x: Tensor, out: Tensor, offsets: Tensor | No
         x, offsets, columns, *operands = dense(x, offsets, columns, *operands)
         pointers, numbers, constants = geometry(x, offsets, columns, patch)
         constants |= tile(dim)
-        grid = triton.cdiv(rows, constants["BLOCK_R"]), triton.cdiv(dim, constants["BLOCK_D"])
+        grid = cdiv(rows, constants["BLOCK_R"]), cdiv(dim, constants["BLOCK_D"])
         kernel[grid](*operands, *pointers, out, images, rows, *numbers, NOISE=noise, **constants, num_warps=4)
     return out
 

@@ -1,0 +1,127 @@
+"""Many pictures: the same in any batch and process count, none drawn twice, in folders that other tools read."""
+import json
+
+import numpy as np
+import pytest
+from PIL import Image as Picture
+
+import transfusion.eval.draw
+from tests.transfusion.conftest import tiny_model
+from tests.transfusion.eval.test_prompts import GENEVAL
+from transfusion.cli import main
+from transfusion.eval.prompts import read_drawn
+
+PROMPTS = [f"a handwritten {digit}" for digit in ("one", "two", "three", "four", "five", "six", "seven")]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A directory with a model, seven prompts, and their pictures drawn in batches of four."""
+    where = tmp_path_factory.mktemp("draw")
+    tiny_model().save_pretrained(where / "model")
+    (where / "prompts.txt").write_text("\n".join(PROMPTS))
+    command(where, "drawn", "--batch", "4")
+    return where
+
+
+def arguments(where, out, *more):
+    """The command line that draws the seven prompts into `out`."""
+    return ["eval", "draw", "--model", str(where / "model"), "--prompts", str(where / "prompts.txt"),
+            "--out", str(where / out), "--steps", "2", "--seed", "5", *more]
+
+
+def command(where, out, *more):
+    """Draw, and return the pictures by their files' names."""
+    main(arguments(where, out, *more))
+    return pixels(where / out)
+
+
+def pixels(out):
+    """The pictures of a folder by their files' names."""
+    return {path.name: np.asarray(Picture.open(path)).astype(int) for path in sorted((out / "pictures").glob("*.png"))}
+
+
+def assert_same(a, b):
+    """Rounding of sums of another order may move a pixel by one of its 255 steps."""
+    assert a.keys() == b.keys() and len(a) == len(PROMPTS)
+    for name in a:
+        assert np.abs(a[name] - b[name]).max() <= 1, name
+
+
+def test_every_prompt_has_a_picture_of_one_size_and_a_line(made):
+    drawn, rows = pixels(made / "drawn"), read_drawn(made / "drawn")
+    assert list(drawn) == [f"{number:06}.png" for number in range(7)]
+    assert {picture.shape for picture in drawn.values()} == {(8, 8)}
+    assert [row["prompt"] for row in rows] == PROMPTS and [row["seed"] for row in rows] == list(range(5, 12))
+    assert [row["file"] for row in rows] == [f"pictures/{number:06}.png" for number in range(7)]
+    assert len({picture.tobytes() for picture in drawn.values()}) == 7, "two prompts have one picture"
+    with Picture.open(made / "drawn" / "contact_sheet.png") as sheet:
+        assert sheet.size[0] > 8 * 100
+
+
+def test_the_batch_changes_no_picture(made):
+    assert_same(pixels(made / "drawn"), command(made, "ones", "--batch", "1"))
+
+
+def test_a_picture_is_the_one_that_sample_draws_with_its_seed(made, tmp_path):
+    main(["sample", "--model", str(made / "model"), "--prompt", PROMPTS[3], "--out", str(tmp_path / "a.png"),
+          "--steps", "2", "--seed", "8"])
+    alone = np.asarray(Picture.open(tmp_path / "a.png")).astype(int)
+    assert np.abs(alone - pixels(made / "drawn")["000003.png"]).max() <= 1
+
+
+def test_processes_under_a_launcher_share_the_pictures_and_change_none(made, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    main(arguments(made, "two", "--batch", "2"))
+    assert list(pixels(made / "two")) == ["000002.png", "000003.png", "000006.png"]
+    assert not (made / "two" / "contact_sheet.png").exists()
+    monkeypatch.setenv("RANK", "0")
+    main(arguments(made, "two", "--batch", "2"))
+    assert_same(pixels(made / "drawn"), pixels(made / "two"))
+    assert (made / "two" / "contact_sheet.png").exists()
+    with pytest.raises(SystemExit, match="processes is 2 under a launcher of 2; 1 fits there"):
+        main(arguments(made, "two", "--processes", "2"))
+
+
+def test_a_command_starts_several_processes_itself(made):
+    assert_same(pixels(made / "drawn"), command(made, "own", "--processes", "2", "--batch", "2"))
+
+
+def test_what_is_missing_after_a_kill_is_drawn_and_nothing_twice(made, monkeypatch):
+    command(made, "killed", "--batch", "4")
+    before = pixels(made / "killed")
+    for number in (1, 4, 6):
+        (made / "killed" / "pictures" / f"{number:06}.png").unlink()
+    (made / "killed" / ".new-drawing-0").mkdir()
+    (made / "killed" / ".new-drawing-0" / "1.png").write_bytes(b"half a pict")
+    drawn = []
+    real = transfusion.eval.draw._draw_run
+    monkeypatch.setattr(transfusion.eval.draw, "_draw_run",
+                        lambda model, run, settings: drawn.append([entry.number for entry in run])
+                        or real(model, run, settings))
+    assert_same(before, command(made, "killed", "--batch", "4"))
+    assert drawn == [[1], [4], [6]]
+    assert sorted(path.name for path in (made / "killed").iterdir()) == [
+        "contact_sheet.png", "drawing.json", "pictures", "prompts.jsonl"]
+    monkeypatch.setattr(transfusion.eval.draw, "load_model", lambda *_: pytest.fail("there is nothing to draw"))
+    command(made, "killed", "--batch", "4")
+
+
+def test_pictures_of_other_settings_are_refused_by_the_name_of_the_setting(made, tmp_path):
+    with pytest.raises(SystemExit, match="whose pictures were drawn with sampling"):
+        command(made, "drawn", "--steps", "3")
+    with pytest.raises(SystemExit, match="whose pictures were drawn with rule"):
+        command(made, "drawn", "--count", "3")
+
+
+def test_genevals_layout_holds_a_prompt_and_its_samples_in_a_folder(made):
+    (made / "evaluation_metadata.jsonl").write_text("\n".join(map(json.dumps, GENEVAL)))
+    main(["eval", "draw", "--model", str(made / "model"), "--prompts", str(made / "evaluation_metadata.jsonl"),
+          "--out", str(made / "geneval"), "--steps", "1"])
+    found = sorted(str(path.relative_to(made / "geneval" / "pictures"))
+                   for path in (made / "geneval" / "pictures").rglob("*") if path.is_file())
+    assert found == [f"0000{prompt}/{name}" for prompt in (0, 1)
+                     for name in ("metadata.jsonl", *(f"samples/000{sample}.png" for sample in range(4)))]
+    assert json.loads((made / "geneval" / "pictures" / "00000" / "metadata.jsonl").read_text()) == GENEVAL[0]
+    assert read_drawn(made / "geneval")[1]["include"] == GENEVAL[0]["include"]

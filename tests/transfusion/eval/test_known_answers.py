@@ -1,0 +1,120 @@
+"""Questions with known answers: what is asked, what counts as right, and what stands beside it."""
+import json
+
+import pytest
+from PIL import Image as Picture
+
+from tests.transfusion.conftest import tiny_model
+from transfusion.cli import main
+from transfusion.eval import known_answers
+from transfusion.eval.known_answers import Known, accuracies, is_right, majority, read_known, table
+from transfusion.eval.results import read_results
+
+RED = {"id": "1", "image": "red.png", "kinds": ["colour", "count"], "conversations": [
+    {"from": "human", "value": "<image>\nWhich colour?"}, {"from": "gpt", "value": "Red"},
+    {"from": "human", "value": "How many?"}, {"from": "gpt", "value": "one"}]}
+BOTH = {"id": "2", "image": ["red.png", "blue.png"], "kinds": ["colour"], "conversations": [
+    {"from": "human", "value": "<image>\n<image>\nWhich colour has the second?"}, {"from": "gpt", "value": "blue"}]}
+TEXT = {"id": "3", "kinds": ["words"], "conversations": [
+    {"from": "human", "value": "Say a word."}, {"from": "gpt", "value": "word"}]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("red", "blue"):
+        Picture.new("RGB", (9, 7), name).save(tmp_path / f"{name}.png")
+    (tmp_path / "held-out.json").write_text(json.dumps([RED, BOTH, TEXT]))
+    return tmp_path
+
+
+class FromTable:
+    """Answers from a table of questions, and counts the pictures that it was shown."""
+
+    def __init__(self, said):
+        self.said, self.pictures = said, []
+
+    def __call__(self, model, asking):
+        return self
+
+    def answers(self, questions, *, max_new_tokens):
+        self.pictures += [len(question.pictures) for question in questions]
+        return [self.said[question.text] if question.pictures else "red" for question in questions]
+
+
+def run(folder, monkeypatch, *flags, said=None):
+    asker = FromTable(said or {"Which colour?": "red.", "How many?": "two", "Which colour has the second?": " Blue"})
+    monkeypatch.setattr(known_answers, "Asker", asker)
+    monkeypatch.setattr(known_answers, "load_model", lambda path, device: None)
+    (folder / "model").mkdir(exist_ok=True)
+    main(["eval", "questions", "--model", str(folder / "model"), "--data", str(folder / "held-out.json"),
+          "--out", str(folder / "out"), *flags])
+    return asker
+
+
+def test_each_question_is_asked_alone_behind_all_pictures_of_its_conversation(folder):
+    known = read_known(folder / "held-out.json", None)
+    assert [(one.kind, one.text, len(one.pictures), one.answer) for one in known] == [
+        ("colour", "Which colour?", 1, "Red"), ("count", "How many?", 1, "one"),
+        ("colour", "Which colour has the second?", 2, "blue"), ("words", "Say a word.", 0, "word")]
+    assert [picture.size for picture in known[2].question(True).pictures] == [(9, 7), (9, 7)]
+    assert known[2].question(False).pictures == ()
+
+
+def test_accuracy_is_told_for_each_kind_beside_who_does_not_look(folder, monkeypatch, capsys):
+    asker = run(folder, monkeypatch, "--blind")
+    assert sorted(asker.pictures) == [0, 0, 0, 0, 0, 1, 1, 2]
+    results = {result.metric: result for result in read_results(folder / "out").values()}
+    assert {metric: (result.value, result.n) for metric, result in results.items()} == {
+        "accuracy, colour": (1.0, 2), "accuracy, count": (0.0, 1), "accuracy, words": (0.0, 1)}
+    assert results["accuracy, colour"].details == {"majority": 0.5, "blind": 0.5}
+    lines = [json.loads(line) for line in (folder / "out" / "questions.jsonl").read_text().splitlines()]
+    assert lines[1] | {"where": ""} == {
+        "where": "", "kind": "count", "question": "How many?", "answer": "one", "right": "two", "blind": "red",
+        "majority": "one"}
+    with Picture.open(folder / "out" / "questions.png") as sheet:
+        assert sheet.width > 500
+    assert "colour" in capsys.readouterr().out
+
+
+def test_the_majoritys_answer_is_that_of_the_training_data_where_they_are_named():
+    known = [Known("count", "", (), answer, "") for answer in ("one", "two", "two")]
+    train = [Known("count", "", (), answer, "") for answer in ("three", "one", "one")]
+    assert majority(known, known) == ["two"] * 3
+    assert majority(known, train) == ["one"] * 3
+    assert majority(known, [Known("place", "", (), "left", "")]) == [""] * 3
+
+
+@pytest.mark.parametrize("answer,right", [("A  red apple.", True), ("a red apple", True), ("red apple", False),
+                                          ("", False)])
+def test_case_white_space_and_a_full_stop_are_no_errors(answer, right):
+    assert is_right(answer, "a red apple") == right
+
+
+def test_a_picture_that_cannot_be_read_leaves_its_questions_out(folder, monkeypatch, capfd):
+    (folder / "blue.png").write_bytes(b"no picture")
+    run(folder, monkeypatch)
+    assert sum(result.n for result in read_results(folder / "out").values()) == 3
+    said = capfd.readouterr()
+    assert "left out: " in said.out + said.err and "blue.png" in said.out + said.err
+
+
+def test_errors_are_compared_with_the_better_of_those_that_do_not_look():
+    known = [Known("colour", "", (), answer, "") for answer in ("red", "red", "blue", "blue")]
+    scores = accuracies(known, {"right": ["red", "red", "blue", "red"], "majority": ["red"] * 4,
+                                "blind": ["blue", "blue", "red", "red"]})
+    assert scores == {"colour": {"n": 4, "right": 0.75, "majority": 0.5, "blind": 0.0}}
+    assert table(scores).splitlines()[1].split() == ["colour", "4", "75.0%", "50.0%", "0.0%", "0.50x"]
+
+
+def test_kinds_that_are_not_one_for_each_question_are_refused_with_their_row(folder):
+    (folder / "held-out.json").write_text(json.dumps([TEXT, RED | {"kinds": ["colour"]}]))
+    with pytest.raises(ValueError, match=r"held-out.json, row 1: kinds is \['colour'\] and there are 2 questions"):
+        read_known(folder / "held-out.json", None)
+
+
+def test_a_model_answers_from_a_checkpoint(folder, capsys):
+    tiny_model().save_pretrained(folder / "tiny")
+    (folder / "mix.yaml").write_text("pictures: {side: 8}\nsources: [{format: llava, path: held-out.json}]\n")
+    main(["eval", "questions", "--model", str(folder / "tiny"), "--data", str(folder / "held-out.json"),
+          "--out", str(folder / "out"), "--mixture", str(folder / "mix.yaml"), "--max-new-tokens", "3"])
+    assert len(read_results(folder / "out")) == 3

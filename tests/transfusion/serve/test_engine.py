@@ -1,0 +1,277 @@
+"""The engine: what a request gets alone and in company, its place, its limits, and errors that stay its own."""
+import random
+import threading
+import time
+
+import pytest
+import torch
+
+from tests.transfusion.conftest import tiny_model
+from transfusion import Image, Text
+from transfusion.diffusion.guidance import Guidance
+from transfusion.generate.generation import Drawn, Preview, Written
+from transfusion.generate.sampling import Sampling
+from transfusion.serve.engine import Cancelled, Closed, Engine, QueueFull
+from transfusion.serve.request import Failed, Finished, Limits, Request
+
+WORDS = ["a", "handwritten", "seven", "two", "and", "more", "of", "the"]
+
+
+@pytest.fixture
+def engine(model):
+    engine = Engine(model)
+    yield engine
+    engine.close(drain=False)
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Holds an engine's passes until it is opened: requests can come together, and be counted while they run."""
+
+    class Gate(threading.Event):
+        def hold(self, engine):
+            self.clear()
+            run = engine.cache.run
+            monkeypatch.setattr(engine.cache, "run", lambda asks: (self.wait(20), run(asks))[1])
+
+    return Gate()
+
+
+def random_request(choice: random.Random, pictures):
+    parts = [Text(" ".join(choice.choices(WORDS, k=choice.randint(1, 9))))]
+    if choice.random() < 0.4:
+        parts.insert(choice.randint(0, 1), choice.choice(pictures))
+    guidance = choice.choice([1.0, 3.0, Guidance(2.0, interval=(0.3, 0.8)), Guidance(2.0, image=1.5, rescale=0.5)])
+    sampling = Sampling(
+        max_new_tokens=choice.randint(0, 10), temperature=choice.choice([0.0, 1.0]), seed=choice.randint(0, 99),
+        top_p=choice.choice([1.0, 0.8]), max_images=choice.randint(0, 2), steps=choice.randint(1, 5), guidance=guidance,
+        image_size=choice.choice([None, (4, 12), (8, 8)]), sampler=choice.choice(["ddim", "dpm++", "heun"]))
+    return Request(parts, sampling, draw=choice.random() < 0.5)
+
+
+def same(ours, theirs, tolerance=1e-4):
+    assert [type(part) for part in ours] == [type(part) for part in theirs]
+    for a, b in zip(ours, theirs):
+        if isinstance(a, Text):
+            assert a.text == b.text
+        else:
+            torch.testing.assert_close(a.latent, b.latent, rtol=tolerance, atol=tolerance)
+
+
+def alone(model, request):
+    """What the request gets from a batch of one."""
+    options = vars(request.sampling)
+    if not request.draw:
+        return model.generate(request.parts, **options)
+    return [model.draw([request.parts], **options | {"max_images": 1})[0]]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_random_mixtures_get_what_each_request_gets_alone(model, pictures, seed):
+    """Thirty in all, of three models. Texts are equal; 57 images differed by 2.4e-6 of their largest value at most."""
+    choice = random.Random(seed)
+    together, single = Engine(model, rows=5), Engine(model, rows=1)
+    for _ in range(5):
+        requests = [random_request(choice, pictures) for _ in range(choice.randint(2, 6))]
+        tickets = []
+        for request in requests:
+            tickets.append(together.submit(request))
+            time.sleep(choice.choice([0, 0, 0.003]))  # some come while others run
+        for request, ticket in zip(requests, tickets):
+            same(ticket.result(), single.submit(request).result())
+    stats = together.stats()
+    assert stats["rows_in_passes"] > 1.3 * stats["passes"]
+    assert stats["cache_tokens_used"] == stats["running"] == stats["waiting"] == stats["failed"] == 0
+    together.close()
+    single.close()
+
+
+def test_a_request_gets_what_generate_and_draw_give(engine, model, pictures):
+    choice, drawn = random.Random(1), 0
+    for _ in range(8):
+        request = random_request(choice, pictures)
+        ours, theirs = engine.submit(request).result(), alone(model, request)
+        if request.draw:  # draw gives its first image alone
+            ours, drawn = [part for part in ours if isinstance(part, Image)][:1], drawn + 1
+        same(ours, theirs)
+    assert drawn > 2
+
+
+@pytest.mark.parametrize("options", [
+    dict(text_options=dict(image_attention="causal")), dict(text_options=dict(image_layers="unet")),
+    dict(text_options=dict(image_layers="linear", objective="v"))])
+def test_other_image_layers_and_objectives_are_served_alike(options, pictures):
+    model = tiny_model(**options["text_options"])
+    engine = Engine(model)
+    requests = [Request([Text("a")], Sampling(steps=3, max_new_tokens=3), draw=True),
+                Request([pictures[0], Text("a handwritten two")], Sampling(steps=2, image_size=(4, 12)), draw=True)]
+    tickets = [engine.submit(request) for request in requests]
+    for request, ticket in zip(requests, tickets):
+        same([part for part in ticket.result() if isinstance(part, Image)][:1], alone(model, request))
+    engine.close()
+
+
+def test_a_text_and_an_image_that_came_later_join_the_passes_of_what_runs(engine, gate):
+    gate.hold(engine)
+    first = engine.submit(Request([Text("a")], Sampling(steps=40, guidance=1.0, max_new_tokens=0), draw=True))
+    late = [engine.submit(Request([Text("a b c")], Sampling(steps=4, guidance=1.0, max_new_tokens=0), draw=True)),
+            engine.submit(Request([Text("two")], Sampling(max_new_tokens=5, max_images=0)))]
+    gate.set()
+    for ticket in late:
+        ticket.result()
+    assert engine.stats()["running"] == 1, "the long one still runs when the short ones are done"
+    first.result()
+    assert engine.stats()["passes"] <= 41 + 8
+
+
+def test_events_come_in_order_and_end_with_what_was_used(engine):
+    ticket = engine.submit(Request([Text("a")], Sampling(steps=3, previews=True, max_new_tokens=0), draw=True))
+    *previews, drawn, finished = ticket.events()
+    assert [(type(event), event.step, event.steps) for event in previews] == [(Preview, n, 3) for n in (1, 2, 3)]
+    assert isinstance(drawn, Drawn) and finished.parts[0] is drawn.image
+    torch.testing.assert_close(previews[-1].image.latent, drawn.image.latent, rtol=1e-4, atol=1e-4)
+    ticket = engine.submit(Request([Text("a b")], Sampling(max_new_tokens=4, max_images=0, temperature=1.0, seed=5)))
+    *written, finished = ticket.events()
+    assert all(isinstance(event, Written) for event in written) and isinstance(finished, Finished)
+    whole = "".join(part.text for part in finished.parts).rstrip("\N{REPLACEMENT CHARACTER}")  # half a character
+    assert whole and "".join(event.text for event in written) == whole
+    assert finished.written_tokens <= 4 and finished.prompt_tokens == 1 + len(engine.model.tokenizer.encode("a b"))
+
+
+def test_cancelling_frees_the_place_of_what_runs_and_of_what_waits(model, gate):
+    engine = Engine(model, rows=1)
+    gate.hold(engine)
+    slow = Request([Text("a")], Sampling(steps=200, max_new_tokens=0), draw=True)
+    running, waiting, last = (engine.submit(slow) for _ in range(3))
+    waiting.cancel()
+    assert isinstance([*waiting.events()][-1].error, Cancelled), "what waits ends at once, while a pass is under way"
+    running.cancel()
+    gate.set()
+    with pytest.raises(Cancelled, match="the request was cancelled"):
+        running.result()
+    last.cancel()
+    assert isinstance([*last.events()][-1], Failed)
+    done = engine.submit(Request([Text("a")], Sampling(max_new_tokens=1, max_images=0)))
+    done.result()
+    done.cancel()
+    stats = engine.stats()
+    assert stats["denoising_steps"] < 200 and stats["cancelled"] == 3 and stats["cache_tokens_used"] == 0
+    engine.close()
+
+
+def test_a_full_queue_refuses_and_takes_again_when_it_is_not(model, gate):
+    engine = Engine(model, rows=1, queue=2)
+    gate.hold(engine)
+    request = Request([Text("a")], Sampling(max_new_tokens=1, max_images=0))
+    tickets = [engine.submit(request)]
+    while engine.stats()["running"] < 1:
+        time.sleep(0.001)
+    tickets += [engine.submit(request) for _ in range(2)]
+    with pytest.raises(QueueFull, match="2 requests wait; 2 fit; try again later"):
+        engine.submit(request)
+    gate.set()
+    for ticket in tickets:
+        ticket.result()
+    engine.submit(request).result()
+    assert engine.stats()["refused"] == 1
+    engine.close()
+
+
+def test_a_cache_that_is_full_lets_requests_wait_until_others_give_their_tokens_back(model):
+    engine = Engine(model, rows=8, limits=Limits(cache_tokens=96))
+    requests = [Request([Text("a")], Sampling(max_new_tokens=20, max_images=0, seed=i)) for i in range(8)]
+    for request, ticket in [(request, engine.submit(request)) for request in requests]:
+        same(ticket.result(), alone(model, request))
+    assert engine.stats()["cache_tokens"] == 96 and engine.stats()["cache_tokens_used"] == 0
+    assert engine.stats()["cache_bytes"] == 96 * 2 * 2 * 2 * 8 * 4  # tokens, layers, keys and values, heads, D, fp32
+    engine.close()
+
+
+@pytest.mark.parametrize("options,draw,name", [
+    (dict(steps=251), True, "steps is 251; at most 250 fit"),
+    (dict(image_size=(2000, 2000)), True, r"image_size is \(2000, 2000\); at most 1048576 pixels"),
+    (dict(image_size=(7, 8)), True, r"image_size is \(7, 8\) and the patch size 2"),
+    (dict(max_images=9), False, "max_images is 9; at most 8 fit"),
+    (dict(max_new_tokens=5000), False, "parts is of 2 tokens and max_new_tokens 5000; .* of which 4096 fit"),
+    (dict(cuda_graph=True), False, "cuda_graph is True; False fits"),
+])
+def test_a_request_over_the_limits_is_refused_by_the_name_of_its_argument(engine, options, draw, name):
+    with pytest.raises(ValueError, match=name):
+        engine.submit(Request([Text("a")], Sampling(**options), draw=draw))
+    with pytest.raises(ValueError, match="submit: parts is a int"):
+        engine.submit(Request(3))
+    assert engine.stats()["submitted"] == 0
+
+
+def test_an_error_in_one_request_touches_no_other(engine, model, monkeypatch):
+    """One row's own program fails, another makes every pass fail that it is part of."""
+    fine = [Request([Text("a b")], Sampling(max_new_tokens=6, max_images=0)),
+            Request([Text("a")], Sampling(steps=3, max_new_tokens=0), draw=True)]
+    expected, run = [alone(model, request) for request in fine], engine.cache.run
+
+    def breaks(asks):
+        if any(isinstance(x, float) for ask in asks for x in ask.document.tokens):
+            raise RuntimeError("no such token")
+        return run(asks)
+
+    monkeypatch.setattr(engine.cache, "run", breaks)
+    submit = engine.submit
+
+    def poisoned(how):
+        gone = submit(Request([Text("a b")], Sampling(max_new_tokens=50, max_images=0)))
+        running = next((r for r in [*engine._waiting, *engine._running] if r is gone.running), None)
+        if running is not None and how == "pass":
+            running.row.take = lambda token: running.row.__dict__.update(state=0)
+            running.row.choose = lambda scores: 1.5
+        elif running is not None:
+            running.row.choose = lambda scores: 1 / 0
+        return gone
+
+    for how in ("pass", "row"):
+        hold = threading.Event()
+        engine.call(lambda hold=hold: hold.wait(20))
+        gone, tickets = poisoned(how), [submit(request) for request in fine]
+        hold.set()
+        for ticket, theirs in zip(tickets, expected):
+            same(ticket.result(), theirs)
+        with pytest.raises(RuntimeError if how == "pass" else ZeroDivisionError):
+            gone.result()
+    assert engine.stats()["failed"] == 2 and engine.stats()["cache_tokens_used"] == 0
+
+
+def test_a_listener_that_fails_ends_its_own_request(engine):
+    def gone(event):
+        raise RuntimeError("the loop is closed")
+
+    engine.submit(Request([Text("a")], Sampling(steps=50, previews=True), draw=True), on_event=gone)
+    engine.submit(Request([Text("a")], Sampling(max_new_tokens=2, max_images=0))).result()
+    while engine.stats()["running"]:
+        time.sleep(0.001)
+    assert engine.stats()["cancelled"] == 1
+
+
+def test_closing_finishes_what_waits_and_runs_or_drops_it(model):
+    request = Request([Text("a")], Sampling(steps=20, max_new_tokens=0), draw=True)
+    for drain in (True, False):
+        engine = Engine(model, rows=1)
+        tickets = [engine.submit(request) for _ in range(3)]
+        engine.close(drain=drain)
+        ends = [[*ticket.events()][-1] for ticket in tickets]
+        assert all(isinstance(end, Finished if drain else Failed) for end in ends)
+        with pytest.raises(Closed):
+            engine.submit(request)
+        assert not engine._thread.is_alive()
+
+
+def test_functions_run_on_the_engines_thread(engine):
+    assert engine.call(lambda: threading.current_thread().name).result() == "transfusion-engine"
+    with pytest.raises(ZeroDivisionError):
+        engine.call(lambda: 1 / 0).result()
+
+
+def test_numbers_of_rows_that_mean_nothing_are_refused(model):
+    for name in ("rows", "queue"):
+        with pytest.raises(ValueError, match=f"Engine: {name} is 0; a whole number from 1 on fits"):
+            Engine(model, **{name: 0})
+    with pytest.raises(ValueError, match="steps is 0"):
+        Limits(steps=0)

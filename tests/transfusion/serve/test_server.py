@@ -1,0 +1,302 @@
+"""The server: what each address answers, what it refuses and with which status, and OpenAI's own client."""
+import base64
+import io
+import json
+import re
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image as Picture
+
+from tests.transfusion.conftest import tiny_model
+from transfusion import Text
+from transfusion.data.picture_files import to_picture
+from transfusion.generate.sampling import Sampling
+from transfusion.serve.engine import Engine
+from transfusion.serve.request import Request
+
+for package in ("fastapi", "uvicorn", "multipart"):
+    pytest.importorskip(package, reason=f"{package} is not installed; pip install 'tfkernels[serve]'")
+
+import uvicorn  # noqa: E402
+from fastapi.testclient import TestClient  # noqa: E402
+
+from transfusion.serve.server import make_app  # noqa: E402
+
+ROOT = Path(__file__).parents[3]
+DRAW = {"num_inference_steps": 2, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def served():
+    """A tiny model, its engine and a client of its server."""
+    model = tiny_model()
+    engine = Engine(model, rows=4, queue=4)
+    with TestClient(make_app(engine, "tiny"), raise_server_exceptions=False) as client:
+        yield model, engine, client
+
+
+@pytest.fixture
+def client(served):
+    return served[2]
+
+
+def png(size=(9, 7), colour=128):
+    file = io.BytesIO()
+    Picture.new("L", size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def data_url(data):
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def decoded(text):
+    return Picture.open(io.BytesIO(base64.b64decode(text.removeprefix("data:image/png;base64,"))))
+
+
+def drawn(model, prompt, **options):
+    return to_picture(model.draw([prompt], steps=2, **options)[0].latent).tobytes()
+
+
+def events(response):
+    """The chunks of server-sent events."""
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def chat(client, content, **fields):
+    return client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": content}], **fields})
+
+
+def test_the_model_and_the_servers_health_are_told(client):
+    assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["tiny"]
+    assert client.get("/health").json() == {"status": "ok"}
+
+
+def test_a_text_is_what_the_model_generates(served):
+    model, _, client = served
+    body = {"prompt": ["a", "a handwritten seven"], "max_tokens": 5, "temperature": 0, "top_p": None}
+    answer = client.post("/v1/completions", json=body).json()
+    for choice, prompt in zip(answer["choices"], body["prompt"], strict=True):
+        part, = model.generate([Text(prompt)], max_new_tokens=5, max_images=0)
+        assert choice["text"] == part.text and choice["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 10
+    chunks = events(client.post("/v1/completions", json={**body, "prompt": "a", "stream": True}))
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == answer["choices"][0]["text"].rstrip("\ufffd")
+
+
+def test_a_picture_is_what_the_model_draws_and_n_of_them_have_seeds_one_after_the_other(served):
+    model, _, client = served
+    answer = client.post("/v1/images/generations", json={"prompt": "a seven", "n": 2, **DRAW}).json()
+    assert answer["seed"] == 3
+    for number, one in enumerate(answer["data"]):
+        assert decoded(one["b64_json"]).tobytes() == drawn(model, "a seven", seed=3 + number)
+    inner = {"prompt": "a seven", "extra_body": {**DRAW, "guidance_scale": 1.0}, "size": "12x4",
+             "response_format": "url"}
+    one, = client.post("/v1/images/generations", json=inner).json()["data"]
+    assert decoded(one["url"]).size == (12, 4)
+    assert decoded(one["url"]).tobytes() == drawn(model, "a seven", seed=3, guidance=1.0, image_size=(4, 12))
+
+
+def test_without_a_seed_every_request_has_its_own_and_names_it(client):
+    body = {"prompt": "a seven", "num_inference_steps": 1}
+    first, other = (client.post("/v1/images/generations", json=body).json() for _ in range(2))
+    assert first["seed"] != other["seed"] and first["data"] != other["data"]
+    assert client.post("/v1/images/generations", json={**body, "seed": first["seed"]}).json()["data"] == first["data"]
+
+
+def test_an_edit_reads_the_picture(served):
+    _, _, client = served
+    files = {"image": ("a.png", png(), "image/png")}
+    fields = {"prompt": "a two", "num_inference_steps": "2", "seed": "3"}
+    one, = client.post("/v1/images/edits", files=files, data=fields).json()["data"]
+    other, = client.post("/v1/images/edits", files={"image": ("a.png", png(colour=9))}, data=fields).json()["data"]
+    assert decoded(one["b64_json"]).size == (8, 8) and one != other
+
+
+def test_a_chat_reads_pictures_and_answers_with_text_and_pictures_whole_or_in_a_stream(served):
+    content = [{"type": "text", "text": "a seven"}, {"type": "image_url", "image_url": {"url": data_url(png())}}]
+    _, _, client = served
+    text = chat(client, content, max_tokens=4, seed=1, modalities=["text"]).json()["choices"][0]
+    assert isinstance(text["message"]["content"], str) and text["message"]["role"] == "assistant"
+    fields = dict(modalities=["image"], previews=True, **DRAW)
+    whole, = chat(client, content, **fields).json()["choices"][0]["message"]["content"]
+    chunks = events(chat(client, content, stream=True, stream_options={"include_usage": True}, **fields))
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks[:-1]]
+    assert [delta["preview"]["step"] for delta in deltas if "preview" in delta] == [1, 2]
+    streamed, = (delta["content"][0] for delta in deltas if delta.get("content"))
+    assert streamed == whole and whole["type"] == "image_url"
+    assert chunks[-2]["choices"][0]["finish_reason"] == "stop" and chunks[-1]["usage"]["prompt_tokens"] > 18
+    written = events(chat(client, "a seven", stream=True, max_tokens=6, seed=2, max_images=0, temperature=0))
+    joined = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in written)
+    plain = chat(client, "a seven", max_tokens=6, seed=2, max_images=0, temperature=0).json()
+    assert joined and joined == plain["choices"][0]["message"]["content"].rstrip("\ufffd")
+
+
+def bomb():
+    """A PNG of a few bytes whose header says 50,000 x 50,000 pixels."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    pieces = {b"IHDR": struct.pack(">IIBBBBB", 50_000, 50_000, 8, 0, 0, 0, 0), b"IDAT": zlib.compress(bytes(50_001)),
+              b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*piece) for piece in pieces.items())
+
+
+@pytest.mark.parametrize("fields,status,param,message", [
+    ({"num_inference_steps": 251}, 400, "num_inference_steps", "at most 250 fit"),
+    ({"num_inference_steps": 0}, 400, "num_inference_steps", "steps is 0"),
+    ({"guidance_scale": -1}, 400, "guidance_scale", "is -1.0"),
+    ({"size": "big"}, 400, "size", "WIDTHxHEIGHT fits"),
+    ({"size": "7x8"}, 400, "size", "multiples of the patch size fit"),
+    ({"size": "4000x4000"}, 400, "size", "pixels in all fit"),
+    ({"n": 0}, 400, "n", "greater than or equal to 1"),
+    ({"model": "gpt"}, 404, "model", "'tiny' fits"),
+    ({"prompt": " "}, 400, "prompt", "prompt is empty"),
+    ({"mask": "x"}, 400, "mask", "mask is not served"),
+    ({"stream": True}, 400, "stream", "/v1/chat/completions streams"),
+])
+def test_a_field_that_does_not_fit_is_refused_by_its_name(client, fields, status, param, message):
+    answer = client.post("/v1/images/generations", json={"prompt": "a", **DRAW, **fields})
+    error = answer.json()["error"]
+    assert answer.status_code == status and error["param"] == param and message in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("content,message", [
+    (3, "of type 'NoneType'"),
+    ([{"type": "audio"}], "of type 'audio'; text"),
+    ([{"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}], "--allow-remote"),
+    ([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}], "a data: URL fits"),
+    ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,!"}}], "not base64"),
+    ([{"type": "image_url", "image_url": {"url": data_url(b"no picture")}}], "no picture that can be read"),
+    ([{"type": "image_url", "image_url": {"url": data_url(bomb())}}], "no picture that can be read"),
+    ([{"type": "image_url", "image_url": {"url": data_url(png((9000, 9000)))}}], "a picture is 9000x9000"),
+])
+def test_a_message_that_cannot_be_read_is_refused(client, content, message):
+    answer = chat(client, content)
+    assert answer.status_code == 400 and message in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("body,status", [
+    (b"{", 400), (b"[]", 400), (b'{"messages": []}', 400), (b'{"messages": [{"role": "x"}]}', 400), (b"x" * 2**20, 400),
+    (b"x" * (33 * 2**20), 413)])
+def test_malformed_and_large_bodies_are_answered_in_openais_shape(client, body, status):
+    answer = client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == status and answer.json()["error"]["type"] == "invalid_request_error"
+    assert client.get("/v1/nothing").json()["error"]["message"] == "Not Found"
+
+
+def test_an_error_of_the_server_is_a_500_that_tells_nothing_of_it(served, monkeypatch):
+    _, engine, client = served
+    monkeypatch.setattr(engine.cache, "run", lambda asks: 1 / 0)
+    answer = client.post("/v1/images/generations", json={"prompt": "a", **DRAW})
+    assert answer.status_code == 500 and answer.json()["error"]["message"] == "the request failed (ZeroDivisionError)"
+    streamed = events(chat(client, "a", stream=True))
+    assert streamed[-1]["error"]["type"] == "server_error"
+    monkeypatch.undo()
+    assert client.post("/v1/images/generations", json={"prompt": "a", **DRAW}).status_code == 200
+
+
+def test_a_full_queue_is_a_429(served):
+    _, engine, client = served
+    hold = threading.Event()
+    engine.call(lambda: hold.wait(20))
+    waiting = [engine.submit(Request([Text("a")], Sampling(max_new_tokens=1, max_images=0))) for _ in range(4)]
+    answer = client.post("/v1/images/generations", json={"prompt": "a", **DRAW})
+    hold.set()
+    assert answer.status_code == 429 and answer.headers["Retry-After"] == "1"
+    assert answer.json()["error"]["type"] == "rate_limit_error"
+    for ticket in waiting:
+        ticket.result()
+
+
+def test_numbers_are_there_for_prometheus(client):
+    client.post("/v1/images/generations", json={"prompt": "a", **DRAW})
+    metrics = client.get("/metrics").text
+    found = dict(re.findall(r"^(transfusion_\w+) (\d+)$", metrics, re.MULTILINE))
+    assert int(found["transfusion_drawn_images_total"]) > 0 and found["transfusion_running"] == "0"
+    assert "# TYPE transfusion_finished_total counter" in metrics and "# TYPE transfusion_cache_bytes gauge" in metrics
+
+
+def test_a_key_is_asked_for_where_one_is_set():
+    with TestClient(make_app(Engine(tiny_model()), "tiny", api_key="secret")) as client:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+            answer = client.get("/v1/models", headers=headers)
+            assert answer.status_code == 401 and answer.json()["error"]["type"] == "authentication_error"
+        assert client.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+        assert client.get("/health").status_code == 200
+
+
+@pytest.fixture(scope="module")
+def address():
+    """A server that listens on a port of its own, and its engine."""
+    engine = Engine(tiny_model(), rows=4)
+    server = uvicorn.Server(uvicorn.Config(make_app(engine, "digits"), port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", engine
+    server.should_exit = True
+    thread.join()
+    assert not engine.alive
+
+
+def test_openais_client_talks_draws_and_edits(address):
+    openai = pytest.importorskip("openai", reason="openai is not installed; pip install openai")
+    client = openai.OpenAI(base_url=f"{address[0]}/v1", api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["digits"]
+    image = client.images.generate(model="digits", prompt="a seven", size="8x8", extra_body=DRAW).data[0].b64_json
+    assert decoded(image).size == (8, 8)
+    edited = client.images.edit(model="digits", image=("a.png", png()), prompt="a two", extra_body=DRAW)
+    assert decoded(edited.data[0].b64_json).size == (8, 8)
+    content = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": data_url(png())}}]
+    messages = [{"role": "user", "content": content}]
+    options = dict(model="digits", messages=messages, max_tokens=5, seed=2, extra_body={"max_images": 0})
+    answer = client.chat.completions.create(**options).choices[0].message.content
+    chunks = client.chat.completions.create(**options, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer.rstrip("\ufffd")
+    assert client.completions.create(model="digits", prompt="a", max_tokens=3).usage.completion_tokens <= 3
+    with pytest.raises(openai.BadRequestError, match="num_inference_steps|steps is 999"):
+        client.images.generate(prompt="a", extra_body={"num_inference_steps": 999})
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_place(address, stream):
+    import http.client
+
+    where, engine = address
+    before = engine.stats()["cancelled"]
+    connection = http.client.HTTPConnection(where.removeprefix("http://"))
+    body = {"messages": [{"role": "user", "content": "a"}], "modalities": ["image"], "num_inference_steps": 250,
+            "stream": stream, "size": "64x64"}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    while not engine.stats()["running"]:
+        time.sleep(0.005)
+    connection.close()
+    deadline = time.time() + 20
+    while engine.stats()["running"] and time.time() < deadline:
+        time.sleep(0.01)
+    assert engine.stats()["cancelled"] == before + 1 and engine.stats()["cache_tokens_used"] == 0
+
+
+def test_the_examples_of_the_page_run_as_they_stand(address, tmp_path):
+    """Blocks of docs/serving.md for a server that runs: curl, and Python with OpenAI's client."""
+    pytest.importorskip("openai", reason="openai is not installed; pip install openai")
+    page = (ROOT / "docs" / "serving.md").read_text().replace("http://127.0.0.1:8000", address[0])
+    examples = re.findall(r"^```(sh|py)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert {language for language, _ in examples} == {"sh", "py"}
+    (tmp_path / "seven.png").write_bytes(png())
+    for language, code in examples:
+        run = [sys.executable, "-c", code] if language == "py" else ["sh", "-euc", code]
+        done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and '"error"' not in done.stdout, done.stdout + done.stderr
+    assert Picture.open(tmp_path / "drawn.png").size == (8, 8)

@@ -1,0 +1,200 @@
+"""Many pictures drawn fast: `transfusion eval draw --model DIR --prompts FILE --out DIR`.
+
+    OUT/pictures/000000.png, ...   a PNG for each prompt, named by its number; of GenEval's prompts in its own layout,
+                                   00000/metadata.jsonl and 00000/samples/0000.png, ...
+    OUT/prompts.jsonl              for each picture its file, prompt and seed, and what the prompts' file says of it
+    OUT/drawing.json               the model and the settings, which a later call must share
+    OUT/contact_sheet.png          up to 64 of the pictures, evenly spread
+
+Picture i draws its random numbers from seed + i, whatever batch and process it is drawn in, so that stopping, batch and
+processes change no picture beyond the rounding of the model's own sums. The pictures are cut into blocks of one batch
+each, and block b is drawn by process b % processes. A picture that is there is never drawn again.
+"""
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from tyro.conf import arg
+
+from transfusion.command import claim
+from transfusion.data.picture_files import to_picture
+from transfusion.eval.picture_grids import contact_sheet
+from transfusion.eval.prompts import GENEVAL_SAMPLES, Entry, entries, read_prompts
+from transfusion.eval.results import weights_hash
+from transfusion.files import ASIDE, read_json, sync, write_text
+from transfusion.generate.sampling import Sampling
+from transfusion.model.config import TransfusionConfig
+from transfusion.model.loading import load_model
+from transfusion.model.transfusion import Transfusion
+from transfusion.settings import Count, check
+
+PICTURES, ABOUT, SHOWN = "pictures", "drawing.json", 64
+
+
+@dataclass(frozen=True)
+class DrawSettings:
+    """Draw a picture for each of many prompts into a folder of PNG files; the same command goes on after a stop."""
+
+    model: Path
+    """directory of a checkpoint"""
+    prompts: Path
+    """a .txt of lines, a .jsonl of objects with a "prompt" (GenEval's evaluation_metadata.jsonl), or COCO's captions
+    (.json)"""
+    out: Path
+    """directory for pictures/, prompts.jsonl and contact_sheet.png"""
+    count: Count | None = None
+    """prompts at most; None: 30,000 of COCO's captions and all of any other file"""
+    samples: Count | None = None
+    """pictures of each prompt; None: 4 of GenEval's prompts and 1 of any other"""
+    batch: Count = 64
+    """pictures drawn at once by a process"""
+    processes: Count = 1
+    """processes on this machine, each with an accelerator of its own where there are any; torchrun starts them on
+    several machines"""
+    device: str = "auto"
+    """cpu, cuda, or auto: the accelerator if there is one"""
+    sampling: Annotated[Sampling, arg(name="")] = Sampling()
+
+
+def draw(settings: DrawSettings) -> None:
+    """Run `transfusion eval draw`.
+
+    Raises:
+        ValueError: settings or prompts that do not fit, or an `out` with pictures of another model or other settings.
+    """
+    check("eval draw", settings)
+    rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if size > 1 and settings.processes > 1:
+        raise ValueError(f"eval draw: processes is {settings.processes} under a launcher of {size}; 1 fits there")
+    if rank > 0:
+        _draw_share(rank, settings, _prepare(settings, writes=False), size)
+        return
+    with claim("eval draw", settings.out, {"model": settings.model}, alone=False):
+        pictures = _prepare(settings, writes=True)
+        if settings.processes == 1:
+            _draw_share(rank, settings, pictures, size)
+        else:
+            torch.multiprocessing.spawn(_draw_share, (settings, pictures, settings.processes), settings.processes,
+                                        daemon=True)
+
+
+def about_drawing(out: Path) -> dict:
+    """What drawing.json says of its model, as the fields of a result; of a folder without one, nothing."""
+    path = Path(out) / ABOUT
+    held = read_json(path) if path.is_file() else {}
+    return {"model": held.get("model", ""), "weights_hash": held.get("weights_hash"), "prompts": held.get("rule")}
+
+
+def _prepare(settings: DrawSettings, writes: bool) -> list[Entry]:
+    """Return the pictures to draw, compared with what an earlier call wrote; the first process writes what says so."""
+    prompts = read_prompts(settings.prompts, settings.count)
+    samples = settings.samples or (GENEVAL_SAMPLES if prompts.is_geneval else 1)
+    pictures, seed = entries(prompts, samples), settings.sampling.seed
+    _check_channels(settings.model)
+    lines = "".join(json.dumps({"number": entry.number, "file": f"{PICTURES}/{entry.file}", "prompt": entry.prompt,
+                                "seed": seed + entry.number, **entry.about}, ensure_ascii=False) + "\n"
+                    for entry in pictures)
+    about = {"model": str(settings.model), "weights_hash": weights_hash(settings.model), "rule": prompts.rule,
+             "pictures": len(pictures), "samples": samples, "prompts": hashlib.sha256(lines.encode()).hexdigest(),
+             "sampling": json.loads(json.dumps(dataclasses.asdict(settings.sampling)))}
+    path = settings.out / ABOUT
+    held = read_json(path, "take another --out") if path.is_file() else about
+    for name in about:
+        if name != "model" and held.get(name) != about[name]:
+            raise ValueError(f"eval draw: out is {str(settings.out)!r}, whose pictures were drawn with {name} "
+                             f"{held.get(name)!r}, and now it is {about[name]!r}; another --out fits")
+    for folder in sorted({(settings.out / PICTURES / entry.file).parent for entry in pictures}):
+        folder.mkdir(parents=True, exist_ok=True)
+    if writes:
+        write_text(path, json.dumps(about, indent=2) + "\n")
+        write_text(settings.out / "prompts.jsonl", lines)
+        for number, row in enumerate(prompts.rows if prompts.is_geneval else ()):
+            write_text(settings.out / PICTURES / f"{number:05}" / "metadata.jsonl", json.dumps(row) + "\n")
+    return pictures
+
+
+def _check_channels(path: Path) -> None:
+    config = TransfusionConfig.from_pretrained(path)
+    if config.image_channels not in (1, 3) and not (path / "vae").is_dir():
+        raise ValueError(f"eval draw: the model's images have {config.image_channels} channels and no VAE; models of 1 "
+                         "(grey) or 3 (colour), or with a VAE (transfusion init --vae), draw picture files")
+
+
+def _draw_share(rank: int, settings: DrawSettings, pictures: list[Entry], size: int) -> None:
+    """Draw what is missing of the blocks of process `rank` of `size`; who sees the last picture makes the sheet."""
+    folder = settings.out / PICTURES
+    blocks = [pictures[i:i + settings.batch] for i in range(0, len(pictures), settings.batch)][rank::size]
+    share = [entry for block in blocks for entry in block]
+    missing = [[entry for entry in block if not (folder / entry.file).exists()] for block in blocks]
+    left = sum(map(len, missing))
+    if left:
+        if settings.processes > 1:
+            torch.set_num_threads(max(1, torch.get_num_threads() // size))
+        model = load_model(settings.model, _device(settings.device, rank))
+        title = "eval draw" if size == 1 else f"eval draw, process 1 of {size}"
+        with tqdm(total=len(share), initial=len(share) - left, desc=title, unit="picture", dynamic_ncols=True,
+                  disable=rank > 0) as bar, _staging(settings.out, rank) as aside, ThreadPoolExecutor(4) as writers:
+            for run in (run for block in missing for run in _runs(block)):
+                saved = writers.map(functools.partial(_save, folder, aside), run, _draw_run(model, run, settings))
+                bar.update(len(list(saved)))
+    if all((folder / entry.file).exists() for entry in pictures):
+        shown = pictures[::-(-len(pictures) // SHOWN)]
+        contact_sheet(settings.out / "contact_sheet.png", [folder / entry.file for entry in shown],
+                      [f"{entry.number}: {entry.prompt}" for entry in shown])
+        print(f"{len(pictures):,} pictures in {folder}")
+
+
+def _runs(block: list[Entry]) -> Iterator[list[Entry]]:
+    """Cut a block into pieces of numbers that follow each other: a call of `draw` has one seed, the first one's."""
+    for _, run in itertools.groupby(enumerate(block), lambda item: item[1].number - item[0]):
+        yield [entry for _, entry in run]
+
+
+def _draw_run(model: Transfusion, run: list[Entry], settings: DrawSettings) -> Tensor:
+    """Draw pictures (N, C, H, W) in [-1, 1] of numbers that follow each other."""
+    limits = ("max_new_tokens", "max_images")  # of what the model chooses to write and draw
+    options = {name: value for name, value in vars(settings.sampling).items() if name not in limits}
+    options["seed"] += run[0].number
+    latents = torch.stack([image.latent for image in model.draw([entry.prompt for entry in run], **options)])
+    return latents if model.vae is None else model.vae.decode(latents)
+
+
+@contextlib.contextmanager
+def _staging(out: Path, rank: int) -> Iterator[Path]:
+    """Yield a directory of this process for pictures that are being written; what a kill left there goes first."""
+    aside = out / f"{ASIDE}drawing-{rank}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _save(folder: Path, aside: Path, entry: Entry, pixels: Tensor) -> None:
+    """Write a PNG in one piece; not by `written`, which looks through the whole folder each time."""
+    path = aside / f"{entry.number}.png"
+    to_picture(pixels.cpu()).save(path)
+    sync(path)
+    os.replace(path, folder / entry.file)
+
+
+def _device(name: str, rank: int) -> str:
+    """The accelerator of process `rank` of several, where the setting names none."""
+    if name != "auto" or not torch.accelerator.is_available():
+        return name
+    place = int(os.environ.get("LOCAL_RANK", rank)) % torch.accelerator.device_count()
+    return f"{torch.accelerator.current_accelerator().type}:{place}"

@@ -1,0 +1,239 @@
+"""Accuracy on questions of one's own whose answers are known: `transfusion eval questions --model DIR --data FILE`.
+
+The file is what training reads, rows in LLaVA's format (`transfusion.data.sources.llava`). Each question is asked
+alone, behind the pictures of its conversation, and an answer is right if it equals the known one but for case, white
+space and a full stop. A row may name the kinds of its questions, `"kinds": ["count", "place"]`; accuracy is told for
+each.
+
+Two that do not look stand beside the model: the answer that is the most frequent of its kind (in `train`, where that is
+named), and with --blind the model itself without the pictures.
+
+    OUT/results/...json         accuracy of each kind, as `transfusion eval report` reads it
+    OUT/questions.jsonl         every question with its answers
+    OUT/questions.png           some that were answered right, and some that were not
+"""
+import json
+import random
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from transfusion.command import claim
+from transfusion.data.mixture import read_mixture
+from transfusion.data.picture_files import open_picture
+from transfusion.data.sources.llava import LLaVASettings
+from transfusion.data.sources.record import DataError, PictureRef, Record
+from transfusion.eval.picture_grids import answer_sheet
+from transfusion.eval.questions import Asker, Asking, Question
+from transfusion.eval.results import Result, version_of, weights_hash, write_result
+from transfusion.files import write_text
+from transfusion.model.loading import load_model
+from transfusion.settings import Count, check
+
+SHOWN = 12  # questions answered right on the sheet, and as many answered wrong
+PROMPTS = "each question alone, behind the pictures of its conversation"
+
+
+@dataclass(frozen=True)
+class QuestionsSettings:
+    """Ask a model questions whose answers are known, in LLaVA's format, and count what it answers right."""
+
+    model: Path
+    """directory of a checkpoint"""
+    data: Path
+    """a JSON list or JSON lines of conversations, as training reads them"""
+    out: Path
+    """directory for results/, questions.jsonl and questions.png"""
+    images: Path | None = None
+    """the folder that pictures' names start from; none: the one that `data` lies in"""
+    mixture: Path | None = None
+    """the file of the mixture that the model was trained on, for its chat template and the sizes of its pictures"""
+    train: Path | None = None
+    """conversations whose most frequent answer is the majority's; none: those of `data`"""
+    blind: bool = False
+    """ask everything a second time, without the pictures"""
+    batch: Count = 32
+    """questions asked at once"""
+    max_new_tokens: Count = 32
+    """of an answer"""
+    device: str = "auto"
+    """cpu, cuda, or auto: the accelerator if there is one"""
+
+
+class Known(NamedTuple):
+    """A question and the answer to it."""
+
+    kind: str
+    text: str
+    pictures: tuple[PictureRef, ...]
+    answer: str
+    where: str
+
+    def question(self, sees: bool) -> Question:
+        """As it is put, with its pictures decoded, or without them.
+
+        Raises:
+            DataError: a picture cannot be read.
+        """
+        if not sees:
+            return Question(self.text, (), self.where)
+        return Question(self.text, tuple(_opened(one, self.where) for one in self.pictures), self.where)
+
+
+def evaluate_questions(settings: QuestionsSettings) -> dict[str, dict[str, float]]:
+    """Run `transfusion eval questions`; return for each kind its accuracies: "right", "majority" and "blind".
+
+    Pictures that cannot be read are counted, and their questions left out.
+
+    Raises:
+        ValueError: settings that do not fit, or no question in the data.
+    """
+    check("eval questions", settings)
+    known = read_known(settings.data, settings.images)
+    asking = Asking()
+    if settings.mixture is not None:
+        mixture = read_mixture(settings.mixture)
+        asking = Asking(mixture.chat, mixture.pictures)
+    with claim("eval questions", settings.out, {"model": settings.model}, alone=False):
+        begun = time.monotonic()
+        asker = Asker(load_model(settings.model, settings.device), asking)
+        answers = {"right": ask(asker, known, True, settings)}
+        if settings.blind:
+            answers["blind"] = ask(asker, known, False, settings)
+        asked = [i for i, answer in enumerate(answers["right"]) if answer is not None]
+        if not asked:
+            raise ValueError(f"eval questions: data is {str(settings.data)!r}, of which no picture can be read; the "
+                             "folder that their names start from, as --images, fits")
+        known = [known[i] for i in asked]
+        answers = {name: [said[i] for i in asked] for name, said in answers.items()}
+        answers["majority"] = majority(known, known if settings.train is None else read_known(settings.train, None))
+        scores = accuracies(known, answers)
+        _write(settings, known, answers, scores, time.monotonic() - begun)
+    return scores
+
+
+def read_known(path: Path, images: Path | None) -> list[Known]:
+    """Return the questions of a file of conversations.
+
+    Raises:
+        ValueError: a row that is no conversation, with its file and number, `kinds` that do not fit its questions, or
+            no question at all.
+    """
+    source = LLaVASettings(path, images, drawn="none").open()
+    known = [one for i in range(len(source))
+             for one in _known(source[i], source.table.row(i, frozenset({"kinds"})).get("kinds"))]
+    if not known:
+        raise ValueError(f"eval questions: {path} has no question with an answer in words; one at least fits")
+    return known
+
+
+def _known(record: Record, kinds: list[str] | None) -> list[Known]:
+    """The questions of a conversation that are answered in words."""
+    pictures = tuple(part for turn in record.turns for part in turn.parts if isinstance(part, PictureRef))
+    said = [turn for turn in record.turns if turn.role != "system"]
+    pairs = list(zip(said[::2], said[1::2]))
+    if kinds is not None and (not isinstance(kinds, list) or len(kinds) != len(pairs)):
+        raise DataError(record.where, f"kinds is {kinds!r:.60} and there are {len(pairs)} questions; a list of as many "
+                        "words fits")
+    words = [["".join(part for part in turn.parts if isinstance(part, str)).strip() for turn in pair]
+             for pair in pairs]
+    return [Known(kind, question, pictures, answer, record.where)
+            for kind, (question, answer) in zip(kinds or ["all"] * len(pairs), words) if answer]
+
+
+def ask(asker: Asker, known: list[Known], sees: bool, settings: QuestionsSettings) -> list[str | None]:
+    """Return the answer to each question, None where a picture cannot be read."""
+    answers: list[str | None] = [None] * len(known)
+    order = sorted(range(len(known)), key=lambda i: (len(known[i].pictures), len(known[i].text)))  # alike in length
+    title = "questions" if sees else "questions, blind"
+    with tqdm(total=len(known), desc=title, unit="question", dynamic_ncols=True) as bar:
+        for start in range(0, len(order), settings.batch):
+            batch = order[start:start + settings.batch]
+            put = {}
+            for i in batch:
+                try:
+                    put[i] = known[i].question(sees)
+                except DataError as error:
+                    bar.write(f"left out: {error}")
+            said = asker.answers(list(put.values()), max_new_tokens=settings.max_new_tokens) if put else []
+            for i, answer in zip(put, said):
+                answers[i] = answer
+            bar.update(len(batch))
+    return answers
+
+
+def majority(known: list[Known], train: list[Known]) -> list[str]:
+    """Return for each question the most frequent answer to questions of its kind in `train`, the first of equals."""
+    counts = defaultdict(Counter)
+    for one in train:
+        counts[one.kind][one.answer] += 1
+    return [counts[one.kind].most_common(1)[0][0] if counts[one.kind] else "" for one in known]
+
+
+def is_right(answer: str, known: str) -> bool:
+    """Whether an answer is the known one but for case, white space and a full stop."""
+    return _plain(answer) == _plain(known)
+
+
+def accuracies(known: list[Known], answers: dict[str, list[str]]) -> dict[str, dict[str, float]]:
+    """Return for each kind the share of right answers of each that answered, and "n", the questions."""
+    scores = {}
+    for kind in dict.fromkeys(one.kind for one in known):
+        places = [i for i, one in enumerate(known) if one.kind == kind]
+        right = {name: sum(is_right(said[i], known[i].answer) for i in places) / len(places)
+                 for name, said in answers.items()}
+        scores[kind] = {"n": len(places), **right}
+    return scores
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split()).removesuffix(".")
+
+
+def _opened(picture: PictureRef, where: str):
+    try:
+        return open_picture(picture.open(), picture.name or where)
+    except ValueError as error:
+        raise DataError(where, str(error), "unreadable picture") from error
+
+
+def _write(settings: QuestionsSettings, known: list[Known], answers: dict[str, list[str]],
+           scores: dict[str, dict[str, float]], seconds: float) -> None:
+    """Write results, answers and the sheet, and print the table."""
+    lines = ({"where": one.where, "kind": one.kind, "question": one.text, "answer": one.answer,
+              **{name: said[i] for name, said in answers.items()}} for i, one in enumerate(known))
+    write_text(settings.out / "questions.jsonl", "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
+    hashed = weights_hash(settings.model)
+    for kind, score in scores.items():
+        others = {name: score[name] for name in ("majority", "blind") if name in score}
+        write_result(settings.out, Result(
+            task=settings.data.stem, metric=f"accuracy, {kind}", value=score["right"], n=score["n"],
+            library="transfusion", version=version_of("transfusion"), seconds=seconds, model=str(settings.model),
+            weights_hash=hashed, prompts=PROMPTS, resize="antialiased, to the nearest grid of the model's training",
+            note="; ".join(f"{name} {share:.1%}" for name, share in others.items()), details=others))
+    _draw(settings.out / "questions.png", known, answers["right"])
+    print(table(scores))
+
+
+def table(scores: dict[str, dict[str, float]]) -> str:
+    """The accuracies as a table, and each kind's errors against those of the better of majority and blind."""
+    names = [name for name in ("right", "majority", "blind") if name in next(iter(scores.values()))]
+    lines = [f"{'kind':<12}{'n':>7}" + "".join(f"{name:>10}" for name in names) + f"{'errors':>10}"]
+    for kind, score in scores.items():
+        other = 1 - max(score[name] for name in names[1:])
+        errors = f"{(1 - score['right']) / other:>9.2f}x" if other else f"{'-':>10}"
+        lines.append(f"{kind:<12}{score['n']:>7,}" + "".join(f"{score[name]:>10.1%}" for name in names) + errors)
+    return "\n".join(lines)
+
+
+def _draw(path: Path, known: list[Known], said: list[str]) -> None:
+    """Some questions that were answered right and some that were not, chosen at random."""
+    order = random.Random(0).sample(list(zip(known, said)), len(known))
+    right = [(one, answer, "") for one, answer in order if is_right(answer, one.answer)]
+    wrong = [(one, answer, one.answer) for one, answer in order if not is_right(answer, one.answer)]
+    answer_sheet(path, [(one.question(True).pictures, one.text, answer, correction)
+                        for one, answer, correction in (*right[:SHOWN], *wrong[:SHOWN])])

@@ -1,0 +1,159 @@
+"""Results of evaluations: one number with all that makes it comparable, as OUT/results/NAME.json.
+
+A file holds one `Result`. A value of None says that there is no score, and the note says why: a server scores the
+answers, or a judge did not answer. Files are written in one piece and checked when they are read.
+"""
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import transfusion
+from transfusion.files import read_json, write_text
+from transfusion.settings import NotNegative, WholeNumber, check, nearest
+
+FOLDER = "results"
+NAME = re.compile(r"[\w.-]+")
+ADVICE = "delete it and evaluate again"
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One number of an evaluation and what it takes to get it again."""
+
+    task: str
+    """what was evaluated: a benchmark's name, "images", "captions", ..."""
+    metric: str
+    """the number's name, such as "exact_match" or "Frechet distance (ResNet features)" """
+    value: float | None
+    """the score; None where there is none, and then `note` says why"""
+    n: WholeNumber
+    """pictures, questions or captions that the value is of"""
+    library: str
+    """the package whose code computed the value"""
+    version: str
+    """of that package"""
+    seconds: NotNegative
+    """that the evaluation took"""
+    model: str = ""
+    """directory or name of what was evaluated"""
+    weights_hash: str | None = None
+    """`weights_hash` of its weights, None where there are none at hand"""
+    standard_error: NotNegative | None = None
+    """of the value, where it was estimated"""
+    prompts: str | None = None
+    """which questions or captions were asked, and in which words"""
+    resize: str | None = None
+    """how pictures were brought to the size that a network takes"""
+    judge: str | None = None
+    """the model that scored, None: no judge"""
+    seed: int | None = None
+    """of the random numbers, None: there were none"""
+    note: str = ""
+    """what a reader must know beside the number"""
+    details: dict = field(default_factory=dict)
+    """further numbers and settings by name, in JSON's kinds"""
+    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    """when it was computed, UTC"""
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Result)}
+REQUIRED = [name for name, field in FIELDS.items()
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING]
+
+
+def write_result(out: Path, result: Result, name: str | None = None) -> Path:
+    """Write OUT/results/NAME.json in one piece, over an older one of the name, and return its path.
+
+    The name is that of task and metric, as `result_name` makes it, where none is given.
+
+    Raises:
+        ValueError: a field that does not fit, a name of other characters than letters, digits, ".", "_" and "-".
+    """
+    name = result_name(result.task, result.metric) if name is None else name
+    if not NAME.fullmatch(name) or name.startswith("."):
+        raise ValueError(f"write_result: name is {name!r}; letters, digits, '.', '_' and '-' fit, and no dot at its "
+                         "beginning")
+    _check("write_result", result)
+    path = Path(out) / FOLDER / f"{name}.json"
+    write_text(path, json.dumps(dataclasses.asdict(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return path
+
+
+def result_name(task: str, metric: str) -> str:
+    """The name of a result's file: task and metric with "-" for all that a file's name should not hold."""
+    return re.sub(r"[^\w.]+", "-", f"{task}-{metric}").strip("-.")
+
+
+def read_results(out: Path) -> dict[str, Result]:
+    """Return the results in OUT/results by their files' names, in the order of these; {} where there are none.
+
+    Raises:
+        ValueError: a file that is no result; the message names the file and the field.
+    """
+    return {path.stem: read_result(path) for path in sorted((Path(out) / FOLDER).glob("[!.]*.json"))}
+
+
+def read_result(path: Path) -> Result:
+    """Return the result that a file holds.
+
+    Raises:
+        ValueError: it holds none; the message names the file and the field.
+    """
+    held = read_json(path, ADVICE)
+    for name in REQUIRED:
+        if name not in held:
+            raise ValueError(f"{path}: {name} is missing; {ADVICE}")
+    for name in held:
+        if name not in FIELDS:
+            raise ValueError(f"{path}: {name} is no field of a result; {', '.join(FIELDS)} fit{nearest(name, FIELDS)}")
+    result = Result(**held)
+    _check(str(path), result)
+    return result
+
+
+def _check(where: str, result: Result) -> None:
+    check(where, result)
+    for name in ("task", "metric", "library", "version"):
+        if not getattr(result, name).strip():
+            raise ValueError(f"{where}: {name} is empty; a name fits")
+    if result.value is None and not result.note:
+        raise ValueError(f"{where}: value is None and note is empty; a note that says why there is no score fits")
+    if not isinstance(result.details, dict):
+        raise ValueError(f"{where}: details is {result.details!r}; an object of names and values fits")
+    try:
+        datetime.fromisoformat(result.date)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: date is {result.date!r}; a date and time in ISO 8601 fits") from None
+
+
+def version_of(package: str) -> str:
+    """The version of an installed package; of this one, which runs without being installed, its own."""
+    return transfusion.__version__ if package == "transfusion" else metadata.version(package)
+
+
+def weights_hash(path: Path) -> str | None:
+    """Return the SHA-256 of a file of weights or of a directory's, None for a directory that holds none.
+
+    Of one file it is what `sha256sum FILE` prints; of several, the SHA-256 of the lines "HASH  NAME" that
+    `sha256sum` prints in the order of their names. An autoencoder in vae/ counts, what resuming needs does not.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _sha256(path)
+    files = sorted({file for folder in (path, path / "vae") for pattern in WEIGHTS for file in folder.glob(pattern)},
+                   key=lambda file: file.relative_to(path).as_posix())
+    if len(files) < 2:
+        return _sha256(files[0]) if files else None
+    lines = "".join(f"{_sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

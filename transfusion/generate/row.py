@@ -1,0 +1,137 @@
+"""One prompt on its way: how its next token is chosen, what it has written and drawn, and its own random numbers.
+
+A batch of prompts (`transfusion.generate.generation`) and the engine of a server (`transfusion.serve.engine`) run the
+model in different ways; what a row does with the model's answers is the same for both and stands here.
+"""
+import torch
+from torch import Tensor
+
+from tfkernels import unpatchify
+from transfusion.diffusion.guidance import Guidance
+from transfusion.diffusion.solvers import DDIMSolver, SchedulerSolver, make_solver
+from transfusion.generate.sampling import Sampling
+from transfusion.sequence import Document, Image, Part, Text, encode
+
+WRITING, DRAWING, DONE = range(3)
+
+
+def check_options(model, options: Sampling) -> tuple[int, int]:
+    """Return the grid of patches of an image that is drawn with `options`.
+
+    Raises:
+        ValueError: no tokenizer, or options that do not fit the model.
+    """
+    if model.tokenizer is None or model.tokenizer.eos_token_id is None:
+        raise ValueError("generate: the model has no tokenizer with an EOS; set model.tokenizer to the one that it "
+                         "was trained with")
+    size, patch = tuple(options.image_size or model.config.image_size), model.config.patch_size
+    if any(side < patch or side % patch for side in size):
+        raise ValueError(f"generate: image_size is {size} and the patch size {patch}; "
+                         "multiples of the patch size fit")
+    grid = size[0] // patch, size[1] // patch
+    solver_of(model, options, grid)  # refuses what does not fit before anything runs
+    return grid
+
+
+def guidance_of(options: Sampling) -> Guidance:
+    """The guidance of options, which may hold its scale alone."""
+    return options.guidance if isinstance(options.guidance, Guidance) else Guidance(options.guidance)
+
+
+def solver_of(model, options: Sampling, grid: tuple[int, int]) -> DDIMSolver | SchedulerSolver:
+    """A solver for one image of `grid`, or several of one size."""
+    return make_solver(options.sampler, model.objective, options.steps, grid[0] * grid[1],
+                       model.config.time_shift_tokens)
+
+
+class Row:
+    """One prompt: what it wrote since its last image, its finished parts and its own random numbers."""
+
+    def __init__(self, model, prompt: list[Part], options: Sampling, grid: tuple[int, int], seed: int):
+        self.model, self.config, self.prompt, self.options, self.grid = model, model.config, prompt, options, grid
+        self.eos = model.tokenizer.eos_token_id
+        self.generator = torch.Generator().manual_seed(seed)
+        self.stop = tuple(options.stop or ())
+        self.state, self.tokens, self.text = WRITING, [], ""
+        self.parts: list[Part] = []
+        self.images = self.written = 0
+
+    def document(self, force_image: bool) -> Document:
+        """The prompt, and the BOI of an image behind it where one is forced."""
+        document = encode(self.prompt, self.model.tokenizer, self.config, end=False)
+        return self._then_image(document) if force_image else document
+
+    def context(self, name: str) -> Document:
+        """What stands before an image in a context of guidance, with the image's BOI.
+
+        "nothing" is an empty prompt. "images" are those of the prompt and those that were drawn, without any text.
+        """
+        images = [part for part in (*self.prompt, *self.parts) if isinstance(part, Image)]
+        if name == "nothing" or not images:
+            return self._then_image(Document([self.model.tokenizer.bos_token_id], [False], []))
+        return self._then_image(encode(images, self.model.tokenizer, self.config, end=False))
+
+    def choose(self, scores: Tensor) -> int:
+        """Pick the next token by logits (V,); EOS once enough is written."""
+        options = self.options
+        if self.written >= options.max_new_tokens:
+            return self.eos
+        scores = scores.clone()
+        scores[self.config.eoi_token_id] = -torch.inf
+        if self.images >= options.max_images:
+            scores[self.config.boi_token_id] = -torch.inf
+        if options.temperature == 0:
+            return int(scores.argmax())
+        ranked, order = (scores / options.temperature).softmax(-1).sort(descending=True)
+        ranked[(ranked.cumsum(-1) - ranked >= options.top_p) | (ranked < options.min_p * ranked[0])] = 0
+        ranked[0] = ranked[0].clamp(min=torch.finfo(ranked.dtype).tiny)  # top_p 0 leaves the likeliest
+        return int(order[torch.multinomial(ranked, 1, generator=self.generator)])
+
+    def take(self, token: int) -> str | None:
+        """Add a token to what is written, or end or begin to draw; return what became readable, None for nothing."""
+        if token == self.eos:
+            self.state = DONE
+            return None
+        if token == self.config.boi_token_id:
+            self.state = DRAWING
+            return None
+        self.tokens.append(token)
+        self.written += 1
+        text = self.model.tokenizer.decode(self.tokens)
+        kept = self._before_stop(text)
+        self.state = WRITING if kept == text else DONE
+        if kept.endswith("\N{REPLACEMENT CHARACTER}"):  # a character of several tokens is not whole yet
+            return None
+        new, self.text = kept[len(self.text):], kept
+        return new
+
+    def noise(self) -> Tensor:
+        """The patches (P, patch_dim) from which the next image is drawn."""
+        return torch.randn(self.grid[0] * self.grid[1], self.config.patch_dim, generator=self.generator)
+
+    def image(self, patches: Tensor) -> Image:
+        """An image on the host from its patches."""
+        height, width = (side * self.config.patch_size for side in self.grid)
+        return Image(unpatchify(patches.float().cpu(), self.config.patch_size, height, width)[0])
+
+    def drawn(self, patches: Tensor) -> Image:
+        """Put the finished image of patches behind what was written, and go on writing."""
+        self.finish()
+        self.parts.append(self.image(patches))
+        self.images += 1
+        self.state = WRITING
+        return self.parts[-1]
+
+    def finish(self) -> None:
+        """Make what was written since the last image a part, if it is anything."""
+        text = self._before_stop(self.model.tokenizer.decode(self.tokens)) if self.tokens else ""
+        self.parts += [Text(text)] if text else []
+        self.tokens, self.text = [], ""
+
+    def _then_image(self, document: Document) -> Document:
+        """The document and the BOI of an image behind it."""
+        return document._replace(tokens=[*document.tokens, self.config.boi_token_id], targets=[*document.targets, True])
+
+    def _before_stop(self, text: str) -> str:
+        """What of a text stands before the first of the texts that end it: all of it where none is there."""
+        return text[:min((text.index(stop) for stop in self.stop if stop in text), default=len(text))]

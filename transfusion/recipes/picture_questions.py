@@ -1,0 +1,282 @@
+"""Questions about pictures, with answers, in LLaVA's format.
+
+    python -m transfusion.recipes.picture_questions --out DIR
+
+The pictures are the emoji of the package (`transfusion.recipes.emoji`, 32x32, free licences), one at a time and as
+scenes of 64x64 with up to four of them. Names, categories and kinds are the published ones.
+
+    name       What is this?                                        a red apple
+    category   Is this a feeling, something in nature or ... ?      something to eat or drink
+    kind       What kind of thing is this?                          food fruit
+    style      In which style is this drawn?                        noto
+    presence   Is there a red apple?                                yes, or no
+    count      How many times is there a red apple?                 one to four
+    place      Where is a red apple?                                top left, or: there is none
+    same       Do both pictures show the same thing?                yes, or no
+    alike      Are both pictures drawn in the same style?           yes, or no
+
+No answer of yes-or-no, of counts, of styles, and of what is there or not, is more frequent than another, so that who
+does not look is right as often as chance. Held-out questions are about pictures that training never shows: the pairs of
+name and style that `Emoji` holds out, scenes of them alone, and comparisons of one of them with another picture.
+
+    DIR/train.json, DIR/held-out.json    LLaVA's rows, with `kinds`, a word of the list above for each question
+    DIR/pictures/                        what they name
+    DIR/mix.yaml                         the mixture of train.json, for `transfusion data check` and training
+"""
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import tyro
+from PIL import Image as Picture
+from torch import Tensor
+from tqdm import tqdm
+
+from transfusion.command import plain_errors
+from transfusion.data.picture_files import to_picture
+from transfusion.files import replacing
+from transfusion.recipes.emoji import CATEGORIES, LIVELY, SHIPPED, STYLES, Emoji, held_out_pairs
+from transfusion.settings import Count, Seed, check
+
+KINDS = ("name", "category", "kind", "style", "presence", "count", "place", "same", "alike")
+SAID = dict(zip(CATEGORIES, (
+    "a face or a feeling", "a person or a part of one", "an animal or a plant", "something to eat or drink",
+    "a place or a vehicle", "a game or a feast", "an object", "a symbol", "a flag")))
+COUNTS = ("one", "two", "three", "four")
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+MIXTURE = """\
+# {count:,} conversations about pictures of emoji: Noto (Apache-2.0, Google), Twemoji (CC BY 4.0, Twitter and others)
+pictures: {{sizes: [[32, 32], [64, 64]]}}
+chat: {{template: tokenizer, system: "", image_position: keep}}
+held_out: 0.0
+sources:
+  - {{format: llava, path: train.json, images: pictures, drawn: none, name: questions}}
+"""
+
+
+@dataclass(frozen=True)
+class QuestionSettings:
+    """Write pictures of emoji, and questions about them with answers, in LLaVA's format."""
+
+    out: Path
+    """directory to write"""
+    lively: bool = True
+    """faces, animals, plants and dishes alone: 459 of the 1,870 names"""
+    scenes: Count = 4000
+    """pictures of several emoji to train on; a tenth as many are held out"""
+    pairs: Count = 4000
+    """pairs of pictures to compare, to train on; a tenth as many are held out"""
+    seed: Seed = 0
+    """of what is drawn at random"""
+
+
+class Asked(NamedTuple):
+    """A question, its answer, and what it is about (one of `KINDS`)."""
+
+    kind: str
+    question: str
+    answer: str
+
+
+class Conversation(NamedTuple):
+    """Questions about some pictures."""
+
+    number: str
+    pictures: tuple[Path, ...]
+    asked: list[Asked]
+
+    def row(self) -> dict:
+        """As LLaVA writes it, with the kinds of its questions."""
+        turns = []
+        for i, (_, question, answer) in enumerate(self.asked):
+            shown = "<image>\n" * len(self.pictures) if i == 0 else ""
+            turns += [{"from": "human", "value": shown + question}, {"from": "gpt", "value": answer}]
+        names = [path.name for path in self.pictures]
+        return {"id": self.number, "image": names[0] if len(names) == 1 else names, "conversations": turns,
+                "kinds": [one.kind for one in self.asked]}
+
+
+class Questions:
+    """Asks about the pictures of one split.
+
+    Args:
+        emoji: all pictures.
+        shown: numbers of those that conversations are about.
+        folder: where pictures are written.
+        split: "train" or "held-out", in the names of scenes.
+        generator: of what is drawn at random.
+    """
+
+    def __init__(self, emoji: Emoji, shown: Tensor, folder: Path, split: str, generator: torch.Generator):
+        self.emoji, self.shown, self.folder, self.split = emoji, shown, folder, split
+        self.generator = generator
+        self.named = [Emoji.caption(name, "").rpartition(",")[0] for name in emoji.names]
+
+    def about_one(self) -> Iterator[Conversation]:
+        """Each picture alone: what it is, of which category and kind, in which style, and whether it is another.
+
+        Each question is a conversation of its own, for the answer to one would help with the next.
+        """
+        for i in self.shown.tolist():
+            label, style = int(self.emoji.labels[i]), STYLES[self.emoji.styles[i]]
+            kind = self.emoji.kind_names[self.emoji.kinds[i]]
+            category = SAID[self.emoji.category_names[self.emoji.categories[i]]]
+            choices = " or ".join(SAID[name] for name in self.emoji.category_names)
+            asked = [
+                Asked("name", "What is this?", self.named[label]),
+                Asked("category", f"Is this {choices}?", category),
+                Asked("kind", "What kind of thing is this?", kind),
+                Asked("style", "In which style is this drawn, noto or twemoji?", style),
+                self._presence([label])]
+            for one in asked:
+                yield Conversation(f"{one.kind}-{i}", (self._single(i),), [one])
+
+    def about_scenes(self, count: int) -> Iterator[Conversation]:
+        """Two by two places, some with copies of one emoji, another with a second: how many, where, what is there."""
+        for number in range(count):
+            copies = number % len(COUNTS) + 1
+            many, other = self._two_things()
+            places = self._order(len(PLACES))
+            filled = dict.fromkeys(places[:copies], many)
+            if copies < len(PLACES):
+                filled[places[copies]] = other
+            labels = {int(self.emoji.labels[i]) for i in filled.values()}
+            asked = [
+                Asked("count", f"How many times is there {self._name(many)}?", COUNTS[copies - 1]),
+                self._presence(sorted(labels))]
+            if copies < len(PLACES):
+                asked.append(self._place(other, places[copies], labels))
+            picture = self._scene(f"{self.split}-scene-{number}", filled)
+            yield Conversation(f"scene-{number}", (picture,), self._shuffled(asked))
+
+    def about_pairs(self, count: int, beside: Tensor) -> Iterator[Conversation]:
+        """A picture, and one of `beside`: whether they show the same thing, and whether in the same style.
+
+        The same thing comes in both styles, so that only what is shown tells; of what has one picture alone, that
+        picture is shown twice.
+        """
+        labels, styles = self.emoji.labels, self.emoji.styles
+        for number in range(count):
+            i = self._one_of(self.shown)
+            same_thing, same_style = bool(number % 2), bool(number // 2 % 2)
+            fits = (labels[beside] == labels[i]) == same_thing
+            fits &= (styles[beside] == styles[i]) == same_style
+            near = fits & (self.emoji.kinds[beside] == self.emoji.kinds[i])
+            other = beside[near if near.any() and self._coin() else fits]
+            if not len(other):
+                continue
+            both = [i, self._one_of(other)]
+            if self._coin():
+                both.reverse()
+            asked = [
+                Asked("same", "Do both pictures show the same thing?", "yes" if same_thing else "no"),
+                Asked("alike", "Are both pictures drawn in the same style?", "yes" if same_style else "no")]
+            yield Conversation(f"pair-{number}", tuple(self._single(one) for one in both), self._shuffled(asked))
+
+    def _presence(self, there: list[int]) -> Asked:
+        """Whether a thing is there, as often one of `there` as not; half of those that are not are of its kind."""
+        label = there[self._below(len(there))]
+        if self._coin():
+            return Asked("presence", f"Is there {self.named[label]}?", "yes")
+        return Asked("presence", f"Is there {self.named[self._absent(label, set(there))]}?", "no")
+
+    def _place(self, i: int, place: int, there: set[int]) -> Asked:
+        """Where a thing is, as often one that is nowhere."""
+        if self._coin():
+            return Asked("place", f"Where is {self._name(i)}?", PLACES[place])
+        name = self.named[self._absent(int(self.emoji.labels[i]), there)]
+        return Asked("place", f"Where is {name}?", "there is none")
+
+    def _absent(self, label: int, there: set[int]) -> int:
+        """Another thing than those that are there, half of the time of the kind of `label` where one is."""
+        shown = self.emoji.labels[self.shown]
+        kinds = self.emoji.kinds[self.shown]
+        absent = torch.tensor([int(one) not in there for one in shown])
+        near = absent & (kinds == kinds[shown == label][0])
+        return int(shown[self._one_of((near if near.any() and self._coin() else absent).nonzero()[:, 0])])
+
+    def _two_things(self) -> tuple[int, int]:
+        """Two pictures of different things."""
+        first = self._one_of(self.shown)
+        labels = self.emoji.labels
+        return first, self._one_of(self.shown[labels[self.shown] != labels[first]])
+
+    def _name(self, i: int) -> str:
+        return self.named[int(self.emoji.labels[i])]
+
+    def _single(self, i: int) -> Path:
+        path = self.folder / f"{STYLES[self.emoji.styles[i]]}-{int(self.emoji.labels[i])}.png"
+        if not path.exists():
+            to_picture(self.emoji.pictures[i]).save(path)
+        return path
+
+    def _scene(self, name: str, filled: dict[int, int]) -> Path:
+        size = self.emoji.size
+        scene = Picture.new("RGB", (2 * size, 2 * size), "white")
+        for place, i in filled.items():
+            scene.paste(to_picture(self.emoji.pictures[i]), (place % 2 * size, place // 2 * size))
+        path = self.folder / f"{name}.png"
+        scene.save(path)
+        return path
+
+    def _shuffled(self, asked: list[Asked]) -> list[Asked]:
+        return [asked[i] for i in self._order(len(asked))]
+
+    def _order(self, count: int) -> list[int]:
+        return torch.randperm(count, generator=self.generator).tolist()
+
+    def _one_of(self, numbers: Tensor) -> int:
+        return int(numbers[self._below(len(numbers))])
+
+    def _coin(self) -> bool:
+        return bool(self._below(2))
+
+    def _below(self, count: int) -> int:
+        return int(torch.randint(count, (), generator=self.generator))
+
+
+def write(settings: QuestionSettings) -> Path:
+    """Write pictures, questions and the mixture; the directory appears whole or not at all. Return it.
+
+    Raises:
+        ValueError: settings that do not fit.
+    """
+    check("picture_questions", settings)
+    emoji = Emoji("all", SHIPPED, LIVELY if settings.lively else CATEGORIES)
+    held = held_out_pairs(emoji.names)[emoji.styles, emoji.labels]
+    generator = torch.Generator().manual_seed(settings.seed)
+    every = torch.arange(len(held))
+    splits = {"train": (~held, ~held, settings.scenes, settings.pairs),  # shown, shown beside, scenes, pairs
+              "held-out": (held, held | ~held, -(-settings.scenes // 10), -(-settings.pairs // 10))}
+    with replacing(settings.out, weights=False) as fresh:
+        (fresh / "pictures").mkdir()
+        for split, (shown, beside, scenes, pairs) in splits.items():
+            questions = Questions(emoji, every[shown], fresh / "pictures", split, generator)
+            parts = questions.about_one(), questions.about_scenes(scenes), questions.about_pairs(pairs, every[beside])
+            said = list(tqdm(chain(*parts), desc=split, unit="conversation"))
+            rows = ",\n".join(json.dumps(one.row(), ensure_ascii=False) for one in said)
+            (fresh / f"{split}.json").write_text(f"[\n{rows}\n]\n", encoding="utf-8")
+            asked = Counter(one.kind for conversation in said for one in conversation.asked)
+            print(f"{split}: {len(said):,} conversations; "
+                  + ", ".join(f"{asked[kind]:,} {kind}" for kind in KINDS))
+            if split == "train":
+                (fresh / "mix.yaml").write_text(MIXTURE.format(count=len(said)))
+        shutil.copytree(SHIPPED / "licences", fresh / "licences")
+    print(f"look at them: transfusion data check {settings.out / 'mix.yaml'}")
+    return settings.out
+
+
+def main() -> None:
+    """Entry point of `python -m transfusion.recipes.picture_questions`."""
+    with plain_errors():
+        write(tyro.cli(QuestionSettings, prog="python -m transfusion.recipes.picture_questions"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The command `transfusion serve`."""
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from transfusion.data.chat import TEMPLATES
+from transfusion.model.loading import load_model
+from transfusion.serve.engine import Engine
+from transfusion.serve.request import Limits
+from transfusion.settings import Count, OneOf, check
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Serve a model over HTTP with OpenAI's interface; Ctrl-C finishes what runs and ends."""
+
+    model: Path
+    """directory of a checkpoint"""
+    host: str = "127.0.0.1"
+    """address to listen on: this machine alone; 0.0.0.0 for all, and then set --api-key"""
+    port: Count = 8000
+    """port to listen on"""
+    name: str | None = None
+    """what clients call the model; by default the directory's name"""
+    api_key: str | None = None
+    """what clients must send as their key; none is asked for by default"""
+    template: Annotated[str, OneOf(("none", *TEMPLATES))] = "none"
+    """how messages become a prompt: none, their texts and pictures in order, or the template of training"""
+    allow_remote: bool = False
+    """also fetch pictures by http(s) URLs, from public addresses"""
+    max_megabytes: Count = 32
+    """of a request, and of a picture that is fetched"""
+    rows: Count = 16
+    """requests that run at once"""
+    queue: Count = 64
+    """requests that wait at most; more are answered 429"""
+    device: str = "auto"
+    """cpu, cuda, or auto: the accelerator if there is one"""
+    limits: Limits = Limits()
+
+    def __post_init__(self):
+        check("serve", self)
+
+
+def serve(settings: ServeSettings) -> None:
+    """Run `transfusion serve`."""
+    try:
+        import uvicorn
+
+        from transfusion.serve.server import make_app
+    except ImportError as error:
+        raise ValueError(f"serve: {error.name} is not installed; pip install 'tfkernels[serve]' fits") from None
+    engine = Engine(load_model(settings.model, settings.device), settings.rows, settings.queue, limits=settings.limits)
+    app = make_app(engine, settings.name or settings.model.resolve().name, template=settings.template,
+                   api_key=settings.api_key, allow_remote=settings.allow_remote, max_megabytes=settings.max_megabytes)
+    server = uvicorn.Server(uvicorn.Config(app, host=settings.host, port=settings.port, log_level="warning"))
+    print(f"serving {settings.model} at http://{settings.host}:{settings.port}/v1 (Ctrl-C ends)", flush=True)
+    try:
+        server.run()
+    except KeyboardInterrupt:  # uvicorn repeats the signal after it has shut down
+        print("stopped; what ran is finished", flush=True)
+    finally:
+        engine.close()

@@ -1,0 +1,95 @@
+"""Pictures on the wire: bytes of a file or a data: URL to the model's images, and images back to PNG."""
+import base64
+import binascii
+import io
+
+from PIL import Image as Picture
+
+from transfusion.data.picture_files import UNREADABLE, fit_picture, open_picture, to_picture
+from transfusion.sequence import Image
+from transfusion.serve.engine import Engine
+from transfusion.serve.remote import fetch
+
+MAX_PIXELS = 2**26  # of an uploaded picture: more than cameras make, and 200 MB decoded
+
+
+class PictureReader:
+    """Reads and writes pictures for a model, whose autoencoder, if it has one, runs on the engine's thread."""
+
+    def __init__(self, engine: Engine, remote_bytes: int | None = None):
+        model = engine.model
+        self.engine, self.vae, self.remote_bytes = engine, model.vae, remote_bytes
+        self.channels, self.factor = (model.config.image_channels, 1) if self.vae is None else (
+            self.vae.picture_channels, self.vae.factor)
+        self.size = tuple(side * self.factor for side in model.config.image_size)
+        if self.channels not in (1, 3):
+            raise ValueError(f"serve: the model's images have {self.channels} channels and no VAE; models of 1 (grey) "
+                             "or 3 (colour), or with a VAE, fit")
+
+    def read_url(self, url: str) -> Image:
+        """The picture of a data: URL or, where remote ones are allowed, of an http(s) URL.
+
+        Raises:
+            ValueError: another URL, or no picture.
+        """
+        if not isinstance(url, str) or not url.startswith("data:"):
+            if self.remote_bytes is None:
+                raise ValueError(f"image_url: url is {str(url)[:40]!r}; a data: URL fits, such as "
+                                 "data:image/png;base64,...; start the server with --allow-remote for others")
+            return self.read(fetch(url, self.remote_bytes))
+        head, _, data = url.partition(",")
+        if not head.endswith(";base64"):
+            raise ValueError(f"image_url: url begins with {head[:40]!r}; data:image/png;base64, fits")
+        try:
+            return self.read(base64.b64decode(data, validate=True))
+        except binascii.Error as error:
+            raise ValueError(f"image_url: url is not base64 ({error}); data:image/png;base64, and what base64 makes "
+                             "of the file fit") from None
+
+    def read(self, data: bytes) -> Image:
+        """The picture of a file's bytes, cropped and resized as in training; too large a one is not decoded.
+
+        Raises:
+            ValueError: no picture.
+        """
+        try:
+            with Picture.open(io.BytesIO(data)) as picture:
+                width, height = picture.size
+        except UNREADABLE as error:
+            raise ValueError(f"image: {len(data)} bytes are no picture that can be read ({type(error).__name__}); PNG, "
+                             "JPEG and WebP fit") from None
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"image: a picture is {width}x{height}; at most {MAX_PIXELS} pixels fit; make it smaller")
+        pixels = fit_picture(open_picture(io.BytesIO(data), "image"), self.size, self.channels)
+        if self.vae is None:
+            return Image(pixels)
+        return Image(self.engine.call(lambda: self.vae.encode(pixels[None])[0]).result())
+
+    def png(self, image: Image) -> str:
+        """An image as base64 of a PNG file; not on the engine's thread."""
+        pixels = image.latent
+        if self.vae is not None:
+            pixels = self.engine.call(lambda: self.vae.decode(image.latent[None])[0]).result()
+        file = io.BytesIO()
+        to_picture(pixels).save(file, "PNG")
+        return base64.b64encode(file.getvalue()).decode()
+
+    def url(self, image: Image) -> str:
+        """An image as a data: URL."""
+        return f"data:image/png;base64,{self.png(image)}"
+
+    def image_size(self, size: str | None) -> tuple[int, int] | None:
+        """Height and width in the model's latents of a size "WIDTHxHEIGHT" in pixels; None for the model's own.
+
+        Raises:
+            ValueError: another form, or sides that the autoencoder does not make.
+        """
+        if size in (None, "auto"):
+            return None
+        sides = size.split("x")
+        if len(sides) != 2 or not all(side.isascii() and side.isdigit() and len(side) < 6 for side in sides):
+            raise ValueError(f"size is {size!r}; WIDTHxHEIGHT fits, such as {self.size[1]}x{self.size[0]}, or auto")
+        width, height = map(int, sides)
+        if width % self.factor or height % self.factor:
+            raise ValueError(f"size is {size!r}; multiples of {self.factor} fit, the autoencoder's factor")
+        return height // self.factor, width // self.factor

@@ -1,0 +1,364 @@
+"""An HTTP server with OpenAI's interface in front of an engine.
+
+    GET  /v1/models                the one model there is
+    POST /v1/chat/completions      text and pictures in and out, whole or as server-sent events; previews where asked
+    POST /v1/completions           text alone
+    POST /v1/images/generations    a picture for a prompt
+    POST /v1/images/edits          a picture for pictures and an instruction (multipart)
+    GET  /health, /metrics         whether it runs; numbers for Prometheus
+
+A client that leaves frees its place. Errors have OpenAI's shape: 400 a request that does not fit, 401 a wrong key, 413
+too many bytes, 429 too many requests wait, 500 and 503 the server's own.
+"""
+import asyncio
+import hmac
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from transfusion.generate.generation import Drawn, Preview, Written
+from transfusion.sequence import Image, Part, Text
+from transfusion.serve.engine import Closed, Engine, QueueFull
+from transfusion.serve.pictures import PictureReader
+from transfusion.serve.request import Failed, Finished
+from transfusion.serve.request import Request as Asked
+from transfusion.serve.wire import ApiError, Body, ChatBody, CompletionBody, ImageBody, prompt_of, refused
+
+MEGABYTE = 2**20
+COUNTERS = ("submitted", "finished", "failed", "cancelled", "refused", "passes", "rows_in_passes", "written_tokens",
+            "drawn_images", "denoising_steps")
+
+
+class Answers:
+    """The n answers to one HTTP request: their tickets, and their events as they come."""
+
+    def __init__(self, engine: Engine):
+        self.engine, self.tickets = engine, []
+        self.loop, self.queue = asyncio.get_running_loop(), asyncio.Queue()
+
+    async def submit(self, asked: list[Asked]) -> None:
+        """Hand requests to the engine; all of them, or none.
+
+        Raises:
+            ApiError: one was refused.
+        """
+        try:
+            for number, one in enumerate(asked):
+                self.tickets.append(await run_in_threadpool(self.engine.submit, one, partial(self._tell, number)))
+        except BaseException:
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        """Leave all that are not done."""
+        for ticket in self.tickets:
+            ticket.cancel()
+
+    async def events(self, request: Request) -> AsyncIterator[tuple]:
+        """(number of the answer, event) until all are done; a client that leaves cancels them.
+
+        Raises:
+            ApiError: one of them failed.
+        """
+        watch, left = asyncio.create_task(self._watch(request)), len(self.tickets)
+        try:
+            while left:
+                number, event = await self.queue.get()
+                if isinstance(event, Failed):
+                    raise as_api_error(event.error)
+                left -= isinstance(event, Finished)
+                yield number, event
+        finally:
+            watch.cancel()
+            self.cancel()
+
+    async def finished(self, request: Request) -> list[Finished]:
+        """Wait for all, in their order."""
+        found = {number: event async for number, event in self.events(request) if isinstance(event, Finished)}
+        return [found[number] for number in range(len(self.tickets))]
+
+    def _tell(self, number: int, event) -> None:
+        self.loop.call_soon_threadsafe(self.queue.put_nowait, (number, event))
+
+    async def _watch(self, request: Request) -> None:
+        while not await request.is_disconnected():
+            await asyncio.sleep(0.1)
+        self.cancel()
+
+
+class Api:
+    """What each address does."""
+
+    def __init__(self, engine: Engine, pictures: PictureReader, name: str, template: str):
+        self.engine, self.pictures, self.name, self.template = engine, pictures, name, template
+        self.created = int(time.time())
+
+    async def models(self) -> dict:
+        """The model there is."""
+        return {"object": "list", "data": [{"id": self.name, "object": "model", "created": self.created,
+                                            "owned_by": "transfusion"}]}
+
+    async def health(self) -> JSONResponse:
+        """Whether requests are run."""
+        alive = self.engine.alive
+        return JSONResponse({"status": "ok" if alive else "ended"}, 200 if alive else 503)
+
+    async def metrics(self) -> PlainTextResponse:
+        """The engine's numbers as Prometheus reads them."""
+        lines = []
+        for name, value in self.engine.stats().items():
+            is_counter = name in COUNTERS
+            full = f"transfusion_{name}{'_total' if is_counter else ''}"
+            lines += [f"# TYPE {full} {'counter' if is_counter else 'gauge'}", f"{full} {value}"]
+        return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+    async def chat(self, body: ChatBody, request: Request) -> Response:
+        """/v1/chat/completions."""
+        self._check_model(body)
+        parts = await run_in_threadpool(prompt_of, body.messages, self.pictures, self.template)
+        kinds = body.modalities or ["text", "image"]
+        more = {} if "image" in kinds else {"max_images": 0}
+        more |= {} if "text" in kinds else {"max_new_tokens": 0, "max_images": 1}
+        answers = await self._start([(parts, body.sampling(self.pictures, number, **more))
+                                     for number in range(body.n)], draw="text" not in kinds)
+        head = self._head("chatcmpl", body)
+        if body.stream:
+            wants_usage = bool((body.stream_options or {}).get("include_usage"))
+            return await self._streamed(answers, self._chat_chunks(head, answers, request, wants_usage))
+        done = await answers.finished(request)
+        choices = [{"index": number, "finish_reason": one.reason, "logprobs": None,
+                    "message": {"role": "assistant", "content": await self._content(one.parts)}}
+                   for number, one in enumerate(done)]
+        return JSONResponse({**head, "object": "chat.completion", "choices": choices, "usage": _usage(done)})
+
+    async def complete(self, body: CompletionBody, request: Request) -> Response:
+        """/v1/completions."""
+        self._check_model(body)
+        prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+        if not 1 <= len(prompts) * body.n <= 64:
+            raise ApiError(400, f"prompt is {len(prompts)} texts and n {body.n}; 1 to 64 answers fit", "prompt")
+        answers = await self._start([([Text(prompt)], body.sampling(self.pictures, number, max_images=0))
+                                     for prompt in prompts for number in range(body.n)])
+        head = {**self._head("cmpl", body), "object": "text_completion"}
+        if body.stream:
+            return await self._streamed(answers, self._text_chunks(head, answers, request))
+        done = await answers.finished(request)
+        choices = [{"index": number, "text": _text(one.parts), "finish_reason": one.reason, "logprobs": None}
+                   for number, one in enumerate(done)]
+        return JSONResponse({**head, "choices": choices, "usage": _usage(done)})
+
+    async def draw(self, body: ImageBody, request: Request) -> dict:
+        """/v1/images/generations."""
+        self._check_model(body)
+        if not body.prompt.strip():
+            raise ApiError(400, "prompt is empty; some text fits, such as 'a handwritten seven'", "prompt")
+        return await self._drawn(body, [Text(body.prompt)], request)
+
+    async def edit(self, request: Request) -> dict:
+        """/v1/images/edits: a multipart form with one picture or several and the fields of a generation."""
+        async with request.form() as form:
+            files = [value for name, value in form.multi_items()
+                     if name in ("image", "image[]") and isinstance(value, UploadFile)]
+            fields = {name: value for name, value in form.items() if isinstance(value, str)}
+            if isinstance(fields.get("extra_body"), str):
+                fields["extra_body"] = _json("extra_body", fields["extra_body"])
+            body = ImageBody(**fields)
+            self._check_model(body)
+            if not files:
+                raise ApiError(400, "image is missing; a picture file fits", "image")
+            images = [await run_in_threadpool(self.pictures.read, await file.read()) for file in files]
+        given = [*images, *([Text(body.prompt)] if body.prompt.strip() else [])]
+        return await self._drawn(body, given, request)
+
+    async def _drawn(self, body: ImageBody, parts: list[Part], request: Request) -> dict:
+        if body.stream:
+            raise ApiError(400, "stream is True; False fits here; /v1/chat/completions streams pictures", "stream")
+        answers = await self._start([(parts, body.sampling(self.pictures, number, max_new_tokens=0, max_images=1))
+                                     for number in range(body.n)], draw=True)
+        images = [next(part for part in one.parts if isinstance(part, Image))
+                  for one in await answers.finished(request)]
+        write = self.pictures.png if body.response_format == "b64_json" else self.pictures.url
+        return {"created": int(time.time()), "seed": body.start_seed(),
+                "data": [{body.response_format: await run_in_threadpool(write, image)} for image in images]}
+
+    async def _start(self, asked: list[tuple], draw: bool = False) -> Answers:
+        answers = Answers(self.engine)
+        await answers.submit([Asked(parts, sampling, draw) for parts, sampling in asked])
+        return answers
+
+    async def _streamed(self, answers: Answers, chunks: AsyncIterator[dict]) -> StreamingResponse:
+        async def lines():
+            try:
+                async for chunk in chunks:
+                    yield f"data: {json.dumps(chunk)}\n\n"
+            except ApiError as error:  # the status is sent already
+                yield f"data: {json.dumps(error.body())}\n\n"
+            finally:  # also of a client that left before the first event
+                answers.cancel()
+            yield "data: [DONE]\n\n"
+
+        return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    async def _chat_chunks(self, head: dict, answers: Answers, request: Request, wants_usage: bool):
+        head, done = {**head, "object": "chat.completion.chunk"}, []
+
+        def chunk(number: int, delta: dict, reason: str | None = None) -> dict:
+            return {**head, "choices": [{"index": number, "delta": delta, "finish_reason": reason}]}
+
+        for number in range(len(answers.tickets)):
+            yield chunk(number, {"role": "assistant", "content": ""})
+        async for number, event in answers.events(request):
+            if isinstance(event, Written):
+                yield chunk(number, {"content": event.text})
+            elif isinstance(event, Drawn):
+                yield chunk(number, {"content": await self._content([event.image])})
+            elif isinstance(event, Preview):
+                url = await run_in_threadpool(self.pictures.url, event.image)
+                yield chunk(number, {"preview": {"url": url, "step": event.step, "steps": event.steps}})
+            else:
+                done.append(event)
+                yield chunk(number, {}, event.reason)
+        if wants_usage:
+            yield {**head, "choices": [], "usage": _usage(done)}
+
+    async def _text_chunks(self, head: dict, answers: Answers, request: Request):
+        async for number, event in answers.events(request):
+            text, reason = (event.text, None) if isinstance(event, Written) else ("", event.reason)
+            yield {**head, "choices": [{"index": number, "text": text, "finish_reason": reason, "logprobs": None}]}
+
+    async def _content(self, parts: list[Part]) -> str | list[dict]:
+        """Parts as a message's content: a text alone as such, anything else as a list."""
+        if all(isinstance(part, Text) for part in parts):
+            return _text(parts)
+        return [{"type": "text", "text": part.text} if isinstance(part, Text) else
+                {"type": "image_url", "image_url": {"url": await run_in_threadpool(self.pictures.url, part)}}
+                for part in parts]
+
+    def _head(self, kind: str, body: Body) -> dict:
+        return {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name,
+                "seed": body.start_seed()}
+
+    def _check_model(self, body: Body) -> None:
+        if body.model not in (None, "", self.name):
+            raise ApiError(404, f"model is {body.model!r}; {self.name!r} fits", "model")
+
+
+class Guard:
+    """In front of everything: the key, and how many bytes a request may have."""
+
+    def __init__(self, app, api_key: str | None, max_bytes: int):
+        self.app, self.api_key, self.max_bytes = app, api_key, max_bytes
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        try:
+            self._check_key(scope)
+            body = await self._read(receive)
+        except ApiError as error:
+            return await _response(error)(scope, receive, send)
+        if body is None:  # the client left
+            return None
+        given = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def again():
+            return given.pop() if given else await receive()
+
+        return await self.app(scope, again, send)
+
+    def _check_key(self, scope) -> None:
+        if self.api_key is None or scope["path"] == "/health":
+            return
+        said = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        if not hmac.compare_digest(said, f"Bearer {self.api_key}".encode()):
+            raise ApiError(401, "the key is missing or wrong; Authorization: Bearer and the server's --api-key fit")
+
+    async def _read(self, receive) -> bytes | None:
+        body, more = bytearray(), True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > self.max_bytes:
+                raise ApiError(413, f"the request has more than {self.max_bytes} bytes; a smaller one fits")
+        return bytes(body)
+
+
+def make_app(engine: Engine, name: str, *, template: str = "none", api_key: str | None = None,
+             allow_remote: bool = False, max_megabytes: int = 32) -> FastAPI:
+    """The server's application around an engine, which it closes when it ends: what runs is finished."""
+    max_bytes = max_megabytes * MEGABYTE
+    api = Api(engine, PictureReader(engine, max_bytes if allow_remote else None), name, template)
+
+    @asynccontextmanager
+    async def lifespan(app):
+        yield
+        await run_in_threadpool(engine.close)
+
+    app = FastAPI(title="transfusion", lifespan=lifespan)
+    app.add_middleware(Guard, api_key=api_key, max_bytes=max_bytes)
+    for path, function in (("/v1/models", api.models), ("/health", api.health), ("/metrics", api.metrics)):
+        app.add_api_route(path, function, methods=["GET"], response_model=None)
+    for path, function in (("chat/completions", api.chat), ("completions", api.complete),
+                           ("images/generations", api.draw), ("images/edits", api.edit)):
+        app.add_api_route(f"/v1/{path}", function, methods=["POST"], response_model=None)
+    for kind in (ApiError, ValidationError, RequestValidationError, ValueError, QueueFull, Closed, HTTPException,
+                 Exception):
+        app.add_exception_handler(kind, _handle)
+    return app
+
+
+async def _handle(request: Request, error: Exception) -> JSONResponse:
+    return _response(as_api_error(error))
+
+
+def _response(error: ApiError) -> JSONResponse:
+    headers = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}
+    return JSONResponse(error.body(), error.status, headers.get(error.status))
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """Any error as one with a status; the server's own errors say no more than their kind."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, (ValidationError, RequestValidationError)):
+        first = error.errors()[0]
+        field = ".".join(str(step) for step in first["loc"] if step != "body")
+        return ApiError(400, f"{field or 'the body'}: {first['msg']}", field or None)
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, str(error.detail))
+    for kind, status in ((QueueFull, 429), (Closed, 503)):
+        if isinstance(error, kind):
+            return ApiError(status, str(error))
+    if isinstance(error, ValueError):
+        return refused(error)
+    return ApiError(500, f"the request failed ({type(error).__name__})")
+
+
+def _json(name: str, text: str) -> dict:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ApiError(400, f"{name} is not JSON ({error})", name) from None
+
+
+def _text(parts: list[Part]) -> str:
+    return "".join(part.text for part in parts)
+
+
+def _usage(done: list[Finished]) -> dict:
+    prompt, written = (sum(getattr(one, name) for one in done) for name in ("prompt_tokens", "written_tokens"))
+    return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}

@@ -1,0 +1,185 @@
+"""OpenAI's wire format: request bodies, their fields as `Sampling`, messages as parts, and errors.
+
+What OpenAI has no field for stands beside its fields or in "extra_body", where curl's users copy it from the client's
+examples: num_inference_steps, guidance_scale, image_guidance_scale, sampler, seed, size, max_images, previews.
+"""
+import re
+import secrets
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from transfusion.data.chat import ChatSettings, question_parts
+from transfusion.data.sources.record import PictureRef, Record, Turn
+from transfusion.diffusion.guidance import Guidance
+from transfusion.generate.sampling import Sampling
+from transfusion.sequence import Image, Part, Text
+from transfusion.serve.pictures import PictureReader
+
+WIRE_NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale", "text": "guidance_scale",
+              "image": "image_guidance_scale", "image_size": "size", "max_new_tokens": "max_tokens"}
+UNKNOWN_HERE = ("tools", "functions", "logprobs", "top_logprobs", "logit_bias", "frequency_penalty", "presence_penalty",
+                "response_format", "audio", "mask", "background", "best_of", "echo", "suffix")
+
+
+class ApiError(Exception):
+    """An error with its HTTP status and, where one is at fault, the name of the field."""
+
+    def __init__(self, status: int, message: str, param: str | None = None):
+        super().__init__(message)
+        self.status, self.param = status, param
+
+    def body(self) -> dict:
+        """The error as OpenAI writes it."""
+        kinds = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+        kind = kinds.get(self.status, "invalid_request_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": None}}
+
+
+def refused(error: ValueError) -> ApiError:
+    """A ValueError of the project, "<op>: <argument> is ...", as an error 400 that names the wire's field."""
+    found = re.match(r"(?:\w+: )?(\w+)(?:\[\d+\])? is ", str(error))
+    return ApiError(400, str(error), WIRE_NAMES.get(found[1], found[1]) if found else None)
+
+
+class Body(BaseModel):
+    """What all requests may say."""
+
+    model_config = ConfigDict(extra="allow")
+    model: str | None = None
+    n: int = Field(1, ge=1, le=16)
+    seed: int | None = None
+    stream: bool = False
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    image_guidance_scale: float | None = None
+    sampler: str | None = None
+    size: str | None = None
+    previews: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _merged(cls, given: Any) -> Any:
+        """Fields of "extra_body" count as fields, null as left out; what is not served and matters is refused."""
+        if not isinstance(given, dict):
+            return given
+        inner = given.get("extra_body")
+        merged = {**given, **(inner if isinstance(inner, dict) else {})}
+        given = {name: value for name, value in merged.items() if name != "extra_body" and value is not None}
+        for name in UNKNOWN_HERE:
+            if given.get(name) and not (name == "response_format" and given[name] in cls.formats()):
+                raise ApiError(400, f"{name} is not served; leave it out", name)
+        return given
+
+    @classmethod
+    def formats(cls) -> tuple:
+        """What response_format may be."""
+        return ({"type": "text"},)
+
+    def sampling(self, pictures: PictureReader, number: int, **more) -> Sampling:
+        """The options of the answer `number` of n, whose seed is `number` after the request's."""
+        guidance = Guidance() if self.guidance_scale is None else Guidance(self.guidance_scale)
+        if self.image_guidance_scale is not None:
+            guidance = Guidance(guidance.text, self.image_guidance_scale)
+        named = {"steps": self.num_inference_steps, "sampler": self.sampler,
+                 "image_size": pictures.image_size(self.size)} | more
+        return Sampling(seed=self.start_seed() + number, guidance=guidance, previews=self.previews,
+                        **{name: value for name, value in named.items() if value is not None})
+
+    def start_seed(self) -> int:
+        """The seed that was given, or one by chance, which the answer names."""
+        if self.seed is None:
+            self.seed = secrets.randbelow(2**31)
+        return self.seed
+
+
+class TextBody(Body):
+    """What requests for text say."""
+
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop: str | list[str] | None = None
+    max_images: int | None = None
+    stream_options: dict | None = None
+
+    def sampling(self, pictures: PictureReader, number: int, **more) -> Sampling:
+        """As `Body.sampling`."""
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop) if self.stop else None
+        given = {"max_new_tokens": self.max_completion_tokens if self.max_tokens is None else self.max_tokens,
+                 "temperature": self.temperature, "top_p": self.top_p, "min_p": self.min_p, "stop": stop,
+                 "max_images": self.max_images}
+        return super().sampling(pictures, number, **given | more)
+
+
+class ChatBody(TextBody):
+    """/v1/chat/completions. `modalities` of text alone never draws, of image alone draws at once."""
+
+    messages: list[dict] = Field(min_length=1)
+    modalities: list[Literal["text", "image"]] | None = None
+
+
+class CompletionBody(TextBody):
+    """/v1/completions."""
+
+    prompt: str | list[str]
+
+
+class ImageBody(Body):
+    """/v1/images/generations and, with pictures, /v1/images/edits."""
+
+    prompt: str = ""
+    response_format: Literal["b64_json", "url"] = "b64_json"
+
+    @classmethod
+    def formats(cls) -> tuple:
+        """As `Body.formats`."""
+        return "b64_json", "url"
+
+
+def prompt_of(messages: list[dict], pictures: PictureReader, template: str) -> list[Part]:
+    """Messages as the parts to go on from.
+
+    With the template "none" these are the parts of all messages in order; other templates are those of training.
+
+    Raises:
+        ApiError: a message of another shape, named.
+        ValueError: a picture that cannot be read, or turns that the template refuses.
+    """
+    images: dict[str, Image] = {}
+    turns = tuple(Turn(_role(message, at), tuple(_content(message, at, pictures, images)))
+                  for at, message in enumerate(messages))
+    if template == "none":
+        given = [part for turn in turns for part in turn.parts if part != ""]
+        return [Text(part) if isinstance(part, str) else images[part.name] for part in given]
+    with pictures.engine.tokenizing:
+        parts = question_parts(Record("messages", turns=turns), pictures.engine.model.tokenizer,
+                               ChatSettings(template=template))
+    return [images[part.name] if isinstance(part, PictureRef) else part for part in parts]
+
+
+def _role(message: dict, at: int) -> str:
+    role = message.get("role")
+    if role not in ("system", "developer", "user", "assistant"):
+        raise ApiError(400, f"messages[{at}].role is {role!r}; system, user and assistant fit", "messages")
+    return "system" if role == "developer" else role
+
+
+def _content(message: dict, at: int, pictures: PictureReader, images: dict[str, Image]) -> Iterator[str | PictureRef]:
+    """The texts and pictures of a message; pictures are read into `images` by their names."""
+    content = message.get("content")
+    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    for number, part in enumerate(content if isinstance(content, list) else [None]):
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind == "text" and isinstance(part.get("text"), str):
+            yield part["text"]
+        elif kind == "image_url":
+            given, name = part.get("image_url"), f"messages[{at}].content[{number}]"
+            images[name] = pictures.read_url(given.get("url") if isinstance(given, dict) else given)
+            yield PictureRef(b"", loss=False, name=name)
+        else:
+            raise ApiError(400, f"messages[{at}].content[{number}] is of type {kind!r}; text with a \"text\" and "
+                           "image_url with {\"url\": \"data:...\"} fit", "messages")
