@@ -15,6 +15,7 @@ import argparse
 import collections
 import datetime
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -114,7 +115,7 @@ def folder_of(version: str) -> Path | None:
 
 def version_in(folder: Path) -> str:
     """The version of the Triton in a folder."""
-    return next(folder.glob("triton-*.dist-info")).name.removeprefix("triton-").removesuffix(".dist-info")
+    return re.search(r"__version__ = ['\"](.+)['\"]", (folder / "triton" / "__init__.py").read_text())[1]
 
 
 def page(configurations: list[Configuration], commit: str) -> str:

@@ -18,7 +18,7 @@ def configuration(tmp_path, monkeypatch):
     monkeypatch.setattr(emulate, "BUILD", tmp_path)
     folder = tmp_path / "triton" / "3.7.1"
     (folder / "triton").mkdir(parents=True)
-    (folder / "triton-3.7.1.dist-info").mkdir()
+    (folder / "triton" / "__init__.py").write_text("\"\"\"Triton.\"\"\"\n__version__ = '3.7.1'\n")
     return emulate.Configuration("random-3", "float16", "sm_80", "3.7.1", folder)
 
 

@@ -77,13 +77,13 @@ VARIANTS += [Row(kernel, architecture, 2, 128, variant) for kernel in ("decode",
 VARIANTS += [Row(kernel, architecture, 2, 64, "sinks") for kernel in ("fwd", "decode", "wide")
              for architecture in ARCHITECTURES]
 VARIANTS += [Row("fwd", architecture, 2, dim, variant) for architecture in ARCHITECTURES
-             for dim, variant in ((128, "parts"), (128, "parts, check"), (256, "parts"))]
+             for dim, variant in ((64, "parts, check"), (128, "parts"), (256, "parts"))]
 RARE = [Row(kernel, architecture, size, dim, "check") for kernel in TRAINING for architecture in ARCHITECTURES
         for size, dim in ((2, 32), (4, 32), (4, 64), (4, 128), (4, 256))]
 RARE += [Row("fwd", architecture, size, dim, variant) for architecture in ARCHITECTURES
          for size, dim, variant in ((2, 32, "parts"), (2, 64, "parts"), (4, 32, "parts"), (4, 64, "parts"),
-                                    (4, 128, "parts"), (4, 256, "parts"), (2, 64, "parts, check"),
-                                    (2, 256, "parts, check"))]
+                                    (4, 128, "parts"), (4, 256, "parts"), (2, 32, "parts, check"),
+                                    (4, 32, "parts, check"), (4, 64, "parts, check"))]
 RARE += [Row(kernel, architecture, 4, dim, "tf32") for kernel in TRAINING for architecture in ARCHITECTURES
          for dim in HEAD_DIMS[4]]
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from PIL import Image as Picture
 from tqdm import tqdm
 
 from transfusion.eval.answers import Answers, identity
-from transfusion.eval.questions import Asker, Question
+from transfusion.eval.questions import Asker, Likelihood, Question
 from transfusion.eval.results import weights_hash
 from transfusion.eval.settings import AskingSettings, ModelSettings
 from transfusion.model.loading import load_model
@@ -85,15 +86,20 @@ class TransfusionModel(lmms):
             asked.append(Asked(text, *rest, _options(options, self.max_new_tokens)))
         return self._answered(asked, self._generated, same_options=True)
 
-    def loglikelihood(self, requests: list) -> list[tuple[float, bool]]:
-        """Weigh each request's continuation, and say whether it is the one that would be written greedily."""
+    def loglikelihood(self, requests: list) -> list[GenerationResult]:
+        """Weigh each request's continuation: its tokens' mean loss, and whether it would be written greedily.
+
+        lmms-eval takes the choice of the lowest loss, not of the highest probability, and makes a text of a tuple that
+        is in no `GenerationResult`.
+        """
         asked = []
         for request in requests:
             text, target, *rest = request.args
             _, number, task, split = rest
             answer = target(self.task_dict[task][split][number]) if callable(target) else target
-            asked.append(Asked(text, *rest, {"answer": answer}))
-        return [tuple(pair) for pair in self._answered(asked, self._weighed, same_options=False)]
+            asked.append(Asked(text, *rest, {"answer": answer.strip()}))  # the template has a space
+        return [GenerationResult((-log_probability / tokens, greedy)) for log_probability, greedy, tokens
+                in self._answered(asked, self._weighed, same_options=False)]
 
     def generate_until_multi_round(self, requests: list) -> list[str]:
         """Refuse: questions of several rounds are not asked."""
@@ -104,7 +110,7 @@ class TransfusionModel(lmms):
         options = batch[0].options
         return self.asker.answers([self._question(one) for one in batch], **{**options, "stop": tuple(options["stop"])})
 
-    def _weighed(self, batch: list[Asked]) -> list:
+    def _weighed(self, batch: list[Asked]) -> list[Likelihood]:
         return self.asker.likelihoods([self._question(one) for one in batch], [one.options["answer"] for one in batch])
 
     def _question(self, asked: Asked) -> Question:

@@ -3,8 +3,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import arg
-
 from transfusion.data.chat import TEMPLATES
 from transfusion.model.loading import load_model
 from transfusion.serve.engine import Engine
@@ -38,7 +36,7 @@ class ServeSettings:
     """requests that wait at most; more are answered 429"""
     device: str = "auto"
     """cpu, cuda, or auto: the accelerator if there is one"""
-    limits: Annotated[Limits, arg(name="")] = Limits()
+    limits: Limits = Limits()
 
     def __post_init__(self):
         check("serve", self)

@@ -135,7 +135,7 @@ class Api:
         head = self._head("chatcmpl", body)
         if body.stream:
             wants_usage = bool((body.stream_options or {}).get("include_usage"))
-            return await self._streamed(self._chat_chunks(head, answers, request, wants_usage))
+            return await self._streamed(answers, self._chat_chunks(head, answers, request, wants_usage))
         done = await answers.finished(request)
         choices = [{"index": number, "finish_reason": one.reason, "logprobs": None,
                     "message": {"role": "assistant", "content": await self._content(one.parts)}}
@@ -152,7 +152,7 @@ class Api:
                                      for prompt in prompts for number in range(body.n)])
         head = {**self._head("cmpl", body), "object": "text_completion"}
         if body.stream:
-            return await self._streamed(self._text_chunks(head, answers, request))
+            return await self._streamed(answers, self._text_chunks(head, answers, request))
         done = await answers.finished(request)
         choices = [{"index": number, "text": _text(one.parts), "finish_reason": one.reason, "logprobs": None}
                    for number, one in enumerate(done)]
@@ -197,13 +197,15 @@ class Api:
         await answers.submit([Asked(parts, sampling, draw) for parts, sampling in asked])
         return answers
 
-    async def _streamed(self, chunks: AsyncIterator[dict]) -> StreamingResponse:
+    async def _streamed(self, answers: Answers, chunks: AsyncIterator[dict]) -> StreamingResponse:
         async def lines():
             try:
                 async for chunk in chunks:
                     yield f"data: {json.dumps(chunk)}\n\n"
             except ApiError as error:  # the status is sent already
                 yield f"data: {json.dumps(error.body())}\n\n"
+            finally:  # also of a client that left before the first event
+                answers.cancel()
             yield "data: [DONE]\n\n"
 
         return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

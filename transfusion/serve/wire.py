@@ -61,11 +61,12 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _merged(cls, given: Any) -> Any:
-        """Fields of "extra_body" count as fields; what would change the result and is not served is refused."""
+        """Fields of "extra_body" count as fields, null as left out; what is not served and matters is refused."""
         if not isinstance(given, dict):
             return given
         inner = given.get("extra_body")
-        given = {k: v for k, v in {**given, **(inner if isinstance(inner, dict) else {})}.items() if k != "extra_body"}
+        merged = {**given, **(inner if isinstance(inner, dict) else {})}
+        given = {name: value for name, value in merged.items() if name != "extra_body" and value is not None}
         for name in UNKNOWN_HERE:
             if given.get(name) and not (name == "response_format" and given[name] in cls.formats()):
                 raise ApiError(400, f"{name} is not served; leave it out", name)

@@ -227,7 +227,34 @@ def test_requests_of_any_options_come_back_in_order_with_their_pictures_in_order
                                      (2, 3, ("\n\n",), {})]
 
 
-def test_log_likelihoods_are_those_of_the_asker(prepared):
+CHOICE = """include: {task}
+task: choice_local
+dataset_path: {data}
+dataset_kwargs: {{load_from_disk: true}}
+lmms_eval_specific_kwargs: null
+"""
+
+
+@pytest.mark.parametrize("right,accuracy", [(-1.0, 1.0), (-9.0, 0.0)])
+def test_of_given_answers_lmms_eval_takes_the_one_that_is_likeliest_by_its_tokens(prepared, tmp_path, monkeypatch,
+                                                                                 right, accuracy):
+    task = Path(import_module("lmms_eval").__path__[0]) / "tasks" / "seedbench" / "seedbench_ppl.yaml"
+    (tmp_path / "choice.yaml").write_text(CHOICE.format(task=task, data=prepared / "prepared" / "seedbench"))
+
+    def likelihoods(self, questions, answers):
+        truths = [TRUTHS["seedbench"][int(question.where.split()[-1])].lower() for question in questions]
+        return [lmms_model.Likelihood(3 * (right if answer == truth else -5.0), False, 3)
+                for truth, answer in zip(truths, answers)]
+
+    monkeypatch.setattr(Asker, "likelihoods", likelihoods)
+    manager = import_module("lmms_eval.tasks").TaskManager(include_path=str(tmp_path), include_defaults=False)
+    found = import_module("lmms_eval.evaluator").simple_evaluate(
+        lmms_model.TransfusionModel(str(prepared / "model"), batch_size=3, device="cpu"), tasks=["choice_local"],
+        task_manager=manager, bootstrap_iters=0)
+    assert found["results"]["choice_local"]["acc,none"] == accuracy
+
+
+def test_losses_of_given_answers_are_those_of_the_asker(prepared):
     model = a_model(prepared, batch_size=2)
     requests = [Request("which?", lambda doc: doc["choice"], lambda doc: doc["pictures"], i, "task", "test")
                 for i in range(3)]
@@ -235,8 +262,8 @@ def test_log_likelihoods_are_those_of_the_asker(prepared):
     asked = [lmms_model.Question("which?", tuple(model.task_dict["task"]["test"][i]["pictures"])) for i in range(3)]
     expected = [model.asker.likelihoods([question], [answer])[0]
                 for question, answer in zip(asked, ("one", "two", "seven"))]
-    for (log_probability, greedy), one in zip(found, expected):
-        assert log_probability == pytest.approx(one.log_probability, rel=1e-4) and greedy == one.greedy
+    for (loss, greedy), one in zip((result.text for result in found), expected):
+        assert loss == pytest.approx(-one.log_probability / one.tokens, rel=1e-4) and greedy == one.greedy
 
 
 @pytest.mark.parametrize("options,message", [

@@ -55,7 +55,7 @@ CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (100, 2, 128, "heavy"): Config(128, 32, 8, 3), (100, 2, 256, "heavy"): Config(64, 32, 8, 2, 255),
 }
 SPLIT_KEYS = 16 if INTERPRET else 512  # fewest keys worth a part of their own
-MAX_SPLIT_DIM = 256  # with parts wider heads would spill on sm_80
+MAX_SPLIT_DIM = {True: 256, False: 64}  # by rows_exact; wider heads in parts would spill on sm_80
 
 
 @triton.jit
@@ -356,7 +356,7 @@ def attention_forward(
     config = lookup(CONFIGS, q, max(dims["D"], dims["D_V"]), heavy=not rows_exact)
     programs = cdiv(sq, config.block_m) * batch * heads
     # Not where a gradient is asked for: what is trained is the same numbers on every device.
-    whole = any(x.requires_grad for x in (q, k, v)) or max(dims["D"], dims["D_V"]) > MAX_SPLIT_DIM
+    whole = any(x.requires_grad for x in (q, k, v)) or max(dims["D"], dims["D_V"]) > MAX_SPLIT_DIM[rows_exact]
     splits = 1 if whole else key_splits(programs, multiprocessors(q.device), k.shape[2], SPLIT_KEYS)
     parts, parts_lse = empty_parts(out, splits) if splits > 1 else (out, lse)
     bounds = lo if rows_exact else tile_bounds(since, until, config.block_n)

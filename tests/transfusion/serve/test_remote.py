@@ -1,0 +1,61 @@
+"""Pictures of other hosts: public addresses alone, also behind redirects, and no more bytes than fit."""
+import http.server
+import threading
+
+import pytest
+
+from transfusion.serve import remote
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """A server on this machine that counts as public under the name it is asked by."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            kind = self.path.strip("/")
+            self.send_response({"picture": 200, "large": 200, "gone": 404}.get(kind, 302))
+            targets = {"inside": "http://10.0.0.7/secret", "loop": "/loop", "once": "/picture",
+                       "file": "file:///etc/passwd"}
+            if kind in targets:
+                self.send_header("Location", targets[kind])
+            self.end_headers()
+            self.wfile.write({"picture": b"bytes", "large": b"x" * 101}.get(kind, b""))
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    checked = remote.is_public
+    monkeypatch.setattr(remote, "is_public", lambda address: address == "127.0.0.1" or checked(address))
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_file_is_fetched_also_behind_a_redirect(host):
+    assert remote.fetch(f"{host}/picture", 100) == remote.fetch(f"{host}/once", 100) == b"bytes"
+
+
+@pytest.mark.parametrize("path,message", [
+    ("inside", "10.0.0.7 is at 10.0.0.7, which is not public"), ("loop", "more than 3 redirects"),
+    ("file", "data:, http: and https: fit"), ("gone", "answers 404"), ("large", "more than 100 bytes")])
+def test_what_leads_inside_or_is_too_large_is_refused(host, path, message):
+    with pytest.raises(ValueError, match=message):
+        remote.fetch(f"{host}/{path}", 100)
+
+
+@pytest.mark.parametrize("url", [
+    "http://127.0.0.1/a", "http://localhost/a", "http://[::1]/a", "http://169.254.169.254/latest", "http://10.1.2.3/",
+    "http://[::ffff:10.0.0.1]/", "http://0.0.0.0/", "ftp://example.org/a", "http:///a", "nothing"])
+def test_no_address_that_is_not_public_is_connected_to(monkeypatch, url):
+    monkeypatch.setattr(remote.socket, "create_connection", lambda *_, **__: pytest.fail("connected"))
+    with pytest.raises(ValueError, match="image_url"):
+        remote.fetch(url, 100)
+
+
+def test_an_address_is_public_or_not():
+    assert remote.is_public("8.8.8.8") and remote.is_public("2606:4700::1111")
+    for inside in ("192.168.1.1", "fe80::1%eth0", "fd00::1", "224.0.0.1", "100.64.0.1", "::ffff:127.0.0.1"):
+        assert not remote.is_public(inside)
