@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 TRAIN = ["tyro>=1.0", "matplotlib>=3.8"]
 GGUF = ["gguf>=0.17", "accelerate>=1.0"]
 DATA = ["pyarrow>=15", "pyyaml>=6"]
+EVAL = ["lm-eval>=0.4.13", "openpyxl>=3.1"]  # and, without what it asks for: pip install --no-deps lmms-eval
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18"]
 DEMO = [*TRAIN, "scikit-learn>=1.4"]
 TESTS = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "hypothesis>=6.100", "transfusion-pytorch>=0.20",
@@ -31,6 +32,7 @@ setup(
         "demo": DEMO,
         "gguf": GGUF,
         "data": DATA,
+        "eval": [*DATA, *EVAL],
         "serve": SERVE,
         "log": ["tensorboard>=2.20", "wandb>=0.20"],
         "dev": [*DEMO, *GGUF, *DATA, *SERVE, *TESTS, "ruff>=0.8"],
@@ -38,7 +40,10 @@ setup(
         "xformers": ["xformers>=0.0.35"],
         "liger": ["liger-kernel>=0.8"],
     },
-    entry_points={"console_scripts": ["transfusion = transfusion.cli:main"]},
+    entry_points={
+        "console_scripts": ["transfusion = transfusion.cli:main"],
+        "lmms_eval.models": ["transfusion = transfusion.eval.lmms:manifests"],
+    },
     classifiers=[
         "License :: OSI Approved :: MIT License",
         "Programming Language :: Python :: 3",

@@ -10,8 +10,11 @@ timed, its output and gradients must pass the tests' accuracy rule against float
 """
 import importlib.util
 import math
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -27,6 +30,7 @@ from benchmarks.report import Report
 from benchmarks.timing import remark
 from tests.compare import assert_as_accurate
 from tfkernels import TransfusionMask, attention, attention_reference
+from tfkernels.attention.triton import backward, forward
 
 LENGTHS, HEAD_DIMS, HEADS, IMAGES = (
     (1024, 2048, 4096, 8192, 16384, 32768),
@@ -37,6 +41,7 @@ LENGTHS, HEAD_DIMS, HEADS, IMAGES = (
 OUR_FACTOR, PEER_FACTOR = 2.0, 4.0  # times PyTorch's own error; a peer need only have computed the same function
 CEILINGS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 REFERENCE_BYTES = 2**29
+UNCUT = "tfkernels, not cut into parts"
 
 
 CPU_DOCUMENT = 512  # tokens
@@ -144,6 +149,24 @@ def our_contender(make_mask, inputs, check) -> Contender:
     return peers.contender("tfkernels", inputs, check, attention, make_mask)
 
 
+@contextmanager
+def uncut():
+    """Leave attention's tiles and groups of heads whole where they would be cut into parts (parts.py in its folder)."""
+    with patch.object(backward, "head_splits", lambda *_: 1), patch.object(forward, "key_splits", lambda *_: 1):
+        yield
+
+
+def uncut_contender(ours: Contender) -> Contender:
+    """The same contender without parts, so that a GPU says what they win."""
+    def whole(run):
+        def run_whole(state):
+            with uncut():
+                run(state)
+        return run_whole
+
+    return replace(ours, name=UNCUT, phases={phase: whole(run) for phase, run in ours.phases.items()})
+
+
 def mask_builder(batch: PackedBatch):
     """Return a function that builds the batch's mask from tensors where the batch lives, as a training step does."""
     spans, hidden = (
@@ -158,6 +181,8 @@ def contenders(case: Case, batch: PackedBatch, inputs) -> tuple[list[Contender],
     make_mask = mask_builder(batch)
     check = checker(inputs, make_mask())
     chosen, areas = [our_contender(make_mask, inputs, check(OUR_FACTOR))], {}
+    if batch.documents.device.type == "cuda" and case.heads > case.kv_heads:
+        chosen.append(uncut_contender(chosen[0]))
     dense_bytes, free = 8 * case.seq_len**2, free_bytes()  # bool mask, its bf16 bias, and room for a copy of each
 
     def maker(name, source, make):

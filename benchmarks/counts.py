@@ -198,8 +198,9 @@ SUMS = """## An operator as a whole, on sm_90
 
 What an operator must move, by its table, and what all its kernels touch. Above 1 they hand something to each other
 through memory, or read it each for itself: attention's backward q, k, v and dO once for dQ and once for dK and dV, the
-norms' backward 4 bytes for each column and program (one for 8 rows here, at most 1,024 of them: 3 % at 32,768
-rows), embed_patches its weight's gradient by chunks, the losses from hidden states their weight and each patch's error.
+norms' backward 4 bytes for each column and program (as many as a device of 4 multiprocessors holds here; of an H100
+see performance.md), embed_patches its weight's gradient by chunks, the losses from hidden states their weight and each
+patch's error.
 
 | operator | phase | must move, KiB | touched, KiB | times |
 |---|---|---|---|---|"""

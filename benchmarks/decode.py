@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.attention import uncut_contender
 from benchmarks.command_line import run_command
 from benchmarks.harness import Contender, Result, measure
 from benchmarks.report import Report
@@ -101,6 +102,8 @@ def contenders(case: Case, device: str, dtype: torch.dtype) -> tuple[list[Conten
     found = [ours("tfkernels", lambda mask: attention(q, k, v, mask)),
              ours("tfkernels, paged", lambda mask: paged_attention(q, k_pages, v_pages, table, mask)),
              Contender("SDPA, dense mask", {"build": build_dense, "forward": sdpa}, check(PEER_FACTOR))]
+    if device == "cuda" and case.image:
+        found.append(uncut_contender(found[0]))
     visible = int((lengths + case.query_len).sum().item())
     return found, 2 * visible * case.kv_heads * case.head_dim * q.element_size()
 

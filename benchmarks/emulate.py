@@ -1,12 +1,13 @@
-"""The kernels' own tests on their compiled code, without a GPU: all dtypes, rows and masks, on several Tritons.
+"""The kernels' compiled code without a GPU: every kernel, row of the launch tables, dtype and kind of mask, on three
+Tritons.
 
     python -m benchmarks.emulate [--triton VERSION ...] [--architecture sm_90 ...] [--schedule late ...] [--minutes M]
 
-Each configuration (Triton, architecture, schedule) is one run of pytest with `ptxrun.plugin` and `--races`, which
-leaves a line for each test in build/emulate/COMMIT/CONFIGURATION.jsonl as the test ends. So a run may be stopped at
-any time, and the same command goes on where it was; `--minutes` stops each configuration by itself. Of each test one
-case comes before the second case of any, so that a short run has seen every test. Another Triton than the installed one
-is put into build/triton/VERSION by pip, once; a folder that holds one may be named instead.
+What is run are the calls of tests/tfkernels/emulated/families.py, held to their operators' rule of accuracy. Each
+configuration (schedule, dtype, architecture, Triton) is one run of pytest with `ptxrun.plugin` and `--races`, which
+leaves a line for each family in build/emulate/COMMIT/CONFIGURATION.jsonl as it ends. So a run may be stopped at any
+time, and the same command goes on where it was; `--minutes` stops each configuration by itself. Another Triton than the
+installed one is put into build/triton/VERSION by pip, once; a folder that holds one may be named instead.
 
 What has been run so far is written to benchmarks/results/emulate.md, with every failure.
 """
@@ -14,6 +15,7 @@ import argparse
 import collections
 import datetime
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,20 +25,24 @@ import torch
 import triton
 
 from ptxrun.plugin import collected, lines
+from tests.tfkernels.emulated.rows import rows
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build"
-SOURCES = ("tfkernels", "ptxrun", "tests/tfkernels", "tests/conftest.py")
-LEFT_OUT = ("test_arguments.py", "test_library.py", "test_names.py", "test_resources.py", "integrations")  # no numbers
-SCHEDULES = ("late", "early", "random-0", "random-1", "random-2", "random-3")
-LIMIT = 60  # seconds of the processor for a test
+SOURCES = ("tfkernels", "ptxrun", "tests/tfkernels", "tests/conftest.py", "tests/launches.py")
+TESTS = "tests/tfkernels/emulated/test_every_dtype.py"
+DTYPES = ("bfloat16", "float32", "float16")
+# Races are found in whatever order things happen, and numbers of every dtype come with the first schedule.
+SCHEDULES = {"late": DTYPES, "early": DTYPES[:1], "random-0": DTYPES[:1], "random-1": DTYPES[:1]}
 PAGE = """# The kernels on their compiled code
 
 Written by `python -m benchmarks.emulate` on {date}, of commit {commit}, with torch {torch}. Races were looked
-for in every run. A test that takes more than {limit} seconds of the processor is stopped, and counts as that. What is
-not reached is left for the next call of the same command; a schedule without a line has not begun.
+for in every run. A test is a family of calls of tests/tfkernels/emulated/families.py; kernels and rows of the launch
+tables are those that a test that passed has launched, a row beside how many the dtype has on the architecture. Minutes
+are of the clock, beside other work, compiling included. What is not reached is left for the next call of the same
+command; a configuration without a line has not begun.
 
-| Triton | architecture | schedule | passed | failed | stopped | skipped | not reached | launches | kernels | minutes |
+| schedule | dtype | architecture | Triton | passed | failed | not reached | kernels | rows | launches | minutes |
 |---|---|---|---|---|---|---|---|---|---|---|
 """
 
@@ -44,29 +50,32 @@ not reached is left for the next call of the same command; a schedule without a 
 class Configuration(NamedTuple):
     """One run of the tests."""
 
+    schedule: str  # "random-3": of the seed 3
+    dtype: str
+    architecture: str
     triton: str  # a version
     folder: Path | None  # where it is, None for the installed one
-    architecture: str
-    schedule: str  # "random-3": of the seed 3
+
+    def __str__(self):
+        return f"{self.schedule}, {self.dtype}, {self.architecture}, Triton {self.triton}"
 
     def file(self, commit: str) -> Path:
         """Where its tests are recorded."""
-        return BUILD / "emulate" / commit / f"{self.triton}-{self.architecture}-{self.schedule}.jsonl"
+        return BUILD / "emulate" / commit / f"{'-'.join(self[:4])}.jsonl"
 
     def command(self, commit: str) -> list[str]:
         """The run of pytest."""
         schedule, _, seed = self.schedule.partition("-")
-        ignored = [f"--ignore=tests/tfkernels/{name}" for name in LEFT_OUT]
         return [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", "-p", "ptxrun.plugin",
                 "--emulate", self.architecture, "--races", "--schedule", schedule, "--seed", seed or "0",
-                "--limit", str(LIMIT), "--results", str(self.file(commit)), *ignored, "tests/tfkernels"]
+                "--results", str(self.file(commit)), "-k", f"torch.{self.dtype}", TESTS]
 
     def run(self, commit: str, minutes: float | None) -> None:
         """Run what is left of it, for some minutes."""
         path = [str(self.folder)] if self.folder else []
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")]),
                                     "OMP_NUM_THREADS": "1"}
-        print(f"Triton {self.triton}, {self.architecture}, {self.schedule}", flush=True)
+        print(self, flush=True)
         try:
             subprocess.run(self.command(commit), cwd=ROOT, env=environment, timeout=minutes and 60 * minutes)
         except subprocess.TimeoutExpired:
@@ -75,18 +84,15 @@ class Configuration(NamedTuple):
     def row(self, commit: str) -> str:
         """Its line of the page."""
         tests = lines(self.file(commit))
-        count = collections.Counter(outcome(test) for test in tests)
-        launches = sum((collections.Counter(test["launches"]) for test in tests), collections.Counter())
+        passed = [test for test in tests if test["outcome"] == "passed"]
+        launches = sum((collections.Counter(test["launches"]) for test in passed), collections.Counter())
+        found = {row for test in passed for row in test["rows"]}
+        every = rows(int(self.architecture.removeprefix("sm_")), getattr(torch, self.dtype))
         left = collected(self.file(commit)) - len(tests)
-        cells = [self.triton, self.architecture, self.schedule, count["passed"], count["failed"], count["stopped"],
-                 count["skipped"], left, launches.total(), len(launches),
-                 f"{sum(test['seconds'] for test in tests) / 60:.0f}"]
+        cells = [*self[:4], len(passed), sum(test["outcome"] == "failed" for test in tests), left, len(launches),
+                 f"{len(found)} of {len(every)}", launches.total(),
+                 f"{sum(test['seconds'] for test in tests) / 60:.1f}"]
         return f"| {' | '.join(map(str, cells))} |\n"
-
-
-def outcome(test: dict) -> str:
-    """A test's outcome, where one that took too long is no other skip."""
-    return "stopped" if "longer than" in test.get("why", "") else test["outcome"]
 
 
 def output(*command: str) -> str:
@@ -109,12 +115,12 @@ def folder_of(version: str) -> Path | None:
 
 def version_in(folder: Path) -> str:
     """The version of the Triton in a folder."""
-    return next(folder.glob("triton-*.dist-info")).name.removeprefix("triton-").removesuffix(".dist-info")
+    return re.search(r"__version__ = ['\"](.+)['\"]", (folder / "triton" / "__init__.py").read_text())[1]
 
 
 def page(configurations: list[Configuration], commit: str) -> str:
     """The table of what has been run, and each failure."""
-    text = PAGE.format(date=datetime.date.today(), commit=commit, torch=torch.__version__, limit=LIMIT)
+    text = PAGE.format(date=datetime.date.today(), commit=commit, torch=torch.__version__)
     ran = [one for one in configurations if one.file(commit).exists()]
     text += "".join(one.row(commit) for one in ran)
     failures = collections.defaultdict(list)
@@ -122,7 +128,7 @@ def page(configurations: list[Configuration], commit: str) -> str:
         for test in lines(one.file(commit)):
             if test["outcome"] == "failed":
                 first = test["why"].partition("\n")[0][:300].replace("|", "\\|")
-                failures[test["test"], first].append(f"{one.triton} {one.architecture} {one.schedule}")
+                failures[test["test"], first].append(f"({one})")
     text += f"\nTests that failed: {len(failures)}.\n"
     for (test, why), where in sorted(failures.items()):
         text += f"\n- `{test}` on {', '.join(where)}: {why}\n"
@@ -135,6 +141,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--triton", nargs="+", default=[triton.__version__, "3.7.1", "3.6.0"],
                         help="versions, or folders that hold one")
     parser.add_argument("--architecture", nargs="+", default=["sm_90", "sm_80"])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES,
+                        help="of every schedule; all of them late and bfloat16 otherwise by default")
     parser.add_argument("--schedule", nargs="+", default=list(SCHEDULES), help="early, late, random-SEED")
     parser.add_argument("--minutes", type=float, help="of each configuration; as long as it takes by default")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "emulate.md")
@@ -144,8 +152,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{', '.join(SOURCES)} have changes that are in no commit; commit them, so that results have one")
     folders = [folder_of(version) for version in dict.fromkeys(given.triton)]
     versions = [version_in(folder) if folder else triton.__version__ for folder in folders]
-    configurations = [Configuration(version, folder, architecture, schedule) for schedule in given.schedule
-                      for version, folder in zip(versions, folders) for architecture in given.architecture]
+    configurations = [Configuration(schedule, dtype, architecture, version, folder) for schedule in given.schedule
+                      for dtype in given.dtype or SCHEDULES.get(schedule, DTYPES[:1])
+                      for architecture in given.architecture for version, folder in zip(versions, folders)]
     for one in configurations:
         one.run(commit, given.minutes)
         given.out.write_text(page(configurations, commit))

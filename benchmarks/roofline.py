@@ -18,7 +18,8 @@ from benchmarks import diffusion_loss, image_chain, norm, patchify, rotary
 from benchmarks.batches import packed_batch
 from tfkernels import TransfusionMask
 from tfkernels.attention.triton.backward import DKV_CONFIGS, DQ_CONFIGS
-from tfkernels.attention.triton.forward import CONFIGS
+from tfkernels.attention.triton.forward import CONFIGS, SPLIT_KEYS
+from tfkernels.attention.triton.parts import head_splits, key_splits
 from tfkernels.losses.cross_entropy import chunk_rows
 from tfkernels.norm.triton import RESIDENT, backward_config, backward_rows
 
@@ -141,6 +142,48 @@ def entropy_chunks(rows: int, words: int, width: int) -> tuple[int, int, float, 
     return (size, chunks, 2 * size * words / 2**20, chunks * 8 * words * width / 1e9, tiles_of_dhidden / PROCESSORS)
 
 
+def shared_heads(seq_len: int, heads: int, kv_heads: int, dim: int = 128) -> list[tuple[int, float, float]]:
+    """(programs, MiB of parts, milliseconds) of dK/dV on a packed row: each key head's group whole, and in parts.
+
+    Parts are written and read once, at the bandwidth of a copy.
+    """
+    batch, kernel, group = packed_batch(seq_len, 256), kernels(dim)["dkv"], heads // kv_heads
+    mask = TransfusionMask.from_spans(batch.spans, seq_len, documents=batch.documents)
+    visits, found = tiles(mask.key_since, mask.key_until, kernel.n, kernel.m), []
+    for splits in (1, head_splits(len(visits) * kv_heads, group, PROCESSORS)):
+        parts = 4 * seq_len * kv_heads * splits * 2 * dim if splits > 1 else 0
+        walked = [count * group // splits for count in visits]
+        found.append((len(visits) * kv_heads * splits, parts / 2**20,
+                      makespan(walked, kernel.cycles()[0], kv_heads * splits) + 2e3 * parts / COPY_BANDWIDTH))
+    return found
+
+
+def denoising(prompt: int, heads: int, patches: int = 256, dim: int = 128) -> list[tuple[int, float, float]]:
+    """(programs, MiB of parts, milliseconds) of the forward of one image against a prompt: keys whole, and in parts."""
+    kernel, keys, found = kernels(dim)["forward"], prompt + patches, []
+    programs = -(-patches // kernel.m) * heads
+    for splits in (1, key_splits(programs, PROCESSORS, keys, SPLIT_KEYS)):
+        parts = 4 * splits * heads * patches * (dim + 1) if splits > 1 else 0
+        visits = -(-keys // splits // kernel.n)
+        found.append((programs * splits, parts / 2**20,
+                      makespan([visits] * splits, kernel.cycles()[0], programs) + 2e3 * parts / COPY_BANDWIDTH))
+    return found
+
+
+def print_parts() -> None:
+    """Print what the cuts of `tfkernels/attention/triton/parts.py` change, at D 128."""
+    ends = "programs | waves | parts MiB | us whole, in parts |\n|" + "---|" * 6
+    rows = [(f"| dK/dV, tokens | heads | {ends}", [(n, f"{h}:{k}", shared_heads(n, h, k)) for h, k in ((32, 8), (16, 2))
+                                                   for n in (1024, 4096, 16384)]),
+            (f"| forward of 256 patches, prompt | heads | {ends}",
+             [(n, f"{h}", denoising(n, h)) for h in (32, 16) for n in (256, 2048, 8192)])]
+    for head, found in rows:
+        print(f"\n{head}")
+        for size, heads, (whole, cut) in found:
+            print(f"| {size} | {heads} | {whole[0]}, {cut[0]} | {whole[0] / PROCESSORS:.1f}, {cut[0] / PROCESSORS:.1f} "
+                  f"| {cut[1]:.1f} | {1e3 * whole[2]:.0f}, {1e3 * cut[2]:.0f} |")
+
+
 def main() -> None:
     """Print the tables."""
     print("| D | kernel | tile | products | exponentials | others | cycles a tile: apart, together "
@@ -174,6 +217,7 @@ def main() -> None:
         size, chunks, logits, moved, waves = entropy_chunks(*sizes)
         print(f"| {', '.join(f'{n:,}' for n in sizes)} | {size} | {chunks} | {logits:.0f} | {moved:.1f} | "
               f"{waves:.2f} |")
+    print_parts()
 
 
 if __name__ == "__main__":

@@ -41,12 +41,15 @@ def candidates(kernel: str, head_dim: int) -> list[Config]:
 
 
 def quick_candidates(own: Config) -> list[Config]:
-    """The first ones to time: the table's own tile and 128x128, each with 2 and 3 stages."""
-    return [
-        Config(m, n, warps, stages)
-        for m, n, warps in ((own.block_m, own.block_n, own.num_warps), (128, 128, 8))
-        for stages in (2, 3)
-    ]
+    """The first ones to time: the table's own tile, 128x128, and 64x64, of which a multiprocessor holds two, each with
+    2 and 3 stages."""
+    tiles = (own.block_m, own.block_n, own.num_warps), (128, 128, 8), (64, 64, 4)
+    return [Config(*tile, stages) for tile in tiles for stages in (2, 3)]
+
+
+def by_tma(kernel: str, architecture: int, configs: list[Config]) -> list[Config]:
+    """The same with TMA's loads, where the kernel has them and the architecture too."""
+    return [config._replace(by_tma=True) for config in configs if kernel != "dkv" and architecture >= 90]
 
 
 @contextlib.contextmanager
@@ -123,6 +126,7 @@ def measure_case(case: Tuned, report: Report, device: str) -> None:
     newest = architecture(torch.device("cuda", torch.cuda.current_device()))
     key = newest, 2, case.head_dim
     configs = quick_candidates(TABLES[case.kernel][key]) if case.quick else candidates(case.kernel, case.head_dim)
+    configs += by_tma(case.kernel, newest, configs)
     shape = Case(case.seq_len, case.head_dim, 16, 16, 256)
     tune(case.kernel, shape, key, report, device, 1.0 if case.quick else 5.0, configs)
 
@@ -137,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
             "head-dims": {"nargs": "+", "type": int, "choices": (32, 64, 128, 256), "default": [128, 64]},
             "lengths": {"nargs": "+", "type": int, "help": "8192 and 1024 by default; with --quick 8192"},
         },
-        quick="8,192 tokens; the table's tile and 128x128, each with 2 and 3 stages")
+        quick="8,192 tokens; the table's tile, 128x128 and 64x64, each with 2 and 3 stages, and with TMA")
 
 
 if __name__ == "__main__":

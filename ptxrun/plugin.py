@@ -101,7 +101,8 @@ class Limit:
 
 
 class Results:
-    """The file of `--results`: of each test its name, outcome, seconds, launches by kernel, and its error or reason."""
+    """The file of `--results`: of each test its name, outcome, seconds, launches by kernel, its error or reason, and
+    what it gives to pytest's `record_property`."""
 
     def __init__(self, config, emulation):
         self.path, self.emulation = config.option.results, emulation
@@ -142,8 +143,7 @@ class Results:
         if report.outcome != "passed" and line["outcome"] != "failed":
             line |= {"outcome": report.outcome, "why": why(report)}
         if report.when == "teardown" and self.writes:
-            line["launches"] = dict(report.user_properties).get("launches", {})
-            self._write(self.current.pop(report.nodeid))
+            self._write(self.current.pop(report.nodeid) | {"launches": {}} | dict(report.user_properties))
 
     def _write(self, line: dict):
         self.path.parent.mkdir(parents=True, exist_ok=True)

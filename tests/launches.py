@@ -84,19 +84,26 @@ def seen(look: Callable, *, computes: bool = False, capability: tuple[int, int] 
 
 
 @contextmanager
-def emulated(architecture: str, **options):
-    """Run the operators' kernels on CPU tensors, compiled for `architecture`, with races looked for.
-
-    Yields the emulation and the list of launches, to which each is added when it has run.
-    """
+def recorded():
+    """Yield a list of launches, to which each is added when it has run."""
     launches, run = [], JITFunction.run
 
-    def recorded(kernel, *arguments, grid, warmup, **named):
+    def record(kernel, *arguments, grid, warmup, **named):
         compiled = run(kernel, *arguments, grid=grid, warmup=warmup, **named)
         launches.append(Launch(kernel.__name__, named, compiled.asm["ptx"]))
         return compiled
 
-    with cuda_implementations_on_cpu(), patch.object(JITFunction, "run", recorded), \
+    with patch.object(JITFunction, "run", record):
+        yield launches
+
+
+@contextmanager
+def emulated(architecture: str, **options):
+    """Run the operators' kernels on CPU tensors, compiled for `architecture`, with races looked for.
+
+    Yields the emulation and the list of launches, see `recorded`.
+    """
+    with cuda_implementations_on_cpu(), recorded() as launches, \
             ptxrun.emulate(architecture, races=True, **options) as emulation:
         yield emulation, launches
 

@@ -8,6 +8,15 @@ import pytest
 import transfusion.cli
 import transfusion.data.check
 import transfusion.data.posteriors
+import transfusion.eval.captions
+import transfusion.eval.draw
+import transfusion.eval.geneval
+import transfusion.eval.images
+import transfusion.eval.known_answers
+import transfusion.eval.prepare
+import transfusion.eval.report
+import transfusion.eval.text
+import transfusion.eval.vqa
 import transfusion.model.from_language_model
 import transfusion.recipes.command_line as command_line
 import transfusion.sample
@@ -70,8 +79,13 @@ def test_a_command_line_is_understood(command, monkeypatch):
     for module, name in ((command_line.trainer, "train"), (command_line.autoencoder, "train"),
                          (command_line.plan, "print_plan"), (command_line.report, "report"),
                          (command_line, "evaluate"), (command_line, "encode_dataset"),
+                         (transfusion.eval.prepare, "prepare"), (transfusion.eval.vqa, "evaluate_vqa"),
+                         (transfusion.eval.text, "evaluate_text"),
                          (transfusion.model.from_language_model, "init"), (transfusion.sample, "sample"),
-                         (transfusion.sample, "caption"), (transfusion.serve.command_line, "serve")):
+                         (transfusion.sample, "caption"), (transfusion.serve.command_line, "serve"),
+                         (transfusion.eval.draw, "draw"), (transfusion.eval.images, "images"),
+                         (transfusion.eval.geneval, "geneval"), (transfusion.eval.captions, "captions"),
+                         (transfusion.eval.known_answers, "evaluate_questions"), (transfusion.eval.report, "report")):
         monkeypatch.setattr(module, name, lambda *arguments: run.append(arguments))
     for module, name in ((transfusion.data.check, "check_mixture"), (transfusion.data.posteriors, "encode_mixture")):
         monkeypatch.setattr(module, name, lambda *settings: run.append(settings) or True)

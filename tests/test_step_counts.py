@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(KERNEL_RUNS or INTERPRET, reason="the launches a
 @pytest.mark.parametrize("step", STEPS)
 def test_a_step_never_waits_and_nothing_in_it_grows_with_the_square_of_the_tokens(step, backbone, image_layers):
     model = model_of(backbone, image_layers)
-    short, middle, long = (STEPS[step](model, seq_len) for seq_len in LENGTHS)
+    short, middle, long = (STEPS[step](model, seq_len) for seq_len in LENGTHS[step])
     assert short.waits == middle.waits == long.waits == []
     assert short.launches == middle.launches == long.launches and short.launches
     assert short.calls == middle.calls == long.calls
@@ -26,7 +26,7 @@ def test_a_step_never_waits_and_nothing_in_it_grows_with_the_square_of_the_token
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_what_is_once_per_mask_or_index_is_made_once_for_all_layers(backbone):
-    two, four = (training_step(model_of(backbone, "linear", layers), LENGTHS[0]) for layers in (2, 4))
+    two, four = (training_step(model_of(backbone, "linear", layers), LENGTHS["training"][0]) for layers in (2, 4))
     assert two.launches["_mask_intervals"] == four.launches["_mask_intervals"] == 1
     sorts = {"decoder": 0, "adaln": 1, "mixture_of_transformers": 2}[backbone]  # one for each index: text and patches
     assert two.calls["aten::sort"] == four.calls["aten::sort"] == sorts
@@ -35,7 +35,7 @@ def test_what_is_once_per_mask_or_index_is_made_once_for_all_layers(backbone):
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_the_bounds_of_tiles_are_made_once_for_all_denoising_steps(backbone):
-    assert STEPS["denoising"](model_of(backbone, "linear"), LENGTHS[0]).launches["_tile_bounds"] == 0
+    assert STEPS["denoising"](model_of(backbone, "linear"), LENGTHS["denoising"][0]).launches["_tile_bounds"] == 0
 
 
 @pytest.mark.parametrize("wait", [

@@ -27,6 +27,7 @@ class Config(NamedTuple):
 
     max_registers: registers of a thread at most. Without it ptxas aims at an occupancy of its own and would rather
     spill than pass it.
+    by_tma: the copy engine of sm_90 (TMA) loads the tiles that a loop walks, where their layout allows it.
     """
 
     block_m: int
@@ -34,9 +35,10 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     max_registers: int | None = None
+    by_tma: bool = False
 
     def __str__(self) -> str:
-        return str(tuple(x for x in self if x is not None))
+        return str(tuple(x for x in self[:5] if x is not None)) + self.by_tma * " by TMA"
 
     @property
     def options(self) -> dict[str, int | None]:
@@ -57,6 +59,24 @@ def next_power_of_2(n: int) -> int:
 def since_triton(version: tuple[int, int], config: Config, *, before: Config) -> Config:
     """Return a table's row where it depends on the compiler: `config` spills on Tritons older than `version`."""
     return config if version <= TRITON else before
+
+
+def loads_by_tma(config: Config, *tensors: torch.Tensor) -> bool:
+    """Return whether a launch with `config` loads `tensors` (..., rows, columns) by TMA: where all of them begin at and
+    step by multiples of 16 bytes, and rows do not overlap.
+
+    Such kernels make their tensors' descriptors themselves, in memory that Triton asks its allocator for.
+    """
+    fits = config.by_tma and all(
+        x.data_ptr() % 16 == 0 and x.stride(-2) >= x.shape[-1]
+        and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1]) for x in tensors)
+    if fits:
+        triton.set_allocator(_allocated)
+    return fits
+
+
+def _allocated(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")  # aligned to 512 bytes
 
 
 INTERPRETER = Config(32, 16, 4, 1)  # small and unequal, so that short test sequences cross many tile edges

@@ -3,9 +3,9 @@
 PyTorch's dispatcher picks by the tensors' device. Under `TRITON_INTERPRET=1` the CPU runs the Triton kernel through
 Triton's interpreter, so that the same tests check the same kernel on a machine without a GPU.
 
-Whatever traces, transforms or watches operators sees the custom op. Where nothing does, a call that needs a gradient
-goes to the same implementation and the same backward formula through an `autograd.Function`, because the custom op's
-way through Python takes longer than many kernels do (docs/performance.md). Without a gradient the two take as long.
+Whatever traces, transforms or watches operators sees the custom op. Where nothing does, a call goes straight to the
+same implementation, and where it needs a gradient to the same backward formula through an `autograd.Function`, because
+the custom op's way through Python takes longer than many kernels do (docs/performance.md).
 """
 import functools
 import os
@@ -56,7 +56,7 @@ def register(name, *, kernel, cpu, fake):
 
 
 class Operator(torch.library.CustomOpDef):
-    """A custom op whose gradient takes a shorter way where nothing has to see an operator."""
+    """A custom op that is called by a shorter way where nothing has to see an operator."""
 
     _differentiated = None  # what is called in place of the operator for a gradient; None where it has no backward
 

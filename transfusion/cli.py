@@ -69,6 +69,11 @@ def _eval_images(args: list[str]) -> None:
     images(tyro.cli(ImagesSettings, args=args, prog="transfusion eval images"))
 
 
+def _eval_geneval(args: list[str]) -> None:
+    from transfusion.eval.geneval import GenevalSettings, geneval
+    geneval(tyro.cli(GenevalSettings, args=args, prog="transfusion eval geneval"))
+
+
 def _eval_captions(args: list[str]) -> None:
     from transfusion.eval.captions import CaptionsSettings, captions
     captions(tyro.cli(CaptionsSettings, args=args, prog="transfusion eval captions"))
@@ -97,6 +102,21 @@ def _data_encode(args: list[str]) -> None:
     encode_mixture(path, settings)
 
 
+def _eval_vqa(args: list[str]) -> None:
+    from transfusion.eval.vqa import VQASettings, evaluate_vqa
+    evaluate_vqa(tyro.cli(VQASettings, args=args, prog="transfusion eval vqa"))
+
+
+def _eval_prepare(args: list[str]) -> None:
+    from transfusion.eval.prepare import PrepareSettings, prepare
+    prepare(tyro.cli(PrepareSettings, args=args, prog="transfusion eval prepare"))
+
+
+def _eval_text(args: list[str]) -> None:
+    from transfusion.eval.text import TextSettings, evaluate_text
+    evaluate_text(tyro.cli(TextSettings, args=args, prog="transfusion eval text"))
+
+
 def _mixture_and_settings(prog: str, settings: type, args: list[str]) -> tuple[Path, object]:
     """Return the mixture's file, which `args` begin with, and the settings behind it."""
     line = make_dataclass("Line", [("mixture", tyro.conf.Positional[Path]),
@@ -113,9 +133,13 @@ DATA_VERBS = {
 EVAL_VERBS = {
     "draw": ("draw a picture for each of many prompts", _eval_draw),
     "images": ("compare drawn pictures with real ones and with their prompts", _eval_images),
+    "geneval": ("score pictures of GenEval's prompts", _eval_geneval),
     "captions": ("score captions against references", _eval_captions),
-    "report": ("put all results into one table", _eval_report),
     "questions": ("ask questions of one's own about pictures, whose answers are known", _eval_questions),
+    "prepare": ("write benchmarks in LLaVA's folders as lmms-eval reads them offline", _eval_prepare),
+    "vqa": ("ask a model a benchmark's questions about pictures, with lmms-eval", _eval_vqa),
+    "text": ("measure a model's language: suites of lm-eval, perplexity", _eval_text),
+    "report": ("put all results into one table", _eval_report),
 }
 VAE_VERBS = {
     "train": ("train an autoencoder from a preset", _vae_train),
@@ -132,7 +156,7 @@ VERBS = {
     "serve": ("answer over HTTP with OpenAI's interface", _serve),
     "data": ("check a mixture of one's own data, compute its latents",
              lambda args: run_verb("transfusion data", DATA_VERBS, args)),
-    "eval": ("evaluate a model: pictures, captions, questions, a report",
+    "eval": ("measure what a model draws, sees and knows",
              lambda args: run_verb("transfusion eval", EVAL_VERBS, args)),
     "vae": ("train an autoencoder, measure it, cache latents",
             lambda args: run_verb("transfusion vae", VAE_VERBS, args)),

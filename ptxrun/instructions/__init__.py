@@ -113,8 +113,7 @@ CONTROL = {
 UNGUARDED = (
     "bar.", "barrier", "brx", "setmaxnreg", "mbarrier.try_wait", "mbarrier.test_wait", "fence.proxy.async",
     "shfl", "vote", "redux", "elect", "activemask", "ldmatrix", "stmatrix", "mma", "wgmma",
-    *(f"cp.async.{action}" for action in ("commit_group", "wait_group", "wait_all")),
-    *(f"cp.async.bulk.{action}" for action in ("commit_group", "wait_group")))
+    *(f"cp.async.{action}" for action in ("commit_group", "wait_group", "wait_all")))
 PRODUCT_SHAPE = re.compile(r"m64n\d+k\d+")
 
 

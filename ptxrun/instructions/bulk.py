@@ -16,9 +16,9 @@ def bulk(o):
     """cp.async.bulk.tensor of a tile, in both directions, and its commit and wait."""
     action = o.parts[3]
     if action == "commit_group":
-        return lambda at: _close(o.machine, at)
+        return lambda at: _close(o.machine, o.lanes(at))
     if action == "wait_group":
-        return lambda at: _wait(o.machine, at, o.constant(0))
+        return lambda at: _wait(o.machine, o.lanes(at), o.constant(0))
     if action != "tensor" or any(part in ("im2col", "reduce") or "multicast" in part for part in o.parts):
         raise o.unknown()
     return _store(o) if o.parts[5] == "global" else _load(o)
@@ -114,16 +114,16 @@ def _store(o):
     return run
 
 
-def _close(machine, at):
-    for thread in range(at.start, at.stop):
+def _close(machine, threads):
+    for thread in map(int, threads):
         if thread in machine.bulk_stores:
             machine.bulk_stores[thread].append([])
             if machine.races:
                 machine.races.close_copies([thread // 32])
 
 
-def _wait(machine, at, still_pending: int):
-    for thread in range(at.start, at.stop):
+def _wait(machine, threads, still_pending: int):
+    for thread in map(int, threads):
         groups = machine.bulk_stores.get(thread, [[]])
         while len(groups) - 1 > still_pending:
             for deliver in groups.pop(0):
@@ -134,7 +134,7 @@ def _wait(machine, at, still_pending: int):
 
 def replace_field(o):
     """tensormap.replace.tile.<field>."""
-    machine, name = o.machine, o.parts[2]
+    machine, name = o.machine, o.parts[3]
     address, kind = o.address(0), "u64" if o.has("b64") else "u32"
     place = o.constant(1) if len(o.texts) > 2 else None
     value = o.read(len(o.texts) - 1, kind)

@@ -9,10 +9,11 @@ from benchmarks import attention_peers
 from benchmarks import mask as mask_benchmark
 from benchmarks.attention_peers import contender, sdpa_dense
 from benchmarks.batches import dense_definition, packed_batch
-from benchmarks.harness import LeftOut, Result, measure
+from benchmarks.harness import Contender, LeftOut, Result, measure
 from benchmarks.report import Report
 from tests.conftest import DEVICE
 from tfkernels import TransfusionMask, attention_reference
+from tfkernels.attention.triton import backward, forward
 
 SMALL = attention_benchmark.Case(512, 16, 4, 2, 64)
 
@@ -175,3 +176,15 @@ def test_on_a_cpu_attention_runs_beside_its_peers_on_documents_of_one_length(cap
     assert ceiling["tflops"]["forward"] == pytest.approx(
         4 * 1024 * 512 * 4 * 32 / ceiling["milliseconds"]["forward"]["p50"] / 1e9)
     assert "TFLOP/s" in capsys.readouterr().out
+
+
+def test_the_uncut_contender_is_ours_without_parts():
+    found = []
+
+    def run(state):
+        found.append((backward.head_splits(1, 4, 132), forward.key_splits(1, 132, 4096, 512)))
+
+    ours = Contender("tfkernels", {"forward": run}, lambda state: None)
+    for way in (attention_benchmark.uncut_contender(ours), ours):
+        way.phases["forward"]({})
+    assert found == [(1, 1), (4, 8)]

@@ -1,11 +1,15 @@
 """benchmarks.emulate: which runs there are, and the page of what they found."""
 import json
+import subprocess
 import sys
 
 import pytest
+import torch
 import triton
 
 from benchmarks import emulate
+from tests.tfkernels.emulated.rows import rows
+from tests.tfkernels.emulated.test_every_dtype import FITS
 
 
 @pytest.fixture
@@ -14,8 +18,8 @@ def configuration(tmp_path, monkeypatch):
     monkeypatch.setattr(emulate, "BUILD", tmp_path)
     folder = tmp_path / "triton" / "3.7.1"
     (folder / "triton").mkdir(parents=True)
-    (folder / "triton-3.7.1.dist-info").mkdir()
-    return emulate.Configuration("3.7.1", folder, "sm_80", "random-3")
+    (folder / "triton" / "__init__.py").write_text("\"\"\"Triton.\"\"\"\n__version__ = '3.7.1'\n")
+    return emulate.Configuration("random-3", "float16", "sm_80", "3.7.1", folder)
 
 
 def record(configuration, *tests):
@@ -31,7 +35,7 @@ def test_a_configuration_is_one_run_of_pytest_with_its_own_triton_first(configur
     configuration.run("abc", 2)
     command = " ".join(seen["command"])
     assert command.startswith(f"{sys.executable} -m pytest")
-    assert "--emulate sm_80 --races --schedule random --seed 3" in command
+    assert "--emulate sm_80 --races --schedule random --seed 3" in command and "-k torch.float16" in command
     assert seen["env"]["PYTHONPATH"].startswith(str(configuration.folder)) and seen["timeout"] == 120
 
 
@@ -46,9 +50,19 @@ def test_a_triton_that_is_there_is_not_installed_again(configuration, monkeypatc
 
 
 def test_the_page_counts_what_ran_and_names_what_failed(configuration):
-    test = {"outcome": "passed", "seconds": 90.0, "launches": {"_norm_fwd": 2, "_norm_bwd": 1}}
-    record(configuration, {"test": "a", **test}, {"test": "b", **test, "outcome": "failed", "why": "Race: byte 3\n..."},
-           {"test": "c", **test, "outcome": "skipped", "why": "longer than 60 seconds"})
+    test = {"outcome": "passed", "seconds": 90.0, "launches": {"_norm_fwd": 2, "_norm_bwd": 1},
+            "rows": ["_norm_fwd 64"]}
+    record(configuration, {"test": "a", **test}, {"test": "b", **test, "rows": ["_norm_fwd 64", "_norm_bwd 64"]},
+           {"test": "c", **test, "outcome": "failed", "why": "Race: byte 3\n...", "rows": ["_norm_fwd 128"]})
     text = emulate.page([configuration, configuration._replace(schedule="early")], "abc")
-    assert "| 3.7.1 | sm_80 | random-3 | 1 | 1 | 1 | 0 | 2 | 9 | 2 | 4 |" in text and "| early |" not in text
-    assert "Tests that failed: 1." in text and "- `b` on 3.7.1 sm_80 random-3: Race: byte 3\n" in text
+    every = len(rows(80, torch.float16))
+    assert f"| random-3 | float16 | sm_80 | 3.7.1 | 2 | 1 | 2 | 2 | 2 of {every} | 6 | 4.5 |" in text
+    assert "| early |" not in text and "Tests that failed: 1." in text
+    assert "- `c` on (random-3, float16, sm_80, Triton 3.7.1): Race: byte 3\n" in text
+
+
+def test_the_tests_of_float16_are_all_of_them_and_none_of_bfloat16(configuration):
+    command = configuration._replace(triton=triton.__version__, folder=None).command("abc")
+    found = subprocess.run([*command, "--collect-only"], cwd=emulate.ROOT, capture_output=True, text=True).stdout
+    names = {line.partition("[")[2] for line in found.splitlines() if "::" in line}
+    assert names == {f"{name}-torch.float16]" for name, dtype in FITS if dtype == torch.float16}

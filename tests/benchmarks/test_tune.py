@@ -36,15 +36,19 @@ def test_every_candidate_is_checked_and_timed(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", tune.TABLES)
-def test_the_quick_candidates_are_the_tables_tile_and_128_by_128_with_two_and_three_stages(kernel):
+def test_the_quick_candidates_are_the_tables_tile_128_by_128_and_64_by_64_with_two_and_three_stages(kernel):
     for dim in (64, 128):
         own = tune.TABLES[kernel][90, 2, dim]
         found = tune.quick_candidates(own)
         assert (
             {c.num_stages for c in found} == {2, 3}
-            and {c[:2] for c in found} == {(128, 128), own[:2]}
-            and len(found) == 4
+            and {c[:2] for c in found} == {(128, 128), (64, 64), own[:2]}
         )
+
+
+def test_tma_is_tried_where_a_kernel_and_its_architecture_have_it():
+    assert tune.by_tma("fwd", 90, [Config(64, 64, 4, 3)]) == [Config(64, 64, 4, 3, by_tma=True)]
+    assert tune.by_tma("dkv", 90, [Config(64, 64, 4, 3)]) == tune.by_tma("fwd", 80, [Config(64, 64, 4, 3)]) == []
 
 
 def test_a_wrong_row_gets_no_number_and_rows_are_saved_one_by_one(monkeypatch, tmp_path):

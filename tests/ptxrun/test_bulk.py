@@ -1,7 +1,13 @@
 """The copy engine (TMA) of ptxrun: boxes at a tensor's edge, swizzles, the way back, and who may read when."""
+import contextlib
+
 import numpy as np
 import pytest
+import torch
+import triton
+import triton.language as tl
 
+import ptxrun
 from ptxrun import Deadlock, Hazard, Race
 from ptxrun.tensor_map import TensorMap
 from tests.ptxrun.hand_written import aligned, run_kernel
@@ -78,6 +84,31 @@ def test_a_box_is_stored_where_the_tensor_is_and_needs_a_fence():
         run("")
     with pytest.raises(Hazard, match="thread 0 ends, .* before it has waited"):
         run("fence.proxy.async.shared::cta;", instead="")
+
+
+@pytest.mark.parametrize("guard,waits", [("@%p0", True), ("@!%p0", False)])
+def test_a_thread_commits_and_waits_for_what_it_stored_itself(guard, waits):
+    x = np.zeros((4, 32), np.uint32)
+    box = TensorMap(x.ctypes.data, (32, 4), (4, 128), (32, 4), 4, 16).encode().ljust(128, b"\0")
+    body = STORE.format(fence="fence.proxy.async.shared::cta;").replace("cp.async.bulk.c", f"{guard} cp.async.bulk.c")
+    body = body.replace("cp.async.bulk.w", f"{guard} cp.async.bulk.w")
+    with contextlib.nullcontext() if waits else pytest.raises(Hazard, match="thread 0 ends"):
+        run_kernel(body, [x, x[:1].copy()], threads=128, shared=512, races=True,
+                   parameters=[(".param .align 64 .b8 map[128]", box)])
+
+
+@triton.jit
+def _described(x_ptr, out_ptr, rows, stride, start):
+    x = tl.make_tensor_descriptor(x_ptr, [rows, 40], [stride, 1], [16, 64])
+    tl.store(out_ptr + tl.arange(0, 16)[:, None] * 64 + tl.arange(0, 64)[None, :], x.load([start, 0]))
+
+
+def test_a_kernel_describes_a_tensor_itself():
+    """By tensormap.replace in shared memory; what lies outside of the sizes that it names is 0."""
+    x, out = torch.randn(30, 48).half(), torch.full((16, 64), 3.0).half()
+    with ptxrun.emulate("sm_90", races=True):
+        _described[(1,)](x, out, 20, 48, 9)
+    assert torch.equal(out[:11, :40], x[9:20, :40]) and not out[11:].any() and not out[:, 40:].any()
 
 
 def stored(value, **options):

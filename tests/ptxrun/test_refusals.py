@@ -31,7 +31,7 @@ PREDICATES = [
     "shfl.sync.idx.b32 %r15, %r0, 0, 31, -1", "vote.sync.ballot.b32 %r15, %p0, -1", "redux.sync.add.s32 %r15, %r0, -1",
     "elect.sync %r15|%p1, -1", "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r15}, [%r0]",
     "stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r0], {%r15}", "cp.async.commit_group", "cp.async.wait_group 0",
-    "cp.async.wait_all", "cp.async.bulk.commit_group", "cp.async.bulk.wait_group 0", "wgmma.fence.sync.aligned",
+    "cp.async.wait_all", "wgmma.fence.sync.aligned",
     "wgmma.commit_group.sync.aligned", "wgmma.wait_group.sync.aligned 0"]
 MALFORMED = ["atom.shared.b32 %r15, [%r0], %r0", "add.s128 %r15, %r0, %r0",
              "mbarrier.arrive.shared::cta.b64 _"]

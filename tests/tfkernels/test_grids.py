@@ -36,8 +36,9 @@ def mask_of(rows: int, queries: int, keys: int, exact: bool = True) -> Transfusi
 
 
 def attention():
-    """Many rows, many heads, one long row, and one query for each of many caches, whole and in pages."""
-    for rows, heads, kv_heads, tokens in ((2**20, 8, 2, 64), (2, 2**17, 2**16, 64), (1, 2, 2, 2**24)):
+    """Many rows, many heads, one long row, many heads of one key head, and one query for each of many caches, whole and
+    in pages."""
+    for rows, heads, kv_heads, tokens in ((2**20, 8, 2, 64), (2, 2**17, 2**16, 64), (1, 2, 2, 2**24), (1, 8, 1, 64)):
         q, k = numbers(rows, heads, tokens, 64), numbers(rows, kv_heads, tokens, 64)
         for exact in (True, False):
             tfkernels.attention(q, k, k, mask_of(rows, tokens, tokens, exact)).sum().backward()
@@ -80,8 +81,8 @@ def patches():
 
 
 def losses():
-    hidden, rows = numbers(2**24, 1024), 2**24
-    tfkernels.linear_cross_entropy(hidden, numbers(32000, 1024), whole(rows), whole(rows)).loss.backward()
+    hidden, rows = numbers(2**18, 1024), 2**18
+    tfkernels.linear_cross_entropy(hidden, numbers(1000, 1024), whole(rows), whole(rows)).loss.backward()
 
 
 def masks():

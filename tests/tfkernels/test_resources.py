@@ -22,7 +22,7 @@ from tests.conftest import compiles
 from tests.resources import Resources, resources
 from tfkernels import _launch
 from tfkernels._launch import ARCHITECTURES, BASE, SHARED_LIMIT, Config, table_row
-from tfkernels.attention.triton import backward, decode, forward, tiles
+from tfkernels.attention.triton import backward, decode, delta, forward, parts, tiles
 from tfkernels.mask import triton as build
 
 pytestmark = compiles
@@ -30,10 +30,10 @@ pytestmark = compiles
 TABLES = {"fwd": forward.CONFIGS, "dq": backward.DQ_CONFIGS, "dkv": backward.DKV_CONFIGS, "decode": decode.CONFIGS,
           "wide": decode.WIDE_CONFIGS}
 KERNELS = {"fwd": forward._attention_fwd, "dq": backward._attention_bwd_dq, "dkv": backward._attention_bwd_dkv,
-           "delta": backward._attention_bwd_delta, "decode": decode._attention_decode, "wide": decode._attention_decode}
+           "delta": delta._attention_bwd_delta, "decode": decode._attention_decode, "wide": decode._attention_decode}
 TRAINING = ("fwd", "dq", "dkv")
 HEAD_DIMS = {2: (32, 64, 128, 256, 512), 4: (32, 64, 128, 256)}  # by bytes per element
-DELTA = Config(backward.DELTA_ROWS, 0, 4, 3)
+DELTA = Config(delta.DELTA_ROWS, 0, 4, 3)
 MULTIPLY = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 
 
@@ -52,12 +52,12 @@ class Row(NamedTuple):
     @property
     def tile_by_tile(self) -> bool:
         """Whether tiles are looked at one by one, with no pipelined loop: `walks_runs` in tiles.py says where."""
-        return (self.variant == "check" and self.kernel in TRAINING
+        return ("check" in self.variant and self.kernel in TRAINING
                 and self.head_dim > (64 if self.kernel == "dkv" else 128))
 
     @property
     def config(self) -> Config:
-        heavy = self.variant == "check" or (self.kernel, self.variant) == ("dkv", "softcap")
+        heavy = "check" in self.variant or (self.kernel, self.variant) == ("dkv", "softcap")
         return DELTA if self.kernel == "delta" else table_row(TABLES[self.kernel], *self[1:4], heavy=heavy)
 
 
@@ -76,8 +76,14 @@ VARIANTS += [Row(kernel, architecture, 2, 128, variant) for kernel in ("decode",
              for architecture in ARCHITECTURES for variant in ("check", "paged")]
 VARIANTS += [Row(kernel, architecture, 2, 64, "sinks") for kernel in ("fwd", "decode", "wide")
              for architecture in ARCHITECTURES]
+VARIANTS += [Row("fwd", architecture, 2, dim, variant) for architecture in ARCHITECTURES
+             for dim, variant in ((64, "parts, check"), (128, "parts"), (256, "parts"))]
 RARE = [Row(kernel, architecture, size, dim, "check") for kernel in TRAINING for architecture in ARCHITECTURES
         for size, dim in ((2, 32), (4, 32), (4, 64), (4, 128), (4, 256))]
+RARE += [Row("fwd", architecture, size, dim, variant) for architecture in ARCHITECTURES
+         for size, dim, variant in ((2, 32, "parts"), (2, 64, "parts"), (4, 32, "parts"), (4, 64, "parts"),
+                                    (4, 128, "parts"), (4, 256, "parts"), (2, 32, "parts, check"),
+                                    (4, 32, "parts, check"), (4, 64, "parts, check"))]
 RARE += [Row(kernel, architecture, 4, dim, "tf32") for kernel in TRAINING for architecture in ARCHITECTURES
          for dim in HEAD_DIMS[4]]
 
@@ -86,19 +92,24 @@ def compiled(row: Row, target: int | None = None) -> Resources:
     """Compile one row, for its architecture or for the `target` given."""
     config, variant = row.config, row.variant
     head_dim = {"narrow": 80, "values": 192}.get(variant, row.head_dim)
+    in_parts = row.kernel in ("decode", "wide") and variant != "sinks" or "parts" in variant
     constants = {"HEAD_DIM": head_dim, "D": row.head_dim, "BLOCK_M": config.block_m}
     if row.kernel != "delta":
         values = (128, 128) if variant == "values" else (head_dim, row.head_dim)
         constants |= dict(zip(("HEAD_DIM_V", "D_V"), values))
         constants |= {"BLOCK_N": config.block_n, "SOFTCAP": variant == "softcap",
                       "PRECISION": "tf32" if variant == "tf32" else "ieee"}
-        constants["CHECK_ROWS" if row.kernel == "dkv" else "CHECK_COLUMNS"] = variant == "check"
+        constants["CHECK_ROWS" if row.kernel == "dkv" else "CHECK_COLUMNS"] = "check" in variant
+    if "TMA" in KERNELS[row.kernel].arg_names:
+        constants["TMA"] = config.by_tma
     if row.kernel in ("decode", "wide"):
-        constants |= {"PAGE_SIZE": 16 if variant == "paged" else 0, "SPLIT": variant != "sinks"}
+        constants["PAGE_SIZE"] = 16 if variant == "paged" else 0
+    if "SPLIT" in KERNELS[row.kernel].arg_names:
+        constants["SPLIT"] = in_parts
     if "sinks_ptr" in KERNELS[row.kernel].arg_names and variant != "sinks":
         constants["sinks_ptr"] = None
     return resources(KERNELS[row.kernel], constants, config, architecture=target or row.architecture,
-                     element_size=row.element_size)
+                     element_size=row.element_size, float32=("out_ptr",) if in_parts else ())
 
 
 def pool() -> ProcessPoolExecutor:
@@ -144,7 +155,9 @@ def test_a_loop_on_sm_90_asks_for_a_tile_a_whole_tile_of_work_before_it_waits(ro
 
 
 SMALL = {"bounds": (tiles._tile_bounds, {"SIZE": 128, "TILES": tiles.TILES}),
-         "merge": (decode._attention_merge, {"HEAD_DIM": 256, "D": 256}),
+         "merge": (parts._attention_merge, {"HEAD_DIM": 256, "D": 256}),
+         "sum": (parts._attention_bwd_sum, {"HEAD_DIM": 512, "D": 512, "HEAD_DIM_V": 512, "D_V": 512,
+                                            "BLOCK_N": parts.SUMMED_ROWS}),
          "mask from spans": (build._mask_intervals,
                              {"TYPES": False, "DOCUMENTS": True, "HIDDEN": True, "WINDOW": True, "BLOCK": 1024,
                               "SPANS": build.SPANS}),

@@ -17,6 +17,7 @@ from tests.conftest import KERNEL_RUNS
 from tests.launches import OPTIONS, kernel_names, seen, specialization
 from tests.transfusion.conftest import tiny_model
 from tfkernels import TransfusionMask
+from tfkernels.attention.triton import backward, forward
 from transfusion import Image, Text
 from transfusion.sequence import encode, pack
 
@@ -72,8 +73,8 @@ def caches():
     for rows, length in ((1, 300), (1, 513), (2, 1027), (3, 2064), (1, 8192)):
         k = torch.randn(rows, 2, length, 32)
         pages, table = torch.randn(600, 16, 2, 32), torch.arange(rows * (length // 16)).int().view(rows, -1)
-        for new in (1, 3):
-            q, cached = torch.randn(rows, 4, new, 32), torch.full((rows,), length - 5)
+        for new in (1, 3, 20):
+            q, cached = torch.randn(rows, 4, new, 32), torch.full((rows,), length - max(new, 5))
             mask = TransfusionMask.from_cache(cached, new, length)
             tfkernels.attention(q, k, k, mask)
             tfkernels.attention(q, k, k, TransfusionMask.from_spans([[(4, 20)]] * rows, length).queries(7, 7 + new))
@@ -121,6 +122,23 @@ RUNS = [f"{kind} {' '.join(model)}" for kind in ("training", "sampling") for mod
 def test_a_run_compiles_each_kernel_once(run):
     variants = variants_of(run)
     assert variants.found and variants.repeated() == {}
+
+
+def test_rows_by_tma_compile_each_kernel_once_too(monkeypatch):
+    """Whether keys and values are loaded by TMA follows from their layout, whatever the lengths of rows are."""
+    for table in (forward.CONFIGS, backward.DQ_CONFIGS):
+        for key in [key for key in table if key[0] == 90]:
+            monkeypatch.setitem(table, key, table[key]._replace(by_tma=True))
+    variants = Variants()
+    with seen(variants, computes=True):
+        for rows, length in zip((1, 2, 3, 5, 4), LENGTHS):
+            tokens = (torch.randn(rows, length, heads, 32, requires_grad=True) for heads in (4, 2, 2))
+            q, k, v = (x.transpose(1, 2) for x in tokens)
+            tfkernels.attention(q, k, v, TransfusionMask.from_spans([[(4, 20)]] * rows, length)).sum().backward()
+    assert variants.repeated() == {}
+    by_tma = {name: [dict(meant)["TMA"] for meant in variants.found[name]]
+              for name in ("_attention_fwd", "_attention_bwd_dq")}
+    assert by_tma == {"_attention_fwd": [True], "_attention_bwd_dq": [True]}
 
 
 def test_every_kernel_of_the_library_is_counted():

@@ -12,6 +12,7 @@ from transfusion.data.latents import EncodeSettings
 from transfusion.data.picture_files import PictureFolderSettings
 from transfusion.device import choose_device
 from transfusion.eval.autoencoder import VAEEvalSettings
+from transfusion.eval.images import ImagesSettings
 from transfusion.model.lora import TuneSettings
 from transfusion.recipes.command_line import AUTOENCODER_PRESETS, PRESETS
 from transfusion.recipes.digits import DigitsSettings
@@ -27,7 +28,8 @@ from transfusion.train.classifier import ClassifierSettings, JudgeConfig
 from transfusion.train.transfusion import ModelSettings, OptimSettings, TrainConfig, check_settings, train
 
 SETTINGS = (TrainConfig(), VAETrainConfig(), JudgeConfig(), ShowcaseSettings(), Measuring(), VQSettings(),
-            StudySettings("all"), VAEEvalSettings(Path("vae")), EncodeSettings(Path("vae"), Path("out")))
+            StudySettings("all"), VAEEvalSettings(Path("vae")), EncodeSettings(Path("vae"), Path("out")),
+            ImagesSettings(Path("drawn")))
 
 
 @dataclass(frozen=True)

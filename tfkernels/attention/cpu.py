@@ -2,20 +2,22 @@
 
 A block runs PyTorch's own fused CPU kernel. That kernel has no soft cap and no gradient of the LSE; these take the form
 that is written out here. So do inputs that are not finite, for which a hidden pair must be left out whatever it holds.
-Nothing larger than (block, its keys) is built, and a mask that hides little is one call for the whole row.
+Nothing larger than (block, its keys) is built, and a mask that hides little is one call for the whole row. The blocks
+of one mask serve all layers, forward and backward.
 """
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tfkernels._library import result_like
+from tfkernels._library import made_once, result_like
 from tfkernels.attention.reference import gather_pages, visible_sums
 from tfkernels.attention.sinks import add_sinks, sink_gradients
 
-BLOCK = 32
+BLOCK = 32  # queries, or twice as many
+KEPT = 2**22  # pairs in all blocks of a mask, at most, for them to be kept while the mask lives
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -60,15 +62,17 @@ def attention_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, 
 
     dk and dv are summed over the blocks in the statistics' dtype.
     """
-    dq, *results = (result_like(x).zero_() for x in (q, k, v))
+    dq, *results = result_like(q), *(result_like(x).zero_() for x in (k, v))
     dk, dv = (x if x.dtype == _statistics(x) else torch.zeros(x.shape, dtype=_statistics(x)) for x in results)
     q, k, v, out, dout = _of_one_width(q, k, v, out, dout)
-    empty = lse == -math.inf
-    if bool(empty.any()):
-        empty &= (out == 0).all(-1)  # where every visible score is -inf a row is not empty, and `out` is NaN
-    dlse = torch.zeros_like(lse) if dlse is None else dlse.masked_fill(empty, 0)
-    known = lse.masked_fill(empty, 0)
-    written_out = bool(softcap) or bool((dlse != 0).any()) or not _finite(q, k, v, out, dout)
+    empty, known = lse == -math.inf, lse
+    some_empty = bool(empty.any())
+    if some_empty:
+        at = empty.nonzero(as_tuple=True)
+        empty[at] = (out[at] == 0).all(-1)  # where every visible score is -inf a row is not empty, and `out` is NaN
+        known, dlse = (x if x is None else x.masked_fill(empty, 0) for x in (lse, dlse))
+    written_out = bool(softcap) or dlse is not None and bool(dlse.any()) or not _finite(q, k, v, out, dout)
+    dlse = torch.zeros_like(lse) if dlse is None and (written_out or sinks is not None) else dlse
     for block in _blocks(q, lo, hi, since, until, rows_exact, offset):
         rows, keys = (slice(None), slice(None), block.rows), (slice(None), slice(None), block.keys)
         if written_out:
@@ -77,12 +81,12 @@ def attention_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, 
             grads = _fused_backward(dout[rows], q[rows], k[keys], v[keys], out[rows], known[rows], 0.0,
                                     block.bias is None, attn_mask=block.bias, scale=scale)
         dq[rows] = grads[0][..., :dq.shape[-1]]
-        dk[keys] += grads[1][..., :dk.shape[-1]]
-        dv[keys] += grads[2][..., :dv.shape[-1]]
+        dk[keys].add_(grads[1][..., :dk.shape[-1]])
+        dv[keys].add_(grads[2][..., :dv.shape[-1]])
     for result, total in zip(results, (dk, dv)):
         if total is not result:
             result.copy_(total)
-    results = [dq.masked_fill_(empty[..., None], 0), *results]
+    results = [dq.masked_fill_(empty[..., None], 0) if some_empty else dq, *results]
     if sinks is not None:
         delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1) - dlse
         results.append(sink_gradients(sinks, lse, delta))
@@ -141,8 +145,8 @@ def _weights(scores, block):
 
 
 def _finite(*tensors: Tensor) -> bool:
-    """Whether every value is finite, in one pass that writes nothing: the extremes of what holds a NaN are NaN."""
-    return all(math.isfinite(end) for x in tensors if x.numel() for end in x.aminmax())
+    """Whether every value is finite, as far as their sum says: values whose sum overflows are taken for infinite."""
+    return all(math.isfinite(x.sum(dtype=_statistics(x))) for x in tensors)
 
 
 def _of_one_width(*tensors: Tensor) -> list[Tensor]:
@@ -165,29 +169,61 @@ def _statistics(x: Tensor) -> torch.dtype:
 
 def _blocks(
     q: Tensor, lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, rows_exact: bool, offset: int
-) -> Iterator[_Block]:
-    sq, sk = lo.shape[1], since.shape[1]
-    if sq == 0 or sk == 0:
+) -> Iterable[_Block]:
+    """Return the blocks of queries that see something, made once for a mask where that takes little memory."""
+    mask, options = (lo, hi, since, until), {"rows_exact": rows_exact, "offset": offset, "dtype": q.dtype}
+    kept = made_once(_kept_blocks, *mask, **options)
+    return _each_block(_hulls(lo, hi, since.shape[1], rows_exact), *mask, **options) if kept is None else kept
+
+
+def _kept_blocks(lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, **options) -> list[_Block] | None:
+    hulls = _hulls(lo, hi, since.shape[1], options["rows_exact"])
+    pairs = len(lo) * sum((rows.stop - rows.start) * (keys.stop - keys.start) for rows, keys in hulls)
+    return list(_each_block(hulls, lo, hi, since, until, **options)) if pairs <= KEPT else None
+
+
+def _each_block(hulls: list[tuple[slice, slice]], lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, *,
+                rows_exact: bool, offset: int, dtype: torch.dtype) -> Iterator[_Block]:
+    if not hulls and rows_exact and _causal(lo, hi, since.shape[1]):
+        yield _Block(slice(0, lo.shape[1]), slice(0, since.shape[1]), None, None)
         return
-    rows = torch.arange(sq)
-    if rows_exact and sq == sk and sq > 1 and bool((lo == 0).all()) and bool((hi == rows + 1).all()):
-        yield _Block(slice(0, sq), slice(0, sk), None, None)
-        return
-    empty = lo >= hi
-    lo, hi = lo.clamp(min=0), hi.clamp(max=sk)
-    starts, stops = torch.where(empty, sk, lo).amin(0).tolist(), torch.where(empty, 0, hi).amax(0).tolist()
-    size = BLOCK
-    hulls = [(min(starts[i:i + size]), max(stops[i:i + size])) for i in range(0, sq, size)]
-    if 2 * size * sum(max(0, b - a) for a, b in hulls) > sq * sk:
-        size, hulls = sq, [(min(starts), max(stops))]
-    keys = torch.arange(sk, dtype=torch.int32)
-    for i, (a, b) in zip(range(0, sq, size), hulls):
-        if a >= b:
-            continue
-        seen = (lo[:, i:i + size, None] <= keys[a:b]) & (keys[a:b] < hi[:, i:i + size, None])
+    keys = torch.arange(since.shape[1], dtype=torch.int32)
+    at = torch.arange(offset, offset + lo.shape[1])[:, None]
+    for rows, hull in hulls:
+        seen = (lo[:, rows, None] <= keys[hull]) & (keys[hull] < hi[:, rows, None])
         if not rows_exact:
-            at = rows[i:i + size, None] + offset
-            seen &= (since[:, None, a:b] <= at) & (at < until[:, None, a:b])
-        bias = torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -math.inf)[:, None]
+            seen &= (since[:, None, hull] <= at[rows]) & (at[rows] < until[:, None, hull])
+        bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -math.inf)[:, None]
         empty = ~seen.any(-1)[:, None]
-        yield _Block(slice(i, min(i + size, sq)), slice(a, b), bias, empty if bool(empty.any()) else None)
+        yield _Block(rows, hull, bias, empty if bool(empty.any()) else None)
+
+
+def _causal(lo: Tensor, hi: Tensor, keys: int) -> bool:
+    """Whether each row sees the keys up to its own, the fused kernel's own rule."""
+    count = lo.shape[1]
+    return count == keys > 1 and bool((lo == 0).all()) and bool((hi == torch.arange(1, count + 1)).all())
+
+
+def _hulls(lo: Tensor, hi: Tensor, keys: int, rows_exact: bool) -> list[tuple[slice, slice]]:
+    """Return the queries of each block and the run of keys that holds all that they see.
+
+    There are none where the mask is plainly causal. A block is the whole row where blocks would leave out less than
+    half, and has 2 * BLOCK queries where that costs no more than an eighth of the pairs.
+    """
+    count = lo.shape[1]
+    if not count or not keys or rows_exact and _causal(lo, hi, keys):
+        return []
+    empty = lo >= hi
+    starts = torch.where(empty, keys, lo.clamp(min=0)).amin(0).tolist()
+    stops = torch.where(empty, 0, hi.clamp(max=keys)).amax(0).tolist()
+
+    def cut(size: int) -> tuple[int, list[tuple[slice, slice]]]:
+        found = [(slice(i, min(i + size, count)), slice(min(starts[i:i + size]), max(stops[i:i + size])))
+                 for i in range(0, count, size)]
+        found = [(rows, hull) for rows, hull in found if hull.start < hull.stop]
+        return size * sum(hull.stop - hull.start for _, hull in found), found
+
+    (pairs, blocks), (wider, wide_blocks) = cut(BLOCK), cut(2 * BLOCK)
+    if 2 * pairs > count * keys:
+        return cut(count)[1]
+    return wide_blocks if 8 * wider <= 9 * pairs else blocks

@@ -261,9 +261,11 @@ def _backward(
     dloss: Tensor, dx: Tensor, dweight: Tensor, dbias: Tensor, places: Tensor, shape: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dhidden of `shape`, dweight and dbias in the inputs' dtype."""
+    factor = dloss.reshape(1)  # (1,) and not (), which would be rounded to x's dtype first
+
     def scaled(x):
-        # (1,) and not (), which would be rounded to x's dtype first
-        return torch.mul(x, dloss.reshape(1), out=x.new_empty(x.shape, dtype=dx.dtype))
+        result = x.new_empty(x.shape, dtype=dx.dtype)
+        return torch.mul(x, factor, out=result) if x.shape[0] else result
 
     dhidden = dx.new_zeros(shape)
     dhidden.view(-1, dx.shape[1]).index_copy_(0, places.clamp(0, max(0, dhidden.shape[:-1].numel() - 1)), scaled(dx))

@@ -31,6 +31,7 @@ from tfkernels._arguments import got, need_eps, need_tensors
 from tfkernels._library import register
 from tfkernels.norm import cpu, triton
 from tfkernels.norm.reference import ResidualNorm
+from tfkernels.norm.sums import tables as kernel_tables
 
 MAX_WIDTH = 16384
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -232,7 +233,7 @@ _norm_forward, _gated_forward, _gated_norm_forward = (
     zip(_NAMES, _forwards(triton.forward), _forwards(cpu.forward), (_norm_fake, _gated_fake, _gated_norm_fake)))
 _norm_backward, _gated_backward, _gated_norm_backward = (
     register(f"{name}_backward", kernel=kernel, cpu=cpu, fake=fake)
-    for name, kernel, cpu, fake in zip(_NAMES, _backwards(triton.backward, triton.tables),
+    for name, kernel, cpu, fake in zip(_NAMES, _backwards(triton.backward, kernel_tables),
                                        _backwards(cpu.backward, cpu.tables),
                                        (_norm_backward_fake, _gated_backward_fake, _gated_norm_backward_fake))
 )

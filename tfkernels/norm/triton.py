@@ -1,4 +1,4 @@
-"""Kernels of the modulated norms and gated residuals (`tfkernels.norm`): a forward, a backward, its sums.
+"""Kernels of the modulated norms and gated residuals (`tfkernels.norm`): a forward and a backward.
 
 Forward is one program per token: gate, add, statistics, normalise, modulate. A row wider than WIDEST_FORWARD is read in
 blocks, once per statistic.
@@ -10,7 +10,7 @@ Backward walks the tokens sorted by image, `rows` of them per program, and adds 
 It writes them when the image changes, into row program + image + 1 of `parts`. Along the sorted tokens both terms only
 grow, and one of them grows at each write. So no two writes meet, and programs + N + 2 rows suffice. `_norm_bwd_images`
 then sums each image's rows in order. What is left (dscale = weight a + bias b, dweight = sum over images (1 + scale) a,
-...) is arithmetic on (N + 1, C), of `_norm_bwd_tables`. A row wider than WIDEST_BACKWARD has its two means taken first
+...) is arithmetic on (N + 1, C) (both in `sums.py`). A row wider than WIDEST_BACKWARD has its two means taken first
 (`_norm_bwd_means`) and is then split between programs. There are no atomics.
 
 Without image ids (None, which Triton compiles as a constant) the tokens of batch row n are image n's: `row_len` of
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tfkernels._launch import Config, cdiv, multiprocessors, next_power_of_2
 from tfkernels._library import INTERPRET, made_once
+from tfkernels.norm.sums import IMAGES, _norm_bwd_images, columns_together, contiguous
 
 # read one number at a time, or a size: no reason to compile again (see `tfkernels.attention.triton.tiles`)
 SCALAR_ARGUMENTS = ["image_ids_ptr", "order_ptr", "starts_ptr", "mean_ptr", "rstd_ptr", "means_ptr", "images",
@@ -34,12 +35,11 @@ WIDEST_BACKWARD = 64 if INTERPRET else 4096
 # of its images, and one program adds all of text's. Few where rows are wide, which a multiprocessor holds few of.
 PROGRAMS = 1024
 FEWEST_ROWS = 3 if INTERPRET else 8          # tokens of one of them at least
-IMAGES = Config(32, 64, 4, 3)                # rows and columns of partial sums read together
 FORWARD_WARPS = {64: 1, 128: 1, 256: 1, 512: 2, 1024: 4, 2048: 4, 4096: 8, 8192: 16}  # by the block of columns
 # twice as many of 512, 1024, half as many of 4096 spill
 BACKWARD_WARPS = {64: 1, 128: 1, 256: 1, 512: 1, 1024: 2, 2048: 4, 4096: 16}
 # programs of the backward kernel that a multiprocessor's registers hold at once, by the block of columns
-RESIDENT = {64: 16, 128: 16, 256: 16, 512: 15, 1024: 7, 2048: 3, 4096: 1}
+RESIDENT = {64: 16, 128: 16, 256: 16, 512: 14, 1024: 6, 2048: 3, 4096: 1}
 
 
 def forward_config(width: int) -> Config:
@@ -252,66 +252,6 @@ def _norm_bwd(dy_ptr, dout_ptr, x_ptr, branch_ptr, gate_ptr, weight_ptr, scale_p
     _write_parts(parts_ptr, program + current + 1, plane, a, b, g, cols, inside, C, NORM, LEVEL, GATED)
 
 
-@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
-def _norm_bwd_images(parts_ptr, starts_ptr, sums_ptr, images, row_len, rows, slots,
-                     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum the rows of `parts` of text (program 0) or image n (program n + 1), in the order of who wrote them."""
-    image, kind = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = cols < C
-    if starts_ptr is None:
-        start, stop = tl.maximum(image - 1, 0) * row_len, image * row_len
-    else:
-        start, stop = tl.load(starts_ptr + image).to(tl.int64), tl.load(starts_ptr + image + 1).to(tl.int64)
-    first, last = start // rows, (stop + rows - 1) // rows
-    last = tl.where(stop > start, last, first)
-    parts_ptr += kind * slots * C
-    total = tl.zeros([BLOCK_M, BLOCK], tl.float32)
-    for at in range(first, last, BLOCK_M):
-        program = at + tl.arange(0, BLOCK_M)
-        total += tl.load(parts_ptr + (program + image)[:, None] * C + cols[None, :],
-                         mask=(program < last)[:, None] & inside[None, :], other=0.0)
-    tl.store(sums_ptr + (kind * (images + 1) + image) * C + cols, tl.sum(total, 0), mask=inside)
-
-
-@triton.jit(do_not_specialize=["images"])
-def _norm_bwd_tables(sums_ptr, weight_ptr, bias_ptr, scale_ptr, dweight_ptr, dbias_ptr, dscale_ptr, dshift_ptr,
-                     dgate_ptr, images, stride_cn,
-                     C: tl.constexpr, LEVEL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the gradients of vectors (C,) and tables (N, C) from sums (N + 1, C), for a block of columns."""
-    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = cols < C
-    plane = (images.to(tl.int64) + 1) * C
-    a_ptr, b_ptr, g_ptr = sums_ptr, sums_ptr + plane, sums_ptr + (1 + LEVEL) * plane
-    dweight, dbias = tl.zeros([BLOCK_M, BLOCK], tl.float32), tl.zeros([BLOCK_M, BLOCK], tl.float32)
-    for first in range(0, images, BLOCK_M):
-        n = (first + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
-        valid = (n < images) & inside[None, :]
-        at = n * C + cols[None, :]
-        dscale = tl.load(a_ptr + C + at, mask=valid, other=0.0)
-        factor = 1 + tl.load(scale_ptr + n * stride_cn + cols[None, :], mask=valid, other=0.0).to(tl.float32)
-        if weight_ptr is not None:  # an image without tokens has sums of 0, and its scale may hold anything
-            dweight += tl.where(dscale == 0, 0.0, factor * dscale)
-            dscale *= tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
-        if LEVEL:
-            b = tl.load(b_ptr + C + at, mask=valid, other=0.0)
-            if bias_ptr is not None:
-                dbias += tl.where(b == 0, 0.0, factor * b)
-                dscale += b * tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
-            if dshift_ptr is not None:
-                tl.store(dshift_ptr + at, b.to(dshift_ptr.dtype.element_ty), mask=valid)
-        tl.store(dscale_ptr + at, dscale.to(dscale_ptr.dtype.element_ty), mask=valid)
-        if dgate_ptr is not None:
-            g = tl.load(g_ptr + C + at, mask=valid, other=0.0)
-            tl.store(dgate_ptr + at, g.to(dgate_ptr.dtype.element_ty), mask=valid)
-    if weight_ptr is not None:
-        dweight = tl.load(a_ptr + cols, mask=inside, other=0.0) + tl.sum(dweight, 0)
-        tl.store(dweight_ptr + cols, dweight.to(dweight_ptr.dtype.element_ty), mask=inside)
-    if bias_ptr is not None:
-        dbias = tl.load(b_ptr + cols, mask=inside, other=0.0) + tl.sum(dbias, 0)
-        tl.store(dbias_ptr + cols, dbias.to(dbias_ptr.dtype.element_ty), mask=inside)
-
-
 def forward(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     scale: Tensor | None, shift: Tensor | None, image_ids: Tensor | None, eps: float, center: bool
@@ -332,8 +272,8 @@ def forward(
         launch = forward_config(width)
         _norm_fwd[(tokens,)](
             x,
-            *_or(x, branch, gate, _vector(weight), _vector(bias), scale, shift),
-            _vector(image_ids),
+            *_or(x, branch, gate, contiguous(weight), contiguous(bias), scale, shift),
+            contiguous(image_ids),
             out,
             y,
             mean,
@@ -382,14 +322,14 @@ def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor |
     ordered, order, starts = (None,) * 3 if image_ids is None else made_once(sorted_tokens, image_ids, images=images)
     parts = x.new_empty(kinds, slots, width, dtype=torch.float32)
     (dy, stride_ds), (dout, stride_os), (x, stride_xs), (branch, stride_bs) = map(_rows, (dy, dout, x, branch))
-    gate, scale, weight, mean, rstd = (columns_together(gate), columns_together(scale), _vector(weight), _vector(mean),
-                                       _vector(rstd))
+    gate, scale = columns_together(gate), columns_together(scale)
+    weight, mean, rstd = contiguous(weight), contiguous(mean), contiguous(rstd)
     stride_gn, stride_cn = _stride(gate), _stride(scale)
     options = {"BLOCK": launch.block_n, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
     means = rstd
     if norm and width > launch.block_n:
         means = x.new_empty(1 + center, tokens, dtype=torch.float32)
-        _norm_bwd_means[(tokens,)](dy, x, *_or(x, weight), scale, _vector(image_ids), mean, rstd, means, images,
+        _norm_bwd_means[(tokens,)](dy, x, *_or(x, weight), scale, contiguous(image_ids), mean, rstd, means, images,
                                    row_len, tokens, stride_ds, stride_xs, stride_cn, C=width, CENTER=center,
                                    WEIGHT=weight is not None, **options)
     _norm_bwd[(programs, cdiv(width, launch.block_n))](
@@ -400,19 +340,6 @@ def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor |
         parts, starts, sums, images, row_len, rows, slots, C=width, BLOCK_M=IMAGES.block_m, BLOCK=IMAGES.block_n,
         num_warps=IMAGES.num_warps)
     return dx, dbranch, sums
-
-
-def tables(sums: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor | None,
-           gate: Tensor | None) -> tuple[Tensor, ...]:
-    """Return dweight, dbias, dscale, dshift and dgate from the sums of `backward`; of None, empty."""
-    given = (weight, bias, scale, shift, gate)
-    gradients = tuple(sums.new_empty(0) if t is None else t.new_empty(t.shape) for t in given)
-    (images, width), scale = scale.shape, columns_together(scale)
-    _norm_bwd_tables[(cdiv(width, IMAGES.block_n),)](
-        sums, _vector(weight), _vector(bias), scale, *(d if t is not None else t for t, d in zip(given, gradients)),
-        images, scale.stride(0), C=width, LEVEL=bias is not None or shift is not None, BLOCK_M=IMAGES.block_m,
-        BLOCK=IMAGES.block_n, num_warps=IMAGES.num_warps)
-    return gradients
 
 
 def _row_len(x: Tensor, image_ids: Tensor | None) -> int | None:
@@ -437,15 +364,6 @@ def _rows(x: Tensor | None) -> tuple[Tensor | None, int]:
         x = columns_together(x.reshape(-1, x.shape[-1]))
         return x, x.stride(0)
     return x, x.shape[-1]
-
-
-def columns_together(x: Tensor | None) -> Tensor | None:
-    """Return x with its columns side by side; a copy only where they are not."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
-
-
-def _vector(x: Tensor | None) -> Tensor | None:
-    return x if x is None else x.contiguous()
 
 
 def _stride(x: Tensor | None) -> int:

@@ -64,9 +64,16 @@ def philox_reference(
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(10):
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # the low 64 bits, whatever the sign
-        c0, c1, c2, c3 = (b >> 32 & _MASK) ^ c1 ^ k0, b & _MASK, (a >> 32 & _MASK) ^ c3 ^ k1, a & _MASK
+        c0, c1, c2, c3 = _high_word(b, c1, k0), b, _high_word(a, c3, k1), a  # b and a: their low 32 bits count
         k0, k1 = k0 + 0x9E3779B9 & _MASK, k1 + 0xBB67AE85 & _MASK
-    return c0, c1, c2, c3
+    return c0, c1 & _MASK, c2, c3 & _MASK
+
+
+def _high_word(product: Tensor, word: Tensor, key: Tensor) -> Tensor:
+    """The upper 32 bits of a product, xor the lower ones of word and key; in place where nothing broadcasts."""
+    high = product >> 32
+    high = high.bitwise_xor_(word) if high.shape == word.shape else high ^ word
+    return high.bitwise_xor_(key).bitwise_and_(_MASK)
 
 
 def philox_normal_reference(
@@ -79,13 +86,14 @@ def philox_normal_reference(
     first = seed[2] if len(seed) == 3 else 0
     group = torch.arange(-(-dim // 4), device=seed.device)
     counter = group, row.long()[:, None] & _MASK, (image + first)[:, None] & _MASK, seed[1] & _MASK
-    words = torch.broadcast_tensors(*philox_reference(counter, (seed[0] & _MASK, seed[0] >> 32 & _MASK)))
-    normals = []
-    for word, other in (words[:2], words[2:]):
-        radius = (word.float() * 2**-32 + 2**-33).to(dtype).log_().mul_(-2).sqrt_()
-        angle = torch.where(other >= 2**31, other - 2**32, other).to(dtype) * (math.pi * 2**-31)
-        normals += [radius * angle.cos(), radius * angle.sin()]
-    return torch.stack(normals, -1).flatten(1)[:, :dim]
+    words = philox_reference(counter, (seed[0] & _MASK, seed[0] >> 32 & _MASK))
+    normals = torch.empty(len(row), len(group), 4, dtype=dtype, device=seed.device)
+    for first, (word, other) in ((0, words[:2]), (2, words[2:])):
+        radius = word.float().mul_(2**-32).add_(2**-33).to(dtype).log_().mul_(-2).sqrt_()
+        angle = (other << 32 >> 32).to(dtype).mul_(math.pi * 2**-31)  # of a signed word
+        torch.mul(radius, angle.cos(), out=normals[..., first])
+        torch.mul(radius, angle.sin(), out=normals[..., first + 1])
+    return normals.flatten(1)[:, :dim]
 
 
 def seed_tensor(op: str, seed: Tensor | int, device: torch.device) -> Tensor:

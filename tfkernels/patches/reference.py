@@ -3,6 +3,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tfkernels._library import made_once
 from tfkernels.patches.latents import locate_reference, packed_index, uniform_offsets
 from tfkernels.patches.philox import philox_normal_reference
 
@@ -50,7 +51,17 @@ def noise_patchify_reference(x: Tensor, signal: Tensor, noise: Tensor, seed: Ten
 
 def noise_reference(seed: Tensor, offsets: Tensor | None, images: int, rows: int, dim: int,
                     dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Return each row's image id (P,) and the eps (P, D) in `dtype` that `noise_patchify` adds and the losses know."""
+    """Return each row's image id (P,) and the eps (P, D) in `dtype` that `noise_patchify` adds and the losses know.
+
+    They are drawn once for a seed tensor, and are not to be written to.
+    """
+    return made_once(_noise, seed, *(() if offsets is None else (offsets,)), images=images, rows=rows, dim=dim,
+                     dtype=dtype)
+
+
+def _noise(
+    seed: Tensor, offsets: Tensor | None = None, *, images: int, rows: int, dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     image_ids, row, _ = locate_reference(uniform_offsets(images, rows, seed.device) if offsets is None else offsets,
                                          rows)
     eps = philox_normal_reference(seed, image_ids, row, dim, torch.promote_types(dtype, torch.float32))

@@ -4,6 +4,8 @@ A program takes a token, loads its cos and sin once and turns its heads in block
 computes 1 / rms again and adds up dweight in registers. It writes one row of sums; the number of these rows depends on
 the sizes alone, and they are added in order.
 """
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -169,6 +171,7 @@ def _qk_norm_rotary_bwd(dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, q_weight_ptr, k_we
                stride_ks, stride_dkb, stride_dkh, stride_dks, K, K_NORM, HALF, REST, BLOCK_K, BLOCK, BLOCK_REST)
 
 
+@functools.cache
 def launch_config(heads: int, kv_heads: int, dim: int, half: int, tile: int, warp: int) -> tuple[dict, int]:
     """Return the constexprs of a program's tiles of at most `tile` elements, and its warps, one for `warp` of them."""
     rest = dim - 2 * half
@@ -218,8 +221,9 @@ def backward(dq_out: Tensor | None, dk_out: Tensor | None, q: Tensor | None, k: 
         *tensors, *_or(given, q_weight, k_weight), cos, sin, dq, dk, parts, tokens, batch * tokens, rows, eps, *strides,
         **constants, Q_NORM=norms[0], K_NORM=norms[1], num_warps=warps, **ROUNDED_PRODUCTS
     )
-    for dweight, total in zip((x for x, norm in zip(dweights, norms) if norm), parts.sum(1)):
-        dweight.copy_(total)
+    if any(norms):
+        for dweight, total in zip((x for x, norm in zip(dweights, norms) if norm), parts.sum(1)):
+            dweight.copy_(total)
     return dq, dk, *dweights
 
 

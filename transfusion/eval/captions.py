@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transfusion.eval.prompts import json_lines
-from transfusion.eval.results import Result, version_of, write_result
+from transfusion.eval.results import Result, version_of, weights_hash, write_result
 from transfusion.files import check_writable
 from transfusion.settings import check
 
 GRAMS, SIGMA, BETA = 4, 6.0, 1.2
-TOKENISER = "lower-case words, contractions split, no punctuation (transfusion.eval.captions.words; not PTB)"
+TOKENISER = "split into lower-case words without punctuation by our own rule, not by Stanford's PTB tokenizer"
 CONTRACTION = re.compile(r"(?<=[a-z])(n't|'(?:s|re|ve|ll|d|m))(?![a-z])")
 WORD = re.compile(r"n't|'(?:s|re|ve|ll|d|m)(?![a-z])|\d+(?:[.,]\d+)+|[^\W_]+(?:-[^\W_]+)*")
 IDS, TEXTS = ("image_id", "question_id", "id"), ("caption", "captions", "text")
@@ -43,6 +43,8 @@ class CaptionsSettings:
     """COCO's captions (.json), or as the answers, several for each id or a list in "captions" """
     out: Path
     """directory for results/"""
+    model: Path | None = None
+    """directory of the checkpoint that wrote the captions, to be named in the results"""
 
 
 def captions(settings: CaptionsSettings) -> list[Result]:
@@ -65,9 +67,11 @@ def captions(settings: CaptionsSettings) -> list[Result]:
     true = [[words(text) for text in references[number]] for number in ids]
     scores = {"BLEU-4": 100 * bleu(given, true), "ROUGE-L": 100 * rouge_l(given, true),
               "CIDEr-D": 100 * sum(cider_d(given, true)) / len(ids)}
+    writer = {} if settings.model is None else {"model": str(settings.model),
+                                                "weights_hash": weights_hash(settings.model)}
     found = [Result("captions", name, value, len(ids), "transfusion", version_of("transfusion"),
-                    time.perf_counter() - began, prompts=str(settings.references),
-                    details={"answers": str(settings.answers), "tokenisation": TOKENISER})
+                    time.perf_counter() - began, note=TOKENISER, **writer,
+                    details={"answers": str(settings.answers), "references": str(settings.references)})
              for name, value in scores.items()]
     for result in found:
         print(f"{result.metric:<12}{result.value:>9.2f}   {write_result(settings.out, result)}")

@@ -10,12 +10,14 @@ Picture i draws its random numbers from seed + i, whatever batch and process it 
 processes change no picture beyond the rounding of the model's own sums. The pictures are cut into blocks of one batch
 each, and block b is drawn by process b % processes. A picture that is there is never drawn again.
 """
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ from tyro.conf import arg
 from transfusion.command import claim
 from transfusion.data.picture_files import to_picture
 from transfusion.eval.picture_grids import contact_sheet
-from transfusion.eval.prompts import GENEVAL_SAMPLES, Entry, Prompts, entries, read_prompts
+from transfusion.eval.prompts import GENEVAL_SAMPLES, Entry, entries, read_prompts
 from transfusion.eval.results import weights_hash
 from transfusion.files import ASIDE, read_json, sync, write_text
 from transfusion.generate.sampling import Sampling
@@ -39,7 +41,7 @@ from transfusion.model.loading import load_model
 from transfusion.model.transfusion import Transfusion
 from transfusion.settings import Count, check
 
-PICTURES, SHOWN = "pictures", 64
+PICTURES, ABOUT, SHOWN = "pictures", "drawing.json", 64
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,10 @@ def draw(settings: DrawSettings) -> None:
     if size > 1 and settings.processes > 1:
         raise ValueError(f"eval draw: processes is {settings.processes} under a launcher of {size}; 1 fits there")
     if rank > 0:
-        _draw_share(rank, settings, _prepare(settings), size)
+        _draw_share(rank, settings, _prepare(settings, writes=False), size)
         return
     with claim("eval draw", settings.out, {"model": settings.model}, alone=False):
-        pictures = _prepare(settings)
+        pictures = _prepare(settings, writes=True)
         if settings.processes == 1:
             _draw_share(rank, settings, pictures, size)
         else:
@@ -89,8 +91,15 @@ def draw(settings: DrawSettings) -> None:
                                         daemon=True)
 
 
-def _prepare(settings: DrawSettings) -> list[Entry]:
-    """Return the pictures to draw; write what says so, or compare it with what an earlier call wrote."""
+def about_drawing(out: Path) -> dict:
+    """What drawing.json says of its model, as the fields of a result; of a folder without one, nothing."""
+    path = Path(out) / ABOUT
+    held = read_json(path) if path.is_file() else {}
+    return {"model": held.get("model", ""), "weights_hash": held.get("weights_hash"), "prompts": held.get("rule")}
+
+
+def _prepare(settings: DrawSettings, writes: bool) -> list[Entry]:
+    """Return the pictures to draw, compared with what an earlier call wrote; the first process writes what says so."""
     prompts = read_prompts(settings.prompts, settings.count)
     samples = settings.samples or (GENEVAL_SAMPLES if prompts.is_geneval else 1)
     pictures, seed = entries(prompts, samples), settings.sampling.seed
@@ -101,15 +110,19 @@ def _prepare(settings: DrawSettings) -> list[Entry]:
     about = {"model": str(settings.model), "weights_hash": weights_hash(settings.model), "rule": prompts.rule,
              "pictures": len(pictures), "samples": samples, "prompts": hashlib.sha256(lines.encode()).hexdigest(),
              "sampling": json.loads(json.dumps(dataclasses.asdict(settings.sampling)))}
-    path = settings.out / "drawing.json"
+    path = settings.out / ABOUT
     held = read_json(path, "take another --out") if path.is_file() else about
     for name in about:
         if name != "model" and held.get(name) != about[name]:
             raise ValueError(f"eval draw: out is {str(settings.out)!r}, whose pictures were drawn with {name} "
                              f"{held.get(name)!r}, and now it is {about[name]!r}; another --out fits")
-    write_text(path, json.dumps(about, indent=2) + "\n")
-    write_text(settings.out / "prompts.jsonl", lines)
-    _make_folders(settings.out / PICTURES, prompts)
+    for folder in sorted({(settings.out / PICTURES / entry.file).parent for entry in pictures}):
+        folder.mkdir(parents=True, exist_ok=True)
+    if writes:
+        write_text(path, json.dumps(about, indent=2) + "\n")
+        write_text(settings.out / "prompts.jsonl", lines)
+        for number, row in enumerate(prompts.rows if prompts.is_geneval else ()):
+            write_text(settings.out / PICTURES / f"{number:05}" / "metadata.jsonl", json.dumps(row) + "\n")
     return pictures
 
 
@@ -118,15 +131,6 @@ def _check_channels(path: Path) -> None:
     if config.image_channels not in (1, 3) and not (path / "vae").is_dir():
         raise ValueError(f"eval draw: the model's images have {config.image_channels} channels and no VAE; models of 1 "
                          "(grey) or 3 (colour), or with a VAE (transfusion init --vae), draw picture files")
-
-
-def _make_folders(folder: Path, prompts: Prompts) -> None:
-    """Make the folder of pictures; of GenEval's prompts a folder each, with the line of its file."""
-    folder.mkdir(exist_ok=True)
-    for number, row in enumerate(prompts.rows if prompts.is_geneval else ()):
-        (folder / f"{number:05}" / "samples").mkdir(parents=True, exist_ok=True)
-        if not (folder / f"{number:05}" / "metadata.jsonl").is_file():
-            write_text(folder / f"{number:05}" / "metadata.jsonl", json.dumps(row) + "\n")
 
 
 def _draw_share(rank: int, settings: DrawSettings, pictures: list[Entry], size: int) -> None:
@@ -142,9 +146,9 @@ def _draw_share(rank: int, settings: DrawSettings, pictures: list[Entry], size: 
         model = load_model(settings.model, _device(settings.device, rank))
         title = "eval draw" if size == 1 else f"eval draw, process 1 of {size}"
         with tqdm(total=len(share), initial=len(share) - left, desc=title, unit="picture", dynamic_ncols=True,
-                  disable=rank > 0) as bar, ThreadPoolExecutor(4) as writers:
+                  disable=rank > 0) as bar, _staging(settings.out, rank) as aside, ThreadPoolExecutor(4) as writers:
             for run in (run for block in missing for run in _runs(block)):
-                saved = writers.map(functools.partial(_save, folder, rank), run, _draw_run(model, run, settings))
+                saved = writers.map(functools.partial(_save, folder, aside), run, _draw_run(model, run, settings))
                 bar.update(len(list(saved)))
     if all((folder / entry.file).exists() for entry in pictures):
         shown = pictures[::-(-len(pictures) // SHOWN)]
@@ -168,15 +172,24 @@ def _draw_run(model: Transfusion, run: list[Entry], settings: DrawSettings) -> T
     return latents if model.vae is None else model.vae.decode(latents)
 
 
-def _save(folder: Path, rank: int, entry: Entry, pixels: Tensor) -> None:
-    """Write a PNG in one piece; not by `written`, which looks through the whole folder each time."""
-    aside = folder.parent / f"{ASIDE}{os.getpid()}-{rank}-{entry.number}.png"
+@contextlib.contextmanager
+def _staging(out: Path, rank: int) -> Iterator[Path]:
+    """Yield a directory of this process for pictures that are being written; what a kill left there goes first."""
+    aside = out / f"{ASIDE}drawing-{rank}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
     try:
-        to_picture(pixels.cpu()).save(aside)
-        sync(aside)
-        os.replace(aside, folder / entry.file)
+        yield aside
     finally:
-        aside.unlink(missing_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _save(folder: Path, aside: Path, entry: Entry, pixels: Tensor) -> None:
+    """Write a PNG in one piece; not by `written`, which looks through the whole folder each time."""
+    path = aside / f"{entry.number}.png"
+    to_picture(pixels.cpu()).save(path)
+    sync(path)
+    os.replace(path, folder / entry.file)
 
 
 def _device(name: str, rank: int) -> str:

@@ -7,18 +7,20 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from torch import Tensor
 
 from transfusion.device import choose_device
 from transfusion.eval.clip import Clip, clip_score
+from transfusion.eval.draw import about_drawing
 from transfusion.eval.inception import inception_file
 from transfusion.eval.metrics import frechet_distance, kernel_distance, precision_recall
 from transfusion.eval.picture_features import Network, drawn_files, features_of, picture_files
 from transfusion.eval.prompts import read_drawn
 from transfusion.eval.results import Result, version_of, write_result
-from transfusion.files import check_writable, read_json
-from transfusion.settings import Count, Seed, check
+from transfusion.files import check_writable
+from transfusion.settings import Count, Range, Seed, check
 
 INCEPTION = "inception"
 
@@ -31,20 +33,22 @@ class ImagesSettings:
     """what `transfusion eval draw` wrote, or any folder of pictures"""
     real: Path | None = None
     """a folder of real pictures; None leaves out all but the CLIP score"""
+    prompted: bool = False
+    """of the real pictures take those alone that prompts.jsonl names, as COCO's prompts do"""
     features: str = INCEPTION
     """directory of a network of transformers (safetensors), a file of FID's Inception weights, or `inception`: that
     file in the cache of torch.hub"""
     clip: str | None = None
     """directory or name of a CLIPModel; None leaves out the CLIP score, which needs --drawn with its prompts.jsonl"""
     out: Path | None = None
-    """directory for results/ and features/; None: that of the drawn pictures"""
+    """directory for results/ and features/; None: --drawn, where `transfusion eval draw` wrote it"""
     neighbours: Count = 3
     """of precision and recall: a ball reaches its centre's neighbour of this number"""
     neighbour_pictures: Count = 10_000
     """pictures of either kind, at most, that precision and recall compare"""
-    subsets: Count = 100
+    subsets: Annotated[int, Range(2)] = 100
     """that the kernel distance is a mean of"""
-    subset_size: Count = 1000
+    subset_size: Annotated[int, Range(2)] = 1000
     """pictures in each, at most"""
     seed: Seed = 0
     """of these subsets"""
@@ -64,9 +68,12 @@ def images(settings: ImagesSettings) -> list[Result]:
     if settings.real is None and settings.clip is None:
         raise ValueError("eval images: real and clip are None; --real with a folder of pictures, --clip with a "
                          "CLIPModel, or both fit")
+    if settings.out is None and not (settings.drawn / "prompts.jsonl").is_file():
+        raise ValueError(f"eval images: out is None and drawn is {str(settings.drawn)!r}, a folder that `transfusion "
+                         "eval draw` did not write; a directory for the results fits for --out")
     out = settings.out or settings.drawn
     check_writable("eval images", out)
-    drawn, about = drawn_files(settings.drawn), _about(settings.drawn)
+    drawn, about = drawn_files(settings.drawn), about_drawing(settings.drawn)
     found = []
     for measure in (_distances if settings.real else None, _clip if settings.clip else None):
         found += [] if measure is None else list(measure(settings, out, drawn, about))
@@ -76,27 +83,34 @@ def images(settings: ImagesSettings) -> list[Result]:
     return found
 
 
-def _about(folder: Path) -> dict:
-    """What a drawing says of its model."""
-    path = folder / "drawing.json"
-    held = read_json(path) if path.is_file() else {}
-    return {"model": held.get("model", ""), "weights_hash": held.get("weights_hash"), "prompts": held.get("rule")}
-
-
 def _distances(settings: ImagesSettings, out: Path, drawn: list[Path], about: dict) -> Iterator[Result]:
     began = time.perf_counter()
     path = inception_file() if settings.features == INCEPTION else Path(settings.features)
     network = Network.open(path, choose_device(settings.device))
-    real = picture_files(settings.real)
+    real = _real(settings)
     theirs, ours = (features_of(files, network, out / "features", settings.batch, title)
                     for files, title in ((real, "real"), (drawn, "drawn")))
-    details = {"real": str(settings.real), "real_pictures": len(real), "features": str(path),
-               "features_weights_hash": network.weights_hash}
+    details = {"real": str(settings.real), "prompted": settings.prompted, "real_pictures": len(real),
+               "features": str(path), "features_weights_hash": network.weights_hash}
     seconds = time.perf_counter() - began
     for metric, value, more in _numbers(settings, network, theirs, ours):
         own = {"n": len(drawn), "standard_error": more.pop("standard_error", None), "seed": more.pop("seed", None)}
         yield Result("images", metric, value, library="transfusion", version=version_of("transfusion"),
                      seconds=seconds, resize=network.resize(), details=details | more, **own, **about)
+
+
+def _real(settings: ImagesSettings) -> list[Path]:
+    """The real pictures that drawn ones are compared with."""
+    found = picture_files(settings.real)
+    if not settings.prompted:
+        return found
+    named = {row.get("image_file") for row in read_drawn(settings.drawn)}
+    chosen = [path for path in found if path.name in named]
+    if not chosen or len(chosen) != len(named):
+        raise ValueError(f"eval images: prompted is True and real is {str(settings.real)!r}, which holds "
+                         f"{len(chosen):,} of the {len(named):,} pictures that prompts.jsonl of drawn names; the "
+                         "pictures of COCO's captions fit, or no --prompted")
+    return chosen
 
 
 def _numbers(settings: ImagesSettings, network: Network, real: Tensor, drawn: Tensor) -> Iterator[tuple]:
@@ -106,7 +120,8 @@ def _numbers(settings: ImagesSettings, network: Network, real: Tensor, drawn: Te
     yield distance_name("kernel", network), kernel.distance, {
         "standard_error": kernel.standard_error, "seed": settings.seed, "deviation": kernel.deviation,
         "subsets": settings.subsets, "subset_size": min(settings.subset_size, len(real), len(drawn))}
-    found = precision_recall(*(x[:settings.neighbour_pictures] for x in (real, drawn)), settings.neighbours)
+    compared = (x[:settings.neighbour_pictures] for x in (real, drawn))
+    found = precision_recall(*compared, settings.neighbours)
     for name, value in found._asdict().items():
         yield f"{name} ({network.name} features)", value, {
             "neighbours": settings.neighbours, "pictures_compared": settings.neighbour_pictures}

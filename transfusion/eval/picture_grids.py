@@ -82,7 +82,7 @@ def contact_sheet(path: Path, pictures: list[Path], titles: list[str], columns: 
         with Picture.open(file) as picture:
             axis.imshow(picture.convert("RGB"), interpolation="nearest")
         shown = "\n".join(textwrap.wrap(title, 26, max_lines=2, placeholder=" ...")).replace("$", r"\$")
-        axis.set_title(shown, fontsize=6, y=-0.02, va="top")
+        axis.text(0.5, -0.03, shown, transform=axis.transAxes, fontsize=6, ha="center", va="top")
     with written(path) as aside:
         figure.savefig(aside, dpi=150, bbox_inches="tight")
     plt.close(figure)

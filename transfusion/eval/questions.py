@@ -28,10 +28,11 @@ class Question(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-    """The log-probability of an answer, and whether each of its tokens is the likeliest."""
+    """The log-probability of an answer, whether each of its tokens is the likeliest, and how many it has."""
 
     log_probability: float
     greedy: bool
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ class Asker:
             behind = len(states) - len(document.tokens)  # padding stands left
             before = torch.tensor([behind + i - 1 for i in places], device=states.device)
             scores = self.model.backbone.logits(states[before]).float().log_softmax(-1)
-            found.append(Likelihood(float(scores.gather(1, ids[:, None]).sum()), bool((scores.argmax(1) == ids).all())))
+            found.append(Likelihood(float(scores.gather(1, ids[:, None]).sum()), bool((scores.argmax(1) == ids).all()),
+                                    len(ids)))
         return found
 
     def _with_pictures(self, parts: Iterable[Text | PictureRef], question: Question) -> list[Part]:

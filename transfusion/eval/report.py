@@ -21,35 +21,33 @@ from transfusion.settings import check  # noqa: E402
 
 
 class Column(NamedTuple):
-    """A benchmark of the table of LLaVA-1.5.
-
-    metrics: the first of these names that a result has is shown, times `factor`: lmms-eval gives shares of 1.
-    """
+    """A benchmark of the table of LLaVA-1.5: lmms-eval's metric is shown, times `factor` where it is a share of 1."""
 
     title: str
     task: str
-    metrics: tuple[str, ...]
+    metric: str
     factor: float
     published: float
 
 
 COLUMNS = (
-    Column("VQAv2", "vqav2", ("exact_match",), 100, 78.5),
-    Column("GQA", "gqa", ("exact_match",), 100, 62.0),
-    Column("VizWiz", "vizwiz", ("exact_match",), 100, 50.0),
-    Column("SciQA-IMG", "scienceqa_img", ("exact_match",), 100, 66.8),
-    Column("TextVQA", "textvqa", ("exact_match",), 100, 58.2),
-    Column("POPE", "pope", ("pope_f1_score",), 100, 85.9),
-    Column("MME", "mme", ("mme_perception_score", "mme_percetion_score"), 1, 1510.7),
-    Column("MMBench", "mmbench", ("accuracy", "gpt_eval_score"), 1, 64.3),
-    Column("MMBench-CN", "mmbench_cn", ("accuracy", "gpt_eval_score"), 1, 58.3),
-    Column("SEED-Bench", "seedbench", ("seed_all",), 100, 58.6),
-    Column("LLaVA-Wild", "llava_wild", ("gpt_eval_llava_all",), 1, 65.4),
-    Column("MM-Vet", "mmvet", ("gpt_eval_score",), 1, 31.1),
+    Column("VQAv2", "vqav2", "exact_match", 100, 78.5),
+    Column("GQA", "gqa", "exact_match", 100, 62.0),
+    Column("VizWiz", "vizwiz", "exact_match", 100, 50.0),
+    Column("SciQA-IMG", "scienceqa_img", "exact_match", 100, 66.8),
+    Column("TextVQA", "textvqa", "exact_match", 100, 58.2),
+    Column("POPE", "pope", "pope_f1_score", 100, 85.9),
+    Column("MME", "mme", "mme_perception_score", 1, 1510.7),
+    Column("MMBench", "mmbench", "accuracy", 1, 64.3),
+    Column("MMBench-CN", "mmbench_cn", "accuracy", 1, 58.3),
+    Column("SEED-Bench", "seedbench", "seed_all", 100, 58.6),
+    Column("LLaVA-Wild", "llava_wild", "gpt_eval_llava_all", 1, 65.4),
+    Column("MM-Vet", "mmvet", "gpt_eval_score", 1, 31.1),
 )
 LLAVA = "LLaVA-1.5 7B (published)"
 SOURCE = ("LLaVA-1.5 7B: arXiv:2310.03744 and docs/MODEL_ZOO.md of haotian-liu/LLaVA; POPE is the mean F1 of its three "
-          "parts, MME the perception score, SEED-Bench all questions; GPT-4 of 2023 judged LLaVA-Wild and MM-Vet")
+          "parts, MME the perception score, SEED-Bench all questions; GPT-4 of 2023 judged LLaVA-Wild and MM-Vet; "
+          "a star: see the note of the result")
 HEAD = ("task", "metric", "value", "n", "model", "weights", "library", "prompts", "resize", "judge", "seed", "seconds",
         "note")
 WIDTHS = (13, 26, 18, 8, 18, 11, 15, 24, 24, 14, 7, 10, 28)
@@ -109,12 +107,11 @@ def llava_rows(results: dict[str, Result]) -> list[tuple[str, ...]]:
 
 
 def _cell(column: Column, results: list[Result]) -> str:
-    """The number of a benchmark; "no score" where it ran without one, "-" where it did not run."""
+    """The number of a benchmark, a star where there is a note; "no score" and "-" as docs/evaluation.md says."""
     own = [result for result in results if result.task == column.task]
-    for metric in column.metrics:
-        for result in own:
-            if result.metric == metric and result.value is not None:
-                return f"{column.factor * result.value:.1f}"
+    for result in own:
+        if result.metric == column.metric and result.value is not None:
+            return f"{column.factor * result.value:.1f}{'*' if result.note else ''}"
     return "no score" if own else "-"
 
 
@@ -135,7 +132,7 @@ def _draw(path: Path, tables: dict[str, tuple]) -> None:
         widths = WIDTHS if head == HEAD else (20, *[15] * len(COLUMNS))
         drawn.append((title, widths, [[_wrapped(cell, width) for cell, width in zip(line, widths)]
                                       for line in (head, *rows)]))
-    lines = sum(3 + sum(_lines(line) + 0.6 for line in rows) for _, _, rows in drawn)
+    lines = 2 * (len(tables) > 1) + sum(3 + sum(_lines(line) + 0.6 for line in rows) for _, _, rows in drawn)
     width = max(sum(widths) for _, widths, _ in drawn)
     figure, axis = plt.subplots(figsize=(0.062 * width + 0.4, 0.135 * lines + 0.3))
     axis.set_xlim(0, width)
@@ -145,6 +142,8 @@ def _draw(path: Path, tables: dict[str, tuple]) -> None:
     for title, widths, rows in drawn:
         axis.text(0, top + 1.2, title, fontsize=10, fontweight="bold", va="center")
         top = _draw_rows(axis, widths, rows, top + 2.4) + 0.6
+    if len(tables) > 1:
+        axis.text(0.5, top + 0.3, SOURCE.replace("; ", ";\n", 1), fontsize=6, va="top", linespacing=1.15)
     with written(path) as aside:
         figure.savefig(aside, dpi=160, bbox_inches="tight")
     plt.close(figure)

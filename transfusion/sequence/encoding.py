@@ -57,11 +57,11 @@ def encode(parts: list[Part], tokenizer, config, *, end: bool = True) -> Documen
                          "e.g. [Text('a handwritten seven')]")
     if not parts:
         raise ValueError("encode: parts is empty; at least one Text or Image fits, e.g. [Text('a handwritten seven')]")
-    boi, eoi, others = config.boi_token_id, config.eoi_token_id, (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    if boi == eoi or boi in others or eoi in others:
-        raise ValueError(f"encode: boi_token_id is {boi} and eoi_token_id {eoi}, BOS and EOS are {others[0]} and "
-                         f"{others[1]}; two tokens of their own fit")
-    tokens, targets, images, read, text_seen = [tokenizer.bos_token_id], [False], [], (), False
+    boi, eoi, bos, eos = config.boi_token_id, config.eoi_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
+    if boi == eoi or boi in (bos, eos) or eoi in (bos, eos):
+        raise ValueError(f"encode: boi_token_id is {boi} and eoi_token_id {eoi}, BOS and EOS are {bos} and {eos}; two "
+                         "tokens of their own fit")
+    tokens, targets, images, read, text_seen = [bos], [False], [], (), False
     for part in parts:
         if isinstance(part, Text):
             ids = part.token_ids(tokenizer, config)
@@ -72,17 +72,17 @@ def encode(parts: list[Part], tokenizer, config, *, end: bool = True) -> Documen
             text_seen = text_seen or bool(ids)
         elif isinstance(part, Image):
             latent = _host_latent(part, config)
-            unshuffled = torch.nn.functional.pixel_unshuffle(latent, config.patch_size)  # tfkernels.patchify, cheaper
-            patches = unshuffled.flatten(1).T
-            grid = part.latent.shape[1] // config.patch_size, part.latent.shape[2] // config.patch_size
+            size = config.patch_size
+            patches = torch.nn.functional.pixel_unshuffle(latent, size).flatten(1).T  # tfkernels.patchify, cheaper
+            grid = latent.shape[1] // size, latent.shape[2] // size
             read += () if part.loss else (len(images),)
             images.append((len(tokens) + 1, patches, grid, not text_seen))
-            tokens += [config.boi_token_id] + [config.eoi_token_id] * (len(patches) + 1)
+            tokens += [boi] + [eoi] * (len(patches) + 1)
             targets += [part.loss] + [False] * (len(patches) + 1)
         else:
             raise ValueError(f"encode: a part is a {type(part).__name__}; transfusion.Text or transfusion.Image fits")
     if end:
-        tokens.append(tokenizer.eos_token_id)
+        tokens.append(eos)
         targets.append(text_seen)
     return Document(tokens, targets, images, read=read)
 

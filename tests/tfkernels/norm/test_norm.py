@@ -14,6 +14,7 @@ from tests.resources import resources
 from tfkernels import gated_residual, gated_residual_rms_norm, modulated_layer_norm, modulated_rms_norm
 from tfkernels._launch import ARCHITECTURES, Config
 from tfkernels._library import INTERPRET
+from tfkernels.norm import sums
 from tfkernels.norm import triton as kernels
 from tfkernels.norm.reference import of_token
 
@@ -357,11 +358,11 @@ def compiled(kernel, op, width, architecture, size, left_out=("row_len",)):
     center = op != "fused"  # layer norm has no fused form
     flags = FLAGS[op] | {"C": width, "CENTER": center, "WEIGHT": True}
     if kernel in ("images", "tables"):
-        function = {"images": kernels._norm_bwd_images, "tables": kernels._norm_bwd_tables}[kernel]
-        return resources(function, {"C": width, "BLOCK_M": kernels.IMAGES.block_m, "BLOCK": kernels.IMAGES.block_n}
+        function = {"images": sums._norm_bwd_images, "tables": sums._norm_bwd_tables}[kernel]
+        return resources(function, {"C": width, "BLOCK_M": sums.IMAGES.block_m, "BLOCK": sums.IMAGES.block_n}
                          | ({"LEVEL": True} if kernel == "tables" else {})
                          | dict.fromkeys(set(left_out) & {p.name for p in function.params}),
-                         kernels.IMAGES, architecture=architecture, element_size=size)
+                         sums.IMAGES, architecture=architecture, element_size=size)
     launch: Config = kernels.forward_config(width) if kernel == "fwd" else kernels.backward_config(width)
     constants = {"fwd": flags | {"BIAS": center, "SHIFT": True}, "bwd": flags | {"LEVEL": True},
                  "means": {k: flags[k] for k in ("C", "CENTER", "WEIGHT")}}[kernel]

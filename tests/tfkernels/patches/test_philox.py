@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from tests.conftest import DEVICE, KERNEL_RUNS
+from tfkernels.patches import noise_reference
 from tfkernels.patches.philox import philox_normal, philox_normal_reference, philox_reference, seed_tensor
 
 needs_kernels = pytest.mark.skipif(not KERNEL_RUNS, reason="neither CUDA nor TRITON_INTERPRET=1: no kernel runs here")
@@ -152,3 +153,17 @@ def test_a_seed_is_an_int_or_a_tensor_of_two_or_three():
                          (seed.to("meta"), "on meta; an int64 tensor on")):
         with pytest.raises(ValueError, match=message):
             seed_tensor("op", bad, torch.device(DEVICE))
+
+
+def test_noise_is_drawn_once_for_a_seed_tensor_and_again_when_that_is_written_to():
+    seed, offsets = torch.tensor([5, 7, 0]), torch.tensor([0, 4, 6], dtype=torch.int32)
+    first = noise_reference(seed, offsets, 2, 6, 5)[1]
+    assert noise_reference(seed, offsets, 2, 6, 5)[1] is first
+    assert noise_reference(seed, offsets, 2, 6, 5, torch.float64)[1].dtype == torch.float64
+    assert noise_reference(seed, offsets.clone(), 2, 6, 5)[1].equal(first)
+    offsets[1] = 3
+    moved = noise_reference(seed, offsets, 2, 6, 5)[1]
+    assert moved[:3].equal(first[:3]) and moved[3:5].equal(first[4:])
+    assert not moved[5].equal(first[5])
+    seed[0] = 6
+    assert not (noise_reference(seed, offsets, 2, 6, 5)[1] == moved).any()

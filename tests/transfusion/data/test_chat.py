@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from transfusion.data.chat import CHATML, VICUNA, ChatSettings, EncodedText, chat_parts, length
+from transfusion.data.chat import CHATML, VICUNA, ChatSettings, EncodedText, chat_parts, length, question_parts
 from transfusion.data.sources import DataError, PictureRef, Record, Turn
 from transfusion.sequence import Image, Text, encode
 
@@ -387,3 +387,35 @@ def test_settings_and_tokenizers_that_do_not_fit_are_refused(legacy):
 def test_parts_are_text_to_everyone_else(legacy):
     parts = chat_parts(record(HELLO), legacy, ChatSettings())
     assert all(isinstance(part, Text) and part.token_ids(legacy, config()) == part.ids for part in parts)
+
+
+def asked_and_answered(*said):
+    """Turns of which the user's are first, with a picture in the first."""
+    picture = PictureRef(b"", loss=False)
+    return record([{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)], picture)
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "llama_2", "chatml", "tokenizer", "plain"])
+@pytest.mark.parametrize("said", [("<image>\nwhat colour is the bus?",),
+                                  ("<image>\nwhat colour?", "white and red", "is it in detail?")], ids=len)
+def test_a_question_is_the_tokens_in_front_of_any_answer(template, said):
+    tokenizers = {"chatml": [byte_level()], "tokenizer": [byte_level(SMOL)]}
+    settings = ChatSettings(template=template)
+    for tokenizer in tokenizers.get(template, [llama_like(True), llama_like(False)]):
+        asked = encoded_ids(question_parts(asked_and_answered(*said), tokenizer, settings), tokenizer)
+        for answer in ("white and red", "12", "the cat"):
+            whole = chat_parts(asked_and_answered(*said, answer), tokenizer, settings)
+            last = max(i for i, part in enumerate(whole) if not part.loss)
+            assert asked == encoded_ids(whole[:last + 1], tokenizer)
+            assert whole[last + 1:], "the answer begins there"
+
+
+def encoded_ids(parts, tokenizer):
+    """Tokens of parts, -200 for a picture."""
+    return [token for part in parts for token in
+            ([IMAGE_TOKEN] if isinstance(part, PictureRef) else part.token_ids(tokenizer, config()))]
+
+
+def test_a_conversation_that_ends_with_an_answer_is_no_question(legacy):
+    with pytest.raises(DataError, match="its last turn is not the user's; a question fits"):
+        question_parts(asked_and_answered("what?", "red"), legacy, ChatSettings())

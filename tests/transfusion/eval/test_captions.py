@@ -87,13 +87,14 @@ def test_the_command_reads_cocos_files_and_writes_a_result_for_each_number(tmp_p
     (tmp_path / "references.json").write_text(json.dumps({"images": [], "annotations": [
         {"image_id": i, "caption": text.capitalize()} for i, texts in enumerate(REFERENCES) for text in texts]}))
     main(["eval", "captions", "--answers", str(tmp_path / "answers.jsonl"),
-          "--references", str(tmp_path / "references.json"), "--out", str(tmp_path)])
+          "--references", str(tmp_path / "references.json"), "--out", str(tmp_path), "--model", str(tmp_path)])
     found = {result.metric: result for result in read_results(tmp_path).values()}
     answers, references = split(ANSWERS), split(REFERENCES)
     assert found["BLEU-4"].value == pytest.approx(100 * bleu(answers, references))
     assert found["ROUGE-L"].value == pytest.approx(100 * rouge_l(answers, references))
     assert found["CIDEr-D"].value == pytest.approx(100 * sum(cider_d(answers, references)) / 3)
-    assert "not PTB" in found["CIDEr-D"].details["tokenisation"] and found["CIDEr-D"].n == 3
+    assert "not by Stanford's PTB" in found["CIDEr-D"].note
+    assert (found["CIDEr-D"].n, found["CIDEr-D"].model) == (3, str(tmp_path))
 
 
 @pytest.mark.parametrize("answers, says", [

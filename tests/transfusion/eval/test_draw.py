@@ -93,6 +93,8 @@ def test_what_is_missing_after_a_kill_is_drawn_and_nothing_twice(made, monkeypat
     before = pixels(made / "killed")
     for number in (1, 4, 6):
         (made / "killed" / "pictures" / f"{number:06}.png").unlink()
+    (made / "killed" / ".new-drawing-0").mkdir()
+    (made / "killed" / ".new-drawing-0" / "1.png").write_bytes(b"half a pict")
     drawn = []
     real = transfusion.eval.draw._draw_run
     monkeypatch.setattr(transfusion.eval.draw, "_draw_run",
@@ -100,6 +102,8 @@ def test_what_is_missing_after_a_kill_is_drawn_and_nothing_twice(made, monkeypat
                         or real(model, run, settings))
     assert_same(before, command(made, "killed", "--batch", "4"))
     assert drawn == [[1], [4], [6]]
+    assert sorted(path.name for path in (made / "killed").iterdir()) == [
+        "contact_sheet.png", "drawing.json", "pictures", "prompts.jsonl"]
     monkeypatch.setattr(transfusion.eval.draw, "load_model", lambda *_: pytest.fail("there is nothing to draw"))
     command(made, "killed", "--batch", "4")
 

@@ -1,5 +1,6 @@
 """Drawn pictures against real ones: the numbers are those of the features, the names those that these deserve."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -87,6 +88,25 @@ def test_features_are_computed_once_for_each_state_of_a_file(made, tmp_path, mon
     files[12].write_bytes(content)
 
 
+def test_real_pictures_may_be_those_of_the_prompts_alone(made, tmp_path):
+    """As of COCO's 30,000 captions, whose folder holds 40,504 pictures."""
+    (tmp_path / "pictures").mkdir()
+    rows = []
+    for number in range(12):
+        shutil.copy(made / "drawn" / f"{number:03}.png", tmp_path / "pictures")
+        rows.append({"file": f"pictures/{number:03}.png", "prompt": "a", "image_file": f"{2 * number:03}.png"})
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["--drawn", str(tmp_path), "--prompted"]
+    found = command(made, tmp_path, *arguments)["Fréchet distance (resnet features)"]
+    real, drawn = features(made, "real")[:24:2], features(made, "drawn")[:12]
+    assert found.value == pytest.approx(scipy_frechet(real.double(), drawn.double()), rel=1e-3)
+    assert (found.n, found.details["real_pictures"]) == (12, 12)
+    rows[0]["image_file"] = "elsewhere.png"
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(SystemExit, match="which holds 11 of the 12 pictures that prompts.jsonl of drawn names"):
+        command(made, tmp_path, *arguments)
+
+
 def test_batches_change_nothing(made, tmp_path):
     network = Network.open(made / "resnet", torch.device("cpu"))
     files = sorted((made / "real").iterdir())
@@ -121,6 +141,8 @@ def test_what_does_not_fit_is_named(made, tmp_path):
     base = ["eval", "images", "--drawn", str(made / "drawn"), "--out", str(tmp_path)]
     with pytest.raises(SystemExit, match="real and clip are None"):
         main(base)
+    with pytest.raises(SystemExit, match="out is None and drawn is .*; a directory for the results fits for --out"):
+        main([*base[:4], "--real", str(made / "real"), "--features", str(made / "resnet")])
     with pytest.raises(SystemExit, match="holds no pictures"):
         main([*base, "--real", str(tmp_path / "empty"), "--features", str(made / "resnet")])
     (tmp_path / "empty" / "prompts.jsonl").write_text('{"file": "pictures/0.png", "prompt": "a"}\n')

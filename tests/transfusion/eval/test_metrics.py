@@ -140,6 +140,18 @@ def test_precision_and_recall_of_sets_whose_answer_is_known():
     assert precision_recall(real, real[:1].repeat(50, 1)) == (1, 1 / 2100)
 
 
+def test_rows_that_are_equal_or_near_each_other_far_from_the_origin_are_told_apart():
+    """Squared norms are 1e4 and distances 1e-4: products of float32 would see no difference."""
+    real, drawn = (1e-4 * normal(40, 4, seed=seed).round(decimals=2) + 50 for seed in (5, 6))
+    drawn[:8], real[10:16] = real[:8], real[9]
+    for a, b in ((real, drawn), (drawn, real)):
+        exact = [x.float().double().tolist() for x in (a, b)]
+        assert precision_recall(a, b).precision == plain_coverage(exact[1], exact[0], 3)
+    assert precision_recall(real, real) == (1, 1)
+    equal = torch.ones(700, 3)
+    assert precision_recall(equal, equal) == (1, 1) and precision_recall(equal, equal + 1) == (0, 0)
+
+
 def test_psnr_of_known_errors():
     a = torch.zeros(3, 1, 4, 4)
     assert psnr(a, a + torch.tensor([0.2, 2.0, 0.0]).view(3, 1, 1, 1)).tolist() == pytest.approx([20, 0, math.inf])

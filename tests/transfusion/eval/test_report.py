@@ -56,9 +56,10 @@ def test_llavas_benchmarks_stand_in_its_order_beside_its_published_numbers(tmp_p
 
 
 def test_each_model_has_a_row_of_its_own(tmp_path):
-    other = dataclasses.replace(GQA, model="runs/b", value=0.5)
+    other = dataclasses.replace(GQA, model="runs/b", value=0.5, note="the first 100 questions alone")
     rows = llava_rows({"a": GQA, "b": other})
-    assert [cells[0] for cells in rows] == [LLAVA, "runs/a", "runs/b"] and rows[2][2] == "50.0"
+    assert [cells[0] for cells in rows] == [LLAVA, "runs/a", "runs/b"]
+    assert (rows[1][2], rows[2][2]) == ("42.7", "50.0*"), "a star leads to the note"
     assert all(len(cells) == len(COLUMNS) + 1 for cells in rows)
 
 

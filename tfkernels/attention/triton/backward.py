@@ -4,18 +4,18 @@
     delta_i = sum_d(dO_id O_id) - dLSE_i
 
 dQ walks the keys of a tile of queries, as the forward kernel does. dK/dV walks, for a tile of keys, the queries between
-since and until, for every query head that shares the key head. It has one loop, which compares only at the two edges;
-three loops, as in the forward, would spill.
+since and until, for every query head that shares the key head, or for some of them (see `parts.py`). It has one loop,
+which compares only at the two edges; three loops, as in the forward, would spill.
 """
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import ROUNDED_PRODUCTS, Config, cdiv, lookup
+from tfkernels._launch import Config, cdiv, loads_by_tma, lookup, multiprocessors
 from tfkernels._library import result_like
 from tfkernels.attention.sinks import sink_gradients
-from tfkernels.attention.triton.delta import DELTA_ROWS, _attention_bwd_delta
+from tfkernels.attention.triton.delta import row_deltas
 from tfkernels.attention.triton.forward import (
     batch_stride,
     core,
@@ -24,8 +24,10 @@ from tfkernels.attention.triton.forward import (
     load_rows,
     row_bounds,
     rows_contiguous,
+    rows_of,
     sees_keys,
 )
+from tfkernels.attention.triton.parts import empty_head_parts, head_splits, store_or_part, sum_parts
 from tfkernels.attention.triton.rows import (
     LOG2E,
     dkv_row,
@@ -140,7 +142,7 @@ def _attention_bwd_dq(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr,
                       stride_mask_rows, stride_mask_columns, heads, group, sq, sk, offset, scale, softcap,
                       HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr,
-                      PRECISION: tl.constexpr):
+                      PRECISION: tl.constexpr, TMA: tl.constexpr):
     tiles = tl.cdiv(sq, BLOCK_M)
     pid = tl.program_id(0)
     start_m = (tiles - 1 - pid % tiles) * BLOCK_M
@@ -152,6 +154,8 @@ def _attention_bwd_dq(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr,
 
     lo, hi, first, core_first, core_last, last = row_bounds(lo_ptr + b * stride_mask_rows,
                                                             hi_ptr + b * stride_mask_rows, rows, sq, sk)
+    k_head = rows_of(k_head, stride_ks, last, HEAD_DIM, D, BLOCK_N, TMA)
+    v_head = rows_of(v_head, stride_vs, last, HEAD_DIM_V, D_V, BLOCK_N, TMA)
     q = load_rows(q_ptr + b * stride_qb + h * stride_qh, start_m, offs_m, stride_qs, sq, HEAD_DIM, D, True)
     dout = load_rows(dout_ptr + b * stride_ob + h * stride_oh, start_m, offs_m, stride_os, sq, HEAD_DIM_V, D_V, True)
     lse = _load_lse(lse_ptr + (b * heads + h) * sq, rows, sq)
@@ -193,7 +197,7 @@ def _attention_bwd_dq(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr,
     pid = program_again(tl.min(good.to(tl.int32)), 2)
     b, h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
     rows = (tiles - 1 - pid % tiles) * BLOCK_M + offs_m
-    some = sees_keys(lo_ptr + b * stride_mask_rows, hi_ptr + b * stride_mask_rows, rows, sq, sk)
+    some = sees_keys(lo_ptr + b * stride_mask_rows, hi_ptr + b * stride_mask_rows, rows, sq, 0, sk)
     good = (rows < sq) & (good | (some == 0))
     pointers = dq_ptr + b * stride_db + h * stride_dh + rows.to(tl.int64)[:, None] * stride_ds + offs_d[None, :]
     dq = tl.where(some[:, None], dq * scale, 0.0)
@@ -277,17 +281,17 @@ def _dkv_step(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr,
 
 @triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr,
-                       bounds_ptr, dk_ptr, dv_ptr, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
-                       stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os, stride_dkb, stride_dkh,
-                       stride_dks, stride_dvb, stride_dvh, stride_dvs, stride_mask_rows, stride_mask_columns, kv_heads,
-                       group, sq, sk, offset, scale, softcap,
+                       bounds_ptr, dk_ptr, dv_ptr, parts_ptr, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh,
+                       stride_ks, stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os, stride_dkb,
+                       stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs, stride_mask_rows,
+                       stride_mask_columns, splits, heads, group, sq, sk, offset, scale, softcap,
                        HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHECK_ROWS: tl.constexpr, SOFTCAP: tl.constexpr,
                        PRECISION: tl.constexpr):
     tiles = tl.cdiv(sk, BLOCK_N)
     pid = tl.program_id(0)
     start_n = pid % tiles * BLOCK_N
-    b, h = (pid // tiles // kv_heads).to(tl.int64), (pid // tiles % kv_heads).to(tl.int64)
+    b, h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)  # h: of kv heads x splits
     offs_n, offs_d, offs_v = tl.arange(0, BLOCK_N), tl.arange(0, D), tl.arange(0, D_V)
     cols = start_n + offs_n
     key_since, key_until = since_ptr + b * stride_mask_columns, until_ptr + b * stride_mask_columns
@@ -297,8 +301,9 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
     core_first, core_last = tl.max(tl.where(seen, since, 0)), tl.min(tl.where(seen, until, FAR))
     first = tl.minimum(first, last)
 
-    k = load_rows(k_ptr + b * stride_kb + h * stride_kh, start_n, offs_n, stride_ks, sk, HEAD_DIM, D, True)
-    v = load_rows(v_ptr + b * stride_vb + h * stride_vh, start_n, offs_n, stride_vs, sk, HEAD_DIM_V, D_V, True)
+    k_head, v_head = k_ptr + b * stride_kb + h // splits * stride_kh, v_ptr + b * stride_vb + h // splits * stride_vh
+    k = load_rows(k_head, start_n, offs_n, stride_ks, sk, HEAD_DIM, D, True)
+    v = load_rows(v_head, start_n, offs_n, stride_vs, sk, HEAD_DIM_V, D_V, True)
     row_lo, row_hi = lo_ptr + b * stride_mask_rows, hi_ptr + b * stride_mask_rows
     dk = tl.zeros([BLOCK_N, D], tl.float32)
     dv = tl.zeros([BLOCK_N, D_V], tl.float32)
@@ -308,8 +313,8 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
     for g in tl.range(group, disable_licm=True):
         head = h * group + g
         q_head, dout_head = q_ptr + b * stride_qb + head * stride_qh, dout_ptr + b * stride_ob + head * stride_oh
-        lse_head, delta_head = (lse_ptr + (b * kv_heads * group + head) * sq,
-                                delta_ptr + (b * kv_heads * group + head) * sq)
+        lse_head, delta_head = (lse_ptr + (b * heads * group + head) * sq,
+                                delta_ptr + (b * heads * group + head) * sq)
         if CHECK_ROWS:
             at, stop, end = first // BLOCK_M, tl.cdiv(last, BLOCK_M), tl.minimum(start_n + BLOCK_N, sk)
             if walks_runs(D, D_V, 64, q_ptr.dtype.element_ty):
@@ -336,7 +341,7 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
                                PRECISION)
     good = finite_in_both(dk, dv)
     pid = program_again(tl.min(good.to(tl.int32)), 2)
-    b, h = (pid // tiles // kv_heads).to(tl.int64), (pid // tiles % kv_heads).to(tl.int64)
+    b, h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
     start_n = pid % tiles * BLOCK_N
     cols = start_n + offs_n
     since, until = _query_bounds(since_ptr + b * stride_mask_columns, until_ptr + b * stride_mask_columns, cols, offset,
@@ -345,21 +350,22 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
     good = (cols < sk) & (good | (seen == 0))
     dk, dv = tl.where(seen[:, None], dk * scale, 0.0), tl.where(seen[:, None], dv, 0.0)
     row = start_n.to(tl.int64) + offs_n[:, None]
-    tl.store(dk_ptr + b * stride_dkb + h * stride_dkh + row * stride_dks + offs_d[None, :],
-             dk.to(dk_ptr.dtype.element_ty), mask=good[:, None] & (offs_d < HEAD_DIM)[None, :])
-    tl.store(dv_ptr + b * stride_dvb + h * stride_dvh + row * stride_dvs + offs_v[None, :],
-             dv.to(dv_ptr.dtype.element_ty), mask=good[:, None] & (offs_v < HEAD_DIM_V)[None, :])
+    part = parts_ptr + ((b * heads + h) * sk + row) * (HEAD_DIM + HEAD_DIM_V)
+    store_or_part(dk_ptr + b * stride_dkb + h * stride_dkh + row * stride_dks + offs_d[None, :],
+                  part + offs_d[None, :], dk, good[:, None] & (offs_d < HEAD_DIM)[None, :], splits)
+    store_or_part(dv_ptr + b * stride_dvb + h * stride_dvh + row * stride_dvs + offs_v[None, :],
+                  part + HEAD_DIM + offs_v[None, :], dv, good[:, None] & (offs_v < HEAD_DIM_V)[None, :], splits)
 
     bad = (cols < sk) & (good == 0)
     n = next_of(bad, offs_n, -1, BLOCK_N)
     while n < BLOCK_N:
         pid_n = program_again(n, BLOCK_N)
         col = (pid_n % tiles * BLOCK_N + n).to(tl.int64)
-        b_n, h_n = (pid_n // tiles // kv_heads).to(tl.int64), (pid_n // tiles % kv_heads).to(tl.int64)
-        place = (b_n * kv_heads + h_n) * group * sq
+        b_n, h_n = (pid_n // tiles // heads).to(tl.int64), (pid_n // tiles % heads).to(tl.int64)
+        place = (b_n * heads + h_n) * group * sq
         col_dk, col_dv = dkv_row(
-            k_ptr + b_n * stride_kb + h_n * stride_kh + col * stride_ks,
-            v_ptr + b_n * stride_vb + h_n * stride_vh + col * stride_vs,
+            k_ptr + b_n * stride_kb + h_n // splits * stride_kh + col * stride_ks,
+            v_ptr + b_n * stride_vb + h_n // splits * stride_vh + col * stride_vs,
             q_ptr + b_n * stride_qb + h_n * group * stride_qh, dout_ptr + b_n * stride_ob + h_n * group * stride_oh,
             lse_ptr + place, delta_ptr + place,
             lo_ptr + b_n * stride_mask_rows, hi_ptr + b_n * stride_mask_rows, stride_qh, stride_qs, stride_oh,
@@ -367,17 +373,18 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
             tl.maximum(tl.load(since_ptr + b_n * stride_mask_columns + col) - offset, 0),
             tl.minimum(tl.load(until_ptr + b_n * stride_mask_columns + col) - offset, sq), col, group, sq,
             scale, softcap, HEAD_DIM, D, HEAD_DIM_V, D_V, CHECK_ROWS, SOFTCAP)
-        tl.store(dk_ptr + b_n * stride_dkb + h_n * stride_dkh + col * stride_dks + offs_d,
-                 (col_dk * scale).to(dk_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
-        tl.store(dv_ptr + b_n * stride_dvb + h_n * stride_dvh + col * stride_dvs + offs_v,
-                 col_dv.to(dv_ptr.dtype.element_ty), mask=offs_v < HEAD_DIM_V)
+        part_n = parts_ptr + ((b_n * heads + h_n) * sk + col) * (HEAD_DIM + HEAD_DIM_V)
+        store_or_part(dk_ptr + b_n * stride_dkb + h_n * stride_dkh + col * stride_dks + offs_d,
+                      part_n + offs_d, col_dk * scale, offs_d < HEAD_DIM, splits)
+        store_or_part(dv_ptr + b_n * stride_dvb + h_n * stride_dvh + col * stride_dvs + offs_v,
+                      part_n + HEAD_DIM + offs_v, col_dv, offs_v < HEAD_DIM_V, splits)
         n = next_of(bad, offs_n, n, BLOCK_N)
 
 
 def attention_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                        lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, rows_exact: bool, columns_exact: bool,
                        offset: int, scale: float, softcap: float, sinks: Tensor | None = None) -> list[Tensor]:
-    """Launch the three backward kernels; return dq, dk, dv in the inputs' dtype, laid out as `result_like` says, and
+    """Launch the backward kernels; return dq, dk, dv in the inputs' dtype, laid out as `result_like` says, and
     dsinks where there are sinks."""
     dq, dk, dv = (result_like(x) for x in (q, k, v))
     if q.numel() == 0 or k.numel() == 0:
@@ -387,24 +394,27 @@ def attention_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, 
     kv_heads, sk = k.shape[1:3]
     dims = head_dims(q, v)
     widest = max(dims["D"], dims["D_V"])
-    delta = torch.empty_like(lse)
-    _attention_bwd_delta[(cdiv(sq, DELTA_ROWS) * batch * heads,)](
-        out, dout, lse, None if dlse is None else dlse.contiguous(), delta, *out.stride()[:3], *dout.stride()[:3],
-        heads, sq, HEAD_DIM=dims["HEAD_DIM_V"], D=dims["D_V"], BLOCK_M=DELTA_ROWS, num_warps=4, **ROUNDED_PRODUCTS)
+    delta = row_deltas(out, dout, lse, dlse, dims["HEAD_DIM_V"], dims["D_V"])
     shared = (batch_stride(lo), batch_stride(since))
-    sizes = (heads // kv_heads, sq, sk, offset, scale, softcap)
+    group, sizes = heads // kv_heads, (sq, sk, offset, scale, softcap)
     constants = dict(**dims, SOFTCAP=softcap > 0, PRECISION=dot_precision(q))
     config = lookup(DQ_CONFIGS, q, widest, heavy=not rows_exact)
     bounds = lo if rows_exact else tile_bounds(since, until, config.block_n)
     _attention_bwd_dq[(cdiv(sq, config.block_m) * batch * heads,)](
         q, k, v, dout, lse, delta, lo, hi, since, until, bounds, dq,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *dq.stride()[:3], *shared, heads, *sizes,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_COLUMNS=not rows_exact, **constants, **config.options)
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *dq.stride()[:3], *shared, heads, group,
+        *sizes, BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_COLUMNS=not rows_exact,
+        TMA=loads_by_tma(config, k, v), **constants, **config.options)
     config = lookup(DKV_CONFIGS, q, widest, heavy=softcap > 0 or not columns_exact)
     bounds = lo if columns_exact else tile_bounds(lo, hi, config.block_m)
-    _attention_bwd_dkv[(cdiv(sk, config.block_n) * batch * kv_heads,)](
-        q, k, v, dout, lse, delta, lo, hi, since, until, bounds, dk, dv,
+    programs = cdiv(sk, config.block_n) * batch * kv_heads
+    splits = head_splits(programs, group, multiprocessors(q.device))
+    parts = empty_head_parts(k, v, splits) if splits > 1 else delta
+    _attention_bwd_dkv[(programs * splits,)](
+        q, k, v, dout, lse, delta, lo, hi, since, until, bounds, dk, dv, parts,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
-        *shared, kv_heads, *sizes,
+        *shared, splits, kv_heads * splits, group // splits, *sizes,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_ROWS=not columns_exact, **constants, **config.options)
+    if splits > 1:
+        sum_parts(parts, dk, dv, dims)
     return [dq, dk, dv] + ([] if sinks is None else [sink_gradients(sinks, lse, delta)])

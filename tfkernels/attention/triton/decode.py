@@ -1,20 +1,18 @@
 """Cached attention: few queries against a long cache, split over the keys so that every multiprocessor has work.
 
 A program takes the queries of all heads that share a key head, so that grouped-query attention reads the cache once,
-and one of `splits` equal parts of the keys they see. A second kernel merges the parts by their log-sum-exp (flash
-decoding). The cache may be paged: key j of row b then lies in page block_table[b, j // page_size] at j % page_size
-(arXiv:2309.06180).
+and one of `splits` equal parts of the keys they see. A second kernel merges the parts (see `parts.py`). The cache may
+be paged: key j of row b then lies in page block_table[b, j // page_size] at j % page_size (arXiv:2309.06180).
 
 Bytes that must move: the visible keys and values once, 4 * D bytes per token and key head in bfloat16. The parts add (D
 + 1) * 4 bytes for each query, head and split.
 """
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import ROUNDED_PRODUCTS, Config, cdiv, lookup, multiprocessors
+from tfkernels._launch import Config, cdiv, lookup, multiprocessors
 from tfkernels._library import INTERPRET, result_like
 from tfkernels.attention.triton.forward import (
     base2_scores,
@@ -25,6 +23,7 @@ from tfkernels.attention.triton.forward import (
     rows_contiguous,
     softmax_step,
 )
+from tfkernels.attention.triton.parts import empty_parts, key_splits, merge, part_of
 from tfkernels.attention.triton.rows import (
     LOG2E,
     LOWEST,
@@ -39,9 +38,7 @@ from tfkernels.attention.triton.rows import (
 from tfkernels.attention.triton.tiles import FAR, SCALAR_ARGUMENTS
 
 MAX_QUERIES = 16  # longer runs of queries fill the multiprocessors by themselves
-MAX_SPLITS = 128
 SPLIT_KEYS = 16 if INTERPRET else 256  # fewest keys worth a part of their own
-MERGED = tl.constexpr(16)  # parts merged at a time
 
 # (architecture, bytes per element, padded head dim): 16 rows (queries x heads of a key head), "wide" 64 of them
 CONFIGS = {
@@ -88,13 +85,6 @@ def _place(program, tiles, splits, kv_heads):
     return (head // kv_heads).to(tl.int64), (head % kv_heads).to(tl.int64), program % splits, program // splits % tiles
 
 
-@triton.jit
-def _part(first, last, split, splits, BLOCK_N: tl.constexpr):
-    """The keys of one of `splits` equal parts of [first, last)."""
-    part = tl.cdiv(tl.cdiv(last - first, splits), BLOCK_N) * BLOCK_N
-    return first + split * part, tl.minimum(first + split * part + part, last)
-
-
 @triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, table_ptr, sinks_ptr, out_ptr,
                       lse_ptr, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh,
@@ -115,7 +105,7 @@ def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr,
         v_head += b * stride_vb
 
     lo, hi, first, _, _, last = row_bounds(lo_ptr + b * stride_mask_rows, hi_ptr + b * stride_mask_rows, rows, sq, sk)
-    first, last = _part(first, last, split, splits, BLOCK_N)
+    first, last = part_of(first, last, split, splits, BLOCK_N)
     q = tl.load(q_ptr + b * stride_qb + heads[:, None] * stride_qh + rows[:, None].to(tl.int64) * stride_qs
                 + offs_d[None, :], mask=inside_m & inside_d, other=0.0)
     acc = tl.zeros([BLOCK_M, D_V], tl.float32)
@@ -171,7 +161,7 @@ def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr,
         row, head = ((tile_m * BLOCK_M + m) // group).to(tl.int64), h_m * group + (tile_m * BLOCK_M + m) % group
         lo_m, hi_m = lo_ptr + b_m * stride_mask_rows, hi_ptr + b_m * stride_mask_rows
         _, _, first_m, _, _, last_m = row_bounds(lo_m, hi_m, (tile_m * BLOCK_M + offs_m) // group, sq, sk)
-        first_m, last_m = _part(first_m, last_m, split_m, splits, BLOCK_N)
+        first_m, last_m = part_of(first_m, last_m, split_m, splits, BLOCK_N)
         page_b = b_m * (PAGE_SIZE == 0)
         row_out, row_lse = attend_row(
             q_ptr + b_m * stride_qb + head * stride_qh + row * stride_qs, k_ptr + page_b * stride_kb + h_m * stride_kh,
@@ -189,36 +179,6 @@ def _attention_decode(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr,
         tl.store(lse_ptr + at_m, row_lse)
         tl.store(out_m + offs_v, row_out.to(out_ptr.dtype.element_ty), mask=offs_v < HEAD_DIM_V)
         m = next_of(bad, offs_m, m, BLOCK_M)
-
-
-@triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
-def _attention_merge(parts_ptr, parts_lse_ptr, sinks_ptr, out_ptr, lse_ptr, stride_ob, stride_oh, stride_os, heads,
-                     sq, splits, items,
-                     HEAD_DIM: tl.constexpr, D: tl.constexpr):
-    item = tl.program_id(0).to(tl.int64)                                                   # (b * heads + h) * sq + row
-    b, h, row = item // sq // heads, item // sq % heads, item % sq
-    offs_d = tl.arange(0, D)
-    acc = tl.zeros([D], tl.float32)
-    total, peak, unknown = 0.0, float("-inf"), 0
-    for first in range(0, splits, MERGED):
-        split = first + tl.arange(0, MERGED)
-        at = split.to(tl.int64) * items + item
-        lse = tl.load(parts_lse_ptr + at, mask=split < splits, other=float("-inf"))
-        parts = tl.load(parts_ptr + at[:, None] * HEAD_DIM + offs_d[None, :],
-                        mask=(split < splits)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
-        new_peak = tl.maximum(peak, tl.max(lse, 0))
-        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights, shrink = tl.exp2(lse - shift), tl.exp2(peak - shift)
-        total = total * shrink + tl.sum(weights, 0)
-        acc = acc * shrink + tl.sum(parts * weights[:, None], 0)
-        peak = new_peak
-        unknown |= tl.max((lse != lse).to(tl.int32))                                       # the maximum passes over NaN
-    lse = tl.where(tl.abs(peak) < float("inf"), peak + tl.log2(total), peak)
-    lse = tl.where(peak == LOWEST, LOWEST, tl.where(unknown > 0, float("nan"), lse))
-    out, lse = finished(acc / tl.where(total == 0, 1.0, total), lse, sinks_ptr, h)
-    tl.store(lse_ptr + item, lse)
-    tl.store(out_ptr + b * stride_ob + h * stride_oh + row * stride_os + offs_d, out.to(out_ptr.dtype.element_ty),
-             mask=offs_d < HEAD_DIM)
 
 
 def attention_decode(
@@ -247,11 +207,8 @@ def attention_decode(
     dims = head_dims(q, v)
     config = lookup(CONFIGS if sq * group <= 16 else WIDE_CONFIGS, q, max(dims["D"], dims["D_V"]))
     tiles = cdiv(sq * group, config.block_m)
-    splits = max(1, min(2 * multiprocessors(q.device) // (tiles * batch * kv_heads), sk // SPLIT_KEYS, MAX_SPLITS))
-    parts, parts_lse = out, lse
-    if splits > 1:
-        parts, parts_lse = (q.new_empty(splits, batch, heads, sq, v.shape[-1], dtype=torch.float32),
-                            q.new_empty(splits, batch, heads, sq, dtype=torch.float32))
+    splits = key_splits(tiles * batch * kv_heads, 2 * multiprocessors(q.device), sk, SPLIT_KEYS)
+    parts, parts_lse = empty_parts(out, splits) if splits > 1 else (out, lse)
     _attention_decode[(tiles * splits * batch * kv_heads,)](
         q, k, v, lo, hi, since, until, block_table if paged else lo, None if splits > 1 else sinks, parts, parts_lse,
         *q.stride()[:3], *strides, *out.stride()[:3],
@@ -261,9 +218,7 @@ def attention_decode(
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, PAGE_SIZE=page_size, SPLIT=splits > 1,
         CHECK_COLUMNS=not rows_exact, SOFTCAP=softcap > 0, PRECISION=dot_precision(q), **dims, **config.options)
     if splits > 1:
-        items = batch * heads * sq
-        _attention_merge[(items,)](parts, parts_lse, sinks, out, lse, *out.stride()[:3], heads, sq, splits, items,
-                                   HEAD_DIM=dims["HEAD_DIM_V"], D=dims["D_V"], num_warps=4, **ROUNDED_PRODUCTS)
+        merge(parts, parts_lse, sinks, out, lse, dims["D_V"])
     return out, lse
 
 

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import Config, cdiv, lookup, next_power_of_2, since_triton
-from tfkernels._library import result_like
+from tfkernels._launch import Config, cdiv, loads_by_tma, lookup, multiprocessors, next_power_of_2, since_triton
+from tfkernels._library import INTERPRET, result_like
+from tfkernels.attention.triton.parts import empty_parts, key_splits, merge, part_of
 from tfkernels.attention.triton.rows import (
     LOG2E,
     LOWEST,
@@ -53,6 +54,8 @@ CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (100, 2, 32, "heavy"): Config(128, 64, 8, 3), (100, 2, 64, "heavy"): Config(128, 64, 8, 3),
     (100, 2, 128, "heavy"): Config(128, 32, 8, 3), (100, 2, 256, "heavy"): Config(64, 32, 8, 2, 255),
 }
+SPLIT_KEYS = 16 if INTERPRET else 512  # fewest keys worth a part of their own
+MAX_SPLIT_DIM = {True: 256, False: 64}  # by rows_exact; wider heads in parts would spill on sm_80
 
 
 @triton.jit
@@ -67,11 +70,33 @@ def row_bounds(lo_ptr, hi_ptr, rows, sq, sk):
 
 
 @triton.jit
-def sees_keys(lo_ptr, hi_ptr, rows, sq, sk):
-    """Whether each row has an interval of keys; read anew, for registers are short in the loops."""
+def sees_keys(lo_ptr, hi_ptr, rows, sq, first, last):
+    """Whether each row has keys in [first, last); read anew, for registers are short in the loops."""
     lo = tl.load(lo_ptr + rows, mask=rows < sq, other=0)
     hi = tl.load(hi_ptr + rows, mask=rows < sq, other=0)
-    return tl.maximum(lo, 0) < tl.minimum(hi, sk)
+    return tl.maximum(lo, first) < tl.minimum(hi, last)
+
+
+@triton.jit
+def _place(program, tiles, heads, splits, SPLIT: tl.constexpr):
+    """A program's batch row, head, tile of queries and part of their keys; the parts of a tile are neighbours.
+
+    Causal rows grow longer: the long ones start first.
+    """
+    split = 0
+    if SPLIT:
+        split = program % splits
+        program //= splits
+    head = program // tiles
+    return (head // heads).to(tl.int64), (head % heads).to(tl.int64), tiles - 1 - program % tiles, split
+
+
+@triton.jit
+def _part_of_tile(lo_ptr, hi_ptr, rows, sq, sk, split, splits, BLOCK_N: tl.constexpr, WHOLE_TILES: tl.constexpr):
+    """The keys of one part of those that a tile of queries needs; with WHOLE_TILES parts begin at multiples of BLOCK_N.
+    """
+    _, _, first, _, _, last = row_bounds(lo_ptr, hi_ptr, rows, sq, sk)
+    return part_of(first // BLOCK_N * BLOCK_N if WHOLE_TILES else first, last, split, splits, BLOCK_N)
 
 
 @triton.jit
@@ -83,8 +108,26 @@ def core(first, core_first, core_last, last, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def rows_of(base, stride, limit, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr):
+    """What `load_rows` takes tiles of BLOCK rows from: a pointer, or with TMA a descriptor of the rows before limit."""
+    if TMA:
+        return tl.make_tensor_descriptor(base, [tl.maximum(limit, 1), HEAD_DIM], [stride, 1], [BLOCK, D])
+    else:
+        return base
+
+
+@triton.jit
 def load_rows(base, start, offs, stride, limit, HEAD_DIM: tl.constexpr, D: tl.constexpr, BOUNDED: tl.constexpr):
     """Load rows start + offs of a (rows, HEAD_DIM) matrix as a (len(offs), D) tile; 0 outside."""
+    if isinstance(base, tl.tensor_descriptor):
+        return base.load([start, 0])
+    else:
+        return _load_by_pointers(base, start, offs, stride, limit, HEAD_DIM, D, BOUNDED)
+
+
+@triton.jit
+def _load_by_pointers(base, start, offs, stride, limit,
+                      HEAD_DIM: tl.constexpr, D: tl.constexpr, BOUNDED: tl.constexpr):
     offs_d = tl.arange(0, D)
     pointers = base + tl.cast(start, tl.int64) * stride + offs[:, None] * stride + offs_d[None, :]
     if BOUNDED and HEAD_DIM != D:
@@ -156,14 +199,13 @@ def _forward_step(acc, total, peak, q, k_ptr, v_ptr, stride_ks, stride_vs, start
 def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, bounds_ptr, sinks_ptr, out_ptr, lse_ptr,
                    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
                    stride_ob, stride_oh, stride_os, stride_mask_rows, stride_mask_columns, heads, group, sq, sk, offset,
-                   scale, softcap,
+                   splits, batch, scale, softcap,
                    HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHECK_COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr,
-                   PRECISION: tl.constexpr):
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, CHECK_COLUMNS: tl.constexpr,
+                   SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr):
     tiles = tl.cdiv(sq, BLOCK_M)
-    pid = tl.program_id(0)
-    start_m = (tiles - 1 - pid % tiles) * BLOCK_M  # causal rows grow longer: start the long ones first
-    b, h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
+    b, h, tile_m, split = _place(tl.program_id(0), tiles, heads, splits, SPLIT)
+    start_m = tile_m * BLOCK_M
     k_head, v_head = k_ptr + b * stride_kb + h // group * stride_kh, v_ptr + b * stride_vb + h // group * stride_vh
     offs_m, offs_v = tl.arange(0, BLOCK_M), tl.arange(0, D_V)
     rows = start_m + offs_m
@@ -171,6 +213,11 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, bo
 
     lo, hi, first, core_first, core_last, last = row_bounds(lo_ptr + b * stride_mask_rows,
                                                             hi_ptr + b * stride_mask_rows, rows, sq, sk)
+    if SPLIT:
+        first, last = _part_of_tile(lo_ptr + b * stride_mask_rows, hi_ptr + b * stride_mask_rows, rows, sq, sk, split,
+                                    splits, BLOCK_N, CHECK_COLUMNS)
+    k_head = rows_of(k_head, stride_ks, last, HEAD_DIM, D, BLOCK_N, TMA)
+    v_head = rows_of(v_head, stride_vs, last, HEAD_DIM_V, D_V, BLOCK_N, TMA)
     q = load_rows(q_ptr + b * stride_qb + h * stride_qh, start_m, offs_m, stride_qs, sq, HEAD_DIM, D, True)
     acc = tl.zeros([BLOCK_M, D_V], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -213,10 +260,13 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, bo
     good = finite_rows(out)
     if CHECK_COLUMNS:
         good &= peak > LOWEST
-    pid = program_again(tl.min(good.to(tl.int32)), 2)
-    b, h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
-    rows = (tiles - 1 - pid % tiles) * BLOCK_M + offs_m
-    some = sees_keys(lo_ptr + b * stride_mask_rows, hi_ptr + b * stride_mask_rows, rows, sq, sk)
+    b, h, tile_m, split = _place(program_again(tl.min(good.to(tl.int32)), 2), tiles, heads, splits, SPLIT)
+    rows = tile_m * BLOCK_M + offs_m
+    seen_first, seen_last = 0, sk
+    if SPLIT:
+        seen_first, seen_last = _part_of_tile(lo_ptr + b * stride_mask_rows, hi_ptr + b * stride_mask_rows, rows, sq,
+                                              sk, split, splits, BLOCK_N, CHECK_COLUMNS)
+    some = sees_keys(lo_ptr + b * stride_mask_rows, hi_ptr + b * stride_mask_rows, rows, sq, seen_first, seen_last)
     if CHECK_COLUMNS:
         some &= total != 0
     good = (rows < sq) & (good | (some == 0))
@@ -225,28 +275,40 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, bo
         factor, lse = add_sink(lse, sinks_ptr, h)
         out *= factor[:, None]
     out = tl.where(some[:, None], out, 0.0)
-    lse = tl.where(some, lse / LOG2E, float("-inf"))
-    tl.store(lse_ptr + (b * heads + h) * sq + rows, lse, mask=good)
-    pointers = out_ptr + b * stride_ob + h * stride_oh + rows.to(tl.int64)[:, None] * stride_os + offs_v[None, :]
+    if not SPLIT:
+        lse = lse / LOG2E
+    lse = tl.where(some, lse, float("-inf"))
+    place = b
+    if SPLIT:
+        place += batch * split  # parts: (splits, B, H, Sq, HEAD_DIM_V)
+    tl.store(lse_ptr + (place * heads + h) * sq + rows, lse, mask=good)
+    pointers = out_ptr + place * stride_ob + h * stride_oh + rows.to(tl.int64)[:, None] * stride_os + offs_v[None, :]
     tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=good[:, None] & (offs_v < HEAD_DIM_V)[None, :])
 
     bad = (rows < sq) & (good == 0)
     m = next_of(bad, offs_m, -1, BLOCK_M)
     while m < BLOCK_M:
-        pid_m = program_again(m, BLOCK_M)
-        row = ((tiles - 1 - pid_m % tiles) * BLOCK_M + m).to(tl.int64)
-        b_m, h_m = (pid_m // tiles // heads).to(tl.int64), (pid_m // tiles % heads).to(tl.int64)
+        b_m, h_m, tile_m, split_m = _place(program_again(m, BLOCK_M), tiles, heads, splits, SPLIT)
+        row = (tile_m * BLOCK_M + m).to(tl.int64)
+        lo_m, hi_m = lo_ptr + b_m * stride_mask_rows, hi_ptr + b_m * stride_mask_rows
+        first_m, last_m = 0, sk
+        if SPLIT:
+            first_m, last_m = _part_of_tile(lo_m, hi_m, tile_m * BLOCK_M + offs_m, sq, sk, split_m, splits, BLOCK_N,
+                                            CHECK_COLUMNS)
         row_out, row_lse = attend_row(
             q_ptr + b_m * stride_qb + h_m * stride_qh + row * stride_qs,
             k_ptr + b_m * stride_kb + h_m // group * stride_kh,
             v_ptr + b_m * stride_vb + h_m // group * stride_vh, lo_ptr, 0, 0, stride_ks, 0, stride_vs,
-            tl.maximum(tl.load(lo_ptr + b_m * stride_mask_rows + row), 0),
-            tl.minimum(tl.load(hi_ptr + b_m * stride_mask_rows + row), sk),
+            tl.maximum(tl.load(lo_m + row), first_m), tl.minimum(tl.load(hi_m + row), last_m),
             row + offset, since_ptr + b_m * stride_mask_columns, until_ptr + b_m * stride_mask_columns,
             scale, softcap, HEAD_DIM, D, HEAD_DIM_V, D_V, 0, CHECK_COLUMNS, SOFTCAP)
-        row_out, row_lse = finished(row_out, row_lse, sinks_ptr, h_m)
-        tl.store(lse_ptr + (b_m * heads + h_m) * sq + row, row_lse)
-        tl.store(out_ptr + b_m * stride_ob + h_m * stride_oh + row * stride_os + offs_v,
+        place_m = b_m
+        if SPLIT:
+            place_m += batch * split_m
+        else:
+            row_out, row_lse = finished(row_out, row_lse, sinks_ptr, h_m)
+        tl.store(lse_ptr + (place_m * heads + h_m) * sq + row, row_lse)
+        tl.store(out_ptr + place_m * stride_ob + h_m * stride_oh + row * stride_os + offs_v,
                  row_out.to(out_ptr.dtype.element_ty), mask=offs_v < HEAD_DIM_V)
         m = next_of(bad, offs_m, m, BLOCK_M)
 
@@ -292,12 +354,18 @@ def attention_forward(
         return out, lse
     dims = head_dims(q, v)
     config = lookup(CONFIGS, q, max(dims["D"], dims["D_V"]), heavy=not rows_exact)
-    grid = (cdiv(sq, config.block_m) * batch * heads,)
+    programs = cdiv(sq, config.block_m) * batch * heads
+    # Not where a gradient is asked for: what is trained is the same numbers on every device.
+    whole = any(x.requires_grad for x in (q, k, v)) or max(dims["D"], dims["D_V"]) > MAX_SPLIT_DIM[rows_exact]
+    splits = 1 if whole else key_splits(programs, multiprocessors(q.device), k.shape[2], SPLIT_KEYS)
+    parts, parts_lse = empty_parts(out, splits) if splits > 1 else (out, lse)
     bounds = lo if rows_exact else tile_bounds(since, until, config.block_n)
-    _attention_fwd[grid](
-        q, k, v, lo, hi, since, until, bounds, sinks, out, lse, *q.stride()[:3], *k.stride()[:3],
-        *v.stride()[:3], *out.stride()[:3],
-        batch_stride(lo), batch_stride(since), heads, heads // k.shape[1], sq, k.shape[2], offset, scale, softcap,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, CHECK_COLUMNS=not rows_exact, SOFTCAP=softcap > 0,
-        PRECISION=dot_precision(q), **dims, **config.options)
+    _attention_fwd[(programs * splits,)](
+        q, k, v, lo, hi, since, until, bounds, None if splits > 1 else sinks, parts, parts_lse, *q.stride()[:3],
+        *k.stride()[:3], *v.stride()[:3], *parts.stride()[-4:-1],
+        batch_stride(lo), batch_stride(since), heads, heads // k.shape[1], sq, k.shape[2], offset, splits, batch, scale,
+        softcap, BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=splits > 1, CHECK_COLUMNS=not rows_exact,
+        SOFTCAP=softcap > 0, PRECISION=dot_precision(q), TMA=loads_by_tma(config, k, v), **dims, **config.options)
+    if splits > 1:
+        merge(parts, parts_lse, sinks, out, lse, dims["D_V"])
     return out, lse

@@ -23,7 +23,7 @@ from tfkernels._launch import ROUNDED_PRODUCTS, Config, cdiv, next_power_of_2
 from tfkernels._library import INTERPRET
 from tfkernels.attention.triton.forward import dot_precision
 from tfkernels.losses.triton.diffusion import BLOCK, _diffusion_loss_images, rows_of_one_size
-from tfkernels.norm.triton import IMAGES, _norm_bwd_images, columns_together
+from tfkernels.norm.sums import IMAGES, _norm_bwd_images, columns_together
 from tfkernels.patches.philox import philox_normal
 from tfkernels.patches.triton.layout import SCALAR_ARGUMENTS, addresses, dense, geometry, locate
 

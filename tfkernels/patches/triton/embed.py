@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tfkernels._launch import Config, cdiv, next_power_of_2
-from tfkernels._library import INTERPRET
+from tfkernels._library import INTERPRET, made_once
 from tfkernels.attention.triton.forward import dot_precision
 from tfkernels.patches.results import empty_embed_gradients, patch_gradients
 from tfkernels.patches.triton.layout import locate
@@ -176,10 +176,10 @@ def _embed_bwd_images(parts_ptr, offsets_ptr, dcondition_ptr, rows, chunk,
 
 def tiles(table: dict, element_size: int, width: int, dim: int) -> dict:
     """Return a row of `table` as constexprs and launch options, for `width` columns and patches of `dim` elements."""
-    (block_r, block_c, num_warps, num_stages, _), widest = INTERPRETER if INTERPRET else table[element_size]
-    return {"C": width, "D": dim, "BLOCK_R": block_r, "BLOCK_C": block_c,
-            "BLOCK_D": min(max(16, next_power_of_2(dim)), widest), "num_warps": num_warps,
-            "num_stages": num_stages}
+    config, widest = INTERPRETER if INTERPRET else table[element_size]
+    return {"C": width, "D": dim, "BLOCK_R": config.block_m, "BLOCK_C": config.block_n,
+            "BLOCK_D": min(max(16, next_power_of_2(dim)), widest), "num_warps": config.num_warps,
+            "num_stages": config.num_stages}
 
 
 def _strided(x: Tensor) -> tuple[Tensor, int, int, int]:
@@ -192,7 +192,14 @@ def _strided(x: Tensor) -> tuple[Tensor, int, int, int]:
 
 
 def _index(places: Tensor, offsets: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Return the patch of each row of the sequence (T,), -1 for none, and the image of each patch (P,), both int32."""
+    """Return the patch of each row of the sequence (T,), -1 for none, and the image of each patch (P,), both int32.
+
+    They are made once for both passes.
+    """
+    return made_once(_made_index, places, offsets, tokens=tokens)
+
+
+def _made_index(places: Tensor, offsets: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     table = torch.full((tokens,), -1, dtype=torch.int32, device=places.device)
     image = table.new_empty(len(places))
     rows, block = len(places), COPY // 16

@@ -1,0 +1,125 @@
+"""A model's language: perplexity against transformers' own model and, where it is installed, lm-eval against both."""
+import json
+import math
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from tests.transfusion.conftest import tiny_model
+from transfusion.cli import main
+from transfusion.eval.results import read_results
+from transfusion.eval.text import perplexity
+
+TEXT = ", ".join(["a handwritten seven and a handwritten two"] * 8)
+QUESTIONS = [{"question": "a handwritten", "choices": ["seven", "two", "eight and one"], "gold": 1},
+             {"question": "a", "choices": ["handwritten nine", "nine", "one"], "gold": 0}] * 3
+TASK = """task: digits_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: gold
+metric_list:
+- {metric: acc, aggregation: mean, higher_is_better: true}
+- {metric: acc_norm, aggregation: mean, higher_is_better: true}
+"""
+ROLLING = """task: digits_text
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list:
+- {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
+- {metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}
+"""
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(max_position_embeddings=64)
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    """The same language model as transformers has it."""
+    plain = LlamaForCausalLM._from_config(model.config.text_config, attn_implementation="eager").eval()
+    plain.load_state_dict(model.backbone.decoder.state_dict())
+    return plain
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window,batch", [(None, 8), (32, 1), (32, 3), (1000, 8)])
+def test_perplexity_is_that_of_transformers_own_model(model, plain, window, batch):
+    found = perplexity(model, TEXT, window, batch)
+    ids, total, width = model.tokenizer.encode(TEXT, add_special_tokens=False), 0.0, window or 64
+    given = [model.tokenizer.bos_token_id, *ids]
+    for start in range(0, len(ids), width):
+        end = min(start + width, len(ids))
+        scores = plain(torch.tensor([given[max(0, end - width):end]])).logits[0].log_softmax(-1)
+        total += sum(float(row[one]) for row, one in zip(scores[start - end:], ids[start:end]))
+    assert found.tokens == len(ids) and found.log_probability == pytest.approx(total, rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(-total / len(ids)), rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(-total / math.log(2) / len(TEXT.encode()), rel=1e-5)
+
+
+def test_the_command_writes_three_results_of_a_file(model, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "a.txt").write_text(TEXT)
+    main(["eval", "text", "--model", str(tmp_path / "model"), "--file", str(tmp_path / "a.txt"), "--window", "32",
+          "--out", str(tmp_path / "out")])
+    results = {result.metric: result for result in read_results(tmp_path / "out").values()}
+    expected = perplexity(model, TEXT, 32)
+    assert results["perplexity"].value == pytest.approx(expected.perplexity)
+    assert results["word perplexity"].value == pytest.approx(expected.word_perplexity)
+    assert results["bits per byte"].value == pytest.approx(expected.bits_per_byte)
+    assert all(result.n == expected.tokens and result.weights_hash for result in results.values())
+    assert "text a.txt: perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments,message", [
+    ([], "there are no tasks and no file"),
+    (["--file", "nowhere.txt"], "nowhere.txt: No such file"),
+    (["--file", "binary.txt"], "binary.txt', which is no UTF-8 text"),
+    (["--file", "empty.txt"], "the text is empty"),
+])
+def test_what_does_not_fit_ends_in_one_line(model, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("model")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(SystemExit, match=message):
+        main(["eval", "text", "--model", "model", "--out", "out", *arguments])
+
+
+@pytest.fixture
+def tasks(tmp_path, monkeypatch):
+    """A folder with two tasks of lm-eval on local rows."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "choice.yaml").write_text(TASK % (tmp_path / "questions.jsonl"))
+    (tmp_path / "tasks" / "text.yaml").write_text(ROLLING % (tmp_path / "texts.jsonl"))
+    return tmp_path / "tasks"
+
+
+def test_lm_eval_gives_the_decoder_the_numbers_of_the_same_model_in_transformers(model, plain, tasks, tmp_path):
+    lm_eval = pytest.importorskip("lm_eval")
+    model.save_pretrained(tmp_path / "model")
+    main(["eval", "text", "--model", str(tmp_path / "model"), "--tasks", "digits_choice", "digits_text", "--include",
+          str(tasks), "--out", str(tmp_path / "out")])
+    ours = {(result.task, result.metric): result.value for result in read_results(tmp_path / "out").values()}
+    theirs = lm_eval.simple_evaluate(
+        lm_eval.models.huggingface.HFLM(pretrained=plain, tokenizer=model.tokenizer, batch_size=1),
+        tasks=["digits_choice", "digits_text"], bootstrap_iters=0,
+        task_manager=lm_eval.tasks.TaskManager(include_path=str(tasks), include_defaults=False))["results"]
+    expected = {(task, key.split(",")[0]): value for task, metrics in theirs.items() for key, value in metrics.items()
+                if "," in key and "stderr" not in key}
+    assert len(ours) == 4 and ours == pytest.approx(expected, rel=1e-5)
+    rolled = perplexity(model, TEXT)
+    assert ours["digits_text", "word_perplexity"] == pytest.approx(rolled.word_perplexity, rel=1e-5)

@@ -1,0 +1,79 @@
+"""Scoring of the benchmarks that a language model judges, named by the tasks that `prepare` writes for lmms-eval.
+
+A judge that does not answer, or answers with no score, makes the whole score NaN: lmms-eval alone would count 0, or -1
+out of -1, and go on.
+"""
+import importlib
+import math
+
+WILD, MMVET = "lmms_eval.tasks.llava-in-the-wild.utils", "lmms_eval.tasks.mmvet.utils"
+TEMPERATURES = (0.0, 0.5, 1.0)
+"""of a judge that is asked again where its answer was no score"""
+
+
+def unscored(doc: dict, results: list[str]) -> dict:
+    """Keep an answer that a server or somebody else's judge scores."""
+    return {"bypass": results[0]}
+
+
+def llava_wild(doc: dict, results: list[str]) -> dict:
+    """Ask lmms-eval's judge to compare an answer with GPT-4's."""
+    return importlib.import_module(WILD).llava_process_results(doc, results)
+
+
+def llava_wild_all(results: list[dict]) -> float:
+    """The answers' scores in per cent of those of GPT-4's answers, NaN where a judge failed."""
+    return _llava_wild(results, "all")
+
+
+def llava_wild_conv(results: list[dict]) -> float:
+    """`llava_wild_all` of conversations."""
+    return _llava_wild(results, "conv")
+
+
+def llava_wild_detail(results: list[dict]) -> float:
+    """`llava_wild_all` of detailed descriptions."""
+    return _llava_wild(results, "detail")
+
+
+def llava_wild_complex(results: list[dict]) -> float:
+    """`llava_wild_all` of complex reasoning."""
+    return _llava_wild(results, "complex")
+
+
+def _llava_wild(results: list[dict], kind: str) -> float:
+    own = [result for result in results if -999 not in result["scores"]]  # lmms-eval's mark of other kinds
+    if not own or any(min(result["scores"]) < 0 for result in own):
+        return math.nan
+    return importlib.import_module(WILD).llava_aggregation(own, kind)
+
+
+def mmvet(doc: dict, results: list[str]) -> dict:
+    """Ask lmms-eval's judge for the score of an answer, from 0 to 1; NaN where it gives none."""
+    task = importlib.import_module(MMVET)
+    truth = doc["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+    prompt = f"{task.MM_VET_PROMPT}\n{doc['question']} | {truth} | {results[0]} |"
+    score, judge = math.nan, ""
+    for temperature in TEMPERATURES:
+        said, judge = task.get_chat_response(prompt, temperature=temperature)
+        score = _share(said)
+        if not said or not math.isnan(score):
+            break
+    return {"gpt_eval_score": {"question_id": doc["question_id"], "capabilities": doc["capability"], "score": score,
+                               "eval_model": judge}}
+
+
+def mmvet_score(results: list[dict]) -> float:
+    """MM-Vet's total in per cent, NaN where a judge failed."""
+    if any(math.isnan(result["score"]) for result in results):
+        return math.nan
+    return importlib.import_module(MMVET).mmvet_aggregate_results(results)
+
+
+def _share(said: str) -> float:
+    """The number from 0 to 1 that a judge's answer begins with, NaN where it does not."""
+    try:
+        score = float(said.split()[0])
+    except (ValueError, IndexError):
+        return math.nan
+    return score if 0 <= score <= 1 else math.nan

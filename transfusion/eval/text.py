@@ -1,0 +1,163 @@
+"""A model's language: suites of lm-eval on its decoder, and perplexity on a file: `transfusion eval text --model DIR`.
+
+    perplexity        exp(-sum_i log p(token_i | tokens before it) / tokens)
+    word perplexity   the same sum over the number of words, which no tokenizer changes
+    bits per byte     the same sum in bits over the file's bytes
+
+The file is read in windows of the model's positions (or `--window`), as lm-eval's rolling log-likelihood does: each
+window's first token is predicted from the one token before it, that of the first window from BOS. The last window is
+as long as the others: it begins further in front, and only its new tokens count.
+"""
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import torch
+from tqdm import tqdm
+from tyro.conf import arg
+
+from transfusion.command import claim
+from transfusion.eval.results import Result, version_of, weights_hash, write_result
+from transfusion.eval.settings import ModelSettings
+from transfusion.model.loading import load_model
+from transfusion.settings import Count, check
+
+INSTALL = 'pip install "tfkernels[eval]"'
+SUITES = {"llama2": ("hellaswag", "piqa", "social_iqa", "winogrande", "arc_easy", "arc_challenge", "boolq")}
+"""names of several tasks: the commonsense tasks of Llama 2 (arXiv:2307.09288, section 2.3) without OpenBookQA"""
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """Measure a model's language by suites of lm-eval, whose data must be at hand, and by a text file."""
+
+    model: Path
+    """directory of a checkpoint or of an adapter"""
+    out: Path
+    """directory for results/"""
+    tasks: tuple[str, ...] | None = None
+    """names of lm-eval's tasks; llama2: hellaswag, piqa, social_iqa, winogrande, arc_easy, arc_challenge, boolq"""
+    file: Path | None = None
+    """a UTF-8 text file: perplexity, word perplexity and bits per byte"""
+    window: Count | None = None
+    """tokens of the file that are read at once; None: the model's positions"""
+    include: Path | None = None
+    """a folder with tasks of one's own, as lm-eval reads them"""
+    shots: int | None = None
+    """examples before each question; None: as the task says"""
+    batch: Count = 8
+    """sequences at once"""
+    limit: Count | None = None
+    """questions of each task at most: a try-out, whose results say so"""
+    device: str = "auto"
+    """cpu, cuda, or auto: the accelerator if there is one"""
+    loading: Annotated[ModelSettings, arg(name="")] = field(default_factory=ModelSettings)
+
+
+class Perplexity(NamedTuple):
+    """Of a text: three ways to divide one sum of log-probabilities, and what it is of."""
+
+    perplexity: float
+    word_perplexity: float
+    bits_per_byte: float
+    tokens: int
+    log_probability: float
+
+
+def evaluate_text(settings: TextSettings) -> None:
+    """Run `transfusion eval text`.
+
+    Raises:
+        ValueError: settings that do not fit, a text file that cannot be read, or no lm-eval.
+    """
+    check("eval text", settings)
+    if not settings.tasks and settings.file is None:
+        raise ValueError("eval text: there are no tasks and no file; one of them fits, such as --tasks llama2")
+    text = None if settings.file is None else _text(settings.file)
+    with claim("eval text", settings.out, {"model": settings.model}):
+        model = settings.loading.cast(load_model(settings.model, settings.device))
+        results = [] if text is None else _of_file(settings, model, text)
+        results += _of_tasks(settings, model) if settings.tasks else []
+        for result in results:
+            write_result(settings.out, result)
+            print(f"{result.task}: {result.metric} {result.value:.6g} of {result.n:,}", flush=True)
+
+
+@torch.inference_mode()
+def perplexity(model, text: str, window: int | None = None, batch: int = 8) -> Perplexity:
+    """Return how well a model's decoder predicts a text.
+
+    Raises:
+        ValueError: the text is empty.
+    """
+    ids = model.tokenizer.encode(text, add_special_tokens=False)
+    if not ids:
+        raise ValueError("eval text: the text is empty; at least one word fits")
+    window = window or model.config.text_config.get_text_config().max_position_embeddings
+    tokens = torch.tensor([model.tokenizer.bos_token_id, *ids], device=model.device)
+    whole, rest, total = len(ids) // window, len(ids) % window, 0.0
+    groups = [(list(range(at, min(at + batch, whole))), window) for at in range(0, whole, batch)]
+    for group, counted in tqdm([*groups, *([([whole], rest)] if rest else [])], desc="windows", disable=None):
+        ends = [min((number + 1) * window, len(ids)) for number in group]
+        rows = torch.stack([tokens[max(0, end - window):end + 1] for end in ends])
+        scores = model.text_logits(rows[:, :-1]).float().log_softmax(-1).gather(2, rows[:, 1:, None])
+        total += float(scores[:, -counted:].double().sum())
+    words, size = len(text.split()), len(text.encode())
+    return Perplexity(math.exp(-total / len(ids)), math.exp(min(-total / words, 700)) if words else math.nan,
+                      -total / math.log(2) / size, len(ids), total)
+
+
+def _of_file(settings: TextSettings, model, text: str) -> list[Result]:
+    began = time.perf_counter()
+    found = perplexity(model, text, settings.window, settings.batch)
+    common = dict(task=f"text {settings.file.name}", n=found.tokens, library="transfusion",
+                  version=version_of("transfusion"), seconds=time.perf_counter() - began, model=str(settings.model),
+                  weights_hash=weights_hash(settings.model), details={"window": settings.window})
+    return [Result(metric=name.replace("_", " "), value=getattr(found, name), **common)
+            for name in ("perplexity", "word_perplexity", "bits_per_byte")]
+
+
+def _of_tasks(settings: TextSettings, model) -> list[Result]:
+    """Run lm-eval on the decoder, which is a model of transformers."""
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ValueError(f"eval text: lm-eval cannot be imported ({error}); {INSTALL}") from error
+    names = [one for name in settings.tasks for one in SUITES.get(name, (name,))]
+    own = None if settings.include is None else str(settings.include)
+    manager = TaskManager(include_path=own, include_defaults=False)  # to read all of lm-eval's takes half a minute
+    if own is None or not set(names) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=own)
+    if unknown := [name for name in names if name not in manager.all_tasks]:
+        raise ValueError(f"eval text: {unknown[0]!r} is no task of lm-eval; {', '.join(SUITES)} and what "
+                         "`lm_eval ls tasks` lists fit")
+    began = time.perf_counter()
+    found = simple_evaluate(
+        HFLM(pretrained=model.backbone.decoder, tokenizer=model.tokenizer, batch_size=settings.batch), tasks=names,
+        num_fewshot=settings.shots, limit=settings.limit, task_manager=manager, bootstrap_iters=0)
+    results, hashed, seconds = [], weights_hash(settings.model), time.perf_counter() - began
+    for task, metrics in found["results"].items():
+        for key, score in metrics.items():
+            name, _, chosen = key.partition(",")
+            if not chosen or name.endswith("_stderr") or not isinstance(score, int | float):
+                continue
+            error, count = metrics.get(f"{name}_stderr,{chosen}"), found["n-samples"][task]["effective"]
+            results.append(Result(
+                task=task, metric=name, value=float(score), n=count, library="lm-eval", version=version_of("lm-eval"),
+                seconds=seconds, model=str(settings.model), weights_hash=hashed,
+                standard_error=error if isinstance(error, float) else None, seed=1234,
+                prompts=f"lm-eval's, {found['n-shot'].get(task, 0)} examples",
+                note="" if settings.limit is None else f"the first {settings.limit:,} questions alone"))
+    return results
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"eval text: file is {str(path)!r}, which is no UTF-8 text (byte {error.start}); a text file "
+                         "fits") from error
