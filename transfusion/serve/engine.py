@@ -115,7 +115,7 @@ class Engine:
         """
         ticket = Ticket(self, on_event)
         with self.tokenizing:
-            running = Running(request, self.model, self.limits, ticket.tell, self._counts)
+            running = Running(request, self.model, self.limits, ticket.tell, self.cache.pages.remember, self._counts)
             ticket.running = running
         with self._change:
             if self._closing:
@@ -151,7 +151,7 @@ class Engine:
         """Numbers of now (running, waiting, memory) and since the start (the rest)."""
         with self._change:
             names = ("submitted", "finished", "failed", "cancelled", "refused", "passes", "rows_in_passes",
-                     "written_tokens", "drawn_images", "denoising_steps")
+                     "reused_tokens", "written_tokens", "drawn_images", "denoising_steps")
             return {"running": len(self._running), "waiting": len(self._waiting), "rows": self.rows,
                     "queue": self.queue, "cache_tokens": self.cache.tokens, "cache_tokens_used": self.cache.used,
                     "cache_bytes": self.cache.bytes, **{name: self._counts[name] for name in names}}
@@ -210,7 +210,8 @@ class Engine:
                 if not has_row or not self.cache.fits(list(self._waiting[0].sizes.values())):
                     return
                 running = self._waiting.popleft()
-                running.contexts = {name: self.cache.open(size) for name, size in running.sizes.items()}
+                running.contexts = {name: self.cache.open(size, running.document if name == "whole" else None)
+                                    for name, size in running.sizes.items()}
                 self._running.append(running)
             self._advance(running, None)
 

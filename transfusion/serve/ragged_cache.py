@@ -1,7 +1,8 @@
 """One pool of cached keys and values for contexts of any lengths, and passes of the model over some of them.
 
     pool      (T, K, D) keys and values of T tokens for each layer, allocated once; a context has pages of it
-    context   a run of tokens of which the model has read `length`: a prompt and what was written and drawn behind it
+    context   a run of tokens of which the model has read `length`: a prompt and what was written and drawn behind it;
+              prompts that begin alike share the pages of their beginning (`transfusion.serve.pages`)
     feed      new tokens behind a context's: text, finished images at time 0, or one image that is denoised at time t
 
 In a pass every row is another context. Cached tokens stand right-aligned and new ones left-aligned around one column,
@@ -20,8 +21,8 @@ from transformers.cache_utils import DynamicLayer
 
 from tfkernels import TransfusionMask
 from transfusion.sequence import Document, Sequence, lay_out
+from transfusion.serve.pages import PAGE, Pages
 
-PAGE = 16  # tokens
 _EVER = torch.iinfo(torch.int32).max
 _serial = itertools.count()
 
@@ -29,8 +30,8 @@ _serial = itertools.count()
 class Context:
     """Pages of a pool, of which the first `length` tokens are read. `places` (tokens,) says where they stand."""
 
-    def __init__(self, pages: list[int]):
-        self.pages, self.length, self.serial = pages, 0, next(_serial)
+    def __init__(self, pages: list[int], length: int):
+        self.pages, self.length, self.serial = pages, length, next(_serial)
         self.places = (torch.tensor(pages)[:, None] * PAGE + torch.arange(PAGE)).flatten()
 
 
@@ -104,8 +105,8 @@ class RaggedCache:
     """The pool of one model, `tokens` large, and its passes."""
 
     def __init__(self, model, tokens: int):
-        self.model, pages = model, math.ceil(tokens / PAGE)
-        self.tokens, self.free = pages * PAGE, list(range(pages))
+        self.model, count = model, math.ceil(tokens / PAGE)
+        self.tokens, self.pages = count * PAGE, Pages(count)
         layers = model.config.text_config.get_text_config().num_hidden_layers
         self.cache = Cache(layers=[_Layer(self) for _ in range(layers)])
         self.plan, self._kept = None, {}
@@ -113,7 +114,7 @@ class RaggedCache:
     @property
     def used(self) -> int:
         """Tokens that contexts hold or have reserved."""
-        return self.tokens - len(self.free) * PAGE
+        return self.tokens - self.pages.available * PAGE
 
     @property
     def bytes(self) -> int:
@@ -123,17 +124,18 @@ class RaggedCache:
 
     def fits(self, sizes: list[int]) -> bool:
         """Whether there is room for contexts of these numbers of tokens."""
-        return sum(math.ceil(size / PAGE) for size in sizes) <= len(self.free)
+        return sum(math.ceil(size / PAGE) for size in sizes) <= self.pages.available
 
-    def open(self, size: int) -> Context:
-        """A context of up to `size` tokens; `close` gives its pages back."""
-        count = math.ceil(size / PAGE)
-        pages, self.free = self.free[:count], self.free[count:]
-        return Context(pages)
+    def open(self, size: int, document: Document | None = None) -> Context:
+        """A context of up to `size` tokens; `close` gives its pages back.
+
+        Where it will begin with a document whose beginning was read before, `length` tokens of that are there already.
+        """
+        return Context(*self.pages.take(size, document))
 
     def close(self, context: Context) -> None:
         """Give a context's pages back."""
-        self.free += context.pages
+        self.pages.give_back(context.pages)
         context.pages = []
 
     def run(self, asks: list[Feed] | list[Denoise]) -> list[Tensor]:

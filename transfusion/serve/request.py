@@ -16,7 +16,8 @@ from transfusion.generate.generation import Drawn, Event, Preview, Written, as_p
 from transfusion.generate.row import DONE, DRAWING, WRITING, Row, check_options, guidance_of, solver_of
 from transfusion.generate.sampling import Sampling
 from transfusion.sequence import Document, Part
-from transfusion.serve.ragged_cache import PAGE, Context, Denoise, Feed
+from transfusion.serve.pages import PAGE
+from transfusion.serve.ragged_cache import Context, Denoise, Feed
 from transfusion.settings import Count, check
 
 Ask = Feed | Denoise
@@ -77,6 +78,7 @@ class Running:
     model: object
     limits: Limits
     tell: Callable[[Event | Finished | Failed], None]
+    remember: Callable[[list[int], Document], None]
     counts: Counter
     contexts: dict[str, Context] = field(default_factory=dict)
     asks: list[Ask] = field(default_factory=list)
@@ -125,7 +127,9 @@ class Running:
     def program(self) -> Generator[list[Ask], list[Tensor], Finished]:
         """The request from its prompt to its end: yields what the model is to run and is sent the answers."""
         row, whole = self.row, self.contexts["whole"]
-        scores, = yield [Feed(whole, self.document)]
+        self.counts["reused_tokens"] += whole.length
+        scores, = yield [Feed(whole, _behind(self.document, whole.length))]
+        self.remember(whole.pages, self.document)
         row.state = DRAWING if self.request.draw else WRITING
         while True:
             while row.state == WRITING:
@@ -172,3 +176,9 @@ class Running:
                 estimate = solve(model.objective, given, prediction, torch.full((), t, device=x.device))[0]
                 self.tell(Preview(0, row.image(estimate[0]), number + 1, len(solver.times)))
         return x[0].cpu()
+
+
+def _behind(document: Document, read: int) -> Document:
+    """What of a document stands behind its first `read` tokens, which cut no image."""
+    images = [(start - read, *image) for start, *image in document.images if start >= read]
+    return Document(document.tokens[read:], document.targets[read:], images)

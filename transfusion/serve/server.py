@@ -36,8 +36,8 @@ from transfusion.serve.request import Request as Asked
 from transfusion.serve.wire import ApiError, Body, ChatBody, CompletionBody, ImageBody, prompt_of, refused
 
 MEGABYTE = 2**20
-COUNTERS = ("submitted", "finished", "failed", "cancelled", "refused", "passes", "rows_in_passes", "written_tokens",
-            "drawn_images", "denoising_steps")
+COUNTERS = ("submitted", "finished", "failed", "cancelled", "refused", "passes", "rows_in_passes", "reused_tokens",
+            "written_tokens", "drawn_images", "denoising_steps")
 
 
 class Answers:

@@ -203,6 +203,29 @@ def test_a_request_over_the_limits_is_refused_by_the_name_of_its_argument(engine
     assert engine.stats()["submitted"] == 0
 
 
+def test_prompts_that_begin_alike_are_read_once_and_answered_as_if_each_were_alone(model, pictures):
+    engine, start = Engine(model, limits=Limits(cache_tokens=512)), "a handwritten seven and two and more of the "
+    long, options = "".join(f"{start}{n} " for n in range(3)), dict(max_new_tokens=6, seed=4, temperature=1.0, steps=2)
+    requests = [Request(parts, Sampling(**options)) for parts in (
+        [Text(long)], [Text(f"{long}seven")], [Text(start), pictures[0], Text(long)],
+        [Text(start), pictures[0], Text(f"{long}two")], [Text(start), pictures[1], Text(f"{long}two")], [Text(long)])]
+    reused = []
+    for request in requests:
+        before = engine.stats()["reused_tokens"]
+        same(engine.submit(request).result(), alone(model, request))
+        reused.append(engine.stats()["reused_tokens"] - before)
+    first, tail, picture, same_picture, other_picture, again = reused
+    prompt = len(engine.model.tokenizer.encode(long)) + 1
+    assert first == 0 and prompt - 16 <= tail <= prompt and prompt - 16 <= again < prompt
+    assert 0 < picture <= len(engine.model.tokenizer.encode(start)) + 1, "up to where the picture stands"
+    assert same_picture > picture + 16 and other_picture == picture
+    assert engine.stats()["cache_tokens_used"] == 0
+    for n in range(20):  # known pages make room for others
+        request = Request([Text(f"{n} {long}")], Sampling(max_new_tokens=4, max_images=0))
+        same(engine.submit(request).result(), alone(model, request))
+    engine.close()
+
+
 def test_an_error_in_one_request_touches_no_other(engine, model, monkeypatch):
     """One row's own program fails, another makes every pass fail that it is part of."""
     fine = [Request([Text("a b")], Sampling(max_new_tokens=6, max_images=0)),
