@@ -185,6 +185,6 @@ def test_the_uncut_contender_is_ours_without_parts():
         found.append((backward.head_splits(1, 4, 132), forward.key_splits(1, 132, 4096, 512)))
 
     ours = Contender("tfkernels", {"forward": run}, lambda state: None)
-    for way in (attention_benchmark.uncut_contender(ours), ours):
-        way.phases["forward"]({})
+    for one in (attention_benchmark.uncut_contender(ours), ours):
+        one.phases["forward"]({})
     assert found == [(1, 1), (4, 8)]

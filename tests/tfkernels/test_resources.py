@@ -52,12 +52,12 @@ class Row(NamedTuple):
     @property
     def tile_by_tile(self) -> bool:
         """Whether tiles are looked at one by one, with no pipelined loop: `walks_runs` in tiles.py says where."""
-        return ("check" in self.variant and self.kernel in TRAINING
+        return (self.variant == "check" and self.kernel in TRAINING
                 and self.head_dim > (64 if self.kernel == "dkv" else 128))
 
     @property
     def config(self) -> Config:
-        heavy = "check" in self.variant or (self.kernel, self.variant) == ("dkv", "softcap")
+        heavy = self.variant == "check" or (self.kernel, self.variant) == ("dkv", "softcap")
         return DELTA if self.kernel == "delta" else table_row(TABLES[self.kernel], *self[1:4], heavy=heavy)
 
 
@@ -76,14 +76,11 @@ VARIANTS += [Row(kernel, architecture, 2, 128, variant) for kernel in ("decode",
              for architecture in ARCHITECTURES for variant in ("check", "paged")]
 VARIANTS += [Row(kernel, architecture, 2, 64, "sinks") for kernel in ("fwd", "decode", "wide")
              for architecture in ARCHITECTURES]
-VARIANTS += [Row("fwd", architecture, 2, dim, variant) for architecture in ARCHITECTURES
-             for dim, variant in ((64, "parts, check"), (128, "parts"), (256, "parts"))]
+VARIANTS += [Row("fwd", architecture, 2, dim, "parts") for architecture in ARCHITECTURES for dim in (64, 128, 256)]
 RARE = [Row(kernel, architecture, size, dim, "check") for kernel in TRAINING for architecture in ARCHITECTURES
         for size, dim in ((2, 32), (4, 32), (4, 64), (4, 128), (4, 256))]
-RARE += [Row("fwd", architecture, size, dim, variant) for architecture in ARCHITECTURES
-         for size, dim, variant in ((2, 32, "parts"), (2, 64, "parts"), (4, 32, "parts"), (4, 64, "parts"),
-                                    (4, 128, "parts"), (4, 256, "parts"), (2, 32, "parts, check"),
-                                    (4, 32, "parts, check"), (4, 64, "parts, check"))]
+RARE += [Row("fwd", architecture, size, dim, "parts") for architecture in ARCHITECTURES
+         for size, dim in ((2, 32), (4, 32), (4, 64), (4, 128), (4, 256))]
 RARE += [Row(kernel, architecture, 4, dim, "tf32") for kernel in TRAINING for architecture in ARCHITECTURES
          for dim in HEAD_DIMS[4]]
 
@@ -92,14 +89,14 @@ def compiled(row: Row, target: int | None = None) -> Resources:
     """Compile one row, for its architecture or for the `target` given."""
     config, variant = row.config, row.variant
     head_dim = {"narrow": 80, "values": 192}.get(variant, row.head_dim)
-    in_parts = row.kernel in ("decode", "wide") and variant != "sinks" or "parts" in variant
+    in_parts = row.kernel in ("decode", "wide") and variant != "sinks" or variant == "parts"
     constants = {"HEAD_DIM": head_dim, "D": row.head_dim, "BLOCK_M": config.block_m}
     if row.kernel != "delta":
         values = (128, 128) if variant == "values" else (head_dim, row.head_dim)
         constants |= dict(zip(("HEAD_DIM_V", "D_V"), values))
         constants |= {"BLOCK_N": config.block_n, "SOFTCAP": variant == "softcap",
                       "PRECISION": "tf32" if variant == "tf32" else "ieee"}
-        constants["CHECK_ROWS" if row.kernel == "dkv" else "CHECK_COLUMNS"] = "check" in variant
+        constants["CHECK_ROWS" if row.kernel == "dkv" else "CHECK_COLUMNS"] = variant == "check"
     if "TMA" in KERNELS[row.kernel].arg_names:
         constants["TMA"] = config.by_tma
     if row.kernel in ("decode", "wide"):

@@ -124,11 +124,10 @@ def decoding(dim: int, dtype: torch.dtype):
 
 
 def many_queries_in_parts(dtype: torch.dtype):
-    """More queries than a tile has against keys enough for two parts, by masks of one side and of two, with sinks and a
+    """More queries than a tile has against keys enough for two parts, plain and with sinks and a
     soft cap; and keys that some queries must not see hold NaN, so that rows of one part are done over."""
-    for keys, dim, options in ((1100, 32, {}), (1030, 64, {"softcap": 1.5, "two_sides": True, "sinks": True})):
+    for keys, dim, options in ((1100, 32, {}), (1030, 64, {"softcap": 1.5, "sinks": True})):
         mask = TransfusionMask.from_cache(torch.tensor([keys - 140]), 140, keys, image=True)
-        mask = replace(mask, rows_exact=False) if options.pop("two_sides", False) else mask
         sinks = torch.tensor([1.5], dtype=torch.float64) if options.pop("sinks", False) else None
         check_forward(random_inputs(1, 1, 1, 140, keys, dim), mask, dtype, sinks, **options)
     mask = TransfusionMask.from_cache(torch.tensor([1030]), 20, 1060)
@@ -258,7 +257,7 @@ FAMILIES |= {f"decoding, head dim {dim}": Family(partial(decoding, dim), {"_atte
                                                  HALVES if dim == 512 else DTYPES)
              for dim in (32, 64, 128, 256, 512)}
 FAMILIES |= {
-    "many queries in parts": Family(many_queries_in_parts, {"_attention_fwd", "_attention_merge", "_tile_bounds"}),
+    "many queries in parts": Family(many_queries_in_parts, {"_attention_fwd", "_attention_merge"}),
     "attention's options": Family(attention_options, TRAINED),
     "values and sinks": Family(values_and_sinks, TRAINED | {"_attention_decode", "_attention_merge"}),
     "rows of attention done over": Family(rows_done_over, TRAINED),

@@ -55,7 +55,7 @@ CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (100, 2, 128, "heavy"): Config(128, 32, 8, 3), (100, 2, 256, "heavy"): Config(64, 32, 8, 2, 255),
 }
 SPLIT_KEYS = 16 if INTERPRET else 512  # fewest keys worth a part of their own
-MAX_SPLIT_DIM = {True: 256, False: 64}  # by rows_exact; wider heads in parts would spill on sm_80
+MAX_SPLIT_DIM = 256  # wider heads in parts would spill on sm_80, and so would masks of two sides
 
 
 @triton.jit
@@ -92,11 +92,10 @@ def _place(program, tiles, heads, splits, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _part_of_tile(lo_ptr, hi_ptr, rows, sq, sk, split, splits, BLOCK_N: tl.constexpr, WHOLE_TILES: tl.constexpr):
-    """The keys of one part of those that a tile of queries needs; with WHOLE_TILES parts begin at multiples of BLOCK_N.
-    """
+def _part_of_tile(lo_ptr, hi_ptr, rows, sq, sk, split, splits, BLOCK_N: tl.constexpr):
+    """The keys of one part of those that a tile of queries needs."""
     _, _, first, _, _, last = row_bounds(lo_ptr, hi_ptr, rows, sq, sk)
-    return part_of(first // BLOCK_N * BLOCK_N if WHOLE_TILES else first, last, split, splits, BLOCK_N)
+    return part_of(first, last, split, splits, BLOCK_N)
 
 
 @triton.jit
@@ -215,7 +214,7 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, bo
                                                             hi_ptr + b * stride_mask_rows, rows, sq, sk)
     if SPLIT:
         first, last = _part_of_tile(lo_ptr + b * stride_mask_rows, hi_ptr + b * stride_mask_rows, rows, sq, sk, split,
-                                    splits, BLOCK_N, CHECK_COLUMNS)
+                                    splits, BLOCK_N)
     k_head = rows_of(k_head, stride_ks, last, HEAD_DIM, D, BLOCK_N, TMA)
     v_head = rows_of(v_head, stride_vs, last, HEAD_DIM_V, D_V, BLOCK_N, TMA)
     q = load_rows(q_ptr + b * stride_qb + h * stride_qh, start_m, offs_m, stride_qs, sq, HEAD_DIM, D, True)
@@ -265,7 +264,7 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, bo
     seen_first, seen_last = 0, sk
     if SPLIT:
         seen_first, seen_last = _part_of_tile(lo_ptr + b * stride_mask_rows, hi_ptr + b * stride_mask_rows, rows, sq,
-                                              sk, split, splits, BLOCK_N, CHECK_COLUMNS)
+                                              sk, split, splits, BLOCK_N)
     some = sees_keys(lo_ptr + b * stride_mask_rows, hi_ptr + b * stride_mask_rows, rows, sq, seen_first, seen_last)
     if CHECK_COLUMNS:
         some &= total != 0
@@ -293,8 +292,7 @@ def _attention_fwd(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, since_ptr, until_ptr, bo
         lo_m, hi_m = lo_ptr + b_m * stride_mask_rows, hi_ptr + b_m * stride_mask_rows
         first_m, last_m = 0, sk
         if SPLIT:
-            first_m, last_m = _part_of_tile(lo_m, hi_m, tile_m * BLOCK_M + offs_m, sq, sk, split_m, splits, BLOCK_N,
-                                            CHECK_COLUMNS)
+            first_m, last_m = _part_of_tile(lo_m, hi_m, tile_m * BLOCK_M + offs_m, sq, sk, split_m, splits, BLOCK_N)
         row_out, row_lse = attend_row(
             q_ptr + b_m * stride_qb + h_m * stride_qh + row * stride_qs,
             k_ptr + b_m * stride_kb + h_m // group * stride_kh,
@@ -355,8 +353,9 @@ def attention_forward(
     dims = head_dims(q, v)
     config = lookup(CONFIGS, q, max(dims["D"], dims["D_V"]), heavy=not rows_exact)
     programs = cdiv(sq, config.block_m) * batch * heads
-    # Not where a gradient is asked for: what is trained is the same numbers on every device.
-    whole = any(x.requires_grad for x in (q, k, v)) or max(dims["D"], dims["D_V"]) > MAX_SPLIT_DIM[rows_exact]
+    # Where a gradient is asked for keys stay whole: what is trained is the same numbers on every device.
+    whole = (any(x.requires_grad for x in (q, k, v)) or not rows_exact
+             or max(dims["D"], dims["D_V"]) > MAX_SPLIT_DIM)
     splits = 1 if whole else key_splits(programs, multiprocessors(q.device), k.shape[2], SPLIT_KEYS)
     parts, parts_lse = empty_parts(out, splits) if splits > 1 else (out, lse)
     bounds = lo if rows_exact else tile_bounds(since, until, config.block_n)
