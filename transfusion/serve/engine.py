@@ -7,7 +7,7 @@ The program of a request is `Running.program`; an error in it ends that request 
 
 Each request draws its random numbers from its own seed, so its result does not depend on its company: texts are equal
 and images differ by the rounding of matrix products of other shapes (tests/transfusion/serve/test_engine.py: at most
-2.4e-6 of an image's largest value, in float32 on a CPU).
+4.3e-6 of an image's largest value, in float32 on a CPU).
 """
 import queue
 import threading
@@ -39,7 +39,10 @@ class Closed(RuntimeError):
 
 
 class Ticket:
-    """A request on its way. Its events go to `on_event`, on the engine's thread, or are read from `events`."""
+    """A request on its way. Its events go to `on_event`, on the engine's thread, or are read from `events`.
+
+    `on_event` hands an event on and returns; it must not call the engine, whose locks may be held.
+    """
 
     def __init__(self, engine: "Engine", on_event: Callable[[Event | Finished | Failed], None] | None):
         self._engine, self._queue, self.running = engine, queue.SimpleQueue(), None
@@ -65,9 +68,10 @@ class Ticket:
         self._engine._cancel(self.running)
 
     def tell(self, event: Event | Finished | Failed) -> None:
+        """Hand an event on to whoever listens; one that fails to take it has left."""
         try:
             self._on_event(event)
-        except Exception:  # whoever listened is gone
+        except Exception:
             self.running.cancelled = True
 
 
