@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.transfusion.conftest import tiny_model
+from tests.transfusion.model.ranks import of_family
 from transfusion import Image, Text
 from transfusion.diffusion.guidance import Guidance
 from transfusion.generate.generation import Drawn, Preview, Written
@@ -108,6 +109,25 @@ def test_other_image_layers_and_objectives_are_served_alike(options, pictures):
     tickets = [engine.submit(request) for request in requests]
     for request, ticket in zip(requests, tickets):
         same([part for part in ticket.result() if isinstance(part, Image)][:1], alone(model, request))
+    engine.close()
+
+
+@pytest.mark.parametrize("family,backbone,options", [
+    ("mistral", "adaln", dict(sliding_window=7)), ("qwen3", "decoder", {}),
+    ("gemma3_text", "decoder", dict(sliding_window=7, layer_types=["sliding_attention", "full_attention"]))])
+def test_other_decoders_are_served_alike_also_those_with_windows(family, backbone, options, pictures):
+    """Rows of different lengths, so that windows begin at different columns; the last prompt's beginning is shared."""
+    model = of_family(family, backbone, **options).eval()
+    engine, long = Engine(model), "a handwritten seven and a handwritten two and more"
+    prompts = [[Text("a")], [pictures[0], Text(long)], [Text(long), pictures[1], Text("a b c")], [Text(long)]]
+    requests = [Request(prompt, Sampling(max_new_tokens=8, steps=3, seed=n), draw=n % 2 == 0)
+                for n, prompt in enumerate([*prompts, *prompts])]
+    tickets = [engine.submit(request) for request in requests]
+    for request, ticket in zip(requests, tickets):
+        ours = ticket.result()
+        same([part for part in ours if isinstance(part, Image)][:1] if request.draw else ours, alone(model, request))
+    same(engine.submit(requests[-1]).result(), alone(model, requests[-1]))
+    assert engine.stats()["reused_tokens"] >= 16
     engine.close()
 
 

@@ -1,0 +1,59 @@
+"""Pictures on the wire, with an autoencoder: into its latents and back, by the engine's thread."""
+import base64
+import io
+from concurrent.futures import Future
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image as Picture
+
+from tests.transfusion.model.test_vae import autoencoder
+from transfusion.data.picture_files import fit_picture, to_picture
+from transfusion.model.vae import VAE
+from transfusion.sequence import Image
+from transfusion.serve.pictures import PictureReader
+
+
+class Engine:
+    """An engine whose calls run at once and are counted."""
+
+    def __init__(self, vae, channels=8):
+        self.model = SimpleNamespace(vae=vae, config=SimpleNamespace(image_channels=channels, image_size=(4, 6)))
+        self.calls = 0
+
+    def call(self, function):
+        self.calls += 1
+        future = Future()
+        future.set_result(function())
+        return future
+
+
+def test_a_picture_becomes_the_autoencoders_latent_and_a_latent_its_picture():
+    vae, picture, file = VAE(autoencoder()), Picture.new("RGB", (50, 30), "red"), io.BytesIO()
+    engine = Engine(vae)
+    reader = PictureReader(engine)
+    picture.paste("blue", (20, 0, 50, 30))
+    picture.save(file, "PNG")
+    latent = reader.read(file.getvalue()).latent
+    assert torch.equal(latent, vae.encode(fit_picture(picture, (16, 24), 3)[None])[0]) and latent.shape == (8, 4, 6)
+    url = reader.url(Image(latent))
+    drawn = Picture.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
+    assert drawn.size == (24, 16) and drawn.tobytes() == to_picture(vae.decode(latent[None])[0]).tobytes()
+    assert torch.equal(reader.read_url(url).latent, vae.encode(fit_picture(drawn, (16, 24), 3)[None])[0])
+    assert engine.calls == 3
+
+
+def test_sizes_are_in_pixels_and_width_comes_first():
+    reader = PictureReader(Engine(VAE(autoencoder())))
+    assert reader.image_size("32x16") == (4, 8) and reader.image_size(None) is reader.image_size("auto") is None
+    for size, message in (("10x16", "multiples of 4 fit"), ("16", "WIDTHxHEIGHT fits, such as 24x16"),
+                          ("16x-4", "WIDTHxHEIGHT"), ("²x4", "WIDTHxHEIGHT"), ("1" * 9 + "x4", "WIDTHxHEIGHT")):
+        with pytest.raises(ValueError, match=f"size is .*{message}"):
+            reader.image_size(size)
+
+
+def test_a_model_of_latents_without_an_autoencoder_is_refused():
+    with pytest.raises(ValueError, match="8 channels and no VAE"):
+        PictureReader(Engine(None))
+    assert PictureReader(Engine(None, channels=1)).size == (4, 6)
