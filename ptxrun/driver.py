@@ -42,7 +42,8 @@ def architecture_number(name: str) -> int:
 
 
 @contextlib.contextmanager
-def emulate(architecture: str, *, races: bool = False, schedule: str = "late", seed: int = 0, count: bool = False):
+def emulate(architecture: str, *, races: bool = False, schedule: str = "late", seed: int = 0, count: bool = False,
+            copies_fenced: bool = False):
     """Run every Triton kernel that is launched inside on CPU tensors, as its compiled PTX.
 
     Args:
@@ -51,12 +52,14 @@ def emulate(architecture: str, *, races: bool = False, schedule: str = "late", s
         schedule: "early", "late" or "random": when asynchronous copies and products are done. "random" also runs each
             warp by itself, in an order that `seed` decides.
         count: count instructions, bytes and bank conflicts by kernel.
+        copies_fenced: see no race where only the `fence.proxy.async` between cp.async and wgmma or TMA is missing,
+            which PTX asks for and Triton before 3.7 leaves out (triton-lang/triton pull request 9610).
 
     Yields the `Emulation`, whose `kernels` hold the counts. Raises EmulationError, from the launch, where a kernel
     reads or writes outside of its tensors, races, waits for ever, or holds an instruction that is not emulated.
     """
     number = architecture_number(architecture)
-    emulation = Emulation(number, Schedule(schedule, seed), races, count)
+    emulation = Emulation(number, Schedule(schedule, seed), races, count, copies_fenced=copies_fenced)
     properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS, major=number // 10, minor=number % 10)
     before = getattr(triton.runtime.driver, "_active", None)
     hook = knobs.runtime.add_stages_inspection_hook

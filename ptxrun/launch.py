@@ -16,9 +16,9 @@ parsed = functools.lru_cache(parse)
 
 
 @functools.lru_cache(8)
-def machine(ptx: str, blocks: int, shared_size: int, schedule: Schedule, races: bool) -> Machine:
+def machine(ptx: str, blocks: int, shared_size: int, schedule: Schedule, races: bool, copies_fenced: bool) -> Machine:
     """A machine for a kernel; the last few are kept, since decoding takes as long as a small launch."""
-    return Machine(parsed(ptx), blocks, shared_size, schedule, races=races)
+    return Machine(parsed(ptx), blocks, shared_size, schedule, races=races, copies_fenced=copies_fenced)
 
 
 def unknown_instructions(ptx: str) -> list[str]:
@@ -37,6 +37,8 @@ class Emulation:
     """Count bytes, bank conflicts and instructions by kind, which takes longer."""
     kernels: dict[str, Traffic] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    copies_fenced: bool = False
+    """No race is seen where only the proxy fence between cp.async and wgmma or TMA is missing."""
 
     def launch(self, ptx: str, grid: tuple[int, int, int], parameters: list[bytes], memory: GlobalMemory,
                shared_size: int) -> None:
@@ -44,7 +46,7 @@ class Emulation:
         began, kernel = time.perf_counter(), parsed(ptx)
         total = grid[0] * grid[1] * grid[2]
         at_once = 1 if self.races or self.schedule.apart else max(1, min(total, THREADS // kernel.threads))
-        one = machine(ptx, at_once, shared_size, self.schedule, self.races)
+        one = machine(ptx, at_once, shared_size, self.schedule, self.races, self.copies_fenced)
         names = [name for name, *_ in kernel.parameters]
         padding = [bytes(8)] * (len(names) - len(parameters))  # scratch memory that a launch may leave out
         one.parameters = dict(zip(names, [*parameters, *padding]))

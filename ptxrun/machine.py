@@ -44,8 +44,10 @@ def ends_run_after(instruction: Instruction) -> bool:
 class Machine:
     """Runs `blocks` blocks of a kernel at a time."""
 
-    def __init__(self, kernel: Kernel, blocks: int, shared_size: int, schedule: Schedule, *, races: bool = False):
-        self.kernel, self.blocks, self.schedule, self.check_races = kernel, blocks, schedule, races
+    def __init__(self, kernel: Kernel, blocks: int, shared_size: int, schedule: Schedule, *, races: bool = False,
+                 copies_fenced: bool = False):
+        self.kernel, self.blocks, self.schedule = kernel, blocks, schedule
+        self.check_races, self.copies_fenced = races, copies_fenced
         count = kernel.threads * blocks
         self.registers = Registers(kernel.registers, count)
         self.shared = SharedMemory(shared_size, blocks, kernel.threads)
@@ -125,7 +127,7 @@ class Machine:
         self.copies, self.products, self.mbarriers = Copies(count), Products(), MBarriers()
         self.named_barriers, self.deliveries, self.bulk_stores = {}, [], {}
         self.pools = [RegisterPool(threads // 32, self.kernel.registers_per_thread) for _ in numbers]
-        self.races = Races(self.shared.size, threads // 32) if self.check_races else None
+        self.races = Races(self.shared.size, threads // 32, self.copies_fenced) if self.check_races else None
 
     def run(self):
         """Run until no thread is left."""

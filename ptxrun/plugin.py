@@ -23,6 +23,8 @@ def pytest_addoption(parser):
     group.addoption("--schedule", default="late", choices=("early", "late", "random"),
                     help="with --emulate: when asynchronous copies and products are done")
     group.addoption("--seed", type=int, default=0, help="with --schedule random: which order")
+    group.addoption("--copies-fenced", action="store_true",
+                    help="with --races: none where only the proxy fence behind cp.async is missing (Triton before 3.7)")
     group.addoption("--results", type=Path, metavar="FILE",
                     help="with --emulate: a line of JSON for each test; tests that FILE holds are left out")
     group.addoption("--limit", type=float, default=0.0, metavar="SECONDS",
@@ -34,7 +36,8 @@ def pytest_load_initial_conftests(early_config):
     """Put the driver in place."""
     options = early_config.known_args_namespace
     if options.emulate is None:
-        given = [f"--{name}" for name in ("races", "results", "limit", "seed") if getattr(options, name)]
+        names = ("races", "copies-fenced", "results", "limit", "seed")
+        given = [f"--{name}" for name in names if getattr(options, name.replace("-", "_"))]
         if given:
             raise pytest.UsageError(f"{', '.join(given)}: nothing is emulated; --emulate sm_90 fits beside it")
         return
@@ -42,7 +45,8 @@ def pytest_load_initial_conftests(early_config):
     stack = contextlib.ExitStack()
     try:
         emulation = stack.enter_context(
-            emulate(options.emulate, races=options.races, schedule=options.schedule, seed=options.seed))
+            emulate(options.emulate, races=options.races, schedule=options.schedule, seed=options.seed,
+                    copies_fenced=options.copies_fenced))
     except ValueError as error:
         raise pytest.UsageError(f"--{error}") from None
     early_config.stash[SESSION] = stack, emulation

@@ -8,8 +8,8 @@ whatever order the emulator happens to run the warps, as long as both accesses h
 Threads of one warp are ordered by barriers, `bar.warp.sync` among them, and by nothing else. For them a byte remembers
 which lane wrote and read it last, and after how many barriers of its warp.
 
-Two proxies see shared memory: wgmma and TMA do not see ordinary stores before `fence.proxy.async` of the warp that
-stored.
+Two proxies see shared memory: wgmma and TMA do not see ordinary stores, and what cp.async wrote, before
+`fence.proxy.async` of the warp that stored.
 """
 import numpy as np
 
@@ -20,10 +20,13 @@ SEVERAL = -1  # in place of a lane
 
 
 class Races:
-    """Happens-before over the shared memory of one block."""
+    """Happens-before over the shared memory of one block.
 
-    def __init__(self, size: int, warps: int):
-        self.warps = warps
+    copies_fenced: what cp.async wrote needs no proxy fence, see `ptxrun.emulate`.
+    """
+
+    def __init__(self, size: int, warps: int, copies_fenced: bool = False):
+        self.warps, self.copies_fenced = warps, copies_fenced
         self.copies, self.products, self.mbarriers = warps, 2 * warps, 3 * warps  # where each kind's entries begin
         entries = 3 * warps + 64
         self.clock = np.zeros((warps, entries), np.int64)   # what each warp has seen of each entry
@@ -68,7 +71,7 @@ class Races:
             self.writer[bytes_] = self.copies + warp if copy else warp
             self.written[bytes_] = self.copy_groups[warp] + 1 if copy else self.clock[warp, warp]
             self.writing_lane[bytes_], self.written_at[bytes_] = lane, self.meetings[warp]
-            self.unfenced[bytes_] = warp + 1
+            self.unfenced[bytes_] = 0 if copy and self.copies_fenced else warp + 1
 
     def _note_lanes(self, warp: int, lane, bytes_):
         """Which lane read a byte since the lanes last met; SEVERAL where another one did too."""

@@ -25,14 +25,14 @@ def aligned(words: int) -> np.ndarray:
 
 
 def run_kernel(body, arrays, *, threads=32, blocks=1, shared=0, schedule="late", seed=0, races=False, count=False,
-               header="", parameters=()):
+               header="", parameters=(), **options):
     """Run a body with a 64-bit pointer parameter p0, p1, ... for each array (written in place). More `parameters`
     follow as (declaration, bytes)."""
     memory = GlobalMemory()
     for i, array in enumerate(arrays):
         memory.add(array.ctypes.data, array, f"p{i}")
     declared = [f".param .u64 p{i}" for i in range(len(arrays))] + [text for text, _ in parameters]
-    emulation = Emulation(90, Schedule(schedule, seed), races, count)
+    emulation = Emulation(90, Schedule(schedule, seed), races, count, **options)
     values = [struct.pack("<Q", array.ctypes.data) for array in arrays] + [data for _, data in parameters]
     emulation.launch(kernel_text(body, declared, threads, header), (blocks, 1, 1), values, memory, shared)
     return emulation

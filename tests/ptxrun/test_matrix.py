@@ -81,9 +81,9 @@ PRODUCT = """
     shl.b32 %r0, %me, 2; mov.b32 %r1, 0;
 $fill:
     shl.b32 %r2, %r1, 9; add.s32 %r2, %r2, %r0; cvt.u64.u32 %d2, %r2; add.s64 %d3, %d0, %d2;
-    ld.global.b32 %r3, [%d3]; st.shared.b32 [%r2], %r3; add.s32 %r1, %r1, 1;
+    {fill} add.s32 %r1, %r1, 1;
     setp.lt.u32 %p0, %r1, {steps}; @%p0 bra $fill;
-    {fence}
+    cp.async.wait_all; {fence}
     bar.sync 0;
     {before}
     setp.ne.u32 %p1, 0, 0;
@@ -97,7 +97,8 @@ $fill:
 
 
 def product(width=128, fence="fence.proxy.async.shared::cta;", wait="wgmma.wait_group.sync.aligned 0;", start=0,
-            schedule="late", races=True, before="wgmma.fence.sync.aligned;", after=""):
+            schedule="late", races=True, before="wgmma.fence.sync.aligned;", after="",
+            fill="ld.global.b32 %r3, [%d3]; st.shared.b32 [%r2], %r3;", **options):
     """A (64, 16) by (16, 8), both with k along swizzled rows; the result as a matrix."""
     left, right = (swizzled(f32_to_bf16(np.ascontiguousarray(x)), width) for x in (A, B.T))
     memory = np.concatenate([left, np.zeros(-len(left) % 512, np.uint16), right])
@@ -106,9 +107,9 @@ def product(width=128, fence="fence.proxy.async.shared::cta;", wait="wgmma.wait_
     code = {128: 1, 64: 2, 32: 3}[width] << 62
     descriptor = lambda where: code | 8 * width // 16 << 32 | 1 << 16 | where // 16  # noqa: E731
     out = np.zeros((128, 4), np.float32)
-    body = PRODUCT.format(fence=fence, wait=wait, before=before, after=after, steps=len(memory) * 2 // 512)
+    body = PRODUCT.format(fence=fence, wait=wait, before=before, after=after, fill=fill, steps=len(memory) * 2 // 512)
     run_kernel(body, [memory, out], threads=128,
-               shared=memory.nbytes, schedule=schedule, races=races, parameters=[
+               shared=memory.nbytes, schedule=schedule, races=races, **options, parameters=[
                    (".param .u64 left", struct.pack("<Q", descriptor(start))),
                    (".param .u64 right", struct.pack("<Q", descriptor(at)))])
     found = np.zeros((64, 8), np.float32)
@@ -152,6 +153,17 @@ def test_what_a_warpgroups_products_read_is_written_behind_a_barrier_alone():
 def test_ordinary_stores_need_a_fence_between_the_proxies():
     with pytest.raises(Race, match="no fence.proxy.async follows"):
         product(fence="")
+
+
+def test_asynchronous_copies_need_one_as_well_where_it_is_not_said_that_they_do_not():
+    """Triton before 3.7 puts none between cp.async and wgmma."""
+    copy = "cp.async.ca.shared.global [%r2], [%d3], 4;"
+    assert np.array_equal(product(fill=copy), A @ B)
+    with pytest.raises(Race, match="no fence.proxy.async follows"):
+        product(fill=copy, fence="")
+    assert np.array_equal(product(fill=copy, fence="", copies_fenced=True), A @ B)
+    with pytest.raises(Race, match="no fence.proxy.async follows"):
+        product(fence="", copies_fenced=True)
 
 
 def test_a_product_beyond_shared_memory_is_an_error():

@@ -73,7 +73,8 @@ def test_what_has_a_line_is_not_run_again_and_what_a_kill_cut_short_is(folder):
 
 @pytest.mark.parametrize("options,said", [
     (("--emulate", "sm_70"), "--emulate: architecture is 'sm_70'; sm_80, sm_86, sm_89, sm_90 fit"),
-    (("--races", "--limit", "3"), "--races, --limit: nothing is emulated; --emulate sm_90 fits beside it")])
+    (("--races", "--copies-fenced", "--limit", "3"),
+     "--races, --copies-fenced, --limit: nothing is emulated; --emulate sm_90 fits beside it")])
 def test_options_that_do_not_fit_are_answered_in_one_line(options, said):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "ptxrun.plugin", *options, str(Path(__file__))]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -145,7 +145,7 @@ AT_ONCE = [] if _launch.TRITON >= (3, 7) else [("fwd", 256)]  # kernel and head 
 
 
 @pytest.mark.parametrize("row", LOOPS, ids=str)
-def test_a_loop_on_sm_90_asks_for_a_tile_a_whole_tile_of_work_before_it_waits(row, result_of):
+def test_a_row_of_sm_90_that_spills_nothing_asks_for_a_tile_a_tile_of_work_before_it_waits(row, result_of):
     """With two stages it would wait as soon as it has asked (tests/schedule.py)."""
     found = result_of(row)
     assert found.waits and min(found.waits) == (0 if (row.kernel, row.head_dim) in AT_ONCE else 1), found
