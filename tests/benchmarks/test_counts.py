@@ -81,8 +81,8 @@ def test_the_page_has_a_line_for_each_kernel_and_each_operator(rows):
 
 
 def test_the_page_counts_every_kernel_of_the_operators():
-    """The mask's own kernel is not among them, rows wider than 4,096 columns have a kernel more, and what sums the parts
-    of dK and dV runs where their programs would not fill the device, which this small one is by them."""
+    """The mask's own kernel is not among them, rows wider than 4,096 columns have a kernel more, and what sums the
+    parts of dK and dV runs where their programs leave some of the device idle, as they do not of this small one."""
     launched = {name for path in (ROOT / "tfkernels").rglob("*.py")
                 for name in re.findall(r"\b(_\w+)\[(?:grid|\()", path.read_text())}
     counted = set(re.findall(r"\| `(_\w+)` \|", (ROOT / "docs" / "counts.md").read_text()))
