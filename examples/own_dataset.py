@@ -16,7 +16,7 @@ from torch import Tensor
 from transfusion import Transfusion
 from transfusion.command import saved_step
 from transfusion.data.dataset import CaptionedPictures, DatasetSettings
-from transfusion.sample import save_image
+from transfusion.data.model_images import save_image
 from transfusion.train import ModelSettings, OptimSettings, TrainConfig, train
 
 COLOURS = {"red": (1, -1, -1), "green": (-1, 1, -1), "blue": (-1, -1, 1)}

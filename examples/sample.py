@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from transfusion import Image, Text, Transfusion
-from transfusion.sample import save_image
+from transfusion.data.model_images import save_image
 
 
 def main(checkpoint: Path, out: Path = Path("samples"), steps: int = 25) -> list[str]:

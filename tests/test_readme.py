@@ -20,6 +20,7 @@ import transfusion.eval.vqa
 import transfusion.model.from_language_model
 import transfusion.recipes.command_line as command_line
 import transfusion.sample
+import transfusion.serve.chat
 import transfusion.serve.command_line
 from tests.transfusion.conftest import tiny_model
 
@@ -83,6 +84,7 @@ def test_a_command_line_is_understood(command, monkeypatch):
                          (transfusion.eval.text, "evaluate_text"),
                          (transfusion.model.from_language_model, "init"), (transfusion.sample, "sample"),
                          (transfusion.sample, "caption"), (transfusion.serve.command_line, "serve"),
+                         (transfusion.serve.chat, "chat"),
                          (transfusion.eval.draw, "draw"), (transfusion.eval.images, "images"),
                          (transfusion.eval.geneval, "geneval"), (transfusion.eval.captions, "captions"),
                          (transfusion.eval.known_answers, "evaluate_questions"), (transfusion.eval.report, "report")):

@@ -89,6 +89,11 @@ def _eval_questions(args: list[str]) -> None:
     evaluate_questions(tyro.cli(QuestionsSettings, args=args, prog="transfusion eval questions"))
 
 
+def _chat(args: list[str]) -> None:
+    from transfusion.serve.chat import TalkSettings, chat
+    chat(tyro.cli(TalkSettings, args=args, prog="transfusion chat", config=(tyro.conf.AvoidSubcommands,)))
+
+
 def _data_check(args: list[str]) -> None:
     from transfusion.data.check import CheckSettings, check_mixture
     path, settings = _mixture_and_settings("transfusion data check", CheckSettings, args)
@@ -154,6 +159,7 @@ VERBS = {
     "sample": ("draw or write from a prompt", _sample),
     "caption": ("write what follows an image", _caption),
     "serve": ("answer over HTTP with OpenAI's interface", _serve),
+    "chat": ("talk with a model in the terminal, with pictures", _chat),
     "data": ("check a mixture of one's own data, compute its latents",
              lambda args: run_verb("transfusion data", DATA_VERBS, args)),
     "eval": ("measure what a model draws, sees and knows",

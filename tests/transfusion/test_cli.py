@@ -10,11 +10,11 @@ from PIL import Image as Picture
 from tests.transfusion.conftest import tiny_model
 from tests.transfusion.model.test_from_language_model import language_model
 from transfusion.cli import main
+from transfusion.data.model_images import load_image, save_image
 from transfusion.data.picture_files import read_picture
 from transfusion.diffusion.guidance import Guidance
 from transfusion.generate.sampling import Sampling, TextSampling
 from transfusion.model.loading import load_model
-from transfusion.sample import load_image, save_image
 from transfusion.sequence import Image
 
 

@@ -3,10 +3,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from transfusion.data.chat import TEMPLATES
 from transfusion.model.loading import load_model
 from transfusion.serve.engine import Engine
 from transfusion.serve.request import Limits
+from transfusion.serve.turns import NO_TEMPLATE, TEMPLATE_NAMES
 from transfusion.settings import Count, OneOf, check
 
 
@@ -24,7 +24,7 @@ class ServeSettings:
     """what clients call the model; by default the directory's name"""
     api_key: str | None = None
     """what clients must send as their key; none is asked for by default"""
-    template: Annotated[str, OneOf(("none", *TEMPLATES))] = "none"
+    template: Annotated[str, OneOf(TEMPLATE_NAMES)] = NO_TEMPLATE
     """how messages become a prompt: none, their texts and pictures in order, or the template of training"""
     allow_remote: bool = False
     """also fetch pictures by http(s) URLs, from public addresses"""

@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from transfusion.data.chat import ChatSettings, question_parts
-from transfusion.data.sources.record import PictureRef, Record, Turn
+from transfusion.data.sources.record import PictureRef, Turn
 from transfusion.diffusion.guidance import Guidance
 from transfusion.generate.sampling import Sampling
-from transfusion.sequence import Image, Part, Text
+from transfusion.sequence import Image, Part
 from transfusion.serve.pictures import PictureReader
+from transfusion.serve.turns import parts_of
 
 WIRE_NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale", "text": "guidance_scale",
               "image": "image_guidance_scale", "image_size": "size", "max_new_tokens": "max_tokens"}
@@ -141,9 +141,7 @@ class ImageBody(Body):
 
 
 def prompt_of(messages: list[dict], pictures: PictureReader, template: str) -> list[Part]:
-    """Messages as the parts to go on from.
-
-    With the template "none" these are the parts of all messages in order; other templates are those of training.
+    """Messages as the parts to go on from, see `parts_of`.
 
     Raises:
         ApiError: a message of another shape, named.
@@ -152,13 +150,8 @@ def prompt_of(messages: list[dict], pictures: PictureReader, template: str) -> l
     images: dict[str, Image] = {}
     turns = tuple(Turn(_role(message, at), tuple(_content(message, at, pictures, images)))
                   for at, message in enumerate(messages))
-    if template == "none":
-        given = [part for turn in turns for part in turn.parts if part != ""]
-        return [Text(part) if isinstance(part, str) else images[part.name] for part in given]
     with pictures.engine.tokenizing:
-        parts = question_parts(Record("messages", turns=turns), pictures.engine.model.tokenizer,
-                               ChatSettings(template=template))
-    return [images[part.name] if isinstance(part, PictureRef) else part for part in parts]
+        return parts_of(turns, images, pictures.engine.model.tokenizer, template)
 
 
 def _role(message: dict, at: int) -> str:

@@ -9,9 +9,9 @@ from PIL import Image as Picture
 from tests.transfusion.model.test_from_language_model import language_model
 from transfusion import Image, Transfusion
 from transfusion.cli import main
+from transfusion.data.model_images import load_image
 from transfusion.model.from_language_model import InitSettings, init
 from transfusion.model.vae import VAE
-from transfusion.sample import load_image
 
 
 def autoencoder(**options):

@@ -37,13 +37,13 @@ from transfusion.command import saved_step
 from transfusion.data.grids import GridSettings
 from transfusion.data.mixture import MixtureSettings, SourceSettings, open_mixture, read_mixture
 from transfusion.data.mixture_data import MixtureFileSettings, Posterior
+from transfusion.data.model_images import save_image
 from transfusion.data.sources import PictureRef, Record
 from transfusion.data.training_data import open_data
 from transfusion.model.from_language_model import InitSettings, init
 from transfusion.model.lora import TuneSettings
 from transfusion.model.vae import VAE
 from transfusion.recipes.emoji import Emoji
-from transfusion.sample import save_image
 from transfusion.sequence import Image
 from transfusion.train.transfusion import train
 

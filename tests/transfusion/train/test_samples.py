@@ -17,8 +17,8 @@ from tests.transfusion.train.test_transfusion import losses, small
 from transfusion import Image, Text, Transfusion
 from transfusion.data.batches import Drawn
 from transfusion.data.mixture_data import MixtureFileSettings
+from transfusion.data.model_images import save_image
 from transfusion.recipes.digits import DIGIT_NAMES, Digits
-from transfusion.sample import save_image
 from transfusion.sequence import encode, lay_out
 from transfusion.train import samples as module
 from transfusion.train.samples import (

@@ -1,0 +1,47 @@
+"""Picture files as a model's images, and a model's images as picture files."""
+import io
+from pathlib import Path
+
+from PIL import Image as Picture
+
+from transfusion.data.picture_files import read_picture, to_picture
+from transfusion.files import check_writable, written
+from transfusion.model.vae import VAE
+from transfusion.sequence import Image
+
+
+def load_image(path: Path, config, vae: VAE | None = None) -> Image:
+    """Read a picture file as training does: in the model's channels and size, in [-1, 1], or as its VAE's latent."""
+    channels, factor = (config.image_channels, 1) if vae is None else (vae.picture_channels, vae.factor)
+    if channels not in (1, 3):
+        raise ValueError(f"load_image: the model's images have {channels} channels and no VAE; picture files fit "
+                         "models of 1 (grey) or 3 (colour), or with a VAE (transfusion init --vae)")
+    pixels = read_picture(path, tuple(side * factor for side in config.image_size), channels)
+    return Image(pixels if vae is None else vae.encode(pixels[None])[0])
+
+
+def save_image(image: Image, path: Path, vae: VAE | None = None) -> None:
+    """Write an image of 1 or 3 channels, or what the VAE makes of its latent, as a picture file, in one piece."""
+    pixels = image.latent if vae is None else vae.decode(image.latent[None])[0]
+    with written(path) as aside:
+        to_picture(pixels).save(aside)
+
+
+def check_picture_path(path: Path, name: str = "sample: out") -> None:
+    """Refuse a path, called `name`, that no picture can be written to; its directory is made where it is missing.
+
+    Raises:
+        ValueError: a suffix of no kind of picture that Pillow writes, a directory, or one that cannot be written into.
+    """
+    Picture.init()
+    kind = Picture.registered_extensions().get(path.suffix.lower())
+    try:
+        for mode in ("L", "RGB"):
+            Picture.new(mode, (8, 8)).save(io.BytesIO(), kind)
+    except (KeyError, OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{name} is {str(path)!r}, whose suffix {path.suffix!r} names no kind of picture that "
+                         "can be written; .png, .jpg and .webp fit") from error
+    if path.is_dir():
+        raise ValueError(f"{name} is {str(path)!r}, which is a directory; "
+                         f"a file such as {str(path / 'sample.png')!r} fits")
+    check_writable(name.replace(": ", ": the directory of "), path.parent)
