@@ -113,8 +113,9 @@ def plot(found: list[Comparison], path: Path) -> None:
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set(xscale="log", xlabel="times as fast as the peer, one CPU thread (right of the line: ours is faster)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    axes.set_xlim(right=1.3 * axes.get_xlim()[1])  # for the numbers behind the longest bars
+    axes.margins(y=0.01)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
 
 

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from ptxrun import fences_copies
 from ptxrun.plugin import collected, lines
 from tests.tfkernels.emulated.rows import rows
 
@@ -68,7 +69,7 @@ class Configuration(NamedTuple):
         """The run of pytest."""
         schedule, _, seed = self.schedule.partition("-")
         return [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", "-p", "ptxrun.plugin",
-                "--emulate", self.architecture, "--races", *(["--copies-fenced"] if self.triton < "3.7" else []),
+                "--emulate", self.architecture, "--races", *([] if fences_copies(self.triton) else ["--copies-fenced"]),
                 "--schedule", schedule, "--seed", seed or "0",
                 "--results", str(self.file(commit)), "-k", f"torch.{self.dtype}", TESTS]
 

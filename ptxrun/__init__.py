@@ -22,7 +22,7 @@ from ptxrun.errors import (
 )
 
 __all__ = ["Deadlock", "EmulationError", "Hazard", "Misaligned", "Misuse", "OutOfBounds", "Race", "UnknownInstruction",
-           "active", "emulate", "operators_on_cpu", "unknown_instructions"]
+           "active", "emulate", "fences_copies", "operators_on_cpu", "unknown_instructions"]
 
 
 def emulate(architecture: str, **options):
@@ -35,6 +35,12 @@ def active() -> bool:
     """Whether launches are emulated now, for tests that choose by that what they ask of a kernel."""
     driver = sys.modules.get("ptxrun.driver")
     return driver is not None and bool(driver.running)
+
+
+def fences_copies(version: str) -> bool:
+    """Whether this version of Triton puts a `fence.proxy.async` between cp.async and wgmma: from 3.7 on
+    (triton-lang/triton pull request 9610)."""
+    return tuple(map(int, version.split(".")[:2])) >= (3, 7)
 
 
 def unknown_instructions(ptx: str) -> list[str]:

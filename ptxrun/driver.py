@@ -53,7 +53,7 @@ def emulate(architecture: str, *, races: bool = False, schedule: str = "late", s
             warp by itself, in an order that `seed` decides.
         count: count instructions, bytes and bank conflicts by kernel.
         copies_fenced: see no race where only the `fence.proxy.async` between cp.async and wgmma or TMA is missing,
-            which PTX asks for and Triton before 3.7 leaves out (triton-lang/triton pull request 9610).
+            which PTX asks for and some Tritons leave out, see `ptxrun.fences_copies`.
 
     Yields the `Emulation`, whose `kernels` hold the counts. Raises EmulationError, from the launch, where a kernel
     reads or writes outside of its tensors, races, waits for ever, or holds an instruction that is not emulated.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
+import triton
 from torch._library.custom_ops import OPDEFS
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
@@ -105,7 +106,8 @@ def emulated(architecture: str, **options):
     Yields the emulation and the list of launches, see `recorded`.
     """
     with cuda_implementations_on_cpu(), recorded() as launches, \
-            ptxrun.emulate(architecture, races=True, copies_fenced=_launch.TRITON < (3, 7), **options) as emulation:
+            ptxrun.emulate(architecture, races=True, copies_fenced=not ptxrun.fences_copies(triton.__version__),
+                           **options) as emulation:
         yield emulation, launches
 
 

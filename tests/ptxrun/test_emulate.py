@@ -82,3 +82,8 @@ def test_an_unknown_architecture_is_an_error_that_names_those_that_fit():
         pass
     with pytest.raises(ValueError, match="early.*late.*random"), ptxrun.emulate("sm_90", schedule="soon"):
         pass
+
+
+@pytest.mark.parametrize("version,fences", [("3.6.0", False), ("3.7.1", True), ("3.10.0", True)])
+def test_triton_fences_asynchronous_copies_from_3_7_on(version, fences):
+    assert ptxrun.fences_copies(version) is fences

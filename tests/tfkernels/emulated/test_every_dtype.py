@@ -23,7 +23,7 @@ def test_compiled_kernels_err_at_most_twice_as_much_as_pytorch(name, dtype, reco
     architecture = 10 * major + minor
     with recorded() as launches:
         family.calls(dtype)
-    record_property("rows", [f"{row.kernel} {row.key}" for row in made(architecture, dtype, launches)])
+    record_property("rows", [f"{row.kernel} {row.named}" for row in made(architecture, dtype, launches)])
     assert {launch.kernel for launch in launches} == family.kernels
     assert not missing(family, architecture, dtype, launches)
     assert not {launch.kernel for launch in launches if uneven_sums(launch.ptx)}

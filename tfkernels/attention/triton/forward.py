@@ -353,7 +353,8 @@ def attention_forward(
     dims = head_dims(q, v)
     config = lookup(CONFIGS, q, max(dims["D"], dims["D_V"]), heavy=not rows_exact)
     programs = cdiv(sq, config.block_m) * batch * heads
-    # Where a gradient is asked for keys stay whole: what is trained is the same numbers on every device.
+    # Where a gradient is known to be asked for (not under torch.compile), keys stay whole: the forward of training then
+    # does not depend on the device.
     whole = (any(x.requires_grad for x in (q, k, v)) or not rows_exact
              or max(dims["D"], dims["D_V"]) > MAX_SPLIT_DIM)
     splits = 1 if whole else key_splits(programs, multiprocessors(q.device), k.shape[2], SPLIT_KEYS)
