@@ -11,30 +11,36 @@ named), and with --blind the model itself without the pictures.
     OUT/results/...json         accuracy of each kind, as `transfusion eval report` reads it
     OUT/questions.jsonl         every question with its answers
     OUT/questions.png           some that were answered right, and some that were not
+    OUT/kept/                   answers as they come: the same command goes on after a stop
 """
+import hashlib
 import json
 import random
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
+from PIL import Image as Picture
 from tqdm import tqdm
+from tyro.conf import arg
 
 from transfusion.command import claim
-from transfusion.data.mixture import read_mixture
 from transfusion.data.picture_files import open_picture
 from transfusion.data.sources.llava import LLaVASettings
 from transfusion.data.sources.record import DataError, PictureRef, Record
+from transfusion.eval.answers import Answers, identity
 from transfusion.eval.picture_grids import answer_sheet
-from transfusion.eval.questions import Asker, Asking, Question
+from transfusion.eval.questions import Asker, Question
 from transfusion.eval.results import Result, version_of, weights_hash, write_result
+from transfusion.eval.settings import AskingSettings, ModelSettings
 from transfusion.files import write_text
 from transfusion.model.loading import load_model
 from transfusion.settings import Count, check
 
 SHOWN = 12  # questions answered right on the sheet, and as many answered wrong
+LONGEST = 32  # tokens of an answer, where the settings do not say it
 PROMPTS = "each question alone, behind the pictures of its conversation"
 
 
@@ -50,18 +56,16 @@ class QuestionsSettings:
     """directory for results/, questions.jsonl and questions.png"""
     images: Path | None = None
     """the folder that pictures' names start from; none: the one that `data` lies in"""
-    mixture: Path | None = None
-    """the file of the mixture that the model was trained on, for its chat template and the sizes of its pictures"""
     train: Path | None = None
     """conversations whose most frequent answer is the majority's; none: those of `data`"""
     blind: bool = False
     """ask everything a second time, without the pictures"""
     batch: Count = 32
     """questions asked at once"""
-    max_new_tokens: Count = 32
-    """of an answer"""
     device: str = "auto"
     """cpu, cuda, or auto: the accelerator if there is one"""
+    loading: Annotated[ModelSettings, arg(name="")] = field(default_factory=ModelSettings)
+    asking: Annotated[AskingSettings, arg(name="")] = field(default_factory=AskingSettings)
 
 
 class Known(NamedTuple):
@@ -87,32 +91,34 @@ class Known(NamedTuple):
 def evaluate_questions(settings: QuestionsSettings) -> dict[str, dict[str, float]]:
     """Run `transfusion eval questions`; return for each kind its accuracies: "right", "majority" and "blind".
 
-    Pictures that cannot be read are counted, and their questions left out.
+    Questions whose pictures cannot be read are left out, and their number stands in the results' notes.
 
     Raises:
         ValueError: settings that do not fit, or no question in the data.
     """
     check("eval questions", settings)
     known = read_known(settings.data, settings.images)
-    asking = Asking()
-    if settings.mixture is not None:
-        mixture = read_mixture(settings.mixture)
-        asking = Asking(mixture.chat, mixture.pictures)
     with claim("eval questions", settings.out, {"model": settings.model}, alone=False):
         begun = time.monotonic()
-        asker = Asker(load_model(settings.model, settings.device), asking)
-        answers = {"right": ask(asker, known, True, settings)}
+        model = settings.loading.cast(load_model(settings.model, settings.device))
+        asker = Asker(model, settings.asking.asking(model))
+        hashed = weights_hash(settings.model)
+        kept = Answers(settings.out / "kept", identity(hashed, asker.asking, str(model.dtype)))
+        answers = {"right": ask(asker, known, True, settings, kept)}
         if settings.blind:
-            answers["blind"] = ask(asker, known, False, settings)
+            answers["blind"] = ask(asker, known, False, settings, kept)
         asked = [i for i, answer in enumerate(answers["right"]) if answer is not None]
         if not asked:
             raise ValueError(f"eval questions: data is {str(settings.data)!r}, of which no picture can be read; the "
                              "folder that their names start from, as --images, fits")
+        left = len(known) - len(asked)
         known = [known[i] for i in asked]
         answers = {name: [said[i] for i in asked] for name, said in answers.items()}
         answers["majority"] = majority(known, known if settings.train is None else read_known(settings.train, None))
         scores = accuracies(known, answers)
-        _write(settings, known, answers, scores, time.monotonic() - begun)
+        note = f"{left:,} of {left + len(known):,} questions left out: a picture cannot be read" if left else ""
+        about = {"weights_hash": hashed, "seconds": time.monotonic() - begun, **asker.asking.about(PROMPTS)}
+        _write(settings, known, answers, scores, note, about)
     return scores
 
 
@@ -145,9 +151,10 @@ def _known(record: Record, kinds: list[str] | None) -> list[Known]:
             for kind, (question, answer) in zip(kinds or ["all"] * len(pairs), words) if answer]
 
 
-def ask(asker: Asker, known: list[Known], sees: bool, settings: QuestionsSettings) -> list[str | None]:
-    """Return the answer to each question, None where a picture cannot be read."""
+def ask(asker: Asker, known: list[Known], sees: bool, settings: QuestionsSettings, kept: Answers) -> list[str | None]:
+    """Return the answer to each question, None where a picture cannot be read; those that are kept are not asked."""
     answers: list[str | None] = [None] * len(known)
+    most = settings.asking.max_new_tokens or LONGEST
     order = sorted(range(len(known)), key=lambda i: (len(known[i].pictures), len(known[i].text)))  # alike in length
     title = "questions" if sees else "questions, blind"
     with tqdm(total=len(known), desc=title, unit="question", dynamic_ncols=True) as bar:
@@ -159,9 +166,13 @@ def ask(asker: Asker, known: list[Known], sees: bool, settings: QuestionsSetting
                     put[i] = known[i].question(sees)
                 except DataError as error:
                     bar.write(f"left out: {error}")
-            said = asker.answers(list(put.values()), max_new_tokens=settings.max_new_tokens) if put else []
-            for i, answer in zip(put, said):
-                answers[i] = answer
+            keys = {i: kept.key(question.text, [_digest(picture) for picture in question.pictures], most)
+                    for i, question in put.items()}
+            new = {keys[i]: question for i, question in put.items() if keys[i] not in kept.known}
+            if new:
+                kept.keep(zip(new, asker.answers(list(new.values()), max_new_tokens=most)))
+            for i, key in keys.items():
+                answers[i] = kept.known[key]
             bar.update(len(batch))
     return answers
 
@@ -194,6 +205,11 @@ def _plain(text: str) -> str:
     return " ".join(text.casefold().split()).removesuffix(".")
 
 
+def _digest(picture: Picture.Image) -> str:
+    """What a picture is known by: a hash of what is shown."""
+    return hashlib.sha256(f"{picture.mode} {picture.size}".encode() + picture.tobytes()).hexdigest()
+
+
 def _opened(picture: PictureRef, where: str):
     try:
         return open_picture(picture.open(), picture.name or where)
@@ -202,19 +218,18 @@ def _opened(picture: PictureRef, where: str):
 
 
 def _write(settings: QuestionsSettings, known: list[Known], answers: dict[str, list[str]],
-           scores: dict[str, dict[str, float]], seconds: float) -> None:
+           scores: dict[str, dict[str, float]], left: str, about: dict) -> None:
     """Write results, answers and the sheet, and print the table."""
     lines = ({"where": one.where, "kind": one.kind, "question": one.text, "answer": one.answer,
               **{name: said[i] for name, said in answers.items()}} for i, one in enumerate(known))
     write_text(settings.out / "questions.jsonl", "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
-    hashed = weights_hash(settings.model)
     for kind, score in scores.items():
         others = {name: score[name] for name in ("majority", "blind") if name in score}
         write_result(settings.out, Result(
             task=settings.data.stem, metric=f"accuracy, {kind}", value=score["right"], n=score["n"],
-            library="transfusion", version=version_of("transfusion"), seconds=seconds, model=str(settings.model),
-            weights_hash=hashed, prompts=PROMPTS, resize="antialiased, to the nearest grid of the model's training",
-            note="; ".join(f"{name} {share:.1%}" for name, share in others.items()), details=others))
+            library="transfusion", version=version_of("transfusion"), model=str(settings.model), **about,
+            note="; ".join([*(f"{name} {share:.1%}" for name, share in others.items()), *([left] if left else [])]),
+            details=others))
     _draw(settings.out / "questions.png", known, answers["right"])
     print(table(scores))
 

@@ -5,7 +5,7 @@ are those of training (`transfusion.data.chat`, `transfusion.data.grids`). The p
 begins.
 """
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -39,8 +39,13 @@ class Likelihood(NamedTuple):
 class Asking:
     """How questions are put; the settings of a mixture's file, where the model was trained on one."""
 
-    chat: ChatSettings = field(default_factory=lambda: ChatSettings(image_position="front"))
-    pictures: GridSettings = field(default_factory=lambda: GridSettings(mode="pad"))
+    chat: ChatSettings
+    pictures: GridSettings
+
+    def about(self, prompts: str) -> dict[str, str]:
+        """Return the fields of a result that say how `prompts` were put and their pictures shown."""
+        return {"prompts": f"{prompts}; template {self.chat.template}",
+                "resize": f"{self.pictures.mode}, side {self.pictures.side}"}
 
 
 class Asker:

@@ -28,7 +28,7 @@ class AskingSettings:
     side: Count | None = None
     """pixels of a picture's side; None: as the model draws"""
     max_new_tokens: Count | None = None
-    """tokens of an answer at most; None: as many as the benchmark says"""
+    """tokens of an answer at most; None: as many as the benchmark says, and 32 of questions of one's own"""
 
     def asking(self, model) -> Asking:
         """Return what `Asker` takes.

@@ -147,7 +147,6 @@ def _write(settings: VQASettings, benchmark: Benchmark, found: dict, model, seco
               if "," in name and isinstance(score, int | float) and not name.startswith("bypass")
               and not name.split(",")[0].endswith(("_stderr", "_stderr_clustered", "_stderr_clt"))}
     scores = {NAMES.get((benchmark.name, name), name): score for name, score in scores.items()} or {"score": None}
-    asking = model.asker.asking
     notes = _notes(settings, benchmark, about, upload)
     lines = []
     for name, score in scores.items():
@@ -156,8 +155,7 @@ def _write(settings: VQASettings, benchmark: Benchmark, found: dict, model, seco
         result = Result(
             task=benchmark.name, metric=name, value=None if failed or score is None else float(score), n=len(answers),
             library="lmms-eval", version=version_of("lmms-eval"), seconds=seconds, model=str(settings.model),
-            weights_hash=model.weights_hash, prompts=f"{PROMPTS}; template {asking.chat.template}",
-            resize=f"{asking.pictures.mode}, side {asking.pictures.side}",
+            weights_hash=model.weights_hash, **model.asker.asking.about(PROMPTS),
             judge=settings.judge if benchmark.judge else None, note=note,
             details={"skipped": about["skipped"]})
         write_result(settings.out, result, result_name(benchmark.name, name))

@@ -13,7 +13,6 @@ from transfusion.eval import uploads
 from transfusion.eval.answers import Answers, identity
 from transfusion.eval.benchmarks import BENCHMARKS
 from transfusion.eval.prepare import task_yaml
-from transfusion.eval.questions import Asking
 from transfusion.eval.settings import AskingSettings
 
 
@@ -38,9 +37,9 @@ def test_a_torn_line_is_asked_again_and_spoils_no_later_one(tmp_path):
 
 
 def test_answers_change_with_the_weights_the_way_of_asking_and_the_numbers_type():
-    ways = [identity("a", Asking(), "float32"), identity("b", Asking(), "float32"),
-            identity("a", AskingSettings(mode="crop", side=8).asking(tiny_model()), "float32"),
-            identity("a", Asking(), "bfloat16")]
+    padded, cropped = (AskingSettings(mode=mode, side=8).asking(tiny_model()) for mode in ("pad", "crop"))
+    ways = [identity("a", padded, "float32"), identity("b", padded, "float32"), identity("a", cropped, "float32"),
+            identity("a", padded, "bfloat16")]
     assert len(set(ways)) == 4
 
 

@@ -34,6 +34,7 @@ class FromTable:
         self.said, self.pictures = said, []
 
     def __call__(self, model, asking):
+        self.asking = asking
         return self
 
     def answers(self, questions, *, max_new_tokens):
@@ -44,7 +45,7 @@ class FromTable:
 def run(folder, monkeypatch, *flags, said=None):
     asker = FromTable(said or {"Which colour?": "red.", "How many?": "two", "Which colour has the second?": " Blue"})
     monkeypatch.setattr(known_answers, "Asker", asker)
-    monkeypatch.setattr(known_answers, "load_model", lambda path, device: None)
+    monkeypatch.setattr(known_answers, "load_model", lambda path, device: tiny_model())
     (folder / "model").mkdir(exist_ok=True)
     main(["eval", "questions", "--model", str(folder / "model"), "--data", str(folder / "held-out.json"),
           "--out", str(folder / "out"), *flags])
@@ -62,7 +63,7 @@ def test_each_question_is_asked_alone_behind_all_pictures_of_its_conversation(fo
 
 def test_accuracy_is_told_for_each_kind_beside_who_does_not_look(folder, monkeypatch, capsys):
     asker = run(folder, monkeypatch, "--blind")
-    assert sorted(asker.pictures) == [0, 0, 0, 0, 0, 1, 1, 2]
+    assert sorted(asker.pictures) == [0, 0, 0, 0, 1, 1, 2], "the question without pictures is asked once"
     results = {result.metric: result for result in read_results(folder / "out").values()}
     assert {metric: (result.value, result.n) for metric, result in results.items()} == {
         "accuracy, colour": (1.0, 2), "accuracy, count": (0.0, 1), "accuracy, words": (0.0, 1)}
@@ -96,6 +97,36 @@ def test_a_picture_that_cannot_be_read_leaves_its_questions_out(folder, monkeypa
     assert sum(result.n for result in read_results(folder / "out").values()) == 3
     said = capfd.readouterr()
     assert "left out: " in said.out + said.err and "blue.png" in said.out + said.err
+    assert all("1 of 4 questions left out: a picture cannot be read" in result.note
+               for result in read_results(folder / "out").values())
+
+
+def test_an_evaluation_that_was_stopped_asks_what_is_missing_alone(folder, monkeypatch):
+    asked, stops = [], iter([False, False, True])
+
+    def answers(self, questions, *, max_new_tokens):
+        if next(stops, False):
+            raise KeyboardInterrupt
+        asked.extend(question.text for question in questions)
+        return ["red"] * len(questions)
+
+    monkeypatch.setattr(FromTable, "answers", answers)
+    with pytest.raises(SystemExit, match="stopped"):
+        run(folder, monkeypatch, "--batch", "1")
+    run(folder, monkeypatch, "--batch", "1")
+    assert sorted(asked) == sorted(one.text for one in read_known(folder / "held-out.json", None))
+    run(folder, monkeypatch, "--batch", "1", "--side", "16")
+    assert len(asked) == 8, "pictures of another size are other questions"
+
+
+def test_pictures_are_shown_as_large_as_the_model_draws_and_the_results_say_how(folder, monkeypatch):
+    asker = run(folder, monkeypatch)
+    assert (asker.asking.pictures.side, asker.asking.pictures.mode) == (8, "pad")
+    assert {(result.resize, result.prompts.split("; ")[1]) for result in read_results(folder / "out").values()} == {
+        ("pad, side 8", "template vicuna_v1")}
+    run(folder, monkeypatch, "--side", "16", "--mode", "crop", "--template", "plain")
+    assert {(result.resize, result.prompts.split("; ")[1]) for result in read_results(folder / "out").values()} == {
+        ("crop, side 16", "template plain")}
 
 
 def test_errors_are_compared_with_the_better_of_those_that_do_not_look():

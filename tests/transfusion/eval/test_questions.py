@@ -12,6 +12,7 @@ from transfusion.eval.questions import Asker, Asking, Question
 from transfusion.generate.generation import read
 from transfusion.sequence import Image, encode
 
+FRONT = ChatSettings(image_position="front")
 SIDE = GridSettings(side=8, mode="pad")
 RED, BLUE = Picture.new("RGB", (30, 20), "red"), Picture.new("RGB", (3, 20), "blue")
 
@@ -23,7 +24,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def asker(model):
-    return Asker(model, Asking(pictures=SIDE))
+    return Asker(model, Asking(FRONT, SIDE))
 
 
 def trained_on(model, question, answer, chat, folder):
@@ -112,12 +113,12 @@ def test_an_answer_of_the_likeliest_tokens_is_greedy_and_another_is_not(model, a
 def test_a_question_longer_than_the_models_positions_is_named():
     short = tiny_model(max_position_embeddings=64)
     with pytest.raises(ValueError, match="rows.jsonl, line 3 has .* tokens with its pictures and the model has 64 "):
-        Asker(short, Asking(pictures=SIDE)).answers([Question("why", (RED,), "rows.jsonl, line 3")], max_new_tokens=4)
+        Asker(short, Asking(FRONT, SIDE)).answers([Question("why", (RED,), "rows.jsonl, line 3")], max_new_tokens=4)
 
 
 def test_no_more_is_written_than_there_are_positions(model):
-    length = len(encode(Asker(model, Asking(pictures=SIDE)).prompt(Question("why", (RED,))), model.tokenizer,
+    length = len(encode(Asker(model, Asking(FRONT, SIDE)).prompt(Question("why", (RED,))), model.tokenizer,
                         model.config, end=False).tokens)
     few = tiny_model(max_position_embeddings=length + 2)
-    answer, = Asker(few, Asking(pictures=SIDE)).answers([Question("why", (RED,))], max_new_tokens=50)
-    assert answer == Asker(model, Asking(pictures=SIDE)).answers([Question("why", (RED,))], max_new_tokens=2)[0]
+    answer, = Asker(few, Asking(FRONT, SIDE)).answers([Question("why", (RED,))], max_new_tokens=50)
+    assert answer == Asker(model, Asking(FRONT, SIDE)).answers([Question("why", (RED,))], max_new_tokens=2)[0]
