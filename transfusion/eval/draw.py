@@ -42,6 +42,8 @@ from transfusion.model.transfusion import Transfusion
 from transfusion.settings import Count, check
 
 PICTURES, ABOUT, SHOWN = "pictures", "drawing.json", 64
+SAMPLING = ("steps", "sampler", "guidance", "image_size")
+"""options of sampling that a result names"""
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,16 @@ def draw(settings: DrawSettings) -> None:
 
 
 def about_drawing(out: Path) -> dict:
-    """What drawing.json says of its model, as the fields of a result; of a folder without one, nothing."""
+    """What drawing.json says of the model and of sampling, as fields of a result; of a folder without one, nothing.
+
+    seed is that of the first picture.
+    """
     path = Path(out) / ABOUT
     held = read_json(path) if path.is_file() else {}
-    return {"model": held.get("model", ""), "weights_hash": held.get("weights_hash"), "prompts": held.get("rule")}
+    sampling = held.get("sampling", {})
+    details = {"sampling": {name: sampling[name] for name in SAMPLING if name in sampling}} if sampling else {}
+    return {"model": held.get("model", ""), "weights_hash": held.get("weights_hash"), "prompts": held.get("rule"),
+            "seed": sampling.get("seed"), "details": details}
 
 
 def _prepare(settings: DrawSettings, writes: bool) -> list[Entry]:

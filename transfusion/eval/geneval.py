@@ -27,6 +27,7 @@ from transfusion.device import choose_device
 from transfusion.eval.clip import Clip
 from transfusion.eval.detector import Detection, Detector
 from transfusion.eval.draw import PICTURES, about_drawing
+from transfusion.eval.picture_features import drawn_files
 from transfusion.eval.prompts import json_lines
 from transfusion.eval.results import Result, version_of, write_result
 from transfusion.files import check_writable, write_text
@@ -183,7 +184,13 @@ def _place_fault(found: list[Detection], wanted: dict, groups: list) -> str:
 
 
 def _pictures(drawn: Path) -> list[tuple[Path, dict]]:
-    """Return the pictures in GenEval's layout, each with its prompt."""
+    """Return the pictures in GenEval's layout, each with its prompt.
+
+    Raises:
+        ValueError: a drawing that is not finished, or a folder of another layout.
+    """
+    if (drawn / "prompts.jsonl").is_file():
+        drawn_files(drawn)
     home = drawn / PICTURES if (drawn / PICTURES).is_dir() else drawn
     found = []
     for folder in sorted(path for path in home.glob("*") if path.name.isdigit() and path.is_dir()):
@@ -207,7 +214,8 @@ def _check_names(pictures: list[tuple[Path, dict]], detector: Detector) -> None:
 
 def _results(settings: GenevalSettings, detector: Detector, clip: Clip, lines: list[dict], seconds: float):
     """Yield a result for each task and, last, their mean."""
-    shares = {}
+    about, shares = about_drawing(settings.drawn), {}
+    hashes = {"detector_weights_hash": detector.weights_hash, "clip_weights_hash": clip.weights_hash}
     for task in (*TASKS, *sorted({line["tag"] for line in lines} - set(TASKS))):
         right = [line["correct"] for line in lines if line["tag"] == task]
         if right:
@@ -217,7 +225,6 @@ def _results(settings: GenevalSettings, detector: Detector, clip: Clip, lines: l
     for task, (share, count) in shares.items():
         lacking = f"; the mean is over {len(shares) - 1} tasks, without {', '.join(missing)}"
         yield Result("geneval", task, share, count, "transformers", version_of("transformers"), seconds,
-                     **about_drawing(settings.drawn), resize=detector.resize(),
+                     **{**about, "details": about["details"] | hashes}, resize=detector.resize(),
                      judge=f"Mask2Former {detector.name}, CLIP {clip.name}",
-                     note=NOTE + (lacking if missing and task == "overall" else ""),
-                     details={"detector_weights_hash": detector.weights_hash, "clip_weights_hash": clip.weights_hash})
+                     note=NOTE + (lacking if missing and task == "overall" else ""))

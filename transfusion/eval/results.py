@@ -53,7 +53,7 @@ class Result:
     judge: str | None = None
     """the model that scored, None: no judge"""
     seed: int | None = None
-    """of the random numbers, None: there were none"""
+    """of the model's random numbers, None: there were none, or nobody wrote it down"""
     note: str = ""
     """what a reader must know beside the number"""
     details: dict = field(default_factory=dict)
