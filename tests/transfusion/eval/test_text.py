@@ -8,6 +8,7 @@ from transformers import LlamaForCausalLM
 
 from tests.transfusion.conftest import tiny_model
 from transfusion.cli import main
+from transfusion.eval import text
 from transfusion.eval.results import read_results
 from transfusion.eval.text import perplexity
 
@@ -65,6 +66,15 @@ def test_perplexity_is_that_of_transformers_own_model(model, plain, window, batc
     assert found.tokens == len(ids) and found.log_probability == pytest.approx(total, rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(-total / len(ids)), rel=1e-5)
     assert found.bits_per_byte == pytest.approx(-total / math.log(2) / len(TEXT.encode()), rel=1e-5)
+
+
+@torch.no_grad()
+def test_perplexity_holds_the_logits_of_some_positions_at_once(model, monkeypatch):
+    whole, seen, logits = perplexity(model, TEXT, 32, 3), [], model.backbone.logits
+    monkeypatch.setattr(text, "POSITIONS", 7)
+    monkeypatch.setattr(model.backbone, "logits", lambda states: seen.append(len(states)) or logits(states))
+    assert perplexity(model, TEXT, 32, 3).log_probability == pytest.approx(whole.log_probability, rel=1e-6)
+    assert max(seen) == 7 and sum(seen) == whole.tokens, "each token is scored once"
 
 
 def test_the_command_writes_three_results_of_a_file(model, tmp_path, capsys):
