@@ -85,6 +85,17 @@ def write_result(out: Path, result: Result, name: str | None = None) -> Path:
     return path
 
 
+def remove_results(out: Path, task: str) -> None:
+    """Remove the results of a task in OUT/results, of whatever metrics.
+
+    Raises:
+        ValueError: a file of such a name is damaged; the message names it.
+    """
+    for path in sorted((Path(out) / FOLDER).glob(f"{result_name(task, '')}*.json")):
+        if read_json(path, ADVICE).get("task") == task:
+            path.unlink()
+
+
 def result_name(task: str, metric: str) -> str:
     """The name of a result's file: task and metric with "-" for all that a file's name should not hold."""
     return re.sub(r"[^\w.]+", "-", f"{task}-{metric}").strip("-.")

@@ -23,7 +23,7 @@ from tyro.conf import arg
 from transfusion.command import claim
 from transfusion.eval.benchmarks import GROUP, Benchmark, chosen
 from transfusion.eval.prepare import ABOUT, ROWS, TASKS, prepared, write_tasks
-from transfusion.eval.results import Result, result_name, version_of, write_result
+from transfusion.eval.results import Result, remove_results, result_name, version_of, write_result
 from transfusion.eval.settings import AskingSettings, ModelSettings
 from transfusion.eval.uploads import write_answers, write_upload
 from transfusion.files import read_json
@@ -149,6 +149,7 @@ def _write(settings: VQASettings, benchmark: Benchmark, found: dict, model, seco
     scores = {NAMES.get((benchmark.name, name), name): score for name, score in scores.items()} or {"score": None}
     notes = _notes(settings, benchmark, about, upload)
     lines = []
+    remove_results(settings.out, benchmark.name)  # a judge's score beside answers that nobody scored would be stale
     for name, score in scores.items():
         failed = isinstance(score, float) and math.isnan(score)
         note = "; ".join([*(["the judge failed at an answer or more: no score"] if failed else []), *notes])

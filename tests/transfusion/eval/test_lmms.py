@@ -20,7 +20,7 @@ from tests.transfusion.eval.llava_data import TRUTHS
 from transfusion.cli import main
 from transfusion.eval.questions import Asker
 from transfusion.eval.report import llava_rows
-from transfusion.eval.results import read_results
+from transfusion.eval.results import Result, read_results, write_result
 
 pytest.importorskip("lmms_eval")
 lmms_model = import_module("transfusion.eval.lmms_model")
@@ -164,6 +164,12 @@ def test_a_judge_that_fails_at_one_answer_makes_no_score(prepared, tmp_path, kno
     wild = {name.removeprefix("llava_wild-gpt_eval_llava_"): result.value for name, result in results.items()
             if name.startswith("llava_wild")}
     assert wild == {"all": None, "conv": 75.0, "detail": None, "complex": None}
+
+
+def test_answers_without_a_score_leave_no_older_score_beside_them(prepared, tmp_path, knowing):
+    write_result(tmp_path, Result("mmvet", "gpt_eval_score", 31.1, 218, "lmms-eval", "0.7.3", 9.0, judge="judge-1"),
+                 "mmvet-gpt_eval_score")
+    assert set(evaluate(prepared, tmp_path, "--tasks", "mmvet")) == {"mmvet-score"}
 
 
 def test_a_judge_that_answers_is_counted(monkeypatch):
