@@ -50,9 +50,10 @@ class GenevalSettings:
     drawn: Path
     """what `transfusion eval draw` made of GenEval's prompts, or any folder in GenEval's layout"""
     detector: str
-    """directory or name of a Mask2Former of transformers, e.g. facebook/mask2former-swin-small-coco-instance"""
+    """directory of a Mask2Former of transformers, or its name where the hub's cache holds it, such as
+    facebook/mask2former-swin-small-coco-instance"""
     clip: str
-    """directory or name of a CLIPModel, e.g. openai/clip-vit-large-patch14"""
+    """directory of a CLIPModel, or its name where the hub's cache holds it, e.g. openai/clip-vit-large-patch14"""
     out: Path | None = None
     """directory for results/ and geneval.jsonl, which GenEval's summary_scores.py reads; None: that of the pictures"""
     device: str = "auto"

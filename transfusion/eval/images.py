@@ -41,7 +41,8 @@ class ImagesSettings:
     """directory of a network of transformers (safetensors), a file of FID's Inception weights, or `inception`: that
     file in the cache of torch.hub"""
     clip: str | None = None
-    """directory or name of a CLIPModel; None leaves out the CLIP score, which needs --drawn with its prompts.jsonl"""
+    """directory of a CLIPModel, or its name where the hub's cache holds it; None leaves out the CLIP score, which needs
+    --drawn with its prompts.jsonl"""
     out: Path | None = None
     """directory for results/ and features/; None: --drawn, where `transfusion eval draw` wrote it"""
     neighbours: Count = 3

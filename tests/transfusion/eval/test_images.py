@@ -130,6 +130,16 @@ def test_features_are_computed_once_for_each_state_of_a_file(made, tmp_path, mon
     files[12].write_bytes(content)
 
 
+def test_features_of_another_preprocessing_are_computed_anew(made, tmp_path):
+    shutil.copytree(made / "resnet", tmp_path / "resnet")
+    files, found = sorted((made / "real").iterdir())[:3], []
+    for mean in ([0.4, 0.5, 0.6], [0.1, 0.2, 0.3]):
+        (tmp_path / "resnet" / "preprocessor_config.json").write_text(json.dumps(
+            {"size": {"height": 32, "width": 32}, "image_mean": mean, "image_std": [0.2, 0.3, 0.4]}))
+        found.append(features_of(files, Network.open(tmp_path / "resnet", torch.device("cpu")), tmp_path / "features"))
+    assert not torch.equal(*found)
+
+
 def test_real_pictures_may_be_those_of_the_prompts_alone(made, tmp_path):
     """As of COCO's 30,000 captions, whose folder holds 40,504 pictures."""
     (tmp_path / "pictures").mkdir()

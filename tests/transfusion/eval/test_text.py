@@ -118,6 +118,32 @@ def tasks(tmp_path, monkeypatch):
     return tmp_path / "tasks"
 
 
+def test_a_task_that_does_not_exist_is_named_before_the_model_is_loaded(tasks, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr(text, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(SystemExit, match="'digits_choise' is no task of lm-eval"):
+        main(["eval", "text", "--model", str(tmp_path), "--tasks", "digits_text", "digits_choise", "--include",
+              str(tasks), "--out", str(tmp_path / "out")])
+
+
+def test_results_of_a_task_are_written_before_the_next_one_runs(model, tasks, tmp_path, monkeypatch):
+    lm_eval = pytest.importorskip("lm_eval")
+    real, asked = lm_eval.simple_evaluate, []
+
+    def evaluate(decoder, tasks, **options):
+        asked.append((tasks, len(read_results(tmp_path / "out"))))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return real(decoder, tasks=tasks, **options)
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", evaluate)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit, match="stopped"):
+        main(["eval", "text", "--model", str(tmp_path / "model"), "--tasks", "digits_choice", "digits_text",
+              "--include", str(tasks), "--out", str(tmp_path / "out")])
+    assert asked == [(["digits_choice"], 0), (["digits_text"], 2)]
+
+
 def test_lm_eval_gives_the_decoder_the_numbers_of_the_same_model_in_transformers(model, plain, tasks, tmp_path):
     lm_eval = pytest.importorskip("lm_eval")
     model.save_pretrained(tmp_path / "model")
