@@ -2,18 +2,17 @@
 
 Only lmms-eval and `transfusion eval vqa` import this file, which needs lmms-eval.
 """
-import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from PIL import Image as Picture
 from tqdm import tqdm
 
+from transfusion.device import launched, own_device
 from transfusion.eval.answers import Answers, identity
 from transfusion.eval.questions import Asker, Likelihood, Question
 from transfusion.eval.results import weights_hash
@@ -68,9 +67,9 @@ class TransfusionModel(lmms):
         self.batch_size = int(batch_size)
         if self.batch_size < 1:
             raise ValueError(f"eval: batch_size is {batch_size}; a whole number of at least 1 fits")
-        self._rank, self._world_size = (int(os.environ.get(name, default))
-                                        for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-        self.model = loading.cast(load_model(Path(pretrained), _device(device or "auto", self._world_size)))
+        self._rank, self._world_size = launched()
+        own = own_device("eval", device or "auto", self._rank, self._world_size)
+        self.model = loading.cast(load_model(Path(pretrained), str(own)))
         asking, self.max_new_tokens = asked.asking(self.model), asked.max_new_tokens
         self.asker = Asker(self.model, asking)
         self.weights_hash = weights_hash(Path(pretrained))
@@ -143,14 +142,6 @@ class TransfusionModel(lmms):
         rows = self.task_dict[asked.task][asked.split]
         return self.kept.key(asked.task, asked.split, getattr(rows, "_fingerprint", ""), asked.number, asked.text,
                              asked.options)
-
-
-def _device(name: str, world_size: int) -> str:
-    """The device of this process: of several, the accelerator of its LOCAL_RANK."""
-    accelerated = torch.accelerator.is_available() and name != "cpu" and ":" not in name
-    if not accelerated or world_size == 1:
-        return name
-    return f"{torch.accelerator.current_accelerator().type}:{os.environ.get('LOCAL_RANK', 0)}"
 
 
 def _options(given: dict, most: int | None) -> dict[str, Any]:

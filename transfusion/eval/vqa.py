@@ -21,6 +21,7 @@ import torch
 from tyro.conf import arg
 
 from transfusion.command import claim
+from transfusion.device import PATIENCE, launched
 from transfusion.eval.benchmarks import GROUP, Benchmark, chosen
 from transfusion.eval.prepare import ABOUT, ROWS, TASKS, prepared, write_tasks
 from transfusion.eval.results import Result, remove_results, result_name, version_of, write_result
@@ -72,7 +73,7 @@ def evaluate_vqa(settings: VQASettings) -> None:
     if settings.judge is not None and not os.environ.get("OPENAI_API_KEY"):
         raise ValueError(f"eval vqa: judge is {settings.judge!r} and OPENAI_API_KEY is not set; a key fits, or no "
                          "judge: the answers are then written for another one")
-    rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, size = launched()
     if rank > 0:
         _ask(settings, asked, rank, size)
         return
@@ -108,7 +109,8 @@ def _ask(settings: VQASettings, asked: list[Benchmark], rank: int, size: int) ->
     if rank == 0:
         write_tasks(settings.data, settings.out / TASKS, judge=settings.judge is not None)
     if size > 1:
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, timeout=PATIENCE)
         torch.distributed.barrier()                    # the tasks are written
     model = TransfusionModel(
         str(settings.model), settings.batch, settings.device, str(settings.out / "kept"),

@@ -131,11 +131,12 @@ def test_a_limit_is_said_and_cuts_no_pair_of_questions(prepared, tmp_path, knowi
 
 def test_a_random_model_really_answers_alone_and_in_two_processes(prepared, tmp_path):
     tasks = ["--tasks", "gqa", "pope", "--limit", "3", *SHORT]  # of POPE one process has two questions, one has one
-    evaluate(prepared, tmp_path / "one", *tasks)
+    evaluate(prepared, tmp_path / "one", "--device", "cpu", *tasks)
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29671", "-m",
          "transfusion.cli", "eval", "vqa", "--model", str(prepared / "model"), "--data", str(prepared / "prepared"),
-         "--out", str(tmp_path / "two"), *tasks], check=True, timeout=300, cwd=Path(__file__).parents[3])
+         "--out", str(tmp_path / "two"), "--device", "cpu", *tasks],
+        check=True, timeout=300, cwd=Path(__file__).parents[3])
     for name in ("gqa", "pope"):
         one, two = ((tmp_path / run / "answers" / f"{name}.jsonl").read_text() for run in ("one", "two"))
         assert one == two and all(json.loads(line)["text"] for line in one.splitlines())
