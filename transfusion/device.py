@@ -54,9 +54,9 @@ def own_device(command: str, name: str, rank: int, size: int) -> torch.device:
     if named.index is not None:
         raise ValueError(f"{command}: device is {name!r} and there are {size} processes, each of which takes a GPU of "
                          f"its own; {named.type!r} fits")
-    place = int(os.environ.get("LOCAL_RANK", rank))
     if named.type == "cpu":
         return named
+    place = int(os.environ.get("LOCAL_RANK", rank))
     if place >= torch.accelerator.device_count():
         raise ValueError(f"{command}: device is {name!r} and process {place} has no GPU of its own, for this machine "
                          f"has {torch.accelerator.device_count()}; as many processes fit, or 'cpu'")

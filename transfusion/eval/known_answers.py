@@ -41,6 +41,7 @@ from transfusion.settings import Count, check
 
 SHOWN = 12  # questions answered right on the sheet, and as many answered wrong
 LONGEST = 32  # tokens of an answer, where the settings do not say it
+LEFT = "a picture cannot be read, or the question fills the model's positions"
 PROMPTS = "each question alone, behind the pictures of its conversation"
 
 
@@ -91,7 +92,8 @@ class Known(NamedTuple):
 def evaluate_questions(settings: QuestionsSettings) -> dict[str, dict[str, float]]:
     """Run `transfusion eval questions`; return for each kind its accuracies: "right", "majority" and "blind".
 
-    Questions whose pictures cannot be read are left out, and their number stands in the results' notes.
+    Questions whose pictures cannot be read, or that fill the model's positions, are left out, and their number stands
+    in the results' notes.
 
     Raises:
         ValueError: settings that do not fit, or no question in the data.
@@ -109,14 +111,15 @@ def evaluate_questions(settings: QuestionsSettings) -> dict[str, dict[str, float
             answers["blind"] = ask(asker, known, False, settings, kept)
         asked = [i for i, answer in enumerate(answers["right"]) if answer is not None]
         if not asked:
-            raise ValueError(f"eval questions: data is {str(settings.data)!r}, of which no picture can be read; the "
-                             "folder that their names start from, as --images, fits")
+            raise ValueError(f"eval questions: data is {str(settings.data)!r}, of which no question can be asked; "
+                             "pictures in --images, the folder that their names start from, and questions shorter than "
+                             "the model's positions fit")
         left = len(known) - len(asked)
         known = [known[i] for i in asked]
         answers = {name: [said[i] for i in asked] for name, said in answers.items()}
         answers["majority"] = majority(known, known if settings.train is None else read_known(settings.train, None))
         scores = accuracies(known, answers)
-        note = f"{left:,} of {left + len(known):,} questions left out: a picture cannot be read" if left else ""
+        note = f"{left:,} of {left + len(known):,} questions left out: {LEFT}" if left else ""
         about = {"weights_hash": hashed, "seconds": time.monotonic() - begun, **asker.asking.about(PROMPTS)}
         _write(settings, known, answers, scores, note, about)
     return scores
@@ -152,7 +155,7 @@ def _known(record: Record, kinds: list[str] | None) -> list[Known]:
 
 
 def ask(asker: Asker, known: list[Known], sees: bool, settings: QuestionsSettings, kept: Answers) -> list[str | None]:
-    """Return the answer to each question, None where a picture cannot be read; those that are kept are not asked."""
+    """Return the answer to each question, None where it is left out; those that are kept are not asked."""
     answers: list[str | None] = [None] * len(known)
     most = settings.asking.max_new_tokens or LONGEST
     order = sorted(range(len(known)), key=lambda i: (len(known[i].pictures), len(known[i].text)))  # alike in length

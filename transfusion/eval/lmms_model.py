@@ -75,15 +75,20 @@ class TransfusionModel(lmms):
         self.weights_hash = weights_hash(Path(pretrained))
         self.kept = Answers(None if answers is None else Path(answers),
                             identity(self.weights_hash, asking, str(self.model.dtype)), self._rank)
-        self.device = self.model.device
+        self.device, self.too_long = self.model.device, 0
 
     def generate_until(self, requests: list) -> list[str]:
-        """Answer each request: greedily, unless its task says otherwise; pictures stand before the text, in order."""
+        """Answer each request: greedily, unless its task says otherwise; pictures stand before the text, in order.
+
+        A question that fills the model's positions has an empty answer, and `too_long` counts them.
+        """
         asked = []
         for request in requests:
             text, options, *rest = request.args
             asked.append(Asked(text, *rest, _options(options, self.max_new_tokens)))
-        return self._answered(asked, self._generated, same_options=True)
+        answers = self._answered(asked, self._generated, same_options=True)
+        self.too_long = answers.count(None)
+        return [answer or "" for answer in answers]
 
     def loglikelihood(self, requests: list) -> list[GenerationResult]:
         """Weigh each request's continuation: its tokens' mean loss, and whether it would be written greedily.
@@ -105,7 +110,7 @@ class TransfusionModel(lmms):
         raise ValueError("eval: a task asks in several rounds, which this model class does not; tasks of one question "
                          "with its pictures fit")
 
-    def _generated(self, batch: list[Asked]) -> list[str]:
+    def _generated(self, batch: list[Asked]) -> list[str | None]:
         options = batch[0].options
         return self.asker.answers([self._question(one) for one in batch], **{**options, "stop": tuple(options["stop"])})
 

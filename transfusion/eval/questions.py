@@ -4,12 +4,14 @@ A question with its pictures is a conversation of one turn: the chat template, t
 are those of training (`transfusion.data.chat`, `transfusion.data.grids`). The prompt ends where the loss of an answer
 begins.
 """
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from PIL import Image as Picture
+from tqdm import tqdm
 
 from transfusion.data.chat import ChatSettings, chat_parts, question_parts
 from transfusion.data.grids import Grids, GridSettings
@@ -66,20 +68,27 @@ class Asker:
         return self._with_pictures(parts, question)
 
     def answers(self, questions: Sequence[Question], *, max_new_tokens: int, stop: tuple[str, ...] = (),
-                **sampling) -> list[str]:
+                **sampling) -> list[str | None]:
         """Return an answer to each question, without white space around it; `sampling` as in `generate_batch`.
 
-        No more is written than the model has positions for.
-
-        Raises:
-            ValueError: a question that fills the model's positions.
+        No more is written than the model has positions for behind the question, and the answer to one that fills them
+        is None. Questions with less room than others are asked apart, so that no answer depends on its neighbours.
         """
-        prompts = [self.prompt(question) for question in questions]
-        lengths = [self._length(prompt, question) for prompt, question in zip(prompts, questions)]
-        room = self.room - max(lengths)
-        written = generate_batch(self.model, prompts, max_images=0, max_new_tokens=min(max_new_tokens, room),
-                                 stop=stop or None, **sampling)
-        return ["".join(part.text for part in parts if isinstance(part, Text)).strip() for parts in written]
+        prompts, groups = [self.prompt(question) for question in questions], defaultdict(list)
+        for number, prompt in enumerate(prompts):
+            length = len(encode(prompt, self.model.tokenizer, self.model.config, end=False).tokens)
+            if length < self.room:
+                groups[min(max_new_tokens, self.room - length)].append(number)
+            else:
+                tqdm.write(f"left out: {questions[number].where} has {length:,} tokens with its pictures and the model "
+                           f"has {self.room:,} positions")
+        said: list[str | None] = [None] * len(questions)
+        for most, numbers in groups.items():
+            written = generate_batch(self.model, [prompts[number] for number in numbers], max_images=0,
+                                     max_new_tokens=most, stop=stop or None, **sampling)
+            for number, parts in zip(numbers, written):
+                said[number] = "".join(part.text for part in parts if isinstance(part, Text)).strip()
+        return said
 
     @torch.inference_mode()
     def likelihoods(self, questions: Sequence[Question], answers: Sequence[str]) -> list[Likelihood]:
@@ -109,13 +118,6 @@ class Asker:
     def _image(self, picture: Picture.Image) -> Image:
         pixels = self.grids.fitted(picture, self.grids.nearest(*picture.size))
         return Image(pixels if self.model.vae is None else self.model.vae.encode(pixels[None])[0], loss=False)
-
-    def _length(self, prompt: list[Part], question: Question) -> int:
-        length = len(encode(prompt, self.model.tokenizer, self.model.config, end=False).tokens)
-        if length >= self.room:
-            raise ValueError(f"eval: {question.where} has {length:,} tokens with its pictures and the model has "
-                             f"{self.room:,} positions; a shorter one fits, or smaller pictures")
-        return length
 
 
 def _record(question: Question, answer: str | None = None) -> Record:

@@ -124,8 +124,11 @@ def _ask(settings: VQASettings, asked: list[Benchmark], rank: int, size: int) ->
             distributed_executor_backend="torchrun" if size > 1 else "accelerate", log_samples=True,
             cli_args=SimpleNamespace(output_path=str(settings.out / "lmms-eval"), process_with_media=False,
                                      reasoning_tags=None))
+        too_long = torch.tensor(model.too_long)
+        if size > 1:
+            torch.distributed.reduce(too_long, 0)
         if rank == 0:
-            lines += _write(settings, benchmark, found, model, time.perf_counter() - began)
+            lines += _write(settings, benchmark, found, model, int(too_long), time.perf_counter() - began)
     if size > 1:
         torch.distributed.destroy_process_group()
     return lines
@@ -136,7 +139,8 @@ def limit_of(benchmark: Benchmark, limit: int | None) -> int | None:
     return limit if limit is None or not benchmark.pairs else limit + limit % 2
 
 
-def _write(settings: VQASettings, benchmark: Benchmark, found: dict, model, seconds: float) -> list[str]:
+def _write(settings: VQASettings, benchmark: Benchmark, found: dict, model, too_long: int, seconds: float
+           ) -> list[str]:
     """Write one benchmark's answers, what its server wants, and its results."""
     samples = found["samples"][f"{benchmark.name}_local"]
     rows = [json.loads(line) for line in (settings.data / benchmark.name / ROWS).read_text().splitlines()]
@@ -148,22 +152,24 @@ def _write(settings: VQASettings, benchmark: Benchmark, found: dict, model, seco
     scores = {name.split(",")[0]: score for name, score in metrics.items()
               if "," in name and isinstance(score, int | float) and not name.startswith("bypass")
               and not name.split(",")[0].endswith(("_stderr", "_stderr_clustered", "_stderr_clt"))}
-    scores = {NAMES.get((benchmark.name, name), name): score for name, score in scores.items()} or {"score": None}
     notes = _notes(settings, benchmark, about, upload)
+    notes += [f"{too_long:,} questions fill the model's positions: empty answers"] if too_long else []
     lines = []
     remove_results(settings.out, benchmark.name)  # a judge's score beside answers that nobody scored would be stale
-    for name, score in scores.items():
+    for metric, score in (scores or {"score": None}).items():
+        name = NAMES.get((benchmark.name, metric), metric)
+        count = sum(metric in sample for sample in samples) if scores else len(answers)
         failed = isinstance(score, float) and math.isnan(score)
         note = "; ".join([*(["the judge failed at an answer or more: no score"] if failed else []), *notes])
         result = Result(
-            task=benchmark.name, metric=name, value=None if failed or score is None else float(score), n=len(answers),
+            task=benchmark.name, metric=name, value=None if failed or score is None else float(score), n=count,
             library="lmms-eval", version=version_of("lmms-eval"), seconds=seconds, model=str(settings.model),
             weights_hash=model.weights_hash, **model.asker.asking.about(PROMPTS),
             judge=settings.judge if benchmark.judge else None, note=note,
             details={"skipped": about["skipped"]})
         write_result(settings.out, result, result_name(benchmark.name, name))
         shown = "no score" if result.value is None else f"{result.value:.4f}"
-        lines.append(f"{benchmark.title}: {name} {shown} of {len(answers):,}" + (f" ({note})" if note else ""))
+        lines.append(f"{benchmark.title}: {name} {shown} of {count:,}" + (f" ({note})" if note else ""))
     return lines
 
 

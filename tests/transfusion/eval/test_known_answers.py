@@ -97,8 +97,16 @@ def test_a_picture_that_cannot_be_read_leaves_its_questions_out(folder, monkeypa
     assert sum(result.n for result in read_results(folder / "out").values()) == 3
     said = capfd.readouterr()
     assert "left out: " in said.out + said.err and "blue.png" in said.out + said.err
-    assert all("1 of 4 questions left out: a picture cannot be read" in result.note
+    assert all("1 of 4 questions left out: a picture cannot be read, or" in result.note
                for result in read_results(folder / "out").values())
+
+
+def test_a_question_that_fills_the_models_positions_is_left_out(folder, monkeypatch):
+    long = dict.fromkeys(("Which colour?", "Which colour has the second?"), "red") | {"How many?": None}
+    run(folder, monkeypatch, said=long)
+    assert {(result.metric, result.n, "1 of 4 questions left out" in result.note)
+            for result in read_results(folder / "out").values()} == {
+        ("accuracy, colour", 2, True), ("accuracy, words", 1, True)}
 
 
 def test_an_evaluation_that_was_stopped_asks_what_is_missing_alone(folder, monkeypatch):

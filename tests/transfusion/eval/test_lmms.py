@@ -164,7 +164,22 @@ def test_a_judge_that_fails_at_one_answer_makes_no_score(prepared, tmp_path, kno
     assert results["mmvet-gpt_eval_score"].judge == "judge-1"
     wild = {name.removeprefix("llava_wild-gpt_eval_llava_"): result.value for name, result in results.items()
             if name.startswith("llava_wild")}
-    assert wild == {"all": None, "conv": 75.0, "detail": None, "complex": None}
+    assert wild == {"all": None, "conv": 75.0, "detail": None}, "no question is of complex reasoning"
+
+
+def test_a_result_counts_the_questions_that_its_metric_is_of(prepared, tmp_path, knowing):
+    results = evaluate(prepared, tmp_path, "--tasks", "seedbench")
+    counts = {name.removeprefix("seedbench-seed_"): result.n for name, result in results.items()}
+    assert counts["all"] == counts["image"] + counts["video"] and 0 < counts["image"] < counts["all"]
+
+
+def test_questions_that_fill_the_models_positions_have_empty_answers_and_are_counted(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(Asker, "answers", lambda self, questions, **_: [
+        None if question.where.endswith(" 1") else "yes" for question in questions])
+    results = evaluate(prepared, tmp_path, "--tasks", "pope")
+    assert {result.note for result in results.values()} == {"1 questions fill the model's positions: empty answers"}
+    lines = (tmp_path / "answers" / "pope.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in lines] == ["yes", "", "yes", "yes"]
 
 
 def test_answers_without_a_score_leave_no_older_score_beside_them(prepared, tmp_path, knowing):

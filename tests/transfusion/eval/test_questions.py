@@ -110,10 +110,23 @@ def test_an_answer_of_the_likeliest_tokens_is_greedy_and_another_is_not(model, a
     assert [asker.likelihoods([question], [answer])[0].greedy for answer in answers] == [True, False]
 
 
-def test_a_question_longer_than_the_models_positions_is_named():
-    short = tiny_model(max_position_embeddings=64)
-    with pytest.raises(ValueError, match="rows.jsonl, line 3 has .* tokens with its pictures and the model has 64 "):
-        Asker(short, Asking(FRONT, SIDE)).answers([Question("why", (RED,), "rows.jsonl, line 3")], max_new_tokens=4)
+def test_a_question_longer_than_the_models_positions_is_named_and_leaves_the_others_alone(capsys):
+    short = Asker(tiny_model(max_position_embeddings=250), Asking(FRONT, SIDE))
+    questions = [Question("a", (RED,)), Question("why " * 200, (RED,), "rows.jsonl, line 3"), Question("two")]
+    answers = short.answers(questions, max_new_tokens=4)
+    assert answers[1] is None and answers[::2] == short.answers(questions[::2], max_new_tokens=4)
+    assert all(answers[::2])
+    said = capsys.readouterr()
+    assert "rows.jsonl, line 3 has" in said.out + said.err and "the model has 250 positions" in said.out + said.err
+
+
+def test_an_answer_near_the_end_of_the_positions_does_not_shorten_its_neighbours(model):
+    asker, long, short = Asker(model, Asking(FRONT, SIDE)), Question("why so", (RED,)), Question("why")
+    length = len(encode(asker.prompt(long), model.tokenizer, model.config, end=False).tokens)
+    few = Asker(tiny_model(max_position_embeddings=length + 2), Asking(FRONT, SIDE))
+    assert few.answers([long, short], max_new_tokens=6) == [
+        few.answers([long], max_new_tokens=6)[0], few.answers([short], max_new_tokens=6)[0]]
+    assert few.answers([short], max_new_tokens=6) != few.answers([short], max_new_tokens=2)
 
 
 def test_no_more_is_written_than_there_are_positions(model):
