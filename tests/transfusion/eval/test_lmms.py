@@ -22,7 +22,7 @@ from transfusion.eval.questions import Asker
 from transfusion.eval.report import llava_rows
 from transfusion.eval.results import Result, read_results, write_result
 
-pytest.importorskip("lmms_eval")
+pytest.importorskip("lmms_eval", reason="lmms-eval is not installed; docs/evaluation.md says how")
 lmms_model = import_module("transfusion.eval.lmms_model")
 scoring = import_module("transfusion.eval.scoring")
 SHORT = ["--max-new-tokens", "4", "--batch", "3"]
@@ -86,7 +86,7 @@ def test_what_servers_want_is_written_as_llavas_scripts_write_it(prepared, tmp_p
     assert json.loads((upload / "vizwiz.json").read_text()) == [
         {"image": "VizWiz_test_0.jpg", "answer": "unanswerable"}, {"image": "VizWiz_test_1.jpg", "answer": "coke"}]
     assert json.loads((upload / "mmvet.json").read_text()) == {"v1_0": "red", "v1_1": "4"}
-    openpyxl = pytest.importorskip("openpyxl")
+    openpyxl = pytest.importorskip("openpyxl", reason="openpyxl is not installed; the eval extra brings it")
     rows = list(openpyxl.load_workbook(upload / "mmbench.xlsx").active.values)
     assert rows[0] == ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
     assert [(row[0], row[6]) for row in rows[1:]] == [(241, "B"), (242, "A")]

@@ -119,7 +119,7 @@ def tasks(tmp_path, monkeypatch):
 
 
 def test_a_task_that_does_not_exist_is_named_before_the_model_is_loaded(tasks, tmp_path, monkeypatch):
-    pytest.importorskip("lm_eval")
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed; docs/evaluation.md says how")
     monkeypatch.setattr(text, "load_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(SystemExit, match="'digits_choise' is no task of lm-eval"):
         main(["eval", "text", "--model", str(tmp_path), "--tasks", "digits_text", "digits_choise", "--include",
@@ -127,7 +127,7 @@ def test_a_task_that_does_not_exist_is_named_before_the_model_is_loaded(tasks, t
 
 
 def test_results_of_a_task_are_written_before_the_next_one_runs(model, tasks, tmp_path, monkeypatch):
-    lm_eval = pytest.importorskip("lm_eval")
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed; docs/evaluation.md says how")
     real, asked = lm_eval.simple_evaluate, []
 
     def evaluate(decoder, tasks, **options):
@@ -145,7 +145,7 @@ def test_results_of_a_task_are_written_before_the_next_one_runs(model, tasks, tm
 
 
 def test_lm_eval_gives_the_decoder_the_numbers_of_the_same_model_in_transformers(model, plain, tasks, tmp_path):
-    lm_eval = pytest.importorskip("lm_eval")
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed; docs/evaluation.md says how")
     model.save_pretrained(tmp_path / "model")
     main(["eval", "text", "--model", str(tmp_path / "model"), "--tasks", "digits_choice", "digits_text", "--include",
           str(tasks), "--out", str(tmp_path / "out")])
