@@ -28,9 +28,8 @@ from transfusion.eval.clip import Clip
 from transfusion.eval.detector import Detection, Detector
 from transfusion.eval.draw import PICTURES, about_drawing
 from transfusion.eval.picture_features import drawn_files
-from transfusion.eval.prompts import json_lines
 from transfusion.eval.results import Result, version_of, write_result
-from transfusion.files import check_writable, write_text
+from transfusion.files import check_writable, read_json_lines, write_text
 from transfusion.settings import check
 
 THRESHOLD, COUNTING_THRESHOLD, MOST, MARGIN, GREY = 0.3, 0.9, 16, 0.1, "#999999"
@@ -195,9 +194,10 @@ def _pictures(drawn: Path) -> list[tuple[Path, dict]]:
     home = drawn / PICTURES if (drawn / PICTURES).is_dir() else drawn
     found = []
     for folder in sorted(path for path in home.glob("*") if path.name.isdigit() and path.is_dir()):
-        rows = json_lines(folder / "metadata.jsonl") if (folder / "metadata.jsonl").is_file() else []
+        said = folder / "metadata.jsonl"
+        rows = [row for _, row in read_json_lines(said)] if said.is_file() else []
         if len(rows) != 1 or "tag" not in rows[0]:
-            raise ValueError(f"{folder / 'metadata.jsonl'} holds no prompt of GenEval; one object with a \"tag\" fits")
+            raise ValueError(f"{said} holds no prompt of GenEval; one object with a \"tag\" fits")
         found += [(path, rows[0]) for path in sorted((folder / "samples").glob("*.png")) if path.stem.isdigit()]
     if not found:
         raise ValueError(f"eval geneval: drawn is {str(drawn)!r}, which holds no 00000/metadata.jsonl with "

@@ -8,7 +8,6 @@
 
     torchrun --nproc-per-node 8 -m transfusion.cli eval vqa ...    asks in eight processes
 """
-import json
 import math
 import os
 import time
@@ -27,7 +26,7 @@ from transfusion.eval.prepare import ABOUT, ROWS, TASKS, prepared, write_tasks
 from transfusion.eval.results import Result, remove_results, result_name, version_of, write_result
 from transfusion.eval.settings import AskingSettings, ModelSettings
 from transfusion.eval.uploads import write_answers, write_upload
-from transfusion.files import read_json
+from transfusion.files import read_json, read_json_lines
 from transfusion.settings import Count, check
 
 INSTALL = 'pip install "tfkernels[eval]", then pip install --no-deps lmms-eval tenacity "filelock<4"'
@@ -143,7 +142,7 @@ def _write(settings: VQASettings, benchmark: Benchmark, found: dict, model, too_
            ) -> list[str]:
     """Write one benchmark's answers, what its server wants, and its results."""
     samples = found["samples"][f"{benchmark.name}_local"]
-    rows = [json.loads(line) for line in (settings.data / benchmark.name / ROWS).read_text().splitlines()]
+    rows = [row for _, row in read_json_lines(settings.data / benchmark.name / ROWS)]
     answers = [(rows[sample["doc_id"]], _text(sample)) for sample in sorted(samples, key=lambda one: one["doc_id"])]
     about = read_json(settings.data / benchmark.name / ABOUT, "transfusion eval prepare writes it anew")
     write_answers(settings.out, benchmark.name, answers, settings.model.name)
