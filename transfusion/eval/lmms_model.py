@@ -13,10 +13,10 @@ from PIL import Image as Picture
 from tqdm import tqdm
 
 from transfusion.device import launched, own_device
-from transfusion.eval.answers import Answers, identity
-from transfusion.eval.questions import Asker, Likelihood, Question
+from transfusion.eval.asking import Asker, AskingSettings, Likelihood, Question
+from transfusion.eval.kept_answers import Answers, identity
 from transfusion.eval.results import weights_hash
-from transfusion.eval.settings import AskingSettings, ModelSettings
+from transfusion.eval.settings import ModelSettings
 from transfusion.model.loading import load_model
 from transfusion.settings import check, nearest
 
@@ -24,7 +24,7 @@ MAX_NEW_TOKENS = 1024
 """where a task does not say it"""
 
 
-class Asked(NamedTuple):
+class Request(NamedTuple):
     """One request of lmms-eval; its pictures are decoded when they are needed."""
 
     text: str
@@ -85,7 +85,7 @@ class TransfusionModel(lmms):
         asked = []
         for request in requests:
             text, options, *rest = request.args
-            asked.append(Asked(text, *rest, _options(options, self.max_new_tokens)))
+            asked.append(Request(text, *rest, _options(options, self.max_new_tokens)))
         answers = self._answered(asked, self._generated, same_options=True)
         self.too_long = answers.count(None)
         return [answer or "" for answer in answers]
@@ -101,7 +101,7 @@ class TransfusionModel(lmms):
             text, target, *rest = request.args
             _, number, task, split = rest
             answer = target(self.task_dict[task][split][number]) if callable(target) else target
-            asked.append(Asked(text, *rest, {"answer": answer.strip()}))  # the template has a space
+            asked.append(Request(text, *rest, {"answer": answer.strip()}))  # the template has a space
         return [GenerationResult((-log_probability / tokens, greedy)) for log_probability, greedy, tokens
                 in self._answered(asked, self._weighed, same_options=False)]
 
@@ -110,14 +110,14 @@ class TransfusionModel(lmms):
         raise ValueError("eval: a task asks in several rounds, which this model class does not; tasks of one question "
                          "with its pictures fit")
 
-    def _generated(self, batch: list[Asked]) -> list[str | None]:
+    def _generated(self, batch: list[Request]) -> list[str | None]:
         options = batch[0].options
         return self.asker.answers([self._question(one) for one in batch], **{**options, "stop": tuple(options["stop"])})
 
-    def _weighed(self, batch: list[Asked]) -> list[Likelihood]:
+    def _weighed(self, batch: list[Request]) -> list[Likelihood]:
         return self.asker.likelihoods([self._question(one) for one in batch], [one.options["answer"] for one in batch])
 
-    def _question(self, asked: Asked) -> Question:
+    def _question(self, asked: Request) -> Question:
         where = f"{asked.task}, row {asked.number}"
         pictures = asked.to_visual(self.task_dict[asked.task][asked.split][asked.number]) or []
         for picture in pictures:
@@ -125,7 +125,7 @@ class TransfusionModel(lmms):
                 raise ValueError(f"eval: {where} shows a {type(picture).__name__}; pictures fit")
         return Question(asked.text, tuple(pictures), where)
 
-    def _answered(self, asked: list[Asked], answer: Callable[[list[Asked]], list], same_options: bool) -> list:
+    def _answered(self, asked: list[Request], answer: Callable[[list[Request]], list], same_options: bool) -> list:
         """Answers in order: those that are kept, and of the others batches, of longer texts first."""
         keys = [self._key(one) for one in asked]
         groups = defaultdict(dict)
@@ -142,7 +142,7 @@ class TransfusionModel(lmms):
         progress.close()
         return [self.kept.known[key] for key in keys]
 
-    def _key(self, asked: Asked) -> str:
+    def _key(self, asked: Request) -> str:
         """What an answer depends on beside the model: the row, by its data set's fingerprint, the text, the options."""
         rows = self.task_dict[asked.task][asked.split]
         return self.kept.key(asked.task, asked.split, getattr(rows, "_fingerprint", ""), asked.number, asked.text,

@@ -27,7 +27,7 @@ from transfusion.settings import Count, check
 
 INSTALL = 'pip install "tfkernels[eval]"'
 SUITES = {"llama2": ("hellaswag", "piqa", "social_iqa", "winogrande", "arc_easy", "arc_challenge", "boolq")}
-"""names of several tasks: the commonsense tasks of Llama 2 (arXiv:2307.09288, section 2.3) without OpenBookQA"""
+"""names of several tasks: the Llama 2 evaluation suite of the Transfusion paper (arXiv:2408.11039), without examples"""
 
 POSITIONS = 4096
 """of a text whose logits are held at once: of 49,152 tokens 0.8 GB in float32"""

@@ -21,10 +21,11 @@ from tyro.conf import arg
 
 from transfusion.command import claim
 from transfusion.device import PATIENCE, launched
+from transfusion.eval.asking import AskingSettings
 from transfusion.eval.benchmarks import GROUP, Benchmark, chosen
 from transfusion.eval.prepare import ABOUT, ROWS, TASKS, prepared, write_tasks
 from transfusion.eval.results import Result, remove_results, result_name, version_of, write_result
-from transfusion.eval.settings import AskingSettings, ModelSettings
+from transfusion.eval.settings import ModelSettings
 from transfusion.eval.uploads import write_answers, write_upload
 from transfusion.files import read_json, read_json_lines
 from transfusion.settings import Count, check

@@ -18,13 +18,13 @@ from tests.transfusion.conftest import in_training, tiny_model
 from tests.transfusion.eval import llava_data
 from tests.transfusion.eval.llava_data import TRUTHS
 from transfusion.cli import main
-from transfusion.eval.questions import Asker
+from transfusion.eval.asking import Asker
 from transfusion.eval.report import llava_rows
 from transfusion.eval.results import Result, read_results, write_result
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed; docs/evaluation.md says how")
 lmms_model = import_module("transfusion.eval.lmms_model")
-scoring = import_module("transfusion.eval.scoring")
+judged = import_module("transfusion.eval.judged")
 SHORT = ["--max-new-tokens", "4", "--batch", "3"]
 
 
@@ -146,10 +146,10 @@ def test_a_random_model_really_answers_alone_and_in_two_processes(prepared, tmp_
 def test_a_judge_that_fails_at_one_answer_makes_no_score(prepared, tmp_path, knowing, monkeypatch):
     """lmms-eval's own MM-Vet counts 0 for it, and its LLaVA-Wild -1 of -1."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    mmvet = import_module(scoring.MMVET)
+    mmvet = import_module(judged.MMVET)
     monkeypatch.setattr(mmvet, "get_chat_response", lambda prompt, **_: ("0.8", "judge") if "| red |" in prompt
                         else ("", ""))
-    wild = import_module(scoring.WILD)
+    wild = import_module(judged.WILD)
 
     def reviewed(doc, results):
         scores = [8.0, 6.0] if doc["category"] == "conv" else [-1, -1]
@@ -189,7 +189,7 @@ def test_answers_without_a_score_leave_no_older_score_beside_them(prepared, tmp_
 
 
 def test_a_judge_that_answers_is_counted(monkeypatch):
-    mmvet, asked = import_module(scoring.MMVET), []
+    mmvet, asked = import_module(judged.MMVET), []
 
     def judge(prompt, temperature):
         asked.append(temperature)
@@ -197,9 +197,9 @@ def test_a_judge_that_answers_is_counted(monkeypatch):
 
     monkeypatch.setattr(mmvet, "get_chat_response", judge)
     doc = {"question": "what?", "answer": "a<AND>b", "question_id": "v1_0", "capability": "rec"}
-    record = scoring.mmvet(doc, ["a"])["gpt_eval_score"]
+    record = judged.mmvet(doc, ["a"])["gpt_eval_score"]
     assert record["score"] == 0.5 and asked == [0.0, 0.5]
-    assert scoring.mmvet_score([record, {**record, "score": 1.0}]) == 75.0
+    assert judged.mmvet_score([record, {**record, "score": 1.0}]) == 75.0
 
 
 def test_lmms_eval_finds_the_model_class_by_the_entry_point_of_setup_py(monkeypatch):

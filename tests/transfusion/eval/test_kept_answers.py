@@ -10,10 +10,10 @@ from tests.transfusion.conftest import tiny_model
 from tests.transfusion.eval import llava_data
 from transfusion.cli import main
 from transfusion.eval import uploads
-from transfusion.eval.answers import Answers, identity
+from transfusion.eval.asking import AskingSettings
 from transfusion.eval.benchmarks import BENCHMARKS
+from transfusion.eval.kept_answers import Answers, identity
 from transfusion.eval.prepare import task_yaml
-from transfusion.eval.settings import AskingSettings
 
 
 def test_answers_are_there_again_for_every_process_and_of_this_model_alone(tmp_path):
