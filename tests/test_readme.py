@@ -12,8 +12,8 @@ import transfusion.eval.captions
 import transfusion.eval.draw
 import transfusion.eval.geneval
 import transfusion.eval.images
-import transfusion.eval.known_answers
 import transfusion.eval.prepare
+import transfusion.eval.questions
 import transfusion.eval.report
 import transfusion.eval.text
 import transfusion.eval.vqa
@@ -87,7 +87,7 @@ def test_a_command_line_is_understood(command, monkeypatch):
                          (transfusion.serve.chat, "chat"),
                          (transfusion.eval.draw, "draw"), (transfusion.eval.images, "images"),
                          (transfusion.eval.geneval, "geneval"), (transfusion.eval.captions, "captions"),
-                         (transfusion.eval.known_answers, "evaluate_questions"), (transfusion.eval.report, "report")):
+                         (transfusion.eval.questions, "evaluate_questions"), (transfusion.eval.report, "report")):
         monkeypatch.setattr(module, name, lambda *arguments: run.append(arguments))
     for module, name in ((transfusion.data.check, "check_mixture"), (transfusion.data.posteriors, "encode_mixture")):
         monkeypatch.setattr(module, name, lambda *settings: run.append(settings) or True)

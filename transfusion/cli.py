@@ -85,7 +85,7 @@ def _eval_report(args: list[str]) -> None:
 
 
 def _eval_questions(args: list[str]) -> None:
-    from transfusion.eval.known_answers import QuestionsSettings, evaluate_questions
+    from transfusion.eval.questions import QuestionsSettings, evaluate_questions
     evaluate_questions(tyro.cli(QuestionsSettings, args=args, prog="transfusion eval questions"))
 
 

@@ -63,13 +63,41 @@ def read_json(path: Path, advice: str = "copy it again or make it anew") -> dict
     Raises:
         ValueError: the file does not hold one; the message names it.
     """
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}); {advice}") from error
+    value = read_json_value(path, advice)
     if not isinstance(value, dict):
         raise ValueError(f"{path} is damaged (it holds a {type(value).__name__}, not an object); {advice}")
     return value
+
+
+def read_json_value(path: Path, advice: str) -> object:
+    """What a JSON file holds, of any kind.
+
+    Raises:
+        ValueError: the file is no JSON; the message names it and the line.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {advice}") from error
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yield the objects on the lines of a file, each with its file and line for messages.
+
+    Raises:
+        ValueError: a line that holds none; the message names file and line.
+    """
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            try:
+                value = json.loads(line) if line.strip() else {}
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where} is damaged ({error}); an object in JSON fits") from error
+            if not isinstance(value, dict):
+                raise ValueError(f"{where} holds a {type(value).__name__}; an object in JSON fits")
+            if line.strip():
+                yield where, value
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from transfusion.files import (
     current,
     load_tensors,
     read_json,
+    read_json_lines,
     replacing,
     settle,
     verify,
@@ -378,3 +379,11 @@ def test_a_directory_that_cannot_be_made_or_written_is_refused(tmp_path):
     for path in (tmp_path / "file" / "inside", "/proc/none"):
         with pytest.raises(ValueError, match="sample: .* cannot be written into"):
             check_writable("sample", path)
+
+
+def test_json_lines_end_where_a_new_line_stands_and_nowhere_else(tmp_path):
+    """U+2028 ends a line of text for Python, and stands unescaped in strings of JSON."""
+    (tmp_path / "a.jsonl").write_text('{"prompt": "one\u2028two"}\n\n{"prompt": "three"}\n', encoding="utf-8")
+    assert list(read_json_lines(tmp_path / "a.jsonl")) == [
+        (f"{tmp_path / 'a.jsonl'}, line 1", {"prompt": "one\u2028two"}),
+        (f"{tmp_path / 'a.jsonl'}, line 3", {"prompt": "three"})]

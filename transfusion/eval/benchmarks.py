@@ -7,7 +7,6 @@ each question, with the columns that lmms-eval's scoring of the benchmark asks f
 import base64
 import binascii
 import csv
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -16,10 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transfusion.data.sources.record import DataError
+from transfusion.files import read_json, read_json_lines, read_json_value
 from transfusion.settings import nearest
 
 STRING, NUMBER, STRINGS, PICTURE, PICTURES = "string", "int64", "strings", "image", "images"
 DIRECTLY = "Answer with the option's letter from the given choices directly."
+RELEASED = "the file of the benchmark's release fits"
 SHORTLY = "Answer the question using a single word or phrase."
 
 
@@ -92,40 +93,14 @@ def needed(*paths: Path) -> Path:
     raise Missing(f"{' or '.join(map(str, paths))} is missing; docs/evaluation.md says where it comes from")
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """Yield the objects of a file of JSON lines, each with its file and line for messages.
-
-    Raises:
-        DataError: a line that is no object.
-    """
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
-            if line.strip():
-                yield where, _object(line, where)
-
-
-def read_object(path: Path) -> dict | list:
-    """Return what a JSON file holds.
-
-    Raises:
-        DataError: it is no JSON; the message names file and line.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}", f"this is no JSON ({error.msg})") from error
-    except UnicodeDecodeError as error:
-        raise DataError(str(path), f"this is no UTF-8 text ({error.reason})") from error
-
-
 def read_list(path: Path, name: str | None = None) -> Iterator[tuple[str, dict]]:
     """Yield the objects of a JSON list, or of the list `name` of an object, each with its file and row for messages.
 
     Raises:
+        ValueError: the file is no JSON.
         DataError: there is no list of objects.
     """
-    held = read_object(path)
+    held = read_json_value(path, RELEASED)
     rows = held if name is None else value(held, name, str(path), (list,))
     if not isinstance(rows, list):
         raise DataError(str(path), f"this is a {type(rows).__name__}; a list fits")
@@ -145,19 +120,9 @@ def value(row: dict, name: str, where: str, kinds: tuple[type, ...] = (str,)):
     return row[name]
 
 
-def _object(line: str, where: str) -> dict:
-    try:
-        held = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(where, f"this is no JSON ({error.msg})") from error
-    if not isinstance(held, dict):
-        raise DataError(where, f"this is a {type(held).__name__}; an object fits")
-    return held
-
-
 def _asked(path: Path, pictures: Path) -> Iterator[tuple[str, dict, Row]]:
     """Yield the rows of a file of LLaVA's questions, each with its object."""
-    for where, held in read_lines(path):
+    for where, held in read_json_lines(path):
         row = Row(where, value(held, "question_id", where, (str, int)), value(held, "text", where),
                   pictures / value(held, "image", where), {})
         yield where, held, row
@@ -184,7 +149,7 @@ def _gqa(folder: Path) -> Iterator[Row]:
     source = needed(folder / "data" / "testdev_balanced_questions.json",
                     folder / "data" / "questions1.2" / "testdev_balanced_questions.json",
                     folder / "data" / "questions" / "testdev_balanced_questions.json")
-    answers = read_object(source)
+    answers = read_json(source, RELEASED)
     for where, _, row in _asked(needed(folder / "llava_gqa_testdev_balanced.jsonl"),
                                 needed(folder / "data" / "images")):
         truth = _answer_of(answers, str(row.id), where, source)
@@ -194,7 +159,7 @@ def _gqa(folder: Path) -> Iterator[Row]:
 def _scienceqa(folder: Path) -> Iterator[Row]:
     """Of the test split the questions with pictures; the pictures lie in images/test."""
     source, asked = needed(folder / "problems.json"), needed(folder / "llava_test_CQM-A.json")
-    problems, pictures = read_object(source), needed(folder / "images" / "test")
+    problems, pictures = read_json(source, RELEASED), needed(folder / "images" / "test")
     for where, held in read_list(asked):
         key, turns = value(held, "id", where), value(held, "conversations", where, (list,))
         if not held.get("image"):
@@ -224,7 +189,7 @@ def _pope(folder: Path) -> Iterator[Row]:
     for where, held, row in _asked(needed(folder / "llava_pope_test.jsonl"), needed(folder / "val2014")):
         kind = value(held, "category", where)
         source = needed(folder / "coco" / f"coco_pope_{kind}.json")
-        label = next(labels.setdefault(kind, read_lines(source)), None)
+        label = next(labels.setdefault(kind, read_json_lines(source)), None)
         if label is None:
             raise DataError(where, f"{source} has fewer labels than there are questions; one for each fits")
         place, truth = label
@@ -291,10 +256,10 @@ def _seedbench(folder: Path) -> Iterator[Row]:
 
 def _llava_wild(folder: Path) -> Iterator[Row]:
     contexts = {value(held, "image", where): value(held, "caption", where)
-                for where, held in read_lines(needed(folder / "context.jsonl"))}
+                for where, held in read_json_lines(needed(folder / "context.jsonl"))}
     source = needed(folder / "answers_gpt4.jsonl")
     references = {value(held, "question_id", where, (str, int)): value(held, "text", where)
-                  for where, held in read_lines(source)}
+                  for where, held in read_json_lines(source)}
     for where, held, row in _asked(needed(folder / "questions.jsonl"), needed(folder / "images")):
         yield row._replace(columns={
             "question": row.prompt, "question_id": str(row.id), "category": value(held, "category", where),
@@ -304,7 +269,7 @@ def _llava_wild(folder: Path) -> Iterator[Row]:
 
 def _mmvet(folder: Path) -> Iterator[Row]:
     source = needed(folder / "mm-vet.json", folder / "mm-vet" / "mm-vet.json")
-    truths = read_object(source)
+    truths = read_json(source, RELEASED)
     for where, _, row in _asked(needed(folder / "llava-mm-vet.jsonl"),
                                 needed(folder / "images", folder / "mm-vet" / "images")):
         key = f"v1_{str(row.id).removeprefix('v1_')}"

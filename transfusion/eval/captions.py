@@ -12,7 +12,6 @@ Published numbers take their words from the Penn Treebank tokenizer of Stanford,
 are `words` below: lower case, punctuation left out, contractions split as there. METEOR needs WordNet and Java, and is
 left out.
 """
-import json
 import math
 import re
 import time
@@ -21,9 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from transfusion.eval.prompts import json_lines
 from transfusion.eval.results import Result, version_of, weights_hash, write_result
-from transfusion.files import check_writable
+from transfusion.files import check_writable, read_json_lines, read_json_value
 from transfusion.settings import check
 
 GRAMS, SIGMA, BETA = 4, 6.0, 1.2
@@ -171,12 +169,9 @@ def _read(path: Path) -> dict[object, list[str]]:
 
 def _rows(path: Path) -> Iterator[dict]:
     if Path(path).suffix == ".jsonl":
-        yield from json_lines(path)
+        yield from (row for _, row in read_json_lines(path))
         return
-    try:
-        held = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); a .json list, COCO's captions or a .jsonl fits") from error
+    held = read_json_value(path, "a .json list, COCO's captions or a .jsonl fits")
     rows = held.get("annotations") if isinstance(held, dict) else held
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} holds no list of objects; a .json list, COCO's captions or a .jsonl fits")

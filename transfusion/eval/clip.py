@@ -18,10 +18,12 @@ from transformers import AutoTokenizer, CLIPModel
 from transfusion.data.picture_files import open_picture
 from transfusion.eval.features import Preprocessing
 from transfusion.eval.picture_features import fit_square, square_words
+from transfusion.eval.pretrained import load_whole, local_directory, preprocessor
 from transfusion.eval.results import weights_hash
-from transfusion.files import read_json
 
 OPENAI = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
+
+FITS = "a directory of a CLIPModel, or its name in the hub's cache, e.g. openai/clip-vit-large-patch14, fits"
 
 
 class ClipScore(NamedTuple):
@@ -39,10 +41,10 @@ class Clip:
         tokenizer: of its text model.
         preprocessing: mean and deviation of its pixels.
         name: what results call it.
-        digest: the hash of its weights, None where they are not in a directory.
+        digest: the hash of its weights.
     """
 
-    def __init__(self, model: CLIPModel, tokenizer, preprocessing: Preprocessing, name: str, digest: str | None):
+    def __init__(self, model: CLIPModel, tokenizer, preprocessing: Preprocessing, name: str, digest: str):
         self.model, self.tokenizer, self.preprocessing = model.eval().requires_grad_(False), tokenizer, preprocessing
         self.name, self.weights_hash = name, digest
         self.size = model.config.vision_config.image_size
@@ -50,27 +52,23 @@ class Clip:
 
     @classmethod
     def from_pretrained(cls, name: str, device: torch.device) -> "Clip":
-        """Load a directory that transformers wrote, or a model of the hub by its name, e.g. of its local cache.
+        """Load a directory that transformers wrote, or what the hub's cache holds of a name.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it is no CLIPModel with its tokenizer.
         """
+        op = "Clip.from_pretrained"
+        path, given = local_directory(op, name, FITS), f"{op}: name is {str(name)!r}"
+        model = load_whole(CLIPModel, path, given, FITS).network
         try:
-            model, info = CLIPModel.from_pretrained(name, use_safetensors=True, output_loading_info=True)
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError) as error:
-            raise ValueError(f"Clip.from_pretrained: name is {str(name)!r}, which cannot be loaded "
-                             f"({str(error).splitlines()[0]}); a directory or a name of a CLIPModel in safetensors, "
-                             "e.g. openai/clip-vit-large-patch14, fits") from error
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(f"Clip.from_pretrained: name is {str(name)!r}, which has no weights for "
-                             f"{', '.join(missing[:3])}; a CLIPModel fits")
-        path, size = Path(name), model.config.vision_config.image_size
-        said = read_json(path / "preprocessor_config.json") if (path / "preprocessor_config.json").is_file() else {}
+            raise ValueError(f"{given}, whose tokenizer cannot be loaded ({str(error).splitlines()[0]}); {FITS}"
+                             ) from error
+        said, size = preprocessor(path), model.config.vision_config.image_size
         preprocessing = Preprocessing(3, (size, size), said.get("image_mean", OPENAI["mean"]),
                                       said.get("image_std", OPENAI["std"]))
-        return cls(model.to(device), tokenizer, preprocessing, str(name),
-                   weights_hash(path) if path.is_dir() else model.config._commit_hash)
+        return cls(model.to(device), tokenizer, preprocessing, str(name), weights_hash(path))
 
     def resize(self) -> str:
         """Say what the network sees of a picture."""

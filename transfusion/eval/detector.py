@@ -3,7 +3,6 @@
 Each of the 100 likeliest pairs of query and class is an object: score = p(class | query) * mean of the mask's
 probabilities over its pixels above 1/2 (section 3.1 and the authors' `instance_inference`). Its box holds the mask.
 """
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Mask2FormerForUniversalSegmentation
 
+from transfusion.eval.pretrained import load_whole, local_directory, preprocessor
 from transfusion.eval.results import weights_hash
-from transfusion.files import read_json
 
 OBJECTS, SHORTEST, LONGEST, DIVISOR = 100, 800, 1333, 32
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -26,6 +25,9 @@ dining_table toilet tv laptop computer_mouse tv_remote computer_keyboard cell_ph
 refrigerator book clock vase scissors teddy_bear hair_drier toothbrush"""
 NAMES = [name.replace("_", " ") for name in COCO.split()]
 """COCO's 80 classes in the order of its ids, as GenEval calls them"""
+
+FITS = ("a directory of a Mask2Former, or its name in the hub's cache, e.g. "
+        "facebook/mask2former-swin-small-coco-instance, fits")
 
 
 class Detection(NamedTuple):
@@ -43,10 +45,10 @@ class Detector:
         model: the network.
         said: what its preprocessor_config.json says.
         name: what results call it.
-        digest: the hash of its weights, None where they are not in a directory.
+        digest: the hash of its weights.
     """
 
-    def __init__(self, model: Mask2FormerForUniversalSegmentation, said: dict, name: str, digest: str | None):
+    def __init__(self, model: Mask2FormerForUniversalSegmentation, said: dict, name: str, digest: str):
         self.model, self.name, self.weights_hash = model.eval().requires_grad_(False), name, digest
         size, labels = said.get("size", {}), model.config.id2label
         self.shortest, self.longest = size.get("shortest_edge", SHORTEST), size.get("longest_edge", LONGEST)
@@ -56,25 +58,15 @@ class Detector:
 
     @classmethod
     def from_pretrained(cls, name: str, device: torch.device) -> "Detector":
-        """Load a directory that transformers wrote, or a model of the hub by its name, e.g. of its local cache.
+        """Load a directory that transformers wrote, or what the hub's cache holds of a name.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it is no Mask2Former.
         """
-        try:
-            model, info = Mask2FormerForUniversalSegmentation.from_pretrained(name, use_safetensors=True,
-                                                                              output_loading_info=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"Detector.from_pretrained: name is {str(name)!r}, which cannot be loaded "
-                             f"({str(error).splitlines()[0]}); a directory or a name of a Mask2Former in safetensors, "
-                             "e.g. facebook/mask2former-swin-small-coco-instance, fits") from error
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(f"Detector.from_pretrained: name is {str(name)!r}, which has no weights for "
-                             f"{', '.join(missing[:3])}; a Mask2Former fits")
-        path = Path(name)
-        said = read_json(path / "preprocessor_config.json") if (path / "preprocessor_config.json").is_file() else {}
-        return cls(model.to(device), said, str(name),
-                   weights_hash(path) if path.is_dir() else model.config._commit_hash)
+        op = "Detector.from_pretrained"
+        path = local_directory(op, name, FITS)
+        loaded = load_whole(Mask2FormerForUniversalSegmentation, path, f"{op}: name is {str(name)!r}", FITS)
+        return cls(loaded.network.to(device), preprocessor(path), str(name), weights_hash(path))
 
     def resize(self) -> str:
         """Say what the network sees of a picture."""

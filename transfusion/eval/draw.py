@@ -31,6 +31,7 @@ from tyro.conf import arg
 
 from transfusion.command import claim
 from transfusion.data.picture_files import to_picture
+from transfusion.device import launched, own_device
 from transfusion.eval.picture_grids import contact_sheet
 from transfusion.eval.prompts import GENEVAL_SAMPLES, Entry, entries, read_prompts
 from transfusion.eval.results import weights_hash
@@ -42,6 +43,8 @@ from transfusion.model.transfusion import Transfusion
 from transfusion.settings import Count, check
 
 PICTURES, ABOUT, SHOWN = "pictures", "drawing.json", 64
+SAMPLING = ("steps", "sampler", "guidance", "image_size")
+"""options of sampling that a result names"""
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,7 @@ class DrawSettings:
     batch: Count = 64
     """pictures drawn at once by a process"""
     processes: Count = 1
-    """processes on this machine, each with an accelerator of its own where there are any; torchrun starts them on
-    several machines"""
+    """processes on this machine, each with a GPU of its own or on the CPU; torchrun starts them on several machines"""
     device: str = "auto"
     """cpu, cuda, or auto: the accelerator if there is one"""
     sampling: Annotated[Sampling, arg(name="")] = Sampling()
@@ -76,7 +78,7 @@ def draw(settings: DrawSettings) -> None:
         ValueError: settings or prompts that do not fit, or an `out` with pictures of another model or other settings.
     """
     check("eval draw", settings)
-    rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, size = launched()
     if size > 1 and settings.processes > 1:
         raise ValueError(f"eval draw: processes is {settings.processes} under a launcher of {size}; 1 fits there")
     if rank > 0:
@@ -87,15 +89,22 @@ def draw(settings: DrawSettings) -> None:
         if settings.processes == 1:
             _draw_share(rank, settings, pictures, size)
         else:
+            own_device("eval draw", settings.device, settings.processes - 1, settings.processes)  # the last has one
             torch.multiprocessing.spawn(_draw_share, (settings, pictures, settings.processes), settings.processes,
                                         daemon=True)
 
 
 def about_drawing(out: Path) -> dict:
-    """What drawing.json says of its model, as the fields of a result; of a folder without one, nothing."""
+    """What drawing.json says of the model and of sampling, as fields of a result; of a folder without one, nothing.
+
+    seed is that of the first picture.
+    """
     path = Path(out) / ABOUT
     held = read_json(path) if path.is_file() else {}
-    return {"model": held.get("model", ""), "weights_hash": held.get("weights_hash"), "prompts": held.get("rule")}
+    sampling = held.get("sampling", {})
+    details = {"sampling": {name: sampling[name] for name in SAMPLING if name in sampling}} if sampling else {}
+    return {"model": held.get("model", ""), "weights_hash": held.get("weights_hash"), "prompts": held.get("rule"),
+            "seed": sampling.get("seed"), "details": details}
 
 
 def _prepare(settings: DrawSettings, writes: bool) -> list[Entry]:
@@ -143,7 +152,7 @@ def _draw_share(rank: int, settings: DrawSettings, pictures: list[Entry], size: 
     if left:
         if settings.processes > 1:
             torch.set_num_threads(max(1, torch.get_num_threads() // size))
-        model = load_model(settings.model, _device(settings.device, rank))
+        model = load_model(settings.model, str(own_device("eval draw", settings.device, rank, size)))
         title = "eval draw" if size == 1 else f"eval draw, process 1 of {size}"
         with tqdm(total=len(share), initial=len(share) - left, desc=title, unit="picture", dynamic_ncols=True,
                   disable=rank > 0) as bar, _staging(settings.out, rank) as aside, ThreadPoolExecutor(4) as writers:
@@ -190,11 +199,3 @@ def _save(folder: Path, aside: Path, entry: Entry, pixels: Tensor) -> None:
     to_picture(pixels.cpu()).save(path)
     sync(path)
     os.replace(path, folder / entry.file)
-
-
-def _device(name: str, rank: int) -> str:
-    """The accelerator of process `rank` of several, where the setting names none."""
-    if name != "auto" or not torch.accelerator.is_available():
-        return name
-    place = int(os.environ.get("LOCAL_RANK", rank)) % torch.accelerator.device_count()
-    return f"{torch.accelerator.current_accelerator().type}:{place}"

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForImageClassification, PreTrainedModel
-from transformers.utils import logging
 
-from transfusion.files import check_files, current, read_json, whole
+from transfusion.eval.pretrained import load_network, load_whole, preprocessor
+from transfusion.files import current, whole
 
 FITS = "a convolutional classifier of transformers (ResNet, ConvNeXt, RegNet, timm's through TimmWrapper) fits"
 
@@ -33,9 +33,8 @@ class Preprocessing(NamedTuple):
     @classmethod
     def read(cls, path: Path, config: dict) -> "Preprocessing":
         """Read what a checkpoint directory says, its config.json given."""
-        file, timm = Path(path) / "preprocessor_config.json", config.get("pretrained_cfg") or {}
+        said, timm = preprocessor(path), config.get("pretrained_cfg") or {}
         channels = timm.get("input_size", [config.get("num_channels", 3)])[0]
-        said = read_json(file) if file.is_file() else {}
         if not said:
             size = timm["input_size"][1:] if timm else config.get("image_size")
             return cls(channels, _sides(size), timm.get("mean", [0.5]), timm.get("std", [0.5]))
@@ -96,26 +95,15 @@ class Features:
 
     @classmethod
     def _load(cls, path: Path, home: Path) -> "Features":
-        check_files(path)
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # a head that the body does not load is no news
-        try:
-            safely = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-            body, body_info = AutoModel.from_pretrained(path, **safely)
-            classifier, info = None, body_info
-            if body_info["unexpected_keys"]:
-                classifier, info = AutoModelForImageClassification.from_pretrained(path, **safely)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"Features.from_pretrained: path is {str(path)!r}, which cannot be loaded "
-                             f"({str(error).splitlines()[0]}); {FITS}, in safetensors") from error
-        finally:
-            logging.set_verbosity(verbosity)
-        if missing := sorted(body_info["missing_keys"]):
-            raise ValueError(f"Features.from_pretrained: path is {str(path)!r}, which has no weights for "
-                             f"{', '.join(missing[:3])}; {FITS}")
+        given = f"Features.from_pretrained: path is {str(path)!r}"
+        body, _, head = load_whole(AutoModel, path, given, FITS)
+        classifier = None
+        if head:
+            loaded = load_network(AutoModelForImageClassification, path, given, FITS)
+            classifier = None if loaded.missing else loaded.network
         config = body.config.to_dict()
         name = f"{config.get('architecture', body.config.model_type)} ({home})"
-        return cls(body, None if info["missing_keys"] else classifier, Preprocessing.read(path, config), name)
+        return cls(body, classifier, Preprocessing.read(path, config), name)
 
     def to(self, device: torch.device | str) -> "Features":
         """Move the networks; pictures follow them."""

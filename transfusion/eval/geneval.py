@@ -27,9 +27,9 @@ from transfusion.device import choose_device
 from transfusion.eval.clip import Clip
 from transfusion.eval.detector import Detection, Detector
 from transfusion.eval.draw import PICTURES, about_drawing
-from transfusion.eval.prompts import json_lines
+from transfusion.eval.picture_features import drawn_files
 from transfusion.eval.results import Result, version_of, write_result
-from transfusion.files import check_writable, write_text
+from transfusion.files import check_writable, read_json_lines, write_text
 from transfusion.settings import check
 
 THRESHOLD, COUNTING_THRESHOLD, MOST, MARGIN, GREY = 0.3, 0.9, 16, 0.1, "#999999"
@@ -49,9 +49,10 @@ class GenevalSettings:
     drawn: Path
     """what `transfusion eval draw` made of GenEval's prompts, or any folder in GenEval's layout"""
     detector: str
-    """directory or name of a Mask2Former of transformers, e.g. facebook/mask2former-swin-small-coco-instance"""
+    """directory of a Mask2Former of transformers, or its name where the hub's cache holds it, such as
+    facebook/mask2former-swin-small-coco-instance"""
     clip: str
-    """directory or name of a CLIPModel, e.g. openai/clip-vit-large-patch14"""
+    """directory of a CLIPModel, or its name where the hub's cache holds it, e.g. openai/clip-vit-large-patch14"""
     out: Path | None = None
     """directory for results/ and geneval.jsonl, which GenEval's summary_scores.py reads; None: that of the pictures"""
     device: str = "auto"
@@ -183,13 +184,20 @@ def _place_fault(found: list[Detection], wanted: dict, groups: list) -> str:
 
 
 def _pictures(drawn: Path) -> list[tuple[Path, dict]]:
-    """Return the pictures in GenEval's layout, each with its prompt."""
+    """Return the pictures in GenEval's layout, each with its prompt.
+
+    Raises:
+        ValueError: a drawing that is not finished, or a folder of another layout.
+    """
+    if (drawn / "prompts.jsonl").is_file():
+        drawn_files(drawn)
     home = drawn / PICTURES if (drawn / PICTURES).is_dir() else drawn
     found = []
     for folder in sorted(path for path in home.glob("*") if path.name.isdigit() and path.is_dir()):
-        rows = json_lines(folder / "metadata.jsonl") if (folder / "metadata.jsonl").is_file() else []
+        said = folder / "metadata.jsonl"
+        rows = [row for _, row in read_json_lines(said)] if said.is_file() else []
         if len(rows) != 1 or "tag" not in rows[0]:
-            raise ValueError(f"{folder / 'metadata.jsonl'} holds no prompt of GenEval; one object with a \"tag\" fits")
+            raise ValueError(f"{said} holds no prompt of GenEval; one object with a \"tag\" fits")
         found += [(path, rows[0]) for path in sorted((folder / "samples").glob("*.png")) if path.stem.isdigit()]
     if not found:
         raise ValueError(f"eval geneval: drawn is {str(drawn)!r}, which holds no 00000/metadata.jsonl with "
@@ -207,7 +215,8 @@ def _check_names(pictures: list[tuple[Path, dict]], detector: Detector) -> None:
 
 def _results(settings: GenevalSettings, detector: Detector, clip: Clip, lines: list[dict], seconds: float):
     """Yield a result for each task and, last, their mean."""
-    shares = {}
+    about, shares = about_drawing(settings.drawn), {}
+    hashes = {"detector_weights_hash": detector.weights_hash, "clip_weights_hash": clip.weights_hash}
     for task in (*TASKS, *sorted({line["tag"] for line in lines} - set(TASKS))):
         right = [line["correct"] for line in lines if line["tag"] == task]
         if right:
@@ -217,7 +226,6 @@ def _results(settings: GenevalSettings, detector: Detector, clip: Clip, lines: l
     for task, (share, count) in shares.items():
         lacking = f"; the mean is over {len(shares) - 1} tasks, without {', '.join(missing)}"
         yield Result("geneval", task, share, count, "transformers", version_of("transformers"), seconds,
-                     **about_drawing(settings.drawn), resize=detector.resize(),
+                     **{**about, "details": about["details"] | hashes}, resize=detector.resize(),
                      judge=f"Mask2Former {detector.name}, CLIP {clip.name}",
-                     note=NOTE + (lacking if missing and task == "overall" else ""),
-                     details={"detector_weights_hash": detector.weights_hash, "clip_weights_hash": clip.weights_hash})
+                     note=NOTE + (lacking if missing and task == "overall" else ""))

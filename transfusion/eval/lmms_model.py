@@ -2,22 +2,21 @@
 
 Only lmms-eval and `transfusion eval vqa` import this file, which needs lmms-eval.
 """
-import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from PIL import Image as Picture
 from tqdm import tqdm
 
-from transfusion.eval.answers import Answers, identity
-from transfusion.eval.questions import Asker, Likelihood, Question
+from transfusion.device import launched, own_device
+from transfusion.eval.asking import Asker, AskingSettings, Likelihood, Question
+from transfusion.eval.kept_answers import Answers, identity
 from transfusion.eval.results import weights_hash
-from transfusion.eval.settings import AskingSettings, ModelSettings
+from transfusion.eval.settings import ModelSettings
 from transfusion.model.loading import load_model
 from transfusion.settings import check, nearest
 
@@ -25,7 +24,7 @@ MAX_NEW_TOKENS = 1024
 """where a task does not say it"""
 
 
-class Asked(NamedTuple):
+class Request(NamedTuple):
     """One request of lmms-eval; its pictures are decoded when they are needed."""
 
     text: str
@@ -68,23 +67,28 @@ class TransfusionModel(lmms):
         self.batch_size = int(batch_size)
         if self.batch_size < 1:
             raise ValueError(f"eval: batch_size is {batch_size}; a whole number of at least 1 fits")
-        self._rank, self._world_size = (int(os.environ.get(name, default))
-                                        for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-        self.model = loading.cast(load_model(Path(pretrained), _device(device or "auto", self._world_size)))
+        self._rank, self._world_size = launched()
+        own = own_device("eval", device or "auto", self._rank, self._world_size)
+        self.model = loading.cast(load_model(Path(pretrained), str(own)))
         asking, self.max_new_tokens = asked.asking(self.model), asked.max_new_tokens
         self.asker = Asker(self.model, asking)
         self.weights_hash = weights_hash(Path(pretrained))
         self.kept = Answers(None if answers is None else Path(answers),
                             identity(self.weights_hash, asking, str(self.model.dtype)), self._rank)
-        self.device = self.model.device
+        self.device, self.too_long = self.model.device, 0
 
     def generate_until(self, requests: list) -> list[str]:
-        """Answer each request: greedily, unless its task says otherwise; pictures stand before the text, in order."""
+        """Answer each request: greedily, unless its task says otherwise; pictures stand before the text, in order.
+
+        A question that fills the model's positions has an empty answer, and `too_long` counts them.
+        """
         asked = []
         for request in requests:
             text, options, *rest = request.args
-            asked.append(Asked(text, *rest, _options(options, self.max_new_tokens)))
-        return self._answered(asked, self._generated, same_options=True)
+            asked.append(Request(text, *rest, _options(options, self.max_new_tokens)))
+        answers = self._answered(asked, self._generated, same_options=True)
+        self.too_long = answers.count(None)
+        return [answer or "" for answer in answers]
 
     def loglikelihood(self, requests: list) -> list[GenerationResult]:
         """Weigh each request's continuation: its tokens' mean loss, and whether it would be written greedily.
@@ -97,7 +101,7 @@ class TransfusionModel(lmms):
             text, target, *rest = request.args
             _, number, task, split = rest
             answer = target(self.task_dict[task][split][number]) if callable(target) else target
-            asked.append(Asked(text, *rest, {"answer": answer.strip()}))  # the template has a space
+            asked.append(Request(text, *rest, {"answer": answer.strip()}))  # the template has a space
         return [GenerationResult((-log_probability / tokens, greedy)) for log_probability, greedy, tokens
                 in self._answered(asked, self._weighed, same_options=False)]
 
@@ -106,14 +110,14 @@ class TransfusionModel(lmms):
         raise ValueError("eval: a task asks in several rounds, which this model class does not; tasks of one question "
                          "with its pictures fit")
 
-    def _generated(self, batch: list[Asked]) -> list[str]:
+    def _generated(self, batch: list[Request]) -> list[str | None]:
         options = batch[0].options
         return self.asker.answers([self._question(one) for one in batch], **{**options, "stop": tuple(options["stop"])})
 
-    def _weighed(self, batch: list[Asked]) -> list[Likelihood]:
+    def _weighed(self, batch: list[Request]) -> list[Likelihood]:
         return self.asker.likelihoods([self._question(one) for one in batch], [one.options["answer"] for one in batch])
 
-    def _question(self, asked: Asked) -> Question:
+    def _question(self, asked: Request) -> Question:
         where = f"{asked.task}, row {asked.number}"
         pictures = asked.to_visual(self.task_dict[asked.task][asked.split][asked.number]) or []
         for picture in pictures:
@@ -121,7 +125,7 @@ class TransfusionModel(lmms):
                 raise ValueError(f"eval: {where} shows a {type(picture).__name__}; pictures fit")
         return Question(asked.text, tuple(pictures), where)
 
-    def _answered(self, asked: list[Asked], answer: Callable[[list[Asked]], list], same_options: bool) -> list:
+    def _answered(self, asked: list[Request], answer: Callable[[list[Request]], list], same_options: bool) -> list:
         """Answers in order: those that are kept, and of the others batches, of longer texts first."""
         keys = [self._key(one) for one in asked]
         groups = defaultdict(dict)
@@ -138,19 +142,11 @@ class TransfusionModel(lmms):
         progress.close()
         return [self.kept.known[key] for key in keys]
 
-    def _key(self, asked: Asked) -> str:
+    def _key(self, asked: Request) -> str:
         """What an answer depends on beside the model: the row, by its data set's fingerprint, the text, the options."""
         rows = self.task_dict[asked.task][asked.split]
         return self.kept.key(asked.task, asked.split, getattr(rows, "_fingerprint", ""), asked.number, asked.text,
                              asked.options)
-
-
-def _device(name: str, world_size: int) -> str:
-    """The device of this process: of several, the accelerator of its LOCAL_RANK."""
-    accelerated = torch.accelerator.is_available() and name != "cpu" and ":" not in name
-    if not accelerated or world_size == 1:
-        return name
-    return f"{torch.accelerator.current_accelerator().type}:{os.environ.get('LOCAL_RANK', 0)}"
 
 
 def _options(given: dict, most: int | None) -> dict[str, Any]:

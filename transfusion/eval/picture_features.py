@@ -2,8 +2,9 @@
 
 Every picture is brought to the network's size in one way: its central square, each channel resized in float32 by
 Pillow's bicubic filter, which is wide enough to leave no aliasing where it shrinks (as clean-fid does,
-arXiv:2104.11222). Features are kept in files of 1,024 pictures, named by the hash of the weights, the size and the
-pictures' paths, sizes and times: a kill loses one of them at most, and a changed picture renews its own.
+arXiv:2104.11222). Features are kept in files of 1,024 pictures, named by the hash of the weights, the size, the
+preprocessing and the pictures' paths, sizes and times: a kill loses one of them at most, and a changed picture renews
+its own.
 """
 import hashlib
 import json
@@ -40,6 +41,8 @@ class Network(NamedTuple):
     read: Callable[[Tensor], Tensor]
     """pictures (N, channels, size, size) in [-1, 1] to features (N, F)"""
     weights_hash: str
+    preprocessing: str = ""
+    """what it does to them before, where its directory says so"""
 
     @classmethod
     def open(cls, path: Path, device: torch.device) -> "Network":
@@ -59,7 +62,7 @@ class Network(NamedTuple):
             raise ValueError(f"features of pictures: {features.name} takes pictures of size {size}; one square size in "
                              "its preprocessor_config.json fits")
         return cls(config.get("architecture") or config["model_type"], False, size[0], features.preprocessing.channels,
-                   features.pooled, weights_hash(path))
+                   features.pooled, weights_hash(path), str(features.preprocessing))
 
     def resize(self) -> str:
         """Say what the network sees of a picture."""
@@ -152,5 +155,5 @@ def _compute(files: list[Path], network: Network, batch: int) -> Tensor:
 
 def _key(files: list[Path], network: Network) -> str:
     states = [(str(path.resolve()), (state := path.stat()).st_size, state.st_mtime_ns) for path in files]
-    about = [network.weights_hash, network.resize(), network.channels, states]
+    about = [network.weights_hash, network.resize(), network.channels, network.preprocessing, states]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]

@@ -88,10 +88,6 @@ def contact_sheet(path: Path, pictures: list[Path], titles: list[str], columns: 
     plt.close(figure)
 
 
-def _pixels(image: Tensor) -> Tensor:
-    return ((image.clamp(-1, 1) + 1) / 2).movedim(0, -1).squeeze(-1)
-
-
 def answer_sheet(path: Path, shown: list[tuple[tuple[Picture.Image, ...], str, str, str]], columns: int = 6) -> None:
     """Write pictures with what was asked about them and answered.
 
@@ -125,3 +121,7 @@ def _side_by_side(pictures: tuple[Picture.Image, ...]) -> Picture.Image:
         whole.paste(picture, (left, 0))
         left += picture.width + apart
     return whole
+
+
+def _pixels(image: Tensor) -> Tensor:
+    return ((image.clamp(-1, 1) + 1) / 2).movedim(0, -1).squeeze(-1)

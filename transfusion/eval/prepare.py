@@ -223,20 +223,20 @@ def task_yaml(benchmark: Benchmark, data: Path, tasks: Path, judge: bool) -> str
     return "\n".join([*lines, *(_scoring(benchmark) if scored else UNSCORED), ""])
 
 
-UNSCORED = ["doc_to_target: prompt", "process_results: !function transfusion.eval.scoring.unscored",
+UNSCORED = ["doc_to_target: prompt", "process_results: !function transfusion.eval.judged.unscored",
             "metric_list:", "- {metric: bypass, aggregation: bypass, higher_is_better: true}"]
 OWN_METRICS = {
     "textvqa": ["metric_list:", "- {metric: exact_match, aggregation: mean, higher_is_better: true}"],
     **dict.fromkeys(("mmbench", "mmbench_cn"), [
         "metric_list:", "- metric: gpt_eval_score", "  higher_is_better: true",
         "  aggregation: !function lmms_eval.tasks.mmbench.en_utils.mmbench_aggregate_dev_results_static"]),
-    "llava_wild": ["process_results: !function transfusion.eval.scoring.llava_wild", "metric_list:",
+    "llava_wild": ["process_results: !function transfusion.eval.judged.llava_wild", "metric_list:",
                    *(line for kind in ("all", "conv", "detail", "complex") for line in (
                        f"- metric: gpt_eval_llava_{kind}", "  higher_is_better: true",
-                       f"  aggregation: !function transfusion.eval.scoring.llava_wild_{kind}"))],
-    "mmvet": ["process_results: !function transfusion.eval.scoring.mmvet", "metric_list:",
+                       f"  aggregation: !function transfusion.eval.judged.llava_wild_{kind}"))],
+    "mmvet": ["process_results: !function transfusion.eval.judged.mmvet", "metric_list:",
               "- metric: gpt_eval_score", "  higher_is_better: true",
-              "  aggregation: !function transfusion.eval.scoring.mmvet_score"],
+              "  aggregation: !function transfusion.eval.judged.mmvet_score"],
 }
 
 

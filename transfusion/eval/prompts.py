@@ -9,11 +9,10 @@ COCO's pictures are ordered by the SHA-256 of their ids in decimal digits, which
 the first of them are taken, each with its caption of the lowest id: fewer prompts are the first of more.
 """
 import hashlib
-import json
 from pathlib import Path
 from typing import NamedTuple
 
-from transfusion.files import read_json
+from transfusion.files import read_json, read_json_lines
 
 COCO_PROMPTS, GENEVAL_SAMPLES = 30_000, 4
 COCO_RULE = "the pictures whose ids have the lowest SHA-256, with their captions of the lowest id"
@@ -76,25 +75,7 @@ def read_drawn(out: Path) -> list[dict]:
     path = Path(out) / "prompts.jsonl"
     if not path.is_file():
         raise ValueError(f"{str(out)!r} holds no prompts.jsonl; a directory that `transfusion eval draw` wrote fits")
-    return json_lines(path)
-
-
-def json_lines(path: Path) -> list[dict]:
-    """Return the objects on the lines of a file.
-
-    Raises:
-        ValueError: a line that holds none; the message names file and line.
-    """
-    rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number} is damaged ({error}); an object in JSON fits") from error
-            if not isinstance(rows[-1], dict):
-                raise ValueError(f"{path}, line {number} holds a {type(rows[-1]).__name__}; an object in JSON fits")
-    return rows
+    return [row for _, row in read_json_lines(path)]
 
 
 def _lines(path: Path, count: int | None) -> Prompts:
@@ -103,7 +84,7 @@ def _lines(path: Path, count: int | None) -> Prompts:
 
 
 def _objects(path: Path, count: int | None) -> Prompts:
-    rows = json_lines(path)[:count]
+    rows = [row for _, row in read_json_lines(path)][:count]
     return Prompts(rows, _first(path, count), bool(rows) and all("tag" in row and "include" in row for row in rows))
 
 

@@ -6,6 +6,7 @@ benchmarks stand in its paper's order, too, beside its published numbers.
 import dataclasses
 import json
 import textwrap
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -98,11 +99,17 @@ def row(result: Result) -> tuple[str, ...]:
 
 
 def llava_rows(results: dict[str, Result]) -> list[tuple[str, ...]]:
-    """LLaVA-1.5's published row and one for each model that has a result of one of its benchmarks; none without."""
-    tasks = {column.task for column in COLUMNS}
-    models = dict.fromkeys(result.model for result in results.values() if result.task in tasks)
-    own = [(model or "this model", *(_cell(column, [result for result in results.values() if result.model == model])
-                                     for column in COLUMNS)) for model in models]
+    """LLaVA-1.5's published row and one for each model that has a result of one of its benchmarks; none without.
+
+    Other weights are another model: where one directory had several, eight digits of their hashes tell them apart.
+    """
+    tasks, models = {column.task for column in COLUMNS}, {}
+    for result in results.values():
+        if result.task in tasks:
+            models.setdefault((result.model, result.weights_hash), []).append(result)
+    weights = Counter(model for model, _ in models)
+    own = [((model or "this model") + (f" ({(hashed or '-')[:8]})" if weights[model] > 1 else ""),
+            *(_cell(column, found) for column in COLUMNS)) for (model, hashed), found in models.items()]
     return [(LLAVA, *(f"{column.published:.1f}" for column in COLUMNS)), *own] if own else []
 
 

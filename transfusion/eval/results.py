@@ -53,7 +53,7 @@ class Result:
     judge: str | None = None
     """the model that scored, None: no judge"""
     seed: int | None = None
-    """of the random numbers, None: there were none"""
+    """of the model's random numbers, None: there were none, or nobody wrote it down"""
     note: str = ""
     """what a reader must know beside the number"""
     details: dict = field(default_factory=dict)
@@ -83,6 +83,17 @@ def write_result(out: Path, result: Result, name: str | None = None) -> Path:
     path = Path(out) / FOLDER / f"{name}.json"
     write_text(path, json.dumps(dataclasses.asdict(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return path
+
+
+def remove_results(out: Path, task: str) -> None:
+    """Remove the results of a task in OUT/results, of whatever metrics.
+
+    Raises:
+        ValueError: a file of such a name is damaged; the message names it.
+    """
+    for path in sorted((Path(out) / FOLDER).glob(f"{result_name(task, '')}*.json")):
+        if read_json(path, ADVICE).get("task") == task:
+            path.unlink()
 
 
 def result_name(task: str, metric: str) -> str:

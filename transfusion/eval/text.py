@@ -10,7 +10,8 @@ as long as the others: it begins further in front, and only its new tokens count
 """
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -26,7 +27,10 @@ from transfusion.settings import Count, check
 
 INSTALL = 'pip install "tfkernels[eval]"'
 SUITES = {"llama2": ("hellaswag", "piqa", "social_iqa", "winogrande", "arc_easy", "arc_challenge", "boolq")}
-"""names of several tasks: the commonsense tasks of Llama 2 (arXiv:2307.09288, section 2.3) without OpenBookQA"""
+"""names of several tasks: the Llama 2 evaluation suite of the Transfusion paper (arXiv:2408.11039), without examples"""
+
+POSITIONS = 4096
+"""of a text whose logits are held at once: of 49,152 tokens 0.8 GB in float32"""
 
 
 @dataclass(frozen=True)
@@ -76,13 +80,13 @@ def evaluate_text(settings: TextSettings) -> None:
     if not settings.tasks and settings.file is None:
         raise ValueError("eval text: there are no tasks and no file; one of them fits, such as --tasks llama2")
     text = None if settings.file is None else _text(settings.file)
+    manager = _task_manager(settings) if settings.tasks else None
     with claim("eval text", settings.out, {"model": settings.model}):
-        model = settings.loading.cast(load_model(settings.model, settings.device))
-        results = [] if text is None else _of_file(settings, model, text)
-        results += _of_tasks(settings, model) if settings.tasks else []
-        for result in results:
-            write_result(settings.out, result)
-            print(f"{result.task}: {result.metric} {result.value:.6g} of {result.n:,}", flush=True)
+        model, hashed = settings.loading.cast(load_model(settings.model, settings.device)), weights_hash(settings.model)
+        if text is not None:
+            _write(settings, _of_file(settings, model, text), hashed)
+        for task in _names(settings) if manager is not None else ():
+            _write(settings, _of_task(settings, model, manager, task), hashed)
 
 
 @torch.inference_mode()
@@ -102,32 +106,47 @@ def perplexity(model, text: str, window: int | None = None, batch: int = 8) -> P
     for group, counted in tqdm([*groups, *([([whole], rest)] if rest else [])], desc="windows", disable=None):
         ends = [min((number + 1) * window, len(ids)) for number in group]
         rows = torch.stack([tokens[max(0, end - window):end + 1] for end in ends])
-        scores = model.text_logits(rows[:, :-1]).float().log_softmax(-1).gather(2, rows[:, 1:, None])
-        total += float(scores[:, -counted:].double().sum())
+        hidden = model.text_hidden(rows[:, :-1])[:, -counted:].flatten(0, 1)
+        for states, targets in zip(hidden.split(POSITIONS), rows[:, -counted:].flatten().split(POSITIONS)):
+            scores = model.backbone.logits(states).float().log_softmax(-1).gather(1, targets[:, None])
+            total += float(scores.double().sum())
     words, size = len(text.split()), len(text.encode())
     return Perplexity(math.exp(-total / len(ids)), math.exp(min(-total / words, 700)) if words else math.nan,
                       -total / math.log(2) / size, len(ids), total)
+
+
+def _write(settings: TextSettings, results: Iterable[Result], hashed: str | None) -> None:
+    for result in results:
+        write_result(settings.out, replace(result, model=str(settings.model), weights_hash=hashed))
+        print(f"{result.task}: {result.metric} {result.value:.6g} of {result.n:,}", flush=True)
 
 
 def _of_file(settings: TextSettings, model, text: str) -> list[Result]:
     began = time.perf_counter()
     found = perplexity(model, text, settings.window, settings.batch)
     common = dict(task=f"text {settings.file.name}", n=found.tokens, library="transfusion",
-                  version=version_of("transfusion"), seconds=time.perf_counter() - began, model=str(settings.model),
-                  weights_hash=weights_hash(settings.model), details={"window": settings.window})
+                  version=version_of("transfusion"), seconds=time.perf_counter() - began,
+                  details={"window": settings.window})
     return [Result(metric=name.replace("_", " "), value=getattr(found, name), **common)
             for name in ("perplexity", "word_perplexity", "bits_per_byte")]
 
 
-def _of_tasks(settings: TextSettings, model) -> list[Result]:
-    """Run lm-eval on the decoder, which is a model of transformers."""
+def _names(settings: TextSettings) -> list[str]:
+    """The tasks' names in lm-eval, each once."""
+    return list(dict.fromkeys(one for name in settings.tasks for one in SUITES.get(name, (name,))))
+
+
+def _task_manager(settings: TextSettings):
+    """lm-eval's list of tasks, which holds those that are asked for.
+
+    Raises:
+        ValueError: lm-eval is not installed, or a name is no task of it.
+    """
     try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ValueError(f"eval text: lm-eval cannot be imported ({error}); {INSTALL}") from error
-    names = [one for name in settings.tasks for one in SUITES.get(name, (name,))]
+    names = _names(settings)
     own = None if settings.include is None else str(settings.include)
     manager = TaskManager(include_path=own, include_defaults=False)  # to read all of lm-eval's takes half a minute
     if own is None or not set(names) <= set(manager.all_tasks):
@@ -135,11 +154,18 @@ def _of_tasks(settings: TextSettings, model) -> list[Result]:
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise ValueError(f"eval text: {unknown[0]!r} is no task of lm-eval; {', '.join(SUITES)} and what "
                          "`lm_eval ls tasks` lists fit")
+    return manager
+
+
+def _of_task(settings: TextSettings, model, manager, task: str) -> list[Result]:
+    """Run a task of lm-eval on the decoder, which is a model of transformers."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
     began = time.perf_counter()
     found = simple_evaluate(
-        HFLM(pretrained=model.backbone.decoder, tokenizer=model.tokenizer, batch_size=settings.batch), tasks=names,
+        HFLM(pretrained=model.backbone.decoder, tokenizer=model.tokenizer, batch_size=settings.batch), tasks=[task],
         num_fewshot=settings.shots, limit=settings.limit, task_manager=manager, bootstrap_iters=0)
-    results, hashed, seconds = [], weights_hash(settings.model), time.perf_counter() - began
+    results, seconds = [], time.perf_counter() - began
     for task, metrics in found["results"].items():
         for key, score in metrics.items():
             name, _, chosen = key.partition(",")
@@ -148,8 +174,7 @@ def _of_tasks(settings: TextSettings, model) -> list[Result]:
             error, count = metrics.get(f"{name}_stderr,{chosen}"), found["n-samples"][task]["effective"]
             results.append(Result(
                 task=task, metric=name, value=float(score), n=count, library="lm-eval", version=version_of("lm-eval"),
-                seconds=seconds, model=str(settings.model), weights_hash=hashed,
-                standard_error=error if isinstance(error, float) else None, seed=1234,
+                seconds=seconds, standard_error=error if isinstance(error, float) else None, seed=1234,
                 prompts=f"lm-eval's, {found['n-shot'].get(task, 0)} examples",
                 note="" if settings.limit is None else f"the first {settings.limit:,} questions alone"))
     return results

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from transfusion.eval.benchmarks import needed, read_lines
-from transfusion.files import write_text, written
+from transfusion.eval.benchmarks import needed
+from transfusion.files import read_json_lines, write_text, written
 
 Answered = list[tuple[dict, str]]
 """a row of rows.jsonl and the answer, for each question"""
@@ -40,7 +40,7 @@ def _vqav2(out: Path, name: str, answers: Answered, folder: Path) -> Path:
     """convert_vqav2_for_submission.py: every question of test2015, those that were not asked with an empty answer."""
     said, clean = {row["id"]: text for row, text in answers}, _cleaner()
     whole = folder / "llava_vqav2_mscoco_test2015.jsonl"
-    ids = [held["question_id"] for _, held in read_lines(whole)] if whole.is_file() else list(said)
+    ids = [held["question_id"] for _, held in read_json_lines(whole)] if whole.is_file() else list(said)
     return _json(out / f"{name}.json",
                  [{"question_id": one, "answer": clean(said[one]) if one in said else ""} for one in ids])
 

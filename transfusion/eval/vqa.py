@@ -8,7 +8,6 @@
 
     torchrun --nproc-per-node 8 -m transfusion.cli eval vqa ...    asks in eight processes
 """
-import json
 import math
 import os
 import time
@@ -21,12 +20,14 @@ import torch
 from tyro.conf import arg
 
 from transfusion.command import claim
+from transfusion.device import PATIENCE, launched
+from transfusion.eval.asking import AskingSettings
 from transfusion.eval.benchmarks import GROUP, Benchmark, chosen
 from transfusion.eval.prepare import ABOUT, ROWS, TASKS, prepared, write_tasks
-from transfusion.eval.results import Result, result_name, version_of, write_result
-from transfusion.eval.settings import AskingSettings, ModelSettings
+from transfusion.eval.results import Result, remove_results, result_name, version_of, write_result
+from transfusion.eval.settings import ModelSettings
 from transfusion.eval.uploads import write_answers, write_upload
-from transfusion.files import read_json
+from transfusion.files import read_json, read_json_lines
 from transfusion.settings import Count, check
 
 INSTALL = 'pip install "tfkernels[eval]", then pip install --no-deps lmms-eval tenacity "filelock<4"'
@@ -72,7 +73,7 @@ def evaluate_vqa(settings: VQASettings) -> None:
     if settings.judge is not None and not os.environ.get("OPENAI_API_KEY"):
         raise ValueError(f"eval vqa: judge is {settings.judge!r} and OPENAI_API_KEY is not set; a key fits, or no "
                          "judge: the answers are then written for another one")
-    rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, size = launched()
     if rank > 0:
         _ask(settings, asked, rank, size)
         return
@@ -108,7 +109,8 @@ def _ask(settings: VQASettings, asked: list[Benchmark], rank: int, size: int) ->
     if rank == 0:
         write_tasks(settings.data, settings.out / TASKS, judge=settings.judge is not None)
     if size > 1:
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, timeout=PATIENCE)
         torch.distributed.barrier()                    # the tasks are written
     model = TransfusionModel(
         str(settings.model), settings.batch, settings.device, str(settings.out / "kept"),
@@ -122,8 +124,11 @@ def _ask(settings: VQASettings, asked: list[Benchmark], rank: int, size: int) ->
             distributed_executor_backend="torchrun" if size > 1 else "accelerate", log_samples=True,
             cli_args=SimpleNamespace(output_path=str(settings.out / "lmms-eval"), process_with_media=False,
                                      reasoning_tags=None))
+        too_long = torch.tensor(model.too_long)
+        if size > 1:
+            torch.distributed.reduce(too_long, 0)
         if rank == 0:
-            lines += _write(settings, benchmark, found, model, time.perf_counter() - began)
+            lines += _write(settings, benchmark, found, model, int(too_long), time.perf_counter() - began)
     if size > 1:
         torch.distributed.destroy_process_group()
     return lines
@@ -134,10 +139,11 @@ def limit_of(benchmark: Benchmark, limit: int | None) -> int | None:
     return limit if limit is None or not benchmark.pairs else limit + limit % 2
 
 
-def _write(settings: VQASettings, benchmark: Benchmark, found: dict, model, seconds: float) -> list[str]:
+def _write(settings: VQASettings, benchmark: Benchmark, found: dict, model, too_long: int, seconds: float
+           ) -> list[str]:
     """Write one benchmark's answers, what its server wants, and its results."""
     samples = found["samples"][f"{benchmark.name}_local"]
-    rows = [json.loads(line) for line in (settings.data / benchmark.name / ROWS).read_text().splitlines()]
+    rows = [row for _, row in read_json_lines(settings.data / benchmark.name / ROWS)]
     answers = [(rows[sample["doc_id"]], _text(sample)) for sample in sorted(samples, key=lambda one: one["doc_id"])]
     about = read_json(settings.data / benchmark.name / ABOUT, "transfusion eval prepare writes it anew")
     write_answers(settings.out, benchmark.name, answers, settings.model.name)
@@ -146,23 +152,24 @@ def _write(settings: VQASettings, benchmark: Benchmark, found: dict, model, seco
     scores = {name.split(",")[0]: score for name, score in metrics.items()
               if "," in name and isinstance(score, int | float) and not name.startswith("bypass")
               and not name.split(",")[0].endswith(("_stderr", "_stderr_clustered", "_stderr_clt"))}
-    scores = {NAMES.get((benchmark.name, name), name): score for name, score in scores.items()} or {"score": None}
-    asking = model.asker.asking
     notes = _notes(settings, benchmark, about, upload)
+    notes += [f"{too_long:,} questions fill the model's positions: empty answers"] if too_long else []
     lines = []
-    for name, score in scores.items():
+    remove_results(settings.out, benchmark.name)  # a judge's score beside answers that nobody scored would be stale
+    for metric, score in (scores or {"score": None}).items():
+        name = NAMES.get((benchmark.name, metric), metric)
+        count = sum(metric in sample for sample in samples) if scores else len(answers)
         failed = isinstance(score, float) and math.isnan(score)
         note = "; ".join([*(["the judge failed at an answer or more: no score"] if failed else []), *notes])
         result = Result(
-            task=benchmark.name, metric=name, value=None if failed or score is None else float(score), n=len(answers),
+            task=benchmark.name, metric=name, value=None if failed or score is None else float(score), n=count,
             library="lmms-eval", version=version_of("lmms-eval"), seconds=seconds, model=str(settings.model),
-            weights_hash=model.weights_hash, prompts=f"{PROMPTS}; template {asking.chat.template}",
-            resize=f"{asking.pictures.mode}, side {asking.pictures.side}",
+            weights_hash=model.weights_hash, **model.asker.asking.about(PROMPTS),
             judge=settings.judge if benchmark.judge else None, note=note,
             details={"skipped": about["skipped"]})
         write_result(settings.out, result, result_name(benchmark.name, name))
         shown = "no score" if result.value is None else f"{result.value:.4f}"
-        lines.append(f"{benchmark.title}: {name} {shown} of {len(answers):,}" + (f" ({note})" if note else ""))
+        lines.append(f"{benchmark.title}: {name} {shown} of {count:,}" + (f" ({note})" if note else ""))
     return lines
 
 

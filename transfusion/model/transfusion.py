@@ -227,7 +227,11 @@ class Transfusion(PreTrainedModel):
 
     def text_logits(self, tokens: Tensor) -> Tensor:
         """Next-token logits (B, S, V) of plain text (B, S): what the decoder alone would say."""
-        return self.backbone.decoder(input_ids=tokens, use_cache=False).logits
+        return self.backbone.logits(self.text_hidden(tokens))
+
+    def text_hidden(self, tokens: Tensor) -> Tensor:
+        """Hidden states (B, S, C) of plain text (B, S), of which `backbone.logits` makes the next tokens' logits."""
+        return self.backbone.decoder.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
 
     def generate(self, parts: str | list[Part], **options) -> list[Part]:
         """Go on from `parts`, writing text and drawing images as the model sees fit; options as in `generate_batch`."""

@@ -61,7 +61,7 @@ sources:
 
 
 @dataclass(frozen=True)
-class QuestionSettings:
+class PictureQuestionSettings:
     """Write pictures of emoji, and questions about them with answers, in LLaVA's format."""
 
     out: Path
@@ -241,7 +241,7 @@ class Questions:
         return int(torch.randint(count, (), generator=self.generator))
 
 
-def write(settings: QuestionSettings) -> Path:
+def write(settings: PictureQuestionSettings) -> Path:
     """Write pictures, questions and the mixture; the directory appears whole or not at all. Return it.
 
     Raises:
@@ -275,7 +275,7 @@ def write(settings: QuestionSettings) -> Path:
 def main() -> None:
     """Entry point of `python -m transfusion.recipes.picture_questions`."""
     with plain_errors():
-        write(tyro.cli(QuestionSettings, prog="python -m transfusion.recipes.picture_questions"))
+        write(tyro.cli(PictureQuestionSettings, prog="python -m transfusion.recipes.picture_questions"))
 
 
 if __name__ == "__main__":

@@ -26,12 +26,12 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from transfusion.device import choose_device
+from transfusion.device import PATIENCE, choose_device, launched, own_device
 from transfusion.sequence import CONTEXT_ATTENTION
 from transfusion.settings import Count, OneOf, check
 
-MEETING, PATIENCE = datetime.timedelta(seconds=60), datetime.timedelta(minutes=30)
-"""how long processes wait for each other at the beginning, and whenever one needs what another one has"""
+MEETING = datetime.timedelta(seconds=60)
+"""how long processes wait for each other at the beginning"""
 SPEAKING = datetime.timedelta(seconds=5)
 """how long a process that fails waits for the main one to say that the run ends"""
 SAID = 2000  # bytes of an error's text that processes tell each other
@@ -191,7 +191,7 @@ def start_processes(command: str, settings: ParallelSettings, device: str = "aut
 @contextlib.contextmanager
 def said_once() -> Iterator[None]:
     """Read a command line, which is the same for all processes: what is wrong with it, the main one alone says."""
-    if started() == 1 or os.environ.get("RANK", "0") == "0":
+    if launched()[0] == 0:
         yield
         return
     try:
@@ -204,8 +204,7 @@ def said_once() -> Iterator[None]:
 
 def started() -> int:
     """How many processes torchrun started, this one included; 1 without it."""
-    value = os.environ.get("WORLD_SIZE", "").strip()
-    return int(value) if value.isdigit() and int(value) > 1 else 1
+    return launched()[1]
 
 
 def is_main() -> bool:
@@ -251,11 +250,7 @@ def _meet(command: str, device: str) -> tuple[int, dist.Store]:
 def _place(command: str, here: Processes, settings: ParallelSettings, device: str) -> Processes:
     """Fill in what a process is for."""
     copies, shard, context = _sizes(command, settings, here.size)
-    if torch.device(device if device != "auto" else "cpu").index is not None:
-        raise ValueError(f"{command}: device is {device!r} and there are {here.size} processes, each of which takes a "
-                         f"GPU of its own; {_kind(device)!r} fits")
-    kind, local = _kind(device), int(os.environ.get("LOCAL_RANK", here.rank))
-    own = choose_device("cpu" if kind == "cpu" else f"{kind}:{local}")
+    kind, own = _kind(device), own_device(command, device, here.rank, here.size)
     if own.type != "cpu":
         torch.accelerator.set_device_index(own.index)
     sizes = ((copies, shard * context), ("copy", "shard")) if copies > 1 else ((here.size,), ("shard",))

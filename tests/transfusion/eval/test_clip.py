@@ -1,9 +1,12 @@
 """The CLIP score: transformers' own forward pass on what its own image processor sees."""
 import json
+import shutil
+import socket
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image as Picture
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
@@ -96,6 +99,23 @@ def test_batches_change_nothing_and_prompts_are_needed(made):
     assert clip_score(clip, files, prompts, 2) == pytest.approx(clip_score(clip, files, prompts, 64), rel=1e-5)
     with pytest.raises(ValueError, match="5 pictures and 4 prompts"):
         clip_score(clip, files, prompts[:4])
+
+
+def test_a_name_of_the_hub_is_what_its_cache_holds_and_nothing_is_downloaded(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a download was tried"))
+    model = tmp_path / "models--someone--clip"
+    with pytest.raises(ValueError, match="name is 'someone/clip', which is no directory and is not in the hub's cache"):
+        Clip.from_pretrained("someone/clip", torch.device("cpu"))
+    shutil.copytree(made / "clip", model / "snapshots" / "0123")
+    said = model / "snapshots" / "0123" / "preprocessor_config.json"
+    said.write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}))
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("0123")
+    clip = Clip.from_pretrained("someone/clip", torch.device("cpu"))
+    assert (clip.name, clip.weights_hash) == ("someone/clip", weights_hash(made / "clip"))
+    assert (clip.preprocessing.mean, clip.preprocessing.std) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
 
 
 def test_other_directories_are_refused(tmp_path):

@@ -73,11 +73,11 @@ def test_a_picture_is_the_one_that_sample_draws_with_its_seed(made, tmp_path):
 def test_processes_under_a_launcher_share_the_pictures_and_change_none(made, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    main(arguments(made, "two", "--batch", "2"))
+    main(arguments(made, "two", "--batch", "2", "--device", "cpu"))
     assert list(pixels(made / "two")) == ["000002.png", "000003.png", "000006.png"]
     assert not (made / "two" / "contact_sheet.png").exists()
     monkeypatch.setenv("RANK", "0")
-    main(arguments(made, "two", "--batch", "2"))
+    main(arguments(made, "two", "--batch", "2", "--device", "cpu"))
     assert_same(pixels(made / "drawn"), pixels(made / "two"))
     assert (made / "two" / "contact_sheet.png").exists()
     with pytest.raises(SystemExit, match="processes is 2 under a launcher of 2; 1 fits there"):
@@ -85,7 +85,7 @@ def test_processes_under_a_launcher_share_the_pictures_and_change_none(made, mon
 
 
 def test_a_command_starts_several_processes_itself(made):
-    assert_same(pixels(made / "drawn"), command(made, "own", "--processes", "2", "--batch", "2"))
+    assert_same(pixels(made / "drawn"), command(made, "own", "--processes", "2", "--batch", "2", "--device", "cpu"))
 
 
 def test_what_is_missing_after_a_kill_is_drawn_and_nothing_twice(made, monkeypatch):

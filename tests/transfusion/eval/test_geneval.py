@@ -1,6 +1,7 @@
 """GenEval: its rules on objects made by hand, and the whole command with a tiny random Mask2Former and CLIP."""
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -185,6 +186,17 @@ def test_the_command_scores_each_task_and_their_mean_and_writes_genevals_own_fil
     assert found["overall"].value == (found["colors"].value + found["counting"].value) / 2
     assert found["overall"].n == 4 and "without single_object, two_object, position" in found["overall"].note
     assert found["overall"].judge.startswith("Mask2Former ") and "mmdet" in found["overall"].note
+
+
+def test_a_drawing_that_is_not_finished_is_refused(made, tmp_path):
+    shutil.copytree(made / "drawn", tmp_path / "pictures")
+    files = sorted((tmp_path / "pictures").rglob("*.png"))
+    rows = [json.dumps({"file": str(path.relative_to(tmp_path)), "prompt": "a"}) for path in files]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    files[-1].unlink()
+    with pytest.raises(SystemExit, match="lacks 1 of its 4 pictures"):
+        main(["eval", "geneval", "--drawn", str(tmp_path), "--detector", str(made / "detector"),
+              "--clip", str(made / "clip")])
 
 
 def test_what_does_not_fit_is_named(made, tmp_path):

@@ -62,11 +62,53 @@ def test_the_numbers_are_those_of_the_features(made, tmp_path):
     assert frechet.value == pytest.approx(scipy_frechet(real.double(), drawn.double()), rel=1e-3)
     direct = kernel_distance(real, drawn, 5, 10)
     assert kernel.value == pytest.approx(direct.distance, rel=1e-3)
-    assert kernel.standard_error == pytest.approx(direct.standard_error, rel=1e-3) and kernel.seed == 0
+    assert kernel.standard_error == pytest.approx(direct.standard_error, rel=1e-3)
+    assert (kernel.details["subset_seed"], kernel.seed) == (0, None), "nobody says what these were drawn with"
     assert (precision.value, recall.value) == tuple(precision_recall(real, drawn))
     assert frechet.n == 24 and frechet.details["real_pictures"] == 30
     assert frechet.details["features_weights_hash"] == weights_hash(made / "resnet")
     assert frechet.resize == "central square to 32x32, bicubic with antialias (Pillow, float32)"
+
+
+def test_precision_and_recall_of_a_part_take_pictures_from_the_whole_folder(made, tmp_path):
+    found, real, drawn = (command(made, tmp_path, "--neighbour-pictures", "12", "--seed", "3"),
+                          features(made, "real"), features(made, "drawn"))
+    theirs, ours = (torch.randperm(count, generator=torch.Generator().manual_seed(3))[:12] for count in (30, 24))
+    assert max(theirs) > 11 and max(ours) > 11, "these would be the first by name"
+    expected = precision_recall(real[theirs], drawn[ours])
+    assert expected != precision_recall(real[:12], drawn[:12])
+    for name, value in expected._asdict().items():
+        result = found[f"{name} (resnet features)"]
+        assert (result.value, result.n) == (value, 12)
+        assert [result.details[key] for key in ("real_compared", "drawn_compared", "subset_seed")] == [12, 12, 3]
+
+
+def test_results_name_the_seed_and_the_sampling_of_the_drawing(made, tmp_path):
+    shutil.copytree(made / "drawn", tmp_path / "drawn")
+    (tmp_path / "drawn" / "drawing.json").write_text(json.dumps({
+        "model": "runs/a", "sampling": {"seed": 7, "steps": 25, "sampler": "heun", "guidance": {"scale": 3.0},
+                                        "top_p": 1.0}}))
+    for result in command(made, tmp_path / "out", "--drawn", str(tmp_path / "drawn"), "--seed", "1").values():
+        assert (result.model, result.seed) == ("runs/a", 7)
+        assert result.details["sampling"] == {"steps": 25, "sampler": "heun", "guidance": {"scale": 3.0}}
+
+
+def test_real_pictures_that_eval_draw_wrote_are_counted_without_its_contact_sheet(made, tmp_path):
+    shutil.copytree(made / "real", tmp_path / "real" / "pictures")
+    lines = [json.dumps({"file": f"pictures/{path.name}", "prompt": "a"}) for path in (made / "real").iterdir()]
+    (tmp_path / "real" / "prompts.jsonl").write_text("\n".join(lines))
+    Picture.new("RGB", (50, 50), "red").save(tmp_path / "real" / "contact_sheet.png")
+    found = command(made, tmp_path / "out", "--real", str(tmp_path / "real"))
+    assert found["precision (resnet features)"].details["real_pictures"] == 30
+
+
+def test_a_clip_that_does_not_fit_is_named_before_anything_is_measured(made, tmp_path):
+    (tmp_path / "drawn").mkdir()
+    shutil.copy(made / "drawn" / "000.png", tmp_path / "drawn")
+    (tmp_path / "drawn" / "prompts.jsonl").write_text('{"file": "000.png", "prompt": "a"}\n')
+    with pytest.raises(SystemExit, match="Clip.from_pretrained: name is"):
+        command(made, tmp_path / "out", "--drawn", str(tmp_path / "drawn"), "--clip", str(tmp_path))
+    assert not (tmp_path / "out" / "features").exists()
 
 
 def test_features_are_computed_once_for_each_state_of_a_file(made, tmp_path, monkeypatch):
@@ -86,6 +128,16 @@ def test_features_are_computed_once_for_each_state_of_a_file(made, tmp_path, mon
     assert command(made, tmp_path)["precision (resnet features)"].n == 24
     assert sorted(read) == [path.name for path in files[10:20]]
     files[12].write_bytes(content)
+
+
+def test_features_of_another_preprocessing_are_computed_anew(made, tmp_path):
+    shutil.copytree(made / "resnet", tmp_path / "resnet")
+    files, found = sorted((made / "real").iterdir())[:3], []
+    for mean in ([0.4, 0.5, 0.6], [0.1, 0.2, 0.3]):
+        (tmp_path / "resnet" / "preprocessor_config.json").write_text(json.dumps(
+            {"size": {"height": 32, "width": 32}, "image_mean": mean, "image_std": [0.2, 0.3, 0.4]}))
+        found.append(features_of(files, Network.open(tmp_path / "resnet", torch.device("cpu")), tmp_path / "features"))
+    assert not torch.equal(*found)
 
 
 def test_real_pictures_may_be_those_of_the_prompts_alone(made, tmp_path):

@@ -18,13 +18,13 @@ from tests.transfusion.conftest import in_training, tiny_model
 from tests.transfusion.eval import llava_data
 from tests.transfusion.eval.llava_data import TRUTHS
 from transfusion.cli import main
-from transfusion.eval.questions import Asker
+from transfusion.eval.asking import Asker
 from transfusion.eval.report import llava_rows
-from transfusion.eval.results import read_results
+from transfusion.eval.results import Result, read_results, write_result
 
-pytest.importorskip("lmms_eval")
+pytest.importorskip("lmms_eval", reason="lmms-eval is not installed; docs/evaluation.md says how")
 lmms_model = import_module("transfusion.eval.lmms_model")
-scoring = import_module("transfusion.eval.scoring")
+judged = import_module("transfusion.eval.judged")
 SHORT = ["--max-new-tokens", "4", "--batch", "3"]
 
 
@@ -86,7 +86,7 @@ def test_what_servers_want_is_written_as_llavas_scripts_write_it(prepared, tmp_p
     assert json.loads((upload / "vizwiz.json").read_text()) == [
         {"image": "VizWiz_test_0.jpg", "answer": "unanswerable"}, {"image": "VizWiz_test_1.jpg", "answer": "coke"}]
     assert json.loads((upload / "mmvet.json").read_text()) == {"v1_0": "red", "v1_1": "4"}
-    openpyxl = pytest.importorskip("openpyxl")
+    openpyxl = pytest.importorskip("openpyxl", reason="openpyxl is not installed; the eval extra brings it")
     rows = list(openpyxl.load_workbook(upload / "mmbench.xlsx").active.values)
     assert rows[0] == ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
     assert [(row[0], row[6]) for row in rows[1:]] == [(241, "B"), (242, "A")]
@@ -131,11 +131,12 @@ def test_a_limit_is_said_and_cuts_no_pair_of_questions(prepared, tmp_path, knowi
 
 def test_a_random_model_really_answers_alone_and_in_two_processes(prepared, tmp_path):
     tasks = ["--tasks", "gqa", "pope", "--limit", "3", *SHORT]  # of POPE one process has two questions, one has one
-    evaluate(prepared, tmp_path / "one", *tasks)
+    evaluate(prepared, tmp_path / "one", "--device", "cpu", *tasks)
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29671", "-m",
          "transfusion.cli", "eval", "vqa", "--model", str(prepared / "model"), "--data", str(prepared / "prepared"),
-         "--out", str(tmp_path / "two"), *tasks], check=True, timeout=300, cwd=Path(__file__).parents[3])
+         "--out", str(tmp_path / "two"), "--device", "cpu", *tasks],
+        check=True, timeout=300, cwd=Path(__file__).parents[3])
     for name in ("gqa", "pope"):
         one, two = ((tmp_path / run / "answers" / f"{name}.jsonl").read_text() for run in ("one", "two"))
         assert one == two and all(json.loads(line)["text"] for line in one.splitlines())
@@ -145,10 +146,10 @@ def test_a_random_model_really_answers_alone_and_in_two_processes(prepared, tmp_
 def test_a_judge_that_fails_at_one_answer_makes_no_score(prepared, tmp_path, knowing, monkeypatch):
     """lmms-eval's own MM-Vet counts 0 for it, and its LLaVA-Wild -1 of -1."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    mmvet = import_module(scoring.MMVET)
+    mmvet = import_module(judged.MMVET)
     monkeypatch.setattr(mmvet, "get_chat_response", lambda prompt, **_: ("0.8", "judge") if "| red |" in prompt
                         else ("", ""))
-    wild = import_module(scoring.WILD)
+    wild = import_module(judged.WILD)
 
     def reviewed(doc, results):
         scores = [8.0, 6.0] if doc["category"] == "conv" else [-1, -1]
@@ -163,11 +164,32 @@ def test_a_judge_that_fails_at_one_answer_makes_no_score(prepared, tmp_path, kno
     assert results["mmvet-gpt_eval_score"].judge == "judge-1"
     wild = {name.removeprefix("llava_wild-gpt_eval_llava_"): result.value for name, result in results.items()
             if name.startswith("llava_wild")}
-    assert wild == {"all": None, "conv": 75.0, "detail": None, "complex": None}
+    assert wild == {"all": None, "conv": 75.0, "detail": None}, "no question is of complex reasoning"
+
+
+def test_a_result_counts_the_questions_that_its_metric_is_of(prepared, tmp_path, knowing):
+    results = evaluate(prepared, tmp_path, "--tasks", "seedbench")
+    counts = {name.removeprefix("seedbench-seed_"): result.n for name, result in results.items()}
+    assert counts["all"] == counts["image"] + counts["video"] and 0 < counts["image"] < counts["all"]
+
+
+def test_questions_that_fill_the_models_positions_have_empty_answers_and_are_counted(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(Asker, "answers", lambda self, questions, **_: [
+        None if question.where.endswith(" 1") else "yes" for question in questions])
+    results = evaluate(prepared, tmp_path, "--tasks", "pope")
+    assert {result.note for result in results.values()} == {"1 questions fill the model's positions: empty answers"}
+    lines = (tmp_path / "answers" / "pope.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in lines] == ["yes", "", "yes", "yes"]
+
+
+def test_answers_without_a_score_leave_no_older_score_beside_them(prepared, tmp_path, knowing):
+    write_result(tmp_path, Result("mmvet", "gpt_eval_score", 31.1, 218, "lmms-eval", "0.7.3", 9.0, judge="judge-1"),
+                 "mmvet-gpt_eval_score")
+    assert set(evaluate(prepared, tmp_path, "--tasks", "mmvet")) == {"mmvet-score"}
 
 
 def test_a_judge_that_answers_is_counted(monkeypatch):
-    mmvet, asked = import_module(scoring.MMVET), []
+    mmvet, asked = import_module(judged.MMVET), []
 
     def judge(prompt, temperature):
         asked.append(temperature)
@@ -175,9 +197,9 @@ def test_a_judge_that_answers_is_counted(monkeypatch):
 
     monkeypatch.setattr(mmvet, "get_chat_response", judge)
     doc = {"question": "what?", "answer": "a<AND>b", "question_id": "v1_0", "capability": "rec"}
-    record = scoring.mmvet(doc, ["a"])["gpt_eval_score"]
+    record = judged.mmvet(doc, ["a"])["gpt_eval_score"]
     assert record["score"] == 0.5 and asked == [0.0, 0.5]
-    assert scoring.mmvet_score([record, {**record, "score": 1.0}]) == 75.0
+    assert judged.mmvet_score([record, {**record, "score": 1.0}]) == 75.0
 
 
 def test_lmms_eval_finds_the_model_class_by_the_entry_point_of_setup_py(monkeypatch):

@@ -106,11 +106,11 @@ def test_a_benchmark_that_is_not_there_is_named_with_the_folder_where_it_was_loo
     (lambda data: (data / "gqa" / "llava_gqa_testdev_balanced.jsonl").write_text('{"question_id": "20130"}\n{oh\n'),
      "llava_gqa_testdev_balanced.jsonl, line 1: there is no 'text'"),
     (lambda data: (data / "gqa" / "llava_gqa_testdev_balanced.jsonl").write_text("\n{oh\n"),
-     "llava_gqa_testdev_balanced.jsonl, line 2: this is no JSON"),
+     "llava_gqa_testdev_balanced.jsonl, line 2 is damaged"),
     (lambda data: (data / "gqa" / "data" / "testdev_balanced_questions.json").write_text("{}"),
      "line 1: .*testdev_balanced_questions.json has no answer to '20130'"),
     (lambda data: (data / "gqa" / "data" / "testdev_balanced_questions.json").write_text('{"a":\n oh}'),
-     "testdev_balanced_questions.json, line 2: this is no JSON"),
+     "testdev_balanced_questions.json is damaged .*line 2"),
     (lambda data: (data / "gqa" / "data" / "testdev_balanced_questions.json").unlink(),
      "testdev_balanced_questions.json or .* is missing"),
 ])

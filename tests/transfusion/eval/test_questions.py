@@ -1,123 +1,159 @@
-"""Questions against what training writes, single questions and the model's own probabilities."""
+"""Questions with known answers: what is asked, what counts as right, and what stands beside it."""
+import json
+
 import pytest
-import torch
 from PIL import Image as Picture
 
 from tests.transfusion.conftest import tiny_model
-from transfusion import Text
-from transfusion.data.chat import TEMPLATES, ChatSettings, chat_parts
-from transfusion.data.grids import Grids, GridSettings
-from transfusion.data.sources.record import PictureFile, PictureRef, Record, Turn
-from transfusion.eval.questions import Asker, Asking, Question
-from transfusion.generate.generation import read
-from transfusion.sequence import Image, encode
+from transfusion.cli import main
+from transfusion.eval import questions as command
+from transfusion.eval.questions import Known, accuracies, is_right, majority, read_known, table
+from transfusion.eval.results import read_results
 
-SIDE = GridSettings(side=8, mode="pad")
-RED, BLUE = Picture.new("RGB", (30, 20), "red"), Picture.new("RGB", (3, 20), "blue")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
+RED = {"id": "1", "image": "red.png", "kinds": ["colour", "count"], "conversations": [
+    {"from": "human", "value": "<image>\nWhich colour?"}, {"from": "gpt", "value": "Red"},
+    {"from": "human", "value": "How many?"}, {"from": "gpt", "value": "one"}]}
+BOTH = {"id": "2", "image": ["red.png", "blue.png"], "kinds": ["colour"], "conversations": [
+    {"from": "human", "value": "<image>\n<image>\nWhich colour has the second?"}, {"from": "gpt", "value": "blue"}]}
+TEXT = {"id": "3", "kinds": ["words"], "conversations": [
+    {"from": "human", "value": "Say a word."}, {"from": "gpt", "value": "word"}]}
 
 
-@pytest.fixture(scope="module")
-def asker(model):
-    return Asker(model, Asking(pictures=SIDE))
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("red", "blue"):
+        Picture.new("RGB", (9, 7), name).save(tmp_path / f"{name}.png")
+    (tmp_path / "held-out.json").write_text(json.dumps([RED, BOTH, TEXT]))
+    return tmp_path
 
 
-def trained_on(model, question, answer, chat, folder):
-    """The document of a conversation as training makes it of a record whose pictures are files."""
-    said = []
-    for number, picture in enumerate(question.pictures):
-        picture.save(folder / f"{number}.png")
-        said += [PictureRef(PictureFile(str(folder / f"{number}.png")), loss=False), "\n"]
-    record = Record("here", turns=(Turn("user", (*said, question.text)), Turn("assistant", (answer,))))
-    grids = Grids(SIDE, model.config.patch_size, model.config.image_channels)
-    parts = [Image(grids.pixels(part, grids.of(part)), loss=False) if isinstance(part, PictureRef) else part
-             for part in chat_parts(record, model.tokenizer, chat)]
-    return encode(parts, model.tokenizer, model.config)
+class FromTable:
+    """Answers from a table of questions, and counts the pictures that it was shown."""
+
+    def __init__(self, said):
+        self.said, self.pictures = said, []
+
+    def __call__(self, model, asking):
+        self.asking = asking
+        return self
+
+    def answers(self, questions, *, max_new_tokens):
+        self.pictures += [len(question.pictures) for question in questions]
+        return [self.said[question.text] if question.pictures else "red" for question in questions]
 
 
-@pytest.mark.parametrize("template", [name for name in TEMPLATES if name not in ("chatml", "tokenizer")])
-@pytest.mark.parametrize("pictures", [(), (RED,), (RED, BLUE)], ids=len)
-def test_a_prompt_is_the_beginning_of_the_document_that_training_makes(model, template, pictures, tmp_path):
-    chat = ChatSettings(template=template, image_position="front")
-    question = Question("What is it?", pictures)
-    prompt = encode(Asker(model, Asking(chat, SIDE)).prompt(question), model.tokenizer, model.config, end=False)
-    whole = trained_on(model, question, "A handwritten seven", chat, tmp_path)
-    assert whole.tokens[:len(prompt.tokens)] == prompt.tokens and not any(prompt.targets)
-    assert whole.targets[len(prompt.tokens)], "the answer's loss begins where the prompt ends"
-    assert len(prompt.images) == len(pictures)
-    for (start, patches, *_), (expected_start, expected, *_) in zip(prompt.images, whole.images):
-        assert start == expected_start and torch.equal(patches, expected)
+def run(folder, monkeypatch, *flags, said=None):
+    asker = FromTable(said or {"Which colour?": "red.", "How many?": "two", "Which colour has the second?": " Blue"})
+    monkeypatch.setattr(command, "Asker", asker)
+    monkeypatch.setattr(command, "load_model", lambda path, device: tiny_model())
+    (folder / "model").mkdir(exist_ok=True)
+    main(["eval", "questions", "--model", str(folder / "model"), "--data", str(folder / "held-out.json"),
+          "--out", str(folder / "out"), *flags])
+    return asker
 
 
-def test_answers_of_a_batch_are_those_of_single_questions(asker):
-    questions = [Question("a seven?", (RED,)), Question("what"), Question("which is blue", (RED, BLUE))]
-    together = asker.answers(questions, max_new_tokens=6)
-    assert together == [asker.answers([question], max_new_tokens=6)[0] for question in questions]
-    assert all(together), "a random model writes something"
+def test_each_question_is_asked_alone_behind_all_pictures_of_its_conversation(folder):
+    known = read_known(folder / "held-out.json", None)
+    assert [(one.kind, one.text, len(one.pictures), one.answer) for one in known] == [
+        ("colour", "Which colour?", 1, "Red"), ("count", "How many?", 1, "one"),
+        ("colour", "Which colour has the second?", 2, "blue"), ("words", "Say a word.", 0, "word")]
+    assert [picture.size for picture in known[2].question(True).pictures] == [(9, 7), (9, 7)]
+    assert known[2].question(False).pictures == ()
 
 
-def test_an_answer_ends_before_the_first_text_that_stops_it(asker):
-    whole, = asker.answers([Question("a seven?", (RED,))], max_new_tokens=8)
-    assert len(whole) > 4
-    stop = whole[3:5]
-    assert asker.answers([Question("a seven?", (RED,))], max_new_tokens=8, stop=("never", stop)) == \
-        [whole[:whole.index(stop)].strip()]
+def test_accuracy_is_told_for_each_kind_beside_who_does_not_look(folder, monkeypatch, capsys):
+    asker = run(folder, monkeypatch, "--blind")
+    assert sorted(asker.pictures) == [0, 0, 0, 0, 1, 1, 2], "the question without pictures is asked once"
+    results = {result.metric: result for result in read_results(folder / "out").values()}
+    assert {metric: (result.value, result.n) for metric, result in results.items()} == {
+        "accuracy, colour": (1.0, 2), "accuracy, count": (0.0, 1), "accuracy, words": (0.0, 1)}
+    assert results["accuracy, colour"].details == {"majority": 0.5, "blind": 0.5}
+    lines = [json.loads(line) for line in (folder / "out" / "questions.jsonl").read_text().splitlines()]
+    assert lines[1] | {"where": ""} == {
+        "where": "", "kind": "count", "question": "How many?", "answer": "one", "right": "two", "blind": "red",
+        "majority": "one"}
+    with Picture.open(folder / "out" / "questions.png") as sheet:
+        assert sheet.width > 500
+    assert "colour" in capsys.readouterr().out
 
 
-def test_what_stops_a_row_is_in_no_event_and_leaves_the_other_rows_alone(model):
-    prompts = [[Text("a handwritten seven")], [Text("two")]]
-    whole = ["".join(part.text for part in parts)
-             for parts in model.generate_batch(prompts, max_new_tokens=8, max_images=0)]
-    stop = whole[0][2]
-    expected = [text.split(stop)[0] for text in whole]
-    stopped = model.generate_batch(prompts, max_new_tokens=8, max_images=0, stop=(stop,))
-    assert ["".join(part.text for part in parts) for parts in stopped] == expected
-    events = list(model.stream(prompts[0], max_new_tokens=8, max_images=0, stop=(stop,)))
-    assert expected[0].startswith("".join(event.text for event in events))
+def test_the_majoritys_answer_is_that_of_the_training_data_where_they_are_named():
+    known = [Known("count", "", (), answer, "") for answer in ("one", "two", "two")]
+    train = [Known("count", "", (), answer, "") for answer in ("three", "one", "one")]
+    assert majority(known, known) == ["two"] * 3
+    assert majority(known, train) == ["one"] * 3
+    assert majority(known, [Known("place", "", (), "left", "")]) == [""] * 3
 
 
-@torch.no_grad()
-def test_a_likelihood_is_the_sum_of_the_answers_log_probabilities(model, asker, tmp_path):
-    question, answer = Question("a seven?", (RED,)), "seven"
-    together = asker.likelihoods([question, Question("what is this, in many more words than that")], [answer, "a"])
-    document = trained_on(model, question, answer, asker.asking.chat, tmp_path)
-    tokens = [i for i, target in enumerate(document.targets) if target][:-1]  # without EOS
-    total = 0.0
-    for i in tokens:  # each from its own prefix alone
-        prefix = document._replace(tokens=document.tokens[:i], targets=document.targets[:i])
-        _, hidden = read(model, [prefix])
-        total += float(model.backbone.logits(hidden[0, -1]).log_softmax(-1)[document.tokens[i]])
-    assert together[0].log_probability == pytest.approx(total, rel=1e-4)
+@pytest.mark.parametrize("answer,right", [("A  red apple.", True), ("a red apple", True), ("red apple", False),
+                                          ("", False)])
+def test_case_white_space_and_a_full_stop_are_no_errors(answer, right):
+    assert is_right(answer, "a red apple") == right
 
 
-def test_an_answer_of_the_likeliest_tokens_is_greedy_and_another_is_not(model, asker, monkeypatch):
-    question, answers = Question("a seven?", (RED,)), ("seven", "two")
-    ids = [i for i in model.tokenizer.encode(" seven", add_special_tokens=False)]
-    wanted = iter([*ids, *ids])
-
-    def logits(hidden):
-        scores = torch.zeros(len(hidden), len(model.tokenizer))
-        for row in scores:
-            row[next(wanted)] = 1.0
-        return scores
-
-    monkeypatch.setattr(model.backbone, "logits", logits)
-    assert [asker.likelihoods([question], [answer])[0].greedy for answer in answers] == [True, False]
+def test_a_picture_that_cannot_be_read_leaves_its_questions_out(folder, monkeypatch, capfd):
+    (folder / "blue.png").write_bytes(b"no picture")
+    run(folder, monkeypatch)
+    assert sum(result.n for result in read_results(folder / "out").values()) == 3
+    said = capfd.readouterr()
+    assert "left out: " in said.out + said.err and "blue.png" in said.out + said.err
+    assert all("1 of 4 questions left out: a picture cannot be read, or" in result.note
+               for result in read_results(folder / "out").values())
 
 
-def test_a_question_longer_than_the_models_positions_is_named():
-    short = tiny_model(max_position_embeddings=64)
-    with pytest.raises(ValueError, match="rows.jsonl, line 3 has .* tokens with its pictures and the model has 64 "):
-        Asker(short, Asking(pictures=SIDE)).answers([Question("why", (RED,), "rows.jsonl, line 3")], max_new_tokens=4)
+def test_a_question_that_fills_the_models_positions_is_left_out(folder, monkeypatch):
+    long = dict.fromkeys(("Which colour?", "Which colour has the second?"), "red") | {"How many?": None}
+    run(folder, monkeypatch, said=long)
+    assert {(result.metric, result.n, "1 of 4 questions left out" in result.note)
+            for result in read_results(folder / "out").values()} == {
+        ("accuracy, colour", 2, True), ("accuracy, words", 1, True)}
 
 
-def test_no_more_is_written_than_there_are_positions(model):
-    length = len(encode(Asker(model, Asking(pictures=SIDE)).prompt(Question("why", (RED,))), model.tokenizer,
-                        model.config, end=False).tokens)
-    few = tiny_model(max_position_embeddings=length + 2)
-    answer, = Asker(few, Asking(pictures=SIDE)).answers([Question("why", (RED,))], max_new_tokens=50)
-    assert answer == Asker(model, Asking(pictures=SIDE)).answers([Question("why", (RED,))], max_new_tokens=2)[0]
+def test_an_evaluation_that_was_stopped_asks_what_is_missing_alone(folder, monkeypatch):
+    asked, stops = [], iter([False, False, True])
+
+    def answers(self, questions, *, max_new_tokens):
+        if next(stops, False):
+            raise KeyboardInterrupt
+        asked.extend(question.text for question in questions)
+        return ["red"] * len(questions)
+
+    monkeypatch.setattr(FromTable, "answers", answers)
+    with pytest.raises(SystemExit, match="stopped"):
+        run(folder, monkeypatch, "--batch", "1")
+    run(folder, monkeypatch, "--batch", "1")
+    assert sorted(asked) == sorted(one.text for one in read_known(folder / "held-out.json", None))
+    run(folder, monkeypatch, "--batch", "1", "--side", "16")
+    assert len(asked) == 8, "pictures of another size are other questions"
+
+
+def test_pictures_are_shown_as_large_as_the_model_draws_and_the_results_say_how(folder, monkeypatch):
+    asker = run(folder, monkeypatch)
+    assert (asker.asking.pictures.side, asker.asking.pictures.mode) == (8, "pad")
+    assert {(result.resize, result.prompts.split("; ")[1]) for result in read_results(folder / "out").values()} == {
+        ("pad, side 8", "template vicuna_v1")}
+    run(folder, monkeypatch, "--side", "16", "--mode", "crop", "--template", "plain")
+    assert {(result.resize, result.prompts.split("; ")[1]) for result in read_results(folder / "out").values()} == {
+        ("crop, side 16", "template plain")}
+
+
+def test_errors_are_compared_with_the_better_of_those_that_do_not_look():
+    known = [Known("colour", "", (), answer, "") for answer in ("red", "red", "blue", "blue")]
+    scores = accuracies(known, {"right": ["red", "red", "blue", "red"], "majority": ["red"] * 4,
+                                "blind": ["blue", "blue", "red", "red"]})
+    assert scores == {"colour": {"n": 4, "right": 0.75, "majority": 0.5, "blind": 0.0}}
+    assert table(scores).splitlines()[1].split() == ["colour", "4", "75.0%", "50.0%", "0.0%", "0.50x"]
+
+
+def test_kinds_that_are_not_one_for_each_question_are_refused_with_their_row(folder):
+    (folder / "held-out.json").write_text(json.dumps([TEXT, RED | {"kinds": ["colour"]}]))
+    with pytest.raises(ValueError, match=r"held-out.json, row 1: kinds is \['colour'\] and there are 2 questions"):
+        read_known(folder / "held-out.json", None)
+
+
+def test_a_model_answers_from_a_checkpoint(folder, capsys):
+    tiny_model().save_pretrained(folder / "tiny")
+    (folder / "mix.yaml").write_text("pictures: {side: 8}\nsources: [{format: llava, path: held-out.json}]\n")
+    main(["eval", "questions", "--model", str(folder / "tiny"), "--data", str(folder / "held-out.json"),
+          "--out", str(folder / "out"), "--mixture", str(folder / "mix.yaml"), "--max-new-tokens", "3"])
+    assert len(read_results(folder / "out")) == 3

@@ -63,6 +63,13 @@ def test_each_model_has_a_row_of_its_own(tmp_path):
     assert all(len(cells) == len(COLUMNS) + 1 for cells in rows)
 
 
+def test_results_of_other_weights_in_one_directory_stand_in_rows_of_their_own():
+    older, newer = (dataclasses.replace(one, weights_hash=digit * 64) for one, digit in ((GQA, "a"), (MME, "b")))
+    rows = llava_rows({"a": older, "b": newer})
+    assert [cells[0] for cells in rows] == [LLAVA, "runs/a (aaaaaaaa)", "runs/a (bbbbbbbb)"]
+    assert [(cells[2], cells[7]) for cells in rows[1:]] == [("42.7", "-"), ("-", "1234.6")]
+
+
 def test_without_llavas_benchmarks_there_is_no_table_of_them(tmp_path):
     held, page = made(tmp_path, KERNEL)
     assert held["llava"] == [] and LLAVA not in page

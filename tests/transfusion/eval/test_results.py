@@ -11,6 +11,7 @@ from transfusion.eval.results import (
     Result,
     read_result,
     read_results,
+    remove_results,
     result_name,
     version_of,
     weights_hash,
@@ -32,6 +33,16 @@ def test_a_later_result_of_the_same_name_takes_the_place_of_the_older_one(tmp_pa
     later = dataclasses.replace(RESULT, value=0.5)
     write_result(tmp_path, later, "kid")
     assert read_results(tmp_path) == {"kid": later}
+
+
+def test_all_results_of_a_task_are_removed_and_no_others(tmp_path):
+    names = {(task, metric): result_name(task, metric) for task, metric in (
+        ("mmvet", "gpt_eval_score"), ("mmvet", "score"), ("mmvet_2", "score"), ("gqa", "exact_match"))}
+    for (task, metric), name in names.items():
+        write_result(tmp_path, dataclasses.replace(RESULT, task=task, metric=metric), name)
+    remove_results(tmp_path, "mmvet")
+    assert set(read_results(tmp_path)) == {"mmvet_2-score", "gqa-exact_match"}
+    remove_results(tmp_path / "nowhere", "mmvet")
 
 
 def test_results_come_in_the_order_of_their_names_and_none_are_none(tmp_path):

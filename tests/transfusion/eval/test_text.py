@@ -8,6 +8,7 @@ from transformers import LlamaForCausalLM
 
 from tests.transfusion.conftest import tiny_model
 from transfusion.cli import main
+from transfusion.eval import text
 from transfusion.eval.results import read_results
 from transfusion.eval.text import perplexity
 
@@ -67,6 +68,15 @@ def test_perplexity_is_that_of_transformers_own_model(model, plain, window, batc
     assert found.bits_per_byte == pytest.approx(-total / math.log(2) / len(TEXT.encode()), rel=1e-5)
 
 
+@torch.no_grad()
+def test_perplexity_holds_the_logits_of_some_positions_at_once(model, monkeypatch):
+    whole, seen, logits = perplexity(model, TEXT, 32, 3), [], model.backbone.logits
+    monkeypatch.setattr(text, "POSITIONS", 7)
+    monkeypatch.setattr(model.backbone, "logits", lambda states: seen.append(len(states)) or logits(states))
+    assert perplexity(model, TEXT, 32, 3).log_probability == pytest.approx(whole.log_probability, rel=1e-6)
+    assert max(seen) == 7 and sum(seen) == whole.tokens, "each token is scored once"
+
+
 def test_the_command_writes_three_results_of_a_file(model, tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "a.txt").write_text(TEXT)
@@ -108,8 +118,34 @@ def tasks(tmp_path, monkeypatch):
     return tmp_path / "tasks"
 
 
+def test_a_task_that_does_not_exist_is_named_before_the_model_is_loaded(tasks, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed; docs/evaluation.md says how")
+    monkeypatch.setattr(text, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(SystemExit, match="'digits_choise' is no task of lm-eval"):
+        main(["eval", "text", "--model", str(tmp_path), "--tasks", "digits_text", "digits_choise", "--include",
+              str(tasks), "--out", str(tmp_path / "out")])
+
+
+def test_results_of_a_task_are_written_before_the_next_one_runs(model, tasks, tmp_path, monkeypatch):
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed; docs/evaluation.md says how")
+    real, asked = lm_eval.simple_evaluate, []
+
+    def evaluate(decoder, tasks, **options):
+        asked.append((tasks, len(read_results(tmp_path / "out"))))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return real(decoder, tasks=tasks, **options)
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", evaluate)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit, match="stopped"):
+        main(["eval", "text", "--model", str(tmp_path / "model"), "--tasks", "digits_choice", "digits_text",
+              "--include", str(tasks), "--out", str(tmp_path / "out")])
+    assert asked == [(["digits_choice"], 0), (["digits_text"], 2)]
+
+
 def test_lm_eval_gives_the_decoder_the_numbers_of_the_same_model_in_transformers(model, plain, tasks, tmp_path):
-    lm_eval = pytest.importorskip("lm_eval")
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed; docs/evaluation.md says how")
     model.save_pretrained(tmp_path / "model")
     main(["eval", "text", "--model", str(tmp_path / "model"), "--tasks", "digits_choice", "digits_text", "--include",
           str(tasks), "--out", str(tmp_path / "out")])

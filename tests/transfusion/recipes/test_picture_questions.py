@@ -7,14 +7,14 @@ import pytest
 from PIL import Image as Picture
 
 from transfusion.data.mixture import open_sources, read_mixture
-from transfusion.eval.known_answers import read_known
+from transfusion.eval.questions import read_known
 from transfusion.recipes.emoji import LIVELY, SHIPPED, STYLES, Emoji
-from transfusion.recipes.picture_questions import COUNTS, KINDS, PLACES, QuestionSettings, write
+from transfusion.recipes.picture_questions import COUNTS, KINDS, PLACES, PictureQuestionSettings, write
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write(QuestionSettings(out=tmp_path_factory.mktemp("questions") / "out", scenes=400, pairs=400))
+    return write(PictureQuestionSettings(out=tmp_path_factory.mktemp("questions") / "out", scenes=400, pairs=400))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_counts_and_places_are_those_of_the_tiles(folder, emoji):
 
 
 def test_the_same_seed_writes_the_same(folder, tmp_path):
-    again = write(QuestionSettings(out=tmp_path / "again", scenes=400, pairs=400))
+    again = write(PictureQuestionSettings(out=tmp_path / "again", scenes=400, pairs=400))
     for split in ("train", "held-out"):
         assert rows(again, split) == rows(folder, split)
 

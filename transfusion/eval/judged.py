@@ -17,8 +17,9 @@ def unscored(doc: dict, results: list[str]) -> dict:
 
 
 def llava_wild(doc: dict, results: list[str]) -> dict:
-    """Ask lmms-eval's judge to compare an answer with GPT-4's."""
-    return importlib.import_module(WILD).llava_process_results(doc, results)
+    """Ask lmms-eval's judge to compare an answer with GPT-4's; scores of all questions and of the answer's kind."""
+    held = importlib.import_module(WILD).llava_process_results(doc, results)
+    return {name: result for name, result in held.items() if -999 not in result["scores"]}  # its mark of other kinds
 
 
 def llava_wild_all(results: list[dict]) -> float:
@@ -42,10 +43,9 @@ def llava_wild_complex(results: list[dict]) -> float:
 
 
 def _llava_wild(results: list[dict], kind: str) -> float:
-    own = [result for result in results if -999 not in result["scores"]]  # lmms-eval's mark of other kinds
-    if not own or any(min(result["scores"]) < 0 for result in own):
+    if any(min(result["scores"]) < 0 for result in results):
         return math.nan
-    return importlib.import_module(WILD).llava_aggregation(own, kind)
+    return importlib.import_module(WILD).llava_aggregation(results, kind)
 
 
 def mmvet(doc: dict, results: list[str]) -> dict:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from transfusion.eval.questions import Asking
+from transfusion.eval.asking import Asking
 from transfusion.files import check_writable
 
 

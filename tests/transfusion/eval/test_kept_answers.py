@@ -10,11 +10,10 @@ from tests.transfusion.conftest import tiny_model
 from tests.transfusion.eval import llava_data
 from transfusion.cli import main
 from transfusion.eval import uploads
-from transfusion.eval.answers import Answers, identity
+from transfusion.eval.asking import AskingSettings
 from transfusion.eval.benchmarks import BENCHMARKS
+from transfusion.eval.kept_answers import Answers, identity
 from transfusion.eval.prepare import task_yaml
-from transfusion.eval.questions import Asking
-from transfusion.eval.settings import AskingSettings
 
 
 def test_answers_are_there_again_for_every_process_and_of_this_model_alone(tmp_path):
@@ -38,9 +37,9 @@ def test_a_torn_line_is_asked_again_and_spoils_no_later_one(tmp_path):
 
 
 def test_answers_change_with_the_weights_the_way_of_asking_and_the_numbers_type():
-    ways = [identity("a", Asking(), "float32"), identity("b", Asking(), "float32"),
-            identity("a", AskingSettings(mode="crop", side=8).asking(tiny_model()), "float32"),
-            identity("a", Asking(), "bfloat16")]
+    padded, cropped = (AskingSettings(mode=mode, side=8).asking(tiny_model()) for mode in ("pad", "crop"))
+    ways = [identity("a", padded, "float32"), identity("b", padded, "float32"), identity("a", cropped, "float32"),
+            identity("a", padded, "bfloat16")]
     assert len(set(ways)) == 4
 
 
@@ -109,9 +108,9 @@ def test_settings_that_do_not_fit_end_in_one_line(tmp_path, arguments, message):
 def test_without_its_library_a_command_says_how_to_install_it(tmp_path, monkeypatch, verb, package):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setitem(sys.modules, f"{package}.evaluator", None)
-    tiny_model().save_pretrained(tmp_path / "model")
     main(["eval", "prepare", "--data", str(llava_data.make(tmp_path / "eval")), "--out", str(tmp_path / "prepared"),
           "--tasks", "gqa"])
+    (tmp_path / "model").mkdir()  # without a model in it: the library is looked for first
     arguments = {"vqa": ["--data", str(tmp_path / "prepared")], "text": ["--tasks", "llama2"]}[verb]
     with pytest.raises(SystemExit, match=r'cannot be imported .*; pip install "tfkernels\[eval\]"'):
         main(["eval", verb, "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), *arguments])
