@@ -2,12 +2,14 @@
 import base64
 import binascii
 import io
+from collections.abc import Callable
 
 from PIL import Image as Picture
+from torch import Tensor
 
 from transfusion.data.picture_files import UNREADABLE, fit_picture, open_picture, to_picture
 from transfusion.sequence import Image
-from transfusion.serve.engine import Engine
+from transfusion.serve.engine import Closed, Engine
 from transfusion.serve.remote import fetch
 
 MAX_PIXELS = 2**26  # of an uploaded picture: more than cameras make, and 200 MB decoded
@@ -63,16 +65,23 @@ class PictureReader:
         pixels = fit_picture(open_picture(io.BytesIO(data), "image"), self.size, self.channels)
         if self.vae is None:
             return Image(pixels)
-        return Image(self.engine.call(lambda: self.vae.encode(pixels[None])[0]).result())
+        return Image(self._run(lambda: self.vae.encode(pixels[None])[0]))
 
     def png(self, image: Image) -> str:
         """An image as base64 of a PNG file; not on the engine's thread."""
         pixels = image.latent
         if self.vae is not None:
-            pixels = self.engine.call(lambda: self.vae.decode(image.latent[None])[0]).result()
+            pixels = self._run(lambda: self.vae.decode(image.latent[None])[0])
         file = io.BytesIO()
         to_picture(pixels).save(file, "PNG")
         return base64.b64encode(file.getvalue()).decode()
+
+    def _run(self, function: Callable[[], Tensor]) -> Tensor:
+        """Run the autoencoder. An error in it is none of the picture that it is run for, whatever its class."""
+        future = self.engine.call(function)
+        if error := future.exception():
+            raise error if isinstance(error, Closed) else RuntimeError("the autoencoder failed") from error
+        return future.result()
 
     def url(self, image: Image) -> str:
         """An image as a data: URL."""

@@ -13,10 +13,11 @@ too many bytes, 429 too many requests wait, 500 and 503 the server's own.
 import asyncio
 import hmac
 import json
+import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 
 from fastapi import FastAPI, Request
@@ -35,6 +36,7 @@ from transfusion.serve.request import Failed, Finished
 from transfusion.serve.request import Request as Asked
 from transfusion.serve.wire import ApiError, Body, ChatBody, CompletionBody, ImageBody, prompt_of, refused
 
+LOG = logging.getLogger(__name__)
 MEGABYTE = 2**20
 COUNTERS = ("submitted", "finished", "failed", "cancelled", "refused", "passes", "rows_in_passes", "reused_tokens",
             "written_tokens", "drawn_images", "denoising_steps")
@@ -76,7 +78,7 @@ class Answers:
             while left:
                 number, event = await self.queue.get()
                 if isinstance(event, Failed):
-                    raise as_api_error(event.error)
+                    raise of_the_server(event.error)
                 left -= isinstance(event, Finished)
                 yield number, event
         finally:
@@ -126,12 +128,13 @@ class Api:
     async def chat(self, body: ChatBody, request: Request) -> Response:
         """/v1/chat/completions."""
         self._check_model(body)
-        parts = await run_in_threadpool(prompt_of, body.messages, self.pictures, self.template)
         kinds = body.modalities or ["text", "image"]
         more = {} if "image" in kinds else {"max_images": 0}
         more |= {} if "text" in kinds else {"max_new_tokens": 0, "max_images": 1}
-        answers = await self._start([(parts, body.sampling(self.pictures, number, **more))
-                                     for number in range(body.n)], draw="text" not in kinds)
+        with reading():
+            parts = await run_in_threadpool(prompt_of, body.messages, self.pictures, self.template)
+            answers = await self._start([(parts, body.sampling(self.pictures, number, **more))
+                                         for number in range(body.n)], draw="text" not in kinds)
         head = self._head("chatcmpl", body)
         if body.stream:
             wants_usage = bool((body.stream_options or {}).get("include_usage"))
@@ -148,8 +151,9 @@ class Api:
         prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
         if not 1 <= len(prompts) * body.n <= 64:
             raise ApiError(400, f"prompt is {len(prompts)} texts and n {body.n}; 1 to 64 answers fit", "prompt")
-        answers = await self._start([([Text(prompt)], body.sampling(self.pictures, number, max_images=0))
-                                     for prompt in prompts for number in range(body.n)])
+        with reading():
+            answers = await self._start([([Text(prompt)], body.sampling(self.pictures, number, max_images=0))
+                                         for prompt in prompts for number in range(body.n)])
         head = {**self._head("cmpl", body), "object": "text_completion"}
         if body.stream:
             return await self._streamed(answers, self._text_chunks(head, answers, request))
@@ -173,19 +177,21 @@ class Api:
             fields = {name: value for name, value in form.items() if isinstance(value, str)}
             if isinstance(fields.get("extra_body"), str):
                 fields["extra_body"] = _json("extra_body", fields["extra_body"])
-            body = ImageBody(**fields)
-            self._check_model(body)
-            if not files:
-                raise ApiError(400, "image is missing; a picture file fits", "image")
-            images = [await run_in_threadpool(self.pictures.read, await file.read()) for file in files]
+            with reading():
+                body = ImageBody(**fields)
+                self._check_model(body)
+                if not files:
+                    raise ApiError(400, "image is missing; a picture file fits", "image")
+                images = [await run_in_threadpool(self.pictures.read, await file.read()) for file in files]
         given = [*images, *([Text(body.prompt)] if body.prompt.strip() else [])]
         return await self._drawn(body, given, request)
 
     async def _drawn(self, body: ImageBody, parts: list[Part], request: Request) -> dict:
         if body.stream:
             raise ApiError(400, "stream is True; False fits here; /v1/chat/completions streams pictures", "stream")
-        answers = await self._start([(parts, body.sampling(self.pictures, number, max_new_tokens=0, max_images=1))
-                                     for number in range(body.n)], draw=True)
+        with reading():
+            answers = await self._start([(parts, body.sampling(self.pictures, number, max_new_tokens=0, max_images=1))
+                                         for number in range(body.n)], draw=True)
         images = [next(part for part in one.parts if isinstance(part, Image))
                   for one in await answers.finished(request)]
         write = self.pictures.png if body.response_format == "b64_json" else self.pictures.url
@@ -202,8 +208,9 @@ class Api:
             try:
                 async for chunk in chunks:
                     yield f"data: {json.dumps(chunk)}\n\n"
-            except ApiError as error:  # the status is sent already
-                yield f"data: {json.dumps(error.body())}\n\n"
+            except Exception as error:  # the status is sent already
+                told = error if isinstance(error, ApiError) else of_the_server(error)
+                yield f"data: {json.dumps(told.body())}\n\n"
             finally:  # also of a client that left before the first event
                 answers.cancel()
             yield "data: [DONE]\n\n"
@@ -315,14 +322,15 @@ def make_app(engine: Engine, name: str, *, template: str = "none", api_key: str 
     for path, function in (("chat/completions", api.chat), ("completions", api.complete),
                            ("images/generations", api.draw), ("images/edits", api.edit)):
         app.add_api_route(f"/v1/{path}", function, methods=["POST"], response_model=None)
-    for kind in (ApiError, ValidationError, RequestValidationError, ValueError, QueueFull, Closed, HTTPException,
-                 Exception):
-        app.add_exception_handler(kind, _handle)
+    for kind, told in ((ApiError, lambda error: error), (RequestValidationError, of_the_client),
+                       (HTTPException, lambda error: ApiError(error.status_code, str(error.detail))),
+                       (Exception, of_the_server)):
+        app.add_exception_handler(kind, partial(_handle, told))
     return app
 
 
-async def _handle(request: Request, error: Exception) -> JSONResponse:
-    return _response(as_api_error(error))
+async def _handle(told: Callable[[Exception], ApiError], request: Request, error: Exception) -> JSONResponse:
+    return _response(told(error))
 
 
 def _response(error: ApiError) -> JSONResponse:
@@ -330,21 +338,31 @@ def _response(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body(), error.status, headers.get(error.status))
 
 
-def as_api_error(error: Exception) -> ApiError:
-    """Any error as one with a status; the server's own errors say no more than their kind."""
-    if isinstance(error, ApiError):
-        return error
+@contextmanager
+def reading() -> Iterator[None]:
+    """While a request is read and handed to the engine, what does not fit is the client's error."""
+    try:
+        yield
+    except (ValueError, QueueFull) as error:
+        raise of_the_client(error) from error
+
+
+def of_the_client(error: ValueError | RequestValidationError | QueueFull) -> ApiError:
+    """An error in what a client asked for, or its asking too much."""
+    if isinstance(error, QueueFull):
+        return ApiError(429, str(error))
     if isinstance(error, (ValidationError, RequestValidationError)):
         first = error.errors()[0]
         field = ".".join(str(step) for step in first["loc"] if step != "body")
         return ApiError(400, f"{field or 'the body'}: {first['msg']}", field or None)
-    if isinstance(error, HTTPException):
-        return ApiError(error.status_code, str(error.detail))
-    for kind, status in ((QueueFull, 429), (Closed, 503)):
-        if isinstance(error, kind):
-            return ApiError(status, str(error))
-    if isinstance(error, ValueError):
-        return refused(error)
+    return refused(error)
+
+
+def of_the_server(error: Exception) -> ApiError:
+    """Any other error. The client hears no more than its kind; the server's log has all of it."""
+    if isinstance(error, Closed):
+        return ApiError(503, str(error))
+    LOG.error("a request failed", exc_info=error)
     return ApiError(500, f"the request failed ({type(error).__name__})")
 
 

@@ -194,14 +194,26 @@ def test_malformed_and_large_bodies_are_answered_in_openais_shape(client, body, 
     assert client.get("/v1/nothing").json()["error"]["message"] == "Not Found"
 
 
-def test_an_error_of_the_server_is_a_500_that_tells_nothing_of_it(served, monkeypatch):
+@pytest.mark.parametrize("kind", [ZeroDivisionError, ValueError])
+def test_an_error_of_the_server_is_a_500_that_tells_nothing_of_it(served, monkeypatch, caplog, kind):
+    """A ValueError while a request runs is not the client's either; the server's log has what it says."""
     _, engine, client = served
-    monkeypatch.setattr(engine.cache, "run", lambda asks: 1 / 0)
-    answer = client.post("/v1/images/generations", json={"prompt": "a", **DRAW})
-    assert answer.status_code == 500 and answer.json()["error"]["message"] == "the request failed (ZeroDivisionError)"
-    streamed = events(chat(client, "a", stream=True))
-    assert streamed[-1]["error"]["type"] == "server_error"
-    monkeypatch.undo()
+    told = {"message": f"the request failed ({kind.__name__})", "type": "server_error", "param": None, "code": None}
+
+    def fails(*_):
+        raise kind("steps is 3: a secret")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(engine.cache, "run", fails)
+        answer = client.post("/v1/images/generations", json={"prompt": "a", **DRAW})
+        assert answer.status_code == 500 and answer.json()["error"] == told
+        assert "a secret" in caplog.text
+        assert events(chat(client, "a", stream=True))[-1]["error"] == told
+    with monkeypatch.context() as broken:
+        broken.setattr("transfusion.serve.pictures.to_picture", fails)
+        answer = client.post("/v1/images/generations", json={"prompt": "a", **DRAW})
+        assert answer.status_code == 500 and answer.json()["error"] == told
+        assert events(chat(client, "a", stream=True, modalities=["image"], **DRAW))[-1]["error"] == told
     assert client.post("/v1/images/generations", json={"prompt": "a", **DRAW}).status_code == 200
 
 
