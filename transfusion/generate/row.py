@@ -47,8 +47,9 @@ def solver_of(model, options: Sampling, grid: tuple[int, int]) -> DDIMSolver | S
 class Row:
     """One prompt: what it wrote since its last image, its finished parts and its own random numbers."""
 
-    def __init__(self, model, prompt: list[Part], options: Sampling, grid: tuple[int, int], seed: int):
+    def __init__(self, model, prompt: list[Part], options: Sampling, grid: tuple[int, int], seed: int, decoder=None):
         self.model, self.config, self.prompt, self.options, self.grid = model, model.config, prompt, options, grid
+        self.decoder = model.tokenizer if decoder is None else decoder  # makes text of tokens
         self.eos = model.tokenizer.eos_token_id
         self.generator = torch.Generator().manual_seed(seed)
         self.stop = tuple(options.stop or ())
@@ -97,7 +98,7 @@ class Row:
             return None
         self.tokens.append(token)
         self.written += 1
-        text = self.model.tokenizer.decode(self.tokens)
+        text = self.decoder.decode(self.tokens)
         kept = self._before_stop(text)
         self.state = WRITING if kept == text else DONE
         if kept.endswith("\N{REPLACEMENT CHARACTER}"):  # a character of several tokens is not whole yet
@@ -124,7 +125,7 @@ class Row:
 
     def finish(self) -> None:
         """Make what was written since the last image a part, if it is anything."""
-        text = self._before_stop(self.model.tokenizer.decode(self.tokens)) if self.tokens else ""
+        text = self._before_stop(self.decoder.decode(self.tokens)) if self.tokens else ""
         self.parts += [Text(text)] if text else []
         self.tokens, self.text = [], ""
 

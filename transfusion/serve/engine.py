@@ -9,19 +9,21 @@ Each request draws its random numbers from its own seed, so its result does not 
 and images differ by the rounding of matrix products of other shapes (tests/transfusion/serve/test_engine.py: at most
 4.3e-6 of an image's largest value, in float32 on a CPU).
 """
+import copy
 import queue
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from transfusion.generate.generation import Event
+from transfusion.generate.generation import Event, as_parts
 from transfusion.generate.row import check_options
 from transfusion.generate.sampling import Sampling
-from transfusion.sequence import Document, Part
+from transfusion.sequence import Document, Part, Text
 from transfusion.serve.ragged_cache import Denoise, Feed, RaggedCache
 from transfusion.serve.request import Failed, Finished, Limits, Request, Running
 
@@ -99,7 +101,9 @@ class Engine:
         self._counts: Counter = Counter()
         self._closing = False
         self._change = threading.Condition()    # guards all of the above
-        self.tokenizing = threading.Lock()     # a tokenizer's settings change while it encodes
+        self.tokenizing = threading.Lock()     # the model's tokenizer, whose settings change while it encodes
+        self._decoder = copy.deepcopy(model.tokenizer)  # the thread's own: it waits for nobody who encodes a long text
+        self._longest = max(map(len, model.tokenizer.get_vocab()))  # characters of a token
         self._thread = threading.Thread(target=self._loop, name="transfusion-engine", daemon=True)
         self._thread.start()
         self.call(self._allocate).result()
@@ -117,10 +121,11 @@ class Engine:
             QueueFull: too many wait.
             Closed: the engine is being closed.
         """
-        ticket = Ticket(self, on_event)
+        ticket, parts = Ticket(self, on_event), as_parts("submit", "parts", request.parts)
+        self.check_texts(part.text for part in parts if isinstance(part, Text) and isinstance(part.text, str))
         with self.tokenizing:
-            running = Running(request, self.model, self.limits, ticket.tell, self.cache.pages.remember, self._counts)
-            ticket.running = running
+            ticket.running = running = Running(replace(request, parts=parts), self.model, self.limits, ticket.tell,
+                                               self.cache.pages.remember, self._counts, self._decoder)
         with self._change:
             if self._closing:
                 raise Closed("submit: the engine is closed; start another")
@@ -131,6 +136,17 @@ class Engine:
             self._counts["submitted"] += 1
             self._change.notify()
         return ticket
+
+    def check_texts(self, texts: Iterable[str]) -> None:
+        """Refuse a prompt whose texts cannot fit, before they are tokenized: no token has more than so many characters.
+
+        Raises:
+            ValueError: they have more characters than the longest tokens that fit.
+        """
+        characters, fit = sum(map(len, texts)), self.limits.request_tokens * self._longest
+        if characters > fit:
+            raise ValueError(f"submit: parts is of {characters} characters; at most {fit} fit, {self._longest} for "
+                             f"each of {self.limits.request_tokens} tokens; a shorter prompt fits")
 
     def call(self, function: Callable[[], object]) -> Future:
         """Run a function on the engine's thread between two passes, such as the autoencoder's."""
@@ -229,9 +245,8 @@ class Engine:
                 groups.setdefault((type(ask), size.bit_length()), []).append((running, number))
         for members in groups.values():
             self._run([member for member in members if member[0] in self._running])
-        with self.tokenizing:
-            for running in list(self._running):
-                self._advance(running, running.answers)
+        for running in list(self._running):
+            self._advance(running, running.answers)
 
     def _run(self, members: "list[tuple[Running, int]]") -> None:
         """One pass. If it fails, each request runs alone, and those that fail again end."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from transfusion.diffusion.objective import solve
-from transfusion.generate.generation import Drawn, Event, Preview, Written, as_parts
+from transfusion.generate.generation import Drawn, Event, Preview, Written
 from transfusion.generate.row import DONE, DRAWING, WRITING, Row, check_options, guidance_of, solver_of
 from transfusion.generate.sampling import Sampling
 from transfusion.sequence import Document, Part
@@ -80,6 +80,7 @@ class Running:
     tell: Callable[[Event | Finished | Failed], None]
     remember: Callable[[list[int], Document], None]
     counts: Counter
+    decoder: object  # a tokenizer of the engine's own
     contexts: dict[str, Context] = field(default_factory=dict)
     asks: list[Ask] = field(default_factory=list)
     answers: list[Tensor | None] = field(default_factory=list)
@@ -89,7 +90,7 @@ class Running:
         model, options = self.model, self.request.sampling
         grid = check_options(model, options)
         self.guidance = guidance_of(options)
-        self.row = Row(model, as_parts("submit", "parts", self.request.parts), options, grid, options.seed)
+        self.row = Row(model, self.request.parts, options, grid, options.seed, self.decoder)
         self.document = self.row.document(self.request.draw)
         self.sizes = self._sizes()
         self._check()

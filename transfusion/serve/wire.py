@@ -150,6 +150,7 @@ def prompt_of(messages: list[dict], pictures: PictureReader, template: str) -> l
     images: dict[str, Image] = {}
     turns = tuple(Turn(_role(message, at), tuple(_content(message, at, pictures, images)))
                   for at, message in enumerate(messages))
+    pictures.engine.check_texts(part for turn in turns for part in turn.parts if isinstance(part, str))
     with pictures.engine.tokenizing:
         return parts_of(turns, images, pictures.engine.model.tokenizer, template)
 

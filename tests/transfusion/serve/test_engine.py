@@ -223,6 +223,27 @@ def test_a_request_over_the_limits_is_refused_by_the_name_of_its_argument(engine
     assert engine.stats()["submitted"] == 0
 
 
+def test_what_runs_goes_on_while_a_prompt_is_tokenized(engine):
+    request = Request([Text("a b")], Sampling(max_new_tokens=4, steps=2), draw=True)
+    hold = threading.Event()
+    engine.call(lambda: hold.wait(20))
+    ticket = engine.submit(request)
+    ended = threading.Thread(target=ticket.result, daemon=True)
+    with engine.tokenizing:
+        hold.set()
+        ended.start()
+        ended.join(20)
+        assert not ended.is_alive()
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(engine, monkeypatch):
+    longest = max(map(len, engine.model.tokenizer.get_vocab()))
+    monkeypatch.setattr(Text, "token_ids", lambda *_: pytest.fail("it was tokenized"))
+    for parts in ([Text("a" * (4096 * longest + 1))], [Text("a" * 4096 * longest), Text("a")]):
+        with pytest.raises(ValueError, match=f"parts is of {4096 * longest + 1} characters; at most {4096 * longest}"):
+            engine.submit(Request(parts, Sampling(max_new_tokens=0)))
+
+
 def test_prompts_that_begin_alike_are_read_once_and_answered_as_if_each_were_alone(model, pictures):
     engine, start = Engine(model, limits=Limits(cache_tokens=512)), "a handwritten seven and two and more of the "
     long, options = "".join(f"{start}{n} " for n in range(3)), dict(max_new_tokens=6, seed=4, temperature=1.0, steps=2)

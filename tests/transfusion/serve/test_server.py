@@ -177,6 +177,7 @@ def test_a_field_that_does_not_fit_is_refused_by_its_name(client, fields, status
     ([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}], "a data: URL fits"),
     ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,!"}}], "not base64"),
     ([{"type": "image_url", "image_url": {"url": data_url(b"no picture")}}], "no picture that can be read"),
+    ("a" * 2**20, "parts is of 1048576 characters"),
     ([{"type": "image_url", "image_url": {"url": data_url(bomb())}}], "no picture that can be read"),
     ([{"type": "image_url", "image_url": {"url": data_url(png((9000, 9000)))}}], "a picture is 9000x9000"),
 ])
