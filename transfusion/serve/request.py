@@ -137,7 +137,7 @@ class Running:
                 token = row.choose(scores)
                 text = row.take(token)
                 self.counts["written_tokens"] += token not in (row.eos, row.config.boi_token_id)
-                if text:
+                if text is not None:
                     self.tell(Written(0, text))
                 if row.state != DONE:
                     scores, = yield [Feed(whole, Document([token], [False], []))]
@@ -153,7 +153,7 @@ class Running:
             image = Document(tokens, [False] * len(tokens), [(0, patches, row.grid, False)])
             scores, = yield [Feed(whole, image)]
         row.finish()
-        is_full = row.written >= row.options.max_new_tokens > 0
+        is_full = not row.stopped and row.written >= row.options.max_new_tokens > 0
         return Finished(row.parts, "length" if is_full else "stop", len(self.document.tokens), row.written)
 
     def image(self) -> Generator[list[Ask], list[Tensor], Tensor]:

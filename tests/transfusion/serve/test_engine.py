@@ -153,9 +153,25 @@ def test_events_come_in_order_and_end_with_what_was_used(engine):
     ticket = engine.submit(Request([Text("a b")], Sampling(max_new_tokens=4, max_images=0, temperature=1.0, seed=5)))
     *written, finished = ticket.events()
     assert all(isinstance(event, Written) for event in written) and isinstance(finished, Finished)
-    whole = "".join(part.text for part in finished.parts).rstrip("\N{REPLACEMENT CHARACTER}")  # half a character
+    whole = "".join(part.text for part in finished.parts)
     assert whole and "".join(event.text for event in written) == whole
     assert finished.written_tokens <= 4 and finished.prompt_tokens == 1 + len(engine.model.tokenizer.encode("a b"))
+
+
+def test_a_text_that_stops_a_request_with_its_last_token_is_why_it_ended(engine):
+    def ask(tokens, stop=None):
+        options = Sampling(max_new_tokens=tokens, max_images=0, temperature=1.0, seed=5, stop=stop)
+        *written, finished = engine.submit(Request([Text("a b")], options)).events()
+        text = "".join(part.text for part in finished.parts)
+        assert "".join(event.text for event in written) == text
+        return text, finished
+
+    free, finished = ask(4)
+    assert finished.reason == "length" and finished.written_tokens == 4 and len(free) > 2
+    stopped, finished = ask(4, (free[-1],))
+    assert finished.reason == "stop" and stopped == free[:free.index(free[-1])]
+    same_text, finished = ask(4, (free[-1] + "\0",))
+    assert finished.reason == "length" and same_text == free
 
 
 def test_cancelling_frees_the_place_of_what_runs_and_of_what_waits(model, gate):
