@@ -41,26 +41,46 @@ class Closed(RuntimeError):
 
 
 class Ticket:
-    """A request on its way. Its events go to `on_event`, on the engine's thread, or are read from `events`.
+    """A request on its way. Its events go to `on_event`, on the engine's thread, or are read once, from `events`.
 
     `on_event` hands an event on and returns; it must not call the engine, whose locks may be held.
     """
 
     def __init__(self, engine: "Engine", on_event: Callable[[Event | Finished | Failed], None] | None):
-        self._engine, self._queue, self.running = engine, queue.SimpleQueue(), None
-        self._on_event = on_event or self._queue.put
+        self._engine, self._waiting, self.running = engine, queue.SimpleQueue(), None
+        self._is_read_here, self._ended = on_event is None, False
+        self._on_event = on_event or self._waiting.put
 
     def events(self) -> Iterator[Event | Finished | Failed]:
-        """What happens, as it happens: Written, Preview and Drawn, and at the end Finished or Failed."""
-        while True:
-            event = self._queue.get()
+        """What happens, as it happens: Written, Preview and Drawn, and at the end Finished or Failed.
+
+        Raises:
+            ValueError: they go to `on_event`, or were read to the end already.
+        """
+        self._check_readable("events")
+        return self._events()
+
+    def _events(self) -> Iterator[Event | Finished | Failed]:
+        while not self._ended:
+            event = self._waiting.get()
+            self._ended = isinstance(event, (Finished, Failed))
             yield event
-            if isinstance(event, (Finished, Failed)):
-                return
+
+    def _check_readable(self, op: str) -> None:
+        if not self._is_read_here:
+            raise ValueError(f"{op}: on_event is {self._on_event!r}, which is told what happens; None fits a ticket "
+                             "that is read")
+        if self._ended:
+            raise ValueError(f"{op}: the end was read already; one reader fits, keep what it gets")
 
     def result(self) -> list[Part]:
-        """Wait for the end and return the parts; a failure is raised."""
-        *_, last = self.events()
+        """Wait for the end and return the parts; a failure is raised.
+
+        Raises:
+            ValueError: as `events`.
+        """
+        self._check_readable("result")
+        *_, last = self._events()
         if isinstance(last, Failed):
             raise last.error
         return last.parts
@@ -200,7 +220,8 @@ class Engine:
                     self._end(running, Failed(Closed("the engine ended")))
                 self._waiting.clear()
                 for future, _ in self._calls:
-                    future.set_exception(Closed("the engine ended"))
+                    if future.set_running_or_notify_cancel():
+                        future.set_exception(Closed("the engine ended"))
 
     @torch.inference_mode()
     def _serve(self) -> None:
@@ -292,6 +313,8 @@ class Engine:
 
 
 def _answer(future: Future, function: Callable[[], object]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
     try:
         future.set_result(function())
     except Exception as error:

@@ -349,6 +349,48 @@ def test_functions_run_on_the_engines_thread(engine):
         engine.call(lambda: 1 / 0).result()
 
 
+def test_a_call_that_is_cancelled_is_left_out_and_the_engine_goes_on(model):
+    engine, hold, ran = Engine(model), threading.Event(), []
+    first = engine.call(lambda: hold.wait(20))
+    second, third = (engine.call(lambda n=n: ran.append(n)) for n in (2, 3))
+    assert second.cancel()
+    hold.set()
+    third.result(20)
+    assert first.result() and ran == [3] and engine.alive
+    engine.close()
+    assert not engine.alive
+
+
+def test_a_call_that_is_cancelled_does_not_disturb_the_end_of_an_engine_that_failed(model, monkeypatch):
+    """The thread ends by an error of its own while one call is cancelled, another waits, and a request waits."""
+    engine, hold = Engine(model), threading.Event()
+    engine.call(lambda: hold.wait(20))
+    ticket = engine.submit(Request([Text("a")], Sampling(max_new_tokens=2, max_images=0)))
+    engine._admit = lambda: (engine.call(lambda: None).cancel(), calls.append(engine.call(lambda: None)), 1 / 0)
+    calls = []
+    monkeypatch.setattr(threading, "excepthook", lambda *_: None)
+    hold.set()
+    assert isinstance([*ticket.events()][-1].error, Closed)
+    engine._thread.join(20)
+    with pytest.raises(Closed, match="the engine ended"):
+        calls[0].result(20)
+
+
+def test_a_ticket_whose_events_go_elsewhere_or_were_read_refuses_to_wait_for_ever(engine):
+    request, ended = Request([Text("a")], Sampling(max_new_tokens=2, max_images=0)), threading.Event()
+    told = engine.submit(request, on_event=lambda event: isinstance(event, Finished) and ended.set())
+    for op in ("events", "result"):
+        with pytest.raises(ValueError, match=f"{op}: on_event is .*; None fits a ticket that is read"):
+            getattr(told, op)()
+    assert ended.wait(20)
+    ticket = engine.submit(request)
+    next(ticket.events())
+    ticket.result()
+    for op in ("events", "result"):
+        with pytest.raises(ValueError, match=f"{op}: the end was read already"):
+            getattr(ticket, op)()
+
+
 def test_numbers_of_rows_that_mean_nothing_are_refused(model):
     for name in ("rows", "queue"):
         with pytest.raises(ValueError, match=f"Engine: {name} is 0; a whole number from 1 on fits"):
