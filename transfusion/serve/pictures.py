@@ -2,6 +2,8 @@
 import base64
 import binascii
 import io
+import math
+import threading
 from collections.abc import Callable
 
 from PIL import Image as Picture
@@ -12,7 +14,9 @@ from transfusion.sequence import Image
 from transfusion.serve.engine import Closed, Engine
 from transfusion.serve.remote import fetch
 
-MAX_PIXELS = 2**26  # of an uploaded picture: more than cameras make, and 200 MB decoded
+MAX_PIXELS = 2**24  # of a picture that is sent: 64 MB decoded
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # Pillow's decoders of these alone meet what strangers send
+AT_ONCE = 2  # pictures that are decoded, so that many requests do not take the memory of all their pictures
 
 
 class PictureReader:
@@ -24,9 +28,22 @@ class PictureReader:
         self.channels, self.factor = (model.config.image_channels, 1) if self.vae is None else (
             self.vae.picture_channels, self.vae.factor)
         self.size = tuple(side * self.factor for side in model.config.image_size)
+        self.tokens = math.prod(side // model.config.patch_size for side in model.config.image_size) + 2  # BOI and EOI
+        self._decoding = threading.BoundedSemaphore(AT_ONCE)
         if self.channels not in (1, 3):
             raise ValueError(f"serve: the model's images have {self.channels} channels and no VAE; models of 1 (grey) "
                              "or 3 (colour), or with a VAE, fit")
+
+    def check_count(self, count: int) -> None:
+        """Refuse more pictures than a request has tokens for, before any is decoded.
+
+        Raises:
+            ValueError: too many.
+        """
+        fit = self.engine.limits.request_tokens // self.tokens
+        if count > fit:
+            raise ValueError(f"image: there are {count}; at most {fit} fit, of {self.tokens} tokens each; fewer "
+                             "pictures fit")
 
     def read_url(self, url: str) -> Image:
         """The picture of a data: URL or, where remote ones are allowed, of an http(s) URL.
@@ -34,9 +51,11 @@ class PictureReader:
         Raises:
             ValueError: another URL, or no picture.
         """
-        if not isinstance(url, str) or not url.startswith("data:"):
+        if not isinstance(url, str):
+            raise ValueError(f"image_url: url is {str(url)[:40]}; a str fits, such as data:image/png;base64,...")
+        if not url.startswith("data:"):
             if self.remote_bytes is None:
-                raise ValueError(f"image_url: url is {str(url)[:40]!r}; a data: URL fits, such as "
+                raise ValueError(f"image_url: url is {url[:40]!r}; a data: URL fits, such as "
                                  "data:image/png;base64,...; start the server with --allow-remote for others")
             return self.read(fetch(url, self.remote_bytes))
         head, _, data = url.partition(",")
@@ -55,14 +74,15 @@ class PictureReader:
             ValueError: no picture.
         """
         try:
-            with Picture.open(io.BytesIO(data)) as picture:
+            with Picture.open(io.BytesIO(data), formats=FORMATS) as picture:
                 width, height = picture.size
         except UNREADABLE as error:
             raise ValueError(f"image: {len(data)} bytes are no picture that can be read ({type(error).__name__}); PNG, "
-                             "JPEG and WebP fit") from None
+                             "JPEG, WebP and GIF fit") from None
         if width * height > MAX_PIXELS:
             raise ValueError(f"image: a picture is {width}x{height}; at most {MAX_PIXELS} pixels fit; make it smaller")
-        pixels = fit_picture(open_picture(io.BytesIO(data), "image"), self.size, self.channels)
+        with self._decoding:
+            pixels = fit_picture(open_picture(io.BytesIO(data), "image", formats=FORMATS), self.size, self.channels)
         if self.vae is None:
             return Image(pixels)
         return Image(self._run(lambda: self.vae.encode(pixels[None])[0]))

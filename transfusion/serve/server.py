@@ -45,35 +45,39 @@ COUNTERS = ("submitted", "finished", "failed", "cancelled", "refused", "passes",
 class Answers:
     """The n answers to one HTTP request: their tickets, and their events as they come."""
 
-    def __init__(self, engine: Engine):
-        self.engine, self.tickets = engine, []
+    def __init__(self, engine: Engine, request: Request):
+        self.engine, self.request, self.tickets = engine, request, []
         self.loop, self.queue = asyncio.get_running_loop(), asyncio.Queue()
 
     async def submit(self, asked: list[Asked]) -> None:
-        """Hand requests to the engine; all of them, or none.
+        """Hand requests to the engine; all of them, or none. From now on a client that leaves cancels them.
 
         Raises:
-            ApiError: one was refused.
+            ValueError, QueueFull, Closed: one was refused, as by `Engine.submit`.
         """
         try:
             for number, one in enumerate(asked):
-                self.tickets.append(await run_in_threadpool(self.engine.submit, one, partial(self._tell, number)))
+                await run_in_threadpool(self._submit, number, one)
         except BaseException:
             self.cancel()
             raise
+        self.watch = asyncio.create_task(self._watch())
+
+    def _submit(self, number: int, asked: Asked) -> None:
+        self.tickets.append(self.engine.submit(asked, partial(self._tell, number)))
 
     def cancel(self) -> None:
         """Leave all that are not done."""
         for ticket in self.tickets:
             ticket.cancel()
 
-    async def events(self, request: Request) -> AsyncIterator[tuple]:
-        """(number of the answer, event) until all are done; a client that leaves cancels them.
+    async def events(self) -> AsyncIterator[tuple]:
+        """(number of the answer, event) until all are done.
 
         Raises:
             ApiError: one of them failed.
         """
-        watch, left = asyncio.create_task(self._watch(request)), len(self.tickets)
+        left = len(self.tickets)
         try:
             while left:
                 number, event = await self.queue.get()
@@ -82,19 +86,19 @@ class Answers:
                 left -= isinstance(event, Finished)
                 yield number, event
         finally:
-            watch.cancel()
+            self.watch.cancel()
             self.cancel()
 
-    async def finished(self, request: Request) -> list[Finished]:
+    async def finished(self) -> list[Finished]:
         """Wait for all, in their order."""
-        found = {number: event async for number, event in self.events(request) if isinstance(event, Finished)}
+        found = {number: event async for number, event in self.events() if isinstance(event, Finished)}
         return [found[number] for number in range(len(self.tickets))]
 
     def _tell(self, number: int, event) -> None:
         self.loop.call_soon_threadsafe(self.queue.put_nowait, (number, event))
 
-    async def _watch(self, request: Request) -> None:
-        while not await request.is_disconnected():
+    async def _watch(self) -> None:
+        while not await self.request.is_disconnected():
             await asyncio.sleep(0.1)
         self.cancel()
 
@@ -133,13 +137,13 @@ class Api:
         more |= {} if "text" in kinds else {"max_new_tokens": 0, "max_images": 1}
         with reading():
             parts = await run_in_threadpool(prompt_of, body.messages, self.pictures, self.template)
-            answers = await self._start([(parts, body.sampling(self.pictures, number, **more))
-                                         for number in range(body.n)], draw="text" not in kinds)
+            answers = await self._start(request, [(parts, body.sampling(self.pictures, number, **more))
+                                                  for number in range(body.n)], draw="text" not in kinds)
         head = self._head("chatcmpl", body)
         if body.stream:
             wants_usage = bool((body.stream_options or {}).get("include_usage"))
-            return await self._streamed(answers, self._chat_chunks(head, answers, request, wants_usage))
-        done = await answers.finished(request)
+            return await self._streamed(answers, self._chat_chunks(head, answers, wants_usage))
+        done = await answers.finished()
         choices = [{"index": number, "finish_reason": one.reason, "logprobs": None,
                     "message": {"role": "assistant", "content": await self._content(one.parts)}}
                    for number, one in enumerate(done)]
@@ -152,12 +156,13 @@ class Api:
         if not 1 <= len(prompts) * body.n <= 64:
             raise ApiError(400, f"prompt is {len(prompts)} texts and n {body.n}; 1 to 64 answers fit", "prompt")
         with reading():
-            answers = await self._start([([Text(prompt)], body.sampling(self.pictures, number, max_images=0))
-                                         for prompt in prompts for number in range(body.n)])
+            answers = await self._start(request, [
+                ([Text(prompt)], body.sampling(self.pictures, number, max_images=0))
+                for prompt in prompts for number in range(body.n)])
         head = {**self._head("cmpl", body), "object": "text_completion"}
         if body.stream:
-            return await self._streamed(answers, self._text_chunks(head, answers, request))
-        done = await answers.finished(request)
+            return await self._streamed(answers, self._text_chunks(head, answers))
+        done = await answers.finished()
         choices = [{"index": number, "text": _text(one.parts), "finish_reason": one.reason, "logprobs": None}
                    for number, one in enumerate(done)]
         return JSONResponse({**head, "choices": choices, "usage": _usage(done)})
@@ -182,6 +187,7 @@ class Api:
                 self._check_model(body)
                 if not files:
                     raise ApiError(400, "image is missing; a picture file fits", "image")
+                self.pictures.check_count(len(files))
                 images = [await run_in_threadpool(self.pictures.read, await file.read()) for file in files]
         given = [*images, *([Text(body.prompt)] if body.prompt.strip() else [])]
         return await self._drawn(body, given, request)
@@ -190,16 +196,17 @@ class Api:
         if body.stream:
             raise ApiError(400, "stream is True; False fits here; /v1/chat/completions streams pictures", "stream")
         with reading():
-            answers = await self._start([(parts, body.sampling(self.pictures, number, max_new_tokens=0, max_images=1))
-                                         for number in range(body.n)], draw=True)
+            answers = await self._start(request, [
+                (parts, body.sampling(self.pictures, number, max_new_tokens=0, max_images=1))
+                for number in range(body.n)], draw=True)
         images = [next(part for part in one.parts if isinstance(part, Image))
-                  for one in await answers.finished(request)]
+                  for one in await answers.finished()]
         write = self.pictures.png if body.response_format == "b64_json" else self.pictures.url
         return {"created": int(time.time()), "seed": body.start_seed(),
                 "data": [{body.response_format: await run_in_threadpool(write, image)} for image in images]}
 
-    async def _start(self, asked: list[tuple], draw: bool = False) -> Answers:
-        answers = Answers(self.engine)
+    async def _start(self, request: Request, asked: list[tuple], draw: bool = False) -> Answers:
+        answers = Answers(self.engine, request)
         await answers.submit([Asked(parts, sampling, draw) for parts, sampling in asked])
         return answers
 
@@ -211,13 +218,11 @@ class Api:
             except Exception as error:  # the status is sent already
                 told = error if isinstance(error, ApiError) else of_the_server(error)
                 yield f"data: {json.dumps(told.body())}\n\n"
-            finally:  # also of a client that left before the first event
-                answers.cancel()
             yield "data: [DONE]\n\n"
 
         return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
-    async def _chat_chunks(self, head: dict, answers: Answers, request: Request, wants_usage: bool):
+    async def _chat_chunks(self, head: dict, answers: Answers, wants_usage: bool):
         head, done = {**head, "object": "chat.completion.chunk"}, []
 
         def chunk(number: int, delta: dict, reason: str | None = None) -> dict:
@@ -225,7 +230,7 @@ class Api:
 
         for number in range(len(answers.tickets)):
             yield chunk(number, {"role": "assistant", "content": ""})
-        async for number, event in answers.events(request):
+        async for number, event in answers.events():
             if isinstance(event, Written):
                 yield chunk(number, {"content": event.text})
             elif isinstance(event, Drawn):
@@ -239,8 +244,8 @@ class Api:
         if wants_usage:
             yield {**head, "choices": [], "usage": _usage(done)}
 
-    async def _text_chunks(self, head: dict, answers: Answers, request: Request):
-        async for number, event in answers.events(request):
+    async def _text_chunks(self, head: dict, answers: Answers):
+        async for number, event in answers.events():
             text, reason = (event.text, None) if isinstance(event, Written) else ("", event.reason)
             yield {**head, "choices": [{"index": number, "text": text, "finish_reason": reason, "logprobs": None}]}
 

@@ -148,6 +148,7 @@ def prompt_of(messages: list[dict], pictures: PictureReader, template: str) -> l
         ValueError: a picture that cannot be read, or turns that the template refuses.
     """
     images: dict[str, Image] = {}
+    pictures.check_count(sum(_kind(part) == "image_url" for message in messages for part in _parts(message)))
     turns = tuple(Turn(_role(message, at), tuple(_content(message, at, pictures, images)))
                   for at, message in enumerate(messages))
     pictures.engine.check_texts(part for turn in turns for part in turn.parts if isinstance(part, str))
@@ -164,10 +165,8 @@ def _role(message: dict, at: int) -> str:
 
 def _content(message: dict, at: int, pictures: PictureReader, images: dict[str, Image]) -> Iterator[str | PictureRef]:
     """The texts and pictures of a message; pictures are read into `images` by their names."""
-    content = message.get("content")
-    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    for number, part in enumerate(content if isinstance(content, list) else [None]):
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    for number, part in enumerate(_parts(message)):
+        kind = _kind(part)
         if kind == "text" and isinstance(part.get("text"), str):
             yield part["text"]
         elif kind == "image_url":
@@ -177,3 +176,16 @@ def _content(message: dict, at: int, pictures: PictureReader, images: dict[str, 
         else:
             raise ApiError(400, f"messages[{at}].content[{number}] is of type {kind!r}; text with a \"text\" and "
                            "image_url with {\"url\": \"data:...\"} fit", "messages")
+
+
+def _parts(message: dict) -> list:
+    """A message's content as a list, whatever it holds; a text alone is a list of one."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return content if isinstance(content, list) else [None]
+
+
+def _kind(part: object) -> object:
+    """What a part of a message says it is, or its class where it is no object."""
+    return part.get("type") if isinstance(part, dict) else type(part).__name__

@@ -1,5 +1,7 @@
 """The server: what each address answers, what it refuses and with which status, and OpenAI's own client."""
+import asyncio
 import base64
+import contextlib
 import io
 import json
 import re
@@ -241,6 +243,15 @@ def test_a_full_queue_is_a_429(served):
         ticket.result()
 
 
+def test_more_pictures_than_fit_are_refused_before_one_is_read(client, monkeypatch):
+    monkeypatch.setattr("transfusion.serve.pictures.PictureReader.read", lambda *_: pytest.fail("one was read"))
+    answers = [
+        chat(client, [{"type": "image_url", "image_url": {"url": data_url(png())}}] * 228),
+        client.post("/v1/images/edits", files=[("image[]", ("a.png", png()))] * 228)]
+    for answer in answers:
+        assert answer.status_code == 400 and "there are 228; at most 227 fit" in answer.json()["error"]["message"]
+
+
 def test_numbers_are_there_for_prometheus(client):
     client.post("/v1/images/generations", json={"prompt": "a", **DRAW})
     metrics = client.get("/metrics").text
@@ -309,6 +320,38 @@ def test_a_client_that_leaves_frees_its_place(address, stream):
     while engine.stats()["running"] and time.time() < deadline:
         time.sleep(0.01)
     assert engine.stats()["cancelled"] == before + 1 and engine.stats()["cache_tokens_used"] == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_left_before_anything_could_be_sent_frees_its_place(stream):
+    """An ASGI server of version 2.4 raises at the first send, and the answer's events are never asked for."""
+    engine = Engine(tiny_model())
+    app, hold, body = make_app(engine, "tiny"), threading.Event(), {
+        "messages": [{"role": "user", "content": "a"}], "modalities": ["image"], "num_inference_steps": 250,
+        "stream": stream}
+    given = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+    scope = {"type": "http", "asgi": {"spec_version": "2.4"}, "method": "POST", "path": "/v1/chat/completions",
+             "headers": [(b"content-type", b"application/json")], "query_string": b"", "http_version": "1.1"}
+
+    async def receive():
+        return given.pop() if given else {"type": "http.disconnect"}
+
+    async def send(message):
+        raise OSError("the client left")
+
+    async def ask():
+        with contextlib.suppress(Exception):
+            await app(scope, receive, send)
+        for _ in range(200):
+            await asyncio.sleep(0.05)
+            if engine.stats()["cancelled"]:
+                return
+
+    engine.call(lambda: hold.wait(20))
+    asyncio.run(ask())
+    hold.set()
+    engine.close()
+    assert engine.stats()["cancelled"] == 1 and engine.stats()["finished"] == 0
 
 
 def test_the_examples_of_the_page_run_as_they_stand(address, tmp_path):
