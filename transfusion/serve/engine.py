@@ -10,7 +10,6 @@ and images differ by the rounding of matrix products of other shapes (tests/tran
 4.3e-6 of an image's largest value, in float32 on a CPU).
 """
 import copy
-import queue
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,12 +19,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from transfusion.generate.generation import Event, as_parts
+from transfusion.generate.generation import Event, Preview, as_parts
 from transfusion.generate.row import check_options
 from transfusion.generate.sampling import Sampling
 from transfusion.sequence import Document, Part, Text
 from transfusion.serve.ragged_cache import Denoise, Feed, RaggedCache
 from transfusion.serve.request import Failed, Finished, Limits, Request, Running
+from transfusion.settings import check_value
 
 
 class QueueFull(RuntimeError):
@@ -40,16 +40,28 @@ class Closed(RuntimeError):
     """The engine takes no more requests."""
 
 
+class Unread(deque):
+    """Events that nobody has read yet. Of previews that follow one another the newest alone stays."""
+
+    def add(self, event: Event | Finished | Failed) -> None:
+        """Put an event behind the others."""
+        if self and isinstance(event, Preview) and isinstance(self[-1], Preview):
+            self[-1] = event
+        else:
+            self.append(event)
+
+
 class Ticket:
     """A request on its way. Its events go to `on_event`, on the engine's thread, or are read once, from `events`.
 
+    A reader that is slower than the model misses previews, nothing else.
     `on_event` hands an event on and returns; it must not call the engine, whose locks may be held.
     """
 
     def __init__(self, engine: "Engine", on_event: Callable[[Event | Finished | Failed], None] | None):
-        self._engine, self._waiting, self.running = engine, queue.SimpleQueue(), None
-        self._is_read_here, self._ended = on_event is None, False
-        self._on_event = on_event or self._waiting.put
+        self._engine, self.running = engine, None
+        self._unread, self._change, self._ended = Unread(), threading.Condition(), False
+        self._is_read_here, self._on_event = on_event is None, on_event or self._keep
 
     def events(self) -> Iterator[Event | Finished | Failed]:
         """What happens, as it happens: Written, Preview and Drawn, and at the end Finished or Failed.
@@ -62,9 +74,16 @@ class Ticket:
 
     def _events(self) -> Iterator[Event | Finished | Failed]:
         while not self._ended:
-            event = self._waiting.get()
+            with self._change:
+                self._change.wait_for(lambda: self._unread)
+                event = self._unread.popleft()
             self._ended = isinstance(event, (Finished, Failed))
             yield event
+
+    def _keep(self, event: Event | Finished | Failed) -> None:
+        with self._change:
+            self._unread.add(event)
+            self._change.notify()
 
     def _check_readable(self, op: str) -> None:
         if not self._is_read_here:
@@ -111,6 +130,7 @@ class Engine:
         for name, value in (("rows", rows), ("queue", queue)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"Engine: {name} is {value!r}; a whole number from 1 on fits")
+        check_value("Engine", "limits", limits, Limits | None)
         check_options(model, Sampling())
         limits = limits or Limits()
         self.model, self.rows, self.queue, self.limits = model, rows, queue, limits
@@ -141,6 +161,9 @@ class Engine:
             QueueFull: too many wait.
             Closed: the engine is being closed.
         """
+        if not isinstance(request, Request):
+            raise ValueError(f"submit: request is a {type(request).__name__}; a Request fits, e.g. "
+                             "Request([Text('a handwritten seven')])")
         ticket, parts = Ticket(self, on_event), as_parts("submit", "parts", request.parts)
         self.check_texts(part.text for part in parts if isinstance(part, Text) and isinstance(part.text, str))
         with self.tokenizing:

@@ -28,7 +28,8 @@ class PictureReader:
         self.channels, self.factor = (model.config.image_channels, 1) if self.vae is None else (
             self.vae.picture_channels, self.vae.factor)
         self.size = tuple(side * self.factor for side in model.config.image_size)
-        self.tokens = math.prod(side // model.config.patch_size for side in model.config.image_size) + 2  # BOI and EOI
+        self.patch_size = model.config.patch_size
+        self.tokens = math.prod(side // self.patch_size for side in model.config.image_size) + 2  # BOI and EOI
         self._decoding = threading.BoundedSemaphore(AT_ONCE)
         if self.channels not in (1, 3):
             raise ValueError(f"serve: the model's images have {self.channels} channels and no VAE; models of 1 (grey) "
@@ -111,14 +112,17 @@ class PictureReader:
         """Height and width in the model's latents of a size "WIDTHxHEIGHT" in pixels; None for the model's own.
 
         Raises:
-            ValueError: another form, or sides that the autoencoder does not make.
+            ValueError: another form, sides that the model does not draw, or more pixels than the limits allow.
         """
         if size in (None, "auto"):
             return None
         sides = size.split("x")
         if len(sides) != 2 or not all(side.isascii() and side.isdigit() and len(side) < 6 for side in sides):
             raise ValueError(f"size is {size!r}; WIDTHxHEIGHT fits, such as {self.size[1]}x{self.size[0]}, or auto")
-        width, height = map(int, sides)
-        if width % self.factor or height % self.factor:
-            raise ValueError(f"size is {size!r}; multiples of {self.factor} fit, the autoencoder's factor")
+        (width, height), unit = map(int, sides), self.factor * self.patch_size
+        if not width or not height or width % unit or height % unit:
+            raise ValueError(f"size is {size!r}; multiples of {unit} fit, the side of a patch")
+        pixels = self.engine.limits.pixels * self.factor**2
+        if width * height > pixels:
+            raise ValueError(f"size is {size!r}; at most {pixels} pixels in all fit")
         return height // self.factor, width // self.factor

@@ -18,7 +18,7 @@ from transfusion.generate.sampling import Sampling
 from transfusion.sequence import Document, Part
 from transfusion.serve.pages import PAGE
 from transfusion.serve.ragged_cache import Context, Denoise, Feed
-from transfusion.settings import Count, check
+from transfusion.settings import Count, check, check_value
 
 Ask = Feed | Denoise
 
@@ -45,6 +45,10 @@ class Request:
     parts: list[Part]
     sampling: Sampling = Sampling()
     draw: bool = False
+
+    def __post_init__(self):
+        check_value("Request", "sampling", self.sampling, Sampling)
+        check_value("Request", "draw", self.draw, bool)
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,8 @@ class Running:
         height, width = (side * model.config.patch_size for side in self.row.grid)
         tokens, at_most = sum(self.sizes.values()), min(limits.request_tokens, limits.cache_tokens)
         pages = sum(-(-size // PAGE) * PAGE for size in self.sizes.values())
+        written = options.max_new_tokens
+        is_text = written and tokens - written <= at_most  # without text it would fit
         for name, value, fits, what in (
                 ("steps", options.steps, options.steps <= limits.steps, f"at most {limits.steps} fit"),
                 ("image_size", (height, width), height * width <= limits.pixels,
@@ -118,7 +124,9 @@ class Running:
                 ("max_images", options.max_images, options.max_images <= limits.images,
                  f"at most {limits.images} fit"),
                 ("cuda_graph", options.cuda_graph, not options.cuda_graph, "False fits an engine, whose rows change"),
-                ("parts", f"of {len(self.document.tokens)} tokens and max_new_tokens {options.max_new_tokens}",
+                ("max_new_tokens" if is_text else "parts",
+                 f"{written} and the prompt of {len(self.document.tokens)} tokens" if is_text else
+                 f"of {len(self.document.tokens)} tokens and max_new_tokens {written}",
                  tokens <= at_most and pages <= limits.cache_tokens,
                  f"with images and guidance that takes {tokens} cached tokens, of which {at_most} fit; a shorter "
                  "prompt, less text or fewer or smaller images fit")):

@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
@@ -30,7 +31,7 @@ from starlette.exceptions import HTTPException
 
 from transfusion.generate.generation import Drawn, Preview, Written
 from transfusion.sequence import Image, Part, Text
-from transfusion.serve.engine import Closed, Engine, QueueFull
+from transfusion.serve.engine import Closed, Engine, QueueFull, Unread
 from transfusion.serve.pictures import PictureReader
 from transfusion.serve.request import Failed, Finished
 from transfusion.serve.request import Request as Asked
@@ -47,7 +48,7 @@ class Answers:
 
     def __init__(self, engine: Engine, request: Request):
         self.engine, self.request, self.tickets = engine, request, []
-        self.loop, self.queue = asyncio.get_running_loop(), asyncio.Queue()
+        self.loop, self.unread, self.news = asyncio.get_running_loop(), [], asyncio.Event()
 
     async def submit(self, asked: list[Asked]) -> None:
         """Hand requests to the engine; all of them, or none. From now on a client that leaves cancels them.
@@ -55,6 +56,7 @@ class Answers:
         Raises:
             ValueError, QueueFull, Closed: one was refused, as by `Engine.submit`.
         """
+        self.unread = [Unread() for _ in asked]
         try:
             for number, one in enumerate(asked):
                 await run_in_threadpool(self._submit, number, one)
@@ -72,7 +74,7 @@ class Answers:
             ticket.cancel()
 
     async def events(self) -> AsyncIterator[tuple]:
-        """(number of the answer, event) until all are done.
+        """(number of the answer, event) until all are done; who is slow misses previews.
 
         Raises:
             ApiError: one of them failed.
@@ -80,11 +82,15 @@ class Answers:
         left = len(self.tickets)
         try:
             while left:
-                number, event = await self.queue.get()
-                if isinstance(event, Failed):
-                    raise of_the_server(event.error)
-                left -= isinstance(event, Finished)
-                yield number, event
+                await self.news.wait()
+                self.news.clear()
+                for number, unread in enumerate(self.unread):
+                    while unread:
+                        event = unread.popleft()
+                        if isinstance(event, Failed):
+                            raise of_the_server(event.error)
+                        left -= isinstance(event, Finished)
+                        yield number, event
         finally:
             self.watch.cancel()
             self.cancel()
@@ -95,7 +101,11 @@ class Answers:
         return [found[number] for number in range(len(self.tickets))]
 
     def _tell(self, number: int, event) -> None:
-        self.loop.call_soon_threadsafe(self.queue.put_nowait, (number, event))
+        self.loop.call_soon_threadsafe(self._keep, number, event)
+
+    def _keep(self, number: int, event) -> None:
+        self.unread[number].add(event)
+        self.news.set()
 
     async def _watch(self) -> None:
         while not await self.request.is_disconnected():
@@ -135,7 +145,7 @@ class Api:
         kinds = body.modalities or ["text", "image"]
         more = {} if "image" in kinds else {"max_images": 0}
         more |= {} if "text" in kinds else {"max_new_tokens": 0, "max_images": 1}
-        with reading():
+        with reading("messages"):
             parts = await run_in_threadpool(prompt_of, body.messages, self.pictures, self.template)
             answers = await self._start(request, [(parts, body.sampling(self.pictures, number, **more))
                                                   for number in range(body.n)], draw="text" not in kinds)
@@ -155,7 +165,7 @@ class Api:
         prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
         if not 1 <= len(prompts) * body.n <= 64:
             raise ApiError(400, f"prompt is {len(prompts)} texts and n {body.n}; 1 to 64 answers fit", "prompt")
-        with reading():
+        with reading("prompt"):
             answers = await self._start(request, [
                 ([Text(prompt)], body.sampling(self.pictures, number, max_images=0))
                 for prompt in prompts for number in range(body.n)])
@@ -179,10 +189,13 @@ class Api:
         async with request.form() as form:
             files = [value for name, value in form.multi_items()
                      if name in ("image", "image[]") and isinstance(value, UploadFile)]
+            for name, value in form.multi_items():
+                if isinstance(value, UploadFile) and name not in ("image", "image[]"):
+                    raise ApiError(400, f"{name} is not served as a file; image and image[] fit", name)
             fields = {name: value for name, value in form.items() if isinstance(value, str)}
             if isinstance(fields.get("extra_body"), str):
                 fields["extra_body"] = _json("extra_body", fields["extra_body"])
-            with reading():
+            with reading("prompt"):
                 body = ImageBody(**fields)
                 self._check_model(body)
                 if not files:
@@ -195,7 +208,7 @@ class Api:
     async def _drawn(self, body: ImageBody, parts: list[Part], request: Request) -> dict:
         if body.stream:
             raise ApiError(400, "stream is True; False fits here; /v1/chat/completions streams pictures", "stream")
-        with reading():
+        with reading("prompt"):
             answers = await self._start(request, [
                 (parts, body.sampling(self.pictures, number, max_new_tokens=0, max_images=1))
                 for number in range(body.n)], draw=True)
@@ -309,6 +322,20 @@ class Guard:
         return bytes(body)
 
 
+class AnnouncedServer(uvicorn.Server):
+    """A server that prints a line when it listens."""
+
+    def __init__(self, config: uvicorn.Config, line: str):
+        super().__init__(config)
+        self.line = line
+
+    async def startup(self, sockets=None) -> None:
+        """As uvicorn's, which ends the process where the port cannot be had."""
+        await super().startup(sockets)
+        if self.started:
+            print(self.line, flush=True)
+
+
 def make_app(engine: Engine, name: str, *, template: str = "none", api_key: str | None = None,
              allow_remote: bool = False, max_megabytes: int = 32) -> FastAPI:
     """The server's application around an engine, which it closes when it ends: what runs is finished."""
@@ -327,7 +354,7 @@ def make_app(engine: Engine, name: str, *, template: str = "none", api_key: str 
     for path, function in (("chat/completions", api.chat), ("completions", api.complete),
                            ("images/generations", api.draw), ("images/edits", api.edit)):
         app.add_api_route(f"/v1/{path}", function, methods=["POST"], response_model=None)
-    for kind, told in ((ApiError, lambda error: error), (RequestValidationError, of_the_client),
+    for kind, told in ((ApiError, lambda error: error), (RequestValidationError, misread),
                        (HTTPException, lambda error: ApiError(error.status_code, str(error.detail))),
                        (Exception, of_the_server)):
         app.add_exception_handler(kind, partial(_handle, told))
@@ -344,23 +371,26 @@ def _response(error: ApiError) -> JSONResponse:
 
 
 @contextmanager
-def reading() -> Iterator[None]:
-    """While a request is read and handed to the engine, what does not fit is the client's error."""
+def reading(prompt: str) -> Iterator[None]:
+    """While a request is read and handed to the engine, what does not fit is the client's error.
+
+    `prompt` is the field of the prompt.
+    """
     try:
         yield
-    except (ValueError, QueueFull) as error:
-        raise of_the_client(error) from error
+    except QueueFull as error:
+        raise ApiError(429, str(error)) from error
+    except ValidationError as error:
+        raise misread(error) from error
+    except ValueError as error:
+        raise refused(error, prompt) from error
 
 
-def of_the_client(error: ValueError | RequestValidationError | QueueFull) -> ApiError:
-    """An error in what a client asked for, or its asking too much."""
-    if isinstance(error, QueueFull):
-        return ApiError(429, str(error))
-    if isinstance(error, (ValidationError, RequestValidationError)):
-        first = error.errors()[0]
-        field = ".".join(str(step) for step in first["loc"] if step != "body")
-        return ApiError(400, f"{field or 'the body'}: {first['msg']}", field or None)
-    return refused(error)
+def misread(error: ValidationError | RequestValidationError) -> ApiError:
+    """An error of pydantic's, of the field that it is in."""
+    first = error.errors()[0]
+    field = next((step for step in first["loc"] if step != "body" and isinstance(step, str)), None)
+    return ApiError(400, f"{field or 'the body'}: {first['msg']}", field)
 
 
 def of_the_server(error: Exception) -> ApiError:
@@ -374,8 +404,8 @@ def of_the_server(error: Exception) -> ApiError:
 def _json(name: str, text: str) -> dict:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ApiError(400, f"{name} is not JSON ({error})", name) from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ApiError(400, f"{name} is not JSON that can be read ({error}); an object fits", name) from None
 
 
 def _text(parts: list[Part]) -> str:

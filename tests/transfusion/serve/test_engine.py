@@ -38,6 +38,14 @@ def gate(monkeypatch):
     return Gate()
 
 
+def until(happened, seconds=30):
+    """Wait until it has happened, or fail."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.002)
+
+
 def random_request(choice: random.Random, pictures):
     parts = [Text(" ".join(choice.choices(WORDS, k=choice.randint(1, 9))))]
     if choice.random() < 0.4:
@@ -145,8 +153,11 @@ def test_a_text_and_an_image_that_came_later_join_the_passes_of_what_runs(engine
 
 
 def test_events_come_in_order_and_end_with_what_was_used(engine):
-    ticket = engine.submit(Request([Text("a")], Sampling(steps=3, previews=True, max_new_tokens=0), draw=True))
-    *previews, drawn, finished = ticket.events()
+    told, ended = [], threading.Event()
+    engine.submit(Request([Text("a")], Sampling(steps=3, previews=True, max_new_tokens=0), draw=True),
+                  lambda event: (told.append(event), isinstance(event, Finished) and ended.set()))
+    assert ended.wait(20)
+    *previews, drawn, finished = told
     assert [(type(event), event.step, event.steps) for event in previews] == [(Preview, n, 3) for n in (1, 2, 3)]
     assert isinstance(drawn, Drawn) and finished.parts[0] is drawn.image
     torch.testing.assert_close(previews[-1].image.latent, drawn.image.latent, rtol=1e-4, atol=1e-4)
@@ -156,6 +167,13 @@ def test_events_come_in_order_and_end_with_what_was_used(engine):
     whole = "".join(part.text for part in finished.parts)
     assert whole and "".join(event.text for event in written) == whole
     assert finished.written_tokens <= 4 and finished.prompt_tokens == 1 + len(engine.model.tokenizer.encode("a b"))
+
+
+def test_of_previews_that_nobody_read_the_newest_alone_stays(engine):
+    ticket = engine.submit(Request([Text("a")], Sampling(steps=6, previews=True, max_new_tokens=0), draw=True))
+    until(lambda: engine.stats()["finished"])
+    preview, drawn, finished = ticket.events()
+    assert (preview.step, preview.steps) == (6, 6) and isinstance(drawn, Drawn) and isinstance(finished, Finished)
 
 
 def test_a_text_that_stops_a_request_with_its_last_token_is_why_it_ended(engine):
@@ -228,7 +246,8 @@ def test_a_cache_that_is_full_lets_requests_wait_until_others_give_their_tokens_
     (dict(image_size=(2000, 2000)), True, r"image_size is \(2000, 2000\); at most 1048576 pixels"),
     (dict(image_size=(7, 8)), True, r"image_size is \(7, 8\) and the patch size 2"),
     (dict(max_images=9), False, "max_images is 9; at most 8 fit"),
-    (dict(max_new_tokens=5000), False, "parts is of 2 tokens and max_new_tokens 5000; .* of which 4096 fit"),
+    (dict(max_new_tokens=5000), False, "max_new_tokens is 5000 and the prompt of 2 tokens; .* of which 4096 fit"),
+    (dict(image_size=(800, 800)), True, "parts is of 3 tokens and max_new_tokens 64; .* of which 4096 fit"),
     (dict(cuda_graph=True), False, "cuda_graph is True; False fits"),
 ])
 def test_a_request_over_the_limits_is_refused_by_the_name_of_its_argument(engine, options, draw, name):
@@ -236,6 +255,9 @@ def test_a_request_over_the_limits_is_refused_by_the_name_of_its_argument(engine
         engine.submit(Request([Text("a")], Sampling(**options), draw=draw))
     with pytest.raises(ValueError, match="submit: parts is a int"):
         engine.submit(Request(3))
+    for given in (3, [Text("a")], None):
+        with pytest.raises(ValueError, match=f"submit: request is a {type(given).__name__}; a Request fits"):
+            engine.submit(given)
     assert engine.stats()["submitted"] == 0
 
 
@@ -397,3 +419,10 @@ def test_numbers_of_rows_that_mean_nothing_are_refused(model):
             Engine(model, **{name: 0})
     with pytest.raises(ValueError, match="steps is 0"):
         Limits(steps=0)
+    with pytest.raises(ValueError, match="Engine: limits is {'steps': 3}; .* fit"):
+        Engine(model, limits={"steps": 3})
+    with pytest.raises(ValueError, match="Request: sampling is {'steps': 3}; .* fit"):
+        Request([Text("a")], {"steps": 3})
+    for draw in ("no", 1, None):
+        with pytest.raises(ValueError, match=f"Request: draw is {draw!r}; True or False fits"):
+            Request([Text("a")], draw=draw)

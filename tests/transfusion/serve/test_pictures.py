@@ -52,7 +52,9 @@ def test_a_picture_becomes_the_autoencoders_latent_and_a_latent_its_picture():
 def test_sizes_are_in_pixels_and_width_comes_first():
     reader = PictureReader(Engine(VAE(autoencoder())))
     assert reader.image_size("32x16") == (4, 8) and reader.image_size(None) is reader.image_size("auto") is None
-    for size, message in (("10x16", "multiples of 4 fit"), ("16", "WIDTHxHEIGHT fits, such as 24x16"),
+    for size, message in (("10x16", "multiples of 8 fit"), ("12x16", "multiples of 8 fit"),
+                          ("0x16", "multiples of 8 fit"), ("80000x80000", "at most 16777216"),
+                          ("16", "WIDTHxHEIGHT fits, such as 24x16"),
                           ("16x-4", "WIDTHxHEIGHT"), ("²x4", "WIDTHxHEIGHT"), ("1" * 9 + "x4", "WIDTHxHEIGHT")):
         with pytest.raises(ValueError, match=f"size is .*{message}"):
             reader.image_size(size)

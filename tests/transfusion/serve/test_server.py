@@ -21,6 +21,7 @@ from transfusion import Text
 from transfusion.data.picture_files import to_picture
 from transfusion.generate.sampling import Sampling
 from transfusion.serve.engine import Engine
+from transfusion.serve.pictures import PictureReader
 from transfusion.serve.request import Request
 
 for package in ("fastapi", "uvicorn", "multipart"):
@@ -29,7 +30,8 @@ for package in ("fastapi", "uvicorn", "multipart"):
 import uvicorn  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
 
-from transfusion.serve.server import make_app  # noqa: E402
+from transfusion.serve.server import Answers, make_app  # noqa: E402
+from transfusion.serve.wire import ChatBody  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
 DRAW = {"num_inference_steps": 2, "seed": 3}
@@ -124,6 +126,52 @@ def test_an_edit_reads_the_picture(served):
     assert decoded(one["b64_json"]).size == (8, 8) and one != other
 
 
+@pytest.mark.parametrize("files,fields,param", [
+    ({"mask": ("m.png", png(), "image/png")}, {}, "mask"), ({"other": ("o.png", b"")}, {}, "other"),
+    ({}, {"extra_body": "[" * 100_000}, "extra_body"), ({}, {"extra_body": "3"}, "extra_body"),
+    ({}, {"extra_body": "{"}, "extra_body"), ({}, {"output_format": "jpeg"}, "output_format")])
+def test_what_an_edit_does_not_serve_is_refused_by_its_name(client, files, fields, param):
+    answer = client.post("/v1/images/edits", files={"image": ("a.png", png()), **files}, data={"prompt": "a", **fields})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == param
+
+
+def test_an_edit_that_names_the_format_that_is_served_is_answered(client):
+    fields = {"prompt": "a", "num_inference_steps": "1", "output_format": "png"}
+    assert client.post("/v1/images/edits", files={"image": ("a.png", png())}, data=fields).status_code == 200
+
+
+def test_previews_are_made_for_streams_alone(served):
+    reader = PictureReader(served[1])
+    for stream in (True, False):
+        body = ChatBody(messages=[{"role": "user", "content": "a"}], previews=True, stream=stream)
+        assert body.sampling(reader, 0).previews is stream
+
+
+def test_a_client_that_reads_slowly_misses_previews_and_nothing_else(served):
+    """Of 50 steps nothing is read until all are done."""
+    class Stays:
+        async def is_disconnected(self):
+            return False
+
+    async def read_late(engine):
+        answers = Answers(engine, Stays())
+        sampling = Sampling(steps=50, previews=True, max_new_tokens=0)
+        await answers.submit([Request([Text("a")], sampling, draw=True) for _ in range(2)])
+        before = engine.stats()["finished"]
+        for _ in range(2000):
+            await asyncio.sleep(0.01)
+            if engine.stats()["finished"] >= before + 2:
+                break
+        await asyncio.sleep(0.05)
+        assert sum(map(len, answers.unread)) == 6
+        return [event async for event in answers.events()]
+
+    found = asyncio.run(read_late(served[1]))
+    for number in range(2):
+        preview, drawn, finished = (event for owner, event in found if owner == number)
+        assert preview.step == 50 and drawn.image is finished.parts[0]
+
+
 def test_a_chat_reads_pictures_and_answers_with_text_and_pictures_whole_or_in_a_stream(served):
     content = [{"type": "text", "text": "a seven"}, {"type": "image_url", "image_url": {"url": data_url(png())}}]
     _, _, client = served
@@ -133,7 +181,7 @@ def test_a_chat_reads_pictures_and_answers_with_text_and_pictures_whole_or_in_a_
     whole, = chat(client, content, **fields).json()["choices"][0]["message"]["content"]
     chunks = events(chat(client, content, stream=True, stream_options={"include_usage": True}, **fields))
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks[:-1]]
-    assert [delta["preview"]["step"] for delta in deltas if "preview" in delta] == [1, 2]
+    assert [delta["preview"]["step"] for delta in deltas if "preview" in delta] in ([1, 2], [2])
     streamed, = (delta["content"][0] for delta in deltas if delta.get("content"))
     assert streamed == whole and whole["type"] == "image_url"
     assert chunks[-2]["choices"][0]["finish_reason"] == "stop" and chunks[-1]["usage"]["prompt_tokens"] > 18
@@ -157,8 +205,14 @@ def bomb():
     ({"num_inference_steps": 0}, 400, "num_inference_steps", "steps is 0"),
     ({"guidance_scale": -1}, 400, "guidance_scale", "is -1.0"),
     ({"size": "big"}, 400, "size", "WIDTHxHEIGHT fits"),
-    ({"size": "7x8"}, 400, "size", "multiples of the patch size fit"),
-    ({"size": "4000x4000"}, 400, "size", "pixels in all fit"),
+    ({"size": "7x8"}, 400, "size", "size is '7x8'; multiples of 2 fit"),
+    ({"size": "0x8"}, 400, "size", "size is '0x8'; multiples of 2 fit"),
+    ({"size": "4000x4000"}, 400, "size", "size is '4000x4000'; at most 1048576 pixels in all fit"),
+    ({"prompt": "a" * 30_000}, 400, "prompt", "prompt is of"),
+    ({"output_format": "webp"}, 400, "output_format", "output_format is not served"),
+    ({"output_compression": 50}, 400, "output_compression", "not served"),
+    ({"partial_images": 2}, 400, "partial_images", "not served"),
+    ({"extra_body": 3}, 400, "extra_body", "extra_body is 3; an object fits"),
     ({"n": 0}, 400, "n", "greater than or equal to 1"),
     ({"model": "gpt"}, 404, "model", "'tiny' fits"),
     ({"prompt": " "}, 400, "prompt", "prompt is empty"),
@@ -173,6 +227,10 @@ def test_a_field_that_does_not_fit_is_refused_by_its_name(client, fields, status
 
 
 @pytest.mark.parametrize("fields,param,message", [
+    ({"max_tokens": 5000}, "max_tokens", "max_tokens is 5000 and the prompt of 2 tokens"),
+    ({"max_tokens": -1}, "max_tokens", "max_tokens is -1"),
+    ({"top_p": 2}, "top_p", "top_p is 2.0"),
+    ({"prompt": [1, 2]}, "prompt", "prompt: Input should be a valid string"),
     ({"stop": ""}, "stop", "1 to 4 texts, none of them empty, fit"),
     ({"stop": list("abcde")}, "stop", "1 to 4 texts, none of them empty, fit"),
 ])
@@ -189,7 +247,7 @@ def test_a_field_of_texts_that_does_not_fit_is_refused_by_its_name(client, field
     ([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}], "a data: URL fits"),
     ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,!"}}], "not base64"),
     ([{"type": "image_url", "image_url": {"url": data_url(b"no picture")}}], "no picture that can be read"),
-    ("a" * 2**20, "parts is of 1048576 characters"),
+    ("a" * 2**20, "messages is of 1048576 characters"),
     ([{"type": "image_url", "image_url": {"url": data_url(bomb())}}], "no picture that can be read"),
     ([{"type": "image_url", "image_url": {"url": data_url(png((9000, 9000)))}}], "a picture is 9000x9000"),
 ])
@@ -198,8 +256,18 @@ def test_a_message_that_cannot_be_read_is_refused(client, content, message):
     assert answer.status_code == 400 and message in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("image_url", [
+    {}, {"url": None}, {"url": 3}, 3, {"url": "http://localhost/a.png"}, {"url": "http://localhost:99999/a.png"},
+    {"url": "http://[::1/"}, {"url": "ftp://a"}])
+def test_a_url_that_cannot_be_fetched_is_the_clients_error_also_where_remote_ones_are_allowed(image_url):
+    with TestClient(make_app(Engine(tiny_model()), "tiny", allow_remote=True), raise_server_exceptions=False) as client:
+        answer = chat(client, [{"type": "image_url", "image_url": image_url}])
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "image_url"
+
+
 @pytest.mark.parametrize("body,status", [
     (b"{", 400), (b"[]", 400), (b'{"messages": []}', 400), (b'{"messages": [{"role": "x"}]}', 400), (b"x" * 2**20, 400),
+    (b'{"messages": ' + b"[" * 100_000, 400), (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400),
     (b"x" * (33 * 2**20), 413)])
 def test_malformed_and_large_bodies_are_answered_in_openais_shape(client, body, status):
     answer = client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
