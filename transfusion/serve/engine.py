@@ -27,6 +27,8 @@ from transfusion.serve.ragged_cache import Denoise, Feed, RaggedCache
 from transfusion.serve.request import Failed, Finished, Limits, Request, Running
 from transfusion.settings import check_value
 
+SHORT = 127  # tokens: contexts up to here share passes, whatever their lengths
+
 
 class QueueFull(RuntimeError):
     """As many requests wait as may wait; try again later."""
@@ -284,9 +286,10 @@ class Engine:
         groups: dict[tuple, list[tuple[Running, int]]] = {}
         for running in self._running:
             running.answers = [None] * len(running.asks)
-            for number, ask in enumerate(running.asks):  # lengths that share a group are padded to twice at most
+            for number, ask in enumerate(running.asks):  # what shares a group is padded to twice at most, or to SHORT
                 size = len(ask.x) if isinstance(ask, Denoise) else len(ask.document.tokens)
-                groups.setdefault((type(ask), size.bit_length()), []).append((running, number))
+                key = type(ask), size.bit_length(), max(ask.context.length, SHORT).bit_length()
+                groups.setdefault(key, []).append((running, number))
         for members in groups.values():
             self._run([member for member in members if member[0] in self._running])
         for running in list(self._running):

@@ -12,7 +12,7 @@ from transfusion import Image, Text
 from transfusion.diffusion.guidance import Guidance
 from transfusion.generate.generation import Drawn, Preview, Written
 from transfusion.generate.sampling import Sampling
-from transfusion.serve.engine import Cancelled, Closed, Engine, QueueFull
+from transfusion.serve.engine import SHORT, Cancelled, Closed, Engine, QueueFull
 from transfusion.serve.request import Failed, Finished, Limits, Request
 
 WORDS = ["a", "handwritten", "seven", "two", "and", "more", "of", "the"]
@@ -150,6 +150,26 @@ def test_a_text_and_an_image_that_came_later_join_the_passes_of_what_runs(engine
     assert engine.stats()["running"] == 1, "the long one still runs when the short ones are done"
     first.result()
     assert engine.stats()["passes"] <= 41 + 8
+
+
+def test_a_pass_gathers_twice_the_keys_that_its_rows_have_at_most_or_few(engine, monkeypatch):
+    """A long context beside short ones is a pass of its own."""
+    run, hold, shares = engine.cache.run, threading.Event(), []
+
+    def counted(asks):
+        sizes = [(ask.context.length, len(ask.document.tokens)) for ask in asks]
+        columns = max(length for length, _ in sizes) + max(new for _, new in sizes)
+        shares.append(columns * len(sizes) / (2 * sum(map(sum, sizes)) + SHORT * len(sizes)))
+        return run(asks)
+
+    monkeypatch.setattr(engine.cache, "run", counted)
+    engine.call(lambda: hold.wait(20))
+    tickets = [engine.submit(Request([Text("a " * length)], Sampling(max_new_tokens=3, max_images=0)))
+               for length in (1, 2, 5, 30, 200)]
+    hold.set()
+    for ticket in tickets:
+        ticket.result()
+    assert max(shares) <= 1
 
 
 def test_events_come_in_order_and_end_with_what_was_used(engine):
