@@ -53,6 +53,10 @@ class Sampling(TextSampling):
     cuda_graph: bool = False
     """replay the denoising step as a CUDA graph, captured for each image anew"""
 
+    def of_one_image(self) -> dict:
+        """The options of one image that is drawn in any case: all but how much the model may write and draw."""
+        return {name: value for name, value in vars(self).items() if name not in ("max_new_tokens", "max_images")}
+
     @classmethod
     def of(cls, options: dict) -> "Sampling":
         """Make one of keyword arguments; a name that is not one is answered with the nearest."""

@@ -27,6 +27,8 @@ from transfusion.serve.ragged_cache import Denoise, Feed, RaggedCache
 from transfusion.serve.request import Failed, Finished, Limits, Request, Running
 from transfusion.settings import check_value
 
+COUNTERS = ("submitted", "finished", "failed", "cancelled", "refused", "passes", "rows_in_passes", "reused_tokens",
+            "written_tokens", "drawn_images", "denoising_steps")  # numbers that only grow
 SHORT = 127  # tokens: contexts up to here share passes, whatever their lengths
 
 
@@ -215,11 +217,9 @@ class Engine:
     def stats(self) -> dict[str, int]:
         """Numbers of now (running, waiting, memory) and since the start (the rest)."""
         with self._change:
-            names = ("submitted", "finished", "failed", "cancelled", "refused", "passes", "rows_in_passes",
-                     "reused_tokens", "written_tokens", "drawn_images", "denoising_steps")
             return {"running": len(self._running), "waiting": len(self._waiting), "rows": self.rows,
                     "queue": self.queue, "cache_tokens": self.cache.tokens, "cache_tokens_used": self.cache.used,
-                    "cache_bytes": self.cache.bytes, **{name: self._counts[name] for name in names}}
+                    "cache_bytes": self.cache.bytes, **{name: self._counts[name] for name in COUNTERS}}
 
     def _allocate(self) -> None:
         """Make the pool's memory by a pass of one token."""
@@ -318,7 +318,7 @@ class Engine:
     def _advance(self, running: "Running", answers: list[Tensor] | None) -> None:
         """Let a request take its answers and ask for the next ones."""
         try:
-            running.asks = running.steps.send(answers)
+            running.asks = running.coroutine.send(answers)
         except StopIteration as stop:
             with self._change:
                 self._end(running, stop.value)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from PIL import Image as Picture
 from torch import Tensor
 
+from transfusion.data.model_images import picture_shape, pixels_of
 from transfusion.data.picture_files import UNREADABLE, fit_picture, open_picture, to_picture
 from transfusion.sequence import Image
 from transfusion.serve.engine import Closed, Engine
@@ -25,9 +26,9 @@ class PictureReader:
     def __init__(self, engine: Engine, remote_bytes: int | None = None):
         model = engine.model
         self.engine, self.vae, self.remote_bytes = engine, model.vae, remote_bytes
-        self.channels, self.factor = (model.config.image_channels, 1) if self.vae is None else (
-            self.vae.picture_channels, self.vae.factor)
-        self.size = tuple(side * self.factor for side in model.config.image_size)
+        self.channels, *size = picture_shape(model.config, self.vae)
+        self.size = tuple(size)
+        self.factor = self.size[0] // model.config.image_size[0]
         self.patch_size = model.config.patch_size
         self.tokens = math.prod(side // self.patch_size for side in model.config.image_size) + 2  # BOI and EOI
         self._decoding = threading.BoundedSemaphore(AT_ONCE)
@@ -83,16 +84,15 @@ class PictureReader:
         if width * height > MAX_PIXELS:
             raise ValueError(f"image: a picture is {width}x{height}; at most {MAX_PIXELS} pixels fit; make it smaller")
         with self._decoding:
-            pixels = fit_picture(open_picture(io.BytesIO(data), "image", formats=FORMATS), self.size, self.channels)
+            opened = open_picture(io.BytesIO(data), "image", formats=FORMATS)
+            pixels = fit_picture(opened, self.size, self.channels)
         if self.vae is None:
             return Image(pixels)
         return Image(self._run(lambda: self.vae.encode(pixels[None])[0]))
 
     def png(self, image: Image) -> str:
         """An image as base64 of a PNG file; not on the engine's thread."""
-        pixels = image.latent
-        if self.vae is not None:
-            pixels = self._run(lambda: self.vae.decode(image.latent[None])[0])
+        pixels = image.latent if self.vae is None else self._run(lambda: pixels_of(image, self.vae))
         file = io.BytesIO()
         to_picture(pixels).save(file, "PNG")
         return base64.b64encode(file.getvalue()).decode()

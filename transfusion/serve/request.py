@@ -98,7 +98,7 @@ class Running:
         self.document = self.row.document(self.request.draw)
         self.sizes = self._sizes()
         self._check()
-        self.steps = self.program()
+        self.coroutine = self.program()
 
     def _sizes(self) -> dict[str, int]:
         """Tokens of each context that the request may need at most."""

@@ -31,7 +31,7 @@ from starlette.exceptions import HTTPException
 
 from transfusion.generate.generation import Drawn, Preview, Written
 from transfusion.sequence import Image, Part, Text
-from transfusion.serve.engine import Closed, Engine, QueueFull, Unread
+from transfusion.serve.engine import COUNTERS, Closed, Engine, QueueFull, Unread
 from transfusion.serve.pictures import PictureReader
 from transfusion.serve.request import Failed, Finished
 from transfusion.serve.request import Request as Asked
@@ -39,8 +39,6 @@ from transfusion.serve.wire import ApiError, Body, ChatBody, CompletionBody, Ima
 
 LOG = logging.getLogger(__name__)
 MEGABYTE = 2**20
-COUNTERS = ("submitted", "finished", "failed", "cancelled", "refused", "passes", "rows_in_passes", "reused_tokens",
-            "written_tokens", "drawn_images", "denoising_steps")
 
 
 class Answers:
