@@ -59,12 +59,15 @@ def random_request(choice: random.Random, pictures):
 
 
 def same(ours, theirs, tolerance=1e-4):
+    """Texts are equal, and images differ by at most `tolerance` of their largest value."""
     assert [type(part) for part in ours] == [type(part) for part in theirs]
     for a, b in zip(ours, theirs):
         if isinstance(a, Text):
             assert a.text == b.text
         else:
-            torch.testing.assert_close(a.latent, b.latent, rtol=tolerance, atol=tolerance)
+            assert a.latent.shape == b.latent.shape
+            error = (a.latent - b.latent).abs().max() / b.latent.abs().max()
+            assert error <= tolerance
 
 
 def alone(model, request):
@@ -77,7 +80,7 @@ def alone(model, request):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_random_mixtures_get_what_each_request_gets_alone(model, pictures, seed):
-    """Thirty in all, of three models. Texts are equal; images differed by 4.3e-6 of their largest value at most."""
+    """Texts are equal, and images differ by no more than what the engine's docstring states."""
     choice = random.Random(seed)
     together, single = Engine(model, rows=5), Engine(model, rows=1)
     for _ in range(5):
@@ -87,9 +90,9 @@ def test_random_mixtures_get_what_each_request_gets_alone(model, pictures, seed)
             tickets.append(together.submit(request))
             time.sleep(choice.choice([0, 0, 0.003]))  # some come while others run
         for request, ticket in zip(requests, tickets):
-            same(ticket.result(), single.submit(request).result())
-    stats = together.stats()
-    assert stats["rows_in_passes"] > 1.3 * stats["passes"]
+            same(ticket.result(), single.submit(request).result(), tolerance=2e-5)
+    stats, by_itself = together.stats(), single.stats()
+    assert stats["rows_in_passes"] == by_itself["rows_in_passes"] and stats["passes"] < by_itself["passes"]
     assert stats["cache_tokens_used"] == stats["running"] == stats["waiting"] == stats["failed"] == 0
     together.close()
     single.close()
@@ -140,15 +143,19 @@ def test_other_decoders_are_served_alike_also_those_with_windows(family, backbon
 
 
 def test_a_text_and_an_image_that_came_later_join_the_passes_of_what_runs(engine, gate):
+    ended = []
+
+    def submit(name, request):
+        engine.submit(request, lambda event: isinstance(event, Finished) and ended.append(name))
+
     gate.hold(engine)
-    first = engine.submit(Request([Text("a")], Sampling(steps=40, guidance=1.0, max_new_tokens=0), draw=True))
-    late = [engine.submit(Request([Text("a b c")], Sampling(steps=4, guidance=1.0, max_new_tokens=0), draw=True)),
-            engine.submit(Request([Text("two")], Sampling(max_new_tokens=5, max_images=0)))]
+    submit("long", Request([Text("a")], Sampling(steps=40, guidance=1.0, max_new_tokens=0), draw=True))
+    until(lambda: engine.stats()["running"])
+    submit("short", Request([Text("a b c")], Sampling(steps=4, guidance=1.0, max_new_tokens=0), draw=True))
+    submit("short", Request([Text("two")], Sampling(max_new_tokens=5, max_images=0)))
     gate.set()
-    for ticket in late:
-        ticket.result()
-    assert engine.stats()["running"] == 1, "the long one still runs when the short ones are done"
-    first.result()
+    until(lambda: len(ended) == 3)
+    assert ended == ["short", "short", "long"]
     assert engine.stats()["passes"] <= 41 + 8
 
 
@@ -238,8 +245,7 @@ def test_a_full_queue_refuses_and_takes_again_when_it_is_not(model, gate):
     gate.hold(engine)
     request = Request([Text("a")], Sampling(max_new_tokens=1, max_images=0))
     tickets = [engine.submit(request)]
-    while engine.stats()["running"] < 1:
-        time.sleep(0.001)
+    until(lambda: engine.stats()["running"])
     tickets += [engine.submit(request) for _ in range(2)]
     with pytest.raises(QueueFull, match="2 requests wait; 2 fit; try again later"):
         engine.submit(request)
@@ -367,22 +373,25 @@ def test_a_listener_that_fails_ends_its_own_request(engine):
 
     engine.submit(Request([Text("a")], Sampling(steps=50, previews=True), draw=True), on_event=gone)
     engine.submit(Request([Text("a")], Sampling(max_new_tokens=2, max_images=0))).result()
-    while engine.stats()["running"]:
-        time.sleep(0.001)
+    until(lambda: not engine.stats()["running"])
     assert engine.stats()["cancelled"] == 1
 
 
-def test_closing_finishes_what_waits_and_runs_or_drops_it(model):
-    request = Request([Text("a")], Sampling(steps=20, max_new_tokens=0), draw=True)
-    for drain in (True, False):
-        engine = Engine(model, rows=1)
-        tickets = [engine.submit(request) for _ in range(3)]
-        engine.close(drain=drain)
-        ends = [[*ticket.events()][-1] for ticket in tickets]
-        assert all(isinstance(end, Finished if drain else Failed) for end in ends)
-        with pytest.raises(Closed):
-            engine.submit(request)
-        assert not engine._thread.is_alive()
+@pytest.mark.parametrize("drain", [True, False])
+def test_closing_finishes_what_waits_and_runs_or_drops_it(model, gate, drain):
+    request, engine = Request([Text("a")], Sampling(steps=20, max_new_tokens=0), draw=True), Engine(model, rows=1)
+    gate.hold(engine)
+    tickets = [engine.submit(request) for _ in range(3)]
+    closing = threading.Thread(target=engine.close, args=(drain,))
+    closing.start()
+    until(lambda: not engine.alive and (drain or all(ticket.running.cancelled for ticket in tickets)))
+    gate.set()
+    closing.join()
+    ends = [[*ticket.events()][-1] for ticket in tickets]
+    assert all(isinstance(end, Finished if drain else Failed) for end in ends)
+    with pytest.raises(Closed):
+        engine.submit(request)
+    assert not engine._thread.is_alive()
 
 
 def test_functions_run_on_the_engines_thread(engine):
