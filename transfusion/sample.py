@@ -55,8 +55,7 @@ def sample(options: Sample) -> None:
     given = [] if options.image is None else [load_image(options.image, model.config, model.vae)]
     given += [Text(options.prompt)] if options.prompt.strip() else []
     if options.draw:
-        limits = ("max_new_tokens", "max_images")  # of what the model chooses to write and draw
-        parts = model.draw([given], **{k: v for k, v in vars(options.sampling).items() if k not in limits})
+        parts = model.draw([given], **options.sampling.of_one_image())
     else:
         parts = model.generate(given, **vars(options.sampling))
     _write(parts, options.out, model.vae)

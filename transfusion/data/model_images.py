@@ -3,6 +3,7 @@ import io
 from pathlib import Path
 
 from PIL import Image as Picture
+from torch import Tensor
 
 from transfusion.data.picture_files import read_picture, to_picture
 from transfusion.files import check_writable, written
@@ -10,21 +11,31 @@ from transfusion.model.vae import VAE
 from transfusion.sequence import Image
 
 
+def picture_shape(config, vae: VAE | None = None) -> tuple[int, int, int]:
+    """Channels, height and width of the pictures of a model's own size."""
+    channels, factor = (config.image_channels, 1) if vae is None else (vae.picture_channels, vae.factor)
+    return channels, *(side * factor for side in config.image_size)
+
+
+def pixels_of(image: Image, vae: VAE | None = None) -> Tensor:
+    """An image's pixels (C, H, W): its latent, or what the VAE decodes of that."""
+    return image.latent if vae is None else vae.decode(image.latent[None])[0]
+
+
 def load_image(path: Path, config, vae: VAE | None = None) -> Image:
     """Read a picture file as training does: in the model's channels and size, in [-1, 1], or as its VAE's latent."""
-    channels, factor = (config.image_channels, 1) if vae is None else (vae.picture_channels, vae.factor)
+    channels, *size = picture_shape(config, vae)
     if channels not in (1, 3):
         raise ValueError(f"load_image: the model's images have {channels} channels and no VAE; picture files fit "
                          "models of 1 (grey) or 3 (colour), or with a VAE (transfusion init --vae)")
-    pixels = read_picture(path, tuple(side * factor for side in config.image_size), channels)
+    pixels = read_picture(path, tuple(size), channels)
     return Image(pixels if vae is None else vae.encode(pixels[None])[0])
 
 
 def save_image(image: Image, path: Path, vae: VAE | None = None) -> None:
     """Write an image of 1 or 3 channels, or what the VAE makes of its latent, as a picture file, in one piece."""
-    pixels = image.latent if vae is None else vae.decode(image.latent[None])[0]
     with written(path) as aside:
-        to_picture(pixels).save(aside)
+        to_picture(pixels_of(image, vae)).save(aside)
 
 
 def check_picture_path(path: Path, name: str = "sample: out") -> None:

@@ -5,6 +5,7 @@ when they are asked for.
 """
 import struct
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,16 +134,17 @@ def fit_picture(picture: Picture.Image, size: int | tuple[int, int], channels: i
     return pixels.movedim(-1, 0).float() / 127.5 - 1
 
 
-def open_picture(path: Path | BinaryIO, name: str = "") -> Picture.Image:
+def open_picture(path: Path | BinaryIO, name: str = "", *, formats: Sequence[str] | None = None) -> Picture.Image:
     """Return the pixels of a file, upright, 8 bits a channel: RGB or, where some may be transparent, RGBA.
 
-    `path` may be an open file, such as bytes of a larger one; messages call it `name`.
+    `path` may be an open file, such as bytes of a larger one; messages call it `name`. `formats` are Pillow's names of
+    those that are read; None for all that it knows.
 
     Raises:
         ValueError: as `read_picture`.
     """
     try:
-        with Picture.open(path) as picture:
+        with Picture.open(path, formats=formats) as picture:
             upright = ImageOps.exif_transpose(picture)
             if upright.mode.startswith("I;16") or upright.mode == "I" and picture.format == "PNG":  # both are 16 bits
                 pixels = np.asarray(upright).astype(np.int64)

@@ -47,14 +47,16 @@ def solver_of(model, options: Sampling, grid: tuple[int, int]) -> DDIMSolver | S
 class Row:
     """One prompt: what it wrote since its last image, its finished parts and its own random numbers."""
 
-    def __init__(self, model, prompt: list[Part], options: Sampling, grid: tuple[int, int], seed: int):
+    def __init__(self, model, prompt: list[Part], options: Sampling, grid: tuple[int, int], seed: int, decoder=None):
         self.model, self.config, self.prompt, self.options, self.grid = model, model.config, prompt, options, grid
+        self.decoder = model.tokenizer if decoder is None else decoder  # makes text of tokens
         self.eos = model.tokenizer.eos_token_id
         self.generator = torch.Generator().manual_seed(seed)
         self.stop = tuple(options.stop or ())
         self.state, self.tokens, self.text = WRITING, [], ""
         self.parts: list[Part] = []
         self.images = self.written = 0
+        self.stopped = False  # by one of the texts that end it
 
     def document(self, force_image: bool) -> Document:
         """The prompt, and the BOI of an image behind it where one is forced."""
@@ -88,22 +90,26 @@ class Row:
         return int(order[torch.multinomial(ranked, 1, generator=self.generator)])
 
     def take(self, token: int) -> str | None:
-        """Add a token to what is written, or end or begin to draw; return what became readable, None for nothing."""
+        """Add a token to what is written, or end or begin to draw; return what became readable, None for nothing.
+
+        What may be the beginning of a text that ends the row is held back until it is known to be none.
+        """
         if token == self.eos:
             self.state = DONE
-            return None
-        if token == self.config.boi_token_id:
+        elif token == self.config.boi_token_id:
             self.state = DRAWING
+        else:
+            self.tokens.append(token)
+            self.written += 1
+            whole = self._decoded()
+            text = self._before_stop(whole)
+            self.stopped = text != whole
+            self.state = DONE if self.stopped else WRITING
+        if self.state != WRITING:
+            return self._new(self._before_stop(self._decoded()))
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character of several tokens is not whole yet
             return None
-        self.tokens.append(token)
-        self.written += 1
-        text = self.model.tokenizer.decode(self.tokens)
-        kept = self._before_stop(text)
-        self.state = WRITING if kept == text else DONE
-        if kept.endswith("\N{REPLACEMENT CHARACTER}"):  # a character of several tokens is not whole yet
-            return None
-        new, self.text = kept[len(self.text):], kept
-        return new
+        return self._new(text[:len(text) - self._held_back(text)])
 
     def noise(self) -> Tensor:
         """The patches (P, patch_dim) from which the next image is drawn."""
@@ -124,13 +130,26 @@ class Row:
 
     def finish(self) -> None:
         """Make what was written since the last image a part, if it is anything."""
-        text = self._before_stop(self.model.tokenizer.decode(self.tokens)) if self.tokens else ""
+        text = self._before_stop(self._decoded())
         self.parts += [Text(text)] if text else []
         self.tokens, self.text = [], ""
 
     def _then_image(self, document: Document) -> Document:
         """The document and the BOI of an image behind it."""
         return document._replace(tokens=[*document.tokens, self.config.boi_token_id], targets=[*document.targets, True])
+
+    def _decoded(self) -> str:
+        """What was written since the last image."""
+        return self.decoder.decode(self.tokens) if self.tokens else ""
+
+    def _new(self, text: str) -> str | None:
+        """What of a text was not returned yet."""
+        new, self.text = text[len(self.text):], text
+        return new or None
+
+    def _held_back(self, text: str) -> int:
+        """Length of the longest end of a text that is a beginning of one that ends the row."""
+        return max((n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
 
     def _before_stop(self, text: str) -> str:
         """What of a text stands before the first of the texts that end it: all of it where none is there."""

@@ -8,6 +8,8 @@ from transfusion.diffusion.guidance import Guidance
 from transfusion.diffusion.solvers import SOLVERS
 from transfusion.settings import Count, NotNegative, OneOf, Range, Share, WholeNumber, check, nearest
 
+MOST_STOPS = 4  # texts that end a row
+
 
 @dataclass(frozen=True)
 class TextSampling:
@@ -22,12 +24,14 @@ class TextSampling:
     min_p: Share = 0.0
     """sample only tokens at least this many times as likely as the likeliest (arXiv:2407.01082)"""
     stop: tuple[str, ...] | None = None
-    """texts that end what is written where one of them appears; it and what follows it are left out"""
+    """one to four texts that end what is written where one of them appears; it and what follows it are left out"""
     seed: Annotated[int, Range(-2**63, 2**63 - 1)] = 0
     """of noise and text: prompt i draws its random numbers from seed + i, whatever the rest of the batch is"""
 
     def __post_init__(self):
         check("generate", self)
+        if self.stop is not None and not (len(self.stop) <= MOST_STOPS and all(self.stop)):
+            raise ValueError(f"generate: stop is {self.stop!r}; 1 to {MOST_STOPS} texts, none of them empty, fit")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,10 @@ class Sampling(TextSampling):
     """make a `Preview` after each denoising step; each one waits for the device"""
     cuda_graph: bool = False
     """replay the denoising step as a CUDA graph, captured for each image anew"""
+
+    def of_one_image(self) -> dict:
+        """The options of one image that is drawn in any case: all but how much the model may write and draw."""
+        return {name: value for name, value in vars(self).items() if name not in ("max_new_tokens", "max_images")}
 
     @classmethod
     def of(cls, options: dict) -> "Sampling":

@@ -22,7 +22,7 @@ from typing import Annotated, TextIO
 from PIL import Image as Picture
 from tyro.conf import arg
 
-from transfusion.data.model_images import check_picture_path, load_image, save_image
+from transfusion.data.model_images import check_picture_path, load_image, pixels_of, save_image
 from transfusion.data.picture_files import to_picture
 from transfusion.data.sources.record import PictureRef, Turn
 from transfusion.generate.generation import Drawn, Written
@@ -112,9 +112,7 @@ class Talk:
 
     def _drawn(self, prompt: list[Part]) -> Iterator[Image]:
         """The one picture that it has to draw."""
-        limits = ("max_new_tokens", "max_images")
-        options = {name: value for name, value in vars(self.settings.sampling).items() if name not in limits}
-        yield self.model.draw([prompt], **options | {"seed": self.seed})[0]
+        yield self.model.draw([prompt], **self.settings.sampling.of_one_image() | {"seed": self.seed})[0]
 
     def _show(self, piece: str | Image) -> str | PictureRef:
         """Show a piece of an answer; return it as a turn holds it."""
@@ -122,9 +120,7 @@ class Talk:
             print(piece, end="", file=self.out, flush=True)
             return piece
         self.newest = piece
-        vae = self.model.vae
-        pixels = piece.latent if vae is None else vae.decode(piece.latent[None])[0]
-        print("\n" + in_terminal(to_picture(pixels), self.out), file=self.out, flush=True)
+        print("\n" + in_terminal(to_picture(pixels_of(piece, self.model.vae)), self.out), file=self.out, flush=True)
         return self._named(piece)
 
     def _named(self, image: Image) -> PictureRef:

@@ -7,7 +7,7 @@ from transfusion.model.loading import load_model
 from transfusion.serve.engine import Engine
 from transfusion.serve.request import Limits
 from transfusion.serve.turns import NO_TEMPLATE, TEMPLATE_NAMES
-from transfusion.settings import Count, OneOf, check
+from transfusion.settings import Count, OneOf, Range, check
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class ServeSettings:
     """directory of a checkpoint"""
     host: str = "127.0.0.1"
     """address to listen on: this machine alone; 0.0.0.0 for all, and then set --api-key"""
-    port: Count = 8000
+    port: Annotated[int, Range(1, 65535)] = 8000
     """port to listen on"""
     name: str | None = None
     """what clients call the model; by default the directory's name"""
@@ -47,14 +47,14 @@ def serve(settings: ServeSettings) -> None:
     try:
         import uvicorn
 
-        from transfusion.serve.server import make_app
+        from transfusion.serve.server import AnnouncedServer, make_app
     except ImportError as error:
         raise ValueError(f"serve: {error.name} is not installed; pip install 'tfkernels[serve]' fits") from None
     engine = Engine(load_model(settings.model, settings.device), settings.rows, settings.queue, limits=settings.limits)
     app = make_app(engine, settings.name or settings.model.resolve().name, template=settings.template,
                    api_key=settings.api_key, allow_remote=settings.allow_remote, max_megabytes=settings.max_megabytes)
-    server = uvicorn.Server(uvicorn.Config(app, host=settings.host, port=settings.port, log_level="warning"))
-    print(f"serving {settings.model} at http://{settings.host}:{settings.port}/v1 (Ctrl-C ends)", flush=True)
+    server = AnnouncedServer(uvicorn.Config(app, host=settings.host, port=settings.port, log_level="warning"),
+                             f"serving {settings.model} at http://{settings.host}:{settings.port}/v1 (Ctrl-C ends)")
     try:
         server.run()
     except KeyboardInterrupt:  # uvicorn repeats the signal after it has shut down

@@ -6,24 +6,30 @@ an image, and answers all that fit together in one pass, whatever their times, n
 The program of a request is `Running.program`; an error in it ends that request alone.
 
 Each request draws its random numbers from its own seed, so its result does not depend on its company: texts are equal
-and images differ by the rounding of matrix products of other shapes (tests/transfusion/serve/test_engine.py: at most
-4.3e-6 of an image's largest value, in float32 on a CPU).
+and images differ by the rounding of matrix products of other shapes: in float32 on a CPU by at most 9.5e-6 of an
+image's largest value in 555 random ones of three models (tests/transfusion/serve/test_engine.py allows 2e-5).
 """
-import queue
+import copy
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from transfusion.generate.generation import Event
+from transfusion.generate.generation import Event, Preview, as_parts
 from transfusion.generate.row import check_options
 from transfusion.generate.sampling import Sampling
-from transfusion.sequence import Document, Part
+from transfusion.sequence import Document, Part, Text
 from transfusion.serve.ragged_cache import Denoise, Feed, RaggedCache
 from transfusion.serve.request import Failed, Finished, Limits, Request, Running
+from transfusion.settings import check_value
+
+COUNTERS = ("submitted", "finished", "failed", "cancelled", "refused", "passes", "rows_in_passes", "reused_tokens",
+            "written_tokens", "drawn_images", "denoising_steps")  # numbers that only grow
+SHORT = 127  # tokens: contexts up to here share passes, whatever their lengths
 
 
 class QueueFull(RuntimeError):
@@ -38,27 +44,66 @@ class Closed(RuntimeError):
     """The engine takes no more requests."""
 
 
-class Ticket:
-    """A request on its way. Its events go to `on_event`, on the engine's thread, or are read from `events`.
+class Unread(deque):
+    """Events that nobody has read yet. Of previews that follow one another the newest alone stays."""
 
+    def add(self, event: Event | Finished | Failed) -> None:
+        """Put an event behind the others."""
+        if self and isinstance(event, Preview) and isinstance(self[-1], Preview):
+            self[-1] = event
+        else:
+            self.append(event)
+
+
+class Ticket:
+    """A request on its way. Its events go to `on_event`, on the engine's thread, or are read once, from `events`.
+
+    A reader that is slower than the model misses previews, nothing else.
     `on_event` hands an event on and returns; it must not call the engine, whose locks may be held.
     """
 
     def __init__(self, engine: "Engine", on_event: Callable[[Event | Finished | Failed], None] | None):
-        self._engine, self._queue, self.running = engine, queue.SimpleQueue(), None
-        self._on_event = on_event or self._queue.put
+        self._engine, self.running = engine, None
+        self._unread, self._change, self._ended = Unread(), threading.Condition(), False
+        self._is_read_here, self._on_event = on_event is None, on_event or self._keep
 
     def events(self) -> Iterator[Event | Finished | Failed]:
-        """What happens, as it happens: Written, Preview and Drawn, and at the end Finished or Failed."""
-        while True:
-            event = self._queue.get()
+        """What happens, as it happens: Written, Preview and Drawn, and at the end Finished or Failed.
+
+        Raises:
+            ValueError: they go to `on_event`, or were read to the end already.
+        """
+        self._check_readable("events")
+        return self._events()
+
+    def _events(self) -> Iterator[Event | Finished | Failed]:
+        while not self._ended:
+            with self._change:
+                self._change.wait_for(lambda: self._unread)
+                event = self._unread.popleft()
+            self._ended = isinstance(event, (Finished, Failed))
             yield event
-            if isinstance(event, (Finished, Failed)):
-                return
+
+    def _keep(self, event: Event | Finished | Failed) -> None:
+        with self._change:
+            self._unread.add(event)
+            self._change.notify()
+
+    def _check_readable(self, op: str) -> None:
+        if not self._is_read_here:
+            raise ValueError(f"{op}: on_event is {self._on_event!r}, which is told what happens; None fits a ticket "
+                             "that is read")
+        if self._ended:
+            raise ValueError(f"{op}: the end was read already; one reader fits, keep what it gets")
 
     def result(self) -> list[Part]:
-        """Wait for the end and return the parts; a failure is raised."""
-        *_, last = self.events()
+        """Wait for the end and return the parts; a failure is raised.
+
+        Raises:
+            ValueError: as `events`.
+        """
+        self._check_readable("result")
+        *_, last = self._events()
         if isinstance(last, Failed):
             raise last.error
         return last.parts
@@ -89,6 +134,7 @@ class Engine:
         for name, value in (("rows", rows), ("queue", queue)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"Engine: {name} is {value!r}; a whole number from 1 on fits")
+        check_value("Engine", "limits", limits, Limits | None)
         check_options(model, Sampling())
         limits = limits or Limits()
         self.model, self.rows, self.queue, self.limits = model, rows, queue, limits
@@ -99,7 +145,9 @@ class Engine:
         self._counts: Counter = Counter()
         self._closing = False
         self._change = threading.Condition()    # guards all of the above
-        self.tokenizing = threading.Lock()     # a tokenizer's settings change while it encodes
+        self.tokenizing = threading.Lock()     # the model's tokenizer, whose settings change while it encodes
+        self._decoder = copy.deepcopy(model.tokenizer)  # the thread's own: it waits for nobody who encodes a long text
+        self._longest = max(map(len, model.tokenizer.get_vocab()))  # characters of a token
         self._thread = threading.Thread(target=self._loop, name="transfusion-engine", daemon=True)
         self._thread.start()
         self.call(self._allocate).result()
@@ -117,10 +165,14 @@ class Engine:
             QueueFull: too many wait.
             Closed: the engine is being closed.
         """
-        ticket = Ticket(self, on_event)
+        if not isinstance(request, Request):
+            raise ValueError(f"submit: request is a {type(request).__name__}; a Request fits, e.g. "
+                             "Request([Text('a handwritten seven')])")
+        ticket, parts = Ticket(self, on_event), as_parts("submit", "parts", request.parts)
+        self.check_texts(part.text for part in parts if isinstance(part, Text) and isinstance(part.text, str))
         with self.tokenizing:
-            running = Running(request, self.model, self.limits, ticket.tell, self.cache.pages.remember, self._counts)
-            ticket.running = running
+            ticket.running = running = Running(replace(request, parts=parts), self.model, self.limits, ticket.tell,
+                                               self.cache.pages.remember, self._counts, self._decoder)
         with self._change:
             if self._closing:
                 raise Closed("submit: the engine is closed; start another")
@@ -131,6 +183,17 @@ class Engine:
             self._counts["submitted"] += 1
             self._change.notify()
         return ticket
+
+    def check_texts(self, texts: Iterable[str]) -> None:
+        """Refuse a prompt whose texts cannot fit, before they are tokenized: no token has more than so many characters.
+
+        Raises:
+            ValueError: they have more characters than the longest tokens that fit.
+        """
+        characters, fit = sum(map(len, texts)), self.limits.request_tokens * self._longest
+        if characters > fit:
+            raise ValueError(f"submit: parts is of {characters} characters; at most {fit} fit, {self._longest} for "
+                             f"each of {self.limits.request_tokens} tokens; a shorter prompt fits")
 
     def call(self, function: Callable[[], object]) -> Future:
         """Run a function on the engine's thread between two passes, such as the autoencoder's."""
@@ -154,11 +217,9 @@ class Engine:
     def stats(self) -> dict[str, int]:
         """Numbers of now (running, waiting, memory) and since the start (the rest)."""
         with self._change:
-            names = ("submitted", "finished", "failed", "cancelled", "refused", "passes", "rows_in_passes",
-                     "reused_tokens", "written_tokens", "drawn_images", "denoising_steps")
             return {"running": len(self._running), "waiting": len(self._waiting), "rows": self.rows,
                     "queue": self.queue, "cache_tokens": self.cache.tokens, "cache_tokens_used": self.cache.used,
-                    "cache_bytes": self.cache.bytes, **{name: self._counts[name] for name in names}}
+                    "cache_bytes": self.cache.bytes, **{name: self._counts[name] for name in COUNTERS}}
 
     def _allocate(self) -> None:
         """Make the pool's memory by a pass of one token."""
@@ -184,7 +245,8 @@ class Engine:
                     self._end(running, Failed(Closed("the engine ended")))
                 self._waiting.clear()
                 for future, _ in self._calls:
-                    future.set_exception(Closed("the engine ended"))
+                    if future.set_running_or_notify_cancel():
+                        future.set_exception(Closed("the engine ended"))
 
     @torch.inference_mode()
     def _serve(self) -> None:
@@ -224,14 +286,14 @@ class Engine:
         groups: dict[tuple, list[tuple[Running, int]]] = {}
         for running in self._running:
             running.answers = [None] * len(running.asks)
-            for number, ask in enumerate(running.asks):  # lengths that share a group are padded to twice at most
+            for number, ask in enumerate(running.asks):  # what shares a group is padded to twice at most, or to SHORT
                 size = len(ask.x) if isinstance(ask, Denoise) else len(ask.document.tokens)
-                groups.setdefault((type(ask), size.bit_length()), []).append((running, number))
+                key = type(ask), size.bit_length(), max(ask.context.length, SHORT).bit_length()
+                groups.setdefault(key, []).append((running, number))
         for members in groups.values():
             self._run([member for member in members if member[0] in self._running])
-        with self.tokenizing:
-            for running in list(self._running):
-                self._advance(running, running.answers)
+        for running in list(self._running):
+            self._advance(running, running.answers)
 
     def _run(self, members: "list[tuple[Running, int]]") -> None:
         """One pass. If it fails, each request runs alone, and those that fail again end."""
@@ -256,7 +318,7 @@ class Engine:
     def _advance(self, running: "Running", answers: list[Tensor] | None) -> None:
         """Let a request take its answers and ask for the next ones."""
         try:
-            running.asks = running.steps.send(answers)
+            running.asks = running.coroutine.send(answers)
         except StopIteration as stop:
             with self._change:
                 self._end(running, stop.value)
@@ -277,6 +339,8 @@ class Engine:
 
 
 def _answer(future: Future, function: Callable[[], object]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
     try:
         future.set_result(function())
     except Exception as error:

@@ -48,8 +48,8 @@ class Pages:
         return shared + [self._fresh() for _ in range(math.ceil(size / PAGE) - len(shared))], read
 
     def give_back(self, pages: list[int]) -> None:
-        """Leave pages that were taken."""
-        for page in pages:
+        """Leave pages that were taken: the last first, for the end of a prompt is of no use without its beginning."""
+        for page in reversed(pages):
             self.users[page] -= 1
             if not self.users[page]:
                 if page in self._digests:

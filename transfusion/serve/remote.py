@@ -4,24 +4,31 @@ The address that was checked is the one that is connected to, so that a name can
 redirect is checked like the first URL.
 """
 import http.client
+import io
 import ipaddress
 import socket
 import ssl
+import time
 from urllib.parse import urljoin, urlsplit
 
 SECONDS, REDIRECTS = 10, 3
+LAST_BYTES = tuple(map(ipaddress.IPv6Network, ("::/96", "64:ff9b::/96")))  # whose last four bytes are an IPv4 address
 
 
 def fetch(url: str, max_bytes: int) -> bytes:
     """Return the bytes of an http(s) URL.
 
+    All of it, redirects too, may take `SECONDS`; only looking a name up has the resolver's own time.
+
     Raises:
-        ValueError: another scheme, an address that is not public, no answer, an error, too many redirects or bytes.
+        ValueError: another scheme, an address that is not public, no answer in time, an error, too many redirects or
+            bytes.
     """
+    end = time.monotonic() + SECONDS
     for _ in range(REDIRECTS + 1):
         try:
-            target, data = _get(url, max_bytes)
-        except (OSError, http.client.HTTPException) as error:
+            target, data = _get(url, max_bytes, end)
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
             raise ValueError(f"image_url: {url[:80]} cannot be fetched ({error}); a data: URL fits") from None
         if target is None:
             return data
@@ -29,18 +36,16 @@ def fetch(url: str, max_bytes: int) -> bytes:
     raise ValueError(f"image_url: more than {REDIRECTS} redirects; a URL without them fits")
 
 
-def _get(url: str, max_bytes: int) -> tuple[str | None, bytes]:
+def _get(url: str, max_bytes: int, end: float) -> tuple[str | None, bytes]:
     """One request: where it redirects to, or None, and the bytes."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"image_url: url is {url[:80]!r}; data:, http: and https: fit")
-    port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-    connection = http.client.HTTPConnection(parts.hostname, port, timeout=SECONDS)
-    connection.sock = _connected(parts.hostname, port)
+    scheme, host, port, path = _split(url)
+    connection = http.client.HTTPConnection(host, port)
+    plain = _connected(host, port, end)
     try:
-        if parts.scheme == "https":
-            connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=parts.hostname)
-        connection.request("GET", (parts.path or "/") + (f"?{parts.query}" if parts.query else ""))
+        if scheme == "https":
+            plain = ssl.create_default_context().wrap_socket(plain, server_hostname=host)
+        connection.sock = _Socket(plain, end)
+        connection.request("GET", path)
         answer = connection.getresponse()
         if answer.status in (301, 302, 303, 307, 308) and answer.headers["Location"]:
             return answer.headers["Location"], b""
@@ -49,22 +54,89 @@ def _get(url: str, max_bytes: int) -> tuple[str | None, bytes]:
         data = answer.read(max_bytes + 1)
     finally:
         connection.close()
+        plain.close()
     if len(data) > max_bytes:
         raise ValueError(f"image_url: {url[:80]} has more than {max_bytes} bytes; a smaller picture fits")
     return None, data
 
 
-def _connected(host: str, port: int) -> socket.socket:
+def _split(url: str) -> tuple[str, str, int, str]:
+    """Scheme, host, port and path of an http(s) URL."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:  # a port or an address in brackets that is none
+        raise ValueError(f"image_url: url is {url[:80]!r} ({error}); data:, http: and https: fit") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"image_url: url is {url[:80]!r}; data:, http: and https: fit")
+    return (parts.scheme, parts.hostname, {"http": 80, "https": 443}[parts.scheme] if port is None else port,
+            (parts.path or "/") + (f"?{parts.query}" if parts.query else ""))
+
+
+class _Socket:
+    """What HTTPConnection asks of a socket, each call of which waits until one time `end` at most."""
+
+    def __init__(self, plain: socket.socket, end: float):
+        self.plain, self.end = plain, end
+
+    def sendall(self, data: bytes) -> None:
+        """As a socket's."""
+        self.plain.settimeout(_left(self.end))
+        self.plain.sendall(data)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """A file to read from."""
+        return io.BufferedReader(_Bytes(self))
+
+    def close(self) -> None:
+        """Nothing: whoever made the plain socket closes it, when its file is read."""
+
+
+class _Bytes(io.RawIOBase):
+    """The bytes that a `_Socket` receives."""
+
+    def __init__(self, kept: _Socket):
+        super().__init__()
+        self.kept = kept
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer) -> int:
+        """As a file's."""
+        self.kept.plain.settimeout(_left(self.kept.end))
+        return self.kept.plain.recv_into(buffer)
+
+
+def _left(end: float) -> float:
+    """Seconds until `end`; a TimeoutError where there are none."""
+    left = end - time.monotonic()
+    if left <= 0:
+        raise TimeoutError(f"more than {SECONDS} seconds")
+    return left
+
+
+def _connected(host: str, port: int, end: float) -> socket.socket:
     """A connection to a host, all of whose addresses are public."""
     found = [address for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     for address, *_ in found:
         if not is_public(address):
             raise ValueError(f"image_url: {host} is at {address}, which is not public; a public address fits")
-    return socket.create_connection(found[0][:2], timeout=SECONDS)
+    return socket.create_connection(found[0][:2], timeout=_left(end))
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is one of the open internet, also where an IPv6 address wraps one of IPv4."""
+    """Whether an address is one of the open internet, and so the IPv4 addresses that an IPv6 address stands for."""
     found = ipaddress.ip_address(address.partition("%")[0])
-    mapped = getattr(found, "ipv4_mapped", None)
-    return (mapped or found).is_global and not (mapped or found).is_multicast
+    return all(one.is_global and not one.is_multicast for one in _stands_for(found) or [found])
+
+
+def _stands_for(found: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
+    """IPv4 addresses in an IPv6 address: mapped, compatible (RFC 4291), of 6to4 (3056), Teredo (4380), NAT64 (6052)."""
+    if found.version == 4:
+        return []
+    wrapped = [found.ipv4_mapped, found.sixtofour, *(found.teredo or ())]
+    if any(found in network for network in LAST_BYTES):
+        wrapped.append(ipaddress.IPv4Address(found.packed[-4:]))
+    return [one for one in wrapped if one is not None]

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from transfusion.diffusion.objective import solve
-from transfusion.generate.generation import Drawn, Event, Preview, Written, as_parts
+from transfusion.generate.generation import Drawn, Event, Preview, Written
 from transfusion.generate.row import DONE, DRAWING, WRITING, Row, check_options, guidance_of, solver_of
 from transfusion.generate.sampling import Sampling
 from transfusion.sequence import Document, Part
 from transfusion.serve.pages import PAGE
 from transfusion.serve.ragged_cache import Context, Denoise, Feed
-from transfusion.settings import Count, check
+from transfusion.settings import Count, check, check_value
 
 Ask = Feed | Denoise
 
@@ -45,6 +45,10 @@ class Request:
     parts: list[Part]
     sampling: Sampling = Sampling()
     draw: bool = False
+
+    def __post_init__(self):
+        check_value("Request", "sampling", self.sampling, Sampling)
+        check_value("Request", "draw", self.draw, bool)
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Running:
     tell: Callable[[Event | Finished | Failed], None]
     remember: Callable[[list[int], Document], None]
     counts: Counter
+    decoder: object  # a tokenizer of the engine's own
     contexts: dict[str, Context] = field(default_factory=dict)
     asks: list[Ask] = field(default_factory=list)
     answers: list[Tensor | None] = field(default_factory=list)
@@ -89,11 +94,11 @@ class Running:
         model, options = self.model, self.request.sampling
         grid = check_options(model, options)
         self.guidance = guidance_of(options)
-        self.row = Row(model, as_parts("submit", "parts", self.request.parts), options, grid, options.seed)
+        self.row = Row(model, self.request.parts, options, grid, options.seed, self.decoder)
         self.document = self.row.document(self.request.draw)
         self.sizes = self._sizes()
         self._check()
-        self.steps = self.program()
+        self.coroutine = self.program()
 
     def _sizes(self) -> dict[str, int]:
         """Tokens of each context that the request may need at most."""
@@ -110,6 +115,8 @@ class Running:
         height, width = (side * model.config.patch_size for side in self.row.grid)
         tokens, at_most = sum(self.sizes.values()), min(limits.request_tokens, limits.cache_tokens)
         pages = sum(-(-size // PAGE) * PAGE for size in self.sizes.values())
+        written = options.max_new_tokens
+        is_text = written and tokens - written <= at_most  # without text it would fit
         for name, value, fits, what in (
                 ("steps", options.steps, options.steps <= limits.steps, f"at most {limits.steps} fit"),
                 ("image_size", (height, width), height * width <= limits.pixels,
@@ -117,7 +124,9 @@ class Running:
                 ("max_images", options.max_images, options.max_images <= limits.images,
                  f"at most {limits.images} fit"),
                 ("cuda_graph", options.cuda_graph, not options.cuda_graph, "False fits an engine, whose rows change"),
-                ("parts", f"of {len(self.document.tokens)} tokens and max_new_tokens {options.max_new_tokens}",
+                ("max_new_tokens" if is_text else "parts",
+                 f"{written} and the prompt of {len(self.document.tokens)} tokens" if is_text else
+                 f"of {len(self.document.tokens)} tokens and max_new_tokens {written}",
                  tokens <= at_most and pages <= limits.cache_tokens,
                  f"with images and guidance that takes {tokens} cached tokens, of which {at_most} fit; a shorter "
                  "prompt, less text or fewer or smaller images fit")):
@@ -136,7 +145,7 @@ class Running:
                 token = row.choose(scores)
                 text = row.take(token)
                 self.counts["written_tokens"] += token not in (row.eos, row.config.boi_token_id)
-                if text:
+                if text is not None:
                     self.tell(Written(0, text))
                 if row.state != DONE:
                     scores, = yield [Feed(whole, Document([token], [False], []))]
@@ -152,7 +161,7 @@ class Running:
             image = Document(tokens, [False] * len(tokens), [(0, patches, row.grid, False)])
             scores, = yield [Feed(whole, image)]
         row.finish()
-        is_full = row.written >= row.options.max_new_tokens > 0
+        is_full = not row.stopped and row.written >= row.options.max_new_tokens > 0
         return Finished(row.parts, "length" if is_full else "stop", len(self.document.tokens), row.written)
 
     def image(self) -> Generator[list[Ask], list[Tensor], Tensor]:

@@ -13,12 +13,14 @@ too many bytes, 429 too many requests wait, 500 and 503 the server's own.
 import asyncio
 import hmac
 import json
+import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
@@ -29,70 +31,82 @@ from starlette.exceptions import HTTPException
 
 from transfusion.generate.generation import Drawn, Preview, Written
 from transfusion.sequence import Image, Part, Text
-from transfusion.serve.engine import Closed, Engine, QueueFull
+from transfusion.serve.engine import COUNTERS, Closed, Engine, QueueFull, Unread
 from transfusion.serve.pictures import PictureReader
 from transfusion.serve.request import Failed, Finished
 from transfusion.serve.request import Request as Asked
 from transfusion.serve.wire import ApiError, Body, ChatBody, CompletionBody, ImageBody, prompt_of, refused
 
+LOG = logging.getLogger(__name__)
 MEGABYTE = 2**20
-COUNTERS = ("submitted", "finished", "failed", "cancelled", "refused", "passes", "rows_in_passes", "reused_tokens",
-            "written_tokens", "drawn_images", "denoising_steps")
 
 
 class Answers:
     """The n answers to one HTTP request: their tickets, and their events as they come."""
 
-    def __init__(self, engine: Engine):
-        self.engine, self.tickets = engine, []
-        self.loop, self.queue = asyncio.get_running_loop(), asyncio.Queue()
+    def __init__(self, engine: Engine, request: Request):
+        self.engine, self.request, self.tickets = engine, request, []
+        self.loop, self.unread, self.news = asyncio.get_running_loop(), [], asyncio.Event()
 
     async def submit(self, asked: list[Asked]) -> None:
-        """Hand requests to the engine; all of them, or none.
+        """Hand requests to the engine; all of them, or none. From now on a client that leaves cancels them.
 
         Raises:
-            ApiError: one was refused.
+            ValueError, QueueFull, Closed: one was refused, as by `Engine.submit`.
         """
+        self.unread = [Unread() for _ in asked]
         try:
             for number, one in enumerate(asked):
-                self.tickets.append(await run_in_threadpool(self.engine.submit, one, partial(self._tell, number)))
+                await run_in_threadpool(self._submit, number, one)
         except BaseException:
             self.cancel()
             raise
+        self.watch = asyncio.create_task(self._watch())
+
+    def _submit(self, number: int, asked: Asked) -> None:
+        self.tickets.append(self.engine.submit(asked, partial(self._tell, number)))
 
     def cancel(self) -> None:
         """Leave all that are not done."""
         for ticket in self.tickets:
             ticket.cancel()
 
-    async def events(self, request: Request) -> AsyncIterator[tuple]:
-        """(number of the answer, event) until all are done; a client that leaves cancels them.
+    async def events(self) -> AsyncIterator[tuple]:
+        """(number of the answer, event) until all are done; who is slow misses previews.
 
         Raises:
             ApiError: one of them failed.
         """
-        watch, left = asyncio.create_task(self._watch(request)), len(self.tickets)
+        left = len(self.tickets)
         try:
             while left:
-                number, event = await self.queue.get()
-                if isinstance(event, Failed):
-                    raise as_api_error(event.error)
-                left -= isinstance(event, Finished)
-                yield number, event
+                await self.news.wait()
+                self.news.clear()
+                for number, unread in enumerate(self.unread):
+                    while unread:
+                        event = unread.popleft()
+                        if isinstance(event, Failed):
+                            raise of_the_server(event.error)
+                        left -= isinstance(event, Finished)
+                        yield number, event
         finally:
-            watch.cancel()
+            self.watch.cancel()
             self.cancel()
 
-    async def finished(self, request: Request) -> list[Finished]:
+    async def finished(self) -> list[Finished]:
         """Wait for all, in their order."""
-        found = {number: event async for number, event in self.events(request) if isinstance(event, Finished)}
+        found = {number: event async for number, event in self.events() if isinstance(event, Finished)}
         return [found[number] for number in range(len(self.tickets))]
 
     def _tell(self, number: int, event) -> None:
-        self.loop.call_soon_threadsafe(self.queue.put_nowait, (number, event))
+        self.loop.call_soon_threadsafe(self._keep, number, event)
 
-    async def _watch(self, request: Request) -> None:
-        while not await request.is_disconnected():
+    def _keep(self, number: int, event) -> None:
+        self.unread[number].add(event)
+        self.news.set()
+
+    async def _watch(self) -> None:
+        while not await self.request.is_disconnected():
             await asyncio.sleep(0.1)
         self.cancel()
 
@@ -126,17 +140,18 @@ class Api:
     async def chat(self, body: ChatBody, request: Request) -> Response:
         """/v1/chat/completions."""
         self._check_model(body)
-        parts = await run_in_threadpool(prompt_of, body.messages, self.pictures, self.template)
         kinds = body.modalities or ["text", "image"]
         more = {} if "image" in kinds else {"max_images": 0}
         more |= {} if "text" in kinds else {"max_new_tokens": 0, "max_images": 1}
-        answers = await self._start([(parts, body.sampling(self.pictures, number, **more))
-                                     for number in range(body.n)], draw="text" not in kinds)
+        with reading("messages"):
+            parts = await run_in_threadpool(prompt_of, body.messages, self.pictures, self.template)
+            answers = await self._start(request, [(parts, body.sampling(self.pictures, number, **more))
+                                                  for number in range(body.n)], draw="text" not in kinds)
         head = self._head("chatcmpl", body)
         if body.stream:
             wants_usage = bool((body.stream_options or {}).get("include_usage"))
-            return await self._streamed(answers, self._chat_chunks(head, answers, request, wants_usage))
-        done = await answers.finished(request)
+            return await self._streamed(answers, self._chat_chunks(head, answers, wants_usage))
+        done = await answers.finished()
         choices = [{"index": number, "finish_reason": one.reason, "logprobs": None,
                     "message": {"role": "assistant", "content": await self._content(one.parts)}}
                    for number, one in enumerate(done)]
@@ -148,12 +163,14 @@ class Api:
         prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
         if not 1 <= len(prompts) * body.n <= 64:
             raise ApiError(400, f"prompt is {len(prompts)} texts and n {body.n}; 1 to 64 answers fit", "prompt")
-        answers = await self._start([([Text(prompt)], body.sampling(self.pictures, number, max_images=0))
-                                     for prompt in prompts for number in range(body.n)])
+        with reading("prompt"):
+            answers = await self._start(request, [
+                ([Text(prompt)], body.sampling(self.pictures, number, max_images=0))
+                for prompt in prompts for number in range(body.n)])
         head = {**self._head("cmpl", body), "object": "text_completion"}
         if body.stream:
-            return await self._streamed(answers, self._text_chunks(head, answers, request))
-        done = await answers.finished(request)
+            return await self._streamed(answers, self._text_chunks(head, answers))
+        done = await answers.finished()
         choices = [{"index": number, "text": _text(one.parts), "finish_reason": one.reason, "logprobs": None}
                    for number, one in enumerate(done)]
         return JSONResponse({**head, "choices": choices, "usage": _usage(done)})
@@ -170,30 +187,37 @@ class Api:
         async with request.form() as form:
             files = [value for name, value in form.multi_items()
                      if name in ("image", "image[]") and isinstance(value, UploadFile)]
+            for name, value in form.multi_items():
+                if isinstance(value, UploadFile) and name not in ("image", "image[]"):
+                    raise ApiError(400, f"{name} is not served as a file; image and image[] fit", name)
             fields = {name: value for name, value in form.items() if isinstance(value, str)}
             if isinstance(fields.get("extra_body"), str):
                 fields["extra_body"] = _json("extra_body", fields["extra_body"])
-            body = ImageBody(**fields)
-            self._check_model(body)
-            if not files:
-                raise ApiError(400, "image is missing; a picture file fits", "image")
-            images = [await run_in_threadpool(self.pictures.read, await file.read()) for file in files]
+            with reading("prompt"):
+                body = ImageBody(**fields)
+                self._check_model(body)
+                if not files:
+                    raise ApiError(400, "image is missing; a picture file fits", "image")
+                self.pictures.check_count(len(files))
+                images = [await run_in_threadpool(self.pictures.read, await file.read()) for file in files]
         given = [*images, *([Text(body.prompt)] if body.prompt.strip() else [])]
         return await self._drawn(body, given, request)
 
     async def _drawn(self, body: ImageBody, parts: list[Part], request: Request) -> dict:
         if body.stream:
             raise ApiError(400, "stream is True; False fits here; /v1/chat/completions streams pictures", "stream")
-        answers = await self._start([(parts, body.sampling(self.pictures, number, max_new_tokens=0, max_images=1))
-                                     for number in range(body.n)], draw=True)
+        with reading("prompt"):
+            answers = await self._start(request, [
+                (parts, body.sampling(self.pictures, number, max_new_tokens=0, max_images=1))
+                for number in range(body.n)], draw=True)
         images = [next(part for part in one.parts if isinstance(part, Image))
-                  for one in await answers.finished(request)]
+                  for one in await answers.finished()]
         write = self.pictures.png if body.response_format == "b64_json" else self.pictures.url
         return {"created": int(time.time()), "seed": body.start_seed(),
                 "data": [{body.response_format: await run_in_threadpool(write, image)} for image in images]}
 
-    async def _start(self, asked: list[tuple], draw: bool = False) -> Answers:
-        answers = Answers(self.engine)
+    async def _start(self, request: Request, asked: list[tuple], draw: bool = False) -> Answers:
+        answers = Answers(self.engine, request)
         await answers.submit([Asked(parts, sampling, draw) for parts, sampling in asked])
         return answers
 
@@ -202,15 +226,14 @@ class Api:
             try:
                 async for chunk in chunks:
                     yield f"data: {json.dumps(chunk)}\n\n"
-            except ApiError as error:  # the status is sent already
-                yield f"data: {json.dumps(error.body())}\n\n"
-            finally:  # also of a client that left before the first event
-                answers.cancel()
+            except Exception as error:  # the status is sent already
+                told = error if isinstance(error, ApiError) else of_the_server(error)
+                yield f"data: {json.dumps(told.body())}\n\n"
             yield "data: [DONE]\n\n"
 
         return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
-    async def _chat_chunks(self, head: dict, answers: Answers, request: Request, wants_usage: bool):
+    async def _chat_chunks(self, head: dict, answers: Answers, wants_usage: bool):
         head, done = {**head, "object": "chat.completion.chunk"}, []
 
         def chunk(number: int, delta: dict, reason: str | None = None) -> dict:
@@ -218,7 +241,7 @@ class Api:
 
         for number in range(len(answers.tickets)):
             yield chunk(number, {"role": "assistant", "content": ""})
-        async for number, event in answers.events(request):
+        async for number, event in answers.events():
             if isinstance(event, Written):
                 yield chunk(number, {"content": event.text})
             elif isinstance(event, Drawn):
@@ -232,8 +255,8 @@ class Api:
         if wants_usage:
             yield {**head, "choices": [], "usage": _usage(done)}
 
-    async def _text_chunks(self, head: dict, answers: Answers, request: Request):
-        async for number, event in answers.events(request):
+    async def _text_chunks(self, head: dict, answers: Answers):
+        async for number, event in answers.events():
             text, reason = (event.text, None) if isinstance(event, Written) else ("", event.reason)
             yield {**head, "choices": [{"index": number, "text": text, "finish_reason": reason, "logprobs": None}]}
 
@@ -297,6 +320,20 @@ class Guard:
         return bytes(body)
 
 
+class AnnouncedServer(uvicorn.Server):
+    """A server that prints a line when it listens."""
+
+    def __init__(self, config: uvicorn.Config, line: str):
+        super().__init__(config)
+        self.line = line
+
+    async def startup(self, sockets=None) -> None:
+        """As uvicorn's, which ends the process where the port cannot be had."""
+        await super().startup(sockets)
+        if self.started:
+            print(self.line, flush=True)
+
+
 def make_app(engine: Engine, name: str, *, template: str = "none", api_key: str | None = None,
              allow_remote: bool = False, max_megabytes: int = 32) -> FastAPI:
     """The server's application around an engine, which it closes when it ends: what runs is finished."""
@@ -315,14 +352,15 @@ def make_app(engine: Engine, name: str, *, template: str = "none", api_key: str 
     for path, function in (("chat/completions", api.chat), ("completions", api.complete),
                            ("images/generations", api.draw), ("images/edits", api.edit)):
         app.add_api_route(f"/v1/{path}", function, methods=["POST"], response_model=None)
-    for kind in (ApiError, ValidationError, RequestValidationError, ValueError, QueueFull, Closed, HTTPException,
-                 Exception):
-        app.add_exception_handler(kind, _handle)
+    for kind, told in ((ApiError, lambda error: error), (RequestValidationError, misread),
+                       (HTTPException, lambda error: ApiError(error.status_code, str(error.detail))),
+                       (Exception, of_the_server)):
+        app.add_exception_handler(kind, partial(_handle, told))
     return app
 
 
-async def _handle(request: Request, error: Exception) -> JSONResponse:
-    return _response(as_api_error(error))
+async def _handle(told: Callable[[Exception], ApiError], request: Request, error: Exception) -> JSONResponse:
+    return _response(told(error))
 
 
 def _response(error: ApiError) -> JSONResponse:
@@ -330,29 +368,42 @@ def _response(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body(), error.status, headers.get(error.status))
 
 
-def as_api_error(error: Exception) -> ApiError:
-    """Any error as one with a status; the server's own errors say no more than their kind."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, (ValidationError, RequestValidationError)):
-        first = error.errors()[0]
-        field = ".".join(str(step) for step in first["loc"] if step != "body")
-        return ApiError(400, f"{field or 'the body'}: {first['msg']}", field or None)
-    if isinstance(error, HTTPException):
-        return ApiError(error.status_code, str(error.detail))
-    for kind, status in ((QueueFull, 429), (Closed, 503)):
-        if isinstance(error, kind):
-            return ApiError(status, str(error))
-    if isinstance(error, ValueError):
-        return refused(error)
+@contextmanager
+def reading(prompt: str) -> Iterator[None]:
+    """While a request is read and handed to the engine, what does not fit is the client's error.
+
+    `prompt` is the field of the prompt.
+    """
+    try:
+        yield
+    except QueueFull as error:
+        raise ApiError(429, str(error)) from error
+    except ValidationError as error:
+        raise misread(error) from error
+    except ValueError as error:
+        raise refused(error, prompt) from error
+
+
+def misread(error: ValidationError | RequestValidationError) -> ApiError:
+    """An error of pydantic's, of the field that it is in."""
+    first = error.errors()[0]
+    field = next((step for step in first["loc"] if step != "body" and isinstance(step, str)), None)
+    return ApiError(400, f"{field or 'the body'}: {first['msg']}", field)
+
+
+def of_the_server(error: Exception) -> ApiError:
+    """Any other error. The client hears no more than its kind; the server's log has all of it."""
+    if isinstance(error, Closed):
+        return ApiError(503, str(error))
+    LOG.error("a request failed", exc_info=error)
     return ApiError(500, f"the request failed ({type(error).__name__})")
 
 
 def _json(name: str, text: str) -> dict:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ApiError(400, f"{name} is not JSON ({error})", name) from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ApiError(400, f"{name} is not JSON that can be read ({error}); an object fits", name) from None
 
 
 def _text(parts: list[Part]) -> str:

@@ -19,8 +19,10 @@ from transfusion.serve.turns import parts_of
 
 WIRE_NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale", "text": "guidance_scale",
               "image": "image_guidance_scale", "image_size": "size", "max_new_tokens": "max_tokens"}
+READING = ("image", "image_url")  # which the project's messages about pictures begin with
 UNKNOWN_HERE = ("tools", "functions", "logprobs", "top_logprobs", "logit_bias", "frequency_penalty", "presence_penalty",
-                "response_format", "audio", "mask", "background", "best_of", "echo", "suffix")
+                "response_format", "audio", "mask", "background", "best_of", "echo", "suffix",
+                "output_format", "output_compression", "partial_images")
 
 
 class ApiError(Exception):
@@ -37,10 +39,20 @@ class ApiError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": None}}
 
 
-def refused(error: ValueError) -> ApiError:
-    """A ValueError of the project, "<op>: <argument> is ...", as an error 400 that names the wire's field."""
-    found = re.match(r"(?:\w+: )?(\w+)(?:\[\d+\])? is ", str(error))
-    return ApiError(400, str(error), WIRE_NAMES.get(found[1], found[1]) if found else None)
+def refused(error: ValueError, prompt: str) -> ApiError:
+    """A ValueError of the project, "<op>: <argument> is ...", as an error 400 that calls the argument as the wire does.
+
+    `prompt` is the field that the engine's `parts` came from.
+    """
+    message = str(error)
+    op, _, rest = message.partition(": ")
+    if op in READING:
+        return ApiError(400, message, op)
+    found = re.match(r"(\w+)(?:\[\d+\])?(?: is .*)", rest if op.isidentifier() else message, re.DOTALL)
+    names = {**{name: name for name in FIELDS}, **WIRE_NAMES, "parts": prompt}
+    if not found or found[1] not in names:
+        return ApiError(400, message)
+    return ApiError(400, names[found[1]] + found[0][len(found[1]):], names[found[1]])
 
 
 class Body(BaseModel):
@@ -65,17 +77,19 @@ class Body(BaseModel):
         if not isinstance(given, dict):
             return given
         inner = given.get("extra_body")
-        merged = {**given, **(inner if isinstance(inner, dict) else {})}
+        if not (inner is None or isinstance(inner, dict)):
+            raise ApiError(400, f"extra_body is {str(inner)[:40]}; an object fits", "extra_body")
+        merged = {**given, **(inner or {})}
         given = {name: value for name, value in merged.items() if name != "extra_body" and value is not None}
         for name in UNKNOWN_HERE:
-            if given.get(name) and not (name == "response_format" and given[name] in cls.formats()):
+            if given.get(name) and given[name] not in cls.served().get(name, ()):
                 raise ApiError(400, f"{name} is not served; leave it out", name)
         return given
 
     @classmethod
-    def formats(cls) -> tuple:
-        """What response_format may be."""
-        return ({"type": "text"},)
+    def served(cls) -> dict[str, tuple]:
+        """What fields may be that are refused otherwise."""
+        return {"response_format": ({"type": "text"},)}
 
     def sampling(self, pictures: PictureReader, number: int, **more) -> Sampling:
         """The options of the answer `number` of n, whose seed is `number` after the request's."""
@@ -84,7 +98,8 @@ class Body(BaseModel):
             guidance = Guidance(guidance.text, self.image_guidance_scale)
         named = {"steps": self.num_inference_steps, "sampler": self.sampler,
                  "image_size": pictures.image_size(self.size)} | more
-        return Sampling(seed=self.start_seed() + number, guidance=guidance, previews=self.previews,
+        return Sampling(seed=self.start_seed() + number, guidance=guidance,
+                        previews=self.previews and self.stream,  # a whole answer has none
                         **{name: value for name, value in named.items() if value is not None})
 
     def start_seed(self) -> int:
@@ -135,9 +150,12 @@ class ImageBody(Body):
     response_format: Literal["b64_json", "url"] = "b64_json"
 
     @classmethod
-    def formats(cls) -> tuple:
-        """As `Body.formats`."""
-        return "b64_json", "url"
+    def served(cls) -> dict[str, tuple]:
+        """As `Body.served`."""
+        return {"response_format": ("b64_json", "url"), "output_format": ("png",)}
+
+
+FIELDS = {name for kind in (ChatBody, CompletionBody, ImageBody) for name in kind.model_fields}
 
 
 def prompt_of(messages: list[dict], pictures: PictureReader, template: str) -> list[Part]:
@@ -148,8 +166,10 @@ def prompt_of(messages: list[dict], pictures: PictureReader, template: str) -> l
         ValueError: a picture that cannot be read, or turns that the template refuses.
     """
     images: dict[str, Image] = {}
+    pictures.check_count(sum(_kind(part) == "image_url" for message in messages for part in _parts(message)))
     turns = tuple(Turn(_role(message, at), tuple(_content(message, at, pictures, images)))
                   for at, message in enumerate(messages))
+    pictures.engine.check_texts(part for turn in turns for part in turn.parts if isinstance(part, str))
     with pictures.engine.tokenizing:
         return parts_of(turns, images, pictures.engine.model.tokenizer, template)
 
@@ -163,10 +183,8 @@ def _role(message: dict, at: int) -> str:
 
 def _content(message: dict, at: int, pictures: PictureReader, images: dict[str, Image]) -> Iterator[str | PictureRef]:
     """The texts and pictures of a message; pictures are read into `images` by their names."""
-    content = message.get("content")
-    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    for number, part in enumerate(content if isinstance(content, list) else [None]):
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    for number, part in enumerate(_parts(message)):
+        kind = _kind(part)
         if kind == "text" and isinstance(part.get("text"), str):
             yield part["text"]
         elif kind == "image_url":
@@ -176,3 +194,16 @@ def _content(message: dict, at: int, pictures: PictureReader, images: dict[str, 
         else:
             raise ApiError(400, f"messages[{at}].content[{number}] is of type {kind!r}; text with a \"text\" and "
                            "image_url with {\"url\": \"data:...\"} fit", "messages")
+
+
+def _parts(message: dict) -> list:
+    """A message's content as a list, whatever it holds; a text alone is a list of one."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return content if isinstance(content, list) else [None]
+
+
+def _kind(part: object) -> object:
+    """What a part of a message says it is, or its class where it is no object."""
+    return part.get("type") if isinstance(part, dict) else type(part).__name__

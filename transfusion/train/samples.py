@@ -18,10 +18,10 @@ import torch.distributed as dist
 from PIL import Image as Picture
 from PIL import ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 from tqdm import tqdm
 
 from transfusion.data.batches import Drawn
+from transfusion.data.model_images import pixels_of
 from transfusion.data.picture_files import to_picture
 from transfusion.files import written
 from transfusion.model.transfusion import Transfusion
@@ -120,11 +120,8 @@ class Samples:
             about.add_text("step", str(done))
             about.add_text("seed", str(self.settings.seed + number))
             with written(self.out / "samples" / f"{done:07d}-{number:02d}.png") as aside:
-                to_picture(self._pixels(image)).save(aside, pnginfo=about)
+                to_picture(pixels_of(image, self.base.vae)).save(aside, pnginfo=about)
         draw_table(self.out / "samples.png", self.out, [prompt.text for prompt in self.prompts])
-
-    def _pixels(self, image: Image) -> Tensor:
-        return image.latent if self.base.vae is None else self.base.vae.decode(image.latent[None])[0]
 
 
 def read_prompts(given: Many[str]) -> list[Text]:

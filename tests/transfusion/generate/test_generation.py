@@ -203,6 +203,26 @@ def test_every_step_can_be_watched(model):
     assert len(list(model.stream([Text("a")], steps=3, max_images=0, max_new_tokens=2))) <= 2
 
 
+def test_a_stream_says_what_the_whole_text_says_whatever_stops_it(model):
+    """Also stops over several tokens, of which a beginning is written first, and that are never completed."""
+    options, prompt = dict(max_new_tokens=8, max_images=0, temperature=1.0, seed=3), [Text("a handwritten seven")]
+
+    def streamed(**more):
+        return "".join(event.text for event in model.stream(prompt, **options, **more))
+
+    def whole(**more):
+        return "".join(part.text for part in model.generate(prompt, **options, **more))
+
+    free = whole()
+    assert streamed() == free and len(free) >= 8
+    for start in range(0, len(free), 2):
+        for length in range(1, 6):
+            stop = free[start:start + length]
+            assert streamed(stop=(stop,)) == whole(stop=(stop,)) == free[:free.index(stop)], stop
+            never = (stop + "\0", stop[::-1] + "\0")
+            assert streamed(stop=never) == whole(stop=never) == free, never
+
+
 @pytest.mark.parametrize("call,message", [
     (lambda m: m.draw(["  "]), "a prompt is empty"),
     (lambda m: m.generate([]), "parts is empty"),
@@ -221,7 +241,7 @@ MEANINGLESS = [
         "steps": (0, 1.5, True, NAN, "3", None),
         "max_new_tokens": (-1, 1.5, True, INF),
         "max_images": (-1, 0.5, False),
-        "stop": ("a", ("a", 1), (), 3),
+        "stop": ("a", ("a", 1), (), 3, ("",), ("a", ""), tuple("abcde")),
         "seed": (1.5, NAN, "1", 2**64),
         "image_size": (8, 8.0, (8,), (8, 8, 8), (0, 8), (-8, 8), (8.0, 8), (True, 8), "88", (), (8, 7)),
         "guidance": (NAN, INF, -1.0, "3", None, True),

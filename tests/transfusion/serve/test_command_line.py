@@ -1,5 +1,12 @@
 """The command `transfusion serve`: what it starts, how it ends, and what it says where its packages are missing."""
+import contextlib
+import http.client
+import json
+import signal
+import socket
+import subprocess
 import sys
+import time
 
 import pytest
 
@@ -40,3 +47,43 @@ def test_it_serves_the_checkpoint_on_this_machine_alone_and_ends_cleanly(checkpo
     assert started == [("127.0.0.1", 8000, True)] and not engines[0].alive
     assert (engines[0].rows, engines[0].queue, engines[0].limits.steps) == (3, 5, 7)
     assert "stopped; what ran is finished" in capsys.readouterr().out
+
+
+def test_a_port_that_is_taken_or_none_is_not_said_to_be_served(checkpoint, capsys):
+    pytest.importorskip("uvicorn", reason="uvicorn is not installed; pip install 'tfkernels[serve]'")
+    pytest.importorskip("fastapi", reason="fastapi is not installed; pip install 'tfkernels[serve]'")
+    with pytest.raises(ValueError, match="port is 70000; a whole number of at least 1 and at most 65535 fits"):
+        command_line.ServeSettings(checkpoint, port=70_000)
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit):
+        main(["serve", "--model", str(checkpoint), "--port", str(taken.getsockname()[1])])
+    assert "serving" not in capsys.readouterr().out
+
+
+def test_a_server_says_where_it_is_when_it_listens_and_a_signal_lets_it_finish_what_it_draws(checkpoint):
+    pytest.importorskip("uvicorn", reason="uvicorn is not installed; pip install 'tfkernels[serve]'")
+    pytest.importorskip("fastapi", reason="fastapi is not installed; pip install 'tfkernels[serve]'")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "transfusion.cli", "serve", "--model", str(checkpoint), "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert f"serving {checkpoint} at http://127.0.0.1:{port}/v1" in server.stdout.readline()
+            body = {"prompt": "a", "num_inference_steps": 150, "size": "32x32", "seed": 1}
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+            connection.request("POST", "/v1/images/generations", json.dumps(body), {"Content-Type": "application/json"})
+            deadline = time.monotonic() + 60
+            while "transfusion_running 1" not in metrics(port) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            server.send_signal(signal.SIGTERM)
+            answer = connection.getresponse()
+            assert answer.status == 200 and json.loads(answer.read())["data"][0]["b64_json"]
+            server.wait(60)
+        finally:
+            server.kill()
+
+
+def metrics(port):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", "/metrics")
+    with contextlib.closing(connection):
+        return connection.getresponse().read().decode()

@@ -12,7 +12,7 @@ from transfusion import Image, Text
 from transfusion.diffusion.guidance import Guidance
 from transfusion.generate.generation import Drawn, Preview, Written
 from transfusion.generate.sampling import Sampling
-from transfusion.serve.engine import Cancelled, Closed, Engine, QueueFull
+from transfusion.serve.engine import SHORT, Cancelled, Closed, Engine, QueueFull
 from transfusion.serve.request import Failed, Finished, Limits, Request
 
 WORDS = ["a", "handwritten", "seven", "two", "and", "more", "of", "the"]
@@ -38,6 +38,14 @@ def gate(monkeypatch):
     return Gate()
 
 
+def until(happened, seconds=30):
+    """Wait until it has happened, or fail."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.002)
+
+
 def random_request(choice: random.Random, pictures):
     parts = [Text(" ".join(choice.choices(WORDS, k=choice.randint(1, 9))))]
     if choice.random() < 0.4:
@@ -51,12 +59,15 @@ def random_request(choice: random.Random, pictures):
 
 
 def same(ours, theirs, tolerance=1e-4):
+    """Texts are equal, and images differ by at most `tolerance` of their largest value."""
     assert [type(part) for part in ours] == [type(part) for part in theirs]
     for a, b in zip(ours, theirs):
         if isinstance(a, Text):
             assert a.text == b.text
         else:
-            torch.testing.assert_close(a.latent, b.latent, rtol=tolerance, atol=tolerance)
+            assert a.latent.shape == b.latent.shape
+            error = (a.latent - b.latent).abs().max() / b.latent.abs().max()
+            assert error <= tolerance
 
 
 def alone(model, request):
@@ -69,7 +80,7 @@ def alone(model, request):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_random_mixtures_get_what_each_request_gets_alone(model, pictures, seed):
-    """Thirty in all, of three models. Texts are equal; images differed by 4.3e-6 of their largest value at most."""
+    """Texts are equal, and images differ by no more than what the engine's docstring states."""
     choice = random.Random(seed)
     together, single = Engine(model, rows=5), Engine(model, rows=1)
     for _ in range(5):
@@ -79,9 +90,9 @@ def test_random_mixtures_get_what_each_request_gets_alone(model, pictures, seed)
             tickets.append(together.submit(request))
             time.sleep(choice.choice([0, 0, 0.003]))  # some come while others run
         for request, ticket in zip(requests, tickets):
-            same(ticket.result(), single.submit(request).result())
-    stats = together.stats()
-    assert stats["rows_in_passes"] > 1.3 * stats["passes"]
+            same(ticket.result(), single.submit(request).result(), tolerance=2e-5)
+    stats, by_itself = together.stats(), single.stats()
+    assert stats["rows_in_passes"] == by_itself["rows_in_passes"] and stats["passes"] < by_itself["passes"]
     assert stats["cache_tokens_used"] == stats["running"] == stats["waiting"] == stats["failed"] == 0
     together.close()
     single.close()
@@ -132,30 +143,80 @@ def test_other_decoders_are_served_alike_also_those_with_windows(family, backbon
 
 
 def test_a_text_and_an_image_that_came_later_join_the_passes_of_what_runs(engine, gate):
+    ended = []
+
+    def submit(name, request):
+        engine.submit(request, lambda event: isinstance(event, Finished) and ended.append(name))
+
     gate.hold(engine)
-    first = engine.submit(Request([Text("a")], Sampling(steps=40, guidance=1.0, max_new_tokens=0), draw=True))
-    late = [engine.submit(Request([Text("a b c")], Sampling(steps=4, guidance=1.0, max_new_tokens=0), draw=True)),
-            engine.submit(Request([Text("two")], Sampling(max_new_tokens=5, max_images=0)))]
+    submit("long", Request([Text("a")], Sampling(steps=40, guidance=1.0, max_new_tokens=0), draw=True))
+    until(lambda: engine.stats()["running"])
+    submit("short", Request([Text("a b c")], Sampling(steps=4, guidance=1.0, max_new_tokens=0), draw=True))
+    submit("short", Request([Text("two")], Sampling(max_new_tokens=5, max_images=0)))
     gate.set()
-    for ticket in late:
-        ticket.result()
-    assert engine.stats()["running"] == 1, "the long one still runs when the short ones are done"
-    first.result()
+    until(lambda: len(ended) == 3)
+    assert ended == ["short", "short", "long"]
     assert engine.stats()["passes"] <= 41 + 8
 
 
+def test_a_pass_gathers_twice_the_keys_that_its_rows_have_at_most_or_few(engine, monkeypatch):
+    """A long context beside short ones is a pass of its own."""
+    run, hold, shares = engine.cache.run, threading.Event(), []
+
+    def counted(asks):
+        sizes = [(ask.context.length, len(ask.document.tokens)) for ask in asks]
+        columns = max(length for length, _ in sizes) + max(new for _, new in sizes)
+        shares.append(columns * len(sizes) / (2 * sum(map(sum, sizes)) + SHORT * len(sizes)))
+        return run(asks)
+
+    monkeypatch.setattr(engine.cache, "run", counted)
+    engine.call(lambda: hold.wait(20))
+    tickets = [engine.submit(Request([Text("a " * length)], Sampling(max_new_tokens=3, max_images=0)))
+               for length in (1, 2, 5, 30, 200)]
+    hold.set()
+    for ticket in tickets:
+        ticket.result()
+    assert max(shares) <= 1
+
+
 def test_events_come_in_order_and_end_with_what_was_used(engine):
-    ticket = engine.submit(Request([Text("a")], Sampling(steps=3, previews=True, max_new_tokens=0), draw=True))
-    *previews, drawn, finished = ticket.events()
+    told, ended = [], threading.Event()
+    engine.submit(Request([Text("a")], Sampling(steps=3, previews=True, max_new_tokens=0), draw=True),
+                  lambda event: (told.append(event), isinstance(event, Finished) and ended.set()))
+    assert ended.wait(20)
+    *previews, drawn, finished = told
     assert [(type(event), event.step, event.steps) for event in previews] == [(Preview, n, 3) for n in (1, 2, 3)]
     assert isinstance(drawn, Drawn) and finished.parts[0] is drawn.image
     torch.testing.assert_close(previews[-1].image.latent, drawn.image.latent, rtol=1e-4, atol=1e-4)
     ticket = engine.submit(Request([Text("a b")], Sampling(max_new_tokens=4, max_images=0, temperature=1.0, seed=5)))
     *written, finished = ticket.events()
     assert all(isinstance(event, Written) for event in written) and isinstance(finished, Finished)
-    whole = "".join(part.text for part in finished.parts).rstrip("\N{REPLACEMENT CHARACTER}")  # half a character
+    whole = "".join(part.text for part in finished.parts)
     assert whole and "".join(event.text for event in written) == whole
     assert finished.written_tokens <= 4 and finished.prompt_tokens == 1 + len(engine.model.tokenizer.encode("a b"))
+
+
+def test_of_previews_that_nobody_read_the_newest_alone_stays(engine):
+    ticket = engine.submit(Request([Text("a")], Sampling(steps=6, previews=True, max_new_tokens=0), draw=True))
+    until(lambda: engine.stats()["finished"])
+    preview, drawn, finished = ticket.events()
+    assert (preview.step, preview.steps) == (6, 6) and isinstance(drawn, Drawn) and isinstance(finished, Finished)
+
+
+def test_a_text_that_stops_a_request_with_its_last_token_is_why_it_ended(engine):
+    def ask(tokens, stop=None):
+        options = Sampling(max_new_tokens=tokens, max_images=0, temperature=1.0, seed=5, stop=stop)
+        *written, finished = engine.submit(Request([Text("a b")], options)).events()
+        text = "".join(part.text for part in finished.parts)
+        assert "".join(event.text for event in written) == text
+        return text, finished
+
+    free, finished = ask(4)
+    assert finished.reason == "length" and finished.written_tokens == 4 and len(free) > 2
+    stopped, finished = ask(4, (free[-1],))
+    assert finished.reason == "stop" and stopped == free[:free.index(free[-1])]
+    same_text, finished = ask(4, (free[-1] + "\0",))
+    assert finished.reason == "length" and same_text == free
 
 
 def test_cancelling_frees_the_place_of_what_runs_and_of_what_waits(model, gate):
@@ -184,8 +245,7 @@ def test_a_full_queue_refuses_and_takes_again_when_it_is_not(model, gate):
     gate.hold(engine)
     request = Request([Text("a")], Sampling(max_new_tokens=1, max_images=0))
     tickets = [engine.submit(request)]
-    while engine.stats()["running"] < 1:
-        time.sleep(0.001)
+    until(lambda: engine.stats()["running"])
     tickets += [engine.submit(request) for _ in range(2)]
     with pytest.raises(QueueFull, match="2 requests wait; 2 fit; try again later"):
         engine.submit(request)
@@ -212,7 +272,8 @@ def test_a_cache_that_is_full_lets_requests_wait_until_others_give_their_tokens_
     (dict(image_size=(2000, 2000)), True, r"image_size is \(2000, 2000\); at most 1048576 pixels"),
     (dict(image_size=(7, 8)), True, r"image_size is \(7, 8\) and the patch size 2"),
     (dict(max_images=9), False, "max_images is 9; at most 8 fit"),
-    (dict(max_new_tokens=5000), False, "parts is of 2 tokens and max_new_tokens 5000; .* of which 4096 fit"),
+    (dict(max_new_tokens=5000), False, "max_new_tokens is 5000 and the prompt of 2 tokens; .* of which 4096 fit"),
+    (dict(image_size=(800, 800)), True, "parts is of 3 tokens and max_new_tokens 64; .* of which 4096 fit"),
     (dict(cuda_graph=True), False, "cuda_graph is True; False fits"),
 ])
 def test_a_request_over_the_limits_is_refused_by_the_name_of_its_argument(engine, options, draw, name):
@@ -220,7 +281,31 @@ def test_a_request_over_the_limits_is_refused_by_the_name_of_its_argument(engine
         engine.submit(Request([Text("a")], Sampling(**options), draw=draw))
     with pytest.raises(ValueError, match="submit: parts is a int"):
         engine.submit(Request(3))
+    for given in (3, [Text("a")], None):
+        with pytest.raises(ValueError, match=f"submit: request is a {type(given).__name__}; a Request fits"):
+            engine.submit(given)
     assert engine.stats()["submitted"] == 0
+
+
+def test_what_runs_goes_on_while_a_prompt_is_tokenized(engine):
+    request = Request([Text("a b")], Sampling(max_new_tokens=4, steps=2), draw=True)
+    hold = threading.Event()
+    engine.call(lambda: hold.wait(20))
+    ticket = engine.submit(request)
+    ended = threading.Thread(target=ticket.result, daemon=True)
+    with engine.tokenizing:
+        hold.set()
+        ended.start()
+        ended.join(20)
+        assert not ended.is_alive()
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(engine, monkeypatch):
+    longest = max(map(len, engine.model.tokenizer.get_vocab()))
+    monkeypatch.setattr(Text, "token_ids", lambda *_: pytest.fail("it was tokenized"))
+    for parts in ([Text("a" * (4096 * longest + 1))], [Text("a" * 4096 * longest), Text("a")]):
+        with pytest.raises(ValueError, match=f"parts is of {4096 * longest + 1} characters; at most {4096 * longest}"):
+            engine.submit(Request(parts, Sampling(max_new_tokens=0)))
 
 
 def test_prompts_that_begin_alike_are_read_once_and_answered_as_if_each_were_alone(model, pictures):
@@ -288,22 +373,25 @@ def test_a_listener_that_fails_ends_its_own_request(engine):
 
     engine.submit(Request([Text("a")], Sampling(steps=50, previews=True), draw=True), on_event=gone)
     engine.submit(Request([Text("a")], Sampling(max_new_tokens=2, max_images=0))).result()
-    while engine.stats()["running"]:
-        time.sleep(0.001)
+    until(lambda: not engine.stats()["running"])
     assert engine.stats()["cancelled"] == 1
 
 
-def test_closing_finishes_what_waits_and_runs_or_drops_it(model):
-    request = Request([Text("a")], Sampling(steps=20, max_new_tokens=0), draw=True)
-    for drain in (True, False):
-        engine = Engine(model, rows=1)
-        tickets = [engine.submit(request) for _ in range(3)]
-        engine.close(drain=drain)
-        ends = [[*ticket.events()][-1] for ticket in tickets]
-        assert all(isinstance(end, Finished if drain else Failed) for end in ends)
-        with pytest.raises(Closed):
-            engine.submit(request)
-        assert not engine._thread.is_alive()
+@pytest.mark.parametrize("drain", [True, False])
+def test_closing_finishes_what_waits_and_runs_or_drops_it(model, gate, drain):
+    request, engine = Request([Text("a")], Sampling(steps=20, max_new_tokens=0), draw=True), Engine(model, rows=1)
+    gate.hold(engine)
+    tickets = [engine.submit(request) for _ in range(3)]
+    closing = threading.Thread(target=engine.close, args=(drain,))
+    closing.start()
+    until(lambda: not engine.alive and (drain or all(ticket.running.cancelled for ticket in tickets)))
+    gate.set()
+    closing.join()
+    ends = [[*ticket.events()][-1] for ticket in tickets]
+    assert all(isinstance(end, Finished if drain else Failed) for end in ends)
+    with pytest.raises(Closed):
+        engine.submit(request)
+    assert not engine._thread.is_alive()
 
 
 def test_functions_run_on_the_engines_thread(engine):
@@ -312,9 +400,58 @@ def test_functions_run_on_the_engines_thread(engine):
         engine.call(lambda: 1 / 0).result()
 
 
+def test_a_call_that_is_cancelled_is_left_out_and_the_engine_goes_on(model):
+    engine, hold, ran = Engine(model), threading.Event(), []
+    first = engine.call(lambda: hold.wait(20))
+    second, third = (engine.call(lambda n=n: ran.append(n)) for n in (2, 3))
+    assert second.cancel()
+    hold.set()
+    third.result(20)
+    assert first.result() and ran == [3] and engine.alive
+    engine.close()
+    assert not engine.alive
+
+
+def test_a_call_that_is_cancelled_does_not_disturb_the_end_of_an_engine_that_failed(model, monkeypatch):
+    """The thread ends by an error of its own while one call is cancelled, another waits, and a request waits."""
+    engine, hold = Engine(model), threading.Event()
+    engine.call(lambda: hold.wait(20))
+    ticket = engine.submit(Request([Text("a")], Sampling(max_new_tokens=2, max_images=0)))
+    engine._admit = lambda: (engine.call(lambda: None).cancel(), calls.append(engine.call(lambda: None)), 1 / 0)
+    calls = []
+    monkeypatch.setattr(threading, "excepthook", lambda *_: None)
+    hold.set()
+    assert isinstance([*ticket.events()][-1].error, Closed)
+    engine._thread.join(20)
+    with pytest.raises(Closed, match="the engine ended"):
+        calls[0].result(20)
+
+
+def test_a_ticket_whose_events_go_elsewhere_or_were_read_refuses_to_wait_for_ever(engine):
+    request, ended = Request([Text("a")], Sampling(max_new_tokens=2, max_images=0)), threading.Event()
+    told = engine.submit(request, on_event=lambda event: isinstance(event, Finished) and ended.set())
+    for op in ("events", "result"):
+        with pytest.raises(ValueError, match=f"{op}: on_event is .*; None fits a ticket that is read"):
+            getattr(told, op)()
+    assert ended.wait(20)
+    ticket = engine.submit(request)
+    next(ticket.events())
+    ticket.result()
+    for op in ("events", "result"):
+        with pytest.raises(ValueError, match=f"{op}: the end was read already"):
+            getattr(ticket, op)()
+
+
 def test_numbers_of_rows_that_mean_nothing_are_refused(model):
     for name in ("rows", "queue"):
         with pytest.raises(ValueError, match=f"Engine: {name} is 0; a whole number from 1 on fits"):
             Engine(model, **{name: 0})
     with pytest.raises(ValueError, match="steps is 0"):
         Limits(steps=0)
+    with pytest.raises(ValueError, match="Engine: limits is {'steps': 3}; .* fit"):
+        Engine(model, limits={"steps": 3})
+    with pytest.raises(ValueError, match="Request: sampling is {'steps': 3}; .* fit"):
+        Request([Text("a")], {"steps": 3})
+    for draw in ("no", 1, None):
+        with pytest.raises(ValueError, match=f"Request: draw is {draw!r}; True or False fits"):
+            Request([Text("a")], draw=draw)

@@ -49,3 +49,16 @@ def test_what_was_given_back_first_makes_room_first_and_nothing_in_use_does():
     pages.take(PAGE)
     assert pages.available == 1 and pages.take(PAGE, prompts[2])[1] == PAGE
     assert pages.available == 0 and pages.users[held[0]] == 1
+
+
+def test_a_prompt_loses_its_end_before_its_beginning():
+    pages, prompt = Pages(4), document(range(4 * PAGE))
+    own, _ = pages.take(4 * PAGE, prompt)
+    pages.remember(own, prompt)
+    pages.give_back(own)
+    for left in (3, 2, 1):  # the one page that is taken and given back makes room each time
+        pages.take(PAGE)
+        longer = document(range(4 * PAGE + 1))
+        found, read = pages.take(left * PAGE, longer)
+        assert read == left * PAGE and found == own[:left]
+        pages.give_back(found)

@@ -1,6 +1,9 @@
 """Pictures of other hosts: public addresses alone, also behind redirects, and no more bytes than fit."""
+import contextlib
 import http.server
+import socket
 import threading
+import time
 
 import pytest
 
@@ -48,7 +51,8 @@ def test_what_leads_inside_or_is_too_large_is_refused(host, path, message):
 
 @pytest.mark.parametrize("url", [
     "http://127.0.0.1/a", "http://localhost/a", "http://[::1]/a", "http://169.254.169.254/latest", "http://10.1.2.3/",
-    "http://[::ffff:10.0.0.1]/", "http://0.0.0.0/", "ftp://example.org/a", "http:///a", "nothing"])
+    "http://[::ffff:10.0.0.1]/", "http://[64:ff9b::a00:1]/", "http://0.0.0.0/", "ftp://example.org/a", "http:///a",
+    "nothing", "http://localhost:99999/", "http://[::1/", f"http://{'a' * 99}.example/", "http://a b/"])
 def test_no_address_that_is_not_public_is_connected_to(monkeypatch, url):
     monkeypatch.setattr(remote.socket, "create_connection", lambda *_, **__: pytest.fail("connected"))
     with pytest.raises(ValueError, match="image_url"):
@@ -57,5 +61,43 @@ def test_no_address_that_is_not_public_is_connected_to(monkeypatch, url):
 
 def test_an_address_is_public_or_not():
     assert remote.is_public("8.8.8.8") and remote.is_public("2606:4700::1111")
-    for inside in ("192.168.1.1", "fe80::1%eth0", "fd00::1", "224.0.0.1", "100.64.0.1", "::ffff:127.0.0.1"):
+    assert remote.is_public("64:ff9b::808:808") and remote.is_public("2002:808:808::1")
+    for inside in ("192.168.1.1", "fe80::1%eth0", "fd00::1", "224.0.0.1", "100.64.0.1", "::ffff:127.0.0.1", "::", "::1",
+                   "64:ff9b::a00:1", "64:ff9b::7f00:1", "2002:a00:1::1", "2002:7f00:1::", "::10.0.0.1", "::127.0.0.1",
+                   "2001:0:a00:1::f5ff:fffe"):
         assert not remote.is_public(inside)
+
+
+@pytest.mark.parametrize("kind", ["head", "body", "redirects"])
+def test_a_host_that_answers_bit_by_bit_is_left_when_the_time_of_all_is_over(monkeypatch, kind):
+    """No single wait of its is long."""
+    monkeypatch.setattr(remote, "SECONDS", 0.6)
+    monkeypatch.setattr(remote, "is_public", lambda address: True)
+    server, left = socket.create_server(("127.0.0.1", 0)), threading.Event()
+    url = f"http://127.0.0.1:{server.getsockname()[1]}/"
+
+    def answer(connection):
+        with contextlib.suppress(OSError), connection:
+            connection.recv(4096)
+            if kind == "redirects":
+                left.wait(0.25)
+                connection.sendall(b"HTTP/1.1 302 Found\r\nLocation: /\r\nConnection: close\r\n\r\n")
+                return
+            connection.sendall(b"HTTP/1.1 200 OK\r\n" + b"\r\n" * (kind == "body"))
+            for _ in range(100):
+                connection.sendall(b"a")
+                if left.wait(0.1):
+                    return
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=answer, args=(server.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="cannot be fetched .*(seconds|timed out)"):
+        remote.fetch(url, 10_000)
+    assert time.monotonic() - began < 5
+    left.set()
+    server.close()
