@@ -9,7 +9,8 @@ leaves a line for each family in build/emulate/COMMIT/CONFIGURATION.jsonl as it 
 time, and the same command goes on where it was; `--minutes` stops each configuration by itself. Another Triton than the
 installed one is put into build/triton/VERSION by pip, once; a folder that holds one may be named instead.
 
-What has been run so far is written to benchmarks/results/emulate.md, with every failure.
+What has been run so far is written to benchmarks/results/emulate.md, with every failure. A configuration that the
+last change of the sources has not been run in keeps the line of the commit where it was.
 """
 import argparse
 import collections
@@ -37,15 +38,16 @@ DTYPES = ("bfloat16", "float32", "float16")
 SCHEDULES = {"late": DTYPES, "early": DTYPES[:1], "random-0": DTYPES[:1], "random-1": DTYPES[:1]}
 PAGE = """# The kernels on their compiled code
 
-Written by `python -m benchmarks.emulate` on {date}, of commit {commit}, with torch {torch}. Races were looked
-for in every run; on Triton before 3.7, which leaves it out, not for the proxy fence behind cp.async. A test is a
-family of calls of tests/tfkernels/emulated/families.py; kernels and rows of the launch tables are those that a test
-that passed has launched, a row beside how many the dtype has on the architecture. Minutes are of the clock, beside
-other work, compiling included. What is not reached is left for the next call of the same command; a configuration
-without a line has not begun.
+Written by `python -m benchmarks.emulate` on {date}, with torch {torch}. Races were looked for in every run; on
+Triton before 3.7, which leaves it out, not for the proxy fence behind cp.async. The commit is the last one that changed
+{sources};
+today that is {commit}. A test is a family of calls of tests/tfkernels/emulated/families.py; kernels and rows of the
+launch tables are those that a test that passed has launched, a row beside how many the dtype has on the architecture.
+Minutes are of the clock, beside other work, compiling included. What is not reached is left for the next call of the
+same command; a configuration without a line has not begun.
 
-| schedule | dtype | architecture | Triton | passed | failed | not reached | kernels | rows | launches | minutes |
-|---|---|---|---|---|---|---|---|---|---|---|
+| schedule | dtype | GPU | Triton | commit | passed | failed | not reached | kernels | rows | launches | minutes |
+|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -64,6 +66,12 @@ class Configuration(NamedTuple):
     def file(self, commit: str) -> Path:
         """Where its tests are recorded."""
         return BUILD / "emulate" / commit / f"{'-'.join(self[:4])}.jsonl"
+
+    def latest(self, commit: str) -> str | None:
+        """The commit whose records of it are the newest; `commit` where it has some, None where none has."""
+        files = [self.file(commit), *sorted(BUILD.glob(f"emulate/*/{self.file(commit).name}"),
+                                            key=lambda file: file.stat().st_mtime, reverse=True)]
+        return next((file.parent.name for file in files if file.exists()), None)
 
     def command(self, commit: str) -> list[str]:
         """The run of pytest."""
@@ -92,9 +100,9 @@ class Configuration(NamedTuple):
         found = {row for test in passed for row in test["rows"]}
         every = rows(int(self.architecture.removeprefix("sm_")), getattr(torch, self.dtype))
         left = collected(self.file(commit)) - len(tests)
-        cells = [*self[:4], len(passed), sum(test["outcome"] == "failed" for test in tests), left, len(launches),
-                 f"{len(found)} of {len(every)}", launches.total(),
-                 f"{sum(test['seconds'] for test in tests) / 60:.1f}"]
+        failed = sum(test["outcome"] == "failed" for test in tests)
+        cells = [*self[:4], commit, len(passed), failed, left, len(launches), f"{len(found)} of {len(every)}",
+                 launches.total(), f"{sum(test['seconds'] for test in tests) / 60:.1f}"]
         return f"| {' | '.join(map(str, cells))} |\n"
 
 
@@ -123,12 +131,12 @@ def version_in(folder: Path) -> str:
 
 def page(configurations: list[Configuration], commit: str) -> str:
     """The table of what has been run, and each failure."""
-    text = PAGE.format(date=datetime.date.today(), commit=commit, torch=torch.__version__)
-    ran = [one for one in configurations if one.file(commit).exists()]
-    text += "".join(one.row(commit) for one in ran)
+    text = PAGE.format(date=datetime.date.today(), commit=commit, torch=torch.__version__, sources=", ".join(SOURCES))
+    ran = [(one, at) for one in configurations if (at := one.latest(commit))]
+    text += "".join(one.row(at) for one, at in ran)
     failures = collections.defaultdict(list)
-    for one in ran:
-        for test in lines(one.file(commit)):
+    for one, at in ran:
+        for test in lines(one.file(at)):
             if test["outcome"] == "failed":
                 first = test["why"].partition("\n")[0][:300].replace("|", "\\|")
                 failures[test["test"], first].append(f"({one})")

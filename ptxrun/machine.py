@@ -9,6 +9,7 @@ import numpy as np
 
 from ptxrun.barriers import MBarriers, NamedBarrier, RegisterPool
 from ptxrun.errors import Deadlock, EmulationError, Hazard, Misuse, UnknownInstruction
+from ptxrun.flow import flow_order
 from ptxrun.instructions import decode, parts_or_waits
 from ptxrun.instructions.barrier import barrier_key, note_use
 from ptxrun.instructions.copy import Copies
@@ -34,6 +35,7 @@ class Run:
     end: int  # index of the instruction behind
     touched: list[tuple[Instruction, frozenset]] = field(default_factory=list)  # registers, for hazards
     names: frozenset = frozenset()  # of all that are touched
+    rank: int = 0  # its place in the order in which control flows
 
 
 def ends_run_after(instruction: Instruction) -> bool:
@@ -91,7 +93,19 @@ class Machine:
             if hazards:
                 runs[start].touched = [(one, self._named(one)) for one in code[start:end] if one.parts[0] != "wgmma"]
                 runs[start].names = frozenset().union(*(names for _, names in runs[start].touched))
+        for start, rank in flow_order({start: self._ways(run, len(code)) for start, run in runs.items()}).items():
+            runs[start].rank = rank
         return runs
+
+    def _ways(self, run: Run, end: int) -> list[int]:
+        """Where threads may stand behind a run, of those before `end`."""
+        one, ways = run.ender, [run.end]
+        if one is not None and one.parts[0] == "brx":
+            ways = [self.kernel.labels[label] for label in self.kernel.branch_targets[one.operands[1]]]
+        elif one is not None and one.parts[0] in ("bra", "ret", "exit"):
+            ways = [run.end] if one.predicate else []
+            ways += [self.kernel.labels[one.operands[0]]] if one.parts[0] == "bra" else []
+        return [way for way in ways if way < end]
 
     def _executable(self, instruction: Instruction):
         """What executes an instruction; an unknown one is an error when a thread comes to it."""
@@ -154,9 +168,9 @@ class Machine:
                 f"{group} wait for {group.waits[0]} at "
                 f"{self.kernel.instructions[group.at - at_a_barrier(group)].where}" for group in self.threads.groups))
         if not random:
-            return min(ready, key=lambda group: group.at)
+            return min(ready, key=lambda group: self.runs[group.at].rank)
         self.coin.shuffle()
-        return min(ready, key=lambda group: (self.coin.priority[group.low // 32], group.at))
+        return min(ready, key=lambda group: (self.coin.priority[group.low // 32], self.runs[group.at].rank))
 
     def _may_go_on(self, group: Group) -> bool:
         kind, *key = group.waits

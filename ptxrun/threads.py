@@ -1,7 +1,8 @@
 """Which threads stand where: groups of neighbouring threads at one instruction, split by branches, joined again.
 
-Threads of a warp diverge one by one. Among the groups of a warp the one that is furthest behind runs first, so that
-threads that took different ways meet again as early as they can; that is what lets a collective find its whole warp.
+Threads of a warp diverge one by one. Among the groups of a warp the one that is furthest behind (`ptxrun.flow`) runs
+first, so that threads that took different ways meet again where the ways do, as ptxas lets them; that is what lets a
+collective find its whole warp.
 """
 import numpy as np
 

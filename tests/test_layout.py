@@ -41,6 +41,7 @@ ORDER = (
     "ptxrun.ptx",
     "ptxrun.registers",
     "ptxrun.memory",
+    "ptxrun.flow",
     "ptxrun.threads",
     "ptxrun.barriers",
     "ptxrun.races",

@@ -1,5 +1,6 @@
 """benchmarks.emulate: which runs there are, and the page of what they found."""
 import json
+import os
 import subprocess
 import sys
 
@@ -22,9 +23,9 @@ def configuration(tmp_path, monkeypatch):
     return emulate.Configuration("random-3", "float16", "sm_80", "3.7.1", folder)
 
 
-def record(configuration, *tests):
+def record(configuration, *tests, commit="abc"):
     """Write the file of a configuration's tests."""
-    path = configuration.file("abc")
+    path = configuration.file(commit)
     path.parent.mkdir(parents=True)
     path.write_text("\n".join(json.dumps(line) for line in ({"collected": 5}, *tests)))
 
@@ -56,9 +57,21 @@ def test_the_page_counts_what_ran_and_names_what_failed(configuration):
            {"test": "c", **test, "outcome": "failed", "why": "Race: byte 3\n...", "rows": ["_norm_fwd 128"]})
     text = emulate.page([configuration, configuration._replace(schedule="early")], "abc")
     every = len(rows(80, torch.float16))
-    assert f"| random-3 | float16 | sm_80 | 3.7.1 | 2 | 1 | 2 | 2 | 2 of {every} | 6 | 4.5 |" in text
+    assert f"| random-3 | float16 | sm_80 | 3.7.1 | abc | 2 | 1 | 2 | 2 | 2 of {every} | 6 | 4.5 |" in text
     assert "| early |" not in text and "Tests that failed: 1." in text
     assert "- `c` on (random-3, float16, sm_80, Triton 3.7.1): Race: byte 3\n" in text
+
+
+def test_what_the_last_commit_has_not_run_is_shown_of_the_newest_that_has(configuration):
+    test = {"test": "a", "outcome": "passed", "seconds": 60.0, "launches": {}, "rows": []}
+    record(configuration, test, commit="old")
+    for commit, minutes in (("old", 1), ("new", 2)):
+        if commit == "new":
+            record(configuration, test, test | {"test": "b"}, commit="new")
+        os.utime(configuration.file(commit), (1000 * minutes, 1000 * minutes))
+        assert f"| 3.7.1 | {commit} | {minutes} | 0 |" in emulate.page([configuration], "abc")
+    os.utime(configuration.file("old"), (9000, 9000))
+    assert configuration.latest("abc") == "old" and configuration.latest("new") == "new"
 
 
 def test_the_tests_of_float16_are_all_of_them_and_none_of_bfloat16(configuration):

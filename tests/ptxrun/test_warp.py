@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from ptxrun import Misuse
+from ptxrun.flow import flow_order
 from tests.ptxrun.hand_written import per_thread
 
 X = np.random.default_rng(1).integers(0, 1 << 32, 64, np.uint32)
@@ -60,6 +61,38 @@ def test_threads_that_part_meet_again_before_a_collective(schedule):
     found = per_thread(LOOP, threads=64, schedule=schedule)
     triangle = [n * (n + 1) // 2 for n in range(8)]
     assert found.tolist() == [triangle[t % 8] + triangle[(t ^ 1) % 8] for t in range(64)]
+
+
+# A loop that ends in a barrier. Half of its threads go round by a way that stands behind the loop, as LLVM lays out the
+# long division of what does not fit 32 bits.
+MEETING_BEFORE_A_WAY = """
+    and.b32 %r1, %me, 1; mov.b32 %r15, 0; mov.b32 %r2, 0;
+    bra.uni $head;
+$even:
+    add.s32 %r15, %r15, 1;
+$meet:
+    bar.sync 0;
+    add.s32 %r2, %r2, 1; setp.lt.s32 %p1, %r2, 3;
+    @!%p1 bra $done;
+$head:
+    setp.eq.s32 %p0, %r1, 0;
+    @%p0 bra $even;
+    add.s32 %r15, %r15, 10;
+    bra.uni $meet;
+$done:
+    shfl.sync.idx.b32 %r15, %r15, 1, 31, -1;"""
+
+
+@pytest.mark.parametrize("schedule", ["late", "random"])
+def test_threads_that_part_meet_where_their_ways_do_wherever_that_stands_in_the_text(schedule):
+    assert per_thread(MEETING_BEFORE_A_WAY, threads=64, schedule=schedule).tolist() == [30] * 64
+
+
+def test_control_flows_through_a_loop_before_what_follows_it_and_its_ways_before_their_meeting():
+    ways = {0: [5], 1: [2], 2: [9, 5], 5: [1, 7], 7: [2], 9: [10, 12], 10: [9], 12: []}
+    rank = flow_order(ways)
+    assert sorted(rank.values()) == list(range(8))
+    assert rank[0] < rank[5] < min(rank[1], rank[7]) and max(rank[1], rank[7]) < rank[2] < rank[9] < rank[10] < rank[12]
 
 
 def test_part_of_a_warp_at_a_collective_is_an_error():

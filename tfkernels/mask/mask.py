@@ -56,6 +56,13 @@ class TransfusionMask:
     columns_exact: bool = True
     offset: int = 0
 
+    def __post_init__(self):
+        """Of inference tensors, make plain ones: of these attention remembers what all layers read off a mask."""
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                for name in ("lo", "hi", "key_since", "key_until"):
+                    object.__setattr__(self, name, getattr(self, name).clone())
+
     @classmethod
     def from_spans(cls, spans, seq_len, documents=None, hidden=None, window=None, device=None) -> "TransfusionMask":
         """Causal attention in which the tokens of each span (one image) see each other.

@@ -4,6 +4,7 @@ Each call is held to the accuracy rule by the check of its operator's own tests.
 tiles and leave a ragged end. A family is called with the dtype that its operators compute in.
 """
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -33,6 +34,7 @@ from tfkernels.patches.triton import embed
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HALVES = DTYPES[:2]
+LARGE = 99  # multiprocessors
 TRAINING = ("_attention_fwd", "_attention_bwd_dq", "_attention_bwd_dkv")
 
 
@@ -64,18 +66,26 @@ def mask_of_two_sides(tokens: int) -> TransfusionMask:
     return replace(TransfusionMask.from_spans(spans, tokens, hidden=[[(10, third)]]), columns_exact=False)
 
 
+@contextmanager
+def device_of(multiprocessors: int):
+    """A device with as many multiprocessors. On a LARGE one the programs of whole groups of heads leave some idle."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backward, "multiprocessors", lambda device: multiprocessors)
+        yield
+
+
 def training(dim: int, tokens: int, dtype: torch.dtype):
     """Attention forward and backward, with masks of one side and of two.
 
     With the first a program takes both query heads of a key head, as where the device is full; with the second one.
     """
     most = 2 if dim == 32 else 1
-    for room, batch, mask in ((1, most, packed_mask(tokens, most)), (99, 1, mask_of_two_sides(tokens))):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(backward, "multiprocessors", lambda device, room=room: room)
+    for count, batch, mask in ((1, most, packed_mask(tokens, most)), (LARGE, 1, mask_of_two_sides(tokens))):
+        with device_of(count):
             check_attention(random_inputs(batch, 2, 1, tokens, tokens, dim), mask, dtype)
 
 
+@device_of(LARGE)
 def attention_options(dtype: torch.dtype):
     """A head dim between two rows, a soft cap, and both together with a mask of two sides."""
     check_attention(random_inputs(1, 2, 1, 100, 100, 80), packed_mask(100), dtype)
@@ -83,6 +93,7 @@ def attention_options(dtype: torch.dtype):
     check_attention(random_inputs(1, 2, 2, 100, 100, 48), mask_of_two_sides(100), dtype, softcap=1.5)
 
 
+@device_of(LARGE)
 def values_and_sinks(dtype: torch.dtype):
     """Values narrower and wider than keys, and a sink for each head: whole, with few queries, and in parts."""
     sinks = torch.tensor([1.5, -0.5], dtype=torch.float64)
@@ -94,6 +105,7 @@ def values_and_sinks(dtype: torch.dtype):
         check_attention(random_inputs(1, 2, 1, 3, cached + 3, 48, 24), mask, dtype, sinks)
 
 
+@device_of(LARGE)
 def rows_done_over(dtype: torch.dtype):
     """NaN and infinities in what nobody sees: results are those of zeros there, a row at a time."""
     for mask in (packed_mask(100), replace(packed_mask(100), rows_exact=False, columns_exact=False)):
@@ -218,6 +230,7 @@ def entropies(dtype: torch.dtype):
         test_cross_entropy_options.check(case, dtype, everything, ("loss", "losses", "lse"))
 
 
+@device_of(LARGE)
 def kinds_of_masks(dtype: torch.dtype):
     """The masks that no other family has: a window, what keys hide where rows do not tell it, and masks with holes."""
     generator = torch.Generator().manual_seed(3)

@@ -294,3 +294,15 @@ def test_32k_tokens_cost_16_bytes_each_and_nothing_quadratic(with_hidden):
 def test_a_mask_has_the_shape_of_its_dense_form():
     mask = build([[(1, 3)], []], 6).queries(2, 5)
     assert mask.shape == tuple(mask.dense().shape) and mask.ndim == mask.dense().ndim
+
+
+@pytest.mark.parametrize("make", [
+    lambda: build([[(1, 3)]], 6), lambda: TransfusionMask.from_cache(torch.tensor([3], device=DEVICE), 2, 6),
+    lambda: TransfusionMask.from_intervals(*torch.tensor([[[0, 0]], [[1, 2]]], device=DEVICE)),
+    lambda: build([[(1, 3)]], 6).queries(2, 5).to("cpu")])
+def test_a_mask_that_is_made_in_inference_mode_is_of_plain_tensors_and_shows_the_same(make):
+    """Of these attention remembers what all layers read off a mask; it sees where one was written to."""
+    with torch.inference_mode():
+        mask = make()
+    assert not any(x.is_inference() for x in (mask.lo, mask.hi, mask.key_since, mask.key_until))
+    assert torch.equal(mask.dense(), make().dense())

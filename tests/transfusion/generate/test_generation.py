@@ -8,6 +8,7 @@ from transformers import LlamaForCausalLM
 from tests.conftest import DEVICE
 from tests.transfusion.conftest import tiny_model
 from tfkernels import patchify
+from tfkernels.attention import cpu
 from transfusion import Image, Text
 from transfusion.diffusion.guidance import Guidance
 from transfusion.diffusion.objective import step
@@ -148,6 +149,18 @@ def test_the_prefix_stays_where_it_is_while_an_image_is_drawn_against_it(model, 
         assert torch.equal(layer.keys[:, :, :columns], kept.keys) and torch.equal(
             layer.values[:, :, :columns], kept.values
         )
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="DEVICE is not cpu: counts what attention's CPU path reads off a mask")
+def test_all_layers_read_a_mask_once_for_each_token_and_for_each_image(model, pictures, monkeypatch):
+    made = []
+    each_block = cpu._each_block
+    monkeypatch.setattr(cpu, "_each_block", lambda *args, **options: made.append(args) or each_block(*args, **options))
+    model.generate_batch([[Text("a"), pictures[0]], [Text("two")]], max_new_tokens=4, max_images=0, temperature=0.0)
+    assert len(model.backbone.decoder.model.layers) > 1 and len(made) <= 5  # the prompts, and each of 4 tokens
+    made.clear()
+    model.draw(["a"], steps=5, guidance=1.0)
+    assert len(made) == 3  # the prompt, the image and the tokens behind it
 
 
 def test_a_cuda_graph_needs_cuda(model):
