@@ -169,7 +169,9 @@ image, = model.draw([{prompt!r}], steps=50, guidance=3.0)
 print(model.caption([image]), model.generate([Text({prompt!r})], max_images=1))
 ```
 
-After `import transfusion` it is also what `transformers.AutoModel.from_pretrained({name!r})` returns."""
+After `import transfusion` it is also what `transformers.AutoModel.from_pretrained({name!r})` returns, and
+`transformers.pipeline("any-to-any", model={name!r}, pipeline_class=TransfusionAnyToAnyPipeline)` takes chats and
+pictures with the class from `transfusion.integrations.transformers`."""
 
 
 def _training(model) -> str:

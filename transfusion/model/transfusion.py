@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoTokenizer, PreTrainedModel
 from transformers import initialization as init
 
 import tfkernels.integrations.transformers as integration
@@ -305,4 +305,5 @@ def _load_tokenizer(path: Path):
 
 
 AutoConfig.register(TransfusionConfig.model_type, TransfusionConfig, exist_ok=True)
-AutoModel.register(TransfusionConfig, Transfusion, exist_ok=True)
+for auto_class in (AutoModel, AutoModelForMultimodalLM):  # the second is what transformers' any-to-any pipeline loads
+    auto_class.register(TransfusionConfig, Transfusion, exist_ok=True)
