@@ -159,6 +159,10 @@ class Transfusion(PreTrainedModel):
             raise ValueError(f"Transfusion.from_pretrained: {name} is no option; those of transformers' "
                              "from_pretrained and settings of TransfusionConfig "
                              f"fit{nearest(name, TransfusionConfig.names())}") from error
+        except ImportError as error:  # a quantiser's, of the argument or of a checkpoint that was saved with it
+            raise ValueError(f"Transfusion.from_pretrained: quantization_config asks for a package that is not here "
+                             f"({' '.join(str(error).split())}); install it, or leave quantization_config out"
+                             ) from error
         if loading_info is not None:
             loading_info.update(found)
         return model
