@@ -96,7 +96,7 @@ def push(model, repo_id: str, *, commit_message: str | None = None, commit_descr
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         repo_id = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         own = source(model)
-        if not card and own is not None and (own / CARD).is_file():
+        if not card and own is not None and _has_card(own):
             _copy_card(own, folder)
         elif card or not huggingface_hub.file_exists(repo_id, CARD, revision=revision, token=token):
             write_card(model, folder, repo_id, settings)
@@ -211,6 +211,11 @@ def _placed(picture: Path, folder: Path) -> str:
     place.parent.mkdir(exist_ok=True)
     shutil.copyfile(picture, place)
     return place.relative_to(folder).as_posix()
+
+
+def _has_card(own: Path) -> bool:
+    """Whether a card stands beside the checkpoint; the empty form that peft writes beside an adapter is none."""
+    return (own / CARD).is_file() and "library_name: peft" not in (own / CARD).read_text(encoding="utf-8")
 
 
 def _copy_card(own: Path, folder: Path) -> None:

@@ -191,6 +191,23 @@ class Transfusion(PreTrainedModel):
         if push_to_hub and is_main_process:
             self.push_to_hub(pushed.pop("repo_id", Path(path).name), **pushed)
 
+    @without_progress_bars()
+    def save_decoder(self, path) -> None:
+        """Write the decoder alone with its tokenizer, as `transformers.AutoModelForCausalLM` loads it.
+
+        Its text logits are `text_logits`. Image layers, and weights that patches have of their own, are left out.
+
+        Raises:
+            ValueError: the model is quantised, or another process writes into `path`.
+        """
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise ValueError("Transfusion.save_decoder: the model is quantised; one that was loaded without "
+                             "quantization_config fits")
+        with replacing(Path(path)) as fresh:
+            self.backbone.decoder.save_pretrained(fresh)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(fresh)
+
     def save_card(self, path, **card) -> Path:
         """Write README.md, a model card for the Hub, into a checkpoint's directory, over an older one; return its path.
 
