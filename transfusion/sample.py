@@ -19,7 +19,7 @@ class Sample:
 
     model: Path
     """directory of a checkpoint"""
-    prompt: str | None = None
+    prompt: str = ""
     """text to go on from"""
     prompts: Path | None = None
     """a file of prompts, in place of one: a .txt of lines, or a .jsonl of objects with a "prompt" and, where they
@@ -62,14 +62,14 @@ def sample(options: Sample) -> None:
     if options.prompts is not None:
         _sample_file(options)
         return
-    out, prompt = Path("sample.png") if options.out is None else options.out, options.prompt or ""
+    out = Path("sample.png") if options.out is None else options.out
     check_picture_path(out)
     model = load_model(options.model, options.device)
-    if options.image is None and not prompt.strip():
+    if options.image is None and not options.prompt.strip():
         raise ValueError("sample: prompt is empty; some text fits, e.g. --prompt 'a handwritten seven', or a file of "
                          "prompts with --prompts")
     given = [] if options.image is None else [load_image(options.image, model.config, model.vae)]
-    given += [Text(prompt)] if prompt.strip() else []
+    given += [Text(options.prompt)] if options.prompt.strip() else []
     if options.draw:
         parts = model.draw([given], **options.sampling.of_one_image())
     else:
@@ -81,7 +81,7 @@ def _sample_file(options: Sample) -> None:
     """Draw a file of prompts into a folder."""
     from transfusion.eval.draw import DrawSettings, draw  # what it needs for the contact sheet is no need of others
     for name, fits in (("prompt", "lines of the file"), ("image", "an \"image\" on lines of a .jsonl")):
-        if getattr(options, name) is not None:
+        if getattr(options, name):
             raise ValueError(f"sample: {name} and prompts are given; one of them fits, or {fits}")
     if not options.draw:
         raise ValueError("sample: draw is False and prompts is given, of which each is drawn; leave --no-draw out")

@@ -112,10 +112,11 @@ def _check(place: str, row: dict, folder: Path) -> None:
     """Refuse a line that cannot be drawn."""
     if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         raise ValueError(f"{place}: prompt is {row.get('prompt')!r}; some text fits")
-    try:
-        Sampling.of(_options(row) | {name: row[name] for name in ("seed",) if name in row})
-    except ValueError as error:
-        raise ValueError(f"{place}: {str(error).removeprefix('generate: ')}") from None
+    if given := _options(row) | ({"seed": row["seed"]} if "seed" in row else {}):
+        try:
+            Sampling.of(given)
+        except ValueError as error:
+            raise ValueError(f"{place}: {str(error).removeprefix('generate: ')}") from None
     if "image" in row and not (isinstance(row["image"], str) and (folder / row["image"]).is_file()):
         raise ValueError(f"{place}: image is {row['image']!r}; a picture file fits, its name as seen from {folder}")
 

@@ -28,8 +28,8 @@ class ExportSettings:
     base: Path | None = None
     """of an adapter: its model, where it is not found by itself"""
     decoder: bool = False
-    """write the language model alone, in its own class and format: what AutoModelForCausalLM, vLLM or llama.cpp's
-    converter read; image layers and weights of patches are left out"""
+    """write the language model alone, in its own class and format, as AutoModelForCausalLM loads it; image layers and
+    weights of patches are left out"""
     dtype: Annotated[str, OneOf(DTYPES)] | None = None
     """of the written weights; None: as they are"""
 

@@ -4,10 +4,10 @@ A card is YAML that the Hub's search reads (https://huggingface.co/docs/hub/mode
 is, how it is called, what it was trained with and what it draws. What a run left beside the checkpoint that the model
 was loaded from is told: its settings (resume/run.json), its pictures (samples.png, contact_sheet.png, samples/).
 """
+import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -145,11 +145,12 @@ def _about(model) -> str:
     what = "pixels" if model.vae is None else "latents of its autoencoder (vae/)"
     return (f"A Transfusion model (arXiv:2408.11039) of {parameters:,} parameters: one "
             f"{type(model.backbone.decoder).__name__} predicts the next token of text and denoises images. It draws "
-            f"{size} {what} unless told otherwise; its objective is {config.objective}, its backbone "
-            f"{config.backbone}.")
+            f"images of {size} {what} (channels, height, width) unless told otherwise; its objective is "
+            f"{config.objective}, its backbone {config.backbone}.")
 
 
 def _use(name: str, prompt: str) -> str:
+    name, prompt = (json.dumps(text, ensure_ascii=False) for text in (name, prompt))
     return f"""## Use
 
 `pip install tfkernels` brings the package `transfusion`.
@@ -157,20 +158,20 @@ def _use(name: str, prompt: str) -> str:
 ```python
 from transfusion.integrations.diffusers import TransfusionPipeline
 
-pipe = TransfusionPipeline.from_pretrained({name!r})
-pipe({prompt!r}, num_inference_steps=50, guidance_scale=3.0).images[0].save("drawn.png")
+pipe = TransfusionPipeline.from_pretrained({name})
+pipe({prompt}, num_inference_steps=50, guidance_scale=3.0).images[0].save("drawn.png")
 ```
 
 ```python
 from transfusion import Text, Transfusion
 
-model = Transfusion.from_pretrained({name!r}).eval()
-image, = model.draw([{prompt!r}], steps=50, guidance=3.0)
-print(model.caption([image]), model.generate([Text({prompt!r})], max_images=1))
+model = Transfusion.from_pretrained({name}).eval()
+image, = model.draw([{prompt}], steps=50, guidance=3.0)
+print(model.caption([image]), model.generate([Text({prompt})], max_images=1))
 ```
 
-After `import transfusion` it is also what `transformers.AutoModel.from_pretrained({name!r})` returns, and
-`transformers.pipeline("any-to-any", model={name!r}, pipeline_class=TransfusionAnyToAnyPipeline)` takes chats and
+After `import transfusion` it is also what `transformers.AutoModel.from_pretrained({name})` returns, and
+`transformers.pipeline("any-to-any", model={name}, pipeline_class=TransfusionAnyToAnyPipeline)` takes chats and
 pictures with the class from `transfusion.integrations.transformers`."""
 
 
@@ -182,25 +183,24 @@ def _training(model) -> str:
         return ""
     kept = {section: run.get("config", {}).get(section, {}) for section in ("data", "optim")}
     said = {key: value for key, value in flat(kept).items()
-            if value not in (None, [], "") and not (isinstance(value, str) and "/" in value)}
+            if value not in (None, [], "") and "/" not in str(value)}
     lines = "\n".join(f"| `{key}` | {value} |" for key, value in said.items())
     return (f"## Training\n\n{run['step']:,} steps of `transfusion train` with\n\n"
             f"| setting | value |\n|---|---|\n{lines}")
 
 
-def _pictures(model, settings: CardSettings) -> Iterator[Path]:
+def _pictures(model, settings: CardSettings) -> list[Path]:
     """The pictures that a card shows: the settings' own, or those of the model's run; a sheet alone where one is."""
     given, own = settings.samples, source(model)
     if given is not None and given.is_file():
-        yield given
-        return
-    places = [given, given / "pictures"] if given is not None else [own / "samples"] if own is not None else []
-    for home in filter(None, (given, own if given is None else None)):
-        if sheet := next((home / name for name in SHEETS if (home / name).is_file()), None):
-            yield sheet
-            return
-    found = (sorted(p for p in place.glob("*") if p.suffix.lower() in PICTURES) for place in places if place.is_dir())
-    yield from next(filter(None, found), [])[-SHOWN:]
+        return [given]
+    home = given or own
+    if home is None:
+        return []
+    sheets = [home / name for name in SHEETS if (home / name).is_file()]
+    folders = (given, given / "pictures") if given is not None else (own / "samples",)  # a run has others beside it
+    found = (sorted(p for p in folder.glob("*") if p.suffix.lower() in PICTURES) for folder in folders)
+    return sheets[:1] or next(filter(None, found), [])[-SHOWN:]
 
 
 def _placed(picture: Path, folder: Path) -> str:

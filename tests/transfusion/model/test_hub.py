@@ -1,6 +1,7 @@
 """The way to the Hub and back, with the Hub's functions replaced: what is uploaded, what the card says, what is loaded.
 """
 import json
+import re
 import shutil
 from fnmatch import fnmatch
 from types import SimpleNamespace
@@ -17,7 +18,8 @@ from tests.transfusion.model.test_vae import autoencoder
 from transfusion import Transfusion, TransfusionConfig
 from transfusion.model.vae import VAE
 
-RUN = {"step": 1300, "config": {"data": {"name": "digits", "latents": None, "folder": "/home/me/private"},
+RUN = {"step": 1300, "config": {"data": {"name": "digits", "latents": None, "folder": "/home/me/private",
+                                         "more": ["private/a.json"]},
                                 "optim": {"lr": 0.002, "times": "uniform"}}}
 
 
@@ -90,7 +92,7 @@ def test_a_pushed_model_comes_back_equal_with_a_card_that_the_hubs_search_reads(
     assert card.data.to_dict() == {
         "base_model": "meta/llama", "datasets": ["mnist"], "library_name": "transfusion", "license": "mit",
         "pipeline_tag": "any-to-any", "tags": ["transfusion", "text-to-image", "image-to-text", "digits"]}
-    assert "Transfusion.from_pretrained('me/digits')" in card.text and "'a handwritten seven'" in card.text
+    assert 'Transfusion.from_pretrained("me/digits")' in card.text and '"a handwritten seven"' in card.text
     assert "1,300 steps" in card.text and "| `optim.lr` | 0.002 |" in card.text and "private" not in card.text
     assert "![drawn by digits](pictures/samples.png)" in card.text and "loss.png" not in card.text
     again, drawn = Transfusion.from_pretrained("me/digits", token="t"), []
@@ -101,6 +103,17 @@ def test_a_pushed_model_comes_back_equal_with_a_card_that_the_hubs_search_reads(
     for one in (model, again):
         drawn.append(one.eval().draw(["a handwritten seven"], steps=2)[0].latent)
     assert torch.equal(*drawn)
+
+
+def test_the_code_of_a_card_runs_and_draws(run, monkeypatch):
+    path = Transfusion.from_pretrained(run).save_card(run, prompt='a "handwritten" seven', name="runs/digits")
+    monkeypatch.chdir(run.parent.parent)
+    blocks = re.findall(r"^```python\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    with Picture.open("drawn.png") as picture:
+        assert picture.size == (8, 8)
 
 
 def test_auto_classes_load_a_directory_after_the_import_of_transfusion(run):
