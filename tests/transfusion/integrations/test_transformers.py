@@ -90,6 +90,18 @@ def test_a_chat_is_gone_on_from_by_its_template_and_answered_by_the_assistant(pi
     assert record["generated_text"] == text_of(pipe.model.generate(marked, max_images=0, **WORDS))
 
 
+def test_an_answer_with_a_picture_goes_back_in_as_part_of_the_chat(pipe):
+    image, = pipe.model.draw([[image_of(PICTURE, pipe.model.config), Text("a seven")]], steps=1)
+    shown, = pictures_of([image])
+    answer = [{"type": "text", "text": "one"}, {"type": "image", "image": shown}]
+    chat = [*CHAT, {"role": "assistant", "content": answer}, {"role": "user", "content": " and a two"}]
+    record, = pipe(text=chat, generation_mode="image", steps=1)
+    parts = [image_of(PICTURE, pipe.model.config), Text("a seven"), Text("one"), image_of(shown, pipe.model.config),
+             Text(" and a two")]
+    expected, = pictures_of(pipe.model.draw([parts], steps=1))
+    assert record["generated_image"].tobytes() == expected.tobytes()
+
+
 def test_several_texts_and_several_chats_run_as_one_batch_of_the_same_answers(pipe, monkeypatch):
     sizes, real = [], pipe.model.generate_batch
     monkeypatch.setattr(pipe.model, "generate_batch",
