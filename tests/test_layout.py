@@ -33,6 +33,7 @@ ORDER = (
     "transfusion",
     "transfusion.data",
     "transfusion.serve",
+    "transfusion.integrations",
     "transfusion.eval",
     "transfusion.train",
     "transfusion.recipes",

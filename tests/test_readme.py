@@ -17,6 +17,7 @@ import transfusion.eval.questions
 import transfusion.eval.report
 import transfusion.eval.text
 import transfusion.eval.vqa
+import transfusion.model.export
 import transfusion.model.from_language_model
 import transfusion.recipes.command_line as command_line
 import transfusion.sample
@@ -83,6 +84,7 @@ def test_a_command_line_is_understood(command, monkeypatch):
                          (transfusion.eval.prepare, "prepare"), (transfusion.eval.vqa, "evaluate_vqa"),
                          (transfusion.eval.text, "evaluate_text"),
                          (transfusion.model.from_language_model, "init"), (transfusion.sample, "sample"),
+                         (transfusion.model.export, "export"),
                          (transfusion.sample, "caption"), (transfusion.serve.command_line, "serve"),
                          (transfusion.serve.chat, "chat"),
                          (transfusion.eval.draw, "draw"), (transfusion.eval.images, "images"),

@@ -14,6 +14,11 @@ def _init(args: list[str]) -> None:
     init(tyro.cli(InitSettings, args=args, prog="transfusion init"))
 
 
+def _export(args: list[str]) -> None:
+    from transfusion.model.export import ExportSettings, export
+    export(tyro.cli(ExportSettings, args=args, prog="transfusion export"))
+
+
 def _sample(args: list[str]) -> None:
     from transfusion.sample import Sample, sample
     sample(tyro.cli(Sample, args=args, prog="transfusion sample", config=(tyro.conf.AvoidSubcommands,)))
@@ -153,10 +158,11 @@ VAE_VERBS = {
 }
 VERBS = {
     "init": ("make a model from a pretrained language model", _init),
+    "export": ("write a plain checkpoint of an adapter, or the decoder alone", _export),
     "train": ("train a model from a preset", _train),
     "plan": ("say what a training would need: memory, time, GPUs", _plan),
     "report": ("make a page of what runs logged: curves, numbers, samples", _report),
-    "sample": ("draw or write from a prompt", _sample),
+    "sample": ("draw or write from a prompt or a file of prompts", _sample),
     "caption": ("write what follows an image", _caption),
     "serve": ("answer over HTTP with OpenAI's interface", _serve),
     "chat": ("talk with a model in the terminal, with pictures", _chat),

@@ -1,4 +1,4 @@
-"""The commands `transfusion sample`, from a prompt to picture files, and `transfusion caption`, from these to text."""
+"""The commands `transfusion sample`, from prompts to picture files, and `transfusion caption`, from these to text."""
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,22 +10,32 @@ from transfusion.generate.sampling import Sampling, TextSampling
 from transfusion.model.loading import load_model
 from transfusion.model.vae import VAE
 from transfusion.sequence import Text
+from transfusion.settings import Count, check
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Go on from a prompt: write text and draw images; images are saved beside --out."""
+    """Go on from a prompt: write text and draw images, saved beside --out; or draw a file of prompts into a folder."""
 
     model: Path
     """directory of a checkpoint"""
-    prompt: str
+    prompt: str = ""
     """text to go on from"""
+    prompts: Path | None = None
+    """a file of prompts, in place of one: a .txt of lines, or a .jsonl of objects with a "prompt" and, where they
+    differ, "seed", "steps", "sampler", "guidance", "image_size" and the "image" to edit; the same command goes on
+    after a stop"""
     image: Path | None = None
     """an image that stands before the prompt: with --draw it is edited as the prompt says"""
-    out: Path = Path("sample.png")
-    """where the image is written; further images get -2, -3, ... before the suffix"""
+    out: Path | None = None
+    """where the image is written, None: sample.png; further images get -2, -3, ... before the suffix. With --prompts a
+    folder for pictures/, prompts.jsonl and contact_sheet.png, None: samples"""
     draw: bool = True
     """draw one image right after the prompt; --no-draw leaves to the model what it writes and draws"""
+    samples: Count | None = None
+    """with --prompts: pictures of each; None: 4 of GenEval's prompts and 1 of any other"""
+    batch: Count = 64
+    """with --prompts: pictures drawn at once"""
     device: str = "auto"
     """cpu, cuda, or auto: the accelerator if there is one"""
     sampling: Annotated[Sampling, arg(name="")] = Sampling()
@@ -48,17 +58,36 @@ class Caption:
 
 def sample(options: Sample) -> None:
     """Run `transfusion sample`."""
-    check_picture_path(options.out)
+    check("sample", options)
+    if options.prompts is not None:
+        _sample_file(options)
+        return
+    out = Path("sample.png") if options.out is None else options.out
+    check_picture_path(out)
     model = load_model(options.model, options.device)
     if options.image is None and not options.prompt.strip():
-        raise ValueError("sample: prompt is empty; some text fits, e.g. --prompt 'a handwritten seven'")
+        raise ValueError("sample: prompt is empty; some text fits, e.g. --prompt 'a handwritten seven', or a file of "
+                         "prompts with --prompts")
     given = [] if options.image is None else [load_image(options.image, model.config, model.vae)]
     given += [Text(options.prompt)] if options.prompt.strip() else []
     if options.draw:
         parts = model.draw([given], **options.sampling.of_one_image())
     else:
         parts = model.generate(given, **vars(options.sampling))
-    _write(parts, options.out, model.vae)
+    _write(parts, out, model.vae)
+
+
+def _sample_file(options: Sample) -> None:
+    """Draw a file of prompts into a folder."""
+    from transfusion.eval.draw import DrawSettings, draw  # what it needs for the contact sheet is no need of others
+    for name, fits in (("prompt", "lines of the file"), ("image", "an \"image\" on lines of a .jsonl")):
+        if getattr(options, name):
+            raise ValueError(f"sample: {name} and prompts are given; one of them fits, or {fits}")
+    if not options.draw:
+        raise ValueError("sample: draw is False and prompts is given, of which each is drawn; leave --no-draw out")
+    out = Path("samples") if options.out is None else options.out
+    draw(DrawSettings(options.model, options.prompts, out, samples=options.samples, batch=options.batch,
+                      device=options.device, sampling=options.sampling), "sample")
 
 
 def _write(parts: list, out: Path, vae: VAE | None) -> None:

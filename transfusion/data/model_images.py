@@ -1,11 +1,12 @@
 """Picture files as a model's images, and a model's images as picture files."""
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image as Picture
 from torch import Tensor
 
-from transfusion.data.picture_files import read_picture, to_picture
+from transfusion.data.picture_files import fit_picture, open_picture, to_picture
 from transfusion.files import check_writable, written
 from transfusion.model.vae import VAE
 from transfusion.sequence import Image
@@ -24,12 +25,23 @@ def pixels_of(image: Image, vae: VAE | None = None) -> Tensor:
 
 def load_image(path: Path, config, vae: VAE | None = None) -> Image:
     """Read a picture file as training does: in the model's channels and size, in [-1, 1], or as its VAE's latent."""
+    return image_of(open_picture(path), config, vae, "load_image")
+
+
+def image_of(picture: Picture.Image, config, vae: VAE | None = None, op: str = "image_of") -> Image:
+    """Make the model's image of a picture, as `load_image` does of a file. Errors begin with `op`."""
     channels, *size = picture_shape(config, vae)
     if channels not in (1, 3):
-        raise ValueError(f"load_image: the model's images have {channels} channels and no VAE; picture files fit "
+        raise ValueError(f"{op}: the model's images have {channels} channels and no VAE; picture files fit "
                          "models of 1 (grey) or 3 (colour), or with a VAE (transfusion init --vae)")
-    pixels = read_picture(path, tuple(size), channels)
+    transparent = picture.mode in ("LA", "PA", "La") or "transparency" in picture.info
+    pixels = fit_picture(picture.convert("RGBA") if transparent else picture, tuple(size), channels)
     return Image(pixels if vae is None else vae.encode(pixels[None])[0])
+
+
+def pictures_of(images: Sequence[Image], vae: VAE | None = None) -> list[Picture.Image]:
+    """The pictures of a model's images, of 1 or 3 channels or of what the VAE decodes of them."""
+    return [to_picture(pixels_of(image, vae)) for image in images]
 
 
 def save_image(image: Image, path: Path, vae: VAE | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Many pictures drawn fast: `transfusion eval draw --model DIR --prompts FILE --out DIR`.
+"""Many pictures drawn fast: `transfusion sample --prompts FILE` and `transfusion eval draw`, with --model and --out.
 
     OUT/pictures/000000.png, ...   a PNG for each prompt, named by its number; of GenEval's prompts in its own layout,
                                    00000/metadata.jsonl and 00000/samples/0000.png, ...
@@ -6,15 +6,15 @@
     OUT/drawing.json               the model and the settings, which a later call must share
     OUT/contact_sheet.png          up to 64 of the pictures, evenly spread
 
-Picture i draws its random numbers from seed + i, whatever batch and process it is drawn in, so that stopping, batch and
-processes change no picture beyond the rounding of the model's own sums. The pictures are cut into blocks of one batch
-each, and block b is drawn by process b % processes. A picture that is there is never drawn again.
+Picture i draws its random numbers from seed + i, or from the seed of its own line, whatever batch and process it is
+drawn in, so that stopping, batch and processes change no picture beyond the rounding of the model's own sums. Pictures
+of the same options are cut into blocks of one batch each, and block b is drawn by process b % processes. A picture that
+is there is never drawn again.
 """
 import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -30,6 +30,7 @@ from tqdm import tqdm
 from tyro.conf import arg
 
 from transfusion.command import claim
+from transfusion.data.model_images import load_image
 from transfusion.data.picture_files import to_picture
 from transfusion.device import launched, own_device
 from transfusion.eval.picture_grids import contact_sheet
@@ -39,7 +40,9 @@ from transfusion.files import ASIDE, read_json, sync, write_text
 from transfusion.generate.sampling import Sampling
 from transfusion.model.config import TransfusionConfig
 from transfusion.model.loading import load_model
+from transfusion.model.lora import find_base, holds_adapter, holds_checkpoint
 from transfusion.model.transfusion import Transfusion
+from transfusion.sequence import Text
 from transfusion.settings import Count, check
 
 PICTURES, ABOUT, SHOWN = "pictures", "drawing.json", 64
@@ -54,7 +57,8 @@ class DrawSettings:
     model: Path
     """directory of a checkpoint"""
     prompts: Path
-    """a .txt of lines, a .jsonl of objects with a "prompt" (GenEval's evaluation_metadata.jsonl), or COCO's captions
+    """a .txt of lines, a .jsonl of objects with a "prompt" and, where they differ, "seed", "steps", "sampler",
+    "guidance", "image_size" and the "image" to edit (GenEval's evaluation_metadata.jsonl is one), or COCO's captions
     (.json)"""
     out: Path
     """directory for pictures/, prompts.jsonl and contact_sheet.png"""
@@ -71,27 +75,27 @@ class DrawSettings:
     sampling: Annotated[Sampling, arg(name="")] = Sampling()
 
 
-def draw(settings: DrawSettings) -> None:
-    """Run `transfusion eval draw`.
+def draw(settings: DrawSettings, command: str = "eval draw") -> None:
+    """Run `transfusion eval draw`, or what calls itself `command`.
 
     Raises:
         ValueError: settings or prompts that do not fit, or an `out` with pictures of another model or other settings.
     """
-    check("eval draw", settings)
+    check(command, settings)
     rank, size = launched()
     if size > 1 and settings.processes > 1:
-        raise ValueError(f"eval draw: processes is {settings.processes} under a launcher of {size}; 1 fits there")
+        raise ValueError(f"{command}: processes is {settings.processes} under a launcher of {size}; 1 fits there")
     if rank > 0:
-        _draw_share(rank, settings, _prepare(settings, writes=False), size)
+        _draw_share(rank, command, settings, _prepare(command, settings, writes=False), size)
         return
-    with claim("eval draw", settings.out, {"model": settings.model}, alone=False):
-        pictures = _prepare(settings, writes=True)
+    with claim(command, settings.out, {"model": settings.model}, alone=False):
+        pictures = _prepare(command, settings, writes=True)
         if settings.processes == 1:
-            _draw_share(rank, settings, pictures, size)
+            _draw_share(rank, command, settings, pictures, size)
         else:
-            own_device("eval draw", settings.device, settings.processes - 1, settings.processes)  # the last has one
-            torch.multiprocessing.spawn(_draw_share, (settings, pictures, settings.processes), settings.processes,
-                                        daemon=True)
+            own_device(command, settings.device, settings.processes - 1, settings.processes)  # the last has one
+            torch.multiprocessing.spawn(_draw_share, (command, settings, pictures, settings.processes),
+                                        settings.processes, daemon=True)
 
 
 def about_drawing(out: Path) -> dict:
@@ -107,14 +111,14 @@ def about_drawing(out: Path) -> dict:
             "seed": sampling.get("seed"), "details": details}
 
 
-def _prepare(settings: DrawSettings, writes: bool) -> list[Entry]:
+def _prepare(command: str, settings: DrawSettings, writes: bool) -> list[Entry]:
     """Return the pictures to draw, compared with what an earlier call wrote; the first process writes what says so."""
     prompts = read_prompts(settings.prompts, settings.count)
     samples = settings.samples or (GENEVAL_SAMPLES if prompts.is_geneval else 1)
-    pictures, seed = entries(prompts, samples), settings.sampling.seed
-    _check_channels(settings.model)
+    pictures = entries(prompts, samples, settings.sampling.seed, settings.prompts.parent)
+    _check_channels(command, settings.model)
     lines = "".join(json.dumps({"number": entry.number, "file": f"{PICTURES}/{entry.file}", "prompt": entry.prompt,
-                                "seed": seed + entry.number, **entry.about}, ensure_ascii=False) + "\n"
+                                "seed": entry.seed, **entry.about}, ensure_ascii=False) + "\n"
                     for entry in pictures)
     about = {"model": str(settings.model), "weights_hash": weights_hash(settings.model), "rule": prompts.rule,
              "pictures": len(pictures), "samples": samples, "prompts": hashlib.sha256(lines.encode()).hexdigest(),
@@ -123,7 +127,7 @@ def _prepare(settings: DrawSettings, writes: bool) -> list[Entry]:
     held = read_json(path, "take another --out") if path.is_file() else about
     for name in about:
         if name != "model" and held.get(name) != about[name]:
-            raise ValueError(f"eval draw: out is {str(settings.out)!r}, whose pictures were drawn with {name} "
+            raise ValueError(f"{command}: out is {str(settings.out)!r}, whose pictures were drawn with {name} "
                              f"{held.get(name)!r}, and now it is {about[name]!r}; another --out fits")
     for folder in sorted({(settings.out / PICTURES / entry.file).parent for entry in pictures}):
         folder.mkdir(parents=True, exist_ok=True)
@@ -135,29 +139,32 @@ def _prepare(settings: DrawSettings, writes: bool) -> list[Entry]:
     return pictures
 
 
-def _check_channels(path: Path) -> None:
+def _check_channels(command: str, path: Path) -> None:
+    while holds_adapter(path):
+        path = find_base(path)
+    if not holds_checkpoint(path):
+        raise ValueError(f"{command}: model is {str(path)!r}, which holds no config.json; a directory written by "
+                         "save_pretrained or `transfusion train` fits")
     config = TransfusionConfig.from_pretrained(path)
     if config.image_channels not in (1, 3) and not (path / "vae").is_dir():
-        raise ValueError(f"eval draw: the model's images have {config.image_channels} channels and no VAE; models of 1 "
+        raise ValueError(f"{command}: the model's images have {config.image_channels} channels and no VAE; models of 1 "
                          "(grey) or 3 (colour), or with a VAE (transfusion init --vae), draw picture files")
 
 
-def _draw_share(rank: int, settings: DrawSettings, pictures: list[Entry], size: int) -> None:
+def _draw_share(rank: int, command: str, settings: DrawSettings, pictures: list[Entry], size: int) -> None:
     """Draw what is missing of the blocks of process `rank` of `size`; who sees the last picture makes the sheet."""
     folder = settings.out / PICTURES
-    blocks = [pictures[i:i + settings.batch] for i in range(0, len(pictures), settings.batch)][rank::size]
-    share = [entry for block in blocks for entry in block]
-    missing = [[entry for entry in block if not (folder / entry.file).exists()] for block in blocks]
-    left = sum(map(len, missing))
-    if left:
+    share = [entry for block in _batches(pictures, settings.batch)[rank::size] for entry in block]
+    missing = [entry for entry in share if not (folder / entry.file).exists()]
+    if missing:
         if settings.processes > 1:
             torch.set_num_threads(max(1, torch.get_num_threads() // size))
-        model = load_model(settings.model, str(own_device("eval draw", settings.device, rank, size)))
-        title = "eval draw" if size == 1 else f"eval draw, process 1 of {size}"
-        with tqdm(total=len(share), initial=len(share) - left, desc=title, unit="picture", dynamic_ncols=True,
+        model = load_model(settings.model, str(own_device(command, settings.device, rank, size)))
+        title = command if size == 1 else f"{command}, process 1 of {size}"
+        with tqdm(total=len(share), initial=len(share) - len(missing), desc=title, unit="picture", dynamic_ncols=True,
                   disable=rank > 0) as bar, _staging(settings.out, rank) as aside, ThreadPoolExecutor(4) as writers:
-            for run in (run for block in missing for run in _runs(block)):
-                saved = writers.map(functools.partial(_save, folder, aside), run, _draw_run(model, run, settings))
+            for batch in _batches(missing, settings.batch):
+                saved = writers.map(functools.partial(_save, folder, aside), batch, _draw_batch(model, batch, settings))
                 bar.update(len(list(saved)))
     if all((folder / entry.file).exists() for entry in pictures):
         shown = pictures[::-(-len(pictures) // SHOWN)]
@@ -166,18 +173,21 @@ def _draw_share(rank: int, settings: DrawSettings, pictures: list[Entry], size: 
         print(f"{len(pictures):,} pictures in {folder}")
 
 
-def _runs(block: list[Entry]) -> Iterator[list[Entry]]:
-    """Cut a block into pieces of numbers that follow each other: a call of `draw` has one seed, the first one's."""
-    for _, run in itertools.groupby(enumerate(block), lambda item: item[1].number - item[0]):
-        yield [entry for _, entry in run]
+def _batches(pictures: list[Entry], size: int) -> list[list[Entry]]:
+    """Cut pictures into batches of at most `size`, each of pictures that are drawn with the same options."""
+    alike: dict[str, list[Entry]] = {}
+    for entry in pictures:
+        alike.setdefault(json.dumps(entry.options, sort_keys=True), []).append(entry)
+    return [group[i:i + size] for group in alike.values() for i in range(0, len(group), size)]
 
 
-def _draw_run(model: Transfusion, run: list[Entry], settings: DrawSettings) -> Tensor:
-    """Draw pictures (N, C, H, W) in [-1, 1] of numbers that follow each other."""
-    limits = ("max_new_tokens", "max_images")  # of what the model chooses to write and draw
-    options = {name: value for name, value in vars(settings.sampling).items() if name not in limits}
-    options["seed"] += run[0].number
-    latents = torch.stack([image.latent for image in model.draw([entry.prompt for entry in run], **options)])
+def _draw_batch(model: Transfusion, batch: list[Entry], settings: DrawSettings) -> Tensor:
+    """Draw pictures (N, C, H, W) in [-1, 1] that have the same options."""
+    prompts = [[*([] if entry.image is None else [load_image(entry.image, model.config, model.vae)]),
+                Text(entry.prompt)] for entry in batch]
+    options = settings.sampling.of_one_image() | batch[0].options
+    drawn = model.draw(prompts, seeds=[entry.seed for entry in batch], **options)
+    latents = torch.stack([image.latent for image in drawn])
     return latents if model.vae is None else model.vae.decode(latents)
 
 

@@ -15,8 +15,9 @@ from transformers import Cache, DynamicCache
 from transfusion.diffusion.objective import solve
 from transfusion.generate.kv_cache import Canvas, PrefixCache, embed_images
 from transfusion.generate.row import DRAWING, WRITING, Row, check_options, guidance_of, solver_of
-from transfusion.generate.sampling import Sampling
+from transfusion.generate.sampling import RowSeed, Sampling
 from transfusion.sequence import Document, Image, ImageLayout, Part, Sequence, Text, lay_out
+from transfusion.settings import check_value
 
 
 class Written(NamedTuple):
@@ -68,19 +69,27 @@ def stream(model, prompts: list[list[Part]], **options) -> Iterator[Event]:
     return _Generation(model, _as_prompts("stream", prompts), Sampling.of(options)).events()
 
 
-def draw(model, prompts: str | list[str | list[Part]], *, on_event=None, **options) -> list[Image]:
+def draw(model, prompts: str | list[str | list[Part]], *, seeds: list[int] | None = None, on_event=None,
+         **options) -> list[Image]:
     """Draw one image for each prompt, whatever the model would have done.
 
     A prompt is a text, or parts such as [image, instruction], which edit an image. One text alone is one prompt.
+    `seeds` has one for each prompt, in place of `seed` plus the prompt's number.
     """
     prompts = _as_prompts("draw", prompts)
+    if seeds is not None:
+        if not isinstance(seeds, (list, tuple)) or len(seeds) != len(prompts):
+            raise ValueError(f"draw: seeds is {seeds!r} and there are {len(prompts)} prompts; a list with one for each "
+                             "fits")
+        for i, seed in enumerate(seeds):
+            check_value("draw", f"seeds[{i}]", seed, RowSeed)
     if options.get("max_images", 1) != 1:
         raise ValueError(f"draw: max_images is {options['max_images']!r}; 1 fits, one image for each prompt; "
                          "generate_batch draws more")
     if any(all(isinstance(part, Text) and not part.text.strip() for part in prompt) for prompt in prompts):
         raise ValueError("draw: a prompt is empty; some text or an image fits, e.g. 'a handwritten seven'")
     sampling = Sampling.of({"max_new_tokens": 0, **options, "max_images": 1})
-    results = _consume(_Generation(model, prompts, sampling, force_image=True), on_event)
+    results = _consume(_Generation(model, prompts, sampling, force_image=True, seeds=seeds), on_event)
     return [next(part for part in parts if isinstance(part, Image)) for parts in results]
 
 
@@ -153,13 +162,15 @@ def _consume(generation: "_Generation", on_event) -> list[list[Part]]:
 class _Generation:
     """A batch of prompts on its way; each row writes, draws or is done, and waits for the others that draw."""
 
-    def __init__(self, model, prompts: list[list[Part]], options: Sampling, force_image: bool = False):
+    def __init__(self, model, prompts: list[list[Part]], options: Sampling, force_image: bool = False,
+                 seeds: list[int] | None = None):
         self.model, self.config, self.options, self.force_image = model, model.config, options, force_image
         self.grid, self.guidance = check_options(model, options), guidance_of(options)
         if options.cuda_graph and model.device.type != "cuda":
             raise ValueError(f"generate: cuda_graph is True and the model is on {str(model.device)!r}; "
                              "a model on a CUDA device fits")
-        self.rows = [Row(model, prompt, options, self.grid, options.seed + i) for i, prompt in enumerate(prompts)]
+        seeds = range(options.seed, options.seed + len(prompts)) if seeds is None else seeds
+        self.rows = [Row(model, prompt, options, self.grid, seed) for prompt, seed in zip(prompts, seeds)]
         self.documents = [row.document(force_image) for row in self.rows]
         self.eos = model.tokenizer.eos_token_id
 

@@ -9,6 +9,7 @@ from transfusion.diffusion.solvers import SOLVERS
 from transfusion.settings import Count, NotNegative, OneOf, Range, Share, WholeNumber, check, nearest
 
 MOST_STOPS = 4  # texts that end a row
+RowSeed = Annotated[int, Range(-2**63, 2**63 - 1)]  # what torch.Generator takes
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class TextSampling:
     """sample only tokens at least this many times as likely as the likeliest (arXiv:2407.01082)"""
     stop: tuple[str, ...] | None = None
     """one to four texts that end what is written where one of them appears; it and what follows it are left out"""
-    seed: Annotated[int, Range(-2**63, 2**63 - 1)] = 0
+    seed: RowSeed = 0
     """of noise and text: prompt i draws its random numbers from seed + i, whatever the rest of the batch is"""
 
     def __post_init__(self):

@@ -113,7 +113,9 @@ def load_adapter(base, path: Path):
         raise ValueError(f"Transfusion.from_pretrained: path is {str(path)!r}, an adapter without "
                          "adapter_model.safetensors; copy it again or make it anew")
     check_files(path)
-    return PeftModel.from_pretrained(base, path).merge_and_unload()
+    merged = PeftModel.from_pretrained(base, path).merge_and_unload()
+    merged.name_or_path = str(path)
+    return merged
 
 
 def name_base(directory: Path, start: Path, out: Path) -> None:

@@ -1,11 +1,12 @@
 """The model: one decoder that reads and writes text and images (Transfusion, arXiv:2408.11039)."""
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoTokenizer, PreTrainedModel
 from transformers import initialization as init
 
 import tfkernels.integrations.transformers as integration
@@ -13,6 +14,7 @@ from tfkernels import grid_positions, noise_patchify
 from transfusion.diffusion.objective import OBJECTIVES
 from transfusion.files import check_files, replacing, unfinished, whole
 from transfusion.generate import generation
+from transfusion.model import hub
 from transfusion.model.backbone import AdaLNBackbone, Backbone, LayerOffsets
 from transfusion.model.config import TransfusionConfig
 from transfusion.model.image_layers.embedding import PatchEmbedding, TimestepEmbedding, ZeroLinear
@@ -29,8 +31,8 @@ BACKBONE_CLASSES = {
     "decoder": Backbone, "adaln": AdaLNBackbone, "mixture_of_transformers": MixtureOfTransformersBackbone}
 IMAGE_LAYER_CLASSES = {
     "linear": (PatchEmbedding, LinearHead), "dit": (PatchEmbedding, DiTHead), "unet": (UNetDown, UNetUp)}
-HUB = (  # options of transformers' push_to_hub
-    "repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
+HUB = ("repo_id", *(name for name in hub.UPLOAD if name != "max_shard_size"),
+       *(field.name for field in dataclasses.fields(hub.CardSettings)))  # options of push_to_hub
 
 
 class TransfusionOutput(NamedTuple):
@@ -103,6 +105,7 @@ class Transfusion(PreTrainedModel):
 
         A checkpoint is config.json, model.safetensors and the tokenizer's files. The model of an adapter is looked for
         where it lay, as seen from the adapter, unless `base` names it. Pickled weights are refused, damaged ones too.
+        A str "owner/name" that is no directory here is a repository of the Hugging Face Hub; a `Path` never is.
 
         Options are those of transformers; settings of `TransfusionConfig` among them replace the checkpoint's. With
         `output_loading_info=True` the result is (model, what was missing or left over). A `quantization_config`
@@ -114,7 +117,7 @@ class Transfusion(PreTrainedModel):
         if kwargs.pop("output_loading_info", False):
             found: dict = {}
             return cls.from_pretrained(path, *args, base=base, loading_info=found, **kwargs), found
-        path = Path(path)
+        path = hub.download(path, kwargs) if hub.is_repository(path) else Path(path)
         base = find_base(path, base) if holds_adapter(path) else base
         if unfinished(path):  # a kill left the newest save in two places
             with whole(path) as directory:
@@ -156,6 +159,10 @@ class Transfusion(PreTrainedModel):
             raise ValueError(f"Transfusion.from_pretrained: {name} is no option; those of transformers' "
                              "from_pretrained and settings of TransfusionConfig "
                              f"fit{nearest(name, TransfusionConfig.names())}") from error
+        except ImportError as error:  # a quantiser's, of the argument or of a checkpoint that was saved with it
+            raise ValueError(f"Transfusion.from_pretrained: quantization_config asks for a package that is not here "
+                             f"({' '.join(str(error).split())}); install it, or leave quantization_config out"
+                             ) from error
         if loading_info is not None:
             loading_info.update(found)
         return model
@@ -166,14 +173,14 @@ class Transfusion(PreTrainedModel):
         """Write config.json, model.safetensors, the tokenizer's files and the autoencoder, if there is one.
 
         What the directory held stands until all are whole. Options are those of transformers; what `push_to_hub` takes
-        is handed on to it.
+        is handed on to it. `save_card` writes a model card beside them.
 
         Raises:
             ValueError: `path` is a file, or another process writes there.
         """
         if Path(path).exists() and not Path(path).is_dir():
             raise ValueError(f"Transfusion.save_pretrained: path is {str(path)!r}, which is a file; a directory fits")
-        hub = {name: kwargs.pop(name) for name in HUB if name in kwargs}
+        pushed = {name: kwargs.pop(name) for name in HUB if name in kwargs}
         if is_main_process:
             with replacing(Path(path), weights=variant is None) as fresh:
                 super().save_pretrained(fresh, True, state_dict, variant=variant, **kwargs)
@@ -182,7 +189,57 @@ class Transfusion(PreTrainedModel):
                 if self.vae is not None:
                     self.vae.save_pretrained(fresh / "vae")
         if push_to_hub and is_main_process:
-            self.push_to_hub(hub.pop("repo_id", Path(path).name), **hub)
+            self.push_to_hub(pushed.pop("repo_id", Path(path).name), **pushed)
+
+    @without_progress_bars()
+    def save_decoder(self, path) -> None:
+        """Write the decoder alone with its tokenizer, as `transformers.AutoModelForCausalLM` loads it.
+
+        Its text logits are `text_logits`. Image layers, and weights that patches have of their own, are left out.
+
+        Raises:
+            ValueError: the model is quantised, or another process writes into `path`.
+        """
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise ValueError("Transfusion.save_decoder: the model is quantised; one that was loaded without "
+                             "quantization_config fits")
+        with replacing(Path(path)) as fresh:
+            self.backbone.decoder.save_pretrained(fresh)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(fresh)
+
+    def save_card(self, path, **card) -> Path:
+        """Write README.md, a model card for the Hub, into a checkpoint's directory, over an older one; return its path.
+
+        It says what the model is and how it is called, and what the run beside the checkpoint that this model was
+        loaded from says of data, settings and pictures.
+
+        Args:
+            path: the directory; the card's examples load the model by this path, unless `name` is given.
+            card: fields of `transfusion.model.hub.CardSettings`: license, base_model, datasets, language, tags,
+                description, name, prompt, samples.
+
+        Raises:
+            ValueError: an option that does not fit, named.
+        """
+        settings = hub.CardSettings.of("Transfusion.save_card", card)
+        return hub.write_card(self, Path(path), Path(path).as_posix(), settings)
+
+    def push_to_hub(self, repo_id: str, **options) -> str:
+        """Upload the checkpoint with its autoencoder, tokenizer and model card to the Hub; return the commit's URL.
+
+        The card is README.md of the directory that this model was loaded from, or one that stands on the Hub already,
+        or else one as `save_card` writes it; with an option of the card it is written anew.
+
+        Args:
+            repo_id: "owner/name" of the repository, which is made where there is none.
+            options: those of transformers (commit_message, commit_description, private, token, revision, create_pr,
+                max_shard_size, tags) and those of `save_card`.
+
+        Raises:
+            ValueError: an option that does not fit, named; nothing was uploaded then.
+        """
+        return hub.push(self, repo_id, **options)
 
     def embed(self, sequence: Sequence, patches: Tensor, condition: Tensor) -> tuple[Tensor, list]:
         """Token embeddings (B, S, C), those of the (noised) patches in their places, and what skips the decoder."""
@@ -269,4 +326,5 @@ def _load_tokenizer(path: Path):
 
 
 AutoConfig.register(TransfusionConfig.model_type, TransfusionConfig, exist_ok=True)
-AutoModel.register(TransfusionConfig, Transfusion, exist_ok=True)
+for auto_class in (AutoModel, AutoModelForMultimodalLM):  # the second is what transformers' any-to-any pipeline loads
+    auto_class.register(TransfusionConfig, Transfusion, exist_ok=True)

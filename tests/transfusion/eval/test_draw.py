@@ -3,13 +3,18 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image as Picture
 
 import transfusion.eval.draw
 from tests.transfusion.conftest import tiny_model
 from tests.transfusion.eval.test_prompts import GENEVAL
+from transfusion import Text, Transfusion
 from transfusion.cli import main
+from transfusion.data.model_images import load_image
+from transfusion.data.picture_files import to_picture
 from transfusion.eval.prompts import read_drawn
+from transfusion.model.lora import TuneSettings, prepare
 
 PROMPTS = [f"a handwritten {digit}" for digit in ("one", "two", "three", "four", "five", "six", "seven")]
 
@@ -96,12 +101,12 @@ def test_what_is_missing_after_a_kill_is_drawn_and_nothing_twice(made, monkeypat
     (made / "killed" / ".new-drawing-0").mkdir()
     (made / "killed" / ".new-drawing-0" / "1.png").write_bytes(b"half a pict")
     drawn = []
-    real = transfusion.eval.draw._draw_run
-    monkeypatch.setattr(transfusion.eval.draw, "_draw_run",
-                        lambda model, run, settings: drawn.append([entry.number for entry in run])
-                        or real(model, run, settings))
+    real = transfusion.eval.draw._draw_batch
+    monkeypatch.setattr(transfusion.eval.draw, "_draw_batch",
+                        lambda model, batch, settings: drawn.append([entry.number for entry in batch])
+                        or real(model, batch, settings))
     assert_same(before, command(made, "killed", "--batch", "4"))
-    assert drawn == [[1], [4], [6]]
+    assert drawn == [[1, 4, 6]]
     assert sorted(path.name for path in (made / "killed").iterdir()) == [
         "contact_sheet.png", "drawing.json", "pictures", "prompts.jsonl"]
     monkeypatch.setattr(transfusion.eval.draw, "load_model", lambda *_: pytest.fail("there is nothing to draw"))
@@ -113,6 +118,61 @@ def test_pictures_of_other_settings_are_refused_by_the_name_of_the_setting(made,
         command(made, "drawn", "--steps", "3")
     with pytest.raises(SystemExit, match="whose pictures were drawn with rule"):
         command(made, "drawn", "--count", "3")
+
+
+def test_a_line_may_set_the_options_of_its_picture_and_pictures_of_the_same_options_run_as_one_batch(
+        made, monkeypatch):
+    Picture.new("L", (8, 8), 200).save(made / "grey.png")
+    lines = [{"prompt": "a handwritten one", "seed": 90}, {"prompt": "a handwritten two", "steps": 1, "note": "kept"},
+             {"prompt": "a handwritten six", "image_size": [4, 12], "guidance": 1.5, "sampler": "heun"},
+             {"prompt": " and a two", "image": "grey.png"}, {"prompt": "a handwritten two", "steps": 1, "seed": 7}]
+    (made / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    drawn, real = [], transfusion.eval.draw._draw_batch
+    monkeypatch.setattr(transfusion.eval.draw, "_draw_batch",
+                        lambda model, batch, settings: drawn.append([entry.number for entry in batch])
+                        or real(model, batch, settings))
+    main(["sample", "--model", str(made / "model"), "--prompts", str(made / "lines.jsonl"), "--out",
+          str(made / "lines"), "--steps", "2", "--seed", "5", "--samples", "2"])
+    assert drawn == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5]]
+    rows = read_drawn(made / "lines")
+    assert [row["seed"] for row in rows] == [90, 91, 7, 8, 9, 10, 11, 12, 7, 8] and rows[2]["note"] == "kept"
+    model, found = Transfusion.from_pretrained(made / "model"), pixels(made / "lines")
+    image = load_image(made / "grey.png", model.config)
+    expected = {0: model.draw([lines[0]["prompt"]], steps=2, seed=90),
+                3: model.draw([lines[1]["prompt"]], steps=1, seed=8),
+                4: model.draw([lines[2]["prompt"]], steps=2, seed=9, image_size=(4, 12), guidance=1.5, sampler="heun"),
+                6: model.draw([[image, Text(" and a two")]], steps=2, seed=11)}
+    for number, (one,) in expected.items():
+        shown = np.asarray(to_picture(one.latent)).astype(int)
+        assert np.abs(shown - found[f"{number:06}.png"]).max() <= 1, number
+    with Picture.open(made / "lines" / "contact_sheet.png") as sheet:
+        assert sheet.size[0] > 8 * 100
+
+
+def test_an_adapters_pictures_are_those_of_its_model_with_the_adapter(made, tmp_path):
+    adapted = prepare(Transfusion.from_pretrained(made / "model"), TuneSettings(start=made / "model", trained="images"))
+    torch.nn.init.normal_(adapted.get_base_model().image_head.modules_to_save["default"].linear.weight)
+    adapted.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "one.txt").write_text(PROMPTS[0])
+    main(["sample", "--model", str(tmp_path / "adapter"), "--prompts", str(tmp_path / "one.txt"),
+          "--out", str(tmp_path / "drawn"), "--steps", "2", "--seed", "5"])
+    one, = Transfusion.from_pretrained(tmp_path / "adapter").eval().draw([PROMPTS[0]], steps=2, seed=5)
+    found = pixels(tmp_path / "drawn")["000000.png"]
+    assert np.abs(np.asarray(to_picture(one.latent)).astype(int) - found).max() <= 1
+    assert np.abs(found - pixels(made / "drawn")["000000.png"]).max() > 1
+
+
+@pytest.mark.parametrize("more, says", [
+    (["--prompt", "a"], "prompt and prompts are given; one of them fits, or lines of the file"),
+    (["--image", "a.png"], "image and prompts are given"), (["--no-draw"], "draw is False and prompts is given"),
+    (["--batch", "0"], "sample: batch is 0"),
+    (["--model", "nowhere"], "model is 'nowhere', which holds no config.json"),
+])
+def test_options_of_sample_that_do_not_go_with_a_file_of_prompts_are_named(made, tmp_path, more, says):
+    with pytest.raises(SystemExit, match=says):
+        main(["sample", "--model", str(made / "model"), "--prompts", str(made / "prompts.txt"),
+              "--out", str(tmp_path / "out"), *more])
+    assert not (tmp_path / "out" / "pictures").exists()
 
 
 def test_genevals_layout_holds_a_prompt_and_its_samples_in_a_folder(made):

@@ -26,6 +26,14 @@ def test_lines_that_are_not_empty_are_prompts(tmp_path):
     assert [row["prompt"] for row in first.rows] == ["one", "two"] and first.rule == "the first 2 of a.txt"
 
 
+def test_a_text_in_another_encoding_is_named_and_one_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "a.txt").write_bytes("grün\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="a.txt is no text in UTF-8"):
+        read_prompts(tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_text("grün\n", encoding="utf-8-sig")
+    assert [row["prompt"] for row in read_prompts(tmp_path / "a.txt").rows] == ["grün"]
+
+
 def test_each_picture_of_coco_gives_its_first_caption_and_fewer_are_the_first_of_more(tmp_path):
     path = coco(tmp_path / "captions.json")
     order = sorted(range(6), key=lambda image: hashlib.sha256(b"%d" % image).hexdigest())
@@ -54,7 +62,13 @@ def test_other_objects_are_kept_by_number(tmp_path):
 @pytest.mark.parametrize("name, text, says", [
     ("a.csv", "one", "a .txt of lines"), ("a.txt", "\n", "holds 0 prompts; one or more fit"),
     ("a.jsonl", '{"prompt": "one"}\n{', "line 2 is damaged"), ("a.jsonl", "[1]", "line 1 holds a list"),
-    ("a.jsonl", '{"text": "one"}', "the prompt of number 0 is None"), ("a.json", "{}", "no file of COCO's captions"),
+    ("a.jsonl", '{"text": "one"}', "a.jsonl, line 1: prompt is None; some text fits"),
+    ("a.jsonl", '\n{"prompt": "one", "steps": 0}', "a.jsonl, line 2: steps is 0; a whole number of at least 1 fits"),
+    ("a.jsonl", '{"prompt": "one", "seed": 1.5}', "line 1: seed is 1.5"),
+    ("a.jsonl", '{"prompt": "one", "sampler": "dmp"}', "line 1: sampler is 'dmp'; one of 'ddim'"),
+    ("a.jsonl", '{"prompt": "one", "image_size": 8}', "line 1: image_size is 8"),
+    ("a.jsonl", '{"prompt": "one", "image": "b.png"}', "line 1: image is 'b.png'; a picture file fits"),
+    ("a.json", "{}", "no file of COCO's captions"),
 ])
 def test_a_file_that_holds_no_prompts_is_named(name, text, says, tmp_path):
     (tmp_path / name).write_text(text)

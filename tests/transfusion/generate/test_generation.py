@@ -181,6 +181,17 @@ def test_a_cuda_graph_draws_the_same(backbone, layers):
         assert torch.equal(a.latent, b.latent)
 
 
+def test_each_prompt_may_have_a_seed_of_its_own(model):
+    prompts = ["a handwritten seven", "a handwritten two", "a handwritten two"]
+    drawn = model.draw(prompts, steps=2, seeds=[4, 9, 4])
+    for prompt, seed, image in zip(prompts, (4, 9, 4), drawn):
+        torch.testing.assert_close(image.latent, model.draw([prompt], steps=2, seed=seed)[0].latent)
+    with pytest.raises(ValueError, match=r"seeds is \[1\] and there are 3 prompts; a list with one for each fits"):
+        model.draw(prompts, seeds=[1])
+    with pytest.raises(ValueError, match=r"draw: seeds\[1\] is 1.5; a whole number"):
+        model.draw(prompts, seeds=[1, 1.5, 2])
+
+
 def test_a_seed_gives_the_same_image_and_another_seed_another(model):
     first, again, other = (model.draw(["a handwritten two"], steps=2, seed=s)[0].latent for s in (1, 1, 2))
     assert torch.equal(first, again) and not torch.allclose(first, other)
