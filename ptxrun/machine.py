@@ -20,6 +20,7 @@ from ptxrun.ptx import NAME, Instruction, Kernel
 from ptxrun.races import Races
 from ptxrun.registers import Registers
 from ptxrun.schedule import Coin, Schedule
+from ptxrun.thread_races import ThreadRaces
 from ptxrun.threads import EXIT, WARP, Group, Threads
 
 PARAMETERS_AT = 0x7000_0000  # where kernels see the addresses of their parameters; 4 KiB for each
@@ -58,7 +59,7 @@ class Machine:
         self.parameter_addresses = {name: PARAMETERS_AT + 4096 * i for i, (name, *_) in enumerate(kernel.parameters)}
         self.parameter_sizes = {name: max(1, n) * int(kind[1:]) // 8 for name, kind, n in kernel.parameters}
         self.parameters, self.global_memory = {}, GlobalMemory()
-        self.races, self.traffic, self.block_races = None, None, None
+        self.races, self.traffic, self.block_races, self.thread_races = (None,) * 4
         self.unknown = []  # what is wrong with each instruction that is not emulated
         self.runs = self._decode()
 
@@ -141,7 +142,9 @@ class Machine:
         self.copies, self.products, self.mbarriers = Copies(count), Products(), MBarriers()
         self.named_barriers, self.deliveries, self.bulk_stores = {}, [], {}
         self.pools = [RegisterPool(threads // 32, self.kernel.registers_per_thread) for _ in numbers]
-        self.races = Races(self.shared.size, threads // 32, self.copies_fenced) if self.check_races else None
+        if self.check_races:  # of one block at a time
+            self.races = Races(self.shared.size, threads // 32, self.copies_fenced)
+            self.thread_races = ThreadRaces(self.global_memory, self.races)
 
     def run(self):
         """Run until no thread is left."""

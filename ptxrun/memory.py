@@ -67,6 +67,25 @@ class GlobalMemory:
                 start, data = self.find(extreme, extreme + total, what)
             yield mine, some - start, data
 
+    def touched(self, addresses, size: int):
+        """Yield (number of the range, which accesses lie in it, their bytes) for each range that holds some of them.
+
+        What lies outside of one is left out: the access itself is an error.
+        """
+        owners = np.searchsorted(self.starts, addresses, side="right") - 1
+        for owner in np.unique(owners):
+            mine = np.flatnonzero(owners == owner)
+            bytes_ = (addresses[mine] - self.starts[owner])[:, None] + np.arange(size)
+            if owner >= 0 and int(bytes_.max(initial=0)) < len(self.blocks[owner]):
+                yield owner, mine, bytes_
+
+    def changed(self, addresses, size: int, values):
+        """As `touched` for `values` at consecutive places, and which bytes would then hold something else."""
+        for i, value in enumerate(values):
+            for owner, mine, bytes_ in self.touched(addresses + i * size, size):
+                new = np.ascontiguousarray(value[mine]).view(np.uint8).reshape(len(mine), size)
+                yield owner, mine, bytes_, self.blocks[owner][bytes_] != new
+
     def load(self, addresses, size: int, count: int, what: str = "a load") -> list[np.ndarray]:
         """`count` numbers of `size` bytes at each address."""
         found = [np.empty(len(addresses), UNSIGNED[size]) for _ in range(count)]

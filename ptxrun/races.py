@@ -163,6 +163,19 @@ class Races:
         for warp in warps:
             self.clock[warp] = self._joined(self.clock[warp], self.complete[key])
 
+    # what that says of accesses elsewhere
+
+    def now(self, threads) -> tuple[np.ndarray, np.ndarray]:
+        """When it is for threads: the clock of their warp, and how often its lanes have met."""
+        warps = threads // WARP
+        return self.clock[warps, warps], self.meetings[warps]
+
+    def before(self, threads, clock, meetings, others) -> np.ndarray:
+        """Whether what `threads` did when it was `clock` and `meetings` comes before what `others` do now."""
+        warps, at = threads // WARP, others // WARP
+        met = np.where(warps == at, self.meetings[at] > meetings, self.clock[at, warps] >= clock)
+        return (threads == others) | met
+
     # what must hold
 
     def _joined(self, a, b):

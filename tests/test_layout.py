@@ -47,6 +47,7 @@ ORDER = (
     "ptxrun.barriers",
     "ptxrun.races",
     "ptxrun.block_races",
+    "ptxrun.thread_races",
     "ptxrun.tensor_map",
     "ptxrun.traffic",
     "ptxrun.schedule",

@@ -54,11 +54,13 @@ def _fetch_global(machine, o, at, addresses, width, count, active):
 
 
 def read_global(machine, threads, addresses, width: int, count: int, what: str):
-    """`count` numbers of `width` bytes for each thread, counted and looked at for races between blocks."""
+    """`count` numbers of `width` bytes for each thread, counted and looked at for races."""
     if machine.traffic:
         machine.traffic.of_global("load", threads, addresses, width * count)
     if machine.block_races:
         machine.block_races.read(machine.block_number[threads], addresses, width * count)
+    if machine.thread_races:
+        machine.thread_races.read(threads, addresses, width * count)
     return machine.global_memory.load(addresses, width, count, what)
 
 
@@ -68,6 +70,8 @@ def write_global(machine, threads, addresses, width: int, values, what: str):
         machine.traffic.of_global("store", threads, addresses, width * len(values))
     if machine.block_races:
         machine.block_races.write(machine.block_number[threads], addresses, width, values)
+    if machine.thread_races:
+        machine.thread_races.write(threads, addresses, width, values)
     machine.global_memory.store(addresses, width, values, what)
     if machine.races:
         one_value_each(machine.global_memory.load(addresses, width, len(values)), values, "global")
@@ -159,6 +163,8 @@ def atomic(o):
         active = o.active(at) if o.guarded else None
         threads = lanes(at, active)
         addresses, *values = o.selected(at, address, *reads)
+        if machine.block_races and where == "global":
+            machine.block_races.reduce(machine.block_number[threads], addresses, step * (len(values) if many else 1))
         results = [np.zeros(at.stop - at.start, DTYPES[_bits(kind)]) for _ in writes]
         for i, thread in enumerate(threads):
             operands = [[value[i]] for value in values] if many else [[value[i] for value in values]]

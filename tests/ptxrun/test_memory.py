@@ -1,4 +1,6 @@
-"""Loads, stores and atomics of ptxrun: vectors, bounds, alignment, races between blocks."""
+"""Loads, stores and atomics of ptxrun: vectors, bounds, alignment, races between blocks and threads."""
+import functools
+
 import numpy as np
 import pytest
 
@@ -88,3 +90,47 @@ def test_threads_that_store_different_values_in_one_place_race():
     run_kernel(body.format("7"), [np.zeros(1, np.uint32)], races=True)
     with pytest.raises(Race, match="different values in one place of global memory"):
         run_kernel(body.format("%me"), [np.zeros(1, np.uint32)], races=True)
+
+
+IN_TURN = """ld.param.u64 %d0, [p0]; setp.eq.u32 %p0, %me, {first}; setp.eq.u32 %p1, %me, {second};
+    @%p0 st.global.b32 [%d0], 5; {between} @%p1 {access};"""
+
+
+@pytest.mark.parametrize("second", [1, 33])
+@pytest.mark.parametrize("access,what", [
+    ("st.global.b32 [%d0], 6", "writes another value to byte 0 of p0, which thread 0"),
+    ("ld.global.b32 %r1, [%d0]", "reads byte 0 of p0, which thread 0"),
+    ("cp.async.ca.shared.global [%r9], [%d0], 4", "reads byte 0 of p0, which thread 0")])
+def test_threads_of_a_block_are_ordered_by_a_barrier_alone(access, what, second):
+    run = functools.partial(run_kernel, threads=64, shared=16, races=True)
+    between = {"": "mov.b32 %r9, 0;", "a barrier": "mov.b32 %r9, 0; bar.sync 0;"}
+    texts = {name: IN_TURN.format(first=0, second=second, between=text, access=access)
+             for name, text in between.items()}
+    run(texts["a barrier"], [np.zeros(1, np.uint32)])
+    with pytest.raises(Race, match=f"thread {second} {what} of its block writes"):
+        run(texts[""], [np.zeros(1, np.uint32)])
+    run(IN_TURN.format(first=0, second=0, between=between[""], access=access), [np.zeros(1, np.uint32)])
+
+
+def test_lanes_are_ordered_by_their_warps_barrier_and_the_same_value_needs_no_order():
+    def body(between, value):
+        return IN_TURN.format(first=0, second=1, between=between, access=f"st.global.b32 [%d0], {value}")
+
+    run_kernel(body("bar.warp.sync -1;", 6), [np.zeros(1, np.uint32)], races=True)
+    run_kernel(body("", 5), [np.zeros(1, np.uint32)], races=True)
+
+
+def test_blocks_may_reduce_into_one_place_and_not_read_or_store_it_then():
+    body = """ld.param.u64 %d0, [p0]; mov.u32 %r0, %ctaid.x; setp.eq.u32 %p0, %r0, 1; setp.eq.u32 %p1, %me, 0;
+        @%p1 red.global.add.u32 [%d0], 1; """
+    out = np.zeros(1, np.uint32)
+    run_kernel(body, [out], blocks=3, races=True)
+    assert out.tolist() == [3]
+    for access, what in (("ld.global.b32 %r1, [%d0]", "reads byte 0 of p0, which a reduction"),
+                         ("st.global.b32 [%d0], 9", "writes byte 0 of p0, which a reduction")):
+        with pytest.raises(Race, match=f"block 1 {what} writes"):
+            run_kernel(f"{body} @%p0 {access};", [np.zeros(1, np.uint32)], blocks=2, races=True)
+    with pytest.raises(Race, match="block 1 reduces into byte 0 of p0, which block 0 reads"):
+        run_kernel("""ld.param.u64 %d0, [p0]; mov.u32 %r0, %ctaid.x; setp.eq.u32 %p0, %r0, 1;
+            @!%p0 ld.global.b32 %r1, [%d0]; @%p0 red.global.add.u32 [%d0], 1;""", [np.zeros(1, np.uint32)],
+                   blocks=2, races=True)
