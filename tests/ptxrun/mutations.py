@@ -183,9 +183,11 @@ def outcome(architecture: str, launches: list[Launch], mutation: Mutation) -> Ou
     return mutated("", "", max(reasons, key=REASONS.index))
 
 
+SAME = 3  # reasons that make a mutant do what the kernel does, as far as anybody can tell
 REASONS = (  # why a mutant is not caught, from the most to the least that is known
     "does what the kernel does: it reads and writes the same, without a race",
     "reads more of its tensors and uses none of it: it writes the same, without a race",
+    "stores what a later store replaces, in an order that barriers make: it leaves the same memory, without a race",
     "writes other numbers, within the rule of accuracy",
 )
 
@@ -193,9 +195,10 @@ REASONS = (  # why a mutant is not caught, from the most to the least that is kn
 def reason(architecture: str, launch: Launch, mutant: str) -> str:
     """What a mutant that is not caught does otherwise than the kernel, seen at its accesses of global memory."""
     theirs, ours = (launch.run(ptx, architecture, SCHEDULES[0], Traced) for ptx in (launch.ptx, mutant))
-    if ours.written != theirs.written:
-        return REASONS[2]
-    return REASONS[0] if ours.read == theirs.read else REASONS[1]
+    if ours.written == theirs.written:
+        return REASONS[0] if ours.read == theirs.read else REASONS[1]
+    left = all(np.array_equal(a, b) for a, b in zip(ours.blocks, theirs.blocks))
+    return REASONS[2] if left else REASONS[3]
 
 
 def caught(architecture: str, launch: Launch, mutant: str, schedule: Schedule) -> tuple[str, str]:
@@ -263,7 +266,7 @@ def table(kernels: list[Kernel]) -> str:
                           for name in ("sites", "reached"))
         tried = [one for kernel in kernels for one in kernel.outcomes if fits(one.mutation)]
         by = Counter(one.how for one in tried if one.how)
-        same = sum(one.why in REASONS[:2] for one in tried)
+        same = sum(one.why in REASONS[:SAME] for one in tried)
         lines.append(f"| {kind} | {sites} | {reached} | {len(tried)} | {by.total()} | "
                      f"{', '.join(f'{how} {n}' for how, n in by.most_common())} | {same} | "
                      f"{len(tried) - by.total() - same} |")
@@ -273,7 +276,7 @@ def table(kernels: list[Kernel]) -> str:
 def page(kernels: list[Kernel], most: int, commit: str, seconds: float) -> str:
     """The result as a page."""
     tried = [one for kernel in kernels for one in kernel.outcomes]
-    caught, same = sum(bool(one.how) for one in tried), sum(one.why in REASONS[:2] for one in tried)
+    caught, same = sum(bool(one.how) for one in tried), sum(one.why in REASONS[:SAME] for one in tried)
     missed = [f"| `{one.kernel}` | {one.architecture} | {one.mutation.kind} | {one.mutation.line} | "
               f"`{' '.join(one.mutation.before.split()).replace('|', ',')}` | {one.why} |"
               for one in tried if not one.how]
