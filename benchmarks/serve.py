@@ -33,7 +33,7 @@ from transfusion.model.loading import load_model
 RESULTS = Path(__file__).parent / "results"
 ROWS, QUEUE = 16, 64
 CLIENTS = (1, 4, 16, 64)
-LEAST, TURNS = 24, 3      # requests of a round: at least so many, and so many for each client
+LEAST, TURNS = 24, 2      # requests of a round: at least so many, and so many for each client
 ENDURING = {"clients": 32, "queue": 8}
 TOGETHER, ALONE = f"up to {ROWS} requests in a pass", "one request at a time"
 WORDS = {"drawings": f"pictures of {STEPS} steps, guidance {GUIDANCE}", "previews": "the same with a preview each step",

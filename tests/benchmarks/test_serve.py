@@ -35,12 +35,21 @@ def checkpoint(tmp_path_factory):
     return where
 
 
+@pytest.fixture
+def one_server(checkpoint, monkeypatch):
+    """One process stands for all servers, for each takes seconds to begin."""
+    with serve_client.Server(checkpoint, rows=16, queue=8) as server:
+        for module in (serve, serve_endurance):
+            monkeypatch.setattr(module, "Server", lambda model, **options: contextlib.nullcontext(server))
+        yield server
+
+
 def flat(count=100):
     return [(number, 500_000_000 + 1000 * (number % 7)) for number in range(count)]
 
 
 def test_the_command_measures_a_server_and_writes_the_file_the_page_and_the_plot(
-        checkpoint, tmp_path, few, monkeypatch):
+        checkpoint, one_server, tmp_path, few, monkeypatch):
     monkeypatch.setattr(serve, "WORDS", {kind: serve.WORDS[kind] for kind in ("previews", "texts")})
     arguments = ["--model", str(checkpoint), "--out", str(tmp_path), "--quick", "--commit", "0123456789abc"]
     assert serve.main([*arguments, "--requests", "60"]) == 0
