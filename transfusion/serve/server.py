@@ -106,8 +106,8 @@ class Answers:
         self.news.set()
 
     async def _watch(self) -> None:
-        while not await self.request.is_disconnected():
-            await asyncio.sleep(0.1)
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
         self.cancel()
 
 

@@ -151,8 +151,8 @@ def test_previews_are_made_for_streams_alone(served):
 def test_a_client_that_reads_slowly_misses_previews_and_nothing_else(served):
     """Of 50 steps nothing is read until all are done."""
     class Stays:
-        async def is_disconnected(self):
-            return False
+        async def receive(self):
+            await asyncio.Event().wait()
 
     async def read_late(engine):
         answers = Answers(engine, Stays())
