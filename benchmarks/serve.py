@@ -8,8 +8,8 @@ other in turn, so that whatever else the machine does meets both; the ratio is t
 servers' own seconds of a core stand beside those of the clock. No number is recorded unless every answer is the one
 that the same request got alone, from the server of one request at a time.
 
-Then a third server meets clients that misbehave (benchmarks/serve_endurance.py). The exit code is 1 where an answer
-was wrong or something was left behind.
+Before that, another server meets clients that misbehave (benchmarks/serve_endurance.py). The exit code is 1 where an
+answer was wrong or something was left behind.
 """
 import argparse
 import importlib.util
@@ -33,7 +33,7 @@ from transfusion.model.loading import load_model
 RESULTS = Path(__file__).parent / "results"
 ROWS, QUEUE = 16, 64
 CLIENTS = (1, 4, 16, 64)
-LEAST, TURNS = 24, 2      # requests of a round: at least so many, and so many for each client
+LEAST, TURNS, MOST = 24, 4, 128  # requests of a round: so many for each client, but at least and at most so many
 ENDURING = {"clients": 32, "queue": 8}
 TOGETHER, ALONE = f"up to {ROWS} requests in a pass", "one request at a time"
 WORDS = {"drawings": f"pictures of {STEPS} steps, guidance {GUIDANCE}", "previews": "the same with a preview each step",
@@ -64,7 +64,7 @@ def alone(server: Server, asked: list[Asked]) -> list[Answer]:
 
 def one_round(server: Server, asked: list[Asked], expected: list[Answer], case: Case, least: int) -> Round:
     """Ask one server, and hold its answers against those of the same requests alone."""
-    count = max(least, TURNS * case.clients)
+    count = max(least, min(TURNS * case.clients, MOST))
     before, began = server.cpu_seconds(), time.perf_counter()
     answers = ask_all(server.port, [asked[number % len(asked)] for number in range(count)], case.clients)
     seconds, cpu = time.perf_counter() - began, server.cpu_seconds() - before
@@ -112,10 +112,12 @@ def percentiles(times: list[float]) -> dict[str, float]:
     return {**{f"p{q}": float(np.percentile(times, q)) for q in (50, 95, 99)}, "count": len(times)}
 
 
-def measure_endurance(case: Case, report: Report, model: Path, asked: list[Asked], requests: int) -> None:
+def measure_endurance(case: Case, report: Report, model: Path, requests: int) -> None:
     """Let clients misbehave and record what they left."""
     with Server(model, rows=ROWS, queue=ENDURING["queue"]) as server:
-        found = endure(server, list(zip(asked, alone(server, asked))), requests, case.clients)
+        asked = kinds(server.port)
+        mixed = [*asked["mixture"], *asked["previews"]]
+        found = endure(server, list(zip(mixed, alone(server, mixed))), requests, case.clients)
     found.check()
     report.record({**case._asdict(), "requests": requests},
                   Result(f"{TOGETHER}, {ENDURING['queue']} waiting", checked=True), counts=dict(found.counts),
@@ -213,15 +215,14 @@ def main(arguments: list[str] | None = None) -> int:
                     environment(device, given.commit))
     path = given.out / ("serve.json" if device == "cuda" else f"serve-cpu-{short_commit(report)}.json")
     end = time.monotonic() + given.seconds
+    enduring = [Case("endurance", ENDURING["clients"])] if given.requests else []
+    status = report.run(enduring, lambda case: measure_endurance(case, report, given.model, given.requests), path,
+                        given.seconds)
     with (Server(given.model, rows=ROWS, queue=QUEUE) as together, Server(given.model, rows=1, queue=QUEUE) as single):
         servers, asked = {TOGETHER: together, ALONE: single}, kinds(single.port)
         cases = [Case(kind, clients) for kind in WORDS for clients in given.clients]
-        status = report.run(cases, lambda case: measure_case(case, report, servers, asked[case.kind], given.rounds,
-                                                             given.least), path, given.seconds)
-    mixed = [*asked["mixture"], *asked["previews"]]
-    enduring = [Case("endurance", ENDURING["clients"])] if given.requests else []
-    status |= report.run(enduring, lambda case: measure_endurance(case, report, given.model, mixed, given.requests),
-                         path, end - time.monotonic())
+        status |= report.run(cases, lambda case: measure_case(case, report, servers, asked[case.kind], given.rounds,
+                                                              given.least), path, end - time.monotonic())
     path.with_suffix(".md").write_text(page(report))
     plot(report, path.with_suffix(".png"))
     print(page(report))

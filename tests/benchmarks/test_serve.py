@@ -53,7 +53,7 @@ def test_the_command_measures_a_server_and_writes_the_file_the_page_and_the_plot
     monkeypatch.setattr(serve, "WORDS", {kind: serve.WORDS[kind] for kind in ("previews", "texts")})
     arguments = ["--model", str(checkpoint), "--out", str(tmp_path), "--quick", "--commit", "0123456789abc"]
     assert serve.main([*arguments, "--requests", "60"]) == 0
-    *loads, endurance = json.loads((tmp_path / "serve-cpu-0123456789.json").read_text())["rows"]
+    endurance, *loads = json.loads((tmp_path / "serve-cpu-0123456789.json").read_text())["rows"]
     assert len(loads) == len(serve.WORDS) * 2 * 2 and all(row["checked"] for row in loads)
     for row in loads:
         assert 0 < row["latency_ms"]["p50"] <= row["latency_ms"]["p99"] and row["per_second"] > 0
@@ -103,8 +103,8 @@ def test_an_answer_that_is_another_than_alone_ends_with_1_and_without_a_number(t
     arguments = ["--model", "none", "--out", str(tmp_path), "--quick", "--commit", "0123456789abc"]
     assert serve.main([*arguments, "--requests", "5"]) == 1
     report = json.loads((tmp_path / "serve-cpu-0123456789.json").read_text())
-    assert not report["rows"] and "has another answer than alone" in report["notes"][0]
-    assert "5 requests went wrong" in report["notes"][-1]
+    assert not report["rows"] and "has another answer than alone" in report["notes"][-1]
+    assert "5 requests went wrong" in report["notes"][0]
 
 
 def test_pictures_may_differ_by_one_grey_level_and_texts_not_at_all():
