@@ -139,7 +139,7 @@ def page(report: Report) -> str:
         "| clients ask for | clients | requests/s | one at a time | times as many (rounds) | core ms a request | "
         "one at a time | latency p50, p95, p99, ms | first token p50, p95 | first preview p50, p95 |",
         "|---|---|---|---|---|---|---|---|---|---|"]
-    rows = [row for row in report.rows if row["kind"] in WORDS]
+    rows = sorted((row for row in report.rows if row["kind"] in WORDS), key=lambda row: [*WORDS].index(row["kind"]))
     for ours in (row for row in rows if row["contender"] == TOGETHER):
         theirs = next(row for row in rows if row["contender"] == ALONE and
                       (row["kind"], row["clients"]) == (ours["kind"], ours["clients"]))
@@ -220,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
                         given.seconds)
     with (Server(given.model, rows=ROWS, queue=QUEUE) as together, Server(given.model, rows=1, queue=QUEUE) as single):
         servers, asked = {TOGETHER: together, ALONE: single}, kinds(single.port)
-        cases = [Case(kind, clients) for kind in WORDS for clients in given.clients]
+        cases = [Case(kind, clients) for clients in given.clients for kind in WORDS]
         status |= report.run(cases, lambda case: measure_case(case, report, servers, asked[case.kind], given.rounds,
                                                               given.least), path, end - time.monotonic())
     path.with_suffix(".md").write_text(page(report))
