@@ -15,6 +15,7 @@ import argparse
 import importlib.util
 import os
 import statistics
+import textwrap
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -128,17 +129,17 @@ def measure_endurance(case: Case, report: Report, model: Path, requests: int) ->
 def page(report: Report) -> str:
     """The Markdown page."""
     where, settings = report.environment, report.settings
-    lines = [
-        f"`python -m benchmarks.serve --model DIR`, commit {(where['commit'] or 'unknown')[:10]}, {where['device']},",
+    lines = [textwrap.fill(
+        f"`python -m benchmarks.serve --model DIR`, commit {(where['commit'] or 'unknown')[:10]}, {where['device']}, "
         f"torch {where['versions']['torch']}. Model: {settings['parameters']:,} parameters, pictures of "
-        f"{settings['image_size']}. Rounds of each server: {settings['rounds']}, in",
-        f"turn. Clients, both servers and other work share the machine's {os.cpu_count()} cores (load averages are in "
-        "the JSON), so the",
-        "ratios and the servers' own core time say more than the clock's numbers. Every answer was compared with the "
-        "one that", "the same request got alone.", "",
+        f"{settings['image_size']}. Each server had {settings['rounds']} rounds of each line, in turn with the other; "
+        f"numbers are medians of these, latencies those of all. Clients, servers and other work share {os.cpu_count()} "
+        "cores (load averages are in the JSON): what the clock says varies from round to round, and the servers' own "
+        "core time, and how many times less it is, says more. Every answer was compared with the one that the same "
+        "request got alone.", 120), "",
         "| clients ask for | clients | requests/s | one at a time | times as many (rounds) | core ms a request | "
-        "one at a time | latency p50, p95, p99, ms | first token p50, p95 | first preview p50, p95 |",
-        "|---|---|---|---|---|---|---|---|---|---|"]
+        "one at a time | times | latency p50, p95, p99, ms | first token p50, p95 | first preview p50, p95 |",
+        "|---|---|---|---|---|---|---|---|---|---|---|"]
     rows = sorted((row for row in report.rows if row["kind"] in WORDS), key=lambda row: [*WORDS].index(row["kind"]))
     for ours in (row for row in rows if row["contender"] == TOGETHER):
         theirs = next(row for row in rows if row["contender"] == ALONE and
@@ -146,12 +147,13 @@ def page(report: Report) -> str:
         cells = [WORDS[ours["kind"]], ours["clients"], f"{ours['per_second']:.1f}", f"{theirs['per_second']:.1f}",
                  f"{ours['times_as_fast']:.2f} ({min(ours['ratios']):.2f} to {max(ours['ratios']):.2f})",
                  f"{ours['cpu_ms_per_request']:.1f}", f"{theirs['cpu_ms_per_request']:.1f}",
+                 f"{theirs['cpu_ms_per_request'] / ours['cpu_ms_per_request']:.2f}",
                  some(ours["latency_ms"], 50, 95, 99),
                  *(some(ours.get(f"first_{kind}_ms"), 50, 95) for kind in ("text", "preview"))]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     for row in report.rows:
         if row["kind"] == "endurance":
-            lines += ["", endured(row)]
+            lines += ["", textwrap.fill(endured(row), 120)]
     lines += [f"\n{note}" for note in report.notes]
     return "\n".join(lines) + "\n"
 
@@ -163,7 +165,7 @@ def some(found: dict[str, float] | None, *quantiles: int) -> str:
 
 def endured(row: dict) -> str:
     """An endurance run in words."""
-    counts, memory = row["counts"], [bytes_ / 2**20 for _, bytes_ in row["resident"]]
+    counts, held, memory = row["counts"], row["held"], [bytes_ / 2**20 for _, bytes_ in row["resident"]]
     fifth = max(1, len(memory) // 5)
     second, last = statistics.median(memory[fifth:2 * fifth]), statistics.median(memory[-fifth:])
     return (
@@ -171,12 +173,12 @@ def endured(row: dict) -> str:
         f"{ROWS} rows and {ENDURING['queue']} waiting. {counts['finished']:,} were asked to the end, and each had the "
         f"answer that it gets alone; {counts.get('leaves', 0):,} left a stream, {counts.get('cancelled', 0):,} left "
         f"while a picture was drawn, {counts.get('malformed', 0):,} were malformed and {counts.get('over', 0):,} over "
-        f"the limits, and each of these was refused with its status; {counts['answered 429']:,} were answered 429 "
-        f"first. Afterwards, {REST:.0f} s at rest: {row['held']['running']} running, {row['held']['waiting']} "
-        f"waiting, {row['held']['cache_tokens_used']} cached tokens held, {row['held']['threads']} threads, "
-        f"{row['held']['files']} open files and {row['held']['tasks']} tasks, no more than before. Resident memory: "
-        f"{second:,.1f} MB in the second fifth of the requests, {last:,.1f} MB in the last (medians; "
-        f"{row['growth']:+.2%}, and {GROWTH:.0%} is the most that counts as flat).")
+        "the limits, and these two were all refused with their status. Answers 429, after which a client asks again: "
+        f"{counts['answered 429']:,}. Afterwards, {REST:.0f} s at rest: {held['running']} running, {held['waiting']} "
+        f"waiting, {held['cache_tokens_used']} cached tokens held, {held['threads']} threads, {held['files']} open "
+        f"files and {held['tasks']} tasks, no more than before. Resident memory: {second:,.1f} MB in the second fifth "
+        f"of the requests, {last:,.1f} MB in the last (medians; {row['growth']:+.2%}, and {GROWTH:.0%} is the most "
+        "that counts as flat).")
 
 
 def plot(report: Report, path: Path) -> None:
