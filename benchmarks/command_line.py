@@ -83,10 +83,11 @@ def make_parser(description: str, quick: str, cpu: bool = True) -> argparse.Argu
     return parser
 
 
-def common_parser(description: str, quick: str, seconds: float = math.inf) -> argparse.ArgumentParser:
-    """The options that a benchmark and the run of them all share."""
+def common_parser(description: str, quick: str, seconds: float = math.inf,
+                  out: Path | None = None) -> argparse.ArgumentParser:
+    """The options that a benchmark and the run of them all share; without `out` the folder must be given."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--out", type=Path, default=out, required=out is None, help="folder of the results")
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--seconds", type=float, default=seconds, help="after so many, nothing new begins")
     parser.add_argument("--commit", help="the commit being measured, where there is no git")

@@ -30,6 +30,7 @@ from transfusion.settings import check_value
 COUNTERS = ("submitted", "finished", "failed", "cancelled", "refused", "passes", "rows_in_passes", "reused_tokens",
             "written_tokens", "drawn_images", "denoising_steps")  # numbers that only grow
 SHORT = 127  # tokens: contexts up to here share passes, whatever their lengths
+FEW = 7      # new tokens: up to here they share passes, for another pass costs more than the padding of these
 
 
 class QueueFull(RuntimeError):
@@ -286,9 +287,9 @@ class Engine:
         groups: dict[tuple, list[tuple[Running, int]]] = {}
         for running in self._running:
             running.answers = [None] * len(running.asks)
-            for number, ask in enumerate(running.asks):  # what shares a group is padded to twice at most, or to SHORT
+            for number, ask in enumerate(running.asks):  # a group is padded to twice at most, or to FEW and SHORT
                 size = len(ask.x) if isinstance(ask, Denoise) else len(ask.document.tokens)
-                key = type(ask), size.bit_length(), max(ask.context.length, SHORT).bit_length()
+                key = type(ask), max(size, FEW).bit_length(), max(ask.context.length, SHORT).bit_length()
                 groups.setdefault(key, []).append((running, number))
         for members in groups.values():
             self._run([member for member in members if member[0] in self._running])

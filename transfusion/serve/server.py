@@ -31,7 +31,7 @@ from starlette.exceptions import HTTPException
 
 from transfusion.generate.generation import Drawn, Preview, Written
 from transfusion.sequence import Image, Part, Text
-from transfusion.serve.engine import COUNTERS, Closed, Engine, QueueFull, Unread
+from transfusion.serve.engine import COUNTERS, Cancelled, Closed, Engine, QueueFull, Unread
 from transfusion.serve.pictures import PictureReader
 from transfusion.serve.request import Failed, Finished
 from transfusion.serve.request import Request as Asked
@@ -106,8 +106,8 @@ class Answers:
         self.news.set()
 
     async def _watch(self) -> None:
-        while not await self.request.is_disconnected():
-            await asyncio.sleep(0.1)
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
         self.cancel()
 
 
@@ -129,9 +129,9 @@ class Api:
         return JSONResponse({"status": "ok" if alive else "ended"}, 200 if alive else 503)
 
     async def metrics(self) -> PlainTextResponse:
-        """The engine's numbers as Prometheus reads them."""
+        """The engine's numbers, and how many tasks the server has, as Prometheus reads them."""
         lines = []
-        for name, value in self.engine.stats().items():
+        for name, value in {**self.engine.stats(), "tasks": len(asyncio.all_tasks())}.items():
             is_counter = name in COUNTERS
             full = f"transfusion_{name}{'_total' if is_counter else ''}"
             lines += [f"# TYPE {full} {'counter' if is_counter else 'gauge'}", f"{full} {value}"]
@@ -395,7 +395,8 @@ def of_the_server(error: Exception) -> ApiError:
     """Any other error. The client hears no more than its kind; the server's log has all of it."""
     if isinstance(error, Closed):
         return ApiError(503, str(error))
-    LOG.error("a request failed", exc_info=error)
+    if not isinstance(error, Cancelled):  # by its client, who has left
+        LOG.error("a request failed", exc_info=error)
     return ApiError(500, f"the request failed ({type(error).__name__})")
 
 

@@ -1,5 +1,6 @@
 """The command `transfusion serve`: what it starts, how it ends, and what it says where its packages are missing."""
 import contextlib
+import ctypes
 import http.client
 import json
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -47,6 +49,15 @@ def test_it_serves_the_checkpoint_on_this_machine_alone_and_ends_cleanly(checkpo
     assert started == [("127.0.0.1", 8000, True)] and not engines[0].alive
     assert (engines[0].rows, engines[0].queue, engines[0].limits.steps) == (3, 5, 7)
     assert "stopped; what ran is finished" in capsys.readouterr().out
+
+
+def test_threads_share_one_arena_of_glibc_and_other_c_libraries_stay_as_they_are(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda *given: asked.append(given)))
+    command_line.share_one_arena()
+    assert asked == [(-8, 1)]
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
+    command_line.share_one_arena()
 
 
 def test_a_port_that_is_taken_or_none_is_not_said_to_be_served(checkpoint, capsys):

@@ -12,7 +12,7 @@ from transfusion import Image, Text
 from transfusion.diffusion.guidance import Guidance
 from transfusion.generate.generation import Drawn, Preview, Written
 from transfusion.generate.sampling import Sampling
-from transfusion.serve.engine import SHORT, Cancelled, Closed, Engine, QueueFull
+from transfusion.serve.engine import FEW, SHORT, Cancelled, Closed, Engine, QueueFull
 from transfusion.serve.request import Failed, Finished, Limits, Request
 
 WORDS = ["a", "handwritten", "seven", "two", "and", "more", "of", "the"]
@@ -329,6 +329,24 @@ def test_prompts_that_begin_alike_are_read_once_and_answered_as_if_each_were_alo
         request = Request([Text(f"{n} {long}")], Sampling(max_new_tokens=4, max_images=0))
         same(engine.submit(request).result(), alone(model, request))
     engine.close()
+
+
+def test_a_prompt_of_a_few_tokens_shares_the_pass_of_other_few_tokens(model):
+    """Two prompts of other lengths take as many passes together as one alone."""
+    requests = [Request([Text(text)], Sampling(max_new_tokens=4, max_images=0)) for text in ("a", "a a a")]
+    lengths = {len(model.tokenizer.encode(request.parts[0].text)) + 1 for request in requests}
+    assert len({length.bit_length() for length in lengths}) == 2 and max(lengths) <= FEW
+    engine, passes = Engine(model), []
+    for given in (requests[1:], requests):
+        before, hold = engine.stats()["passes"], threading.Event()
+        engine.call(lambda hold=hold: hold.wait(20))
+        tickets = [engine.submit(request) for request in given]
+        hold.set()
+        for ticket in tickets:
+            ticket.result()
+        passes.append(engine.stats()["passes"] - before)
+    engine.close()
+    assert passes[0] == passes[1]
 
 
 def test_an_error_in_one_request_touches_no_other(engine, model, monkeypatch):

@@ -21,7 +21,7 @@ from tests.transfusion.serve.test_engine import until
 from transfusion import Text
 from transfusion.data.picture_files import to_picture
 from transfusion.generate.sampling import Sampling
-from transfusion.serve.engine import Engine
+from transfusion.serve.engine import Cancelled, Engine
 from transfusion.serve.pictures import PictureReader
 from transfusion.serve.request import Request
 
@@ -31,7 +31,7 @@ for package in ("fastapi", "uvicorn", "multipart"):
 import uvicorn  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
 
-from transfusion.serve.server import Answers, make_app  # noqa: E402
+from transfusion.serve.server import Answers, make_app, of_the_server  # noqa: E402
 from transfusion.serve.wire import ChatBody  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
@@ -151,8 +151,8 @@ def test_previews_are_made_for_streams_alone(served):
 def test_a_client_that_reads_slowly_misses_previews_and_nothing_else(served):
     """Of 50 steps nothing is read until all are done."""
     class Stays:
-        async def is_disconnected(self):
-            return False
+        async def receive(self):
+            await asyncio.Event().wait()
 
     async def read_late(engine):
         answers = Answers(engine, Stays())
@@ -382,6 +382,11 @@ def test_a_client_that_leaves_frees_its_place(address, stream):
     connection.close()
     until(lambda: not engine.stats()["running"])
     assert engine.stats()["cancelled"] == before + 1 and engine.stats()["cache_tokens_used"] == 0
+
+
+def test_the_log_holds_errors_of_the_server_and_not_clients_that_left(caplog):
+    assert of_the_server(Cancelled("the request was cancelled")).status == 500 and not caplog.records
+    assert of_the_server(RuntimeError("no memory")).status == 500 and "no memory" in caplog.text
 
 
 @pytest.mark.parametrize("stream", [True, False])
