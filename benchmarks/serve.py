@@ -190,19 +190,19 @@ def plot(report: Report, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(WORDS) + 1, figsize=(3.2 * (len(WORDS) + 1), 3))
+    figure, axes = pyplot.subplots(1, len(WORDS) + 1, figsize=(3.2 * (len(WORDS) + 1), 3.4),
+                                   layout="constrained")
     for one, kind in zip(axes, WORDS):
         for name in (TOGETHER, ALONE):
             rows = [row for row in report.rows if (row["kind"], row["contender"]) == (kind, name)]
             one.plot([row["clients"] for row in rows], [row["per_second"] for row in rows], "o-", label=name)
         one.set(title=kind, xscale="log", xlabel="clients", ylabel="requests a second", ylim=(0, None))
         one.set_xticks(CLIENTS, CLIENTS)
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     for row in report.rows:
         if row["kind"] == "endurance":
             axes[-1].plot(*zip(*((number, bytes_ / 2**20) for number, bytes_ in row["resident"])))
     axes[-1].set(title="endurance", xlabel="requests", ylabel="resident memory, MB", ylim=(0, None))
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
