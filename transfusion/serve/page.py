@@ -23,7 +23,7 @@ from transfusion.serve.engine import Engine
 from transfusion.serve.fields import ANSWERS, LABELS, Call, Fields, draw, edit, requests_of, talk, told
 from transfusion.serve.pictures import PictureReader
 from transfusion.serve.server import LEFT, Answers, reading
-from transfusion.serve.shown import Answer, figures, notice, preview_figure
+from transfusion.serve.shown import Answer, figures, is_small, notice, preview_figure
 from transfusion.serve.wire import ApiError
 
 PAUSE = 0.1  # seconds between two states of an answer that are sent
@@ -32,17 +32,23 @@ MOST_AT_ONCE = 16  # `n` of the wire
 CSS = """
 .figures {display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 200px), 1fr)); gap: 12px}
 .figures figure {margin: 0; max-width: 512px}
-figure img, figure .empty {width: 100%; aspect-ratio: 1; border-radius: 6px; object-fit: contain;
-                           background: var(--background-fill-secondary)}
-.message figure {margin: 0; width: min(60vw, 240px)}
-img.small, .message .image-container img {image-rendering: pixelated}
-figure progress {width: 100%; height: 6px; accent-color: var(--color-accent)}
+figure img, figure .empty {width: 100% !important; aspect-ratio: 1; margin: 0 !important; border-radius: 6px;
+                           object-fit: contain; background: var(--background-fill-secondary)}
+.message figure {margin: 0; width: min(50vw, 240px)}
+[data-testid=user] .image-frame img, [data-testid=bot] .image-frame img {width: min(50vw, 240px); height: auto}
+#picture .image-frame img {width: 100%; height: 100%; object-fit: contain}
+img.small, .small-pictures .image-frame img {image-rendering: pixelated}
+button[aria-label="Share"] {display: none !important}
+figure progress {width: 100%; height: 6px; accent-color: var(--primary-500)}
 figure figcaption {font-size: 0.85em; color: var(--body-text-color-subdued)}
 figure .uses {display: flex; gap: 6px; margin-top: 4px}
-figure .uses > * {padding: 4px 10px; border-radius: 6px; font-size: 0.85em; cursor: pointer; text-decoration: none;
-                  color: var(--button-secondary-text-color); background: var(--button-secondary-background-fill)}
-.notice {padding: 10px 12px; border-radius: 6px; border: 1px solid var(--error-border-color, #dc2626);
-         color: var(--error-text-color, #b91c1c); background: var(--error-background-fill, #fef2f2)}
+figure .uses > * {padding: 4px 12px; border-radius: 6px; border: 0; margin: 0 !important; font: inherit;
+                  font-size: 0.85em; line-height: 1.5; cursor: pointer;
+                  text-decoration: none !important; color: var(--button-secondary-text-color) !important;
+                  background: var(--button-secondary-background-fill)}
+.notices:not(:has(.notice)), .figures-block:not(:has(figure)) {display: none !important}
+.notice {padding: 10px 12px; border-radius: 6px; border: 1px solid #dc2626; color: #b91c1c; background: #fef2f2}
+.dark .notice {color: #fecaca; background: #450a0a}
 """
 USES = """element.addEventListener("click", (event) => {
   const use = event.target.dataset.use;
@@ -51,9 +57,9 @@ USES = """element.addEventListener("click", (event) => {
 
 
 class Visit:
-    """A visitor's request: whether he has stopped it or left."""
+    """A visitor's request: whether he has stopped it or left, and whether its conversation is cleared."""
 
-    gone = False
+    gone = cleared = False
 
     async def is_disconnected(self) -> bool:
         """As of a request over HTTP."""
@@ -72,7 +78,7 @@ class Page:
 
     def __init__(self, engine: Engine, name: str, *, template: str = "none", examples: tuple[str, ...] = ()):
         self.engine, self.pictures, self.name, self.template = engine, PictureReader(engine), name, template
-        self.examples = examples
+        self.examples, self.kind = examples, "small-pictures" if is_small(self.pictures.size) else "large-pictures"
         self.visits: dict[str, set[Visit]] = {}  # by session
         with gr.Blocks(title=name, analytics_enabled=False, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as self.blocks:
             gr.Markdown(f"## {name}")
@@ -92,15 +98,15 @@ class Page:
     def _talk_tab(self) -> None:
         with gr.Tab("Talk", id="talk"):
             self.chat = gr.Chatbot(show_label=False, height="55vh", buttons=["copy"], feedback_options=None,
+                                   elem_classes=self.kind,
                                    placeholder="Write something, or show the model a picture and ask about it.")
-            self.talk_notice = gr.HTML()
+            self.talk_notice = gr.HTML(elem_classes="notices")
             self.box = gr.MultimodalTextbox(show_label=False, file_types=["image"], file_count="multiple",
                                             placeholder="Write, or drop a picture here", sources=["upload"])
             with gr.Row():
-                self.answer = gr.Dropdown(list(ANSWERS), label="Answer with", value=next(iter(ANSWERS)), scale=2,
-                                          min_width=160)
+                self.answer = gr.Radio(list(ANSWERS), label="Answer with", value=next(iter(ANSWERS)), scale=3,
+                                       min_width=300)
                 self.talk_stop = gr.Button("Stop", interactive=False, min_width=100)
-                self.new = gr.Button("New conversation", min_width=150)
             if self.examples:
                 gr.Examples([[{"text": text, "files": []}] for text in self.examples], [self.box], label="Examples")
 
@@ -110,21 +116,22 @@ class Page:
             with gr.Row():
                 self.draw_button = gr.Button("Draw", variant="primary", min_width=100)
                 self.draw_stop = gr.Button("Stop", interactive=False, min_width=100)
-            self.draw_notice = gr.HTML()
-            self.drawn = gr.HTML(js_on_load=USES, elem_id="drawn")
+            self.draw_notice = gr.HTML(elem_classes="notices")
+            self.drawn = gr.HTML(js_on_load=USES, elem_id="drawn", elem_classes="figures-block")
             if self.examples:
                 gr.Examples([[text] for text in self.examples], [self.prompt], label="Examples")
 
     def _edit_tab(self) -> None:
         with gr.Tab("Edit", id="edit"):
             self.picture = gr.Image(label="Picture", type="filepath", image_mode=None, format="png", height=260,
-                                    sources=["upload", "clipboard"], buttons=[])
+                                    sources=["upload", "clipboard"], buttons=[], elem_id="picture",
+                                    elem_classes=self.kind)
             self.instruction = gr.Textbox(label="What to change", lines=2)
             with gr.Row():
                 self.edit_button = gr.Button("Edit", variant="primary", min_width=100)
                 self.edit_stop = gr.Button("Stop", interactive=False, min_width=100)
-            self.edit_notice = gr.HTML()
-            self.edited = gr.HTML(js_on_load=USES, elem_id="edited")
+            self.edit_notice = gr.HTML(elem_classes="notices")
+            self.edited = gr.HTML(js_on_load=USES, elem_id="edited", elem_classes="figures-block")
             if self.examples:
                 gr.Examples([[text] for text in self.examples], [self.instruction], label="Examples")
 
@@ -180,7 +187,7 @@ class Page:
             gr.on(start, run, {*given, *controls}, {*shown, *code}, show_progress="hidden", trigger_mode="once")
         for stop in (self.talk_stop, self.draw_stop, self.edit_stop):
             stop.click(self._leave, queue=False)
-        self.new.click(self._forget, outputs={self.chat, self.talk_notice}, queue=False)
+        self.chat.clear(self._forget, None, {self.chat, self.talk_notice}, queue=False)
         for shown in (self.drawn, self.edited):
             shown.edit(self._use_for_edit, None, {self.picture, self.tabs}, queue=False)
             shown.select(self._use_for_question, None, {self.box, self.tabs}, queue=False)
@@ -200,21 +207,21 @@ class Page:
             yield change
 
     async def _talk(self, values: dict, request: gr.Request):
-        fields, said, before = self._fields(values), values[self.box], list(values[self.chat] or [])
-        content = [{"path": path} for path in said["files"]]
-        content += [{"type": "text", "text": said["text"]}] if said["text"] else []
+        fields, typed, before = self._fields(values), values[self.box], list(values[self.chat] or [])
+        content = [{"path": path} for path in typed["files"]]
+        content += [{"type": "text", "text": typed["text"]}] if typed["text"] else []
         if not content:
             yield {self.talk_notice: notice("There is nothing to answer; write something, or drop a picture")}
             return
         history, kept = [*before, {"role": "user", "content": content}], {}
         yield {self.chat: history, self.box: None}
-        refused = False
+        error = ""
         async for change in self._run(lambda: talk(history, fields), fields, self.talk_notice, self.talk_stop,
-                                      lambda found: {self.chat: history + self._said(found[0], kept)}, request):
-            refused = refused or bool(change.get(self.talk_notice))
+                                      lambda found: {self.chat: history + self._messages(found[0], kept)}, request):
+            error = change.get(self.talk_notice) or error
             yield change
-        if refused:
-            yield {self.chat: before, self.box: {"text": said["text"], "files": said["files"]}}
+        if error:
+            yield {self.chat: before, self.box: typed}
 
     async def _run(self, make: Callable[[], Call], fields: Fields, told_in: gr.HTML, stop: gr.Button,
                    show: Callable[[list[Answer]], dict], request: gr.Request) -> AsyncIterator[dict]:
@@ -251,21 +258,24 @@ class Page:
             async with aclosing(answers.events()) as events:
                 async for number, event in events:
                     found[number].take(event)
+                    if visit.gone:
+                        break
                     if time.monotonic() - last >= PAUSE:
                         yield found
                         last = time.monotonic()
         except ApiError as error:
             if error.status != LEFT:
                 raise
-            for answer in found:
-                answer.stopped = True
         finally:
             visits.discard(visit)
             if not visits:
                 self.visits.pop(session, None)
-        yield found
+        for answer in found:
+            answer.stopped = visit.gone
+        if not visit.cleared:
+            yield found
 
-    def _said(self, answer: Answer, kept: dict[int, str]) -> list[dict]:
+    def _messages(self, answer: Answer, kept: dict[int, str]) -> list[dict]:
         """An answer as the Chatbot shows it; `kept` are files of its pictures that were written already."""
         content = []
         for number, part in enumerate(answer.parts):
@@ -294,7 +304,8 @@ class Page:
             visit.gone = True
 
     async def _forget(self, request: gr.Request) -> dict:
-        await self._leave(request)
+        for visit in self.visits.get(request.session_hash, ()):
+            visit.gone = visit.cleared = True
         return {self.chat: [], self.talk_notice: ""}
 
     def _use_for_edit(self, event: gr.EventData) -> dict:

@@ -6,7 +6,7 @@ from transfusion.generate.generation import Drawn, Event, Preview, Written
 from transfusion.sequence import Image
 from transfusion.serve.pictures import PictureReader
 
-SMALL = 128  # pixels: smaller pictures are enlarged without being blurred
+SMALL = 128  # pixels
 
 
 @dataclass
@@ -64,11 +64,16 @@ def preview_figure(preview: Preview | None, pictures: PictureReader, caption: st
     return f"<figure>{shown}{bar}<figcaption>{html.escape(' · '.join(words))}</figcaption></figure>"
 
 
+def is_small(size: tuple[int, int]) -> bool:
+    """Whether pictures of a size are enlarged without being blurred."""
+    return max(size) < SMALL
+
+
 def notice(message: str) -> str:
     """A message that stays until the next request; nothing for none."""
     return f'<div class="notice" role="alert">{html.escape(message)}</div>' if message else ""
 
 
 def _img(url: str, size: tuple[int, int], alt: str) -> str:
-    kind = "small" if max(size) < SMALL else "large"
+    kind = "small" if is_small(size) else "large"
     return f'<img class="{kind}" src="{html.escape(url)}" alt="{html.escape(alt)}">'
