@@ -5,7 +5,6 @@
 import json
 import secrets
 import shlex
-from pprint import pformat
 
 from transfusion.serve.fields import Call, PictureFile, filled
 
@@ -17,11 +16,13 @@ OPENAI_NAMES = {
 """Fields that OpenAI's client takes by name; others go into its extra_body."""
 FUNCTIONS = {"chat/completions": "chat.completions.create", "images/generations": "images.generate",
              "images/edits": "images.edit"}
+WIDTH = 90  # characters
 IMPORTS = "import base64\nfrom pathlib import Path\n\nimport openai\n"
 DATA_URL = """
 
 def data_url(path):
     return "data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode()
+
 
 """
 READ_ANSWER = """content = answer.choices[0].message.content
@@ -42,7 +43,7 @@ def python_code(call: Call, server: str, model: str) -> str:
     named = {name: value for name, value in call.body.items() if name in OPENAI_NAMES[call.address]}
     others = {name: value for name, value in call.body.items() if name not in named}
     given = {"model": model, **named, "extra_body": others}
-    lines = [f"    {name}={_indented(value)}," for name, value in given.items() if value != {}]
+    lines = [f"    {name}={_literal(value)}," for name, value in given.items() if value != {}]
     lines[1:1] = [f"    image=Path({picture.name!r})," for picture in call.pictures]
     shows_pictures = "data_url(" in "\n".join(lines)
     return "".join((
@@ -62,8 +63,15 @@ def curl_code(call: Call, server: str) -> str:
     return f'curl -s {address} -H "Content-Type: application/json" -d @- <<JSON\n{_here(call.body)}\nJSON\n'
 
 
-def _indented(value: object) -> str:
-    return pformat(value, width=96, sort_dicts=False).replace("\n", "\n    ")
+def _literal(value: object, depth: int = 1) -> str:
+    """A value as Python, on lines of their own where one is too short for it."""
+    flat = repr(value)
+    if len(flat) + 4 * depth <= WIDTH or not isinstance(value, (dict, list)):
+        return flat
+    pairs = [(f"{name!r}: ", part) for name, part in value.items()] if isinstance(value, dict) else [
+        ("", part) for part in value]
+    lines = [f"{'    ' * (depth + 1)}{name}{_literal(part, depth + 1)},\n" for name, part in pairs]
+    return flat[0] + "\n" + "".join(lines) + "    " * depth + flat[-1]
 
 
 def _form_file(name: str) -> str:

@@ -30,19 +30,25 @@ PAUSE = 0.1  # seconds between two states of an answer that are sent
 CACHE_SECONDS = 3600  # how long pictures that visitors sent and saw stay on the disk
 MOST_AT_ONCE = 16  # `n` of the wire
 CSS = """
-.figures {display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 200px), 1fr)); gap: 12px}
+.figures {display: grid; gap: 12px; grid-template-columns: minmax(0, 360px)}
+.figures.several {grid-template-columns: repeat(auto-fill, minmax(200px, 1fr))}
+@media (max-width: 640px) {.figures.several {grid-template-columns: 1fr 1fr}}
 .figures figure {margin: 0; max-width: 512px}
 figure img, figure .empty {width: 100% !important; aspect-ratio: 1; margin: 0 !important; border-radius: 6px;
                            object-fit: contain; background: var(--background-fill-secondary)}
 .message figure {margin: 0; width: min(50vw, 240px)}
-[data-testid=user] .image-frame img, [data-testid=bot] .image-frame img {width: min(50vw, 240px); height: auto}
+[data-testid=user] .image-frame img, [data-testid=bot] .image-frame img {
+  width: min(50vw, 240px); height: auto; aspect-ratio: 1; object-fit: contain}
 #picture .image-frame img {width: 100%; height: 100%; object-fit: contain}
 img.small, .small-pictures .image-frame img {image-rendering: pixelated}
 button[aria-label="Share"] {display: none !important}
-figure progress {width: 100%; height: 6px; accent-color: var(--primary-500)}
-figure figcaption {font-size: 0.85em; color: var(--body-text-color-subdued)}
+figure progress {display: block; width: 100%; height: 6px; margin: 6px 0; appearance: none; border: 0}
+figure progress, figure progress::-webkit-progress-bar {border-radius: 3px; background: var(--border-color-primary)}
+figure progress::-webkit-progress-value {border-radius: 3px; background: var(--primary-500)}
+figure progress::-moz-progress-bar {border-radius: 3px; background: var(--primary-500)}
+figure figcaption {margin-top: 4px; font-size: 0.85em; color: var(--body-text-color-subdued)}
 figure .uses {display: flex; gap: 6px; margin-top: 4px}
-figure .uses > * {padding: 4px 12px; border-radius: 6px; border: 0; margin: 0 !important; font: inherit;
+figure .uses > * {padding: 4px 9px; border-radius: 6px; border: 0; margin: 0 !important; font: inherit;
                   font-size: 0.85em; line-height: 1.5; cursor: pointer;
                   text-decoration: none !important; color: var(--button-secondary-text-color) !important;
                   background: var(--button-secondary-background-fill)}
@@ -146,7 +152,7 @@ class Page:
         self.controls = {
             "seed": seed,
             "count": gr.Slider(1, min(MOST_AT_ONCE, self.engine.rows), 1, step=1, label=LABELS["n"],
-                               info="variations: their seeds follow one another"),
+                               info="variations to draw and edit: their seeds follow one another"),
             "steps": gr.Slider(1, limits.steps, min(usual.steps, limits.steps), step=1,
                                label=LABELS["num_inference_steps"], info="more are finer and take longer"),
             "guidance": gr.Slider(1, 15, Guidance().text, step=0.1, label=LABELS["guidance_scale"],
@@ -170,9 +176,10 @@ class Page:
         gr.Markdown("Pictures are read from files beside the code. `pip install openai` brings Python's client.")
         with gr.Tab("Python"):
             self.python = gr.Code(language="python", show_label=False, interactive=False, wrap_lines=True,
-                                  elem_id="python")
+                                  show_line_numbers=False, max_lines=24, elem_id="python")
         with gr.Tab("curl"):
-            self.curl = gr.Code(language="shell", show_label=False, interactive=False, wrap_lines=True, elem_id="curl")
+            self.curl = gr.Code(language="shell", show_label=False, interactive=False, wrap_lines=True,
+                                show_line_numbers=False, max_lines=24, elem_id="curl")
 
     def _wire(self) -> None:
         """Say what each part does."""

@@ -39,7 +39,8 @@ class Answer:
 
 def figures(answers: list[Answer], pictures: PictureReader) -> str:
     """Pictures beside each other, as many as fit, below them their seeds or how far they are."""
-    return f'<div class="figures">{"".join(answer.figure(pictures) for answer in answers)}</div>'
+    kind = "figures several" if len(answers) > 1 else "figures"
+    return f'<div class="{kind}">{"".join(answer.figure(pictures) for answer in answers)}</div>'
 
 
 def figure(url: str, size: tuple[int, int], caption: str, name: str) -> str:

@@ -32,7 +32,7 @@ from transfusion.serve.server import make_app  # noqa: E402
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
-STEPS = "250"  # enough that a picture is still being drawn when it is looked at
+STEPS = "100"  # enough that a picture is still being drawn when it is looked at
 
 
 @contextlib.contextmanager
@@ -104,15 +104,18 @@ class Visitor:
         box.fill(text)
         box.press("Enter")
 
-    def shot(self, what):
-        self.page.screenshot(path=self.folder / f"{self.kind}-{what}.png", full_page=True)
+    def show(self, selector):
+        self.page.locator(selector).scroll_into_view_if_needed()
+
+    def shot(self, what, whole=True):
+        self.page.screenshot(path=self.folder / f"{self.kind}-{what}.png", full_page=whole)
         width = self.page.evaluate("document.documentElement.scrollWidth")
         assert width <= SIZES[self.kind][0], f"{what} is {width} pixels wide"
 
     def see(self, selector, text=None, count=1):
         """Wait for visible elements, with a text, and return them."""
         found = self.page.locator(selector, has_text=text).filter(visible=True)
-        playwright.expect(found).to_have_count(count, timeout=30_000)
+        playwright.expect(found).to_have_count(count, timeout=60_000)
         return found
 
 
@@ -161,18 +164,20 @@ def tour(visitor):
     visitor.page.get_by_label("text", exact=True).check()
     visitor.say("")
     visitor.see("[data-testid=bot]", re.compile(r"\S"))
-    playwright.expect(stop).to_be_disabled()
+    playwright.expect(stop).to_be_disabled(timeout=60_000)
     visitor.page.get_by_label("a picture", exact=True).check()
     visitor.say("a handwritten two")
     visitor.see("[data-testid=bot] .image-frame img")
-    playwright.expect(stop).to_be_disabled()
+    playwright.expect(stop).to_be_disabled(timeout=60_000)
     visitor.shot("talk")
     visitor.page.get_by_text("The last request as code").click()
     visitor.see("#python .cm-content", "client.chat.completions.create")
-    visitor.shot("python")
+    visitor.show("#python")
+    visitor.shot("python", whole=False)
     visitor.page.get_by_role("tab", name="curl").click()
     visitor.see("#curl .cm-content", "curl -s")
-    visitor.shot("curl")
+    visitor.show("#curl")
+    visitor.shot("curl", whole=False)
     visitor.page.get_by_text("The last request as code").click()
     visitor.open("Draw")
     visitor.fill("Size", "7x9")
