@@ -193,3 +193,44 @@ def test_a_visitor_draws_varies_edits_asks_and_copies_the_request(visit, address
     assert visitor.hosts <= {urlsplit(address).netloc, ""}
     for shot in visitor.folder.glob("*.png"):
         assert Picture.open(shot).width == SIZES[kind][0]
+
+
+def start_long_drawing(visitor, engine):
+    """Begin a drawing that would take long; return how many were cancelled before."""
+    before = engine.stats()["cancelled"]
+    visitor.open("Draw")
+    visitor.fill("What to draw", "a")
+    visitor.set("Steps", "250")
+    visitor.set("Pictures at once", "4")
+    visitor.press("Draw")
+    visitor.see("#drawn figcaption", re.compile(r"step \d+ of"), count=4)
+    return before
+
+
+def test_stop_ends_a_drawing_and_leaves_what_there_is_on_the_page(visit, engine):
+    visitor = visit()
+    before = start_long_drawing(visitor, engine)
+    visitor.press("Stop")
+    visitor.see("#drawn figcaption", "stopped", count=4)
+    until(lambda: engine.stats()["cancelled"] == before + 4)
+    visitor.shot("stopped")
+
+
+def test_closing_the_page_frees_the_visitors_places(visit, engine):
+    visitor = visit()
+    before = start_long_drawing(visitor, engine)
+    visitor.page.goto("about:blank")
+    until(lambda: engine.stats()["cancelled"] == before + 4)
+
+
+def test_a_picture_of_ones_own_is_dropped_and_asked_about(visit, tmp_path):
+    Picture.new("RGB", (40, 30), "red").save(tmp_path / "red one.png")
+    visitor = visit("phone")
+    visitor.page.get_by_label("text", exact=True).check()
+    visitor.page.locator("input[type=file]").first.set_input_files(tmp_path / "red one.png")
+    visitor.see("[data-testid=multimodal-textbox] img, .thumbnail-item img, .thumbnails img")
+    visitor.say("what is it?")
+    visitor.see("[data-testid=bot]", re.compile(r"\S"))
+    visitor.page.get_by_text("The last request as code").click()
+    visitor.see("#python .cm-content", "red one.png")
+    visitor.shot("asked", whole=False)
