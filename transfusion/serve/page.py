@@ -13,6 +13,7 @@ import gradio as gr
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from gradio.processing_utils import save_bytes_to_cache
+from gradio_client.utils import is_http_url_like
 
 from transfusion.diffusion.guidance import Guidance
 from transfusion.diffusion.solvers import SOLVERS
@@ -37,6 +38,9 @@ CSS = """
 figure img, figure .empty {width: 100% !important; aspect-ratio: 1; margin: 0 !important; border-radius: 6px;
                            object-fit: contain; background: var(--background-fill-secondary)}
 .message figure {margin: 0; width: min(50vw, 240px)}
+.message :has(figure), .message figure, .message:has(figure) {opacity: 1 !important}
+input[type=radio]:checked:hover {background-color: var(--checkbox-background-color-selected) !important;
+                                 background-image: var(--radio-circle) !important}
 [data-testid=user] .image-frame img, [data-testid=bot] .image-frame img {
   width: min(50vw, 240px); height: auto; aspect-ratio: 1; object-fit: contain}
 #picture .image-frame img {width: 100%; height: 100%; object-fit: contain}
@@ -328,7 +332,22 @@ class Page:
 
 def add_page(app: FastAPI, page: Page, max_megabytes: int) -> FastAPI:
     """Put the page at the root of the HTTP interface; nothing is loaded from or told to other hosts."""
+    for part in (page.chat, page.box, page.picture):
+        _take_sent_files_alone(part)
+    page.blocks.has_launched = True  # or a mounted page would let visitors name any file of this machine as theirs
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     return gr.mount_gradio_app(app, page.blocks, "/", footer_links=[], run_history=False, show_error=False,
                                max_file_size=f"{max_megabytes}mb", ssr_mode=False, enable_monitoring=False, pwa=False,
                                mcp_server=False, theme=theme, css=CSS)
+
+
+def _take_sent_files_alone(part: gr.components.Component) -> None:
+    """Have a part refuse the address of a file, which gradio would fetch for the visitor."""
+    move = part.async_move_resource_to_block_cache
+
+    async def checked(path: str | None) -> str | None:
+        if is_http_url_like(str(path)):
+            raise gr.Error("A picture is given by its address; send the file", print_exception=False)
+        return await move(path)
+
+    part.async_move_resource_to_block_cache = checked

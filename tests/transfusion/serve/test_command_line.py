@@ -14,7 +14,6 @@ from tests.transfusion.conftest import tiny_model
 from transfusion.cli import main
 from transfusion.serve import command_line
 
-
 PACKAGES = {"serve": ("uvicorn", "fastapi"), "app": ("uvicorn", "fastapi", "gradio")}
 
 

@@ -3,7 +3,17 @@ import pytest
 
 pytest.importorskip("pydantic", reason="pydantic is not installed; pip install 'tfkernels[serve]'")
 
-from transfusion.serve.fields import LABELS, Fields, PictureFile, draw, edit, filled, messages_of, talk, told  # noqa: E402
+from transfusion.serve.fields import (  # noqa: E402
+    LABELS,
+    Fields,
+    PictureFile,
+    draw,
+    edit,
+    filled,
+    messages_of,
+    talk,
+    told,
+)
 from transfusion.serve.wire import FIELDS, ApiError  # noqa: E402
 
 

@@ -19,7 +19,11 @@ from transfusion.serve.request import Request
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 pytest.importorskip("gradio", reason="gradio is not installed; pip install 'tfkernels[app]'")
 
-from transfusion.serve.page import Page  # noqa: E402
+from fastapi import FastAPI  # noqa: E402
+from gradio.context import LocalContext  # noqa: E402
+from gradio.state_holder import SessionState  # noqa: E402
+
+from transfusion.serve.page import Page, add_page  # noqa: E402
 
 ASKED = Request([Text("a")], Sampling(steps=2, max_new_tokens=0), draw=True)
 
@@ -167,3 +171,21 @@ def test_a_picture_whose_button_is_pressed_is_taken_along(page):
 def test_nothing_is_said_to_an_empty_line(page):
     found = asyncio.run(last(page._talk(values(page), visitor("one"))))
     assert "write something, or drop a picture" in found[page.talk_notice] and page.engine.stats()["submitted"] == 0
+
+
+@pytest.mark.parametrize("path, message", [
+    ("/etc/hostname", "was not uploaded by a user"), (__file__, "was not uploaded by a user"),
+    ("https://example.org/a.png", "send the file")])
+def test_a_visitor_gets_nothing_read_that_he_did_not_send(page, path, message):
+    add_page(FastAPI(), page, max_megabytes=4)
+    LocalContext.blocks.set(page.blocks)
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    given = {page.chat: [{"role": "user", "content": [{"type": "file", "file": file}]}],
+             page.box: {"text": "a", "files": [file]}, page.picture: file}
+    for handler in (page._talk, page._edit):
+        function = next(one for one in page.blocks.fns.values() if one.fn == handler)
+        for part in given.keys() & set(function.inputs):
+            sent = [given[part] if one is part else {"text": "a", "files": []} if one is page.box else one.value
+                    for one in function.inputs]
+            with pytest.raises(Exception, match=message):
+                asyncio.run(page.blocks.preprocess_data(function, sent, SessionState(page.blocks)))
