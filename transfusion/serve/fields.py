@@ -30,9 +30,20 @@ class PictureFile:
     def __repr__(self) -> str:
         return f"data_url({self.path.name!r})"
 
+    def read(self) -> bytes:
+        """The file.
+
+        Raises:
+            ApiError: it is gone.
+        """
+        try:
+            return self.path.read_bytes()
+        except FileNotFoundError:
+            raise ApiError(400, "image is kept no longer; send it again, in a new conversation", "image") from None
+
     def url(self) -> str:
         """The file as a data: URL."""
-        return f"data:image/png;base64,{base64.b64encode(self.path.read_bytes()).decode()}"
+        return f"data:image/png;base64,{base64.b64encode(self.read()).decode()}"
 
 
 @dataclass(frozen=True)
@@ -99,7 +110,8 @@ def requests_of(call: Call, pictures: PictureReader, template: str) -> list[Requ
     body = {**filled(call.body, PictureFile.url), "stream": True, "previews": True}
     if call.address == "chat/completions":
         return chat_requests(ChatBody(**body), pictures, template)
-    return image_requests(ImageBody(**body), [pictures.read(path.read_bytes()) for path in call.pictures], pictures)
+    images = [pictures.read(PictureFile(path).read()) for path in call.pictures]
+    return image_requests(ImageBody(**body), images, pictures)
 
 
 def messages_of(history: Iterable[dict]) -> list[dict]:

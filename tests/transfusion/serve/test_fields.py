@@ -48,6 +48,11 @@ def test_an_edit_without_a_picture_says_where_to_get_one():
         edit(None, "a", Fields())
 
 
+def test_a_picture_that_is_kept_no_longer_is_asked_for_again(tmp_path):
+    with pytest.raises(ApiError, match="kept no longer; send it again"):
+        PictureFile(tmp_path / "gone.png").url()
+
+
 @pytest.mark.parametrize("error, shown", [
     (ApiError(400, "num_inference_steps is 999; at most 250 fit", "num_inference_steps"),
      "Steps is 999; at most 250 fit"),
