@@ -12,8 +12,6 @@ from transfusion.serve.request import Limits
 from transfusion.serve.turns import NO_TEMPLATE, TEMPLATE_NAMES
 from transfusion.settings import Count, OneOf, Range, check
 
-LEAVE_SECONDS = 5  # what open pages have at the end; they hold their connections as long as they may
-
 
 @dataclass(frozen=True)
 class HostSettings:
@@ -74,25 +72,24 @@ class AppSettings(HostSettings):
 def serve(settings: ServeSettings) -> None:
     """Run `transfusion serve`."""
     with _extra("serve"):
-        import uvicorn  # noqa: F401
-
-        from transfusion.serve.server import make_app
+        from transfusion.serve.server import AnnouncedServer, make_app
     engine = _engine(settings)
     api = make_app(engine, settings.called, **_options(settings), api_key=settings.api_key)
-    _listen(engine, api, settings, f"serving {settings.model} at http://{settings.host}:{settings.port}/v1")
+    line = f"serving {settings.model} at http://{settings.host}:{settings.port}/v1 (Ctrl-C ends)"
+    _listen(engine, AnnouncedServer(_config(api, settings), line))
 
 
 def app(settings: AppSettings) -> None:
     """Run `transfusion app`."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     with _extra("app"):
-        from transfusion.serve.page import Page, add_page
+        from transfusion.serve.page import Page, PageServer, add_page
         from transfusion.serve.server import make_app
     engine = _engine(settings)
     page = Page(engine, settings.called, template=settings.template, examples=settings.examples)
     both = add_page(make_app(engine, settings.called, **_options(settings)), page, settings.max_megabytes)
-    _listen(engine, both, settings, f"the page of {settings.model} is at http://{settings.host}:{settings.port}",
-            timeout_graceful_shutdown=LEAVE_SECONDS)
+    line = f"the page of {settings.model} is at http://{settings.host}:{settings.port} (Ctrl-C ends)"
+    _listen(engine, PageServer(_config(both, settings), line, page))
 
 
 @contextmanager
@@ -113,14 +110,16 @@ def _options(settings: HostSettings) -> dict:
     return {name: getattr(settings, name) for name in ("template", "allow_remote", "max_megabytes")}
 
 
-def _listen(engine: Engine, app, settings: HostSettings, line: str, **more) -> None:
-    """Answer until Ctrl-C; what runs then is finished."""
+def _config(app, settings: HostSettings):
+    """How uvicorn runs an application."""
     import uvicorn
+    return uvicorn.Config(app, host=settings.host, port=settings.port, log_level="warning")
 
-    from transfusion.serve.server import AnnouncedServer
-    config = uvicorn.Config(app, host=settings.host, port=settings.port, log_level="warning", **more)
+
+def _listen(engine: Engine, server) -> None:
+    """Answer until Ctrl-C; what runs then is finished."""
     try:
-        AnnouncedServer(config, f"{line} (Ctrl-C ends)").run()
+        server.run()
     except KeyboardInterrupt:  # uvicorn repeats the signal after it has shut down
         print("stopped; what ran is finished", flush=True)
     finally:

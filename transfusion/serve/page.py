@@ -3,6 +3,7 @@
 What a request is stands in `transfusion.serve.fields`, how pictures are shown in `transfusion.serve.shown`; here are
 the page's parts and what happens when they are used. A visitor who stops or leaves frees the place of his requests.
 """
+import asyncio
 import base64
 import secrets
 import time
@@ -10,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 
 import gradio as gr
+import uvicorn
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from gradio.processing_utils import save_bytes_to_cache
@@ -23,7 +25,7 @@ from transfusion.serve.copied_code import curl_code, python_code
 from transfusion.serve.engine import Engine
 from transfusion.serve.fields import ANSWERS, LABELS, Call, Fields, draw, edit, requests_of, talk, told
 from transfusion.serve.pictures import PictureReader
-from transfusion.serve.server import LEFT, Answers, reading
+from transfusion.serve.server import LEFT, AnnouncedServer, Answers, reading
 from transfusion.serve.shown import Answer, figures, is_small, notice, preview_figure
 from transfusion.serve.wire import ApiError
 
@@ -104,6 +106,12 @@ class Page:
             self._wire()
             self.blocks.unload(self._leave)
         self.blocks.queue(default_concurrency_limit=None, api_open=False)  # the engine's queue has the limit
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether requests run or wait."""
+        stats = self.engine.stats()
+        return bool(stats["running"] or stats["waiting"])
 
     def _talk_tab(self) -> None:
         with gr.Tab("Talk", id="talk"):
@@ -328,6 +336,23 @@ class Page:
     def _used(self, event: gr.EventData) -> str:
         """The file of a picture whose button was pressed."""
         return self._keep(event.url.partition(",")[2], "drawn.png")
+
+
+class PageServer(AnnouncedServer):
+    """A server that finishes what runs and then lets open pages go, which would hold their connections for ever."""
+
+    def __init__(self, config: uvicorn.Config, line: str, page: Page):
+        super().__init__(config, line)
+        self.page = page
+
+    async def shutdown(self, sockets=None) -> None:
+        """As uvicorn's; a second Ctrl-C does not wait."""
+        for server in self.servers:
+            server.close()
+        while self.page.is_busy and not self.force_exit:
+            await asyncio.sleep(PAUSE)
+        self.config.app.routes[-1].app.stop_event.set()  # of gradio's application, which `add_page` mounted last
+        await super().shutdown(sockets)
 
 
 def add_page(app: FastAPI, page: Page, max_megabytes: int) -> FastAPI:

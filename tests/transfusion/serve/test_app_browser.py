@@ -26,7 +26,7 @@ if CHROMIUM is None:
 
 import uvicorn  # noqa: E402
 
-from transfusion.serve.page import Page, add_page  # noqa: E402
+from transfusion.serve.page import Page, PageServer, add_page  # noqa: E402
 from transfusion.serve.server import make_app  # noqa: E402
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -40,8 +40,8 @@ def running(engine, name="digits"):
     """The address of a page on an engine."""
     page = Page(engine, name, examples=("a handwritten seven", "a handwritten two"))
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(add_page(make_app(engine, name), page, max_megabytes=4),
-                                               log_level="warning", timeout_graceful_shutdown=1))
+        both = add_page(make_app(engine, name), page, max_megabytes=4)
+        server = PageServer(uvicorn.Config(both, log_level="warning"), f"the page of {name} is up", page)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         until(lambda: server.started)
@@ -49,7 +49,8 @@ def running(engine, name="digits"):
             yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:
             server.should_exit = True
-            thread.join(30)
+            thread.join(60)
+            assert not thread.is_alive(), "an open page keeps the server from its end"
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +238,13 @@ def test_a_picture_of_ones_own_is_dropped_and_asked_about(visit, tmp_path):
     visitor.page.get_by_text("The last request as code").click()
     visitor.see("#python .cm-content", "red one.png")
     visitor.shot("asked", whole=False)
+
+
+def test_a_server_that_ends_finishes_what_it_draws_and_lets_open_pages_go(browser, tmp_path):
+    engine = Engine(tiny_model(), rows=4, queue=4)
+    with running(engine) as address:
+        visitor = Visitor(browser, address, "desktop", tmp_path)
+        start_long_drawing(visitor, engine)
+    visitor.see("#drawn figcaption", re.compile(r"^seed \d+$"), count=4)
+    visitor.page.close()
+    assert engine.stats()["finished"] == 4 and engine.stats()["cancelled"] == 0 and not engine.alive
