@@ -235,9 +235,9 @@ def test_a_picture_of_ones_own_is_dropped_and_asked_about(visit, tmp_path):
     visitor.see("[data-testid=multimodal-textbox] img, .thumbnail-item img, .thumbnails img")
     visitor.say("what is it?")
     visitor.see("[data-testid=bot]", re.compile(r"\S"))
+    visitor.shot("asked")
     visitor.page.get_by_text("The last request as code").click()
     visitor.see("#python .cm-content", "red one.png")
-    visitor.shot("asked", whole=False)
 
 
 def test_a_server_that_ends_finishes_what_it_draws_and_lets_open_pages_go(browser, tmp_path):
