@@ -72,24 +72,28 @@ class AppSettings(HostSettings):
 def serve(settings: ServeSettings) -> None:
     """Run `transfusion serve`."""
     with _extra("serve"):
+        import uvicorn
+
         from transfusion.serve.server import AnnouncedServer, make_app
     engine = _engine(settings)
     api = make_app(engine, settings.called, **_options(settings), api_key=settings.api_key)
     line = f"serving {settings.model} at http://{settings.host}:{settings.port}/v1 (Ctrl-C ends)"
-    _listen(engine, AnnouncedServer(_config(api, settings), line))
+    _listen(engine, AnnouncedServer(uvicorn.Config(api, **_address(settings)), line))
 
 
 def app(settings: AppSettings) -> None:
     """Run `transfusion app`."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     with _extra("app"):
+        import uvicorn
+
         from transfusion.serve.page import Page, PageServer, add_page
         from transfusion.serve.server import make_app
     engine = _engine(settings)
     page = Page(engine, settings.called, template=settings.template, examples=settings.examples)
     both = add_page(make_app(engine, settings.called, **_options(settings)), page, settings.max_megabytes)
     line = f"the page of {settings.model} is at http://{settings.host}:{settings.port} (Ctrl-C ends)"
-    _listen(engine, PageServer(_config(both, settings), line, page))
+    _listen(engine, PageServer(uvicorn.Config(both, **_address(settings)), line, page))
 
 
 @contextmanager
@@ -110,10 +114,9 @@ def _options(settings: HostSettings) -> dict:
     return {name: getattr(settings, name) for name in ("template", "allow_remote", "max_megabytes")}
 
 
-def _config(app, settings: HostSettings):
-    """How uvicorn runs an application."""
-    import uvicorn
-    return uvicorn.Config(app, host=settings.host, port=settings.port, log_level="warning")
+def _address(settings: HostSettings) -> dict:
+    """Where uvicorn listens."""
+    return {"host": settings.host, "port": settings.port, "log_level": "warning"}
 
 
 def _listen(engine: Engine, server) -> None:
