@@ -9,6 +9,7 @@ DATA = ["pyarrow>=15", "pyyaml>=6"]
 EVAL = ["lm-eval>=0.4.13", "openpyxl>=3.1"]  # and, without what it asks for: pip install --no-deps lmms-eval
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18"]
 QUANTIZE = ["accelerate>=1.0", "bitsandbytes>=0.46.1", "torchao>=0.18"]
+APP = [*SERVE, "gradio>=6.20"]
 DEMO = [*TRAIN, "scikit-learn>=1.4"]
 TESTS = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "hypothesis>=6.100", "transfusion-pytorch>=0.20",
          "httpx2>=2.12"]
@@ -36,6 +37,7 @@ setup(
         "eval": [*DATA, *EVAL],
         "serve": SERVE,
         "quantize": QUANTIZE,
+        "app": APP,
         "log": ["tensorboard>=2.20", "wandb>=0.20"],
         "dev": [*DEMO, *GGUF, *DATA, *SERVE, *TESTS, "ruff>=0.8"],
         "flash": ["flash-attn>=2.8"],

@@ -1,7 +1,8 @@
 """Races between blocks in global memory: within one launch nothing orders them.
 
-No block may read what another writes, and two may write one byte only with the same value, or by reductions (red), which
-nobody may read then. A kernel that orders its blocks itself, by atomics whose result it uses, is left out.
+No block may read what another writes, and two may write one byte only with the same value, or by reductions (red); what
+is reduced into, nobody may read or store in the same launch. A kernel that orders its blocks itself, by atomics whose
+result it uses, is left out.
 """
 import numpy as np
 

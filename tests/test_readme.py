@@ -86,7 +86,7 @@ def test_a_command_line_is_understood(command, monkeypatch):
                          (transfusion.model.from_language_model, "init"), (transfusion.sample, "sample"),
                          (transfusion.model.export, "export"),
                          (transfusion.sample, "caption"), (transfusion.serve.command_line, "serve"),
-                         (transfusion.serve.chat, "chat"),
+                         (transfusion.serve.command_line, "app"), (transfusion.serve.chat, "chat"),
                          (transfusion.eval.draw, "draw"), (transfusion.eval.images, "images"),
                          (transfusion.eval.geneval, "geneval"), (transfusion.eval.captions, "captions"),
                          (transfusion.eval.questions, "evaluate_questions"), (transfusion.eval.report, "report")):

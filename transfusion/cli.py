@@ -34,6 +34,11 @@ def _serve(args: list[str]) -> None:
     serve(tyro.cli(ServeSettings, args=args, prog="transfusion serve"))
 
 
+def _app(args: list[str]) -> None:
+    from transfusion.serve.command_line import AppSettings, app
+    app(tyro.cli(AppSettings, args=args, prog="transfusion app"))
+
+
 def _train(args: list[str]) -> None:
     from transfusion.recipes.command_line import train_main
     train_main(args)
@@ -165,6 +170,7 @@ VERBS = {
     "sample": ("draw or write from a prompt or a file of prompts", _sample),
     "caption": ("write what follows an image", _caption),
     "serve": ("answer over HTTP with OpenAI's interface", _serve),
+    "app": ("talk and draw on a page in the browser", _app),
     "chat": ("talk with a model in the terminal, with pictures", _chat),
     "data": ("check a mixture of one's own data, compute its latents",
              lambda args: run_verb("transfusion data", DATA_VERBS, args)),

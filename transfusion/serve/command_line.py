@@ -1,6 +1,8 @@
-"""The command `transfusion serve`."""
+"""The commands `transfusion serve` and `transfusion app`: the same engine and interface, alone or with a page."""
 import contextlib
 import ctypes
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,19 +17,17 @@ M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
-class ServeSettings:
-    """Serve a model over HTTP with OpenAI's interface; Ctrl-C finishes what runs and ends."""
+class HostSettings:
+    """What `serve` and `app` have in common."""
 
     model: Path
     """directory of a checkpoint"""
     host: str = "127.0.0.1"
-    """address to listen on: this machine alone; 0.0.0.0 for all, and then set --api-key"""
+    """address to listen on: this machine alone; 0.0.0.0 for all"""
     port: Annotated[int, Range(1, 65535)] = 8000
     """port to listen on"""
     name: str | None = None
     """what clients call the model; by default the directory's name"""
-    api_key: str | None = None
-    """what clients must send as their key; none is asked for by default"""
     template: Annotated[str, OneOf(TEMPLATE_NAMES)] = NO_TEMPLATE
     """how messages become a prompt: none, their texts and pictures in order, or the template of training"""
     allow_remote: bool = False
@@ -42,24 +42,89 @@ class ServeSettings:
     """cpu, cuda, or auto: the accelerator if there is one"""
     limits: Limits = Limits()
 
+    @property
+    def called(self) -> str:
+        """The model's name."""
+        return self.name or self.model.resolve().name
+
+
+@dataclass(frozen=True)
+class ServeSettings(HostSettings):
+    """Serve a model over HTTP with OpenAI's interface; Ctrl-C finishes what runs and ends."""
+
+    api_key: str | None = None
+    """what clients must send as their key; none is asked for by default, and one is wanted beside --host 0.0.0.0"""
+
     def __post_init__(self):
         check("serve", self)
 
 
+@dataclass(frozen=True)
+class AppSettings(HostSettings):
+    """Talk and draw with a model on a page in the browser; beside it lies the HTTP interface of `serve`."""
+
+    port: Annotated[int, Range(1, 65535)] = 7860
+    """port to listen on"""
+    examples: tuple[str, ...] = ("a handwritten seven", "a handwritten two", "a handwritten five")
+    """prompts to click"""
+
+    def __post_init__(self):
+        check("app", self)
+
+
 def serve(settings: ServeSettings) -> None:
     """Run `transfusion serve`."""
-    try:
+    with _extra("serve"):
         import uvicorn
 
         from transfusion.serve.server import AnnouncedServer, make_app
+    engine = _engine(settings)
+    api = make_app(engine, settings.called, **_options(settings), api_key=settings.api_key)
+    line = f"serving {settings.model} at http://{settings.host}:{settings.port}/v1 (Ctrl-C ends)"
+    _listen(engine, AnnouncedServer(uvicorn.Config(api, **_address(settings)), line))
+
+
+def app(settings: AppSettings) -> None:
+    """Run `transfusion app`."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    with _extra("app"):
+        import uvicorn
+
+        from transfusion.serve.page import Page, PageServer, add_page
+        from transfusion.serve.server import make_app
+    engine = _engine(settings)
+    page = Page(engine, settings.called, template=settings.template, examples=settings.examples)
+    both = add_page(make_app(engine, settings.called, **_options(settings)), page, settings.max_megabytes)
+    line = f"the page of {settings.model} is at http://{settings.host}:{settings.port} (Ctrl-C ends)"
+    _listen(engine, PageServer(uvicorn.Config(both, **_address(settings)), line, page))
+
+
+@contextlib.contextmanager
+def _extra(command: str) -> Iterator[None]:
+    """While the packages of a command's extra are imported, one that is missing is said in one line."""
+    try:
+        yield
     except ImportError as error:
-        raise ValueError(f"serve: {error.name} is not installed; pip install 'tfkernels[serve]' fits") from None
+        raise ValueError(f"{command}: {error.name} is not installed; pip install 'tfkernels[{command}]' fits") from None
+
+
+def _engine(settings: HostSettings) -> Engine:
     share_one_arena()
-    engine = Engine(load_model(settings.model, settings.device), settings.rows, settings.queue, limits=settings.limits)
-    app = make_app(engine, settings.name or settings.model.resolve().name, template=settings.template,
-                   api_key=settings.api_key, allow_remote=settings.allow_remote, max_megabytes=settings.max_megabytes)
-    server = AnnouncedServer(uvicorn.Config(app, host=settings.host, port=settings.port, log_level="warning"),
-                             f"serving {settings.model} at http://{settings.host}:{settings.port}/v1 (Ctrl-C ends)")
+    return Engine(load_model(settings.model, settings.device), settings.rows, settings.queue, limits=settings.limits)
+
+
+def _options(settings: HostSettings) -> dict:
+    """What the HTTP interface is told by either command."""
+    return {name: getattr(settings, name) for name in ("template", "allow_remote", "max_megabytes")}
+
+
+def _address(settings: HostSettings) -> dict:
+    """Where uvicorn listens."""
+    return {"host": settings.host, "port": settings.port, "log_level": "warning"}
+
+
+def _listen(engine: Engine, server) -> None:
+    """Answer until Ctrl-C; what runs then is finished."""
     try:
         server.run()
     except KeyboardInterrupt:  # uvicorn repeats the signal after it has shut down

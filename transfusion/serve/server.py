@@ -35,10 +35,20 @@ from transfusion.serve.engine import COUNTERS, Cancelled, Closed, Engine, QueueF
 from transfusion.serve.pictures import PictureReader
 from transfusion.serve.request import Failed, Finished
 from transfusion.serve.request import Request as Asked
-from transfusion.serve.wire import ApiError, Body, ChatBody, CompletionBody, ImageBody, prompt_of, refused
+from transfusion.serve.wire import (
+    ApiError,
+    Body,
+    ChatBody,
+    CompletionBody,
+    ImageBody,
+    chat_requests,
+    image_requests,
+    refused,
+)
 
 LOG = logging.getLogger(__name__)
 MEGABYTE = 2**20
+LEFT = 499  # the status of a client that left, which only logs see
 
 
 class Answers:
@@ -140,13 +150,8 @@ class Api:
     async def chat(self, body: ChatBody, request: Request) -> Response:
         """/v1/chat/completions."""
         self._check_model(body)
-        kinds = body.modalities or ["text", "image"]
-        more = {} if "image" in kinds else {"max_images": 0}
-        more |= {} if "text" in kinds else {"max_new_tokens": 0, "max_images": 1}
         with reading("messages"):
-            parts = await run_in_threadpool(prompt_of, body.messages, self.pictures, self.template)
-            answers = await self._start(request, [(parts, body.sampling(self.pictures, number, **more))
-                                                  for number in range(body.n)], draw="text" not in kinds)
+            answers = await self._start(request, chat_requests, body, self.pictures, self.template)
         head = self._head("chatcmpl", body)
         if body.stream:
             wants_usage = bool((body.stream_options or {}).get("include_usage"))
@@ -164,8 +169,8 @@ class Api:
         if not 1 <= len(prompts) * body.n <= 64:
             raise ApiError(400, f"prompt is {len(prompts)} texts and n {body.n}; 1 to 64 answers fit", "prompt")
         with reading("prompt"):
-            answers = await self._start(request, [
-                ([Text(prompt)], body.sampling(self.pictures, number, max_images=0))
+            answers = await self._start(request, lambda: [
+                Asked([Text(prompt)], body.sampling(self.pictures, number, max_images=0))
                 for prompt in prompts for number in range(body.n)])
         head = {**self._head("cmpl", body), "object": "text_completion"}
         if body.stream:
@@ -178,9 +183,7 @@ class Api:
     async def draw(self, body: ImageBody, request: Request) -> dict:
         """/v1/images/generations."""
         self._check_model(body)
-        if not body.prompt.strip():
-            raise ApiError(400, "prompt is empty; some text fits, such as 'a handwritten seven'", "prompt")
-        return await self._drawn(body, [Text(body.prompt)], request)
+        return await self._drawn(body, [], request)
 
     async def edit(self, request: Request) -> dict:
         """/v1/images/edits: a multipart form with one picture or several and the fields of a generation."""
@@ -200,25 +203,21 @@ class Api:
                     raise ApiError(400, "image is missing; a picture file fits", "image")
                 self.pictures.check_count(len(files))
                 images = [await run_in_threadpool(self.pictures.read, await file.read()) for file in files]
-        given = [*images, *([Text(body.prompt)] if body.prompt.strip() else [])]
-        return await self._drawn(body, given, request)
+        return await self._drawn(body, images, request)
 
-    async def _drawn(self, body: ImageBody, parts: list[Part], request: Request) -> dict:
+    async def _drawn(self, body: ImageBody, images: list[Image], request: Request) -> dict:
         if body.stream:
             raise ApiError(400, "stream is True; False fits here; /v1/chat/completions streams pictures", "stream")
         with reading("prompt"):
-            answers = await self._start(request, [
-                (parts, body.sampling(self.pictures, number, max_new_tokens=0, max_images=1))
-                for number in range(body.n)], draw=True)
-        images = [next(part for part in one.parts if isinstance(part, Image))
-                  for one in await answers.finished()]
+            answers = await self._start(request, image_requests, body, images, self.pictures)
+        drawn = [next(part for part in one.parts if isinstance(part, Image)) for one in await answers.finished()]
         write = self.pictures.png if body.response_format == "b64_json" else self.pictures.url
         return {"created": int(time.time()), "seed": body.start_seed(),
-                "data": [{body.response_format: await run_in_threadpool(write, image)} for image in images]}
+                "data": [{body.response_format: await run_in_threadpool(write, image)} for image in drawn]}
 
-    async def _start(self, request: Request, asked: list[tuple], draw: bool = False) -> Answers:
+    async def _start(self, request: Request, asked: Callable[..., list[Asked]], *given) -> Answers:
         answers = Answers(self.engine, request)
-        await answers.submit([Asked(parts, sampling, draw) for parts, sampling in asked])
+        await answers.submit(await run_in_threadpool(asked, *given))
         return answers
 
     async def _streamed(self, answers: Answers, chunks: AsyncIterator[dict]) -> StreamingResponse:
@@ -395,8 +394,9 @@ def of_the_server(error: Exception) -> ApiError:
     """Any other error. The client hears no more than its kind; the server's log has all of it."""
     if isinstance(error, Closed):
         return ApiError(503, str(error))
-    if not isinstance(error, Cancelled):  # by its client, who has left
-        LOG.error("a request failed", exc_info=error)
+    if isinstance(error, Cancelled):
+        return ApiError(LEFT, str(error))
+    LOG.error("a request failed", exc_info=error)
     return ApiError(500, f"the request failed ({type(error).__name__})")
 
 

@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transfusion.data.sources.record import PictureRef, Turn
 from transfusion.diffusion.guidance import Guidance
 from transfusion.generate.sampling import Sampling
-from transfusion.sequence import Image, Part
+from transfusion.sequence import Image, Part, Text
 from transfusion.serve.pictures import PictureReader
+from transfusion.serve.request import Request
 from transfusion.serve.turns import parts_of
 
 WIRE_NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale", "text": "guidance_scale",
@@ -156,6 +157,34 @@ class ImageBody(Body):
 
 
 FIELDS = {name for kind in (ChatBody, CompletionBody, ImageBody) for name in kind.model_fields}
+
+
+def chat_requests(body: ChatBody, pictures: PictureReader, template: str) -> list[Request]:
+    """The n requests of a conversation.
+
+    Raises:
+        ApiError, ValueError: as `prompt_of`, or an option that does not fit.
+    """
+    kinds = body.modalities or ["text", "image"]
+    more = {} if "image" in kinds else {"max_images": 0}
+    more |= {} if "text" in kinds else {"max_new_tokens": 0, "max_images": 1}
+    parts = prompt_of(body.messages, pictures, template)
+    return [Request(parts, body.sampling(pictures, number, **more), draw="text" not in kinds)
+            for number in range(body.n)]
+
+
+def image_requests(body: ImageBody, images: list[Image], pictures: PictureReader) -> list[Request]:
+    """The n requests of a picture for a prompt or, with `images`, of an edit of these.
+
+    Raises:
+        ApiError: there is neither a prompt nor a picture.
+        ValueError: an option that does not fit.
+    """
+    text = [Text(body.prompt)] if body.prompt.strip() else []
+    if not (images or text):
+        raise ApiError(400, "prompt is empty; some text fits, such as 'a handwritten seven'", "prompt")
+    return [Request([*images, *text], body.sampling(pictures, number, max_new_tokens=0, max_images=1), draw=True)
+            for number in range(body.n)]
 
 
 def prompt_of(messages: list[dict], pictures: PictureReader, template: str) -> list[Part]:

@@ -1,4 +1,4 @@
-"""The command `transfusion serve`: what it starts, how it ends, and what it says where its packages are missing."""
+"""`transfusion serve` and `transfusion app`: what they start, how they end, what they say if packages are missing."""
 import contextlib
 import ctypes
 import http.client
@@ -16,6 +16,13 @@ from tests.transfusion.conftest import tiny_model
 from transfusion.cli import main
 from transfusion.serve import command_line
 
+PACKAGES = {"serve": ("uvicorn", "fastapi"), "app": ("uvicorn", "fastapi", "gradio")}
+
+
+def need(command):
+    for package in PACKAGES[command]:
+        pytest.importorskip(package, reason=f"{package} is not installed; pip install 'tfkernels[{command}]'")
+
 
 @pytest.fixture
 def checkpoint(tmp_path):
@@ -23,15 +30,18 @@ def checkpoint(tmp_path):
     return tmp_path / "digits"
 
 
-def test_without_the_servers_packages_it_says_how_to_get_them(checkpoint, monkeypatch):
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    with pytest.raises(SystemExit, match=r"uvicorn is not installed; pip install 'tfkernels\[serve\]' fits"):
-        main(["serve", "--model", str(checkpoint)])
+@pytest.mark.parametrize("command, package", [("serve", "uvicorn"), ("app", "gradio")])
+def test_without_a_commands_packages_it_says_how_to_get_them(checkpoint, monkeypatch, command, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "transfusion.serve.page", raising=False)
+    with pytest.raises(SystemExit, match=rf"{package} is not installed; pip install 'tfkernels\[{command}\]' fits"):
+        main([command, "--model", str(checkpoint)])
 
 
-def test_it_serves_the_checkpoint_on_this_machine_alone_and_ends_cleanly(checkpoint, monkeypatch, capsys):
-    uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed; pip install 'tfkernels[serve]'")
-    pytest.importorskip("fastapi", reason="fastapi is not installed; pip install 'tfkernels[serve]'")
+@pytest.mark.parametrize("command, port", [("serve", 8000), ("app", 7860)])
+def test_it_serves_a_checkpoint_on_this_machine_alone_and_ends_cleanly(checkpoint, monkeypatch, capsys, command, port):
+    need(command)
+    import uvicorn
     engines, started, engine = [], [], command_line.Engine
 
     def make(*given, **more):
@@ -45,8 +55,8 @@ def test_it_serves_the_checkpoint_on_this_machine_alone_and_ends_cleanly(checkpo
         raise KeyboardInterrupt
 
     monkeypatch.setattr(uvicorn.Server, "run", run)
-    main(["serve", "--model", str(checkpoint), "--rows", "3", "--queue", "5", "--limits.steps", "7"])
-    assert started == [("127.0.0.1", 8000, True)] and not engines[0].alive
+    main([command, "--model", str(checkpoint), "--rows", "3", "--queue", "5", "--limits.steps", "7"])
+    assert started == [("127.0.0.1", port, True)] and not engines[0].alive
     assert (engines[0].rows, engines[0].queue, engines[0].limits.steps) == (3, 5, 7)
     assert "stopped; what ran is finished" in capsys.readouterr().out
 
@@ -60,9 +70,18 @@ def test_threads_share_one_arena_of_glibc_and_other_c_libraries_stay_as_they_are
     command_line.share_one_arena()
 
 
+def test_gradio_counts_nobody_who_uses_the_page(checkpoint):
+    """Whether gradio may count its users is read when it is imported, so that is asked in a process of its own."""
+    need("app")
+    code = ("import sys, uvicorn; from transfusion.cli import main\n"
+            "uvicorn.Server.run = lambda server: None\n"
+            f"main(['app', '--model', {str(checkpoint)!r}])\n"
+            "import gradio.analytics; assert not gradio.analytics.analytics_enabled()\n")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def test_a_port_that_is_taken_or_none_is_not_said_to_be_served(checkpoint, capsys):
-    pytest.importorskip("uvicorn", reason="uvicorn is not installed; pip install 'tfkernels[serve]'")
-    pytest.importorskip("fastapi", reason="fastapi is not installed; pip install 'tfkernels[serve]'")
+    need("serve")
     with pytest.raises(ValueError, match="port is 70000; a whole number of at least 1 and at most 65535 fits"):
         command_line.ServeSettings(checkpoint, port=70_000)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit):
@@ -71,8 +90,7 @@ def test_a_port_that_is_taken_or_none_is_not_said_to_be_served(checkpoint, capsy
 
 
 def test_a_server_says_where_it_is_when_it_listens_and_a_signal_lets_it_finish_what_it_draws(checkpoint):
-    pytest.importorskip("uvicorn", reason="uvicorn is not installed; pip install 'tfkernels[serve]'")
-    pytest.importorskip("fastapi", reason="fastapi is not installed; pip install 'tfkernels[serve]'")
+    need("serve")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "transfusion.cli", "serve", "--model", str(checkpoint), "--port", str(port)]

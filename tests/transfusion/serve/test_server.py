@@ -31,7 +31,7 @@ for package in ("fastapi", "uvicorn", "multipart"):
 import uvicorn  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
 
-from transfusion.serve.server import Answers, make_app, of_the_server  # noqa: E402
+from transfusion.serve.server import LEFT, Answers, make_app, of_the_server  # noqa: E402
 from transfusion.serve.wire import ChatBody  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
@@ -385,7 +385,7 @@ def test_a_client_that_leaves_frees_its_place(address, stream):
 
 
 def test_the_log_holds_errors_of_the_server_and_not_clients_that_left(caplog):
-    assert of_the_server(Cancelled("the request was cancelled")).status == 500 and not caplog.records
+    assert of_the_server(Cancelled("the request was cancelled")).status == LEFT and not caplog.records
     assert of_the_server(RuntimeError("no memory")).status == 500 and "no memory" in caplog.text
 
 
