@@ -62,7 +62,7 @@ EATEN = "something to eat or drink"
 MIXTURE = """\
 # {count:,} conversations about pictures of emoji under free licences, which the folder `licences` holds
 pictures: {{sizes: [[32, 32], [64, 64]]}}
-chat: {{template: chatml, system: "", image_position: keep}}
+chat: {{template: tokenizer, system: "", image_position: keep}}
 held_out: 0.0
 sources:
   - {{format: llava, path: train.json, images: pictures, drawn: none, name: questions}}

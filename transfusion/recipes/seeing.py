@@ -15,12 +15,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
 
 from transfusion.command import plain_errors
-from transfusion.data.chat import ChatSettings
+from transfusion.data.chat import TEMPLATES, ChatSettings
 from transfusion.data.grids import GridSettings
 from transfusion.data.mixture_data import MixtureFileSettings
 from transfusion.eval.asking import Asker, Asking, AskingSettings, Question
@@ -34,7 +35,7 @@ from transfusion.recipes.align_pictures import AlignOptimSettings, AlignSettings
 from transfusion.recipes.emoji_styles import FetchStyles, fetch_styles
 from transfusion.recipes.picture_questions import PictureQuestionSettings, write
 from transfusion.recipes.showcase import read_plain_text
-from transfusion.settings import Count, Positive, Seed, check
+from transfusion.settings import Count, OneOf, Positive, Seed, check
 from transfusion.train.transfusion import OptimSettings, TrainConfig, train_to_end
 
 PROMPTS = (
@@ -70,6 +71,8 @@ class SeeingSettings:
     """pairs to ask about in training"""
     held_out: Count = 80
     """held-out scenes, and as many pairs"""
+    template: Annotated[str, OneOf(TEMPLATES)] = "chatml"
+    """the chat template of questions; chatml is SmolLM2's, without what the system says"""
     text_weight: Positive = 0.15
     """share of the tokens that are plain text, so that the language is not lost"""
     plain_text: Path | None = None
@@ -100,13 +103,13 @@ def seeing(settings: SeeingSettings) -> dict:
         held_out=settings.held_out, seed=settings.seed)))
     text = read_plain_text(settings.plain_text)
     write_text(out / "text.txt", text[:READ])
-    write_text(out / "mix.yaml", mixture(out, settings.text_weight))
+    write_text(out / "mix.yaml", mixture(settings.template, settings.text_weight))
     train_to_end(TrainConfig(
         out=out / "tuned", data=MixtureFileSettings(file=out / "mix.yaml", workers=0), optim=settings.optim,
         tune=TuneSettings(start=out / "aligned", trained="lora", lora_rank=settings.lora_rank,
                           lora_alpha=2 * settings.lora_rank),
         save_every=settings.save_every, seed=settings.seed))
-    return measure(out, text[READ:READ + MEASURED])
+    return measure(out, settings.template, text[READ:READ + MEASURED])
 
 
 def stage(out: Path, mark: str, run: Callable[[], object]) -> None:
@@ -116,11 +119,11 @@ def stage(out: Path, mark: str, run: Callable[[], object]) -> None:
         run()
 
 
-def mixture(out: Path, text_weight: float) -> str:
+def mixture(template: str, text_weight: float) -> str:
     """The questions' mixture with plain text beside them."""
     return "\n".join((
         "pictures: {sizes: [[32, 32], [64, 64]]}",
-        'chat: {template: chatml, system: "", image_position: keep}',
+        f'chat: {{template: {template}, system: "", image_position: keep}}',
         "held_out: 0.0",
         "sources:",
         f"  - {{format: llava, path: questions/train.json, images: questions/pictures, drawn: none, name: questions, "
@@ -128,7 +131,7 @@ def mixture(out: Path, text_weight: float) -> str:
         f"  - {{format: text, path: text.txt, documents: paragraph, name: text, weight: {text_weight:g}}}")) + "\n"
 
 
-def measure(out: Path, text: str) -> dict:
+def measure(out: Path, template: str, text: str) -> dict:
     """Ask about held-out pictures and measure language, before and after; what is in DIR/eval is not asked again."""
     scores = evaluate_questions(QuestionsSettings(
         model=out / "tuned", data=out / "questions" / "held-out.json", out=out / "eval",
@@ -138,7 +141,7 @@ def measure(out: Path, text: str) -> dict:
     for name, place in (("before", out / "init"), ("after", out / "tuned")):
         model = Transfusion.from_pretrained(place).eval()
         found[name] = {"perplexity": perplexity(model, text, window=512).perplexity,
-                       "answers": answers(model)}
+                       "answers": answers(model, template)}
     write_text(out / "eval" / "text.json", json.dumps(
         {name: one["perplexity"] for name, one in found.items()}, indent=2) + "\n")
     lines = ["| Prompt | Before | After |", "|---|---|---|"]
@@ -149,9 +152,10 @@ def measure(out: Path, text: str) -> dict:
 
 
 @torch.no_grad()
-def answers(model: Transfusion) -> list[str]:
-    """Answers to PROMPTS, greedily, in the tokenizer's own chat template."""
-    asker = Asker(model, Asking(ChatSettings(template="tokenizer"), GridSettings(side=model.config.image_size[0])))
+def answers(model: Transfusion, template: str) -> list[str]:
+    """Answers to PROMPTS, greedily, each as a conversation of one turn."""
+    asking = Asking(ChatSettings(template=template, system=""), GridSettings(side=model.config.image_size[0]))
+    asker = Asker(model, asking)
     return [said or "" for said in asker.answers([Question(prompt) for prompt in PROMPTS], max_new_tokens=40)]
 
 
