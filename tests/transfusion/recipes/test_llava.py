@@ -201,7 +201,8 @@ def test_the_scripts_of_the_project_train_a_tiny_model_on_other_files(here, scri
     tiny = f"""--model_name_or_path llm --data_path talk.json --image_folder images --output_dir {out} --bf16 False
               --lora_r 2 --lora_alpha 4 --model_max_length 512 --per_device_train_batch_size 1 --max_steps 1
               --dataloader_num_workers 0 --image_size 16 --device cpu --model.patch-size 4"""
-    variables = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    python = {"PYTHON": sys.executable, "LAUNCH": sys.executable}
+    variables = os.environ | python | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(["bash", str(root / "scripts" / script), *shlex.split(tiny)], cwd=here, env=variables,
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
