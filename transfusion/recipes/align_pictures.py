@@ -48,7 +48,7 @@ TERMS = ("captions", "distance", "classifiers")
 
 
 @dataclass(frozen=True)
-@defaults(steps=4000, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
+@defaults(steps=3000, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
 class AlignOptimSettings(StepSettings):
     """Steps; the learning rate is reached after a fortieth of them, and a cosine takes it to 0."""
 

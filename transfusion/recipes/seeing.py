@@ -58,10 +58,10 @@ class SeeingSettings:
     """directory of a causal language model in transformers' format, or a GGUF file with its tokenizer"""
     out: Path = Path("runs/seeing")
     """directory for everything"""
-    align: AlignOptimSettings = field(default_factory=lambda: AlignOptimSettings(steps=4000))
+    align: AlignOptimSettings = field(default_factory=lambda: AlignOptimSettings(steps=3000))
     """of the image layers, before the language model runs"""
     optim: OptimSettings = field(default_factory=lambda: OptimSettings(
-        steps=1000, rows=2, seq_len=256, lr=1e-3, min_lr=1e-5, warmup=20, ema=0.0, weight_decay=0.0, image_lr=0.2))
+        steps=360, rows=2, seq_len=256, lr=1e-3, min_lr=1e-5, warmup=20, ema=0.0, weight_decay=0.0, image_lr=0.2))
     """of the adapters and the image layers, on questions"""
     lora_rank: Count = 16
     """rank of the adapters"""
@@ -73,8 +73,8 @@ class SeeingSettings:
     """held-out scenes, and as many pairs"""
     template: Annotated[str, OneOf(TEMPLATES)] = "chatml"
     """the chat template of questions; chatml is SmolLM2's, without what the system says"""
-    text_weight: Positive = 0.15
-    """share of the tokens that are plain text, so that the language is not lost"""
+    text_weight: Positive = 0.05
+    """share of the tokens that are plain text, so that the language is not lost; of the targets it is about a third"""
     plain_text: Path | None = None
     """text to train on, and behind its first 400,000 characters to measure on; None: Python's reference manual"""
     save_every: Count = 200
