@@ -80,14 +80,15 @@ def test_the_page_lists_every_format():
     assert listed[0] == "format" and sorted(listed[1:]) == sorted(FORMATS)
 
 
-def test_the_script_that_the_page_names_is_five_lines_that_llavas_flags_know():
-    script = (ROOT / "scripts" / "train_lora.sh").read_text()
-    assert "scripts/train_lora.sh" in section("Conversations")
+@pytest.mark.parametrize("name,trained,rows", [("train_lora.sh", "lora", 8), ("train_full.sh", None, 64)])
+def test_the_scripts_that_the_page_names_are_five_lines_that_llavas_flags_know(name, trained, rows):
+    script = (ROOT / "scripts" / name).read_text()
+    assert f"scripts/{name}" in section("Conversations")
     command = script[script.index("exec "):].strip()
     assert len(command.splitlines()) == 5
     words = shlex.split(command.replace("\\\n", " "))
     flags = read_flags(words[words.index("train") + 1 : -1], Path())
-    assert flags.trainer["tune.trained"] == "lora" and flags.trainer["optim.rows"] == 8 and flags.words == ()
+    assert flags.trainer.get("tune.trained") == trained and flags.trainer["optim.rows"] == rows and flags.words == ()
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ def tiny_model(
     image_attention="bidirectional",
     unet_channels=(64, 128),
     unet_blocks=2,
+    patch_size=2,
+    image_channels=1,
     **text_options,
 ):
     """A random model of 2 layers whose image layers are not silent, so that images and their times matter."""
@@ -44,7 +46,8 @@ def tiny_model(
     model = Transfusion(
         TransfusionConfig(
             text_config=text_config,
-            patch_size=2,
+            patch_size=patch_size,
+            image_channels=image_channels,
             backbone=backbone,
             image_layers=image_layers,
             positions=positions,

@@ -93,20 +93,40 @@ def answer_sheet(path: Path, shown: list[tuple[tuple[Picture.Image, ...], str, s
 
     Each of `shown` is (pictures, question, answer, correction); an answer that needs no correction is green.
     """
-    lines = max(1, -(-len(shown) // columns))
-    figure, axes = plt.subplots(lines, columns, figsize=(2.1 * columns, 2.5 * lines), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, (pictures, question, answer, correction) in zip(axes.flat, shown):
-        if pictures:
-            axis.imshow(_side_by_side(pictures), interpolation="nearest")
-        axis.set_title(textwrap.fill(question, 26), fontsize=7)
-        said = [answer or "(nothing)", *([f"right: {correction}"] if correction else [])]
-        axis.text(0.5, -0.05, "\n".join(textwrap.fill(line, 28) for line in said), transform=axis.transAxes,
-                  ha="center", va="top", fontsize=7, color="tab:red" if correction else "tab:green")
+    figure = answer_figure(shown, columns)
     with written(path) as aside:
         figure.savefig(aside, dpi=150, bbox_inches="tight")
     plt.close(figure)
+
+
+def answer_figure(shown: list[tuple[tuple[Picture.Image, ...], str, str, str]], columns: int = 6) -> plt.Figure:
+    """The figure of `answer_sheet`; each row of it is as high as its longest question and answer need."""
+    width, side, line = 2.1, 1.6, 0.13  # inches: of a column, of a picture, of a line of text
+    cells = [(pictures, textwrap.fill(question, 26), _answer(answer, correction), correction)
+             for pictures, question, answer, correction in shown]
+    rows = [cells[i:i + columns] for i in range(0, len(cells), columns)] or [[]]
+    above = [line * (1 + max((question.count("\n") + 1 for _, question, _, _ in row), default=1)) for row in rows]
+    below = [line * (2 + max((said.count("\n") + 1 for _, _, said, _ in row), default=1)) for row in rows]
+    height = sum(above) + sum(below) + side * len(rows)
+    figure, top = plt.figure(figsize=(width * columns, height)), height
+    for row, room, text_room in zip(rows, above, below):
+        for column, (pictures, question, said, correction) in enumerate(row):
+            place = (column + 0.5 * (1 - side / width)) / columns, (top - room - side) / height
+            axis = figure.add_axes((*place, side / width / columns, side / height))
+            axis.axis("off")
+            if pictures:
+                axis.imshow(_side_by_side(pictures), interpolation="nearest")
+            axis.text(0.5, 1 + 0.4 * line / side, question, transform=axis.transAxes, ha="center", va="bottom",
+                      fontsize=7)
+            axis.text(0.5, -0.4 * line / side, said, transform=axis.transAxes, ha="center", va="top", fontsize=7,
+                      color="tab:red" if correction else "tab:green")
+        top -= room + side + text_room
+    return figure
+
+
+def _answer(answer: str, correction: str) -> str:
+    said = [answer or "(nothing)", *([f"right: {correction}"] if correction else [])]
+    return "\n".join(textwrap.fill(line, 28) for line in said)
 
 
 def _side_by_side(pictures: tuple[Picture.Image, ...]) -> Picture.Image:

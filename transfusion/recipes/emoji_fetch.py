@@ -45,14 +45,12 @@ def fetch(options: Fetch) -> Path:
     """Fetch both packages and write the sheets; return their directory."""
     if options.size not in (8, 16, 32, 64):
         raise ValueError(f"emoji: size is {options.size}; 8, 16, 32 or 64 fits")
-    if shutil.which("npm") is None:
-        raise ValueError("emoji: npm is not on the PATH; install Node.js, or take --data.size 32, whose pictures the "
-                         "package holds")
     out = options.out or FETCHED / f"emoji-{options.size}"
     with tempfile.TemporaryDirectory() as scratch:
         fresh = Path(scratch) / "sheets"
         shutil.copytree(SHIPPED / "licences", fresh / "licences")
-        tables = {style: _write_sheet(_download(style, Path(scratch)), style, options.size, fresh) for style in STYLES}
+        tables = {style: _write_sheet(fetch_package(*PACKAGES[style][1:], Path(scratch)), style, options.size,
+                                      fresh) for style in STYLES}
         if tables["noto"] != tables["twemoji"]:
             raise ValueError("emoji: the two packages name different pictures; the versions in "
                              "transfusion/recipes/emoji_fetch.py fit each other")
@@ -64,9 +62,15 @@ def fetch(options: Fetch) -> Path:
     return out
 
 
-def _download(style: str, scratch: Path) -> Path:
-    """Fetch a package's archive with `npm pack` and check that it is the one that was published."""
-    _, package, published = PACKAGES[style]
+def fetch_package(package: str, published: str, scratch: Path) -> Path:
+    """Fetch a package's archive into `scratch` with `npm pack`, and check that it is the one that was published.
+
+    Raises:
+        ValueError: npm is missing or fails, or the archive has another SHA-512 than `published`.
+    """
+    if shutil.which("npm") is None:
+        raise ValueError("emoji: npm is not on the PATH; install Node.js, or take --data.size 32, whose pictures the "
+                         "package holds")
     print(f"fetching {package} ...", flush=True)
     command = ["npm", "pack", package, "--silent", "--pack-destination", str(scratch)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,9 +1,12 @@
 """Questions about pictures, with answers, in LLaVA's format.
 
     python -m transfusion.recipes.picture_questions --out DIR
+    python -m transfusion.recipes.picture_questions --out DIR --drawings STYLES
 
-The pictures are the emoji of the package (`transfusion.recipes.emoji`, 32x32, free licences), one at a time and as
-scenes of 64x64 with up to four of them. Names, categories and kinds are the published ones.
+The pictures are the emoji of the package (`transfusion.recipes.emoji`, 32x32, free licences), or with --drawings the
+animals, plants, dishes and drinks among those in nine styles (`transfusion.recipes.emoji_styles`), one at a time and as
+scenes of 64x64 with up to four of them. Names and kinds are the published ones. Of nine styles each question to train
+on shows a view of its own, turned, moved and coloured a little; held-out pictures are shown as they are.
 
     name       What is this?                                        a red apple
     category   Is this a feeling, something in nature or ... ?      something to eat or drink
@@ -15,9 +18,10 @@ scenes of 64x64 with up to four of them. Names, categories and kinds are the pub
     same       Do both pictures show the same thing?                yes, or no
     alike      Are both pictures drawn in the same style?           yes, or no
 
-No answer of yes-or-no, of counts, of styles, and of what is there or not, is more frequent than another, so that who
-does not look is right as often as chance. Held-out questions are about pictures that training never shows: the pairs of
-name and style that `Emoji` holds out, scenes of them alone, and comparisons of one of them with another picture.
+No answer of yes-or-no, of counts, and of two styles, is more frequent than another, and a third of what is looked for
+is nowhere, so that who does not look is right as often as chance. Held-out questions are about pictures that training
+never shows: those that `Emoji` or `read_drawings` holds out, scenes of them alone, and comparisons of one of them with
+another picture.
 
     DIR/train.json, DIR/held-out.json    LLaVA's rows, with `kinds`, a word of the list above for each question
     DIR/pictures/                        what they name
@@ -26,7 +30,7 @@ name and style that `Emoji` holds out, scenes of them alone, and comparisons of 
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -41,7 +45,9 @@ from tqdm import tqdm
 from transfusion.command import plain_errors
 from transfusion.data.picture_files import to_picture
 from transfusion.files import replacing
+from transfusion.recipes.align_pictures import changed
 from transfusion.recipes.emoji import CATEGORIES, LIVELY, SHIPPED, STYLES, Emoji, held_out_pairs
+from transfusion.recipes.emoji_styles import THINGS, Drawings, read_drawings
 from transfusion.settings import Count, Seed, check
 
 KINDS = ("name", "category", "kind", "style", "presence", "count", "place", "same", "alike")
@@ -49,9 +55,12 @@ SAID = dict(zip(CATEGORIES, (
     "a face or a feeling", "a person or a part of one", "an animal or a plant", "something to eat or drink",
     "a place or a vehicle", "a game or a feast", "an object", "a symbol", "a flag")))
 COUNTS = ("one", "two", "three", "four")
+Change = Callable[[Tensor, torch.Generator], Tensor]  # of pictures (N, C, H, W)
 PLACES = ("top left", "top right", "bottom left", "bottom right")
+NATURE = {"animal": "an animal", "monkey": "an animal", "plant": "a plant"}
+EATEN = "something to eat or drink"
 MIXTURE = """\
-# {count:,} conversations about pictures of emoji: Noto (Apache-2.0, Google), Twemoji (CC BY 4.0, Twitter and others)
+# {count:,} conversations about pictures of emoji under free licences, which the folder `licences` holds
 pictures: {{sizes: [[32, 32], [64, 64]]}}
 chat: {{template: tokenizer, system: "", image_position: keep}}
 held_out: 0.0
@@ -66,12 +75,16 @@ class PictureQuestionSettings:
 
     out: Path
     """directory to write"""
+    drawings: Path | None = None
+    """what `python -m transfusion.recipes.emoji_styles` wrote: nine styles; None: the two of the package"""
     lively: bool = True
-    """faces, animals, plants and dishes alone: 459 of the 1,870 names"""
+    """of the package's emoji faces, animals, plants and dishes alone: 459 of the 1,870 names"""
     scenes: Count = 4000
-    """pictures of several emoji to train on; a tenth as many are held out"""
+    """pictures of several emoji to train on"""
     pairs: Count = 4000
-    """pairs of pictures to compare, to train on; a tenth as many are held out"""
+    """pairs of pictures to compare, to train on"""
+    held_out: Count = 400
+    """held-out scenes, and as many pairs"""
     seed: Seed = 0
     """of what is drawn at random"""
 
@@ -106,36 +119,38 @@ class Questions:
     """Asks about the pictures of one split.
 
     Args:
-        emoji: all pictures.
+        drawings: all pictures.
         shown: numbers of those that conversations are about.
         folder: where pictures are written.
         split: "train" or "held-out", in the names of scenes.
         generator: of what is drawn at random.
+        change: what each picture goes through before it is shown; None: nothing, and one file serves all questions.
     """
 
-    def __init__(self, emoji: Emoji, shown: Tensor, folder: Path, split: str, generator: torch.Generator):
-        self.emoji, self.shown, self.folder, self.split = emoji, shown, folder, split
-        self.generator = generator
-        self.named = [Emoji.caption(name, "").rpartition(",")[0] for name in emoji.names]
+    def __init__(self, drawings: Drawings, shown: Tensor, folder: Path, split: str, generator: torch.Generator,
+                 change: Change | None = None):
+        self.drawings, self.shown, self.folder, self.split = drawings, shown, folder, split
+        self.generator, self.change = generator, change
+        self.named = [Emoji.caption(name, "").rpartition(",")[0] for name in drawings.names]
 
     def about_one(self) -> Iterator[Conversation]:
         """Each picture alone: what it is, of which category and kind, in which style, and whether it is another.
 
         Each question is a conversation of its own, for the answer to one would help with the next.
         """
+        drawings = self.drawings
+        choices = " or ".join(drawings.category_names)
         for i in self.shown.tolist():
-            label, style = int(self.emoji.labels[i]), STYLES[self.emoji.styles[i]]
-            kind = self.emoji.kind_names[self.emoji.kinds[i]]
-            category = SAID[self.emoji.category_names[self.emoji.categories[i]]]
-            choices = " or ".join(SAID[name] for name in self.emoji.category_names)
+            label, style = int(drawings.labels[i]), drawings.style_names[drawings.styles[i]]
+            kind, category = drawings.kind_names[drawings.kinds[i]], drawings.category_names[drawings.categories[i]]
             asked = [
                 Asked("name", "What is this?", self.named[label]),
                 Asked("category", f"Is this {choices}?", category),
                 Asked("kind", "What kind of thing is this?", kind),
-                Asked("style", "In which style is this drawn, noto or twemoji?", style),
+                Asked("style", "In which style is this drawn?", style),
                 self._presence([label])]
             for one in asked:
-                yield Conversation(f"{one.kind}-{i}", (self._single(i),), [one])
+                yield Conversation(f"{one.kind}-{i}", (self._single(i, one.kind),), [one])
 
     def about_scenes(self, count: int) -> Iterator[Conversation]:
         """Two by two places, some with copies of one emoji, another with a second: how many, where, what is there."""
@@ -146,7 +161,7 @@ class Questions:
             filled = dict.fromkeys(places[:copies], many)
             if copies < len(PLACES):
                 filled[places[copies]] = other
-            labels = {int(self.emoji.labels[i]) for i in filled.values()}
+            labels = {int(self.drawings.labels[i]) for i in filled.values()}
             asked = [
                 Asked("count", f"How many times is there {self._name(many)}?", COUNTS[copies - 1]),
                 self._presence(sorted(labels))]
@@ -161,13 +176,13 @@ class Questions:
         The same thing comes in both styles, so that only what is shown tells; of what has one picture alone, that
         picture is shown twice.
         """
-        labels, styles = self.emoji.labels, self.emoji.styles
+        labels, styles = self.drawings.labels, self.drawings.styles
         for number in range(count):
             i = self._one_of(self.shown)
             same_thing, same_style = bool(number % 2), bool(number // 2 % 2)
             fits = (labels[beside] == labels[i]) == same_thing
             fits &= (styles[beside] == styles[i]) == same_style
-            near = fits & (self.emoji.kinds[beside] == self.emoji.kinds[i])
+            near = fits & (self.drawings.kinds[beside] == self.drawings.kinds[i])
             other = beside[near if near.any() and self._coin() else fits]
             if not len(other):
                 continue
@@ -177,7 +192,8 @@ class Questions:
             asked = [
                 Asked("same", "Do both pictures show the same thing?", "yes" if same_thing else "no"),
                 Asked("alike", "Are both pictures drawn in the same style?", "yes" if same_style else "no")]
-            yield Conversation(f"pair-{number}", tuple(self._single(one) for one in both), self._shuffled(asked))
+            shown = tuple(self._single(one, f"pair-{number}-{place}") for place, one in enumerate(both))
+            yield Conversation(f"pair-{number}", shown, self._shuffled(asked))
 
     def _presence(self, there: list[int]) -> Asked:
         """Whether a thing is there, as often one of `there` as not; half of those that are not are of its kind."""
@@ -187,16 +203,16 @@ class Questions:
         return Asked("presence", f"Is there {self.named[self._absent(label, set(there))]}?", "no")
 
     def _place(self, i: int, place: int, there: set[int]) -> Asked:
-        """Where a thing is, as often one that is nowhere."""
-        if self._coin():
+        """Where a thing is, or, once in three times, one that is nowhere."""
+        if self._below(3):
             return Asked("place", f"Where is {self._name(i)}?", PLACES[place])
-        name = self.named[self._absent(int(self.emoji.labels[i]), there)]
+        name = self.named[self._absent(int(self.drawings.labels[i]), there)]
         return Asked("place", f"Where is {name}?", "there is none")
 
     def _absent(self, label: int, there: set[int]) -> int:
         """Another thing than those that are there, half of the time of the kind of `label` where one is."""
-        shown = self.emoji.labels[self.shown]
-        kinds = self.emoji.kinds[self.shown]
+        shown = self.drawings.labels[self.shown]
+        kinds = self.drawings.kinds[self.shown]
         absent = torch.tensor([int(one) not in there for one in shown])
         near = absent & (kinds == kinds[shown == label][0])
         return int(shown[self._one_of((near if near.any() and self._coin() else absent).nonzero()[:, 0])])
@@ -204,23 +220,30 @@ class Questions:
     def _two_things(self) -> tuple[int, int]:
         """Two pictures of different things."""
         first = self._one_of(self.shown)
-        labels = self.emoji.labels
+        labels = self.drawings.labels
         return first, self._one_of(self.shown[labels[self.shown] != labels[first]])
 
     def _name(self, i: int) -> str:
-        return self.named[int(self.emoji.labels[i])]
+        return self.named[int(self.drawings.labels[i])]
 
-    def _single(self, i: int) -> Path:
-        path = self.folder / f"{STYLES[self.emoji.styles[i]]}-{int(self.emoji.labels[i])}.png"
+    def _single(self, i: int, use: str) -> Path:
+        """The file of a picture alone; of changed ones each use has its own."""
+        style = self.drawings.style_names[self.drawings.styles[i]].replace(" ", "_")
+        name = f"{style}-{int(self.drawings.labels[i])}"
+        path = self.folder / (f"{name}.png" if self.change is None else f"{name}-{use}.png")
         if not path.exists():
-            to_picture(self.emoji.pictures[i]).save(path)
+            self._view(i).save(path)
         return path
 
+    def _view(self, i: int) -> Picture.Image:
+        picture = self.drawings.pictures[i]
+        return to_picture(picture if self.change is None else self.change(picture[None], self.generator)[0])
+
     def _scene(self, name: str, filled: dict[int, int]) -> Path:
-        size = self.emoji.size
+        size = self.drawings.pictures.shape[-1]
         scene = Picture.new("RGB", (2 * size, 2 * size), "white")
         for place, i in filled.items():
-            scene.paste(to_picture(self.emoji.pictures[i]), (place % 2 * size, place // 2 * size))
+            scene.paste(self._view(i), (place % 2 * size, place // 2 * size))
         path = self.folder / f"{name}.png"
         scene.save(path)
         return path
@@ -241,23 +264,42 @@ class Questions:
         return int(torch.randint(count, (), generator=self.generator))
 
 
+def shipped_drawings(lively: bool) -> Drawings:
+    """The package's emoji; their categories are put into words."""
+    emoji = Emoji("all", SHIPPED, LIVELY if lively else CATEGORIES)
+    return Drawings(emoji.pictures, emoji.labels, emoji.styles, emoji.kinds, emoji.categories,
+                    held_out_pairs(emoji.names)[emoji.styles, emoji.labels], emoji.names, STYLES, emoji.kind_names,
+                    [SAID[name] for name in emoji.category_names])
+
+
+def things(folder: Path) -> Drawings:
+    """Animals, plants, dishes and drinks in nine styles; the kind says to which of the three categories one belongs."""
+    drawings = read_drawings(folder)
+    said = [NATURE.get(kind.split()[0], EATEN) for kind in drawings.kind_names]
+    names = list(dict.fromkeys((*NATURE.values(), EATEN)))
+    categories = torch.tensor([names.index(word) for word in said])[drawings.kinds]
+    asked = torch.tensor([name in THINGS for name in drawings.category_names])[drawings.categories]
+    return drawings._replace(categories=categories, category_names=names).of(asked)
+
+
 def write(settings: PictureQuestionSettings) -> Path:
     """Write pictures, questions and the mixture; the directory appears whole or not at all. Return it.
 
     Raises:
-        ValueError: settings that do not fit.
+        ValueError: settings that do not fit, or a directory without drawings.
     """
     check("picture_questions", settings)
-    emoji = Emoji("all", SHIPPED, LIVELY if settings.lively else CATEGORIES)
-    held = held_out_pairs(emoji.names)[emoji.styles, emoji.labels]
+    is_shipped = settings.drawings is None
+    drawings = shipped_drawings(settings.lively) if is_shipped else things(settings.drawings)
+    held, every = drawings.held, torch.arange(len(drawings.held))
     generator = torch.Generator().manual_seed(settings.seed)
-    every = torch.arange(len(held))
-    splits = {"train": (~held, ~held, settings.scenes, settings.pairs),  # shown, shown beside, scenes, pairs
-              "held-out": (held, held | ~held, -(-settings.scenes // 10), -(-settings.pairs // 10))}
+    splits = {  # shown, shown beside, scenes, pairs, what pictures go through
+        "train": (~held, ~held, settings.scenes, settings.pairs, None if is_shipped else changed),
+        "held-out": (held, held | ~held, settings.held_out, settings.held_out, None)}
     with replacing(settings.out, weights=False) as fresh:
         (fresh / "pictures").mkdir()
-        for split, (shown, beside, scenes, pairs) in splits.items():
-            questions = Questions(emoji, every[shown], fresh / "pictures", split, generator)
+        for split, (shown, beside, scenes, pairs, change) in splits.items():
+            questions = Questions(drawings, every[shown], fresh / "pictures", split, generator, change)
             parts = questions.about_one(), questions.about_scenes(scenes), questions.about_pairs(pairs, every[beside])
             said = list(tqdm(chain(*parts), desc=split, unit="conversation"))
             rows = ",\n".join(json.dumps(one.row(), ensure_ascii=False) for one in said)
@@ -268,6 +310,8 @@ def write(settings: PictureQuestionSettings) -> Path:
             if split == "train":
                 (fresh / "mix.yaml").write_text(MIXTURE.format(count=len(said)))
         shutil.copytree(SHIPPED / "licences", fresh / "licences")
+        if not is_shipped:
+            shutil.copy(settings.drawings / "LICENCES.txt", fresh / "licences")
     print(f"look at them: transfusion data check {settings.out / 'mix.yaml'}")
     return settings.out
 

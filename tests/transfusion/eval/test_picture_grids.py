@@ -1,9 +1,10 @@
 """Grids of pictures and curves of losses are written as picture files."""
 import json
 
+from matplotlib import pyplot as plt
 from PIL import Image as Picture
 
-from transfusion.eval.picture_grids import sample_grid
+from transfusion.eval.picture_grids import answer_figure, answer_sheet, sample_grid
 from transfusion.recipes.digits import Digits
 from transfusion.train.plots import loss_curves
 
@@ -17,3 +18,18 @@ def test_pictures_are_written(tmp_path):
     for name in ("loss.png", "samples.png"):
         with Picture.open(tmp_path / name) as picture:
             assert min(picture.size) > 100 and len(picture.convert("L").getcolors()) > 10
+
+
+def test_long_questions_and_answers_cover_neither_each_other_nor_a_picture(tmp_path):
+    picture, words = Picture.new("RGB", (32, 32), "red"), "as many words as fill four lines of the sheet " * 2
+    shown = [((picture,), words, words, words), ((picture, picture), "Why?", "", ""), ((), "What?", "red", "blue")] * 3
+    answer_sheet(tmp_path / "answers.png", shown)
+    with Picture.open(tmp_path / "answers.png") as written:
+        assert min(written.size) > 300
+    figure = answer_figure(shown, columns=2)
+    renderer = figure.canvas.get_renderer()
+    texts = [text.get_window_extent(renderer) for axis in figure.axes for text in axis.texts]
+    boxes = texts + [axis.get_window_extent(renderer) for axis in figure.axes]
+    for i, one in enumerate(texts):
+        assert not any(one.overlaps(other) for other in boxes[i + 1:])
+    plt.close(figure)

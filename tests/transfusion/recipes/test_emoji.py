@@ -113,10 +113,10 @@ def archive(path, style, names):
 
 def test_fetched_archives_become_sheets_that_read_back(tmp_path, monkeypatch):
     names = ["cup", "fork", "spoon"]
+    styles = {package: style for style, (_, package, _) in emoji_fetch.PACKAGES.items()}
     monkeypatch.setattr(
-        emoji_fetch, "_download", lambda style, scratch: archive(scratch / f"{style}.tgz", style, names)
-    )
-    monkeypatch.setattr(emoji_fetch.shutil, "which", lambda name: name)
+        emoji_fetch, "fetch_package",
+        lambda package, _, scratch: archive(scratch / f"{styles[package]}.tgz", styles[package], names))
     dataset = Emoji("all", fetch(Fetch(size=16, out=tmp_path / "sheets")))
     assert dataset.names == names[::-1] and dataset.image_shape == (3, 16, 16)  # in sort_order
     cup = dataset.pictures[(dataset.labels == dataset.names.index("cup")) & (dataset.styles == 0)][0]
@@ -134,7 +134,7 @@ def test_a_package_that_is_not_the_published_one_is_refused(tmp_path, monkeypatc
         return SimpleNamespace(returncode=0, stdout="x.tgz\n", stderr="")
     monkeypatch.setattr(emoji_fetch.subprocess, "run", pack)
     with pytest.raises(ValueError, match="nothing of it is used"):
-        emoji_fetch._download("noto", tmp_path)
+        emoji_fetch.fetch_package("a@1", "its hash", tmp_path)
 
 
 def test_bad_settings_are_refused_by_name(tmp_path, monkeypatch):

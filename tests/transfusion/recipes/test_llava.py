@@ -194,14 +194,17 @@ def test_flags_that_do_not_fit_are_refused(arguments, words):
         read_flags(shlex.split(arguments))
 
 
-def test_the_script_of_the_project_trains_a_tiny_model_on_other_files(here):
+@pytest.mark.parametrize("script,written", [("train_lora.sh", "adapter_config.json"), ("train_full.sh", "config.json")])
+def test_the_scripts_of_the_project_train_a_tiny_model_on_other_files(here, script, written):
     root = Path(__file__).parents[3]
-    tiny = """--model_name_or_path llm --data_path talk.json --image_folder images --output_dir runs/script --bf16 False
+    out = here / "runs" / script
+    tiny = f"""--model_name_or_path llm --data_path talk.json --image_folder images --output_dir {out} --bf16 False
               --lora_r 2 --lora_alpha 4 --model_max_length 512 --per_device_train_batch_size 1 --max_steps 1
               --dataloader_num_workers 0 --image_size 16 --device cpu --model.patch-size 4"""
-    variables = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(["bash", str(root / "scripts/train_lora.sh"), *shlex.split(tiny)], cwd=here, env=variables,
+    python = {"PYTHON": sys.executable, "LAUNCH": sys.executable}
+    variables = os.environ | python | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", str(root / "scripts" / script), *shlex.split(tiny)], cwd=here, env=variables,
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (here / "runs/script/adapter_config.json").is_file()
-    assert len((here / "runs/script/log.jsonl").read_text().splitlines()) == 1
+    assert (out / written).is_file()
+    assert len((out / "log.jsonl").read_text().splitlines()) == 1

@@ -14,7 +14,8 @@ from transfusion.recipes.picture_questions import COUNTS, KINDS, PLACES, Picture
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write(PictureQuestionSettings(out=tmp_path_factory.mktemp("questions") / "out", scenes=400, pairs=400))
+    out = tmp_path_factory.mktemp("questions") / "out"
+    return write(PictureQuestionSettings(out=out, scenes=400, pairs=400, held_out=40))
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +75,10 @@ def test_no_answer_is_much_more_frequent_than_another(folder, kind, answers):
     assert share < 1 / len(answers) + 0.08
 
 
-def test_half_of_what_is_looked_for_in_a_scene_is_not_there(folder):
+def test_a_third_of_what_is_looked_for_in_a_scene_is_not_there(folder):
     counts = Counter(answer for _, _, answer in asked(folder, "train", "place"))
     assert set(counts) == {*PLACES, "there is none"}
-    assert 0.4 < counts["there is none"] / sum(counts.values()) < 0.6
+    assert 0.25 < counts["there is none"] / sum(counts.values()) < 0.42
 
 
 def test_a_question_says_nothing_of_whether_its_thing_is_there(folder):
@@ -116,7 +117,7 @@ def test_counts_and_places_are_those_of_the_tiles(folder, emoji):
 
 
 def test_the_same_seed_writes_the_same(folder, tmp_path):
-    again = write(PictureQuestionSettings(out=tmp_path / "again", scenes=400, pairs=400))
+    again = write(PictureQuestionSettings(out=tmp_path / "again", scenes=400, pairs=400, held_out=40))
     for split in ("train", "held-out"):
         assert rows(again, split) == rows(folder, split)
 

@@ -1,0 +1,110 @@
+"""Image layers learn to write captions as token embeddings, of pictures that they were never shown, too."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.transfusion.conftest import tiny_model
+from transfusion.model.transfusion import Transfusion
+from transfusion.recipes import align_pictures
+from transfusion.recipes.align_pictures import (
+    SLOTS,
+    AlignOptimSettings,
+    AlignSettings,
+    Captions,
+    align,
+    changed,
+    learning_rate,
+)
+from transfusion.recipes.emoji_styles import Drawings
+
+COLORS = {"red": (1, -1, -1), "green": (-1, 1, -1), "blue": (-1, -1, 1), "grey": (0, 0, 0)}
+
+
+def drawings():
+    """Squares of four colours, each large, small and framed; the same a little lower and darker are held out."""
+    pictures, places = [], []
+    for label, color in enumerate(COLORS.values()):
+        for style in range(3):
+            for held in (False, True):
+                rows, columns = (slice(4 + 6 * (style == 1) + more, 28 - 6 * (style == 1) + more) for more in (held, 0))
+                picture = torch.ones(3, 32, 32)
+                picture[:, rows, columns] = torch.tensor(color).float().view(3, 1, 1) * (0.9 if held else 1.0)
+                if style == 2:
+                    picture[:, 12:20, 12:20] = 1.0
+                pictures.append(picture)
+                places.append((label, style, held))
+    labels, styles, held = torch.tensor(places).unbind(1)
+    return Drawings(torch.stack(pictures), labels, styles, labels // 2, torch.zeros_like(labels), held.bool(),
+                    list(COLORS), ("large", "small", "framed"), ["warm", "cold"], ["square"])
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    monkeypatch.setattr(align_pictures, "read_drawings", lambda folder: drawings())
+    channels = {"unet_channels": (16, 16, 32, 32), "image_channels": 3}
+    model = tiny_model(image_layers="unet", unet_blocks=1, patch_size=8, **channels)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.get_input_embeddings().weight)  # as long as what the image layers write
+    for layer in (one for one in model.patch_embedding.modules() if hasattr(one, "reset_parameters")):
+        layer.reset_parameters()
+    model.save_pretrained(tmp_path / "init")
+    return tmp_path / "init"
+
+
+def settings(start, out, **more):
+    optim = AlignOptimSettings(**dict(steps=120, batch=16, lr=3e-3) | more.pop("optim", {}))
+    return AlignSettings(model=start, drawings=Path("unused"), out=out, optim=optim, save_every=60, device="cpu",
+                         **more)
+
+
+def test_pictures_that_were_never_shown_are_named_and_the_language_model_stays(start, tmp_path):
+    found = align(settings(start, tmp_path / "out"))
+    assert min(found.values()) > 0.8, "twelve pictures; four names, two kinds, three styles"
+    assert json.loads((tmp_path / "out" / "align.json").read_text()) == found
+    before, after = (dict(Transfusion.from_pretrained(path).named_parameters()) for path in (start, tmp_path / "out"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith("patch_embedding.") for name in moved)
+    losses = [json.loads(line)["captions"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+
+
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(start, tmp_path):
+    short = {"steps": 6, "accumulate": 2}
+    whole = align(settings(start, tmp_path / "whole", optim=short))
+    align(settings(start, tmp_path / "parts", optim=short, stop_after=2))
+    assert align(settings(start, tmp_path / "parts", optim=short, resume=True)) == whole
+    first, second = (Transfusion.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_captions_are_the_tokens_of_name_kind_and_style_and_the_likeliest_is_read(start):
+    tokenizer = Transfusion.from_pretrained(start).tokenizer
+    captions = Captions(drawings(), tokenizer)
+    for part, names in (("name", list(COLORS)), ("style", ["large", "small", "framed"])):
+        for label, name in enumerate(names):
+            ids = captions.words[part][captions.spelled[part][label]].tolist()
+            own = tokenizer(f" {name}", add_special_tokens=False).input_ids[:SLOTS[part]]
+            assert ids[:len(own)] == own and set(ids[len(own):]) <= {tokenizer(".").input_ids[0]}
+            scores = torch.zeros(1, SLOTS[part], len(captions.words[part]))
+            scores[0, torch.arange(SLOTS[part]), captions.spelled[part][label]] = 5.0
+            assert captions.read(part, scores).argmax() == label
+
+
+def test_views_are_changed_by_the_generator_alone_and_some_are_left_as_they_are():
+    pictures = drawings().pictures.repeat(10, 1, 1, 1)
+    one, same, other = (changed(pictures, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(one, same) and not torch.equal(one, other) and one.abs().max() <= 1
+    left = (one == pictures).flatten(1).all(1).double().mean()
+    assert 0.08 < left < 0.35
+
+
+def test_settings_and_models_that_do_not_fit_are_refused(start, tmp_path):
+    with pytest.raises(ValueError, match="batch is 12; a multiple of 8"):
+        align(settings(start, tmp_path / "out", optim={"batch": 12}))
+    tiny_model(image_channels=3, patch_size=4).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="pictures have 64 tokens; 16 fit"):
+        align(settings(tmp_path / "other", tmp_path / "out"))
+    rates = [learning_rate(step, AlignOptimSettings(steps=80, lr=1.0)) for step in range(80)]
+    assert rates[0] == pytest.approx(0.5) and max(rates) > 0.99 and rates[-1] < 0.01

@@ -1,0 +1,174 @@
+"""A language model learns to see: `python -m transfusion.recipes.seeing --llm FILE --out DIR` runs it all.
+
+    DIR/styles      emoji in nine styles                 python -m transfusion.recipes.emoji_styles
+    DIR/init        the language model, as a Transfusion transfusion init
+    DIR/aligned     image layers that write captions     python -m transfusion.recipes.align_pictures
+    DIR/questions   questions to train on and held out   python -m transfusion.recipes.picture_questions
+    DIR/tuned       LoRA on the questions and plain text transfusion train
+    DIR/eval        what it sees, and what became of its language
+
+What stands is kept, so that the same command goes on after a stop. DIR/eval holds results/, questions.jsonl and
+questions.png of the held-out pictures (`transfusion eval questions --blind`), text.json, the perplexity of a text
+before and after, and prompts.md, twenty prompts without a picture and how they are answered before and after.
+"""
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from transfusion.command import plain_errors
+from transfusion.data.chat import TEMPLATES, ChatSettings
+from transfusion.data.grids import GridSettings
+from transfusion.data.mixture_data import MixtureFileSettings
+from transfusion.eval.asking import Asker, Asking, AskingSettings, Question
+from transfusion.eval.questions import QuestionsSettings, evaluate_questions
+from transfusion.eval.text import perplexity
+from transfusion.files import write_text
+from transfusion.model.from_language_model import InitSettings, init
+from transfusion.model.lora import TuneSettings
+from transfusion.model.transfusion import Transfusion
+from transfusion.recipes.align_pictures import AlignOptimSettings, AlignSettings, align
+from transfusion.recipes.emoji_styles import FetchStyles, fetch_styles
+from transfusion.recipes.picture_questions import PictureQuestionSettings, write
+from transfusion.recipes.showcase import read_plain_text
+from transfusion.settings import Count, OneOf, Positive, Seed, check
+from transfusion.train.transfusion import OptimSettings, TrainConfig, train_to_end
+
+PROMPTS = (
+    "What is the capital of France?", "Name three colours.", "Write one sentence about the sea.",
+    "What do bees make?", "How many days are in a week?", "What is the opposite of hot?",
+    "Give me a word that rhymes with cat.", "What is water made of?", "Who wrote Romeo and Juliet?",
+    "What is two plus three?", "Translate 'good morning' into French.", "Name an animal that can fly.",
+    "Why is the sky blue?", "What is the largest planet?", "Finish the sentence: The dog ran after the",
+    "What is a noun?", "Name a fruit that is yellow.", "In which season does it snow?",
+    "What do you use an umbrella for?", "Write a short greeting.")
+READ = 400_000  # characters of the text to train on; what follows measures
+MEASURED = 60_000
+
+
+@dataclass(frozen=True)
+class SeeingSettings:
+    """Fetch pictures, make a Transfusion of a language model, teach it to see, and measure it."""
+
+    llm: Path
+    """directory of a causal language model in transformers' format, or a GGUF file with its tokenizer"""
+    out: Path = Path("runs/seeing")
+    """directory for everything"""
+    align: AlignOptimSettings = field(default_factory=lambda: AlignOptimSettings(steps=3000))
+    """of the image layers, before the language model runs"""
+    optim: OptimSettings = field(default_factory=lambda: OptimSettings(
+        steps=360, rows=2, seq_len=256, lr=1e-3, min_lr=1e-5, warmup=20, ema=0.0, weight_decay=0.0, image_lr=0.2))
+    """of the adapters and the image layers, on questions"""
+    lora_rank: Count = 16
+    """rank of the adapters"""
+    scenes: Count = 3000
+    """scenes to ask about in training"""
+    pairs: Count = 4000
+    """pairs to ask about in training"""
+    held_out: Count = 80
+    """held-out scenes, and as many pairs"""
+    template: Annotated[str, OneOf(TEMPLATES)] = "chatml"
+    """the chat template of questions; chatml is SmolLM2's, without what the system says"""
+    text_weight: Positive = 0.05
+    """share of the tokens that are plain text, so that the language is not lost; of the targets it is about a third"""
+    plain_text: Path | None = None
+    """text to train on, and behind its first 400,000 characters to measure on; None: Python's reference manual"""
+    save_every: Count = 200
+    """steps between saves of both trainings"""
+    seed: Seed = 0
+    """of all that is random"""
+
+
+def seeing(settings: SeeingSettings) -> dict:
+    """Run every stage that is not done yet; return accuracies of the questions' kinds and perplexities of text.
+
+    Raises:
+        ValueError: settings that do not fit, or a stage's own errors.
+    """
+    check("seeing", settings)
+    out = settings.out
+    stage(out / "styles", "names.json", lambda: fetch_styles(FetchStyles(out=out / "styles")))
+    stage(out / "init", "config.json", lambda: init(InitSettings(
+        llm=settings.llm, out=out / "init", image_layers="unet", patch_size=8, unet_channels=(16, 64, 128, 256),
+        unet_blocks=1, objective="x0", seed=settings.seed)))
+    stage(out / "aligned", "align.json", lambda: align(AlignSettings(
+        model=out / "init", drawings=out / "styles", out=out / "aligned", optim=settings.align, seed=settings.seed,
+        save_every=settings.save_every, resume=(out / "aligned" / "resume").is_dir())))
+    stage(out / "questions", "mix.yaml", lambda: write(PictureQuestionSettings(
+        out=out / "questions", drawings=out / "styles", scenes=settings.scenes, pairs=settings.pairs,
+        held_out=settings.held_out, seed=settings.seed)))
+    text = read_plain_text(settings.plain_text)
+    write_text(out / "text.txt", text[:READ])
+    write_text(out / "mix.yaml", mixture(settings.template, settings.text_weight))
+    train_to_end(TrainConfig(
+        out=out / "tuned", data=MixtureFileSettings(file=out / "mix.yaml", workers=0), optim=settings.optim,
+        tune=TuneSettings(start=out / "aligned", trained="lora", lora_rank=settings.lora_rank,
+                          lora_alpha=2 * settings.lora_rank),
+        save_every=settings.save_every, seed=settings.seed))
+    return measure(out, settings.template, text[READ:READ + MEASURED])
+
+
+def stage(out: Path, mark: str, run: Callable[[], object]) -> None:
+    """Run what makes `out`, unless the file that is written last is there."""
+    if not (out / mark).is_file():
+        print(f"making {out}", flush=True)
+        run()
+
+
+def mixture(template: str, text_weight: float) -> str:
+    """The questions' mixture with plain text beside them."""
+    return "\n".join((
+        "pictures: {sizes: [[32, 32], [64, 64]]}",
+        f'chat: {{template: {template}, system: "", image_position: keep}}',
+        "held_out: 0.0",
+        "sources:",
+        f"  - {{format: llava, path: questions/train.json, images: questions/pictures, drawn: none, name: questions, "
+        f"weight: {1 - text_weight:g}}}",
+        f"  - {{format: text, path: text.txt, documents: paragraph, name: text, weight: {text_weight:g}}}")) + "\n"
+
+
+def measure(out: Path, template: str, text: str) -> dict:
+    """Ask about held-out pictures and measure language, before and after; what is in DIR/eval is not asked again."""
+    scores = evaluate_questions(QuestionsSettings(
+        model=out / "tuned", data=out / "questions" / "held-out.json", out=out / "eval",
+        images=out / "questions" / "pictures", train=out / "questions" / "train.json", blind=True,
+        asking=AskingSettings(mixture=out / "mix.yaml", max_new_tokens=12)))
+    found = {}
+    for name, place in (("before", out / "init"), ("after", out / "tuned")):
+        model = Transfusion.from_pretrained(place).eval()
+        found[name] = {"perplexity": perplexity(model, text, window=512).perplexity,
+                       "answers": answers(model, template)}
+    write_text(out / "eval" / "text.json", json.dumps(
+        {name: one["perplexity"] for name, one in found.items()}, indent=2) + "\n")
+    lines = ["| Prompt | Before | After |", "|---|---|---|"]
+    lines += [f"| {prompt} | {_cell(before)} | {_cell(after)} |" for prompt, before, after in
+              zip(PROMPTS, found["before"]["answers"], found["after"]["answers"])]
+    write_text(out / "eval" / "prompts.md", "\n".join(lines) + "\n")
+    return {"questions": scores, "perplexity": {name: one["perplexity"] for name, one in found.items()}}
+
+
+@torch.no_grad()
+def answers(model: Transfusion, template: str) -> list[str]:
+    """Answers to PROMPTS, greedily, each as a conversation of one turn."""
+    asking = Asking(ChatSettings(template=template, system=""), GridSettings(side=model.config.image_size[0]))
+    asker = Asker(model, asking)
+    return [said or "" for said in asker.answers([Question(prompt) for prompt in PROMPTS], max_new_tokens=40)]
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", r"\|")
+
+
+def main() -> None:
+    """Entry point of `python -m transfusion.recipes.seeing`."""
+    with plain_errors():
+        found = seeing(tyro.cli(SeeingSettings, prog="python -m transfusion.recipes.seeing"))
+        print(json.dumps(found["perplexity"], indent=2))
+
+
+if __name__ == "__main__":
+    main()
