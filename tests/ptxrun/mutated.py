@@ -38,7 +38,7 @@ def attend(mask: TransfusionMask, heads: int = 1):
 
 def attend_beside_junk(mask: TransfusionMask):
     """NaN and infinities in the second document, which make the rows and keys that see them go one by one."""
-    length, seen = mask.key_len, slice(0, mask.key_len - 2)
+    length = mask.key_len
     tensors = [x.to(BFLOAT16) for x in attention_rows.inputs(1, 1, 1, length, length, 64, seed=4)]
     junk = (torch.arange(length) >= length - 2)[None]
     zeros, given = ([attention_rows.filled(x, junk, fill) for x in tensors] for fill in (False, True))
@@ -46,8 +46,9 @@ def attend_beside_junk(mask: TransfusionMask):
     exact, rounded = (attention_rows.run(attention_reference, *(x.to(t) for x in zeros), mask)
                       for t in (torch.float64, BFLOAT16))
     for name, *values in zip(("out", "lse", "dq", "dk", "dv"), ours, rounded, exact):
-        kept = [x[:, :, seen] for x in values]
-        assert_as_accurate(name, *kept, kept[2].abs())
+        for rows in (slice(0, length - 2), slice(length - 7, length - 2)):  # of many keys one weighs little, so apart
+            kept = [x[:, :, rows] for x in values]
+            assert_as_accurate(name, *kept, kept[2].abs())
 
 
 def rotate(heads: int, kv_heads: int, tokens: int):
