@@ -9,6 +9,7 @@ from torch import Tensor
 from tfkernels import unpatchify
 from transfusion.diffusion.guidance import Guidance
 from transfusion.diffusion.solvers import DDIMSolver, SchedulerSolver, make_solver
+from transfusion.generate.decoding import Decoding
 from transfusion.generate.sampling import Sampling
 from transfusion.sequence import Document, Image, Part, Text, encode
 
@@ -50,10 +51,11 @@ class Row:
     def __init__(self, model, prompt: list[Part], options: Sampling, grid: tuple[int, int], seed: int, decoder=None):
         self.model, self.config, self.prompt, self.options, self.grid = model, model.config, prompt, options, grid
         self.decoder = model.tokenizer if decoder is None else decoder  # makes text of tokens
+        self.decoding = Decoding(self.decoder)  # of what was written since the last image
         self.eos = model.tokenizer.eos_token_id
         self.generator = torch.Generator().manual_seed(seed)
         self.stop = tuple(options.stop or ())
-        self.state, self.tokens, self.text = WRITING, [], ""
+        self.state, self.text = WRITING, ""
         self.parts: list[Part] = []
         self.images = self.written = 0
         self.stopped = False  # by one of the texts that end it
@@ -99,14 +101,14 @@ class Row:
         elif token == self.config.boi_token_id:
             self.state = DRAWING
         else:
-            self.tokens.append(token)
+            self.decoding.tokens.append(token)
             self.written += 1
-            whole = self._decoded()
+            whole = self.decoding.text()
             text = self._before_stop(whole)
             self.stopped = text != whole
             self.state = DONE if self.stopped else WRITING
         if self.state != WRITING:
-            return self._new(self._before_stop(self._decoded()))
+            return self._new(self._before_stop(self.decoding.text()))
         if text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character of several tokens is not whole yet
             return None
         return self._new(text[:len(text) - self._held_back(text)])
@@ -130,17 +132,13 @@ class Row:
 
     def finish(self) -> None:
         """Make what was written since the last image a part, if it is anything."""
-        text = self._before_stop(self._decoded())
+        text = self._before_stop(self.decoding.text())
         self.parts += [Text(text)] if text else []
-        self.tokens, self.text = [], ""
+        self.decoding, self.text = Decoding(self.decoder), ""
 
     def _then_image(self, document: Document) -> Document:
         """The document and the BOI of an image behind it."""
         return document._replace(tokens=[*document.tokens, self.config.boi_token_id], targets=[*document.targets, True])
-
-    def _decoded(self) -> str:
-        """What was written since the last image."""
-        return self.decoder.decode(self.tokens) if self.tokens else ""
 
     def _new(self, text: str) -> str | None:
         """What of a text was not returned yet."""
