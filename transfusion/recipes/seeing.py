@@ -61,7 +61,7 @@ class SeeingSettings:
     align: AlignOptimSettings = field(default_factory=lambda: AlignOptimSettings(steps=3000))
     """of the image layers, before the language model runs"""
     optim: OptimSettings = field(default_factory=lambda: OptimSettings(
-        steps=360, rows=2, seq_len=256, lr=1e-3, min_lr=1e-5, warmup=20, ema=0.0, weight_decay=0.0, image_lr=0.2))
+        steps=540, rows=2, seq_len=256, lr=1e-3, min_lr=1e-5, warmup=20, ema=0.0, weight_decay=0.0, image_lr=0.2))
     """of the adapters and the image layers, on questions"""
     lora_rank: Count = 16
     """rank of the adapters"""
