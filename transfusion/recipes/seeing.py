@@ -9,7 +9,8 @@
 
 What stands is kept, so that the same command goes on after a stop. DIR/eval holds results/, questions.jsonl and
 questions.png of the held-out pictures (`transfusion eval questions --blind`), text.json, the perplexity before and
-after of text of the sort that training showed (`transfusion eval text` takes others), and prompts.md, twenty prompts without a picture and how they are answered before and after.
+after of text of the sort that training showed (`transfusion eval text` takes others), and prompts.md, twenty prompts
+without a picture and how they are answered before and after.
 """
 import json
 from collections.abc import Callable
