@@ -8,8 +8,9 @@
     DIR/eval        what it sees, and what became of its language
 
 What stands is kept, so that the same command goes on after a stop. DIR/eval holds results/, questions.jsonl and
-questions.png of the held-out pictures (`transfusion eval questions --blind`), text.json, the perplexity of a text
-before and after, and prompts.md, twenty prompts without a picture and how they are answered before and after.
+questions.png of the held-out pictures (`transfusion eval questions --blind`), text.json, the perplexity before and
+after of text of the sort that training showed (`transfusion eval text` takes others), and prompts.md, twenty prompts
+without a picture and how they are answered before and after.
 """
 import json
 from collections.abc import Callable
@@ -61,7 +62,7 @@ class SeeingSettings:
     align: AlignOptimSettings = field(default_factory=lambda: AlignOptimSettings(steps=3000))
     """of the image layers, before the language model runs"""
     optim: OptimSettings = field(default_factory=lambda: OptimSettings(
-        steps=360, rows=2, seq_len=256, lr=1e-3, min_lr=1e-5, warmup=20, ema=0.0, weight_decay=0.0, image_lr=0.2))
+        steps=540, rows=2, seq_len=256, lr=1e-3, min_lr=1e-5, warmup=20, ema=0.0, weight_decay=0.0, image_lr=0.2))
     """of the adapters and the image layers, on questions"""
     lora_rank: Count = 16
     """rank of the adapters"""
