@@ -40,8 +40,8 @@ def image_of(picture: Picture.Image, config, vae: VAE | None = None, op: str = "
 
 def _check_channels(op: str, config, vae: VAE | None) -> None:
     if vae is None and config.image_channels not in (1, 3):
-        raise ValueError(f"{op}: the model's images have {config.image_channels} channels and no VAE; picture files fit "
-                         "models of 1 (grey) or 3 (colour), or with a VAE (transfusion init --vae)")
+        raise ValueError(f"{op}: the model's images have {config.image_channels} channels and no VAE; picture files "
+                         "fit models of 1 (grey) or 3 (colour), or with a VAE (transfusion init --vae)")
 
 
 def pictures_of(images: Sequence[Image], vae: VAE | None = None) -> list[Picture.Image]:
