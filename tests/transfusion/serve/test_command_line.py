@@ -32,6 +32,7 @@ def checkpoint(tmp_path):
 
 @pytest.mark.parametrize("command, package", [("serve", "uvicorn"), ("app", "gradio")])
 def test_without_a_commands_packages_it_says_how_to_get_them(checkpoint, monkeypatch, command, package):
+    need("serve")
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, "transfusion.serve.page", raising=False)
     with pytest.raises(SystemExit, match=rf"{package} is not installed; pip install 'tfkernels\[{command}\]' fits"):
