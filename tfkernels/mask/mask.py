@@ -60,8 +60,9 @@ class TransfusionMask:
         """Of inference tensors, make plain ones: of these attention remembers what all layers read off a mask."""
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
-                for name in ("lo", "hi", "key_since", "key_until"):
-                    object.__setattr__(self, name, getattr(self, name).clone())
+                for name, x in vars(self).copy().items():
+                    if isinstance(x, Tensor) and x.is_inference():
+                        object.__setattr__(self, name, x.clone())
 
     @classmethod
     def from_spans(cls, spans, seq_len, documents=None, hidden=None, window=None, device=None) -> "TransfusionMask":

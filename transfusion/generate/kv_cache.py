@@ -103,8 +103,7 @@ class Canvas:
         rows, count, device = len(prefix.positions), grid[0] * grid[1], prefix.positions.device
         valid = torch.ones(rows, count, dtype=torch.bool, device=device)
         self.model, self.layout = model, ImageLayout.of([grid] * rows, device)
-        with torch.inference_mode(False):  # of a plain tensor attention remembers what all steps and layers ask for
-            self.mask, self.positions, self.modality = prefix.after(model, valid, grid)
+        self.mask, self.positions, self.modality = prefix.after(model, valid, grid)
         self.cache = Cache(layers=[_LastColumns(layer, count) for layer in prefix.cache.layers])
         self.predict = Graph(self._predict) if graph else self._predict
 

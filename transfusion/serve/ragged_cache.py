@@ -154,7 +154,7 @@ class RaggedCache:
     def _denoise(self, asks: list[Denoise]) -> list[Tensor]:
         key = tuple((ask.context.serial, ask.context.length, ask.grid) for ask in asks)
         if key not in self._kept:  # the plan of the last pass, for an image's rows mostly stay from step to step
-            with torch.inference_mode(False):  # of a plain tensor attention remembers what all steps and layers ask for
+            with torch.inference_mode(False):  # of plain tensors the embedding remembers its index from step to step
                 self._kept = {key: self._make_plan(asks)}
         plan, patches = self._kept[key], torch.cat([ask.x for ask in asks])
         hidden, condition, skips = self._pass(plan, patches, torch.tensor([ask.time for ask in asks]))
