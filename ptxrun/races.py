@@ -8,8 +8,9 @@ whatever order the emulator happens to run the warps, as long as both accesses h
 Threads of one warp are ordered by barriers, `bar.warp.sync` among them, and by nothing else. For them a byte remembers
 which lane wrote and read it last, and after how many barriers of its warp.
 
-Two proxies see shared memory: wgmma and TMA do not see ordinary stores, and what cp.async wrote, before
-`fence.proxy.async` of the warp that stored.
+Two proxies see shared memory: wgmma and TMA do not see ordinary stores, and what cp.async wrote, unless a
+`fence.proxy.async` lies between, of whichever thread: the one that stored, or one that the store comes before. So each
+warp's clock is kept a second time, of what it had seen before a fence, and is joined like the first.
 """
 import numpy as np
 
@@ -29,17 +30,26 @@ class Races:
         self.warps, self.copies_fenced = warps, copies_fenced
         self.copies, self.products, self.mbarriers = warps, 2 * warps, 3 * warps  # where each kind's entries begin
         entries = 3 * warps + 64
-        self.clock = np.zeros((warps, entries), np.int64)   # what each warp has seen of each entry
+        self.clocks = np.zeros((2, warps, entries), np.int64)  # what each warp has seen of each entry, fenced or not
         self.clock[np.arange(warps), np.arange(warps)] = 1
         self.writer, self.written = np.zeros(size, np.int64), np.zeros(size, np.int64)
         self.read = np.zeros((3 * warps, size), np.int64)   # when each warp, copy or product last read a byte
         self.meetings = np.zeros(warps, np.int64)           # of each warp's lanes at a barrier, so far
         self.writing_lane, self.written_at = np.zeros(size, np.int16), np.full(size, -1, np.int64)
         self.reading_lane, self.read_at = np.zeros((warps, size), np.int16), np.full((warps, size), -1, np.int64)
-        self.unfenced = np.zeros(size, np.int16)            # 1 + the warp whose ordinary store no proxy fence follows
         self.copy_groups = np.zeros(warps, np.int64)        # of cp.async, closed so far
         self.product_groups = np.zeros(warps, np.int64)     # of wgmma, closed so far
         self.entry_of, self.arriving, self.complete = {}, {}, {}  # by the mbarrier's address
+
+    @property
+    def clock(self):
+        """What each warp has seen."""
+        return self.clocks[0]
+
+    @property
+    def fenced(self):
+        """What each warp has seen that a proxy fence follows."""
+        return self.clocks[1]
 
     # what reads and writes
 
@@ -71,7 +81,6 @@ class Races:
             self.writer[bytes_] = self.copies + warp if copy else warp
             self.written[bytes_] = self.copy_groups[warp] + 1 if copy else self.clock[warp, warp]
             self.writing_lane[bytes_], self.written_at[bytes_] = lane, self.meetings[warp]
-            self.unfenced[bytes_] = 0 if copy and self.copies_fenced else warp + 1
 
     def _note_lanes(self, warp: int, lane, bytes_):
         """Which lane read a byte since the lanes last met; SEVERAL where another one did too."""
@@ -86,7 +95,7 @@ class Races:
         """An asynchronous product of a warpgroup (or of a warp of it) reads shared memory."""
         seen = self.clock[warps.start:warps.stop].min(0)
         self._after_writes(warps.start, bytes_, "an asynchronous product's read", seen)
-        self._fenced(warps.start, bytes_, "an asynchronous product")
+        self._after_fences(warps.start, bytes_, "an asynchronous product", self.fenced[warps.start:warps.stop].min(0))
         for warp in warps:
             self.read[self.products + warp, bytes_] = self.product_groups[warp] + 1
 
@@ -94,12 +103,12 @@ class Races:
         """The copy engine writes, and completes phase `phase` of an mbarrier with it."""
         self._after_writes(warp, bytes_, "the copy engine's write")
         self._after_reads(warp, bytes_, "the copy engine's write")
-        self.writer[bytes_], self.written[bytes_], self.unfenced[bytes_] = self.entry_of[key], phase, 0
+        self.writer[bytes_], self.written[bytes_] = self.entry_of[key], phase
 
     def bulk_read(self, warp: int, bytes_):
         """The copy engine reads shared memory to store it; done by the wait for it, like a copy's group."""
         self._after_writes(warp, bytes_, "the copy engine's read")
-        self._fenced(warp, bytes_, "the copy engine")
+        self._after_fences(warp, bytes_, "the copy engine", self.fenced[warp])
         self.read[self.copies + warp, bytes_] = self.copy_groups[warp] + 1
 
     # what orders
@@ -107,7 +116,7 @@ class Races:
     def barrier(self, warps):
         """Warps meet: each has seen what any of them had."""
         warps = sorted(set(warps))
-        self.clock[warps] = self.clock[warps].max(0)
+        self.clocks[:, warps] = self.clocks[:, warps].max(1, keepdims=True)
         self.clock[warps, warps] += 1
         self.meetings[warps] += 1
 
@@ -116,9 +125,10 @@ class Races:
         self.meetings[list(warps)] += 1
 
     def fence(self, warps):
-        """fence.proxy.async: what these warps stored may be read by products and the copy engine."""
-        for warp in warps:
-            self.unfenced[self.unfenced == warp + 1] = 0
+        """fence.proxy.async: what these warps have seen, and stored, may be read by products and the copy engine."""
+        warps = list(warps)
+        self.fenced[warps] = self.clock[warps]  # which never goes back
+        self.clock[warps, warps] += 1           # what they store from here on is not fenced
 
     def close_copies(self, warps):
         """cp.async.commit_group"""
@@ -143,25 +153,25 @@ class Races:
     def init_mbarrier(self, key):
         """An mbarrier is there, and nobody has arrived."""
         entry = self.entry_of.setdefault(key, self.mbarriers + len(self.entry_of))
-        if entry >= self.clock.shape[1]:
-            self.clock = np.pad(self.clock, ((0, 0), (0, 64)))
-        self.arriving[key], self.complete[key] = (np.zeros(self.clock.shape[1], np.int64) for _ in range(2))
+        if entry >= self.clocks.shape[2]:
+            self.clocks = np.pad(self.clocks, ((0, 0), (0, 0), (0, 64)))
+        self.arriving[key], self.complete[key] = (np.zeros_like(self.clocks[:, 0]) for _ in range(2))
 
     def release(self, warp: int, key):
         """A thread arrives: whoever waits for this phase will have seen what it has."""
-        self.arriving[key] = self._joined(self.arriving[key], self.clock[warp])
+        self.arriving[key] = self._joined(self.arriving[key], self.clocks[:, warp])
         self.clock[warp, warp] += 1
 
     def close_phase(self, key, phase: int):
         """A phase completes."""
         self.complete[key] = self.arriving[key].copy()
         self.arriving[key] = np.zeros_like(self.arriving[key])
-        self.complete[key][self.entry_of[key]] = phase
+        self.complete[key][0, self.entry_of[key]] = phase
 
     def acquire(self, warps, key):
         """Warps have waited for a phase."""
         for warp in warps:
-            self.clock[warp] = self._joined(self.clock[warp], self.complete[key])
+            self.clocks[:, warp] = self._joined(self.clocks[:, warp], self.complete[key])
 
     # what that says of accesses elsewhere
 
@@ -179,9 +189,9 @@ class Races:
     # what must hold
 
     def _joined(self, a, b):
-        """The later of two clocks; the older may be shorter, if mbarriers came since."""
-        size = self.clock.shape[1]
-        return np.maximum(np.pad(a, (0, size - len(a))), np.pad(b, (0, size - len(b))))
+        """The later of two pairs of clocks; the older may be shorter, if mbarriers came since."""
+        a, b = (np.pad(x, ((0, 0), (0, self.clocks.shape[2] - x.shape[1]))) for x in (a, b))
+        return np.maximum(a, b)
 
     def _after_writes(self, warp: int, bytes_, what: str, seen=None):
         seen = self.clock[warp] if seen is None else seen
@@ -216,11 +226,15 @@ class Races:
             raise Race(f"{what} of byte {int(bytes_[bad][0])} of shared memory by a lane of warp {warp} is not ordered "
                        f"after another lane's {other}: no barrier is between them")
 
-    def _fenced(self, warp: int, bytes_, who: str):
-        if self.unfenced[bytes_].any():
-            byte = int(bytes_[np.argmax(self.unfenced[bytes_] > 0)])
+    def _after_fences(self, warp: int, bytes_, who: str, fenced):
+        """What was stored through the other proxy lies before a fence that the reader has seen."""
+        writer = self.writer[bytes_]
+        ordinary = writer < (self.copies if self.copies_fenced else self.products)
+        bad = ordinary & (fenced[writer] < self.written[bytes_])
+        if bad.any():
+            byte = int(bytes_[np.argmax(bad)])
             raise Race(f"{who} of warp {warp} reads byte {byte} of shared memory, and no fence.proxy.async follows the "
-                       f"store of warp {self.unfenced[byte] - 1}")
+                       f"store of {self._name(int(self.writer[byte]))}")
 
     def _fail(self, warp: int, byte, what: str, other: str):
         raise Race(f"{what} of byte {int(byte)} of shared memory by warp {warp} is not ordered after {other}")

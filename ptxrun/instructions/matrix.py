@@ -6,6 +6,7 @@ Products are rounded as numpy rounds them, in float32; a tensor core's sums diff
 """
 import numpy as np
 
+from ptxrun.instructions.memory import one_value_each
 from ptxrun.instructions.warp import LANE, whole_warps
 
 
@@ -76,7 +77,7 @@ def load_matrix(o):
 
     def run(at):
         whole_warps(at)
-        places = _rows(machine, at, address, count, write=False)
+        places = _rows(machine, at, address, count)
         rows = machine.shared.words[2][places[..., None] // 2 + np.arange(8)]  # warp, matrix, row, column
         words = np.ascontiguousarray(rows.swapaxes(2, 3) if transposed else rows).view(np.uint32)
         for i, write in enumerate(writes):
@@ -91,21 +92,30 @@ def store_matrix(o):
 
     def run(at):
         whole_warps(at)
-        places = _rows(machine, at, address, count, write=True)
         words = [np.ascontiguousarray(read(at)).reshape(-1, 8, 4).view(np.uint16) for read in reads]
         rows = np.stack(words, 1)
-        machine.shared.words[2][places[..., None] // 2 + np.arange(8)] = rows.swapaxes(2, 3) if transposed else rows
+        rows = rows.swapaxes(2, 3) if transposed else rows
+        places = _rows(machine, at, address, count, rows)
+        memory, words = machine.shared.words[2], places[..., None] // 2 + np.arange(8)
+        memory[words] = rows
+        if machine.races:
+            one_value_each([memory[words]], [rows], "shared")
     return run
 
 
-def _rows(machine, at, address, count: int, *, write: bool):
-    """Where each row of 16 bytes begins: (warps, matrices, 8). Lanes beyond the last matrix name nothing."""
-    named = np.tile(8 * count > LANE, (at.stop - at.start) // 32)
+def _rows(machine, at, address, count: int, stored=None):
+    """Where each row of 16 bytes begins: (warps, matrices, 8). Lanes beyond the last matrix name nothing.
+
+    stored: the rows that are written there (warps, matrices, 8, 8 words), None where they are read.
+    """
+    named, write = np.tile(8 * count > LANE, (at.stop - at.start) // 32), stored is not None
     threads = np.arange(at.start, at.stop)[named]
     places = machine.shared.places(address(at)[named], machine.shared.base[threads], 16,
                                    "stmatrix" if write else "ldmatrix")
     if machine.races:
-        machine.races.access(threads, places, 16, write=write, whole=True)
+        same = (machine.shared.words[2][places[:, None] // 2 + np.arange(8)] == stored.reshape(-1, 8)).all(1) \
+            if write else None
+        machine.races.access(threads, places, 16, write=write, whole=True, same=same)
     if machine.traffic:
         machine.traffic.of_matrix(places)
     return places.reshape(-1, count, 8)

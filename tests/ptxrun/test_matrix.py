@@ -155,6 +155,28 @@ def test_ordinary_stores_need_a_fence_between_the_proxies():
         product(fence="")
 
 
+@pytest.mark.parametrize("schedule", ["early", "late", "random"])
+def test_the_fence_may_stand_on_either_side_of_the_barrier_but_not_before_the_store(schedule):
+    """PTX manual, memory consistency model: a proxy fence along the causality path from the store to the read."""
+    fence = "fence.proxy.async.shared::cta;"
+    for seed in range(4):
+        found = product(fence="", before=f"{fence} wgmma.fence.sync.aligned;", schedule=schedule, seed=seed)
+        assert np.array_equal(found, A @ B)
+    with pytest.raises(Race, match="no fence.proxy.async follows the store of warp"):
+        product(fence="", fill=f"{fence} ld.global.b32 %r3, [%d3]; st.shared.b32 [%r2], %r3;", schedule=schedule)
+
+
+@pytest.mark.parametrize("schedule", ["late", "random"])
+def test_warps_may_store_the_same_matrices_in_one_place_and_no_others(schedule):
+    """Where a tile has fewer rows than its warps, several hold the same ones."""
+    store = """shl.b32 %r9, %lane, 4; {}
+        stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r9], {{%r0, %r0, %r0, %r0}};"""
+    options = dict(threads=64, shared=512, schedule=schedule, races=True)
+    run_kernel(store.format("mov.b32 %r0, %lane;"), [], **options)
+    with pytest.raises(Race):
+        run_kernel(store.format("mov.b32 %r0, %me;"), [], **options)
+
+
 def test_asynchronous_copies_need_one_as_well_where_it_is_not_said_that_they_do_not():
     """Triton before 3.7 puts none between cp.async and wgmma."""
     copy = "cp.async.ca.shared.global [%r2], [%d3], 4;"

@@ -89,8 +89,15 @@ def merge(parts: Tensor, parts_lse: Tensor, sinks: Tensor | None, out: Tensor, l
 
 @triton.jit
 def store_or_part(result_ptr, part_ptr, x, mask, splits):
-    """Store a result in its dtype, or, if it has several parts, one of them in float32."""
-    if splits > 1:
+    """Store a result in its dtype, or, if it has several parts, one of them in float32.
+
+    Of one dtype, both stores are there and one is masked: under an `if` Triton 3.6 and 3.7 move x's change of layout to
+    where it does not reach the other branch, and fail to compile. Of two dtypes the masks would cost registers.
+    """
+    if result_ptr.dtype.element_ty == part_ptr.dtype.element_ty:
+        tl.store(part_ptr, x, mask=mask & (splits > 1))
+        tl.store(result_ptr, x, mask=mask & (splits <= 1))
+    elif splits > 1:
         tl.store(part_ptr, x, mask=mask)
     else:
         tl.store(result_ptr, x.to(result_ptr.dtype.element_ty), mask=mask)
