@@ -87,9 +87,11 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict]]:
     Raises:
         ValueError: a line that holds none; the message names file and line.
     """
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
+            if any("\udc80" <= letter <= "\udcff" for letter in line):
+                raise ValueError(f"{where} is not UTF-8; save the file as UTF-8")
             try:
                 value = json.loads(line) if line.strip() else {}
             except (ValueError, RecursionError) as error:

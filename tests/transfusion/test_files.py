@@ -387,3 +387,12 @@ def test_json_lines_end_where_a_new_line_stands_and_nowhere_else(tmp_path):
     assert list(read_json_lines(tmp_path / "a.jsonl")) == [
         (f"{tmp_path / 'a.jsonl'}, line 1", {"prompt": "one\u2028two"}),
         (f"{tmp_path / 'a.jsonl'}, line 3", {"prompt": "three"})]
+
+
+def test_lines_of_json_may_begin_with_a_byte_order_mark_and_what_is_not_utf_8_is_named_with_its_line(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n{"a": "\xe4"}\n')
+    lines = read_json_lines(path)
+    assert next(lines)[1] == {"a": 1}
+    with pytest.raises(ValueError, match=r"lines.jsonl, line 2 is not UTF-8; save the file as UTF-8"):
+        next(lines)

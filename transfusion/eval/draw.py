@@ -111,15 +111,19 @@ def about_drawing(out: Path) -> dict:
             "seed": sampling.get("seed"), "details": details}
 
 
+def _line(entry: Entry) -> dict:
+    """What prompts.jsonl says of a picture: ours, and what its own line has besides."""
+    own = {"number": entry.number, "file": f"{PICTURES}/{entry.file}", "prompt": entry.prompt, "seed": entry.seed}
+    return own | entry.about | own
+
+
 def _prepare(command: str, settings: DrawSettings, writes: bool) -> list[Entry]:
     """Return the pictures to draw, compared with what an earlier call wrote; the first process writes what says so."""
     prompts = read_prompts(settings.prompts, settings.count)
     samples = settings.samples or (GENEVAL_SAMPLES if prompts.is_geneval else 1)
     pictures = entries(prompts, samples, settings.sampling.seed, settings.prompts.parent)
     _check_channels(command, settings.model)
-    lines = "".join(json.dumps({"number": entry.number, "file": f"{PICTURES}/{entry.file}", "prompt": entry.prompt,
-                                "seed": entry.seed, **entry.about}, ensure_ascii=False) + "\n"
-                    for entry in pictures)
+    lines = "".join(json.dumps(_line(entry), ensure_ascii=False) + "\n" for entry in pictures)
     about = {"model": str(settings.model), "weights_hash": weights_hash(settings.model), "rule": prompts.rule,
              "pictures": len(pictures), "samples": samples, "prompts": hashlib.sha256(lines.encode()).hexdigest(),
              "sampling": json.loads(json.dumps(dataclasses.asdict(settings.sampling)))}

@@ -20,7 +20,7 @@ from transfusion.settings import check, flat, nearest
 
 CARD = "README.md"
 SHEETS, PICTURES, SHOWN = ("contact_sheet.png", "samples.png"), (".png", ".jpg", ".jpeg", ".webp"), 8
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 """files that a checkpoint may hold: no pickled weights, no code"""
 DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")

@@ -9,7 +9,7 @@ one. No decoder runs: a view of a picture costs 3 ms of one core. For tokens z_j
 
     loss = 4 sum_j a_j -log softmax_v(-|z_j - e_v|^2 / s)[w_j] + sum_j a_j |z_j - e_{w_j}|^2 / mean|e|^2 + classifiers
 
-where v runs over the words of all captions, and name, kind and style have the shares of `WEIGHTS`. The cross-entropy
+where v runs over the words of all captions, and a_j is the part's weight in `WEIGHTS`. The cross-entropy
 teaches to recognise, the squared error takes away what no word has. The classifiers, linear ones of the mean token for
 name, kind and style, are thrown away. Half of the views stand alone, half in scenes
 of two by two. All names are learned, and none of the pictures that `read_drawings` holds out.
@@ -262,12 +262,16 @@ def align(config: AlignSettings) -> dict[str, float]:
 
     Raises:
         ValueError: settings that do not fit, or a model whose pictures of 32x32 do not have 16 tokens.
+        KeyboardInterrupt: it was stopped before its last step; what it has is saved.
     """
     check("align_pictures", config)
     check_steps("align_pictures", config.optim, "batch", "optim.")
     if config.optim.batch % (8 * config.optim.accumulate):
         raise ValueError(f"align_pictures: optim.batch is {config.optim.batch}; a multiple of 8 for each of the "
                          f"{config.optim.accumulate} micro-batches fits")
+    if config.device not in ("auto", "cpu"):
+        raise ValueError(f"align_pictures: device is {config.device!r}; 'cpu' fits, where the small image layers are "
+                         "trained in minutes")
     drawings = read_drawings(config.drawings)
     model = Transfusion.from_pretrained(config.model)
     patches = (drawings.pictures.shape[-1] // model.config.patch_size)**2
@@ -276,9 +280,12 @@ def align(config: AlignSettings) -> dict[str, float]:
                          f"{sum(SLOTS.values())} fit, of pixels, with a tokenizer: `transfusion init --patch-size 8`")
     with claim("align_pictures", config.out, {"model": config.model}):
         task = AlignTask(config, model, drawings)
-        fit("align_pictures", config, config.optim, task, functools.partial(learning_rate, optim=config.optim),
-            fixed=("model", "drawings", "seed", "optim.batch", "optim.steps"),
-            watchers=(HeldOut(task, config.save_every),))
+        done = fit("align_pictures", config, config.optim, task, functools.partial(learning_rate, optim=config.optim),
+                   fixed=("model", "drawings", "seed", "optim.batch", "optim.steps"),
+                   watchers=(HeldOut(task, config.save_every),))
+        if done < config.optim.steps:
+            raise KeyboardInterrupt(f"{config.out}: {done:,} of {config.optim.steps:,} steps are done; add --resume to "
+                                    "the same command to go on")
         found = accuracies(task)
     write_text(config.out / "align.json", json.dumps(found, indent=2) + "\n")
     return found

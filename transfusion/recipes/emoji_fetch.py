@@ -69,8 +69,8 @@ def fetch_package(package: str, published: str, scratch: Path) -> Path:
         ValueError: npm is missing or fails, or the archive has another SHA-512 than `published`.
     """
     if shutil.which("npm") is None:
-        raise ValueError("emoji: npm is not on the PATH; install Node.js, or take --data.size 32, whose pictures the "
-                         "package holds")
+        raise ValueError("emoji: npm is not on the PATH, which fetches the pictures; install Node.js (the emoji of "
+                         "--data.size 32 are in this package)")
     print(f"fetching {package} ...", flush=True)
     command = ["npm", "pack", package, "--silent", "--pack-destination", str(scratch)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Emoji in nine styles by seven sets of artists, fetched through npm: `python -m transfusion.recipes.emoji_styles`.
+"""Emoji in nine styles by six families of artists, fetched through npm: `python -m transfusion.recipes.emoji_styles`.
 
     noto, noto classic          Apache-2.0, Google: shipped, and @iconify-json/noto-v1
     twemoji                     CC BY 4.0, Twitter and others: shipped

@@ -21,7 +21,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from transfusion.command import plain_errors
+from transfusion.command import plain_errors, saved_step
 from transfusion.data.chat import TEMPLATES, ChatSettings
 from transfusion.data.grids import GridSettings
 from transfusion.data.mixture_data import MixtureFileSettings
@@ -98,7 +98,7 @@ def seeing(settings: SeeingSettings) -> dict:
         unet_blocks=1, objective="x0", seed=settings.seed)))
     stage(out / "aligned", "align.json", lambda: align(AlignSettings(
         model=out / "init", drawings=out / "styles", out=out / "aligned", optim=settings.align, seed=settings.seed,
-        save_every=settings.save_every, resume=(out / "aligned" / "resume").is_dir())))
+        save_every=settings.save_every, resume=saved_step(out / "aligned") is not None)))
     stage(out / "questions", "mix.yaml", lambda: write(PictureQuestionSettings(
         out=out / "questions", drawings=out / "styles", scenes=settings.scenes, pairs=settings.pairs,
         held_out=settings.held_out, seed=settings.seed)))

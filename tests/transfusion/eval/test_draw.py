@@ -13,7 +13,8 @@ from transfusion import Text, Transfusion
 from transfusion.cli import main
 from transfusion.data.model_images import load_image
 from transfusion.data.picture_files import to_picture
-from transfusion.eval.prompts import read_drawn
+from transfusion.eval.draw import _line
+from transfusion.eval.prompts import Entry, read_drawn
 from transfusion.model.lora import TuneSettings, prepare
 
 PROMPTS = [f"a handwritten {digit}" for digit in ("one", "two", "three", "four", "five", "six", "seven")]
@@ -185,3 +186,8 @@ def test_genevals_layout_holds_a_prompt_and_its_samples_in_a_folder(made):
                      for name in ("metadata.jsonl", *(f"samples/000{sample}.png" for sample in range(4)))]
     assert json.loads((made / "geneval" / "pictures" / "00000" / "metadata.jsonl").read_text()) == GENEVAL[0]
     assert read_drawn(made / "geneval")[1]["include"] == GENEVAL[0]["include"]
+
+
+def test_a_lines_own_number_and_file_give_way_to_ours_in_what_is_written_of_a_picture():
+    entry = Entry(3, "a", "000003.png", 5, {}, None, {"number": 0, "file": "old.png", "source": "mine"})
+    assert _line(entry) == {"number": 3, "file": "pictures/000003.png", "prompt": "a", "seed": 5, "source": "mine"}

@@ -175,7 +175,7 @@ def test_an_option_that_does_not_fit_is_refused_before_anything_is_uploaded(hub,
 def test_a_repository_that_is_not_there_is_named_and_a_path_never_means_the_hub(hub, tmp_path):
     with pytest.raises(ValueError, match="path is 'me/nothing', which is no directory here and cannot be loaded"):
         Transfusion.from_pretrained("me/nothing")
-    for path in (tmp_path / "me/nothing", str(tmp_path / "me/nothing"), "nothing"):
+    for path in (tmp_path / "me/nothing", str(tmp_path / "me/nothing"), "nothing", "../nothing", "./nothing"):
         with pytest.raises(ValueError, match="holds no config.json"):
             Transfusion.from_pretrained(path)
     assert len(hub.calls) == 1

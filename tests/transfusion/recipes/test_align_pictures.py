@@ -73,7 +73,9 @@ def test_pictures_that_were_never_shown_are_named_and_the_language_model_stays(s
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(start, tmp_path):
     short = {"steps": 6, "accumulate": 2}
     whole = align(settings(start, tmp_path / "whole", optim=short))
-    align(settings(start, tmp_path / "parts", optim=short, stop_after=2))
+    with pytest.raises(KeyboardInterrupt, match="2 of 6 steps are done"):
+        align(settings(start, tmp_path / "parts", optim=short, stop_after=2))
+    assert not (tmp_path / "parts" / "align.json").exists()  # by which `seeing` takes it for done
     assert align(settings(start, tmp_path / "parts", optim=short, resume=True)) == whole
     first, second = (Transfusion.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -74,6 +74,8 @@ def test_the_same_command_goes_on_and_does_nothing_twice(run, monkeypatch):
     settings, found = run
     for name in ("fetch_styles", "init", "align", "write"):
         monkeypatch.setattr(f"transfusion.recipes.seeing.{name}", None)
+    logged = (settings.out / "tuned" / "log.jsonl").read_text()
     assert seeing(settings) == found
+    assert (settings.out / "tuned" / "log.jsonl").read_text() == logged  # of seconds too: no step was taken again
     assert (settings.out / "tuned" / "adapter_config.json").is_file()
     assert Transfusion.from_pretrained(settings.out / "aligned").config.patch_size == 8
