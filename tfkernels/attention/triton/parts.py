@@ -95,8 +95,8 @@ def store_or_part(result_ptr, part_ptr, x, mask, splits):
     where it does not reach the other branch, and fail to compile. Of two dtypes the masks would cost registers.
     """
     if result_ptr.dtype.element_ty == part_ptr.dtype.element_ty:
-        tl.store(part_ptr, x, mask=mask & (splits > 1))
-        tl.store(result_ptr, x, mask=mask & (splits <= 1))
+        tl.store(part_ptr, x, mask=tl.where(splits > 1, mask, False))  # the interpreter's `&` takes no scalar here
+        tl.store(result_ptr, x, mask=tl.where(splits > 1, False, mask))
     elif splits > 1:
         tl.store(part_ptr, x, mask=mask)
     else:
