@@ -12,15 +12,25 @@ from transfusion.model.vae import VAE
 from transfusion.sequence import Image
 
 
+def pixel_factor(vae: VAE | None = None) -> int:
+    """Pixels of a picture's side for each element of a latent's; 1 without a VAE."""
+    return 1 if vae is None else vae.factor
+
+
 def picture_shape(config, vae: VAE | None = None) -> tuple[int, int, int]:
     """Channels, height and width of the pictures of a model's own size."""
-    channels, factor = (config.image_channels, 1) if vae is None else (vae.picture_channels, vae.factor)
-    return channels, *(side * factor for side in config.image_size)
+    channels = config.image_channels if vae is None else vae.picture_channels
+    return channels, *(side * pixel_factor(vae) for side in config.image_size)
+
+
+def decoded(latents: Tensor, vae: VAE | None = None) -> Tensor:
+    """Pixels (N, C, H, W) of latents, which are pixels themselves without a VAE."""
+    return latents if vae is None else vae.decode(latents)
 
 
 def pixels_of(image: Image, vae: VAE | None = None) -> Tensor:
     """An image's pixels (C, H, W): its latent, or what the VAE decodes of that."""
-    return image.latent if vae is None else vae.decode(image.latent[None])[0]
+    return decoded(image.latent[None], vae)[0]
 
 
 def load_image(path: Path, config, vae: VAE | None = None) -> Image:

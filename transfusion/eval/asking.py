@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transfusion.data.chat import TEMPLATES, ChatSettings, chat_parts, question_parts
 from transfusion.data.grids import MODES, Grids, GridSettings
 from transfusion.data.mixture import read_mixture
+from transfusion.data.model_images import picture_shape, pixel_factor
 from transfusion.data.sources.record import PictureRef, Record, Turn
 from transfusion.generate.generation import generate_batch, read
 from transfusion.sequence import Image, Part, Text, encode
@@ -81,8 +82,7 @@ class AskingSettings:
                                  "template is written; leave template, mode and side out")
             mixture = read_mixture(self.mixture)
             return Asking(mixture.chat, mixture.pictures)
-        factor = 1 if model.vae is None else model.vae.factor
-        side = self.side or model.config.image_size[0] * factor
+        side = self.side or model.config.image_size[0] * pixel_factor(model.vae)
         return Asking(ChatSettings(template=self.template, image_position="front"),
                       GridSettings(side=side, mode=self.mode))
 
@@ -93,10 +93,9 @@ class Asker:
     def __init__(self, model, asking: Asking):
         if model.tokenizer is None:
             raise ValueError("eval: the model has no tokenizer; a checkpoint that was saved with one fits")
-        factor = 1 if model.vae is None else model.vae.factor
-        channels = model.config.image_channels if model.vae is None else model.vae.picture_channels
+        channels, *_ = picture_shape(model.config, model.vae)
         self.model, self.asking = model, asking
-        self.grids = Grids(asking.pictures, model.config.patch_size * factor, channels)
+        self.grids = Grids(asking.pictures, model.config.patch_size * pixel_factor(model.vae), channels)
         self.room = model.config.text_config.get_text_config().max_position_embeddings
 
     def prompt(self, question: Question) -> list[Part]:

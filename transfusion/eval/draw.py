@@ -30,7 +30,7 @@ from tqdm import tqdm
 from tyro.conf import arg
 
 from transfusion.command import claim
-from transfusion.data.model_images import load_image
+from transfusion.data.model_images import decoded, load_image
 from transfusion.data.picture_files import to_picture
 from transfusion.device import launched, own_device
 from transfusion.eval.picture_grids import contact_sheet
@@ -192,7 +192,7 @@ def _draw_batch(model: Transfusion, batch: list[Entry], settings: DrawSettings) 
     options = settings.sampling.of_one_image() | batch[0].options
     drawn = model.draw(prompts, seeds=[entry.seed for entry in batch], **options)
     latents = torch.stack([image.latent for image in drawn])
-    return latents if model.vae is None else model.vae.decode(latents)
+    return decoded(latents, model.vae)
 
 
 @contextlib.contextmanager

@@ -4,9 +4,8 @@ from typing import Annotated
 
 import torch
 
+from transfusion.model.loading import DTYPES
 from transfusion.settings import OneOf
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from PIL import Image as Picture
 from torch import Tensor
 from tqdm import tqdm
 
-from transfusion.data.model_images import image_of
+from transfusion.data.model_images import decoded, image_of, pixel_factor
 from transfusion.data.picture_files import to_picture
 from transfusion.diffusion.guidance import Guidance
 from transfusion.generate.generation import Preview
@@ -143,7 +143,7 @@ class TransfusionPipeline:
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int] | None:
         """Height and width in the model's latents."""
-        factor = 1 if self.model.vae is None else self.model.vae.factor
+        factor = pixel_factor(self.model.vae)
         sides = [own * factor if given is None else given
                  for given, own in zip((height, width), self.model.config.image_size)]
         for name, side in zip(("height", "width"), sides):
@@ -155,7 +155,7 @@ class TransfusionPipeline:
     def _as_type(self, latents: Tensor, output_type: str) -> list[Picture.Image] | Tensor | np.ndarray:
         if output_type == "latent":
             return latents
-        pixels = latents if self.model.vae is None else self.model.vae.decode(latents)
+        pixels = decoded(latents, self.model.vae)
         if output_type == "pil":
             return [to_picture(one) for one in pixels]
         pixels = (pixels.clamp(-1, 1) + 1) / 2

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Annotated
 
 from transfusion.command import claim
+from transfusion.model.loading import DTYPES
 from transfusion.model.transfusion import Transfusion
 from transfusion.settings import OneOf, check
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)

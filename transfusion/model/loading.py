@@ -4,6 +4,9 @@ from pathlib import Path
 from transfusion.device import choose_device
 from transfusion.model.transfusion import Transfusion
 
+DTYPES = ("float32", "bfloat16", "float16")
+"""Of weights, as options name them."""
+
 
 def load_model(path: Path, device: str) -> Transfusion:
     """Load a checkpoint, and its autoencoder if it has one, onto a device that `choose_device` knows."""

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from transfusion.data.model_images import decoded
 from transfusion.device import choose_device
 from transfusion.eval.features import in_batches
 from transfusion.eval.metrics import frechet_distance
@@ -61,7 +62,7 @@ class Judges:
 def draw_emoji(model: Transfusion, captions: list[str], **options) -> Tensor:
     """Draw one picture for each caption: (M, C, H, W) in [-1, 1], decoded where the model draws latents."""
     latents = torch.stack([image.latent for image in model.draw(captions, **options)])
-    return (latents if model.vae is None else model.vae.decode(latents)).clamp(-1, 1)
+    return decoded(latents, model.vae).clamp(-1, 1)
 
 
 def read_captions(model: Transfusion, images: Tensor, captions: list[str]) -> dict[str, float]:
