@@ -10,7 +10,8 @@ time, and the same command goes on where it was; `--minutes` stops each configur
 installed one is put into build/triton/VERSION by pip, once; a folder that holds one may be named instead.
 
 What has been run so far is written to benchmarks/results/emulate.md, with every failure. A configuration that the
-last change of the sources has not been run in keeps the line of the commit where it was.
+last change of the sources has not been run in keeps the line of the commit where it was, and one that the page has
+whole and without a failure at that change is not run again, even where build/ is empty.
 """
 import argparse
 import collections
@@ -129,11 +130,27 @@ def version_in(folder: Path) -> str:
     return re.search(r"__version__ = ['\"](.+)['\"]", (folder / "triton" / "__init__.py").read_text())[1]
 
 
-def page(configurations: list[Configuration], commit: str) -> str:
-    """The table of what has been run, and each failure."""
+def clean_lines(text: str) -> dict[tuple[str, ...], str]:
+    """The lines of a page of whole runs without a failure, by schedule, dtype, architecture and Triton."""
+    cells = {line: tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in text.splitlines(keepends=True)
+             if line.startswith("|")}
+    return {one[:4]: line for line, one in cells.items() if one[6:8] == ("0", "0")}
+
+
+def _place(key: tuple[str, ...]) -> tuple:
+    """Where a configuration's line stands in the page: as it runs by default, the newest Triton first."""
+    schedule, dtype, architecture, version = key
+    known = list(SCHEDULES).index(schedule) if schedule in SCHEDULES else len(SCHEDULES)
+    return (known, schedule, DTYPES.index(dtype), -int(architecture.removeprefix("sm_")),
+            [-int(number) for number in re.findall(r"\d+", version)])
+
+
+def page(configurations: list[Configuration], commit: str, before: str = "") -> str:
+    """The table of what has been run, and each failure; clean lines of the page before stay where nothing is newer."""
     text = PAGE.format(date=datetime.date.today(), commit=commit, torch=torch.__version__, sources=", ".join(SOURCES))
     ran = [(one, at) for one in configurations if (at := one.latest(commit))]
-    text += "".join(one.row(at) for one, at in ran)
+    table = clean_lines(before) | {one[:4]: one.row(at) for one, at in ran}
+    text += "".join(table[key] for key in sorted(table, key=_place))
     failures = collections.defaultdict(list)
     for one, at in ran:
         for test in lines(one.file(at)):
@@ -166,9 +183,14 @@ def main(arguments: list[str] | None = None) -> int:
     configurations = [Configuration(schedule, dtype, architecture, version, folder) for schedule in given.schedule
                       for dtype in given.dtype or SCHEDULES.get(schedule, DTYPES[:1])
                       for architecture in given.architecture for version, folder in zip(versions, folders)]
+    before = given.out.read_text() if given.out.is_file() else ""
+    done = {key for key, line in clean_lines(before).items() if f"| {commit} |" in line}
     for one in configurations:
+        if one[:4] in done:
+            print(f"{one}: whole at {commit}", flush=True)
+            continue
         one.run(commit, given.minutes)
-        given.out.write_text(page(configurations, commit))
+        given.out.write_text(page(configurations, commit, before))
     print(given.out.read_text())
     return any(test["outcome"] == "failed" for one in configurations for test in lines(one.file(commit)))
 

@@ -26,7 +26,7 @@ def configuration(tmp_path, monkeypatch):
 def record(configuration, *tests, commit="abc"):
     """Write the file of a configuration's tests."""
     path = configuration.file(commit)
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(json.dumps(line) for line in ({"collected": 5}, *tests)))
 
 
@@ -72,6 +72,29 @@ def test_what_the_last_commit_has_not_run_is_shown_of_the_newest_that_has(config
         assert f"| 3.7.1 | {commit} | {minutes} | 0 |" in emulate.page([configuration], "abc")
     os.utime(configuration.file("old"), (9000, 9000))
     assert configuration.latest("abc") == "old" and configuration.latest("new") == "new"
+
+
+def test_clean_lines_of_a_page_stay_and_are_not_run_again(configuration, monkeypatch, tmp_path):
+    test = {"seconds": 60.0, "launches": {}, "rows": [], "why": "no"}
+    others = [configuration._replace(schedule="late", architecture=name) for name in ("sm_80", "sm_90")]
+    for one, outcome in zip(others, ("passed", "failed")):
+        record(one, *({**test, "test": name, "outcome": outcome} for name in "abcde"))
+    before = emulate.page(others, "abc")
+    for one in others:
+        one.file("abc").unlink()
+    record(configuration, {**test, "test": "a", "outcome": "passed"})
+    lines = emulate.clean_lines(emulate.page([*others, configuration], "abc", before))
+    assert list(lines) == [others[0][:4]]
+    text = emulate.page([configuration], "abc", before)
+    assert text.index("| late | float16 | sm_80 |") < text.index("| random-3 |") and "| sm_90 |" not in text
+
+    out, ran = tmp_path / "page.md", []
+    out.write_text(before)
+    monkeypatch.setattr(emulate, "output", lambda *command: "abc" if "log" in command else "")
+    monkeypatch.setattr(emulate.Configuration, "run", lambda one, commit, minutes: ran.append(one.architecture))
+    monkeypatch.setattr(emulate, "lines", lambda file: [])
+    emulate.main(["--out", str(out), "--schedule", "late", "--dtype", "float16", "--triton", str(configuration.folder)])
+    assert ran == ["sm_90"] and "| late | float16 | sm_80 | 3.7.1 | abc | 5 | 0 | 0 |" in out.read_text()
 
 
 def test_the_tests_of_float16_are_all_of_them_and_none_of_bfloat16(configuration):
