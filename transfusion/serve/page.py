@@ -71,11 +71,18 @@ USES = """element.addEventListener("click", (event) => {
 class Visit:
     """A visitor's request: whether he has stopped it or left, and whether its conversation is cleared."""
 
-    gone = cleared = False
+    def __init__(self):
+        self.left, self.cleared = asyncio.Event(), False
 
-    async def is_disconnected(self) -> bool:
-        """As of a request over HTTP."""
-        return self.gone
+    @property
+    def gone(self) -> bool:
+        """Whether he has stopped it or left."""
+        return self.left.is_set()
+
+    async def receive(self) -> dict:
+        """As of a request over HTTP: what comes next is that he is gone."""
+        await self.left.wait()
+        return {"type": "http.disconnect"}
 
 
 class Page:
@@ -320,11 +327,12 @@ class Page:
     async def _leave(self, request: gr.Request) -> None:
         """Stop all requests of a visitor; their places are free at the next pass."""
         for visit in self.visits.get(request.session_hash, ()):
-            visit.gone = True
+            visit.left.set()
 
     async def _forget(self, request: gr.Request) -> dict:
         for visit in self.visits.get(request.session_hash, ()):
-            visit.gone = visit.cleared = True
+            visit.cleared = True
+        await self._leave(request)
         return {self.chat: [], self.talk_notice: ""}
 
     def _use_for_edit(self, event: gr.EventData) -> dict:
