@@ -170,13 +170,13 @@ class Page:
             self.new_seed = gr.Checkbox(label="A new seed for each request", value=True)
         self.controls = {
             "seed": seed,
-            "count": gr.Slider(1, min(MOST_AT_ONCE, self.engine.rows), 1, step=1, label=LABELS["n"],
-                               info="variations to draw and edit: their seeds follow one another"),
-            "steps": gr.Slider(1, limits.steps, min(usual.steps, limits.steps), step=1,
-                               label=LABELS["num_inference_steps"], info="more are finer and take longer"),
+            "count": _count(min(MOST_AT_ONCE, self.engine.rows), 1, label=LABELS["n"],
+                            info="variations to draw and edit: their seeds follow one another"),
+            "steps": _count(limits.steps, usual.steps, label=LABELS["num_inference_steps"],
+                            info="more are finer and take longer"),
             "guidance": gr.Slider(1, 15, Guidance().text, step=0.1, label=LABELS["guidance_scale"],
                                   info="how closely pictures follow the prompt"),
-            "size": gr.Dropdown(sizes, value=sizes[0], label=LABELS["size"], allow_custom_value=True,
+            "size": gr.Dropdown(sizes, value=next(iter(sizes), None), label=LABELS["size"], allow_custom_value=True,
                                 info=f"width x height, multiples of {step}"),
         }
         with gr.Accordion("More", open=False):
@@ -372,6 +372,13 @@ def add_page(app: FastAPI, page: Page, max_megabytes: int) -> FastAPI:
     return gr.mount_gradio_app(app, page.blocks, "/", footer_links=[], run_history=False, show_error=False,
                                max_file_size=f"{max_megabytes}mb", ssr_mode=False, enable_monitoring=False, pwa=False,
                                mcp_server=False, theme=theme, css=CSS)
+
+
+def _count(most: int, value: int, **more) -> gr.components.Component:
+    """A number from 1 to `most`: a slider, or 1 to look at where nothing else fits, for which gradio has no slider."""
+    if most == 1:
+        return gr.Number(1, precision=0, interactive=False, **more)
+    return gr.Slider(1, most, min(value, most), step=1, **more)
 
 
 def _take_sent_files_alone(part: gr.components.Component) -> None:
