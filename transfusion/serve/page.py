@@ -15,7 +15,6 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from gradio.processing_utils import save_bytes_to_cache
-from gradio_client.utils import is_http_url_like
 
 from transfusion.diffusion.guidance import Guidance
 from transfusion.diffusion.solvers import SOLVERS
@@ -25,6 +24,7 @@ from transfusion.serve.copied_code import curl_code, python_code
 from transfusion.serve.engine import Engine
 from transfusion.serve.fields import ANSWERS, LABELS, Call, Fields, draw, edit, requests_of, talk, told
 from transfusion.serve.pictures import PictureReader
+from transfusion.serve.sent_files import take_sent_files_alone
 from transfusion.serve.server import LEFT, AnnouncedServer, Answers, reading
 from transfusion.serve.shown import Answer, figures, is_small, notice, preview_figure
 from transfusion.serve.wire import ApiError
@@ -366,7 +366,7 @@ class PageServer(AnnouncedServer):
 def add_page(app: FastAPI, page: Page, max_megabytes: int) -> FastAPI:
     """Put the page at the root of the HTTP interface; nothing is loaded from or told to other hosts."""
     for part in (page.chat, page.box, page.picture):
-        _take_sent_files_alone(part)
+        take_sent_files_alone(part)
     page.blocks.has_launched = True  # or a mounted page would let visitors name any file of this machine as theirs
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     return gr.mount_gradio_app(app, page.blocks, "/", footer_links=[], run_history=False, show_error=False,
@@ -379,15 +379,3 @@ def _count(most: int, value: int, **more) -> gr.components.Component:
     if most == 1:
         return gr.Number(1, precision=0, interactive=False, **more)
     return gr.Slider(1, most, min(value, most), step=1, **more)
-
-
-def _take_sent_files_alone(part: gr.components.Component) -> None:
-    """Have a part refuse the address of a file, which gradio would fetch for the visitor."""
-    move = part.async_move_resource_to_block_cache
-
-    async def checked(path: str | None) -> str | None:
-        if is_http_url_like(str(path)):
-            raise gr.Error("A picture is given by its address; send the file", print_exception=False)
-        return await move(path)
-
-    part.async_move_resource_to_block_cache = checked
