@@ -124,13 +124,14 @@ def _address(settings: HostSettings) -> dict:
 
 
 def _listen(engine: Engine, server) -> None:
-    """Answer until Ctrl-C; what runs then is finished."""
+    """Answer until Ctrl-C; what runs then is finished, unless a second Ctrl-C comes."""
     try:
         server.run()
     except KeyboardInterrupt:  # uvicorn repeats the signal after it has shut down
-        print("stopped; what ran is finished", flush=True)
+        engine.close(drain=not server.force_exit)
+        print("stopped; what ran is " + ("left unfinished" if server.force_exit else "finished"), flush=True)
     finally:
-        engine.close()
+        engine.close(drain=False)
 
 
 def share_one_arena() -> None:

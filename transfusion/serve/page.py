@@ -15,7 +15,6 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from gradio.processing_utils import save_bytes_to_cache
-from gradio_client.utils import is_http_url_like
 
 from transfusion.diffusion.guidance import Guidance
 from transfusion.diffusion.solvers import SOLVERS
@@ -25,6 +24,7 @@ from transfusion.serve.copied_code import curl_code, python_code
 from transfusion.serve.engine import Engine
 from transfusion.serve.fields import ANSWERS, LABELS, Call, Fields, draw, edit, requests_of, talk, told
 from transfusion.serve.pictures import PictureReader
+from transfusion.serve.sent_files import take_sent_files_alone
 from transfusion.serve.server import LEFT, AnnouncedServer, Answers, reading
 from transfusion.serve.shown import Answer, figures, is_small, notice, preview_figure
 from transfusion.serve.wire import ApiError
@@ -71,11 +71,18 @@ USES = """element.addEventListener("click", (event) => {
 class Visit:
     """A visitor's request: whether he has stopped it or left, and whether its conversation is cleared."""
 
-    gone = cleared = False
+    def __init__(self):
+        self.left, self.cleared = asyncio.Event(), False
 
-    async def is_disconnected(self) -> bool:
-        """As of a request over HTTP."""
-        return self.gone
+    @property
+    def gone(self) -> bool:
+        """Whether he has stopped it or left."""
+        return self.left.is_set()
+
+    async def receive(self) -> dict:
+        """As of a request over HTTP: what comes next is that he is gone."""
+        await self.left.wait()
+        return {"type": "http.disconnect"}
 
 
 class Page:
@@ -163,13 +170,13 @@ class Page:
             self.new_seed = gr.Checkbox(label="A new seed for each request", value=True)
         self.controls = {
             "seed": seed,
-            "count": gr.Slider(1, min(MOST_AT_ONCE, self.engine.rows), 1, step=1, label=LABELS["n"],
-                               info="variations to draw and edit: their seeds follow one another"),
-            "steps": gr.Slider(1, limits.steps, min(usual.steps, limits.steps), step=1,
-                               label=LABELS["num_inference_steps"], info="more are finer and take longer"),
+            "count": _count(min(MOST_AT_ONCE, self.engine.rows), 1, label=LABELS["n"],
+                            info="variations to draw and edit: their seeds follow one another"),
+            "steps": _count(limits.steps, usual.steps, label=LABELS["num_inference_steps"],
+                            info="more are finer and take longer"),
             "guidance": gr.Slider(1, 15, Guidance().text, step=0.1, label=LABELS["guidance_scale"],
                                   info="how closely pictures follow the prompt"),
-            "size": gr.Dropdown(sizes, value=sizes[0], label=LABELS["size"], allow_custom_value=True,
+            "size": gr.Dropdown(sizes, value=next(iter(sizes), None), label=LABELS["size"], allow_custom_value=True,
                                 info=f"width x height, multiples of {step}"),
         }
         with gr.Accordion("More", open=False):
@@ -320,11 +327,12 @@ class Page:
     async def _leave(self, request: gr.Request) -> None:
         """Stop all requests of a visitor; their places are free at the next pass."""
         for visit in self.visits.get(request.session_hash, ()):
-            visit.gone = True
+            visit.left.set()
 
     async def _forget(self, request: gr.Request) -> dict:
         for visit in self.visits.get(request.session_hash, ()):
-            visit.gone = visit.cleared = True
+            visit.cleared = True
+        await self._leave(request)
         return {self.chat: [], self.talk_notice: ""}
 
     def _use_for_edit(self, event: gr.EventData) -> dict:
@@ -358,7 +366,7 @@ class PageServer(AnnouncedServer):
 def add_page(app: FastAPI, page: Page, max_megabytes: int) -> FastAPI:
     """Put the page at the root of the HTTP interface; nothing is loaded from or told to other hosts."""
     for part in (page.chat, page.box, page.picture):
-        _take_sent_files_alone(part)
+        take_sent_files_alone(part)
     page.blocks.has_launched = True  # or a mounted page would let visitors name any file of this machine as theirs
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     return gr.mount_gradio_app(app, page.blocks, "/", footer_links=[], run_history=False, show_error=False,
@@ -366,13 +374,8 @@ def add_page(app: FastAPI, page: Page, max_megabytes: int) -> FastAPI:
                                mcp_server=False, theme=theme, css=CSS)
 
 
-def _take_sent_files_alone(part: gr.components.Component) -> None:
-    """Have a part refuse the address of a file, which gradio would fetch for the visitor."""
-    move = part.async_move_resource_to_block_cache
-
-    async def checked(path: str | None) -> str | None:
-        if is_http_url_like(str(path)):
-            raise gr.Error("A picture is given by its address; send the file", print_exception=False)
-        return await move(path)
-
-    part.async_move_resource_to_block_cache = checked
+def _count(most: int, value: int, **more) -> gr.components.Component:
+    """A number from 1 to `most`: a slider, or 1 to look at where nothing else fits, for which gradio has no slider."""
+    if most == 1:
+        return gr.Number(1, precision=0, interactive=False, **more)
+    return gr.Slider(1, most, min(value, most), step=1, **more)

@@ -13,8 +13,13 @@ from types import SimpleNamespace
 import pytest
 
 from tests.transfusion.conftest import tiny_model
+from tests.transfusion.serve.test_engine import until
+from transfusion import Text
 from transfusion.cli import main
+from transfusion.generate.sampling import Sampling
 from transfusion.serve import command_line
+from transfusion.serve.engine import Engine
+from transfusion.serve.request import Request
 
 PACKAGES = {"serve": ("uvicorn", "fastapi"), "app": ("uvicorn", "fastapi", "gradio")}
 
@@ -110,6 +115,53 @@ def test_a_server_says_where_it_is_when_it_listens_and_a_signal_lets_it_finish_w
             server.wait(60)
         finally:
             server.kill()
+
+
+@pytest.mark.parametrize("is_second, ended, said", [(False, "finished", "stopped; what ran is finished"),
+                                                    (True, "cancelled", "stopped; what ran is left unfinished")])
+def test_what_runs_is_finished_unless_a_second_interrupt_comes(capsys, is_second, ended, said):
+    engine, told = Engine(tiny_model(), rows=1, queue=4), []
+
+    def run():
+        for _ in range(3):
+            engine.submit(Request([Text("a")], Sampling(steps=250, max_new_tokens=0), draw=True),
+                          lambda event: told.append(capsys.readouterr().out))
+        raise KeyboardInterrupt
+
+    command_line._listen(engine, SimpleNamespace(run=run, force_exit=is_second))
+    assert engine.stats()[ended] == 3 and not engine.alive
+    assert set(told) == {""} and said in capsys.readouterr().out, "it is said when it is so"
+
+
+@pytest.mark.parametrize("command", ["serve", "app"])
+def test_a_server_that_is_interrupted_twice_ends_at_once_and_says_what_it_left(checkpoint, command):
+    need(command)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "transfusion.cli", command, "--model", str(checkpoint), "--port", str(port),
+               "--rows", "1", "--limits.steps", "100000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            server.stdout.readline()
+            body = {"prompt": "a", "num_inference_steps": 100_000}  # minutes
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+            connection.request("POST", "/v1/images/generations", json.dumps(body), {"Content-Type": "application/json"})
+            until(lambda: "transfusion_running 1" in metrics(port))
+            server.send_signal(signal.SIGINT)
+            until(lambda: is_closed(port))
+            server.send_signal(signal.SIGINT)
+            said, _ = server.communicate(timeout=30)
+            assert said == "stopped; what ran is left unfinished\n"
+        finally:
+            server.kill()
+
+
+def is_closed(port):
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=60).close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 def metrics(port):
