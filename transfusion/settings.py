@@ -17,6 +17,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
+MOST_SHOWN = 200  # characters of a value that messages repeat
 KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a str", Path: "a pathlib.Path"}
 
 
@@ -72,7 +73,13 @@ def check_value(op: str, name: str, value, hint) -> None:
         ValueError: the value is named `name`.
     """
     if misfit := _misfit(value, hint):
-        raise ValueError(f"{op}: {name} is {value!r}; {misfit}")
+        raise ValueError(f"{op}: {name} is {shown(value)}; {misfit}")
+
+
+def shown(value) -> str:
+    """A value as messages repeat it: its repr, cut where that is long."""
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def nearest(name: str, names: Iterable[str], form=str) -> str:

@@ -147,7 +147,8 @@ class Row:
 
     def _held_back(self, text: str) -> int:
         """Length of the longest end of a text that is a beginning of one that ends the row."""
-        return max((n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        return max((n for stop in self.stop for n in range(1, min(len(stop), len(text) + 1))
+                    if text.endswith(stop[:n])), default=0)
 
     def _before_stop(self, text: str) -> str:
         """What of a text stands before the first of the texts that end it: all of it where none is there."""

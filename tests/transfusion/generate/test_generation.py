@@ -12,8 +12,10 @@ from tfkernels.attention import cpu
 from transfusion import Image, Text
 from transfusion.diffusion.guidance import Guidance
 from transfusion.diffusion.objective import step
-from transfusion.generate.generation import Drawn, Preview, Sampling, _Generation
+from transfusion.generate.generation import Drawn, Preview, _Generation
 from transfusion.generate.kv_cache import Canvas
+from transfusion.generate.row import Row
+from transfusion.generate.sampling import LONGEST_STOP, Sampling
 from transfusion.sequence import Document, encode, lay_out
 
 
@@ -247,6 +249,23 @@ def test_a_stream_says_what_the_whole_text_says_whatever_stops_it(model):
             assert streamed(stop=never) == whole(stop=never) == free, never
 
 
+def test_a_long_stop_costs_no_more_than_what_is_written(model):
+    """At each token no beginning of it is looked for that is longer than the text so far."""
+    taken = []
+
+    class Counted(str):
+        def __getitem__(self, place):
+            taken.append(place)
+            return str(self)[place]
+
+    stop = Counted("\0" * LONGEST_STOP)
+    row = Row(model, [Text("a")], Sampling(stop=(stop,)), (1, 1), 0)
+    token, = model.tokenizer.encode("a", add_special_tokens=False)
+    assert row.take(token) == "a" and len(taken) <= 1
+    with pytest.raises(ValueError, match="stop is .{,300}; 1 to 4 texts, .* of at most 256 characters each$"):
+        Sampling(stop=("a" * 2**20,))
+
+
 @pytest.mark.parametrize("call,message", [
     (lambda m: m.draw(["  "]), "a prompt is empty"),
     (lambda m: m.generate([]), "parts is empty"),
@@ -265,7 +284,7 @@ MEANINGLESS = [
         "steps": (0, 1.5, True, NAN, "3", None),
         "max_new_tokens": (-1, 1.5, True, INF),
         "max_images": (-1, 0.5, False),
-        "stop": ("a", ("a", 1), (), 3, ("",), ("a", ""), tuple("abcde")),
+        "stop": ("a", ("a", 1), (), 3, ("",), ("a", ""), tuple("abcde"), ("a" * 257,)),
         "seed": (1.5, NAN, "1", 2**64),
         "image_size": (8, 8.0, (8,), (8, 8, 8), (0, 8), (-8, 8), (8.0, 8), (True, 8), "88", (), (8, 7)),
         "guidance": (NAN, INF, -1.0, "3", None, True),

@@ -231,6 +231,7 @@ def test_a_field_that_does_not_fit_is_refused_by_its_name(client, fields, status
     ({"prompt": [1, 2]}, "prompt", "prompt: Input should be a valid string"),
     ({"stop": ""}, "stop", "1 to 4 texts, none of them empty, fit"),
     ({"stop": list("abcde")}, "stop", "1 to 4 texts, none of them empty, fit"),
+    ({"stop": "a" * 2**20}, "stop", "of at most 256 characters each"),
 ])
 def test_a_field_of_texts_that_does_not_fit_is_refused_by_its_name(client, fields, param, message):
     answer = client.post("/v1/completions", json={"prompt": "a", **fields})
