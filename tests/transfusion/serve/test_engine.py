@@ -269,6 +269,8 @@ def test_a_cache_that_is_full_lets_requests_wait_until_others_give_their_tokens_
 
 @pytest.mark.parametrize("options,draw,name", [
     (dict(steps=251), True, "steps is 251; at most 250 fit"),
+    (dict(steps=2**60), True, f"steps is {2**60}; at most 250 fit"),
+    (dict(steps=2**70, sampler="unipc"), False, f"steps is {2**70}; at most 250 fit"),
     (dict(image_size=(2000, 2000)), True, r"image_size is \(2000, 2000\); at most 1048576 pixels"),
     (dict(image_size=(7, 8)), True, r"image_size is \(7, 8\) and the patch size 2"),
     (dict(max_images=9), False, "max_images is 9; at most 8 fit"),

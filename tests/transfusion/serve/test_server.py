@@ -200,6 +200,8 @@ def bomb():
 
 @pytest.mark.parametrize("fields,status,param,message", [
     ({"num_inference_steps": 251}, 400, "num_inference_steps", "at most 250 fit"),
+    ({"num_inference_steps": 2**60}, 400, "num_inference_steps", "at most 250 fit"),
+    ({"num_inference_steps": 2**70}, 400, "num_inference_steps", "at most 250 fit"),
     ({"num_inference_steps": 0}, 400, "num_inference_steps", "steps is 0"),
     ({"guidance_scale": -1}, 400, "guidance_scale", "is -1.0"),
     ({"size": "big"}, 400, "size", "WIDTHxHEIGHT fits"),
