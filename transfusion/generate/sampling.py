@@ -4,7 +4,7 @@ from typing import Annotated
 
 from tyro.conf import Suppress, arg
 
-from transfusion.diffusion.guidance import Guidance
+from transfusion.diffusion.guidance import Guidance, Scale
 from transfusion.diffusion.solvers import SOLVERS
 from transfusion.settings import Count, NotNegative, OneOf, Range, Share, WholeNumber, check, nearest, shown
 
@@ -50,7 +50,7 @@ class Sampling(TextSampling):
     """denoising steps of each image (the paper: 250, of a model trained with 1000)"""
     sampler: Annotated[str, OneOf(SOLVERS)] = "ddim"
     """the solver: ddim (on the straight path: Euler's method), dpm++, unipc or heun"""
-    guidance: Annotated[Guidance | NotNegative, arg(name="")] = Guidance()
+    guidance: Annotated[Guidance | Scale, arg(name="")] = Guidance()
     """a `Guidance`, or its scale of the prompt alone; a scale of 1 is no guidance, and then no other rows are run"""
     previews: Suppress[bool] = False
     """make a `Preview` after each denoising step; each one waits for the device"""

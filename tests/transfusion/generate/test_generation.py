@@ -266,6 +266,20 @@ def test_a_long_stop_costs_no_more_than_what_is_written(model):
         Sampling(stop=("a" * 2**20,))
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-50, 1e-40, 1e-6])
+def test_a_tiny_temperature_takes_the_likeliest_token(model, temperature):
+    options = dict(max_new_tokens=5, max_images=0, seed=3)
+    same(model.generate([Text("a")], temperature=temperature, **options), model.generate([Text("a")], **options))
+
+
+def test_a_huge_temperature_takes_any_token_that_may_be_written(model):
+    row = Row(model, [Text("a")], Sampling(temperature=1e300, max_images=0), (1, 1), 0)
+    scores = torch.linspace(0, 1e4, len(model.tokenizer))
+    found = {row.choose(scores) for _ in range(20 * len(scores))}
+    assert found.isdisjoint({model.config.boi_token_id, model.config.eoi_token_id})
+    assert len(found) > len(scores) / 2
+
+
 @pytest.mark.parametrize("call,message", [
     (lambda m: m.draw(["  "]), "a prompt is empty"),
     (lambda m: m.generate([]), "parts is empty"),
@@ -287,7 +301,7 @@ MEANINGLESS = [
         "stop": ("a", ("a", 1), (), 3, ("",), ("a", ""), tuple("abcde"), ("a" * 257,)),
         "seed": (1.5, NAN, "1", 2**64),
         "image_size": (8, 8.0, (8,), (8, 8, 8), (0, 8), (-8, 8), (8.0, 8), (True, 8), "88", (), (8, 7)),
-        "guidance": (NAN, INF, -1.0, "3", None, True),
+        "guidance": (NAN, INF, -1.0, 1e300, "3", None, True),
         "temperature": (NAN, INF, -1.0, "0", True),
         "top_p": (NAN, -0.1, 1.1, True),
         "min_p": (NAN, INF, 1.5),

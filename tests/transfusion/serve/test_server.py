@@ -203,6 +203,8 @@ def bomb():
     ({"num_inference_steps": 2**60}, 400, "num_inference_steps", "at most 250 fit"),
     ({"num_inference_steps": 2**70}, 400, "num_inference_steps", "at most 250 fit"),
     ({"num_inference_steps": 0}, 400, "num_inference_steps", "steps is 0"),
+    ({"guidance_scale": 1e300}, 400, "guidance_scale", "is 1e+300; a number of at least 0 and at most 10000.0"),
+    ({"image_guidance_scale": 1e300}, 400, "image_guidance_scale", "at most 10000.0"),
     ({"guidance_scale": -1}, 400, "guidance_scale", "is -1.0"),
     ({"size": "big"}, 400, "size", "WIDTHxHEIGHT fits"),
     ({"size": "7x8"}, 400, "size", "size is '7x8'; multiples of 2 fit"),
@@ -224,6 +226,16 @@ def test_a_field_that_does_not_fit_is_refused_by_its_name(client, fields, status
     error = answer.json()["error"]
     assert answer.status_code == status and error["param"] == param and message in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("fields", [
+    {"temperature": 1e-40}, {"temperature": 5e-324}, {"temperature": 1e300}, {"guidance_scale": 1e4}, {"seed": -2**63},
+    {"guidance_scale": 1e4, "image_guidance_scale": 1e4}, {"guidance_scale": 5e-324}, {"top_p": 0, "min_p": 1}])
+def test_numbers_at_their_ends_are_answered(client, fields):
+    options = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 3, **DRAW, **fields}
+    for modalities in (["text"], ["image"]):
+        answer = client.post("/v1/chat/completions", json={**options, "modalities": modalities})
+        assert answer.status_code == 200, answer.text
 
 
 @pytest.mark.parametrize("fields,param,message", [
