@@ -29,7 +29,7 @@ def fetch(url: str, max_bytes: int) -> bytes:
         try:
             target, data = _get(url, max_bytes, end)
         except (OSError, http.client.HTTPException, UnicodeError) as error:
-            raise ValueError(f"image_url: {url[:80]} cannot be fetched ({error}); a data: URL fits") from None
+            raise ValueError(f"image_url: {url[:80]!r} cannot be fetched ({error}); a data: URL fits") from None
         if target is None:
             return data
         url = urljoin(url, target)
@@ -50,13 +50,13 @@ def _get(url: str, max_bytes: int, end: float) -> tuple[str | None, bytes]:
         if answer.status in (301, 302, 303, 307, 308) and answer.headers["Location"]:
             return answer.headers["Location"], b""
         if answer.status != 200:
-            raise ValueError(f"image_url: {url[:80]} answers {answer.status}; a picture that is there fits")
+            raise ValueError(f"image_url: {url[:80]!r} answers {answer.status}; a picture that is there fits")
         data = answer.read(max_bytes + 1)
     finally:
         connection.close()
         plain.close()
     if len(data) > max_bytes:
-        raise ValueError(f"image_url: {url[:80]} has more than {max_bytes} bytes; a smaller picture fits")
+        raise ValueError(f"image_url: {url[:80]!r} has more than {max_bytes} bytes; a smaller picture fits")
     return None, data
 
 

@@ -403,7 +403,7 @@ def of_the_server(error: Exception) -> ApiError:
 def _json(name: str, text: str) -> dict:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, a number of too many digits, or too deep
         raise ApiError(400, f"{name} is not JSON that can be read ({error}); an object fits", name) from None
 
 

@@ -20,6 +20,7 @@ from transfusion.serve.turns import parts_of
 
 WIRE_NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale", "text": "guidance_scale",
               "image": "image_guidance_scale", "image_size": "size", "max_new_tokens": "max_tokens"}
+MOST_SAID = 1000  # characters of a message
 READING = ("image", "image_url")  # which the project's messages about pictures begin with
 UNKNOWN_HERE = ("tools", "functions", "logprobs", "top_logprobs", "logit_bias", "frequency_penalty", "presence_penalty",
                 "response_format", "audio", "mask", "background", "best_of", "echo", "suffix",
@@ -27,10 +28,13 @@ UNKNOWN_HERE = ("tools", "functions", "logprobs", "top_logprobs", "logit_bias", 
 
 
 class ApiError(Exception):
-    """An error with its HTTP status and, where one is at fault, the name of the field."""
+    """An error with its HTTP status and, where one is at fault, the name of the field.
+
+    What UTF-8 cannot write of a message is spelled out, and a long one is cut: it may repeat what the client sent.
+    """
 
     def __init__(self, status: int, message: str, param: str | None = None):
-        super().__init__(message)
+        super().__init__(message[:MOST_SAID].encode(errors="backslashreplace").decode())
         self.status, self.param = status, param
 
     def body(self) -> dict:
@@ -79,7 +83,7 @@ class Body(BaseModel):
             return given
         inner = given.get("extra_body")
         if not (inner is None or isinstance(inner, dict)):
-            raise ApiError(400, f"extra_body is {str(inner)[:40]}; an object fits", "extra_body")
+            raise ApiError(400, f"extra_body is {repr(inner)[:40]}; an object fits", "extra_body")
         merged = {**given, **(inner or {})}
         given = {name: value for name, value in merged.items() if name != "extra_body" and value is not None}
         for name in UNKNOWN_HERE:

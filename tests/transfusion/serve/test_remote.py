@@ -59,6 +59,13 @@ def test_no_address_that_is_not_public_is_connected_to(monkeypatch, url):
         remote.fetch(url, 100)
 
 
+def test_a_url_that_utf8_cannot_write_is_spelled_out():
+    for url in ("http://\ud800.x/", "http://[::1\ud800/"):
+        with pytest.raises(ValueError, match=r"http://.*\\ud800") as raised:
+            remote.fetch(url, 100)
+        str(raised.value).encode()
+
+
 def test_an_address_is_public_or_not():
     assert remote.is_public("8.8.8.8") and remote.is_public("2606:4700::1111")
     assert remote.is_public("64:ff9b::808:808") and remote.is_public("2002:808:808::1")

@@ -32,7 +32,7 @@ import uvicorn  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
 
 from transfusion.serve.server import LEFT, Answers, make_app, of_the_server  # noqa: E402
-from transfusion.serve.wire import ChatBody  # noqa: E402
+from transfusion.serve.wire import ApiError, ChatBody  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
 DRAW = {"num_inference_steps": 2, "seed": 3}
@@ -77,8 +77,13 @@ def events(response):
     return [json.loads(line) for line in lines[:-1]]
 
 
+def post(client, path, body):
+    """What a body is answered; in ASCII, as the client of the tests cannot write what UTF-8 cannot."""
+    return client.post(f"/v1/{path}", content=json.dumps(body), headers={"Content-Type": "application/json"})
+
+
 def chat(client, content, **fields):
-    return client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": content}], **fields})
+    return post(client, "chat/completions", {"messages": [{"role": "user", "content": content}], **fields})
 
 
 def test_the_model_and_the_servers_health_are_told(client):
@@ -130,7 +135,8 @@ def test_an_edit_reads_the_picture(served):
 @pytest.mark.parametrize("files,fields,param", [
     ({"mask": ("m.png", png(), "image/png")}, {}, "mask"), ({"other": ("o.png", b"")}, {}, "other"),
     ({}, {"extra_body": "[" * 100_000}, "extra_body"), ({}, {"extra_body": "3"}, "extra_body"),
-    ({}, {"extra_body": "{"}, "extra_body"), ({}, {"output_format": "jpeg"}, "output_format")])
+    ({}, {"extra_body": "{"}, "extra_body"), ({}, {"extra_body": f'{{"seed": {"9" * 5000}}}'}, "extra_body"),
+    ({}, {"output_format": "jpeg"}, "output_format")])
 def test_what_an_edit_does_not_serve_is_refused_by_its_name(client, files, fields, param):
     answer = client.post("/v1/images/edits", files={"image": ("a.png", png()), **files}, data={"prompt": "a", **fields})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == param
@@ -215,6 +221,7 @@ def bomb():
     ({"output_compression": 50}, 400, "output_compression", "not served"),
     ({"partial_images": 2}, 400, "partial_images", "not served"),
     ({"extra_body": 3}, 400, "extra_body", "extra_body is 3; an object fits"),
+    ({"extra_body": "\ud800"}, 400, "extra_body", r"extra_body is '\ud800'; an object fits"),
     ({"n": 0}, 400, "n", "greater than or equal to 1"),
     ({"model": "gpt"}, 404, "model", "'tiny' fits"),
     ({"prompt": " "}, 400, "prompt", "prompt is empty"),
@@ -222,7 +229,7 @@ def bomb():
     ({"stream": True}, 400, "stream", "/v1/chat/completions streams"),
 ])
 def test_a_field_that_does_not_fit_is_refused_by_its_name(client, fields, status, param, message):
-    answer = client.post("/v1/images/generations", json={"prompt": "a", **DRAW, **fields})
+    answer = post(client, "images/generations", {"prompt": "a", **DRAW, **fields})
     error = answer.json()["error"]
     assert answer.status_code == status and error["param"] == param and message in error["message"]
     assert error["type"] == "invalid_request_error"
@@ -271,11 +278,12 @@ def test_a_message_that_cannot_be_read_is_refused(client, content, message):
 
 @pytest.mark.parametrize("image_url", [
     {}, {"url": None}, {"url": 3}, 3, {"url": "http://localhost/a.png"}, {"url": "http://localhost:99999/a.png"},
-    {"url": "http://[::1/"}, {"url": "ftp://a"}])
+    {"url": "http://[::1/"}, {"url": "ftp://a"}, {"url": "http://\ud800.x/"}, {"url": "http://a.x/\ud800"}])
 def test_a_url_that_cannot_be_fetched_is_the_clients_error_also_where_remote_ones_are_allowed(image_url):
     with TestClient(make_app(Engine(tiny_model()), "tiny", allow_remote=True), raise_server_exceptions=False) as client:
         answer = chat(client, [{"type": "image_url", "image_url": image_url}])
-    assert answer.status_code == 400 and answer.json()["error"]["param"] == "image_url"
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == "image_url" and error["message"].startswith("image_url: ")
 
 
 @pytest.mark.parametrize("body,status", [
@@ -286,6 +294,11 @@ def test_malformed_and_large_bodies_are_answered_in_openais_shape(client, body, 
     answer = client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == status and answer.json()["error"]["type"] == "invalid_request_error"
     assert client.get("/v1/nothing").json()["error"]["message"] == "Not Found"
+
+
+def test_an_error_says_in_utf8_and_not_at_any_length_what_the_client_sent():
+    message = ApiError(400, "url is \ud800" + "a" * 2**20).body()["error"]["message"]
+    assert message.startswith("url is \\ud800a") and len(message.encode()) < 1100
 
 
 @pytest.mark.parametrize("kind", [ZeroDivisionError, ValueError])
