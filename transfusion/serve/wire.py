@@ -18,8 +18,9 @@ from transfusion.serve.pictures import PictureReader
 from transfusion.serve.request import Request
 from transfusion.serve.turns import parts_of
 
-WIRE_NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale", "text": "guidance_scale",
-              "image": "image_guidance_scale", "image_size": "size", "max_new_tokens": "max_tokens"}
+WIRE_NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale", "image_size": "size",
+              "max_new_tokens": "max_tokens"}
+GUIDANCE_NAMES = {"text": "guidance_scale", "image": "image_guidance_scale"}  # elsewhere these are a text and a picture
 MOST_SAID = 1000  # characters of a message
 READING = ("image", "image_url")  # which the project's messages about pictures begin with
 UNKNOWN_HERE = ("tools", "functions", "logprobs", "top_logprobs", "logit_bias", "frequency_penalty", "presence_penalty",
@@ -47,14 +48,15 @@ class ApiError(Exception):
 def refused(error: ValueError, prompt: str) -> ApiError:
     """A ValueError of the project, "<op>: <argument> is ...", as an error 400 that calls the argument as the wire does.
 
-    `prompt` is the field that the engine's `parts` came from.
+    `prompt` is the field that the engine's `parts`, and their texts, came from.
     """
     message = str(error)
     op, _, rest = message.partition(": ")
     if op in READING:
         return ApiError(400, message, op)
     found = re.match(r"(\w+)(?:\[\d+\])?(?: is .*)", rest if op.isidentifier() else message, re.DOTALL)
-    names = {**{name: name for name in FIELDS}, **WIRE_NAMES, "parts": prompt}
+    names = {**{name: name for name in FIELDS}, **WIRE_NAMES, "parts": prompt, "text": prompt, "image": "image"}
+    names |= GUIDANCE_NAMES if op == "Guidance" else {}
     if not found or found[1] not in names:
         return ApiError(400, message)
     return ApiError(400, names[found[1]] + found[0][len(found[1]):], names[found[1]])

@@ -276,6 +276,24 @@ def test_a_message_that_cannot_be_read_is_refused(client, content, message):
     assert answer.status_code == 400 and message in answer.json()["error"]["message"]
 
 
+def test_errors_of_prompts_and_pictures_name_these_and_those_of_guidance_its_scales(client):
+    torn = io.BytesIO()
+    Picture.effect_noise((64, 64), 50).save(torn, "PNG")
+    torn, broken = torn.getvalue()[:2000], "a\ud800"
+    in_a_chat = [{"type": "image_url", "image_url": {"url": data_url(torn)}}]
+    for answer, param, message in (
+            (client.post("/v1/images/edits", files={"image": ("a.png", torn)}, data={"prompt": "a"}), "image",
+             "image is not a picture that can be read"),
+            (chat(client, in_a_chat), "image", "image is not a picture that can be read"),
+            (post(client, "images/generations", {"prompt": broken}), "prompt", r"prompt is 'a\ud800'"),
+            (post(client, "completions", {"prompt": broken}), "prompt", r"prompt is 'a\ud800'"),
+            (chat(client, broken), "messages", r"messages is 'a\ud800'"),
+            (chat(client, "a", guidance_scale=-1), "guidance_scale", "guidance_scale is -1.0"),
+            (chat(client, "a", image_guidance_scale=-1), "image_guidance_scale", "image_guidance_scale is -1.0")):
+        error = answer.json()["error"]
+        assert answer.status_code == 400 and error["param"] == param and error["message"].startswith(message)
+
+
 @pytest.mark.parametrize("image_url", [
     {}, {"url": None}, {"url": 3}, 3, {"url": "http://localhost/a.png"}, {"url": "http://localhost:99999/a.png"},
     {"url": "http://[::1/"}, {"url": "ftp://a"}, {"url": "http://\ud800.x/"}, {"url": "http://a.x/\ud800"}])
