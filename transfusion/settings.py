@@ -17,7 +17,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
-MOST_SHOWN = 200  # characters of a value that messages repeat
+MOST_SHOWN = 200   # characters of a value that messages repeat
+LONGEST_NAME = 64  # characters of a name that a nearest one is looked for
 KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a str", Path: "a pathlib.Path"}
 
 
@@ -84,6 +85,8 @@ def shown(value) -> str:
 
 def nearest(name: str, names: Iterable[str], form=str) -> str:
     """Return "; did you mean ...?" with the one of `names` that is like `name`, or nothing."""
+    if len(name) > LONGEST_NAME:  # difflib keeps a list for each of its characters
+        return ""
     near = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {form(near[0])}?" if near else ""
 

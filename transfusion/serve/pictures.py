@@ -14,6 +14,7 @@ from transfusion.data.picture_files import UNREADABLE, fit_picture, open_picture
 from transfusion.sequence import Image
 from transfusion.serve.engine import Closed, Engine
 from transfusion.serve.remote import fetch
+from transfusion.settings import shown
 
 MAX_PIXELS = 2**24  # of a picture that is sent: 64 MB decoded
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # Pillow's decoders of these alone meet what strangers send
@@ -116,13 +117,14 @@ class PictureReader:
         """
         if size in (None, "auto"):
             return None
-        sides = size.split("x")
+        sides = size.split("x", 2)
         if len(sides) != 2 or not all(side.isascii() and side.isdigit() and len(side) < 6 for side in sides):
-            raise ValueError(f"size is {size!r}; WIDTHxHEIGHT fits, such as {self.size[1]}x{self.size[0]}, or auto")
+            raise ValueError(f"size is {shown(size)}; WIDTHxHEIGHT fits, such as {self.size[1]}x{self.size[0]}, or "
+                             "auto")
         (width, height), unit = map(int, sides), self.factor * self.patch_size
         if not width or not height or width % unit or height % unit:
-            raise ValueError(f"size is {size!r}; multiples of {unit} fit, the side of a patch")
+            raise ValueError(f"size is {shown(size)}; multiples of {unit} fit, the side of a patch")
         pixels = self.engine.limits.pixels * self.factor**2
         if width * height > pixels:
-            raise ValueError(f"size is {size!r}; at most {pixels} pixels in all fit")
+            raise ValueError(f"size is {shown(size)}; at most {pixels} pixels in all fit")
         return height // self.factor, width // self.factor

@@ -17,6 +17,7 @@ from transfusion.sequence import Image, Part, Text
 from transfusion.serve.pictures import PictureReader
 from transfusion.serve.request import Request
 from transfusion.serve.turns import parts_of
+from transfusion.settings import shown
 
 WIRE_NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale", "image_size": "size",
               "max_new_tokens": "max_tokens"}
@@ -66,15 +67,15 @@ class Body(BaseModel):
     """What all requests may say."""
 
     model_config = ConfigDict(extra="allow")
-    model: str | None = None
+    model: str | None = Field(None, max_length=256)
     n: int = Field(1, ge=1, le=16)
     seed: int | None = None
     stream: bool = False
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     image_guidance_scale: float | None = None
-    sampler: str | None = None
-    size: str | None = None
+    sampler: str | None = Field(None, max_length=64)
+    size: str | None = Field(None, max_length=64)
     previews: bool = False
 
     @model_validator(mode="before")
@@ -212,7 +213,7 @@ def prompt_of(messages: list[dict], pictures: PictureReader, template: str) -> l
 def _role(message: dict, at: int) -> str:
     role = message.get("role")
     if role not in ("system", "developer", "user", "assistant"):
-        raise ApiError(400, f"messages[{at}].role is {role!r}; system, user and assistant fit", "messages")
+        raise ApiError(400, f"messages[{at}].role is {shown(role)}; system, user and assistant fit", "messages")
     return "system" if role == "developer" else role
 
 
@@ -227,8 +228,8 @@ def _content(message: dict, at: int, pictures: PictureReader, images: dict[str, 
             images[name] = pictures.read_url(given.get("url") if isinstance(given, dict) else given)
             yield PictureRef(b"", loss=False, name=name)
         else:
-            raise ApiError(400, f"messages[{at}].content[{number}] is of type {kind!r}; text with a \"text\" and "
-                           "image_url with {\"url\": \"data:...\"} fit", "messages")
+            raise ApiError(400, f"messages[{at}].content[{number}] is of type {shown(kind)}; text with a \"text\" "
+                           "and image_url with {\"url\": \"data:...\"} fit", "messages")
 
 
 def _parts(message: dict) -> list:

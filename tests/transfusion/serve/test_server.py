@@ -224,6 +224,10 @@ def bomb():
     ({"extra_body": "\ud800"}, 400, "extra_body", r"extra_body is '\ud800'; an object fits"),
     ({"n": 0}, 400, "n", "greater than or equal to 1"),
     ({"model": "gpt"}, 404, "model", "'tiny' fits"),
+    ({"model": "a" * 2**20}, 400, "model", "at most 256 characters"),
+    ({"sampler": "a" * 2**20}, 400, "sampler", "at most 64 characters"),
+    ({"sampler": "ddin"}, 400, "sampler", "did you mean 'ddim'?"),
+    ({"size": "x" * 2**20}, 400, "size", "at most 64 characters"),
     ({"prompt": " "}, 400, "prompt", "prompt is empty"),
     ({"mask": "x"}, 400, "mask", "mask is not served"),
     ({"stream": True}, 400, "stream", "/v1/chat/completions streams"),
@@ -262,6 +266,7 @@ def test_a_field_of_texts_that_does_not_fit_is_refused_by_its_name(client, field
 
 @pytest.mark.parametrize("content,message", [
     (3, "of type 'NoneType'"),
+    ([{"type": "a" * 2**20}], "aaa...; text"),
     ([{"type": "audio"}], "of type 'audio'; text"),
     ([{"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}], "--allow-remote"),
     ([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}], "a data: URL fits"),
@@ -274,6 +279,12 @@ def test_a_field_of_texts_that_does_not_fit_is_refused_by_its_name(client, field
 def test_a_message_that_cannot_be_read_is_refused(client, content, message):
     answer = chat(client, content)
     assert answer.status_code == 400 and message in answer.json()["error"]["message"]
+
+
+def test_a_long_role_is_not_repeated(client):
+    answer = post(client, "chat/completions", {"messages": [{"role": "a" * 2**20, "content": "a"}]})
+    message = answer.json()["error"]["message"]
+    assert answer.status_code == 400 and len(message) < 300 and "aaa...; system, user and assistant fit" in message
 
 
 def test_errors_of_prompts_and_pictures_name_these_and_those_of_guidance_its_scales(client):
