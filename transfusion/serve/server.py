@@ -11,7 +11,6 @@ A client that leaves frees its place. Errors have OpenAI's shape: 400 a request 
 too many bytes, 429 too many requests wait, 500 and 503 the server's own.
 """
 import asyncio
-import hmac
 import json
 import logging
 import time
@@ -32,6 +31,7 @@ from starlette.exceptions import HTTPException
 from transfusion.generate.generation import Drawn, Preview, Written
 from transfusion.sequence import Image, Part, Text
 from transfusion.serve.engine import COUNTERS, Cancelled, Closed, Engine, QueueFull, Unread
+from transfusion.serve.guard import Guard, error_response
 from transfusion.serve.pictures import PictureReader
 from transfusion.serve.request import Failed, Finished
 from transfusion.serve.request import Request as Asked
@@ -276,49 +276,6 @@ class Api:
             raise ApiError(404, f"model is {body.model!r}; {self.name!r} fits", "model")
 
 
-class Guard:
-    """In front of everything: the key, and how many bytes a request may have."""
-
-    def __init__(self, app, api_key: str | None, max_bytes: int):
-        self.app, self.api_key, self.max_bytes = app, api_key, max_bytes
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        try:
-            self._check_key(scope)
-            body = await self._read(receive)
-        except ApiError as error:
-            return await _response(error)(scope, receive, send)
-        if body is None:  # the client left
-            return None
-        given = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def again():
-            return given.pop() if given else await receive()
-
-        return await self.app(scope, again, send)
-
-    def _check_key(self, scope) -> None:
-        if self.api_key is None or scope["path"] == "/health":
-            return
-        said = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        if not hmac.compare_digest(said, f"Bearer {self.api_key}".encode()):
-            raise ApiError(401, "the key is missing or wrong; Authorization: Bearer and the server's --api-key fit")
-
-    async def _read(self, receive) -> bytes | None:
-        body, more = bytearray(), True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self.max_bytes:
-                raise ApiError(413, f"the request has more than {self.max_bytes} bytes; a smaller one fits")
-        return bytes(body)
-
-
 class AnnouncedServer(uvicorn.Server):
     """A server that prints a line when it listens."""
 
@@ -359,12 +316,7 @@ def make_app(engine: Engine, name: str, *, template: str = "none", api_key: str 
 
 
 async def _handle(told: Callable[[Exception], ApiError], request: Request, error: Exception) -> JSONResponse:
-    return _response(told(error))
-
-
-def _response(error: ApiError) -> JSONResponse:
-    headers = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}
-    return JSONResponse(error.body(), error.status, headers.get(error.status))
+    return error_response(told(error))
 
 
 @contextmanager
