@@ -149,7 +149,7 @@ class Api:
 
     async def chat(self, body: ChatBody, request: Request) -> Response:
         """/v1/chat/completions."""
-        self._check_model(body)
+        self._check(body)
         with reading("messages"):
             answers = await self._start(request, chat_requests, body, self.pictures, self.template)
         head = self._head("chatcmpl", body)
@@ -164,10 +164,10 @@ class Api:
 
     async def complete(self, body: CompletionBody, request: Request) -> Response:
         """/v1/completions."""
-        self._check_model(body)
         prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
         if not 1 <= len(prompts) * body.n <= 64:
             raise ApiError(400, f"prompt is {len(prompts)} texts and n {body.n}; 1 to 64 answers fit", "prompt")
+        self._check(body, len(prompts))
         with reading("prompt"):
             answers = await self._start(request, lambda: [
                 Asked([Text(prompt)], body.sampling(self.pictures, number, max_images=0))
@@ -182,7 +182,7 @@ class Api:
 
     async def draw(self, body: ImageBody, request: Request) -> dict:
         """/v1/images/generations."""
-        self._check_model(body)
+        self._check(body)
         return await self._drawn(body, [], request)
 
     async def edit(self, request: Request) -> dict:
@@ -198,7 +198,7 @@ class Api:
                 fields["extra_body"] = _json("extra_body", fields["extra_body"])
             with reading("prompt"):
                 body = ImageBody(**fields)
-                self._check_model(body)
+                self._check(body)
                 if not files:
                     raise ApiError(400, "image is missing; a picture file fits", "image")
                 self.pictures.check_count(len(files))
@@ -271,9 +271,15 @@ class Api:
         return {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name,
                 "seed": body.start_seed()}
 
-    def _check_model(self, body: Body) -> None:
+    def _check(self, body: Body, prompts: int = 1) -> None:
+        """Refuse another model, and more answers than run and wait at once, which asking again would not let in."""
         if body.model not in (None, "", self.name):
             raise ApiError(404, f"model is {body.model!r}; {self.name!r} fits", "model")
+        rows, queue = self.engine.rows, self.engine.queue
+        if prompts * body.n > rows + queue:
+            asked = f"n is {body.n}" if prompts == 1 else f"prompt is {prompts} texts and n {body.n}"
+            raise ApiError(400, f"{asked}; at most {rows + queue} answers fit this server at once, {rows} that run and "
+                           f"{queue} that wait", asked.split()[0])
 
 
 class AnnouncedServer(uvicorn.Server):

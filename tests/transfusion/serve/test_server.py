@@ -223,6 +223,7 @@ def bomb():
     ({"extra_body": 3}, 400, "extra_body", "extra_body is 3; an object fits"),
     ({"extra_body": "\ud800"}, 400, "extra_body", r"extra_body is '\ud800'; an object fits"),
     ({"n": 0}, 400, "n", "greater than or equal to 1"),
+    ({"n": 9}, 400, "n", "n is 9; at most 8 answers fit this server at once, 4 that run and 4 that wait"),
     ({"model": "gpt"}, 404, "model", "'tiny' fits"),
     ({"model": "a" * 2**20}, 400, "model", "at most 256 characters"),
     ({"sampler": "a" * 2**20}, 400, "sampler", "at most 64 characters"),
@@ -253,6 +254,9 @@ def test_numbers_at_their_ends_are_answered(client, fields):
     ({"max_tokens": 5000}, "max_tokens", "max_tokens is 5000 and the prompt of 2 tokens"),
     ({"max_tokens": -1}, "max_tokens", "max_tokens is -1"),
     ({"top_p": 2}, "top_p", "top_p is 2.0"),
+    ({"n": 16}, "n", "n is 16; at most 8 answers fit"),
+    ({"prompt": ["a"] * 3, "n": 3}, "prompt", "prompt is 3 texts and n 3; at most 8 answers fit this server at once"),
+    ({"prompt": ["a"] * 65}, "prompt", "prompt is 65 texts and n 1; 1 to 64 answers fit"),
     ({"prompt": [1, 2]}, "prompt", "prompt: Input should be a valid string"),
     ({"stop": ""}, "stop", "1 to 4 texts, none of them empty, fit"),
     ({"stop": list("abcde")}, "stop", "1 to 4 texts, none of them empty, fit"),
@@ -364,6 +368,18 @@ def test_a_full_queue_is_a_429(served):
     assert answer.json()["error"]["type"] == "rate_limit_error"
     for ticket in waiting:
         ticket.result()
+
+
+def test_more_answers_than_ever_fit_at_once_are_no_429(served):
+    _, engine, client = served
+    before = engine.stats()["submitted"]
+    edit = client.post("/v1/images/edits", files={"image": ("a.png", png())}, data={"prompt": "a", "n": "9"})
+    for answer in (chat(client, "a", n=9), edit):
+        error = answer.json()["error"]
+        assert answer.status_code == 400 and error["param"] == "n" and "at most 8 answers fit" in error["message"]
+    assert engine.stats()["submitted"] == before
+    several = chat(client, "a", n=4, max_tokens=2, max_images=0)
+    assert several.status_code == 200 and len(several.json()["choices"]) == 4
 
 
 def test_more_pictures_than_fit_are_refused_before_one_is_read(client, monkeypatch):
