@@ -41,6 +41,7 @@ from transfusion.serve.wire import (
     ChatBody,
     CompletionBody,
     ImageBody,
+    TextBody,
     chat_requests,
     image_requests,
     refused,
@@ -56,6 +57,7 @@ class Answers:
 
     def __init__(self, engine: Engine, request: Request):
         self.engine, self.request, self.tickets = engine, request, []
+        self.done: list[Finished] = []
         self.loop, self.unread, self.news = asyncio.get_running_loop(), [], asyncio.Event()
 
     async def submit(self, asked: list[Asked]) -> None:
@@ -87,9 +89,8 @@ class Answers:
         Raises:
             ApiError: one of them failed.
         """
-        left = len(self.tickets)
         try:
-            while left:
+            while len(self.done) < len(self.tickets):
                 await self.news.wait()
                 self.news.clear()
                 for number, unread in enumerate(self.unread):
@@ -97,7 +98,8 @@ class Answers:
                         event = unread.popleft()
                         if isinstance(event, Failed):
                             raise of_the_server(event.error)
-                        left -= isinstance(event, Finished)
+                        if isinstance(event, Finished):
+                            self.done.append(event)
                         yield number, event
         finally:
             self.watch.cancel()
@@ -154,8 +156,8 @@ class Api:
             answers = await self._start(request, chat_requests, body, self.pictures, self.template)
         head = self._head("chatcmpl", body)
         if body.stream:
-            wants_usage = bool((body.stream_options or {}).get("include_usage"))
-            return await self._streamed(answers, self._chat_chunks(head, answers, wants_usage))
+            head["object"] = "chat.completion.chunk"
+            return self._streamed(body, head, answers, self._chat_chunks(head, answers))
         done = await answers.finished()
         choices = [{"index": number, "finish_reason": one.reason, "logprobs": None,
                     "message": {"role": "assistant", "content": await self._content(one.parts)}}
@@ -174,7 +176,7 @@ class Api:
                 for prompt in prompts for number in range(body.n)])
         head = {**self._head("cmpl", body), "object": "text_completion"}
         if body.stream:
-            return await self._streamed(answers, self._text_chunks(head, answers))
+            return self._streamed(body, head, answers, self._text_chunks(head, answers))
         done = await answers.finished()
         choices = [{"index": number, "text": _text(one.parts), "finish_reason": one.reason, "logprobs": None}
                    for number, one in enumerate(done)]
@@ -220,11 +222,14 @@ class Api:
         await answers.submit(await run_in_threadpool(asked, *given))
         return answers
 
-    async def _streamed(self, answers: Answers, chunks: AsyncIterator[dict]) -> StreamingResponse:
+    def _streamed(self, body: TextBody, head: dict, answers: Answers, chunks: AsyncIterator[dict]) -> StreamingResponse:
+        """Chunks as server-sent events and, where the body asks for it, how many tokens were read and written."""
         async def lines():
             try:
                 async for chunk in chunks:
                     yield f"data: {json.dumps(chunk)}\n\n"
+                if (body.stream_options or {}).get("include_usage"):
+                    yield f"data: {json.dumps({**head, 'choices': [], 'usage': _usage(answers.done)})}\n\n"
             except Exception as error:  # the status is sent already
                 told = error if isinstance(error, ApiError) else of_the_server(error)
                 yield f"data: {json.dumps(told.body())}\n\n"
@@ -232,9 +237,7 @@ class Api:
 
         return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
-    async def _chat_chunks(self, head: dict, answers: Answers, wants_usage: bool):
-        head, done = {**head, "object": "chat.completion.chunk"}, []
-
+    async def _chat_chunks(self, head: dict, answers: Answers):
         def chunk(number: int, delta: dict, reason: str | None = None) -> dict:
             return {**head, "choices": [{"index": number, "delta": delta, "finish_reason": reason}]}
 
@@ -249,10 +252,7 @@ class Api:
                 url = await run_in_threadpool(self.pictures.url, event.image)
                 yield chunk(number, {"preview": {"url": url, "step": event.step, "steps": event.steps}})
             else:
-                done.append(event)
                 yield chunk(number, {}, event.reason)
-        if wants_usage:
-            yield {**head, "choices": [], "usage": _usage(done)}
 
     async def _text_chunks(self, head: dict, answers: Answers):
         async for number, event in answers.events():

@@ -101,6 +101,10 @@ def test_a_text_is_what_the_model_generates(served):
     assert answer["usage"]["completion_tokens"] == 10
     chunks = events(client.post("/v1/completions", json={**body, "prompt": "a", "stream": True}))
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == answer["choices"][0]["text"]
+    asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    *chunks, last = events(client.post("/v1/completions", json=asked))
+    assert last["choices"] == [] and last["usage"] == answer["usage"] and last["object"] == "text_completion"
+    assert all("usage" not in chunk and chunk["choices"] for chunk in chunks)
 
 
 def test_a_picture_is_what_the_model_draws_and_n_of_them_have_seeds_one_after_the_other(served):
@@ -189,6 +193,7 @@ def test_a_chat_reads_pictures_and_answers_with_text_and_pictures_whole_or_in_a_
     streamed, = (delta["content"][0] for delta in deltas if delta.get("content"))
     assert streamed == whole and whole["type"] == "image_url"
     assert chunks[-2]["choices"][0]["finish_reason"] == "stop" and chunks[-1]["usage"]["prompt_tokens"] > 18
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
     written = events(chat(client, "a seven", stream=True, max_tokens=6, seed=2, max_images=0, temperature=0))
     joined = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in written)
     plain = chat(client, "a seven", max_tokens=6, seed=2, max_images=0, temperature=0).json()
