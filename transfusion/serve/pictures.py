@@ -1,6 +1,5 @@
 """Pictures on the wire: bytes of a file or a data: URL to the model's images, and images back to PNG."""
 import base64
-import binascii
 import io
 import math
 import threading
@@ -65,10 +64,11 @@ class PictureReader:
         if not head.endswith(";base64"):
             raise ValueError(f"image_url: url begins with {head[:40]!r}; data:image/png;base64, fits")
         try:
-            return self.read(base64.b64decode(data, validate=True))
-        except binascii.Error as error:
+            data = base64.b64decode(data, validate=True)
+        except ValueError as error:  # binascii's, or that of characters that are not ASCII
             raise ValueError(f"image_url: url is not base64 ({error}); data:image/png;base64, and what base64 makes "
                              "of the file fit") from None
+        return self.read(data)
 
     def read(self, data: bytes) -> Image:
         """The picture of a file's bytes, cropped and resized as in training; too large a one is not decoded.

@@ -32,8 +32,17 @@ def fetch(url: str, max_bytes: int) -> bytes:
             raise ValueError(f"image_url: {url[:80]!r} cannot be fetched ({error}); a data: URL fits") from None
         if target is None:
             return data
-        url = urljoin(url, target)
+        url = _joined(url, target)
     raise ValueError(f"image_url: more than {REDIRECTS} redirects; a URL without them fits")
+
+
+def _joined(url: str, target: str) -> str:
+    """The URL that another one redirects to."""
+    try:
+        return urljoin(url, target)
+    except ValueError as error:  # an address in brackets that is none
+        raise ValueError(f"image_url: {url[:80]!r} redirects to {target[:80]!r} ({error}); a URL without redirects "
+                         "fits") from None
 
 
 def _get(url: str, max_bytes: int, end: float) -> tuple[str | None, bytes]:

@@ -283,6 +283,8 @@ def test_a_request_over_the_limits_is_refused_by_the_name_of_its_argument(engine
         engine.submit(Request([Text("a")], Sampling(**options), draw=draw))
     with pytest.raises(ValueError, match="submit: parts is a int"):
         engine.submit(Request(3))
+    with pytest.raises(ValueError, match=r"submit: parts\[0\].text is a int; a str fits"):
+        engine.submit(Request([Text(5)]))
     for given in (3, [Text("a")], None):
         with pytest.raises(ValueError, match=f"submit: request is a {type(given).__name__}; a Request fits"):
             engine.submit(given)

@@ -19,7 +19,7 @@ def host(monkeypatch):
             kind = self.path.strip("/")
             self.send_response({"picture": 200, "large": 200, "gone": 404}.get(kind, 302))
             targets = {"inside": "http://10.0.0.7/secret", "loop": "/loop", "once": "/picture",
-                       "file": "file:///etc/passwd"}
+                       "file": "file:///etc/passwd", "bracket": "http://[::1"}
             if kind in targets:
                 self.send_header("Location", targets[kind])
             self.end_headers()
@@ -43,7 +43,9 @@ def test_a_file_is_fetched_also_behind_a_redirect(host):
 
 @pytest.mark.parametrize("path,message", [
     ("inside", "10.0.0.7 is at 10.0.0.7, which is not public"), ("loop", "more than 3 redirects"),
-    ("file", "data:, http: and https: fit"), ("gone", "answers 404"), ("large", "more than 100 bytes")])
+    ("file", "data:, http: and https: fit"),
+    ("bracket", r"image_url: 'http://127.*/bracket' redirects to 'http://\[::1' \(Invalid IPv6 URL\)"),
+    ("gone", "answers 404"), ("large", "more than 100 bytes")])
 def test_what_leads_inside_or_is_too_large_is_refused(host, path, message):
     with pytest.raises(ValueError, match=message):
         remote.fetch(f"{host}/{path}", 100)

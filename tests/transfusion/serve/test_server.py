@@ -280,6 +280,7 @@ def test_a_field_of_texts_that_does_not_fit_is_refused_by_its_name(client, field
     ([{"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}], "--allow-remote"),
     ([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}], "a data: URL fits"),
     ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,!"}}], "not base64"),
+    ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA\u00e9"}}], "image_url: url is not base64"),
     ([{"type": "image_url", "image_url": {"url": data_url(b"no picture")}}], "no picture that can be read"),
     ("a" * 2**20, "messages is of 1048576 characters"),
     ([{"type": "image_url", "image_url": {"url": data_url(bomb())}}], "no picture that can be read"),
