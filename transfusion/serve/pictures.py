@@ -12,7 +12,7 @@ from transfusion.data.model_images import picture_shape, pixels_of
 from transfusion.data.picture_files import UNREADABLE, fit_picture, open_picture, to_picture
 from transfusion.sequence import Image
 from transfusion.serve.engine import Closed, Engine
-from transfusion.serve.remote import fetch
+from transfusion.serve.remote import Fetching
 from transfusion.settings import shown
 
 MAX_PIXELS = 2**24  # of a picture that is sent: 64 MB decoded
@@ -47,8 +47,10 @@ class PictureReader:
             raise ValueError(f"image: there are {count}; at most {fit} fit, of {self.tokens} tokens each; fewer "
                              "pictures fit")
 
-    def read_url(self, url: str) -> Image:
+    def read_url(self, url: str, fetching: Fetching | None = None) -> Image:
         """The picture of a data: URL or, where remote ones are allowed, of an http(s) URL.
+
+        `fetching` is the request's, where it may have several.
 
         Raises:
             ValueError: another URL, or no picture.
@@ -59,7 +61,7 @@ class PictureReader:
             if self.remote_bytes is None:
                 raise ValueError(f"image_url: url is {url[:40]!r}; a data: URL fits, such as "
                                  "data:image/png;base64,...; start the server with --allow-remote for others")
-            return self.read(fetch(url, self.remote_bytes))
+            return self.read((fetching or Fetching()).fetch(url, self.remote_bytes))
         head, _, data = url.partition(",")
         if not head.endswith(";base64"):
             raise ValueError(f"image_url: url begins with {head[:40]!r}; data:image/png;base64, fits")

@@ -20,6 +20,7 @@ from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 
 import uvicorn
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
@@ -45,10 +46,12 @@ from transfusion.serve.wire import (
     chat_requests,
     image_requests,
     refused,
+    shows_other_hosts,
 )
 
 LOG = logging.getLogger(__name__)
 MEGABYTE = 2**20
+FETCHES = 8  # requests that wait for pictures of other hosts at once, on threads of their own
 LEFT = 499  # the status of a client that left, which only logs see
 
 
@@ -129,6 +132,7 @@ class Api:
     def __init__(self, engine: Engine, pictures: PictureReader, name: str, template: str):
         self.engine, self.pictures, self.name, self.template = engine, pictures, name, template
         self.created = int(time.time())
+        self.fetching = CapacityLimiter(FETCHES)
 
     async def models(self) -> dict:
         """The model there is."""
@@ -153,7 +157,9 @@ class Api:
         """/v1/chat/completions."""
         self._check(body)
         with reading("messages"):
-            answers = await self._start(request, chat_requests, body, self.pictures, self.template)
+            fetches = self.pictures.remote_bytes is not None and shows_other_hosts(body.messages)
+            answers = await self._start(request, chat_requests, body, self.pictures, self.template,
+                                        limiter=self.fetching if fetches else None)
         head = self._head("chatcmpl", body)
         if body.stream:
             head["object"] = "chat.completion.chunk"
@@ -217,9 +223,11 @@ class Api:
         return {"created": int(time.time()), "seed": body.start_seed(),
                 "data": [{body.response_format: await run_in_threadpool(write, image)} for image in drawn]}
 
-    async def _start(self, request: Request, asked: Callable[..., list[Asked]], *given) -> Answers:
+    async def _start(self, request: Request, asked: Callable[..., list[Asked]], *given,
+                     limiter: CapacityLimiter | None = None) -> Answers:
+        """Hand what `asked` makes of a body to the engine; it is made on a thread of `limiter` or of all requests."""
         answers = Answers(self.engine, request)
-        await answers.submit(await run_in_threadpool(asked, *given))
+        await answers.submit(await to_thread.run_sync(partial(asked, *given), limiter=limiter))
         return answers
 
     def _streamed(self, body: TextBody, head: dict, answers: Answers, chunks: AsyncIterator[dict]) -> StreamingResponse:

@@ -15,6 +15,7 @@ from transfusion.diffusion.guidance import Guidance
 from transfusion.generate.sampling import Sampling
 from transfusion.sequence import Image, Part, Text
 from transfusion.serve.pictures import PictureReader
+from transfusion.serve.remote import Fetching
 from transfusion.serve.request import Request
 from transfusion.serve.turns import parts_of
 from transfusion.settings import shown
@@ -202,12 +203,25 @@ def prompt_of(messages: list[dict], pictures: PictureReader, template: str) -> l
         ValueError: a picture that cannot be read, or turns that the template refuses.
     """
     images: dict[str, Image] = {}
+    fetching = Fetching()
     pictures.check_count(sum(_kind(part) == "image_url" for message in messages for part in _parts(message)))
-    turns = tuple(Turn(_role(message, at), tuple(_content(message, at, pictures, images)))
+    turns = tuple(Turn(_role(message, at), tuple(_content(message, at, pictures, images, fetching)))
                   for at, message in enumerate(messages))
     pictures.engine.check_texts(part for turn in turns for part in turn.parts if isinstance(part, str))
     with pictures.engine.tokenizing:
         return parts_of(turns, images, pictures.engine.model.tokenizer, template)
+
+
+def shows_other_hosts(messages: list[dict]) -> bool:
+    """Whether a picture of messages is to be fetched from somewhere."""
+    return any(_kind(part) == "image_url" and not str(_url(part)).startswith("data:")
+               for message in messages for part in _parts(message))
+
+
+def _url(part: dict) -> object:
+    """What a part that is a picture gives as its URL."""
+    given = part.get("image_url")
+    return given.get("url") if isinstance(given, dict) else given
 
 
 def _role(message: dict, at: int) -> str:
@@ -217,15 +231,16 @@ def _role(message: dict, at: int) -> str:
     return "system" if role == "developer" else role
 
 
-def _content(message: dict, at: int, pictures: PictureReader, images: dict[str, Image]) -> Iterator[str | PictureRef]:
+def _content(message: dict, at: int, pictures: PictureReader, images: dict[str, Image],
+             fetching: Fetching) -> Iterator[str | PictureRef]:
     """The texts and pictures of a message; pictures are read into `images` by their names."""
     for number, part in enumerate(_parts(message)):
         kind = _kind(part)
         if kind == "text" and isinstance(part.get("text"), str):
             yield part["text"]
         elif kind == "image_url":
-            given, name = part.get("image_url"), f"messages[{at}].content[{number}]"
-            images[name] = pictures.read_url(given.get("url") if isinstance(given, dict) else given)
+            name = f"messages[{at}].content[{number}]"
+            images[name] = pictures.read_url(_url(part), fetching)
             yield PictureRef(b"", loss=False, name=name)
         else:
             raise ApiError(400, f"messages[{at}].content[{number}] is of type {shown(kind)}; text with a \"text\" "

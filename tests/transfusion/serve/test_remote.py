@@ -77,6 +77,23 @@ def test_an_address_is_public_or_not():
         assert not remote.is_public(inside)
 
 
+def test_all_files_of_a_request_have_one_time_together_and_what_lies_between_takes_none_of_it(monkeypatch):
+    monkeypatch.setattr(remote, "SECONDS", 0.5)
+    monkeypatch.setattr(remote, "_get", lambda url, most, end: (time.sleep(0.2), remote._left(end), (None, b"a"))[-1])
+    fetching = remote.Fetching()
+    assert fetching.fetch("http://a/", 1) == b"a"
+    time.sleep(0.5)
+    assert fetching.fetch("http://a/", 1) == b"a"
+    with pytest.raises(ValueError, match="'http://a/' cannot be fetched .more than 0.5 seconds for all"):
+        fetching.fetch("http://a/", 1)
+
+
+def test_no_name_is_looked_up_when_the_time_is_over(monkeypatch):
+    monkeypatch.setattr(remote.socket, "getaddrinfo", lambda *_, **__: pytest.fail("looked up"))
+    with pytest.raises(ValueError, match="cannot be fetched .more than"):
+        remote.fetch("http://a.example/", 1, time.monotonic())
+
+
 @pytest.mark.parametrize("kind", ["head", "body", "redirects"])
 def test_a_host_that_answers_bit_by_bit_is_left_when_the_time_of_all_is_over(monkeypatch, kind):
     """No single wait of its is long."""

@@ -10,7 +10,9 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from tests.transfusion.serve.test_engine import until
 from transfusion import Text
 from transfusion.data.picture_files import to_picture
 from transfusion.generate.sampling import Sampling
+from transfusion.serve import remote
 from transfusion.serve.engine import Cancelled, Engine
 from transfusion.serve.pictures import PictureReader
 from transfusion.serve.request import Request
@@ -31,7 +34,7 @@ for package in ("fastapi", "uvicorn", "multipart"):
 import uvicorn  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
 
-from transfusion.serve.server import LEFT, Answers, make_app, of_the_server  # noqa: E402
+from transfusion.serve.server import FETCHES, LEFT, Answers, make_app, of_the_server  # noqa: E402
 from transfusion.serve.wire import ApiError, ChatBody  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
@@ -323,6 +326,44 @@ def test_a_url_that_cannot_be_fetched_is_the_clients_error_also_where_remote_one
         answer = chat(client, [{"type": "image_url", "image_url": image_url}])
     error = answer.json()["error"]
     assert answer.status_code == 400 and error["param"] == "image_url" and error["message"].startswith("image_url: ")
+
+
+def pictures_of_other_hosts(count):
+    return [{"type": "image_url", "image_url": {"url": "http://a.example/a.png"}}] * count
+
+
+def test_pictures_of_one_request_are_fetched_within_one_time(monkeypatch):
+    monkeypatch.setattr(remote, "SECONDS", 0.5)
+    monkeypatch.setattr(remote, "_get", lambda url, most, end: (time.sleep(0.2), remote._left(end), (None, png()))[-1])
+    with TestClient(make_app(Engine(tiny_model()), "tiny", allow_remote=True)) as client:
+        for count, status in ((1, 200), (4, 400)):
+            assert chat(client, pictures_of_other_hosts(count), max_tokens=1, max_images=0).status_code == status
+
+
+def test_slow_hosts_hold_threads_of_their_own_alone(monkeypatch):
+    hold, lock, now, most = threading.Event(), threading.Lock(), [0], [0]
+
+    def slow(*_):
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        hold.wait(20)
+        with lock:
+            now[0] -= 1
+        return None, png()
+
+    monkeypatch.setattr(remote, "_get", slow)
+    engine = Engine(tiny_model(), queue=64)
+    app = make_app(engine, "tiny", allow_remote=True)
+    with TestClient(app) as client, ThreadPoolExecutor(50) as pool:
+        waiting = [pool.submit(chat, client, pictures_of_other_hosts(1), max_tokens=1, max_images=0) for _ in range(50)]
+        until(lambda: most[0] == FETCHES)
+        time.sleep(0.5)
+        began = time.monotonic()
+        assert chat(client, "a", max_tokens=1, max_images=0).status_code == 200
+        assert time.monotonic() - began < 5 and most[0] == FETCHES
+        hold.set()
+        assert {answer.result().status_code for answer in waiting} == {200}
 
 
 @pytest.mark.parametrize("body,status", [
