@@ -50,6 +50,7 @@ MALFORMED = (  # address, body, and the status that it must be answered
 )
 OVER = (  # address, fields, and the field that the refusal must name
     ("/v1/images/generations", {"prompt": "a", "num_inference_steps": 100_000}, "num_inference_steps"),
+    ("/v1/images/generations", {"prompt": "a", "num_inference_steps": 2**60}, "num_inference_steps"),
     ("/v1/images/generations", {"prompt": "a", "size": "99992x99992"}, "size"),
     ("/v1/images/generations", {"prompt": "a", "n": 1000}, "n"),
     ("/v1/completions", {"prompt": "a", "max_tokens": 1_000_000}, "max_tokens"),

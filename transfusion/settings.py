@@ -17,6 +17,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
+MOST_SHOWN = 200   # characters of a value that messages repeat
+LONGEST_NAME = 64  # characters of a name that a nearest one is looked for
 KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a str", Path: "a pathlib.Path"}
 
 
@@ -72,11 +74,19 @@ def check_value(op: str, name: str, value, hint) -> None:
         ValueError: the value is named `name`.
     """
     if misfit := _misfit(value, hint):
-        raise ValueError(f"{op}: {name} is {value!r}; {misfit}")
+        raise ValueError(f"{op}: {name} is {shown(value)}; {misfit}")
+
+
+def shown(value) -> str:
+    """A value as messages repeat it: its repr, cut where that is long."""
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def nearest(name: str, names: Iterable[str], form=str) -> str:
     """Return "; did you mean ...?" with the one of `names` that is like `name`, or nothing."""
+    if len(name) > LONGEST_NAME:  # difflib keeps a list for each of its characters
+        return ""
     near = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {form(near[0])}?" if near else ""
 

@@ -21,7 +21,7 @@ from transfusion.recipes.showcase import ShowcaseSettings, showcase
 from transfusion.recipes.studies.arms import Measuring
 from transfusion.recipes.studies.command import StudySettings, run_studies
 from transfusion.recipes.studies.vq import VQSettings
-from transfusion.settings import Count, Decay, NotNegative, OneOf, Positive, Range, Share, WholeNumber, check
+from transfusion.settings import Count, Decay, NotNegative, OneOf, Positive, Range, Share, WholeNumber, check, nearest
 from transfusion.train.autoencoder import AutoencoderSettings, LossSettings, VAEOptimSettings, VAETrainConfig
 from transfusion.train.autoencoder import train as train_vae
 from transfusion.train.classifier import ClassifierSettings, JudgeConfig
@@ -105,7 +105,7 @@ def test_no_number_of_any_settings_may_be_nan_infinite_negative_or_no_number(nam
     ({"lr": 0.0}, "op: lr is 0.0; a number above 0 fits"),
     ({"free": math.nan}, "op: free is nan; a number fits"),
     ({"free": -math.inf}, "op: free is -inf; a number fits"),
-    ({"limit": 10**400}, "op: limit is 10*; a number above 1 and at most 2 fits"),
+    ({"limit": 10**400}, r"op: limit is 10{199}\.\.\.; a number above 1 and at most 2 fits"),
     ({"limit": 1.0}, "op: limit is 1.0; a number above 1 and at most 2 fits"),
     ({"stop": 0}, "op: stop is 0; a whole number of at least 1 or None fits"),
     ({"out": "runs"}, "op: out is 'runs'; a pathlib.Path or None fits"),
@@ -177,6 +177,12 @@ def test_an_autoencoder_that_cannot_be_meant_is_not_trained(tmp_path, changes, n
     with pytest.raises(ValueError, match=rf"\b{name} is .* fit"):
         train_vae(dataclasses.replace(VAETrainConfig(out=tmp_path / "vae", data=DigitsSettings()), **changes))
     assert not (tmp_path / "vae").exists()
+
+
+def test_a_long_value_is_cut_and_has_no_nearest_name():
+    assert nearest("flw", ["flow"]) == "; did you mean flow?" and nearest("a" * 65, ["a" * 64]) == ""
+    with pytest.raises(ValueError, match=r"^op: inner.kind is 'a{199}\.\.\.; one of 'flow', 'eps' fits$"):
+        check("op", Outer(inner=Inner(kind="a" * 2**20)))
 
 
 def test_what_holds_other_settings_names_theirs_as_they_are_typed(tmp_path):

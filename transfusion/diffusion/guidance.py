@@ -15,16 +15,18 @@ import torch
 from torch import Tensor
 from tyro.conf import arg
 
-from transfusion.settings import NotNegative, Share, check
+from transfusion.settings import Range, Share, check
+
+Scale = Annotated[float, Range(0, 1e4)]  # far above what is of use, far below where float32 overflows
 
 
 @dataclass(frozen=True)
 class Guidance:
     """Scales of guidance; a plain number where one is expected means `Guidance(number)`."""
 
-    text: Annotated[NotNegative, arg(name="guidance")] = 3.0
+    text: Annotated[Scale, arg(name="guidance")] = 3.0
     """classifier-free guidance scale of the whole prompt; 1 is no guidance"""
-    image: Annotated[NotNegative | None, arg(name="image-guidance")] = None
+    image: Annotated[Scale | None, arg(name="image-guidance")] = None
     """scale of the prompt's images alone, for editing; None does not tell them from the text"""
     interval: Annotated[tuple[Share, Share], arg(name="guidance-interval")] = (0.0, 1.0)
     """times (low, high) between which guidance is on (arXiv:2404.07724); outside, only the whole prompt is asked"""

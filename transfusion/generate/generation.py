@@ -132,6 +132,8 @@ def as_parts(op: str, name: str, given) -> list[Part]:
         if not isinstance(part, (Text, Image)):
             raise ValueError(f"{op}: {name}[{i}] is a {type(part).__name__}; a Text or an Image fits, "
                              "e.g. Text('a handwritten seven')")
+        if isinstance(part, Text) and not isinstance(part.text, str):
+            raise ValueError(f"{op}: {name}[{i}].text is a {type(part.text).__name__}; a str fits")
     return given
 
 

@@ -86,7 +86,8 @@ class Row:
             scores[self.config.boi_token_id] = -torch.inf
         if options.temperature == 0:
             return int(scores.argmax())
-        ranked, order = (scores / options.temperature).softmax(-1).sort(descending=True)
+        scores = (scores - scores.max()).double() / options.temperature  # in float32 a tiny one makes NaN: 0 / 0
+        ranked, order = scores.float().softmax(-1).sort(descending=True)
         ranked[(ranked.cumsum(-1) - ranked >= options.top_p) | (ranked < options.min_p * ranked[0])] = 0
         ranked[0] = ranked[0].clamp(min=torch.finfo(ranked.dtype).tiny)  # top_p 0 leaves the likeliest
         return int(order[torch.multinomial(ranked, 1, generator=self.generator)])
@@ -147,7 +148,8 @@ class Row:
 
     def _held_back(self, text: str) -> int:
         """Length of the longest end of a text that is a beginning of one that ends the row."""
-        return max((n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        return max((n for stop in self.stop for n in range(1, min(len(stop), len(text) + 1))
+                    if text.endswith(stop[:n])), default=0)
 
     def _before_stop(self, text: str) -> str:
         """What of a text stands before the first of the texts that end it: all of it where none is there."""

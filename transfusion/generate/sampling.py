@@ -4,11 +4,12 @@ from typing import Annotated
 
 from tyro.conf import Suppress, arg
 
-from transfusion.diffusion.guidance import Guidance
+from transfusion.diffusion.guidance import Guidance, Scale
 from transfusion.diffusion.solvers import SOLVERS
-from transfusion.settings import Count, NotNegative, OneOf, Range, Share, WholeNumber, check, nearest
+from transfusion.settings import Count, NotNegative, OneOf, Range, Share, WholeNumber, check, nearest, shown
 
-MOST_STOPS = 4  # texts that end a row
+MOST_STOPS = 4      # texts that end a row
+LONGEST_STOP = 256  # characters of one of them: what was written is compared with all of it at each token
 RowSeed = Annotated[int, Range(-2**63, 2**63 - 1)]  # what torch.Generator takes
 
 
@@ -25,14 +26,16 @@ class TextSampling:
     min_p: Share = 0.0
     """sample only tokens at least this many times as likely as the likeliest (arXiv:2407.01082)"""
     stop: tuple[str, ...] | None = None
-    """one to four texts that end what is written where one of them appears; it and what follows it are left out"""
+    """one to four texts, of up to 256 characters each; what is written ends before the first that appears"""
     seed: RowSeed = 0
     """of noise and text: prompt i draws its random numbers from seed + i, whatever the rest of the batch is"""
 
     def __post_init__(self):
         check("generate", self)
-        if self.stop is not None and not (len(self.stop) <= MOST_STOPS and all(self.stop)):
-            raise ValueError(f"generate: stop is {self.stop!r}; 1 to {MOST_STOPS} texts, none of them empty, fit")
+        if self.stop is not None and not (len(self.stop) <= MOST_STOPS
+                                          and all(0 < len(stop) <= LONGEST_STOP for stop in self.stop)):
+            raise ValueError(f"generate: stop is {shown(self.stop)}; 1 to {MOST_STOPS} texts, none of them empty, fit, "
+                             f"of at most {LONGEST_STOP} characters each")
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Sampling(TextSampling):
     """denoising steps of each image (the paper: 250, of a model trained with 1000)"""
     sampler: Annotated[str, OneOf(SOLVERS)] = "ddim"
     """the solver: ddim (on the straight path: Euler's method), dpm++, unipc or heun"""
-    guidance: Annotated[Guidance | NotNegative, arg(name="")] = Guidance()
+    guidance: Annotated[Guidance | Scale, arg(name="")] = Guidance()
     """a `Guidance`, or its scale of the prompt alone; a scale of 1 is no guidance, and then no other rows are run"""
     previews: Suppress[bool] = False
     """make a `Preview` after each denoising step; each one waits for the device"""

@@ -30,7 +30,7 @@ from transfusion.generate.sampling import Sampling
 from transfusion.model.loading import load_model
 from transfusion.sequence import Image, Part
 from transfusion.serve.turns import NO_TEMPLATE, TEMPLATE_NAMES, parts_of
-from transfusion.settings import OneOf, check, nearest
+from transfusion.settings import OneOf, check, nearest, shown
 
 HELP = "\n".join(line[4:] for line in __doc__.splitlines() if line.startswith("    /"))
 WIDEST = 64  # columns of a picture in the terminal
@@ -73,17 +73,23 @@ class Talk:
         """Take what the user typed.
 
         Raises:
-            ValueError: a command that does not fit, or a conversation that the template or the model refuses; it is
-                then as it was.
+            ValueError: a command that does not fit, a conversation that the template or the model refuses, or whatever
+                else fails, such as want of memory; the conversation is then as it was.
             Left: the user ends it.
         """
         name, _, rest = line.strip().partition(" ")
-        if not name.startswith("/"):
-            self._answer(line.strip(), self._written)
-        elif name in self.commands:
-            self.commands[name](rest.strip())
-        else:
-            raise ValueError(f"{name} is no command; {', '.join(self.commands)} fit{nearest(name, self.commands)}")
+        try:
+            if not name.startswith("/"):
+                self._answer(line.strip(), self._written)
+            elif name in self.commands:
+                self.commands[name](rest.strip())
+            else:
+                raise ValueError(f"{name[:60]} is no command; {', '.join(self.commands)} fit"
+                                 f"{nearest(name, self.commands)}")
+        except (ValueError, Left):
+            raise
+        except Exception as error:  # an error ends its line, not the conversation
+            raise ValueError(f"{type(error).__name__}: {error}") from error
 
     def _answer(self, text: str, answered: Callable[[list[Part]], Iterator[str | Image]]) -> None:
         """Put the user's turn, show the answer as it comes, and keep both."""
@@ -132,7 +138,7 @@ class Talk:
     def _image(self, path: str) -> None:
         if not path:
             raise ValueError("/image: there is no file; /image FILE fits")
-        self.shown.append(self._named(load_image(Path(path).expanduser(), self.model.config, self.model.vae)))
+        self.shown.append(self._named(load_image(Path(os.path.expanduser(path)), self.model.config, self.model.vae)))
         print(f"{path} is shown with what you type next", file=self.out, flush=True)
 
     def _draw(self, text: str) -> None:
@@ -144,14 +150,18 @@ class Talk:
         if self.newest is None or not path:
             raise ValueError("/save: " + ("there is no file; /save FILE.png fits" if self.newest is not None else
                                           "nothing is drawn yet; /draw TEXT draws"))
-        place = Path(path).expanduser()
-        check_picture_path(place, "/save: FILE")
-        save_image(self.newest, place, self.model.vae)
+        place = Path(os.path.expanduser(path))
+        try:
+            check_picture_path(place, "/save: FILE")
+            save_image(self.newest, place, self.model.vae)
+        except OSError as error:
+            raise ValueError(f"/save: FILE is {shown(path)}, which cannot be written ({error.strerror or error}); "
+                             "another place or a shorter name fits") from error
         print(f"written to {path}", file=self.out, flush=True)
 
     def _seed(self, number: str) -> None:
-        if not number.removeprefix("-").isdecimal():
-            raise ValueError(f"/seed: N is {number!r}; a whole number fits")
+        if not number.removeprefix("-").isdecimal() or len(number) > 20:
+            raise ValueError(f"/seed: N is {shown(number)}; a whole number fits")
         check("/seed", replace(self.settings.sampling, seed=int(number)))
         self.seed = int(number)
 

@@ -170,7 +170,7 @@ class Engine:
             raise ValueError(f"submit: request is a {type(request).__name__}; a Request fits, e.g. "
                              "Request([Text('a handwritten seven')])")
         ticket, parts = Ticket(self, on_event), as_parts("submit", "parts", request.parts)
-        self.check_texts(part.text for part in parts if isinstance(part, Text) and isinstance(part.text, str))
+        self.check_texts(part.text for part in parts if isinstance(part, Text))
         with self.tokenizing:
             ticket.running = running = Running(replace(request, parts=parts), self.model, self.limits, ticket.tell,
                                                self.cache.pages.remember, self._counts, self._decoder)

@@ -1,6 +1,5 @@
 """Pictures on the wire: bytes of a file or a data: URL to the model's images, and images back to PNG."""
 import base64
-import binascii
 import io
 import math
 import threading
@@ -13,7 +12,8 @@ from transfusion.data.model_images import picture_shape, pixels_of
 from transfusion.data.picture_files import UNREADABLE, fit_picture, open_picture, to_picture
 from transfusion.sequence import Image
 from transfusion.serve.engine import Closed, Engine
-from transfusion.serve.remote import fetch
+from transfusion.serve.remote import Fetching
+from transfusion.settings import shown
 
 MAX_PIXELS = 2**24  # of a picture that is sent: 64 MB decoded
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # Pillow's decoders of these alone meet what strangers send
@@ -47,8 +47,10 @@ class PictureReader:
             raise ValueError(f"image: there are {count}; at most {fit} fit, of {self.tokens} tokens each; fewer "
                              "pictures fit")
 
-    def read_url(self, url: str) -> Image:
+    def read_url(self, url: str, fetching: Fetching | None = None) -> Image:
         """The picture of a data: URL or, where remote ones are allowed, of an http(s) URL.
+
+        `fetching` is the request's, where it may have several.
 
         Raises:
             ValueError: another URL, or no picture.
@@ -59,15 +61,16 @@ class PictureReader:
             if self.remote_bytes is None:
                 raise ValueError(f"image_url: url is {url[:40]!r}; a data: URL fits, such as "
                                  "data:image/png;base64,...; start the server with --allow-remote for others")
-            return self.read(fetch(url, self.remote_bytes))
+            return self.read((fetching or Fetching()).fetch(url, self.remote_bytes))
         head, _, data = url.partition(",")
         if not head.endswith(";base64"):
             raise ValueError(f"image_url: url begins with {head[:40]!r}; data:image/png;base64, fits")
         try:
-            return self.read(base64.b64decode(data, validate=True))
-        except binascii.Error as error:
+            data = base64.b64decode(data, validate=True)
+        except ValueError as error:  # binascii's, or that of characters that are not ASCII
             raise ValueError(f"image_url: url is not base64 ({error}); data:image/png;base64, and what base64 makes "
                              "of the file fit") from None
+        return self.read(data)
 
     def read(self, data: bytes) -> Image:
         """The picture of a file's bytes, cropped and resized as in training; too large a one is not decoded.
@@ -116,13 +119,14 @@ class PictureReader:
         """
         if size in (None, "auto"):
             return None
-        sides = size.split("x")
+        sides = size.split("x", 2)
         if len(sides) != 2 or not all(side.isascii() and side.isdigit() and len(side) < 6 for side in sides):
-            raise ValueError(f"size is {size!r}; WIDTHxHEIGHT fits, such as {self.size[1]}x{self.size[0]}, or auto")
+            raise ValueError(f"size is {shown(size)}; WIDTHxHEIGHT fits, such as {self.size[1]}x{self.size[0]}, or "
+                             "auto")
         (width, height), unit = map(int, sides), self.factor * self.patch_size
         if not width or not height or width % unit or height % unit:
-            raise ValueError(f"size is {size!r}; multiples of {unit} fit, the side of a patch")
+            raise ValueError(f"size is {shown(size)}; multiples of {unit} fit, the side of a patch")
         pixels = self.engine.limits.pixels * self.factor**2
         if width * height > pixels:
-            raise ValueError(f"size is {size!r}; at most {pixels} pixels in all fit")
+            raise ValueError(f"size is {shown(size)}; at most {pixels} pixels in all fit")
         return height // self.factor, width // self.factor

@@ -15,25 +15,50 @@ SECONDS, REDIRECTS = 10, 3
 LAST_BYTES = tuple(map(ipaddress.IPv6Network, ("::/96", "64:ff9b::/96")))  # whose last four bytes are an IPv4 address
 
 
-def fetch(url: str, max_bytes: int) -> bytes:
+class Fetching:
+    """The files of one request, fetched one after the other; together they may take `SECONDS`."""
+
+    def __init__(self):
+        self.left = SECONDS
+
+    def fetch(self, url: str, max_bytes: int) -> bytes:
+        """As `fetch`, in the time that is left."""
+        began = time.monotonic()
+        try:
+            return fetch(url, max_bytes, began + self.left)
+        finally:
+            self.left -= time.monotonic() - began
+
+
+def fetch(url: str, max_bytes: int, end: float | None = None) -> bytes:
     """Return the bytes of an http(s) URL.
 
-    All of it, redirects too, may take `SECONDS`; only looking a name up has the resolver's own time.
+    All of it, redirects too, has to be there at `end`, a time of `time.monotonic`, or within `SECONDS`; only looking a
+    name up has the resolver's own time.
 
     Raises:
         ValueError: another scheme, an address that is not public, no answer in time, an error, too many redirects or
             bytes.
     """
-    end = time.monotonic() + SECONDS
+    end = time.monotonic() + SECONDS if end is None else end
     for _ in range(REDIRECTS + 1):
         try:
             target, data = _get(url, max_bytes, end)
         except (OSError, http.client.HTTPException, UnicodeError) as error:
-            raise ValueError(f"image_url: {url[:80]} cannot be fetched ({error}); a data: URL fits") from None
+            raise ValueError(f"image_url: {url[:80]!r} cannot be fetched ({error}); a data: URL fits") from None
         if target is None:
             return data
-        url = urljoin(url, target)
+        url = _joined(url, target)
     raise ValueError(f"image_url: more than {REDIRECTS} redirects; a URL without them fits")
+
+
+def _joined(url: str, target: str) -> str:
+    """The URL that another one redirects to."""
+    try:
+        return urljoin(url, target)
+    except ValueError as error:  # an address in brackets that is none
+        raise ValueError(f"image_url: {url[:80]!r} redirects to {target[:80]!r} ({error}); a URL without redirects "
+                         "fits") from None
 
 
 def _get(url: str, max_bytes: int, end: float) -> tuple[str | None, bytes]:
@@ -50,13 +75,13 @@ def _get(url: str, max_bytes: int, end: float) -> tuple[str | None, bytes]:
         if answer.status in (301, 302, 303, 307, 308) and answer.headers["Location"]:
             return answer.headers["Location"], b""
         if answer.status != 200:
-            raise ValueError(f"image_url: {url[:80]} answers {answer.status}; a picture that is there fits")
+            raise ValueError(f"image_url: {url[:80]!r} answers {answer.status}; a picture that is there fits")
         data = answer.read(max_bytes + 1)
     finally:
         connection.close()
         plain.close()
     if len(data) > max_bytes:
-        raise ValueError(f"image_url: {url[:80]} has more than {max_bytes} bytes; a smaller picture fits")
+        raise ValueError(f"image_url: {url[:80]!r} has more than {max_bytes} bytes; a smaller picture fits")
     return None, data
 
 
@@ -113,12 +138,13 @@ def _left(end: float) -> float:
     """Seconds until `end`; a TimeoutError where there are none."""
     left = end - time.monotonic()
     if left <= 0:
-        raise TimeoutError(f"more than {SECONDS} seconds")
+        raise TimeoutError(f"more than {SECONDS} seconds for all of a request's files")
     return left
 
 
 def _connected(host: str, port: int, end: float) -> socket.socket:
     """A connection to a host, all of whose addresses are public."""
+    _left(end)
     found = [address for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     for address, *_ in found:
         if not is_public(address):

@@ -91,7 +91,9 @@ class Running:
     cancelled: bool = False
 
     def __post_init__(self):
-        model, options = self.model, self.request.sampling
+        model, options, most = self.model, self.request.sampling, self.limits.steps
+        if options.steps > most:  # before anything, for a solver holds numbers of every step
+            raise ValueError(f"submit: steps is {options.steps}; at most {most} fit")
         grid = check_options(model, options)
         self.guidance = guidance_of(options)
         self.row = Row(model, self.request.parts, options, grid, options.seed, self.decoder)
@@ -118,7 +120,6 @@ class Running:
         written = options.max_new_tokens
         is_text = written and tokens - written <= at_most  # without text it would fit
         for name, value, fits, what in (
-                ("steps", options.steps, options.steps <= limits.steps, f"at most {limits.steps} fit"),
                 ("image_size", (height, width), height * width <= limits.pixels,
                  f"at most {limits.pixels} pixels in all fit"),
                 ("max_images", options.max_images, options.max_images <= limits.images,

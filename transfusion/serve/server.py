@@ -11,7 +11,6 @@ A client that leaves frees its place. Errors have OpenAI's shape: 400 a request 
 too many bytes, 429 too many requests wait, 500 and 503 the server's own.
 """
 import asyncio
-import hmac
 import json
 import logging
 import time
@@ -21,6 +20,7 @@ from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 
 import uvicorn
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
@@ -32,6 +32,7 @@ from starlette.exceptions import HTTPException
 from transfusion.generate.generation import Drawn, Preview, Written
 from transfusion.sequence import Image, Part, Text
 from transfusion.serve.engine import COUNTERS, Cancelled, Closed, Engine, QueueFull, Unread
+from transfusion.serve.guard import Guard, error_response
 from transfusion.serve.pictures import PictureReader
 from transfusion.serve.request import Failed, Finished
 from transfusion.serve.request import Request as Asked
@@ -41,13 +42,16 @@ from transfusion.serve.wire import (
     ChatBody,
     CompletionBody,
     ImageBody,
+    TextBody,
     chat_requests,
     image_requests,
     refused,
+    shows_other_hosts,
 )
 
 LOG = logging.getLogger(__name__)
 MEGABYTE = 2**20
+FETCHES = 8  # requests that wait for pictures of other hosts at once, on threads of their own
 LEFT = 499  # the status of a client that left, which only logs see
 
 
@@ -56,6 +60,7 @@ class Answers:
 
     def __init__(self, engine: Engine, request: Request):
         self.engine, self.request, self.tickets = engine, request, []
+        self.done: list[Finished] = []
         self.loop, self.unread, self.news = asyncio.get_running_loop(), [], asyncio.Event()
 
     async def submit(self, asked: list[Asked]) -> None:
@@ -87,9 +92,8 @@ class Answers:
         Raises:
             ApiError: one of them failed.
         """
-        left = len(self.tickets)
         try:
-            while left:
+            while len(self.done) < len(self.tickets):
                 await self.news.wait()
                 self.news.clear()
                 for number, unread in enumerate(self.unread):
@@ -97,7 +101,8 @@ class Answers:
                         event = unread.popleft()
                         if isinstance(event, Failed):
                             raise of_the_server(event.error)
-                        left -= isinstance(event, Finished)
+                        if isinstance(event, Finished):
+                            self.done.append(event)
                         yield number, event
         finally:
             self.watch.cancel()
@@ -127,6 +132,7 @@ class Api:
     def __init__(self, engine: Engine, pictures: PictureReader, name: str, template: str):
         self.engine, self.pictures, self.name, self.template = engine, pictures, name, template
         self.created = int(time.time())
+        self.fetching = CapacityLimiter(FETCHES)
 
     async def models(self) -> dict:
         """The model there is."""
@@ -149,13 +155,15 @@ class Api:
 
     async def chat(self, body: ChatBody, request: Request) -> Response:
         """/v1/chat/completions."""
-        self._check_model(body)
+        self._check(body)
         with reading("messages"):
-            answers = await self._start(request, chat_requests, body, self.pictures, self.template)
+            fetches = self.pictures.remote_bytes is not None and shows_other_hosts(body.messages)
+            answers = await self._start(request, chat_requests, body, self.pictures, self.template,
+                                        limiter=self.fetching if fetches else None)
         head = self._head("chatcmpl", body)
         if body.stream:
-            wants_usage = bool((body.stream_options or {}).get("include_usage"))
-            return await self._streamed(answers, self._chat_chunks(head, answers, wants_usage))
+            head["object"] = "chat.completion.chunk"
+            return self._streamed(body, head, answers, self._chat_chunks(head, answers))
         done = await answers.finished()
         choices = [{"index": number, "finish_reason": one.reason, "logprobs": None,
                     "message": {"role": "assistant", "content": await self._content(one.parts)}}
@@ -164,17 +172,17 @@ class Api:
 
     async def complete(self, body: CompletionBody, request: Request) -> Response:
         """/v1/completions."""
-        self._check_model(body)
         prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
         if not 1 <= len(prompts) * body.n <= 64:
             raise ApiError(400, f"prompt is {len(prompts)} texts and n {body.n}; 1 to 64 answers fit", "prompt")
+        self._check(body, len(prompts))
         with reading("prompt"):
             answers = await self._start(request, lambda: [
                 Asked([Text(prompt)], body.sampling(self.pictures, number, max_images=0))
                 for prompt in prompts for number in range(body.n)])
         head = {**self._head("cmpl", body), "object": "text_completion"}
         if body.stream:
-            return await self._streamed(answers, self._text_chunks(head, answers))
+            return self._streamed(body, head, answers, self._text_chunks(head, answers))
         done = await answers.finished()
         choices = [{"index": number, "text": _text(one.parts), "finish_reason": one.reason, "logprobs": None}
                    for number, one in enumerate(done)]
@@ -182,7 +190,7 @@ class Api:
 
     async def draw(self, body: ImageBody, request: Request) -> dict:
         """/v1/images/generations."""
-        self._check_model(body)
+        self._check(body)
         return await self._drawn(body, [], request)
 
     async def edit(self, request: Request) -> dict:
@@ -198,7 +206,7 @@ class Api:
                 fields["extra_body"] = _json("extra_body", fields["extra_body"])
             with reading("prompt"):
                 body = ImageBody(**fields)
-                self._check_model(body)
+                self._check(body)
                 if not files:
                     raise ApiError(400, "image is missing; a picture file fits", "image")
                 self.pictures.check_count(len(files))
@@ -215,16 +223,21 @@ class Api:
         return {"created": int(time.time()), "seed": body.start_seed(),
                 "data": [{body.response_format: await run_in_threadpool(write, image)} for image in drawn]}
 
-    async def _start(self, request: Request, asked: Callable[..., list[Asked]], *given) -> Answers:
+    async def _start(self, request: Request, asked: Callable[..., list[Asked]], *given,
+                     limiter: CapacityLimiter | None = None) -> Answers:
+        """Hand what `asked` makes of a body to the engine; it is made on a thread of `limiter` or of all requests."""
         answers = Answers(self.engine, request)
-        await answers.submit(await run_in_threadpool(asked, *given))
+        await answers.submit(await to_thread.run_sync(partial(asked, *given), limiter=limiter))
         return answers
 
-    async def _streamed(self, answers: Answers, chunks: AsyncIterator[dict]) -> StreamingResponse:
+    def _streamed(self, body: TextBody, head: dict, answers: Answers, chunks: AsyncIterator[dict]) -> StreamingResponse:
+        """Chunks as server-sent events and, where the body asks for it, how many tokens were read and written."""
         async def lines():
             try:
                 async for chunk in chunks:
                     yield f"data: {json.dumps(chunk)}\n\n"
+                if (body.stream_options or {}).get("include_usage"):
+                    yield f"data: {json.dumps({**head, 'choices': [], 'usage': _usage(answers.done)})}\n\n"
             except Exception as error:  # the status is sent already
                 told = error if isinstance(error, ApiError) else of_the_server(error)
                 yield f"data: {json.dumps(told.body())}\n\n"
@@ -232,9 +245,7 @@ class Api:
 
         return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
-    async def _chat_chunks(self, head: dict, answers: Answers, wants_usage: bool):
-        head, done = {**head, "object": "chat.completion.chunk"}, []
-
+    async def _chat_chunks(self, head: dict, answers: Answers):
         def chunk(number: int, delta: dict, reason: str | None = None) -> dict:
             return {**head, "choices": [{"index": number, "delta": delta, "finish_reason": reason}]}
 
@@ -249,10 +260,7 @@ class Api:
                 url = await run_in_threadpool(self.pictures.url, event.image)
                 yield chunk(number, {"preview": {"url": url, "step": event.step, "steps": event.steps}})
             else:
-                done.append(event)
                 yield chunk(number, {}, event.reason)
-        if wants_usage:
-            yield {**head, "choices": [], "usage": _usage(done)}
 
     async def _text_chunks(self, head: dict, answers: Answers):
         async for number, event in answers.events():
@@ -271,52 +279,15 @@ class Api:
         return {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name,
                 "seed": body.start_seed()}
 
-    def _check_model(self, body: Body) -> None:
+    def _check(self, body: Body, prompts: int = 1) -> None:
+        """Refuse another model, and more answers than run and wait at once, which asking again would not let in."""
         if body.model not in (None, "", self.name):
             raise ApiError(404, f"model is {body.model!r}; {self.name!r} fits", "model")
-
-
-class Guard:
-    """In front of everything: the key, and how many bytes a request may have."""
-
-    def __init__(self, app, api_key: str | None, max_bytes: int):
-        self.app, self.api_key, self.max_bytes = app, api_key, max_bytes
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        try:
-            self._check_key(scope)
-            body = await self._read(receive)
-        except ApiError as error:
-            return await _response(error)(scope, receive, send)
-        if body is None:  # the client left
-            return None
-        given = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def again():
-            return given.pop() if given else await receive()
-
-        return await self.app(scope, again, send)
-
-    def _check_key(self, scope) -> None:
-        if self.api_key is None or scope["path"] == "/health":
-            return
-        said = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        if not hmac.compare_digest(said, f"Bearer {self.api_key}".encode()):
-            raise ApiError(401, "the key is missing or wrong; Authorization: Bearer and the server's --api-key fit")
-
-    async def _read(self, receive) -> bytes | None:
-        body, more = bytearray(), True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self.max_bytes:
-                raise ApiError(413, f"the request has more than {self.max_bytes} bytes; a smaller one fits")
-        return bytes(body)
+        rows, queue = self.engine.rows, self.engine.queue
+        if prompts * body.n > rows + queue:
+            asked = f"n is {body.n}" if prompts == 1 else f"prompt is {prompts} texts and n {body.n}"
+            raise ApiError(400, f"{asked}; at most {rows + queue} answers fit this server at once, {rows} that run and "
+                           f"{queue} that wait", asked.split()[0])
 
 
 class AnnouncedServer(uvicorn.Server):
@@ -359,12 +330,7 @@ def make_app(engine: Engine, name: str, *, template: str = "none", api_key: str 
 
 
 async def _handle(told: Callable[[Exception], ApiError], request: Request, error: Exception) -> JSONResponse:
-    return _response(told(error))
-
-
-def _response(error: ApiError) -> JSONResponse:
-    headers = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}
-    return JSONResponse(error.body(), error.status, headers.get(error.status))
+    return error_response(told(error))
 
 
 @contextmanager
@@ -403,7 +369,7 @@ def of_the_server(error: Exception) -> ApiError:
 def _json(name: str, text: str) -> dict:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, a number of too many digits, or too deep
         raise ApiError(400, f"{name} is not JSON that can be read ({error}); an object fits", name) from None
 
 

@@ -15,11 +15,15 @@ from transfusion.diffusion.guidance import Guidance
 from transfusion.generate.sampling import Sampling
 from transfusion.sequence import Image, Part, Text
 from transfusion.serve.pictures import PictureReader
+from transfusion.serve.remote import Fetching
 from transfusion.serve.request import Request
 from transfusion.serve.turns import parts_of
+from transfusion.settings import shown
 
-WIRE_NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale", "text": "guidance_scale",
-              "image": "image_guidance_scale", "image_size": "size", "max_new_tokens": "max_tokens"}
+WIRE_NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale", "image_size": "size",
+              "max_new_tokens": "max_tokens"}
+GUIDANCE_NAMES = {"text": "guidance_scale", "image": "image_guidance_scale"}  # elsewhere these are a text and a picture
+MOST_SAID = 1000  # characters of a message
 READING = ("image", "image_url")  # which the project's messages about pictures begin with
 UNKNOWN_HERE = ("tools", "functions", "logprobs", "top_logprobs", "logit_bias", "frequency_penalty", "presence_penalty",
                 "response_format", "audio", "mask", "background", "best_of", "echo", "suffix",
@@ -27,10 +31,13 @@ UNKNOWN_HERE = ("tools", "functions", "logprobs", "top_logprobs", "logit_bias", 
 
 
 class ApiError(Exception):
-    """An error with its HTTP status and, where one is at fault, the name of the field."""
+    """An error with its HTTP status and, where one is at fault, the name of the field.
+
+    What UTF-8 cannot write of a message is spelled out, and a long one is cut: it may repeat what the client sent.
+    """
 
     def __init__(self, status: int, message: str, param: str | None = None):
-        super().__init__(message)
+        super().__init__(message[:MOST_SAID].encode(errors="backslashreplace").decode())
         self.status, self.param = status, param
 
     def body(self) -> dict:
@@ -43,14 +50,15 @@ class ApiError(Exception):
 def refused(error: ValueError, prompt: str) -> ApiError:
     """A ValueError of the project, "<op>: <argument> is ...", as an error 400 that calls the argument as the wire does.
 
-    `prompt` is the field that the engine's `parts` came from.
+    `prompt` is the field that the engine's `parts`, and their texts, came from.
     """
     message = str(error)
     op, _, rest = message.partition(": ")
     if op in READING:
         return ApiError(400, message, op)
     found = re.match(r"(\w+)(?:\[\d+\])?(?: is .*)", rest if op.isidentifier() else message, re.DOTALL)
-    names = {**{name: name for name in FIELDS}, **WIRE_NAMES, "parts": prompt}
+    names = {**{name: name for name in FIELDS}, **WIRE_NAMES, "parts": prompt, "text": prompt, "image": "image"}
+    names |= GUIDANCE_NAMES if op == "Guidance" else {}
     if not found or found[1] not in names:
         return ApiError(400, message)
     return ApiError(400, names[found[1]] + found[0][len(found[1]):], names[found[1]])
@@ -60,15 +68,15 @@ class Body(BaseModel):
     """What all requests may say."""
 
     model_config = ConfigDict(extra="allow")
-    model: str | None = None
+    model: str | None = Field(None, max_length=256)
     n: int = Field(1, ge=1, le=16)
     seed: int | None = None
     stream: bool = False
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     image_guidance_scale: float | None = None
-    sampler: str | None = None
-    size: str | None = None
+    sampler: str | None = Field(None, max_length=64)
+    size: str | None = Field(None, max_length=64)
     previews: bool = False
 
     @model_validator(mode="before")
@@ -79,7 +87,7 @@ class Body(BaseModel):
             return given
         inner = given.get("extra_body")
         if not (inner is None or isinstance(inner, dict)):
-            raise ApiError(400, f"extra_body is {str(inner)[:40]}; an object fits", "extra_body")
+            raise ApiError(400, f"extra_body is {repr(inner)[:40]}; an object fits", "extra_body")
         merged = {**given, **(inner or {})}
         given = {name: value for name, value in merged.items() if name != "extra_body" and value is not None}
         for name in UNKNOWN_HERE:
@@ -195,34 +203,48 @@ def prompt_of(messages: list[dict], pictures: PictureReader, template: str) -> l
         ValueError: a picture that cannot be read, or turns that the template refuses.
     """
     images: dict[str, Image] = {}
+    fetching = Fetching()
     pictures.check_count(sum(_kind(part) == "image_url" for message in messages for part in _parts(message)))
-    turns = tuple(Turn(_role(message, at), tuple(_content(message, at, pictures, images)))
+    turns = tuple(Turn(_role(message, at), tuple(_content(message, at, pictures, images, fetching)))
                   for at, message in enumerate(messages))
     pictures.engine.check_texts(part for turn in turns for part in turn.parts if isinstance(part, str))
     with pictures.engine.tokenizing:
         return parts_of(turns, images, pictures.engine.model.tokenizer, template)
 
 
+def shows_other_hosts(messages: list[dict]) -> bool:
+    """Whether a picture of messages is to be fetched from somewhere."""
+    return any(_kind(part) == "image_url" and not str(_url(part)).startswith("data:")
+               for message in messages for part in _parts(message))
+
+
+def _url(part: dict) -> object:
+    """What a part that is a picture gives as its URL."""
+    given = part.get("image_url")
+    return given.get("url") if isinstance(given, dict) else given
+
+
 def _role(message: dict, at: int) -> str:
     role = message.get("role")
     if role not in ("system", "developer", "user", "assistant"):
-        raise ApiError(400, f"messages[{at}].role is {role!r}; system, user and assistant fit", "messages")
+        raise ApiError(400, f"messages[{at}].role is {shown(role)}; system, user and assistant fit", "messages")
     return "system" if role == "developer" else role
 
 
-def _content(message: dict, at: int, pictures: PictureReader, images: dict[str, Image]) -> Iterator[str | PictureRef]:
+def _content(message: dict, at: int, pictures: PictureReader, images: dict[str, Image],
+             fetching: Fetching) -> Iterator[str | PictureRef]:
     """The texts and pictures of a message; pictures are read into `images` by their names."""
     for number, part in enumerate(_parts(message)):
         kind = _kind(part)
         if kind == "text" and isinstance(part.get("text"), str):
             yield part["text"]
         elif kind == "image_url":
-            given, name = part.get("image_url"), f"messages[{at}].content[{number}]"
-            images[name] = pictures.read_url(given.get("url") if isinstance(given, dict) else given)
+            name = f"messages[{at}].content[{number}]"
+            images[name] = pictures.read_url(_url(part), fetching)
             yield PictureRef(b"", loss=False, name=name)
         else:
-            raise ApiError(400, f"messages[{at}].content[{number}] is of type {kind!r}; text with a \"text\" and "
-                           "image_url with {\"url\": \"data:...\"} fit", "messages")
+            raise ApiError(400, f"messages[{at}].content[{number}] is of type {shown(kind)}; text with a \"text\" "
+                           "and image_url with {\"url\": \"data:...\"} fit", "messages")
 
 
 def _parts(message: dict) -> list:

@@ -96,6 +96,8 @@ def test_what_makes_no_sense_is_refused(options, message):
         ("text", float("nan")),
         ("text", float("inf")),
         ("text", -1.0),
+        ("text", 1e300),
+        ("image", 10001.0),
         ("text", "3"),
         ("text", None),
         ("image", float("nan")),

@@ -12,8 +12,10 @@ from tfkernels.attention import cpu
 from transfusion import Image, Text
 from transfusion.diffusion.guidance import Guidance
 from transfusion.diffusion.objective import step
-from transfusion.generate.generation import Drawn, Preview, Sampling, _Generation
+from transfusion.generate.generation import Drawn, Preview, _Generation
 from transfusion.generate.kv_cache import Canvas
+from transfusion.generate.row import Row
+from transfusion.generate.sampling import LONGEST_STOP, Sampling
 from transfusion.sequence import Document, encode, lay_out
 
 
@@ -247,6 +249,37 @@ def test_a_stream_says_what_the_whole_text_says_whatever_stops_it(model):
             assert streamed(stop=never) == whole(stop=never) == free, never
 
 
+def test_a_long_stop_costs_no_more_than_what_is_written(model):
+    """At each token no beginning of it is looked for that is longer than the text so far."""
+    taken = []
+
+    class Counted(str):
+        def __getitem__(self, place):
+            taken.append(place)
+            return str(self)[place]
+
+    stop = Counted("\0" * LONGEST_STOP)
+    row = Row(model, [Text("a")], Sampling(stop=(stop,)), (1, 1), 0)
+    token, = model.tokenizer.encode("a", add_special_tokens=False)
+    assert row.take(token) == "a" and len(taken) <= 1
+    with pytest.raises(ValueError, match="stop is .{,300}; 1 to 4 texts, .* of at most 256 characters each$"):
+        Sampling(stop=("a" * 2**20,))
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-50, 1e-40, 1e-6])
+def test_a_tiny_temperature_takes_the_likeliest_token(model, temperature):
+    options = dict(max_new_tokens=5, max_images=0, seed=3)
+    same(model.generate([Text("a")], temperature=temperature, **options), model.generate([Text("a")], **options))
+
+
+def test_a_huge_temperature_takes_any_token_that_may_be_written(model):
+    row = Row(model, [Text("a")], Sampling(temperature=1e300, max_images=0), (1, 1), 0)
+    scores = torch.linspace(0, 1e4, len(model.tokenizer))
+    found = {row.choose(scores) for _ in range(20 * len(scores))}
+    assert found.isdisjoint({model.config.boi_token_id, model.config.eoi_token_id})
+    assert len(found) > len(scores) / 2
+
+
 @pytest.mark.parametrize("call,message", [
     (lambda m: m.draw(["  "]), "a prompt is empty"),
     (lambda m: m.generate([]), "parts is empty"),
@@ -265,10 +298,10 @@ MEANINGLESS = [
         "steps": (0, 1.5, True, NAN, "3", None),
         "max_new_tokens": (-1, 1.5, True, INF),
         "max_images": (-1, 0.5, False),
-        "stop": ("a", ("a", 1), (), 3, ("",), ("a", ""), tuple("abcde")),
+        "stop": ("a", ("a", 1), (), 3, ("",), ("a", ""), tuple("abcde"), ("a" * 257,)),
         "seed": (1.5, NAN, "1", 2**64),
         "image_size": (8, 8.0, (8,), (8, 8, 8), (0, 8), (-8, 8), (8.0, 8), (True, 8), "88", (), (8, 7)),
-        "guidance": (NAN, INF, -1.0, "3", None, True),
+        "guidance": (NAN, INF, -1.0, 1e300, "3", None, True),
         "temperature": (NAN, INF, -1.0, "0", True),
         "top_p": (NAN, -0.1, 1.1, True),
         "min_p": (NAN, INF, 1.5),
@@ -338,6 +371,9 @@ def test_no_prompts_give_nothing_back(model):
         (lambda m, x: m.draw([3]), r"draw: prompts\[0\] is a int"),
         (lambda m, x: m.draw({"a": 1}), "draw: prompts is a dict"),
         (lambda m, x: m.draw([["a"]]), r"draw: prompts\[0\]\[0\] is a str"),
+        (lambda m, x: m.draw([[x, Text(5)]]), r"draw: prompts\[0\]\[1\].text is a int; a str fits"),
+        (lambda m, x: m.draw(Text(None)), r"draw: prompts\[0\].text is a NoneType; a str fits"),
+        (lambda m, x: m.generate([Text(b"a")]), r"generate: parts\[0\].text is a bytes; a str fits"),
         (lambda m, x: m.caption(x.latent), "caption: images is a Tensor; a list of Image fits"),
         (lambda m, x: m.caption([x, "a"]), r"caption: images\[1\] is a str; an Image fits"),
         (lambda m, x: m.caption("a"), "caption: images is a str"),

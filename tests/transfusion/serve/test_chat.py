@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 from PIL import Image as Picture
 
 from tests.transfusion.conftest import tiny_model
@@ -100,6 +101,41 @@ def test_what_does_not_fit_is_said_and_changes_nothing(talk, line, said):
     assert (talk.turns, talk.seed) == before
 
 
+@pytest.mark.parametrize("line,said", [
+    ("/image ~nosuchuser/a.png", "~nosuchuser/a.png is not a picture that can be read"),
+    ("/save a.tiff/b.png", "/save: the directory of FILE"),
+    (f"/save {'a' * 300}.png", r"/save: FILE is '(a{199})\.\.\., which cannot be written \(File name too long\)"),
+    (f"/save {'a' * 250}.png", "which cannot be written .File name too long"),  # as it is, but not written aside
+    (f"/seed {'9' * 5000}", r"/seed: N is '9{199}\.\.\.; a whole number fits"),
+    (f"/{'a' * 300}", "/a{59} is no command")])
+def test_no_line_ends_the_conversation(talk, tmp_path, monkeypatch, line, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.tiff").touch()
+    talk.say("/draw a seven")
+    before = list(talk.turns), talk.seed, talk.newest
+    with pytest.raises(ValueError, match=said):
+        talk.say(line)
+    assert (talk.turns, talk.seed, talk.newest) == before
+    talk.say("/save ~nosuchuser.png")
+    assert (tmp_path / "~nosuchuser.png").is_file()
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, EOFError, MemoryError])
+def test_an_error_of_the_model_leaves_the_conversation_as_it_was(talk, monkeypatch, kind):
+    def fails(*_):
+        raise kind("no memory")
+
+    talk.say("a seven")
+    before = list(talk.turns), talk.seed
+    with monkeypatch.context() as broken:
+        broken.setattr(talk.model.backbone, "forward", fails)
+        with pytest.raises(ValueError, match=f"{kind.__name__}: no memory"):
+            talk.say("two")
+    assert (talk.turns, talk.seed) == before
+    talk.say("two")
+    assert len(talk.turns) == 4
+
+
 def test_ctrl_c_ends_an_answer_and_a_signal_ends_the_command(talk, monkeypatch):
     def stream(prompt, **options):
         yield from ()
@@ -131,10 +167,11 @@ def test_lines_from_a_pipe_are_answered_and_errors_leave_it_running(model, tmp_p
     model.save_pretrained(tmp_path / "model")
     command = [sys.executable, "-m", "transfusion.cli", "chat", "--model", str(tmp_path / "model"),
                "--max-new-tokens", "4", "--max-images", "0", "--steps", "2"]
-    lines = f"/draw a seven\n/nothing\n/save {tmp_path / 'out.png'}\n"
+    lines = f"/draw a seven\n/nothing\n/image ~nosuchuser/a.png\n/save {tmp_path / 'out.png'}\n"
     found = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stderr
     assert "a picture of 8x8" in found.stdout and "error: /nothing is no command" in found.stdout
+    assert "error: read_picture: ~nosuchuser/a.png is not a picture" in found.stdout
     assert (tmp_path / "out.png").is_file()
 
 

@@ -269,6 +269,8 @@ def test_a_cache_that_is_full_lets_requests_wait_until_others_give_their_tokens_
 
 @pytest.mark.parametrize("options,draw,name", [
     (dict(steps=251), True, "steps is 251; at most 250 fit"),
+    (dict(steps=2**60), True, f"steps is {2**60}; at most 250 fit"),
+    (dict(steps=2**70, sampler="unipc"), False, f"steps is {2**70}; at most 250 fit"),
     (dict(image_size=(2000, 2000)), True, r"image_size is \(2000, 2000\); at most 1048576 pixels"),
     (dict(image_size=(7, 8)), True, r"image_size is \(7, 8\) and the patch size 2"),
     (dict(max_images=9), False, "max_images is 9; at most 8 fit"),
@@ -281,6 +283,8 @@ def test_a_request_over_the_limits_is_refused_by_the_name_of_its_argument(engine
         engine.submit(Request([Text("a")], Sampling(**options), draw=draw))
     with pytest.raises(ValueError, match="submit: parts is a int"):
         engine.submit(Request(3))
+    with pytest.raises(ValueError, match=r"submit: parts\[0\].text is a int; a str fits"):
+        engine.submit(Request([Text(5)]))
     for given in (3, [Text("a")], None):
         with pytest.raises(ValueError, match=f"submit: request is a {type(given).__name__}; a Request fits"):
             engine.submit(given)

@@ -55,6 +55,7 @@ def test_sizes_are_in_pixels_and_width_comes_first():
     for size, message in (("10x16", "multiples of 8 fit"), ("12x16", "multiples of 8 fit"),
                           ("0x16", "multiples of 8 fit"), ("80000x80000", "at most 16777216"),
                           ("16", "WIDTHxHEIGHT fits, such as 24x16"),
+                          ("16x" * 2**20, r"x1\.\.\.; WIDTHxHEIGHT fits"),
                           ("16x-4", "WIDTHxHEIGHT"), ("²x4", "WIDTHxHEIGHT"), ("1" * 9 + "x4", "WIDTHxHEIGHT")):
         with pytest.raises(ValueError, match=f"size is .*{message}"):
             reader.image_size(size)

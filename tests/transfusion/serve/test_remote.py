@@ -19,7 +19,7 @@ def host(monkeypatch):
             kind = self.path.strip("/")
             self.send_response({"picture": 200, "large": 200, "gone": 404}.get(kind, 302))
             targets = {"inside": "http://10.0.0.7/secret", "loop": "/loop", "once": "/picture",
-                       "file": "file:///etc/passwd"}
+                       "file": "file:///etc/passwd", "bracket": "http://[::1"}
             if kind in targets:
                 self.send_header("Location", targets[kind])
             self.end_headers()
@@ -43,7 +43,9 @@ def test_a_file_is_fetched_also_behind_a_redirect(host):
 
 @pytest.mark.parametrize("path,message", [
     ("inside", "10.0.0.7 is at 10.0.0.7, which is not public"), ("loop", "more than 3 redirects"),
-    ("file", "data:, http: and https: fit"), ("gone", "answers 404"), ("large", "more than 100 bytes")])
+    ("file", "data:, http: and https: fit"),
+    ("bracket", r"image_url: 'http://127.*/bracket' redirects to 'http://\[::1' \(Invalid IPv6 URL\)"),
+    ("gone", "answers 404"), ("large", "more than 100 bytes")])
 def test_what_leads_inside_or_is_too_large_is_refused(host, path, message):
     with pytest.raises(ValueError, match=message):
         remote.fetch(f"{host}/{path}", 100)
@@ -59,6 +61,13 @@ def test_no_address_that_is_not_public_is_connected_to(monkeypatch, url):
         remote.fetch(url, 100)
 
 
+def test_a_url_that_utf8_cannot_write_is_spelled_out():
+    for url in ("http://\ud800.x/", "http://[::1\ud800/"):
+        with pytest.raises(ValueError, match=r"http://.*\\ud800") as raised:
+            remote.fetch(url, 100)
+        str(raised.value).encode()
+
+
 def test_an_address_is_public_or_not():
     assert remote.is_public("8.8.8.8") and remote.is_public("2606:4700::1111")
     assert remote.is_public("64:ff9b::808:808") and remote.is_public("2002:808:808::1")
@@ -66,6 +75,23 @@ def test_an_address_is_public_or_not():
                    "64:ff9b::a00:1", "64:ff9b::7f00:1", "2002:a00:1::1", "2002:7f00:1::", "::10.0.0.1", "::127.0.0.1",
                    "2001:0:a00:1::f5ff:fffe"):
         assert not remote.is_public(inside)
+
+
+def test_all_files_of_a_request_have_one_time_together_and_what_lies_between_takes_none_of_it(monkeypatch):
+    monkeypatch.setattr(remote, "SECONDS", 0.5)
+    monkeypatch.setattr(remote, "_get", lambda url, most, end: (time.sleep(0.2), remote._left(end), (None, b"a"))[-1])
+    fetching = remote.Fetching()
+    assert fetching.fetch("http://a/", 1) == b"a"
+    time.sleep(0.5)
+    assert fetching.fetch("http://a/", 1) == b"a"
+    with pytest.raises(ValueError, match="'http://a/' cannot be fetched .more than 0.5 seconds for all"):
+        fetching.fetch("http://a/", 1)
+
+
+def test_no_name_is_looked_up_when_the_time_is_over(monkeypatch):
+    monkeypatch.setattr(remote.socket, "getaddrinfo", lambda *_, **__: pytest.fail("looked up"))
+    with pytest.raises(ValueError, match="cannot be fetched .more than"):
+        remote.fetch("http://a.example/", 1, time.monotonic())
 
 
 @pytest.mark.parametrize("kind", ["head", "body", "redirects"])

@@ -1,0 +1,55 @@
+"""What stands in front of the server's addresses: the key, and how many bytes a request may have."""
+import hmac
+
+from fastapi.responses import JSONResponse
+
+from transfusion.serve.wire import ApiError
+
+
+class Guard:
+    """In front of everything: the key, and how many bytes a request may have."""
+
+    def __init__(self, app, api_key: str | None, max_bytes: int):
+        self.app, self.api_key, self.max_bytes = app, api_key, max_bytes
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        try:
+            self._check_key(scope)
+            body = await self._read(receive)
+        except ApiError as error:
+            return await error_response(error)(scope, receive, send)
+        if body is None:  # the client left
+            return None
+        given = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def again():
+            return given.pop() if given else await receive()
+
+        return await self.app(scope, again, send)
+
+    def _check_key(self, scope) -> None:
+        if self.api_key is None or scope["path"] == "/health":
+            return
+        said = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        if not hmac.compare_digest(said, f"Bearer {self.api_key}".encode()):
+            raise ApiError(401, "the key is missing or wrong; Authorization: Bearer and the server's --api-key fit")
+
+    async def _read(self, receive) -> bytes | None:
+        body, more = bytearray(), True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > self.max_bytes:
+                raise ApiError(413, f"the request has more than {self.max_bytes} bytes; a smaller one fits")
+        return bytes(body)
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    """An error as it is answered."""
+    headers = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}
+    return JSONResponse(error.body(), error.status, headers.get(error.status))
