@@ -1,19 +1,34 @@
 """Compile a Triton kernel for a GPU that need not be here, and read what its machine code takes from the GPU.
 
+What has been compiled before, with the same sources, Triton, ptxas and options, is read from compiled.json and not
+compiled again, but for one in sixteen, which is compared. After a whole `make test` on kernels that are to stay,
+`python -m tests.resources` writes that file anew, of what the tests have asked for since it last did.
+
 The types of a kernel's arguments follow from their names. Their divisibility is what the launcher finds for the usual
 layouts: pointers and strides are multiples of 16, unless the kernel names them in do_not_specialize.
 """
+import functools
+import hashlib
+import json
 import re
+import shutil
 import subprocess
 import tempfile
+from pathlib import Path
 from typing import NamedTuple
 
 import triton
 from triton import knobs
+from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+from triton.runtime.cache import get_cache_key
 
+import ptxrun
+import tests.schedule
 from ptxrun import unknown_instructions
+from ptxrun.instructions import TABLE
 from tests.schedule import wait_distances
 from tfkernels._launch import SHARED_LIMIT, Config
 
@@ -33,6 +48,9 @@ LOCAL_MEMORY = re.compile(r"\b(?:STL|LDL)\b")
 BUTTERFLY = re.compile(r"\bshfl\.sync\.bfly\.b32\s+(%\w+)")
 FUSED = re.compile(r"\bfma\.rn(?:\.ftz)?\.f32\s+%\w+, [^,;]+, [^,;]+, (%\w+);")
 COPY = re.compile(r"\bcp\.async\.(?:ca|cg|bulk)\b")
+KNOWN = Path(__file__).with_name("compiled.json")
+ASKED = Path(__file__).parents[1] / "build" / "compiled"  # what tests have asked for, a file each
+COMPARED = 16  # one in so many of what is known is compiled all the same
 
 
 class Resources(NamedTuple):
@@ -80,9 +98,8 @@ def innermost_loops(ptx: str) -> list[str]:
     return [ptx[start:end] for start, end in ends.items() if not any(start < s and e < end for s, e in ends.items())]
 
 
-def compiled(kernel, constants: dict, config: Config, architecture: int, element: str, float32: tuple[str, ...],
-             fuses: bool = True):
-    """Compile `kernel` for sm_`architecture` as a launch with the usual layouts would."""
+def source_of(kernel, constants: dict, element: str, float32: tuple[str, ...]) -> ASTSource:
+    """Return `kernel` with the types and the divisibility of the arguments that a launch with the usual layouts has."""
     def kind(name: str) -> str:
         if name in constants:
             return "constexpr"
@@ -91,10 +108,50 @@ def compiled(kernel, constants: dict, config: Config, architecture: int, element
     signature = {p.name: kind(p.name) for p in kernel.params}
     divisible = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.params)
                  if (p.name.startswith("stride_") or p.name.endswith("_ptr")) and not p.do_not_specialize}
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": fuses,
-               "maxnreg": config.max_registers}
-    source = ASTSource(kernel, signature, constants, divisible)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return ASTSource(kernel, signature, constants, divisible)
+
+
+def options_of(config: Config, fuses: bool) -> dict:
+    """Return the options of a launch."""
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": fuses,
+            "maxnreg": config.max_registers}
+
+
+def compiled(kernel, constants: dict, config: Config, architecture: int, element: str, float32: tuple[str, ...],
+             fuses: bool = True):
+    """Compile `kernel` for sm_`architecture` as a launch with the usual layouts would."""
+    return triton.compile(source_of(kernel, constants, element, float32), target=GPUTarget("cuda", architecture, 32),
+                          options=options_of(config, fuses))
+
+
+@functools.cache
+def _readers(emulated: bool) -> str:
+    """The text of what reads compiled code: an older one might have found something else."""
+    files = [Path(__file__), Path(tests.schedule.__file__)]
+    files += sorted(Path(ptxrun.__file__).parent.rglob("*.py")) if emulated else []
+    return "".join(file.read_text() for file in files)
+
+
+def key_of(kernel, constants: dict, config: Config, architecture: int, element: str, float32: tuple[str, ...],
+           fuses: bool) -> str:
+    """Hash all that `Resources` depend on: sources, Triton and ptxas, the options, and what reads the compiled code."""
+    backend = make_backend(GPUTarget("cuda", architecture, 32))
+    compiling = get_cache_key(source_of(kernel, constants, element, float32), backend,
+                              backend.parse_options(options_of(config, fuses)), get_cache_invalidating_env_vars())
+    unknown = sorted(name for name, (rule, _) in TABLE.items() if rule is None)
+    return hashlib.sha256(f"{compiling}{_readers(architecture in EMULATED)}{unknown}".encode()).hexdigest()[:20]
+
+
+@functools.cache
+def known() -> dict[str, list]:
+    """What has been compiled before, by `key_of`."""
+    return json.loads(KNOWN.read_text()) if KNOWN.is_file() else {}
+
+
+def note(key: str, found: Resources) -> None:
+    """Note what a test has asked for, which compiled.json shall hold."""
+    ASKED.mkdir(parents=True, exist_ok=True)
+    (ASKED / key).write_text(json.dumps(found))
 
 
 def registers_and_spills(cubin: bytes) -> tuple[int, int]:
@@ -126,9 +183,27 @@ def resources(kernel, constants: dict, config: Config, *, architecture: int, ele
     `float32` names arguments that hold float32 in this kernel and data in others. `fuses` is false where the launch
     says ROUNDED_PRODUCTS.
     """
-    built = compiled(kernel, constants, config, architecture, ELEMENT[element_size], float32, fuses)
+    arguments = kernel, constants, config, architecture, ELEMENT[element_size], float32, fuses
+    key = key_of(*arguments)
+    before = known().get(key)
+    if before is not None and int(key, 16) % COMPARED:
+        found = Resources(*before)._replace(waits=tuple(before[Resources._fields.index("waits")]))
+    else:
+        found = read(compiled(*arguments), kernel.__name__, architecture)
+        now = json.loads(json.dumps(found))
+        assert before in (None, now), f"{kernel.__name__} for sm_{architecture} is {now}, compiled.json says {before}"
+    note(key, found)
+    return found
+
+
+def read(built, name: str, architecture: int) -> Resources:
+    """Return what a compiled kernel takes.
+
+    Raises:
+        AssertionError: an instruction that is not emulated, for an architecture of which all are.
+    """
     if architecture in EMULATED and (unknown := unknown_instructions(built.asm["ptx"])):
-        raise AssertionError(f"{kernel.__name__} for sm_{architecture}: {unknown}")
+        raise AssertionError(f"{name} for sm_{architecture}: {unknown}")
     registers, spills = registers_and_spills(built.asm["cubin"])
     ptx = built.asm["ptx"]
     found = [m.strip().split(" ")[-1] for m in TENSOR_CORE.findall(ptx)]
@@ -137,3 +212,12 @@ def resources(kernel, constants: dict, config: Config, *, architecture: int, ele
         registers, spills, built.metadata.shared, {name: found.count(name) for name in sorted(set(found))},
         len(loops), sum(COPY.search(loop) is not None for loop in loops), tuple(wait_distances(built.asm["ttgir"])),
         uneven_sums(ptx))
+
+
+if __name__ == "__main__":
+    asked = {file.name: json.loads(file.read_text()) for file in sorted(ASKED.iterdir())}
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(found)}" for key, found in asked.items())
+    print(f"{KNOWN}: {len(asked)} kernels, {len(asked.keys() - known().keys())} of them new; "
+          f"{len(known().keys() - asked.keys())} have gone")
+    KNOWN.write_text(f"{{\n{lines}\n}}\n")
+    shutil.rmtree(ASKED)
