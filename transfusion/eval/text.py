@@ -10,7 +10,7 @@ as long as the others: it begins further in front, and only its new tokens count
 """
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -90,8 +90,11 @@ def evaluate_text(settings: TextSettings) -> None:
 
 
 @torch.inference_mode()
-def perplexity(model, text: str, window: int | None = None, batch: int = 8) -> Perplexity:
+def perplexity(model, text: str, window: int | None = None, batch: int = 8, without: Sequence[int] = ()) -> Perplexity:
     """Return how well a model's decoder predicts a text.
+
+    Ids of `without` have no probability: without those of BOI and EOI it is the perplexity of the language model that a
+    model was made of.
 
     Raises:
         ValueError: the text is empty.
@@ -108,8 +111,9 @@ def perplexity(model, text: str, window: int | None = None, batch: int = 8) -> P
         rows = torch.stack([tokens[max(0, end - window):end + 1] for end in ends])
         hidden = model.text_hidden(rows[:, :-1])[:, -counted:].flatten(0, 1)
         for states, targets in zip(hidden.split(POSITIONS), rows[:, -counted:].flatten().split(POSITIONS)):
-            scores = model.backbone.logits(states).float().log_softmax(-1).gather(1, targets[:, None])
-            total += float(scores.double().sum())
+            logits = model.backbone.logits(states).float()
+            logits[:, list(without)] = -math.inf
+            total += float(logits.log_softmax(-1).gather(1, targets[:, None]).double().sum())
     words, size = len(text.split()), len(text.encode())
     return Perplexity(math.exp(-total / len(ids)), math.exp(min(-total / words, 700)) if words else math.nan,
                       -total / math.log(2) / size, len(ids), total)

@@ -226,24 +226,24 @@ def labels_of(drawings: Drawings, chosen: Tensor) -> dict[str, Tensor]:
     return {"name": drawings.labels[chosen], "kind": drawings.kinds[chosen], "style": drawings.styles[chosen]}
 
 
-def changed(pictures: Tensor, generator: torch.Generator, untouched: float = 0.2) -> Tensor:
+def changed(pictures: Tensor, generator: torch.Generator, untouched: float = 0.3) -> Tensor:
     """Turn, stretch, move, mirror and colour each of (N, C, H, W) by its own random amounts, and cut holes into some.
 
     A share stays as it is. White is what lies outside, for the edges are white.
     """
     count, side = len(pictures), pictures.shape[-1]
     angle, zoom, wide, right, down, vivid, bright = (2 * torch.rand(7, count, generator=generator) - 1)
-    gains = 1 + 0.2 * (2 * torch.rand(count, pictures.shape[1], 1, 1, generator=generator) - 1)
+    gains = 1 + 0.05 * (2 * torch.rand(count, pictures.shape[1], 1, 1, generator=generator) - 1)
     mirror, hole, kept = torch.rand(3, count, generator=generator)
-    angle, zoom, wide = 0.17 * angle, 1 + 0.17 * zoom, 1 + 0.1 * wide
+    angle, zoom, wide = 0.12 * angle, 1 + 0.1 * zoom, 1 + 0.06 * wide
     flip = torch.where(mirror < 0.3, -1.0, 1.0)
-    rows = (torch.stack([flip * zoom * wide * angle.cos(), -zoom * angle.sin(), 0.22 * right], 1),
-            torch.stack([flip * zoom * angle.sin(), zoom * angle.cos(), 0.22 * down], 1))
+    rows = (torch.stack([flip * zoom * wide * angle.cos(), -zoom * angle.sin(), 0.14 * right], 1),
+            torch.stack([flip * zoom * angle.sin(), zoom * angle.cos(), 0.14 * down], 1))
     grid = F.affine_grid(torch.stack(rows, 1), pictures.shape, align_corners=False)
     moved = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
     grey = moved.mean(1, keepdim=True)
-    moved = grey + (moved - grey) * (1 + 0.4 * vivid.view(-1, 1, 1, 1))
-    moved = 1 + (moved - 1) * gains * (1 + 0.15 * bright.view(-1, 1, 1, 1))  # white stays white
+    moved = grey + (moved - grey) * (1 + 0.12 * vivid.view(-1, 1, 1, 1))
+    moved = 1 + (moved - 1) * gains * (1 + 0.05 * bright.view(-1, 1, 1, 1))  # white stays white
     x, y = torch.randint(side, (2, count, 1, 1), generator=generator)
     axis = torch.arange(side)
     cut = ((axis[:, None] - y).abs() < side // 7) & ((axis - x).abs() < side // 7) & (hole < 0.3).view(-1, 1, 1)

@@ -1,4 +1,5 @@
 """A model's language: perplexity against transformers' own model and, where it is installed, lm-eval against both."""
+import copy
 import json
 import math
 
@@ -75,6 +76,16 @@ def test_perplexity_holds_the_logits_of_some_positions_at_once(model, monkeypatc
     monkeypatch.setattr(model.backbone, "logits", lambda states: seen.append(len(states)) or logits(states))
     assert perplexity(model, TEXT, 32, 3).log_probability == pytest.approx(whole.log_probability, rel=1e-6)
     assert max(seen) == 7 and sum(seen) == whole.tokens, "each token is scored once"
+
+
+@torch.no_grad()
+def test_without_the_ids_of_images_it_does_not_depend_on_their_rows(model):
+    images = [model.config.boi_token_id, model.config.eoi_token_id]
+    other = copy.deepcopy(model)
+    other.get_output_embeddings().weight[images] += 1.0
+    apart = [perplexity(one, TEXT, 32, without=images).log_probability for one in (model, other)]
+    assert apart[0] == apart[1] > perplexity(model, TEXT, 32).log_probability
+    assert perplexity(other, TEXT, 32).log_probability != perplexity(model, TEXT, 32).log_probability
 
 
 def test_the_command_writes_three_results_of_a_file(model, tmp_path, capsys):

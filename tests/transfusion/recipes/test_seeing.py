@@ -39,7 +39,7 @@ def run(tmp_path_factory):
     write_sheets(where / "out" / "styles")
     settings = SeeingSettings(
         llm=where / "llm", out=where / "out", align=AlignOptimSettings(steps=2, batch=8), scenes=4, pairs=4, held_out=4,
-        optim=OptimSettings(steps=2, rows=1, seq_len=640, ema=0.0, warmup=1), lora_rank=2, template="vicuna_v1",
+        optim=OptimSettings(steps=2, rows=1, seq_len=640, ema=0.0, warmup=1), template="vicuna_v1",
         plain_text=where / "text.txt", save_every=2)
     return settings, seeing(settings)
 
@@ -52,6 +52,13 @@ def test_every_kind_is_asked_of_the_model_and_of_who_does_not_look(run):
     lines = (settings.out / "eval" / "prompts.md").read_text().splitlines()
     assert len(lines) == 2 + len(PROMPTS) == 22 and len(set(PROMPTS)) == 20
     assert (settings.out / "eval" / "questions.png").is_file()
+
+
+def test_without_a_picture_nothing_has_changed(run):
+    settings, found = run
+    assert found["perplexity"]["after"] == found["perplexity"]["before"]
+    rows = [line.split(" | ") for line in (settings.out / "eval" / "prompts.md").read_text().splitlines()[2:]]
+    assert all(before == after.removesuffix(" |") for _, before, after in rows)
 
 
 def test_views_to_train_on_are_changed_and_held_out_pictures_are_not(run):
