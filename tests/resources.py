@@ -9,6 +9,7 @@ layouts: pointers and strides are multiples of 16, unless the kernel names them 
 """
 import functools
 import hashlib
+import inspect
 import json
 import re
 import shutil
@@ -127,9 +128,10 @@ def compiled(kernel, constants: dict, config: Config, architecture: int, element
 @functools.cache
 def _readers(emulated: bool) -> str:
     """The text of what reads compiled code: an older one might have found something else."""
-    files = [Path(__file__), Path(tests.schedule.__file__)]
-    files += sorted(Path(ptxrun.__file__).parent.rglob("*.py")) if emulated else []
-    return "".join(file.read_text() for file in files)
+    reading = [inspect.getsource(one) for one in (Resources, innermost_loops, registers_and_spills, uneven_sums, read)]
+    patterns = [one.pattern for one in (TENSOR_CORE, LOCAL_MEMORY, BUTTERFLY, FUSED, COPY)]
+    files = [Path(tests.schedule.__file__), *(sorted(Path(ptxrun.__file__).parent.rglob("*.py")) if emulated else [])]
+    return "".join([*reading, *patterns, *(file.read_text() for file in files)])
 
 
 def key_of(kernel, constants: dict, config: Config, architecture: int, element: str, float32: tuple[str, ...],
@@ -215,6 +217,8 @@ def read(built, name: str, architecture: int) -> Resources:
 
 
 if __name__ == "__main__":
+    if not ASKED.is_dir():
+        raise SystemExit(f"{ASKED} is not there: no test has asked since {KNOWN.name} was written; run make test")
     asked = {file.name: json.loads(file.read_text()) for file in sorted(ASKED.iterdir())}
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(found)}" for key, found in asked.items())
     print(f"{KNOWN}: {len(asked)} kernels, {len(asked.keys() - known().keys())} of them new; "

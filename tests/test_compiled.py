@@ -15,7 +15,7 @@ FOUND = [11, 0, 0, {"mma.sync": 2}, 1, 1, [1.0], 0]
 
 @pytest.fixture
 def ask(monkeypatch, tmp_path):
-    """A function that asks for KERNEL where `known` holds one kernel's resources; it counts what is compiled."""
+    """A function that asks for KERNEL where `known` holds one kernel's resources."""
     def asked(key: str | None, found: list, compared: int = 16):
         monkeypatch.setattr(resources, "ASKED", tmp_path / "asked")
         monkeypatch.setattr(resources, "COMPARED", compared)

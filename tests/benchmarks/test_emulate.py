@@ -92,7 +92,6 @@ def test_clean_lines_of_a_page_stay_and_are_not_run_again(configuration, monkeyp
     out.write_text(before)
     monkeypatch.setattr(emulate, "output", lambda *command: "abc" if "log" in command else "")
     monkeypatch.setattr(emulate.Configuration, "run", lambda one, commit, minutes: ran.append(one.architecture))
-    monkeypatch.setattr(emulate, "lines", lambda file: [])
     emulate.main(["--out", str(out), "--schedule", "late", "--dtype", "float16", "--triton", str(configuration.folder)])
     assert ran == ["sm_90"] and "| late | float16 | sm_80 | 3.7.1 | abc | 5 | 0 | 0 |" in out.read_text()
 

@@ -1,7 +1,6 @@
 """Pictures on the wire, with an autoencoder: into its latents and back, by the engine's thread."""
 import base64
 import io
-import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ import torch
 from PIL import Image as Picture
 
 from tests.transfusion.model.test_vae import autoencoder
+from tests.transfusion.serve.clients import AtOnce
 from transfusion.data.picture_files import fit_picture, open_picture, to_picture
 from transfusion.model.vae import VAE
 from transfusion.sequence import Image
@@ -89,21 +89,17 @@ def test_a_picture_of_too_many_pixels_is_not_decoded(monkeypatch):
 
 
 def test_only_so_many_pictures_are_decoded_at_once(monkeypatch):
-    reader, lock, now, most = PictureReader(Engine(None, channels=3)), threading.Lock(), [0], [0]
+    reader, decoding = PictureReader(Engine(None, channels=3)), AtOnce()
 
     def counted(*given, **more):
-        with lock:
-            now[0] += 1
-            most[0] = max(most[0], now[0])
-        time.sleep(0.01)
-        with lock:
-            now[0] -= 1
+        with decoding:
+            time.sleep(0.01)
         return open_picture(*given, **more)
 
     monkeypatch.setattr("transfusion.serve.pictures.open_picture", counted)
     with ThreadPoolExecutor(8) as threads:
         found = list(threads.map(reader.read, [file("PNG")] * 16))
-    assert len(found) == 16 and most[0] == AT_ONCE
+    assert len(found) == 16 and decoding.most == AT_ONCE
 
 
 def test_more_pictures_than_a_request_has_tokens_for_are_refused():

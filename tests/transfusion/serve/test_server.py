@@ -1,4 +1,4 @@
-"""The server: what each address answers, what it refuses and with which status, and OpenAI's own client."""
+"""The server: what each address answers, its errors, slow hosts and clients that leave, and OpenAI's own client."""
 import asyncio
 import base64
 import contextlib
@@ -6,12 +6,10 @@ import io
 import json
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import threading
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import pytest
 from PIL import Image as Picture
 
 from tests.transfusion.conftest import tiny_model
+from tests.transfusion.serve.clients import DRAW, AtOnce, chat, data_url, png
 from tests.transfusion.serve.test_engine import until
 from transfusion import Text
 from transfusion.data.picture_files import to_picture
@@ -35,34 +34,9 @@ import uvicorn  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
 
 from transfusion.serve.server import FETCHES, LEFT, Answers, make_app, of_the_server  # noqa: E402
-from transfusion.serve.wire import ApiError, ChatBody  # noqa: E402
+from transfusion.serve.wire import ChatBody  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
-DRAW = {"num_inference_steps": 2, "seed": 3}
-
-
-@pytest.fixture(scope="module")
-def served():
-    """A tiny model, its engine and a client of its server."""
-    model = tiny_model()
-    engine = Engine(model, rows=4, queue=4)
-    with TestClient(make_app(engine, "tiny"), raise_server_exceptions=False) as client:
-        yield model, engine, client
-
-
-@pytest.fixture
-def client(served):
-    return served[2]
-
-
-def png(size=(9, 7), colour=128):
-    file = io.BytesIO()
-    Picture.new("L", size, colour).save(file, "PNG")
-    return file.getvalue()
-
-
-def data_url(data):
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
 def decoded(text):
@@ -78,15 +52,6 @@ def events(response):
     lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]
-
-
-def post(client, path, body):
-    """What a body is answered; in ASCII, as the client of the tests cannot write what UTF-8 cannot."""
-    return client.post(f"/v1/{path}", content=json.dumps(body), headers={"Content-Type": "application/json"})
-
-
-def chat(client, content, **fields):
-    return post(client, "chat/completions", {"messages": [{"role": "user", "content": content}], **fields})
 
 
 def test_the_model_and_the_servers_health_are_told(client):
@@ -137,16 +102,6 @@ def test_an_edit_reads_the_picture(served):
     one, = client.post("/v1/images/edits", files=files, data=fields).json()["data"]
     other, = client.post("/v1/images/edits", files={"image": ("a.png", png(colour=9))}, data=fields).json()["data"]
     assert decoded(one["b64_json"]).size == (8, 8) and one != other
-
-
-@pytest.mark.parametrize("files,fields,param", [
-    ({"mask": ("m.png", png(), "image/png")}, {}, "mask"), ({"other": ("o.png", b"")}, {}, "other"),
-    ({}, {"extra_body": "[" * 100_000}, "extra_body"), ({}, {"extra_body": "3"}, "extra_body"),
-    ({}, {"extra_body": "{"}, "extra_body"), ({}, {"extra_body": f'{{"seed": {"9" * 5000}}}'}, "extra_body"),
-    ({}, {"output_format": "jpeg"}, "output_format")])
-def test_what_an_edit_does_not_serve_is_refused_by_its_name(client, files, fields, param):
-    answer = client.post("/v1/images/edits", files={"image": ("a.png", png()), **files}, data={"prompt": "a", **fields})
-    assert answer.status_code == 400 and answer.json()["error"]["param"] == param
 
 
 def test_an_edit_that_names_the_format_that_is_served_is_answered(client):
@@ -203,121 +158,6 @@ def test_a_chat_reads_pictures_and_answers_with_text_and_pictures_whole_or_in_a_
     assert joined and joined == plain["choices"][0]["message"]["content"]
 
 
-def bomb():
-    """A PNG of a few bytes whose header says 50,000 x 50,000 pixels."""
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    pieces = {b"IHDR": struct.pack(">IIBBBBB", 50_000, 50_000, 8, 0, 0, 0, 0), b"IDAT": zlib.compress(bytes(50_001)),
-              b"IEND": b""}
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*piece) for piece in pieces.items())
-
-
-@pytest.mark.parametrize("fields,status,param,message", [
-    ({"num_inference_steps": 251}, 400, "num_inference_steps", "at most 250 fit"),
-    ({"num_inference_steps": 2**60}, 400, "num_inference_steps", "at most 250 fit"),
-    ({"num_inference_steps": 2**70}, 400, "num_inference_steps", "at most 250 fit"),
-    ({"num_inference_steps": 0}, 400, "num_inference_steps", "steps is 0"),
-    ({"guidance_scale": 1e300}, 400, "guidance_scale", "is 1e+300; a number of at least 0 and at most 10000.0"),
-    ({"image_guidance_scale": 1e300}, 400, "image_guidance_scale", "at most 10000.0"),
-    ({"guidance_scale": -1}, 400, "guidance_scale", "is -1.0"),
-    ({"size": "big"}, 400, "size", "WIDTHxHEIGHT fits"),
-    ({"size": "7x8"}, 400, "size", "size is '7x8'; multiples of 2 fit"),
-    ({"size": "0x8"}, 400, "size", "size is '0x8'; multiples of 2 fit"),
-    ({"size": "4000x4000"}, 400, "size", "size is '4000x4000'; at most 1048576 pixels in all fit"),
-    ({"prompt": "a" * 30_000}, 400, "prompt", "prompt is of"),
-    ({"output_format": "webp"}, 400, "output_format", "output_format is not served"),
-    ({"output_compression": 50}, 400, "output_compression", "not served"),
-    ({"partial_images": 2}, 400, "partial_images", "not served"),
-    ({"extra_body": 3}, 400, "extra_body", "extra_body is 3; an object fits"),
-    ({"extra_body": "\ud800"}, 400, "extra_body", r"extra_body is '\ud800'; an object fits"),
-    ({"n": 0}, 400, "n", "greater than or equal to 1"),
-    ({"n": 9}, 400, "n", "n is 9; at most 8 answers fit this server at once, 4 that run and 4 that wait"),
-    ({"model": "gpt"}, 404, "model", "'tiny' fits"),
-    ({"model": "a" * 2**20}, 400, "model", "at most 256 characters"),
-    ({"sampler": "a" * 2**20}, 400, "sampler", "at most 64 characters"),
-    ({"sampler": "ddin"}, 400, "sampler", "did you mean 'ddim'?"),
-    ({"size": "x" * 2**20}, 400, "size", "at most 64 characters"),
-    ({"prompt": " "}, 400, "prompt", "prompt is empty"),
-    ({"mask": "x"}, 400, "mask", "mask is not served"),
-    ({"stream": True}, 400, "stream", "/v1/chat/completions streams"),
-])
-def test_a_field_that_does_not_fit_is_refused_by_its_name(client, fields, status, param, message):
-    answer = post(client, "images/generations", {"prompt": "a", **DRAW, **fields})
-    error = answer.json()["error"]
-    assert answer.status_code == status and error["param"] == param and message in error["message"]
-    assert error["type"] == "invalid_request_error"
-
-
-@pytest.mark.parametrize("fields", [
-    {"temperature": 1e-40}, {"temperature": 5e-324}, {"temperature": 1e300}, {"guidance_scale": 1e4}, {"seed": -2**63},
-    {"guidance_scale": 1e4, "image_guidance_scale": 1e4}, {"guidance_scale": 5e-324}, {"top_p": 0, "min_p": 1}])
-def test_numbers_at_their_ends_are_answered(client, fields):
-    options = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 3, **DRAW, **fields}
-    for modalities in (["text"], ["image"]):
-        answer = client.post("/v1/chat/completions", json={**options, "modalities": modalities})
-        assert answer.status_code == 200, answer.text
-
-
-@pytest.mark.parametrize("fields,param,message", [
-    ({"max_tokens": 5000}, "max_tokens", "max_tokens is 5000 and the prompt of 2 tokens"),
-    ({"max_tokens": -1}, "max_tokens", "max_tokens is -1"),
-    ({"top_p": 2}, "top_p", "top_p is 2.0"),
-    ({"n": 16}, "n", "n is 16; at most 8 answers fit"),
-    ({"prompt": ["a"] * 3, "n": 3}, "prompt", "prompt is 3 texts and n 3; at most 8 answers fit this server at once"),
-    ({"prompt": ["a"] * 65}, "prompt", "prompt is 65 texts and n 1; 1 to 64 answers fit"),
-    ({"prompt": [1, 2]}, "prompt", "prompt: Input should be a valid string"),
-    ({"stop": ""}, "stop", "1 to 4 texts, none of them empty, fit"),
-    ({"stop": list("abcde")}, "stop", "1 to 4 texts, none of them empty, fit"),
-    ({"stop": "a" * 2**20}, "stop", "of at most 256 characters each"),
-])
-def test_a_field_of_texts_that_does_not_fit_is_refused_by_its_name(client, fields, param, message):
-    answer = client.post("/v1/completions", json={"prompt": "a", **fields})
-    error = answer.json()["error"]
-    assert answer.status_code == 400 and error["param"] == param and message in error["message"]
-
-
-@pytest.mark.parametrize("content,message", [
-    (3, "of type 'NoneType'"),
-    ([{"type": "a" * 2**20}], "aaa...; text"),
-    ([{"type": "audio"}], "of type 'audio'; text"),
-    ([{"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}], "--allow-remote"),
-    ([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}], "a data: URL fits"),
-    ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,!"}}], "not base64"),
-    ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA\u00e9"}}], "image_url: url is not base64"),
-    ([{"type": "image_url", "image_url": {"url": data_url(b"no picture")}}], "no picture that can be read"),
-    ("a" * 2**20, "messages is of 1048576 characters"),
-    ([{"type": "image_url", "image_url": {"url": data_url(bomb())}}], "no picture that can be read"),
-    ([{"type": "image_url", "image_url": {"url": data_url(png((9000, 9000)))}}], "a picture is 9000x9000"),
-])
-def test_a_message_that_cannot_be_read_is_refused(client, content, message):
-    answer = chat(client, content)
-    assert answer.status_code == 400 and message in answer.json()["error"]["message"]
-
-
-def test_a_long_role_is_not_repeated(client):
-    answer = post(client, "chat/completions", {"messages": [{"role": "a" * 2**20, "content": "a"}]})
-    message = answer.json()["error"]["message"]
-    assert answer.status_code == 400 and len(message) < 300 and "aaa...; system, user and assistant fit" in message
-
-
-def test_errors_of_prompts_and_pictures_name_these_and_those_of_guidance_its_scales(client):
-    torn = io.BytesIO()
-    Picture.effect_noise((64, 64), 50).save(torn, "PNG")
-    torn, broken = torn.getvalue()[:2000], "a\ud800"
-    in_a_chat = [{"type": "image_url", "image_url": {"url": data_url(torn)}}]
-    for answer, param, message in (
-            (client.post("/v1/images/edits", files={"image": ("a.png", torn)}, data={"prompt": "a"}), "image",
-             "image is not a picture that can be read"),
-            (chat(client, in_a_chat), "image", "image is not a picture that can be read"),
-            (post(client, "images/generations", {"prompt": broken}), "prompt", r"prompt is 'a\ud800'"),
-            (post(client, "completions", {"prompt": broken}), "prompt", r"prompt is 'a\ud800'"),
-            (chat(client, broken), "messages", r"messages is 'a\ud800'"),
-            (chat(client, "a", guidance_scale=-1), "guidance_scale", "guidance_scale is -1.0"),
-            (chat(client, "a", image_guidance_scale=-1), "image_guidance_scale", "image_guidance_scale is -1.0")):
-        error = answer.json()["error"]
-        assert answer.status_code == 400 and error["param"] == param and error["message"].startswith(message)
-
-
 @pytest.mark.parametrize("image_url", [
     {}, {"url": None}, {"url": 3}, 3, {"url": "http://localhost/a.png"}, {"url": "http://localhost:99999/a.png"},
     {"url": "http://[::1/"}, {"url": "ftp://a"}, {"url": "http://\ud800.x/"}, {"url": "http://a.x/\ud800"}])
@@ -341,15 +181,11 @@ def test_pictures_of_one_request_are_fetched_within_one_time(monkeypatch):
 
 
 def test_slow_hosts_hold_threads_of_their_own_alone(monkeypatch):
-    hold, lock, now, most = threading.Event(), threading.Lock(), [0], [0]
+    hold, fetching = threading.Event(), AtOnce()
 
     def slow(*_):
-        with lock:
-            now[0] += 1
-            most[0] = max(most[0], now[0])
-        hold.wait(20)
-        with lock:
-            now[0] -= 1
+        with fetching:
+            hold.wait(20)
         return None, png()
 
     monkeypatch.setattr(remote, "_get", slow)
@@ -357,28 +193,13 @@ def test_slow_hosts_hold_threads_of_their_own_alone(monkeypatch):
     app = make_app(engine, "tiny", allow_remote=True)
     with TestClient(app) as client, ThreadPoolExecutor(50) as pool:
         waiting = [pool.submit(chat, client, pictures_of_other_hosts(1), max_tokens=1, max_images=0) for _ in range(50)]
-        until(lambda: most[0] == FETCHES)
+        until(lambda: fetching.most == FETCHES)
         time.sleep(0.5)
         began = time.monotonic()
         assert chat(client, "a", max_tokens=1, max_images=0).status_code == 200
-        assert time.monotonic() - began < 5 and most[0] == FETCHES
+        assert time.monotonic() - began < 5 and fetching.most == FETCHES
         hold.set()
         assert {answer.result().status_code for answer in waiting} == {200}
-
-
-@pytest.mark.parametrize("body,status", [
-    (b"{", 400), (b"[]", 400), (b'{"messages": []}', 400), (b'{"messages": [{"role": "x"}]}', 400), (b"x" * 2**20, 400),
-    (b'{"messages": ' + b"[" * 100_000, 400), (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400),
-    (b"x" * (33 * 2**20), 413)])
-def test_malformed_and_large_bodies_are_answered_in_openais_shape(client, body, status):
-    answer = client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
-    assert answer.status_code == status and answer.json()["error"]["type"] == "invalid_request_error"
-    assert client.get("/v1/nothing").json()["error"]["message"] == "Not Found"
-
-
-def test_an_error_says_in_utf8_and_not_at_any_length_what_the_client_sent():
-    message = ApiError(400, "url is \ud800" + "a" * 2**20).body()["error"]["message"]
-    assert message.startswith("url is \\ud800a") and len(message.encode()) < 1100
 
 
 @pytest.mark.parametrize("kind", [ZeroDivisionError, ValueError])
@@ -415,27 +236,6 @@ def test_a_full_queue_is_a_429(served):
     assert answer.json()["error"]["type"] == "rate_limit_error"
     for ticket in waiting:
         ticket.result()
-
-
-def test_more_answers_than_ever_fit_at_once_are_no_429(served):
-    _, engine, client = served
-    before = engine.stats()["submitted"]
-    edit = client.post("/v1/images/edits", files={"image": ("a.png", png())}, data={"prompt": "a", "n": "9"})
-    for answer in (chat(client, "a", n=9), edit):
-        error = answer.json()["error"]
-        assert answer.status_code == 400 and error["param"] == "n" and "at most 8 answers fit" in error["message"]
-    assert engine.stats()["submitted"] == before
-    several = chat(client, "a", n=4, max_tokens=2, max_images=0)
-    assert several.status_code == 200 and len(several.json()["choices"]) == 4
-
-
-def test_more_pictures_than_fit_are_refused_before_one_is_read(client, monkeypatch):
-    monkeypatch.setattr("transfusion.serve.pictures.PictureReader.read", lambda *_: pytest.fail("one was read"))
-    answers = [
-        chat(client, [{"type": "image_url", "image_url": {"url": data_url(png())}}] * 228),
-        client.post("/v1/images/edits", files=[("image[]", ("a.png", png()))] * 228)]
-    for answer in answers:
-        assert answer.status_code == 400 and "there are 228; at most 227 fit" in answer.json()["error"]["message"]
 
 
 def test_numbers_are_there_for_prometheus(client):
