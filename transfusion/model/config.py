@@ -46,6 +46,9 @@ class TransfusionSettings:
     """channels at each resolution of the U-Net, from the latent's down to one position a patch"""
     unet_blocks: Count = 2
     """residual blocks at each resolution of the U-Net"""
+    unet_mixture: Count | None = None
+    """vectors that each token of the U-Net's down blocks is a mean of, weighted by a softmax, such as words of the
+    language model (AlignVLM, arXiv:2502.01341); None: a linear layer"""
     image_attention: Annotated[str, OneOf(IMAGE_ATTENTION)] = "bidirectional"
     """inside an image: bidirectional (the paper) or causal, the same as text (its ablation, table 5)"""
     objective: Annotated[str, OneOf(OBJECTIVES)] = "flow"

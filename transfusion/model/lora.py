@@ -19,7 +19,7 @@ from torch import nn
 from transformers.quantizers import AutoQuantizationConfig
 
 from transfusion.files import check_files, checksums, current, read_json
-from transfusion.settings import Count, OneOf
+from transfusion.settings import Count, OneOf, nearest
 
 BASE = "base.json"  # beside an adapter: the way to its model
 
@@ -39,6 +39,9 @@ class TuneSettings:
     """rank of the adapters"""
     lora_alpha: Count = 32
     """the adapters' product counts alpha / rank"""
+    frozen: tuple[str, ...] | None = None
+    """modules of images that stay as they are all the same, by the names in the table that training prints, such as
+    patch_embedding timestep, what pictures are read by"""
 
 
 def prepare(model, settings: TuneSettings) -> nn.Module:
@@ -47,11 +50,22 @@ def prepare(model, settings: TuneSettings) -> nn.Module:
     The latter's `save_pretrained` writes the adapter alone.
 
     Raises:
-        ValueError: `trained` is none of TRAINED, or an adapter is asked for without a checkpoint that it belongs to.
+        ValueError: `trained` is none of TRAINED, `frozen` names what the model has not, or an adapter is asked for
+            without a checkpoint that it belongs to.
     """
     if settings.trained not in TRAINED:
         raise ValueError(f"train: tune.trained is {settings.trained!r}; one of {', '.join(map(repr, TRAINED))} fits")
+    groups = {name: _image_group(name) for name in image_modules(model)}
+    frozen = settings.frozen or ()
+    for name in frozen:
+        if name not in groups.values():
+            known = list(dict.fromkeys(groups.values()))
+            raise ValueError(f"train: tune.frozen has {name!r}, and the model's modules of images are "
+                             f"{', '.join(known)}; names of these fit{nearest(name, known)}")
+    changed = [name for name, group in groups.items() if group not in frozen]
     if settings.trained == "all":
+        for name in groups.keys() - set(changed):
+            model.get_submodule(name).requires_grad_(False)
         return model
     if settings.start is None:
         raise ValueError(f"train: tune.trained is {settings.trained!r} and tune.start None; a checkpoint that the "
@@ -65,7 +79,7 @@ def prepare(model, settings: TuneSettings) -> nn.Module:
     else:
         config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, trainable_token_indices=tokens,
                             target_modules=r"backbone\.decoder\.model\.layers\..*_proj")
-    config.modules_to_save = image_modules(model)
+    config.modules_to_save = changed
     adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = str(Path(settings.start).resolve())
     return adapted
@@ -88,6 +102,11 @@ def image_modules(model) -> list[str]:
     names = [name for name, _ in model.named_children() if name != "backbone"]
     names += [f"backbone.{name}" for name, module in children if not isinstance(module, nn.ModuleList)]
     return names + [f"backbone.{name}.{i}" for name, module in lists for i in range(len(module))]
+
+
+def _image_group(name: str) -> str:
+    """The module of images that a parameter or a module of one belongs to, as the table of what is trained calls it."""
+    return name.removeprefix("backbone.").split(".")[0]
 
 
 def spare_images(model, quantization):
@@ -189,7 +208,7 @@ def trained_table(model: nn.Module) -> str:
         if "original_module." in name:  # what peft keeps of a module beside its trained copy
             continue
         name = name.removeprefix("base_model.model.")
-        images = f"images: {name.removeprefix('backbone.').split('.')[0]}"
+        images = f"images: {_image_group(name)}"
         group = next((label for key, label in _GROUPS.items() if key in name), images)
         total = groups.setdefault(group, [0, 0])
         total[0] += p.numel()

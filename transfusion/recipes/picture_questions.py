@@ -21,7 +21,8 @@ on shows a view of its own, turned, moved and coloured a little; held-out pictur
 No answer of yes-or-no, of counts, and of two styles, is more frequent than another, and a third of what is looked for
 is nowhere, so that who does not look is right as often as chance. Held-out questions are about pictures that training
 never shows: those that `Emoji` or `read_drawings` holds out, scenes of them alone, and comparisons of one of them with
-another picture.
+another picture. Of the names that are held out in some styles, training asks no style: the answer would never be one of
+these.
 
     DIR/train.json, DIR/held-out.json    LLaVA's rows, with `kinds`, a word of the list above for each question
     DIR/pictures/                        what they name
@@ -30,7 +31,7 @@ another picture.
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -125,12 +126,13 @@ class Questions:
         split: "train" or "held-out", in the names of scenes.
         generator: of what is drawn at random.
         change: what each picture goes through before it is shown; None: nothing, and one file serves all questions.
+        unstyled: labels of which no style is asked.
     """
 
     def __init__(self, drawings: Drawings, shown: Tensor, folder: Path, split: str, generator: torch.Generator,
-                 change: Change | None = None):
+                 change: Change | None = None, unstyled: Container[int] = ()):
         self.drawings, self.shown, self.folder, self.split = drawings, shown, folder, split
-        self.generator, self.change = generator, change
+        self.generator, self.change, self.unstyled = generator, change, unstyled
         self.named = [Emoji.caption(name, "").rpartition(",")[0] for name in drawings.names]
 
     def about_one(self) -> Iterator[Conversation]:
@@ -147,8 +149,9 @@ class Questions:
                 Asked("name", "What is this?", self.named[label]),
                 Asked("category", f"Is this {choices}?", category),
                 Asked("kind", "What kind of thing is this?", kind),
-                Asked("style", "In which style is this drawn?", style),
                 self._presence([label])]
+            if label not in self.unstyled:
+                asked.append(Asked("style", "In which style is this drawn?", style))
             for one in asked:
                 yield Conversation(f"{one.kind}-{i}", (self._single(i, one.kind),), [one])
 
@@ -293,13 +296,14 @@ def write(settings: PictureQuestionSettings) -> Path:
     drawings = shipped_drawings(settings.lively) if is_shipped else things(settings.drawings)
     held, every = drawings.held, torch.arange(len(drawings.held))
     generator = torch.Generator().manual_seed(settings.seed)
-    splits = {  # shown, shown beside, scenes, pairs, what pictures go through
-        "train": (~held, ~held, settings.scenes, settings.pairs, None if is_shipped else changed),
-        "held-out": (held, held | ~held, settings.held_out, settings.held_out, None)}
+    led_astray = set(drawings.labels[held].tolist())  # who knows of these in which styles they are shown
+    splits = {  # shown, shown beside, scenes, pairs, what pictures go through, names of which no style is asked
+        "train": (~held, ~held, settings.scenes, settings.pairs, None if is_shipped else changed, led_astray),
+        "held-out": (held, held | ~held, settings.held_out, settings.held_out, None, ())}
     with replacing(settings.out, weights=False) as fresh:
         (fresh / "pictures").mkdir()
-        for split, (shown, beside, scenes, pairs, change) in splits.items():
-            questions = Questions(drawings, every[shown], fresh / "pictures", split, generator, change)
+        for split, (shown, beside, scenes, pairs, change, unstyled) in splits.items():
+            questions = Questions(drawings, every[shown], fresh / "pictures", split, generator, change, unstyled)
             parts = questions.about_one(), questions.about_scenes(scenes), questions.about_pairs(pairs, every[beside])
             said = list(tqdm(chain(*parts), desc=split, unit="conversation"))
             rows = ",\n".join(json.dumps(one.row(), ensure_ascii=False) for one in said)

@@ -61,14 +61,14 @@ class SeeingSettings:
     """directory of a causal language model in transformers' format, or a GGUF file with its tokenizer"""
     out: Path = Path("runs/seeing")
     """directory for everything"""
-    align: AlignOptimSettings = field(default_factory=lambda: AlignOptimSettings(steps=3000))
+    align: AlignOptimSettings = field(default_factory=AlignOptimSettings)
     """of the image layers, before the language model runs"""
     optim: OptimSettings = field(default_factory=lambda: OptimSettings(
-        steps=640, rows=4, seq_len=256, lr=3e-4, min_lr=1e-5, warmup=20, ema=0.0, weight_decay=0.0))
-    """of everything that patches go through, on questions"""
-    scenes: Count = 3000
+        steps=1300, rows=2, seq_len=256, lr=3e-4, min_lr=1e-5, warmup=20, ema=0.0, weight_decay=0.0))
+    """of what patches go through in the decoder, on questions; the image layers stay as they are"""
+    scenes: Count = 1500
     """scenes to ask about in training"""
-    pairs: Count = 4000
+    pairs: Count = 3000
     """pairs to ask about in training"""
     held_out: Count = 80
     """held-out scenes, and as many pairs"""
@@ -104,7 +104,8 @@ def seeing(settings: SeeingSettings) -> dict:
     write_text(out / "mix.yaml", mixture(settings.template))
     train_to_end(TrainConfig(
         out=out / "tuned", data=MixtureFileSettings(file=out / "mix.yaml", workers=0), optim=settings.optim,
-        tune=TuneSettings(start=out / "aligned", trained="images"), save_every=settings.save_every, seed=settings.seed))
+        tune=TuneSettings(start=out / "aligned", trained="images", frozen=("patch_embedding", "timestep")),
+        save_every=settings.save_every, seed=settings.seed))
     return measure(out, settings.template, read_plain_text(settings.plain_text)[:MEASURED])
 
 

@@ -34,6 +34,7 @@ UNFIT = [
         "image_size": (8, (8,), (0, 8), (8, -8), (8.0, 8.0), "88", None),
         "unet_channels": ((), (0, 8), (8.5, 8), 64, None),
         "unet_blocks": (0, 1.5, True),
+        "unet_mixture": (0, -3, 1.5, True, "words"),
         "diffusion_weight": (NAN, INF, -1.0, True, "5"),
         "time_shift_tokens": (0, -4, 2.5, NAN, True),
         "boi_token_id": (-1, 32_000, 3.5, None, True),

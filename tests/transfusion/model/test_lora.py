@@ -130,9 +130,23 @@ def test_the_table_counts_every_parameter_and_those_that_change(start, capsys, t
     assert f"{total:,}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("trained", ["all", "images", "lora"])
+def test_what_is_frozen_stays_and_what_is_left_learns(tmp_path, start, trained):
+    tune = TuneSettings(start=start, trained=trained, lora_rank=4, frozen=("patch_embedding", "timestep"))
+    train(small(tmp_path, tune=tune))
+    before, after = (dict(Transfusion.from_pretrained(path).named_parameters()) for path in (start, tmp_path))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert not [name for name in moved if name.startswith(("patch_embedding.", "timestep."))]
+    assert any(name.startswith("image_head.") for name in moved)
+    if trained != "all":
+        kept = load_file(tmp_path / "adapter_model.safetensors")
+        assert kept and not [name for name in kept if "patch_embedding" in name or "timestep" in name]
+
+
 @pytest.mark.parametrize("settings,message", [
     (TuneSettings(trained="LoRA"), "tune.trained is 'LoRA'; one of 'all', 'images', 'lora' fits"),
     (TuneSettings(trained="lora"), "tune.trained is 'lora' and tune.start None; a checkpoint"),
+    (TuneSettings(frozen=("patch_embeding",)), "tune.frozen has 'patch_embeding', a.*did you mean patch_embedding"),
 ])
 def test_settings_that_do_not_fit_are_refused_by_name(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):

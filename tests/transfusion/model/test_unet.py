@@ -9,7 +9,7 @@ from transfusion.sequence import ImageLayout, encode, pack
 HIDDEN = 32
 
 
-def unet_model(patch_size=2, channels=(8, 16), image_channels=1):
+def unet_model(patch_size=2, channels=(8, 16), image_channels=1, mixture=None):
     base = tiny_model()
     config = TransfusionConfig(
         text_config=base.config.text_config,
@@ -19,6 +19,7 @@ def unet_model(patch_size=2, channels=(8, 16), image_channels=1):
         image_layers="unet",
         unet_channels=channels,
         unet_blocks=1,
+        unet_mixture=mixture,
         boi_token_id=base.config.boi_token_id,
         eoi_token_id=base.config.eoi_token_id,
     )
@@ -93,3 +94,32 @@ def test_channels_that_do_not_fit_the_patch_are_refused():
     for patch_size, channels in ((2, (8,)), (3, (8, 8))):
         with pytest.raises(ValueError, match=r"patch_size is . and unet_channels \(8"):
             TransfusionConfig(patch_size=patch_size, image_size=(6, 6), image_layers="unet", unet_channels=channels)
+
+
+def test_a_token_is_a_mean_of_vectors_by_a_softmax_and_is_one_of_them_where_that_is_sure(tmp_path):
+    model, patches, condition = unet_model(mixture=5), torch.randn(16, 4), torch.randn(1, HIDDEN)
+    layout, places = ImageLayout.of([(4, 4)]), torch.arange(16)
+    scores, _, vectors = model.patch_embedding.output
+    assert model.patch_embedding.output.vectors.shape == (5, HIDDEN)
+    with torch.no_grad():
+        (members, maps), = model.patch_embedding.features(patches, condition, layout)
+        weights = torch.einsum("krc,vk->vrc", maps[-1][0], scores.weight[:, :, 0, 0]) + scores.bias[:, None, None]
+        expected = weights.flatten(1).softmax(0).T @ vectors.weight[:, :, 0, 0].T                             # (16, C)
+        tokens, _ = model.patch_embedding(torch.zeros(16, HIDDEN), patches, condition, layout, places)
+        torch.testing.assert_close(tokens[members], expected)
+        scores.weight.zero_()
+        scores.bias.copy_(torch.tensor([0.0, 0.0, 80.0, 0.0, 0.0]))
+        tokens, _ = model.patch_embedding(torch.zeros(16, HIDDEN), patches, condition, layout, places)
+        torch.testing.assert_close(tokens, model.patch_embedding.output.vectors[2].expand(16, -1))
+    model.save_pretrained(tmp_path)
+    loaded = Transfusion.from_pretrained(tmp_path)
+    assert loaded.config.unet_mixture == 5
+    assert torch.equal(loaded.patch_embedding.output.vectors, model.patch_embedding.output.vectors)
+
+
+def test_mixtures_train_with_all_else():
+    model = unet_model(mixture=5)
+    document = encode([Text("a"), Image(torch.rand(1, 16, 16)), Text("b")], model.tokenizer, model.config)
+    sequence = pack([document], 128, 4)
+    model.train()(sequence, torch.tensor([0.3]), 1).loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.patch_embedding.output.parameters())

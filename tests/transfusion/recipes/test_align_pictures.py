@@ -13,6 +13,7 @@ from transfusion.recipes.align_pictures import (
     AlignOptimSettings,
     AlignSettings,
     Captions,
+    Taught,
     align,
     changed,
     learning_rate,
@@ -63,9 +64,12 @@ def test_pictures_that_were_never_shown_are_named_and_the_language_model_stays(s
     found = align(settings(start, tmp_path / "out"))
     assert min(found.values()) > 0.8, "twelve pictures; four names, two kinds, three styles"
     assert json.loads((tmp_path / "out" / "align.json").read_text()) == found
-    before, after = (dict(Transfusion.from_pretrained(path).named_parameters()) for path in (start, tmp_path / "out"))
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    model = Transfusion.from_pretrained(tmp_path / "out")
+    before, after = (dict(one.named_parameters()) for one in (Transfusion.from_pretrained(start), model))
+    moved = {name for name in before if name not in after or not torch.equal(before[name], after[name])}
     assert moved and all(name.startswith("patch_embedding.") for name in moved)
+    captions, output = Captions(drawings(), model.tokenizer), model.patch_embedding.output
+    assert torch.equal(output.vectors, model.get_input_embeddings().weight[captions.words])
     losses = [json.loads(line)["captions"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
@@ -86,12 +90,32 @@ def test_captions_are_the_tokens_of_name_kind_and_style_and_the_likeliest_is_rea
     captions = Captions(drawings(), tokenizer)
     for part, names in (("name", list(COLORS)), ("style", ["large", "small", "framed"])):
         for label, name in enumerate(names):
-            ids = captions.words[part][captions.spelled[part][label]].tolist()
+            ids = captions.words[captions.spelled[part][label]].tolist()
             own = tokenizer(f" {name}", add_special_tokens=False).input_ids[:SLOTS[part]]
             assert ids[:len(own)] == own and set(ids[len(own):]) <= {tokenizer(".").input_ids[0]}
-            scores = torch.zeros(1, SLOTS[part], len(captions.words[part]))
+            scores = torch.zeros(1, SLOTS[part], len(captions.words))
             scores[0, torch.arange(SLOTS[part]), captions.spelled[part][label]] = 5.0
             assert captions.read(part, scores).argmax() == label
+
+
+def test_nothing_speaks_against_a_name_in_the_style_that_it_is_held_out_of(start):
+    pictures = drawings()
+    missing = (pictures.labels == 3) & (pictures.styles == 2)  # grey, framed, which has no twin that is shown
+    captions = Captions(pictures, Transfusion.from_pretrained(start).tokenizer)
+    taught = Taught(pictures._replace(held=pictures.held | missing), captions)
+    scores = torch.randn(2, SLOTS["name"], len(captions.words), requires_grad=True)
+    read = torch.randn(2, 5, requires_grad=True)
+    words, names = taught.answers(scores, read, torch.tensor([2, 1]))
+    target = captions.spelled["name"][torch.tensor([0, 0])]                                                 # red, twice
+    loss = torch.nn.functional.cross_entropy(words.flatten(0, 1), target.flatten())
+    (loss + torch.nn.functional.cross_entropy(names, torch.tensor([0, 0]))).backward()
+    grey, known = captions.spelled["name"][3], captions.spelled["name"][[0, 1, 2, 4]]
+    own = [j for j in range(len(grey)) if grey[j] not in known[:, j]]
+    assert own and all(scores.grad[0, j, grey[j]] == 0 and scores.grad[1, j, grey[j]] > 0 for j in own)
+    assert read.grad[0, 3] == 0 and read.grad[1, 3] > 0 and (read.grad[:, 1:3] > 0).all()
+    losses = torch.tensor([1.0, 2.0, 6.0])
+    labels = torch.tensor([0, 3, 4])
+    assert taught.mean(losses, "style", labels) == 3.5 and taught.mean(losses, "kind", labels) == 3.0
 
 
 def test_views_are_changed_by_the_generator_alone_and_some_are_left_as_they_are():

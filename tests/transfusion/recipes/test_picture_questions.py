@@ -98,6 +98,13 @@ def test_names_categories_and_styles_are_the_published_ones(folder, emoji):
             assert answer == known(*single(emoji, name))
 
 
+def test_training_asks_no_style_of_names_that_are_held_out_in_one(folder, emoji):
+    told = {single(emoji, name)[0] for (name,), _, _ in asked(folder, "train", "style")}
+    held = {single(emoji, name)[0] for (name,), _, _ in asked(folder, "held-out", "style")}
+    named = {single(emoji, name)[0] for (name,), _, _ in asked(folder, "train", "name")}
+    assert held and not told & held and told == named - held
+
+
 def test_counts_and_places_are_those_of_the_tiles(folder, emoji):
     pictures = {(int(label), STYLES[style]): (picture + 1) * 127.5 for label, style, picture in
                 zip(emoji.labels, emoji.styles, emoji.pictures)}

@@ -4,6 +4,8 @@ arXiv:2408.11039, section 2.2. Residual blocks are diffusers', with the timestep
 plain norms over all channels in place of adaptive ones (the paper's footnote 7). Each level halves the sides until a
 patch is one position, whose channels become a token. Images of one grid run as one batch.
 """
+from collections.abc import Iterator
+
 import torch
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
@@ -19,12 +21,29 @@ class ZeroConv2d(nn.Conv2d):
     """A convolution that starts at zero."""
 
 
+class Mixture(nn.Sequential):
+    """Maps (N, D, H, W) to (N, C, H, W): at each position a mean of K vectors of C numbers, weighted by a softmax.
+
+    Where the vectors are a language model's words, what is written is text, however the maps change: AlignVLM's
+    connector (arXiv:2502.01341), of K words in place of all.
+    """
+
+    def __init__(self, channels: int, hidden: int, count: int):
+        super().__init__(nn.Conv2d(channels, count, 1), nn.Softmax(1), nn.Conv2d(count, hidden, 1, bias=False))
+
+    @property
+    def vectors(self) -> Tensor:
+        """The K vectors (K, C)."""
+        return self[2].weight[:, :, 0, 0].T
+
+
 def _block(channels_in: int, channels: int, hidden: int) -> ResnetBlock2D:
     return ResnetBlock2D(in_channels=channels_in, out_channels=channels, temb_channels=hidden, groups=1, eps=1e-6)
 
 
 class UNetDown(nn.Module):
-    """Latents to tokens: residual blocks at each resolution, strided convolutions between, and one linear layer."""
+    """Latents to tokens: residual blocks at each resolution, strided convolutions between, a linear layer or `Mixture`.
+    """
 
     def __init__(self, config, hidden: int):
         super().__init__()
@@ -37,7 +56,8 @@ class UNetDown(nn.Module):
             for i, c in enumerate(channels))
         self.down = nn.ModuleList(  # under its default name it has its weights twice
             Downsample2D(c, use_conv=True, name="op") for c in channels[:-1])
-        self.output = nn.Conv2d(channels[-1], hidden, 1)
+        self.output = (nn.Conv2d(channels[-1], hidden, 1) if config.unet_mixture is None else
+                       Mixture(channels[-1], hidden, config.unet_mixture))
 
     def forward(self, hidden: Tensor, patches: Tensor, condition: Tensor, layout: ImageLayout,
                 places: Tensor) -> tuple[Tensor, list]:
@@ -46,6 +66,14 @@ class UNetDown(nn.Module):
         The list is of what skips the decoder: each grid's maps, fine to coarse.
         """
         skips = []
+        for members, maps in self.features(patches, condition, layout):
+            tokens = patchify(self.output(maps[-1]), 1).to(hidden.dtype)
+            hidden = hidden.index_copy(0, places[members], tokens)
+            skips.append(maps)
+        return hidden, skips
+
+    def features(self, patches: Tensor, condition: Tensor, layout: ImageLayout) -> Iterator[tuple[Tensor, list]]:
+        """For the images of each grid, the places of their patches in `patches` and their maps, fine to coarse."""
         for (rows, columns), image_ids, members in layout.by_grid():
             maps, time, tokens = [], condition[image_ids], patches[members].to(condition.dtype)
             x = self.input(unpatchify(tokens, self.patch_size, rows * self.patch_size, columns * self.patch_size))
@@ -54,9 +82,7 @@ class UNetDown(nn.Module):
                     x = block(x, time)
                 maps.append(x)
                 x = x if down is None else down(x)
-            hidden = hidden.index_copy(0, places[members], patchify(self.output(x), 1).to(hidden.dtype))
-            skips.append(maps)
-        return hidden, skips
+            yield members, maps
 
 
 class UNetUp(ImageHead):
