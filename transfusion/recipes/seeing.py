@@ -64,7 +64,7 @@ class SeeingSettings:
     align: AlignOptimSettings = field(default_factory=AlignOptimSettings)
     """of the image layers, before the language model runs"""
     optim: OptimSettings = field(default_factory=lambda: OptimSettings(
-        steps=1300, rows=2, seq_len=256, lr=3e-4, min_lr=1e-5, warmup=20, ema=0.0, weight_decay=0.0))
+        steps=1100, rows=2, seq_len=256, lr=3e-4, min_lr=1e-5, warmup=20, ema=0.0, weight_decay=0.0))
     """of what patches go through in the decoder, on questions; the image layers stay as they are"""
     scenes: Count = 1500
     """scenes to ask about in training"""
