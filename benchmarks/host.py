@@ -4,11 +4,12 @@
 
 Operators run their CUDA implementations on CPU tensors of a few numbers, and a launch of theirs does nothing. What is
 left is what a call costs the host beside its launches: checks, the way to the implementation, results that are
-allocated, and PyTorch's own operators, which compute a few numbers here and would be launched on a GPU. `directly` is
-the call as it is, and `custom op` the same call where something watches operators. All outputs are differentiated, of
-the cross-entropy its loss. The unit is one bare launch of a kernel of three pointers through Triton's own Python, with
-a driver that does nothing; a whole call takes its launches as well. Calls of all kinds take turns and each figure is
-the least of many rounds, for whatever else runs on the machine only adds; the ratios are what to read.
+allocated, and PyTorch's own operators, which compute a few numbers here and would be launched on a GPU. `forward` is a
+call without a gradient, `recorded` one that keeps what its gradient will need, and `both` the latter with its gradient:
+directly, or through the custom op, as where something watches operators. All outputs are differentiated, of the
+cross-entropy its loss. The unit is one bare launch of a kernel of three pointers through Triton's own Python, with a
+driver that does nothing; a whole call takes its launches as well. Calls of all kinds take turns and each figure is the
+least of many rounds, for whatever else runs on the machine only adds; the ratios are what to read.
 """
 import contextlib
 import time
@@ -141,6 +142,7 @@ def least() -> dict[str, float]:
         for name, (call, leaves) in operators().items():
             kinds[f"{name}, forward"] = forward(call)
             if leaves:
+                kinds[f"{name}, recorded"] = call
                 kinds[f"{name}, both"] = both(call, leaves)
                 kinds[f"{name}, both, custom op"] = through_op(both(call, leaves))
         for kind in kinds.values():
@@ -153,14 +155,17 @@ def table(times: dict[str, float]) -> str:
     """The table of docs/performance.md."""
     unit = times["bare launch"]
     lines = [f"One bare launch: {unit:.0f} us.", "",
-             "| operator | forward | forward and backward: custom op | directly | us | launches | us for each |",
-             "|" + "---|" * 7]
+             "| operator | forward | recorded | us | both, custom op | both | us | launches |",
+             "|" + "---|" * 8]
+
+    def cell(kind, divisor=unit, places=1):
+        return f"{times[kind] / divisor:.{places}f}" if kind in times else ""
+
     for name, (call, leaves) in operators().items():
-        kinds = (f"{name}, {kind}" for kind in ("forward", "both, custom op", "both"))
-        cells = [f"{times[kind] / unit:.1f}" if kind in times else "" for kind in kinds]
-        whole = times.get(f"{name}, both", times[f"{name}, forward"])
-        count = launches(both(call, leaves) if leaves else forward(call))
-        lines.append(f"| {name} | {' | '.join(cells)} | {whole:.0f} | {count} | {whole / count:.0f} |")
+        recorded, whole = f"{name}, recorded", f"{name}, both"
+        cells = [cell(f"{name}, forward"), cell(recorded), cell(recorded, 1, 0), cell(f"{whole}, custom op"),
+                 cell(whole), cell(whole, 1, 0), str(launches(both(call, leaves) if leaves else forward(call)))]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
