@@ -46,9 +46,9 @@ class TransfusionSettings:
     """channels at each resolution of the U-Net, from the latent's down to one position a patch"""
     unet_blocks: Count = 2
     """residual blocks at each resolution of the U-Net"""
-    unet_mixture: Count | None = None
-    """vectors that each token of the U-Net's down blocks is a mean of, weighted by a softmax, such as words of the
-    language model (AlignVLM, arXiv:2502.01341); None: a linear layer"""
+    unet_words: Count | None = None
+    """vectors, such as a language model's words, that each token of the U-Net's down blocks is a mean of, weighted by a
+    softmax (AlignVLM's connector, arXiv:2502.01341); None: a linear layer"""
     image_attention: Annotated[str, OneOf(IMAGE_ATTENTION)] = "bidirectional"
     """inside an image: bidirectional (the paper) or causal, the same as text (its ablation, table 5)"""
     objective: Annotated[str, OneOf(OBJECTIVES)] = "flow"
@@ -188,6 +188,9 @@ def _check_settings(settings: _OwnSettings, text_config: PreTrainedConfig) -> No
     if settings.positions == "2d" and settings.backbone == "decoder":
         raise ValueError(f"{op}: positions is '2d' and backbone 'decoder', which turns its heads itself; "
                          "backbone 'adaln' or 'mixture_of_transformers', or positions '1d' fits")
+    if settings.unet_words is not None and settings.image_layers != "unet":
+        raise ValueError(f"{op}: unet_words is {settings.unet_words} and image_layers {settings.image_layers!r}; "
+                         "image_layers 'unet', or unet_words None fits")
     if settings.image_layers == "unet" and settings.patch_size != 2**(len(settings.unet_channels) - 1):
         raise ValueError(f"{op}: patch_size is {settings.patch_size} and unet_channels "
                          f"{tuple(settings.unet_channels)}; a patch size of 2^k and k + 1 channels fit, one number for "

@@ -6,18 +6,19 @@ A picture of 32x32 has 16 tokens in patches of 8x8. They are taught to be the la
 
 filled up with full stops. So a picture reads to the language model as text that says what is in it, before it has seen
 one. The image layers end in a softmax over the V words of all captions, and a token is the mean of the words'
-embeddings, weighted by it (`transfusion.model.image_layers.unet.Mixture`). No decoder runs: a view of a picture costs
-3 ms of one core. For weights p_j of place j and the caption's word w_j there,
+embeddings, weighted by it (`transfusion.model.image_layers.unet.WordConnector`). No decoder runs: one core takes some
+200 views a second. For weights p_j of place j and the caption's word w_j there,
 
-    loss = 4 sum_j a_j -log p_j[w_j] + classifiers
+    loss = 4 sum_part a_part mean_j -log p_j[w_j] + classifiers
 
-where a_j is the part's weight in `WEIGHTS`. The classifiers, linear ones of the mean feature for name, kind and style,
-are thrown away. Half of the views stand alone, half in scenes of two by two. All names are learned, and none of the
-pictures that `read_drawings` holds out.
+where a_part is in `WEIGHTS` and j runs over the part's places. The classifiers, linear ones of the mean feature for
+name, kind and style, are thrown away. Half of the views stand alone, half in scenes of two by two. All names are
+learned, and none of the pictures that `read_drawings` holds out.
 
-A name is held out as one family of artists draws it, so that who knows which artists did not draw what is led astray on
-held-out pictures. Training keeps that to itself: styles are learned from names alone of which nothing is held out, and
-of names, the softmax leaves out in each style what is held out there, so that none of its pictures speaks against it.
+Most names are missing in some styles: few artists drew everything, and what is held out is a name as one family of
+artists drew it. A model that learns which pairs never occur will answer a held-out picture wrongly. So p_j of a name is
+a softmax over words alone that some shown picture of the same style has in that place, and p_j of a style over words of
+the styles that the same name is shown in: a pair that is never shown counts neither for nor against.
 """
 import functools
 import json
@@ -35,9 +36,9 @@ from tfkernels import patchify
 from transfusion.command import claim, plain_errors
 from transfusion.data.batches import step_generator
 from transfusion.files import write_text
-from transfusion.model.image_layers.unet import Mixture
+from transfusion.model.image_layers.unet import WordConnector
 from transfusion.model.transfusion import Transfusion
-from transfusion.recipes.emoji_styles import Drawings, read_drawings
+from transfusion.recipes.emoji_styles import THINGS, Drawings, read_drawings
 from transfusion.sequence import ImageLayout
 from transfusion.settings import Count, Share, check
 from transfusion.train.loop import Batch, Term, fit
@@ -116,7 +117,7 @@ class Network(nn.Module):
         layout = ImageLayout.of([(rows, columns)] * len(pictures), pictures.device)
         (_, maps), = self.layers.features(patchify(pictures, self.patch), self.condition.expand(len(pictures), -1),
                                           layout)
-        scores, features = (self._by_drawing(x, tiles) for x in (self.layers.output[0](maps[-1]), maps[-1]))
+        scores, features = (self._by_drawing(x, tiles) for x in (self.layers.output.scores(maps[-1]), maps[-1]))
         return scores, features.mean(1)
 
     @staticmethod
@@ -126,48 +127,43 @@ class Network(nn.Module):
         return parts.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(0, 2)
 
 
-def with_words(model: Transfusion, captions: Captions) -> None:
-    """Let the model's image layers end in mixtures of the captions' words, which are not trained."""
+def connect_words(model: Transfusion, captions: Captions) -> None:
+    """Let the model's image layers end in a connector to the captions' words, which are not trained here."""
     words = model.get_input_embeddings().weight.detach()[captions.words]                                       # (V, C)
-    output = Mixture(model.config.unet_channels[-1], words.shape[1], len(words))
-    output[2].weight.requires_grad_(False).copy_(words.T[:, :, None, None])
-    model.patch_embedding.output, model.config.unet_mixture = output, len(words)
+    connector = WordConnector(model.config.unet_channels[-1], words.shape[1], len(words))
+    connector.vectors.weight.requires_grad_(False).copy_(words.T[:, :, None, None])
+    model.patch_embedding.output, model.config.unet_words = connector, len(words)
 
 
-class Taught:
-    """What training may say of drawings without telling which names are held out of which styles.
+class ShownPairs:
+    """Which names and styles are shown together; what is not, training leaves out of their softmaxes.
 
-    unasked: (styles + 1, names + 1) names that are held out in a style. unshown: (styles + 1, slots, V) words that in a
-    place of the name only they have there. The last style and name are a white tile's.
+    names: (styles + 1, names + 1) by the style, styles: its transpose, by the name. words: the words (.., slots, V)
+    that those have in each place. The last name and style are a white tile's, beside which all is shown.
     """
 
-    def __init__(self, drawings: Drawings, captions: Captions):
-        held, spelled = drawings.held, captions.spelled["name"]
-        shape = len(drawings.style_names) + 1, len(spelled)
-        missing, shown = torch.zeros(2, *shape, dtype=torch.bool)
-        missing[drawings.styles[held], drawings.labels[held]] = True
-        shown[drawings.styles[~held], drawings.labels[~held]] = shown[:, -1] = True
-        self.unasked = missing & ~shown
-        self.unshown = self._words(self.unasked, captions) & ~self._words(shown, captions)
-        self.tells_style = ~self.unasked.any(0)                                                          # (names + 1,)
+    def __init__(self, shown: Drawings, captions: Captions):
+        names = torch.zeros(len(shown.style_names) + 1, len(shown.names) + 1, dtype=torch.bool)
+        names[shown.styles, shown.labels] = names[-1] = names[:, -1] = True
+        self.answers = {"name": names, "style": names.T}
+        self.words = {part: self._words(answers, captions.spelled[part], len(captions.words))
+                      for part, answers in self.answers.items()}
 
     @staticmethod
-    def _words(names: Tensor, captions: Captions) -> Tensor:
-        """The words that names (styles, names) have in their places: (styles, slots, V)."""
-        spelled = captions.spelled["name"]
-        found = torch.zeros(len(names), spelled.shape[1], len(captions.words), dtype=torch.bool)
-        styles, labels = names.nonzero().unbind(1)
-        found[styles[:, None], torch.arange(spelled.shape[1]), spelled[labels]] = True
+    def _words(answers: Tensor, spelled: Tensor, count: int) -> Tensor:
+        """The words that answers (N, answers) have in their places: (N, slots, count)."""
+        found = torch.zeros(len(answers), spelled.shape[1], count, dtype=torch.bool)
+        rows, labels = answers.nonzero().unbind(1)
+        found[rows[:, None], torch.arange(spelled.shape[1]), spelled[labels]] = True
         return found
 
-    def answers(self, scores: Tensor, read: Tensor, styles: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores of a name's words (N, slots, V) and of names (N, names + 1), -inf where none of the style is shown."""
-        return (scores.masked_fill(self.unshown[styles], -math.inf), read.masked_fill(self.unasked[styles], -math.inf))
-
-    def mean(self, losses: Tensor, part: str, labels: Tensor) -> Tensor:
-        """The mean of losses (N,) of a part, of the style's over drawings alone of whose names nothing is held out."""
-        weights = self.tells_style[labels].float() if part == "style" else torch.ones(len(labels))
-        return (losses * weights).sum() / weights.sum().clamp(min=1)
+    def only(self, part: str, scores: Tensor, read: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """A part's scores of words (N, slots, V) and of answers (N, answers), -inf for what is never shown together."""
+        if part not in self.answers:
+            return scores, read
+        given = labels["style" if part == "name" else "name"]
+        return (scores.masked_fill(~self.words[part][given], -math.inf),
+                read.masked_fill(~self.answers[part][given], -math.inf))
 
 
 class AlignTask:
@@ -176,19 +172,19 @@ class AlignTask:
     unit, shown = "pictures", ("captions", "classifiers")
 
     def __init__(self, config: AlignSettings, model: Transfusion, drawings: Drawings):
-        self.config, self.model, self.drawings = config, model, drawings
+        self.config, self.model = config, model
+        self.drawings, self.held = drawings.of(~drawings.held), drawings.of(drawings.held)
         self.captions = Captions(drawings, model.tokenizer)
+        self.pairs = ShownPairs(self.drawings, self.captions)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            with_words(model, self.captions)
+            connect_words(model, self.captions)
             self.network = Network(model, self.captions)
-        self.taught = Taught(drawings, self.captions)
         self.size = config.optim.batch
         self.player = Player(self.network, build_optimizer(self.network, config.optim, fused=None))
         self.players = (self.player,)
-        every = (~drawings.held).nonzero()[:, 0]
-        asked = drawings.categories.unsqueeze(1) == drawings.categories[drawings.held].unique()
-        self.pools = (every[asked.any(1)[every]], every)
+        asked = torch.tensor([name in THINGS for name in drawings.category_names])[self.drawings.categories]
+        self.pools = asked.nonzero()[:, 0], torch.arange(len(asked))
 
     def batches(self, step: int) -> list[Batch]:
         """Draw a step's views and labels; half of them become scenes, some of whose tiles are white."""
@@ -198,7 +194,7 @@ class AlignTask:
                             for pool, count in zip(self.pools, (things, optim.batch - things))])
         chosen = chosen[torch.randperm(len(chosen), generator=generator)]
         views = changed(self.drawings.pictures[chosen], generator)
-        labels = labels_of(self.drawings, chosen)
+        labels = labels_of(self.drawings.of(chosen))
         half = optim.batch // 2
         blank = torch.rand(optim.batch, generator=generator) < BLANK
         blank[:half] = False
@@ -219,13 +215,10 @@ class AlignTask:
         labels = dict(zip(SLOTS, targets.unbind(1)))
         captions, classifiers = 0, 0
         for part, own in split(scores).items():
-            read, words = self.network.heads[part](features), self.captions.spelled[part][labels[part]]
-            if part == "name":
-                own, read = self.taught.answers(own, read, labels["style"])
-            written = F.cross_entropy(own.flatten(0, 1), words.flatten(), reduction="none").view_as(words).mean(1)
-            captions += WEIGHTS[part] * self.taught.mean(written, part, labels["name"])
-            known = F.cross_entropy(read, labels[part], reduction="none")
-            classifiers += self.taught.mean(known, part, labels["name"])
+            own, read = self.pairs.only(part, own, self.network.heads[part](features), labels)
+            words = self.captions.spelled[part][labels[part]]
+            captions += WEIGHTS[part] * F.cross_entropy(own.flatten(0, 1), words.flatten())
+            classifiers += F.cross_entropy(read, labels[part])
         yield self.player, {"captions": Term(4.0, captions), "classifiers": Term(1.0, classifiers)}
 
     def save(self, directory: Path, step: int) -> None:
@@ -255,11 +248,11 @@ def accuracies(task: AlignTask) -> dict[str, float]:
 
     It is chosen among the names, kinds and styles of what questions are about.
     """
-    drawings, held = task.drawings, task.drawings.held.nonzero()[:, 0]
-    found, scores = {}, split(task.network(drawings.pictures[held], 1)[0])
-    for part, labels in labels_of(drawings, held).items():
-        read, known = task.captions.read(part, scores[part]), labels_of(drawings, task.pools[0])[part].unique()
-        found[part] = (known[read[:, known].argmax(1)] == labels).double().mean().item()
+    found, scores = {}, split(task.network(task.held.pictures, 1)[0])
+    for part, labels in labels_of(task.held).items():
+        known = labels_of(task.drawings.of(task.pools[0]))[part].unique()
+        read = task.captions.read(part, scores[part])[:, known]
+        found[part] = (known[read.argmax(1)] == labels).double().mean().item()
     return found
 
 
@@ -268,9 +261,9 @@ def split(scores: Tensor) -> dict[str, Tensor]:
     return dict(zip(SLOTS, scores.split(tuple(SLOTS.values()), 1)))
 
 
-def labels_of(drawings: Drawings, chosen: Tensor) -> dict[str, Tensor]:
-    """Name, kind and style of the drawings at these places."""
-    return {"name": drawings.labels[chosen], "kind": drawings.kinds[chosen], "style": drawings.styles[chosen]}
+def labels_of(drawings: Drawings) -> dict[str, Tensor]:
+    """Name, kind and style of each drawing."""
+    return {"name": drawings.labels, "kind": drawings.kinds, "style": drawings.styles}
 
 
 def changed(pictures: Tensor, generator: torch.Generator, untouched: float = 0.3) -> Tensor:
@@ -320,11 +313,17 @@ def align(config: AlignSettings) -> dict[str, float]:
         raise ValueError(f"align_pictures: device is {config.device!r}; 'cpu' fits, where the small image layers are "
                          "trained in minutes")
     drawings = read_drawings(config.drawings)
-    model = Transfusion.from_pretrained(config.model)
+    if drawings.held.all() or not drawings.held.any():
+        raise ValueError(f"align_pictures: drawings is {str(config.drawings)!r}, of whose {len(drawings.held):,} "
+                         f"pictures {int(drawings.held.sum()):,} are held out; some, but not all, fit: fetch them anew")
+    model = Transfusion.from_pretrained(config.model, dtype=torch.float32)
     patches = (drawings.pictures.shape[-1] // model.config.patch_size)**2
-    if model.tokenizer is None or model.vae is not None or patches != sum(SLOTS.values()):
-        raise ValueError(f"align_pictures: model is {str(config.model)!r}, whose pictures have {patches} tokens; "
-                         f"{sum(SLOTS.values())} fit, of pixels, with a tokenizer: `transfusion init --patch-size 8`")
+    if (model.tokenizer is None or model.vae is not None or model.config.image_layers != "unet"
+            or patches != sum(SLOTS.values())):
+        raise ValueError(f"align_pictures: model is {str(config.model)!r}, with image layers "
+                         f"{model.config.image_layers!r} and {patches} tokens a picture; U-Net layers that make "
+                         f"{sum(SLOTS.values())} of pixels, and a tokenizer fit: `transfusion init --image-layers unet "
+                         "--patch-size 8 --unet-channels 16 64 128 256`")
     with claim("align_pictures", config.out, {"model": config.model}):
         task = AlignTask(config, model, drawings)
         done = fit("align_pictures", config, config.optim, task, functools.partial(learning_rate, optim=config.optim),

@@ -21,6 +21,8 @@ def test_paths_and_configs_that_do_not_fit_are_refused_by_name(tmp_path):
         TransfusionConfig(backbone="adalm")
     with pytest.raises(ValueError, match="positions is '2d' and backbone 'decoder'"):
         TransfusionConfig(positions="2d")
+    with pytest.raises(ValueError, match="unet_words is 8 and image_layers 'dit'"):
+        TransfusionConfig(unet_words=8)
     with pytest.raises(ValueError, match="image_size is .* patch_size 3"):
         TransfusionConfig(patch_size=3)
 
@@ -34,7 +36,7 @@ UNFIT = [
         "image_size": (8, (8,), (0, 8), (8, -8), (8.0, 8.0), "88", None),
         "unet_channels": ((), (0, 8), (8.5, 8), 64, None),
         "unet_blocks": (0, 1.5, True),
-        "unet_mixture": (0, -3, 1.5, True, "words"),
+        "unet_words": (0, -3, 1.5, True, "words"),
         "diffusion_weight": (NAN, INF, -1.0, True, "5"),
         "time_shift_tokens": (0, -4, 2.5, NAN, True),
         "boi_token_id": (-1, 32_000, 3.5, None, True),

@@ -130,7 +130,7 @@ def test_settings_that_do_not_fit_are_refused_before_the_language_model_is_touch
 
 def test_init_sets_every_option_that_a_run_sets(tmp_path):
     shared = dict(patch_size=4, backbone="adaln", positions="2d", image_layers="unet", unet_channels=(8, 16, 32),
-                  unet_blocks=1, unet_mixture=6, image_attention="causal", objective="x0", time_shift_tokens=8,
+                  unet_blocks=1, unet_words=6, image_attention="causal", objective="x0", time_shift_tokens=8,
                   diffusion_weight=2.0)
     assert shared.keys() == TransfusionSettings().shared().keys()
     out = init(InitSettings(llm=language_model(tmp_path / "llm", "llama"), out=tmp_path / "model", **shared))

@@ -9,7 +9,7 @@ from transfusion.sequence import ImageLayout, encode, pack
 HIDDEN = 32
 
 
-def unet_model(patch_size=2, channels=(8, 16), image_channels=1, mixture=None):
+def unet_model(patch_size=2, channels=(8, 16), image_channels=1, words=None):
     base = tiny_model()
     config = TransfusionConfig(
         text_config=base.config.text_config,
@@ -19,7 +19,7 @@ def unet_model(patch_size=2, channels=(8, 16), image_channels=1, mixture=None):
         image_layers="unet",
         unet_channels=channels,
         unet_blocks=1,
-        unet_mixture=mixture,
+        unet_words=words,
         boi_token_id=base.config.boi_token_id,
         eoi_token_id=base.config.eoi_token_id,
     )
@@ -97,10 +97,11 @@ def test_channels_that_do_not_fit_the_patch_are_refused():
 
 
 def test_a_token_is_a_mean_of_vectors_by_a_softmax_and_is_one_of_them_where_that_is_sure(tmp_path):
-    model, patches, condition = unet_model(mixture=5), torch.randn(16, 4), torch.randn(1, HIDDEN)
+    model, patches, condition = unet_model(words=5), torch.randn(16, 4), torch.randn(1, HIDDEN)
     layout, places = ImageLayout.of([(4, 4)]), torch.arange(16)
-    scores, _, vectors = model.patch_embedding.output
-    assert model.patch_embedding.output.vectors.shape == (5, HIDDEN)
+    connector = model.patch_embedding.output
+    scores, vectors = connector.scores, connector.vectors
+    assert connector.words.shape == (5, HIDDEN)
     with torch.no_grad():
         (members, maps), = model.patch_embedding.features(patches, condition, layout)
         weights = torch.einsum("krc,vk->vrc", maps[-1][0], scores.weight[:, :, 0, 0]) + scores.bias[:, None, None]
@@ -110,15 +111,15 @@ def test_a_token_is_a_mean_of_vectors_by_a_softmax_and_is_one_of_them_where_that
         scores.weight.zero_()
         scores.bias.copy_(torch.tensor([0.0, 0.0, 80.0, 0.0, 0.0]))
         tokens, _ = model.patch_embedding(torch.zeros(16, HIDDEN), patches, condition, layout, places)
-        torch.testing.assert_close(tokens, model.patch_embedding.output.vectors[2].expand(16, -1))
+        torch.testing.assert_close(tokens, connector.words[2].expand(16, -1))
     model.save_pretrained(tmp_path)
     loaded = Transfusion.from_pretrained(tmp_path)
-    assert loaded.config.unet_mixture == 5
-    assert torch.equal(loaded.patch_embedding.output.vectors, model.patch_embedding.output.vectors)
+    assert loaded.config.unet_words == 5
+    assert torch.equal(loaded.patch_embedding.output.words, connector.words)
 
 
-def test_mixtures_train_with_all_else():
-    model = unet_model(mixture=5)
+def test_words_train_with_all_else():
+    model = unet_model(words=5)
     document = encode([Text("a"), Image(torch.rand(1, 16, 16)), Text("b")], model.tokenizer, model.config)
     sequence = pack([document], 128, 4)
     model.train()(sequence, torch.tensor([0.3]), 1).loss.backward()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from tests.transfusion.conftest import tiny_model
 from transfusion.model.transfusion import Transfusion
@@ -13,7 +14,7 @@ from transfusion.recipes.align_pictures import (
     AlignOptimSettings,
     AlignSettings,
     Captions,
-    Taught,
+    ShownPairs,
     align,
     changed,
     learning_rate,
@@ -38,7 +39,7 @@ def drawings():
                 places.append((label, style, held))
     labels, styles, held = torch.tensor(places).unbind(1)
     return Drawings(torch.stack(pictures), labels, styles, labels // 2, torch.zeros_like(labels), held.bool(),
-                    list(COLORS), ("large", "small", "framed"), ["warm", "cold"], ["square"])
+                    list(COLORS), ("large", "small", "framed"), ["warm", "cold"], ["Food & Drink"])
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_pictures_that_were_never_shown_are_named_and_the_language_model_stays(s
     moved = {name for name in before if name not in after or not torch.equal(before[name], after[name])}
     assert moved and all(name.startswith("patch_embedding.") for name in moved)
     captions, output = Captions(drawings(), model.tokenizer), model.patch_embedding.output
-    assert torch.equal(output.vectors, model.get_input_embeddings().weight[captions.words])
+    assert torch.equal(output.words, model.get_input_embeddings().weight[captions.words])
     losses = [json.loads(line)["captions"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
@@ -98,24 +99,38 @@ def test_captions_are_the_tokens_of_name_kind_and_style_and_the_likeliest_is_rea
             assert captions.read(part, scores).argmax() == label
 
 
-def test_nothing_speaks_against_a_name_in_the_style_that_it_is_held_out_of(start):
+def test_a_pair_that_is_never_shown_counts_neither_for_nor_against(start):
     pictures = drawings()
-    missing = (pictures.labels == 3) & (pictures.styles == 2)  # grey, framed, which has no twin that is shown
+    missing = (pictures.labels == 3) & (pictures.styles == 2)                                             # grey, framed
     captions = Captions(pictures, Transfusion.from_pretrained(start).tokenizer)
-    taught = Taught(pictures._replace(held=pictures.held | missing), captions)
-    scores = torch.randn(2, SLOTS["name"], len(captions.words), requires_grad=True)
-    read = torch.randn(2, 5, requires_grad=True)
-    words, names = taught.answers(scores, read, torch.tensor([2, 1]))
-    target = captions.spelled["name"][torch.tensor([0, 0])]                                                 # red, twice
-    loss = torch.nn.functional.cross_entropy(words.flatten(0, 1), target.flatten())
-    (loss + torch.nn.functional.cross_entropy(names, torch.tensor([0, 0]))).backward()
-    grey, known = captions.spelled["name"][3], captions.spelled["name"][[0, 1, 2, 4]]
-    own = [j for j in range(len(grey)) if grey[j] not in known[:, j]]
-    assert own and all(scores.grad[0, j, grey[j]] == 0 and scores.grad[1, j, grey[j]] > 0 for j in own)
-    assert read.grad[0, 3] == 0 and read.grad[1, 3] > 0 and (read.grad[:, 1:3] > 0).all()
-    losses = torch.tensor([1.0, 2.0, 6.0])
-    labels = torch.tensor([0, 3, 4])
-    assert taught.mean(losses, "style", labels) == 3.5 and taught.mean(losses, "kind", labels) == 3.0
+    pairs = ShownPairs(pictures.of(~missing), captions)
+    cases = ("name", {"style": torch.tensor([2, 1])}, 3), ("style", {"name": torch.tensor([3, 1])}, 2)
+    for part, given, absent in cases:
+        spelled = captions.spelled[part]
+        scores = torch.randn(2, SLOTS[part], len(captions.words), requires_grad=True)
+        read = torch.randn(2, len(spelled), requires_grad=True)
+        words, answers = pairs.only(part, scores, read, given)
+        loss = cross_entropy(words.flatten(0, 1), spelled[[0, 0]].flatten())  # red, or large, twice
+        (loss + cross_entropy(answers, torch.tensor([0, 0]))).backward()
+        others = [spelled[i] for i in range(len(spelled)) if i != absent]
+        own = [j for j in range(spelled.shape[1]) if all(spelled[absent, j] != other[j] for other in others)]
+        missed, learned = scores.grad[:, own, spelled[absent, own]]
+        assert own and (missed == 0).all() and (learned > 0).all()
+        assert read.grad[0, absent] == 0 < read.grad[1, absent] and read.grad[0, 0] < 0 and (read.grad[0, -1] > 0).all()
+        assert ((read.grad[0] != 0).sum(), (read.grad[1] != 0).sum()) == (len(spelled) - 1, len(spelled))
+
+
+def test_nothing_is_learned_from_what_is_held_out(start, tmp_path, monkeypatch):
+    """Without them, and with others in their place, training is the same to the bit."""
+    whole, found = drawings(), []
+    others = whole._replace(pictures=torch.where(whole.held.view(-1, 1, 1, 1), -whole.pictures, whole.pictures),
+                            labels=torch.where(whole.held, 3 - whole.labels, whole.labels),
+                            styles=torch.where(whole.held, 2 - whole.styles, whole.styles))
+    for number, given in enumerate((whole, others, whole.of(~whole.held | (torch.arange(len(whole.held)) == 1)))):
+        monkeypatch.setattr(align_pictures, "read_drawings", lambda folder, given=given: given)
+        align(settings(start, tmp_path / str(number), optim={"steps": 3}))
+        found.append(Transfusion.from_pretrained(tmp_path / str(number)).state_dict())
+    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in found[0])
 
 
 def test_views_are_changed_by_the_generator_alone_and_some_are_left_as_they_are():
@@ -130,7 +145,7 @@ def test_settings_and_models_that_do_not_fit_are_refused(start, tmp_path):
     with pytest.raises(ValueError, match="batch is 12; a multiple of 8"):
         align(settings(start, tmp_path / "out", optim={"batch": 12}))
     tiny_model(image_channels=3, patch_size=4).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="pictures have 64 tokens; 16 fit"):
+    with pytest.raises(ValueError, match="image layers 'dit' and 64 tokens a picture; U-Net layers that make 16"):
         align(settings(tmp_path / "other", tmp_path / "out"))
     rates = [learning_rate(step, AlignOptimSettings(steps=80, lr=1.0)) for step in range(80)]
     assert rates[0] == pytest.approx(0.5) and max(rates) > 0.99 and rates[-1] < 0.01

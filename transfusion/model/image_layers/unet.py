@@ -21,20 +21,25 @@ class ZeroConv2d(nn.Conv2d):
     """A convolution that starts at zero."""
 
 
-class Mixture(nn.Sequential):
+class WordConnector(nn.Module):
     """Maps (N, D, H, W) to (N, C, H, W): at each position a mean of K vectors of C numbers, weighted by a softmax.
 
-    Where the vectors are a language model's words, what is written is text, however the maps change: AlignVLM's
-    connector (arXiv:2502.01341), of K words in place of all.
+    While the vectors are a language model's embeddings of K words, what is written reads as text: AlignVLM's connector
+    (arXiv:2502.01341), of some words in place of all. They are weights like others and start at random.
     """
 
     def __init__(self, channels: int, hidden: int, count: int):
-        super().__init__(nn.Conv2d(channels, count, 1), nn.Softmax(1), nn.Conv2d(count, hidden, 1, bias=False))
+        super().__init__()
+        self.scores = nn.Conv2d(channels, count, 1)
+        self.vectors = nn.Conv2d(count, hidden, 1, bias=False)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return self.vectors(self.scores(maps).softmax(1))
 
     @property
-    def vectors(self) -> Tensor:
+    def words(self) -> Tensor:
         """The K vectors (K, C)."""
-        return self[2].weight[:, :, 0, 0].T
+        return self.vectors.weight[:, :, 0, 0].T
 
 
 def _block(channels_in: int, channels: int, hidden: int) -> ResnetBlock2D:
@@ -42,7 +47,8 @@ def _block(channels_in: int, channels: int, hidden: int) -> ResnetBlock2D:
 
 
 class UNetDown(nn.Module):
-    """Latents to tokens: residual blocks at each resolution, strided convolutions between, a linear layer or `Mixture`.
+    """Latents to tokens: residual blocks at each resolution, strided convolutions between, and a linear layer or a
+    `WordConnector`.
     """
 
     def __init__(self, config, hidden: int):
@@ -56,8 +62,8 @@ class UNetDown(nn.Module):
             for i, c in enumerate(channels))
         self.down = nn.ModuleList(  # under its default name it has its weights twice
             Downsample2D(c, use_conv=True, name="op") for c in channels[:-1])
-        self.output = (nn.Conv2d(channels[-1], hidden, 1) if config.unet_mixture is None else
-                       Mixture(channels[-1], hidden, config.unet_mixture))
+        self.output = (nn.Conv2d(channels[-1], hidden, 1) if config.unet_words is None else
+                       WordConnector(channels[-1], hidden, config.unet_words))
 
     def forward(self, hidden: Tensor, patches: Tensor, condition: Tensor, layout: ImageLayout,
                 places: Tensor) -> tuple[Tensor, list]:
