@@ -155,15 +155,15 @@ def table(times: dict[str, float]) -> str:
     """The table of docs/performance.md."""
     unit = times["bare launch"]
     lines = [f"One bare launch: {unit:.0f} us.", "",
-             "| operator | forward | recorded | us | both, custom op | both | us | launches |",
+             "| operator | forward | recorded | in us | both, custom op | both | in us | launches |",
              "|" + "---|" * 8]
 
     def cell(kind, divisor=unit, places=1):
         return f"{times[kind] / divisor:.{places}f}" if kind in times else ""
 
     for name, (call, leaves) in operators().items():
-        recorded, whole = f"{name}, recorded", f"{name}, both"
-        cells = [cell(f"{name}, forward"), cell(recorded), cell(recorded, 1, 0), cell(f"{whole}, custom op"),
+        recorded, whole = (f"{name}, {kind}" if leaves else f"{name}, forward" for kind in ("recorded", "both"))
+        cells = [cell(f"{name}, forward"), cell(recorded), cell(recorded, 1, 0), cell(f"{name}, both, custom op"),
                  cell(whole), cell(whole, 1, 0), str(launches(both(call, leaves) if leaves else forward(call)))]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -68,11 +68,11 @@ def tiny_model(
     return model.eval()
 
 
-def in_training(model, trained="all", checkpointed=False):
+def in_training(model, trained="all", checkpointed=False, frozen=None):
     """The model, or adapters around it, ready to be trained; the adapters, too, are random numbers."""
     if checkpointed:
         model.gradient_checkpointing_enable()
-    model = prepare(model.train(), TuneSettings(start=Path("start"), trained=trained, lora_rank=4))
+    model = prepare(model.train(), TuneSettings(start=Path("start"), trained=trained, lora_rank=4, frozen=frozen))
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
         if "lora_" in name:

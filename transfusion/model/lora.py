@@ -40,8 +40,8 @@ class TuneSettings:
     lora_alpha: Count = 32
     """the adapters' product counts alpha / rank"""
     frozen: tuple[str, ...] | None = None
-    """modules of images that stay as they are all the same, by the names in the table that training prints, such as
-    patch_embedding timestep, what pictures are read by"""
+    """modules of images that are not trained, whatever `trained` says, by their names in the printed table without
+    "images: "; `patch_embedding timestep` are what pictures are read by"""
 
 
 def prepare(model, settings: TuneSettings) -> nn.Module:

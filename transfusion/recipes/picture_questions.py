@@ -21,8 +21,8 @@ on shows a view of its own, turned, moved and coloured a little; held-out pictur
 No answer of yes-or-no, of counts, and of two styles, is more frequent than another, and a third of what is looked for
 is nowhere, so that who does not look is right as often as chance. Held-out questions are about pictures that training
 never shows: those that `Emoji` or `read_drawings` holds out, scenes of them alone, and comparisons of one of them with
-another picture. Of the names that are held out in some styles, training asks no style: the answer would never be one of
-these.
+another picture. Training asks no style of names that are held out in some, because the held-out styles would never be
+the right answer.
 
     DIR/train.json, DIR/held-out.json    LLaVA's rows, with `kinds`, a word of the list above for each question
     DIR/pictures/                        what they name
@@ -296,9 +296,9 @@ def write(settings: PictureQuestionSettings) -> Path:
     drawings = shipped_drawings(settings.lively) if is_shipped else things(settings.drawings)
     held, every = drawings.held, torch.arange(len(drawings.held))
     generator = torch.Generator().manual_seed(settings.seed)
-    led_astray = set(drawings.labels[held].tolist())  # who knows of these in which styles they are shown
+    partly_held_out = set(drawings.labels[held].tolist())
     splits = {  # shown, shown beside, scenes, pairs, what pictures go through, names of which no style is asked
-        "train": (~held, ~held, settings.scenes, settings.pairs, None if is_shipped else changed, led_astray),
+        "train": (~held, ~held, settings.scenes, settings.pairs, None if is_shipped else changed, partly_held_out),
         "held-out": (held, held | ~held, settings.held_out, settings.held_out, None, ())}
     with replacing(settings.out, weights=False) as fresh:
         (fresh / "pictures").mkdir()

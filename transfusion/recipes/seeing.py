@@ -64,13 +64,13 @@ class SeeingSettings:
     align: AlignOptimSettings = field(default_factory=AlignOptimSettings)
     """of the image layers, before the language model runs"""
     optim: OptimSettings = field(default_factory=lambda: OptimSettings(
-        steps=1100, rows=2, seq_len=256, lr=3e-4, min_lr=1e-5, warmup=20, ema=0.0, weight_decay=0.0))
+        steps=1600, rows=2, seq_len=256, lr=3e-4, min_lr=1e-5, warmup=20, ema=0.0, weight_decay=0.0))
     """of what patches go through in the decoder, on questions; the image layers stay as they are"""
-    scenes: Count = 1500
+    scenes: Count = 2000
     """scenes to ask about in training"""
-    pairs: Count = 3000
+    pairs: Count = 4000
     """pairs to ask about in training"""
-    held_out: Count = 80
+    held_out: Count = 150
     """held-out scenes, and as many pairs"""
     template: Annotated[str, OneOf(TEMPLATES)] = "chatml"
     """the chat template of questions; chatml is SmolLM2's, without what the system says"""

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -103,9 +104,13 @@ def restore_players(players: Sequence[Player], saved: Saved, optimizers: Mapping
 
 
 def _weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Trained parameters, and the buffers that belong to a model's weights, as batch norm's statistics do."""
+    """Parameters, and the buffers that belong to a model's weights, as batch norm's statistics do.
+
+    Around an adapter's model, whose own weights lie elsewhere, they are those that are trained.
+    """
     kept = model.state_dict().keys()
-    return trained_parameters(model) | {name: x for name, x in model.named_buffers() if name in kept}
+    parameters = trained_parameters(model) if isinstance(model, PeftModel) else dict(model.named_parameters())
+    return parameters | {name: x for name, x in model.named_buffers() if name in kept}
 
 
 def _optimizer_state(player: Player) -> tuple[dict[str, Tensor], dict]:

@@ -182,7 +182,7 @@ def _matrices(modules, places: float) -> Work:
 
 
 def _images(plain: Transfusion, config: TransfusionConfig, rows: Sequence) -> Work:
-    """Timesteps, once an image, and what stands before and behind the decoder; all of it is always trained."""
+    """Timesteps, once an image, and what stands before and behind the decoder."""
     images, patches = rows.image_count, len(rows.patches)
     before, behind = plain.patch_embedding, plain.image_head
     once = [module for module in (plain.timestep, getattr(plain.backbone, "modulation", None)) if module is not None]

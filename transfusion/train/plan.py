@@ -140,7 +140,7 @@ def plan(config: TrainConfig, settings: PlanSettings) -> Plan:
     model_config = planned_config(config, settings.image)
     one, two = (planned_rows(model_config, rows, optim.seq_len, caption=settings.caption,
                              text_share=settings.text_share, text_tokens=settings.text_tokens) for rows in (1, 2))
-    model, plain = outline(model_config, config.tune), outline(model_config, TuneSettings())
+    model, plain = (outline(model_config, tune) for tune in (config.tune, TuneSettings(frozen=config.tune.frozen)))
     count, rows = sizes(model), rows_on_a_gpu(optim.rows, settings.gpus // split_by, optim.accumulate)
     shared_by = {name: shards(name, settings.gpus, settings.gpus_per_node, split_by) for name in _names(settings)}
     whole = split_keys(model_config.text_config.get_text_config(), config.parallel.context_by, split_by,

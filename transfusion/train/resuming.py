@@ -56,14 +56,33 @@ def run_to_resume(config: RunSettings, fixed: tuple[str, ...]) -> dict:
 
 
 def changes(config: RunSettings, run: Mapping) -> dict[str, tuple[object, object]]:
-    """Settings that differ from those of a saved run, but for those of a single call: name -> (old, new)."""
-    theirs, ours = flat(run.get("config") or {}), flat(recorded(config))
+    """Settings that differ from those of a saved run, but for those of a single call: name -> (old, new).
+
+    A setting that is newer than the run had its default there.
+    """
+    if not run.get("config"):
+        return {}
+    theirs, ours = _defaults(config) | flat(run["config"]), flat(recorded(config))
     if theirs.get("data.folder") is not None:
         theirs.pop("data.name", None)  # earlier versions wrote a data set's name beside a folder, too
     if "model.backbone" in theirs:
         theirs["model.backbone"] = present_backbone(theirs["model.backbone"])
     return {key: (theirs[key], ours[key]) for key in ours
             if key in theirs and theirs[key] != ours[key] and key not in OF_A_CALL}
+
+
+def _defaults(config) -> dict[str, object]:
+    """Defaults of all settings that have one, as `flat` names them and JSON gives them back."""
+    found = {}
+    for one in dataclasses.fields(config):
+        value = getattr(config, one.name)
+        if dataclasses.is_dataclass(value):
+            found |= {f"{one.name}.{name}": default for name, default in _defaults(value).items()}
+        elif one.default is not dataclasses.MISSING:
+            found[one.name] = one.default
+        elif one.default_factory is not dataclasses.MISSING:
+            found[one.name] = one.default_factory()
+    return json.loads(json.dumps(found, default=str))
 
 
 def history(config: RunSettings) -> dict[str, list]:

@@ -229,7 +229,8 @@ class TransfusionTask:
 
     def operations(self) -> float:
         """How many the model's mathematics needs of this process for the step drawn last, forward and backward."""
-        parts = work(self.player.model, outline(self.base.config, TuneSettings()), self.drawn)
+        plain = outline(self.base.config, TuneSettings(frozen=self.config.tune.frozen))
+        parts = work(self.player.model, plain, self.drawn)
         return sum(part.step for part in parts.values()) / self.processes.context_ranks
 
     def save(self, directory: Path, step: int) -> None:

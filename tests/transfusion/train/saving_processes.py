@@ -18,7 +18,8 @@ from transfusion.train.sharded import Saver, without_memory
 from transfusion.train.transfusion import OptimSettings, TrainConfig, TransfusionTask
 
 MODELS = {"unet": dict(backbone="adaln", image_layers="unet", unet_channels=(8, 16), unet_blocks=1),
-          "tied": dict(tie_word_embeddings=True)}
+          "tied": dict(tie_word_embeddings=True),
+          "frozen": dict(frozen=("patch_embedding", "timestep"))}
 ADAPTERS = {"lora": dict(trained="lora"), "images": dict(backbone="adaln", trained="images")}
 STEPS = 2  # before the save
 

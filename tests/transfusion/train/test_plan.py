@@ -188,11 +188,13 @@ def test_gpus_that_split_rows_are_planned_as_groups():
         plan(config, PlanSettings(gpus=6))
 
 
-@cases
-def test_operations_are_those_that_torch_counts(backbone, image_layers, trained, autocast):
-    config, tune = small(backbone, image_layers), TuneSettings(start=Path("start"), trained=trained)
+@pytest.mark.parametrize("backbone,image_layers,trained,frozen", [
+    *((*case[:3], None) for case in CASES), ("decoder", "unet", "all", ("image_head",)),
+    ("adaln", "dit", "images", ("image_head", "modulation"))])
+def test_operations_are_those_that_torch_counts(backbone, image_layers, trained, frozen):
+    config, tune = small(backbone, image_layers), TuneSettings(start=Path("start"), trained=trained, frozen=frozen)
     rows = rows_of(config, 2)
-    planned = work(outline(config, tune), outline(config, TuneSettings()), rows)
+    planned = work(outline(config, tune), outline(config, TuneSettings(frozen=frozen)), rows)
     model = prepare(Transfusion(config), tune).train()
     with FlopCounterMode(display=False, custom_mapping=formulas(int(rows.mask().area().sum()))) as counter:
         model(rows, torch.full((rows.image_count,), 0.5), torch.tensor([1, 2])).loss.backward()

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from tests.transfusion.train.test_transfusion import losses, small
+from transfusion.model.lora import TuneSettings
 from transfusion.recipes.digits import DigitsSettings
+from transfusion.train.resuming import changes, recorded
 from transfusion.train.transfusion import train
 
 
@@ -49,3 +51,13 @@ def test_another_model_is_refused_by_name_even_so(tmp_path):
         train(wider)
     with pytest.raises(ValueError, match=r"the saved run has no .*mlp.* of \(96, 32\), and this one has"):
         train(dataclasses.replace(wider, allow_changed=True))
+
+
+def test_a_setting_that_is_newer_than_a_run_had_its_default_there(tmp_path):
+    config = small(tmp_path)
+    run = {"config": recorded(config)}
+    del run["config"]["tune"]["frozen"]
+    assert changes(config, run) == {}
+    frozen = dataclasses.replace(config, tune=TuneSettings(frozen=("timestep",)))
+    assert changes(frozen, run) == {"tune.frozen": (None, ["timestep"])}
+    assert changes(frozen, {}) == {}

@@ -79,8 +79,10 @@ def test_two_processes_go_on_from_what_one_saved(folder, found, name):
 def test_the_checkpoint_of_two_processes_is_that_of_one_with_averaged_weights(folder, found, name):
     ours, theirs = (load_file(folder / path / "model.safetensors") for path in (name, f"one {name}"))
     assert ours.keys() == theirs.keys() and {x.dtype for x in ours.values()} == {torch.float32}
+    saved = found[name, "saved"]
     for kept, x in Transfusion.from_pretrained(folder / name).named_parameters():
-        assert torch.equal(x, found[name, "saved"][f"averaged.{kept}"])
+        assert torch.equal(x, saved[f"averaged.{kept}" if f"averaged.{kept}" in saved else f"model.{kept}"])
+        assert (f"averaged.{kept}" in saved) != kept.startswith(MODELS[name].get("frozen") or "nothing")
     for path in folder.joinpath(name).glob("*.json"):
         if path.name != "checksums.json":
             assert path.read_text() == (folder / f"one {name}" / path.name).read_text(), path.name

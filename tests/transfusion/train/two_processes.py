@@ -41,9 +41,9 @@ ROWS = {  # of `rows`, in the order in which each process takes them as micro-ba
 }
 
 
-def random_model(trained="all", checkpointed=False, **options):
+def random_model(trained="all", checkpointed=False, frozen=None, **options):
     """A model in training whose adapters, too, are random numbers."""
-    return in_training(tiny_model(**options), trained, checkpointed)
+    return in_training(tiny_model(**options), trained, checkpointed, frozen)
 
 
 class Rows:
