@@ -18,8 +18,8 @@ from transfusion.train.sharded import Saver, without_memory
 from transfusion.train.transfusion import OptimSettings, TrainConfig, TransfusionTask
 
 MODELS = {"unet": dict(backbone="adaln", image_layers="unet", unet_channels=(8, 16), unet_blocks=1),
-          "tied": dict(tie_word_embeddings=True),
-          "frozen": dict(frozen=("patch_embedding", "timestep"))}
+          "frozen": dict(frozen=("patch_embedding", "timestep")),
+          "tied": dict(tie_word_embeddings=True)}
 ADAPTERS = {"lora": dict(trained="lora"), "images": dict(backbone="adaln", trained="images")}
 STEPS = 2  # before the save
 
@@ -159,7 +159,7 @@ def four(rank: int, folder: Path) -> None:
     for name, options in MODELS.items():
         task = resumed(folder / name, random_model(**options), mesh)
         found[name, "loaded"] = contents(task)
-    out = folder / "of four"
+    out = folder / "of four"  # of the last model, whose weights are tied
     with Saver(out) as saver:
         task.config = TrainConfig(out=out)
         loop.save("train", task.config, task, STEPS, "", saver)
