@@ -138,8 +138,9 @@ def connect_words(model: Transfusion, captions: Captions) -> None:
 class ShownPairs:
     """Which names and styles are shown together; what is not, training leaves out of their softmaxes.
 
-    names: (styles + 1, names + 1) by the style, styles: its transpose, by the name. words: the words (.., slots, V)
-    that those have in each place. The last name and style are a white tile's, beside which all is shown.
+    answers: names by style (styles + 1, names + 1), and styles by name. words: those that the answers have in each of
+    their places, (styles + 1, slots, V) and (names + 1, slots, V). The last style and name are a white tile's, beside
+    which all is shown.
     """
 
     def __init__(self, shown: Drawings, captions: Captions):
