@@ -80,7 +80,8 @@ def test_the_script_runs_as_it_is_and_again_and_goes_on(here, monkeypatch, capsy
     assert "runs/lora-from-llm was made of llm before" in capsys.readouterr().out
     run = json.loads((here / "runs" / "lora" / "resume" / "run.json").read_text())
     config, steps = run["config"], run["step"]
-    assert config["tune"] == {"start": "runs/lora-from-llm", "trained": "lora", "lora_rank": 2, "lora_alpha": 4, "frozen": None}
+    tune = {"start": "runs/lora-from-llm", "trained": "lora", "lora_rank": 2, "lora_alpha": 4, "frozen": None}
+    assert config["tune"] == tune
     optim = {
         name: config["optim"][name] for name in ("rows", "accumulate", "seq_len", "lr", "min_lr", "warmup", "steps")
     }
