@@ -17,6 +17,7 @@ from tfkernels.attention.reference import gather_pages, visible_sums
 from tfkernels.attention.sinks import add_sinks, sink_gradients
 
 BLOCK = 32  # queries, or twice as many
+FEW = 8  # queries of a key head, at most, for which two plain products are quicker than the fused kernel
 KEPT = 2**22  # pairs in all blocks of a mask, at most, for them to be kept while the mask lives
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -42,6 +43,11 @@ def attention_forward(
     columns_exact: bool, offset: int, scale: float, softcap: float, sinks: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(B, H, Sq, D) x (B, K, Sk, D), (B, K, Sk, Dv) -> out (B, H, Sq, Dv), LSE float32 (float64 for float64)."""
+    few = q.shape[1] * q.shape[2] <= FEW * k.shape[1] and q.dtype == _statistics(q)
+    if few and not softcap and q.numel() and k.numel():
+        found = _few_forward(q, k, v, lo, hi, since, until, rows_exact, offset, scale, sinks)
+        if found is not None:
+            return found
     out = result_like(q, v.shape[-1]).zero_()
     q, k, v = _of_one_width(q, k, v)
     lse = q.new_full(q.shape[:3], -math.inf, dtype=_statistics(q))
@@ -93,12 +99,46 @@ def attention_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, 
     return results
 
 
+@torch.autocast("cpu", enabled=False)
 def paged_forward(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lo: Tensor, hi: Tensor, since: Tensor,
                   until: Tensor, rows_exact: bool, offset: int, scale: float, softcap: float,
                   sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return `attention_forward` against a paged cache, whose pages are laid out in order first."""
     k, v = (gather_pages(x, block_table, hi) for x in (k, v))
     return attention_forward(q, k, v, lo, hi, since, until, rows_exact, False, offset, scale, softcap, sinks)
+
+
+def _few_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, since: Tensor, until: Tensor,
+                 rows_exact: bool, offset: int, scale: float, sinks: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Return `attention_forward` for few queries, such as a text's next token; None where something is not finite.
+
+    Keys and values are read in the products alone, not to look for what is not finite: the results show it.
+    """
+    hidden, empty = made_once(_hidden, lo, hi, since, until, rows_exact=rows_exact, offset=offset)
+    scores = (q.reshape(len(q), k.shape[1], -1, q.shape[-1]) @ k.mT).mul_(scale)             # (B, K, G Sq, Sk)
+    scores.view(len(q), k.shape[1], -1, *hidden.shape[-2:]).masked_fill_(hidden, -math.inf)
+    peak = scores.amax(-1, keepdim=True)
+    if empty is not None:
+        peak.view(q.shape[:3]).masked_fill_(empty, 0)
+    weights = scores.sub_(peak).exp_()
+    sums = weights.sum(-1, keepdim=True)
+    if empty is not None:
+        sums.view(q.shape[:3]).masked_fill_(empty, 1)
+    out, lse = (weights @ v).div_(sums).view(*q.shape[:3], v.shape[-1]), sums.log_().add_(peak).view(q.shape[:3])
+    if not _finite(out, lse):
+        return None
+    if sinks is not None:
+        out, lse = add_sinks(out, lse, sinks)
+    lse = lse if empty is None else lse.masked_fill_(empty, -math.inf)
+    return out if q.is_contiguous() else result_like(q, v.shape[-1]).copy_(out), lse
+
+
+def _hidden(
+    lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, *, rows_exact: bool, offset: int
+) -> tuple[Tensor, Tensor | None]:
+    """(B or 1, 1, 1, Sq, Sk) the hidden pairs, and (B or 1, 1, Sq) the rows that see nothing, None without any."""
+    seen = _seen(slice(0, lo.shape[1]), slice(0, since.shape[1]), lo, hi, since, until, rows_exact, offset)
+    return ~seen[:, None, None], _empty(seen)
 
 
 def _block_forward(q, k, v, block, written_out, scale, softcap, sinks):
@@ -187,15 +227,27 @@ def _each_block(hulls: list[tuple[slice, slice]], lo: Tensor, hi: Tensor, since:
     if not hulls and rows_exact and _causal(lo, hi, since.shape[1]):
         yield _Block(slice(0, lo.shape[1]), slice(0, since.shape[1]), None, None)
         return
-    keys = torch.arange(since.shape[1], dtype=torch.int32)
-    at = torch.arange(offset, offset + lo.shape[1])[:, None]
     for rows, hull in hulls:
-        seen = (lo[:, rows, None] <= keys[hull]) & (keys[hull] < hi[:, rows, None])
-        if not rows_exact:
-            seen &= (since[:, None, hull] <= at[rows]) & (at[rows] < until[:, None, hull])
+        seen = _seen(rows, hull, lo, hi, since, until, rows_exact, offset)
         bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -math.inf)[:, None]
-        empty = ~seen.any(-1)[:, None]
-        yield _Block(rows, hull, bias, empty if bool(empty.any()) else None)
+        yield _Block(rows, hull, bias, _empty(seen))
+
+
+def _seen(rows: slice, hull: slice, lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, rows_exact: bool,
+          offset: int) -> Tensor:
+    """(B or 1, rows, keys of the hull) bool, the visible pairs."""
+    keys = torch.arange(hull.start, hull.stop, dtype=torch.int32)
+    seen = (lo[:, rows, None] <= keys) & (keys < hi[:, rows, None])
+    if not rows_exact:
+        at = torch.arange(offset + rows.start, offset + rows.stop)[:, None]
+        seen &= (since[:, None, hull] <= at) & (at < until[:, None, hull])
+    return seen
+
+
+def _empty(seen: Tensor) -> Tensor | None:
+    """(B or 1, 1, rows) the rows that see nothing, None where each sees something."""
+    empty = ~seen.any(-1)[:, None]
+    return empty if bool(empty.any()) else None
 
 
 def _causal(lo: Tensor, hi: Tensor, keys: int) -> bool:
