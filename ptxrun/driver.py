@@ -1,12 +1,13 @@
 """A Triton driver without a GPU: kernels compile to PTX as ever, and a launch goes to the emulator.
 
 Triton asks a driver for the target, for a loader of binaries and for a launcher; these are ours. The last stage of the
-compilation, ptxas, is replaced by one that keeps the PTX, through the hook that Triton has for changing stages. The
-hook's own key goes into the hash of Triton's cache, so that what is compiled here is remembered between runs and never
-taken for a cubin.
+compilation, ptxas, is replaced by one that keeps the PTX, through the hook that Triton has for changing stages. What is
+compiled here is remembered between runs in a folder of its own inside of Triton's cache, never to be taken for a cubin:
+Triton 3.6 does not ask the hook for a key.
 """
 import contextlib
 import ctypes
+import os
 import struct
 from types import SimpleNamespace
 
@@ -70,7 +71,9 @@ def emulate(architecture: str, *, races: bool = False, schedule: str = "late", s
     torch.cuda.get_device_properties = lambda device=None: properties
     running.append(emulation)
     try:
-        yield emulation
+        with knobs.cache.scope():
+            knobs.cache.dir = os.path.join(knobs.cache.dir, "ptxrun")
+            yield emulation
     finally:
         running.remove(emulation)
         torch.cuda.get_device_capability, torch.cuda.get_device_properties = capability, get_properties

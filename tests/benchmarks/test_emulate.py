@@ -17,10 +17,10 @@ from tests.tfkernels.emulated.test_every_dtype import FITS
 def configuration(tmp_path, monkeypatch):
     """A configuration of another Triton, whose tests are recorded in a folder of their own."""
     monkeypatch.setattr(emulate, "BUILD", tmp_path)
-    folder = tmp_path / "triton" / "3.7.1"
+    folder = tmp_path / "triton" / "9.7.1"
     (folder / "triton").mkdir(parents=True)
-    (folder / "triton" / "__init__.py").write_text("\"\"\"Triton.\"\"\"\n__version__ = '3.7.1'\n")
-    return emulate.Configuration("random-3", "float16", "sm_80", "3.7.1", folder)
+    (folder / "triton" / "__init__.py").write_text("\"\"\"Triton.\"\"\"\n__version__ = '9.7.1'\n")
+    return emulate.Configuration("random-3", "float16", "sm_80", "9.7.1", folder)
 
 
 def record(configuration, *tests, commit="abc"):
@@ -44,10 +44,10 @@ def test_a_triton_that_is_there_is_not_installed_again(configuration, monkeypatc
     commands = []
     monkeypatch.setattr(emulate.subprocess, "run", lambda command, **named: commands.append(command))
     assert emulate.folder_of(triton.__version__) is None
-    assert emulate.folder_of("3.7.1") == emulate.folder_of(str(configuration.folder)) == configuration.folder
-    assert commands == [] and emulate.version_in(configuration.folder) == "3.7.1"
-    emulate.folder_of("3.6.0")
-    assert commands[0][-1] == "triton==3.6.0"
+    assert emulate.folder_of("9.7.1") == emulate.folder_of(str(configuration.folder)) == configuration.folder
+    assert commands == [] and emulate.version_in(configuration.folder) == "9.7.1"
+    emulate.folder_of("9.6.0")
+    assert commands[0][-1] == "triton==9.6.0"
 
 
 def test_the_page_counts_what_ran_and_names_what_failed(configuration):
@@ -57,9 +57,9 @@ def test_the_page_counts_what_ran_and_names_what_failed(configuration):
            {"test": "c", **test, "outcome": "failed", "why": "Race: byte 3\n...", "rows": ["_norm_fwd 128"]})
     text = emulate.page([configuration, configuration._replace(schedule="early")], "abc")
     every = len({(row.kernel, *row.named.items()) for row in rows(80, torch.float16)})
-    assert f"| random-3 | float16 | sm_80 | 3.7.1 | abc | 2 | 1 | 2 | 2 | 2 of {every} | 6 | 4.5 |" in text
+    assert f"| random-3 | float16 | sm_80 | 9.7.1 | abc | 2 | 1 | 2 | 2 | 2 of {every} | 6 | 4.5 |" in text
     assert "| early |" not in text and "Tests that failed: 1." in text
-    assert "- `c` on (random-3, float16, sm_80, Triton 3.7.1): Race: byte 3\n" in text
+    assert "- `c` on (random-3, float16, sm_80, Triton 9.7.1): Race: byte 3\n" in text
 
 
 def test_what_the_last_commit_has_not_run_is_shown_of_the_newest_that_has(configuration):
@@ -69,7 +69,7 @@ def test_what_the_last_commit_has_not_run_is_shown_of_the_newest_that_has(config
         if commit == "new":
             record(configuration, test, test | {"test": "b"}, commit="new")
         os.utime(configuration.file(commit), (1000 * minutes, 1000 * minutes))
-        assert f"| 3.7.1 | {commit} | {minutes} | 0 |" in emulate.page([configuration], "abc")
+        assert f"| 9.7.1 | {commit} | {minutes} | 0 |" in emulate.page([configuration], "abc")
     os.utime(configuration.file("old"), (9000, 9000))
     assert configuration.latest("abc") == "old" and configuration.latest("new") == "new"
 
@@ -93,7 +93,7 @@ def test_clean_lines_of_a_page_stay_and_are_not_run_again(configuration, monkeyp
     monkeypatch.setattr(emulate, "output", lambda *command: "abc" if "log" in command else "")
     monkeypatch.setattr(emulate.Configuration, "run", lambda one, commit, minutes: ran.append(one.architecture))
     emulate.main(["--out", str(out), "--schedule", "late", "--dtype", "float16", "--triton", str(configuration.folder)])
-    assert ran == ["sm_90"] and "| late | float16 | sm_80 | 3.7.1 | abc | 5 | 0 | 0 |" in out.read_text()
+    assert ran == ["sm_90"] and "| late | float16 | sm_80 | 9.7.1 | abc | 5 | 0 | 0 |" in out.read_text()
 
 
 def test_the_tests_of_float16_are_all_of_them_and_none_of_bfloat16(configuration):

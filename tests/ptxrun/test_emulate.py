@@ -3,6 +3,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
 
 import ptxrun
 from tests.conftest import compiles
@@ -30,6 +31,16 @@ def test_a_kernel_runs_on_tensors_of_the_cpu(architecture):
     with ptxrun.emulate(architecture, races=True):
         add[(8,)](x, y, out, 1000, BLOCK=128)
     assert torch.equal(out, x + y)
+
+
+def test_what_is_compiled_is_kept_apart_from_cubins_which_some_tritons_would_take_it_for(tmp_path):
+    x, out = torch.randn(16), torch.empty(16)
+    with knobs.cache.scope():
+        knobs.cache.dir = str(tmp_path)
+        with ptxrun.emulate("sm_80"):
+            add[(1,)](x, x, out, 16, BLOCK=16, num_warps=2)
+        assert knobs.cache.dir == str(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["ptxrun"] and list(tmp_path.rglob("add.ptx"))
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])

@@ -211,10 +211,13 @@ def diffusion_losses(dtype: torch.dtype):
 
 
 def head_losses(dtype: torch.dtype):
-    """The loss from the hidden states on: one tile of the patch and three, several tiles of columns and of patches."""
+    """The loss from the hidden states on: one tile of the patch and three, several tiles of columns and of patches.
+
+    Of the widths only 256 is a multiple of 16 elements, so that weights are copied ahead of their products.
+    """
     for name in ("modulated_layer_norm", "modulated_rms_norm"):
         for case, width in ((rows_of_tokens([70, 1, 0, 90], 150, before=3, behind=2), 136), (CASES["latents"], 200),
-                            (uniform(3, 4, 16, 16, patch=2), 72)):
+                            (uniform(3, 4, 16, 16, patch=2), 72), (rows_of_tokens([80, 3], 64), 256)):
             test_head_loss.check(name, case, test_head_loss.tensors(case, width), dtype,
                                  weighted=dtype != torch.float16)                          # as in its own tests
 

@@ -430,8 +430,9 @@ def test_the_kernels_spill_nothing(dim, size, architecture):
     constants = {"C": 4096, "CENTER": dim != 32, "PRECISION": "ieee", **tile}
     shared = constants | {"BASE": True, "GUESS": kernels.PILOT * launch.block_n, "LAYOUT": layout,
                           "SEARCH": layout != "latents", "PATCH": patch}
-    found = [resources(kernels._head_loss_fwd, shared | {"BLOCK_R": launch.block_m, "BLOCK_C": launch.block_n}, launch,
-                       architecture=architecture, element_size=size, fuses=False)]
+    own = {"BLOCK_R": launch.block_m, "BLOCK_C": launch.block_n, "AWAITED": kernels.awaited(architecture, size)}
+    found = [resources(kernels._head_loss_fwd, shared | own, launch, architecture=architecture, element_size=size,
+                       fuses=False)]
     launch = kernels.config(kernels.BACKWARD, size)
     for flags in ("all",) if dim <= tile["BLOCK_D"] else ("rows", "head"):
         flags = dict.fromkeys(("HIDDEN", "SCALE", "WEIGHT", "BASE"), True) | FLAGS[flags]

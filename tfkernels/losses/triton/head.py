@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfkernels._launch import ROUNDED_PRODUCTS, Config, cdiv, next_power_of_2
+from tfkernels._launch import ROUNDED_PRODUCTS, Config, architecture, cdiv, next_power_of_2
 from tfkernels._library import INTERPRET
 from tfkernels.attention.triton.forward import dot_precision
 from tfkernels.losses.triton.diffusion import BLOCK, _diffusion_loss_images, rows_of_one_size
@@ -47,6 +47,15 @@ def tile(dim: int, element_size: int) -> dict:
     """Return the constexprs of a tile of D."""
     least, most = (16, 16) if INTERPRET else TILES[element_size]
     return {"DIM": dim, "BLOCK_D": min(max(least, next_power_of_2(dim)), most)}
+
+
+def awaited(architecture: int, element_size: int) -> bool:
+    """Return whether forward reads its sums in each round, to wait for the product of the round before.
+
+    On sm_90 that product may else still read y from registers that the next round already writes, in the machine code
+    of Triton 3.6 and 3.7 (triton-lang/triton#9433).
+    """
+    return architecture == 90 and element_size == 2
 
 
 def chunks(rows: int, dim: int, width: int, element_size: int) -> tuple[int, int]:
@@ -77,7 +86,7 @@ def _head_loss_fwd(x_ptr, places_ptr, scale_ptr, weight_ptr, base_ptr, ws_ptr, x
                    stride_cn,
                    C: tl.constexpr, CENTER: tl.constexpr, BASE: tl.constexpr, GUESS: tl.constexpr, LAYOUT: tl.constexpr,
                    SEARCH: tl.constexpr, PATCH: tl.constexpr, DIM: tl.constexpr, BLOCK_R: tl.constexpr,
-                   BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+                   BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, AWAITED: tl.constexpr, PRECISION: tl.constexpr):
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     image, start, count, inside = locate(row, offsets_ptr, images, steps, rows, grid_rows * grid_columns, SEARCH)
     place = tl.load(places_ptr + row, mask=inside, other=-1)
@@ -107,6 +116,8 @@ def _head_loss_fwd(x_ptr, places_ptr, scale_ptr, weight_ptr, base_ptr, ws_ptr, x
             x = tl.load(own_x + cols[None, :], mask=valid, other=0.0)
             z = tl.where(valid, (x.to(tl.float32) - middle[:, None]) * guess[:, None], 0.0)
             y = (z * (1 + tl.load(own_scale + cols[None, :], mask=valid, other=0.0).to(tl.float32))).to(x.dtype)
+            if AWAITED:
+                acc = tl.where(found[:, None], acc, 0.0)  # it is 0 there
             weight = tl.load(weight_ptr + d[None, :].to(tl.int64) * C + cols[:, None],
                              mask=(d < DIM)[None, :] & (cols < C)[:, None], other=0.0)
             acc = tl.dot(y, weight.to(x.dtype), acc, input_precision=PRECISION)
@@ -314,6 +325,7 @@ def forward(
         **tile(dim, hidden.element_size()),
         BLOCK_R=launch.block_m,
         BLOCK_C=launch.block_n,
+        AWAITED=not INTERPRET and awaited(architecture(hidden.device), hidden.element_size()),
         PRECISION=dot_precision(hidden),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
