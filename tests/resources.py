@@ -27,9 +27,11 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.cache import get_cache_key
 
 import ptxrun
+import tests.in_flight
 import tests.schedule
 from ptxrun import unknown_instructions
 from ptxrun.instructions import TABLE
+from tests.in_flight import overwritten
 from tests.schedule import wait_distances
 from tfkernels._launch import SHARED_LIMIT, Config
 
@@ -49,6 +51,7 @@ LOCAL_MEMORY = re.compile(r"\b(?:STL|LDL)\b")
 BUTTERFLY = re.compile(r"\bshfl\.sync\.bfly\.b32\s+(%\w+)")
 FUSED = re.compile(r"\bfma\.rn(?:\.ftz)?\.f32\s+%\w+, [^,;]+, [^,;]+, (%\w+);")
 COPY = re.compile(r"\bcp\.async\.(?:ca|cg|bulk)\b")
+LEFT_IN_REGISTERS = re.compile(r"\bwgmma\.mma_async[^;]*?\}, \{")
 KNOWN = Path(__file__).with_name("compiled.json")
 ASKED = Path(__file__).parents[1] / "build" / "compiled"  # what tests have asked for, a file each
 COMPARED = 16  # one in so many of what is known is compiled all the same
@@ -65,10 +68,12 @@ class Resources(NamedTuple):
     pipelined: int  # how many of them also start an asynchronous copy to shared memory
     waits: tuple[float, ...]  # of those: tiles of work between asking for a tile and waiting for it (tests/schedule.py)
     uneven_sums: int = 0  # fused steps of a butterfly, behind which lanes of one row may differ in the last bit
+    overwritten: int = 0  # instructions that write what a product in flight may still read (tests/in_flight.py)
 
     def fit(self, architecture: int) -> bool:
-        """Whether nothing spills and a block's shared memory is within the limit of the architecture's cards."""
-        return self.spills == 0 and self.shared_bytes <= SHARED_LIMIT[architecture]
+        """Whether nothing spills, no product reads registers that are written, and a block's shared memory is within
+        the limit of the architecture's cards."""
+        return self.spills == self.overwritten == 0 and self.shared_bytes <= SHARED_LIMIT[architecture]
 
 
 def argument_type(name: str, element: str) -> str:
@@ -87,6 +92,14 @@ def argument_type(name: str, element: str) -> str:
 def output(*command: str) -> str:
     """Return what a command prints."""
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def disassembled(cubin: bytes) -> str:
+    """Return machine code as text, by the tool that comes with Triton."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return output(knobs.nvidia.nvdisasm.path, file.name)
 
 
 def innermost_loops(ptx: str) -> list[str]:
@@ -129,8 +142,9 @@ def compiled(kernel, constants: dict, config: Config, architecture: int, element
 def _readers(emulated: bool) -> str:
     """The text of what reads compiled code: an older one might have found something else."""
     reading = [inspect.getsource(one) for one in (Resources, innermost_loops, registers_and_spills, uneven_sums, read)]
-    patterns = [one.pattern for one in (TENSOR_CORE, LOCAL_MEMORY, BUTTERFLY, FUSED, COPY)]
-    files = [Path(tests.schedule.__file__), *(sorted(Path(ptxrun.__file__).parent.rglob("*.py")) if emulated else [])]
+    patterns = [one.pattern for one in (TENSOR_CORE, LOCAL_MEMORY, BUTTERFLY, FUSED, COPY, LEFT_IN_REGISTERS)]
+    files = [Path(one.__file__) for one in (tests.schedule, tests.in_flight)]
+    files += sorted(Path(ptxrun.__file__).parent.rglob("*.py")) if emulated else []
     return "".join([*reading, *patterns, *(file.read_text() for file in files)])
 
 
@@ -165,7 +179,7 @@ def registers_and_spills(cubin: bytes) -> tuple[int, int]:
         # A stack alone is no spill: ptxas keeps a frame of 8 bytes where it found room for what it first meant to
         # spill. So the instructions that use it are counted.
         stack = "STACK:0 " not in usage
-        spills = len(LOCAL_MEMORY.findall(output(knobs.nvidia.nvdisasm.path, file.name))) if stack else 0
+    spills = len(LOCAL_MEMORY.findall(disassembled(cubin))) if stack else 0
     return int(re.search(r"REG:(\d+)", usage)[1]), spills
 
 
@@ -213,7 +227,7 @@ def read(built, name: str, architecture: int) -> Resources:
     return Resources(
         registers, spills, built.metadata.shared, {name: found.count(name) for name in sorted(set(found))},
         len(loops), sum(COPY.search(loop) is not None for loop in loops), tuple(wait_distances(built.asm["ttgir"])),
-        uneven_sums(ptx))
+        uneven_sums(ptx), len(overwritten(disassembled(built.asm["cubin"]))) if LEFT_IN_REGISTERS.search(ptx) else 0)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from tfkernels.attention.triton import parts
 
 pytestmark = compiles
 KERNEL = parts._attention_merge, {"HEAD_DIM": 64, "D": 64}, Config(0, 0, 4, 3)
-FOUND = [11, 0, 0, {"mma.sync": 2}, 1, 1, [1.0], 0]
+FOUND = [11, 0, 0, {"mma.sync": 2}, 1, 1, [1.0], 0, 0]
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def no_compiler(*arguments):
 def test_what_is_known_is_not_compiled(ask, monkeypatch, tmp_path):
     monkeypatch.setattr(resources, "compiled", no_compiler)
     monkeypatch.setattr(resources, "key_of", lambda *arguments: "1f")
-    assert ask("1f", FOUND) == resources.Resources(11, 0, 0, {"mma.sync": 2}, 1, 1, (1.0,), 0)
+    assert ask("1f", FOUND) == resources.Resources(11, 0, 0, {"mma.sync": 2}, 1, 1, (1.0,), 0, 0)
     assert json.loads((tmp_path / "asked" / "1f").read_text()) == FOUND
     with pytest.raises(RuntimeError, match="compiled"):
         ask(None, FOUND)
