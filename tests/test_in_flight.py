@@ -2,7 +2,6 @@
 import pytest
 import triton
 import triton.language as tl
-from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -25,15 +24,17 @@ LOOP = """
 """
 
 
-@pytest.mark.parametrize("load", ["LDSM.16.M88.4 R44, [R81+UR8+0xe000]", "LDS.64 R46, [R2]", "IMAD.WIDE R39, R1, R2, R4",
-                                  "SHFL.BFLY PT, R47, R38, 0x2, 0x1f", "F2FP.BF16.F32.PACK_AB R40, R8, R9"])
+@pytest.mark.parametrize("load", [
+    "LDSM.16.M88.4 R44, [R81+UR8+0xe000]", "LDS.64 R46, [R2]", "IMAD.WIDE R39, R1, R2, R4",
+    "SHFL.BFLY PT, R47, R38, 0x2, 0x1f", "F2FP.BF16.F32.PACK_AB R40, R8, R9"])
 def test_a_round_that_does_not_wait_overwrites_what_the_one_before_reads(load):
     assert overwritten(LOOP.format(load=load, pending="0x1")) == [load]
     assert overwritten(LOOP.format(load=load, pending="0x0")) == []
 
 
-@pytest.mark.parametrize("load", ["LDSM.16.M88.4 R48, [R40]", "STS.128 [R40+UR5], R44", "ISETP.GE.AND P5, PT, R40, R44, PT",
-                                  "LDGSTS.E.BYPASS.128 [R40], desc[UR4][R44.64]", "LDS R39, [R44]"])
+@pytest.mark.parametrize("load", [
+    "LDSM.16.M88.4 R48, [R40]", "STS.128 [R40+UR5], R44", "ISETP.GE.AND P5, PT, R40, R44, PT",
+    "LDGSTS.E.BYPASS.128 [R40], desc[UR4][R44.64]", "LDS R39, [R44]"])
 def test_what_reads_them_or_writes_others_does_not(load):
     assert overwritten(LOOP.format(load=load, pending="0x1")) == []
 
