@@ -169,7 +169,8 @@ SMALL = {"bounds": (tiles._tile_bounds, {"SIZE": 128, "TILES": tiles.TILES}),
 def test_the_small_kernels_spill_nothing(name, architecture):
     kernel, constants = SMALL[name]
     warps = build.WARPS if kernel is build._mask_intervals else 4
-    found = resources(kernel, constants, Config(0, 0, warps, 3), architecture=architecture, element_size=2)
+    most = build.REGISTERS if kernel is build._mask_intervals else None
+    found = resources(kernel, constants, Config(0, 0, warps, 3, most), architecture=architecture, element_size=2)
     assert found.fit(architecture), found
 
 
@@ -192,13 +193,14 @@ def test_a_card_takes_rows_that_fit_its_shared_memory(capability, rows, monkeypa
         assert _launch.architecture(torch.device("cuda:0")) == rows
         for table in TABLES.values():
             row = _launch.table_row(table, _launch.architecture(torch.device("cuda:0")), 2, 128, heavy=False)
-            assert row == table[(BASE.get(rows, rows), 2, 128)]
+            assert row == table.get((rows, 2, 128), table[(BASE.get(rows, rows), 2, 128)])
     finally:
         _launch.architecture.cache_clear()
 
 
 # What comes nearest to a thread's registers on these cards; the rest of the 80 rows by hand, see the end of the file.
-SMALL_CARDS = [(120, Row(kernel, 80, 2, dim)) for kernel in ("fwd", "dq", "dkv", "wide") for dim in (128, 256)]
+SMALL_CARDS = [(120, Row(kernel, 80, 2, dim)) for kernel in ("fwd", "dq", "dkv", "wide") for dim in (128, 256)
+               if (120, 2, dim) not in TABLES[kernel]]
 SMALL_CARDS += [(card, Row("dkv", 80, 2, 128)) for card in (86, 89)]
 
 

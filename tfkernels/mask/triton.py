@@ -15,6 +15,7 @@ from tfkernels._library import INTERPRET
 BLOCK = 16 if INTERPRET else 1024
 SPANS = 8                          # spans compared at a time
 WARPS = 8                          # 4 spill on sm_90
+REGISTERS = 128                    # of a thread at most: left alone, ptxas takes 80 and spills on Triton 3.7.1
 FAR = tl.constexpr(2**31 - 1)
 
 
@@ -130,5 +131,6 @@ def intervals(spans: Tensor | None, types: Tensor | None, documents: Tensor | No
         0 if spans is None else spans.shape[1],
         0 if hidden is None else hidden.shape[1], seq_len, window, *strides, batch * seq_len,
         TYPES=types is not None, DOCUMENTS=documents is not None, HIDDEN=hidden is not None, WINDOW=window > 0,
-        BLOCK=BLOCK, SPANS=SPANS, num_warps=WARPS)
+        BLOCK=BLOCK, SPANS=SPANS, num_warps=WARPS,
+        maxnreg=REGISTERS)
     return out

@@ -21,7 +21,13 @@ from tfkernels import diffusion_loss, diffusion_loss_reference, min_snr_weight, 
 from tfkernels._launch import ARCHITECTURES, Config
 from tfkernels._library import INTERPRET
 from tfkernels.losses.diffusion import _backward, _loss
-from tfkernels.losses.triton.diffusion import BLOCK, _diffusion_loss_bwd, _diffusion_loss_images, _diffusion_loss_rows
+from tfkernels.losses.triton.diffusion import (
+    BLOCK,
+    ROW_REGISTERS,
+    _diffusion_loss_bwd,
+    _diffusion_loss_images,
+    _diffusion_loss_rows,
+)
 from tfkernels.patches import noise_reference
 from tfkernels.patches.triton import layout as layouts
 from transfusion.diffusion.objective import OBJECTIVES
@@ -328,7 +334,8 @@ KERNELS = {"rows": (_diffusion_loss_rows, {}), "backward": (_diffusion_loss_bwd,
 def test_the_kernels_spill_nothing(name, layout, size, dim, patch, architecture):
     kernel, constants = KERNELS[name]
     constants = {**constants, **layout_constants(layout, dim, patch)}
-    found = resources(kernel, constants, Config(0, 0, 4, 3), architecture=architecture, element_size=size,
+    most = ROW_REGISTERS.get(layout) if name == "rows" else None
+    found = resources(kernel, constants, Config(0, 0, 4, 3, most), architecture=architecture, element_size=size,
                       float32=PER_IMAGE, fuses=name != "rows")
     assert found.fit(architecture) and found.uneven_sums == 0, found
 

@@ -13,6 +13,7 @@ from tfkernels.patches.philox import philox_normal
 from tfkernels.patches.triton.layout import SCALAR_ARGUMENTS, addresses, dense, geometry, locate, tile
 
 BLOCK = 16 if INTERPRET else 1024  # rows' sums that a program adds at a time
+ROW_REGISTERS = {"tokens": 96}     # of a thread at most, by layout: left alone, ptxas spills on Triton 3.7.1, sm_100
 
 
 @triton.jit
@@ -105,7 +106,9 @@ def forward(prediction: Tensor, x0: Tensor, x0_factor: Tensor, eps_factor: Tenso
     constants |= tile(dim)
     _diffusion_loss_rows[(cdiv(rows, constants["BLOCK_R"]),)](prediction, x0, x0_factor, eps_factor, seed,
                                                                      *pointers, sums, len(x0_factor), rows, *numbers,
-                                                                     **constants, num_warps=4, **ROUNDED_PRODUCTS)
+                                                                     **constants, num_warps=4,
+                                                                     maxnreg=ROW_REGISTERS.get(constants["LAYOUT"]),
+                                                                     **ROUNDED_PRODUCTS)
     _diffusion_loss_images[(len(x0_factor),)](sums, x0_factor if weight is None else weight, pointers[0], loss,
                                               rows_of_one_size(x0, patch), SEARCH=offsets is not None,
                                               WEIGHT=weight is not None, DIM=dim, BLOCK=BLOCK, num_warps=4)
