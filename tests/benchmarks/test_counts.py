@@ -6,10 +6,13 @@ import pytest
 
 from benchmarks.counts import apart, page
 from tests.conftest import compiles
+from tfkernels._launch import TRITON
 
 pytestmark = compiles
 
 ROOT = Path(__file__).parents[2]
+
+as_counted = pytest.mark.skipif(TRITON < (3, 9), reason="older Tritons lay these kernels' data out in other ways")
 
 FEW_NUMBERS = ("_diffusion_loss_images", "_attention_merge", "_head_loss_factors")  # less than a sector an image or row
 READ_ONCE = ("_attention_decode", "_attention_bwd_delta", "_norm_bwd_images")
@@ -36,6 +39,7 @@ def test_attentions_products_are_computed_once(rows):
             assert row.products[0] == row.products[1], row
 
 
+@as_counted
 def test_shared_memory_has_no_bank_conflicts_but_for_the_heads_backward(rows):
     for row in rows:
         most = 1.3 if row.kernel == "_head_loss_bwd" else 1.0
@@ -55,6 +59,7 @@ def test_what_is_needed_once_is_read_once(rows):
                 assert row.ratio("load") < 1.1, row
 
 
+@as_counted
 def test_patches_of_two_by_two_ask_for_four_and_eight_times_the_sectors(rows):
     """A warp holds 64 bytes of each of 4 patches. In the latents, pairs of 4 bytes lie in a sector of their own."""
     for row in of(rows, operator="patchify", kernel="_patchify_fwd"):

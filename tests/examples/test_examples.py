@@ -1,5 +1,6 @@
 """Every program in examples/ runs, learns and does what its docstring says."""
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,8 @@ def test_dit_blocks_learn_to_denoise():
 def test_a_compiled_kernel_runs_on_the_cpu_and_one_without_its_bound_is_found():
     error, said = emulate_kernel.main()
     assert error < 2**-9  # half a unit in the last place of a bfloat16 below 1
-    assert "ending 56 bytes behind x, which has 1200" in said and "emulate_kernel.py:26" in said
+    assert "ending 56 bytes behind x, which has 1200" in said
+    assert re.search(r"emulate_kernel\.py:2[56]", said)  # of a load's two lines Triton 3.6 names the other
 
 
 @pytest.fixture(scope="module")

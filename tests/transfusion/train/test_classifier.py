@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor
+from transformers import ViTImageProcessorPil
 
 from transfusion.eval.features import Features
 from transfusion.recipes.command_line import judge_main as main
@@ -37,7 +37,7 @@ def test_a_judge_knows_its_labels_its_size_and_how_it_was_trained(judge):
     features, out = judge
     assert features.label_names == list(DIGIT_NAMES) and features.name == f"resnet ({out})"
     assert features.preprocessing == (1, (32, 32), [0.5], [0.5], 1)
-    assert AutoImageProcessor.from_pretrained(out).size == {"height": 32, "width": 32}
+    assert ViTImageProcessorPil.from_pretrained(out).size == {"height": 32, "width": 32}
     assert json.loads((out / "classifier.json").read_text())["settings"]["steps"] == BRIEF.steps
     digits = Digits("held-out").pictures
     loaded = Features.from_pretrained(out)
