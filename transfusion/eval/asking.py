@@ -31,6 +31,8 @@ class Question(NamedTuple):
     pictures: tuple[Picture.Image, ...] = ()
     where: str = "a question"
     """for messages"""
+    shown_last: bool = False
+    """the pictures stand behind the text"""
 
 
 class Likelihood(NamedTuple):
@@ -157,9 +159,10 @@ class Asker:
 
 
 def _record(question: Question, answer: str | None = None) -> Record:
-    """A question as a conversation, as LLaVA's data have one: each picture, then the text behind a new line."""
+    """A question as a conversation, as LLaVA's data have one: pictures and text parted by new lines."""
     pictures = [PictureRef(b"", loss=False, name=question.where) for _ in question.pictures]
-    said = [part for picture in pictures for part in (picture, "\n")]
-    turns = [Turn("user", (*said, question.text))]
+    shown = [part for picture in pictures for part in (picture, "\n")]
+    said = (question.text, *reversed(shown)) if question.shown_last else (*shown, question.text)
+    turns = [Turn("user", said)]
     turns += [] if answer is None else [Turn("assistant", (answer,))]
     return Record(question.where, turns=tuple(turns))

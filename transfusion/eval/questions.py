@@ -1,9 +1,9 @@
 """Accuracy on questions of one's own whose answers are known: `transfusion eval questions --model DIR --data FILE`.
 
 The file is what training reads, rows in LLaVA's format (`transfusion.data.sources.llava`). Each question is asked
-alone, behind the pictures of its conversation, and an answer is right if it equals the known one but for case, white
-space and a full stop. A row may name the kinds of its questions, `"kinds": ["count", "place"]`; accuracy is told for
-each.
+alone, behind the pictures of its conversation, or before them if its first question stands there. An answer is right if
+it equals the known one but for case, white space and a full stop. A row may name the kinds of its questions, `"kinds":
+["count", "place"]`; accuracy is told for each.
 
 Two that do not look stand beside the model: the answer that is the most frequent of its kind (in `train`, where that is
 named), and with --blind the model itself without the pictures.
@@ -19,6 +19,7 @@ import random
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -42,7 +43,7 @@ from transfusion.settings import Count, check
 SHOWN = 12  # questions answered right on the sheet, and as many answered wrong
 LONGEST = 32  # tokens of an answer, where the settings do not say it
 LEFT = "a picture cannot be read, or the question fills the model's positions"
-PROMPTS = "each question alone, behind the pictures of its conversation"
+PROMPTS = "each question alone, with the pictures of its conversation, on the side of them where its first one is"
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class Known(NamedTuple):
     pictures: tuple[PictureRef, ...]
     answer: str
     where: str
+    shown_last: bool = False
+    """the conversation's first question stands before its pictures"""
 
     def question(self, sees: bool) -> Question:
         """As it is put, with its pictures decoded, or without them.
@@ -86,7 +89,8 @@ class Known(NamedTuple):
         """
         if not sees:
             return Question(self.text, (), self.where)
-        return Question(self.text, tuple(_opened(one, self.where) for one in self.pictures), self.where)
+        pictures = tuple(_opened(one, self.where) for one in self.pictures)
+        return Question(self.text, pictures, self.where, self.shown_last)
 
 
 def evaluate_questions(settings: QuestionsSettings) -> dict[str, dict[str, float]]:
@@ -150,7 +154,10 @@ def _known(record: Record, kinds: list[str] | None) -> list[Known]:
                         "words fits")
     words = [["".join(part for part in turn.parts if isinstance(part, str)).strip() for turn in pair]
              for pair in pairs]
-    return [Known(kind, question, pictures, answer, record.where)
+    first = said[0].parts if said else ()
+    before = list(takewhile(lambda part: isinstance(part, str), first))  # what stands before the first picture
+    shown_last = len(before) < len(first) and any(part.strip() for part in before)
+    return [Known(kind, question, pictures, answer, record.where, shown_last)
             for kind, (question, answer) in zip(kinds or ["all"] * len(pairs), words) if answer]
 
 
@@ -169,8 +176,8 @@ def ask(asker: Asker, known: list[Known], sees: bool, settings: QuestionsSetting
                     put[i] = known[i].question(sees)
                 except DataError as error:
                     bar.write(f"left out: {error}")
-            keys = {i: kept.key(question.text, [_digest(picture) for picture in question.pictures], most)
-                    for i, question in put.items()}
+            keys = {i: kept.key(question.text, [_digest(picture) for picture in question.pictures], most,
+                                question.shown_last) for i, question in put.items()}
             new = {keys[i]: question for i, question in put.items() if keys[i] not in kept.known}
             if new:
                 kept.keep(zip(new, asker.answers(list(new.values()), max_new_tokens=most)))

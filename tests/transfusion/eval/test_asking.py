@@ -1,4 +1,6 @@
 """Questions against what training writes, single questions and the model's own probabilities."""
+import json
+
 import pytest
 import torch
 from PIL import Image as Picture
@@ -7,8 +9,10 @@ from tests.transfusion.conftest import tiny_model
 from transfusion import Text
 from transfusion.data.chat import TEMPLATES, ChatSettings, chat_parts
 from transfusion.data.grids import Grids, GridSettings
+from transfusion.data.sources.llava import LLaVASettings
 from transfusion.data.sources.record import PictureFile, PictureRef, Record, Turn
 from transfusion.eval.asking import Asker, Asking, Question
+from transfusion.eval.questions import read_known
 from transfusion.generate.generation import read
 from transfusion.sequence import Image, encode
 
@@ -33,7 +37,12 @@ def trained_on(model, question, answer, chat, folder):
     for number, picture in enumerate(question.pictures):
         picture.save(folder / f"{number}.png")
         said += [PictureRef(PictureFile(str(folder / f"{number}.png")), loss=False), "\n"]
-    record = Record("here", turns=(Turn("user", (*said, question.text)), Turn("assistant", (answer,))))
+    return document(model, Record("here", turns=(Turn("user", (*said, question.text)), Turn("assistant", (answer,)))),
+                    chat)
+
+
+def document(model, record, chat):
+    """The document that training makes of a record."""
     grids = Grids(SIDE, model.config.patch_size, model.config.image_channels)
     parts = [Image(grids.pixels(part, grids.of(part)), loss=False) if isinstance(part, PictureRef) else part
              for part in chat_parts(record, model.tokenizer, chat)]
@@ -52,6 +61,27 @@ def test_a_prompt_is_the_beginning_of_the_document_that_training_makes(model, te
     assert len(prompt.images) == len(pictures)
     for (start, patches, *_), (expected_start, expected, *_) in zip(prompt.images, whole.images):
         assert start == expected_start and torch.equal(patches, expected)
+
+
+@pytest.mark.parametrize("template", [name for name in TEMPLATES if name not in ("chatml", "tokenizer", "plain")])
+@pytest.mark.parametrize("pictures", [(RED,), (RED, BLUE)], ids=len)
+def test_a_question_whose_row_shows_its_pictures_last_is_put_before_them(model, template, pictures, tmp_path):
+    names = [f"{number}.png" for number in range(len(pictures))]
+    for name, picture in zip(names, pictures):
+        picture.save(tmp_path / name)
+    said = [{"from": "human", "value": "What is it?" + "\n<image>" * len(names)}, {"from": "gpt", "value": "A seven"}]
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"id": "a", "image": names, "conversations": said}]))
+    chat = ChatSettings(template=template, image_position="keep")
+    known, = read_known(rows, None)
+    prompt = encode(Asker(model, Asking(chat, SIDE)).prompt(known.question(True)), model.tokenizer, model.config,
+                    end=False)
+    whole = document(model, LLaVASettings(rows, drawn="none").open()[0], chat)
+    assert whole.tokens[:len(prompt.tokens)] == prompt.tokens and whole.targets[len(prompt.tokens)]
+    assert [start for start, *_ in prompt.images] == [start for start, *_ in whole.images]
+    assert "What is it?" in model.tokenizer.decode(prompt.tokens[:prompt.images[0][0]])
+    for (_, patches, *_), (_, expected, *_) in zip(prompt.images, whole.images):
+        assert torch.equal(patches, expected)
 
 
 def test_answers_of_a_batch_are_those_of_single_questions(asker):
