@@ -156,8 +156,12 @@ def test_the_prefix_stays_where_it_is_while_an_image_is_drawn_against_it(model, 
 @pytest.mark.skipif(DEVICE != "cpu", reason="DEVICE is not cpu: counts what attention's CPU path reads off a mask")
 def test_all_layers_read_a_mask_once_for_each_token_and_for_each_image(model, pictures, monkeypatch):
     made = []
-    each_block = cpu._each_block
-    monkeypatch.setattr(cpu, "_each_block", lambda *args, **options: made.append(args) or each_block(*args, **options))
+
+    def counted(read):
+        return lambda *args, **options: made.append(args) or read(*args, **options)
+
+    for name in ("_each_block", "_hidden"):  # of many queries and of few
+        monkeypatch.setattr(cpu, name, counted(getattr(cpu, name)))
     model.generate_batch([[Text("a"), pictures[0]], [Text("two")]], max_new_tokens=4, max_images=0, temperature=0.0)
     assert len(model.backbone.decoder.model.layers) > 1 and len(made) <= 5  # the prompts, and each of 4 tokens
     made.clear()

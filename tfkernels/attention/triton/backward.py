@@ -61,8 +61,7 @@ DQ_CONFIGS = {  # (architecture, bytes per element, padded head dim)
     (90, 2, 128, "heavy"): Config(128, 32, 8, 3), (90, 2, 256, "heavy"): Config(128, 16, 8, 2),
     (90, 4, 256, "heavy"): Config(16, 16, 4, 1, 255),
     (100, 2, 64, "heavy"): Config(128, 32, 8, 3), (100, 2, 128, "heavy"): Config(64, 32, 8, 2),
-    (120, 2, 128): Config(64, 32, 4, 2, 255),
-}
+    (120, 2, 128): Config(64, 32, 4, 2, 255)}
 DKV_CONFIGS = {
     (80, 2, 32): Config(32, 128, 8, 3), (80, 2, 64): Config(16, 128, 8, 2),
     (80, 2, 128): Config(32, 32, 4, 2, 255), (80, 2, 256): Config(16, 32, 4, 2, 255),
