@@ -131,6 +131,5 @@ def intervals(spans: Tensor | None, types: Tensor | None, documents: Tensor | No
         0 if spans is None else spans.shape[1],
         0 if hidden is None else hidden.shape[1], seq_len, window, *strides, batch * seq_len,
         TYPES=types is not None, DOCUMENTS=documents is not None, HIDDEN=hidden is not None, WINDOW=window > 0,
-        BLOCK=BLOCK, SPANS=SPANS, num_warps=WARPS,
-        maxnreg=REGISTERS)
+        BLOCK=BLOCK, SPANS=SPANS, num_warps=WARPS, maxnreg=REGISTERS)
     return out

@@ -19,7 +19,6 @@ import random
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -154,9 +153,8 @@ def _known(record: Record, kinds: list[str] | None) -> list[Known]:
                         "words fits")
     words = [["".join(part for part in turn.parts if isinstance(part, str)).strip() for turn in pair]
              for pair in pairs]
-    first = said[0].parts if said else ()
-    before = list(takewhile(lambda part: isinstance(part, str), first))  # what stands before the first picture
-    shown_last = len(before) < len(first) and any(part.strip() for part in before)
+    first = [part for turn in said[:1] for part in turn.parts if not isinstance(part, str) or part.strip()]
+    shown_last = bool(first) and isinstance(first[0], str) and isinstance(first[-1], PictureRef)
     return [Known(kind, question, pictures, answer, record.where, shown_last)
             for kind, (question, answer) in zip(kinds or ["all"] * len(pairs), words) if answer]
 

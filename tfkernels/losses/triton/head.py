@@ -49,13 +49,13 @@ def tile(dim: int, element_size: int) -> dict:
     return {"DIM": dim, "BLOCK_D": min(max(least, next_power_of_2(dim)), most)}
 
 
-def awaited(architecture: int, element_size: int) -> bool:
+def awaited(target: int, element_size: int) -> bool:
     """Return whether forward reads its sums in each round, to wait for the product of the round before.
 
     On sm_90 that product may else still read y from registers that the next round already writes, in the machine code
     of Triton 3.6 and 3.7 (triton-lang/triton#9433).
     """
-    return architecture == 90 and element_size == 2
+    return target == 90 and element_size == 2
 
 
 def chunks(rows: int, dim: int, width: int, element_size: int) -> tuple[int, int]:
