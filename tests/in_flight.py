@@ -43,7 +43,7 @@ def _met(walked: tuple[tuple[str, str], ...]) -> list[str]:
                 groups, opened = [*groups, opened], set()
         elif name.startswith("WARPGROUP.DEPBAR"):
             pending = int(operands.rpartition(" ")[2], 16)
-            groups = groups[len(groups) - pending:] if pending else []
+            groups = groups[-pending:] if pending else []
         elif _results(name, operands) & opened.union(*groups):
             found.append(f"{name} {operands}")
     return found

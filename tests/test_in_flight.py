@@ -28,7 +28,8 @@ LOOP = """
     "LDSM.16.M88.4 R44, [R81+UR8+0xe000]", "LDS.64 R46, [R2]", "IMAD.WIDE R39, R1, R2, R4",
     "SHFL.BFLY PT, R47, R38, 0x2, 0x1f", "F2FP.BF16.F32.PACK_AB R40, R8, R9"])
 def test_a_round_that_does_not_wait_overwrites_what_the_one_before_reads(load):
-    assert overwritten(LOOP.format(load=load, pending="0x1")) == [load]
+    for pending in ("0x1", "0x2", "0x3"):
+        assert overwritten(LOOP.format(load=load, pending=pending)) == [load]
     assert overwritten(LOOP.format(load=load, pending="0x0")) == []
 
 
