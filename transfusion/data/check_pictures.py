@@ -35,7 +35,8 @@ def draw_histograms(path: Path, mixture: Mixture, sizes: list[np.ndarray]) -> Pa
     shown = [i for i, x in enumerate(lengths) if len(x)]
     if shown:
         left.hist([lengths[i] for i in shown], bins=bins, label=[mixture.names[i] for i in shown], stacked=True)
-        left.legend(fontsize=8)
+        for text in left.legend(fontsize=8).get_texts():  # a `$` in a source's name begins no formula
+            text.set_parse_math(False)
     left.set(xscale="log", xlabel="tokens of a document", ylabel="documents", title="Lengths")
     for i, found in enumerate(sizes):
         colour = f"C{shown.index(i) % 10}" if i in shown else "C0"

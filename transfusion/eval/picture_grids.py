@@ -1,4 +1,7 @@
-"""Grids of pictures: generated beside real ones, and what an autoencoder keeps of them."""
+"""Grids of pictures: generated beside real ones, and what an autoencoder keeps of them.
+
+What people and models wrote is drawn with `parse_math=False`: a `$` in it begins no formula.
+"""
 import textwrap
 from pathlib import Path
 
@@ -24,7 +27,8 @@ def sample_grid(path: Path, generated: Tensor, real: Tensor, names: list[str], t
             if c != columns:
                 picture = generated[r, c] if c < columns else real[r, c - columns - 1]
                 axis.imshow(_pixels(picture), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
-        axes[r][0].text(-0.3, 0.5, names[r], transform=axes[r][0].transAxes, ha="right", va="center", fontsize=9)
+        axes[r][0].text(-0.3, 0.5, names[r], transform=axes[r][0].transAxes, ha="right", va="center", fontsize=9,
+                        parse_math=False)
     for start, title in zip((0, columns + 1), titles):
         axes[0][start].text(0, 1.25, title, transform=axes[0][start].transAxes, fontsize=10, fontweight="bold")
     with written(path) as aside:
@@ -81,8 +85,9 @@ def contact_sheet(path: Path, pictures: list[Path], titles: list[str], columns: 
     for axis, file, title in zip(axes.flat, pictures, titles):
         with Picture.open(file) as picture:
             axis.imshow(picture.convert("RGB"), interpolation="nearest")
-        shown = "\n".join(textwrap.wrap(title, 26, max_lines=2, placeholder=" ...")).replace("$", r"\$")
-        axis.text(0.5, -0.03, shown, transform=axis.transAxes, fontsize=6, ha="center", va="top")
+        shown = "\n".join(textwrap.wrap(title, 26, max_lines=2, placeholder=" ..."))
+        axis.text(0.5, -0.03, shown, transform=axis.transAxes, fontsize=6, ha="center", va="top",
+                  parse_math=False)
     with written(path) as aside:
         figure.savefig(aside, dpi=150, bbox_inches="tight")
     plt.close(figure)
@@ -117,9 +122,9 @@ def answer_figure(shown: list[tuple[tuple[Picture.Image, ...], str, str, str]], 
             if pictures:
                 axis.imshow(_side_by_side(pictures), interpolation="nearest")
             axis.text(0.5, 1 + 0.4 * line / side, question, transform=axis.transAxes, ha="center", va="bottom",
-                      fontsize=7)
+                      fontsize=7, parse_math=False)
             axis.text(0.5, -0.4 * line / side, said, transform=axis.transAxes, ha="center", va="top", fontsize=7,
-                      color="tab:red" if correction else "tab:green")
+                      color="tab:red" if correction else "tab:green", parse_math=False)
         top -= room + side + text_room
     return figure
 

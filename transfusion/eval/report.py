@@ -165,15 +165,15 @@ def _draw_rows(axis, widths: tuple[int, ...], rows: list[list[str]], top: float)
         left = 0
         for cell, width in zip(line, widths):
             axis.text(left + 0.5, top + 0.3, cell, fontsize=6.5, va="top", linespacing=1.15,
-                      fontweight="bold" if number == 0 else "normal")
+                      fontweight="bold" if number == 0 else "normal", parse_math=False)
             left += width
         top += height
     return top
 
 
 def _wrapped(cell: str, width: int) -> str:
-    """A cell's text in lines of its column's width; dollars are no formulas."""
-    return "\n".join(textwrap.wrap(cell, width - 1)).replace("$", r"\$")
+    """A cell's text in lines of its column's width."""
+    return "\n".join(textwrap.wrap(cell, width - 1))
 
 
 def _lines(cells: list[str]) -> int:

@@ -70,9 +70,12 @@ def draw_panels(path: Path, panels: Sequence[Panel], runs: Sequence[Run], width:
         draw(left.pop(0))
     for axis in left:
         axis.axis("off")
-    figure.suptitle(title, fontweight="bold")
+    figure.suptitle(title, fontweight="bold", parse_math=False)
     handles = legend(runs)
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False, fontsize=9)
+    named = figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False,
+                          fontsize=9)
+    for text in named.get_texts():  # a `$` in a run's name begins no formula
+        text.set_parse_math(False)
     with written(path) as aside:
         figure.savefig(aside, dpi=130)
     plt.close(figure)

@@ -78,6 +78,14 @@ def test_a_good_mixture_is_counted_drawn_and_may_train(mixture_file, tmp_path, c
             assert min(drawn.size) > 200 and len(drawn.convert("RGB").getcolors(2**24)) > 20
 
 
+def test_dollars_in_the_name_of_a_source_are_no_formula(tmp_path, capsys):
+    folder_of_pairs(tmp_path / "pictures", 4)
+    sources = [{"format": "imagefolder", "path": "pictures", "name": r"$\nothing{$"}]
+    (tmp_path / "mix.json").write_text(json.dumps({"pictures": {"side": 16}, "held_out": 0.0, "sources": sources}))
+    verdict, _ = checked(tmp_path / "mix.json", tmp_path, capsys)
+    assert verdict and (tmp_path / "out" / "lengths.png").is_file()
+
+
 def opened(file):
     settings, shape = read_mixture(file), CheckSettings(**PIXELS)
     tokenizer, config, factor = shape.load(file)

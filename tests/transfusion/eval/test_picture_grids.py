@@ -4,7 +4,7 @@ import json
 from matplotlib import pyplot as plt
 from PIL import Image as Picture
 
-from transfusion.eval.picture_grids import answer_figure, answer_sheet, sample_grid
+from transfusion.eval.picture_grids import answer_figure, answer_sheet, contact_sheet, sample_grid
 from transfusion.recipes.digits import Digits
 from transfusion.train.plots import loss_curves
 
@@ -18,6 +18,17 @@ def test_pictures_are_written(tmp_path):
     for name in ("loss.png", "samples.png"):
         with Picture.open(tmp_path / name) as picture:
             assert min(picture.size) > 100 and len(picture.convert("L").getcolors()) > 10
+
+
+def test_dollars_are_no_formulas(tmp_path):
+    picture, words = Picture.new("RGB", (8, 8), "red"), r"$\nothing{$"
+    picture.save(tmp_path / "one.png")
+    answer_sheet(tmp_path / "answers.png", [((picture,), words, words, ""), ((), "Why?", "red", words)])
+    contact_sheet(tmp_path / "sheet.png", [tmp_path / "one.png"], [words])
+    digits = Digits().pictures[:4].view(2, 2, 1, 8, 8)
+    sample_grid(tmp_path / "samples.png", digits, digits, [words, "one"], ("generated", "real"))
+    for name in ("answers.png", "sheet.png", "samples.png"):
+        assert (tmp_path / name).is_file()
 
 
 def test_long_questions_and_answers_cover_neither_each_other_nor_a_picture(tmp_path):

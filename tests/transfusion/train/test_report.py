@@ -190,6 +190,13 @@ def test_several_runs_stand_in_the_same_plots_and_their_settings_beside_one_anot
     assert (tmp_path / "both.png").is_file() and not (first / "report.html").exists()
 
 
+def test_dollars_in_the_names_of_runs_are_no_formulas(tmp_path):
+    settings = json.loads(json.dumps(dataclasses.asdict(digits()), default=str))
+    runs = tuple(write(tmp_path / name, [record(0), record(1)], settings) for name in ("one", r"$\nothing{$"))
+    report(ReportSettings(runs, out=tmp_path / "both.html", png=True), {})
+    assert (tmp_path / "both.png").is_file()
+
+
 def test_names_of_runs_are_as_long_as_it_takes_to_tell_them_apart(tmp_path):
     paths = [tmp_path / "x" / "digits", tmp_path / "y" / "digits"]
     assert names_of(paths) == ["x/digits", "y/digits"] and names_of(paths[:1]) == ["digits"]
