@@ -38,6 +38,9 @@ FEWEST_ROWS = 3 if INTERPRET else 8          # tokens of one of them at least
 FORWARD_WARPS = {64: 1, 128: 1, 256: 1, 512: 2, 1024: 4, 2048: 4, 4096: 8, 8192: 16}  # by the block of columns
 # twice as many of 512, 1024, half as many of 4096 spill
 BACKWARD_WARPS = {64: 1, 128: 1, 256: 1, 512: 1, 1024: 2, 2048: 4, 4096: 16}
+# Of a thread of the backward, at most: all that 16 warps leave it. ptxas of Triton 3.7.1 would take 64 for sm_90, and
+# spill, though one program of them is all that a multiprocessor is given.
+BACKWARD_REGISTERS = {4096: 128}
 # programs of the backward kernel that a multiprocessor's registers hold at once, by the block of columns
 RESIDENT = {64: 16, 128: 16, 256: 16, 512: 14, 1024: 6, 2048: 3, 4096: 1}
 
@@ -51,7 +54,7 @@ def forward_config(width: int) -> Config:
 def backward_config(width: int) -> Config:
     """Return the same for both kernels of the backward pass."""
     block = min(max(next_power_of_2(width), 64), WIDEST_BACKWARD)
-    return Config(1, block, BACKWARD_WARPS[block], 2)
+    return Config(1, block, BACKWARD_WARPS[block], 2, BACKWARD_REGISTERS.get(block))
 
 
 def backward_rows(tokens: int, width: int, multiprocessors: int) -> tuple[int, int]:
@@ -325,7 +328,7 @@ def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor |
     gate, scale = columns_together(gate), columns_together(scale)
     weight, mean, rstd = contiguous(weight), contiguous(mean), contiguous(rstd)
     stride_gn, stride_cn = _stride(gate), _stride(scale)
-    options = {"BLOCK": launch.block_n, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {"BLOCK": launch.block_n, **launch.options}
     means = rstd
     if norm and width > launch.block_n:
         means = x.new_empty(1 + center, tokens, dtype=torch.float32)
