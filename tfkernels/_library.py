@@ -73,7 +73,7 @@ class Operator(torch.library.CustomOpDef):
         args += self.defaults[len(args):]  # as the dispatcher does: formulas count on all arguments
         if torch.autograd._profiler_enabled():
             implementation = record_function(self._qualname)(implementation)
-        return self._differentiated(*args, implementation) if differentiated else implementation(*args)
+        return (self._differentiated if differentiated else _computed)(*args, implementation)
 
     def register_autograd(self, backward, /, *, setup_context) -> None:
         """As `CustomOpDef.register_autograd`."""
@@ -81,13 +81,20 @@ class Operator(torch.library.CustomOpDef):
         self._differentiated = _differentiated(self._name, backward, setup_context)
 
 
+def _computed(*inputs):
+    """Call an implementation, the last input, as the dispatcher does: autograd sees no view in what it returns, and so
+    lets callers write to it."""
+    *args, implementation = inputs
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return implementation(*args)
+
+
 def _differentiated(name: str, formula, setup_context) -> Callable:
     """Return an autograd.Function's call of (*args, implementation), whose formula knows the args alone."""
 
     def forward(ctx, *inputs):
-        *args, implementation = inputs
-        outputs = implementation(*args)
-        setup_context(ctx=ctx, inputs=tuple(args), output=outputs)
+        outputs = _computed(*inputs)
+        setup_context(ctx=ctx, inputs=inputs[:-1], output=outputs)
         return outputs
 
     def backward(ctx, *gradients):
