@@ -119,6 +119,13 @@ def test_outputs_and_gradients_are_those_of_the_custom_op_to_the_bit(name, direc
                 assert a.dtype == b.dtype and a.requires_grad == b.requires_grad
 
 
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in MASKS])
+def test_results_are_on_the_tensors_device_whatever_the_default_one_is(name, direct):
+    for found, expected in zip(results(name, direct, lambda: torch.device("meta")), results(name, direct)):
+        for a, b in zip(found, expected):
+            assert a is b is None or a.device == b.device and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
 def once(around=contextlib.nullcontext):
     (q, k, v), mask = attention_inputs()
     with around():

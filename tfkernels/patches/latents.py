@@ -73,8 +73,9 @@ def pack_latents(latents: list[Tensor], patch_size: int) -> PackedLatents:
                              f"latents[0] {first.dtype} of shape {tuple(first.shape)} on {first.device}; (C, H, W) of "
                              "one C, dtype and device fit")
         check_patch_size("pack_latents", f"latents[{i}]", x.shape, patch_size)
-    counts = torch.tensor([0] + [x.shape[1] * x.shape[2] // patch_size**2 for x in latents])
-    numbers = torch.cat([counts.cumsum(0), torch.tensor([x.shape[2] // patch_size for x in latents])]).int()
+    counts, columns = (torch.tensor(numbers, device="cpu") for numbers in (
+        [0] + [x.shape[1] * x.shape[2] // patch_size**2 for x in latents], [x.shape[2] // patch_size for x in latents]))
+    numbers = torch.cat([counts.cumsum(0), columns]).int()
     numbers = numbers.pin_memory() if first.is_cuda else numbers
     offsets, columns = numbers.to(first.device, non_blocking=True).split([len(latents) + 1, len(latents)])
     return PackedLatents(torch.cat([x.flatten() for x in latents]), offsets, columns, first.shape[0], patch_size)
