@@ -205,12 +205,17 @@ def images_of_rows(offsets: Tensor | None, images: int, rows: int, device: torch
     return locate_reference(uniform_offsets(images, rows, device) if offsets is None else offsets, rows)[::2]
 
 
+def of_rows(values: Tensor, image_ids: Tensor) -> Tensor:
+    """Return the numbers (P, ...) of each row's image from those of all (N, ...), 0 where there is no image at all."""
+    return values[image_ids] if len(values) else values.new_zeros(len(image_ids), *values.shape[1:])
+
+
 def packed_index(offsets: Tensor, columns: Tensor, channels: int, patch: int, rows: int) -> Tensor:
     """Return where element (row, d) lies in packed latents, (P, D) int64; -1 for padding."""
     image, t, inside = locate_reference(offsets, rows)
     c, i, j = torch.unravel_index(torch.arange(channels * patch**2, device=offsets.device), (channels, patch, patch))
-    start, count = offsets[image].long()[:, None], (offsets[image + 1] - offsets[image]).long()[:, None]
-    width = columns[image].long().clamp(min=1)[:, None]
+    start, count = offsets[image].long()[:, None], of_rows(offsets.diff(), image).long()[:, None]
+    width = of_rows(columns, image).long().clamp(min=1)[:, None]
     y, x = t[:, None] // width * patch + i, t[:, None] % width * patch + j
     return torch.where(
         inside[:, None], start * channels * patch**2 + (c * count * patch**2 + y * width * patch + x), -1
