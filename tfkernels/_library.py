@@ -154,13 +154,14 @@ def made_once(make, *tensors: Tensor, **sizes):
     So it is for inference tensors, which do not count how often they are written to.
     """
     first = tensors[0]
+    others = [None if x is first else x for x in tensors]  # what is kept would keep the first alive
     if any(x.is_inference() for x in tensors) or first.is_cuda and torch.cuda.is_current_stream_capturing():
         return make(*tensors, **sizes)
     stream = torch.cuda.current_stream(first.device).cuda_stream if first.is_cuda else 0
     key, versions = (make, stream, *sizes.items()), [x._version for x in tensors]
     found = _made.setdefault(first, {}).get(key)
-    if found is None or found[0] != versions or any(a is not b for a, b in zip(found[1], tensors[1:])):
-        found = _made[first][key] = versions, tensors[1:], make(*tensors, **sizes)
+    if found is None or found[0] != versions or any(a is not b for a, b in zip(found[1], others)):
+        found = _made[first][key] = versions, others, make(*tensors, **sizes)
     return found[2]
 
 
