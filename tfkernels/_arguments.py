@@ -32,12 +32,15 @@ def need_tensors(op: str, tensors: dict, optional: tuple[str, ...] = ()) -> None
                              f"tensor{' or None' if name in optional else ''} fits; {way}")
 
 
+def whole_number(x):
+    """Return numpy's integers as an int and anything else as it is."""
+    return operator.index(x) if not isinstance(x, (bool, int, torch.SymInt, Tensor)) and hasattr(x, "__index__") else x
+
+
 def need_integer(op: str, name: str, x, least: int = 0) -> int:
     """Return an int of at least `least` that int32 holds; refuse bools, floats and tensors (reading one could wait for
     a device)."""
-    number = x
-    if not isinstance(x, (bool, int, torch.SymInt, Tensor)) and hasattr(x, "__index__"):   # numpy's integers
-        number = operator.index(x)
+    number = whole_number(x)
     if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt)) or not least <= number <= INT32[1]:
         raise ValueError(f"{op}: {name} is {shown(x)}; an int from {least} to {INT32[1]} fits")
     return number
@@ -67,7 +70,7 @@ def need_integers(op: str, name: str, x, shape: str, device=None, *, flags: bool
     if not integers(tensor) and not (flags and tensor.dtype == torch.bool):
         raise ValueError(f"{op}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}; an integer tensor {shape} "
                          "fits")
-    return tensor
+    return tensor.long() if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64) else tensor
 
 
 def integers(x: Tensor) -> bool:
@@ -77,9 +80,11 @@ def integers(x: Tensor) -> bool:
 
 def looks(*tensors: Tensor | None) -> bool:
     """Return whether values may be looked at: plain tensors on a CPU, where nothing waits, and not while a graph is
-    traced or operations are counted with tensors that hold no values."""
-    plain = all(x is None or x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) for x in tensors)
-    return plain and not torch.compiler.is_compiling() and active_fake_mode() is None
+    traced, operations are counted with tensors that hold no values, or vmap is given a batch of them."""
+    if torch.compiler.is_compiling() or active_fake_mode() is not None:
+        return False
+    return all(x is None or x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter)
+               and not torch._C._functorch.is_batchedtensor(x) for x in tensors)
 
 
 def need_range(op: str, name: str, x: Tensor, least: int, most: int, fits: str) -> None:

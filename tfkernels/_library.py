@@ -73,7 +73,7 @@ class Operator(torch.library.CustomOpDef):
         args += self.defaults[len(args):]  # as the dispatcher does: formulas count on all arguments
         if torch.autograd._profiler_enabled():
             implementation = record_function(self._qualname)(implementation)
-        return self._differentiated(*args, implementation) if differentiated else implementation(*args)
+        return (self._differentiated if differentiated else _computed)(*args, implementation)
 
     def register_autograd(self, backward, /, *, setup_context) -> None:
         """As `CustomOpDef.register_autograd`."""
@@ -81,13 +81,20 @@ class Operator(torch.library.CustomOpDef):
         self._differentiated = _differentiated(self._name, backward, setup_context)
 
 
+def _computed(*inputs):
+    """Call an implementation, the last input, as the dispatcher does: autograd sees no view in what it returns, and so
+    lets callers write to it."""
+    *args, implementation = inputs
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return implementation(*args)
+
+
 def _differentiated(name: str, formula, setup_context) -> Callable:
     """Return an autograd.Function's call of (*args, implementation), whose formula knows the args alone."""
 
     def forward(ctx, *inputs):
-        *args, implementation = inputs
-        outputs = implementation(*args)
-        setup_context(ctx=ctx, inputs=tuple(args), output=outputs)
+        outputs = _computed(*inputs)
+        setup_context(ctx=ctx, inputs=inputs[:-1], output=outputs)
         return outputs
 
     def backward(ctx, *gradients):
@@ -147,13 +154,14 @@ def made_once(make, *tensors: Tensor, **sizes):
     So it is for inference tensors, which do not count how often they are written to.
     """
     first = tensors[0]
+    others = [None if x is first else x for x in tensors]  # what is kept would keep the first alive
     if any(x.is_inference() for x in tensors) or first.is_cuda and torch.cuda.is_current_stream_capturing():
         return make(*tensors, **sizes)
     stream = torch.cuda.current_stream(first.device).cuda_stream if first.is_cuda else 0
     key, versions = (make, stream, *sizes.items()), [x._version for x in tensors]
     found = _made.setdefault(first, {}).get(key)
-    if found is None or found[0] != versions or any(a is not b for a, b in zip(found[1], tensors[1:])):
-        found = _made[first][key] = versions, tensors[1:], make(*tensors, **sizes)
+    if found is None or found[0] != versions or any(a is not b for a, b in zip(found[1], others)):
+        found = _made[first][key] = versions, others, make(*tensors, **sizes)
     return found[2]
 
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from tests.conftest import DEVICE, INTERPRET, traced
 from tests.tfkernels.test_arguments import CALLS
 from tests.tfkernels.test_library import MASKS, leaves_of
-from tfkernels import TransfusionMask, attention, attention_with_lse, paged_attention
+from tfkernels import TransfusionMask, attention, attention_with_lse, paged_attention, qk_norm_rotary
 from tfkernels._library import Operator
 from tfkernels.attention import op as attention_op
 
@@ -117,6 +117,13 @@ def test_outputs_and_gradients_are_those_of_the_custom_op_to_the_bit(name, direc
             if a is not None:
                 assert torch.equal(a.nan_to_num(), b.nan_to_num()) and a.stride() == b.stride()
                 assert a.dtype == b.dtype and a.requires_grad == b.requires_grad
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in MASKS])
+def test_results_are_on_the_tensors_device_whatever_the_default_one_is(name, direct):
+    for found, expected in zip(results(name, direct, lambda: torch.device("meta")), results(name, direct)):
+        for a, b in zip(found, expected):
+            assert a is b is None or a.device == b.device and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def once(around=contextlib.nullcontext):
@@ -267,6 +274,35 @@ def test_hooks_see_what_they_see_of_the_custom_op(direct):
     plain = hooked(contextlib.nullcontext)
     assert direct[-2:] == ["attention_forward", "attention_backward"]
     assert plain == hooked(Watched) and {kind for kind, *_ in plain} == {"saved", "gradient", "node", "accumulated"}
+
+
+def few_queries():
+    (q, k, v), mask = attention_inputs()
+    return attention_with_lse, {"q": q.detach()[:, :, -1:].requires_grad_(), "k": k, "v": v,
+                                "mask": mask.queries(39, 40)}
+
+
+def heads_behind_tokens():
+    q, k = torch.randn(2, 1, 8, 4, 16, device=DEVICE, requires_grad=True).transpose(2, 3)
+    cos, sin = torch.randn(2, 8, 8, device=DEVICE)
+    return qk_norm_rotary, {"q": q, "k": k, "q_weight": None, "k_weight": None, "cos": cos, "sin": sin}
+
+
+WRITTEN = {**EVERY, "few queries": few_queries, "heads behind tokens": heads_behind_tokens}
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_results_may_be_written_to(name, mode):
+    function, arguments = WRITTEN[name]()
+    if name in CALLS:
+        leaves_of(name, arguments)
+    with mode():
+        outputs = [x for x in tensors_of(function(**arguments)) if x.is_floating_point()]
+    for x in outputs:
+        expected = x.detach() * 2
+        x.mul_(torch.full((), 2.0, device=DEVICE, requires_grad=True))
+        assert torch.equal(x, expected)
 
 
 def test_an_input_changed_in_place_before_backward_is_found():

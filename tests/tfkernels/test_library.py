@@ -123,9 +123,10 @@ def test_what_is_made_once_is_made_again_where_a_tensor_was_written_or_is_anothe
     assert made_once(made, x.clone(), other, plus=1).tolist() == [10, 4, 5] and len(made.calls) == 6
 
 
-def test_what_is_made_of_a_tensor_is_forgotten_with_it(made):
+@pytest.mark.parametrize("twice", [False, True])
+def test_what_is_made_of_a_tensor_is_forgotten_with_it(made, twice):
     x, other = torch.arange(3), torch.ones(3, dtype=torch.int64)
-    result = weakref.ref(made_once(made, x, other, plus=1))
+    result = weakref.ref(made_once(made, x, x if twice else other, plus=1))
     assert result() is not None
     del x
     gc.collect()

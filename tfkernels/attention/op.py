@@ -134,7 +134,8 @@ def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Te
 def _check_pages(block_table: Tensor, hi: Tensor, pages: int, page_size: int) -> None:
     """Refuse a page that is not there, among those that a row reads, where looking is free."""
     if looks(block_table, hi) and hi.numel():
-        read = torch.arange(block_table.shape[1]) * page_size < hi.amax(1, keepdim=True)   # (B or 1, T)
+        first = torch.arange(block_table.shape[1], device=hi.device) * page_size
+        read = first < hi.amax(1, keepdim=True)                                            # (B or 1, T)
         found = block_table[read.expand_as(block_table)]
         need_range("paged_attention", "block_table", found, 0, pages - 1, "the pages there are")
 

@@ -99,5 +99,6 @@ def gather_pages(pages: Tensor, block_table: Tensor, hi: Tensor) -> Tensor:
     What lies behind the last key that a query sees is 0.
     """
     rows = pages[block_table.long().clamp(0, pages.shape[0] - 1)].flatten(1, 2).transpose(1, 2)
-    seen = torch.arange(rows.shape[2], device=hi.device) < hi.amax(1, keepdim=True)        # (B or 1, Sk)
+    last = torch.nn.functional.pad(hi, (0, 1)).amax(1, keepdim=True)                       # 0 without queries
+    seen = torch.arange(rows.shape[2], device=hi.device) < last                            # (B or 1, Sk)
     return torch.where(seen[:, None, :, None], rows, 0)

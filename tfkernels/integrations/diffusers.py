@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tfkernels._arguments import got, need_tensors
+from tfkernels._library import watched
 from tfkernels.attention.op import attention
 from tfkernels.integrations._visible import visible_pairs
 from tfkernels.mask import TransfusionMask
@@ -81,7 +82,8 @@ class TransfusionAttnProcessor:
         elif self_attention and self.mask is not None:
             mask = self.mask
         else:
-            mask = _every_key(q.shape[2], k.shape[2], q.device)
+            # what is made while something traces holds no values, and is not kept
+            mask = (_full if watched() else _every_key)(q.shape[2], k.shape[2], q.device)
         out = attention(q, k, v, mask, scale=attn.scale).transpose(1, 2).flatten(2)         # (B, Sq, H D)
 
         for layer in attn.to_out:
@@ -110,11 +112,13 @@ def _check(attn, encoder_hidden_states, **others) -> None:
             raise ValueError(f"{_OP}: {name} is given; calls without it fit; keep the layer's own processor")
 
 
-@lru_cache(maxsize=64)
-def _every_key(query_len: int, key_len: int, device: torch.device) -> TransfusionMask:
+def _full(query_len: int, key_len: int, device: torch.device) -> TransfusionMask:
     with torch.inference_mode(False):  # kept for training too
         lo = torch.zeros(1, query_len, dtype=torch.int32, device=device)
         return TransfusionMask.from_intervals(lo, lo + key_len, key_len=key_len, columns_exact=True)
+
+
+_every_key = lru_cache(maxsize=64)(_full)
 
 
 def _read(attention_mask: Tensor, batch: int, query_len: int, key_len: int) -> TransfusionMask:

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from tfkernels._arguments import need_distinct
 from tfkernels.losses.reference import EntropyOptions, diffusion_loss_reference, prediction_error
-from tfkernels.patches.latents import images_of_rows, rows_per_image
+from tfkernels.patches.latents import images_of_rows, of_rows, rows_per_image
 
 
 def entropy(logits: Tensor, targets: Tensor, places: Tensor, row_weight: Tensor | None, lse_weight: Tensor | None,
@@ -70,7 +70,7 @@ def diffusion_loss_backward(dloss: Tensor, prediction: Tensor, x0: Tensor, x0_fa
     scale = dloss * 2 / (rows_per_image(offsets, len(x0_factor), len(prediction), x0_factor.device).clamp(min=1)
                          * max(1, prediction.shape[1]))
     scale = scale if weight is None else scale * weight
-    return torch.where(inside[:, None], scale[image_ids][:, None] * error, 0).to(prediction.dtype).contiguous()
+    return torch.where(inside[:, None], of_rows(scale, image_ids)[:, None] * error, 0).to(prediction.dtype).contiguous()
 
 
 def _normed(
@@ -103,9 +103,9 @@ def head_loss(
     prediction[inside] += 0 if base is None else base[image_ids]
     error, of_row, _ = prediction_error(prediction, x0, x0_factor, eps_factor, seed, offsets, columns, channels, patch)
     error = torch.where(inside[:, None], error, 0)
-    loss = torch.zeros_like(x0_factor, dtype=torch.float64).index_add_(
+    loss = x0_factor.new_zeros(max(1, len(x0_factor)), dtype=torch.float64).index_add_(
         0, of_row, error.square().sum(-1).double()
-    ).to(x0_factor.dtype) / _denominators(offsets, x0_factor, error)
+    )[:len(x0_factor)].to(x0_factor.dtype) / _denominators(offsets, x0_factor, error)
     means = [(error * acc).sum(-1)[inside]] + ([(error[inside] * (factor @ weight.T)[image_ids]).sum(-1)]
                                                if center else [])
     statistics = x0_factor.new_zeros(4 if center else 2, len(places))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tfkernels.norm.reference import modulated_layer_norm_reference, modulated_rms_norm_reference
-from tfkernels.patches.latents import images_of_rows, locate_reference, rows_per_image
+from tfkernels.patches.latents import images_of_rows, locate_reference, of_rows, rows_per_image
 from tfkernels.patches.reference import noise_reference, patchify_reference
 
 
@@ -79,7 +79,7 @@ def diffusion_loss_reference(prediction: Tensor, x0: Tensor, p: Tensor, q: Tenso
     error, image_ids, inside = prediction_error(prediction, x0, p, q, seed, offsets, columns, channels, patch)
     rows = torch.where(inside, error.square().sum(-1), 0)
     counts = rows_per_image(offsets, len(p), len(prediction), p.device).to(rows.dtype) * max(1, prediction.shape[1])
-    sums = rows.new_zeros(len(p)).index_add(0, image_ids, rows)
+    sums = rows.new_zeros(max(1, len(p))).index_add(0, image_ids, rows)[:len(p)]
     loss = sums / counts.clamp(min=1)
     return loss if weight is None else torch.where(counts > 0, loss * weight.to(rows.dtype), 0)
 
@@ -88,7 +88,7 @@ def prediction_error(prediction, x0, x0_factor, eps_factor, seed, offsets, colum
     """Return (prediction - target) in prediction's dtype, each row's image id, and whether it has one."""
     x0 = patchify_reference(x0, offsets, columns, channels, patch).to(prediction.dtype)
     image_ids, eps = noise_reference(seed, offsets, len(x0_factor), *x0.shape, prediction.dtype)
-    x0_factor, eps_factor = (v.to(prediction.dtype)[image_ids][:, None] for v in (x0_factor, eps_factor))
+    x0_factor, eps_factor = (of_rows(v.to(prediction.dtype), image_ids)[:, None] for v in (x0_factor, eps_factor))
     inside = (torch.ones_like(image_ids, dtype=torch.bool)
               if offsets is None else locate_reference(offsets, len(prediction))[2])
     return prediction - (x0_factor * x0 + eps_factor * eps), image_ids, inside

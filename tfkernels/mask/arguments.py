@@ -2,15 +2,25 @@
 import torch
 from torch import Tensor
 
-from tfkernels._arguments import INT32, integers, looks, need_integers, need_offsets, need_range, shown
+from tfkernels._arguments import (
+    INT32,
+    integers,
+    looks,
+    need_integers,
+    need_offsets,
+    need_range,
+    shown,
+    whole_number,
+)
 
 _SPANS_FIT = "a list of (start, end) per batch row, or an integer tensor (B, M, 2), fits"
 
 
 def checked_window(op: str, window) -> int:
     """Return a window of at least 1 key."""
-    if isinstance(window, int) and not isinstance(window, bool) and window >= 1:
-        return window
+    number = whole_number(window)
+    if isinstance(number, (int, torch.SymInt)) and not isinstance(number, bool) and number >= 1:
+        return number
     raise ValueError(f"{op}: window is {shown(window)}; a window of at least 1 key (the query itself) fits; pass None "
                      "for no window")
 
@@ -49,7 +59,9 @@ def int32(op: str, name: str, x: Tensor | None) -> Tensor | None:
 
 def checked_spans(name: str, spans, seq_len: int, device, documents: Tensor | None) -> Tensor:
     """Return spans as an integer tensor (B, M, 2) on `device`, checked where that costs no synchronisation."""
-    spans = spans if isinstance(spans, Tensor) else _span_tensor(name, spans)
+    if not isinstance(spans, Tensor):
+        device = torch.empty(0).device if device is None else device  # the default device
+        spans = _span_tensor(name, spans)
     if spans.ndim != 3 or spans.shape[-1] != 2 or not integers(spans):
         raise ValueError(f"TransfusionMask.from_spans: {name} is {described(spans)}; {_SPANS_FIT}")
     if looks(spans):
@@ -62,9 +74,10 @@ def checked_spans(name: str, spans, seq_len: int, device, documents: Tensor | No
 def _span_tensor(name: str, spans) -> Tensor:
     """Stack the lists of spans to (B, M, 2), short rows padded with (0, 0)."""
     try:
-        width = max(map(len, spans), default=0)
+        width = max([0, *map(len, spans)])  # default=0 is what torch.compile does not know
         rows = [[*map(list, row), *[[0, 0]] * (width - len(row))] for row in spans]
-        tensor = torch.tensor(rows) if width else torch.zeros(len(rows), 0, 2, dtype=torch.int64)
+        tensor = (torch.tensor(rows, device="cpu") if width
+                  else torch.zeros(len(rows), 0, 2, dtype=torch.int64, device="cpu"))
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"TransfusionMask.from_spans: {name} is {str(spans)[:80]}; {_SPANS_FIT}") from error
     if not rows:

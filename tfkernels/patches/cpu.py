@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from tfkernels._arguments import need_distinct
-from tfkernels.patches.latents import images_of_rows
+from tfkernels.patches.latents import images_of_rows, of_rows
 from tfkernels.patches.reference import embed_patches_reference, noise_patchify_reference, placed, unpatchify_reference
 from tfkernels.patches.results import empty_embed_gradients, patch_gradients
 
@@ -20,7 +20,7 @@ def noise_patchify_backward(dtokens: Tensor, signal: Tensor, offsets: Tensor | N
     """Return the gradient of x0."""
     rows = len(dtokens)
     image_ids = images_of_rows(offsets, len(signal), rows, signal.device)[0]
-    dtokens = (signal[image_ids][:, None] * dtokens.to(signal.dtype)).to(dtokens.dtype)
+    dtokens = (of_rows(signal, image_ids)[:, None] * dtokens.to(signal.dtype)).to(dtokens.dtype)
     return unpatchify_reference(dtokens, offsets, columns, channels, patch, height, width)
 
 

@@ -73,8 +73,9 @@ def pack_latents(latents: list[Tensor], patch_size: int) -> PackedLatents:
                              f"latents[0] {first.dtype} of shape {tuple(first.shape)} on {first.device}; (C, H, W) of "
                              "one C, dtype and device fit")
         check_patch_size("pack_latents", f"latents[{i}]", x.shape, patch_size)
-    counts = torch.tensor([0] + [x.shape[1] * x.shape[2] // patch_size**2 for x in latents])
-    numbers = torch.cat([counts.cumsum(0), torch.tensor([x.shape[2] // patch_size for x in latents])]).int()
+    counts, columns = (torch.tensor(numbers, device="cpu") for numbers in (
+        [0] + [x.shape[1] * x.shape[2] // patch_size**2 for x in latents], [x.shape[2] // patch_size for x in latents]))
+    numbers = torch.cat([counts.cumsum(0), columns]).int()
     numbers = numbers.pin_memory() if first.is_cuda else numbers
     offsets, columns = numbers.to(first.device, non_blocking=True).split([len(latents) + 1, len(latents)])
     return PackedLatents(torch.cat([x.flatten() for x in latents]), offsets, columns, first.shape[0], patch_size)
@@ -204,12 +205,17 @@ def images_of_rows(offsets: Tensor | None, images: int, rows: int, device: torch
     return locate_reference(uniform_offsets(images, rows, device) if offsets is None else offsets, rows)[::2]
 
 
+def of_rows(values: Tensor, image_ids: Tensor) -> Tensor:
+    """Return the numbers (P, ...) of each row's image from those of all (N, ...), 0 where there is no image at all."""
+    return values[image_ids] if len(values) else values.new_zeros(len(image_ids), *values.shape[1:])
+
+
 def packed_index(offsets: Tensor, columns: Tensor, channels: int, patch: int, rows: int) -> Tensor:
     """Return where element (row, d) lies in packed latents, (P, D) int64; -1 for padding."""
     image, t, inside = locate_reference(offsets, rows)
     c, i, j = torch.unravel_index(torch.arange(channels * patch**2, device=offsets.device), (channels, patch, patch))
-    start, count = offsets[image].long()[:, None], (offsets[image + 1] - offsets[image]).long()[:, None]
-    width = columns[image].long().clamp(min=1)[:, None]
+    start, count = offsets[image].long()[:, None], of_rows(offsets.diff(), image).long()[:, None]
+    width = of_rows(columns, image).long().clamp(min=1)[:, None]
     y, x = t[:, None] // width * patch + i, t[:, None] % width * patch + j
     return torch.where(
         inside[:, None], start * channels * patch**2 + (c * count * patch**2 + y * width * patch + x), -1

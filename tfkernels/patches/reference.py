@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tfkernels._library import made_once
-from tfkernels.patches.latents import locate_reference, packed_index, uniform_offsets
+from tfkernels.patches.latents import locate_reference, of_rows, packed_index, uniform_offsets
 from tfkernels.patches.philox import philox_normal_reference
 
 
@@ -44,7 +44,7 @@ def noise_patchify_reference(x: Tensor, signal: Tensor, noise: Tensor, seed: Ten
     """The specification in plain PyTorch, in x's dtype, with eps in memory."""
     tokens = patchify_reference(x, offsets, columns, channels, patch)
     image_ids, eps = noise_reference(seed, offsets, len(signal), *tokens.shape, tokens.dtype)
-    signal, noise = (v.to(tokens.dtype)[image_ids][:, None] for v in (signal, noise))
+    signal, noise = (of_rows(v.to(tokens.dtype), image_ids)[:, None] for v in (signal, noise))
     tokens = signal * tokens + noise * eps
     return tokens if offsets is None else torch.where(locate_reference(offsets, len(tokens))[2][:, None], tokens, 0)
 

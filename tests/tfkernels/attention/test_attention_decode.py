@@ -139,6 +139,13 @@ def test_pages_of_any_layout_fit():
     assert torch.equal(paged_attention(q, by_head, by_head, table, mask), paged_attention(q, store, store, table, mask))
 
 
+def test_no_query_asks_nothing_of_the_pages():
+    pages = torch.randn(4, 4, 2, 16, device=DEVICE)
+    table, mask = torch.zeros(2, 4, dtype=torch.int32, device=DEVICE), TransfusionMask.from_cache([3, 9], 0, 16)
+    out = paged_attention(torch.randn(2, 4, 0, 16, device=DEVICE), pages, pages, table, mask.to(DEVICE))
+    assert out.shape == (2, 4, 0, 16)
+
+
 def test_opcheck_passes_for_pages():
     q, k = torch.randn(2, 2, 3, 16, device=DEVICE), torch.randn(2, 1, 32, 16, device=DEVICE)
     store, table = pages(k, 8, 0, seed=3)

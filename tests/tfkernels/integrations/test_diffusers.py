@@ -223,6 +223,30 @@ def test_the_mask_that_hides_nothing_is_made_once_and_serves_training_after_infe
     assert integration._every_key.cache_info().hits == 2
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_layer_takes_any_length_and_leaves_no_fake_mask_behind(strict):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = layer(processor=TransfusionAttnProcessor())
+
+        def forward(self, x):
+            return self.attn(x)
+
+    model, tokens = Model(), torch.export.Dim("tokens", min=2, max=64)
+    exported = torch.export.export(model, (noise(2, 23, 16),), dynamic_shapes=({1: tokens},), strict=strict).module()
+    for x in (noise(2, 23, 16), noise(2, 9, 16)):
+        found = model(x)
+        assert type(found) is torch.Tensor
+        close(exported(x), found)
+
+
+def test_an_export_of_one_length_leaves_no_fake_mask_behind():
+    attn, x = layer(processor=TransfusionAttnProcessor()), noise(2, 21, 16)
+    torch.export.export(torch.nn.Sequential(attn), (x,))
+    assert type(attn(x)) is torch.Tensor
+
+
 def test_a_scale_of_the_layers_own_is_honoured():
     """AttnProcessor2_0 would drop it; AttnProcessor, which diffusers picks for such a layer, does not."""
     attn, x = layer(scale_qk=False), noise(2, 12, 16) * 3

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from tests.conftest import DEVICE
+from tests.conftest import DEVICE, traced
 from tests.tfkernels.mask.test_mask import build, dense, dense_by_definition
 from tfkernels import TransfusionMask
 
@@ -153,6 +153,56 @@ def test_arrays_and_nested_lists_mean_what_tensors_mean():
         assert torch.equal(dense(TransfusionMask.from_dense(convert([[[[True, False], [True, True]]]])))[0],
                            torch.ones(2, 2).tril().bool())
         assert dense(TransfusionMask.from_cache(convert([1]), 1, 2)).sum() == 2
+    windowed = dense(TransfusionMask.causal(6, window=2))
+    assert torch.equal(dense(TransfusionMask.causal(6, window=numpy.int64(2))), windowed)
+    cached = dense(TransfusionMask.from_cache([4], 2, 6, window=2))
+    assert torch.equal(dense(TransfusionMask.from_cache([4], 2, 6, window=numpy.int32(2))), cached)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64], ids=str)
+def test_unsigned_integers_mean_what_signed_ones_mean(dtype):
+    spans, documents, types = [[(1, 3), (4, 6)]], [[0, 0, 0, 1, 1, 1]], [[0, 1, 1, 0, 2, 2]]
+    spans, documents, types, cached = (torch.tensor(x, dtype=dtype) for x in (spans, documents, types, [4]))
+    expected = dense_by_definition(spans.tolist(), 6, documents.tolist())
+    assert torch.equal(dense(TransfusionMask.from_spans(spans, 6, documents=documents)), expected)
+    assert torch.equal(dense(TransfusionMask.from_token_types(types, documents)), expected)
+    rows = TransfusionMask.from_intervals(documents, types, documents, types)
+    signed = TransfusionMask.from_intervals(*(x.long() for x in (documents, types, documents, types)))
+    assert torch.equal(dense(rows), dense(signed))
+    assert torch.equal(dense(TransfusionMask.from_cache(cached, 2, 6)), dense(TransfusionMask.from_cache([4], 2, 6)))
+
+
+@traced
+def test_lists_compile_whole():
+    def made(x):
+        return (TransfusionMask.causal(x.shape[0]).dense(),
+                TransfusionMask.from_spans([[(1, 3), (4, 6)], [(0, 2)]], x.shape[0], documents=[[0] * 3 + [1] * 5],
+                                           hidden=[[(1, 3)], []], window=3).dense())
+
+    torch._dynamo.reset()
+    x = torch.zeros(8)
+    for found, expected in zip(torch.compile(made, backend="aot_eager", fullgraph=True)(x), made(x)):
+        assert torch.equal(found, expected)
+
+
+def test_lists_of_spans_are_checked_whatever_the_default_device_is():
+    with torch.device("meta"):
+        with pytest.raises(ValueError, match=r"spans\[0\] holds \(5, 3\)"):
+            TransfusionMask.from_spans([[(5, 3)]], 8)
+        assert TransfusionMask.from_spans([[(3, 5)]], 8).lo.device.type == "meta"
+        assert TransfusionMask.from_spans([[(3, 5)]], 8, device="cpu").lo.device.type == "cpu"
+
+
+def test_masks_are_made_of_a_batch_of_vmaps_as_of_each_of_its_rows():
+    spans, lens = torch.tensor([[[[1, 3]]], [[[2, 6]]]], device=DEVICE), torch.tensor([[3], [5]], device=DEVICE)
+    ids = torch.tensor([[[0] * 5 + [1] * 3], [[0] * 2 + [1] * 6]], device=DEVICE)
+    made = {"from_spans": (lambda x: TransfusionMask.from_spans(x, 8).dense(), spans),
+            "documents": (lambda x: TransfusionMask.causal(8, documents=x).dense(), ids),
+            "from_token_types": (lambda x: TransfusionMask.from_token_types(x).dense(), ids),
+            "from_cache": (lambda x: TransfusionMask.from_cache(x, 2, 8).dense(), lens),
+            "from_intervals": (lambda x: TransfusionMask.from_intervals(x, x + 2).dense(), ids)}
+    for name, (function, x) in made.items():
+        assert torch.equal(torch.func.vmap(function)(x), torch.stack([*map(function, x)])), name
 
 
 @pytest.mark.parametrize("block_size", [0, -128, 128.0, None, True])

@@ -71,10 +71,18 @@ def layout_constants(layout: str, dim: int, patch: int) -> dict:
     return {"LAYOUT": layout, "SEARCH": layout != "latents", "PATCH": patch, **tile(dim)}
 
 
+def nothing_but_padding(channels: int, patch: int, rows: int) -> Case:
+    packed = PackedLatents(random(rows * channels * patch**2).to(DEVICE),
+                           *(torch.zeros(n, dtype=torch.int32, device=DEVICE) for n in (1, 0)), channels, patch)
+    return Case(packed, {}, 0, rows, channels * patch**2, packed[1:])
+
+
 COMPILED = [("latents", 2, 16, 2), ("packed", 4, 48, 4), ("tokens", 2, 1536, 1)]  # layout, bytes an element, D, patch
 CASES = {"one image": uniform(1, 1, 4, 4, patch=2), "latents": uniform(3, 4, 8, 6, patch=2),
          "pixels of 3 channels": uniform(2, 3, 5, 3, patch=1), "wide patches": uniform(2, 3, 8, 16, patch=4),
          "no images": uniform(0, 4, 4, 4, patch=2), "packed": ragged([(3, 2), (1, 5), (4, 4)], 4, 2),
          "packed, patch 3, padding": ragged([(2, 2), (1, 1), (5, 3)], 2, 3, before=2, behind=5),
          "tokens": rows_of_tokens([5, 1, 12], 16),
-         "tokens, an empty image, padding": rows_of_tokens([7, 0, 3], 37, before=1, behind=20)}
+         "tokens, an empty image, padding": rows_of_tokens([7, 0, 3], 37, before=1, behind=20),
+         "packed, padding alone": nothing_but_padding(2, 2, 3),
+         "tokens, padding alone": rows_of_tokens([], 16, behind=3)}
