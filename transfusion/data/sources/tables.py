@@ -28,6 +28,7 @@ from transfusion.data.sources.index import (
     open_index,
     place,
     read_piece,
+    separator,
     stamp_of,
 )
 from transfusion.data.sources.record import DataError, Record
@@ -105,7 +106,7 @@ class CsvTable(Lines):
     """The rows of CSV files behind their headers; a file whose name ends in .tsv has tabs between its columns."""
 
     def _rows(self, index: Index) -> int:
-        return len(index) - 1
+        return max(0, len(index) - 1)
 
     def find(self, number: int) -> tuple[Path, Index, int]:
         """As `Pieces.find`; row 0 of an index is the header."""
@@ -129,9 +130,8 @@ class CsvTable(Lines):
         return {name: cell or None for name, cell in zip(header, cells)}
 
     def _cells(self, data: bytes, path: Path, where: str) -> list[str]:
-        text, between = decoded(data, where), "\t" if path.suffix.lower() == ".tsv" else ","
         try:
-            return next(csv.reader(io.StringIO(text), delimiter=between, strict=True))
+            return next(csv.reader(io.StringIO(decoded(data, where)), delimiter=separator(path), strict=True))
         except (csv.Error, StopIteration) as error:
             raise DataError(where, f"is no row of CSV ({error})", "bad csv") from error
 
