@@ -32,6 +32,7 @@ from transfusion.data.sources.index import (
     stamp_of,
 )
 from transfusion.data.sources.record import DataError, Record
+from transfusion.files import spelled
 
 JSON, CSV = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv")
 
@@ -292,5 +293,6 @@ def begin(op: str, path: Path) -> tuple[str, Path]:
     """Return a source's name, from its file's, and the folder that its files lie in."""
     path = Path(path)
     if path.is_dir():
-        return path.resolve().name or op, path
-    return path.stem, next(folder for folder in path.parents if not set("*?[{") & set(str(folder)) or folder.is_dir())
+        return spelled(path.resolve().name) or op, path
+    name = spelled(path.stem)
+    return name, next(folder for folder in path.parents if not set("*?[{") & set(str(folder)) or folder.is_dir())
