@@ -159,9 +159,10 @@ def parse_object(data: bytes, where: str) -> dict:
     Raises:
         DataError: it is no JSON, or no object.
     """
+    text = decoded(data, where)
     try:
-        value = json.loads(decoded(data, where))
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # also of a number of thousands of digits
         raise DataError(where, f"is no JSON ({error}): {data[:60]!r}; one object fits", "bad json") from error
     if not isinstance(value, dict):
         raise DataError(where, f"is a {type(value).__name__} in JSON; an object {{...}} fits", "bad json")

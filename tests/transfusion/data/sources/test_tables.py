@@ -88,6 +88,7 @@ def test_a_csv_file_of_blank_lines_takes_no_row_from_the_others(tmp_path):
     (b"[1, 2]", "is a list in JSON; an object {...} fits", "bad json"),
     (b'{"a": "\xff"}', "is not UTF-8: byte 7 is 0xff", "bad encoding"),
     (b'{"a":' * 3000, "is no JSON", "bad json"),
+    (b'{"a": ' + b"1" * 5000 + b"}", "is no JSON", "bad json"),
 ])
 def test_a_broken_line_costs_that_line_alone(tmp_path, data, words, kind):
     path = tmp_path / "rows.jsonl"
