@@ -4,8 +4,10 @@ It claims the directory that it writes, stops when it is told to, and ends with 
 """
 import contextlib
 import errno
+import io
 import os
 import signal
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -27,8 +29,11 @@ def plain_errors(resumes: bool = False) -> Iterator[None]:
     """End a command with one line in place of a traceback.
 
     That is where its input or a file is wrong, its loss is not finite, or it was stopped. SIGTERM, SIGHUP and
-    SIGUSR1 stop a command as Ctrl-C does. `resumes`: the same command goes on from there.
+    SIGUSR1 stop a command as Ctrl-C does. `resumes`: the same command goes on from there. What the encoding of the
+    output cannot write, as of names of files, is spelled out.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     with _signals(_stop, ENDS):
         try:
             yield

@@ -149,9 +149,14 @@ def check_writable(command: str, directory: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in one piece."""
+    """Write a text file in one piece, in UTF-8; of other text, see `spelled`."""
     with written(path) as aside:
-        aside.write_text(text)
+        aside.write_text(spelled(text), encoding="utf-8")
+
+
+def spelled(text: str) -> str:
+    """Text with escapes for what UTF-8 cannot write, such as names of files that are bytes of another encoding."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def sync(path: Path) -> None:

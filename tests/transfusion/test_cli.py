@@ -1,5 +1,8 @@
 """The `transfusion` command: draws a file, reads a file, and answers what does not fit in one line."""
+import os
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -324,3 +327,14 @@ def test_requests_that_do_not_fit_get_one_line(checkpoint, args, message):
     with pytest.raises(SystemExit, match=message) as stop:
         main([str(checkpoint) if arg == "CHECKPOINT" else arg for arg in args])
     assert str(stop.value).startswith("error: ") and "\n" not in str(stop.value)
+
+
+def test_what_an_encoding_cannot_write_is_spelled_out_and_files_are_utf8_in_every_locale(tmp_path):
+    code = ("import pathlib; from transfusion.command import plain_errors; from transfusion.files import write_text\n"
+            "said = '\\u00fc\\udce9'\nwith plain_errors():\n    print(said)\n"
+            "    write_text(pathlib.Path('said.txt'), said)")
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **plain, "PYTHONPATH": os.getcwd()},
+                          capture_output=True, text=True, cwd=tmp_path)
+    assert (done.stdout, done.returncode) == ("\\xfc\\udce9\n", 0), done.stderr
+    assert (tmp_path / "said.txt").read_text(encoding="utf-8") == "\u00fc\\udce9"

@@ -34,8 +34,10 @@ def draw_histograms(path: Path, mixture: Mixture, sizes: list[np.ndarray]) -> Pa
     bins = np.unique(np.geomspace(max(shortest, 1), longest + 1, 50).round())
     shown = [i for i, x in enumerate(lengths) if len(x)]
     if shown:
-        left.hist([lengths[i] for i in shown], bins=bins, label=[mixture.names[i] for i in shown], stacked=True)
-        for text in left.legend(fontsize=8).get_texts():  # a `$` in a source's name begins no formula
+        *_, bars = left.hist([lengths[i] for i in shown], bins=bins, stacked=True)
+        bars = bars if len(shown) > 1 else [bars]
+        named = left.legend(bars, [mixture.names[i] for i in shown], fontsize=8)  # as labels, "_name" would be hidden
+        for text in named.get_texts():  # a `$` in a source's name begins no formula
             text.set_parse_math(False)
     left.set(xscale="log", xlabel="tokens of a document", ylabel="documents", title="Lengths")
     for i, found in enumerate(sizes):

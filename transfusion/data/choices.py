@@ -54,7 +54,7 @@ def uniform(*words) -> np.ndarray:
 
 def source_key(name: str) -> int:
     """Return what stands for a source in hashes: of its name, so that a new source changes no other's choices."""
-    return zlib.crc32(name.encode())
+    return zlib.crc32(name.encode(errors="surrogateescape"))
 
 
 def choose(seed: int, key: int, passes, records, captions, *, caption_first: float, caption_dropout: float,

@@ -20,6 +20,8 @@ from transfusion.settings import Count, OneOf, Range, check
 MODES = ("crop", "pad", "centre")
 PADDING = (122, 116, 104)
 """The colour around a padded picture: the mean of CLIP's pictures, as LLaVA has it."""
+LONGEST = 8192
+"""Pixels of a padded square's side at most."""
 TURNED = (5, 6, 7, 8)
 """EXIF orientations in which width and height change places."""
 
@@ -152,7 +154,13 @@ def _grid(size: tuple[int, int], cell: int, setting: str) -> tuple[int, int]:
 
 
 def _padded(picture: Picture.Image) -> Picture.Image:
-    """The picture in the middle of a square, as LLaVA's expand2square."""
+    """The picture in the middle of a square, as LLaVA's expand2square; of a longer one than `LONGEST`, made smaller.
+
+    Of a strip of 1x60,000 pixels, which is soon read, the square would be 14 GB.
+    """
+    if max(picture.size) > LONGEST:
+        picture = picture.copy()
+        picture.thumbnail((LONGEST, LONGEST), Picture.Resampling.LANCZOS)
     side = max(picture.size)
     square = Picture.new("RGBA", (side, side), (*PADDING, 255))
     white = Picture.alpha_composite(Picture.new("RGBA", picture.size, "white"), picture.convert("RGBA"))

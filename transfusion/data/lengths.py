@@ -246,7 +246,7 @@ def _hashes(record: Record, held_out_by: str) -> Iterator[int]:
     pictures = list(record.pictures())
     for picture in pictures:
         by_content = held_out_by == "content" or isinstance(picture.file, bytes)
-        yield _hash(picture.read() if by_content else picture_name(picture).encode())
+        yield _hash(picture.read() if by_content else picture_name(picture).encode(errors="surrogateescape"))
     if not pictures:
         texts = [*record.captions, *(part.text for part in record.parts), *(turn.text for turn in record.turns)]
         yield _hash("\n".join(texts).encode(errors="replace"))

@@ -244,7 +244,8 @@ class Loader:
 
         for step, batch in enumerate(loader, start): ...
 
-    waited: seconds that the last batch was waited for. failures: a `FailureWatch`.
+    waited: seconds that the last batch was waited for. failures: a `FailureWatch`. A worker that is killed is a
+    ValueError where the next batch is asked for.
 
     Args:
         rows: the batches.
@@ -266,11 +267,18 @@ class Loader:
         own = torch.Generator().manual_seed(0)         # the loader seeds its workers from it, and not from the run's
         loader = DataLoader(self.rows, batch_size=None, sampler=_Steps(self.rows, self.start, self.stop),
                             num_workers=self.workers, generator=own, worker_init_fn=_start_worker, **ahead)
-        with _held_back(LEFT_TO_THE_RUN):              # until the workers, which inherit this, ignore them
+        with _held_back(LEFT_TO_THE_RUN), _deaths_between_steps():  # until workers, which inherit this, ignore them
             batches = iter(loader)
         while True:
             began = time.perf_counter()
-            batch = next(batches, None)
+            try:
+                batch = next(batches, None)
+            except RuntimeError as error:
+                if "exited unexpectedly" not in str(error):
+                    raise
+                raise ValueError(f"data: one of {self.workers} processes that read ahead was killed, perhaps for want "
+                                 "of memory or of room in /dev/shm; --resume goes on; fewer --data.workers take less"
+                                 ) from error
             self.waited = time.perf_counter() - began
             if batch is None:
                 return
@@ -286,6 +294,18 @@ def _held_back(signals: tuple[int, ...]) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _deaths_between_steps() -> Iterator[None]:
+    """Take back the handler by which PyTorch raises at once, in the middle of a step, where a worker dies.
+
+    Whoever asks for the next batch is told as well, and there the run can still save.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if signal.getsignal(signal.SIGCHLD) is not before:
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
 def _start_worker(number: int) -> None:

@@ -68,7 +68,8 @@ class PictureFolder:
         if split not in SPLITS:
             raise ValueError(f"PictureFolder: split is {split!r}; {' or '.join(map(repr, SPLITS))} fits")
         found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-        held_out = [zlib.crc32(path.relative_to(folder).as_posix().encode()) % 10 == 0 for path in found]
+        names = [path.relative_to(folder).as_posix().encode(errors="surrogateescape") for path in found]
+        held_out = [zlib.crc32(name) % 10 == 0 for name in names]
         own = [path for path, held in zip(found, held_out) if held == (split == "held-out")]
         with ThreadPoolExecutor(8) as threads:
             checked = tqdm(threads.map(_readable, own), desc=f"check {folder.name}", total=len(own), unit="file",

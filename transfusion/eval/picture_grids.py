@@ -14,6 +14,8 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 from transfusion.files import written  # noqa: E402
 
+WIDEST, HIGHEST = 8, 1024  # of a picture on a sheet: its width over its height, and pixels
+
 
 def sample_grid(path: Path, generated: Tensor, real: Tensor, names: list[str], titles: tuple[str, str]) -> None:
     """Write (rows, columns, C, H, W) generated images beside as many real ones, a named row each."""
@@ -135,10 +137,14 @@ def _answer(answer: str, correction: str) -> str:
 
 
 def _side_by_side(pictures: tuple[Picture.Image, ...]) -> Picture.Image:
-    """The pictures at one height, from left to right, a little apart."""
-    height = max(picture.height for picture in pictures)
-    fitted = [picture.convert("RGB").resize((max(1, picture.width * height // picture.height), height))
-              for picture in pictures]
+    """The pictures at one height, from left to right, a little apart.
+
+    A strip is smaller: at the height of a high picture beside it, it would be as wide as no memory holds.
+    """
+    height = min(max(picture.height for picture in pictures), HIGHEST)
+    scales = [min(height / picture.height, WIDEST * height / picture.width) for picture in pictures]
+    fitted = [picture.convert("RGB").resize([max(1, round(side * scale)) for side in picture.size])
+              for picture, scale in zip(pictures, scales)]
     apart = height // 8
     whole = Picture.new("RGB", (sum(x.width + apart for x in fitted) - apart, height), "white")
     left = 0

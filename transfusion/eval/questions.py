@@ -28,6 +28,7 @@ from tyro.conf import arg
 
 from transfusion.command import claim
 from transfusion.data.picture_files import open_picture
+from transfusion.data.sources.fields import string
 from transfusion.data.sources.llava import LLaVASettings
 from transfusion.data.sources.record import DataError, PictureRef, Record
 from transfusion.eval.asking import Asker, AskingSettings, Question
@@ -103,6 +104,7 @@ def evaluate_questions(settings: QuestionsSettings) -> dict[str, dict[str, float
     """
     check("eval questions", settings)
     known = read_known(settings.data, settings.images)
+    train = None if settings.train is None else read_known(settings.train, None)
     with claim("eval questions", settings.out, {"model": settings.model}, alone=False):
         begun = time.monotonic()
         model = settings.loading.cast(load_model(settings.model, settings.device))
@@ -120,7 +122,7 @@ def evaluate_questions(settings: QuestionsSettings) -> dict[str, dict[str, float
         left = len(known) - len(asked)
         known = [known[i] for i in asked]
         answers = {name: [said[i] for i in asked] for name, said in answers.items()}
-        answers["majority"] = majority(known, known if settings.train is None else read_known(settings.train, None))
+        answers["majority"] = majority(known, train or known)
         scores = accuracies(known, answers)
         note = f"{left:,} of {left + len(known):,} questions left out: {LEFT}" if left else ""
         about = {"weights_hash": hashed, "seconds": time.monotonic() - begun, **asker.asking.about(PROMPTS)}
@@ -151,6 +153,9 @@ def _known(record: Record, kinds: list[str] | None) -> list[Known]:
     if kinds is not None and (not isinstance(kinds, list) or len(kinds) != len(pairs)):
         raise DataError(record.where, f"kinds is {kinds!r:.60} and there are {len(pairs)} questions; a list of as many "
                         "words fits")
+    for kind in kinds or ():
+        if not string(kind, record.where, "a kind").strip():
+            raise DataError(record.where, f"a kind is {kind!r}; a word fits")
     words = [["".join(part for part in turn.parts if isinstance(part, str)).strip() for turn in pair]
              for pair in pairs]
     first = [part for turn in said[:1] for part in turn.parts if not isinstance(part, str) or part.strip()]

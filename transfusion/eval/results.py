@@ -3,6 +3,7 @@
 A file holds one `Result`. A value of None says that there is no score, and the note says why: a server scores the
 answers, or a judge did not answer. Files are written in one piece and checked when they are read.
 """
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,6 +19,7 @@ from transfusion.settings import NotNegative, WholeNumber, check, nearest
 
 FOLDER = "results"
 NAME = re.compile(r"[\w.-]+")
+MOST = 180  # bytes of task and metric in a file's name, which has room for 255
 ADVICE = "delete it and evaluate again"
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 
@@ -70,12 +72,13 @@ REQUIRED = [name for name, field in FIELDS.items()
 def write_result(out: Path, result: Result, name: str | None = None) -> Path:
     """Write OUT/results/NAME.json in one piece, over an older one of the name, and return its path.
 
-    The name is that of task and metric, as `result_name` makes it, where none is given.
+    The name is that of task and metric, as `result_name` makes it, where none is given; where the result of another
+    task or metric has this name, as "accuracy, C" and "accuracy, C++" do, a hash of both stands behind it.
 
     Raises:
         ValueError: a field that does not fit, a name of other characters than letters, digits, ".", "_" and "-".
     """
-    name = result_name(result.task, result.metric) if name is None else name
+    name = _free_name(Path(out) / FOLDER, result) if name is None else name
     if not NAME.fullmatch(name) or name.startswith("."):
         raise ValueError(f"write_result: name is {name!r}; letters, digits, '.', '_' and '-' fit, and no dot at its "
                          "beginning")
@@ -83,6 +86,17 @@ def write_result(out: Path, result: Result, name: str | None = None) -> Path:
     path = Path(out) / FOLDER / f"{name}.json"
     write_text(path, json.dumps(dataclasses.asdict(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return path
+
+
+def _free_name(folder: Path, result: Result) -> str:
+    """The name of a result, which no result of another task or metric has."""
+    name, own = result_name(result.task, result.metric), [result.task, result.metric]
+    path = folder / f"{name}.json"
+    with contextlib.suppress(ValueError):  # of a damaged file, whose place is free
+        held = read_json(path, ADVICE) if path.is_file() else {}
+        if held and [held.get("task"), held.get("metric")] != own:
+            return f"{name}-{_short_hash(*own)}"
+    return name
 
 
 def remove_results(out: Path, task: str) -> None:
@@ -97,8 +111,18 @@ def remove_results(out: Path, task: str) -> None:
 
 
 def result_name(task: str, metric: str) -> str:
-    """The name of a result's file: task and metric with "-" for all that a file's name should not hold."""
-    return re.sub(r"[^\w.]+", "-", f"{task}-{metric}").strip("-.")
+    """The name of a result's file: task and metric with "-" for all that a file's name should not hold.
+
+    A longer name than `MOST` bytes is cut, and a hash of both stands behind it.
+    """
+    name = re.sub(r"[^\w.]+", "-", f"{task}-{metric}").strip("-.")
+    if len(name.encode()) <= MOST:
+        return name
+    return f"{name.encode()[:MOST].decode(errors='ignore')}-{_short_hash(task, metric)}"
+
+
+def _short_hash(task: str, metric: str) -> str:
+    return hashlib.sha256(f"{task}\0{metric}".encode(errors="backslashreplace")).hexdigest()[:8]
 
 
 def read_results(out: Path) -> dict[str, Result]:

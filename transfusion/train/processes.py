@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from transfusion.device import PATIENCE, choose_device, launched, own_device
+from transfusion.files import spelled
 from transfusion.sequence import CONTEXT_ATTENTION
 from transfusion.settings import Count, OneOf, check
 
@@ -224,7 +225,7 @@ def any_process(flag: bool) -> bool:
 def gather_text(text: str) -> list[str]:
     """Return the text of each process, at most `SAID` bytes of it, in the order of ranks."""
     own = torch.zeros(SAID, dtype=torch.uint8)
-    encoded = text.encode()[:SAID]
+    encoded = spelled(text).encode()[:SAID]
     own[:len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
     texts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(texts, own)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from transfusion.command import saved_run
+from transfusion.files import spelled
 from transfusion.settings import flat
 from transfusion.train.log import LOG, read_log
 
@@ -65,7 +66,7 @@ def read_run(path: Path, name: str) -> Run:
 
 def names_of(paths: Sequence[Path]) -> list[str]:
     """The last parts of paths, as many as tell them apart."""
-    parts = [path.resolve().parts for path in paths]
+    parts = [tuple(map(spelled, path.resolve().parts)) for path in paths]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-count:]) for part in parts]
         if len(set(names)) == len(set(parts)):

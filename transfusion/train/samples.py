@@ -7,6 +7,7 @@ A run that goes on drops what was drawn after its save, and goes on with the sam
 disk or too little memory, is said once and counted in the log; training goes on. Several processes draw together, layer
 by layer, so that an error of one while they draw ends the run.
 """
+import os
 import textwrap
 import time
 from collections.abc import Sequence as Many
@@ -128,12 +129,15 @@ def read_prompts(given: Many[str]) -> list[Text]:
     """Texts, and the lines of those that are files.
 
     Raises:
-        ValueError: none is left.
+        ValueError: none is left, or a file is no UTF-8.
     """
     prompts = []
     for one in given:
-        is_file = "\n" not in one and len(one) < 1000 and Path(one).is_file()
-        prompts += Path(one).read_text(encoding="utf-8").splitlines() if is_file else [one]
+        try:
+            prompts += Path(one).read_text(encoding="utf-8-sig").splitlines() if os.path.isfile(one) else [one]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"train: samples.prompts names {one!r}, which is no text in UTF-8 ({error.reason}); save "
+                             "it as UTF-8") from error
     prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
     if not prompts:
         raise ValueError(f"train: samples.prompts is {tuple(given)!r}, which holds no text; texts, or a file with one "

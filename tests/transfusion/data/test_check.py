@@ -1,5 +1,7 @@
 """`transfusion data check`: what it counts, names, draws, and when it says that a mixture may train."""
+import itertools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from PIL import Image as Picture
 
 from tests.transfusion.data.memory import picture
 from transfusion.cli import main
+from transfusion.data import check_pictures
 from transfusion.data.check import CheckSettings, check_mixture, tokenizer_of
 from transfusion.data.check_pictures import DRAWN, TARGET, Shown, pieces, unpatched
 from transfusion.data.loader import packed_rows
@@ -84,6 +87,31 @@ def test_dollars_in_the_name_of_a_source_are_no_formula(tmp_path, capsys):
     (tmp_path / "mix.json").write_text(json.dumps({"pictures": {"side": 16}, "held_out": 0.0, "sources": sources}))
     verdict, _ = checked(tmp_path / "mix.json", tmp_path, capsys)
     assert verdict and (tmp_path / "out" / "lengths.png").is_file()
+
+
+def test_a_name_that_begins_with_an_underscore_stands_in_the_legend(tmp_path, capsys, monkeypatch):
+    drawn, name = [], "_pictures"
+    monkeypatch.setattr(check_pictures.plt, "close", drawn.append)
+    folder_of_pairs(tmp_path / "pictures", 4)
+    sources = [{"format": "imagefolder", "path": "pictures", "name": name}]
+    (tmp_path / "mix.json").write_text(json.dumps({"pictures": {"side": 16}, "held_out": 0.0, "sources": sources}))
+    checked(tmp_path / "mix.json", tmp_path, capsys)
+    assert [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()] == [name]
+
+
+def test_names_of_files_that_are_no_utf8_are_names(tmp_path, capsys):
+    place = tmp_path / os.fsdecode(b"caf\xe9")
+    folder_of_pairs(place, 4)
+    for number, suffix in itertools.product(range(3), ("png", "txt")):
+        os.rename(place / f"{number}.{suffix}", place / os.fsdecode(b"th\xe9%d.%s" % (number, suffix.encode())))
+    (place / os.fsdecode(b"th\xe90.png")).write_bytes(b"none")
+    sources = [{"format": "imagefolder", "path": "."}]
+    (place / "mix.json").write_text(json.dumps({"pictures": {"side": 16}, "held_out": 0.0, "sources": sources}))
+    main(["data", "check", str(place / "mix.json"), "--out", str(tmp_path / "out"), "--factor", "1", "--patch-size",
+          "4", "--allow", "0.3", "--workers", "1", "--vocabulary", "300"])
+    said = capsys.readouterr().out
+    cells = row_of(said, r"caf\udce9")
+    assert (cells["records"], cells["usable"], cells["unreadable"]) == (4, 3, 1) and r"th\udce90.png: " in said
 
 
 def opened(file):

@@ -71,6 +71,14 @@ def test_padding_keeps_the_whole_picture_in_the_middle_of_a_square():
     assert pixels[:, 32, 1].tolist() == [255, 0, 0] and pixels[:, 32, 62].tolist() == [255, 0, 0]
 
 
+@pytest.mark.parametrize("size", [(12_000, 1), (1, 12_000)])
+def test_the_square_around_a_strip_fits_memory(monkeypatch, size):
+    new, sides = Picture.new, []
+    monkeypatch.setattr(Picture, "new", lambda mode, size, *more: sides.append(max(size)) or new(mode, size, *more))
+    pixels = Grids(GridSettings(side=16, mode="pad"), 8).fitted(new("RGB", size, "red"), (2, 2))
+    assert pixels.shape == (3, 16, 16) and 0 < max(sides) <= 8192
+
+
 def test_the_central_square_is_one_grid_for_every_picture():
     grids = Grids(GridSettings(side=32, mode="centre"), 8)
     assert grids.grids == ((4, 4),) and grids.of(written(gradient(300, 20))) == (4, 4)

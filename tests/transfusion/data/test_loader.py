@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import time
 from collections import Counter
 
 import numpy as np
@@ -103,6 +104,17 @@ def test_workers_leave_an_interrupt_to_the_run(mixture):
             os.kill(worker.pid, signal.SIGINT)
         found.append(batch)
     assert len(found) == 12 and not set(multiprocessing.active_children()) - others
+
+
+def test_a_killed_worker_is_told_where_the_next_batch_is_asked_for_and_nowhere_else(mixture):
+    batches = iter(Loader(rows_of(mixture), 0, 12, workers=1))
+    next(batches)
+    worker, = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    for _ in range(20):
+        time.sleep(0.05)  # PyTorch's own handler would raise here
+    with pytest.raises(ValueError, match="data: one of 1 processes that read ahead was killed, perhaps for want of"):
+        list(batches)
 
 
 def test_every_document_of_an_epoch_is_in_a_row_once_as_it_was_planned(mixture):

@@ -1,10 +1,12 @@
 """Pictures from folders: how they are read, turned, cut and scaled, and which are left out."""
 import dataclasses
+import os
 
 import pytest
 import torch
 from PIL import Image as Picture
 
+from transfusion.data.dataset import SPLITS
 from transfusion.data.picture_files import PictureFolder, PictureFolderSettings, describe, read_picture
 
 
@@ -23,6 +25,13 @@ def test_a_folders_pictures_are_their_middle_squares_resized_and_bad_files_are_l
     torch.testing.assert_close(batch[0, :, 4, 0], torch.tensor([1.0, -1.0, -1.0]))
     torch.testing.assert_close(batch[0, :, 4, 7], torch.tensor([-1.0, -1.0, 1.0]))
     assert PictureFolder(dataclasses.replace(settings, channels=1)).shape[1:] == (1, 8, 8)
+
+
+def test_names_of_files_that_are_no_utf8_are_names(tmp_path):
+    for number in range(20):
+        Picture.new("RGB", (8, 8)).save(tmp_path / os.fsdecode(b"caf\xe9%d.png" % number), "PNG")
+    parts = [PictureFolder(PictureFolderSettings(folder=tmp_path, size=8), split).paths for split in SPLITS]
+    assert len(set(parts[0]) | set(parts[1])) == 20 == len(parts[0]) + len(parts[1])
 
 
 def test_pictures_stand_as_their_camera_held_them_and_16_bits_are_scaled(tmp_path):

@@ -31,6 +31,13 @@ def test_dollars_are_no_formulas(tmp_path):
         assert (tmp_path / name).is_file()
 
 
+def test_a_strip_beside_a_high_picture_is_small(tmp_path):
+    strip, high = Picture.new("RGB", (300, 1), "red"), Picture.new("RGB", (1, 300), "blue")
+    figure = answer_figure([((strip, high), "Why?", "red", "")])
+    assert max(figure.axes[0].images[0].get_array().shape) < 10_000
+    plt.close(figure)
+
+
 def test_long_questions_and_answers_cover_neither_each_other_nor_a_picture(tmp_path):
     picture, words = Picture.new("RGB", (32, 32), "red"), "as many words as fill four lines of the sheet " * 2
     shown = [((picture,), words, words, words), ((picture, picture), "Why?", "", ""), ((), "What?", "red", "blue")] * 3

@@ -151,6 +151,19 @@ def test_kinds_that_are_not_one_for_each_question_are_refused_with_their_row(fol
         read_known(folder / "held-out.json", None)
 
 
+@pytest.mark.parametrize("kind", [None, 3, ["colour"], " ", "\udce9"])
+def test_a_kind_that_is_no_word_is_refused_before_anything_is_asked(folder, kind):
+    (folder / "held-out.json").write_text(json.dumps([RED, TEXT | {"kinds": [kind]}]))
+    with pytest.raises(ValueError, match="held-out.json, row 1: a kind is "):
+        read_known(folder / "held-out.json", None)
+
+
+def test_training_data_that_cannot_be_read_are_refused_before_anything_is_asked(folder, monkeypatch):
+    with pytest.raises(SystemExit, match="error: llava: path is .*none.json"):
+        run(folder, monkeypatch, "--train", str(folder / "none.json"))
+    assert not (folder / "out").exists()
+
+
 def test_a_model_answers_from_a_checkpoint(folder, capsys):
     tiny_model().save_pretrained(folder / "tiny")
     (folder / "mix.yaml").write_text("pictures: {side: 8}\nsources: [{format: llava, path: held-out.json}]\n")

@@ -105,6 +105,25 @@ def test_names_hold_what_file_names_may(tmp_path):
             write_result(tmp_path, RESULT, name)
 
 
+def test_metrics_whose_names_differ_in_signs_alone_have_files_of_their_own(tmp_path):
+    metrics = ["accuracy, C", "accuracy, C++", "accuracy, C#"]
+    for value in (0.25, 0.5):  # the second time each takes its own place again
+        for metric in metrics:
+            write_result(tmp_path, dataclasses.replace(RESULT, metric=metric, value=value))
+    found = read_results(tmp_path)
+    assert {result.metric: result.value for result in found.values()} == dict.fromkeys(metrics, 0.5) and len(found) == 3
+    (tmp_path / "results" / "images-accuracy-C.json").write_text("{")
+    write_result(tmp_path, dataclasses.replace(RESULT, metric=metrics[0]))
+    assert len(read_results(tmp_path)) == 3
+
+
+def test_names_that_are_too_long_for_a_file_are_cut_and_stay_different(tmp_path):
+    for metric in ("ü" * 300, "ü" * 301, "\udce9" * 300):
+        write_result(tmp_path, dataclasses.replace(RESULT, metric=metric))
+    assert {len(result.metric) for result in read_results(tmp_path).values()} == {300, 301}
+    assert len(read_results(tmp_path)) == 3
+
+
 def test_the_hash_of_weights_is_that_of_sha256sum(tmp_path):
     assert weights_hash(tmp_path) is None
     (tmp_path / "model.safetensors").write_bytes(b"abc")

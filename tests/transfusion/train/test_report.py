@@ -2,6 +2,7 @@
 import base64
 import dataclasses
 import json
+import os
 from html.parser import HTMLParser
 
 import numpy as np
@@ -195,6 +196,12 @@ def test_dollars_in_the_names_of_runs_are_no_formulas(tmp_path):
     runs = tuple(write(tmp_path / name, [record(0), record(1)], settings) for name in ("one", r"$\nothing{$"))
     report(ReportSettings(runs, out=tmp_path / "both.html", png=True), {})
     assert (tmp_path / "both.png").is_file()
+
+
+def test_names_of_runs_that_are_no_utf8_are_spelled_out(tmp_path):
+    run = write(tmp_path / os.fsdecode(b"caf\xe9"), [record(step) for step in range(4)])
+    out = report(ReportSettings((run,), tmp_path / "out.html", png=True), {})
+    assert r"<h1>caf\udce9</h1>" in out.read_text(encoding="utf-8") and out.with_suffix(".png").is_file()
 
 
 def test_names_of_runs_are_as_long_as_it_takes_to_tell_them_apart(tmp_path):

@@ -91,6 +91,12 @@ def test_prompts_are_texts_or_the_lines_of_a_file(tmp_path):
     (tmp_path / "prompts.txt").write_text("a red apple\n\n  ein grüner Apfel \n")
     given = ("a pear", str(tmp_path / "prompts.txt"), "two\nlines")
     assert [p.text for p in read_prompts(given)] == ["a pear", "a red apple", "ein grüner Apfel", "two\nlines"]
+    (tmp_path / "mark.txt").write_text("a red bus\n", encoding="utf-8-sig")
+    given = ("a long prompt " * 30, str(tmp_path / "mark.txt"))
+    assert [p.text for p in read_prompts(given)] == [given[0].strip(), "a red bus"]
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match="samples.prompts names .*latin.txt', which is no text in UTF-8"):
+        read_prompts((str(tmp_path / "latin.txt"),))
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match="samples.prompts is .*, which holds no text"):
         read_prompts((str(tmp_path / "empty.txt"),))

@@ -169,8 +169,9 @@ class LabelFolder(NamedFolder):
         """Return the caption of the picture at `path`.
 
         Raises:
-            DataError: the picture lies beside the folders that are labels.
+            DataError: the picture lies beside the folders that are labels, or the folder's name is no Unicode text.
         """
         if path.parent == self.settings.path:
             raise DataError(str(path), "it lies in no folder that is a label; move it into one", "missing caption")
-        return self.settings.template.replace("{label}", path.parent.name.replace("_", " "))
+        label = string(path.parent.name, str(path), "the folder's name")
+        return self.settings.template.replace("{label}", label.replace("_", " "))

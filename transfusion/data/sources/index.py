@@ -5,10 +5,11 @@ and the length of some bytes (names), then the table and those bytes. It is writ
 directory cannot be written, it lies in the user's cache directory. An index whose stamp is not the data's is made anew.
 Bytes are counted, never characters, so text of any language may stand in the files.
 """
+import csv
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from transfusion.data.sources.record import DataError
 from transfusion.files import written
 
-VERSION = 20261
+VERSION = 20262
 CHUNK = 2**24
 BOM = b"\xef\xbb\xbf"
 SPACE = b" \t\r\n"
@@ -176,10 +177,40 @@ def find_lines(path: Path) -> Contents:
 
 
 def find_csv_rows(path: Path) -> Contents:
-    """As `find_lines`, of a CSV file, in which quoted fields may hold line breaks."""
+    """As `find_lines`, of a CSV file, in which quoted fields may hold line breaks.
+
+    Where every quote that opens a field stands at its beginning, a line break behind an even number of quotes ends a
+    row. Otherwise some are characters, as in 5" nail, and the csv module says which.
+    """
     data = mapped(path)
     breaks, quotes = _newlines(data), _where(data, lambda chunk: chunk == ord('"'))
-    return _lines(data, breaks[np.searchsorted(quotes, breaks) % 2 == 0], breaks), b""
+    opening = quotes[::2][quotes[::2] > _begin(data)]
+    if np.isin(data[opening - 1], list(f'{separator(path)}"\r\n'.encode())).all():
+        ends = breaks[np.searchsorted(quotes, breaks) % 2 == 0]
+    else:
+        lines = np.fromiter(_csv_row_ends(path, _begin(data)), np.int64)
+        ends = breaks[lines[lines <= len(breaks)] - 1]
+    return _lines(data, ends, breaks), b""
+
+
+def separator(path: Path) -> str:
+    """What stands between the columns of a CSV file: tabs where its name ends in .tsv."""
+    return "\t" if path.suffix.lower() == ".tsv" else ","
+
+
+def _csv_row_ends(path: Path, begin: int) -> Iterator[int]:
+    """The line that each row ends with, counted from 1; of a row that is none the last line that it was read from."""
+    with open(path, encoding="latin-1", newline="\n") as file:
+        file.seek(begin)
+        rows = csv.reader(file, delimiter=separator(path))
+        while True:
+            try:
+                next(rows)
+            except StopIteration:
+                return
+            except csv.Error:  # what is wrong with it is said when it is read
+                pass
+            yield rows.line_num
 
 
 def find_paragraphs(path: Path) -> Contents:
@@ -201,10 +232,14 @@ def _newlines(data: np.ndarray) -> np.ndarray:
     return _where(data, lambda chunk: chunk == ord("\n"))
 
 
+def _begin(data: np.ndarray) -> int:
+    """Where the text begins, behind the mark that some editors write."""
+    return len(BOM) if data[:3].tobytes() == BOM else 0
+
+
 def _lines(data: np.ndarray, ends: np.ndarray, breaks: np.ndarray | None = None) -> np.ndarray:
     """(start, stop, line) of what stands between `ends`, where it is more than white space."""
-    begin = len(BOM) if data[:3].tobytes() == BOM else 0
-    starts, stops = np.append(begin, ends + 1), np.append(ends, len(data))
+    starts, stops = np.append(_begin(data), ends + 1), np.append(ends, len(data))
     numbers = np.searchsorted(ends if breaks is None else breaks, starts) + 1
     blank = stops <= starts
     for i in np.flatnonzero(~blank & _IS_SPACE[data[np.minimum(starts, len(data) - 1)]]):

@@ -9,16 +9,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple, Protocol, runtime_checkable
 
+from transfusion.files import spelled
 from transfusion.sequence import Text
 
 
 class DataError(ValueError):
     """A record or a file of data that cannot be read: `where` it stands, the `reason`, and its `kind` for counting.
 
-    In training such a record is skipped and counted by `kind`, which is the same for all errors of one sort.
+    In training such a record is skipped and counted by `kind`, which is the same for all errors of one sort. Names of
+    files may be bytes that are no UTF-8: what it cannot write is spelled out, so that every message can be printed.
     """
 
     def __init__(self, where: str, reason: str, kind: str = "unreadable record"):
+        where, reason = spelled(where), spelled(reason)
         super().__init__(where, reason, kind)  # the arguments as they came: errors travel between processes by them
         self.where, self.reason, self.kind = where, reason, kind
 

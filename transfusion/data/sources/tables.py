@@ -28,9 +28,11 @@ from transfusion.data.sources.index import (
     open_index,
     place,
     read_piece,
+    separator,
     stamp_of,
 )
 from transfusion.data.sources.record import DataError, Record
+from transfusion.files import spelled
 
 JSON, CSV = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv")
 
@@ -105,7 +107,7 @@ class CsvTable(Lines):
     """The rows of CSV files behind their headers; a file whose name ends in .tsv has tabs between its columns."""
 
     def _rows(self, index: Index) -> int:
-        return len(index) - 1
+        return max(0, len(index) - 1)
 
     def find(self, number: int) -> tuple[Path, Index, int]:
         """As `Pieces.find`; row 0 of an index is the header."""
@@ -129,9 +131,8 @@ class CsvTable(Lines):
         return {name: cell or None for name, cell in zip(header, cells)}
 
     def _cells(self, data: bytes, path: Path, where: str) -> list[str]:
-        text, between = decoded(data, where), "\t" if path.suffix.lower() == ".tsv" else ","
         try:
-            return next(csv.reader(io.StringIO(text), delimiter=between, strict=True))
+            return next(csv.reader(io.StringIO(decoded(data, where)), delimiter=separator(path), strict=True))
         except (csv.Error, StopIteration) as error:
             raise DataError(where, f"is no row of CSV ({error})", "bad csv") from error
 
@@ -158,9 +159,10 @@ def parse_object(data: bytes, where: str) -> dict:
     Raises:
         DataError: it is no JSON, or no object.
     """
+    text = decoded(data, where)
     try:
-        value = json.loads(decoded(data, where))
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # also of a number of thousands of digits
         raise DataError(where, f"is no JSON ({error}): {data[:60]!r}; one object fits", "bad json") from error
     if not isinstance(value, dict):
         raise DataError(where, f"is a {type(value).__name__} in JSON; an object {{...}} fits", "bad json")
@@ -292,5 +294,6 @@ def begin(op: str, path: Path) -> tuple[str, Path]:
     """Return a source's name, from its file's, and the folder that its files lie in."""
     path = Path(path)
     if path.is_dir():
-        return path.resolve().name or op, path
-    return path.stem, next(folder for folder in path.parents if not set("*?[{") & set(str(folder)) or folder.is_dir())
+        return spelled(path.resolve().name) or op, path
+    name = spelled(path.stem)
+    return name, next(folder for folder in path.parents if not set("*?[{") & set(str(folder)) or folder.is_dir())

@@ -61,11 +61,34 @@ def test_csv_rows_are_those_of_the_csv_module(tmp_path):
         open_table("op", tmp_path / "t.csv").row(0)
 
 
+@pytest.mark.parametrize("begin", ["", "\ufeff"])
+@pytest.mark.parametrize("name, between", [("t.csv", ","), ("t.tsv", "\t")])
+def test_a_quote_inside_a_field_is_a_character_and_costs_no_row(tmp_path, begin, name, between):
+    lines = ['"name"|text', 'a|a 5" nail', "b|a cat", 'c|3" x 4"', 'd|"two\nlines, 3"" wide"', 'e|"so" it is said',
+             "", 'f|"a ""word"""', 'g|6" \u00fc']
+    path = tmp_path / name
+    path.write_text(begin + "\r\n".join(lines).replace("|", between), encoding="utf-8", newline="")
+    table = open_table("op", path)
+    texts = ['a 5" nail', "a cat", '3" x 4"', 'two\nlines, 3" wide', None, 'a "word"', '6" \u00fc']
+    assert len(table) == len(texts)
+    assert [table.row(i)["text"] for i in range(len(texts)) if texts[i]] == list(filter(None, texts))
+    assert [table.where(i).rpartition(" ")[2] for i in (0, 3, 6)] == ["2", "5", "10"]
+    with pytest.raises(DataError, match="line 7: is no row of CSV"):
+        table.row(4)
+
+
+def test_a_csv_file_of_blank_lines_takes_no_row_from_the_others(tmp_path):
+    (tmp_path / "a.csv").write_text("\n\n")
+    (tmp_path / "b.csv").write_text("name\nx\ny\n")
+    assert all_rows(open_table("op", tmp_path)) == [{"name": "x"}, {"name": "y"}]
+
+
 @pytest.mark.parametrize("data, words, kind", [
     (b'{"a": 1', "is no JSON", "bad json"),
     (b"[1, 2]", "is a list in JSON; an object {...} fits", "bad json"),
     (b'{"a": "\xff"}', "is not UTF-8: byte 7 is 0xff", "bad encoding"),
     (b'{"a":' * 3000, "is no JSON", "bad json"),
+    (b'{"a": ' + b"1" * 5000 + b"}", "is no JSON", "bad json"),
 ])
 def test_a_broken_line_costs_that_line_alone(tmp_path, data, words, kind):
     path = tmp_path / "rows.jsonl"
