@@ -31,10 +31,9 @@ def asked(folder, split, kind):
     """(pictures' names, question, answer) of a kind."""
     for row in rows(folder, split):
         names = row["image"] if isinstance(row["image"], list) else [row["image"]]
-        turns = row["conversations"]
-        for this, question, answer in zip(row["kinds"], turns[::2], turns[1::2]):
-            if this == kind:
-                yield names, question["value"].replace("<image>\n", ""), answer["value"]
+        question, answer = row["conversations"]
+        if row["kinds"] == [kind]:
+            yield names, question["value"].removesuffix("\n<image>" * len(names)), answer["value"]
 
 
 def pixels(folder, name):
