@@ -122,7 +122,7 @@ def draw_panel(axis, panel: Panel, runs: Sequence[Run], width: int | None) -> No
             shown.append(values)
     _finish(axis, panel.title, panel.unit, panel.logarithmic, np.concatenate(shown) if shown else np.zeros(0))
     if panel.from_zero:
-        axis.set_ylim(0, 1.06 * axis.dataLim.y1)
+        axis.set_ylim(0, 1.06 * axis.dataLim.y1 or 1)
 
 
 def draw_bins(axis, runs: Sequence[Run]) -> None:

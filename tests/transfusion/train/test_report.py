@@ -191,6 +191,13 @@ def test_several_runs_stand_in_the_same_plots_and_their_settings_beside_one_anot
     assert (tmp_path / "both.png").is_file() and not (first / "report.html").exists()
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_curve_of_zeros_is_drawn_without_a_warning(tmp_path):
+    settings = json.loads(json.dumps(dataclasses.asdict(digits()), default=str))
+    run = write(tmp_path / "run", [record(step, waited=0.0, data_share=0.0) for step in range(5)], settings)
+    report(ReportSettings((run,), png=True), {})
+
+
 def test_dollars_in_the_names_of_runs_are_no_formulas(tmp_path):
     settings = json.loads(json.dumps(dataclasses.asdict(digits()), default=str))
     runs = tuple(write(tmp_path / name, [record(0), record(1)], settings) for name in ("one", r"$\nothing{$"))
