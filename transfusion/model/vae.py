@@ -10,9 +10,8 @@ a sample, so that the same picture gives the same latent; `posterior` gives what
 import hashlib
 from pathlib import Path
 
+import diffusers  # its classes are looked up where they are used: with them come all its U-Nets, and scipy.stats
 import torch
-from diffusers import AutoencoderKL
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from transfusion.files import check_files, current, replacing, whole
@@ -25,7 +24,7 @@ class VAE:
     It is not a module: no optimizer, checkpoint or adapter of the model around it takes it along.
     """
 
-    def __init__(self, autoencoder: AutoencoderKL):
+    def __init__(self, autoencoder: "diffusers.AutoencoderKL"):
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         config = autoencoder.config
         self.channels, self.picture_channels = config.latent_channels, config.in_channels
@@ -51,7 +50,7 @@ class VAE:
         try:
             with whole(path) as directory:
                 check_files(directory)
-                return cls(AutoencoderKL.from_pretrained(directory, use_safetensors=True))
+                return cls(diffusers.AutoencoderKL.from_pretrained(directory, use_safetensors=True))
         except OSError as error:
             raise ValueError(f"VAE.from_pretrained: path is {str(path)!r}, whose weights cannot be loaded ({error}); "
                              "safetensors fit") from error
@@ -81,7 +80,8 @@ class VAE:
         mean, posterior = self._latents("posterior", pictures)
         return mean, (posterior.std.float() * self.scale).to(pictures.device)
 
-    def _latents(self, op: str, pictures: Tensor) -> tuple[Tensor, DiagonalGaussianDistribution]:
+    def _latents(self, op: str, pictures: Tensor):
+        """Latents, and the posterior, diffusers' DiagonalGaussianDistribution."""
         if pictures.ndim != 4 or any(side % self.factor for side in pictures.shape[-2:]):
             raise ValueError(f"VAE.{op}: pictures has shape {tuple(pictures.shape)}; (N, channels, height, width) "
                              f"with sides that {self.factor} divides fit; resize or crop them")
