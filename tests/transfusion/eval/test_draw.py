@@ -191,3 +191,18 @@ def test_genevals_layout_holds_a_prompt_and_its_samples_in_a_folder(made):
 def test_a_lines_own_number_and_file_give_way_to_ours_in_what_is_written_of_a_picture():
     entry = Entry(3, "a", "000003.png", 5, {}, None, {"number": 0, "file": "old.png", "source": "mine"})
     assert _line(entry) == {"number": 3, "file": "pictures/000003.png", "prompt": "a", "seed": 5, "source": "mine"}
+
+
+@pytest.mark.parametrize("line, says", [
+    ({"image_size": [7, 7]}, r"line 3: image_size is \(7, 7\) and the patch size 2"),
+    ({"image": "no.png"}, "line 3: .*no.png is not a picture that can be read"),
+    ({"seed": 2**63 - 1}, "line 3: seed is 9223372036854775808"),
+])
+def test_a_line_that_cannot_be_drawn_is_named_before_the_first_picture_is_drawn(made, tmp_path, line, says):
+    (tmp_path / "no.png").write_bytes(b"no picture")
+    rows = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c", **line}]
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(SystemExit, match=says):
+        main(["eval", "draw", "--model", str(made / "model"), "--prompts", str(tmp_path / "lines.jsonl"), "--samples",
+              "2", "--batch", "2", "--steps", "2", "--out", str(tmp_path / "out")])
+    assert not list(tmp_path.rglob("000*.png"))
