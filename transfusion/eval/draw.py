@@ -36,7 +36,7 @@ from transfusion.device import launched, own_device
 from transfusion.eval.picture_grids import contact_sheet
 from transfusion.eval.prompts import GENEVAL_SAMPLES, Entry, Prompts, entries, read_prompts
 from transfusion.eval.results import weights_hash
-from transfusion.files import ASIDE, read_json, sync, write_text
+from transfusion.files import ASIDE, read_json, spelled, sync, write_text
 from transfusion.generate.row import grid_of
 from transfusion.generate.sampling import Sampling
 from transfusion.model.config import TransfusionConfig
@@ -124,7 +124,7 @@ def _prepare(command: str, settings: DrawSettings, writes: bool) -> list[Entry]:
     samples = settings.samples or (GENEVAL_SAMPLES if prompts.is_geneval else 1)
     pictures = entries(prompts, samples, settings.sampling.seed, settings.prompts.parent)
     _check_entries(command, settings, _config(command, settings.model), prompts, pictures)
-    lines = "".join(json.dumps(_line(entry), ensure_ascii=False) + "\n" for entry in pictures)
+    lines = spelled("".join(json.dumps(_line(entry), ensure_ascii=False) + "\n" for entry in pictures))
     about = {"model": str(settings.model), "weights_hash": weights_hash(settings.model), "rule": prompts.rule,
              "pictures": len(pictures), "samples": samples, "prompts": hashlib.sha256(lines.encode()).hexdigest(),
              "sampling": json.loads(json.dumps(dataclasses.asdict(settings.sampling)))}

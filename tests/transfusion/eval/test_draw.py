@@ -206,3 +206,11 @@ def test_a_line_that_cannot_be_drawn_is_named_before_the_first_picture_is_drawn(
         main(["eval", "draw", "--model", str(made / "model"), "--prompts", str(tmp_path / "lines.jsonl"), "--samples",
               "2", "--batch", "2", "--steps", "2", "--out", str(tmp_path / "out")])
     assert not list(tmp_path.rglob("000*.png"))
+
+
+def test_what_utf8_cannot_write_of_a_line_is_kept_beside_its_picture(made, tmp_path):
+    (tmp_path / "lines.jsonl").write_text('{"prompt": "a", "file_name": "caf\\udce9"}')
+    main(["eval", "draw", "--model", str(made / "model"), "--prompts", str(tmp_path / "lines.jsonl"), "--steps", "1",
+          "--out", str(tmp_path / "out")])
+    row, = read_drawn(tmp_path / "out")
+    assert row["file_name"] == "caf\udce9"
