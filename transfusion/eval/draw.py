@@ -26,17 +26,18 @@ from typing import Annotated
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.spawn import ProcessExitedException
 from tqdm import tqdm
 from tyro.conf import arg
 
-from transfusion.command import claim
+from transfusion.command import claim, file_error
 from transfusion.data.model_images import decoded, load_image
 from transfusion.data.picture_files import open_picture, to_picture
 from transfusion.device import launched, own_device
 from transfusion.eval.picture_grids import contact_sheet
 from transfusion.eval.prompts import GENEVAL_SAMPLES, Entry, Prompts, entries, read_prompts
 from transfusion.eval.results import weights_hash
-from transfusion.files import ASIDE, read_json, spelled, sync, write_text
+from transfusion.files import ASIDE, file_errors, read_json, spelled, sync, write_text
 from transfusion.generate.row import grid_of
 from transfusion.generate.sampling import Sampling
 from transfusion.model.config import TransfusionConfig
@@ -95,8 +96,12 @@ def draw(settings: DrawSettings, command: str = "eval draw") -> None:
             _draw_share(rank, command, settings, pictures, size)
         else:
             own_device(command, settings.device, settings.processes - 1, settings.processes)  # the last has one
-            torch.multiprocessing.spawn(_draw_share, (command, settings, pictures, settings.processes),
-                                        settings.processes, daemon=True)
+            try:
+                torch.multiprocessing.spawn(_draw_in_process, (command, settings, pictures, settings.processes),
+                                            settings.processes, daemon=True)
+            except ProcessExitedException as error:  # such as for want of memory or disk; it said why, if it could
+                raise ValueError(f"{command}: of {settings.processes} processes one ended ({error}); what was drawn "
+                                 "stands, and the same command goes on") from error
 
 
 def about_drawing(out: Path) -> dict:
@@ -185,6 +190,14 @@ def _config(command: str, path: Path) -> TransfusionConfig:
     return config
 
 
+def _draw_in_process(rank: int, *share) -> None:
+    """Draw the share of a process that `draw` started, which says in one line what stops it."""
+    try:
+        _draw_share(rank, *share)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {file_error(error)}") from None
+
+
 def _draw_share(rank: int, command: str, settings: DrawSettings, pictures: list[Entry], size: int) -> None:
     """Draw what is missing of the blocks of process `rank` of `size`; who sees the last picture makes the sheet."""
     folder = settings.out / PICTURES
@@ -240,6 +253,7 @@ def _staging(out: Path, rank: int) -> Iterator[Path]:
 def _save(folder: Path, aside: Path, entry: Entry, pixels: Tensor) -> None:
     """Write a PNG in one piece; not by `written`, which looks through the whole folder each time."""
     path = aside / f"{entry.number}.png"
-    to_picture(pixels.cpu()).save(path)
-    sync(path)
-    os.replace(path, folder / entry.file)
+    with file_errors(folder / entry.file):
+        to_picture(pixels.cpu()).save(path)
+        sync(path)
+        os.replace(path, folder / entry.file)

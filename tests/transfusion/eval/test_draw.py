@@ -1,10 +1,12 @@
 """Many pictures: the same in any batch and process count, none drawn twice, in folders that other tools read."""
+import errno
 import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image as Picture
+from torch.multiprocessing.spawn import ProcessExitedException
 
 import transfusion.eval.draw
 from tests.transfusion.conftest import tiny_model
@@ -92,6 +94,21 @@ def test_processes_under_a_launcher_share_the_pictures_and_change_none(made, mon
 
 def test_a_command_starts_several_processes_itself(made):
     assert_same(pixels(made / "drawn"), command(made, "own", "--processes", "2", "--batch", "2", "--device", "cpu"))
+
+
+def test_a_process_that_ends_says_why_in_a_line_and_so_does_the_command(made, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def spawn(function, given, count, daemon):
+        with pytest.raises(SystemExit, match="error: .*000001.png: No space left on device; what was saved before"):
+            function(1, *given)
+        raise ProcessExitedException("process 1 terminated with exit code 1", 1, 0, 1)
+
+    monkeypatch.setattr(Picture.Image, "save", full)
+    monkeypatch.setattr(torch.multiprocessing, "spawn", spawn)
+    with pytest.raises(SystemExit, match="error: eval draw: of 2 processes one ended .process 1 terminated"):
+        command(made, "full", "--processes", "2", "--batch", "1", "--device", "cpu")
 
 
 def test_what_is_missing_after_a_kill_is_drawn_and_nothing_twice(made, monkeypatch):
