@@ -205,6 +205,7 @@ def test_a_saved_picture_reads_back_equal(tmp_path):
         ("five.mpo.hdf", "suffix '.hdf'"),
         ("folder.png", "which is a directory; a file such as"),
         ("file/five.png", "cannot be written into"),
+        (f"{'a' * 246}.png", "File name too long"),  # as it is, but not written aside
     ],
 )
 def test_a_picture_that_could_not_be_written_is_refused_before_it_is_drawn(

@@ -1,5 +1,7 @@
 """Picture files as a model's images, and a model's images as picture files."""
+import errno
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +12,8 @@ from transfusion.data.picture_files import fit_picture, open_picture, to_picture
 from transfusion.files import check_writable, written
 from transfusion.model.vae import VAE
 from transfusion.sequence import Image
+
+LONGEST_NAME = 230  # bytes, of 255: `written` puts some before it, and further pictures have -2, -3, ... behind it
 
 
 def pixel_factor(vae: VAE | None = None) -> int:
@@ -70,6 +74,7 @@ def check_picture_path(path: Path, name: str = "sample: out") -> None:
 
     Raises:
         ValueError: a suffix of no kind of picture that Pillow writes, a directory, or one that cannot be written into.
+        OSError: a name that leaves no room for what is put before and behind it.
     """
     Picture.init()
     kind = Picture.registered_extensions().get(path.suffix.lower())
@@ -82,4 +87,6 @@ def check_picture_path(path: Path, name: str = "sample: out") -> None:
     if path.is_dir():
         raise ValueError(f"{name} is {str(path)!r}, which is a directory; "
                          f"a file such as {str(path / 'sample.png')!r} fits")
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(path))
     check_writable(name.replace(": ", ": the directory of "), path.parent)

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from transfusion.data.dataset import SPLITS, DatasetSettings, PictureDataset, Pictures
+from transfusion.data.folders import files_in
 from transfusion.settings import Count, check
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -67,7 +68,7 @@ class PictureFolder:
             raise ValueError(f"PictureFolder: channels is {settings.channels}; 1 (grey) or 3 (colour) fits")
         if split not in SPLITS:
             raise ValueError(f"PictureFolder: split is {split!r}; {' or '.join(map(repr, SPLITS))} fits")
-        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        found = files_in(folder, SUFFIXES)
         names = [path.relative_to(folder).as_posix().encode(errors="surrogateescape") for path in found]
         held_out = [zlib.crc32(name) % 10 == 0 for name in names]
         own = [path for path, held in zip(found, held_out) if held == (split == "held-out")]

@@ -26,17 +26,19 @@ from typing import Annotated
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.spawn import ProcessExitedException
 from tqdm import tqdm
 from tyro.conf import arg
 
-from transfusion.command import claim
+from transfusion.command import claim, file_error
 from transfusion.data.model_images import decoded, load_image
-from transfusion.data.picture_files import to_picture
+from transfusion.data.picture_files import open_picture, to_picture
 from transfusion.device import launched, own_device
 from transfusion.eval.picture_grids import contact_sheet
-from transfusion.eval.prompts import GENEVAL_SAMPLES, Entry, entries, read_prompts
+from transfusion.eval.prompts import GENEVAL_SAMPLES, Entry, Prompts, entries, read_prompts
 from transfusion.eval.results import weights_hash
-from transfusion.files import ASIDE, read_json, sync, write_text
+from transfusion.files import ASIDE, file_errors, read_json, spelled, sync, write_text
+from transfusion.generate.row import grid_of
 from transfusion.generate.sampling import Sampling
 from transfusion.model.config import TransfusionConfig
 from transfusion.model.loading import load_model
@@ -94,8 +96,12 @@ def draw(settings: DrawSettings, command: str = "eval draw") -> None:
             _draw_share(rank, command, settings, pictures, size)
         else:
             own_device(command, settings.device, settings.processes - 1, settings.processes)  # the last has one
-            torch.multiprocessing.spawn(_draw_share, (command, settings, pictures, settings.processes),
-                                        settings.processes, daemon=True)
+            try:
+                torch.multiprocessing.spawn(_draw_in_process, (command, settings, pictures, settings.processes),
+                                            settings.processes, daemon=True)
+            except ProcessExitedException as error:  # such as for want of memory or disk; it said why, if it could
+                raise ValueError(f"{command}: of {settings.processes} processes one ended ({error}); what was drawn "
+                                 "stands, and the same command goes on") from error
 
 
 def about_drawing(out: Path) -> dict:
@@ -122,8 +128,8 @@ def _prepare(command: str, settings: DrawSettings, writes: bool) -> list[Entry]:
     prompts = read_prompts(settings.prompts, settings.count)
     samples = settings.samples or (GENEVAL_SAMPLES if prompts.is_geneval else 1)
     pictures = entries(prompts, samples, settings.sampling.seed, settings.prompts.parent)
-    _check_channels(command, settings.model)
-    lines = "".join(json.dumps(_line(entry), ensure_ascii=False) + "\n" for entry in pictures)
+    _check_entries(command, settings, _config(command, settings.model), prompts, pictures)
+    lines = spelled("".join(json.dumps(_line(entry), ensure_ascii=False) + "\n" for entry in pictures))
     about = {"model": str(settings.model), "weights_hash": weights_hash(settings.model), "rule": prompts.rule,
              "pictures": len(pictures), "samples": samples, "prompts": hashlib.sha256(lines.encode()).hexdigest(),
              "sampling": json.loads(json.dumps(dataclasses.asdict(settings.sampling)))}
@@ -143,7 +149,35 @@ def _prepare(command: str, settings: DrawSettings, writes: bool) -> list[Entry]:
     return pictures
 
 
-def _check_channels(command: str, path: Path) -> None:
+def _check_entries(command: str, settings: DrawSettings, config: TransfusionConfig, prompts: Prompts,
+                   pictures: list[Entry]) -> None:
+    """Refuse a picture that cannot be drawn before the first one takes its time; the message names its line."""
+    given, samples = settings.sampling.of_one_image(), len(pictures) // len(prompts.rows)
+    places = {}
+    for entry in pictures:
+        place = prompts.places[entry.number // samples]
+        try:
+            grid_of(config, Sampling.of(given | entry.options | {"seed": entry.seed}))
+        except ValueError as error:
+            where = place if entry.options or "seed" in prompts.rows[entry.number // samples] else command
+            raise ValueError(f"{where}: {str(error).removeprefix('generate: ')}") from None
+        if entry.image is not None:
+            places.setdefault(entry.image, place)
+    with ThreadPoolExecutor(8) as threads:
+        for _ in tqdm(threads.map(_check_image, places, places.values()), desc="check images", total=len(places),
+                      unit="file", disable=len(places) < 1000):
+            pass
+
+
+def _check_image(path: Path, place: str) -> None:
+    try:
+        open_picture(path)
+    except ValueError as error:
+        raise ValueError(f"{place}: {str(error).removeprefix('read_picture: ')}; a picture file fits") from None
+
+
+def _config(command: str, path: Path) -> TransfusionConfig:
+    """The configuration of a model that draws picture files; of an adapter, that of its model."""
     while holds_adapter(path):
         path = find_base(path)
     if not holds_checkpoint(path):
@@ -153,6 +187,15 @@ def _check_channels(command: str, path: Path) -> None:
     if config.image_channels not in (1, 3) and not (path / "vae").is_dir():
         raise ValueError(f"{command}: the model's images have {config.image_channels} channels and no VAE; models of 1 "
                          "(grey) or 3 (colour), or with a VAE (transfusion init --vae), draw picture files")
+    return config
+
+
+def _draw_in_process(rank: int, *share) -> None:
+    """Draw the share of a process that `draw` started, which says in one line what stops it."""
+    try:
+        _draw_share(rank, *share)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {file_error(error)}") from None
 
 
 def _draw_share(rank: int, command: str, settings: DrawSettings, pictures: list[Entry], size: int) -> None:
@@ -210,6 +253,7 @@ def _staging(out: Path, rank: int) -> Iterator[Path]:
 def _save(folder: Path, aside: Path, entry: Entry, pixels: Tensor) -> None:
     """Write a PNG in one piece; not by `written`, which looks through the whole folder each time."""
     path = aside / f"{entry.number}.png"
-    to_picture(pixels.cpu()).save(path)
-    sync(path)
-    os.replace(path, folder / entry.file)
+    with file_errors(folder / entry.file):
+        to_picture(pixels.cpu()).save(path)
+        sync(path)
+        os.replace(path, folder / entry.file)

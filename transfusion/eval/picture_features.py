@@ -19,6 +19,7 @@ from PIL import Image as Picture
 from torch import Tensor
 from tqdm import tqdm
 
+from transfusion.data.folders import files_in
 from transfusion.data.picture_files import SUFFIXES, open_picture
 from transfusion.eval.features import Features
 from transfusion.eval.inception import SIDE, Inception, is_fid_file
@@ -116,9 +117,9 @@ def picture_files(folder: Path) -> list[Path]:
     """Return the picture files of a folder and of those inside it, in the order of their names.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or a folder cannot be read.
     """
-    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
+    found = files_in(folder, SUFFIXES)
     if not found:
         raise ValueError(f"{str(folder)!r} holds no pictures; a folder of {', '.join(SUFFIXES)} files fits")
     return found

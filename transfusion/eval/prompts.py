@@ -14,8 +14,9 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
-from transfusion.files import read_json, read_json_lines
+from transfusion.files import read_json, read_json_lines, spelled
 from transfusion.generate.sampling import Sampling
+from transfusion.settings import shown
 
 COCO_PROMPTS, GENEVAL_SAMPLES = 30_000, 4
 COCO_RULE = "the pictures whose ids have the lowest SHA-256, with their captions of the lowest id"
@@ -112,6 +113,9 @@ def _check(place: str, row: dict, folder: Path) -> None:
     """Refuse a line that cannot be drawn."""
     if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         raise ValueError(f"{place}: prompt is {row.get('prompt')!r}; some text fits")
+    if spelled(row["prompt"]) != row["prompt"]:
+        raise ValueError(f"{place}: prompt is {shown(row['prompt'])}, which is no Unicode text; what UTF-8 can write "
+                         "fits")
     if given := _options(row) | ({"seed": row["seed"]} if "seed" in row else {}):
         try:
             Sampling.of(given)

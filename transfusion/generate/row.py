@@ -25,13 +25,22 @@ def check_options(model, options: Sampling) -> tuple[int, int]:
     if model.tokenizer is None or model.tokenizer.eos_token_id is None:
         raise ValueError("generate: the model has no tokenizer with an EOS; set model.tokenizer to the one that it "
                          "was trained with")
-    size, patch = tuple(options.image_size or model.config.image_size), model.config.patch_size
+    grid = grid_of(model.config, options)
+    solver_of(model, options, grid)  # refuses what does not fit before anything runs
+    return grid
+
+
+def grid_of(config, options: Sampling) -> tuple[int, int]:
+    """Return the grid of patches of an image that is drawn with `options`.
+
+    Raises:
+        ValueError: an image_size that is no multiple of the patch size.
+    """
+    size, patch = tuple(options.image_size or config.image_size), config.patch_size
     if any(side < patch or side % patch for side in size):
         raise ValueError(f"generate: image_size is {size} and the patch size {patch}; "
                          "multiples of the patch size fit")
-    grid = size[0] // patch, size[1] // patch
-    solver_of(model, options, grid)  # refuses what does not fit before anything runs
-    return grid
+    return size[0] // patch, size[1] // patch
 
 
 def guidance_of(options: Sampling) -> Guidance:

@@ -1,13 +1,16 @@
-"""What stands in front of the server's addresses: the key, and how many bytes a request may have."""
+"""What stands in front of the server's addresses: the key, how many bytes a request may have, and that they come."""
+import asyncio
 import hmac
 
 from fastapi.responses import JSONResponse
 
 from transfusion.serve.wire import ApiError
 
+PATIENCE = 60  # seconds without a byte of a body: who waits for the rest of one cannot end, and holds what came of it
+
 
 class Guard:
-    """In front of everything: the key, and how many bytes a request may have."""
+    """In front of everything: the key, how many bytes a request may have, and that they come."""
 
     def __init__(self, app, api_key: str | None, max_bytes: int):
         self.app, self.api_key, self.max_bytes = app, api_key, max_bytes
@@ -39,7 +42,11 @@ class Guard:
     async def _read(self, receive) -> bytes | None:
         body, more = bytearray(), True
         while more:
-            message = await receive()
+            try:
+                async with asyncio.timeout(PATIENCE):
+                    message = await receive()
+            except TimeoutError:
+                raise ApiError(408, f"nothing more of the request came for {PATIENCE} seconds; send it again") from None
             if message["type"] == "http.disconnect":
                 return None
             body += message.get("body", b"")

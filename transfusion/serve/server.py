@@ -26,7 +26,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
 from transfusion.generate.generation import Drawn, Preview, Written
@@ -195,7 +195,7 @@ class Api:
 
     async def edit(self, request: Request) -> dict:
         """/v1/images/edits: a multipart form with one picture or several and the fields of a generation."""
-        async with request.form() as form:
+        async with _form(request) as form:
             files = [value for name, value in form.multi_items()
                      if name in ("image", "image[]") and isinstance(value, UploadFile)]
             for name, value in form.multi_items():
@@ -364,6 +364,23 @@ def of_the_server(error: Exception) -> ApiError:
         return ApiError(LEFT, str(error))
     LOG.error("a request failed", exc_info=error)
     return ApiError(500, f"the request failed ({type(error).__name__})")
+
+
+@asynccontextmanager
+async def _form(request: Request) -> AsyncIterator[FormData]:
+    """A request's form.
+
+    Raises:
+        ApiError: it cannot be read.
+    """
+    try:
+        form = await request.form()
+    except ValueError as error:  # of a charset whose name cannot be one
+        raise ApiError(400, f"the form cannot be read ({error}); multipart/form-data in UTF-8 fits") from None
+    try:
+        yield form
+    finally:
+        await form.close()
 
 
 def _json(name: str, text: str) -> dict:

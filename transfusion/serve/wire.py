@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from transfusion.data.sources.record import PictureRef, Turn
 from transfusion.diffusion.guidance import Guidance
+from transfusion.files import spelled
 from transfusion.generate.sampling import Sampling
 from transfusion.sequence import Image, Part, Text
 from transfusion.serve.pictures import PictureReader
@@ -33,12 +34,12 @@ UNKNOWN_HERE = ("tools", "functions", "logprobs", "top_logprobs", "logit_bias", 
 class ApiError(Exception):
     """An error with its HTTP status and, where one is at fault, the name of the field.
 
-    What UTF-8 cannot write of a message is spelled out, and a long one is cut: it may repeat what the client sent.
+    What UTF-8 cannot write of both is spelled out, and what is long is cut: they may repeat what the client sent.
     """
 
     def __init__(self, status: int, message: str, param: str | None = None):
-        super().__init__(message[:MOST_SAID].encode(errors="backslashreplace").decode())
-        self.status, self.param = status, param
+        super().__init__(spelled(message[:MOST_SAID]))
+        self.status, self.param = status, param and spelled(param[:MOST_SAID])
 
     def body(self) -> dict:
         """The error as OpenAI writes it."""

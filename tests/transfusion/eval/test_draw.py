@@ -1,10 +1,12 @@
 """Many pictures: the same in any batch and process count, none drawn twice, in folders that other tools read."""
+import errno
 import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image as Picture
+from torch.multiprocessing.spawn import ProcessExitedException
 
 import transfusion.eval.draw
 from tests.transfusion.conftest import tiny_model
@@ -92,6 +94,21 @@ def test_processes_under_a_launcher_share_the_pictures_and_change_none(made, mon
 
 def test_a_command_starts_several_processes_itself(made):
     assert_same(pixels(made / "drawn"), command(made, "own", "--processes", "2", "--batch", "2", "--device", "cpu"))
+
+
+def test_a_process_that_ends_says_why_in_a_line_and_so_does_the_command(made, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def spawn(function, given, count, daemon):
+        with pytest.raises(SystemExit, match="error: .*000001.png: No space left on device; what was saved before"):
+            function(1, *given)
+        raise ProcessExitedException("process 1 terminated with exit code 1", 1, 0, 1)
+
+    monkeypatch.setattr(Picture.Image, "save", full)
+    monkeypatch.setattr(torch.multiprocessing, "spawn", spawn)
+    with pytest.raises(SystemExit, match="error: eval draw: of 2 processes one ended .process 1 terminated"):
+        command(made, "full", "--processes", "2", "--batch", "1", "--device", "cpu")
 
 
 def test_what_is_missing_after_a_kill_is_drawn_and_nothing_twice(made, monkeypatch):
@@ -191,3 +208,26 @@ def test_genevals_layout_holds_a_prompt_and_its_samples_in_a_folder(made):
 def test_a_lines_own_number_and_file_give_way_to_ours_in_what_is_written_of_a_picture():
     entry = Entry(3, "a", "000003.png", 5, {}, None, {"number": 0, "file": "old.png", "source": "mine"})
     assert _line(entry) == {"number": 3, "file": "pictures/000003.png", "prompt": "a", "seed": 5, "source": "mine"}
+
+
+@pytest.mark.parametrize("line, says", [
+    ({"image_size": [7, 7]}, r"line 3: image_size is \(7, 7\) and the patch size 2"),
+    ({"image": "no.png"}, "line 3: .*no.png is not a picture that can be read"),
+    ({"seed": 2**63 - 1}, "line 3: seed is 9223372036854775808"),
+])
+def test_a_line_that_cannot_be_drawn_is_named_before_the_first_picture_is_drawn(made, tmp_path, line, says):
+    (tmp_path / "no.png").write_bytes(b"no picture")
+    rows = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c", **line}]
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(SystemExit, match=says):
+        main(["eval", "draw", "--model", str(made / "model"), "--prompts", str(tmp_path / "lines.jsonl"), "--samples",
+              "2", "--batch", "2", "--steps", "2", "--out", str(tmp_path / "out")])
+    assert not list(tmp_path.rglob("000*.png"))
+
+
+def test_what_utf8_cannot_write_of_a_line_is_kept_beside_its_picture(made, tmp_path):
+    (tmp_path / "lines.jsonl").write_text('{"prompt": "a", "file_name": "caf\\udce9"}')
+    main(["eval", "draw", "--model", str(made / "model"), "--prompts", str(tmp_path / "lines.jsonl"), "--steps", "1",
+          "--out", str(tmp_path / "out")])
+    row, = read_drawn(tmp_path / "out")
+    assert row["file_name"] == "caf\udce9"

@@ -68,6 +68,7 @@ def test_other_objects_are_kept_by_number(tmp_path):
     ("a.jsonl", '{"prompt": "one", "sampler": "dmp"}', "line 1: sampler is 'dmp'; one of 'ddim'"),
     ("a.jsonl", '{"prompt": "one", "image_size": 8}', "line 1: image_size is 8"),
     ("a.jsonl", '{"prompt": "one", "image": "b.png"}', "line 1: image is 'b.png'; a picture file fits"),
+    ("a.jsonl", '{"prompt": "one"}\n{"prompt": "\\ud800"}', "line 2: prompt is '.ud800', which is no Unicode text"),
     ("a.json", "{}", "no file of COCO's captions"),
 ])
 def test_a_file_that_holds_no_prompts_is_named(name, text, says, tmp_path):

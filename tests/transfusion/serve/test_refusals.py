@@ -24,6 +24,16 @@ def test_what_an_edit_does_not_serve_is_refused_by_its_name(client, files, field
     assert answer.status_code == 400 and answer.json()["error"]["param"] == param
 
 
+@pytest.mark.parametrize("charset,param,message", [
+    ('"a\0b"', None, "the form cannot be read"), ("raw_unicode_escape", r"\ud800", r"\ud800 is not served as a file")])
+def test_a_form_of_another_charset_is_no_error_of_the_server(client, charset, param, message):
+    body = b'--x\r\nContent-Disposition: form-data; name="\\ud800"; filename="a"\r\n\r\na\r\n--x--\r\n'
+    answer = client.post("/v1/images/edits", content=body,
+                         headers={"Content-Type": f"multipart/form-data; boundary=x; charset={charset}"})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == param and error["message"].startswith(message)
+
+
 def bomb():
     """A PNG of a few bytes whose header says 50,000 x 50,000 pixels."""
     def chunk(kind, data):

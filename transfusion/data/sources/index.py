@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from transfusion.data.folders import walk
 from transfusion.data.sources.record import DataError
 from transfusion.files import written
 
@@ -332,9 +333,13 @@ def _check_gaps(path: Path, data: np.ndarray, table: np.ndarray, end: int) -> No
 
 
 def list_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Return the sorted names of files with these suffixes in a folder and its subfolders; hidden ones are left out."""
+    """Return the sorted names of files with these suffixes in a folder and its subfolders; hidden ones are left out.
+
+    Raises:
+        ValueError: a folder that cannot be read.
+    """
     found = []
-    for place, folders, names in os.walk(folder):
+    for place, folders, names in walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         inner = os.path.relpath(place, folder)
         found += [name if inner == "." else f"{inner}/{name}" for name in names
