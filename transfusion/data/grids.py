@@ -59,11 +59,20 @@ class Grids:
             self.grids = tuple(dict.fromkeys(_grid(size, cell, "sizes") for size in settings.sizes))
         else:
             self.grids = grid_list(_grid((settings.side, settings.side), cell, "side")[0], settings.aspect)
-        self._aspects = np.log([columns / rows for rows, columns in self.grids])
+        rows, columns = np.log(self.grids).T
+        self._aspects, self._areas = columns - rows, columns + rows + 2 * math.log(cell)
+
+    @property
+    def several_of_a_shape(self) -> bool:
+        """Whether grids of one shape differ in size alone."""
+        return len({columns / rows for rows, columns in self.grids}) < len(self.grids)
 
     def nearest(self, width: int, height: int) -> tuple[int, int]:
-        """Return the grid (rows, columns) whose shape is nearest to a picture's: of it, least is cut off."""
-        return self.grids[int(np.abs(self._aspects - math.log(width / height)).argmin())]
+        """Return the grid (rows, columns) whose shape is nearest to a picture's: of it, least is cut off. Of several of
+        that shape it is the one that is nearest in size."""
+        off = np.abs(self._aspects - math.log(width / height))
+        fit = np.flatnonzero(off < off.min() + 1e-6)
+        return self.grids[int(fit[np.abs(self._areas[fit] - math.log(width * height)).argmin()])]
 
     def of(self, picture: PictureRef) -> tuple[int, int]:
         """Return a picture's grid, (rows, columns).

@@ -18,15 +18,13 @@ on shows a view of its own, turned, moved and coloured a little; held-out pictur
     same       Do both pictures show the same thing?                yes, or no
     alike      Are both pictures drawn in the same style?           yes, or no
 
-Each question is a conversation of its own, for the answer to one would help with the next, and stands before its
-pictures: in a mixture of transformers whose text is frozen, patches alone learn to look, and so they know for what. No
-answer of yes-or-no, of counts, and of two styles, is more frequent than another, and a third of what is looked for is
-nowhere, so that who does not look is right as often as chance. Held-out questions are about pictures that training
+No answer of yes-or-no, of counts, and of two styles, is more frequent than another, and a third of what is looked for
+is nowhere, so that who does not look is right as often as chance. Held-out questions are about pictures that training
 never shows: those that `Emoji` or `read_drawings` holds out, scenes of them alone, and comparisons of one of them with
 another picture. Training asks no style of names that are held out in some, because the held-out styles would never be
 the right answer.
 
-    DIR/train.json, DIR/held-out.json    LLaVA's rows, with `kinds`, a word of the list above
+    DIR/train.json, DIR/held-out.json    LLaVA's rows, with `kinds`, a word of the list above for each question
     DIR/pictures/                        what they name
     DIR/mix.yaml                         the mixture of train.json, for `transfusion data check` and training
 """
@@ -101,19 +99,21 @@ class Asked(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """A question about some pictures."""
+    """Questions about some pictures."""
 
     number: str
     pictures: tuple[Path, ...]
-    asked: Asked
+    asked: list[Asked]
 
     def row(self) -> dict:
-        """As LLaVA writes it, with the kind of its question."""
+        """As LLaVA writes it, with the kinds of its questions."""
+        turns = []
+        for i, (_, question, answer) in enumerate(self.asked):
+            shown = "<image>\n" * len(self.pictures) if i == 0 else ""
+            turns += [{"from": "human", "value": shown + question}, {"from": "gpt", "value": answer}]
         names = [path.name for path in self.pictures]
-        turns = [{"from": "human", "value": self.asked.question + "\n<image>" * len(names)},
-                 {"from": "gpt", "value": self.asked.answer}]
         return {"id": self.number, "image": names[0] if len(names) == 1 else names, "conversations": turns,
-                "kinds": [self.asked.kind]}
+                "kinds": [one.kind for one in self.asked]}
 
 
 class Questions:
@@ -136,7 +136,10 @@ class Questions:
         self.named = [Emoji.caption(name, "").rpartition(",")[0] for name in drawings.names]
 
     def about_one(self) -> Iterator[Conversation]:
-        """Each picture alone: its name, category, kind and style, and whether it is there, and whether another is."""
+        """Each picture alone: what it is, of which category and kind, in which style, and whether it is another.
+
+        Each question is a conversation of its own, for the answer to one would help with the next.
+        """
         drawings = self.drawings
         choices = " or ".join(drawings.category_names)
         for i in self.shown.tolist():
@@ -146,18 +149,14 @@ class Questions:
                 Asked("name", "What is this?", self.named[label]),
                 Asked("category", f"Is this {choices}?", category),
                 Asked("kind", "What kind of thing is this?", kind),
-                self._is_there(label), self._is_not_there(label, {label})]
+                self._presence([label])]
             if label not in self.unstyled:
                 asked.append(Asked("style", "In which style is this drawn?", style))
             for one in asked:
-                use = f"{one.kind}-{one.answer}" if one.kind == "presence" else one.kind
-                yield Conversation(f"{use}-{i}", (self._single(i, use),), one)
+                yield Conversation(f"{one.kind}-{i}", (self._single(i, one.kind),), [one])
 
     def about_scenes(self, count: int) -> Iterator[Conversation]:
-        """Two by two places, some with copies of one emoji, another with a second: what is there, how many, or where.
-
-        Where is asked twice as often as how many: it takes longest to learn.
-        """
+        """Two by two places, some with copies of one emoji, another with a second: how many, where, what is there."""
         for number in range(count):
             copies = number % len(COUNTS) + 1
             many, other = self._two_things()
@@ -166,12 +165,13 @@ class Questions:
             if copies < len(PLACES):
                 filled[places[copies]] = other
             labels = {int(self.drawings.labels[i]) for i in filled.values()}
-            there = self._presence(sorted(labels))
-            times = Asked("count", f"How many times is there {self._name(many)}?", COUNTS[copies - 1])
-            where = self._place(other, places[copies], labels) if copies < len(PLACES) else there
-            asked = (there, times, where, where)[number // len(COUNTS) % 4]
+            asked = [
+                Asked("count", f"How many times is there {self._name(many)}?", COUNTS[copies - 1]),
+                self._presence(sorted(labels))]
+            if copies < len(PLACES):
+                asked.append(self._place(other, places[copies], labels))
             picture = self._scene(f"{self.split}-scene-{number}", filled)
-            yield Conversation(f"scene-{number}", (picture,), asked)
+            yield Conversation(f"scene-{number}", (picture,), self._shuffled(asked))
 
     def about_pairs(self, count: int, beside: Tensor) -> Iterator[Conversation]:
         """A picture, and one of `beside`: whether they show the same thing, and whether in the same style.
@@ -196,18 +196,14 @@ class Questions:
                 Asked("same", "Do both pictures show the same thing?", "yes" if same_thing else "no"),
                 Asked("alike", "Are both pictures drawn in the same style?", "yes" if same_style else "no")]
             shown = tuple(self._single(one, f"pair-{number}-{place}") for place, one in enumerate(both))
-            yield Conversation(f"pair-{number}", shown, asked[number // 4 % 2])
+            yield Conversation(f"pair-{number}", shown, self._shuffled(asked))
 
     def _presence(self, there: list[int]) -> Asked:
         """Whether a thing is there, as often one of `there` as not; half of those that are not are of its kind."""
         label = there[self._below(len(there))]
-        return self._is_there(label) if self._coin() else self._is_not_there(label, set(there))
-
-    def _is_there(self, label: int) -> Asked:
-        return Asked("presence", f"Is there {self.named[label]}?", "yes")
-
-    def _is_not_there(self, label: int, there: set[int]) -> Asked:
-        return Asked("presence", f"Is there {self.named[self._absent(label, there)]}?", "no")
+        if self._coin():
+            return Asked("presence", f"Is there {self.named[label]}?", "yes")
+        return Asked("presence", f"Is there {self.named[self._absent(label, set(there))]}?", "no")
 
     def _place(self, i: int, place: int, there: set[int]) -> Asked:
         """Where a thing is, or, once in three times, one that is nowhere."""
@@ -254,6 +250,9 @@ class Questions:
         path = self.folder / f"{name}.png"
         scene.save(path)
         return path
+
+    def _shuffled(self, asked: list[Asked]) -> list[Asked]:
+        return [asked[i] for i in self._order(len(asked))]
 
     def _order(self, count: int) -> list[int]:
         return torch.randperm(count, generator=self.generator).tolist()
@@ -309,7 +308,7 @@ def write(settings: PictureQuestionSettings) -> Path:
             said = list(tqdm(chain(*parts), desc=split, unit="conversation"))
             rows = ",\n".join(json.dumps(one.row(), ensure_ascii=False) for one in said)
             (fresh / f"{split}.json").write_text(f"[\n{rows}\n]\n", encoding="utf-8")
-            asked = Counter(one.asked.kind for one in said)
+            asked = Counter(one.kind for conversation in said for one in conversation.asked)
             print(f"{split}: {len(said):,} conversations; "
                   + ", ".join(f"{asked[kind]:,} {kind}" for kind in KINDS))
             if split == "train":

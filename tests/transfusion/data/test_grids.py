@@ -111,6 +111,13 @@ def test_named_sizes_are_the_grids():
     assert grids.grids == ((4, 4), (2, 8)) and grids.nearest(100, 20) == (2, 8)
 
 
+def test_of_sizes_of_one_shape_a_picture_takes_the_nearest():
+    grids = Grids(GridSettings(sizes=((32, 32), (32, 64), (64, 64), (64, 128))), 8)
+    for size, grid in (((32, 32), (4, 4)), ((64, 64), (8, 8)), ((40, 40), (4, 4)), ((50, 50), (8, 8)),
+                       ((1000, 1000), (8, 8)), ((5, 5), (4, 4)), ((64, 32), (4, 8)), ((300, 150), (8, 16))):
+        assert grids.nearest(*size) == grid, size
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_the_size_in_the_header_is_that_of_the_upright_picture(kind, orientation):
