@@ -273,8 +273,8 @@ class Loader:
             began = time.perf_counter()
             try:
                 batch = next(batches, None)
-            except RuntimeError as error:
-                if "exited unexpectedly" not in str(error):
+            except (RuntimeError, ConnectionError, EOFError) as error:  # the latter where it held a batch on its way
+                if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
                     raise
                 raise ValueError(f"data: one of {self.workers} processes that read ahead was killed, perhaps for want "
                                  "of memory or of room in /dev/shm; --resume goes on; fewer --data.workers take less"

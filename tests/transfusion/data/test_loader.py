@@ -33,6 +33,8 @@ from transfusion.data.sources.record import DataError, PictureFile, PictureRef, 
 from transfusion.diffusion.objective import sample_times
 from transfusion.sequence import Image, Text, encode
 
+KILLED = "data: one of 1 processes that read ahead was killed, perhaps for want of"
+
 
 def mixture_of(cache, *sources, documents=None, entries=None, **settings):
     """An opened mixture of sources in memory."""
@@ -114,7 +116,19 @@ def test_a_killed_worker_is_told_where_the_next_batch_is_asked_for_and_nowhere_e
     os.kill(worker.pid, signal.SIGKILL)
     for _ in range(20):
         time.sleep(0.05)  # PyTorch's own handler would raise here
-    with pytest.raises(ValueError, match="data: one of 1 processes that read ahead was killed, perhaps for want of"):
+    with pytest.raises(ValueError, match=KILLED):
+        list(batches)
+
+
+@pytest.mark.parametrize("after", [0.0, 0.005, 0.01, 0.02, 0.03])
+def test_a_worker_that_is_killed_while_its_batches_are_on_their_way_is_told_as_well(mixture, after):
+    others = set(multiprocessing.active_children())
+    batches = iter(Loader(rows_of(mixture), 0, 12, workers=1))
+    next(batches)
+    worker, = set(multiprocessing.active_children()) - others
+    time.sleep(after)
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(ValueError, match=KILLED):
         list(batches)
 
 
