@@ -79,10 +79,11 @@ class Documents:
     def fingerprint(self) -> str:
         """Return what changes when a length may."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        rule = ["by size"] if self.grids.several_of_a_shape else []  # before this rule they had other lengths
         return fingerprint(
             backend.to_str() if backend is not None else self.tokenizer.get_vocab(), str(self.tokenizer.chat_template),
             self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, vars(self.kind), self.grids.grids,
-            self.grids.mode, self.name, self.context, self.max_length, *["by size"] * self.grids.several_of_a_shape)
+            self.grids.mode, self.name, self.context, self.max_length, *rule)
 
     def parts(self, record: Record, image_first: bool = False, dropped: bool = False, caption: int = 0) -> Parts:
         """Arrange a record; the options are for pairs: which caption, whether it is left out, or behind the picture.

@@ -60,7 +60,7 @@ class Grids:
         else:
             self.grids = grid_list(_grid((settings.side, settings.side), cell, "side")[0], settings.aspect)
         rows, columns = np.log(self.grids).T
-        self._aspects, self._areas = columns - rows, columns + rows + 2 * math.log(cell)
+        self._aspects, self._areas = columns - rows, columns + rows + 2 * math.log(cell)  # logarithms
 
     @property
     def several_of_a_shape(self) -> bool:
@@ -68,8 +68,10 @@ class Grids:
         return len({columns / rows for rows, columns in self.grids}) < len(self.grids)
 
     def nearest(self, width: int, height: int) -> tuple[int, int]:
-        """Return the grid (rows, columns) whose shape is nearest to a picture's: of it, least is cut off. Of several of
-        that shape it is the one that is nearest in size."""
+        """Return the grid (rows, columns) whose shape is nearest to a picture's: of it, least is cut off.
+
+        Of several grids of that shape it is the one that is nearest in size.
+        """
         off = np.abs(self._aspects - math.log(width / height))
         fit = np.flatnonzero(off < off.min() + 1e-6)
         return self.grids[int(fit[np.abs(self._areas[fit] - math.log(width * height)).argmin()])]

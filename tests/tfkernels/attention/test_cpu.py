@@ -4,6 +4,8 @@ import math
 import pytest
 import torch
 
+from tests.compare import assert_as_accurate
+from tests.tfkernels.attention.test_attention import absolute_terms
 from tfkernels import TransfusionMask, paged_attention, paged_attention_reference
 from tfkernels.attention import cpu
 from tfkernels.attention.reference import attention_reference
@@ -69,8 +71,11 @@ def test_few_queries_by_plain_products_follow_the_reference(sinks, transposed):
     q = q.mT.contiguous().mT if transposed else q
     found = few_forward(q, k, v, mask, sinks)
     expected = attention_reference(q.double(), k.double(), v.double(), mask, sinks=sinks)
-    for ours, exact in zip(found, expected):  # test_attention_decode holds it to the rule of accuracy
-        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
+    rounded = attention_reference(q, k, v, mask, sinks=sinks)
+    arriving = torch.zeros_like(expected[0]), torch.zeros_like(expected[1])
+    terms = absolute_terms(q.double(), k.double(), v.double(), *arriving, mask, sinks=sinks)
+    for name, *values in zip(("out", "lse"), found, rounded, expected, terms):
+        assert_as_accurate(name, *values)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
