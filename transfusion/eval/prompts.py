@@ -65,7 +65,8 @@ def read_prompts(path: Path, count: int | None = None) -> Prompts:
     path = Path(path)
     readers = {".txt": _lines, ".jsonl": _objects, ".json": _coco}
     if path.suffix not in readers or not path.is_file():
-        raise ValueError(f"read_prompts: path is {str(path)!r}; {FITS}")
+        missing = "" if path.is_file() else ", where no file is"
+        raise ValueError(f"read_prompts: path is {str(path)!r}{missing}; {FITS}")
     prompts = readers[path.suffix](path, count)
     for place, row in zip(prompts.places, prompts.rows):
         _check(place, row, path.parent)

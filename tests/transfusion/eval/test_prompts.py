@@ -59,6 +59,11 @@ def test_other_objects_are_kept_by_number(tmp_path):
     assert [entry.file for entry in found] == ["000000.png", "000001.png"] and found[0].about == {"style": "flat"}
 
 
+def test_a_file_that_is_not_there_is_said_to_be_missing(tmp_path):
+    with pytest.raises(ValueError, match="none.txt', where no file is; a .txt of lines"):
+        read_prompts(tmp_path / "none.txt")
+
+
 @pytest.mark.parametrize("name, text, says", [
     ("a.csv", "one", "a .txt of lines"), ("a.txt", "\n", "holds 0 prompts; one or more fit"),
     ("a.jsonl", '{"prompt": "one"}\n{', "line 2 is damaged"), ("a.jsonl", "[1]", "line 1 holds a list"),
