@@ -1,0 +1,82 @@
+"""Slow tests of what has not changed since they passed are not run again, but for one in sixteen.
+
+What they passed with stands in passed.txt as hashes of all that they depend on: the sources of the library, of the
+emulator and of the tests themselves, and the versions of Python, torch and Triton. After a whole `make test` on kernels
+that are to stay, `python -m tests.remembered` writes that file anew, of what has passed or was known.
+"""
+import functools
+import hashlib
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("tfkernels", "ptxrun", "tests/tfkernels", "tests/compare.py", "tests/conftest.py", "tests/launches.py",
+           "tests/resources.py")
+PASSED = Path(__file__).with_name("passed.txt")
+ASKED = ROOT / "build" / "passed"  # what has passed or was known since passed.txt was written, a file each
+RUN = 16  # one in so many of what is known is run all the same
+
+
+@contextmanager
+def unless_known(name: str) -> Iterator[None]:
+    """Skip the test `name` where it is known to pass; else remember that it does, where the block raises nothing."""
+    key = key_of(name, sources(), versions())
+    if key in known() and int(key, 16) % RUN:
+        note(key, name)
+        pytest.skip("it passed with the same sources and versions: tests/passed.txt")
+    yield
+    note(key, name)
+
+
+def key_of(*parts: str) -> str:
+    """A hash of some texts."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+
+
+@functools.cache
+def sources(root: Path = ROOT) -> str:
+    """A hash of every source that the tests depend on, by its path."""
+    places = [root / source for source in SOURCES]
+    files = [file for place in places for file in ([place] if place.is_file() else sorted(place.rglob("*.py")))]
+    return key_of(*(text for file in files for text in (str(file.relative_to(root)), file.read_text())))
+
+
+def versions() -> str:
+    """Of what runs the tests."""
+    return f"Python {platform.python_version()}, torch {torch.__version__}, Triton {triton.__version__}"
+
+
+@functools.cache
+def known() -> set[str]:
+    """The hashes of what has passed."""
+    return {line.split(maxsplit=1)[0] for line in PASSED.read_text().splitlines()} if PASSED.is_file() else set()
+
+
+def note(key: str, name: str) -> None:
+    """Note what has passed or is known to, which passed.txt shall hold."""
+    ASKED.mkdir(parents=True, exist_ok=True)
+    (ASKED / key).write_text(name)
+
+
+def renew() -> str:
+    """Write passed.txt anew, of what has passed as sources and versions are now; return what changed."""
+    names = {file.name: file.read_text() for file in ASKED.iterdir()} if ASKED.is_dir() else {}
+    passed = {key: name for key, name in names.items() if key == key_of(name, sources(), versions())}
+    if not passed:
+        raise SystemExit(f"{ASKED} holds no test that has passed with these sources; run make test")
+    said = (f"{PASSED}: {len(passed)} tests, {len(passed.keys() - known())} of them new; "
+            f"{len(known() - passed.keys())} have gone")
+    PASSED.write_text("".join(f"{key} {name}\n" for key, name in sorted(passed.items(), key=lambda one: one[1])))
+    shutil.rmtree(ASKED)
+    return said
+
+
+if __name__ == "__main__":
+    print(renew())

@@ -1,0 +1,78 @@
+"""What tests/remembered.py remembers of tests that have passed."""
+import shutil
+
+import pytest
+
+from tests import remembered
+
+
+@pytest.fixture
+def passes(monkeypatch, tmp_path):
+    """A function that says whether a test with some body is run where the tests `known` have passed."""
+    monkeypatch.setattr(remembered, "ASKED", tmp_path / "asked")
+    monkeypatch.setattr(remembered, "sources", lambda: "sources")
+
+    def run(name: str, known: set[str], one_in: int = 16, fails: bool = False) -> bool:
+        monkeypatch.setattr(remembered, "known", lambda: {key(one) for one in known})
+        monkeypatch.setattr(remembered, "RUN", one_in)
+        try:
+            with remembered.unless_known(name):
+                assert not fails, "fails"
+                return True
+        except pytest.skip.Exception:
+            return False
+    return run
+
+
+def key(name: str) -> str:
+    return remembered.key_of(name, "sources", remembered.versions())
+
+
+NAME = next(name for name in map(str, range(99)) if int(key(name), 16) % 16)
+SEVENTEENTH = next(name for name in map(str, range(999)) if not int(key(name), 16) % 16)
+
+
+def test_what_is_known_to_pass_is_not_run_and_one_in_sixteen_is(passes):
+    assert passes(NAME, known=set()) and not passes(NAME, known={NAME}) and passes(NAME, known={"another"})
+    assert passes(SEVENTEENTH, known={SEVENTEENTH}) and passes(NAME, known={NAME}, one_in=1)
+
+
+def test_a_pass_is_noted_and_a_failure_is_not(passes):
+    passes(NAME, known=set())
+    assert [(file.name, file.read_text()) for file in remembered.ASKED.iterdir()] == [(key(NAME), NAME)]
+    shutil.rmtree(remembered.ASKED)
+    with pytest.raises(AssertionError, match="fails"):
+        passes(NAME, known=set(), fails=True)
+    assert not remembered.ASKED.exists()
+    passes(NAME, known={NAME}, fails=True)
+    assert [file.name for file in remembered.ASKED.iterdir()] == [key(NAME)], "what is known stays known"
+
+
+def test_what_has_passed_as_the_sources_are_is_written_and_what_passed_before_they_changed_is_not(
+        passes, monkeypatch, tmp_path):
+    monkeypatch.setattr(remembered, "PASSED", tmp_path / "passed.txt")
+    with pytest.raises(SystemExit, match="no test that has passed with these sources; run make test"):
+        remembered.renew()
+    passes("b c", known=set())
+    passes("a", known={"gone"})
+    remembered.note("0123", "of other sources")
+    assert remembered.renew().endswith("2 tests, 2 of them new; 1 have gone")
+    assert remembered.PASSED.read_text() == f"{key('a')} a\n{key('b c')} b c\n" and not remembered.ASKED.exists()
+
+
+def test_a_change_of_any_source_is_seen(tmp_path):
+    for source in ("tfkernels/a.py", "tfkernels/b/c.py", "ptxrun/d.py", "tests/tfkernels/e.py", "tests/conftest.py"):
+        (tmp_path / source).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / source).write_text(source)
+    for source in remembered.SOURCES:
+        if source.endswith(".py"):
+            (tmp_path / source).write_text(source)
+    found = [remembered.sources(tmp_path)]
+    for source in tmp_path.rglob("*.py"):
+        source.write_text("changed")
+        remembered.sources.cache_clear()
+        found.append(remembered.sources(tmp_path))
+    (tmp_path / "tfkernels" / "a.py").rename(tmp_path / "tfkernels" / "z.py")
+    remembered.sources.cache_clear()
+    assert len({*found, remembered.sources(tmp_path)}) == len(found) + 1 == 10
+    remembered.sources.cache_clear()
