@@ -9,11 +9,13 @@ the custom op's way through Python takes longer than many kernels do (docs/perfo
 """
 import functools
 import os
+import threading
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
+from torch.autograd import forward_ad as _forward_ad
 from torch.autograd.profiler import record_function
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -61,12 +63,34 @@ class Operator(torch.library.CustomOpDef):
     _differentiated = None  # what is called in place of the operator for a gradient; None where it has no backward
 
     def __call__(self, *args):
+        if torch.compiler.is_compiling():
+            return super().__call__(*args)
+        if _forward_ad._current_level >= 0:
+            self.refuse_tangents(args)
+        before, _calls.are_eager = _calls.are_eager, True
+        try:
+            return self.called(args)
+        finally:
+            _calls.are_eager = before
+
+    def called(self, args: tuple):
+        """Call the operator by the shorter way or the dispatcher's."""
         if watched() or (device := plain_device(args)) not in self._backend_fns:
             return super().__call__(*args)
         differentiated = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         if differentiated and self._differentiated is None:
             return super().__call__(*args)  # which refuses it once the backward comes here
         return self.directly(self._backend_fns[device], args, differentiated)
+
+    def refuse_tangents(self, args: tuple) -> None:
+        """Refuse forward-mode differentiation, which would take every tangent for zero.
+
+        Raises:
+            NotImplementedError: an argument has a tangent.
+        """
+        if any(isinstance(x, Tensor) and _forward_ad.unpack_dual(x).tangent is not None for x in args):
+            raise NotImplementedError(f"{self._name}: forward-mode gradients (torch.func.jvp, dual tensors) are not "
+                                      "computed; those of backward() are")
 
     def directly(self, implementation, args: tuple, differentiated: bool):
         """Call an implementation, with a node of the autograd graph around it where it is `differentiated`."""
@@ -146,22 +170,37 @@ _PLAIN_KEYS = _plain_keys()
 _made = WeakTensorKeyDictionary()
 
 
+class _Calls(threading.local):
+    """Whether this thread is inside an operator that Python called; what the compiler made calls it otherwise."""
+
+    are_eager = False
+
+
+_calls = _Calls()
+
+
 def made_once(make, *tensors: Tensor, **sizes):
     """Return make(*tensors, **sizes), made once while the first tensor lives and nobody writes to any of them.
 
     It is for what many calls read off one mask or index. It is made anew on each stream, whose order alone says that it
     is ready, and at each call inside of a CUDA graph's capture, since a replay has to read what the tensors hold then.
-    So it is for inference tensors, which do not count how often they are written to.
+    So it is for inference tensors, which do not count how often they are written to, and in compiled graphs, which
+    write to buffers of their own uncounted. Elsewhere, what writes uncounted (`.data`, NumPy, another kernel) is not
+    seen.
     """
     first = tensors[0]
     others = [None if x is first else x for x in tensors]  # what is kept would keep the first alive
-    if any(x.is_inference() for x in tensors) or first.is_cuda and torch.cuda.is_current_stream_capturing():
+    uncounted = not _calls.are_eager or any(x.is_inference() for x in tensors)
+    if uncounted or first.is_cuda and torch.cuda.is_current_stream_capturing():
         return make(*tensors, **sizes)
     stream = torch.cuda.current_stream(first.device).cuda_stream if first.is_cuda else 0
     key, versions = (make, stream, *sizes.items()), [x._version for x in tensors]
-    found = _made.setdefault(first, {}).get(key)
+    kept = _made.setdefault(first, {})
+    found = kept.get(key)
     if found is None or found[0] != versions or any(a is not b for a, b in zip(found[1], others)):
-        found = _made[first][key] = versions, others, make(*tensors, **sizes)
+        for old in [old for old, (seen, *_) in kept.items() if seen[0] != versions[0]]:
+            del kept[old]  # of what the first tensor held before, whatever the sizes
+        found = kept[key] = versions, others, make(*tensors, **sizes)
     return found[2]
 
 

@@ -2,14 +2,16 @@
 inputs are."""
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.conftest import DEVICE
+from tests.conftest import DEVICE, cpu_only, traced
 from tests.tfkernels.test_arguments import CALLS, whole
-from tfkernels import PackedLatents, TransfusionMask
+from tfkernels import PackedLatents, TransfusionMask, _library, attention
 from tfkernels._library import made_once
 
 MASKS = {
@@ -98,8 +100,9 @@ def test_every_registered_operator_is_checked():
 
 
 @pytest.fixture
-def made():
-    """A function that counts how often it makes something of two tensors."""
+def made(monkeypatch):
+    """A function that counts how often it makes something of two tensors, as if inside of an operator."""
+    monkeypatch.setattr(_library._calls, "are_eager", True)
     calls = []
 
     def make(x, other, plus):
@@ -121,6 +124,51 @@ def test_what_is_made_once_is_made_again_where_a_tensor_was_written_or_is_anothe
     assert made_once(made, x, other, plus=1).tolist() == [10, 4, 5] and made.calls == [1, 2, 1, 1]
     assert made_once(made, x, torch.zeros_like(x), plus=1).tolist() == [8, 2, 3] and len(made.calls) == 5
     assert made_once(made, x.clone(), other, plus=1).tolist() == [10, 4, 5] and len(made.calls) == 6
+
+
+def test_what_was_made_of_older_numbers_is_forgotten_whatever_its_sizes(made):
+    x = torch.arange(3)
+    results = []
+    for plus in range(3):
+        results.append(weakref.ref(made_once(made, x, x, plus=plus)))
+        x += 1
+    assert [result() is None for result in results] == [True, True, False]
+
+
+@traced
+def test_a_compiled_graph_that_writes_to_its_own_buffers_makes_everything_anew():
+    """Of masks that share all but the rows' ends, whose buffers the compiler takes again for the next one."""
+    q, k, v = (torch.randn(1, 2, n, 16, generator=torch.Generator().manual_seed(n)) for n in (1, 64, 64))
+    lo, until = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 64, dtype=torch.int32)
+
+    def steps(lens):
+        found = []
+        for _ in range(3):
+            mask = replace(TransfusionMask.from_cache(lens, 1, 64), lo=lo, key_until=until)
+            found.append(attention(q, k, v, mask))
+            lens = lens + 7 + (found[-1].flatten(1).sum(1) > 1e9).long()
+        return torch.stack(found)
+
+    lens = torch.tensor([5])
+    torch.testing.assert_close(torch.compile(steps, fullgraph=True)(lens), steps(lens))
+
+
+@cpu_only
+@pytest.mark.parametrize("dual", [False, True])
+def test_forward_mode_gradients_are_refused_and_never_zero(dual):
+    mask, shape = TransfusionMask.causal(5), (1, 2, 5, 16)
+    q, k, v, tangent = (torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(4))
+
+    def tangent_of(op):
+        if not dual:
+            return torch.func.jvp(lambda q: op(q, k, v, mask), (q,), (tangent,))[1]
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(op(forward_ad.make_dual(q, tangent), k, v, mask)).tangent
+
+    with pytest.raises(NotImplementedError, match="forward-mode gradients .* are not computed; those of backward"):
+        tangent_of(attention)
+    with forward_ad.dual_level():
+        assert attention(q, k, v, mask).shape == shape, "tensors without a tangent are computed"
 
 
 @pytest.mark.parametrize("twice", [False, True])

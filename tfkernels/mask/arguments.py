@@ -68,7 +68,12 @@ def checked_spans(name: str, spans, seq_len: int, device, documents: Tensor | No
         _check_spans(name, spans, seq_len)
     if looks(spans, documents) and documents is not None:
         _check_within_documents(name, spans, documents)
-    return spans.to(device if device is not None else spans.device, non_blocking=True)
+    return moved(spans, device if device is not None else spans.device)
+
+
+def moved(x: Tensor, device) -> Tensor:
+    """Return x on a device; a copy to the host is waited for, for it is read there at once."""
+    return x.to(device, non_blocking=torch.device(device).type != "cpu")
 
 
 def _span_tensor(name: str, spans) -> Tensor:

@@ -22,6 +22,7 @@ from tfkernels.mask.arguments import (
     described,
     documents_of_lengths,
     int32,
+    moved,
 )
 from tfkernels.mask.counting import visible_keys
 from tfkernels.mask.flex_attention import block_mask
@@ -214,6 +215,8 @@ class TransfusionMask:
                                  f"{lo.device} fits, one per key")
         lo, hi = int32(op, "lo", lo), int32(op, "hi", hi)
         since, until = int32(op, "since", since), int32(op, "until", until)
+        if since is not None:  # what lies before the first query is 0, from which an offset can be taken away
+            since, until = since.clamp(min=0), until.clamp(min=0)
         return cls._from_rows(lo, hi, since, until, key_len, offset, columns_exact=columns_exact)
 
     @classmethod
@@ -331,8 +334,7 @@ class TransfusionMask:
 
     def to(self, device) -> "TransfusionMask":
         """Return the same mask on `device`."""
-        lo, hi, key_since, key_until = (t.to(device, non_blocking=True)
-                                        for t in (self.lo, self.hi, self.key_since, self.key_until))
+        lo, hi, key_since, key_until = (moved(t, device) for t in (self.lo, self.hi, self.key_since, self.key_until))
         return replace(self, lo=lo, hi=hi, key_since=key_since, key_until=key_until)
 
     def queries(self, start: int, stop: int) -> "TransfusionMask":

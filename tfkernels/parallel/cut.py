@@ -64,7 +64,7 @@ class Cut:
     def to(self, device) -> "Cut":
         """Return the same cut on `device`, where the tensors are that it takes from; it is not checked again."""
         moved = object.__new__(Cut)
-        moved.tokens = tuple(x.to(device, non_blocking=True) for x in self.tokens)
+        moved.tokens = tuple(x.to(device, non_blocking=torch.device(device).type != "cpu") for x in self.tokens)
         return moved
 
     def take(self, x: Tensor, rank: int, dim: int = 1) -> Tensor:

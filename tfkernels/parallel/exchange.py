@@ -23,6 +23,7 @@ def exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], group=None
     Returns:
         (sum of received, ...). Under autograd it requires a gradient on every rank, even where x does not, for the
         backward is a message that no rank may leave out: let each rank's loss depend on the result, rows or none.
+        Integers have none.
 
     Raises:
         ValueError: counts that do not fit the group or x.
@@ -33,6 +34,8 @@ def exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], group=None
                          "one for each rank fits")
     if x.ndim < 1 or sum(sent) != len(x):
         raise ValueError(f"exchange: sent adds up to {sum(sent)} and x has shape {tuple(x.shape)}; as many rows fit")
+    if not (x.is_floating_point() or x.is_complex()):
+        return _sent(x, sent, received, group)
     return _Exchange.apply(x, x.new_empty(0, requires_grad=True), sent, received, group)
 
 

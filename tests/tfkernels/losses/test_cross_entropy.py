@@ -157,6 +157,18 @@ def test_a_mean_over_many_rows_does_not_vanish_in_float16():
     torch.testing.assert_close(small.float() * 2**10, one.float(), rtol=2e-3, atol=2.0**-14)
 
 
+def test_small_row_weights_do_not_vanish_in_float16_where_the_loss_is_scaled():
+    """As by a GradScaler; what an ignored target weighs is no measure."""
+    case = CASES["row weights"]
+    hidden, weight, _ = inputs = case.inputs(torch.float16)
+    ignored = torch.where(case.targets < 0, 1e6, case.row_weight * 2.0**-27)
+    found = [torch.autograd.grad(scale * linear_cross_entropy(hidden, weight, case.targets, case.rows,
+                                                              row_weight=w).loss,
+                                 inputs[:2]) for w, scale in ((ignored, 2.0**27), (case.row_weight, 1.0))]
+    for small, one in zip(*found):
+        torch.testing.assert_close(small.float(), one.float(), rtol=2e-3, atol=2.0**-14)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_an_ignored_target_names_may_hold_anything(value):
     case = CASES["both, odd sizes"]

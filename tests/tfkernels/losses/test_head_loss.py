@@ -443,3 +443,13 @@ def test_the_kernels_spill_nothing(dim, size, architecture):
                            architecture=architecture, element_size=size, float32=("k_ptr", "top_ptr",
                                                                                   "loss_weight_ptr")))
     assert all(f.fit(architecture) for f in found), found
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_columns_whose_beginning_is_small_do_not_overflow_in_half_precision(norm):
+    """The normalised row is at most the root of its width, whatever its first columns are."""
+    case = CASES["latents"]
+    inputs = tensors(case, 64)
+    inputs["hidden"][:, :32] *= 0.01
+    inputs["hidden"][:, 50] = 1000.0
+    check(norm, case, inputs, torch.float16)

@@ -160,6 +160,8 @@ def exchanged(group):
     (y * torch.tensor([1.0, 100.0])[rank]).sum().backward()
     arrived, factors = ([0.0], [1.0, 2.0, 10.0, 11.0, 12.0])[rank], ([1.0, 100.0, 100.0], [100.0] * 3)[rank]
     none = exchange(torch.zeros(0, 2), (0, 0), (0, 0), group)
+    whole = exchange(x.detach().long(), sent, received, group)  # integers, such as the places of patches
+    assert whole.dtype == torch.int64 and torch.equal(whole, y.detach().long()) and not whole.requires_grad
     none.sum().backward()
     said = []
     for counts in (((1,), (1,)), ((1, 1), (0, 3))):

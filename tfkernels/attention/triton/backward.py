@@ -22,6 +22,7 @@ from tfkernels.attention.triton.forward import (
     dot_precision,
     head_dims,
     load_rows,
+    mask_pair,
     row_bounds,
     rows_contiguous,
     rows_of,
@@ -389,7 +390,8 @@ def attention_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, 
     dq, dk, dv = (result_like(x) for x in (q, k, v))
     if q.numel() == 0 or k.numel() == 0:
         return [dq.zero_(), dk.zero_(), dv.zero_()] + ([] if sinks is None else [torch.zeros_like(sinks)])
-    q, k, v, out, dout, lo, hi = (rows_contiguous(x) for x in (q, k, v, out, dout, lo, hi))
+    q, k, v, out, dout = (rows_contiguous(x) for x in (q, k, v, out, dout))
+    (lo, hi), (since, until) = mask_pair(lo, hi), mask_pair(since, until)
     batch, heads, sq, _ = q.shape
     kv_heads, sk = k.shape[1:3]
     dims = head_dims(q, v)

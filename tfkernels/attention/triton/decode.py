@@ -19,6 +19,7 @@ from tfkernels.attention.triton.forward import (
     batch_stride,
     dot_precision,
     head_dims,
+    mask_pair,
     row_bounds,
     rows_contiguous,
     softmax_step,
@@ -192,7 +193,9 @@ def attention_decode(
     """
     batch, heads, sq, _ = q.shape
     out, lse = result_like(q, v.shape[-1]), q.new_empty(batch, heads, sq, dtype=torch.float32)
-    q, k, v, lo, hi = (rows_contiguous(x) for x in (q, k, v, lo, hi))
+    q, k, v = (rows_contiguous(x) for x in (q, k, v))
+    (lo, hi), (since, until) = mask_pair(lo, hi), mask_pair(since, until)
+    sinks = sinks if sinks is None else sinks.contiguous()
     paged = block_table is not None
     if paged:
         block_table, page_size, kv_heads, sk = (rows_contiguous(block_table), *k.shape[1:3],

@@ -319,6 +319,14 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if columns == 1 and 128 * rows < 2**31 else x.contiguous()
 
 
+def mask_pair(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two of a mask's (B, S) integers with unit stride and one batch stride; copies where they have others."""
+    first, last = rows_contiguous(first), rows_contiguous(last)
+    if first.stride(0) == last.stride(0) or first.shape[0] == 1:
+        return first, last
+    return first.contiguous(), last.contiguous()
+
+
 def batch_stride(x: Tensor) -> int:
     """Return the batch stride of a mask's (B, S) integers, 0 where one row serves the whole batch."""
     return x.stride(0) if x.shape[0] > 1 else 0
@@ -349,7 +357,9 @@ def attention_forward(
     """Launch the forward kernel: (B, H, Sq, D) x (B, K, Sk, D), (B, K, Sk, Dv) -> out (B, H, Sq, Dv), LSE float32."""
     batch, heads, sq, _ = q.shape
     out, lse = result_like(q, v.shape[-1]), q.new_empty(batch, heads, sq, dtype=torch.float32)
-    q, k, v, lo, hi = (rows_contiguous(x) for x in (q, k, v, lo, hi))
+    q, k, v = (rows_contiguous(x) for x in (q, k, v))
+    (lo, hi), (since, until) = mask_pair(lo, hi), mask_pair(since, until)
+    sinks = sinks if sinks is None else sinks.contiguous()
     if out.numel() == 0:
         return out, lse
     dims = head_dims(q, v)
