@@ -53,7 +53,7 @@ class ServeSettings(HostSettings):
     """Serve a model over HTTP with OpenAI's interface; Ctrl-C finishes what runs and ends."""
 
     api_key: str | None = None
-    """what clients must send as their key; none is asked for by default, and one is wanted beside --host 0.0.0.0"""
+    """what clients must send as their key; None: nobody is asked for one, beside --host 0.0.0.0 either"""
 
     def __post_init__(self):
         check("serve", self)

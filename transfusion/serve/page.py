@@ -12,6 +12,7 @@ from contextlib import aclosing
 
 import gradio as gr
 import uvicorn
+from anyio import to_thread
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from gradio.processing_utils import save_bytes_to_cache
@@ -277,7 +278,8 @@ class Page:
         try:
             answers = Answers(self.engine, visit)
             with reading("messages" if call.address == "chat/completions" else "prompt"):
-                asked = await run_in_threadpool(requests_of, call, self.pictures, self.template)
+                asked = await to_thread.run_sync(requests_of, call, self.pictures, self.template,
+                                                 limiter=self.pictures.reading)
                 await answers.submit(asked)
             found, last = [Answer(one.sampling.seed) for one in asked], time.monotonic()
             yield found

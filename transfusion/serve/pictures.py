@@ -5,6 +5,7 @@ import math
 import threading
 from collections.abc import Callable
 
+from anyio import CapacityLimiter
 from PIL import Image as Picture
 from torch import Tensor
 
@@ -32,6 +33,7 @@ class PictureReader:
         self.patch_size = model.config.patch_size
         self.tokens = math.prod(side // self.patch_size for side in model.config.image_size) + 2  # BOI and EOI
         self._decoding = threading.BoundedSemaphore(AT_ONCE)
+        self.reading = CapacityLimiter(2 * AT_ONCE)  # threads of their own: all others would wait behind pictures
         if self.channels not in (1, 3):
             raise ValueError(f"serve: the model's images have {self.channels} channels and no VAE; models of 1 (grey) "
                              "or 3 (colour), or with a VAE, fit")

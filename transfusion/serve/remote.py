@@ -11,7 +11,10 @@ import ssl
 import time
 from urllib.parse import urljoin, urlsplit
 
+import transfusion
+
 SECONDS, REDIRECTS = 10, 3
+PER_ADDRESS = 3  # seconds to connect to one of a host's addresses
 LAST_BYTES = tuple(map(ipaddress.IPv6Network, ("::/96", "64:ff9b::/96")))  # whose last four bytes are an IPv4 address
 
 
@@ -64,13 +67,14 @@ def _joined(url: str, target: str) -> str:
 def _get(url: str, max_bytes: int, end: float) -> tuple[str | None, bytes]:
     """One request: where it redirects to, or None, and the bytes."""
     scheme, host, port, path = _split(url)
-    connection = http.client.HTTPConnection(host, port)
+    kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
+    connection = kind(host, port)  # which names the port in Host where it is not the scheme's own
     plain = _connected(host, port, end)
     try:
         if scheme == "https":
             plain = ssl.create_default_context().wrap_socket(plain, server_hostname=host)
         connection.sock = _Socket(plain, end)
-        connection.request("GET", path)
+        connection.request("GET", path, headers={"User-Agent": f"transfusion/{transfusion.__version__}"})
         answer = connection.getresponse()
         if answer.status in (301, 302, 303, 307, 308) and answer.headers["Location"]:
             return answer.headers["Location"], b""
@@ -149,7 +153,13 @@ def _connected(host: str, port: int, end: float) -> socket.socket:
     for address, *_ in found:
         if not is_public(address):
             raise ValueError(f"image_url: {host} is at {address}, which is not public; a public address fits")
-    return socket.create_connection(found[0][:2], timeout=_left(end))
+    refused = OSError(f"{host} has no address")
+    for address in dict.fromkeys(address[:2] for address in found):  # as browsers do, the next where one is dead
+        try:
+            return socket.create_connection(address, timeout=min(PER_ADDRESS, _left(end)))
+        except OSError as error:
+            refused = error
+    raise refused
 
 
 def is_public(address: str) -> bool:

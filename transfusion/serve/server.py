@@ -15,7 +15,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 
@@ -47,6 +47,7 @@ from transfusion.serve.wire import (
     image_requests,
     refused,
     shows_other_hosts,
+    shows_pictures,
 )
 
 LOG = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class Answers:
 
     def __init__(self, engine: Engine, request: Request):
         self.engine, self.request, self.tickets = engine, request, []
-        self.done: list[Finished] = []
+        self.done: dict[int, Finished] = {}  # by the number of the answer
         self.loop, self.unread, self.news = asyncio.get_running_loop(), [], asyncio.Event()
 
     async def submit(self, asked: list[Asked]) -> None:
@@ -102,7 +103,7 @@ class Answers:
                         if isinstance(event, Failed):
                             raise of_the_server(event.error)
                         if isinstance(event, Finished):
-                            self.done.append(event)
+                            self.done[number] = event
                         yield number, event
         finally:
             self.watch.cancel()
@@ -158,8 +159,9 @@ class Api:
         self._check(body)
         with reading("messages"):
             fetches = self.pictures.remote_bytes is not None and shows_other_hosts(body.messages)
+            reads = self.pictures.reading if shows_pictures(body.messages) else None
             answers = await self._start(request, chat_requests, body, self.pictures, self.template,
-                                        limiter=self.fetching if fetches else None)
+                                        limiter=self.fetching if fetches else reads)
         head = self._head("chatcmpl", body)
         if body.stream:
             head["object"] = "chat.completion.chunk"
@@ -168,7 +170,8 @@ class Api:
         choices = [{"index": number, "finish_reason": one.reason, "logprobs": None,
                     "message": {"role": "assistant", "content": await self._content(one.parts)}}
                    for number, one in enumerate(done)]
-        return JSONResponse({**head, "object": "chat.completion", "choices": choices, "usage": _usage(done)})
+        usage = _usage(answers.done, body.n)
+        return JSONResponse({**head, "object": "chat.completion", "choices": choices, "usage": usage})
 
     async def complete(self, body: CompletionBody, request: Request) -> Response:
         """/v1/completions."""
@@ -186,7 +189,7 @@ class Api:
         done = await answers.finished()
         choices = [{"index": number, "text": _text(one.parts), "finish_reason": one.reason, "logprobs": None}
                    for number, one in enumerate(done)]
-        return JSONResponse({**head, "choices": choices, "usage": _usage(done)})
+        return JSONResponse({**head, "choices": choices, "usage": _usage(answers.done, body.n)})
 
     async def draw(self, body: ImageBody, request: Request) -> dict:
         """/v1/images/generations."""
@@ -210,7 +213,8 @@ class Api:
                 if not files:
                     raise ApiError(400, "image is missing; a picture file fits", "image")
                 self.pictures.check_count(len(files))
-                images = [await run_in_threadpool(self.pictures.read, await file.read()) for file in files]
+                images = [await to_thread.run_sync(self.pictures.read, await file.read(),
+                                                   limiter=self.pictures.reading) for file in files]
         return await self._drawn(body, images, request)
 
     async def _drawn(self, body: ImageBody, images: list[Image], request: Request) -> dict:
@@ -237,7 +241,8 @@ class Api:
                 async for chunk in chunks:
                     yield f"data: {json.dumps(chunk)}\n\n"
                 if (body.stream_options or {}).get("include_usage"):
-                    yield f"data: {json.dumps({**head, 'choices': [], 'usage': _usage(answers.done)})}\n\n"
+                    usage = _usage(answers.done, body.n)
+                    yield f"data: {json.dumps({**head, 'choices': [], 'usage': usage})}\n\n"
             except Exception as error:  # the status is sent already
                 told = error if isinstance(error, ApiError) else of_the_server(error)
                 yield f"data: {json.dumps(told.body())}\n\n"
@@ -394,6 +399,8 @@ def _text(parts: list[Part]) -> str:
     return "".join(part.text for part in parts)
 
 
-def _usage(done: list[Finished]) -> dict:
-    prompt, written = (sum(getattr(one, name) for one in done) for name in ("prompt_tokens", "written_tokens"))
+def _usage(done: Mapping[int, Finished], n: int) -> dict:
+    """Tokens of answers by their numbers, of which n follow one prompt: that is counted once."""
+    prompt = sum(one.prompt_tokens for number, one in done.items() if number % n == 0)
+    written = sum(one.written_tokens for one in done.values())
     return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}

@@ -1,7 +1,7 @@
 """A conversation's turns as the parts that a model goes on from."""
 from collections.abc import Mapping, Sequence
 
-from transfusion.data.chat import TEMPLATES, ChatSettings, question_parts
+from transfusion.data.chat import TEMPLATES, ChatSettings, question_parts, turn_end
 from transfusion.data.sources.record import PictureRef, Record, Turn
 from transfusion.sequence import Image, Part, Text
 
@@ -23,3 +23,8 @@ def parts_of(turns: Sequence[Turn], images: Mapping[str, Image], tokenizer, temp
         return [Text(part) if isinstance(part, str) else images[part.name] for part in given]
     parts = question_parts(Record("the conversation", turns=tuple(turns)), tokenizer, ChatSettings(template=template))
     return [images[part.name] if isinstance(part, PictureRef) else part for part in parts]
+
+
+def end_of(template: str, tokenizer) -> str:
+    """Return the text that ends an answer in a template of `TEMPLATE_NAMES`; "": nothing but EOS does."""
+    return "" if template == NO_TEMPLATE else turn_end(tokenizer, ChatSettings(template=template))

@@ -18,7 +18,7 @@ from transfusion.sequence import Image, Part, Text
 from transfusion.serve.pictures import PictureReader
 from transfusion.serve.remote import Fetching
 from transfusion.serve.request import Request
-from transfusion.serve.turns import parts_of
+from transfusion.serve.turns import end_of, parts_of
 from transfusion.settings import shown
 
 WIRE_NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale", "image_size": "size",
@@ -178,6 +178,8 @@ def chat_requests(body: ChatBody, pictures: PictureReader, template: str) -> lis
     more = {} if "image" in kinds else {"max_images": 0}
     more |= {} if "text" in kinds else {"max_new_tokens": 0, "max_images": 1}
     parts = prompt_of(body.messages, pictures, template)
+    with pictures.engine.tokenizing:
+        more["turn_end"] = end_of(template, pictures.engine.model.tokenizer)
     return [Request(parts, body.sampling(pictures, number, **more), draw="text" not in kinds)
             for number in range(body.n)]
 
@@ -211,6 +213,11 @@ def prompt_of(messages: list[dict], pictures: PictureReader, template: str) -> l
     pictures.engine.check_texts(part for turn in turns for part in turn.parts if isinstance(part, str))
     with pictures.engine.tokenizing:
         return parts_of(turns, images, pictures.engine.model.tokenizer, template)
+
+
+def shows_pictures(messages: list[dict]) -> bool:
+    """Whether messages hold a picture."""
+    return any(_kind(part) == "image_url" for message in messages for part in _parts(message))
 
 
 def shows_other_hosts(messages: list[dict]) -> bool:

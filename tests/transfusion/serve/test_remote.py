@@ -1,9 +1,11 @@
 """Pictures of other hosts: public addresses alone, also behind redirects, and no more bytes than fit."""
 import contextlib
 import http.server
+import re
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,6 +41,45 @@ def host(monkeypatch):
 
 def test_a_file_is_fetched_also_behind_a_redirect(host):
     assert remote.fetch(f"{host}/picture", 100) == remote.fetch(f"{host}/once", 100) == b"bytes"
+
+
+def test_a_host_is_asked_by_its_name_and_a_port_that_is_the_schemes_own_is_left_out(monkeypatch):
+    asked = []
+
+    class Silent:
+        def sendall(self, data):
+            asked.append(data.decode())
+            raise OSError("enough")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(remote, "_connected", lambda *_: Silent())
+    monkeypatch.setattr(remote, "_Socket", lambda plain, end: plain)
+    monkeypatch.setattr(remote.ssl, "create_default_context", lambda: SimpleNamespace(wrap_socket=lambda s, **_: s))
+    for url in ("https://a.example/x", "http://a.example/x", "https://a.example:8443/x"):
+        with pytest.raises(ValueError, match="enough"):
+            remote.fetch(url, 1)
+    assert [re.search("Host: (.*)\r", one)[1] for one in asked] == ["a.example", "a.example", "a.example:8443"]
+    assert all(re.search("User-Agent: transfusion/", one) for one in asked)
+
+
+def test_where_one_address_of_a_host_does_not_answer_the_next_is_asked(monkeypatch):
+    tried, found = [], [(0, 0, 0, "", (address, 80, 0, 0)) for address in ("2606:4700::1", "8.8.8.8", "8.8.4.4")]
+    monkeypatch.setattr(remote.socket, "getaddrinfo", lambda *_, **__: found)
+
+    def connect(address, timeout):
+        tried.append(address)
+        if address[0] != "8.8.8.8":
+            raise OSError("no route")
+        return "connection"
+
+    monkeypatch.setattr(remote.socket, "create_connection", connect)
+    assert remote._connected("a.example", 80, time.monotonic() + 5) == "connection"
+    assert tried == [("2606:4700::1", 80), ("8.8.8.8", 80)]
+    found.pop(1)
+    with pytest.raises(OSError, match="no route"):
+        remote._connected("a.example", 80, time.monotonic() + 5)
 
 
 @pytest.mark.parametrize("path,message", [

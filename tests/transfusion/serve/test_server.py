@@ -75,6 +75,39 @@ def test_a_text_is_what_the_model_generates(served):
     assert all("usage" not in chunk and chunk["choices"] for chunk in chunks)
 
 
+def test_a_prompt_counts_once_whatever_number_of_answers_it_has(client):
+    def usage(**body):
+        return client.post("/v1/completions", json={"max_tokens": 2, **body}).json()["usage"]
+
+    one, two = usage(prompt="a"), usage(prompt="a handwritten seven")
+    assert usage(prompt="a", n=3)["prompt_tokens"] == one["prompt_tokens"]
+    both = usage(prompt=["a", "a handwritten seven"], n=2)
+    assert both["prompt_tokens"] == one["prompt_tokens"] + two["prompt_tokens"]
+    assert both["total_tokens"] == both["prompt_tokens"] + both["completion_tokens"]
+    asked = {"prompt": "a", "n": 3, "max_tokens": 2, "stream": True, "stream_options": {"include_usage": True}}
+    *_, last = events(client.post("/v1/completions", json=asked))
+    assert last["usage"]["prompt_tokens"] == one["prompt_tokens"]
+
+
+def test_texts_are_answered_while_many_pictures_are_read(served, monkeypatch):
+    _, _, client = served
+    going_on, began = threading.Event(), time.monotonic()
+    content = [{"type": "image_url", "image_url": {"url": data_url(png())}}]
+    monkeypatch.setattr(PictureReader, "read_url", lambda *_: going_on.wait(60))
+    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
+    threads = [threading.Thread(target=client.post, args=("/v1/chat/completions",), kwargs={"json": body})
+               for _ in range(45)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
+        assert time.monotonic() - began < 50, "it did not wait for the pictures"
+    finally:
+        going_on.set()
+        for thread in threads:
+            thread.join()
+
+
 def test_a_picture_is_what_the_model_draws_and_n_of_them_have_seeds_one_after_the_other(served):
     model, _, client = served
     answer = client.post("/v1/images/generations", json={"prompt": "a seven", "n": 2, **DRAW}).json()
