@@ -138,6 +138,12 @@ def claim(command: str, out: Path, inputs: Mapping[str, Path | None] | None = No
         yield
 
 
+def check_not_written(command: str, name: str, given: Path | None, written: Path) -> None:
+    """Refuse an input that the command would write over."""
+    if given is not None and Path(given).resolve() == Path(written).resolve():
+        raise ValueError(f"{command}: {name} is {str(given)!r}, which the command would write over; another --out fits")
+
+
 def check_alone(command: str) -> None:
     """Refuse to be one of several processes that do the same."""
     for name, alone in (("WORLD_SIZE", 1), ("RANK", 0)):

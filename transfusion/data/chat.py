@@ -116,6 +116,17 @@ def question_parts(record: Record, tokenizer, settings: ChatSettings) -> list[Pa
     return answered[:ends[-1] + 1] if ends else []
 
 
+def turn_end(tokenizer, settings: ChatSettings) -> str:
+    """Return the text that ends an answer in the template where it is not EOS, such as `<|im_end|>`; else "".
+
+    A model was trained to write it before EOS, so what it says ends there.
+    """
+    end = "<|im_end|>" if settings.template == "chatml" else ""
+    if settings.template == "tokenizer" and tokenizer.chat_template:
+        end = _frame(tokenizer, str(tokenizer.chat_template), ("user", "assistant"))[1].ending.strip()
+    return "" if end == tokenizer.eos_token else end
+
+
 def length(parts: Sequence[Part], tokenizer, picture_tokens: Callable[[PictureRef], int] | None = None) -> int:
     """Tokens of a conversation's parts in a document, with BOS and EOS."""
     ids = [part.ids for part in parts[:1] if isinstance(part, EncodedText)]

@@ -14,7 +14,7 @@ import torch
 from PIL import Image as Picture
 from tqdm import tqdm
 
-from transfusion.data.chat import TEMPLATES, ChatSettings, chat_parts, question_parts
+from transfusion.data.chat import TEMPLATES, ChatSettings, chat_parts, question_parts, turn_end
 from transfusion.data.grids import MODES, Grids, GridSettings
 from transfusion.data.mixture import read_mixture
 from transfusion.data.model_images import picture_shape, pixel_factor
@@ -99,6 +99,7 @@ class Asker:
         self.model, self.asking = model, asking
         self.grids = Grids(asking.pictures, model.config.patch_size * pixel_factor(model.vae), channels)
         self.room = model.config.text_config.get_text_config().max_position_embeddings
+        self.turn_end = turn_end(model.tokenizer, asking.chat)
 
     def prompt(self, question: Question) -> list[Part]:
         """Return a question's parts, up to where the answer begins."""
@@ -123,7 +124,7 @@ class Asker:
         said: list[str | None] = [None] * len(questions)
         for most, numbers in groups.items():
             written = generate_batch(self.model, [prompts[number] for number in numbers], max_images=0,
-                                     max_new_tokens=most, stop=stop or None, **sampling)
+                                     max_new_tokens=most, stop=stop or None, turn_end=self.turn_end, **sampling)
             for number, parts in zip(numbers, written):
                 said[number] = "".join(part.text for part in parts if isinstance(part, Text)).strip()
         return said

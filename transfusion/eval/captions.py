@@ -14,7 +14,9 @@ left out.
 """
 import math
 import re
+import sys
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +29,9 @@ from transfusion.settings import check
 GRAMS, SIGMA, BETA = 4, 6.0, 1.2
 TOKENISER = "split into lower-case words without punctuation by our own rule, not by Stanford's PTB tokenizer"
 CONTRACTION = re.compile(r"(?<=[a-z])(n't|'(?:s|re|ve|ll|d|m))(?![a-z])")
-WORD = re.compile(r"n't|'(?:s|re|ve|ll|d|m)(?![a-z])|\d+(?:[.,]\d+)+|[^\W_]+(?:-[^\W_]+)*")
+MARKS = "".join(chr(i) for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i))[0] == "M")
+LETTERS = rf"(?:[^\W_]|[{MARKS}])+"  # with the marks that belong to them, such as Hindi's vowels
+WORD = re.compile(rf"n't|'(?:s|re|ve|ll|d|m)(?![a-z])|\d+(?:[.,]\d+)+|{LETTERS}(?:-{LETTERS})*")
 IDS, TEXTS = ("image_id", "question_id", "id"), ("caption", "captions", "text")
 
 
@@ -78,6 +82,7 @@ def captions(settings: CaptionsSettings) -> list[Result]:
 
 def words(text: str) -> list[str]:
     """Return the words of a text: lower case, no punctuation, "don't" as "do" and "n't"."""
+    text = unicodedata.normalize("NFC", text)
     return WORD.findall(CONTRACTION.sub(r" \1", text.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")))
 
 

@@ -30,7 +30,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 from tqdm import tqdm
 from tyro.conf import arg
 
-from transfusion.command import claim, file_error
+from transfusion.command import check_not_written, claim, file_error
 from transfusion.data.model_images import decoded, load_image
 from transfusion.data.picture_files import open_picture, to_picture
 from transfusion.device import launched, own_device
@@ -125,6 +125,7 @@ def _line(entry: Entry) -> dict:
 
 def _prepare(command: str, settings: DrawSettings, writes: bool) -> list[Entry]:
     """Return the pictures to draw, compared with what an earlier call wrote; the first process writes what says so."""
+    check_not_written(command, "prompts", settings.prompts, settings.out / "prompts.jsonl")
     prompts = read_prompts(settings.prompts, settings.count)
     samples = settings.samples or (GENEVAL_SAMPLES if prompts.is_geneval else 1)
     pictures = entries(prompts, samples, settings.sampling.seed, settings.prompts.parent)
@@ -132,7 +133,7 @@ def _prepare(command: str, settings: DrawSettings, writes: bool) -> list[Entry]:
     lines = spelled("".join(json.dumps(_line(entry), ensure_ascii=False) + "\n" for entry in pictures))
     about = {"model": str(settings.model), "weights_hash": weights_hash(settings.model), "rule": prompts.rule,
              "pictures": len(pictures), "samples": samples, "prompts": hashlib.sha256(lines.encode()).hexdigest(),
-             "sampling": json.loads(json.dumps(dataclasses.asdict(settings.sampling)))}
+             "sampling": json.loads(json.dumps(_drawing(settings.sampling)))}
     path = settings.out / ABOUT
     held = read_json(path, "take another --out") if path.is_file() else about
     for name in about:
@@ -147,6 +148,11 @@ def _prepare(command: str, settings: DrawSettings, writes: bool) -> list[Entry]:
         for number, row in enumerate(prompts.rows if prompts.is_geneval else ()):
             write_text(settings.out / PICTURES / f"{number:05}" / "metadata.jsonl", json.dumps(row) + "\n")
     return pictures
+
+
+def _drawing(sampling: Sampling) -> dict:
+    """The options of sampling, but for what only says where text ends."""
+    return {name: value for name, value in dataclasses.asdict(sampling).items() if name != "turn_end"}
 
 
 def _check_entries(command: str, settings: DrawSettings, config: TransfusionConfig, prompts: Prompts,

@@ -47,9 +47,9 @@ class Answers:
             os.fsync(self.file.fileno())
 
 
-def identity(weights_hash: str | None, asking: Asking, dtype: str) -> str:
-    """What answers depend on beside the question."""
-    return json.dumps([weights_hash, str(asking), dtype])
+def identity(weights_hash: str | None, asking: Asking, dtype: str, turn_end: str = "") -> str:
+    """What answers depend on beside the question; `turn_end` is the text that ends them where EOS does not."""
+    return json.dumps([weights_hash, str(asking), dtype, *([turn_end] if turn_end else [])])
 
 
 def _lines(data: bytes) -> Iterable[tuple[str, object]]:

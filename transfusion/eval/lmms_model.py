@@ -74,7 +74,8 @@ class TransfusionModel(lmms):
         self.asker = Asker(self.model, asking)
         self.weights_hash = weights_hash(Path(pretrained))
         self.kept = Answers(None if answers is None else Path(answers),
-                            identity(self.weights_hash, asking, str(self.model.dtype)), self._rank)
+                            identity(self.weights_hash, asking, str(self.model.dtype), self.asker.turn_end),
+                            self._rank)
         self.device, self.too_long = self.model.device, 0
 
     def generate_until(self, requests: list) -> list[str]:

@@ -102,7 +102,13 @@ def read_drawn(out: Path) -> list[dict]:
     path = Path(out) / "prompts.jsonl"
     if not path.is_file():
         raise ValueError(f"{str(out)!r} holds no prompts.jsonl; a directory that `transfusion eval draw` wrote fits")
-    return [row for _, row in read_json_lines(path)]
+    rows = []
+    for place, row in read_json_lines(path):
+        for name in ("file", "prompt"):
+            if not isinstance(row.get(name), str):
+                raise ValueError(f"{place}: {name} is {row.get(name)!r}; what `transfusion eval draw` wrote fits")
+        rows.append(row)
+    return rows
 
 
 def _options(row: dict) -> dict:

@@ -26,7 +26,7 @@ from PIL import Image as Picture
 from tqdm import tqdm
 from tyro.conf import arg
 
-from transfusion.command import claim
+from transfusion.command import check_not_written, claim
 from transfusion.data.picture_files import open_picture
 from transfusion.data.sources.fields import string
 from transfusion.data.sources.llava import LLaVASettings
@@ -34,7 +34,14 @@ from transfusion.data.sources.record import DataError, PictureRef, Record
 from transfusion.eval.asking import Asker, AskingSettings, Question
 from transfusion.eval.kept_answers import Answers, identity
 from transfusion.eval.picture_grids import answer_sheet
-from transfusion.eval.results import Result, version_of, weights_hash, write_result
+from transfusion.eval.results import (
+    Result,
+    check_same_data,
+    remove_results,
+    version_of,
+    weights_hash,
+    write_result,
+)
 from transfusion.eval.settings import ModelSettings
 from transfusion.files import write_text
 from transfusion.model.loading import load_model
@@ -103,14 +110,17 @@ def evaluate_questions(settings: QuestionsSettings) -> dict[str, dict[str, float
         ValueError: settings that do not fit, or no question in the data.
     """
     check("eval questions", settings)
+    for name in ("data", "train"):
+        check_not_written("eval questions", name, getattr(settings, name), settings.out / "questions.jsonl")
     known = read_known(settings.data, settings.images)
     train = None if settings.train is None else read_known(settings.train, None)
     with claim("eval questions", settings.out, {"model": settings.model}, alone=False):
+        check_same_data("eval questions", settings.out, settings.data.stem, settings.data)
         begun = time.monotonic()
         model = settings.loading.cast(load_model(settings.model, settings.device))
         asker = Asker(model, settings.asking.asking(model))
         hashed = weights_hash(settings.model)
-        kept = Answers(settings.out / "kept", identity(hashed, asker.asking, str(model.dtype)))
+        kept = Answers(settings.out / "kept", identity(hashed, asker.asking, str(model.dtype), asker.turn_end))
         answers = {"right": ask(asker, known, True, settings, kept)}
         if settings.blind:
             answers["blind"] = ask(asker, known, False, settings, kept)
@@ -191,10 +201,13 @@ def ask(asker: Asker, known: list[Known], sees: bool, settings: QuestionsSetting
 
 
 def majority(known: list[Known], train: list[Known]) -> list[str]:
-    """Return for each question the most frequent answer to questions of its kind in `train`, the first of equals."""
+    """Return for each question the most frequent answer to questions of its kind in `train`, the first of equals.
+
+    Answers count as one that `is_right` takes for one.
+    """
     counts = defaultdict(Counter)
     for one in train:
-        counts[one.kind][one.answer] += 1
+        counts[one.kind][_plain(one.answer)] += 1
     return [counts[one.kind].most_common(1)[0][0] if counts[one.kind] else "" for one in known]
 
 
@@ -236,13 +249,14 @@ def _write(settings: QuestionsSettings, known: list[Known], answers: dict[str, l
     lines = ({"where": one.where, "kind": one.kind, "question": one.text, "answer": one.answer,
               **{name: said[i] for name, said in answers.items()}} for i, one in enumerate(known))
     write_text(settings.out / "questions.jsonl", "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
+    remove_results(settings.out, settings.data.stem)  # kinds that are no longer asked
     for kind, score in scores.items():
         others = {name: score[name] for name in ("majority", "blind") if name in score}
         write_result(settings.out, Result(
             task=settings.data.stem, metric=f"accuracy, {kind}", value=score["right"], n=score["n"],
             library="transfusion", version=version_of("transfusion"), model=str(settings.model), **about,
             note="; ".join([*(f"{name} {share:.1%}" for name, share in others.items()), *([left] if left else [])]),
-            details=others))
+            details={"data": str(settings.data.resolve()), **others}))
     _draw(settings.out / "questions.png", known, answers["right"])
     print(table(scores))
 

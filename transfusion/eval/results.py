@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 import transfusion
-from transfusion.files import read_json, write_text
+from transfusion.files import read_json, whole, write_text
 from transfusion.settings import NotNegative, WholeNumber, check, nearest
 
 FOLDER = "results"
@@ -99,15 +99,34 @@ def _free_name(folder: Path, result: Result) -> str:
     return name
 
 
+def check_same_data(command: str, out: Path, task: str, data: Path) -> None:
+    """Refuse to write results of a task where those of the same name are of another file, which they say in "data".
+
+    Raises:
+        ValueError: as the first line says, or a file of such a name is damaged.
+    """
+    for path in _of_name(out, task):
+        held = read_json(path, ADVICE)
+        other = held.get("details", {}).get("data", str(data.resolve()))
+        if held.get("task") == task and other != str(data.resolve()):
+            raise ValueError(f"{command}: out is {str(out)!r}, where {path.relative_to(out)} is of {other!r}, and now "
+                             f"the data are {str(data)!r}; another --out, or another file's name, fits")
+
+
 def remove_results(out: Path, task: str) -> None:
     """Remove the results of a task in OUT/results, of whatever metrics.
 
     Raises:
         ValueError: a file of such a name is damaged; the message names it.
     """
-    for path in sorted((Path(out) / FOLDER).glob(f"{result_name(task, '')}*.json")):
+    for path in _of_name(out, task):
         if read_json(path, ADVICE).get("task") == task:
             path.unlink()
+
+
+def _of_name(out: Path, task: str) -> list[Path]:
+    """Files whose names are those of a task's results, or of another one's that begins alike."""
+    return sorted((Path(out) / FOLDER).glob(f"{result_name(task, '')}*.json"))
 
 
 def result_name(task: str, metric: str) -> str:
@@ -176,11 +195,18 @@ def weights_hash(path: Path) -> str | None:
     """Return the SHA-256 of a file of weights or of a directory's, None for a directory that holds none.
 
     Of one file it is what `sha256sum FILE` prints; of several, the SHA-256 of the lines "HASH  NAME" that
-    `sha256sum` prints in the order of their names. An autoencoder in vae/ counts, what resuming needs does not.
+    `sha256sum` prints in the order of their names. An autoencoder in vae/ counts, what resuming needs does not. Of a
+    save that a kill left in two places it is the newest one's, as `load_model` reads it.
     """
     path = Path(path)
     if path.is_file():
         return _sha256(path)
+    with whole(path) as place:
+        return _hash_of_all(place)
+
+
+def _hash_of_all(path: Path) -> str | None:
+    """`weights_hash` of a directory."""
     files = sorted({file for folder in (path, path / "vae") for pattern in WEIGHTS for file in folder.glob(pattern)},
                    key=lambda file: file.relative_to(path).as_posix())
     if len(files) < 2:

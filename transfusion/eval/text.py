@@ -2,7 +2,7 @@
 
     perplexity        exp(-sum_i log p(token_i | tokens before it) / tokens)
     word perplexity   the same sum over the number of words, which no tokenizer changes
-    bits per byte     the same sum in bits over the file's bytes
+    bits per byte     the same sum in bits over the file's bytes, but for a byte-order mark
 
 The file is read in windows of the model's positions (or `--window`), as lm-eval's rolling log-likelihood does: each
 window's first token is predicted from the one token before it, that of the first window from BOS. The last window is
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from tyro.conf import arg
 
 from transfusion.command import claim
-from transfusion.eval.results import Result, version_of, weights_hash, write_result
+from transfusion.eval.results import Result, check_same_data, version_of, weights_hash, write_result
 from transfusion.eval.settings import ModelSettings
 from transfusion.model.loading import load_model
 from transfusion.settings import Count, check
@@ -64,7 +64,7 @@ class Perplexity(NamedTuple):
     """Of a text: three ways to divide one sum of log-probabilities, and what it is of."""
 
     perplexity: float
-    word_perplexity: float
+    word_perplexity: float  # inf where the words are too few for a number, as in a script without spaces
     bits_per_byte: float
     tokens: int
     log_probability: float
@@ -82,6 +82,8 @@ def evaluate_text(settings: TextSettings) -> None:
     text = None if settings.file is None else _text(settings.file)
     manager = _task_manager(settings) if settings.tasks else None
     with claim("eval text", settings.out, {"model": settings.model}):
+        if settings.file is not None:
+            check_same_data("eval text", settings.out, f"text {settings.file.name}", settings.file)
         model, hashed = settings.loading.cast(load_model(settings.model, settings.device)), weights_hash(settings.model)
         if text is not None:
             _write(settings, _of_file(settings, model, text), hashed)
@@ -97,12 +99,16 @@ def perplexity(model, text: str, window: int | None = None, batch: int = 8, with
     model was made of.
 
     Raises:
-        ValueError: the text is empty.
+        ValueError: the text is empty, or the window wider than the model's positions.
     """
     ids = model.tokenizer.encode(text, add_special_tokens=False)
-    if not ids:
+    if not text.split():
         raise ValueError("eval text: the text is empty; at least one word fits")
-    window = window or model.config.text_config.get_text_config().max_position_embeddings
+    positions = model.config.text_config.get_text_config().max_position_embeddings
+    window = window or positions
+    if window > positions:
+        raise ValueError(f"eval text: window is {window:,} and the model has {positions:,} positions; at most as many "
+                         "tokens fit")
     tokens = torch.tensor([model.tokenizer.bos_token_id, *ids], device=model.device)
     whole, rest, total = len(ids) // window, len(ids) % window, 0.0
     groups = [(list(range(at, min(at + batch, whole))), window) for at in range(0, whole, batch)]
@@ -115,14 +121,15 @@ def perplexity(model, text: str, window: int | None = None, batch: int = 8, with
             logits[:, list(without)] = -math.inf
             total += float(logits.log_softmax(-1).gather(1, targets[:, None]).double().sum())
     words, size = len(text.split()), len(text.encode())
-    return Perplexity(math.exp(-total / len(ids)), math.exp(min(-total / words, 700)) if words else math.nan,
+    return Perplexity(math.exp(-total / len(ids)), math.exp(-total / words) if -total / words < 700 else math.inf,
                       -total / math.log(2) / size, len(ids), total)
 
 
 def _write(settings: TextSettings, results: Iterable[Result], hashed: str | None) -> None:
     for result in results:
         write_result(settings.out, replace(result, model=str(settings.model), weights_hash=hashed))
-        print(f"{result.task}: {result.metric} {result.value:.6g} of {result.n:,}", flush=True)
+        said = f"no score ({result.note})" if result.value is None else f"{result.value:.6g}"
+        print(f"{result.task}: {result.metric} {said} of {result.n:,}", flush=True)
 
 
 def _of_file(settings: TextSettings, model, text: str) -> list[Result]:
@@ -130,8 +137,10 @@ def _of_file(settings: TextSettings, model, text: str) -> list[Result]:
     found = perplexity(model, text, settings.window, settings.batch)
     common = dict(task=f"text {settings.file.name}", n=found.tokens, library="transfusion",
                   version=version_of("transfusion"), seconds=time.perf_counter() - began,
-                  details={"window": settings.window})
-    return [Result(metric=name.replace("_", " "), value=getattr(found, name), **common)
+                  details={"window": settings.window, "data": str(settings.file.resolve())})
+    few = {"value": None, "note": "the text has too few words between spaces for a word perplexity"}
+    return [Result(metric=name.replace("_", " "), **common,
+                   **({"value": value} if math.isfinite(value := getattr(found, name)) else few))
             for name in ("perplexity", "word_perplexity", "bits_per_byte")]
 
 
@@ -175,7 +184,8 @@ def _of_task(settings: TextSettings, model, manager, task: str) -> list[Result]:
             name, _, chosen = key.partition(",")
             if not chosen or name.endswith("_stderr") or not isinstance(score, int | float):
                 continue
-            error, count = metrics.get(f"{name}_stderr,{chosen}"), found["n-samples"][task]["effective"]
+            error, own = metrics.get(f"{name}_stderr,{chosen}"), found["n-samples"].get(task)
+            count = metrics.get("sample_len", 0) if own is None else own["effective"]  # of a group, of all its tasks
             results.append(Result(
                 task=task, metric=name, value=float(score), n=count, library="lm-eval", version=version_of("lm-eval"),
                 seconds=seconds, standard_error=error if isinstance(error, float) else None, seed=1234,
@@ -186,7 +196,7 @@ def _of_task(settings: TextSettings, model, manager, task: str) -> list[Result]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode("utf-8-sig")  # its ends of lines as they are
     except UnicodeDecodeError as error:
         raise ValueError(f"eval text: file is {str(path)!r}, which is no UTF-8 text (byte {error.start}); a text file "
                          "fits") from error

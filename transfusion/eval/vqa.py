@@ -147,12 +147,16 @@ def _write(settings: VQASettings, benchmark: Benchmark, found: dict, model, too_
     answers = [(rows[sample["doc_id"]], _text(sample)) for sample in sorted(samples, key=lambda one: one["doc_id"])]
     about = read_json(settings.data / benchmark.name / ABOUT, "transfusion eval prepare writes it anew")
     write_answers(settings.out, benchmark.name, answers, settings.model.name)
-    upload = write_upload(settings.out, benchmark.name, answers, Path(about["folder"]))
+    upload, missing = None, []
+    try:
+        upload = write_upload(settings.out, benchmark.name, answers, Path(about["folder"]))
+    except ValueError as error:  # of what was asked, nothing is lost: answers are kept, and scores are written
+        missing.append(f"no file for its server: {str(error).removeprefix('eval vqa: ')}")
     metrics = found["results"][f"{benchmark.name}_local"]
     scores = {name.split(",")[0]: score for name, score in metrics.items()
               if "," in name and isinstance(score, int | float) and not name.startswith("bypass")
               and not name.split(",")[0].endswith(("_stderr", "_stderr_clustered", "_stderr_clt"))}
-    notes = _notes(settings, benchmark, about, upload)
+    notes = _notes(settings, benchmark, about, upload) + missing
     notes += [f"{too_long:,} questions fill the model's positions: empty answers"] if too_long else []
     lines = []
     remove_results(settings.out, benchmark.name)  # a judge's score beside answers that nobody scored would be stale

@@ -3,6 +3,8 @@
 A batch of prompts (`transfusion.generate.generation`) and the engine of a server (`transfusion.serve.engine`) run the
 model in different ways; what a row does with the model's answers is the same for both and stands here.
 """
+import math
+
 import torch
 from torch import Tensor
 
@@ -63,7 +65,7 @@ class Row:
         self.decoding = Decoding(self.decoder)  # of what was written since the last image
         self.eos = model.tokenizer.eos_token_id
         self.generator = torch.Generator().manual_seed(seed)
-        self.stop = tuple(options.stop or ())
+        self.stop = (*(options.stop or ()), *([options.turn_end] if options.turn_end else ()))
         self.state, self.text = WRITING, ""
         self.parts: list[Part] = []
         self.images = self.written = 0
@@ -94,10 +96,13 @@ class Row:
         if self.images >= options.max_images:
             scores[self.config.boi_token_id] = -torch.inf
         if options.temperature == 0:
-            return int(scores.argmax())
+            best, token = scores.max(-1)  # NaN where a score is
+            _check_number(float(best))
+            return int(token)
         scores = (scores - scores.max()).double() / options.temperature  # in float32 a tiny one makes NaN: 0 / 0
         ranked, order = scores.float().softmax(-1).sort(descending=True)
         ranked[(ranked.cumsum(-1) - ranked >= options.top_p) | (ranked < options.min_p * ranked[0])] = 0
+        _check_number(float(ranked[0]))
         ranked[0] = ranked[0].clamp(min=torch.finfo(ranked.dtype).tiny)  # top_p 0 leaves the likeliest
         return int(order[torch.multinomial(ranked, 1, generator=self.generator)])
 
@@ -130,7 +135,9 @@ class Row:
     def image(self, patches: Tensor) -> Image:
         """An image on the host from its patches."""
         height, width = (side * self.config.patch_size for side in self.grid)
-        return Image(unpatchify(patches.float().cpu(), self.config.patch_size, height, width)[0])
+        patches = patches.float().cpu()
+        _check_number(float(patches.sum()))
+        return Image(unpatchify(patches, self.config.patch_size, height, width)[0])
 
     def drawn(self, patches: Tensor) -> Image:
         """Put the finished image of patches behind what was written, and go on writing."""
@@ -163,3 +170,14 @@ class Row:
     def _before_stop(self, text: str) -> str:
         """What of a text stands before the first of the texts that end it: all of it where none is there."""
         return text[:min((text.index(stop) for stop in self.stop if stop in text), default=len(text))]
+
+
+def _check_number(found: float) -> None:
+    """Refuse what a model gave where it is not finite: all that follows would be noise that looks like an answer.
+
+    Raises:
+        ValueError: it is NaN or infinite.
+    """
+    if not math.isfinite(found):
+        raise ValueError("generate: the model's outputs are not finite numbers; the dtype bfloat16 or float32, whose "
+                         "range is wider than float16's, or an earlier checkpoint fits")

@@ -29,6 +29,8 @@ class TextSampling:
     """one to four texts, of up to 256 characters each; what is written ends before the first that appears"""
     seed: RowSeed = 0
     """of noise and text: prompt i draws its random numbers from seed + i, whatever the rest of the batch is"""
+    turn_end: Suppress[str] = ""
+    """text that ends a turn in the prompt's chat template, at which what is written ends as at `stop`; "": EOS alone"""
 
     def __post_init__(self):
         check("generate", self)

@@ -7,13 +7,14 @@ from PIL import Image as Picture
 
 from tests.transfusion.conftest import tiny_model
 from transfusion import Text
-from transfusion.data.chat import TEMPLATES, ChatSettings, chat_parts
+from transfusion.data.chat import TEMPLATES, ChatSettings, chat_parts, turn_end
 from transfusion.data.grids import Grids, GridSettings
 from transfusion.data.sources.llava import LLaVASettings
 from transfusion.data.sources.record import PictureFile, PictureRef, Record, Turn
 from transfusion.eval.asking import Asker, Asking, Question
 from transfusion.eval.questions import read_known
 from transfusion.generate.generation import read
+from transfusion.generate.row import Row
 from transfusion.sequence import Image, encode
 
 FRONT = ChatSettings(image_position="front")
@@ -97,6 +98,29 @@ def test_an_answer_ends_before_the_first_text_that_stops_it(asker):
     stop = whole[3:5]
     assert asker.answers([Question("a seven?", (RED,))], max_new_tokens=8, stop=("never", stop)) == \
         [whole[:whole.index(stop)].strip()]
+
+
+@pytest.mark.parametrize("template", ["chatml", "tokenizer"])
+def test_an_answer_ends_where_its_turn_does_in_a_template_with_an_ending_of_its_own(template, monkeypatch):
+    """Of a tokenizer whose EOS is another token, as Qwen's base models have it."""
+    model = tiny_model()
+    tokenizer = model.tokenizer
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    model.backbone.decoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    tokenizer.chat_template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+                               "{% endfor %}")
+    chat = ChatSettings(template=template, system="")
+    record = Record("here", turns=(Turn("user", ("what",)), Turn("assistant", ("ten",))))
+    parts = chat_parts(record, tokenizer, chat)
+    learned = encode(parts, tokenizer, model.config)
+    says = [token for token, target in zip(learned.tokens, learned.targets) if target]
+    assert tokenizer.decode(says).startswith("ten") and "<|im_end|>" in tokenizer.decode(says)
+    written = iter([*says[:-1], *tokenizer.encode("more", add_special_tokens=False), tokenizer.eos_token_id])
+    monkeypatch.setattr(Row, "choose", lambda self, scores: next(written))
+    assert Asker(model, Asking(chat, SIDE)).answers([Question("what")], max_new_tokens=16) == ["ten"]
+    assert turn_end(tokenizer, chat) == "<|im_end|>"
+    tokenizer.eos_token = "<|im_end|>"
+    assert turn_end(tokenizer, chat) == "" == turn_end(tokenizer, FRONT)
 
 
 def test_what_stops_a_row_is_in_no_event_and_leaves_the_other_rows_alone(model):

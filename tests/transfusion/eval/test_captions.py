@@ -23,6 +23,8 @@ def test_words_are_lower_case_without_punctuation_and_contractions_are_split():
     assert words("A dog, isn't it?  The man's 3.5 black-and-white dogs -- they’re 1,000!") == [
         "a", "dog", "is", "n't", "it", "the", "man", "'s", "3.5", "black-and-white", "dogs", "they", "'re", "1,000"]
     assert words("'Hi' (café_au_lait).") == ["hi", "café", "au", "lait"]
+    assert words("cafe\N{COMBINING ACUTE ACCENT}") == ["café"], "composed or not, a word is one"
+    assert words("हिन्दी, ภาษาไทย") == ["हिन्दी", "ภาษาไทย"], "marks belong to the letters that bear them"
 
 
 def test_bleu_of_a_caption_whose_counts_are_clipped():

@@ -56,6 +56,17 @@ def assert_same(a, b):
         assert np.abs(a[name] - b[name]).max() <= 1, name
 
 
+def test_prompts_that_drawing_would_write_over_are_refused(made, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    before = (tmp_path / "prompts.jsonl").read_text()
+    with pytest.raises(SystemExit, match="prompts is .*prompts.jsonl', which the command would write over"):
+        main(["eval", "draw", "--model", str(made / "model"), "--prompts", str(tmp_path / "prompts.jsonl"), "--out",
+              str(tmp_path), "--count", "2"])
+    assert (tmp_path / "prompts.jsonl").read_text() == before
+    with pytest.raises(ValueError, match="prompts.jsonl, line 1: file is None; what `transfusion eval draw` wrote"):
+        read_drawn(tmp_path)
+
+
 def test_every_prompt_has_a_picture_of_one_size_and_a_line(made):
     drawn, rows = pixels(made / "drawn"), read_drawn(made / "drawn")
     assert list(drawn) == [f"{number:06}.png" for number in range(7)]

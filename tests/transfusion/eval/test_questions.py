@@ -31,7 +31,7 @@ class FromTable:
     """Answers from a table of questions, and counts the pictures that it was shown."""
 
     def __init__(self, said):
-        self.said, self.pictures = said, []
+        self.said, self.pictures, self.turn_end = said, [], ""
 
     def __call__(self, model, asking):
         self.asking = asking
@@ -67,7 +67,8 @@ def test_accuracy_is_told_for_each_kind_beside_who_does_not_look(folder, monkeyp
     results = {result.metric: result for result in read_results(folder / "out").values()}
     assert {metric: (result.value, result.n) for metric, result in results.items()} == {
         "accuracy, colour": (1.0, 2), "accuracy, count": (0.0, 1), "accuracy, words": (0.0, 1)}
-    assert results["accuracy, colour"].details == {"majority": 0.5, "blind": 0.5}
+    assert results["accuracy, colour"].details == {
+        "data": str(folder / "held-out.json"), "majority": 0.5, "blind": 0.5}
     lines = [json.loads(line) for line in (folder / "out" / "questions.jsonl").read_text().splitlines()]
     assert lines[1] | {"where": ""} == {
         "where": "", "kind": "count", "question": "How many?", "answer": "one", "right": "two", "blind": "red",
@@ -83,6 +84,29 @@ def test_the_majoritys_answer_is_that_of_the_training_data_where_they_are_named(
     assert majority(known, known) == ["two"] * 3
     assert majority(known, train) == ["one"] * 3
     assert majority(known, [Known("place", "", (), "left", "")]) == [""] * 3
+
+
+def test_the_majoritys_answer_counts_answers_as_one_that_are_right_for_each_other():
+    said = ("No", "No", "No", "Yes", "yes", "yes.", " Yes.")
+    known = [Known("there", "", (), answer, "") for answer in said]
+    assert accuracies(known, {"majority": majority(known, known)})["there"]["majority"] == 4 / 7
+
+
+def test_what_is_asked_is_never_written_over_and_kinds_that_are_gone_have_no_result(folder, monkeypatch):
+    run(folder, monkeypatch)
+    (folder / "held-out.json").write_text(json.dumps([TEXT]))
+    run(folder, monkeypatch)
+    assert [result.metric for result in read_results(folder / "out").values()] == ["accuracy, words"]
+    (folder / "other").mkdir()
+    (folder / "held-out.json").rename(folder / "other" / "held-out.json")
+    for flags, said in ((("--data", str(folder / "other" / "held-out.json")), "of '.*held-out.json', and now the data"),
+                        (("--data", str(folder / "out" / "questions.jsonl")), "data is .* would write over"),
+                        (("--data", str(folder / "other" / "held-out.json"), "--train",
+                          str(folder / "out" / "questions.jsonl")), "train is .* would write over")):
+        before = {path: path.read_bytes() for path in (folder / "out").rglob("*.json*")}
+        with pytest.raises(SystemExit, match=said):
+            run(folder, monkeypatch, *flags)
+        assert before == {path: path.read_bytes() for path in (folder / "out").rglob("*.json*")}
 
 
 @pytest.mark.parametrize("answer,right", [("A  red apple.", True), ("a red apple", True), ("red apple", False),

@@ -17,6 +17,7 @@ from transfusion.eval.results import (
     weights_hash,
     write_result,
 )
+from transfusion.files import JOURNAL, SAVED, whole
 
 RESULT = Result("images", "kernel distance", 0.0125, 200, "transfusion", "0.1.0", 3.5, model="runs/a", seed=0,
                 standard_error=0.001, details={"subsets": 100}, date="2026-11-29T08:00:00+00:00")
@@ -141,3 +142,14 @@ def test_the_hash_of_weights_is_that_of_sha256sum(tmp_path):
 
 def test_versions_are_those_of_the_packages():
     assert version_of("transfusion") == transfusion.__version__ and version_of("pytest") == pytest.__version__
+
+
+def test_the_hash_is_of_the_weights_that_are_loaded_where_a_kill_left_a_save_in_two_places(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"older")
+    older = weights_hash(tmp_path)
+    (tmp_path / SAVED).mkdir()
+    (tmp_path / SAVED / "model.safetensors").write_bytes(b"newer")
+    (tmp_path / SAVED / JOURNAL).write_text(json.dumps({"files": ["model.safetensors"], "obsolete": [], "keep": None}))
+    with whole(tmp_path) as place:
+        assert (place / "model.safetensors").read_bytes() == b"newer"
+    assert weights_hash(tmp_path) == hashlib.sha256(b"newer").hexdigest() != older

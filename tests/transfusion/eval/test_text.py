@@ -2,6 +2,9 @@
 import copy
 import json
 import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from tests.transfusion.conftest import tiny_model
 from transfusion.cli import main
 from transfusion.eval import text
 from transfusion.eval.results import read_results
-from transfusion.eval.text import perplexity
+from transfusion.eval.text import TextSettings, perplexity
 
 TEXT = ", ".join(["a handwritten seven and a handwritten two"] * 8)
 QUESTIONS = [{"question": "a handwritten", "choices": ["seven", "two", "eight and one"], "gold": 1},
@@ -55,10 +58,10 @@ def plain(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("window,batch", [(None, 8), (32, 1), (32, 3), (1000, 8)])
-def test_perplexity_is_that_of_transformers_own_model(model, plain, window, batch):
-    found = perplexity(model, TEXT, window, batch)
-    ids, total, width = model.tokenizer.encode(TEXT, add_special_tokens=False), 0.0, window or 64
+@pytest.mark.parametrize("text,window,batch", [(TEXT, None, 8), (TEXT, 32, 1), (TEXT, 32, 3), (TEXT[:20], None, 8)])
+def test_perplexity_is_that_of_transformers_own_model(model, plain, text, window, batch):
+    found = perplexity(model, text, window, batch)
+    ids, total, width = model.tokenizer.encode(text, add_special_tokens=False), 0.0, window or 64
     given = [model.tokenizer.bos_token_id, *ids]
     for start in range(0, len(ids), width):
         end = min(start + width, len(ids))
@@ -66,7 +69,7 @@ def test_perplexity_is_that_of_transformers_own_model(model, plain, window, batc
         total += sum(float(row[one]) for row, one in zip(scores[start - end:], ids[start:end]))
     assert found.tokens == len(ids) and found.log_probability == pytest.approx(total, rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(-total / len(ids)), rel=1e-5)
-    assert found.bits_per_byte == pytest.approx(-total / math.log(2) / len(TEXT.encode()), rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(-total / math.log(2) / len(text.encode()), rel=1e-5)
 
 
 @torch.no_grad()
@@ -102,8 +105,49 @@ def test_the_command_writes_three_results_of_a_file(model, tmp_path, capsys):
     assert "text a.txt: perplexity" in capsys.readouterr().out
 
 
+def test_a_text_without_spaces_has_no_word_perplexity_and_ends_of_lines_count_as_the_files_bytes(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + b"an\r\n" + 400 * b"x")
+    main(["eval", "text", "--model", str(tmp_path / "model"), "--file", str(tmp_path / "a.txt"),
+          "--out", str(tmp_path / "out")])
+    results = {result.metric: result for result in read_results(tmp_path / "out").values()}
+    found = perplexity(model, "an\r\n" + 400 * "x")
+    assert found.word_perplexity == math.inf and results["word perplexity"].value is None
+    assert "too few words" in results["word perplexity"].note
+    assert results["bits per byte"].value == pytest.approx(-found.log_probability / math.log(2) / 404)
+
+
+def test_results_of_another_file_of_the_same_name_are_not_written_over(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(TEXT + name)
+    arguments = ["eval", "text", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--file"]
+    main([*arguments, str(tmp_path / "one" / "a.txt")])
+    before = read_results(tmp_path / "out")
+    with pytest.raises(SystemExit, match="text-a.txt-bits-per-byte.json is of '.*one/a.txt', and now the data are"):
+        main([*arguments, str(tmp_path / "two" / "a.txt")])
+    assert read_results(tmp_path / "out") == before
+    main([*arguments, str(tmp_path / "one" / "a.txt")])
+
+
+def test_a_group_of_lm_eval_has_a_result_beside_those_of_its_tasks(model, monkeypatch):
+    found = {"results": {"group": {"acc,none": 0.5, "sample_len": 12, "alias": "group"},
+                         "task": {"acc,none": 0.25, "acc_stderr,none": 0.1, "alias": "task"}},
+             "n-samples": {"task": {"original": 12, "effective": 9}}, "n-shot": {"task": 0}}
+    library = SimpleNamespace(simple_evaluate=lambda *_, **__: found)
+    monkeypatch.setitem(sys.modules, "lm_eval", library)
+    monkeypatch.setitem(sys.modules, "lm_eval.models", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", SimpleNamespace(HFLM=lambda **_: None))
+    monkeypatch.setattr(text, "version_of", lambda package: "0.4.13")
+    results = text._of_task(TextSettings(Path("model"), Path("out"), tasks=("group",)), model, None, "group")
+    assert [(one.task, one.value, one.n) for one in results] == [("group", 0.5, 12), ("task", 0.25, 9)]
+
+
 @pytest.mark.parametrize("arguments,message", [
     ([], "there are no tasks and no file"),
+    (["--file", "words.txt", "--window", "65"], "window is 65 and the model has 64 positions"),
+    (["--file", "spaces.txt"], "the text is empty"),
     (["--file", "nowhere.txt"], "nowhere.txt: No such file"),
     (["--file", "binary.txt"], "binary.txt', which is no UTF-8 text"),
     (["--file", "empty.txt"], "the text is empty"),
@@ -112,7 +156,8 @@ def test_what_does_not_fit_ends_in_one_line(model, tmp_path, monkeypatch, argume
     monkeypatch.chdir(tmp_path)
     model.save_pretrained("model")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    (tmp_path / "empty.txt").write_text("")
+    for name, said in (("empty", ""), ("spaces", " \n"), ("words", TEXT)):
+        (tmp_path / f"{name}.txt").write_text(said)
     with pytest.raises(SystemExit, match=message):
         main(["eval", "text", "--model", "model", "--out", "out", *arguments])
 

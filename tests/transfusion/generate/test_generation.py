@@ -276,6 +276,17 @@ def test_a_tiny_temperature_takes_the_likeliest_token(model, temperature):
     same(model.generate([Text("a")], temperature=temperature, **options), model.generate([Text("a")], **options))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_outputs_that_are_no_numbers_are_refused_and_never_taken_for_an_answer(model, temperature):
+    row = Row(model, [Text("a")], Sampling(temperature=temperature), (1, 1), 0)
+    scores = torch.zeros(model.config.text_config.vocab_size)
+    scores[5] = torch.nan
+    with pytest.raises(ValueError, match="outputs are not finite numbers; the dtype bfloat16 or float32"):
+        row.choose(scores)
+    with pytest.raises(ValueError, match="outputs are not finite numbers"):
+        row.image(torch.full((1, model.config.patch_dim), torch.nan))
+
+
 def test_a_huge_temperature_takes_any_token_that_may_be_written(model):
     row = Row(model, [Text("a")], Sampling(temperature=1e300, max_images=0), (1, 1), 0)
     scores = torch.linspace(0, 1e4, len(model.tokenizer))
