@@ -24,11 +24,13 @@ import transfusion.sample
 import transfusion.serve.chat
 import transfusion.serve.command_line
 from tests.transfusion.conftest import tiny_model
+from transfusion.data.dataset import DatasetSettings
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PRINTED = {*(ROOT / "docs" / "studies").glob("*-*.md")}  # written by a command
 WRITTEN = [page for page in PAGES if page not in PRINTED]
+TORCHRUN = re.compile(r"^torchrun .*-m transfusion\.train ")
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -38,9 +40,12 @@ def blocks(page):
 
 
 def commands(page):
-    """The lines of a page that call the `transfusion` command, continued ones whole, without their comments."""
-    lines = [line for language, code in FENCED.findall(page.read_text()) if not language
-             for line in code.replace("\\\n", "").splitlines()]
+    """The lines of a page that call the `transfusion` command, continued ones whole, without their comments.
+
+    What torchrun starts is among them, as one process would be.
+    """
+    lines = [TORCHRUN.sub("transfusion train ", line) for language, code in FENCED.findall(page.read_text())
+             if not language for line in code.replace("\\\n", "").splitlines()]
     return [line.partition("  #")[0].strip() for line in lines if line.startswith("transfusion ")]
 
 
@@ -95,6 +100,8 @@ def test_a_command_line_is_understood(command, monkeypatch):
         monkeypatch.setattr(module, name, lambda *settings: run.append(settings) or True)
     transfusion.cli.main(shlex.split(command)[1:])
     assert len(run) == 1, f"{command} ran nothing"
+    if command.startswith("transfusion train "):
+        assert type(run[0][0].data) is not DatasetSettings, f"{command} names no data set"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

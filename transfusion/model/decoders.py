@@ -15,6 +15,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names for
 _LINEAR = "decoders whose logits are one linear layer of the hidden states fit (Llama, Mistral, Qwen2, Qwen3)"
 _CHOSEN_KEYS = "attention to all keys that the mask shows fits, not to some chosen by score"
 _DROPOUT = "0 fits, for attention weights are never formed; set it to 0"
+_HEADS = ("classifier_", "summary_")  # fields of heads that are not used here
 _OTHERS = "Llama, Mistral, Qwen2, Qwen3, Gemma 3 and others fit"
 _WITHOUT_KEYWORDS = ("moshi", "nemotron", "stablelm")  # in some version of transformers
 _UNFIT = {  # field of a decoder's configuration: the values that fit, and what is said of others
@@ -97,7 +98,7 @@ def _check_heads(config) -> None:
 
 
 def check_parts(decoder) -> None:
-    """As `check_config`, of what no field of a configuration says."""
+    """As `check_config`, of what no field of a configuration says, and of any field that lets numbers be dropped."""
     family, head, body = decoder.config.model_type, decoder.get_output_embeddings(), decoder.get_decoder()
     if sinks := [name for name, _ in decoder.named_parameters() if "sink" in name.split(".")[-1]]:
         raise ValueError(f"Backbone: text_config.model_type is {family!r}, whose attention has sinks ({sinks[0]}); "
@@ -107,6 +108,10 @@ def check_parts(decoder) -> None:
     if head is None or body is decoder or others:
         raise ValueError(f"Backbone: text_config.model_type is {family!r}, whose logits are made by more than one "
                          f"layer ({others[:1]}); {_LINEAR}")
+    for name, value in vars(decoder.config).items():
+        if "drop" in name and not name.startswith(_HEADS) and isinstance(value, int | float) and value:
+            raise ValueError(f"Backbone: text_config.{name} is {value}; 0 fits, for a resumed run would drop "
+                             "others than it had dropped; set it to 0")
 
 
 def check_implementation(decoder) -> None:

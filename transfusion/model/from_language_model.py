@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from transfusion.command import claim
-from transfusion.files import check_files
+from transfusion.files import check_complete, check_files
 from transfusion.model.config import TransfusionConfig, TransfusionSettings
 from transfusion.model.transfusion import Transfusion
 from transfusion.model.vae import VAE
@@ -55,10 +55,12 @@ def load_language_model(path: Path):
     try:
         options["trust_remote_code"] = False
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        decoder = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options, **weights)
+        decoder, found = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, output_loading_info=True,
+                                                              **options, **weights)
     except (OSError, ImportError) as error:
         raise ValueError(f"init: llm is {str(path)!r}, which cannot be loaded ({error}); safetensors fit, and GGUF "
                          "where the packages gguf and accelerate are installed; convert other formats first") from error
+    check_complete("init", "llm", path, found)
     if "gguf_file" in options and decoder.config.eos_token_id is not None:  # transformers 5.17 takes BOS for EOS there
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(decoder.config.eos_token_id)
     return decoder, tokenizer
@@ -81,17 +83,20 @@ def from_language_model(decoder, tokenizer, *, seed: int = 0, **config) -> Trans
     for name in ("bos_token", "pad_token"):
         if getattr(tokenizer, name) is None:
             setattr(tokenizer, name, tokenizer.eos_token)
-    known = len(tokenizer)
+    before = sorted(set(tokenizer.get_vocab().values()))  # ids may have gaps
     tokenizer.add_tokens([BOI, EOI], special_tokens=True)
     boi, eoi = tokenizer.convert_tokens_to_ids([BOI, EOI])
-    rows = decoder.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        decoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    new = sorted({boi, eoi} - set(before))
+    known = slice(len(before)) if before == [*range(len(before))] else before
+    size = max(boi, eoi, *before) + 1
+    if size > decoder.get_input_embeddings().weight.shape[0]:
+        decoder.resize_token_embeddings(size, mean_resizing=False)
     with torch.no_grad():
         for weight in (decoder.get_input_embeddings().weight, decoder.get_output_embeddings().weight):
-            weight[known:len(tokenizer)] = weight[:known].mean(0)
+            if new:
+                weight[new] = weight[known].mean(0)
     torch.manual_seed(seed)
-    left_out = "quantization_config", "_name_or_path"  # of the file, not of the model
+    left_out = "quantization_config", "_name_or_path", "dtype", "torch_dtype"  # of the file, not of the model
     text_config = AutoConfig.for_model(**{k: v for k, v in decoder.config.to_dict().items() if k not in left_out})
     config = TransfusionConfig(text_config=text_config, boi_token_id=boi, eoi_token_id=eoi, **config)
     model = Transfusion(config, tokenizer)

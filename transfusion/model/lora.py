@@ -10,6 +10,7 @@ model, and `Transfusion.from_pretrained` on its directory loads the model it was
 import copy
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +22,7 @@ from transformers.quantizers import AutoQuantizationConfig
 from transfusion.files import check_files, checksums, current, read_json
 from transfusion.settings import Count, OneOf, nearest
 
+PROJECTIONS = r"backbone\.decoder\.model\.layers\..*_proj"  # a Llama's linear layers
 BASE = "base.json"  # beside an adapter: the way to its model
 
 TRAINED = ("all", "images", "lora")
@@ -78,11 +80,20 @@ def prepare(model, settings: TuneSettings) -> nn.Module:
         config = TrainableTokensConfig(target_modules=list(tokens), token_indices=rows)
     else:
         config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, trainable_token_indices=tokens,
-                            target_modules=r"backbone\.decoder\.model\.layers\..*_proj")
+                            target_modules=_linear_layers(model))
     config.modules_to_save = changed
     adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = str(Path(settings.start).resolve())
     return adapted
+
+
+def _linear_layers(model) -> str | list[str]:
+    """Every linear layer of the decoder's blocks, by a pattern where it says all of them, else by their names."""
+    blocks = set(model.backbone.decoder.get_decoder().layers.modules())
+    names = [name for name, module in model.named_modules() if module in blocks and isinstance(module, nn.Linear)]
+    if all(re.fullmatch(PROJECTIONS, name) for name in names):
+        return PROJECTIONS
+    return names
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -145,6 +156,19 @@ def name_base(directory: Path, start: Path, out: Path) -> None:
     absolute = Path(start).resolve()
     places = {"relative": os.path.relpath(absolute, Path(out).resolve()), "absolute": str(absolute)}
     (directory / BASE).write_text(json.dumps(places | {"weights": checksums(start)}, indent=2) + "\n")
+
+
+def check_base(op: str, start: Path, out: Path) -> None:
+    """Refuse to go on with an adapter on other weights than those that it was trained on.
+
+    Raises:
+        ValueError: the model in `start` has changed since the adapter in `out` was saved.
+    """
+    file = current(out, BASE)
+    kept = read_json(file).get("weights") if file.is_file() else None
+    if kept and checksums(start) not in ({}, kept):
+        raise ValueError(f"{op}: tune.start is {str(start)!r}, whose weights are others than those that the adapter in "
+                         f"{str(out)!r} was trained on; put those back, or go on with --allow-changed")
 
 
 def find_base(path: Path, base: Path | None = None) -> Path:

@@ -12,7 +12,7 @@ from transformers import initialization as init
 import tfkernels.integrations.transformers as integration
 from tfkernels import grid_positions, noise_patchify
 from transfusion.diffusion.objective import OBJECTIVES
-from transfusion.files import check_files, replacing, unfinished, whole
+from transfusion.files import check_complete, check_files, replacing, unfinished, whole
 from transfusion.generate import generation
 from transfusion.model import hub
 from transfusion.model.backbone import AdaLNBackbone, Backbone, LayerOffsets
@@ -165,6 +165,8 @@ class Transfusion(PreTrainedModel):
                              ) from error
         if loading_info is not None:
             loading_info.update(found)
+        elif not kwargs.keys() & {"config", *TransfusionConfig.names()}:  # which may ask for layers that are new
+            check_complete("Transfusion.from_pretrained", "path", path, found)
         return model
 
     @without_progress_bars()

@@ -115,6 +115,9 @@ def read_preset(prog: str, description: str, presets: Mapping[str, Callable], ar
     if name in ("-h", "--help"):
         print(_overview(prog, description, presets, data_sets))
         raise SystemExit(0)
+    if name.startswith("-"):
+        raise SystemExit(f"error: {name} stands where the preset's name fits: `{prog} PRESET {name} ...`, of presets "
+                         f"{', '.join(presets)}")
     if name not in presets:
         raise SystemExit(f"error: {name!r} is no preset; {', '.join(presets)} fit{nearest(name, presets)}")
     preset, command = presets[name], f"{prog} {name}"

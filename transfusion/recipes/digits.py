@@ -103,4 +103,4 @@ def digits_paper() -> TrainConfig:
     """The same digits with the paper's recipe: cosine eps-prediction, 80 % captions first, noise limit 0.5."""
     base = digits()
     return replace(base, out=Path("runs/digits-paper"), model=replace(base.model, objective="eps"),
-                   data=replace(base.data, caption_first=0.8))
+                   data=replace(base.data, caption_first=0.8, noise_limit=0.5))

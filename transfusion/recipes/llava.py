@@ -103,7 +103,7 @@ OTHERS = {
 }
 
 
-OURS = ("resume", "device", "stop-after", "stop_after")
+OURS = ("resume", "device", "recompute", "stop-after", "max-hours", "save-every", "keep-last", "keep-every")
 """flags of `transfusion train` without a dot that may stand among LLaVA's"""
 BARE = ("resume",)
 PATCH, SIDE = 16, 256
@@ -186,7 +186,7 @@ def read_flags(arguments: Sequence[str], folder: Path = Path()) -> LLaVAFlags:
             trainer[TRAINER[name].name] = _value(TRAINER, name, text)
         elif name in OTHERS:
             others[OTHERS[name].name] = _value(OTHERS, name, text)
-        elif "." in name or name in OURS:
+        elif "." in name or name.replace("_", "-") in OURS:
             ours += [f"--{name}"] if name in BARE else [f"--{name}", text]
         else:
             raise ValueError(f"train: --{name} is no flag of LLaVA's{nearest(name, (*TRAINER, *OTHERS, *ACCEPTED))}")

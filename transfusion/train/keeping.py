@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from transfusion.files import ASIDE, remove, replacing
+from transfusion.locks import LOCK
+from transfusion.train.log import LOG
 from transfusion.train.settings import RunSettings
 
 STEPS = "steps"
@@ -20,8 +22,11 @@ STEPS = "steps"
 @contextlib.contextmanager
 def save_place(config: RunSettings, step: int) -> Iterator[Path]:
     """Yield an empty directory for the save after `step` steps, as `replacing` does, then remove what need not stay."""
-    stays = config.keep_last > 0 or _for_good(config, step)
-    with replacing(config.out, keep=f"{STEPS}/{step:08d}" if stays else None) as fresh:
+    stays, place = config.keep_last > 0 or _for_good(config, step), f"{STEPS}/{step:08d}"
+    if stays and _is_run(config.out / place):
+        print(f"{config.out / place} holds another run, which stays; this save is in {config.out} alone", flush=True)
+        stays = False
+    with replacing(config.out, keep=place if stays else None) as fresh:
         yield fresh
     if (config.out / STEPS).is_dir():
         _prune(config, step)
@@ -36,13 +41,21 @@ def _for_good(config: RunSettings, step: int) -> bool:
     return config.keep_every is not None and step % config.keep_every == 0
 
 
+def _is_run(place: Path) -> bool:
+    """Whether somebody trains in a save's directory or did, as `--out out/steps/00001000 --resume` does."""
+    return any((place / name).exists() for name in (LOCK, LOG))
+
+
 def _prune(config: RunSettings, newest: int) -> None:
-    """Remove saves that need not stay; those after `newest` are of a run that was put back to an older save."""
+    """Remove saves that need not stay and in which nobody went on.
+
+    Those after `newest` are of a run that was put back to an older save.
+    """
     place = config.out / STEPS
     for left in place.glob(f"{ASIDE}*"):  # a kill came in between
         shutil.rmtree(left)
     steps = [step for step in kept_steps(config.out) if step <= newest]
     last = steps[-config.keep_last:] if config.keep_last else []
     for step in steps:
-        if step not in last and not _for_good(config, step):
+        if step not in last and not _for_good(config, step) and not _is_run(place / f"{step:08d}"):
             remove(place / f"{step:08d}")

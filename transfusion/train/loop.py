@@ -238,7 +238,8 @@ def shown(task: Task, record: Mapping[str, float], speed: float) -> dict[str, st
 
 def numbers(**values: Tensor) -> dict[str, float]:
     """Single numbers as floats, with one wait for the device."""
-    return dict(zip(values, torch.stack([x.detach().float() for x in values.values()]).tolist()))
+    found = [x.detach().float() for x in values.values()]  # with offloaded weights, norms are on the host
+    return dict(zip(values, torch.stack([x.to(found[0].device) for x in found]).tolist()))
 
 
 def device_of(task: Task) -> torch.device:

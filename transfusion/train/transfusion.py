@@ -23,7 +23,7 @@ from transfusion.data.training_data import Rows, TrainingData, open_data
 from transfusion.device import choose_device
 from transfusion.diffusion.objective import TIMES, sample_times
 from transfusion.model.config import TransfusionConfig, TransfusionSettings
-from transfusion.model.lora import TuneSettings, is_of_images, name_base, prepare, trained_table
+from transfusion.model.lora import TuneSettings, check_base, is_of_images, name_base, prepare, trained_table
 from transfusion.model.transfusion import Transfusion
 from transfusion.sequence import CONTEXT_ATTENTION, Context, Sequence, split_rows
 from transfusion.sequence.tokenizer import BOI, EOI, train_tokenizer
@@ -151,7 +151,9 @@ def build_model(config: TrainConfig, data: TrainingData) -> Transfusion:
 
 def start_model(config: TrainConfig, data: TrainingData) -> Transfusion:
     """Load the checkpoint to start from and check that the data's images, and what their latents are of, fit it."""
-    model = Transfusion.from_pretrained(config.tune.start)
+    if config.resume and config.tune.trained != "all" and not config.allow_changed:
+        check_base("train", config.tune.start, config.out)
+    model = Transfusion.from_pretrained(config.tune.start, dtype=torch.float32)
     asked = json.loads(json.dumps(config.model.shared()))  # lists, as in a checkpoint's configuration
     kept = {name: getattr(model.config, name) for name in asked}
     if differ := [f"{name} {value}" for name, value in kept.items() if value != asked[name]]:

@@ -322,6 +322,7 @@ REFUSED = {
     "logit_scale is 0.0625": ("cohere", {}),
     "logits_scaling is 8.0": ("granite", {"logits_scaling": 8.0}),
     "attention_dropout is 0.1": ("llama", {"attention_dropout": 0.1}),
+    "resid_pdrop is 0.1": ("phi", {"resid_pdrop": 0.1}),
     "attn_pdrop is 0.1": ("gpt2", {}),
     "is_encoder_decoder is True": ("bart", {}),
     "output_router_logits is True": ("qwen3_moe", {"output_router_logits": True}),

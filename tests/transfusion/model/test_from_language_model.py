@@ -1,6 +1,7 @@
 """Language models of several families, saved in their own format, become Transfusions that say what they said."""
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -86,6 +87,44 @@ def test_tied_embeddings_padded_vocabularies_and_tokenizers_without_bos_fit(tmp_
     assert model.tokenizer.bos_token_id is not None and model.tokenizer.pad_token_id is not None
     parts = model.generate([Text("a")], max_new_tokens=3, max_images=0)
     assert all(isinstance(part, Text) for part in parts)
+
+
+def test_a_vocabulary_with_gaps_keeps_all_its_rows(tmp_path):
+    backend = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "b": 3, "c": 9}, unk_token="<s>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>")
+    decoder = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        "llama", vocab_size=10, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4))
+    before = decoder.get_input_embeddings().weight.detach().clone()
+    model = from_language_model(decoder, tokenizer, image_channels=1, image_size=(8, 8))
+    after, words = model.get_input_embeddings().weight, [0, 1, 2, 3, 9]
+    assert torch.equal(after[words], before[words])
+    for added in (model.config.boi_token_id, model.config.eoi_token_id):
+        assert added not in words and added < len(after)
+        torch.testing.assert_close(after[added], before[words].mean(0))
+
+
+def test_a_language_model_of_half_precision_becomes_one_model_of_float32(tmp_path):
+    path = language_model(tmp_path / "llm", "llama")
+    decoder = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    model = from_language_model(decoder, AutoTokenizer.from_pretrained(path), image_channels=1, image_size=(8, 8))
+    model.save_pretrained(tmp_path / "model")
+    for one in (model, Transfusion.from_pretrained(tmp_path / "model")):
+        assert {p.dtype for p in one.parameters()} == {torch.float32}
+
+
+def test_weights_that_no_file_has_are_named_and_never_made_up(tmp_path):
+    path = language_model(tmp_path / "llm", "llama")
+    out = init(InitSettings(llm=path, out=tmp_path / "model", image_channels=1, image_size=(8, 8)))
+    for place, load in ((path, lambda: init(InitSettings(llm=path, out=tmp_path / "other"))),
+                        (out, lambda: Transfusion.from_pretrained(out))):
+        weights = load_file(place / "model.safetensors")
+        gone = next(name for name in weights if name.endswith("layers.0.mlp.up_proj.weight"))
+        save_file({name: one for name, one in weights.items() if name != gone}, place / "model.safetensors",
+                  metadata={"format": "pt"})
+        (place / "checksums.json").unlink(missing_ok=True)
+        with pytest.raises(ValueError, match=f"whose files lack 1 of the model's weights, {gone} for one"):
+            load()
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_is_no_checkpoint_and_what_is_pickled_is_refused(tmp_path):

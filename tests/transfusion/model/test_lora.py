@@ -2,19 +2,21 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from tests.transfusion.model.test_from_language_model import language_model
 from tests.transfusion.train.test_transfusion import losses, small
-from transfusion import Text, Transfusion
+from transfusion import Text, Transfusion, TransfusionConfig
 from transfusion.model.config import BACKBONES
 from transfusion.model.from_language_model import InitSettings, init
 from transfusion.model.lora import TuneSettings, prepare, trained_table
 from transfusion.train.average import Average, trained_parameters
-from transfusion.train.transfusion import train
+from transfusion.train.transfusion import start_model, train
 
 
 @pytest.fixture(
@@ -183,6 +185,38 @@ def test_an_adapter_does_not_take_a_model_of_other_weights_for_its_own(tmp_path,
     other.save_pretrained(tmp_path / "start")
     with pytest.raises(ValueError, match="the model that it was trained on is not there"):
         Transfusion.from_pretrained(tmp_path / "adapter")
+
+
+def test_an_adapter_does_not_go_on_on_other_weights(tmp_path, start):
+    shutil.copytree(start, tmp_path / "start")
+    run(tmp_path / "adapter", tmp_path / "start", "lora", stop_after=2)
+    other = Transfusion.from_pretrained(start)
+    torch.nn.init.ones_(other.image_head.linear.weight)
+    other.save_pretrained(tmp_path / "start")
+    before = (tmp_path / "adapter" / "base.json").read_bytes()
+    with pytest.raises(ValueError, match="whose weights are others than those that the adapter in .* was trained on"):
+        run(tmp_path / "adapter", tmp_path / "start", "lora", stop_after=4, resume=True)
+    assert (tmp_path / "adapter" / "base.json").read_bytes() == before and len(losses(tmp_path / "adapter")) == 2
+    run(tmp_path / "adapter", tmp_path / "start", "lora", stop_after=4, resume=True, allow_changed=True)
+    assert len(losses(tmp_path / "adapter")) == 4
+
+
+@pytest.mark.parametrize("trained", ["all", "lora", "images"])
+def test_a_checkpoint_of_half_precision_is_trained_in_float32(tmp_path, start, trained):
+    Transfusion.from_pretrained(start, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    config = small(tmp_path / "out", tune=TuneSettings(start=tmp_path / "half", trained=trained, lora_rank=4))
+    model = start_model(config, SimpleNamespace(check_start=lambda model: None))
+    assert {p.dtype for p in prepare(model, config.tune).parameters()} == {torch.float32}
+
+
+def test_lora_adapts_every_linear_layer_of_a_block_whatever_it_is_called(tmp_path):
+    text_config = AutoConfig.for_model("phi", vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                       num_attention_heads=4, resid_pdrop=0.0, embd_pdrop=0.0)
+    model = Transfusion(TransfusionConfig(text_config=text_config, image_channels=1, image_size=[8, 8], boi_token_id=3,
+                                          eoi_token_id=4))
+    adapted = prepare(model, TuneSettings(start=tmp_path, trained="lora", lora_rank=2))
+    names = {name.split(".")[-4] for name, _ in adapted.named_parameters() if "lora_A" in name and ".layers.0." in name}
+    assert names == {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}
 
 
 def test_an_adapter_that_leads_back_to_itself_is_refused(tmp_path, start):

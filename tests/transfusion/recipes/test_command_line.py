@@ -34,6 +34,11 @@ def test_a_preset_alone_is_what_its_function_returns():
         assert read(name) == preset()
 
 
+def test_digits_by_the_papers_recipe_have_its_objective_captions_and_noise_limit():
+    config = read("digits-paper")
+    assert (config.model.objective, config.data.caption_first, config.data.noise_limit) == ("eps", 0.8, 0.5)
+
+
 def test_flags_change_the_presets_own_data_set():
     config = read("digits", "--data.noise-limit", "0.2", "--data.story", "0.5", "--optim.steps", "7")
     base = digits()
@@ -89,6 +94,8 @@ def test_a_command_without_presets_takes_a_data_set_and_flags():
 
 @pytest.mark.parametrize("args,said", [
     (("digit",), "'digit' is no preset; digits, digits-paper, emoji, paper, own fit; did you mean digits"),
+    (("--optim.lr", "1e-3", "digits"), "--optim.lr stands where the preset's name fits: `transfusion train PRESET "
+                                       "--optim.lr ...`, of presets digits, digits-paper"),
     (("digits", "data:emojy"),
      "data:emojy names no data set; data:digits, data:emoji, data:folder fit; did you mean data:emoji"),
     (("digits", "data:emoji", "data:digits"), "data:emoji and data:digits name several data sets; one fits"),

@@ -76,7 +76,7 @@ def test_the_script_runs_as_it_is_and_again_and_goes_on(here, monkeypatch, capsy
     printed = capsys.readouterr().out
     assert "--report_to wandb has no effect: rows are packed, saved and logged in this project's own way" in printed
     assert "--deepspeed ./scripts/zero3.json has no effect" in printed and "an epoch has 12 documents" in printed
-    main(["train", *shlex.split(SCRIPT), "--resume"])
+    main(["train", *shlex.split(SCRIPT), "--resume", "--recompute", "full", "--max_hours", "1"])
     assert "runs/lora-from-llm was made of llm before" in capsys.readouterr().out
     run = json.loads((here / "runs" / "lora" / "resume" / "run.json").read_text())
     config, steps = run["config"], run["step"]

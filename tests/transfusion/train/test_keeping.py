@@ -48,6 +48,17 @@ def test_a_run_goes_on_from_an_older_save_as_it_did_before(run):
     assert (config.out / "model.safetensors").read_bytes() == before == (run / "model.safetensors").read_bytes()
 
 
+def test_a_run_that_went_on_from_a_save_is_never_removed_with_it(tmp_path, capsys):
+    train(small(tmp_path, save_every=2, keep_last=2, stop_after=6))
+    branch = tmp_path / "steps" / "00000004"
+    train(small(branch, save_every=2, resume=True, stop_after=8))
+    train(small(tmp_path, save_every=2, keep_last=1, resume=True, stop_after=8))
+    assert saved_step(branch) == 8 and len(losses(branch)) == 4 and kept_steps(tmp_path) == [4, 8]
+    with save_place(small(tmp_path, save_every=2, keep_last=1), 4) as fresh:
+        (fresh / "config.json").write_text("{}")
+    assert saved_step(branch) == 8 and "holds another run, which stays" in capsys.readouterr().out
+
+
 def test_a_run_that_was_put_back_to_an_older_save_keeps_its_own_saves(tmp_path):
     train(small(tmp_path, save_every=3, keep_every=3))
     before = {step: (tmp_path / "steps" / f"{step:08d}" / "model.safetensors").read_bytes() for step in (6, 9)}
