@@ -339,17 +339,6 @@ def whole(out: Path) -> Iterator[Path]:
         yield Path(view)
 
 
-def check_complete(op: str, name: str, path: Path, found: dict) -> None:
-    """Refuse a model some of whose weights no file had, by transformers' loading info: they are random numbers.
-
-    Raises:
-        ValueError: the first of them.
-    """
-    if missing := sorted(found["missing_keys"]):
-        raise ValueError(f"{op}: {name} is {str(path)!r}, whose files lack {len(missing)} of the model's weights, "
-                         f"{missing[0]} for one; copy them again, or make them anew")
-
-
 def checksum(path: Path) -> str:
     """The CRC-32 of a file, eight hexadecimal digits."""
     crc = 0

@@ -11,8 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from transfusion.command import claim
-from transfusion.files import check_complete, check_files
+from transfusion.files import check_files
 from transfusion.model.config import TransfusionConfig, TransfusionSettings
+from transfusion.model.decoders import check_complete
 from transfusion.model.transfusion import Transfusion
 from transfusion.model.vae import VAE
 from transfusion.sequence.tokenizer import BOI, EOI

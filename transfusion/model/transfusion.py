@@ -12,11 +12,12 @@ from transformers import initialization as init
 import tfkernels.integrations.transformers as integration
 from tfkernels import grid_positions, noise_patchify
 from transfusion.diffusion.objective import OBJECTIVES
-from transfusion.files import check_complete, check_files, replacing, unfinished, whole
+from transfusion.files import check_files, replacing, unfinished, whole
 from transfusion.generate import generation
 from transfusion.model import hub
 from transfusion.model.backbone import AdaLNBackbone, Backbone, LayerOffsets
 from transfusion.model.config import TransfusionConfig
+from transfusion.model.decoders import check_complete
 from transfusion.model.image_layers.embedding import PatchEmbedding, TimestepEmbedding, ZeroLinear
 from transfusion.model.image_layers.heads import DiTHead, LinearHead
 from transfusion.model.image_layers.unet import UNetDown, UNetUp, ZeroConv2d

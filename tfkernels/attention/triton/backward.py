@@ -385,15 +385,13 @@ def _attention_bwd_dkv(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr
 def attention_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                        lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, rows_exact: bool, columns_exact: bool,
                        offset: int, scale: float, softcap: float, sinks: Tensor | None = None) -> list[Tensor]:
-    """Launch the backward kernels; return dq, dk, dv in the inputs' dtype, laid out as `result_like` says, and
-    dsinks where there are sinks."""
+    """Launch the backward kernels: dq, dk, dv in the inputs' dtype, laid out as `result_like` says; then any dsinks."""
     dq, dk, dv = (result_like(x) for x in (q, k, v))
     if q.numel() == 0 or k.numel() == 0:
         return [dq.zero_(), dk.zero_(), dv.zero_()] + ([] if sinks is None else [torch.zeros_like(sinks)])
     q, k, v, out, dout = (rows_contiguous(x) for x in (q, k, v, out, dout))
     (lo, hi), (since, until) = mask_pair(lo, hi), mask_pair(since, until)
-    batch, heads, sq, _ = q.shape
-    kv_heads, sk = k.shape[1:3]
+    (batch, heads, sq, _), (kv_heads, sk) = q.shape, k.shape[1:3]
     dims = head_dims(q, v)
     widest = max(dims["D"], dims["D_V"])
     delta = row_deltas(out, dout, lse, dlse, dims["HEAD_DIM_V"], dims["D_V"])
