@@ -2,18 +2,20 @@
 
 A picture of 32x32 has 16 tokens in patches of 8x8. They are taught to be the language model's own embeddings of
 
-    name (8 tokens)   kind (4)   style (4)
+    name (6 tokens)   place (2)   kind (4)   style (4)
 
 filled up with full stops. So a picture reads to the language model as text that says what is in it, before it has seen
-one. The image layers end in a softmax over the V words of all captions, and a token is the mean of the words'
-embeddings, weighted by it (`transfusion.model.image_layers.unet.WordConnector`). No decoder runs: one core takes some
-200 views a second. For weights p_j of place j and the caption's word w_j there,
+one. Half of the views stand alone, half in scenes of two by two, where each thing has 16 tokens of its own and a place,
+"top left" to "bottom right": where a patch lies is otherwise told by rotations of queries and keys alone.
+
+The image layers end in a softmax over the V words of all captions, and a token is the mean of the words' embeddings,
+weighted by it (`transfusion.model.image_layers.unet.WordConnector`). No decoder runs: one core takes some 200 views a
+second. For weights p_j of place j and the caption's word w_j there,
 
     loss = 4 sum_part a_part mean_j -log p_j[w_j] + classifiers
 
 where a_part is in `WEIGHTS` and j runs over the part's places. The classifiers, linear ones of the mean feature for
-name, kind and style, are thrown away. Half of the views stand alone, half in scenes of two by two. All names are
-learned, and none of the pictures that `read_drawings` holds out.
+each part, are thrown away. All names are learned, and none of the pictures that `read_drawings` holds out.
 
 Most names are missing in some styles: few artists drew everything, and what is held out is a name as one family of
 artists drew it. A model that learns which pairs never occur will answer a held-out picture wrongly. So p_j of a name is
@@ -45,11 +47,12 @@ from transfusion.train.loop import Batch, Term, fit
 from transfusion.train.optimizer import Player, build_optimizer
 from transfusion.train.settings import RunSettings, StepSettings, check_steps, defaults
 
-SLOTS = {"name": 8, "kind": 4, "style": 4}
+SLOTS = {"name": 6, "place": 2, "kind": 4, "style": 4}
 """Tokens of a picture that each part of its caption has."""
+PLACES = ("top left", "top right", "bottom left", "bottom right")
 NOTHING = "nothing"  # the name of a white tile
 BLANK = 0.2          # share of a scene's tiles that are white
-WEIGHTS = {"name": 0.5, "kind": 0.25, "style": 0.5}
+WEIGHTS = {"name": 0.5, "place": 0.25, "kind": 0.25, "style": 0.5}
 TERMS = ("captions", "classifiers")
 
 
@@ -76,17 +79,18 @@ class AlignSettings(RunSettings):
 
 
 class Captions:
-    """Captions of drawings as tokens: for name, kind and style, which word stands in each of its places.
+    """Captions of drawings as tokens: for each part of them, which word stands in each of its places.
 
     words: (V,) ids in the tokenizer. spelled: (names, slots) places among the words, of each part.
     """
 
     def __init__(self, drawings: Drawings, tokenizer):
-        texts = {"name": drawings.names, "kind": drawings.kind_names, "style": drawings.style_names}
+        texts = {"name": drawings.names, "place": (*PLACES, ""), "kind": drawings.kind_names,
+                 "style": drawings.style_names}
         stop = tokenizer(".", add_special_tokens=False).input_ids[0]
         filled = []
         for part, count in SLOTS.items():
-            ids = [tokenizer(f" {text}", add_special_tokens=False).input_ids[:count]
+            ids = [tokenizer(f" {text}", add_special_tokens=False).input_ids[:count] if text else []
                    for text in (*texts[part], NOTHING)]
             filled.append(torch.tensor([one + [stop] * (count - len(one)) for one in ids]))
         self.words, places = torch.cat([ids.flatten() for ids in filled]).unique(return_inverse=True)
@@ -195,8 +199,10 @@ class AlignTask:
                             for pool, count in zip(self.pools, (things, optim.batch - things))])
         chosen = chosen[torch.randperm(len(chosen), generator=generator)]
         views = changed(self.drawings.pictures[chosen], generator)
-        labels = labels_of(self.drawings.of(chosen))
         half = optim.batch // 2
+        labels = labels_of(self.drawings.of(chosen))
+        labels["place"] = torch.full((optim.batch,), len(PLACES))
+        labels["place"][half:] = torch.arange(half) % len(PLACES)
         blank = torch.rand(optim.batch, generator=generator) < BLANK
         blank[:half] = False
         views[blank] = 1.0
@@ -204,7 +210,7 @@ class AlignTask:
             labels[part] = labels[part].masked_fill(blank, len(names) - 1)
         scenes = views[half:].unflatten(0, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
         parts = [part.chunk(optim.accumulate) for part in (views[:half], scenes)]
-        targets = torch.stack([labels[part] for part in SLOTS], 1)                                              # (N, 3)
+        targets = torch.stack([labels[part] for part in SLOTS], 1)                                              # (N, 4)
         targets = [part.chunk(optim.accumulate) for part in (targets[:half], targets[half:])]
         return [Batch((alone, scene, torch.cat(target)), dict.fromkeys(TERMS, len(alone)))
                 for alone, scene, *target in zip(*parts, *targets)]
@@ -258,7 +264,7 @@ def accuracies(task: AlignTask) -> dict[str, float]:
 
 
 def split(scores: Tensor) -> dict[str, Tensor]:
-    """The scores (N, 16, V) of name, kind and style."""
+    """The scores (N, 16, V) of each part of captions."""
     return dict(zip(SLOTS, scores.split(tuple(SLOTS.values()), 1)))
 
 

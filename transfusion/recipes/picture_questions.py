@@ -6,7 +6,8 @@
 The pictures are the emoji of the package (`transfusion.recipes.emoji`, 32x32, free licences), or with --drawings the
 animals, plants, dishes and drinks among those in nine styles (`transfusion.recipes.emoji_styles`), one at a time and as
 scenes of 64x64 with up to four of them. Names and kinds are the published ones. Of nine styles each question to train
-on shows a view of its own, turned, moved and coloured a little; held-out pictures are shown as they are.
+on shows a view of its own, turned, moved and coloured twice; held-out pictures are shown as they are. Twice, because
+image layers are surer of pictures that they were trained on: what reads them shall know doubt, too.
 
     name       What is this?                                        a red apple
     category   Is this a feeling, something in nature or ... ?      something to eat or drink
@@ -18,13 +19,15 @@ on shows a view of its own, turned, moved and coloured a little; held-out pictur
     same       Do both pictures show the same thing?                yes, or no
     alike      Are both pictures drawn in the same style?           yes, or no
 
-No answer of yes-or-no, of counts, and of two styles, is more frequent than another, and a third of what is looked for
-is nowhere, so that who does not look is right as often as chance. Held-out questions are about pictures that training
+Each question is a conversation of its own, for the answer to one would help with the next, and stands before its
+pictures: in a mixture of transformers whose text is frozen, patches alone learn to look, and so they know for what. No
+answer of yes-or-no, of counts, and of two styles, is more frequent than another, and a third of what is looked for is
+nowhere, so that who does not look is right as often as chance. Held-out questions are about pictures that training
 never shows: those that `Emoji` or `read_drawings` holds out, scenes of them alone, and comparisons of one of them with
 another picture. Training asks no style of names that are held out in some, because the held-out styles would never be
 the right answer.
 
-    DIR/train.json, DIR/held-out.json    LLaVA's rows, with `kinds`, a word of the list above for each question
+    DIR/train.json, DIR/held-out.json    LLaVA's rows, with `kinds`, a word of the list above
     DIR/pictures/                        what they name
     DIR/mix.yaml                         the mixture of train.json, for `transfusion data check` and training
 """
@@ -46,7 +49,7 @@ from tqdm import tqdm
 from transfusion.command import plain_errors
 from transfusion.data.picture_files import to_picture
 from transfusion.files import replacing
-from transfusion.recipes.align_pictures import changed
+from transfusion.recipes.align_pictures import PLACES, changed
 from transfusion.recipes.emoji import CATEGORIES, LIVELY, SHIPPED, STYLES, Emoji, held_out_pairs
 from transfusion.recipes.emoji_styles import THINGS, Drawings, read_drawings
 from transfusion.settings import Count, Seed, check
@@ -57,7 +60,6 @@ SAID = dict(zip(CATEGORIES, (
     "a place or a vehicle", "a game or a feast", "an object", "a symbol", "a flag")))
 COUNTS = ("one", "two", "three", "four")
 Change = Callable[[Tensor, torch.Generator], Tensor]  # of pictures (N, C, H, W)
-PLACES = ("top left", "top right", "bottom left", "bottom right")
 NATURE = {"animal": "an animal", "monkey": "an animal", "plant": "a plant"}
 EATEN = "something to eat or drink"
 MIXTURE = """\
@@ -80,9 +82,9 @@ class PictureQuestionSettings:
     """what `python -m transfusion.recipes.emoji_styles` wrote: nine styles; None: the two of the package"""
     lively: bool = True
     """of the package's emoji faces, animals, plants and dishes alone: 459 of the 1,870 names"""
-    scenes: Count = 4000
+    scenes: Count = 6000
     """pictures of several emoji to train on"""
-    pairs: Count = 4000
+    pairs: Count = 3000
     """pairs of pictures to compare, to train on"""
     held_out: Count = 400
     """held-out scenes, and as many pairs"""
@@ -99,21 +101,19 @@ class Asked(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """Questions about some pictures."""
+    """A question about some pictures."""
 
     number: str
     pictures: tuple[Path, ...]
-    asked: list[Asked]
+    asked: Asked
 
     def row(self) -> dict:
-        """As LLaVA writes it, with the kinds of its questions."""
-        turns = []
-        for i, (_, question, answer) in enumerate(self.asked):
-            shown = "<image>\n" * len(self.pictures) if i == 0 else ""
-            turns += [{"from": "human", "value": shown + question}, {"from": "gpt", "value": answer}]
+        """As LLaVA writes it, with the kind of its question."""
         names = [path.name for path in self.pictures]
+        turns = [{"from": "human", "value": self.asked.question + "\n<image>" * len(names)},
+                 {"from": "gpt", "value": self.asked.answer}]
         return {"id": self.number, "image": names[0] if len(names) == 1 else names, "conversations": turns,
-                "kinds": [one.kind for one in self.asked]}
+                "kinds": [self.asked.kind]}
 
 
 class Questions:
@@ -136,10 +136,7 @@ class Questions:
         self.named = [Emoji.caption(name, "").rpartition(",")[0] for name in drawings.names]
 
     def about_one(self) -> Iterator[Conversation]:
-        """Each picture alone: what it is, of which category and kind, in which style, and whether it is another.
-
-        Each question is a conversation of its own, for the answer to one would help with the next.
-        """
+        """Each picture alone: its name, category, kind and style, and whether it is there, and whether another is."""
         drawings = self.drawings
         choices = " or ".join(drawings.category_names)
         for i in self.shown.tolist():
@@ -149,14 +146,15 @@ class Questions:
                 Asked("name", "What is this?", self.named[label]),
                 Asked("category", f"Is this {choices}?", category),
                 Asked("kind", "What kind of thing is this?", kind),
-                self._presence([label])]
+                self._is_there(label), self._is_not_there(label, {label})]
             if label not in self.unstyled:
                 asked.append(Asked("style", "In which style is this drawn?", style))
             for one in asked:
-                yield Conversation(f"{one.kind}-{i}", (self._single(i, one.kind),), [one])
+                use = f"{one.kind}-{one.answer}" if one.kind == "presence" else one.kind
+                yield Conversation(f"{use}-{i}", (self._single(i, use),), one)
 
     def about_scenes(self, count: int) -> Iterator[Conversation]:
-        """Two by two places, some with copies of one emoji, another with a second: how many, where, what is there."""
+        """Two by two places, some with copies of one emoji, one with another: what is there, how many, or where."""
         for number in range(count):
             copies = number % len(COUNTS) + 1
             many, other = self._two_things()
@@ -165,13 +163,12 @@ class Questions:
             if copies < len(PLACES):
                 filled[places[copies]] = other
             labels = {int(self.drawings.labels[i]) for i in filled.values()}
-            asked = [
-                Asked("count", f"How many times is there {self._name(many)}?", COUNTS[copies - 1]),
-                self._presence(sorted(labels))]
-            if copies < len(PLACES):
-                asked.append(self._place(other, places[copies], labels))
+            there = self._presence(sorted(labels))
+            times = Asked("count", f"How many times is there {self._name(many)}?", COUNTS[copies - 1])
+            where = self._place(other, places[copies], labels) if copies < len(PLACES) else there
+            asked = (there, times, where)[number // len(COUNTS) % 3]
             picture = self._scene(f"{self.split}-scene-{number}", filled)
-            yield Conversation(f"scene-{number}", (picture,), self._shuffled(asked))
+            yield Conversation(f"scene-{number}", (picture,), asked)
 
     def about_pairs(self, count: int, beside: Tensor) -> Iterator[Conversation]:
         """A picture, and one of `beside`: whether they show the same thing, and whether in the same style.
@@ -196,14 +193,18 @@ class Questions:
                 Asked("same", "Do both pictures show the same thing?", "yes" if same_thing else "no"),
                 Asked("alike", "Are both pictures drawn in the same style?", "yes" if same_style else "no")]
             shown = tuple(self._single(one, f"pair-{number}-{place}") for place, one in enumerate(both))
-            yield Conversation(f"pair-{number}", shown, self._shuffled(asked))
+            yield Conversation(f"pair-{number}", shown, asked[number // 4 % 2])
 
     def _presence(self, there: list[int]) -> Asked:
         """Whether a thing is there, as often one of `there` as not; half of those that are not are of its kind."""
         label = there[self._below(len(there))]
-        if self._coin():
-            return Asked("presence", f"Is there {self.named[label]}?", "yes")
-        return Asked("presence", f"Is there {self.named[self._absent(label, set(there))]}?", "no")
+        return self._is_there(label) if self._coin() else self._is_not_there(label, set(there))
+
+    def _is_there(self, label: int) -> Asked:
+        return Asked("presence", f"Is there {self.named[label]}?", "yes")
+
+    def _is_not_there(self, label: int, there: set[int]) -> Asked:
+        return Asked("presence", f"Is there {self.named[self._absent(label, there)]}?", "no")
 
     def _place(self, i: int, place: int, there: set[int]) -> Asked:
         """Where a thing is, or, once in three times, one that is nowhere."""
@@ -251,9 +252,6 @@ class Questions:
         scene.save(path)
         return path
 
-    def _shuffled(self, asked: list[Asked]) -> list[Asked]:
-        return [asked[i] for i in self._order(len(asked))]
-
     def _order(self, count: int) -> list[int]:
         return torch.randperm(count, generator=self.generator).tolist()
 
@@ -285,6 +283,11 @@ def things(folder: Path) -> Drawings:
     return drawings._replace(categories=categories, category_names=names).of(asked)
 
 
+def changed_twice(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures (N, C, H, W), all of them changed, and most of them once more."""
+    return changed(changed(pictures, generator, untouched=0.0), generator)
+
+
 def write(settings: PictureQuestionSettings) -> Path:
     """Write pictures, questions and the mixture; the directory appears whole or not at all. Return it.
 
@@ -298,7 +301,8 @@ def write(settings: PictureQuestionSettings) -> Path:
     generator = torch.Generator().manual_seed(settings.seed)
     partly_held_out = set(drawings.labels[held].tolist())
     splits = {  # shown, shown beside, scenes, pairs, what pictures go through, names of which no style is asked
-        "train": (~held, ~held, settings.scenes, settings.pairs, None if is_shipped else changed, partly_held_out),
+        "train": (~held, ~held, settings.scenes, settings.pairs, None if is_shipped else changed_twice,
+                  partly_held_out),
         "held-out": (held, held | ~held, settings.held_out, settings.held_out, None, ())}
     with replacing(settings.out, weights=False) as fresh:
         (fresh / "pictures").mkdir()
@@ -308,7 +312,7 @@ def write(settings: PictureQuestionSettings) -> Path:
             said = list(tqdm(chain(*parts), desc=split, unit="conversation"))
             rows = ",\n".join(json.dumps(one.row(), ensure_ascii=False) for one in said)
             (fresh / f"{split}.json").write_text(f"[\n{rows}\n]\n", encoding="utf-8")
-            asked = Counter(one.kind for conversation in said for one in conversation.asked)
+            asked = Counter(one.asked.kind for one in said)
             print(f"{split}: {len(said):,} conversations; "
                   + ", ".join(f"{asked[kind]:,} {kind}" for kind in KINDS))
             if split == "train":

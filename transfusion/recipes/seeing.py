@@ -64,13 +64,15 @@ class SeeingSettings:
     align: AlignOptimSettings = field(default_factory=AlignOptimSettings)
     """of the image layers, before the language model runs"""
     optim: OptimSettings = field(default_factory=lambda: OptimSettings(
-        steps=1600, rows=2, seq_len=256, lr=3e-4, min_lr=1e-5, warmup=20, ema=0.0, weight_decay=0.0))
+        steps=2400, rows=2, seq_len=256, lr=3e-4, min_lr=1e-5, warmup=20, ema=0.0, weight_decay=0.0))
     """of what patches go through in the decoder, on questions; the image layers stay as they are"""
-    scenes: Count = 2000
+    autocast: bool = False
+    """compute the last stage in bfloat16: quicker where the processor has instructions for it"""
+    scenes: Count = 6000
     """scenes to ask about in training"""
-    pairs: Count = 4000
+    pairs: Count = 3000
     """pairs to ask about in training"""
-    held_out: Count = 150
+    held_out: Count = 400
     """held-out scenes, and as many pairs"""
     template: Annotated[str, OneOf(TEMPLATES)] = "chatml"
     """the chat template of questions; chatml is SmolLM2's, without what the system says"""
@@ -105,7 +107,7 @@ def seeing(settings: SeeingSettings) -> dict:
     train_to_end(TrainConfig(
         out=out / "tuned", data=MixtureFileSettings(file=out / "mix.yaml", workers=0), optim=settings.optim,
         tune=TuneSettings(start=out / "aligned", trained="images", frozen=("patch_embedding", "timestep")),
-        save_every=settings.save_every, seed=settings.seed))
+        autocast=settings.autocast, save_every=settings.save_every, seed=settings.seed))
     return measure(out, settings.template, read_plain_text(settings.plain_text)[:MEASURED])
 
 

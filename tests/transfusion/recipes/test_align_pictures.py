@@ -10,9 +10,11 @@ from tests.transfusion.conftest import tiny_model
 from transfusion.model.transfusion import Transfusion
 from transfusion.recipes import align_pictures
 from transfusion.recipes.align_pictures import (
+    PLACES,
     SLOTS,
     AlignOptimSettings,
     AlignSettings,
+    AlignTask,
     Captions,
     ShownPairs,
     align,
@@ -73,6 +75,21 @@ def test_pictures_that_were_never_shown_are_named_and_the_language_model_stays(s
     assert torch.equal(output.words, model.get_input_embeddings().weight[captions.words])
     losses = [json.loads(line)["captions"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+
+
+def test_each_thing_of_a_scene_is_to_say_where_it_is_and_a_white_tile_is_nothing(start, tmp_path):
+    config = settings(start, tmp_path / "out", optim={"batch": 160})
+    task = AlignTask(config, Transfusion.from_pretrained(start), drawings())
+    alone, scenes, targets = task.batches(0)[0].inputs
+    of_alone, of_scenes = targets[:, list(SLOTS).index("place")].split([len(alone), len(PLACES) * len(scenes)])
+    assert (of_alone == len(PLACES)).all() and len(scenes) == 20
+    for i, name in enumerate(PLACES):
+        rows, columns = (slice(0, 32) if word in ("top", "left") else slice(32, 64) for word in name.split())
+        white = (scenes[:, :, rows, columns] == 1).flatten(1).all(1)
+        assert torch.equal(of_scenes.view(-1, len(PLACES))[:, i], torch.where(white, len(PLACES) + 1, i))
+        words = task.captions.words[task.captions.spelled["place"][i]].tolist()
+        assert words == task.model.tokenizer(f" {name}", add_special_tokens=False).input_ids[:SLOTS["place"]]
+    assert (of_scenes == len(PLACES) + 1).any()
 
 
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(start, tmp_path):

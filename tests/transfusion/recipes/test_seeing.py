@@ -38,7 +38,8 @@ def run(tmp_path_factory):
     (where / "out").mkdir()
     write_sheets(where / "out" / "styles")
     settings = SeeingSettings(
-        llm=where / "llm", out=where / "out", align=AlignOptimSettings(steps=2, batch=8), scenes=4, pairs=4, held_out=4,
+        llm=where / "llm", out=where / "out", align=AlignOptimSettings(steps=2, batch=8), scenes=4, pairs=4,
+        held_out=16,  # with fewer some kinds are not asked
         optim=OptimSettings(steps=2, rows=1, seq_len=640, ema=0.0, warmup=1), template="vicuna_v1",
         plain_text=where / "text.txt", save_every=2)
     return settings, seeing(settings)
