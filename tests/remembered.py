@@ -1,8 +1,9 @@
 """Slow tests of what has not changed since they passed are not run again, but for one in sixteen.
 
 What they passed with stands in passed.txt as hashes of all that they depend on: the sources of the library, of the
-emulator and of the tests themselves, and the versions of Python, torch and Triton. After a whole `make test` on kernels
-that are to stay, `python -m tests.remembered` writes that file anew, of what has passed or was known.
+emulator and of the tests themselves, the versions of Python, torch and Triton, and what Triton compiles by. After a
+whole `make test` on kernels that are to stay, `python -m tests.remembered` writes that file anew, of what has passed or
+was known.
 """
 import functools
 import hashlib
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from triton._C.libtriton import get_cache_invalidating_env_vars
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("tfkernels", "ptxrun", "tests/tfkernels", "tests/compare.py", "tests/conftest.py", "tests/launches.py",
@@ -49,8 +51,9 @@ def sources(root: Path = ROOT) -> str:
 
 
 def versions() -> str:
-    """Of what runs the tests."""
-    return f"Python {platform.python_version()}, torch {torch.__version__}, Triton {triton.__version__}"
+    """Of what runs the tests, with the environment's settings of Triton."""
+    return (f"Python {platform.python_version()}, torch {torch.__version__}, Triton {triton.__version__}, "
+            f"{sorted(get_cache_invalidating_env_vars().items())}")
 
 
 @functools.cache

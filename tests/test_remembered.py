@@ -60,6 +60,14 @@ def test_what_has_passed_as_the_sources_are_is_written_and_what_passed_before_th
     assert remembered.PASSED.read_text() == f"{key('a')} a\n{key('b c')} b c\n" and not remembered.ASKED.exists()
 
 
+def test_what_triton_compiles_by_is_seen(monkeypatch):
+    found = set()
+    for value in ("0", "1"):
+        monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", value)
+        found.add(remembered.versions())
+    assert len(found) == 2
+
+
 def test_a_change_of_any_source_is_seen(tmp_path):
     for source in ("tfkernels/a.py", "tfkernels/b/c.py", "ptxrun/d.py", "tests/tfkernels/e.py", "tests/conftest.py"):
         (tmp_path / source).parent.mkdir(parents=True, exist_ok=True)

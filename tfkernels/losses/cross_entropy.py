@@ -126,7 +126,8 @@ def _called(op: str, hidden, weight, targets, rows, bias, row_weight, options: E
             return _called(op, hidden, weight, targets, rows, bias, row_weight, options, lse_wanted)
     _check(op, hidden, weight, targets, rows, bias, row_weight)
     wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
-    row_weight, top = row_weight if row_weight is None else row_weight.to(statistics_dtype(hidden)).contiguous(), None
+    row_weight = row_weight if row_weight is None else row_weight.to(statistics_dtype(hidden)).contiguous()
+    top = None
     if row_weight is not None and hidden.dtype == torch.float16:  # dz, of its dtype, is rounded at about 1
         top = _largest(torch.where(targets < 0, 0, row_weight))
         top = torch.where(top > 0, top.log2().floor().exp2(), 1)  # a power of two, by which all is exact

@@ -123,7 +123,10 @@ def turn_end(tokenizer, settings: ChatSettings) -> str:
     """
     end = "<|im_end|>" if settings.template == "chatml" else ""
     if settings.template == "tokenizer" and tokenizer.chat_template:
-        end = _frame(tokenizer, str(tokenizer.chat_template), ("user", "assistant"))[1].ending.strip()
+        try:
+            end = _frame(tokenizer, str(tokenizer.chat_template), ("user", "assistant"))[1].ending.strip()
+        except TemplateError:  # what is asked says why it is refused
+            end = ""
     return "" if end == tokenizer.eos_token else end
 
 

@@ -102,7 +102,7 @@ def perplexity(model, text: str, window: int | None = None, batch: int = 8, with
         ValueError: the text is empty, or the window wider than the model's positions.
     """
     ids = model.tokenizer.encode(text, add_special_tokens=False)
-    if not text.split():
+    if not ids or not text.split():
         raise ValueError("eval text: the text is empty; at least one word fits")
     positions = model.config.text_config.get_text_config().max_position_embeddings
     window = window or positions

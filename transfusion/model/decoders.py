@@ -5,6 +5,7 @@ nothing else, and if its logits are one linear layer of its last hidden states. 
 as something else than it is, is refused by name before anything runs.
 """
 import sys
+from pathlib import Path
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -122,7 +123,7 @@ def check_implementation(decoder) -> None:
                          f"call decoder.set_attn_implementation({integration.NAME!r})")
 
 
-def check_complete(op: str, name: str, path, found: dict) -> None:
+def check_complete(op: str, name: str, path: Path, found: dict) -> None:
     """Refuse a model some of whose weights no file had, by transformers' loading info: they are random numbers.
 
     Raises:

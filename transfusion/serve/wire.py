@@ -207,7 +207,7 @@ def prompt_of(messages: list[dict], pictures: PictureReader, template: str) -> l
     """
     images: dict[str, Image] = {}
     fetching = Fetching()
-    pictures.check_count(sum(_kind(part) == "image_url" for message in messages for part in _parts(message)))
+    pictures.check_count(len(_pictures(messages)))
     turns = tuple(Turn(_role(message, at), tuple(_content(message, at, pictures, images, fetching)))
                   for at, message in enumerate(messages))
     pictures.engine.check_texts(part for turn in turns for part in turn.parts if isinstance(part, str))
@@ -217,13 +217,17 @@ def prompt_of(messages: list[dict], pictures: PictureReader, template: str) -> l
 
 def shows_pictures(messages: list[dict]) -> bool:
     """Whether messages hold a picture."""
-    return any(_kind(part) == "image_url" for message in messages for part in _parts(message))
+    return bool(_pictures(messages))
 
 
 def shows_other_hosts(messages: list[dict]) -> bool:
     """Whether a picture of messages is to be fetched from somewhere."""
-    return any(_kind(part) == "image_url" and not str(_url(part)).startswith("data:")
-               for message in messages for part in _parts(message))
+    return any(not str(_url(part)).startswith("data:") for part in _pictures(messages))
+
+
+def _pictures(messages: list[dict]) -> list[dict]:
+    """The parts of messages that are pictures."""
+    return [part for message in messages for part in _parts(message) if _kind(part) == "image_url"]
 
 
 def _url(part: dict) -> object:

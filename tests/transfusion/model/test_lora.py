@@ -177,22 +177,23 @@ def test_an_adapter_finds_its_model_when_both_moved_when_it_is_named_and_where_i
         Transfusion.from_pretrained(start, base=start)
 
 
-def test_an_adapter_does_not_take_a_model_of_other_weights_for_its_own(tmp_path, start):
-    shutil.copytree(start, tmp_path / "start")
-    run(tmp_path / "adapter", tmp_path / "start", "images", stop_after=1)
+def train_and_change_the_start(folder, start, trained):
+    """Train an adapter in folder/adapter for two steps, then put other weights into its model, in folder/start."""
+    shutil.copytree(start, folder / "start")
+    run(folder / "adapter", folder / "start", trained, stop_after=2)
     other = Transfusion.from_pretrained(start)
     torch.nn.init.ones_(other.image_head.linear.weight)
-    other.save_pretrained(tmp_path / "start")
+    other.save_pretrained(folder / "start")
+
+
+def test_an_adapter_does_not_take_a_model_of_other_weights_for_its_own(tmp_path, start):
+    train_and_change_the_start(tmp_path, start, "images")
     with pytest.raises(ValueError, match="the model that it was trained on is not there"):
         Transfusion.from_pretrained(tmp_path / "adapter")
 
 
 def test_an_adapter_does_not_go_on_on_other_weights(tmp_path, start):
-    shutil.copytree(start, tmp_path / "start")
-    run(tmp_path / "adapter", tmp_path / "start", "lora", stop_after=2)
-    other = Transfusion.from_pretrained(start)
-    torch.nn.init.ones_(other.image_head.linear.weight)
-    other.save_pretrained(tmp_path / "start")
+    train_and_change_the_start(tmp_path, start, "lora")
     before = (tmp_path / "adapter" / "base.json").read_bytes()
     with pytest.raises(ValueError, match="whose weights are others than those that the adapter in .* was trained on"):
         run(tmp_path / "adapter", tmp_path / "start", "lora", stop_after=4, resume=True)
