@@ -7,6 +7,7 @@ was known.
 """
 import functools
 import hashlib
+import os
 import platform
 import shutil
 from collections.abc import Iterator
@@ -82,4 +83,5 @@ def renew() -> str:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as in conftest.py
     print(renew())
