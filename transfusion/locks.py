@@ -56,6 +56,16 @@ def sharing_lock(out: Path, owner: int) -> Iterator[None]:
             _held.pop(key, None)
 
 
+def _let_go() -> None:
+    """Close what a forked child inherited: a lock is its holder's, however long his children live."""
+    for handle in set(_held.values()):
+        os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
 def _lock(out: Path, wait: bool) -> int:
     """Open and lock `out`/.lock; a file that its last holder removed meanwhile does not count."""
     while True:

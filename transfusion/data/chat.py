@@ -16,6 +16,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from itertools import accumulate, groupby
 from typing import Annotated, NamedTuple
 
@@ -35,6 +36,8 @@ LLAMA_2 = (
 )
 CHATML = "You are a helpful assistant."
 TEMPLATES = ("vicuna_v1", "llama_2", "chatml", "tokenizer", "plain")
+DAY = datetime(2024, 7, 26)  # what templates that write a date are told: a text must not change from day to day
+NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 
 @dataclass(frozen=True)
@@ -351,8 +354,9 @@ def _frame(tokenizer, template: str, roles: tuple[str, ...]) -> tuple[Slot, ...]
     """Write a conversation of marks with the tokenizer's template; return what stands around the marks."""
     marks = [f"\t\ue000{i}\ue001\t" for i in range(len(roles))]
     messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks)]
-    day = "26 Jul 2024"  # Llama's templates write a date, which must not change from day to day
-    written = tokenizer.apply_chat_template(messages, tokenize=False, date_string=day)
+    fixed = NOW.sub(lambda now: f"'{DAY.strftime(now[2])}'", template)
+    written = tokenizer.apply_chat_template(messages, chat_template=fixed if fixed != template else None,
+                                            tokenize=False, date_string=DAY.strftime("%d %b %Y"))
     pattern = "(\t?)\ue000(\\d+)\ue001(\t?)"
     found = list(re.finditer(pattern, written))
     if [int(match[2]) for match in found] != list(range(len(roles))):

@@ -134,7 +134,7 @@ class Documents:
                 targets += [part.loss] + [False] * (count + 1)
             else:
                 ids = part.token_ids(self.tokenizer, self.kind)
-                ids = ids[1:] if ids[:1] == (bos,) else ids
+                ids = ids[1:] if tokens == [bos] and ids[:1] == (bos,) else ids  # as `encode` does
                 tokens += ids
                 targets += [part.loss] * len(ids)
                 text_seen = text_seen or bool(ids)

@@ -13,6 +13,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,7 +30,7 @@ from transfusion.data.sources.record import DataError, PictureRef, Record, Sourc
 from transfusion.files import written
 from transfusion.locks import locked
 
-VERSION = 1
+VERSION = 2
 CHUNK = 1000      # records in a chunk
 EXAMPLES = 20     # failures that are kept with their words, of each kind
 KEYS = ("name", "content")
@@ -172,7 +174,15 @@ def _start(job: _Job) -> None:
     global _job
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops the process that waits for the pool, and it the pool
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the pool is what runs in parallel
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     _job = job
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone: a worker of a killed one would wait for its next chunk for good."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _run(chunk: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -258,7 +268,7 @@ def picture_name(picture: PictureRef) -> str:
     name = "/".join(Path(file.path).parts[-2:])
     if file.size < 0 and not file.offset:
         return name
-    return f"{Path(file.path).name}/{file.name or file.offset}"
+    return f"{Path(file.path).name}/{picture.name or file.offset}"
 
 
 def _hash(data: bytes) -> int:

@@ -71,7 +71,7 @@ class MixtureSettings(Arrangement):
     """what tells pictures apart: name, the last two parts of the path, or content, which reads every file once"""
     max_length: Count | None = None
     """tokens that a longer document is cut to, never through an image, and a conversation only between two exchanges;
-    none: what is longer than a row is left out and counted"""
+    none: what is longer than a row is left out and counted. Copies of drawn pictures (`context: clean`) come on top"""
     seed: Seed = 0
     """seed of order, captions and mirrored pictures"""
     chat: ChatSettings = field(default_factory=ChatSettings)

@@ -148,7 +148,8 @@ def open_picture(path: Path | BinaryIO, name: str = "", *, formats: Sequence[str
     try:
         with Picture.open(path, formats=formats) as picture:
             upright = ImageOps.exif_transpose(picture)
-            if upright.mode.startswith("I;16") or upright.mode == "I" and picture.format == "PNG":  # both are 16 bits
+            # PNG's and PPM's "I" is 16 bits, too
+            if upright.mode.startswith("I;16") or upright.mode == "I" and picture.format in ("PNG", "PPM"):
                 pixels = np.asarray(upright).astype(np.int64)
                 upright = Picture.fromarray(((pixels * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8))
             if upright.mode in ("I", "F"):

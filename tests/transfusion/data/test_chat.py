@@ -419,3 +419,11 @@ def encoded_ids(parts, tokenizer):
 def test_a_conversation_that_ends_with_an_answer_is_no_question(legacy):
     with pytest.raises(DataError, match="its last turn is not the user's; a question fits"):
         question_parts(asked_and_answered("what?", "red"), legacy, ChatSettings())
+
+
+def test_a_template_writes_the_same_date_on_every_day():
+    tokenizer = byte_level()
+    tokenizer.chat_template = ("{{ 'Today: ' + strftime_now('%d %B %Y') + ' ' + date_string }}"
+                               "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}")
+    parts = chat_parts(record(HELLO), tokenizer, ChatSettings(template="tokenizer"))
+    assert parts[0].text.startswith("Today: 26 July 2024 26 Jul 2024")

@@ -1,6 +1,8 @@
 """Lengths of records: those of their documents, kept, resumed, counted by reason; splits that never share a picture."""
 
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from tests.transfusion.data.memory import (
     tokenizer_of_words,
 )
 from transfusion.data import lengths as module
+from transfusion.data.chat import ChatSettings, chat_parts
 from transfusion.data.documents import cut, extra_area, has_target
 from transfusion.data.grids import Grids, GridSettings
 from transfusion.data.lengths import count_lengths, picture_name
@@ -207,9 +210,10 @@ def test_a_picture_s_name_does_not_change_when_its_data_set_is_moved():
         PictureRef(PictureFile("/c/train/1.jpg"), True)
     )
     tars = [
-        picture_name(PictureRef(PictureFile(f"/a/{shard}.tar", 512, 9, "0001.jpg"), True)) for shard in ("00", "01")
+        picture_name(PictureRef(PictureFile(path, 512, 9, f"{path}, 0001.jpg"), True, "0001.jpg"))
+        for path in ("/a/00.tar", "/b/00.tar", "01.tar")
     ]
-    assert tars == ["00.tar/0001.jpg", "01.tar/0001.jpg"]
+    assert tars == ["00.tar/0001.jpg", "00.tar/0001.jpg", "01.tar/0001.jpg"]
 
 
 def test_a_cut_never_goes_through_an_image():
@@ -250,6 +254,35 @@ def test_text_is_tokenized_as_encode_does_even_where_it_begins_with_bos(document
     for text in ("<s>a dog", "a <s> dog", "<boi>", "", " a dog"):
         parts = [Text(text), Text("the end")]
         assert documents.outline(parts).tokens == encode(parts, documents.tokenizer, documents.kind).tokens
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "llama_2"])
+def test_a_conversation_of_several_questions_is_as_long_as_its_document(template):
+    def arranged(record, room, picture_tokens):
+        return chat_parts(record, tokenizer, ChatSettings(template=template), room=room, picture_tokens=picture_tokens)
+
+    tokenizer = tokenizer_of_words()
+    documents = documents_of(tokenizer, template=arranged)
+    for count in range(1, 6):
+        record = Record("talk", turns=tuple(Turn(role, (said,)) for i in range(count)
+                                            for role, said in (("user", f"the end {i}"), ("assistant", "a dog"))))
+        parts = documents.parts(record)
+        assert documents.outline(parts).tokens == documents.encode(parts).document.tokens
+
+
+def test_a_killed_count_leaves_no_process_behind(tmp_path):
+    code = ("import sys, time\nfrom tests.transfusion.data.memory import *\n"
+            "from transfusion.data import lengths\nlengths.CHUNK = 10\n"
+            "class Slow(MemorySource):\n    def __getitem__(self, number):\n"
+            "        os.write(1, b'%d\\n' % os.getpid())\n"
+            "        time.sleep(0.5)\n        return super().__getitem__(number)\n"
+            "lengths.count_lengths(Slow('slow', mixed_records(45)), documents_of(), sys.argv[1], workers=2)")
+    holder = subprocess.Popen([sys.executable, "-c", f"import os\n{code}", str(tmp_path)], stdout=subprocess.PIPE,
+                              text=True)
+    workers = {int(holder.stdout.readline()) for _ in range(4)}
+    assert holder.pid not in workers
+    holder.kill()
+    holder.communicate(timeout=60)  # the pipe ends when all who hold it are gone
 
 
 def test_a_conversation_without_a_template_is_refused(documents, tmp_path):

@@ -45,11 +45,13 @@ def test_pictures_stand_as_their_camera_held_them_and_16_bits_are_scaled(tmp_pat
     torch.testing.assert_close(turned[:, 4, 7], torch.tensor([-1.0, -1.0, 1.0]))
     torch.testing.assert_close(turned[:, 4, 0], torch.tensor([1.0, -1.0, -1.0]))
     Picture.new("I;16", (8, 8), 40_000).save(tmp_path / "deep.png")
+    (tmp_path / "deep.pgm").write_bytes(b"P5 8 8 65535\n" + (40_000).to_bytes(2, "big") * 64)
     Picture.new("F", (8, 8), 0.5).save(tmp_path / "float.tiff")
     folders = [PictureFolder(PictureFolderSettings(folder=tmp_path, size=8), split) for split in ("train", "held-out")]
     assert sorted(path.name for folder in folders for path in folder.skipped) == ["float.tiff"]
-    deep = read_picture(tmp_path / "deep.png", 8, 3)
-    torch.testing.assert_close(deep, torch.full((3, 8, 8), round(40_000 * 255 / 65_535) / 127.5 - 1))
+    for name in ("deep.png", "deep.pgm"):
+        deep = read_picture(tmp_path / name, 8, 3)
+        torch.testing.assert_close(deep, torch.full((3, 8, 8), round(40_000 * 255 / 65_535) / 127.5 - 1))
     with pytest.raises(ValueError, match="float.tiff is not a picture that can be read .pixels of kind F"):
         read_picture(tmp_path / "float.tiff", 8, 3)
 

@@ -222,3 +222,9 @@ def test_sources_without_a_record_are_refused_where_they_have_a_weight():
         10,
         0,
     ]
+
+
+def test_steps_are_balanced_where_rows_are_counted_from():
+    streams = realistic(20_000)
+    first, later = (plan_of(streams, 1, epochs=1, first_row=row).report for row in (0, 5))
+    assert first.slowest < 1.05 and later.slowest < 1.05

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from transfusion.data.sources.index import list_files, place, stamp_of
+from transfusion.data.sources.index import MAPPED, list_files, place, stamp_of
 from transfusion.data.sources.record import DataError
 from transfusion.settings import nearest
 
@@ -61,6 +61,14 @@ class _Files:
         """Return what changes when the files do."""
         return [(path.name, *stamp) for path, stamp in zip(self.paths, self.file_stamps)]
 
+    def _values(self, number: int, table, row: int, columns: list[str]) -> dict:
+        """The values of a row, which is row `number` of all files."""
+        try:
+            return {name: table.column(name)[row].as_py() for name in columns}
+        except ValueError as error:
+            raise DataError(self.where(number), f"is not UTF-8 ({error}); write the file anew",
+                            "bad encoding") from error
+
     def _counted(self, counts: list[int]) -> np.ndarray:
         if not sum(counts):
             raise DataError(str(self.paths[0]), "the table has no row; at least one fits", "empty file")
@@ -93,7 +101,7 @@ class ParquetTable(_Files):
         file, row = place(self.ends, number)
         group, row = place(self.group_ends[file], row)
         table = self._group(file, group, columns)
-        return Row({name: table.column(name)[row].as_py() for name in table.column_names}, self.names[file])
+        return Row(self._values(number, table, row, table.column_names), self.names[file])
 
     def _group(self, file: int, group: int, columns: frozenset | None):
         key = file, group, columns
@@ -121,7 +129,7 @@ class ArrowTable(_Files):
         file, row = place(self.ends, number)
         table = self._table(file)
         wanted = [name for name in table.column_names if columns is None or name in columns]
-        return Row({name: table.column(name)[row].as_py() for name in wanted}, tuple(table.column_names))
+        return Row(self._values(number, table, row, wanted), tuple(table.column_names))
 
     def _table(self, file: int):
         if file not in self._opened:
@@ -135,6 +143,9 @@ class ArrowTable(_Files):
                     source.seek(0)
                     reader = _pyarrow("pyarrow.ipc").open_file(source)
                 self._opened[file] = reader.read_all()
+            while len(self._opened) > MAPPED:
+                self._opened.popitem(last=False)
+        self._opened.move_to_end(file)
         return self._opened[file]
 
 
@@ -152,7 +163,8 @@ def _errors(path: Path) -> Iterator[None]:
 def dataset_files(op: str, folder: Path, split: str):
     """Return the table of a `datasets` directory or of a folder of parquet files; None where `folder` is neither.
 
-    Where files or directories are named after splits ("train-00000-of-00002.parquet"), only those of `split` count.
+    Where files or directories are named after splits ("train-00000-of-00002.parquet"), only those of `split` count; a
+    file's own name counts before its directories'.
 
     Raises:
         ValueError: there are splits and none of this name.
@@ -173,16 +185,17 @@ def dataset_files(op: str, folder: Path, split: str):
 
 def _of_split(op: str, folder: Path, names: list[str], split: str) -> list[str]:
     known = {"train", "validation", "valid", "val", "test", "dev", split}
-    split_of = {name: next((one for one in known if _is_of(name, one)), None) for name in names}
+    split_of = {name: _split_of(name, known) for name in names}
     splits = sorted(set(filter(None, split_of.values())))
     if splits and split not in splits:
         raise _no_split(op, folder, split, splits)
     return [name for name in names if not splits or split_of[name] == split]
 
 
-def _is_of(name: str, split: str) -> bool:
+def _split_of(name: str, known: set[str]) -> str | None:
+    """The split that a file's name begins with, or else the innermost of its directories that is called like one."""
     *folders, base = name.split("/")
-    return split in folders or base.split(".")[0].split("-")[0] == split
+    return next((one for one in (base.split(".")[0].split("-")[0], *reversed(folders)) if one in known), None)
 
 
 def _no_split(op: str, folder: Path, split: str, splits: list[str]) -> ValueError:

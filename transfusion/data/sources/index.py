@@ -9,6 +9,7 @@ import csv
 import hashlib
 import os
 import tempfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,11 +21,14 @@ from transfusion.files import written
 
 VERSION = 20262
 CHUNK = 2**24
+MAPPED = 200
+"""indices and Arrow files that a process keeps mapped: each holds a file open, of which many systems allow 1,024"""
 BOM = b"\xef\xbb\xbf"
 SPACE = b" \t\r\n"
 _QUOTE, _OPEN, _CLOSE = 1, 2, 3
 _CLASSES = np.zeros(256, np.uint8)
 _CLASSES[list(b'"{}[]')] = _QUOTE, _OPEN, _CLOSE, _OPEN, _CLOSE
+csv.field_size_limit(2**31 - 1)  # a cell may hold a book; 131,072 characters by default
 _IS_SPACE = np.isin(np.arange(256), list(SPACE))
 
 Stamp = tuple[int, int]
@@ -32,7 +36,12 @@ Contents = tuple[np.ndarray, bytes]
 
 
 class Index:
-    """A table (rows, columns) of int64 and some bytes, memory-mapped when first asked for; pickles as its path."""
+    """A table (rows, columns) of int64 and some bytes, memory-mapped while it is among the `MAPPED` asked for last.
+
+    It pickles as its path.
+    """
+
+    _recent: OrderedDict[int, "Index"] = OrderedDict()
 
     def __init__(self, path: Path, stamp: Stamp):
         self.path, self.stamp = path, stamp
@@ -62,16 +71,22 @@ class Index:
             return False
 
     def _contents(self) -> tuple[np.ndarray, np.ndarray]:
-        if self._mapped is None:
-            array = np.asarray(np.load(self.path, mmap_mode="r", allow_pickle=False))
-            if array.dtype != np.int64 or array.ndim != 1 or len(array) < 6 or array[0] != VERSION:
-                raise ValueError(f"{self.path} is no index of this version")
-            size, changed, rows, columns, length = array[1:6].tolist()
-            if (size, changed) != self.stamp or len(array) != 6 + rows * columns + -(-length // 8):
-                raise ValueError(f"{self.path} is of other data; open the source again")
-            table = array[6:6 + rows * columns].reshape(rows, columns)
-            self._mapped = table, array[6 + rows * columns:].view(np.uint8)[:length]
-        return self._mapped
+        found = self._mapped or self._map()
+        self._recent.pop(id(self), None)
+        self._recent[id(self)], self._mapped = self, found
+        while len(self._recent) > MAPPED:
+            self._recent.popitem(last=False)[1]._mapped = None
+        return found
+
+    def _map(self) -> tuple[np.ndarray, np.ndarray]:
+        array = np.asarray(np.load(self.path, mmap_mode="r", allow_pickle=False))
+        if array.dtype != np.int64 or array.ndim != 1 or len(array) < 6 or array[0] != VERSION:
+            raise ValueError(f"{self.path} is no index of this version")
+        size, changed, rows, columns, length = array[1:6].tolist()
+        if (size, changed) != self.stamp or len(array) != 6 + rows * columns + -(-length // 8):
+            raise ValueError(f"{self.path} is of other data; open the source again")
+        table = array[6:6 + rows * columns].reshape(rows, columns)
+        return table, array[6 + rows * columns:].view(np.uint8)[:length]
 
 
 def stamp_of(path: Path) -> Stamp:
@@ -219,6 +234,8 @@ def find_paragraphs(path: Path) -> Contents:
     data = mapped(path)
     breaks = _newlines(data)
     lines = _lines(data, breaks)
+    if not len(lines):
+        return lines, b""
     new = np.diff(lines[:, 2], prepend=-1) > 1
     last = np.append(np.flatnonzero(new)[1:], len(lines)) - 1
     return np.stack([lines[new, 0], lines[last, 1], lines[new, 2]], 1), b""

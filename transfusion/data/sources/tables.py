@@ -35,6 +35,7 @@ from transfusion.data.sources.record import DataError, Record
 from transfusion.files import spelled
 
 JSON, CSV = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv")
+TABLES = JSON + CSV + PARQUET + ARROW
 
 
 class Pieces:
@@ -144,11 +145,12 @@ def decoded(data: bytes, where: str) -> str:
         DataError: they are not UTF-8.
     """
     try:
-        return data.decode()
+        return data.removeprefix(BOM).decode()
     except UnicodeDecodeError as error:
         raise DataError(
             where,
-            f"is not UTF-8: byte {error.start} is {data[error.start]:#04x} ({error.reason}); save the file as UTF-8",
+            f"is not UTF-8: byte {error.start} is {error.object[error.start]:#04x} ({error.reason}); save the file as "
+            "UTF-8",
             "bad encoding",
         ) from error
 
@@ -244,7 +246,7 @@ def open_table(op: str, path: Path, split: str = "train"):
     path = Path(path)
     if path.is_dir() and (found := dataset_files(op, path, split)):
         return found
-    paths = matching(op, path, JSON + CSV + PARQUET + ARROW)
+    paths = matching(op, path, TABLES)
     kinds = {next((kind for kind in (CSV, PARQUET, ARROW) if one.name.lower().endswith(kind)), JSON) for one in paths}
     if len(kinds) > 1:
         raise ValueError(f"{op}: path is {str(path)!r}, where files of several kinds are; those of one kind fit, e.g. "

@@ -9,7 +9,7 @@ from typing import Annotated
 from transfusion.data.sources.fields import column, string
 from transfusion.data.sources.index import find_lines, find_paragraphs, index_names, list_files, name_at
 from transfusion.data.sources.record import DataError, Record
-from transfusion.data.sources.tables import Lines, begin, decoded, digest, matching, open_table
+from transfusion.data.sources.tables import TABLES, Lines, begin, decoded, digest, matching, open_table
 from transfusion.sequence import Text
 from transfusion.settings import OneOf, check
 
@@ -42,14 +42,24 @@ class TextSettings:
         check("text", self)
         documents = self.documents
         if documents == "auto":
-            inside = self.path.is_dir() and list_files(self.path, TEXTS)
-            documents = "file" if inside or str(self.path).lower().endswith(TEXTS) else "row"
+            documents = self._documents()
         if documents == "row":
             return TextTable(self)
         if documents == "file":
             return TextFiles(self)
         kind, find = ("lines", find_lines) if documents == "line" else ("paragraphs", find_paragraphs)
         return TextPieces(self, Lines(matching("text", self.path, TEXTS), kind, find))
+
+
+    def _documents(self) -> str:
+        """What a document of `path` is: a README beside tables is none."""
+        if not self.path.is_dir():
+            return "file" if str(self.path).lower().endswith(TEXTS) else "row"
+        texts, tables = list_files(self.path, TEXTS), list_files(self.path, TABLES)
+        if tables and any(name.lower().endswith(".txt") for name in texts):
+            raise ValueError(f"text: path is {str(self.path)!r}, which holds texts ({texts[0]}) and tables "
+                             f"({tables[0]}); documents 'file', 'paragraph' or 'line' fits for those, 'row' for these")
+        return "file" if texts and not tables else "row"
 
 
 class TextTable:

@@ -83,7 +83,7 @@ class Tars:
             found.append(
                 string(decoded(read_piece(path, start, stop, index.stamp), where), where, "the caption").strip()
             )
-        elif "json" in members:
+        if "json" in members and not any(found):
             _, start, stop = members["json"]
             row = parse_object(read_piece(path, start, stop, index.stamp), where)
             return captions_of(row, self.settings.columns, where)

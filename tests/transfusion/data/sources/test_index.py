@@ -82,6 +82,29 @@ def test_lines_are_found_with_their_numbers_and_without_blank_ones(tmp_path, chu
     assert [(data[a:b].strip(), line) for a, b, line in table] == [(b"{1}", 1), (b"{22}", 4), (b"{333}", 6)]
 
 
+def test_only_so_many_indices_are_mapped_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "MAPPED", 3)
+    for i in range(8):
+        (tmp_path / f"{i}.txt").write_text(f"{i}\n" * (i + 1))
+    before = len(os.listdir("/proc/self/fd"))
+    found = [open_index(tmp_path / f"{i}.txt", "lines", find_lines) for i in range(8)]
+    for _ in range(2):
+        assert [len(one) for one in found] == list(range(1, 9))
+        assert len(os.listdir("/proc/self/fd")) <= before + 3
+
+
+def test_blank_text_has_no_paragraph(tmp_path):
+    (tmp_path / "blank.txt").write_text("\n \n\n")
+    assert find_paragraphs(tmp_path / "blank.txt")[0].shape == (0, 3)
+
+
+def test_a_long_field_of_csv_is_one_field(tmp_path):
+    path = tmp_path / "long.csv"
+    path.write_text('text\n5" nail\n"' + "a" * 140_000 + '\nsecond\nthird"\nlast\n')
+    table, _ = find_csv_rows(path)
+    assert table[:, 2].tolist() == [1, 2, 3, 6]
+
+
 def test_lines_of_csv_go_on_inside_quotes(tmp_path, chunks):
     path = tmp_path / "rows.csv"
     path.write_bytes(b'a,b\n1,"two\nlines, ""quoted""\n"\n2,x\n')

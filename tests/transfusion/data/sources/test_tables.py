@@ -204,6 +204,32 @@ def test_files_named_after_splits_do_not_leak_into_training(tmp_path, pyarrow):
         open_table("op", tmp_path, "dev")
 
 
+def test_a_file_s_own_name_counts_before_its_folder_s(tmp_path, pyarrow):
+    names = ["train/dev-0.parquet", "train/part-0.parquet", "test/part-0.parquet"]
+    for name, row in zip(names, PLAIN):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_parquet(tmp_path / name, [row])
+    for split, rows in (("train", PLAIN[1:2]), ("dev", PLAIN[:1]), ("test", PLAIN[2:3])):
+        assert all_rows(open_table("op", tmp_path, split)) == rows
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_text_that_is_not_utf_8_is_named_with_its_row(tmp_path, pyarrow, suffix):
+    texts = pyarrow.Array.from_buffers(pyarrow.utf8(), 2, pyarrow.array([b"cat", b"\xff\xfe"]).buffers())
+    table = pyarrow.table({"text": texts})
+    if suffix == "parquet":
+        import pyarrow.parquet
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    else:
+        with pyarrow.ipc.new_stream(tmp_path / "a.arrow", table.schema) as file:
+            file.write_table(table)
+    found = open_table("op", tmp_path / f"a.{suffix}")
+    assert found.row(0) == {"text": "cat"}
+    with pytest.raises(DataError, match=f"a.{suffix}, row 1: is not UTF-8 .*write the file anew") as error:
+        found.row(1)
+    assert error.value.kind == "bad encoding"
+
+
 def test_damaged_and_changed_parquet_files_are_named(tmp_path, pyarrow):
     path = write_parquet(tmp_path / "a.parquet", PLAIN)
     table, whole = open_table("op", path), path.read_bytes()

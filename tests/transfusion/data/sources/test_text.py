@@ -29,6 +29,17 @@ def test_files_paragraphs_and_lines_of_text(tmp_path):
     assert texts(TextSettings(tmp_path / "**" / "*.txt").open(), 2) == ["eins\nzwei\n\n\ndrei 猫", "vier"]
 
 
+def test_a_readme_beside_tables_is_no_document_and_texts_beside_tables_are_refused(tmp_path):
+    (tmp_path / "README.md").write_text("about the data")
+    assert texts(TextSettings(tmp_path).open(), 1) == ["about the data"]
+    write_json_lines(tmp_path / "train.jsonl", [{"text": "one"}, {"text": "two"}])
+    assert texts(TextSettings(tmp_path).open(), 2) == ["one", "two"]
+    (tmp_path / "a.txt").write_text("three")
+    with pytest.raises(ValueError, match="holds texts .README.md. and tables .train.jsonl.; documents 'file'"):
+        TextSettings(tmp_path).open()
+    assert texts(TextSettings(tmp_path, documents="file").open(), 2) == ["about the data", "three"]
+
+
 @pytest.mark.parametrize(
     "row, words, kind",
     [

@@ -95,3 +95,12 @@ def test_a_tar_that_changes_is_noticed_when_a_caption_is_read(shards, fails):
     fails(source, 0, "shard-01.tar: changed since it was opened", "changed file")
     again = WebDatasetSettings(shards / "shard-01.tar").open()
     assert again[0].captions == ("another",) and again.fingerprint() != first
+
+
+def test_marks_of_editors_are_no_text_and_an_empty_txt_hides_no_caption(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [
+        ("0.png", png(0)), ("0.txt", b"\xef\xbb\xbfa cat"), ("1.png", png(1)),
+        ("1.json", b'\xef\xbb\xbf{"caption": "a dog"}'), ("2.png", png(2)), ("2.txt", b" \n"),
+        ("2.json", b'{"caption": "a bus"}')])
+    source = WebDatasetSettings(path).open()
+    assert [source[number].captions for number in range(3)] == [("a cat",), ("a dog",), ("a bus",)]
