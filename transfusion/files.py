@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import tempfile
 import time
 import zlib
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from transfusion.locks import in_use, locked
 
+HOST = socket.gethostname()
 SAVING, SAVED, JOURNAL, CHECKSUMS, ASIDE = ".saving", ".saved", "journal.json", "checksums.json", ".new-"
 WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors",
            "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.safetensors.index.json", "vae/*")
@@ -107,7 +109,7 @@ def written(path: Path) -> Iterator[Path]:
     """Yield a path of the same suffix to write to; it takes the place of `path` at the end."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{ASIDE}{os.getpid()}-{path.name}")
+    aside = path.with_name(f"{ASIDE}{os.getpid()}@{HOST}-{path.name}")
     _clear(path.parent, glob.escape(path.name))
     try:
         with file_errors(path):
@@ -123,14 +125,13 @@ def written(path: Path) -> Iterator[Path]:
 
 
 def _clear(directory: Path, names: str = "*") -> None:
-    """Remove what writers of files of these names left when they were killed."""
+    """Remove what killed writers of files of these names left: this host's, and another's that is a day old."""
     for left in directory.glob(f"{ASIDE}*-{names}"):
-        if not _runs(left.name.removeprefix(ASIDE).split("-")[0]):
-            left.unlink(missing_ok=True)
-
-
-def _runs(pid: str) -> bool:
-    return not pid.isdigit() or Path("/proc", pid).exists() or not Path("/proc/self").exists()
+        pid, _, rest = left.name.removeprefix(ASIDE).partition("@")
+        runs = not pid.isdigit() or Path("/proc", pid).exists() or not Path("/proc/self").exists()
+        with contextlib.suppress(FileNotFoundError):
+            if not runs if rest.startswith(f"{HOST}-") else time.time() - left.stat().st_mtime > 24 * 3600:
+                left.unlink()
 
 
 def check_writable(command: str, directory: Path) -> None:
@@ -406,8 +407,7 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
 
 def _problem(path: Path, expected: str | None) -> str | None:
     """What is wrong with a file of weights, None where nothing is."""
-    with open(path, "rb"):  # an error of the file system, safetensors' own would not name the file
-        pass
+    open(path, "rb").close()  # an error of the file system, safetensors' own would not name the file
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt"):

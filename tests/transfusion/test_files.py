@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -218,13 +219,17 @@ def test_a_save_that_fails_leaves_the_older_one_and_no_file_of_its_own(tmp_path)
 def test_a_save_leaves_the_file_that_a_living_process_is_writing_beside_it_and_takes_that_of_a_dead_one(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
-    (tmp_path / f".new-{dead.pid}-page.html").touch()
+    (tmp_path / f".new-{dead.pid}@{socket.gethostname()}-page.html").touch()
+    theirs, old = (tmp_path / f".new-{dead.pid}@{host}-page.html" for host in ("another", "older"))
+    theirs.touch()
+    old.touch()
+    os.utime(old, (0, 0))
     with written(tmp_path / "report.html") as aside:
         aside.write_text("a report")
         with replacing(tmp_path) as fresh:
             (fresh / "config.json").write_text("{}")
     assert (tmp_path / "report.html").read_text() == "a report"
-    assert not list(tmp_path.glob(".new-*"))
+    assert list(tmp_path.glob(".new-*")) == [theirs]  # it may be writing still: its processes are not seen from here
 
 
 def test_files_of_other_names_stay_and_those_of_the_older_save_go(tmp_path):
@@ -357,6 +362,24 @@ def test_a_lock_names_its_holder_dies_with_it_and_leaves_nothing(tmp_path):
     with locked(out):
         pass
     assert not (tmp_path / "new").exists()  # a directory made for nothing
+
+
+def test_a_lock_is_not_held_by_the_children_of_its_holder(tmp_path):
+    code = ("import os, sys, time\nfrom transfusion.locks import locked\nwith locked(sys.argv[1]):\n"
+            "    child = os.fork()\n    if child:\n        print(child, flush=True)\n    time.sleep(300)")
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    child = int(holder.stdout.readline())
+    try:
+        with pytest.raises(ValueError, match="is in use by process"), locked(tmp_path):
+            pass
+        holder.kill()
+        holder.wait()
+        os.kill(child, 0)  # it lives
+        with locked(tmp_path):
+            pass
+    finally:
+        holder.kill()
+        os.kill(child, signal.SIGKILL)
 
 
 def test_who_waits_for_a_lock_gets_it(tmp_path):
