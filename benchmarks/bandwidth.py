@@ -124,7 +124,8 @@ def run_problem(problem: Problem, configuration: dict, report: Report, device: s
         rates = {phase: problem.moved[phase] / median / 1e6 for phase, median in medians.items()}
         if result.name == COPY and rates:
             roof = rates["forward"]
-        if result.checked and result.name in problem.functions and result.name not in saved:
+        has_run = result.checked and result.milliseconds and result.error is None  # outside of measure nothing may fail
+        if has_run and result.name in problem.functions and result.name not in saved:
             saved[result.name] = saved_bytes(problem.functions[result.name], list(problem.tensors.values()))
         return report.record(
             {**configuration, "bytes": problem.moved},

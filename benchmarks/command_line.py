@@ -1,11 +1,13 @@
 """The one command line of all benchmarks: `python -m benchmarks.NAME --out DIR [--quick] [--seconds S] [--cpu]`."""
 import argparse
 import math
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
+from benchmarks import BEGAN
 from benchmarks.environment import clocks, environment
 from benchmarks.report import Report
 
@@ -58,7 +60,8 @@ def run_command(
     report = Report(name, {"quick": given.quick, **settings}, environment(device, given.commit))
     report.obey(given)
     path = given.out / (f"{name}.json" if device == "cuda" else f"{name}-cpu-{short_commit(report)}.json")
-    status = report.run(chosen, lambda case: measure_case(case, report, device), path, given.seconds)
+    spent = time.monotonic() - BEGAN if arguments is None else 0.0
+    status = report.run(chosen, lambda case: measure_case(case, report, device), path, given.seconds - spent)
     report.environment["clocks_after"] = clocks()
     report.save(path)
     if device == "cuda":
@@ -89,6 +92,7 @@ def common_parser(description: str, quick: str, seconds: float = math.inf,
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, default=out, required=out is None, help="folder of the results")
     parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--seconds", type=float, default=seconds, help="after so many, nothing new begins")
+    parser.add_argument("--seconds", type=float, default=seconds,
+                        help="after so many from the command's start, nothing new begins")
     parser.add_argument("--commit", help="the commit being measured, where there is no git")
     return parser

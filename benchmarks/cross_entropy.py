@@ -156,7 +156,7 @@ def run_case(case: Case, report: Report, device: str, dtype: torch.dtype, second
             if times
             else None
         )
-        if result.checked and result.name not in saved:
+        if result.checked and result.milliseconds and result.error is None and result.name not in saved:
             saved[result.name] = saved_bytes(chosen.functions[result.name], tensors)
         return report.record(
             {**case._asdict(), "operations": count},

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.attention import uncut_contender
+from benchmarks.attention_peers import repeated
 from benchmarks.command_line import run_command
 from benchmarks.harness import Contender, Result, measure
 from benchmarks.report import Report
@@ -91,8 +92,7 @@ def contenders(case: Case, device: str, dtype: torch.dtype) -> tuple[list[Conten
         return Contender(name, {"build": run_build, "forward": run}, check(OUR_FACTOR))
 
     def sdpa(state):
-        grouped = case.heads != case.kv_heads
-        state["out"] = scaled_dot_product_attention(q, k, v, attn_mask=state["mask"], enable_gqa=grouped)
+        state["out"] = scaled_dot_product_attention(q, *repeated(q, k, v), attn_mask=state["mask"])
 
     def build_dense(state):
         causal = torch.arange(1, case.query_len + 1, device=device)[:, None]

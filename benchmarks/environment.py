@@ -9,7 +9,7 @@ import torch
 from benchmarks.timing import FLUSH_BYTES
 
 # dense bfloat16, from the vendors' data sheets; the first name that is part of the device's counts
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "B200": 2250}
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "A100": 312, "B200": 2250}
 PACKAGES = (
     "torch", "triton", "numpy", "transformers", "xformers", "flash-attn", "liger-kernel", "cut-cross-entropy",
     "transfusion-pytorch")

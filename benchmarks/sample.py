@@ -334,8 +334,9 @@ def run_case(case: Case, report: Report, device: str, seconds: float) -> None:
         step = (whole - p50["one step"]) / (case.count - asked) if whole and case.task == "draw" else None
         done = case.batch * (case.count if case.task == "write" else 1)
         return report.record(
-            {**case._asdict(), **cost, "copy_gb_per_s": bandwidth},
+            {**case._asdict(), **cost},
             result,
+            copy_gb_per_s=bandwidth if result.checked else None,
             step_ms=step,
             per_second=1e3 * done / whole if whole else None,
             of_roofline=step / roof if step and roof and result.name != PEER else None,

@@ -79,6 +79,7 @@ def measure_case(case: Case, report: Report, servers: dict[str, Server], asked: 
                  least: int) -> None:
     """Measure both servers in turn and record a row for each."""
     expected = alone(servers[ALONE], asked)
+    one_round(servers[TOGETHER], asked, expected, case, case.clients)  # its first batches compile kernels on a GPU
     found: dict[str, list[Round]] = {name: [] for name in servers}
     for number in range(rounds):
         for name in [*servers][::1 if number % 2 else -1]:

@@ -120,7 +120,8 @@ def kept_bytes(step: Step, rows: Sequence) -> int:
             storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with (torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+          torch.autocast(step.device.type, torch.bfloat16, enabled=step.device.type == "cuda")):  # as the timed steps
         loss = step.loss(rows)
     total = sum(storages.values())
     loss.backward()
