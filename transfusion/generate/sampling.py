@@ -8,8 +8,7 @@ from transfusion.diffusion.guidance import Guidance, Scale
 from transfusion.diffusion.solvers import SOLVERS
 from transfusion.settings import Count, NotNegative, OneOf, Range, Share, WholeNumber, check, nearest, shown
 
-MOST_STOPS = 4      # texts that end a row
-LONGEST_STOP = 256  # characters of one of them: what was written is compared with all of it at each token
+LONGEST_STOP = 256  # characters of a text that ends a row: what was written is compared with all of it at each token
 RowSeed = Annotated[int, Range(-2**63, 2**63 - 1)]  # what torch.Generator takes
 
 
@@ -26,7 +25,7 @@ class TextSampling:
     min_p: Share = 0.0
     """sample only tokens at least this many times as likely as the likeliest (arXiv:2407.01082)"""
     stop: tuple[str, ...] | None = None
-    """one to four texts, of up to 256 characters each; what is written ends before the first that appears"""
+    """texts of up to 256 characters each; what is written ends before the first that appears"""
     seed: RowSeed = 0
     """of noise and text: prompt i draws its random numbers from seed + i, whatever the rest of the batch is"""
     turn_end: Suppress[str] = ""
@@ -34,9 +33,8 @@ class TextSampling:
 
     def __post_init__(self):
         check("generate", self)
-        if self.stop is not None and not (len(self.stop) <= MOST_STOPS
-                                          and all(0 < len(stop) <= LONGEST_STOP for stop in self.stop)):
-            raise ValueError(f"generate: stop is {shown(self.stop)}; 1 to {MOST_STOPS} texts, none of them empty, fit, "
+        if not all(0 < len(stop) <= LONGEST_STOP for stop in self.stop or ()):
+            raise ValueError(f"generate: stop is {shown(self.stop)}; texts, none of them empty, fit, "
                              f"of at most {LONGEST_STOP} characters each")
 
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
 from torch import nn
 from transformers.quantizers import AutoQuantizationConfig
 
@@ -143,7 +144,13 @@ def load_adapter(base, path: Path):
         raise ValueError(f"Transfusion.from_pretrained: path is {str(path)!r}, an adapter without "
                          "adapter_model.safetensors; copy it again or make it anew")
     check_files(path)
-    merged = PeftModel.from_pretrained(base, path).merge_and_unload()
+    adapted = PeftModel.from_pretrained(base, path)
+    with safe_open(path / "adapter_model.safetensors", "pt") as file:
+        lacking = sorted(get_peft_model_state_dict(adapted).keys() - file.keys())
+    if lacking:
+        raise ValueError(f"Transfusion.from_pretrained: path is {str(path)!r}, an adapter whose weights lack "
+                         f"{lacking[0]} and {len(lacking) - 1} more; copy it again or make it anew")
+    merged = adapted.merge_and_unload()
     merged.name_or_path = str(path)
     return merged
 

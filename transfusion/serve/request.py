@@ -18,9 +18,10 @@ from transfusion.generate.sampling import Sampling
 from transfusion.sequence import Document, Part
 from transfusion.serve.pages import PAGE
 from transfusion.serve.ragged_cache import Context, Denoise, Feed
-from transfusion.settings import Count, check, check_value
+from transfusion.settings import Count, check, check_value, shown
 
 Ask = Feed | Denoise
+MOST_STOPS = 4  # texts that end a row, each compared with what is written at every token
 
 
 class Finished(NamedTuple):
@@ -94,6 +95,8 @@ class Running:
         model, options, most = self.model, self.request.sampling, self.limits.steps
         if options.steps > most:  # before anything, for a solver holds numbers of every step
             raise ValueError(f"submit: steps is {options.steps}; at most {most} fit")
+        if len(options.stop or ()) > MOST_STOPS:
+            raise ValueError(f"submit: stop is {shown(options.stop)}; at most {MOST_STOPS} texts fit")
         grid = check_options(model, options)
         self.guidance = guidance_of(options)
         self.row = Row(model, self.request.parts, options, grid, options.seed, self.decoder)

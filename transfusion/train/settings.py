@@ -70,6 +70,11 @@ class RunSettings(JobSettings):
     log: tuple[Annotated[str, OneOf(TRACKERS)], ...] | None = None
     """where the numbers of log.jsonl go as well: tensorboard, wandb, both"""
 
+    def __post_init__(self):
+        if self.keep_every is not None and self.keep_every % self.save_every:
+            raise ValueError(f"train: keep_every is {self.keep_every:,}; a multiple of save_every, "
+                             f"{self.save_every:,}, fits")
+
 
 @dataclass(frozen=True)
 class StepSettings:

@@ -266,7 +266,7 @@ def test_a_long_stop_costs_no_more_than_what_is_written(model):
     row = Row(model, [Text("a")], Sampling(stop=(stop,)), (1, 1), 0)
     token, = model.tokenizer.encode("a", add_special_tokens=False)
     assert row.take(token) == "a" and len(taken) <= 1
-    with pytest.raises(ValueError, match="stop is .{,300}; 1 to 4 texts, .* of at most 256 characters each$"):
+    with pytest.raises(ValueError, match="stop is .{,300}; texts, .* of at most 256 characters each$"):
         Sampling(stop=("a" * 2**20,))
 
 
@@ -295,6 +295,21 @@ def test_a_huge_temperature_takes_any_token_that_may_be_written(model):
     assert len(found) > len(scores) / 2
 
 
+def test_top_p_and_min_p_leave_the_tokens_that_their_papers_say(model):
+    def drawn(**options):
+        row = Row(model, [Text("a")], Sampling(temperature=1.0, max_images=0, **options), (1, 1), 0)
+        return {row.choose(scores) for _ in range(400)}
+
+    tokens = model.tokenizer.convert_tokens_to_ids(list("abcd"))
+    scores = torch.full((len(model.tokenizer),), -torch.inf)
+    scores[tokens] = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    a, b, c, d = tokens
+    assert drawn() == {a, b, c, d}
+    assert drawn(top_p=0.6) == drawn(top_p=0.79) == {a, b}   # the smallest set that holds as much
+    assert drawn(top_p=0.49) == {a} and drawn(top_p=0.81) == {a, b, c}
+    assert drawn(min_p=0.2) == {a, b, c} and drawn(min_p=0.4) == {a, b}   # times 0.5, the likeliest's
+
+
 @pytest.mark.parametrize("call,message", [
     (lambda m: m.draw(["  "]), "a prompt is empty"),
     (lambda m: m.generate([]), "parts is empty"),
@@ -313,7 +328,7 @@ MEANINGLESS = [
         "steps": (0, 1.5, True, NAN, "3", None),
         "max_new_tokens": (-1, 1.5, True, INF),
         "max_images": (-1, 0.5, False),
-        "stop": ("a", ("a", 1), (), 3, ("",), ("a", ""), tuple("abcde"), ("a" * 257,)),
+        "stop": ("a", ("a", 1), (), 3, ("",), ("a", ""), ("a" * 257,)),
         "seed": (1.5, NAN, "1", 2**64),
         "image_size": (8, 8.0, (8,), (8, 8, 8), (0, 8), (-8, 8), (8.0, 8), (True, 8), "88", (), (8, 7)),
         "guidance": (NAN, INF, -1.0, 1e300, "3", None, True),

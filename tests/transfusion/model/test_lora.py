@@ -1,12 +1,13 @@
 """What is trained and what is not: full training, images alone, LoRA; adapters that come back as they were."""
 import dataclasses
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from tests.transfusion.model.test_from_language_model import language_model
@@ -245,6 +246,17 @@ def test_a_damaged_adapter_is_refused_by_the_files_name(tmp_path, start, name):
     )
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match="an adapter without adapter_model.safetensors"):
+        Transfusion.from_pretrained(tmp_path)
+
+
+def test_an_adapter_that_lacks_weights_is_refused(tmp_path, start):
+    run(tmp_path, start, "images", stop_after=1)
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    lost = sorted(weights)[0]
+    save_file({name: x for name, x in weights.items() if name != lost}, file)
+    (tmp_path / "checksums.json").unlink()  # other programs write none
+    with pytest.raises(ValueError, match=f"weights lack {re.escape(lost)} and 0 more"):
         Transfusion.from_pretrained(tmp_path)
 
 

@@ -2,8 +2,13 @@
 import pytest
 import torch
 
-from transfusion.sequence import Document
+from tests.transfusion.conftest import tiny_model
+from transfusion import Text
+from transfusion.generate.sampling import Sampling
+from transfusion.sequence import Document, encode
+from transfusion.serve.engine import Engine
 from transfusion.serve.pages import PAGE, Pages
+from transfusion.serve.request import Limits, Request
 
 
 def document(tokens, *images):
@@ -62,3 +67,14 @@ def test_a_prompt_loses_its_end_before_its_beginning():
         found, read = pages.take(left * PAGE, longer)
         assert read == left * PAGE and found == own[:left]
         pages.give_back(found)
+
+
+def test_what_would_never_fit_the_pool_s_pages_is_refused():
+    model = tiny_model()
+    engine = Engine(model, limits=Limits(cache_tokens=32))  # two pages of 16
+    parts = [Text("a")]
+    text = 13 - len(encode(parts, model.tokenizer, model.config, end=False).tokens)
+    options = Sampling(image_size=(2, 2), max_new_tokens=text, guidance=3.0)  # 17 tokens and 3: three pages
+    with pytest.raises(ValueError, match="that takes 20 cached tokens, of which 32 fit"):
+        engine.submit(Request(parts, options, draw=True))
+    engine.close()
