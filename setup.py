@@ -10,7 +10,7 @@ EVAL = ["lm-eval>=0.4.13", "openpyxl>=3.1"]  # and, without what it asks for: pi
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18"]
 QUANTIZE = ["accelerate>=1.0", "bitsandbytes>=0.46.1", "torchao>=0.18"]
 APP = [*SERVE, "gradio>=6.20"]
-DEMO = [*TRAIN, "scikit-learn>=1.4"]
+DEMO = ["scikit-learn>=1.4", "scipy>=1.11"]
 TESTS = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "hypothesis>=6.100", "transfusion-pytorch>=0.20",
          "httpx2>=2.12"]
 
@@ -27,10 +27,10 @@ setup(
     package_data={"transfusion.recipes": ["assets/emoji/*", "assets/emoji/licences/*"]},
     install_requires=[
         "torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "numpy", "transformers>=5.17,<6", "tokenizers>=0.22",
-        "diffusers>=0.35", "peft>=0.17", "safetensors>=0.5", "pillow>=10", "tqdm>=4.66", *TRAIN[:1],
+        "diffusers>=0.35", "peft>=0.17", "safetensors>=0.5", "pillow>=10", "tqdm>=4.66", *TRAIN,
     ],
     extras_require={
-        "train": TRAIN,
+        "train": DEMO,  # the data set `digits`; what training itself needs is always there
         "demo": DEMO,
         "gguf": GGUF,
         "data": DATA,

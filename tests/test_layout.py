@@ -3,6 +3,9 @@
 A new file in a folder needs no entry here. A new folder gets a line in ORDER, behind everything that it imports.
 """
 import ast
+import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -137,6 +140,31 @@ def test_imports_point_down(path):
             assert there <= here, (
                 f"{where}:{line} imports {module}, which stands above it in ORDER; move what both need below them, "
                 "or the importing code above")
+
+
+BROUGHT = {"PIL": "pillow", "sklearn": "scikit-learn", "jinja2": "torch", "huggingface_hub": "transformers",
+           "anyio": "fastapi", "starlette": "fastapi", "pydantic": "fastapi", "gradio_client": "gradio"}
+"""modules by the package that is installed for them"""
+EXTRAS = {"transfusion.serve": ("serve", "app"), "transfusion.recipes.digits_judge": ("demo",),
+          "transfusion.recipes.studies": ("demo",), "transfusion.eval.lmms_model": ("lmms_eval",)}
+"""what the modules of some places need beside what is always installed: extras, or a package itself"""
+
+
+@files("tfkernels", "transfusion")
+def test_what_a_module_imports_at_once_is_installed(path, monkeypatch):
+    package = {}
+    monkeypatch.setattr("setuptools.setup", package.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    late = next((extras for name, extras in EXTRAS.items() if name_of(path).startswith(name)), ())
+    lists = [package["install_requires"], *(package["extras_require"].get(extra, [extra]) for extra in late)]
+    installed = {re.split("[<>= ;]", one)[0] for names in lists for one in names}
+    for statement in ast.parse(path.read_text()).body:
+        names = [alias.name for alias in statement.names] if isinstance(statement, ast.Import) else [
+            statement.module] if isinstance(statement, ast.ImportFrom) else []
+        for root in {name.split(".")[0] for name in names} - sys.stdlib_module_names - set(ROOMS):
+            assert BROUGHT.get(root, root) in installed, (
+                f"{path.relative_to(ROOT)}:{statement.lineno} imports {root}, which setup.py does not install; name it "
+                "there, or import it where it is used, with an error that names the extra")
 
 
 def test_every_layer_and_entry_is_there():

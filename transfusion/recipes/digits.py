@@ -44,8 +44,11 @@ class Digits(PictureDataset):
     """One split of the digits; `story` and `jitter` are those of `DigitsSettings`."""
 
     def __init__(self, split: str = "train", story: float = 0.0, jitter: float = 0.0):
-        from sklearn.datasets import load_digits
-
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise ValueError(f"digits: the pictures are scikit-learn's, which is not installed ({error}); "
+                             "pip install 'tfkernels[demo]'") from error
         if split not in SPLITS:
             raise ValueError(f"Digits: split is {split!r}; {' or '.join(map(repr, SPLITS))} fits")
         self.story, self.jitter = story, jitter

@@ -103,9 +103,9 @@ OTHERS = {
 }
 
 
-OURS = ("resume", "device", "recompute", "stop-after", "max-hours", "save-every", "keep-last", "keep-every")
+OURS = ("resume", "device", "recompute", "stop-after", "max-hours", "save-every", "keep-last", "keep-every",
+        "allow-changed", "compile")
 """flags of `transfusion train` without a dot that may stand among LLaVA's"""
-BARE = ("resume",)
 PATCH, SIDE = 16, 256
 """pixels of a patch, and of a picture, of a model that is made of a language model: 256 tokens a picture"""
 
@@ -179,15 +179,16 @@ def read_flags(arguments: Sequence[str], folder: Path = Path()) -> LLaVAFlags:
         ValueError: an unknown flag, one without a value, a value that does not fit, or no --data_path.
     """
     trainer, others, words, ours = {}, {}, [], []
-    for name, text in _pairs(arguments):
+    for name, values in _pairs(arguments):
+        text = " ".join(values)
         if name in ACCEPTED:
             words.append(f"--{name} {text} has no effect: {ACCEPTED[name]}")
         elif name in TRAINER:
             trainer[TRAINER[name].name] = _value(TRAINER, name, text)
         elif name in OTHERS:
             others[OTHERS[name].name] = _value(OTHERS, name, text)
-        elif "." in name or name.replace("_", "-") in OURS:
-            ours += [f"--{name}"] if name in BARE else [f"--{name}", text]
+        elif _is_ours(name):
+            ours += [f"--{name}", *values]
         else:
             raise ValueError(f"train: --{name} is no flag of LLaVA's{nearest(name, (*TRAINER, *OTHERS, *ACCEPTED))}")
     if "data_path" not in others:
@@ -265,18 +266,24 @@ def _with(config: TrainConfig, name: str, value) -> TrainConfig:
     return dataclasses.replace(config, **{group or name: changed})
 
 
-def _pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
+def _is_ours(name: str) -> bool:
+    """Whether it is a flag of `transfusion train`, with as many values as that takes."""
+    return "." in name or name.replace("_", "-") in OURS
+
+
+def _pairs(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
     pairs, left = [], list(arguments)
     while left:
         argument = left.pop(0)
         if not argument.startswith("--"):
             raise ValueError(f"train: {argument!r} stands where a flag is due; --name value fits")
         name, equals, text = argument[2:].partition("=")
-        if not equals and name not in BARE:
-            if not left or left[0].startswith("--"):
-                raise ValueError(f"train: --{name} has no value; --{name} VALUE fits")
-            text = left.pop(0)
-        pairs.append((name, text))
+        values = [text] if equals else []
+        while left and not left[0].startswith("--") and (_is_ours(name) or not values):
+            values.append(left.pop(0))
+        if not values and not _is_ours(name):
+            raise ValueError(f"train: --{name} has no value; --{name} VALUE fits")
+        pairs.append((name, values))
     return pairs
 
 

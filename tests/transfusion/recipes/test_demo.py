@@ -2,8 +2,10 @@
 import json
 import shlex
 import subprocess
+import sys
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from tests.transfusion.conftest import tiny_model
@@ -25,6 +27,12 @@ def captioner(rule):
     """Stands for a model whose caption of a held-out digit is rule(label)."""
     held_out = Digits("held-out")
     return SimpleNamespace(caption=lambda images, **_: [rule(int(label)) for label in held_out.labels[:len(images)]])
+
+
+def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ValueError, match=r"not installed .*pip install 'tfkernels\[demo\]'"):
+        Digits()
 
 
 def test_the_judge_reads_real_digits_it_has_not_seen():

@@ -161,6 +161,12 @@ def test_what_is_missing_is_told_before_anything_is_written(here, monkeypatch, d
     assert not list(here.glob("runs/none*"))
 
 
+def test_flags_of_the_trainer_keep_as_many_values_as_they_have():
+    ours = "--parallel.offload --samples.prompts a b --resume --allow-changed --optim.steps=5"
+    flags = read_flags(shlex.split(f"--data_path a.json {ours} --learning_rate 1e-3"))
+    assert flags.ours == tuple(shlex.split(ours.replace("=", " "))) and flags.trainer["optim.lr"] == 1e-3
+
+
 def test_pretraining_is_plain_and_trains_the_image_layers(tmp_path):
     arguments = "--data_path=blip.json --version=plain --tune_mm_mlp_adapter=True --image_aspect_ratio square"
     flags = read_flags(arguments.split(), tmp_path)
