@@ -188,6 +188,16 @@ def test_the_command_scores_each_task_and_their_mean_and_writes_genevals_own_fil
     assert found["overall"].judge.startswith("Mask2Former ") and "mmdet" in found["overall"].note
 
 
+def test_only_counted_objects_must_be_as_sure_as_counting_asks(made, tmp_path, monkeypatch):
+    found = [Detection(score, (8.0, 8.0, 56.0, 40.0)) for score in (0.5, 0.95)]
+    monkeypatch.setattr(Detector, "__call__", lambda *_: {"dog": found})
+    main(["eval", "geneval", "--drawn", str(made / "drawn"), "--detector", str(made / "detector"),
+          "--clip", str(made / "clip"), "--out", str(tmp_path)])
+    for line in map(json.loads, (tmp_path / "geneval.jsonl").read_text().splitlines()):
+        scores = [box[-1] for box in json.loads(line["details"])["dog"]]
+        assert scores == ([0.95] if line["tag"] == "counting" else [0.95, 0.5])
+
+
 def test_a_drawing_that_is_not_finished_is_refused(made, tmp_path):
     shutil.copytree(made / "drawn", tmp_path / "pictures")
     files = sorted((tmp_path / "pictures").rglob("*.png"))

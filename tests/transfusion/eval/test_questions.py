@@ -78,6 +78,14 @@ def test_accuracy_is_told_for_each_kind_beside_who_does_not_look(folder, monkeyp
     assert "colour" in capsys.readouterr().out
 
 
+def test_a_question_on_the_other_side_of_its_picture_is_another_question(folder, monkeypatch):
+    rows = [{"id": text, "image": "red.png", "conversations": [
+        {"from": "human", "value": text}, {"from": "gpt", "value": "red"}]}
+            for text in ("<image>\nWhich colour?", "Which colour?\n<image>")]
+    (folder / "held-out.json").write_text(json.dumps(rows))
+    assert run(folder, monkeypatch).pictures == [1, 1]
+
+
 def test_the_majoritys_answer_is_that_of_the_training_data_where_they_are_named():
     known = [Known("count", "", (), answer, "") for answer in ("one", "two", "two")]
     train = [Known("count", "", (), answer, "") for answer in ("three", "one", "one")]

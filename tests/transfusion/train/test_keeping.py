@@ -23,6 +23,11 @@ def run(tmp_path_factory):
     return out
 
 
+def test_saves_that_never_come_cannot_stay(tmp_path):
+    with pytest.raises(ValueError, match="keep_every is 3; a multiple of save_every, 2, fits"):
+        train(small(tmp_path, save_every=2, keep_every=3))
+
+
 def test_the_last_saves_stay_and_every_nth_for_good(run):
     assert kept_steps(run) == [6, 10, 12]
     assert sorted(path.name for path in (run / "steps").iterdir()) == ["00000006", "00000010", "00000012"]
@@ -68,6 +73,13 @@ def test_a_run_that_was_put_back_to_an_older_save_keeps_its_own_saves(tmp_path):
     newest = (tmp_path / "model.safetensors").read_bytes()
     kept = {step: (tmp_path / "steps" / f"{step:08d}" / "model.safetensors").read_bytes() for step in (6, 9)}
     assert kept == {6: before[6], 9: newest} and newest != before[9]
+
+
+def test_saves_behind_the_one_that_a_run_was_put_back_to_are_not_its_own(tmp_path):
+    for step in (8, 10, 12, 11):
+        with save_place(small(tmp_path, keep_last=2), step) as fresh:
+            (fresh / "config.json").write_text("{}")
+    assert kept_steps(tmp_path) == [10, 11, 12]
 
 
 def test_without_the_flags_nothing_but_the_newest_save_stays(tmp_path):

@@ -19,7 +19,7 @@ from transfusion.sequence import encode, lay_out, split_rows
 from transfusion.train import transfusion as trainer
 from transfusion.train.autoencoder import train as train_autoencoder
 from transfusion.train.log import CLOCKED
-from transfusion.train.loop import accumulate
+from transfusion.train.loop import accumulate, clip_gradients
 from transfusion.train.optimizer import Player
 from transfusion.train.settings import OptimizerSettings, StepSettings, check_steps, defaults
 from transfusion.train.transfusion import OptimSettings, TransfusionTask, train
@@ -223,3 +223,18 @@ def test_players_are_told_apart_by_name():
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters())
     assert Player(model, optimizer).prefix(".") == "" and Player(model, optimizer, name="other").prefix(".") == "other."
+
+
+def test_a_warm_up_may_last_until_the_decay_begins():
+    check_steps("op", OptimSettings(steps=100, warmup=80, schedule="wsd", decay_share=0.2), "rows", "optim.")
+    with pytest.raises(ValueError, match="warmup is 81"):
+        check_steps("op", OptimSettings(steps=100, warmup=81, schedule="wsd", decay_share=0.2), "rows", "optim.")
+
+
+@pytest.mark.parametrize("limit,norm", [(0.5, 0.5), (None, 2.0), (3.0, 2.0)])
+def test_gradients_are_clipped_to_the_limit(limit, norm):
+    layer = torch.nn.Linear(2, 2, bias=False)
+    player = Player(layer, torch.optim.SGD(layer.parameters(), lr=1.0))
+    layer.weight.grad = torch.ones(2, 2)
+    assert float(clip_gradients(player, limit)) == pytest.approx(2.0)
+    assert float(layer.weight.grad.norm()) == pytest.approx(norm, rel=1e-4)

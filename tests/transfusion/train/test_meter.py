@@ -114,6 +114,30 @@ def test_a_run_stops_where_a_step_and_a_save_might_not_fit_any_more(clock):
     assert not TimeLimit(None).is_near()
 
 
+def test_the_longest_step_and_half_as_much_again_as_the_longest_save_must_fit(clock):
+    def near(*minutes, saving=None, saved=0.0):
+        limit = TimeLimit(1.0)
+        if saving:
+            with limit.saving():
+                clock.now += 60 * saving
+        for minute in minutes:
+            clock.now += 60 * minute
+            found = limit.is_near(saved=60 * saved)
+        return found
+
+    assert not near(20, 1) and near(20, 1, 19)      # 40 + 20 + 1.2 of 60: the longest step counts, not the last
+    assert near(58) and not near(29)                # 58 + 1.2 > 60 - 58; 29 + 29 + 1.2: a fiftieth for the first save
+    assert not near(4, saving=20) and near(6, saving=20)                      # 26 + 6 + 30 > 60
+    assert not near(1, saving=1, saved=37) and near(1, saving=1, saved=39)    # 2 + 1 + 58.5
+
+
+def test_a_resumed_run_s_seconds_go_on(tmp_path):
+    train(small(tmp_path, stop_after=3))
+    train(small(tmp_path, resume=True, stop_after=6))
+    seconds = [record["seconds"] for record in read_log(tmp_path / "log.jsonl")]
+    assert len(seconds) == 6 and seconds == sorted(seconds)
+
+
 def test_max_hours_saves_and_stops_and_the_run_goes_on_as_if_it_had_not_stopped(tmp_path, monkeypatch, capsys):
     train(small(tmp_path / "whole"))
     near = iter([False] * 4 + [True])

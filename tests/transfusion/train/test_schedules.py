@@ -149,3 +149,11 @@ def test_a_run_with_another_schedule_logs_its_rates(tmp_path):
     expected = [learning_rate(step, config.optim) for step in range(12)]
     assert [record["lr"] for record in records(tmp_path)] == expected
     assert expected[1:11] == [3e-3] * 10 and expected[11] < 2e-3
+
+
+def test_the_optimizer_has_the_settings_betas_and_decays_matrices_alone():
+    model = tiny_model()
+    groups = build_optimizer(model, OptimSettings(betas=(0.8, 0.9), weight_decay=0.3)).param_groups
+    assert all(group["betas"] == (0.8, 0.9) for group in groups)
+    decays = {p: group["weight_decay"] for group in groups for p in group["params"]}
+    assert decays == {p: 0.3 if p.ndim >= 2 else 0.0 for p in model.parameters()}
