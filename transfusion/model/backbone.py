@@ -42,7 +42,8 @@ class Backbone(nn.Module):
         text_config = text_config.get_text_config()
         check_config(text_config)
         try:
-            self.decoder = AutoModelForCausalLM.from_config(text_config, attn_implementation=integration.register())
+            self.decoder = AutoModelForCausalLM.from_config(  # in the dtype of all, not of a language model's file
+                text_config, attn_implementation=integration.register(), dtype=torch.get_default_dtype())
         except (KeyError, NotImplementedError) as error:
             family = text_config.model_type
             raise ValueError(f"Backbone: text_config.model_type is {family!r}, whose attention does not go through "
@@ -82,6 +83,14 @@ class Backbone(nn.Module):
         layers = self.decoder.config.get_text_config().num_hidden_layers
         lists = (part for part in self.decoder.get_decoder().children() if isinstance(part, nn.ModuleList))
         return list(next(part for part in lists if len(part) == layers))
+
+    @property
+    def room(self) -> int | None:
+        """How many positions a decoder has that learned a vector for each; None where any fits, as with rotations."""
+        words, config = self.decoder.get_input_embeddings(), self.decoder.config.get_text_config()
+        count = getattr(config, "max_position_embeddings", None)
+        tables = [one for one in self.decoder.modules() if isinstance(one, nn.Embedding) and one is not words]
+        return count if count and any(0 <= table.num_embeddings - count <= 2 for table in tables) else None
 
     def load_text(self, decoder) -> None:
         """Take the weights of a language model of the same configuration."""

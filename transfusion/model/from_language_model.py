@@ -93,9 +93,10 @@ def from_language_model(decoder, tokenizer, *, seed: int = 0, **config) -> Trans
     if size > decoder.get_input_embeddings().weight.shape[0]:
         decoder.resize_token_embeddings(size, mean_resizing=False)
     with torch.no_grad():
-        for weight in (decoder.get_input_embeddings().weight, decoder.get_output_embeddings().weight):
-            if new:
-                weight[new] = weight[known].mean(0)
+        head = decoder.get_output_embeddings()
+        for table in (decoder.get_input_embeddings().weight, head.weight, getattr(head, "bias", None)):
+            if new and table is not None:
+                table[new] = table[known].mean(0)
     torch.manual_seed(seed)
     left_out = "quantization_config", "_name_or_path", "dtype", "torch_dtype"  # of the file, not of the model
     text_config = AutoConfig.for_model(**{k: v for k, v in decoder.config.to_dict().items() if k not in left_out})

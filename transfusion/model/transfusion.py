@@ -6,13 +6,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 
 import tfkernels.integrations.transformers as integration
 from tfkernels import grid_positions, noise_patchify
 from transfusion.diffusion.objective import OBJECTIVES
-from transfusion.files import check_files, replacing, unfinished, whole
+from transfusion.files import check_files, replacing, unfinished, whole, write_text
 from transfusion.generate import generation
 from transfusion.model import hub
 from transfusion.model.backbone import AdaLNBackbone, Backbone, LayerOffsets
@@ -32,6 +39,8 @@ BACKBONE_CLASSES = {
     "decoder": Backbone, "adaln": AdaLNBackbone, "mixture_of_transformers": MixtureOfTransformersBackbone}
 IMAGE_LAYER_CLASSES = {
     "linear": (PatchEmbedding, LinearHead), "dit": (PatchEmbedding, DiTHead), "unet": (UNetDown, UNetUp)}
+GENERATION = "generation_config.json"  # how the decoder writes where transformers generates
+LAYERS = ("backbone", "image_layers", "unet_channels", "unet_blocks", "unet_words")  # settings that may add some
 HUB = ("repo_id", *(name for name in hub.UPLOAD if name != "max_shard_size"),
        *(field.name for field in dataclasses.fields(hub.CardSettings)))  # options of push_to_hub
 
@@ -99,6 +108,14 @@ class Transfusion(PreTrainedModel):
         """The decoder's text head."""
         return self.backbone.decoder.get_output_embeddings()
 
+    def set_input_embeddings(self, embeddings: nn.Module) -> None:
+        """As `resize_token_embeddings` needs it."""
+        self.backbone.decoder.set_input_embeddings(embeddings)
+
+    def set_output_embeddings(self, head: nn.Module) -> None:
+        """As `resize_token_embeddings` needs it."""
+        self.backbone.decoder.set_output_embeddings(head)
+
     @classmethod
     @without_progress_bars()
     def from_pretrained(cls, path, *args, base=None, **kwargs) -> "Transfusion":
@@ -133,8 +150,10 @@ class Transfusion(PreTrainedModel):
                              "a directory written by save_pretrained or `transfusion train` fits")
         check_files(path)
         model = cls._load(path, *args, **kwargs)
-        if model.tokenizer is None and (path / "tokenizer.json").is_file():
+        if model.tokenizer is None and any((path / f"tokenizer{end}.json").is_file() for end in ("", "_config")):
             model.tokenizer = _load_tokenizer(path)
+        if (path / GENERATION).is_file():
+            model.backbone.decoder.generation_config = GenerationConfig.from_pretrained(path)
         if (path / "vae").is_dir():
             model.vae = VAE.from_pretrained(path / "vae")
         return model
@@ -166,7 +185,7 @@ class Transfusion(PreTrainedModel):
                              ) from error
         if loading_info is not None:
             loading_info.update(found)
-        elif not kwargs.keys() & {"config", *TransfusionConfig.names()}:  # which may ask for layers that are new
+        elif "text_config" not in kwargs and not _has_new_layers(model.config, path):
             check_complete("Transfusion.from_pretrained", "path", path, found)
         return model
 
@@ -187,6 +206,7 @@ class Transfusion(PreTrainedModel):
         if is_main_process:
             with replacing(Path(path), weights=variant is None) as fresh:
                 super().save_pretrained(fresh, True, state_dict, variant=variant, **kwargs)
+                write_text(fresh / GENERATION, self.backbone.decoder.generation_config.to_json_string())
                 if self.tokenizer is not None:
                     self.tokenizer.save_pretrained(fresh)
                 if self.vae is not None:
@@ -318,6 +338,13 @@ def _check_implementation(op: str, wanted) -> None:
     if not all(one == integration.NAME for one in (wanted.values() if isinstance(wanted, dict) else [wanted])):
         raise ValueError(f"{op}: attn_implementation is {wanted!r}; {integration.NAME!r} fits, which alone sees this "
                          "model's masks; leave it out")
+
+
+def _has_new_layers(config: TransfusionConfig, path: Path) -> bool:
+    """Whether a model was asked for that has layers which the checkpoint in `path` does not."""
+    saved = TransfusionConfig.from_pretrained(path)
+    counts = [one.text_config.get_text_config().num_hidden_layers for one in (config, saved)]
+    return counts[0] != counts[1] or any(getattr(config, name) != getattr(saved, name) for name in LAYERS)
 
 
 def _load_tokenizer(path: Path):

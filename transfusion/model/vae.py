@@ -14,8 +14,11 @@ import diffusers  # its classes are looked up where they are used: with them com
 import torch
 from torch import Tensor
 
-from transfusion.files import check_files, current, replacing, whole
+from transfusion.files import check_files, current, read_json, replacing, whole
+from transfusion.model.decoders import check_complete
 from transfusion.model.progress import without_progress_bars
+
+CLASS = "AutoencoderKL"  # of diffusers
 
 
 class VAE:
@@ -50,7 +53,13 @@ class VAE:
         try:
             with whole(path) as directory:
                 check_files(directory)
-                return cls(diffusers.AutoencoderKL.from_pretrained(directory, use_safetensors=True))
+                kind = read_json(directory / "config.json").get("_class_name", CLASS)
+                if kind != CLASS:
+                    raise ValueError(f"VAE.from_pretrained: path is {str(path)!r}, which holds an {kind}; {CLASS} fits")
+                autoencoder, found = diffusers.AutoencoderKL.from_pretrained(
+                    directory, use_safetensors=True, output_loading_info=True)
+                check_complete("VAE.from_pretrained", "path", path, found)
+                return cls(autoencoder)
         except OSError as error:
             raise ValueError(f"VAE.from_pretrained: path is {str(path)!r}, whose weights cannot be loaded ({error}); "
                              "safetensors fit") from error

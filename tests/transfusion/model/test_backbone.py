@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from tests.transfusion.conftest import tiny_model
 from tests.transfusion.plain import add_noise, noise_of, plain_output
@@ -390,3 +390,10 @@ def test_a_single_mask_serves_rows_that_fit_into_the_window():
     backbone, longer = family_model("gemma3_text").backbone, TransfusionMask.causal(WINDOW + 1)
     assert backbone.masks(mask) == {FULL: mask, SLIDING: mask}
     assert backbone.masks(longer)[FULL] is longer and backbone.masks(longer)[SLIDING].area() == longer.area() - 1
+
+
+def test_a_configuration_of_bfloat16_makes_a_model_of_the_default_dtype():
+    text = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                       dtype="bfloat16")
+    model = Transfusion(TransfusionConfig(text_config=text, boi_token_id=62, eoi_token_id=63))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}

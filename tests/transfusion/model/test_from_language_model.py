@@ -3,7 +3,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from transfusion import Image, Text, Transfusion, TransfusionConfig
 from transfusion.model.config import BACKBONES, TransfusionSettings
@@ -183,3 +183,21 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path):
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="the tokenizer has no EOS"):
         from_language_model(decoder, tokenizer)
+
+
+def test_a_tokenizer_of_any_kind_comes_back(tmp_path):
+    decoder = AutoModelForCausalLM.from_pretrained(language_model(tmp_path / "llm", "llama", padded=200))
+    model = from_language_model(decoder, ByT5Tokenizer(), image_channels=1, image_size=(8, 8))
+    model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model" / "tokenizer.json").exists()
+    again = Transfusion.from_pretrained(tmp_path / "model")
+    assert again.tokenizer.get_vocab() == model.tokenizer.get_vocab()
+    assert torch.equal(*(m.eval().draw(["a"], steps=1)[0].latent for m in (model, again)))
+
+
+def test_the_bias_of_new_tokens_is_the_mean_as_well(tmp_path):
+    decoder = AutoModelForCausalLM.from_pretrained(language_model(tmp_path / "llm", "phi"))
+    torch.nn.init.constant_(decoder.lm_head.bias, -5.0)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "llm")
+    model = from_language_model(decoder, tokenizer, image_channels=1, image_size=(8, 8))
+    assert (model.get_output_embeddings().bias == -5.0).all()

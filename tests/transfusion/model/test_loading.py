@@ -3,14 +3,15 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModel, BitsAndBytesConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tests.transfusion.conftest import tiny_model
 from tests.transfusion.model.test_transfusion import losses
-from transfusion import Text, Transfusion
+from transfusion import Text, Transfusion, TransfusionConfig
 from transfusion.model.config import BACKBONES
 from transfusion.model.lora import spare_images
 
@@ -150,3 +151,32 @@ class ByteQuantizer(HfQuantizer):
             for name, module in model.named_modules()
             if isinstance(module, torch.nn.Linear) and should_convert_module(name, kept)
         )
+
+
+def test_whoever_loads_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    (tmp_path / "checksums.json").unlink()
+    file, lost = tmp_path / "model.safetensors", "backbone.decoder.model.layers.0.mlp.down_proj.weight"
+    save_file({name: x for name, x in load_file(file).items() if name != lost}, file, {"format": "pt"})
+    for load in (Transfusion.from_pretrained, AutoModel.from_pretrained,
+                 lambda path: Transfusion.from_pretrained(path, image_size=(4, 4)),
+                 lambda path: Transfusion.from_pretrained(path, config=TransfusionConfig.from_pretrained(path))):
+        with pytest.raises(ValueError, match=f"lack 1 of the model's weights, {lost}"):
+            load(tmp_path)
+
+
+def test_how_the_decoder_generates_is_kept(tmp_path):
+    model = tiny_model()
+    model.backbone.decoder.generation_config.update(eos_token_id=[2, 7], do_sample=True, temperature=0.6)
+    model.save_pretrained(tmp_path / "a")
+    Transfusion.from_pretrained(tmp_path / "a").save_decoder(tmp_path / "b")
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "b").generation_config
+    assert kept.eos_token_id == [2, 7] and kept.do_sample and kept.temperature == 0.6
+
+
+def test_a_vocabulary_grows_as_transformers_models_do(pictures):
+    model, tokens = tiny_model().eval(), torch.arange(5)[None]
+    before, size = model.text_logits(tokens), len(model.tokenizer)
+    model.resize_token_embeddings(size + 5)
+    assert model.backbone.decoder.config.vocab_size == size + 5
+    assert torch.equal(model.text_logits(tokens)[..., :size], before)

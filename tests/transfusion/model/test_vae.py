@@ -3,8 +3,9 @@ import copy
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image as Picture
+from safetensors.torch import load_file, save_file
 
 from tests.transfusion.model.test_from_language_model import language_model
 from transfusion import Image, Transfusion
@@ -105,3 +106,15 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="8 channels and no VAE"):
         load_image(tmp_path / "x.png", type("", (), {"image_channels": 8}))
     assert Image(torch.zeros(8, 4, 4)).latent.shape[0] == vae.channels
+
+
+def test_an_autoencoder_that_lacks_weights_or_is_another_is_refused(tmp_path):
+    autoencoder().save_pretrained(tmp_path / "half")
+    file = tmp_path / "half" / "diffusion_pytorch_model.safetensors"
+    save_file({name: x for name, x in load_file(file).items() if name != "decoder.conv_out.weight"}, file)
+    with pytest.raises(ValueError, match="VAE.from_pretrained: path is .* lack 1 of .*decoder.conv_out.weight"):
+        VAE.from_pretrained(tmp_path / "half")
+    AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4).save_pretrained(
+        tmp_path / "tiny")
+    with pytest.raises(ValueError, match="holds an AutoencoderTiny; AutoencoderKL fits"):
+        VAE.from_pretrained(tmp_path / "tiny")
