@@ -62,6 +62,7 @@ def sample(options: Sample) -> None:
     if options.prompts is not None:
         _sample_file(options)
         return
+    _check_alone(options)
     out = Path("sample.png") if options.out is None else options.out
     check_picture_path(out)
     model = load_model(options.model, options.device)
@@ -75,6 +76,18 @@ def sample(options: Sample) -> None:
     else:
         parts = model.generate(given, **vars(options.sampling))
     _write(parts, out, model.vae)
+
+
+def _check_alone(options: Sample) -> None:
+    """Refuse what would have no effect on one prompt."""
+    for name in ("samples", "batch"):
+        if getattr(options, name) != getattr(Sample, name):
+            raise ValueError(f"sample: {name} is {getattr(options, name)} without prompts; a file of them fits, or "
+                             f"leave --{name} out")
+    for name in ("max_images", "max_new_tokens"):
+        value = getattr(options.sampling, name)
+        if options.draw and value != getattr(Sampling, name):
+            raise ValueError(f"sample: {name} is {value}, and one image is drawn and nothing written; add --no-draw")
 
 
 def _sample_file(options: Sample) -> None:

@@ -339,3 +339,12 @@ def test_what_an_encoding_cannot_write_is_spelled_out_and_files_are_utf8_in_ever
                           capture_output=True, text=True, cwd=tmp_path)
     assert (done.stdout, done.returncode) == ("\\xfc\\udce9\n", 0), done.stderr
     assert (tmp_path / "said.txt").read_text(encoding="utf-8") == "\u00fc\\udce9"
+
+
+@pytest.mark.parametrize("flags,words", [
+    ("--samples 4", "samples is 4 without prompts"), ("--batch 2", "batch is 2 without prompts"),
+    ("--max-images 3", "max_images is 3, and one image is drawn"),
+    ("--max-new-tokens 5", "max_new_tokens is 5, and one image is drawn and nothing written; add --no-draw")])
+def test_flags_without_effect_on_one_prompt_are_refused(flags, words):
+    with pytest.raises(SystemExit, match=words):
+        main(["sample", "--model", "m", "--prompt", "a", *flags.split()])

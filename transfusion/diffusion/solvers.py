@@ -85,11 +85,14 @@ def make_solver(name: str, objective, steps: int, tokens: int,
     check_value("sampler", "tokens", tokens, Count)
     if shift_tokens is not None:
         check_value("sampler", "shift_tokens", shift_tokens, Count)
+    if name in ("dpm++", "unipc") and steps >= TRAIN_STEPS:  # whose tables have no more: times would repeat
+        raise ValueError(f"sampler: steps is {steps} and the sampler {name!r}, which takes at most {TRAIN_STEPS - 1}; "
+                         "fewer steps, or 'ddim' or 'heun', fit")
     if name == "ddim":
         return DDIMSolver(objective, steps, tokens, shift_tokens)
     if isinstance(objective, Flow):
         return SchedulerSolver(_flow_scheduler(name, tokens, shift_tokens), objective, steps, tokens, shift_tokens)
-    return SchedulerSolver(_scheduler(name, objective), objective, steps, tokens, shift_tokens)
+    return SchedulerSolver(_scheduler(name, objective, steps), objective, steps, tokens, shift_tokens)
 
 
 def _flow_scheduler(name: str, tokens: int, shift_tokens: int | None):
@@ -104,7 +107,7 @@ def _flow_scheduler(name: str, tokens: int, shift_tokens: int | None):
                 flow_shift=shift)
 
 
-def _scheduler(name: str, objective):
+def _scheduler(name: str, objective, steps: int):
     """A scheduler of the cosine path, as betas from 0 to the objective's own start of sampling."""
     import diffusers
 
@@ -112,5 +115,6 @@ def _scheduler(name: str, objective):
     remaining = objective.path(t)[0].square()
     kind = {"dpm++": diffusers.DPMSolverMultistepScheduler, "unipc": diffusers.UniPCMultistepScheduler,
             "heun": diffusers.HeunDiscreteScheduler}[name]
-    return kind(num_train_timesteps=TRAIN_STEPS, trained_betas=(1 - remaining[1:] / remaining[:-1]).tolist(),
+    spacing = {"timestep_spacing": "trailing"} if name == "heun" and steps == 1 else {}  # else t = 0
+    return kind(num_train_timesteps=TRAIN_STEPS, **spacing, trained_betas=(1 - remaining[1:] / remaining[:-1]).tolist(),
                 prediction_type=_PREDICTION[type(objective).__name__])

@@ -64,7 +64,7 @@ class Row:
         self.decoder = model.tokenizer if decoder is None else decoder  # makes text of tokens
         self.decoding = Decoding(self.decoder)  # of what was written since the last image
         self.eos = model.tokenizer.eos_token_id
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(int(seed) if seed < 2**64 else int(seed) - 2**64)
         self.stop = (*(options.stop or ()), *([options.turn_end] if options.turn_end else ()))
         self.state, self.text = WRITING, ""
         self.parts: list[Part] = []
@@ -72,8 +72,17 @@ class Row:
         self.stopped = False  # by one of the texts that end it
 
     def document(self, force_image: bool) -> Document:
-        """The prompt, and the BOI of an image behind it where one is forced."""
+        """The prompt, and the BOI of an image behind it where one is forced.
+
+        Raises:
+            ValueError: it may need more positions than the decoder has.
+        """
         document = encode(self.prompt, self.model.tokenizer, self.config, end=False)
+        image, options, room = self.grid[0] * self.grid[1] + 2, self.options, self.model.backbone.room
+        more = image if force_image else options.max_new_tokens + options.max_images * image
+        if room is not None and len(document.tokens) + more > room:
+            raise ValueError(f"generate: the prompt has {len(document.tokens)} tokens and what is made of it may have "
+                             f"{more}; {room}, the decoder's positions, fit; give less, or ask for less")
         return self._then_image(document) if force_image else document
 
     def context(self, name: str) -> Document:
@@ -137,7 +146,8 @@ class Row:
         height, width = (side * self.config.patch_size for side in self.grid)
         patches = patches.float().cpu()
         _check_number(float(patches.sum()))
-        return Image(unpatchify(patches, self.config.patch_size, height, width)[0])
+        with torch.inference_mode(False):  # what users get may be changed and trained on
+            return Image(unpatchify(patches.clone(), self.config.patch_size, height, width)[0])
 
     def drawn(self, patches: Tensor) -> Image:
         """Put the finished image of patches behind what was written, and go on writing."""

@@ -9,7 +9,7 @@ from transfusion.diffusion.solvers import SOLVERS
 from transfusion.settings import Count, NotNegative, OneOf, Range, Share, WholeNumber, check, nearest, shown
 
 LONGEST_STOP = 256  # characters of a text that ends a row: what was written is compared with all of it at each token
-RowSeed = Annotated[int, Range(-2**63, 2**63 - 1)]  # what torch.Generator takes
+RowSeed = Annotated[int, Range(-2**63, 2**64 - 1)]  # what torch.Generator takes
 
 
 @dataclass(frozen=True)

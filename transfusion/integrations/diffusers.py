@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from transfusion.data.model_images import decoded, image_of, pixel_factor
 from transfusion.data.picture_files import to_picture
-from transfusion.diffusion.guidance import Guidance
+from transfusion.diffusion.guidance import Guidance, Scale
 from transfusion.generate.generation import Preview
 from transfusion.generate.row import check_options, solver_of
 from transfusion.generate.sampling import Sampling
@@ -113,7 +113,10 @@ class TransfusionPipeline:
         """
         if output_type not in OUTPUTS:
             raise ValueError(f"{_OP}: output_type is {output_type!r}; one of {', '.join(map(repr, OUTPUTS))} fits")
-        check_value(_OP, "num_images_per_prompt", num_images_per_prompt, Count)
+        for name, value, kind in (("num_images_per_prompt", num_images_per_prompt, Count),
+                                  ("num_inference_steps", num_inference_steps, Count),
+                                  ("guidance_scale", guidance_scale, Guidance | Scale)):
+            check_value(_OP, name, value, kind)
         prompts = [one for one in self._prompts(prompt, image) for _ in range(num_images_per_prompt)]
         options = Sampling(steps=num_inference_steps, guidance=guidance_scale, sampler=sampler,
                            image_size=self._size(height, width),

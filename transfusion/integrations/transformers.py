@@ -63,14 +63,19 @@ class TransfusionAnyToAnyPipeline(Pipeline):
         records = super().__call__({"prompts": prompts}, **options)
         return [[record] for record in records] if nested else records
 
-    def _sanitize_parameters(self, template=None, generate_kwargs=None, do_sample=None, stop_sequence=None, **options):
+    def _sanitize_parameters(self, generate_kwargs=None, **options):
         """transformers' hook: the options of the three steps below, those that are given alone."""
+        options |= generate_kwargs or {}
+        template, do_sample, stop_sequence = (options.pop(name, None) for name in
+                                              ("template", "do_sample", "stop_sequence"))
         if template is not None and template not in TEMPLATE_NAMES:
             raise ValueError(f"{_OP}: template is {template!r}; one of {', '.join(map(repr, TEMPLATE_NAMES))} "
                              f"fits{nearest(str(template), TEMPLATE_NAMES, repr)}")
         if options.get("generation_mode") not in (None, *MODES):
             raise ValueError(f"{_OP}: generation_mode is {options['generation_mode']!r}; None, 'text' or 'image' fits")
-        options |= generate_kwargs or {}
+        if options.get("generation_mode") == "text" and options.get("max_images"):
+            raise ValueError(f"{_OP}: max_images is {options['max_images']} and generation_mode 'text', which draws "
+                             "none; leave one of them out")
         if do_sample is not None:
             options["temperature"] = options.get("temperature", 1.0) if do_sample else 0.0
         if stop_sequence is not None:

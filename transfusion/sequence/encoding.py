@@ -58,6 +58,9 @@ def encode(parts: list[Part], tokenizer, config, *, end: bool = True) -> Documen
     if not parts:
         raise ValueError("encode: parts is empty; at least one Text or Image fits, e.g. [Text('a handwritten seven')]")
     boi, eoi, bos, eos = config.boi_token_id, config.eoi_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is None:
+        raise ValueError("encode: the tokenizer has no BOS, with which documents begin; set tokenizer.bos_token, such "
+                         "as to its eos_token")
     if boi == eoi or boi in (bos, eos) or eoi in (bos, eos):
         raise ValueError(f"encode: boi_token_id is {boi} and eoi_token_id {eoi}, BOS and EOS are {bos} and {eos}; two "
                          "tokens of their own fit")

@@ -92,3 +92,25 @@ def test_what_no_sampler_does_is_refused_by_name():
 def test_numbers_that_are_not_whole_and_positive_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"sampler: {name} is .*; a whole number of at least 1 fits"):
         make_solver("ddim", OBJECTIVES["flow"], **{"steps": 2, "tokens": 16, "shift_tokens": 4, name: value})
+
+
+@MODELS
+@pytest.mark.parametrize("name", SOLVERS)
+def test_one_step_begins_at_noise_and_leads_to_the_image(name, objective):
+    objective, x0 = OBJECTIVES[objective], torch.randn(16, 4, dtype=torch.float64)
+
+    def predict(x, t):
+        (signal, noise), (p, q) = objective.path(t), objective.target(t)
+        return p * x0 + q * (x - signal * x0) / noise
+
+    sampler = make_solver(name, objective, 1, 16)
+    assert sampler.times[0] > 0.99 and len(sampler.times) == 1
+    torch.testing.assert_close(run(sampler, torch.randn_like(x0), predict), x0, rtol=0, atol=2e-2)
+
+
+@MODELS
+@pytest.mark.parametrize("name", ["dpm++", "unipc"])
+def test_more_steps_than_a_solver_s_table_has_are_refused(name, objective):
+    assert make_solver(name, OBJECTIVES[objective], 999, 16).times.unique().numel() == 999
+    with pytest.raises(ValueError, match="steps is 1000 and the sampler .*, which takes at most 999"):
+        make_solver(name, OBJECTIVES[objective], 1000, 16)

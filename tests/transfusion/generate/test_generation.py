@@ -1,15 +1,16 @@
 """Generation against one without a cache, batches against single prompts, and the order of text and images."""
 import copy
 
+import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, LlamaForCausalLM
 
 from tests.conftest import DEVICE
 from tests.transfusion.conftest import tiny_model
 from tfkernels import patchify
 from tfkernels.attention import cpu
-from transfusion import Image, Text
+from transfusion import Image, Text, Transfusion, TransfusionConfig
 from transfusion.diffusion.guidance import Guidance
 from transfusion.diffusion.objective import step
 from transfusion.generate.generation import Drawn, Preview, _Generation
@@ -422,3 +423,33 @@ def test_a_model_without_a_tokenizer_says_so():
     model.tokenizer = None
     with pytest.raises(ValueError, match="the model has no tokenizer with an EOS; set model.tokenizer"):
         model.draw(["a"])
+
+
+def test_drawn_images_may_be_changed_and_trained_on(model):
+    image, = model.draw(["a"], steps=1)
+    weight = torch.ones_like(image.latent, requires_grad=True)
+    (weight * image.latent).sum().backward()
+    assert torch.equal(weight.grad, image.latent)
+    image.latent.clamp_(-1, 1)
+
+
+def test_every_seed_of_torch_and_numpy_draws(model):
+    drawn = [model.draw(["a"], steps=1, seeds=[seed])[0].latent for seed in (np.int64(3), 3, 2**64 - 1, -1)]
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[2], drawn[3]) and not torch.equal(drawn[1], drawn[2])
+    with pytest.raises(ValueError, match=f"seed is {2**64}"):
+        Sampling(seed=2**64)
+
+
+def test_a_decoder_that_learned_its_positions_is_asked_for_no_more():
+    model = tiny_model()
+    config = GPT2Config(vocab_size=len(model.tokenizer), n_positions=16, n_embd=32, n_layer=1, n_head=2,
+                        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+    learned = Transfusion(TransfusionConfig(
+        text_config=config, image_channels=1, image_size=(4, 4), patch_size=2, boi_token_id=model.config.boi_token_id,
+        eoi_token_id=model.config.eoi_token_id), model.tokenizer).eval()
+    assert learned.backbone.room == 16 and model.backbone.room is None
+    assert learned.draw(["a"], steps=1)[0].latent.shape == (1, 4, 4)
+    with pytest.raises(ValueError, match="the prompt has .* tokens and what is made of it may have 6; 16, the dec"):
+        learned.draw(["a handwritten seven and a handwritten five and more"], steps=1)
+    with pytest.raises(ValueError, match="may have 20; 16"):
+        learned.generate([Text("a")], max_new_tokens=20, max_images=0)

@@ -134,3 +134,15 @@ def test_latents_are_decoded_and_sizes_are_those_of_the_decoded_pictures(tmp_pat
 def test_an_argument_that_does_not_fit_is_named(pipe, given, says):
     with pytest.raises(ValueError, match=f"TransfusionPipeline: {says}"):
         pipe(**{"prompt": PROMPTS[0], **given})
+
+
+@pytest.mark.parametrize("options,words", [
+    ({"num_inference_steps": 0}, "num_inference_steps is 0"), ({"guidance_scale": -1.0}, "guidance_scale is -1"),
+    ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0")])
+def test_arguments_that_do_not_fit_have_the_names_that_diffusers_gives_them(pipe, options, words):
+    with pytest.raises(ValueError, match=words):
+        pipe(PROMPTS, **options)
+
+
+def test_any_seed_of_a_generator_fits(pipe):
+    assert pipe(PROMPTS[0], num_inference_steps=1, generator=seeded(2**63 + 5)).images

@@ -148,3 +148,13 @@ def test_what_does_not_fit_is_named(pipe, given, says):
 def test_an_option_that_is_none_of_sampling_is_answered_with_the_nearest(pipe):
     with pytest.raises(ValueError, match="max_new_token is not an option; .*did you mean max_new_tokens"):
         pipe("a", max_new_token=3)
+
+
+def test_options_fit_as_well_in_generate_kwargs_and_are_checked_there(pipe):
+    record, = pipe(text="a", generation_mode="text", max_new_tokens=4, generate_kwargs={"do_sample": True, "seed": 3})
+    again, = pipe(text="a", generation_mode="text", max_new_tokens=4, temperature=1.0, seed=3)
+    assert record == again
+    with pytest.raises(ValueError, match="generation_mode is 'pictures'"):
+        pipe(text="a", generate_kwargs={"generation_mode": "pictures"})
+    with pytest.raises(ValueError, match="max_images is 3 and generation_mode 'text', which draws none"):
+        pipe(text="a", generation_mode="text", max_images=3)

@@ -94,3 +94,10 @@ def test_boi_and_eoi_are_tokens_of_their_own(ids):
     config.boi_token_id, config.eoi_token_id = ids
     with pytest.raises(ValueError, match=f"boi_token_id is {ids[0]} and eoi_token_id {ids[1]}, .* two tokens of their"):
         encode([PICTURE], TOKENIZER, config)
+
+
+def test_a_tokenizer_without_bos_is_refused_by_name(model):
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.bos_token = None
+    with pytest.raises(ValueError, match="encode: the tokenizer has no BOS, .*set tokenizer.bos_token"):
+        encode([Text("a")], tokenizer, model.config)
