@@ -12,7 +12,7 @@ from PIL import Image as Picture
 
 from tests.transfusion.train.own_data import paint, png
 from transfusion.cli import main
-from transfusion.data.mixture import MixtureSettings, make_mixture
+from transfusion.data.mixture import MixtureSettings, SourceSettings, make_mixture
 from transfusion.data.sources import FORMATS
 from transfusion.recipes.llava import read_flags
 
@@ -78,6 +78,14 @@ def test_every_mixture_on_the_page_is_understood_and_its_defaults_are_true(tmp_p
 def test_the_page_lists_every_format():
     listed = re.findall(r"^\| `(\w+)` \|", section("Formats"), re.MULTILINE)
     assert listed[0] == "format" and sorted(listed[1:]) == sorted(FORMATS)
+
+
+def test_the_page_lists_every_setting_of_each_format():
+    common, listed = re.findall(r"`(\w+)`", section("Settings of a source").split(".")[0]), {}
+    assert {"source", *common} == {field.name for field in dataclasses.fields(SourceSettings)}
+    for names, settings in re.findall(r"^\| (`.*?`) \| (.*) \|$", section("Settings of a source"), re.MULTILINE):
+        listed |= dict.fromkeys(re.findall(r"`(\w+)`", names), {"path", *re.findall(r"`(\w+)`", settings)})
+    assert listed == {name: {field.name for field in dataclasses.fields(kind)} for name, kind in FORMATS.items()}
 
 
 @pytest.mark.parametrize("name,trained,rows", [("train_lora.sh", "lora", 8), ("train_full.sh", None, 64)])

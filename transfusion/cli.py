@@ -165,7 +165,7 @@ VERBS = {
     "init": ("make a model from a pretrained language model", _init),
     "export": ("write a plain checkpoint of an adapter, or the decoder alone", _export),
     "train": ("train a model from a preset", _train),
-    "plan": ("say what a training would need: memory, time, GPUs", _plan),
+    "plan": ("say what a training run would need: memory, time, GPUs", _plan),
     "report": ("make a page of what runs logged: curves, numbers, samples", _report),
     "sample": ("draw or write from a prompt or a file of prompts", _sample),
     "caption": ("write what follows an image", _caption),

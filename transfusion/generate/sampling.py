@@ -45,7 +45,7 @@ class Sampling(TextSampling):
     max_images: WholeNumber = 1
     """images drawn for each prompt at most; then BOI is not sampled any more"""
     image_size: Annotated[tuple[Count, Count] | None, arg(name="size")] = None
-    """height and width of drawn images; the model's own by default"""
+    """height and width of drawn images, of their latents where there is an autoencoder; by default the model's own"""
     steps: Count = 50
     """denoising steps of each image (the paper: 250, of a model trained with 1000)"""
     sampler: Annotated[str, OneOf(SOLVERS)] = "ddim"

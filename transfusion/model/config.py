@@ -47,14 +47,14 @@ class TransfusionSettings:
     unet_blocks: Count = 2
     """residual blocks at each resolution of the U-Net"""
     unet_words: Count | None = None
-    """vectors, such as a language model's words, that each token of the U-Net's down blocks is a mean of, weighted by a
-    softmax (AlignVLM's connector, arXiv:2502.01341); None: a linear layer"""
+    """number of vectors, such as embeddings of words, of which each token from the U-Net's down blocks is a mean with
+    softmax weights (AlignVLM's connector, arXiv:2502.01341); None: a linear layer"""
     image_attention: Annotated[str, OneOf(IMAGE_ATTENTION)] = "bidirectional"
     """inside an image: bidirectional (the paper) or causal, the same as text (its ablation, table 5)"""
     objective: Annotated[str, OneOf(OBJECTIVES)] = "flow"
     """what the image head predicts: eps (the paper, arXiv:2408.11039), v, flow or x0"""
     time_shift_tokens: Count | None = None
-    """patches of an image whose times are not shifted; larger images get more noise (see
+    """number of patches at which an image's times are not shifted; images with more get more noise (see
     `transfusion.diffusion.objective.shift_times`); None: no shift"""
     diffusion_weight: NotNegative = 5.0
     """lambda in text loss + lambda * diffusion loss (the paper: 5, for errors of eps; errors of x0 are a tenth of
@@ -186,7 +186,7 @@ def _check_settings(settings: _OwnSettings, text_config: PreTrainedConfig) -> No
     if settings.boi_token_id == settings.eoi_token_id:
         raise ValueError(f"{op}: boi_token_id and eoi_token_id are both {settings.boi_token_id}; two tokens fit")
     if settings.positions == "2d" and settings.backbone == "decoder":
-        raise ValueError(f"{op}: positions is '2d' and backbone 'decoder', which turns its heads itself; "
+        raise ValueError(f"{op}: positions is '2d' and backbone 'decoder', which applies its own rotary embedding; "
                          "backbone 'adaln' or 'mixture_of_transformers', or positions '1d' fits")
     if settings.unet_words is not None and settings.image_layers != "unet":
         raise ValueError(f"{op}: unet_words is {settings.unet_words} and image_layers {settings.image_layers!r}; "

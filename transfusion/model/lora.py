@@ -41,7 +41,7 @@ class TuneSettings:
     lora_rank: Count = 16
     """rank of the adapters"""
     lora_alpha: Count = 32
-    """the adapters' product counts alpha / rank"""
+    """the adapters' product is multiplied by alpha / rank"""
     frozen: tuple[str, ...] | None = None
     """modules of images that are not trained, whatever `trained` says, by their names in the printed table without
     "images: "; `patch_embedding timestep` are what pictures are read by"""

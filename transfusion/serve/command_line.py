@@ -23,7 +23,7 @@ class HostSettings:
     model: Path
     """directory of a checkpoint"""
     host: str = "127.0.0.1"
-    """address to listen on: this machine alone; 0.0.0.0 for all"""
+    """address to listen on; 127.0.0.1 serves this machine alone, 0.0.0.0 all networks"""
     port: Annotated[int, Range(1, 65535)] = 8000
     """port to listen on"""
     name: str | None = None
@@ -33,7 +33,7 @@ class HostSettings:
     allow_remote: bool = False
     """also fetch pictures by http(s) URLs, from public addresses"""
     max_megabytes: Count = 32
-    """of a request, and of a picture that is fetched"""
+    """largest size of a request, and of a picture that is fetched"""
     rows: Count = 16
     """requests that run at once"""
     queue: Count = 64
@@ -53,7 +53,7 @@ class ServeSettings(HostSettings):
     """Serve a model over HTTP with OpenAI's interface; Ctrl-C finishes what runs and ends."""
 
     api_key: str | None = None
-    """what clients must send as their key; None: nobody is asked for one, beside --host 0.0.0.0 either"""
+    """key that clients must send; None: no key is asked for, not even with --host 0.0.0.0"""
 
     def __post_init__(self):
         check("serve", self)

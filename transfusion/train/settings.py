@@ -36,12 +36,12 @@ class GuardSettings:
     """What happens at a step whose loss or gradient norm is far above those before it."""
 
     do: Annotated[str, OneOf(("none", "skip", "stop"))] = "none"
-    """none: the step is taken; skip: its gradients are dropped, and those that are not finite, too; stop: save and
-    stop before it"""
+    """none: the step is taken; skip: its gradients are dropped, as are those of a step that is not finite; stop:
+    the run saves and stops before it"""
     factor: Annotated[float, Range(above=1)] = 5.0
-    """how many times their running medians losses and gradient norms may be"""
+    """largest loss or gradient norm that passes, as a multiple of its running median"""
     window: Count = 100
-    """steps that a median is taken over; before there are as many, no step is too far above them"""
+    """steps that the median is taken over; until so many have been taken, no step counts as too far above it"""
     patience: Count = 10
     """steps in a row that may be skipped; one more, and the run saves and stops"""
 
@@ -57,15 +57,15 @@ class RunSettings(JobSettings):
     allow_changed: bool = False
     """go on with other settings of model, data or seed, too; what changed is kept in resume/run.json"""
     keep_last: WholeNumber = 0
-    """newest saves that stay in `out`/steps when newer ones take their place in `out`"""
+    """how many of the newest saves are also kept in `out`/steps; 0: none"""
     keep_every: Count | None = None
-    """steps from one save that stays there for good to the next, a multiple of save_every; None: none stays"""
+    """steps between saves that are kept there for good, a multiple of save_every; None: none is"""
     stop_after: Count | None = None
     """stop (and save) after this step, as Ctrl-C would"""
     autocast: bool = False
     """compute in bfloat16 under autocast"""
     max_hours: Positive | None = None
-    """save and stop so that this training, from its first step on, takes no longer; None: as long as it takes"""
+    """save and stop in time, so that the run takes at most so many hours from its first step; None: no limit"""
     guard: GuardSettings = GuardSettings()
     log: tuple[Annotated[str, OneOf(TRACKERS)], ...] | None = None
     """where the numbers of log.jsonl go as well: tensorboard, wandb, both"""
@@ -111,7 +111,7 @@ class OptimizerSettings(StepSettings):
     warmup: WholeNumber = 100
     """steps of linear warm-up"""
     ema: Decay = 0.999
-    """decay of the averaged weights that are saved; 0 saves the last ones"""
+    """decay of the averaged weights that are saved, after n steps at most (1 + n) / (10 + n); 0 saves the last ones"""
 
 
 def defaults(**values) -> Callable[[type], type]:

@@ -77,8 +77,8 @@ class OptimSettings(OptimizerSettings):
     times: Annotated[str, OneOf(TIMES)] = "uniform"
     """how an image's time is drawn: uniform (the paper) or logit-normal"""
     image_lr: Positive = 1.0
-    """factor of the image layers' learning rate, which may have more or less to learn than a decoder that was trained
-    before, or than its adapters"""
+    """what the image layers' learning rate is multiplied by; they may have more or less to learn than a pretrained
+    decoder or its adapters"""
 
 
 @dataclass(frozen=True)
