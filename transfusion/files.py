@@ -129,7 +129,7 @@ def _clear(directory: Path, names: str = "*") -> None:
     for left in directory.glob(f"{ASIDE}*-{names}"):
         pid, _, rest = left.name.removeprefix(ASIDE).partition("@")
         runs = not pid.isdigit() or Path("/proc", pid).exists() or not Path("/proc/self").exists()
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):  # directories are of others
             if not runs if rest.startswith(f"{HOST}-") else time.time() - left.stat().st_mtime > 24 * 3600:
                 left.unlink()
 

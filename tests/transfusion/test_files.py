@@ -224,11 +224,15 @@ def test_a_save_leaves_the_file_that_a_living_process_is_writing_beside_it_and_t
     theirs.touch()
     old.touch()
     os.utime(old, (0, 0))
+    drawing = tmp_path / ".new-drawing-0-report.html"
+    drawing.mkdir()
+    os.utime(drawing, (0, 0))
     with written(tmp_path / "report.html") as aside:
         aside.write_text("a report")
         with replacing(tmp_path) as fresh:
             (fresh / "config.json").write_text("{}")
     assert (tmp_path / "report.html").read_text() == "a report"
+    drawing.rmdir()
     assert list(tmp_path.glob(".new-*")) == [theirs]  # it may be writing still: its processes are not seen from here
 
 
@@ -241,8 +245,9 @@ def test_files_of_other_names_stay_and_those_of_the_older_save_go(tmp_path):
     assert (tmp_path / "model.safetensors.index.json").exists() and (tmp_path / "model.half.safetensors").exists()
     newer.save_pretrained(tmp_path)
     assert Transfusion.from_pretrained(tmp_path).vae is None and (tmp_path / "notes.txt").read_text() == "kept"
-    assert {path.name for path in tmp_path.iterdir()} == {"checksums.json", "config.json", "model.safetensors",
-                                                          "notes.txt", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "checksums.json", "config.json", "generation_config.json", "model.safetensors", "notes.txt", "tokenizer.json",
+        "tokenizer_config.json"}
 
 
 def test_options_of_transformers_keep_working(tmp_path, monkeypatch):

@@ -71,7 +71,7 @@ def encode_dataset(settings: EncodeSettings) -> Path:
 
 def _open(settings: EncodeSettings) -> dict[str, Pictures]:
     """Return the pictures of each split; a cache of a data set without captions could not be trained on."""
-    datasets = {split: settings.data.open(split) for split in SPLITS}
+    datasets = {split: open_pictures("vae encode", settings.data, split) for split in SPLITS}
     try:
         datasets["train"].texts()
     except ValueError as error:
@@ -115,6 +115,17 @@ def _encode(settings: EncodeSettings, device: torch.device) -> Path:
         vae.save_pretrained(fresh / "vae")
         (fresh / "cache.json").write_text(json.dumps(about, indent=2))
     return settings.out
+
+
+def open_pictures(op: str, settings: DatasetSettings, split: str = "train") -> Dataset:
+    """Return a data set for what reads pictures alone.
+
+    Raises:
+        ValueError: a data set that cannot be opened, or settings that name latents.
+    """
+    if settings.latents is not None:
+        raise ValueError(f"{op}: data.latents is {str(settings.latents)!r}; leave it out, for pictures are read here")
+    return settings.open(split)
 
 
 def open_dataset(settings: DatasetSettings, split: str = "train") -> tuple[Dataset, VAE | None]:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from transfusion.data.dataset import SPLITS, DatasetSettings, Pictures
+from transfusion.data.latents import open_pictures
 from transfusion.data.picture_files import describe
 from transfusion.device import choose_device
 from transfusion.eval.features import Features, in_batches
@@ -144,7 +145,7 @@ def evaluate(settings: VAEEvalSettings) -> dict:
 
 def _open(settings: VAEEvalSettings, vae: VAE) -> tuple[Tensor, Tensor]:
     """Return the training pictures that codecs are fitted to and the held-out ones that are measured."""
-    train, held_out = (settings.data.open(split).pictures for split in SPLITS)
+    train, held_out = (open_pictures("vae eval", settings.data, split).pictures for split in SPLITS)
     if train.shape[1] != vae.picture_channels:
         raise ValueError(f"vae eval: pictures have {train.shape[1]} channels and the autoencoder of "
                          f"{str(settings.vae)!r} takes "

@@ -125,8 +125,15 @@ class Features:
         return states
 
     def pooled(self, pictures: Tensor) -> Tensor:
-        """Pictures (N, C, H, W) in [-1, 1] to the features (N, F) that the head reads."""
-        return self.body(self._input(pictures)).pooler_output.flatten(1)
+        """Pictures (N, C, H, W) in [-1, 1] to the features (N, F) that the head reads.
+
+        Raises:
+            ValueError: a network that does not pool its features.
+        """
+        pooled = getattr(self.body(self._input(pictures)), "pooler_output", None)
+        if pooled is None:
+            raise ValueError(f"Features.pooled: {self.name} has no pooled features; {FITS}")
+        return pooled.flatten(1)
 
     def logits(self, pictures: Tensor) -> Tensor:
         """Pictures (N, C, H, W) in [-1, 1] to logits (N, K).

@@ -177,7 +177,7 @@ class Engine:
         with self._change:
             if self._closing:
                 raise Closed("submit: the engine is closed; start another")
-            if len(self._waiting) >= self.queue:
+            if len(self._waiting) >= self.queue + max(0, self.rows - len(self._running)):  # free rows take some at once
                 self._counts["refused"] += 1
                 raise QueueFull(f"submit: {len(self._waiting)} requests wait; {self.queue} fit; try again later")
             self._waiting.append(running)

@@ -136,9 +136,14 @@ class Api:
         self.fetching = CapacityLimiter(FETCHES)
 
     async def models(self) -> dict:
-        """The model there is."""
-        return {"object": "list", "data": [{"id": self.name, "object": "model", "created": self.created,
-                                            "owned_by": "transfusion"}]}
+        """The model there is, in a list."""
+        return {"object": "list", "data": [await self.one_model(self.name)]}
+
+    async def one_model(self, name: str) -> dict:
+        """The model there is, by its name."""
+        if name != self.name:
+            raise ApiError(404, f"model is {name!r}; {self.name!r} fits", "model")
+        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "transfusion"}
 
     async def health(self) -> JSONResponse:
         """Whether requests are run."""
@@ -238,9 +243,10 @@ class Api:
         """Chunks as server-sent events and, where the body asks for it, how many tokens were read and written."""
         async def lines():
             try:
+                counts = bool((body.stream_options or {}).get("include_usage"))
                 async for chunk in chunks:
-                    yield f"data: {json.dumps(chunk)}\n\n"
-                if (body.stream_options or {}).get("include_usage"):
+                    yield f"data: {json.dumps(chunk | ({'usage': None} if counts else {}))}\n\n"
+                if counts:
                     usage = _usage(answers.done, body.n)
                     yield f"data: {json.dumps({**head, 'choices': [], 'usage': usage})}\n\n"
             except Exception as error:  # the status is sent already
@@ -322,7 +328,8 @@ def make_app(engine: Engine, name: str, *, template: str = "none", api_key: str 
 
     app = FastAPI(title="transfusion", lifespan=lifespan)
     app.add_middleware(Guard, api_key=api_key, max_bytes=max_bytes)
-    for path, function in (("/v1/models", api.models), ("/health", api.health), ("/metrics", api.metrics)):
+    for path, function in (("/v1/models", api.models), ("/v1/models/{name:path}", api.one_model),
+                           ("/health", api.health), ("/metrics", api.metrics)):
         app.add_api_route(path, function, methods=["GET"], response_model=None)
     for path, function in (("chat/completions", api.chat), ("completions", api.complete),
                            ("images/generations", api.draw), ("images/edits", api.edit)):

@@ -17,9 +17,11 @@ class Answer:
     parts: list[str | Image] = field(default_factory=list)
     preview: Preview | None = None
     stopped: bool = False
+    made: tuple[bool, str] | None = None  # what `figure` made last: a picture is decoded once
 
     def take(self, event: Event) -> None:
         """Take what happened; events of other kinds change nothing."""
+        self.made = None
         if isinstance(event, Preview):
             self.preview = event
         elif isinstance(event, Drawn):
@@ -32,6 +34,11 @@ class Answer:
 
     def figure(self, pictures: PictureReader) -> str:
         """The one picture of the answer, or its preview, as HTML."""
+        if self.made is None or self.made[0] != self.stopped:
+            self.made = self.stopped, self._figure(pictures)
+        return self.made[1]
+
+    def _figure(self, pictures: PictureReader) -> str:
         if self.parts:
             return figure(pictures.url(self.parts[0]), pictures.size, f"seed {self.seed}", f"seed-{self.seed}.png")
         return preview_figure(self.preview, pictures, f"seed {self.seed}", self.stopped)

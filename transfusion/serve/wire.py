@@ -45,7 +45,8 @@ class ApiError(Exception):
         """The error as OpenAI writes it."""
         kinds = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
         kind = kinds.get(self.status, "invalid_request_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": None}}
+        code = {401: "invalid_api_key", 404: "model_not_found" if self.param == "model" else None}.get(self.status)
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": code}}
 
 
 def refused(error: ValueError, prompt: str) -> ApiError:
@@ -99,7 +100,7 @@ class Body(BaseModel):
     @classmethod
     def served(cls) -> dict[str, tuple]:
         """What fields may be that are refused otherwise."""
-        return {"response_format": ({"type": "text"},)}
+        return {"response_format": ({"type": "text"},), "best_of": (1,)}
 
     def sampling(self, pictures: PictureReader, number: int, **more) -> Sampling:
         """The options of the answer `number` of n, whose seed is `number` after the request's."""
@@ -162,7 +163,7 @@ class ImageBody(Body):
     @classmethod
     def served(cls) -> dict[str, tuple]:
         """As `Body.served`."""
-        return {"response_format": ("b64_json", "url"), "output_format": ("png",)}
+        return {"response_format": ("b64_json", "url"), "output_format": ("png",), "background": ("auto",)}
 
 
 FIELDS = {name for kind in (ChatBody, CompletionBody, ImageBody) for name in kind.model_fields}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transfusion.command import claim
 from transfusion.data.batches import step_generator
 from transfusion.data.dataset import DatasetSettings
+from transfusion.data.latents import open_pictures
 from transfusion.data.picture_files import describe
 from transfusion.device import choose_device
 from transfusion.eval.features import Features
@@ -137,8 +138,12 @@ def build_discriminator(settings: LossSettings, shape: tuple[int, int, int]) -> 
     """Return a freshly initialised discriminator of pictures of `shape` (C, H, W).
 
     Raises:
-        ValueError: it is to play and its layers leave no patch of such pictures.
+        ValueError: a width that its norms do not divide, or it is to play and its layers leave no patch of such
+            pictures.
     """
+    if settings.discriminator_width % 4:
+        raise ValueError(f"vae train: losses.discriminator_width is {settings.discriminator_width}; a multiple of 4 "
+                         "fits, for twice as many channels are normed in 8 groups")
     channels, *sides = shape
     if settings.adversarial_from is not None and min(sides) < 3 * 2 ** settings.discriminator_layers:
         raise ValueError(f"vae train: losses.discriminator_layers is {settings.discriminator_layers} and pictures "
@@ -279,7 +284,7 @@ def train(config: VAETrainConfig) -> Path:
 def _train(config: VAETrainConfig) -> Path:
     # data and models
     device = choose_device(config.device)
-    pictures = config.data.open().pictures
+    pictures = open_pictures("vae train", config.data).pictures
     shape = tuple(pictures.shape[1:])
     autoencoder = build_autoencoder(config.model, shape, config.seed).to(device).train()
     discriminator = build_discriminator(config.losses, shape).to(device)

@@ -33,8 +33,8 @@ def perceptual_loss(features, pictures: Tensor, drawn: Tensor) -> Tensor:
 def identity_loss(features, pictures: Tensor, drawn: Tensor) -> Tensor:
     """Mean absolute difference of `features.pooled`, (N, F)."""
     with torch.no_grad():
-        wanted = features.pooled(pictures)
-    return (wanted - features.pooled(drawn)).abs().mean()
+        wanted = features.pooled(pictures).float()
+    return (wanted - features.pooled(drawn).float()).abs().mean()
 
 
 def kl_loss(posterior) -> Tensor:
@@ -44,7 +44,7 @@ def kl_loss(posterior) -> Tensor:
 
 def generator_loss(discriminator: nn.Module, drawn: Tensor) -> Tensor:
     """-mean D(y): what the autoencoder lowers to be taken for real."""
-    return -discriminator(drawn).mean()
+    return -discriminator(drawn).float().mean()
 
 
 def discriminator_loss(discriminator: nn.Module, pictures: Tensor, drawn: Tensor) -> Tensor:
@@ -52,7 +52,8 @@ def discriminator_loss(discriminator: nn.Module, pictures: Tensor, drawn: Tensor
 
     `drawn` gets no gradient from it.
     """
-    return (F.relu(1 - discriminator(pictures)).mean() + F.relu(1 + discriminator(drawn.detach())).mean()) / 2
+    real, made = discriminator(pictures).float(), discriminator(drawn.detach()).float()
+    return (F.relu(1 - real).mean() + F.relu(1 + made).mean()) / 2
 
 
 class PatchDiscriminator(nn.Sequential):

@@ -117,12 +117,12 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
     start = restore(config, task.players, fixed) if config.resume else 0
     print(cost(task, optim, start, epoch), flush=True)
     spent = start_log(config.out / LOG, start) if is_main() else 0.0
-    guard = Guard(command, config.guard, task.players, records_before(config.out / LOG, start))
-    meter = Meter(task.size, task.unit, device_of(task), operations)
+    guard = Guard(command, config.guard, task.players, earlier := records_before(config.out / LOG, start))
+    meter = Meter(task.size, task.unit, device_of(task), operations, start, seen_before(earlier, start, task.unit))
     progress = tqdm(range(start, optim.steps), initial=start, total=optim.steps, desc=f"{command} {config.out.name}",
                     smoothing=0.05, unit="step", dynamic_ncols=True, disable=not is_main())
     began, done = time.perf_counter() - spent, start
-    with Interrupt() as stop, open_log(command, config, start) as log, open_saver(config) as saver:
+    with Interrupt() as stop, open_log(command, config, start) as log, open_saver(config) as saver, limit.steps():
         save_run = functools.partial(save, command, config, task, way_on=way_on, saver=saver)
         for step in progress:
             # gradients
@@ -242,9 +242,14 @@ def numbers(**values: Tensor) -> dict[str, float]:
     return dict(zip(values, torch.stack([x.to(found[0].device) for x in found]).tolist()))
 
 
+def seen_before(earlier: list[dict], start: int, unit: str) -> int | None:
+    """What a run had seen before step `start` by the records of earlier steps, None where they do not say."""
+    return earlier[-1].get(unit) if earlier and earlier[-1]["step"] == start - 1 else None
+
+
 def device_of(task: Task) -> torch.device:
-    """Where the players are."""
-    return next(task.players[0].model.parameters()).device
+    """Where the players compute: offloaded weights lie elsewhere."""
+    return getattr(task, "device", None) or next(task.players[0].model.parameters()).device
 
 
 def cost(task: Task, optim: StepSettings, start: int, epoch: float | None = None) -> str:

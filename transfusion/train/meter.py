@@ -19,9 +19,13 @@ class Meter:
     """
 
     def __init__(self, size: int, unit: str, device: torch.device,
-                 operations: Callable[[], float] | None = None):
-        """`size` is of a batch in `unit`; `operations` counts what this process computes for the step drawn last."""
+                 operations: Callable[[], float] | None = None, start: int = 0, seen: int | None = None):
+        """`size` is of a batch in `unit`; `operations` counts what this process computes for the step drawn last.
+
+        The run goes on from step `start`, before which it has `seen` so many, by default of batches of this size.
+        """
         self.size, self.unit, self.device = size, unit, device
+        self.start, self.seen = start, start * size if seen is None else seen
         self.count, self.operations = operations, None
         gpu = gpu_of(device)
         self.peak = None if gpu is None else gpu.teraflops * 1e12
@@ -45,7 +49,8 @@ class Meter:
                                 share of the dense bfloat16 peak of the GPU, where both are known
         """
         seconds = time.perf_counter() - self.began
-        found = {self.unit: done * self.size, f"{self.unit}_per_second": round(self.size / seconds, 2),
+        found = {self.unit: self.seen + (done - self.start) * self.size,
+                 f"{self.unit}_per_second": round(self.size / seconds, 2),
                  "data_share": round(self.drawing / seconds, 4), "memory": peak_memory(self.device)}
         if self.count is not None and self.peak is not None:
             if self.operations is None:  # once: steps of packed rows are alike
@@ -69,6 +74,12 @@ class TimeLimit:
         self.seconds = float("inf") if hours is None else 3600 * hours
         self.began = self.last = time.monotonic()
         self.step, self.save = 0.0, None
+
+    @contextlib.contextmanager
+    def steps(self) -> Iterator[None]:
+        """Take steps: what came before is none, and no step takes as long."""
+        self.last = time.monotonic()
+        yield
 
     def is_near(self, saved: float = 0.0) -> bool:
         """Whether another step and a save might not fit any more. Ask after each step: this is how steps are timed.

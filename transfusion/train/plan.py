@@ -137,9 +137,10 @@ def plan(config: TrainConfig, settings: PlanSettings) -> Plan:
             raise ValueError(f"plan: parallel.context is {split_by}, gpus {settings.gpus} and gpus_per_node "
                              f"{settings.gpus_per_node}; a divisor of gpus fits that divides gpus_per_node or is a "
                              "multiple of it")
-    model_config = planned_config(config, settings.image)
+    model_config, clean = planned_config(config, settings.image), getattr(config.data, "context", "") == "clean"
     one, two = (planned_rows(model_config, rows, optim.seq_len, caption=settings.caption,
-                             text_share=settings.text_share, text_tokens=settings.text_tokens) for rows in (1, 2))
+                             text_share=settings.text_share, text_tokens=settings.text_tokens, clean=clean)
+                for rows in (1, 2))
     model, plain = (outline(model_config, tune) for tune in (config.tune, TuneSettings(frozen=config.tune.frozen)))
     count, rows = sizes(model), rows_on_a_gpu(optim.rows, settings.gpus // split_by, optim.accumulate)
     shared_by = {name: shards(name, settings.gpus, settings.gpus_per_node, split_by) for name in _names(settings)}

@@ -7,7 +7,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig
 from transfusion.files import read_json
 from transfusion.model.config import TransfusionConfig
 from transfusion.sequence import Sequence, pack
-from transfusion.sequence.encoding import Document
+from transfusion.sequence.encoding import Document, with_clean_copies
 from transfusion.settings import nearest
 from transfusion.train.transfusion import TrainConfig
 
@@ -70,24 +70,27 @@ def _shape(start: Path) -> dict:
 
 
 def planned_rows(config: TransfusionConfig, rows: int, seq_len: int, *, caption: int, text_share: float,
-                 text_tokens: int) -> Sequence:
+                 text_tokens: int, clean: bool = False) -> Sequence:
     """Return packed rows: text for a share of the tokens, pictures behind captions for as many as then fit, and text.
 
     Args:
         caption: tokens of a caption.
         text_share: share of a row's tokens in documents without pictures.
         text_tokens: tokens of such a document, at most.
+        clean: pictures have clean copies behind them (data.context).
 
     Raises:
         ValueError: a picture and its caption are longer than a row.
     """
     height, width = (side // config.patch_size for side in config.image_size)
-    pair = caption + height * width + 4  # BOS, BOI, EOI, EOS
+    document = _pair(caption, height, width, config)
+    document = with_clean_copies(document) if clean else document
+    pair = len(document.tokens)
     if pair > seq_len:
         raise ValueError(f"plan: optim.seq_len is {seq_len}, and a picture of {height * width} patches with a caption "
                          f"of {caption} tokens takes {pair}; at least as many fit")
     pictures = max(1, int((1 - text_share) * seq_len) // pair)
-    row = [_pair(caption, height, width, config) for _ in range(pictures)]
+    row = [document] * pictures
     left = seq_len - pictures * pair
     row += [_text(min(text_tokens, left - start)) for start in range(0, left, text_tokens)]
     return pack(row * rows, seq_len, config.patch_dim, rows=rows)

@@ -20,7 +20,7 @@ from tyro.conf import Positional
 from transfusion.files import check_writable, write_text
 from transfusion.settings import Count, NotNegative, check, flat
 from transfusion.train.plots import Panel, colours, draw_alone, draw_panels, drawings
-from transfusion.train.run_log import Run, column, read_runs, size_of_a_step, speed, step_seconds, unit, units
+from transfusion.train.run_log import Run, column, read_runs, seen, speed, step_seconds, unit, units
 
 OWN = ("step", "seconds", "tokens", "pictures", "samples_seconds", "tokens_per_second", "pictures_per_second")
 """What the log has beside curves."""
@@ -105,8 +105,8 @@ def numbers(run: Run, price: float | None = None) -> dict[str, str]:
         found["time of a step"] = f"{np.median(took):.3g} s (median), {np.percentile(took, 99):.3g} s (99 %)"
     if len(speed(run)[1]):
         found["speed"] = f"{np.median(speed(run)[1]):,.4g} {unit(run)} a second (median)"
-    if size := size_of_a_step(run):
-        found[f"{unit(run)} seen"] = f"{run.done * size:,}" + " (padding among them)" * (unit(run) == "tokens")
+    if count := seen(run):
+        found[f"{unit(run)} seen"] = f"{count:,}" + " (padding among them)" * (unit(run) == "tokens")
     for key, name in (("text_loss", "text loss"), ("diffusion_loss", "diffusion loss"), ("loss", "loss")):
         steps, values = column(run, key)
         if len(values):

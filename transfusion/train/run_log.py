@@ -86,10 +86,10 @@ def column(run: Run, *keys: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bins(run: Run) -> dict[tuple[float, float], str]:
-    """The ends of each bin of noise times, and the key of its held-out loss."""
+    """The ends of each bin of noise times, and the key of its held-out loss, where any was finite."""
     keys = {key for record in run.records for key in record if key.startswith("validation")}
     found = {(float(match[1]), float(match[2])): key for key in keys if (match := BIN.fullmatch(key))}
-    return dict(sorted(found.items()))
+    return {ends: key for ends, key in sorted(found.items()) if len(column(run, key)[0])}
 
 
 def unit(run: Run) -> str:
@@ -103,12 +103,28 @@ def units(runs: Sequence[Run]) -> str:
     return " or ".join(sorted({unit(run) for run in runs}))
 
 
+def seen(run: Run) -> int | None:
+    """Tokens or pictures that the run has seen, None where nothing says how many."""
+    count, size = run.records[-1].get("tokens", run.records[-1].get("pictures")), size_of_a_step(run)
+    return count if isinstance(count, int) else size and run.done * size
+
+
+def _sizes(run: Run) -> list[tuple[int, int, float | None]]:
+    """(step, its tokens or pictures, how many a second) of each record that says how many the run had seen by then."""
+    found, before, fewer = [], -1, 0
+    for record in run.records:
+        count = record.get("tokens", record.get("pictures"))
+        if isinstance(count, int) and count > fewer:
+            rate = record.get("tokens_per_second", record.get("pictures_per_second"))
+            found.append((record["step"], (count - fewer) // (record["step"] - before), rate))
+            before, fewer = record["step"], count
+    return found
+
+
 def size_of_a_step(run: Run) -> int | None:
-    """Tokens or pictures of a step by the log or the settings, None where these do not say."""
-    last = run.records[-1]
-    seen = last.get("tokens", last.get("pictures"))
-    if isinstance(seen, int):
-        return seen // run.done
+    """Tokens or pictures of a step, the last one, by the log or the settings; None where these do not say."""
+    if sizes := _sizes(run):
+        return sizes[-1][1]
     rows, length = run.settings.get("optim.rows"), run.settings.get("optim.seq_len")
     return rows * length if isinstance(rows, int) and isinstance(length, int) else None
 
@@ -124,9 +140,8 @@ def speed(run: Run) -> tuple[np.ndarray, np.ndarray]:
 
 def step_seconds(run: Run) -> tuple[np.ndarray, np.ndarray]:
     """Steps, and the seconds that each took, without saves and what watchers did where the log has the speed."""
-    steps, values = column(run, "tokens_per_second", "pictures_per_second")
-    size = size_of_a_step(run)
-    return (steps, size / values) if len(values) and size else _pauses(run)
+    found = [(step + 1, size / rate) for step, size, rate in _sizes(run) if rate]
+    return tuple(np.array(one) for one in zip(*found)) if found else _pauses(run)
 
 
 def _pauses(run: Run) -> tuple[np.ndarray, np.ndarray]:

@@ -28,6 +28,7 @@ from transfusion.files import written
 from transfusion.model.transfusion import Transfusion
 from transfusion.sequence import Image, Sequence, Text
 from transfusion.settings import Count, NotNegative, Seed, WholeNumber
+from transfusion.train.log import LOG, records_before
 from transfusion.train.optimizer import Player
 from transfusion.train.parallel import gathered
 from transfusion.train.watching import averaged_weights, is_due
@@ -77,10 +78,10 @@ class Samples:
             raise ValueError(f"train: samples.every is {settings.every} and the model's images have "
                              f"{base.config.image_channels} channels and no autoencoder; 1 or 3, or latents with their "
                              "autoencoder, fit; leave samples.every out")
-        if writes:
-            for path, step, _ in kept(self.out):
-                if step > start:
-                    path.unlink()
+        self.start, self.stale = start, writes
+        if start:
+            earlier = records_before(self.out / LOG, start)
+            self.failed = max((record.get("samples_failed", 0) for record in earlier), default=0)
 
     def words(self) -> str:
         """A line to print before training."""
@@ -88,6 +89,10 @@ class Samples:
 
     def after(self, done: int) -> dict[str, float]:
         """As `Watcher.after`."""
+        if self.stale:  # now the run has gone on, and what it draws anew is not what it drew
+            for path in (path for path, step, _ in kept(self.out) if step > self.start):
+                path.unlink()
+            self.stale = False
         if not is_due(done, self.settings.every, self.steps):
             return {}
         began, images = time.perf_counter(), None

@@ -33,7 +33,7 @@ class TensorBoard:
     def __init__(self, out: Path, settings: Mapping, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=step or None)
+        self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=step)
 
     def write(self, record: Mapping[str, float]) -> None:
         """Add a point to the curve of each number."""

@@ -174,7 +174,7 @@ class TransfusionTask:
         Where `model` is in shards, `written` is what it was before, without memory, which saves are made with.
         """
         self.config, self.rows, self.base, self.processes, self.written = config, rows, base, processes, written
-        self.size = config.optim.rows * config.optim.seq_len
+        self.size, self.device = config.optim.rows * config.optim.seq_len, processes.device
         self.context = None
         if processes.context_ranks > 1:
             self.context = Context(processes.context_group, CONTEXT_ATTENTION[config.parallel.context_by])

@@ -240,6 +240,19 @@ def test_cancelling_frees_the_place_of_what_runs_and_of_what_waits(model, gate):
     engine.close()
 
 
+def test_free_rows_take_requests_beside_the_queue(model, gate):
+    engine = Engine(model, rows=3, queue=1)
+    gate.hold(engine)
+    request = Request([Text("a")], Sampling(max_new_tokens=1, max_images=0))
+    tickets = [engine.submit(request) for _ in range(4)]
+    with pytest.raises(QueueFull):
+        engine.submit(request)
+    gate.set()
+    for ticket in tickets:
+        ticket.result()
+    engine.close()
+
+
 def test_a_full_queue_refuses_and_takes_again_when_it_is_not(model, gate):
     engine = Engine(model, rows=1, queue=2)
     gate.hold(engine)

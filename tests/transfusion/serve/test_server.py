@@ -72,7 +72,8 @@ def test_a_text_is_what_the_model_generates(served):
     asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
     *chunks, last = events(client.post("/v1/completions", json=asked))
     assert last["choices"] == [] and last["usage"] == answer["usage"] and last["object"] == "text_completion"
-    assert all("usage" not in chunk and chunk["choices"] for chunk in chunks)
+    assert all(chunk["usage"] is None and chunk["choices"] for chunk in chunks)
+    assert not any("usage" in chunk for chunk in events(client.post("/v1/completions", json={**body, "stream": True})))
 
 
 def test_a_prompt_counts_once_whatever_number_of_answers_it_has(client):
@@ -262,13 +263,24 @@ def test_a_full_queue_is_a_429(served):
     _, engine, client = served
     hold = threading.Event()
     engine.call(lambda: hold.wait(20))
-    waiting = [engine.submit(Request([Text("a")], Sampling(max_new_tokens=1, max_images=0))) for _ in range(4)]
+    waiting = [engine.submit(Request([Text("a")], Sampling(max_new_tokens=1, max_images=0)))
+               for _ in range(engine.rows + engine.queue)]
     answer = client.post("/v1/images/generations", json={"prompt": "a", **DRAW})
     hold.set()
     assert answer.status_code == 429 and answer.headers["Retry-After"] == "1"
     assert answer.json()["error"]["type"] == "rate_limit_error"
     for ticket in waiting:
         ticket.result()
+
+
+def test_openai_s_own_defaults_and_a_model_by_its_name_fit(client):
+    name = client.get("/v1/models").json()["data"][0]["id"]
+    assert client.get(f"/v1/models/{name}").json()["id"] == name
+    missing = client.get("/v1/models/gpt")
+    assert missing.status_code == 404 and missing.json()["error"]["code"] == "model_not_found"
+    assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1, "best_of": 1}).status_code == 200
+    drawn = client.post("/v1/images/generations", json={"prompt": "a", "background": "auto", **DRAW})
+    assert drawn.status_code == 200
 
 
 def test_numbers_are_there_for_prometheus(client):

@@ -404,3 +404,11 @@ def test_the_discriminator_learns_from_its_own_loss_alone(tmp_path):
     for name, p in discriminator.named_parameters():
         torch.testing.assert_close(moments[f"discriminator.optimizer.{name}.exp_avg"], 0.1 * p.grad, rtol=1e-3,
                                    atol=1e-7)
+
+
+def test_what_an_autoencoder_cannot_use_is_refused_by_name(tmp_path):
+    config = tiny(tmp_path)
+    with pytest.raises(ValueError, match="losses.discriminator_width is 3; a multiple of 4"):
+        train(dataclasses.replace(config, losses=dataclasses.replace(config.losses, discriminator_width=3)))
+    with pytest.raises(ValueError, match="vae train: data.latents is .*; leave it out"):
+        train(dataclasses.replace(config, data=dataclasses.replace(config.data, latents=tmp_path / "cache")))

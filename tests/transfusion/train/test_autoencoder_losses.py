@@ -148,3 +148,12 @@ def test_a_discriminator_learns_to_tell_two_kinds_of_pictures_apart():
         loss.backward()
         optimizer.step()
     assert loss < 0.2 and discriminator(real).mean() > 0.5 > -0.5 > discriminator(drawn).mean()
+
+
+def test_what_the_discriminator_says_is_summed_in_float32():
+    pictures = torch.rand(2, 1, 16, 16)
+    discriminator = PatchDiscriminator(1, 4, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert discriminator(pictures).dtype == torch.bfloat16
+        assert generator_loss(discriminator, pictures).dtype == torch.float32
+        assert discriminator_loss(discriminator, pictures, pictures).dtype == torch.float32

@@ -168,3 +168,30 @@ def test_sigusr1_saves_and_stops_as_sigterm_does(tmp_path, monkeypatch, capsys):
     train(small(tmp_path))
     assert saved_step(tmp_path) == 1 and "add --resume to the same command to go on" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_what_comes_before_the_steps_is_no_step(clock):
+    limit = TimeLimit(1.0)
+    clock.now += 900  # loading, compiling
+    with limit.steps():
+        clock.now += 60
+        assert not limit.is_near() and limit.step == 60
+        clock.now += 60 * 40
+        assert limit.is_near()
+
+
+def test_what_a_run_has_seen_goes_on_where_it_was_with_batches_of_another_size():
+    measured = Meter(100, "tokens", torch.device("cpu"), start=5, seen=50)
+    with measured.begin():
+        pass
+    assert measured.after(6)["tokens"] == 150
+    assert loop.seen_before([{"step": 4, "tokens": 50}], 5, "tokens") == 50
+    assert loop.seen_before([{"step": 3, "tokens": 40}], 5, "tokens") is None
+
+
+def test_a_task_says_where_it_computes(tmp_path):
+    layer = torch.nn.Linear(1, 1)
+    task = SimpleNamespace(players=[SimpleNamespace(model=layer)])
+    assert loop.device_of(task) == torch.device("cpu")
+    task.device = torch.device("meta")
+    assert loop.device_of(task) == torch.device("meta")

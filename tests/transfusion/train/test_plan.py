@@ -29,7 +29,7 @@ from transfusion.train.optimizer import build_optimizer
 from transfusion.train.plan import PlanSettings, plan, report
 from transfusion.train.plan_model import SHAPES, planned_config, planned_rows
 from transfusion.train.processes import ParallelSettings
-from transfusion.train.transfusion import OptimSettings
+from transfusion.train.transfusion import OptimSettings, TrainConfig
 
 ROWS = 4
 DOCS = Path(__file__).parents[3] / "docs" / "scaling.md"
@@ -330,3 +330,12 @@ def test_the_page_shows_what_the_command_prints(number, capsys):
 def test_positions_on_a_grid_are_planned_without_a_look_at_them(capsys):
     main(["plan", "emoji", "--optim.seq-len", "512"])
     assert "images: modulation" in capsys.readouterr().out
+
+
+def test_clean_copies_of_pictures_are_planned(tmp_path):
+    config = planned_config(TrainConfig(), (3, 32, 32))
+    plain, clean = (planned_rows(config, 1, 2048, caption=8, text_share=0.0, text_tokens=64, clean=one)
+                    for one in (False, True))
+    patches = (32 // config.patch_size)**2
+    assert plain.image_count == 2048 // (8 + 4 + patches)
+    assert clean.image_count == 2 * (2048 // (8 + 4 + 2 * patches))

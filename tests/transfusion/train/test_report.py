@@ -23,7 +23,7 @@ from transfusion.train.report import (
     panels_of,
     report,
 )
-from transfusion.train.run_log import bins, column, names_of, read_run, read_runs, speed, step_seconds
+from transfusion.train.run_log import BIN, Run, bins, column, names_of, read_run, read_runs, seen, speed, step_seconds
 from transfusion.train.samples import SamplesSettings
 from transfusion.train.transfusion import train
 from transfusion.train.validation import ValidationSettings
@@ -236,3 +236,18 @@ def test_a_thinned_curve_keeps_its_extremes(tmp_path):
     steps, kept = thinned(np.arange(1, 100_001), values)
     assert len(kept) <= 2000 and kept.max() == 50.0 and kept.min() == -40.0 and (np.diff(steps) > 0).all()
     assert steps[kept.argmax()] == 54_322 and len(thinned(np.arange(5), np.arange(5.0))[0]) == 5
+
+
+def test_a_run_that_went_on_with_larger_batches_is_counted_as_it_was(tmp_path):
+    records = [{"step": step, "tokens": 10 * (step + 1), "tokens_per_second": 10.0, "seconds": step + 1.0}
+               for step in range(5)]
+    records += [{"step": 5 + step, "tokens": 50 + 100 * (step + 1), "tokens_per_second": 100.0, "seconds": 6.0 + step}
+                for step in range(2)]
+    run = Run("a", tmp_path, records, {}, 0)
+    assert seen(run) == 250 and step_seconds(run)[1].tolist() == [1.0] * 7
+
+
+def test_a_bin_without_a_finite_loss_is_no_bin(tmp_path):
+    name = "validation_diffusion_loss_0.0_0.5"
+    runs = [Run(one, tmp_path, [{"step": 0, "seconds": 1.0, name: float("nan")}], {}, 0) for one in "ab"]
+    assert BIN.fullmatch(name) and bins(runs[0]) == {}

@@ -83,7 +83,7 @@ def test_both_get_every_number_of_the_log_and_a_resumed_run_goes_on_in_the_same_
     points = [(name, value, record["step"]) for record in records for name, value in record.items() if name != "step"]
     assert [point for writer in Writer.made for point in writer.points] == points
     assert [(writer.log_dir, writer.purge_step) for writer in Writer.made] == [
-        (str(tmp_path / "run" / "tensorboard"), step) for step in (None, 5)]
+        (str(tmp_path / "run" / "tensorboard"), step) for step in (0, 5)]
     first, second = Run.made
     assert first.options["id"] == second.options["id"] == (tmp_path / "run" / "wandb.id").read_text().strip()
     assert first.options["resume"] == "allow" and first.options["name"] == "run"

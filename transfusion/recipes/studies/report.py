@@ -189,7 +189,7 @@ def by_class(images: Tensor, labels: Tensor, classes: int, count: int, blank: fl
 def report(study: Study, data: StudyData, results: list[dict], bench, columns: int = 6) -> Path:
     """Write <data>-<study>.md, .json, .png and -samples.png beside the data set's runs; return the first."""
     arms = {row.arm for row in study.rows}
-    results, real = [result for result in results if result["arm"] in arms], bench.real()
+    results, real = [result for result in results if result["arm"] in arms], bench.real("codes" in arms)
     stem = bench.out.parent / f"{data.name}-{study.name}"
     lines = [f"# {study.question[0].upper() + study.question[1:]}: {data.name}", "",
              f"Table {study.table} of arXiv:2408.11039, reproduced small.", "",

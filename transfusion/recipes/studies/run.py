@@ -71,13 +71,13 @@ class Bench:
             self.made_codes = Codes(path)
         return self.made_codes
 
-    def real(self) -> dict[str, dict[str, float]]:
-        """Measurements of real held-out pictures and, where codes were made, of real pictures decoded from codes."""
+    def real(self, as_codes: bool) -> dict[str, dict[str, float]]:
+        """Measurements of real held-out pictures and, `as_codes`, of real pictures decoded from codes."""
         floor = {"real, held out": self.yardstick.floor(),
                  "real, of the drawn classes": self.yardstick.perfect(asked(self.data))}
-        if self.made_codes is None:
+        if not as_codes:
             return floor
-        autoencoder = self.made_codes.autoencoder
+        autoencoder = self.codes().autoencoder
         both = (self.train, self.held_out)
         pictures, labels = (torch.cat([getattr(split, name) for split in both]) for name in ("pictures", "labels"))
         decoded = torch.cat([from_codes(autoencoder, to_codes(autoencoder, part)) for part in pictures.split(256)])
