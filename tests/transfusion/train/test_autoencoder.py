@@ -407,7 +407,7 @@ def test_the_discriminator_learns_from_its_own_loss_alone(tmp_path):
 
 
 def test_what_an_autoencoder_cannot_use_is_refused_by_name(tmp_path):
-    config = tiny(tmp_path)
+    config = tiny(tmp_path / "run")
     with pytest.raises(ValueError, match="losses.discriminator_width is 3; a multiple of 4"):
         train(dataclasses.replace(config, losses=dataclasses.replace(config.losses, discriminator_width=3)))
     with pytest.raises(ValueError, match="vae train: data.latents is .*; leave it out"):
