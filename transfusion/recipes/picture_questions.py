@@ -7,17 +7,18 @@ The pictures are the emoji of the package (`transfusion.recipes.emoji`, 32x32, f
 animals, plants, dishes and drinks among those in nine styles (`transfusion.recipes.emoji_styles`), one at a time and as
 scenes of 64x64 with up to four of them. Names and kinds are the published ones. Of nine styles each question to train
 on shows a view of its own, turned, moved and coloured twice; held-out pictures are shown as they are. Twice, because
-image layers are surer of pictures that they were trained on: what reads them shall know doubt, too.
+image layers are surer of pictures that they were trained on: what reads them shall know doubt, too. Pictures to compare
+are changed once: two changes leave little of a style.
 
     name       What is this?                                        a red apple
     category   Is this a feeling, something in nature or ... ?      something to eat or drink
     kind       What kind of thing is this?                          food fruit
-    style      In which style is this drawn?                        noto
+    style      In which style is this drawn?                        noto       (two views of each picture)
     presence   Is there a red apple?                                yes, or no
     count      How many times is there a red apple?                 one to four
     place      Where is a red apple?                                top left, or: there is none
     same       Do both pictures show the same thing?                yes, or no
-    alike      Are both pictures drawn in the same style?           yes, or no
+    alike      Are both pictures drawn in the same style?           yes, or no (twice as often as `same`)
 
 Each question is a conversation of its own, for the answer to one would help with the next, and stands before its
 pictures: in a mixture of transformers whose text is frozen, patches alone learn to look, and so they know for what. No
@@ -82,9 +83,9 @@ class PictureQuestionSettings:
     """what `python -m transfusion.recipes.emoji_styles` wrote: nine styles; None: the two of the package"""
     lively: bool = True
     """of the package's emoji faces, animals, plants and dishes alone: 459 of the 1,870 names"""
-    scenes: Count = 6000
+    scenes: Count = 5000
     """pictures of several emoji to train on"""
-    pairs: Count = 3000
+    pairs: Count = 4500
     """pairs of pictures to compare, to train on"""
     held_out: Count = 400
     """held-out scenes, and as many pairs"""
@@ -126,13 +127,14 @@ class Questions:
         split: "train" or "held-out", in the names of scenes.
         generator: of what is drawn at random.
         change: what each picture goes through before it is shown; None: nothing, and one file serves all questions.
+        pair_change: the same of pictures to compare.
         unstyled: labels of which no style is asked.
     """
 
     def __init__(self, drawings: Drawings, shown: Tensor, folder: Path, split: str, generator: torch.Generator,
-                 change: Change | None = None, unstyled: Container[int] = ()):
+                 change: Change | None = None, pair_change: Change | None = None, unstyled: Container[int] = ()):
         self.drawings, self.shown, self.folder, self.split = drawings, shown, folder, split
-        self.generator, self.change, self.unstyled = generator, change, unstyled
+        self.generator, self.change, self.pair_change, self.unstyled = generator, change, pair_change, unstyled
         self.named = [Emoji.caption(name, "").rpartition(",")[0] for name in drawings.names]
 
     def about_one(self) -> Iterator[Conversation]:
@@ -148,10 +150,10 @@ class Questions:
                 Asked("kind", "What kind of thing is this?", kind),
                 self._is_there(label), self._is_not_there(label, {label})]
             if label not in self.unstyled:
-                asked.append(Asked("style", "In which style is this drawn?", style))
-            for one in asked:
-                use = f"{one.kind}-{one.answer}" if one.kind == "presence" else one.kind
-                yield Conversation(f"{use}-{i}", (self._single(i, use),), one)
+                asked += [Asked("style", "In which style is this drawn?", style)] * (1 if self.change is None else 2)
+            for number, one in enumerate(asked):
+                use = f"{one.kind}-{number}"
+                yield Conversation(f"{use}-{i}", (self._single(i, use, self.change),), one)
 
     def about_scenes(self, count: int) -> Iterator[Conversation]:
         """Two by two places, some with copies of one emoji, one with another: what is there, how many, or where."""
@@ -171,7 +173,7 @@ class Questions:
             yield Conversation(f"scene-{number}", (picture,), asked)
 
     def about_pairs(self, count: int, beside: Tensor) -> Iterator[Conversation]:
-        """A picture, and one of `beside`: whether they show the same thing, and whether in the same style.
+        """A picture, and one of `beside`: whether they show the same thing, or (twice as often) in the same style.
 
         The same thing comes in both styles, so that only what is shown tells; of what has one picture alone, that
         picture is shown twice.
@@ -192,8 +194,9 @@ class Questions:
             asked = [
                 Asked("same", "Do both pictures show the same thing?", "yes" if same_thing else "no"),
                 Asked("alike", "Are both pictures drawn in the same style?", "yes" if same_style else "no")]
-            shown = tuple(self._single(one, f"pair-{number}-{place}") for place, one in enumerate(both))
-            yield Conversation(f"pair-{number}", shown, asked[number // 4 % 2])
+            shown = tuple(self._single(one, f"pair-{number}-{place}", self.pair_change)
+                          for place, one in enumerate(both))
+            yield Conversation(f"pair-{number}", shown, asked[min(number // 4 % 3, 1)])
 
     def _presence(self, there: list[int]) -> Asked:
         """Whether a thing is there, as often one of `there` as not; half of those that are not are of its kind."""
@@ -230,24 +233,24 @@ class Questions:
     def _name(self, i: int) -> str:
         return self.named[int(self.drawings.labels[i])]
 
-    def _single(self, i: int, use: str) -> Path:
+    def _single(self, i: int, use: str, change: Change | None) -> Path:
         """The file of a picture alone; of changed ones each use has its own."""
         style = self.drawings.style_names[self.drawings.styles[i]].replace(" ", "_")
         name = f"{style}-{int(self.drawings.labels[i])}"
-        path = self.folder / (f"{name}.png" if self.change is None else f"{name}-{use}.png")
+        path = self.folder / (f"{name}.png" if change is None else f"{name}-{use}.png")
         if not path.exists():
-            self._view(i).save(path)
+            self._view(i, change).save(path)
         return path
 
-    def _view(self, i: int) -> Picture.Image:
+    def _view(self, i: int, change: Change | None) -> Picture.Image:
         picture = self.drawings.pictures[i]
-        return to_picture(picture if self.change is None else self.change(picture[None], self.generator)[0])
+        return to_picture(picture if change is None else change(picture[None], self.generator)[0])
 
     def _scene(self, name: str, filled: dict[int, int]) -> Path:
         size = self.drawings.pictures.shape[-1]
         scene = Picture.new("RGB", (2 * size, 2 * size), "white")
         for place, i in filled.items():
-            scene.paste(self._view(i), (place % 2 * size, place // 2 * size))
+            scene.paste(self._view(i, self.change), (place % 2 * size, place // 2 * size))
         path = self.folder / f"{name}.png"
         scene.save(path)
         return path
@@ -283,9 +286,14 @@ def things(folder: Path) -> Drawings:
     return drawings._replace(categories=categories, category_names=names).of(asked)
 
 
+def changed_once(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures (N, C, H, W), all of them changed."""
+    return changed(pictures, generator, untouched=0.0)
+
+
 def changed_twice(pictures: Tensor, generator: torch.Generator) -> Tensor:
     """Pictures (N, C, H, W), all of them changed, and most of them once more."""
-    return changed(changed(pictures, generator, untouched=0.0), generator)
+    return changed(changed_once(pictures, generator), generator)
 
 
 def write(settings: PictureQuestionSettings) -> Path:
@@ -300,14 +308,14 @@ def write(settings: PictureQuestionSettings) -> Path:
     held, every = drawings.held, torch.arange(len(drawings.held))
     generator = torch.Generator().manual_seed(settings.seed)
     partly_held_out = set(drawings.labels[held].tolist())
-    splits = {  # shown, shown beside, scenes, pairs, what pictures go through, names of which no style is asked
-        "train": (~held, ~held, settings.scenes, settings.pairs, None if is_shipped else changed_twice,
-                  partly_held_out),
-        "held-out": (held, held | ~held, settings.held_out, settings.held_out, None, ())}
+    splits = {  # shown, shown beside, scenes, pairs, changes (of pairs, too), names of which no style is asked
+        "train": (~held, ~held, settings.scenes, settings.pairs,
+                  (None, None) if is_shipped else (changed_twice, changed_once), partly_held_out),
+        "held-out": (held, held | ~held, settings.held_out, settings.held_out, (None, None), ())}
     with replacing(settings.out, weights=False) as fresh:
         (fresh / "pictures").mkdir()
-        for split, (shown, beside, scenes, pairs, change, unstyled) in splits.items():
-            questions = Questions(drawings, every[shown], fresh / "pictures", split, generator, change, unstyled)
+        for split, (shown, beside, scenes, pairs, changes, unstyled) in splits.items():
+            questions = Questions(drawings, every[shown], fresh / "pictures", split, generator, *changes, unstyled)
             parts = questions.about_one(), questions.about_scenes(scenes), questions.about_pairs(pairs, every[beside])
             said = list(tqdm(chain(*parts), desc=split, unit="conversation"))
             rows = ",\n".join(json.dumps(one.row(), ensure_ascii=False) for one in said)

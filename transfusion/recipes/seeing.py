@@ -68,9 +68,9 @@ class SeeingSettings:
     """of what patches go through in the decoder, on questions; the image layers stay as they are"""
     autocast: bool = False
     """compute the last stage in bfloat16: quicker where the processor has instructions for it"""
-    scenes: Count = 6000
+    scenes: Count = 5000
     """scenes to ask about in training"""
-    pairs: Count = 3000
+    pairs: Count = 4500
     """pairs to ask about in training"""
     held_out: Count = 400
     """held-out scenes, and as many pairs"""
