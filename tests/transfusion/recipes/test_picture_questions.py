@@ -4,12 +4,21 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image as Picture
 
 from transfusion.data.mixture import open_sources, read_mixture
 from transfusion.eval.questions import read_known
 from transfusion.recipes.emoji import LIVELY, SHIPPED, STYLES, Emoji
-from transfusion.recipes.picture_questions import COUNTS, KINDS, PLACES, PictureQuestionSettings, write
+from transfusion.recipes.picture_questions import (
+    COUNTS,
+    KINDS,
+    PLACES,
+    PictureQuestionSettings,
+    Questions,
+    shipped_drawings,
+    write,
+)
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +142,21 @@ def test_the_mixture_reads_every_row(folder):
     assert len(source) == len(rows(folder, "train"))
     assert {turn.role for turn in source[len(source) - 1].turns} == {"user", "assistant"}
     assert {one.kind for one in read_known(folder / "held-out.json", folder / "pictures")} == set(KINDS)
+
+
+def test_styles_are_asked_of_two_views_and_compared_twice_as_often_in_views_of_their_own(tmp_path):
+    drawings, calls = shipped_drawings(lively=True), []
+
+    def change(name):
+        return lambda pictures, _: calls.append(name) or pictures
+
+    shown = torch.arange(30)
+    questions = Questions(drawings, shown, tmp_path, "train", torch.Generator().manual_seed(0), change("alone"),
+                          change("pair"))
+    alone = Counter(one.asked.kind for one in questions.about_one())
+    assert alone == {"name": 30, "category": 30, "kind": 30, "presence": 60, "style": 60}
+    assert calls == ["alone"] * 210  # a view for each question
+    calls.clear()
+    questions.shown = every = torch.arange(len(drawings.labels))
+    assert Counter(one.asked.kind for one in questions.about_pairs(120, every)) == {"same": 40, "alike": 80}
+    assert calls == ["pair"] * 240
