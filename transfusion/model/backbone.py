@@ -42,8 +42,9 @@ class Backbone(nn.Module):
         text_config = text_config.get_text_config()
         check_config(text_config)
         try:
-            self.decoder = AutoModelForCausalLM.from_config(  # in the dtype of all, not of a language model's file
-                text_config, attn_implementation=integration.register(), dtype=torch.get_default_dtype())
+            dtype = {} if text_config.dtype is None else {"dtype": torch.get_default_dtype()}  # not a file's
+            self.decoder = AutoModelForCausalLM.from_config(
+                text_config, attn_implementation=integration.register(), **dtype)
         except (KeyError, NotImplementedError) as error:
             family = text_config.model_type
             raise ValueError(f"Backbone: text_config.model_type is {family!r}, whose attention does not go through "

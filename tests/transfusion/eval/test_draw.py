@@ -224,7 +224,7 @@ def test_a_lines_own_number_and_file_give_way_to_ours_in_what_is_written_of_a_pi
 @pytest.mark.parametrize("line, says", [
     ({"image_size": [7, 7]}, r"line 3: image_size is \(7, 7\) and the patch size 2"),
     ({"image": "no.png"}, "line 3: .*no.png is not a picture that can be read"),
-    ({"seed": 2**63 - 1}, "line 3: seed is 9223372036854775808"),
+    ({"seed": 2**64 - 1}, "line 3: seed is 18446744073709551616"),
 ])
 def test_a_line_that_cannot_be_drawn_is_named_before_the_first_picture_is_drawn(made, tmp_path, line, says):
     (tmp_path / "no.png").write_bytes(b"no picture")
