@@ -5,7 +5,6 @@ nothing else, and if its logits are one linear layer of its last hidden states. 
 as something else than it is, is refused by name before anything runs.
 """
 import sys
-from pathlib import Path
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -121,14 +120,3 @@ def check_implementation(decoder) -> None:
         raise ValueError(f"Transfusion: the decoder's attn_implementation is {decoder.config._attn_implementation!r}, "
                          f"which cannot see this model's masks; {integration.NAME!r} fits; "
                          f"call decoder.set_attn_implementation({integration.NAME!r})")
-
-
-def check_complete(op: str, name: str, path: Path, found: dict) -> None:
-    """Refuse a model some of whose weights no file had, by transformers' loading info: they are random numbers.
-
-    Raises:
-        ValueError: the first of them.
-    """
-    if missing := sorted(found["missing_keys"]):
-        raise ValueError(f"{op}: {name} is {str(path)!r}, whose files lack {len(missing)} of the model's weights, "
-                         f"{missing[0]} for one; copy them again, or make them anew")

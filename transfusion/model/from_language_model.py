@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transfusion.command import claim
 from transfusion.files import check_files
 from transfusion.model.config import TransfusionConfig, TransfusionSettings
-from transfusion.model.decoders import check_complete
 from transfusion.model.transfusion import Transfusion
 from transfusion.model.vae import VAE
+from transfusion.model.weights import check_complete
 from transfusion.sequence.tokenizer import BOI, EOI
 from transfusion.settings import Count, Seed, check_value
 

@@ -21,6 +21,7 @@ from torch import nn
 from transformers.quantizers import AutoQuantizationConfig
 
 from transfusion.files import check_files, checksums, current, read_json
+from transfusion.model.weights import check_complete
 from transfusion.settings import Count, OneOf, nearest
 
 PROJECTIONS = r"backbone\.decoder\.model\.layers\..*_proj"  # a Llama's linear layers
@@ -146,10 +147,8 @@ def load_adapter(base, path: Path):
     check_files(path)
     adapted = PeftModel.from_pretrained(base, path)
     with safe_open(path / "adapter_model.safetensors", "pt") as file:
-        lacking = sorted(get_peft_model_state_dict(adapted).keys() - file.keys())
-    if lacking:
-        raise ValueError(f"Transfusion.from_pretrained: path is {str(path)!r}, an adapter whose weights lack "
-                         f"{lacking[0]} and {len(lacking) - 1} more; copy it again or make it anew")
+        lacking = get_peft_model_state_dict(adapted).keys() - file.keys()
+    check_complete("Transfusion.from_pretrained", "path", path, {"missing_keys": lacking})
     merged = adapted.merge_and_unload()
     merged.name_or_path = str(path)
     return merged

@@ -24,7 +24,6 @@ from transfusion.generate import generation
 from transfusion.model import hub
 from transfusion.model.backbone import AdaLNBackbone, Backbone, LayerOffsets
 from transfusion.model.config import TransfusionConfig
-from transfusion.model.decoders import check_complete
 from transfusion.model.image_layers.embedding import PatchEmbedding, TimestepEmbedding, ZeroLinear
 from transfusion.model.image_layers.heads import DiTHead, LinearHead
 from transfusion.model.image_layers.unet import UNetDown, UNetUp, ZeroConv2d
@@ -32,6 +31,7 @@ from transfusion.model.lora import find_base, holds_adapter, load_adapter, spare
 from transfusion.model.mixture_of_transformers import MixtureOfTransformersBackbone
 from transfusion.model.progress import without_progress_bars
 from transfusion.model.vae import VAE
+from transfusion.model.weights import check_complete
 from transfusion.sequence import IMAGE_ATTENTION, Context, Image, Part, Sequence, Share, share
 from transfusion.settings import nearest
 

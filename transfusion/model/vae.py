@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from transfusion.files import check_files, current, read_json, replacing, whole
-from transfusion.model.decoders import check_complete
 from transfusion.model.progress import without_progress_bars
+from transfusion.model.weights import check_complete
 
 CLASS = "AutoencoderKL"  # of diffusers
 

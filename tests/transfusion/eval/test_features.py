@@ -1,5 +1,6 @@
 """A classifier's features: what they are, what the classifier sees, gradients, and which checkpoints are refused."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -184,3 +185,11 @@ def test_vision_transformers_are_refused_where_their_tokens_are_no_maps(tmp_path
         match=r"dinov2 .* has hidden states of shape \(2, 5, 16\), not \(N, C, h, w\); a convolutional classifier"
     ):
         features.stages(pictures(2, 3, 16, 16))
+
+
+def test_a_network_that_does_not_pool_is_refused_by_name(monkeypatch):
+    body = resnet().resnet
+    features = Features(body, None, Preprocessing(3, None, [0.5] * 3, [0.5] * 3), "poolformer")
+    monkeypatch.setattr(body, "forward", lambda *_, **__: SimpleNamespace(last_hidden_state=torch.zeros(1, 8, 2, 2)))
+    with pytest.raises(ValueError, match="Features.pooled: poolformer .*has no pooled features"):
+        features.pooled(pictures(1, 3, 8, 8))

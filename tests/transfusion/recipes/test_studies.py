@@ -92,6 +92,11 @@ def test_finished_runs_are_read_and_only_changed_ones_run_again(finished, bench,
     assert done == [("linear", 0), ("codes", 0)]
 
 
+def test_the_row_of_codes_is_there_where_a_study_has_them_whoever_made_them(finished, bench):
+    again = runs.Bench(bench.data, finished[0])  # as in another process, which made no codes
+    assert "real, as codes" not in again.real(False) and again.real(True) == bench.real(True)
+
+
 def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(finished, bench, monkeypatch, tmp_path):
     again, arm = runs.Bench(bench.data, finished[0]), bench.data.arms()["codes"]
     again.out, train = tmp_path, trainer.train

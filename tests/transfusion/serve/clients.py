@@ -1,12 +1,21 @@
-"""What tests ask a server with, and a count of what runs at once."""
+"""What tests ask a server with, wait for, and count of what runs at once."""
 import base64
 import io
 import json
 import threading
+import time
 
 from PIL import Image as Picture
 
 DRAW = {"num_inference_steps": 2, "seed": 3}
+
+
+def until(happened, seconds=30):
+    """Wait until it has happened, or fail."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.002)
 
 
 class AtOnce:

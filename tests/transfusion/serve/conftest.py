@@ -1,8 +1,30 @@
-"""A server that tests share."""
+"""Engines that tests share, and a server."""
+import threading
+
 import pytest
 
 from tests.transfusion.conftest import tiny_model
 from transfusion.serve.engine import Engine
+
+
+@pytest.fixture
+def engine(model):
+    engine = Engine(model)
+    yield engine
+    engine.close(drain=False)
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Holds an engine's passes until it is opened: requests can come together, and be counted while they run."""
+
+    class Gate(threading.Event):
+        def hold(self, engine):
+            self.clear()
+            run = engine.cache.run
+            monkeypatch.setattr(engine.cache, "run", lambda asks: (self.wait(20), run(asks))[1])
+
+    return Gate()
 
 
 @pytest.fixture(scope="module")

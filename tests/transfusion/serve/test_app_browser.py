@@ -14,7 +14,7 @@ import pytest
 from PIL import Image as Picture
 
 from tests.transfusion.conftest import tiny_model
-from tests.transfusion.serve.test_engine import until
+from tests.transfusion.serve.clients import until
 from transfusion.serve.engine import Engine
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

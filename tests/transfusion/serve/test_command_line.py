@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.transfusion.conftest import tiny_model
-from tests.transfusion.serve.test_engine import until
+from tests.transfusion.serve.clients import until
 from transfusion import Text
 from transfusion.cli import main
 from transfusion.generate.sampling import Sampling

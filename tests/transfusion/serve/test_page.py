@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.transfusion.conftest import tiny_model
-from tests.transfusion.serve.test_engine import until
+from tests.transfusion.serve.clients import until
 from transfusion import Text
 from transfusion.generate.sampling import Sampling
 from transfusion.serve.engine import Engine

@@ -17,8 +17,7 @@ import pytest
 from PIL import Image as Picture
 
 from tests.transfusion.conftest import tiny_model
-from tests.transfusion.serve.clients import DRAW, AtOnce, chat, data_url, png
-from tests.transfusion.serve.test_engine import until
+from tests.transfusion.serve.clients import DRAW, AtOnce, chat, data_url, png, until
 from transfusion import Text
 from transfusion.data.picture_files import to_picture
 from transfusion.generate.sampling import Sampling

@@ -48,3 +48,14 @@ def test_what_is_shown_cannot_bring_tags_along():
 
 def test_pictures_of_a_few_pixels_are_told_from_others():
     assert is_small((8, 127)) and not is_small((128, 8))
+
+
+def test_a_picture_is_decoded_once_until_something_happens():
+    made = []
+    pictures = SimpleNamespace(size=(8, 8), url=lambda image: made.append(image) or "data:,")
+    answer = Answer(3, preview=Preview(0, PICTURE, 1, 2))
+    assert answer.figure(pictures) == answer.figure(pictures) and len(made) == 1
+    answer.take(Preview(0, PICTURE, 2, 2))
+    assert "step 2 of 2" in answer.figure(pictures) and len(made) == 2
+    answer.stopped = True
+    assert "stopped" in answer.figure(pictures)

@@ -218,3 +218,17 @@ def test_digits_are_drawn_by_the_captions_of_their_held_out_pictures(tmp_path):
         assert step == 12
     assert 5 <= len(drawn) == len(set(drawn)) <= 10
     assert set(drawn) <= {Digits.caption(label) for label in range(10)}
+
+
+def test_a_resume_that_is_refused_removes_no_picture_and_failures_are_counted_on(tmp_path):
+    train(small(tmp_path, samples=DRAWS, save_every=4, stop_after=8))
+    late = tmp_path / "samples" / "0000012-00.png"
+    Picture.new("L", (8, 8)).save(late)
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    records[3]["samples_failed"] = 2
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    model = tiny_model()
+    watcher = Samples(DRAWS, [Text("a")], None, model, tmp_path, steps=12, start=8)
+    assert late.exists() and watcher.failed == 2
+    watcher.after(9)
+    assert not late.exists()

@@ -1,0 +1,77 @@
+"""One prompt's row: which token it takes, what ends it, and how many positions it may need."""
+import pytest
+import torch
+from transformers import GPT2Config
+
+from tests.transfusion.conftest import tiny_model
+from tests.transfusion.generate.test_generation import same
+from transfusion import Text, Transfusion, TransfusionConfig
+from transfusion.generate.row import Row
+from transfusion.generate.sampling import LONGEST_STOP, Sampling
+
+
+def test_nucleus_sampling_never_leaves_the_nucleus(model):
+    greedy = model.generate([Text("a")], max_new_tokens=5, max_images=0)
+    nucleus = model.generate([Text("a")], max_new_tokens=5, max_images=0, temperature=1.0, top_p=1e-6, seed=3)
+    assert [p.text for p in greedy] == [p.text for p in nucleus]
+
+
+def test_a_long_stop_costs_no_more_than_what_is_written(model):
+    """At each token no beginning of it is looked for that is longer than the text so far."""
+    taken = []
+
+    class Counted(str):
+        def __getitem__(self, place):
+            taken.append(place)
+            return str(self)[place]
+
+    stop = Counted("\0" * LONGEST_STOP)
+    row = Row(model, [Text("a")], Sampling(stop=(stop,)), (1, 1), 0)
+    token, = model.tokenizer.encode("a", add_special_tokens=False)
+    assert row.take(token) == "a" and len(taken) <= 1
+    with pytest.raises(ValueError, match="stop is .{,300}; texts, .* of at most 256 characters each$"):
+        Sampling(stop=("a" * 2**20,))
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-50, 1e-40, 1e-6])
+def test_a_tiny_temperature_takes_the_likeliest_token(model, temperature):
+    options = dict(max_new_tokens=5, max_images=0, seed=3)
+    same(model.generate([Text("a")], temperature=temperature, **options), model.generate([Text("a")], **options))
+
+
+def test_a_huge_temperature_takes_any_token_that_may_be_written(model):
+    row = Row(model, [Text("a")], Sampling(temperature=1e300, max_images=0), (1, 1), 0)
+    scores = torch.linspace(0, 1e4, len(model.tokenizer))
+    found = {row.choose(scores) for _ in range(20 * len(scores))}
+    assert found.isdisjoint({model.config.boi_token_id, model.config.eoi_token_id})
+    assert len(found) > len(scores) / 2
+
+
+def test_top_p_and_min_p_leave_the_tokens_that_their_papers_say(model):
+    def drawn(**options):
+        row = Row(model, [Text("a")], Sampling(temperature=1.0, max_images=0, **options), (1, 1), 0)
+        return {row.choose(scores) for _ in range(400)}
+
+    tokens = model.tokenizer.convert_tokens_to_ids(list("abcd"))
+    scores = torch.full((len(model.tokenizer),), -torch.inf)
+    scores[tokens] = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    a, b, c, d = tokens
+    assert drawn() == {a, b, c, d}
+    assert drawn(top_p=0.6) == drawn(top_p=0.79) == {a, b}   # the smallest set that holds as much
+    assert drawn(top_p=0.49) == {a} and drawn(top_p=0.81) == {a, b, c}
+    assert drawn(min_p=0.2) == {a, b, c} and drawn(min_p=0.4) == {a, b}   # times 0.5, the likeliest's
+
+
+def test_a_decoder_that_learned_its_positions_is_asked_for_no_more():
+    model = tiny_model()
+    config = GPT2Config(vocab_size=len(model.tokenizer), n_positions=16, n_embd=32, n_layer=1, n_head=2,
+                        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+    learned = Transfusion(TransfusionConfig(
+        text_config=config, image_channels=1, image_size=(4, 4), patch_size=2, boi_token_id=model.config.boi_token_id,
+        eoi_token_id=model.config.eoi_token_id), model.tokenizer).eval()
+    assert learned.backbone.room == 16 and model.backbone.room is None
+    assert learned.draw(["a"], steps=1)[0].latent.shape == (1, 4, 4)
+    with pytest.raises(ValueError, match="the prompt has .* tokens and what is made of it may have 6; 16, the dec"):
+        learned.draw(["a handwritten seven and a handwritten five and more"], steps=1)
+    with pytest.raises(ValueError, match="may have 20; 16"):
+        learned.generate([Text("a")], max_new_tokens=20, max_images=0)
