@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from transfusion.data.arrays import Arrays, fingerprint, write_arrays
 from transfusion.data.documents import Documents, extra_area, has_target
+from transfusion.data.forking import forking
 from transfusion.data.sources.record import DataError, PictureRef, Record, Source
 from transfusion.files import written
 from transfusion.locks import locked
@@ -196,7 +197,9 @@ def _counted(job: _Job, chunks: list, workers: int) -> Iterator[dict[str, np.nda
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context(), _start, (job,))
     try:
-        yield from pool.map(_run, chunks)
+        with forking():
+            found = pool.map(_run, chunks)
+        yield from found
     except BrokenProcessPool as error:
         raise ValueError(f"count_lengths: one of {workers} processes was killed, perhaps for want of memory; start "
                          "again, it goes on from here; fewer workers take less") from error

@@ -25,6 +25,7 @@ from transfusion.data.arrays import ABOUT, Arrays, fingerprint, write_arrays
 from transfusion.data.batches import noise_limits
 from transfusion.data.choices import LATENT, choose, hashed, source_key
 from transfusion.data.documents import Documents, Encoded
+from transfusion.data.forking import forking
 from transfusion.data.mixture import Mixture, MixtureSettings
 from transfusion.data.plan import Stream, make_plan
 from transfusion.data.sources.record import DataError, Source
@@ -267,7 +268,7 @@ class Loader:
         own = torch.Generator().manual_seed(0)         # the loader seeds its workers from it, and not from the run's
         loader = DataLoader(self.rows, batch_size=None, sampler=_Steps(self.rows, self.start, self.stop),
                             num_workers=self.workers, generator=own, worker_init_fn=_start_worker, **ahead)
-        with _held_back(LEFT_TO_THE_RUN), _deaths_between_steps():  # until workers, which inherit this, ignore them
+        with forking(), _held_back(LEFT_TO_THE_RUN), _deaths_between_steps():  # which workers inherit, then ignore
             batches = iter(loader)
         while True:
             began = time.perf_counter()

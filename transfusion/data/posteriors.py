@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from transfusion.command import claim
+from transfusion.data.forking import forking
 from transfusion.data.grids import Grids
 from transfusion.data.mixture import MixtureSettings, open_sources, read_mixture
 from transfusion.data.sources.record import DataError, PictureRef, Source
@@ -119,8 +120,9 @@ def _encode(mixture: MixtureSettings, folder: Path, grids: Grids, vae: VAE, sett
     for entry, source in zip(mixture.sources, sources):
         mirrored = (mixture.flip if entry.flip is None else entry.flip) > 0
         unread = _Unread(source, grids, store, mirrored)
-        loader = DataLoader(unread, batch_size=None, num_workers=settings.workers)
-        progress = tqdm(loader, total=len(source), desc=f"data encode {entry.name or source.name}", unit="record",
+        with forking():
+            records = iter(DataLoader(unread, batch_size=None, num_workers=settings.workers))
+        progress = tqdm(records, total=len(source), desc=f"data encode {entry.name or source.name}", unit="record",
                         dynamic_ncols=True)
         found = _new_entries(progress, shards.keys, skipped)
         for batch in _alike(found, settings.batch):

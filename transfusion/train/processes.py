@@ -94,6 +94,9 @@ class Processes:
     def agreeing(self) -> Iterator[None]:
         """Do in all processes what may fail in some: where it fails in one, it fails in all.
 
+        An error holds the frames that it passed, with all that a run has, so no frame keeps the error: neither would
+        go before the garbage collector comes, perhaps in a thread that saves, and ends the readers of a run long over.
+
         Raises:
             ValueError: in the main process, where another one failed; what it says is that one's error.
             FailedElsewhere: in the others; `start_processes` ends them without a word.
@@ -106,15 +109,18 @@ class Processes:
             yield
         except Exception as caught:
             error = caught
-        said = gather_text("" if error is None else str(error) or type(error).__name__)
-        if not any(said):
-            return
-        if error is not None and (self.is_main or not isinstance(error, PLAIN)):
-            raise error
-        if self.is_main:
-            first = next(rank for rank, text in enumerate(said) if text)
-            raise ValueError(f"{said[first]} (said by process {first} of {self.size})")
-        raise FailedElsewhere from error
+        try:
+            said = gather_text("" if error is None else str(error) or type(error).__name__)
+            if not any(said):
+                return
+            if error is not None and (self.is_main or not isinstance(error, PLAIN)):
+                raise error
+            if self.is_main:
+                first = next(rank for rank, text in enumerate(said) if text)
+                raise ValueError(f"{said[first]} (said by process {first} of {self.size})")
+            raise FailedElsewhere from error
+        finally:
+            del error
 
     def exchange(self, counts: Mapping[str, int], error: Exception | None = None
                  ) -> tuple[dict[str, int], dict[str, int]]:
@@ -131,8 +137,11 @@ class Processes:
             dist.all_gather(gathered, numbers)
         if any(int(one[0]) for one in gathered):
             with self.agreeing():
-                if error is not None:
-                    raise error
+                try:
+                    if error is not None:
+                        raise error
+                finally:
+                    del error  # see `agreeing`
         rows = torch.stack(gathered[::self.context_ranks])[:, 1:]
         before, totals = rows[:self.data_rank].sum(0), rows.sum(0)
         return dict(zip(names, before.tolist())), dict(zip(names, totals.tolist()))

@@ -55,7 +55,7 @@ class Saver:
         self.is_main = dist.get_rank() == 0
         self.owner = threading.get_ident()  # of the main process's lock of `out`
         self.thread: threading.Thread | None = None
-        self.failed: SaveError | None = None
+        self.failed: str | None = None
         self.began, self.took = 0.0, 0.0
 
     def __enter__(self):
@@ -95,7 +95,7 @@ class Saver:
         """
         self._join()
         if self.failed is not None:
-            raise self.failed
+            raise SaveError(self.failed)
 
     def seconds(self) -> float:
         """How long the last save took, or the present one has taken if that is longer."""
@@ -109,13 +109,13 @@ class Saver:
 
     def _save(self, state: dict[str, Tensor], place: AbstractContextManager[Path], finish: Callable[[Path], None],
               step: int) -> None:
-        """Save, and keep the error for `wait`; the main process says it at once."""
+        """Save, and keep what went wrong for `wait`; the main process says it at once."""
         self.failed = None
         try:
             with agreeing(self.group), sharing_lock(self.out, self.owner):
                 self._write(state, place, finish)
         except Exception as error:
-            self.failed = SaveError(f"the save of {step:,} steps failed: {one_line(error)}")
+            self.failed = f"the save of {step:,} steps failed: {one_line(error)}"
             if self.is_main:
                 stands = saved_step(self.out)
                 kept = "nothing was saved before" if stands is None else f"that of {stands:,} steps stands"
@@ -147,12 +147,15 @@ def agreeing(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    said: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(said, error and one_line(error), group=group)
-    if error is not None:
-        raise error
-    if first := next(filter(None, said), None):
-        raise SaveError(first)
+    try:
+        said: list[str | None] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(said, error and one_line(error), group=group)
+        if error is not None:
+            raise error
+        if first := next(filter(None, said), None):
+            raise SaveError(first)
+    finally:
+        del error  # see `Processes.agreeing`
 
 
 def one_line(error: Exception) -> str:

@@ -216,7 +216,10 @@ class TransfusionTask:
                       **_counts(drawn.sequence)}
         except ValueError as caught:
             error = caught
-        before, totals = self.processes.exchange(counts, error)
+        try:
+            before, totals = self.processes.exchange(counts, error)
+        finally:
+            del error  # see `Processes.agreeing`
         notes = drawn.notes | {name: totals[name] for name in drawn.notes if name == "failed"}
         return drawn._replace(notes=notes), before, totals
 

@@ -1,9 +1,12 @@
 """Runs of several processes, for tests/transfusion/train/test_processes.py: torchrun starts this in each of them."""
 import contextlib
 import dataclasses
+import gc
 import os
 import signal
 import sys
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.transfusion.train.own_data import tiny
@@ -81,18 +84,27 @@ def refused(name: str, config: TrainConfig, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def drawing(kind: type, step: int, change) -> None:
-    """Call `change` when the rows of a step are drawn."""
-    whole = kind.draw
+def drawing(kind: type, step: int, change) -> Iterator[list[weakref.ref]]:
+    """Call `change` when the rows of a step are drawn; gives what draws them. Garbage is not collected meanwhile."""
+    whole, drawn = kind.draw, []
 
     def draw(self, number, generator):
+        drawn.append(weakref.ref(self))
         if number == step:
             change()
         return whole(self, number, generator)
 
     kind.draw = draw
-    yield
+    gc.disable()
+    yield drawn
+    gc.enable()
     kind.draw = whole
+
+
+def note_held(name: str, drawn: list[weakref.ref], folder: Path) -> None:
+    """Note whether the rows of a run that is over are still there, which would keep its readers."""
+    assert drawn
+    (folder / f"{name} {os.environ['RANK']} held.txt").write_text(str(sum(rows() is not None for rows in drawn)))
 
 
 def fail() -> None:
@@ -116,10 +128,12 @@ def main(folder: Path) -> None:
     refused("rows", digits(folder / "refused", rows=3), folder)
     refused("device", dataclasses.replace(digits(folder / "refused"), device="cpu:0"), folder)
     refused("taken", digits(folder / "digits"), folder)
-    with drawing(DrawnRows, 3, fail):
+    with drawing(DrawnRows, 3, fail) as drawn:
         refused("failed", digits(folder / "failed"), folder)
-    with drawing(MixtureRows, 2, fail):
+        note_held("failed", drawn, folder)
+    with drawing(MixtureRows, 2, fail) as drawn:
         refused("mixture failed", dataclasses.replace(runs(folder)["mixture"], out=folder / "mixture failed"), folder)
+        note_held("mixture failed", drawn, folder)
     with drawing(DrawnRows, 2, stop):
         train(digits(folder / "stopped"))
 
