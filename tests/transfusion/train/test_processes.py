@@ -26,20 +26,33 @@ LIMIT = 480  # seconds for processes that torchrun starts; compiling without a c
 
 
 def torchrun(count, *command, limit=LIMIT):
-    """What a command gives that torchrun starts `count` times; where it takes too long, all of it is killed."""
-    variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path.cwd())}
+    """What a command gives that torchrun starts `count` times; where it takes too long, all of it is killed.
+
+    The failure then says where each of its processes was.
+    """
+    variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path.cwd()),
+                 "PYTHONFAULTHANDLER": "1"}
     started = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone", *command],
-        env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         return (*started.communicate(timeout=limit), started.returncode)
     except subprocess.TimeoutExpired:
-        pytest.fail(f"{count} processes took more than {limit} s")
+        for child in descendants(started.pid):
+            os.kill(child, signal.SIGABRT)
+        _, said = started.communicate(timeout=60)
+        pytest.fail(f"{count} processes took more than {limit} s\n{said[-20000:]}")
     finally:
-        for child in subprocess.run(["ps", "-o", "pid=", "-s", str(started.pid)], capture_output=True,
-                                    text=True).stdout.split():
-            os.kill(int(child), signal.SIGKILL)
+        for child in descendants(started.pid):
+            os.kill(child, signal.SIGKILL)
         started.kill()
+
+
+def descendants(parent):
+    """The numbers of the processes that a process started, and those that these did; torchrun's lead sessions."""
+    lines = subprocess.run(["ps", "-eo", "ppid=,pid="], capture_output=True, text=True).stdout.splitlines()
+    children = [int(child) for above, child in map(str.split, lines) if int(above) == parent]
+    return children + [one for child in children for one in descendants(child)]
 
 
 def log(out):
@@ -151,6 +164,13 @@ def test_an_error_of_one_process_ends_all_of_them_and_the_main_one_says_it(toget
     first, second = ((folder / f"{name} {rank}.txt").read_text() for rank in (0, 1))
     assert first.startswith("ValueError: ") and said in first and second == "SystemExit: 1"
     assert not (folder / "refused").exists()
+
+
+@pytest.mark.parametrize("name", ["failed", "mixture failed"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_run_that_failed_leaves_its_readers_to_no_garbage_collector(together, name, rank):
+    """It might come in a thread that saves, and would wait there for worker processes that no longer answer."""
+    assert (together[0] / f"{name} {rank} held.txt").read_text() == "0"
 
 
 def test_what_was_trained_before_the_data_ended_is_saved(together):
