@@ -5,6 +5,7 @@ from pathlib import Path
 
 import tyro
 
+from transfusion import __version__
 from transfusion.command import plain_errors
 from transfusion.settings import nearest
 
@@ -195,7 +196,11 @@ def run_verb(prog: str, verbs: dict, args: list[str]) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of the `transfusion` command."""
-    run_verb("transfusion", VERBS, sys.argv[1:] if args is None else args)
+    args = sys.argv[1:] if args is None else args
+    if args == ["--version"]:
+        print(f"transfusion {__version__}")
+        return
+    run_verb("transfusion", VERBS, args)
 
 
 if __name__ == "__main__":

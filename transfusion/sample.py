@@ -51,6 +51,8 @@ class Caption:
     """image files"""
     question: str = ""
     """what is asked about each; empty: what the model writes after an image"""
+    batch: Count = 64
+    """images read at once"""
     device: str = "auto"
     """cpu, cuda, or auto: the accelerator if there is one"""
     sampling: Annotated[TextSampling, arg(name="")] = TextSampling()
@@ -118,7 +120,11 @@ def _write(parts: list, out: Path, vae: VAE | None) -> None:
 
 def caption(options: Caption) -> None:
     """Run `transfusion caption`."""
+    check("caption", options)
     model = load_model(options.model, options.device)
-    images = [load_image(path, model.config, model.vae) for path in options.images]
-    for path, text in zip(options.images, model.caption(images, options.question, **vars(options.sampling))):
-        print(f"{path}: {text}")
+    for at in range(0, len(options.images), options.batch):
+        paths = options.images[at:at + options.batch]
+        images = [load_image(path, model.config, model.vae) for path in paths]
+        sampling = vars(options.sampling) | {"seed": (options.sampling.seed + at) % 2**64}  # as all at once
+        for path, text in zip(paths, model.caption(images, options.question, **sampling)):
+            print(f"{path}: {text}", flush=True)

@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image as Picture
 
 from tests.transfusion.conftest import tiny_model
 from tests.transfusion.model.test_from_language_model import language_model
+from transfusion import __version__
 from transfusion.cli import main
 from transfusion.data.model_images import load_image, save_image
 from transfusion.data.picture_files import read_picture
@@ -51,6 +53,22 @@ def test_caption_reads_pictures(checkpoint, tmp_path, capsys):
     Picture.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
     main(["caption", "--model", str(checkpoint), "--images", str(tmp_path / "red.png"), "--max-new-tokens", "2"])
     assert "red.png:" in capsys.readouterr().out
+
+
+def test_caption_in_batches_writes_what_it_writes_at_once(checkpoint, tmp_path, capsys):
+    pictures = [str(tmp_path / f"{name}.png") for name in ("red", "green", "blue")]
+    for path in pictures:
+        Picture.new("RGB", (8, 8), Path(path).stem).save(path)
+    command = ["caption", "--model", str(checkpoint), "--images", *pictures, "--max-new-tokens", "6", "--seed", "3"]
+    main(command)
+    at_once = capsys.readouterr().out
+    main([*command, "--batch", "2"])
+    assert capsys.readouterr().out == at_once and at_once.count(".png: ") == 3
+
+
+def test_the_version_is_said(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"transfusion {__version__}\n"
 
 
 def test_every_option_of_sampling_is_a_flag_with_the_default_of_python(checkpoint, tmp_path, monkeypatch):

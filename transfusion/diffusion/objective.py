@@ -99,7 +99,8 @@ def shift_times(t: Tensor, tokens: Tensor | int, base: int | None) -> Tensor:
     """Return s t / (1 + (s - 1) t) with s = sqrt(tokens / base) (arXiv:2403.03206, eq. 23).
 
     A larger image keeps more of itself under the same noise; at the shifted time it keeps as much as one of `base`
-    patches does at t. t is (N,), tokens (N,) or an int; without `base` the times stay as they are.
+    patches does at t, exactly so on the straight path, where noise over signal grows by s. t is (N,), tokens (N,) or an
+    int; without `base` the times stay as they are.
 
     Raises:
         ValueError: `base`, or `tokens` where it is a number, is not whole and positive.

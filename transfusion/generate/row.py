@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tfkernels import unpatchify
 from transfusion.diffusion.guidance import Guidance
-from transfusion.diffusion.solvers import DDIMSolver, SchedulerSolver, make_solver
+from transfusion.diffusion.solvers import DDIMSolver, HeunSolver, SchedulerSolver, make_solver
 from transfusion.generate.decoding import Decoding
 from transfusion.generate.sampling import Sampling
 from transfusion.sequence import Document, Image, Part, Text, encode
@@ -50,7 +50,7 @@ def guidance_of(options: Sampling) -> Guidance:
     return options.guidance if isinstance(options.guidance, Guidance) else Guidance(options.guidance)
 
 
-def solver_of(model, options: Sampling, grid: tuple[int, int]) -> DDIMSolver | SchedulerSolver:
+def solver_of(model, options: Sampling, grid: tuple[int, int]) -> DDIMSolver | HeunSolver | SchedulerSolver:
     """A solver for one image of `grid`, or several of one size."""
     return make_solver(options.sampler, model.objective, options.steps, grid[0] * grid[1],
                        model.config.time_shift_tokens)

@@ -112,15 +112,17 @@ def _check(seed: int, config: dict) -> None:
     TransfusionConfig(**config)
 
 
-def init(settings: InitSettings) -> Path:
+def init(settings: InitSettings, alone: bool = True) -> Path:
     """Run `transfusion init`; return the new checkpoint's directory.
+
+    `alone`: whether this is one process; otherwise the main one of several makes the checkpoint for all.
 
     Raises:
         ValueError: settings that do not fit; `out` is a file, cannot be written, holds a checkpoint, or is, holds or
             lies in `llm` or `vae`.
     """
     _check(settings.seed, _config(settings))
-    with claim("init", settings.out, {"llm": settings.llm, "vae": settings.vae}, resume=False):
+    with claim("init", settings.out, {"llm": settings.llm, "vae": settings.vae}, resume=False, alone=alone):
         return _init(settings)
 
 

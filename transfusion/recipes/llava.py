@@ -7,11 +7,12 @@ Hugging Face's trainer are accepted and named, so that a script runs as it is. A
 nearest. Flags of `transfusion train` itself, such as --optim.steps or --resume, may stand among them and count last.
 
 `model_name_or_path` is a Transfusion's checkpoint, or a language model's, of which `transfusion init` makes one beside
-OUT.
+OUT; of several processes the main one does.
 """
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,9 @@ from transformers import AutoTokenizer
 from transfusion.data.mixture import MixtureSettings, make_mixture, open_sources
 from transfusion.data.mixture_data import MixtureFileSettings
 from transfusion.data.training_data import open_data
+from transfusion.device import PATIENCE, launched
 from transfusion.files import current, read_json, write_text
+from transfusion.locks import in_use
 from transfusion.model.config import TransfusionConfig
 from transfusion.model.from_language_model import InitSettings, init
 from transfusion.model.lora import TuneSettings, find_base
@@ -236,13 +239,43 @@ def _start(flags: LLaVAFlags, config: TrainConfig) -> Path:
         if read_json(current(model, "config.json")).get("model_type") == TransfusionConfig.model_type:
             return model
     start = config.out.with_name(f"{config.out.name}-from-{model.stem if model.suffix == '.gguf' else model.name}")
-    if current(start, "config.json").is_file():
-        print(f"{start} was made of {model} before", flush=True)
-        return start
     side, vae = flags.mixture.pictures.side, config.data.vae
     if vae is not None:
         side //= VAE.from_pretrained(vae).factor
-    return init(InitSettings(llm=model, out=start, vae=vae, image_size=(side, side), **config.model.shared()))
+    asked = {"image_size": (side, side), **config.model.shared()}
+    rank, processes = launched()
+    if rank > 0:
+        _wait_for(start)
+    elif current(start, "config.json").is_file():
+        print(f"{start} was made of {model} before", flush=True)
+    else:
+        init(InitSettings(llm=model, out=start, vae=vae, **asked), alone=processes == 1)
+    _check_start(start, asked, vae)
+    return start
+
+
+def _wait_for(start: Path) -> None:
+    """Wait until the main process has made a checkpoint."""
+    until = time.monotonic() + PATIENCE.total_seconds()
+    while not current(start, "config.json").is_file() or in_use(start):
+        if time.monotonic() > until:
+            raise ValueError(f"train: {start} is not there after {PATIENCE.total_seconds() / 60:.0f} min; the main "
+                             "process makes it, in a directory that all processes see; `transfusion init` before the "
+                             "run makes one, too, for --model_name_or_path")
+        time.sleep(0.5)
+
+
+def _check_start(start: Path, asked: dict[str, Any], vae: Path | None) -> None:
+    """Refuse a checkpoint that was made with other settings than those that are asked for now."""
+    made, wanted = TransfusionConfig.from_pretrained(start).to_dict(), TransfusionConfig(**asked).to_dict()
+    differ = [f"{name} {made[name]} (now {wanted[name]})" for name in asked
+              if json.dumps(made[name]) != json.dumps(wanted[name])]
+    kept = VAE.from_pretrained(start / "vae").fingerprint() if (start / "vae").is_dir() else None
+    if kept != (None if vae is None else VAE.from_pretrained(vae).fingerprint()):
+        differ.append("another autoencoder")
+    if differ:
+        raise ValueError(f"train: {start} was made before with {', '.join(differ)}; the same settings, or another "
+                         "--output_dir, fit")
 
 
 def _steps(config: TrainConfig, epochs: float) -> int:

@@ -97,6 +97,10 @@ def test_the_script_runs_as_it_is_and_again_and_goes_on(here, monkeypatch, capsy
         record["text_loss"] > 0 and record["diffusion_loss"] == 0 for record in records
     )
     assert Transfusion.from_pretrained(here / "runs" / "lora").config.patch_size == 4
+    changed = SCRIPT.replace("--image_size 16", "--image_size 32").replace("patch-size 4", "patch-size 8")
+    with pytest.raises(SystemExit, match=r"from-llm was made before with image_size \[16, 16\] \(now \[32, 32\]\), "
+                                         r"patch_size 4 \(now 8\); the same settings, or another --output_dir, fit"):
+        main(["train", *shlex.split(changed), "--resume"])
     again = SCRIPT.replace("--model_name_or_path llm", "--model_name_or_path runs/lora-from-llm").replace(
         "runs/lora ", "runs/again "
     )
@@ -201,14 +205,18 @@ def test_flags_that_do_not_fit_are_refused(arguments, words):
         read_flags(shlex.split(arguments))
 
 
-@pytest.mark.parametrize("script,written", [("train_lora.sh", "adapter_config.json"), ("train_full.sh", "config.json")])
-def test_the_scripts_of_the_project_train_a_tiny_model_on_other_files(here, script, written):
+@pytest.mark.parametrize("script,written,processes", [
+    ("train_lora.sh", "adapter_config.json", 1), ("train_full.sh", "config.json", 1),
+    ("train_full.sh", "config.json", 2)])
+def test_the_scripts_of_the_project_train_a_tiny_model_on_other_files(here, script, written, processes):
     root = Path(__file__).parents[3]
-    out = here / "runs" / script
+    out = here / "runs" / f"{script}-{processes}"
+    several = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node {processes}"
     tiny = f"""--model_name_or_path llm --data_path talk.json --image_folder images --output_dir {out} --bf16 False
-              --lora_r 2 --lora_alpha 4 --model_max_length 512 --per_device_train_batch_size 1 --max_steps 1
-              --dataloader_num_workers 0 --image_size 16 --device cpu --model.patch-size 4"""
-    python = {"PYTHON": sys.executable, "LAUNCH": sys.executable}
+              --lora_r 2 --lora_alpha 4 --model_max_length 512 --per_device_train_batch_size {processes} --max_steps 1
+              --gradient_accumulation_steps 2 --dataloader_num_workers 0 --image_size 16 --device cpu
+              --model.patch-size 4"""
+    python = {"PYTHON": sys.executable, "LAUNCH": sys.executable if processes == 1 else several}
     variables = os.environ | python | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(["bash", str(root / "scripts" / script), *shlex.split(tiny)], cwd=here, env=variables,
                           capture_output=True, text=True, timeout=300)
