@@ -31,6 +31,10 @@ class Arrays:
     def __getstate__(self) -> dict:
         return {"directory": self.directory, "_mapped": {}}
 
+    def forget(self) -> None:
+        """Map them anew when they are asked for; until then no file is open."""
+        self._mapped = {}
+
     def about(self) -> dict:
         """What was written beside them."""
         return read_json(self.directory / ABOUT, "delete its directory; it is made anew")

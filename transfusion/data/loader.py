@@ -36,6 +36,7 @@ from transfusion.sequence import lay_out
 VERSION = 1
 CHANGED = "changed record"
 STORED = -1
+OPEN_PLANS = 2
 LEFT_TO_THE_RUN = signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
 
 
@@ -87,6 +88,8 @@ class Batch(NamedTuple):
 class PlannedRows:
     """The rows of plan after plan, numbered through. Plans are made when a row is asked for that none holds, and kept.
 
+    Files are open of the `OPEN_PLANS` that were read last: long runs have thousands of plans.
+
     Args:
         streams: of the mixture's sources; see `transfusion.data.plan`.
         directory: where plans lie; its name says what they are of.
@@ -98,9 +101,10 @@ class PlannedRows:
         self.streams, self.directory, self.key, self.options = streams, Path(directory), key, options
         self._plans: list[Arrays] = []
         self._firsts = [0]                             # the number of each plan's first row, and of the next plan's
+        self._open: list[int] = []                     # plans whose files are
 
     def __getstate__(self) -> dict:
-        return {**vars(self), "streams": None, "_plans": [], "_firsts": [0]}
+        return {**vars(self), "streams": None, "_plans": [], "_firsts": [0], "_open": []}
 
     def ensure(self, rows: int) -> None:
         """Plan until there are so many rows."""
@@ -113,6 +117,11 @@ class PlannedRows:
             self._open_next(make=self.streams is not None)
         at = int(np.searchsorted(self._firsts, number, side="right")) - 1
         plan, row = self._plans[at], number - self._firsts[at]
+        if at not in self._open:
+            self._open.append(at)
+            for other in self._open[:-OPEN_PLANS]:
+                self._plans[other].forget()
+            self._open = self._open[-OPEN_PLANS:]
         piece = slice(*plan["offsets"][row:row + 2].tolist())
         return plan["sources"][piece], plan["records"][piece], plan["passes"][piece]
 
@@ -135,7 +144,7 @@ class PlannedRows:
                     write_arrays(arrays.directory, key, {"report": vars(plan.report)}, offsets=plan.offsets,
                                  sources=plan.sources, records=plan.records, passes=plan.passes)
         self._plans.append(arrays)
-        self._firsts.append(first + len(arrays["offsets"]) - 1)
+        self._firsts.append(first + arrays.about()["report"]["rows"])
 
 
 @dataclass(frozen=True)
@@ -270,21 +279,26 @@ class Loader:
                             num_workers=self.workers, generator=own, worker_init_fn=_start_worker, **ahead)
         with forking(), _held_back(LEFT_TO_THE_RUN), _deaths_between_steps():  # which workers inherit, then ignore
             batches = iter(loader)
-        while True:
-            began = time.perf_counter()
-            try:
-                batch = next(batches, None)
-            except (RuntimeError, ConnectionError, EOFError) as error:  # the latter where it held a batch on its way
-                if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
-                    raise
-                raise ValueError(f"data: one of {self.workers} processes that read ahead was killed, perhaps for want "
-                                 "of memory or of room in /dev/shm; --resume goes on; fewer --data.workers take less"
-                                 ) from error
+        try:
+            while (batch := self._next(batches)) is not None:
+                self.failures.add(batch.documents, batch.failures)
+                yield batch
+        finally:
+            del batches, loader  # which ends the workers, also where an error keeps this frame
+
+    def _next(self, batches: Iterator[Batch]) -> Batch | None:
+        """Wait for a batch; None behind the last one."""
+        began = time.perf_counter()
+        try:
+            return next(batches, None)
+        except (RuntimeError, ConnectionError, EOFError) as error:  # the latter where it held a batch on its way
+            if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
+                raise
+            raise ValueError(f"data: one of {self.workers} processes that read ahead was killed, perhaps for want of "
+                             "memory or of room in /dev/shm; --resume goes on; fewer --data.workers take less"
+                             ) from error
+        finally:
             self.waited = time.perf_counter() - began
-            if batch is None:
-                return
-            self.failures.add(batch.documents, batch.failures)
-            yield batch
 
 
 @contextlib.contextmanager
@@ -304,9 +318,11 @@ def _deaths_between_steps() -> Iterator[None]:
     Whoever asks for the next batch is told as well, and there the run can still save.
     """
     before = signal.getsignal(signal.SIGCHLD)
-    yield
-    if signal.getsignal(signal.SIGCHLD) is not before:
-        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGCHLD) is not before:
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
 def _start_worker(number: int) -> None:

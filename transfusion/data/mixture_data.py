@@ -153,7 +153,7 @@ class MixtureRows:
         self.patch_size, self.latents = patch_size, latents
         self.report = packed.planned.report(0)
         self.epochs = epochs_in_plan(packed.planned.streams, mixture.settings.weights)
-        self._step, self._batch, self._ahead = -1, None, iter(())
+        self._step, self._batch, self._ahead = -1, None, None
         self._kinds: Counter[str] = Counter()
 
     @property
@@ -205,10 +205,17 @@ class MixtureRows:
         rows = math.ceil(packed.planned.report(0)["rows"] / epochs)
         return HeldOutRows(packed, self.patch_size, self.latents, min(count, rows))
 
+    def close(self) -> None:
+        """As `Rows.close`."""
+        if self._ahead is not None:
+            self._ahead.close()
+        self._step, self._batch, self._ahead = -1, None, None
+
     def _read(self, step: int) -> tuple[Batch, float]:
         """A step's batch, and the seconds it was waited for; the last one is kept, for it may be asked for again."""
         if step != self._step:
             if step != self._step + 1 or self._batch is None:
+                self.close()
                 stop = max(self.steps, step + 1)
                 self._loader = Loader(self.packed, step, stop, self.settings.workers, self.settings.prefetch)
                 self._ahead = iter(self._loader)

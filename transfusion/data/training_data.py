@@ -44,6 +44,9 @@ class Rows(Protocol):
             ValueError: nothing is held out.
         """
 
+    def close(self) -> None:
+        """End what reads ahead. Steps may be asked for again, which begins anew."""
+
 
 class TrainingData(Protocol):
     """What a trainer builds a model for and takes rows from."""
@@ -142,6 +145,9 @@ class DrawnRows:
             print(f"the held-out pictures of data {settings.name!r} are those that are trained on: losses on them say "
                   "nothing of new ones", flush=True)
         return HeldOutRows((dataset, settings, tokenizer, config), self.shape[1], count)
+
+    def close(self) -> None:
+        """As `Rows.close`: nothing is open."""
 
 
 class HeldOutRows(Sequence):

@@ -77,11 +77,12 @@ def serve(settings: ServeSettings) -> None:
     with _extra("serve"):
         import uvicorn
 
-        from transfusion.serve.server import AnnouncedServer, make_app
+        from transfusion.serve.listening import AnnouncedServer
+        from transfusion.serve.server import make_app
     engine = _engine(settings)
     api = make_app(engine, settings.called, **_options(settings), api_key=settings.api_key)
     line = f"serving {settings.model} at http://{settings.host}:{settings.port}/v1 (Ctrl-C ends)"
-    _listen(engine, AnnouncedServer(uvicorn.Config(api, **_address(settings)), line))
+    _listen(engine, AnnouncedServer(uvicorn.Config(api, **_address(settings)), line, engine))
 
 
 def app(settings: AppSettings) -> None:

@@ -151,7 +151,11 @@ class Engine:
         self._longest = max(map(len, model.tokenizer.get_vocab()))  # characters of a token
         self._thread = threading.Thread(target=self._loop, name="transfusion-engine", daemon=True)
         self._thread.start()
-        self.call(self._allocate).result()
+        try:
+            self.call(self._allocate).result()
+        except BaseException:
+            self.close(drain=False)  # or its thread would keep the model, and no smaller cache would find room
+            raise
 
     @property
     def alive(self) -> bool:
@@ -276,10 +280,9 @@ class Engine:
                 has_row = self._waiting and len(self._running) < self.rows
                 if not has_row or not self.cache.fits(list(self._waiting[0].sizes.values())):
                     return
-                running = self._waiting.popleft()
+                self._running.append(running := self._waiting.popleft())
                 running.contexts = {name: self.cache.open(size, running.document if name == "whole" else None)
                                     for name, size in running.sizes.items()}
-                self._running.append(running)
             self._advance(running, None)
 
     def _round(self) -> None:

@@ -24,9 +24,10 @@ from transfusion.sequence import Image
 from transfusion.serve.copied_code import curl_code, python_code
 from transfusion.serve.engine import Engine
 from transfusion.serve.fields import ANSWERS, LABELS, Call, Fields, draw, edit, requests_of, talk, told
+from transfusion.serve.listening import AnnouncedServer
 from transfusion.serve.pictures import PictureReader
 from transfusion.serve.sent_files import take_sent_files_alone
-from transfusion.serve.server import LEFT, AnnouncedServer, Answers, reading
+from transfusion.serve.server import LEFT, Answers, reading
 from transfusion.serve.shown import Answer, figures, is_small, notice, preview_figure
 from transfusion.serve.wire import ApiError
 
@@ -282,8 +283,8 @@ class Page:
                                                  limiter=self.pictures.reading)
                 await answers.submit(asked)
             found, last = [Answer(one.sampling.seed) for one in asked], time.monotonic()
-            yield found
             async with aclosing(answers.events()) as events:
+                yield found
                 async for number, event in events:
                     found[number].take(event)
                     if visit.gone:
@@ -352,7 +353,7 @@ class PageServer(AnnouncedServer):
     """A server that finishes what runs and then lets open pages go, which would hold their connections for ever."""
 
     def __init__(self, config: uvicorn.Config, line: str, page: Page):
-        super().__init__(config, line)
+        super().__init__(config, line, page.engine)
         self.page = page
 
     async def shutdown(self, sockets=None) -> None:

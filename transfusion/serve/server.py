@@ -19,7 +19,6 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 
-import uvicorn
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
@@ -299,20 +298,6 @@ class Api:
             asked = f"n is {body.n}" if prompts == 1 else f"prompt is {prompts} texts and n {body.n}"
             raise ApiError(400, f"{asked}; at most {rows + queue} answers fit this server at once, {rows} that run and "
                            f"{queue} that wait", asked.split()[0])
-
-
-class AnnouncedServer(uvicorn.Server):
-    """A server that prints a line when it listens."""
-
-    def __init__(self, config: uvicorn.Config, line: str):
-        super().__init__(config)
-        self.line = line
-
-    async def startup(self, sockets=None) -> None:
-        """As uvicorn's, which ends the process where the port cannot be had."""
-        await super().startup(sockets)
-        if self.started:
-            print(self.line, flush=True)
 
 
 def make_app(engine: Engine, name: str, *, template: str = "none", api_key: str | None = None,

@@ -32,13 +32,13 @@ from transfusion.train.checkpoint import (
     write_run,
     write_state,
 )
-from transfusion.train.guard import Guard, Spike
+from transfusion.train.guard import Guard
 from transfusion.train.keeping import save_place
 from transfusion.train.log import LOG, Log, records_before, start_log
 from transfusion.train.meter import Meter, TimeLimit
 from transfusion.train.optimizer import Player
 from transfusion.train.parallel import sum_copies, sum_counts, sum_means, whole
-from transfusion.train.processes import any_process, is_main
+from transfusion.train.processes import any_process, is_agreed, is_main
 from transfusion.train.resuming import history, recorded, run_to_resume
 from transfusion.train.settings import RunSettings, StepSettings
 from transfusion.train.sharded import Saver, agreeing, whole_weights
@@ -182,8 +182,8 @@ def saving_first(save_run: Callable[..., None], step: int, is_unsaved: bool) -> 
     """Save what was trained so far where the data end a run, as when too many files cannot be read, or the guard."""
     try:
         yield
-    except (ValueError, Spike):
-        if is_unsaved:
+    except Exception as error:
+        if is_unsaved and is_agreed(error):
             save_run(step, is_last=True)
         raise
 

@@ -114,11 +114,11 @@ class Processes:
             if not any(said):
                 return
             if error is not None and (self.is_main or not isinstance(error, PLAIN)):
-                raise error
+                raise agreed(error)
             if self.is_main:
                 first = next(rank for rank, text in enumerate(said) if text)
-                raise ValueError(f"{said[first]} (said by process {first} of {self.size})")
-            raise FailedElsewhere from error
+                raise agreed(ValueError(f"{said[first]} (said by process {first} of {self.size})"))
+            raise agreed(FailedElsewhere()) from error
         finally:
             del error
 
@@ -180,6 +180,7 @@ def start_processes(command: str, settings: ParallelSettings, device: str = "aut
         yield ALONE
         return
     rank, store = _meet(command, device)
+    parts = True
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank else sys.stdout):
             here = Processes(rank, size)
@@ -188,6 +189,7 @@ def start_processes(command: str, settings: ParallelSettings, device: str = "aut
                 here = _place(command, here, settings, device)
             yield here
     except BaseException as error:
+        parts = is_agreed(error) or dist.get_backend() == "gloo"  # others wait for the whole group, and it for them
         if rank == 0:
             store.set("ended", str(error))
         elif isinstance(error, FailedElsewhere) or _has_ended(store):
@@ -195,7 +197,19 @@ def start_processes(command: str, settings: ParallelSettings, device: str = "aut
             raise SystemExit(1) from None
         raise
     finally:
-        dist.destroy_process_group()
+        if parts:
+            dist.destroy_process_group()
+
+
+def agreed(error: Exception) -> Exception:
+    """Note of an error that all processes end with one, and so may still speak with each other; return it."""
+    error.agreed = True
+    return error
+
+
+def is_agreed(error: BaseException) -> bool:
+    """Whether all processes of the run end together, as one process does."""
+    return not dist.is_initialized() or getattr(error, "agreed", False)
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor
 from transfusion.command import file_error, saved_step
 from transfusion.files import SAVING
 from transfusion.locks import sharing_lock
+from transfusion.train.processes import agreed
 
 SHARDS = Path("resume", "state")
 """where a save in shards has them"""
@@ -95,7 +96,7 @@ class Saver:
         """
         self._join()
         if self.failed is not None:
-            raise SaveError(self.failed)
+            raise agreed(SaveError(self.failed))
 
     def seconds(self) -> float:
         """How long the last save took, or the present one has taken if that is longer."""
@@ -151,9 +152,9 @@ def agreeing(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         said: list[str | None] = [None] * dist.get_world_size(group)
         dist.all_gather_object(said, error and one_line(error), group=group)
         if error is not None:
-            raise error
+            raise agreed(error)
         if first := next(filter(None, said), None):
-            raise SaveError(first)
+            raise agreed(SaveError(first))
     finally:
         del error  # see `Processes.agreeing`
 

@@ -102,6 +102,8 @@ def start_trackers(op: str, names: Sequence[str], out: Path, settings: Mapping, 
         try:
             trackers.append(TRACKERS[name](out, settings, step))
         except Exception as error:  # of a package that is not ours: no network, no key, no room
+            for tracker in trackers:
+                tracker.close(failed=True)
             said = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"{op}: log is {name!r}, which does not start: {said}; mend that or leave it out: "
                              "log.jsonl has the same numbers"

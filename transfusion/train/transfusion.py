@@ -4,6 +4,7 @@ Each step draws documents, noises their images and takes one step of AdamW on te
 documents, times and noise of a step depend on (seed, step) alone, so that a resumed run gives the losses of one that
 never stopped. Ctrl-C saves.
 """
+import contextlib
 import dataclasses
 import functools
 import json
@@ -214,7 +215,7 @@ class TransfusionTask:
             drawn = self.rows.draw(step, generator)
             counts = {"images": drawn.sequence.image_count, "failed": drawn.notes.get("failed", 0),
                       **_counts(drawn.sequence)}
-        except ValueError as caught:
+        except Exception as caught:
             error = caught
         try:
             before, totals = self.processes.exchange(counts, error)
@@ -327,9 +328,10 @@ def _train(config: TrainConfig, processes: Processes) -> Path:
     if processes.mesh is not None:
         model = shard(model, processes.mesh, DTYPES[config.parallel.dtype], offload=config.parallel.offload)
     task = TransfusionTask(config, rows, base, model, processes, written)
-    watchers = watch(config, task, rows)
-    done = fit("train", config, config.optim, task, lambda step: learning_rate(step, config.optim), fixed=FIXED,
-               epoch=rows.steps_in_epoch, watchers=watchers, operations=task.operations)
+    with contextlib.closing(rows):
+        watchers = watch(config, task, rows)
+        done = fit("train", config, config.optim, task, lambda step: learning_rate(step, config.optim), fixed=FIXED,
+                   epoch=rows.steps_in_epoch, watchers=watchers, operations=task.operations)
     say_stopped(config, config.optim, done)
     return config.out
 

@@ -285,6 +285,26 @@ def test_a_killed_count_leaves_no_process_behind(tmp_path):
     holder.communicate(timeout=60)  # the pipe ends when all who hold it are gone
 
 
+def test_a_process_of_the_pool_that_is_killed_while_it_waits_is_told(tmp_path):
+    """Those that are left are ended by SIGTERM, whatever the command does with it."""
+    code = ("import glob, os, signal, sys, threading, time\nfrom tests.transfusion.data.memory import *\n"
+            "from transfusion.command import plain_errors\nfrom transfusion.data import lengths\n"
+            "lengths.CHUNK = 10\n"
+            "def children():\n    return set(open(f'/proc/self/task/{os.getpid()}/children').read().split())\n"
+            "class Slow(MemorySource):\n    def __getitem__(self, number):\n"
+            "        open(f'{sys.argv[1]}/busy-{os.getpid()}', 'w').close()\n"
+            "        time.sleep(0.4)\n        return super().__getitem__(number)\n"
+            "def kill():\n    busy = set()\n    while len(busy) < 2:\n        time.sleep(0.1)\n"
+            "        busy = {name.rpartition('-')[2] for name in glob.glob(f'{sys.argv[1]}/busy-*')}\n"
+            "    os.kill(int((children() - busy).pop()), signal.SIGKILL)\n"
+            "threading.Thread(target=kill, daemon=True).start()\n"
+            "with plain_errors():\n"
+            "    lengths.count_lengths(Slow('slow', mixed_records(20)), documents_of(), sys.argv[1], workers=3)")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: count_lengths: one of 3 processes was killed")
+
+
 def test_a_conversation_without_a_template_is_refused(documents, tmp_path):
     record = Record("row 0", turns=(Turn("user", ("hello",)), Turn("assistant", ("hi",))))
     lengths = count_lengths(MemorySource("chat", [record]), documents, tmp_path)

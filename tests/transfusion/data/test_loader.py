@@ -92,6 +92,23 @@ def test_batches_are_the_same_with_any_number_of_workers_and_after_a_resume(mixt
     assert not same(alone[0], alone[1])
 
 
+def test_of_many_plans_two_are_open(mixture):
+    planned = rows_of(mixture, epochs=1).planned
+    kept = str(planned.directory)
+    rows = planned.report(0)["rows"]
+    for step in range(12):
+        planned.row(step * rows)
+        assert len(planned._plans) > step
+        assert sum(kept in os.readlink(f"/proc/self/fd/{file}") for file in open_files()) <= 8
+    again = rows_of(mixture, epochs=1).planned
+    again.ensure(11 * rows)
+    assert not again._open and again._firsts == planned._firsts[:len(again._firsts)]
+
+
+def open_files():
+    return [name for name in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{name}")]
+
+
 def test_the_loader_leaves_the_run_s_random_numbers_alone(mixture):
     before = torch.get_rng_state()
     list(Loader(rows_of(mixture), 0, 2, workers=2))

@@ -339,6 +339,17 @@ def test_a_ticket_whose_events_go_elsewhere_or_were_read_refuses_to_wait_for_eve
             getattr(ticket, op)()
 
 
+def test_an_engine_that_finds_no_room_leaves_no_thread(model, monkeypatch):
+    def run(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("transfusion.serve.engine.RaggedCache.run", run)
+    before = set(threading.enumerate())
+    with pytest.raises(torch.OutOfMemoryError):
+        Engine(model)
+    assert not {thread for thread in threading.enumerate() if thread.name == "transfusion-engine"} - before
+
+
 def test_numbers_of_rows_that_mean_nothing_are_refused(model):
     for name in ("rows", "queue"):
         with pytest.raises(ValueError, match=f"Engine: {name} is 0; a whole number from 1 on fits"):

@@ -3,9 +3,11 @@ import asyncio
 import base64
 import contextlib
 import io
+import itertools
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -30,8 +32,10 @@ for package in ("fastapi", "uvicorn", "multipart"):
     pytest.importorskip(package, reason=f"{package} is not installed; pip install 'tfkernels[serve]'")
 
 import uvicorn  # noqa: E402
+from fastapi.responses import StreamingResponse  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
 
+from transfusion.serve import listening  # noqa: E402
 from transfusion.serve.server import FETCHES, LEFT, Answers, make_app, of_the_server  # noqa: E402
 from transfusion.serve.wire import ChatBody  # noqa: E402
 
@@ -302,6 +306,24 @@ def address():
     server.should_exit = True
     thread.join()
     assert not engine.alive
+
+
+def test_a_client_that_stopped_reading_does_not_hold_a_server_that_ends(monkeypatch, capsys):
+    monkeypatch.setattr(listening, "UNREAD", 0.5)
+    engine = Engine(tiny_model(), rows=1)
+    app = make_app(engine, "digits")
+    app.add_api_route("/much", lambda: StreamingResponse(itertools.repeat(bytes(2**20), 2**10)), response_model=None)
+    server = listening.AnnouncedServer(uvicorn.Config(app, port=0, log_level="warning"), "it listens", engine)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    until(lambda: server.started)
+    assert capsys.readouterr().out == "it listens\n"
+    with socket.create_connection(server.servers[0].sockets[0].getsockname()) as client:
+        client.sendall(b"GET /much HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert client.recv(2**16)
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive() and not engine.alive
 
 
 def test_openais_client_talks_draws_and_edits(address):

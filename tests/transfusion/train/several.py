@@ -110,7 +110,7 @@ def note_held(name: str, drawn: list[weakref.ref], folder: Path) -> None:
 def fail() -> None:
     """Be the one process whose data cannot be read."""
     if os.environ["RANK"] == "1":
-        raise ValueError("data: too many files are gone")
+        raise OSError("data: too many files are gone")
 
 
 def stop() -> None:

@@ -1,4 +1,5 @@
 """A run of several processes learns what a run of one learns, prints and writes once, and ends as one."""
+import contextlib
 import dataclasses
 import json
 import os
@@ -6,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,6 +210,26 @@ def test_one_process_starts_no_communication_and_refuses_layouts_of_several(tmp_
     with pytest.raises(ValueError, match="train: parallel.replicate is 1 and parallel.context 2, and one process was "
                                          "started; numbers whose product is 1 fit"):
         train(digits(tmp_path / "run", ParallelSettings(context=2)))
+
+
+@pytest.mark.parametrize("backend,error,parts", [
+    ("nccl", RuntimeError("out of memory"), False), ("nccl", processes.agreed(ValueError("data")), True),
+    ("gloo", RuntimeError("out of memory"), True), ("nccl", None, True)])
+def test_a_process_that_fails_alone_does_not_wait_for_the_others(monkeypatch, backend, error, parts):
+    """NCCL's group ends when all of them end it, and they wait for the one that failed: its error would not be said."""
+    ended = []
+    monkeypatch.setattr(processes, "started", lambda: 2)
+    monkeypatch.setattr(processes, "_meet", lambda *_: (0, SimpleNamespace(set=lambda *_: None)))
+    monkeypatch.setattr(processes, "_place", lambda command, here, *_: here)
+    monkeypatch.setattr(processes, "gather_text", lambda text: [text, ""])
+    for name, function in (("is_initialized", lambda: True), ("get_backend", lambda: backend),
+                           ("destroy_process_group", lambda: ended.append(backend))):
+        monkeypatch.setattr(processes.dist, name, function)
+    expected = pytest.raises(type(error)) if error else contextlib.nullcontext()
+    with expected, start_processes("train", ParallelSettings()):
+        if error:
+            raise error
+    assert bool(ended) == parts
 
 
 @pytest.mark.parametrize("name,value", [("WORLD_SIZE", "2"), ("RANK", "1")])

@@ -9,6 +9,7 @@ import csv
 import hashlib
 import os
 import tempfile
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,7 +42,7 @@ class Index:
     It pickles as its path.
     """
 
-    _recent: OrderedDict[int, "Index"] = OrderedDict()
+    _recent: OrderedDict[int, "weakref.ref[Index]"] = OrderedDict()
 
     def __init__(self, path: Path, stamp: Stamp):
         self.path, self.stamp = path, stamp
@@ -73,9 +74,10 @@ class Index:
     def _contents(self) -> tuple[np.ndarray, np.ndarray]:
         found = self._mapped or self._map()
         self._recent.pop(id(self), None)
-        self._recent[id(self)], self._mapped = self, found
+        self._recent[id(self)], self._mapped = weakref.ref(self), found
         while len(self._recent) > MAPPED:
-            self._recent.popitem(last=False)[1]._mapped = None
+            if (oldest := self._recent.popitem(last=False)[1]()) is not None:
+                oldest._mapped = None
         return found
 
     def _map(self) -> tuple[np.ndarray, np.ndarray]:

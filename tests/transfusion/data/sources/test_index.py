@@ -93,6 +93,13 @@ def test_only_so_many_indices_are_mapped_at_once(tmp_path, monkeypatch):
         assert len(os.listdir("/proc/self/fd")) <= before + 3
 
 
+def test_an_index_that_nobody_has_is_not_mapped(tmp_path):
+    (tmp_path / "rows.txt").write_text("one\n")
+    before = len(os.listdir("/proc/self/fd"))
+    assert len(open_index(tmp_path / "rows.txt", "lines", find_lines)) == 1
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_blank_text_has_no_paragraph(tmp_path):
     (tmp_path / "blank.txt").write_text("\n \n\n")
     assert find_paragraphs(tmp_path / "blank.txt")[0].shape == (0, 3)
