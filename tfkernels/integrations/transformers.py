@@ -11,8 +11,9 @@
 `transfusion_mask` reaches every layer as a keyword argument and replaces the mask that transformers would make, except
 that the keys which a 2-D `attention_mask` hides stay hidden. A mask of fewer tokens than there are belongs to a prompt:
 tokens behind it see what the prompt's last token sees, and each other causally, with any cache. Its batch is 1, or what
-generate makes of the prompts: with beams or several returned sequences, a row for each of them. Where ranks share a
-row, a `tfkernels.parallel.SharedMask` in its place has each of them attend with its own tokens.
+generate makes of the prompts: with beams or several returned sequences, a row for each of them. A later turn's images
+are no prompt's: give the mask of all tokens so far, or `TransfusionMask.from_cache(..., image=True)`. Where ranks share
+a row, a `tfkernels.parallel.SharedMask` in its place has each of them attend with its own tokens.
 
 A mask that transformers makes travels as what it takes for a ready 4-D mask: our integers in one int32 tensor (see
 `_as_tensor`), which it may copy, keep in a static buffer or trace. A ready 4-D mask of at most one element beside
@@ -21,7 +22,8 @@ A mask that transformers makes travels as what it takes for a ready 4-D mask: ou
 Other registered implementations (sdpa, flash, flex) refuse `transfusion_mask` once `register` has been called. The
 functions called eager are no part of a registry and swallow any keyword argument: `require(model)` refuses such a model
 once, when it is loaded. So it does with the families whose layers hand no keyword argument on to their attention
-(StableLM): they run on it, but never see a `transfusion_mask`.
+(StableLM): they run on it, but never see a `transfusion_mask`. It is a decoder's: encoder-decoders, whose encoder and
+cross-attention would take it for theirs, and vision towers that a model hands it on to (Qwen-VL) refuse it.
 """
 import functools
 import importlib
@@ -90,15 +92,16 @@ def require(model) -> None:
     `transfusion_mask`.
 
     Raises:
-        ValueError: model is neither a PreTrainedModel nor a PreTrainedConfig; its family has an attention of its own
-            that asks no registry (Bloom, Falcon, GPT-J, MPT), or layers that hand no keyword argument on to it
-            (StableLM); or a part of the model has another attn_implementation than "tfkernels".
+        ValueError: model is neither a PreTrainedConfig nor a module with a PreTrainedModel in it (peft's, a compiled
+            one); its family has an attention of its own that asks no registry (Bloom, Falcon, GPT-J, MPT), or layers
+            that hand no keyword argument on to it (StableLM); or a part of the model has another attn_implementation
+            than "tfkernels".
     """
     from transformers import PreTrainedConfig, PreTrainedModel
 
     if isinstance(model, PreTrainedConfig):
         return _need_family(model)
-    if not isinstance(model, PreTrainedModel):
+    if not (isinstance(model, torch.nn.Module) and any(isinstance(part, PreTrainedModel) for part in model.modules())):
         raise ValueError(f"{_OP}: model is {got(model)}; a transformers.PreTrainedModel or PreTrainedConfig fits")
     for name, part in model.named_modules():
         if isinstance(part, PreTrainedModel):
@@ -169,6 +172,7 @@ def attend(
     made = _from_tensor(attention_mask, query_len, key_len)
     if transfusion_mask is not None:
         mask = _of_layer(transfusion_mask, module, sliding_window, windowed, key_len)
+        _need_decoder(mask, module, is_causal, query_len, key_len)
         if isinstance(mask, SharedMask):
             if made is None or made.kept is not None:
                 _need_no_other(attention_mask)
@@ -251,23 +255,41 @@ def _read_off(batch_size, q_length, kv_length, q_offset, device, **rule) -> Tran
 def _of_layer(masks: TransfusionMask | SharedMask | Mapping, module, sliding_window, windowed: bool,
               key_len: int) -> TransfusionMask | SharedMask:
     """The mask of one layer: the one mask, where the layer has no window to cut it, or the one of the layer's kind."""
+    config, number = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    types = getattr(config, "layer_types", None)
+    kind = (types[number] if types and number is not None else
+            "full_attention" if sliding_window is None else "sliding_attention")
+    chunk = getattr(config, "attention_chunk_size", None) if kind == "chunked_attention" else None
     if isinstance(masks, Mapping):
-        types = getattr(module.config, "layer_types", None)
-        kind = types[module.layer_idx] if types else "full_attention" if sliding_window is None else "sliding_attention"
         if kind not in masks:
             raise ValueError(f"tfkernels attention: transfusion_mask has masks for {sorted(masks)} and layer "
-                             f"{module.layer_idx} is {kind}; one for each kind of layer fits; add {kind!r}")
+                             f"{number} is {kind}; one for each kind of layer fits; add {kind!r}")
         masks = masks[kind]
-    elif windowed:
-        raise ValueError("tfkernels attention: transfusion_mask is one mask in a layer with sliding_window "
-                         f"{sliding_window} and {key_len} keys; a mapping "
-                         '{"full_attention": mask, "sliding_attention": windowed mask} fits, the latter alone where '
-                         'all layers have the window; '
-                         "pass it, or set the config's sliding_window to None")
+    elif windowed or chunk is not None and key_len > chunk:
+        name, size, what = (("sliding_window", sliding_window, "windowed") if windowed
+                            else ("attention_chunk_size", chunk, "chunked"))
+        raise ValueError(f"tfkernels attention: transfusion_mask is one mask in a layer with {name} "
+                         f"{size} and {key_len} keys; a mapping "
+                         f'{{"full_attention": mask, "{kind}": {what} mask}} fits, the latter alone where '
+                         'all layers are cut; '
+                         f"pass it, or set the config's {name} to None")
     if not isinstance(masks, TransfusionMask | SharedMask):
         raise ValueError(f"{_OP}: {ARGUMENT} is {got(masks)}; a tfkernels.TransfusionMask, or a mapping of them by "
                          "kind of layer, fits; build one with TransfusionMask.from_spans")
     return masks
+
+
+def _need_decoder(mask: TransfusionMask | SharedMask, module, is_causal: bool | None, query_len: int,
+                  key_len: int) -> None:
+    """Refuse a decoder's mask where a layer that is not causal has other tokens than it: they are not the decoder's."""
+    config = getattr(module, "config", None)
+    is_other = getattr(config, "is_encoder_decoder", False) or "Vision" in type(config).__name__
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    fits = isinstance(mask, SharedMask) or (mask.query_len, mask.key_len) == (query_len, key_len)
+    if not causal and (is_other or not fits):
+        raise ValueError(f"{_OP}: {ARGUMENT} reaches {type(module).__name__}, which is not causal and has {query_len} "
+                         f"queries and {key_len} keys; layers of a decoder fit, or a mask of these sizes; give what "
+                         "an encoder or vision tower makes as inputs_embeds, or call the decoder by itself")
 
 
 def _fitted(mask: TransfusionMask, made: _Made | None, attention_mask, query_len: int, key_len: int,
@@ -394,4 +416,5 @@ def _from_dense(x: Tensor, query_len: int, key_len: int) -> TransfusionMask:
     if x.ndim != 4 or x.shape[1] != 1:
         raise ValueError(f"tfkernels attention: attention_mask is {x.dtype} of shape {tuple(x.shape)} for {query_len} "
                          f"queries and {key_len} keys; (B, Sk), or (B, 1, Sq, Sk) for all heads alike, fits")
-    return TransfusionMask.from_dense(visible_pairs("tfkernels attention", x))
+    visible = visible_pairs("tfkernels attention", x)
+    return TransfusionMask.from_dense(visible.expand(-1, -1, query_len, -1) if x.shape[2] == 1 else visible)

@@ -332,8 +332,13 @@ class TransfusionMask:
         """Sk."""
         return self.key_since.shape[1]
 
-    def to(self, device) -> "TransfusionMask":
-        """Return the same mask on `device`."""
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.lo.device
+
+    def to(self, device, non_blocking: bool = False) -> "TransfusionMask":
+        """Return the same mask on `device`. Copies to another device than the host never wait, whatever is asked."""
         lo, hi, key_since, key_until = (moved(t, device) for t in (self.lo, self.hi, self.key_since, self.key_until))
         return replace(self, lo=lo, hi=hi, key_since=key_since, key_until=key_until)
 

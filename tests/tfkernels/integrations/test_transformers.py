@@ -10,6 +10,7 @@ from transformers import (
     BertConfig,
     BertModel,
     BloomConfig,
+    CLIPVisionConfig,
     DeepseekV3Config,
     FalconConfig,
     Gemma2Config,
@@ -235,6 +236,30 @@ def test_encoders_see_both_ways_and_honour_padding(family):
     differ(padded[kept], plain[kept])
 
 
+def test_a_decoder_s_mask_is_refused_by_layers_that_are_no_decoder_s():
+    ours = TransfusionMask.causal(24, device=DEVICE)
+    close(encode("bert", "tfkernels", input_ids=tokens(), transfusion_mask=TransfusionMask.from_intervals(
+        torch.zeros(1, 24, dtype=torch.int64, device=DEVICE), torch.full((1, 24), 24, device=DEVICE))),
+        encode("bert", "sdpa", input_ids=tokens()))
+    for family, length, more in (("bart", 24, {"decoder_input_ids": tokens()}), ("bert", 12, {})):
+        with pytest.raises(ValueError, match="transfusion_mask reaches .*Attention, which is not causal and has "
+                                             f"{length} queries and {length} keys; layers of a decoder fit"):
+            encode(family, "tfkernels", input_ids=tokens(length=length), transfusion_mask=ours, **more)
+    module = torch.nn.Module()
+    module.is_causal, module.config = False, CLIPVisionConfig()
+    x = torch.zeros(1, 2, 24, 16, device=DEVICE)
+    with pytest.raises(ValueError, match="reaches Module, which is not causal and has 24 queries"):
+        integration.attend(module, x, x, x, None, transfusion_mask=ours)
+
+
+def test_a_row_of_keys_is_a_ready_mask_of_all_queries():
+    x = torch.randn(2, 4, 24, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    kept = padded().bool()[:, None, None]
+    module = torch.nn.Module()
+    out, _ = integration.attend(module, x, x, x, kept)
+    close(out.transpose(1, 2), torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=kept))
+
+
 def test_a_decoder_asked_to_see_both_ways_does():
     ours, theirs = pair("llama")
     with torch.no_grad():
@@ -331,6 +356,9 @@ def test_other_implementations_refuse_our_mask_and_do_the_same_as_ever_without_i
 
 def test_a_model_that_would_drop_our_mask_is_refused_when_asked():
     integration.require(build("llama", "tfkernels"))
+    integration.require(torch.nn.ModuleList([build("llama", "tfkernels")]))  # as peft's and compiled ones hold it
+    with pytest.raises(ValueError, match="model.0 has attn_implementation 'sdpa'"):
+        integration.require(torch.nn.ModuleList([build("llama", "sdpa")]))
     for config in (CONFIGS["llama"](), PaliGemmaConfig()):
         integration.require(config)
     for implementation in ("sdpa", "eager"):

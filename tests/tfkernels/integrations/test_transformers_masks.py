@@ -140,6 +140,14 @@ def test_what_we_cannot_honour_is_refused_by_name():
         ValueError, match=r"masks for \['full_attention'\] and layer 0 is sliding_attention; .* add 'sliding_attention'"
     ):
         gemma(tokens(), transfusion_mask={"full_attention": causal})
+    chunked = torch.nn.Module()
+    chunked.layer_idx, chunked.config = 0, SimpleNamespace(
+        attention_chunk_size=8, layer_types=["chunked_attention"])
+    x = torch.zeros(1, 2, 24, 16, device=DEVICE)
+    mapping = '{"full_attention": mask, "chunked_attention": chunked mask}'
+    with pytest.raises(ValueError, match=f"attention_chunk_size 8 and 24 keys; a mapping {mapping} fits"):
+        integration.attend(chunked, x, x, x, None, transfusion_mask=causal)
+    integration.attend(chunked, x, x, x, None, transfusion_mask={"chunked_attention": causal})
 
 
 @pytest.mark.parametrize("name",

@@ -219,12 +219,16 @@ def test_no_queries_and_no_tokens_have_area_zero(hidden):
     assert build([[]], 0).area().item() == 0 and build([[]], 0).dense().shape == (1, 1, 0, 0)
 
 
+def test_an_empty_list_of_columns_is_of_integers():
+    assert TransfusionMask.causal(6).select_keys([]).key_len == 0
+
+
 def test_to_moves_every_tensor_and_keeps_the_rest():
     mask = build([[(1, 4)]], 8, hidden=[[(1, 4)]]).queries(2, 6)
     moved = mask.to("meta")
     assert {x.device.type for x in (moved.lo, moved.hi, moved.key_since, moved.key_until)} == {"meta"}
     assert (moved.rows_exact, moved.columns_exact, moved.offset) == (mask.rows_exact, mask.columns_exact, mask.offset)
-    assert torch.equal(mask.to("cpu").dense(), mask.dense().cpu())
+    assert torch.equal(mask.to("cpu", non_blocking=True).dense(), mask.dense().cpu()) and moved.device.type == "meta"
 
 
 def test_the_mask_lives_where_its_arguments_do():
