@@ -67,7 +67,7 @@ def need_integers(op: str, name: str, x, shape: str, device=None, *, flags: bool
         tensor = torch.as_tensor(x, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{op}: {name} is {shown(x)}; an integer tensor {shape} fits") from error
-    if not tensor.numel() and not isinstance(x, Tensor):
+    if not tensor.numel() and isinstance(x, list | tuple):
         tensor = tensor.long()  # an empty list is of no dtype
     if not integers(tensor) and not (flags and tensor.dtype == torch.bool):
         raise ValueError(f"{op}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}; an integer tensor {shape} "

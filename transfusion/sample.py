@@ -122,6 +122,9 @@ def caption(options: Caption) -> None:
     """Run `transfusion caption`."""
     check("caption", options)
     model = load_model(options.model, options.device)
+    for path in options.images:
+        if not path.is_file():
+            load_image(path, model.config, model.vae)  # says so before anything is written
     for at in range(0, len(options.images), options.batch):
         paths = options.images[at:at + options.batch]
         images = [load_image(path, model.config, model.vae) for path in paths]

@@ -257,7 +257,7 @@ def _of_layer(masks: TransfusionMask | SharedMask | Mapping, module, sliding_win
     """The mask of one layer: the one mask, where the layer has no window to cut it, or the one of the layer's kind."""
     config, number = getattr(module, "config", None), getattr(module, "layer_idx", None)
     types = getattr(config, "layer_types", None)
-    kind = (types[number] if types and number is not None else
+    kind = (types[number] if types and number is not None and number < len(types) else
             "full_attention" if sliding_window is None else "sliding_attention")
     chunk = getattr(config, "attention_chunk_size", None) if kind == "chunked_attention" else None
     if isinstance(masks, Mapping):
@@ -287,9 +287,10 @@ def _need_decoder(mask: TransfusionMask | SharedMask, module, is_causal: bool | 
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     fits = isinstance(mask, SharedMask) or (mask.query_len, mask.key_len) == (query_len, key_len)
     if not causal and (is_other or not fits):
+        sizes = "" if is_other else " or a mask of these sizes"
         raise ValueError(f"{_OP}: {ARGUMENT} reaches {type(module).__name__}, which is not causal and has {query_len} "
-                         f"queries and {key_len} keys; layers of a decoder fit, or a mask of these sizes; give what "
-                         "an encoder or vision tower makes as inputs_embeds, or call the decoder by itself")
+                         f"queries and {key_len} keys; layers of a decoder{sizes} fit; give what an encoder or vision "
+                         "tower makes as inputs_embeds, or call the decoder by itself")
 
 
 def _fitted(mask: TransfusionMask, made: _Made | None, attention_mask, query_len: int, key_len: int,

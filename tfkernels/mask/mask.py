@@ -338,7 +338,7 @@ class TransfusionMask:
         return self.lo.device
 
     def to(self, device, non_blocking: bool = False) -> "TransfusionMask":
-        """Return the same mask on `device`. Copies to another device than the host never wait, whatever is asked."""
+        """Return the same mask on `device`. Copies to the host wait and others do not, whatever `non_blocking` says."""
         lo, hi, key_since, key_until = (moved(t, device) for t in (self.lo, self.hi, self.key_since, self.key_until))
         return replace(self, lo=lo, hi=hi, key_since=key_since, key_until=key_until)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def forking() -> Iterator[None]:
-    """Fork processes in this block: nothing that is there now is garbage to them, and they never end it.
+    """Fork processes in this block: what is there now their garbage collector never ends.
 
     What waits for the garbage collector may be a process group of a run that is over. Its destructor wakes the threads
     of the group, which a forked process does not have, and waits for them for good: the reader never reads.

@@ -88,7 +88,7 @@ class Batch(NamedTuple):
 class PlannedRows:
     """The rows of plan after plan, numbered through. Plans are made when a row is asked for that none holds, and kept.
 
-    Files are open of the `OPEN_PLANS` that were read last: long runs have thousands of plans.
+    Files are open of the `OPEN_PLANS` that were opened last: long runs have thousands of plans.
 
     Args:
         streams: of the mixture's sources; see `transfusion.data.plan`.
@@ -284,7 +284,8 @@ class Loader:
                 self.failures.add(batch.documents, batch.failures)
                 yield batch
         finally:
-            del batches, loader  # which ends the workers, also where an error keeps this frame
+            if self.workers:
+                batches._shutdown_workers()  # what else ends them is its end, and an error that is kept keeps it
 
     def _next(self, batches: Iterator[Batch]) -> Batch | None:
         """Wait for a batch; None behind the last one."""

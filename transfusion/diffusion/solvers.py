@@ -7,8 +7,8 @@ A solver is made for one run of `steps` steps: the model is asked at each of `ti
     unipc    UniPC (arXiv:2302.04867)
     heun     Heun's method (arXiv:2206.00364, algorithm 1), which asks the model twice a step, but for the last
 
-The first and the last are written here. diffusers' Heun steps in noise over signal, which begins at hundreds, so that
-few steps, of training times, end far off: of 5 with an exact model the deviation is 3.6 where the data's is 0.5.
+The first and the last are written here. diffusers' Heun steps in noise over signal, which begins at hundreds, and few
+steps end far off: with an exact model 5 of them draw pictures of deviation 3.6 where the data's is 0.5.
 
 In calls and on the command line the option that names one is `sampler`.
 """

@@ -276,15 +276,15 @@ class Page:
         visit, visits = Visit(), self.visits.setdefault(session, set())
         visits.add(visit)
         found: list[Answer] = []
+        answers = Answers(self.engine, visit)
         try:
-            answers = Answers(self.engine, visit)
             with reading("messages" if call.address == "chat/completions" else "prompt"):
                 asked = await to_thread.run_sync(requests_of, call, self.pictures, self.template,
                                                  limiter=self.pictures.reading)
                 await answers.submit(asked)
             found, last = [Answer(one.sampling.seed) for one in asked], time.monotonic()
+            yield found
             async with aclosing(answers.events()) as events:
-                yield found
                 async for number, event in events:
                     found[number].take(event)
                     if visit.gone:
@@ -296,6 +296,7 @@ class Page:
             if error.status != LEFT:
                 raise
         finally:
+            answers.close()  # also of what nobody waited for, whose page was closed at once
             visits.discard(visit)
             if not visits:
                 self.visits.pop(session, None)

@@ -62,6 +62,7 @@ class Answers:
         self.engine, self.request, self.tickets = engine, request, []
         self.done: dict[int, Finished] = {}  # by the number of the answer
         self.loop, self.unread, self.news = asyncio.get_running_loop(), [], asyncio.Event()
+        self.watch: asyncio.Task | None = None
 
     async def submit(self, asked: list[Asked]) -> None:
         """Hand requests to the engine; all of them, or none. From now on a client that leaves cancels them.
@@ -105,8 +106,13 @@ class Answers:
                             self.done[number] = event
                         yield number, event
         finally:
+            self.close()
+
+    def close(self) -> None:
+        """Leave all that are not done, and look no more whether the client left."""
+        if self.watch is not None:
             self.watch.cancel()
-            self.cancel()
+        self.cancel()
 
     async def finished(self) -> list[Finished]:
         """Wait for all, in their order."""

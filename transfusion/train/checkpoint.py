@@ -29,6 +29,7 @@ from transfusion.command import saved_step
 from transfusion.files import load_tensors, verify, whole
 from transfusion.train.average import trained_parameters
 from transfusion.train.optimizer import Player
+from transfusion.train.processes import agreed
 from transfusion.train.sharded import SHARDS, local, read_shards, shapes_of
 
 
@@ -170,7 +171,8 @@ def check_finite(command: str, out: Path, step: int, values: Mapping[str, float]
     """
     bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
     if bad:
-        raise FloatingPointError(f"{command}: in step {step:,} {', '.join(bad)}; {way_on or _way_on(out, step)}")
+        error = FloatingPointError(f"{command}: in step {step:,} {', '.join(bad)}; {way_on or _way_on(out, step)}")
+        raise agreed(error)  # all processes have the same numbers
 
 
 def check_weights(command: str, out: Path, step: int, tensors: Mapping[str, Tensor], way_on: str = "") -> None:

@@ -179,11 +179,15 @@ def open_saver(config: RunSettings) -> contextlib.AbstractContextManager[Saver |
 
 @contextlib.contextmanager
 def saving_first(save_run: Callable[..., None], step: int, is_unsaved: bool) -> Iterator[None]:
-    """Save what was trained so far where the data end a run, as when too many files cannot be read, or the guard."""
+    """Save what was trained so far where the data end a run, as when too many files cannot be read, or the guard.
+
+    Of several processes one whose error the others do not know of must not wait for their part of a save.
+    """
     try:
         yield
     except Exception as error:
-        if is_unsaved and is_agreed(error):
+        of_data = isinstance(error, ValueError | OSError) and not dist.is_initialized()
+        if is_unsaved and (of_data or is_agreed(error)):
             save_run(step, is_last=True)
         raise
 

@@ -208,8 +208,8 @@ def agreed(error: Exception) -> Exception:
 
 
 def is_agreed(error: BaseException) -> bool:
-    """Whether all processes of the run end together, as one process does."""
-    return not dist.is_initialized() or getattr(error, "agreed", False)
+    """Whether all processes of the run end with an error, and so together."""
+    return getattr(error, "agreed", False)
 
 
 @contextlib.contextmanager

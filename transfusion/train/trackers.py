@@ -3,6 +3,7 @@
 A resumed run goes on in the same curves. TensorBoard hides what an earlier process wrote after the last save; Weights &
 Biases finds the run by the id that is kept in the run's directory, and draws those steps twice.
 """
+import contextlib
 import importlib.util
 import uuid
 from collections.abc import Mapping, Sequence
@@ -103,7 +104,8 @@ def start_trackers(op: str, names: Sequence[str], out: Path, settings: Mapping, 
             trackers.append(TRACKERS[name](out, settings, step))
         except Exception as error:  # of a package that is not ours: no network, no key, no room
             for tracker in trackers:
-                tracker.close(failed=True)
+                with contextlib.suppress(Exception):
+                    tracker.close(failed=True)
             said = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"{op}: log is {name!r}, which does not start: {said}; mend that or leave it out: "
                              "log.jsonl has the same numbers"

@@ -241,9 +241,10 @@ def test_a_decoder_s_mask_is_refused_by_layers_that_are_no_decoder_s():
     close(encode("bert", "tfkernels", input_ids=tokens(), transfusion_mask=TransfusionMask.from_intervals(
         torch.zeros(1, 24, dtype=torch.int64, device=DEVICE), torch.full((1, 24), 24, device=DEVICE))),
         encode("bert", "sdpa", input_ids=tokens()))
-    for family, length, more in (("bart", 24, {"decoder_input_ids": tokens()}), ("bert", 12, {})):
+    for family, length, more, fits in (("bart", 24, {"decoder_input_ids": tokens()}, "decoder fit"),
+                                       ("bert", 12, {}, "decoder or a mask of these sizes fit")):
         with pytest.raises(ValueError, match="transfusion_mask reaches .*Attention, which is not causal and has "
-                                             f"{length} queries and {length} keys; layers of a decoder fit"):
+                                             f"{length} queries and {length} keys; layers of a {fits}"):
             encode(family, "tfkernels", input_ids=tokens(length=length), transfusion_mask=ours, **more)
     module = torch.nn.Module()
     module.is_causal, module.config = False, CLIPVisionConfig()

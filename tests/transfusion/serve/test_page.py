@@ -24,6 +24,7 @@ from fastapi import FastAPI  # noqa: E402
 from gradio.context import LocalContext  # noqa: E402
 from gradio.state_holder import SessionState  # noqa: E402
 
+from transfusion.serve.fields import Fields, draw  # noqa: E402
 from transfusion.serve.page import Page, add_page  # noqa: E402
 
 ASKED = Request([Text("a")], Sampling(steps=2, max_new_tokens=0), draw=True)
@@ -135,6 +136,17 @@ def test_an_answer_that_nobody_fetches_any_more_ends(page):
 
     asyncio.run(leave())
     assert page.visits == {}
+
+
+def test_an_answer_whose_page_is_closed_at_once_ends(page):
+    async def leave():
+        answers = page._answers(draw("a", Fields(steps=250)), "gone")
+        await anext(answers)
+        await answers.aclose()
+        await asyncio.to_thread(until, lambda: page.engine.stats()["cancelled"] == 1)
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    assert asyncio.run(leave()) == set() and page.visits == {}
 
 
 def test_a_conversation_that_is_cleared_does_not_come_back_with_its_answer(page):

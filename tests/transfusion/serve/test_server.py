@@ -317,13 +317,13 @@ def test_a_client_that_stopped_reading_does_not_hold_a_server_that_ends(monkeypa
     thread = threading.Thread(target=server.run)
     thread.start()
     until(lambda: server.started)
-    assert capsys.readouterr().out == "it listens\n"
     with socket.create_connection(server.servers[0].sockets[0].getsockname()) as client:
         client.sendall(b"GET /much HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert client.recv(2**16)
         server.should_exit = True
         thread.join(60)
         assert not thread.is_alive() and not engine.alive
+    assert capsys.readouterr().out == "it listens\n"
 
 
 def test_openais_client_talks_draws_and_edits(address):

@@ -96,9 +96,11 @@ def drawing(kind: type, step: int, change) -> Iterator[list[weakref.ref]]:
 
     kind.draw = draw
     gc.disable()
-    yield drawn
-    gc.enable()
-    kind.draw = whole
+    try:
+        yield drawn
+    finally:
+        gc.enable()
+        kind.draw = whole
 
 
 def note_held(name: str, drawn: list[weakref.ref], folder: Path) -> None:

@@ -40,14 +40,21 @@ def torchrun(count, *command, limit=LIMIT):
     try:
         return (*started.communicate(timeout=limit), started.returncode)
     except subprocess.TimeoutExpired:
-        for child in descendants(started.pid):
-            os.kill(child, signal.SIGABRT)
-        _, said = started.communicate(timeout=60)
+        end(started, signal.SIGABRT)
+        said = "and did not say where"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            _, said = started.communicate(timeout=60)
         pytest.fail(f"{count} processes took more than {limit} s\n{said[-20000:]}")
     finally:
-        for child in descendants(started.pid):
-            os.kill(child, signal.SIGKILL)
+        end(started, signal.SIGKILL)
         started.kill()
+
+
+def end(started, number):
+    """Send a signal to all that a process started."""
+    for child in descendants(started.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, number)
 
 
 def descendants(parent):
@@ -222,9 +229,8 @@ def test_a_process_that_fails_alone_does_not_wait_for_the_others(monkeypatch, ba
     monkeypatch.setattr(processes, "_meet", lambda *_: (0, SimpleNamespace(set=lambda *_: None)))
     monkeypatch.setattr(processes, "_place", lambda command, here, *_: here)
     monkeypatch.setattr(processes, "gather_text", lambda text: [text, ""])
-    for name, function in (("is_initialized", lambda: True), ("get_backend", lambda: backend),
-                           ("destroy_process_group", lambda: ended.append(backend))):
-        monkeypatch.setattr(processes.dist, name, function)
+    monkeypatch.setattr(processes.dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(processes.dist, "destroy_process_group", lambda: ended.append(backend))
     expected = pytest.raises(type(error)) if error else contextlib.nullcontext()
     with expected, start_processes("train", ParallelSettings()):
         if error:
