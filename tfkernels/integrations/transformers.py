@@ -268,11 +268,10 @@ def _of_layer(masks: TransfusionMask | SharedMask | Mapping, module, sliding_win
     elif windowed or chunk is not None and key_len > chunk:
         name, size, what = (("sliding_window", sliding_window, "windowed") if windowed
                             else ("attention_chunk_size", chunk, "chunked"))
-        raise ValueError(f"tfkernels attention: transfusion_mask is one mask in a layer with {name} "
-                         f"{size} and {key_len} keys; a mapping "
-                         f'{{"full_attention": mask, "{kind}": {what} mask}} fits, the latter alone where '
-                         'all layers are cut; '
-                         f"pass it, or set the config's {name} to None")
+        raise ValueError(f"tfkernels attention: transfusion_mask is one mask in a layer with {name} {size} and "
+                         f'{key_len} keys; a mapping {{"full_attention": mask, "{kind}": {what} mask}} fits, the '
+                         "latter alone where all layers are cut; pass it, or set the config's "
+                         f"{name} to None")
     if not isinstance(masks, TransfusionMask | SharedMask):
         raise ValueError(f"{_OP}: {ARGUMENT} is {got(masks)}; a tfkernels.TransfusionMask, or a mapping of them by "
                          "kind of layer, fits; build one with TransfusionMask.from_spans")
