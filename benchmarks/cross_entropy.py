@@ -83,7 +83,8 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
 def _plain(targets, rows, hidden, weight):
     """The loss alone, as it is written by hand; the library's reference also makes log-sum-exp."""
     logits = torch.nn.functional.linear(hidden[rows], weight)
-    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
 
 
 def _exact(targets, rows, inputs, arriving):
