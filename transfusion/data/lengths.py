@@ -176,7 +176,7 @@ def _start(job: _Job) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops the process that waits for the pool, and it the pool
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the pool ends those that are left when one was killed
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the pool is what runs in parallel
-    is_forked = multiprocessing.get_start_method() == "fork"  # a server of forks is the parent, and ends with its own
+    is_forked = multiprocessing.get_start_method() == "fork"  # else the parent may be a server, which ends with the run
     parent = multiprocessing.parent_process().pid if is_forked else os.getppid()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _job = job

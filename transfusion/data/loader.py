@@ -277,15 +277,15 @@ class Loader:
         own = torch.Generator().manual_seed(0)         # the loader seeds its workers from it, and not from the run's
         loader = DataLoader(self.rows, batch_size=None, sampler=_Steps(self.rows, self.start, self.stop),
                             num_workers=self.workers, generator=own, worker_init_fn=_start_worker, **ahead)
-        with forking(), _held_back(LEFT_TO_THE_RUN), _deaths_between_steps():  # which workers inherit, then ignore
-            batches = iter(loader)
+        with forking(), _held_back(LEFT_TO_THE_RUN), _deaths_between_steps():
+            batches = iter(loader)                     # whose workers inherit held signals, ignore them and let them go
         try:
             while (batch := self._next(batches)) is not None:
                 self.failures.add(batch.documents, batch.failures)
                 yield batch
         finally:
             if self.workers:
-                batches._shutdown_workers()  # what else ends them is its end, and an error that is kept keeps it
+                batches._shutdown_workers()  # who would live as long as an error that somebody keeps
 
     def _next(self, batches: Iterator[Batch]) -> Batch | None:
         """Wait for a batch; None behind the last one."""
