@@ -17,7 +17,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, takewhile
 from typing import Annotated, NamedTuple
 
 from jinja2 import TemplateError
@@ -36,6 +36,7 @@ LLAMA_2 = (
 )
 CHATML = "You are a helpful assistant."
 TEMPLATES = ("vicuna_v1", "llama_2", "chatml", "tokenizer", "plain")
+ONE_SYSTEM = ("vicuna_v1", "llama_2")  # these have one place for what the system says, in front of all else
 DAY = datetime(2024, 7, 26)  # what templates that write a date are told: a text must not change from day to day
 NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
@@ -86,7 +87,8 @@ def chat_parts(record: Record, tokenizer, settings: ChatSettings, *, room: int |
 
     Raises:
         ValueError: settings that do not fit, or a template that this tokenizer cannot write.
-        DataError: no target is in it, not even the first answer fits, or the template refuses its turns.
+        DataError: no target is in it, not even the first answer fits, or the template refuses its turns, such as one of
+            the system behind others.
     """
     check("chat_parts", settings)
     turns = _with_system(record, settings)
@@ -163,9 +165,29 @@ def _with_system(record: Record, settings: ChatSettings) -> tuple[Turn, ...]:
     turns = record.turns
     if settings.image_position == "front":
         turns = tuple(map(_pictures_first, turns))
+    if settings.template in ONE_SYSTEM:
+        turns = _one_system(record.where, turns, settings.template)
     if settings.system and turns[:1] and turns[0].role != "system":
         return Turn("system", (settings.system,)), *turns
     return turns
+
+
+def _one_system(where: str, turns: tuple[Turn, ...], template: str) -> tuple[Turn, ...]:
+    """Make one turn of the system's in front, a blank line between them; one behind others has no place.
+
+    Raises:
+        DataError: there is one behind others, whose words would be the assistant's.
+    """
+    front = list(takewhile(lambda turn: turn.role == "system", turns))
+    rest = turns[len(front):]
+    if late := [i for i, turn in enumerate(rest, len(front)) if turn.role == "system"]:
+        raise DataError(where, f"turn {late[0]} is the system's and stands behind others, where the template "
+                        f"{template!r} has no place for it; turns of the system in front of all others, or another "
+                        "template, such as 'chatml', fit", "system behind others")
+    if len(front) < 2:
+        return turns
+    parts = [part for turn in front if turn.text for part in ("\n\n", *turn.parts)]
+    return Turn("system", tuple(parts[1:])), *rest
 
 
 def _pictures_first(turn: Turn) -> Turn:
