@@ -24,7 +24,7 @@ from tyro.conf import arg
 
 from transfusion.data.model_images import check_picture_path, load_image, pixels_of, save_image
 from transfusion.data.picture_files import to_picture
-from transfusion.data.sources.record import PictureRef, Turn
+from transfusion.data.sources.record import PictureRef, Turn, joined
 from transfusion.generate.generation import Drawn, Written
 from transfusion.generate.sampling import Sampling
 from transfusion.model.loading import load_model
@@ -105,7 +105,7 @@ class Talk:
             if str(stop):  # a signal that ends the command, not Ctrl-C
                 raise
         print(file=self.out, flush=True)
-        self.turns += [asked, Turn("assistant", tuple(said))]
+        self.turns += [asked, Turn("assistant", joined(said))]
         self.shown, self.seed = [], self.seed + 1
 
     def _written(self, prompt: list[Part]) -> Iterator[str | Image]:

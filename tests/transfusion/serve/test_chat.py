@@ -13,6 +13,7 @@ from PIL import Image as Picture
 
 from tests.transfusion.conftest import tiny_model
 from transfusion import Text
+from transfusion.generate.generation import Drawn, Written
 from transfusion.generate.sampling import Sampling
 from transfusion.sequence import Image
 from transfusion.serve.chat import Left, Talk, TalkSettings, in_terminal
@@ -53,6 +54,18 @@ def test_an_answer_is_what_the_model_writes_behind_all_that_was_said(talk, model
     talk.say("two")
     assert "".join(talk.turns[3].parts) == "".join(part.text for part in second)
     assert [turn.role for turn in talk.turns] == ["user", "assistant"] * 2
+
+
+def test_an_answer_is_kept_as_one_text_whatever_pieces_it_came_in(talk, monkeypatch):
+    image = talk.model.draw(["a"], steps=1)[0]
+    pieces = [Written(0, "one"), Written(0, " two"), Drawn(0, image), Written(0, "t"), Written(0, "hree")]
+    prompts = []
+    monkeypatch.setattr(talk.model, "stream", lambda prompt, **options: prompts.append(prompt) or iter(pieces))
+    talk.say("a seven")
+    first, picture, last = talk.turns[1].parts
+    assert (first, last) == ("one two", "three") and talk.images[picture.name] is image
+    talk.say("two")
+    assert prompts[1] == [Text("a seven"), Text("one two"), image, Text("three"), Text("two")]
 
 
 def test_a_picture_is_shown_with_what_is_typed_next(talk, picture):

@@ -5,8 +5,9 @@ conversation (`turns`, which a chat template makes into parts), or a pair (`pict
 chosen later). Each picture says whether it is drawn or only read.
 """
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import BinaryIO, NamedTuple, Protocol, runtime_checkable
 
 from transfusion.files import spelled
@@ -131,6 +132,12 @@ class Turn:
     def text(self) -> str:
         """Its text, with `<image>` for each picture."""
         return "".join(part if isinstance(part, str) else "<image>" for part in self.parts)
+
+
+def joined(parts: Iterable[str | PictureRef]) -> tuple[str | PictureRef, ...]:
+    """Parts of a turn in which texts that follow one another are one, as a tokenizer is to see them."""
+    return tuple(part for is_text, run in groupby(parts, lambda part: isinstance(part, str))
+                 for part in (["".join(run)] if is_text else run))
 
 
 @dataclass(frozen=True)
