@@ -22,7 +22,7 @@ from typing import Annotated, NamedTuple
 
 from jinja2 import TemplateError
 
-from transfusion.data.sources.record import DataError, PictureRef, Record, Turn
+from transfusion.data.sources.record import DataError, PictureRef, Record, Turn, joined
 from transfusion.sequence import Text
 from transfusion.settings import OneOf, check
 
@@ -258,10 +258,10 @@ def _spelled(tokenizer, text: str) -> tuple[int, ...]:
 
 def _said(turn: Turn, loss: bool = False, strip: bool = False) -> Pieces:
     """A turn's own words and pictures; `strip` takes white space from both its ends."""
-    parts = list(turn.parts)
-    if strip and isinstance(parts[0], str):
+    parts = list(joined(turn.parts))
+    if strip and parts and isinstance(parts[0], str):
         parts[0] = parts[0].lstrip()
-    if strip and isinstance(parts[-1], str):
+    if strip and parts and isinstance(parts[-1], str):
         parts[-1] = parts[-1].rstrip()
     return [part if isinstance(part, PictureRef) else Piece(part, loss, said=True) for part in parts]
 

@@ -1,9 +1,9 @@
-"""Turns that templates may not know: of the system in other places."""
+"""Turns that templates may not know: of the system in other places, without words, in pieces."""
 import pytest
 
-from tests.transfusion.data.test_chat import SMOL, byte_level, llama_like, written
+from tests.transfusion.data.test_chat import HELLO, MISTRAL, SMOL, byte_level, encoded_ids, llama_like, record, written
 from transfusion.data.chat import ChatSettings, chat_parts, question_parts
-from transfusion.data.sources import DataError, Record, Turn
+from transfusion.data.sources import DataError, PictureRef, Record, Turn
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +46,33 @@ def test_templates_that_name_each_turns_speaker_write_the_system_where_it_speaks
     whole = "".join(f"<|im_start|>{role}\n{words}<|im_end|>\n" for role, words in turns)
     assert "".join(part.text for part in parts) == whole.removesuffix("<|im_end|>\n")
     assert written(parts).count("[") == 2, "the assistant's two answers are learned"
+
+
+def stripping():
+    """A tokenizer whose template takes white space from both ends of a turn."""
+    tokenizer = llama_like(True)
+    tokenizer.chat_template = MISTRAL
+    return tokenizer
+
+
+@pytest.mark.parametrize("template, make", [
+    ("vicuna_v1", lambda: llama_like(True)), ("llama_2", lambda: llama_like(True)), ("chatml", byte_level),
+    ("tokenizer", lambda: byte_level(SMOL)), ("tokenizer", stripping), ("plain", lambda: llama_like(True))])
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_a_turn_without_parts_is_one_of_no_words(template, make, empty):
+    tokenizer, settings = make(), ChatSettings(template=template)
+    turns = record(HELLO[:3]).turns
+
+    def asked(parts):
+        replaced = [*turns[:empty], Turn(turns[empty].role, parts), *turns[empty + 1:]]
+        return encoded_ids(question_parts(Record("r", turns=tuple(replaced)), tokenizer, settings), tokenizer)
+
+    assert asked(()) == asked(("",))
+
+
+def test_a_turn_in_pieces_is_stripped_as_the_whole():
+    tokenizer, picture = stripping(), PictureRef(b"", loss=False)
+    pieces, whole = (question_parts(Record("r", turns=(Turn("user", parts),)), tokenizer,
+                                    ChatSettings(template="tokenizer"))
+                     for parts in ((" ", " hi", picture, "cat ", " "), ("hi", picture, "cat")))
+    assert pieces == whole

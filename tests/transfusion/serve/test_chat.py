@@ -68,6 +68,17 @@ def test_an_answer_is_kept_as_one_text_whatever_pieces_it_came_in(talk, monkeypa
     assert prompts[1] == [Text("a seven"), Text("one two"), image, Text("three"), Text("two")]
 
 
+@pytest.mark.parametrize("template", ["none", "vicuna_v1", "tokenizer"])
+def test_an_answer_without_words_goes_on(model, tmp_path, monkeypatch, template):
+    monkeypatch.setattr(model.tokenizer, "chat_template", "{% for m in messages %}{{ m['content'] | trim }}"
+                        "{{ eos_token }}{% endfor %}")
+    talk = Talk(model, TalkSettings(tmp_path, template=template, sampling=FEW), io.StringIO())
+    monkeypatch.setattr(talk.model, "stream", lambda prompt, **options: iter(()))
+    talk.say("a seven")
+    talk.say("two")
+    assert [turn.parts for turn in talk.turns] == [("a seven",), (), ("two",), ()]
+
+
 def test_a_picture_is_shown_with_what_is_typed_next(talk, picture):
     talk.say(f"/image {picture}")
     assert not talk.turns and str(picture) in talk.out.getvalue()

@@ -39,3 +39,11 @@ def test_a_message_of_the_system_has_its_place_in_front():
             [("system", "Be short."), ("developer", "Be kind.")], [("system", "Be short.\n\nBe kind.")]))
         assert several.status_code == 200 and several.json()["usage"] == one.json()["usage"]
         assert several.json()["choices"] == one.json()["choices"]
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "tokenizer"])
+def test_no_words_are_no_error_of_the_server(template):
+    with server(template) as client:
+        for empty in ([], ""):
+            assert said(client, ("user", "a"), ("assistant", empty), ("user", "b")).status_code == 200
+            assert said(client, ("user", empty)).status_code == 200
