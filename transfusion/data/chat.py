@@ -24,6 +24,7 @@ from jinja2 import TemplateError
 
 from transfusion.data.sources.record import DataError, PictureRef, Record, Turn, joined
 from transfusion.sequence import Text
+from transfusion.sequence.parts import check_unicode
 from transfusion.settings import OneOf, check
 
 VICUNA = (
@@ -86,7 +87,7 @@ def chat_parts(record: Record, tokenizer, settings: ChatSettings, *, room: int |
     picture_tokens: how many tokens a picture takes, with BOI and EOI.
 
     Raises:
-        ValueError: settings that do not fit, or a template that this tokenizer cannot write.
+        ValueError: settings that do not fit, a template that this tokenizer cannot write, or a text that UTF-8 cannot.
         DataError: no target is in it, not even the first answer fits, or the template refuses its turns, such as one of
             the system behind others.
     """
@@ -109,7 +110,7 @@ def question_parts(record: Record, tokenizer, settings: ChatSettings) -> list[Pa
     """Return a conversation up to where an answer to its last question begins, as `chat_parts` writes it in training.
 
     Raises:
-        ValueError: settings that do not fit, or a template that this tokenizer cannot write.
+        ValueError: settings that do not fit, a template that this tokenizer cannot write, or a text that UTF-8 cannot.
         DataError: its last turn is not the user's, or the template refuses its turns.
     """
     check("question_parts", settings)
@@ -219,8 +220,14 @@ def _parts(record: Record, turns: Sequence[Turn], tokenizer, settings: ChatSetti
 
 
 def _encoded(pieces: list[Piece], tokenizer) -> Iterator[EncodedText]:
-    """Tokenize a run of pieces as one text; yield it cut where the loss changes."""
+    """Tokenize a run of pieces as one text; yield it cut where the loss changes.
+
+    Raises:
+        ValueError: a text that is no Unicode text.
+    """
     pieces = [piece for piece in pieces if piece.text]
+    for piece in pieces:
+        check_unicode(piece.text)
     text = "".join(piece.text for piece in pieces)
     if not text:
         return

@@ -43,6 +43,19 @@ class Image:
 Part = Text | Image
 
 
+def check_unicode(text: str) -> None:
+    """Refuse a text that UTF-8 cannot write, such as one with half of a surrogate pair, which no tokenizer takes.
+
+    Raises:
+        ValueError: it is one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"Text: text is {text[:60]!r}, which is no Unicode text ({error.reason}); "
+                         "what UTF-8 can write fits") from None
+
+
 @functools.lru_cache(maxsize=2**14)
 def _token_ids(tokenizer, size: int, text: str, special: bool, template: bool, images: tuple) -> tuple[int, ...]:
     """Tokens of a text: special tokens are spelled out or, in a chat template's text, read, but for `images`: BOI, EOI.
@@ -51,11 +64,7 @@ def _token_ids(tokenizer, size: int, text: str, special: bool, template: bool, i
     """
     if not isinstance(text, str):
         raise ValueError(f"Text: text is a {type(text).__name__}; a str fits")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"Text: text is {text[:60]!r}, which is no Unicode text ({error.reason}); "
-                         "what UTF-8 can write fits") from None
+    check_unicode(text)
     bos = tokenizer.bos_token
     begins = bool(bos) and text.startswith(bos)
     if special or begins and template:

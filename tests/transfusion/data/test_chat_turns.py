@@ -1,4 +1,4 @@
-"""Turns that templates may not know: of the system in other places, without words, in pieces."""
+"""Turns that templates may not know: of the system in other places, without words, in pieces, in no Unicode text."""
 import pytest
 
 from tests.transfusion.data.test_chat import HELLO, MISTRAL, SMOL, byte_level, encoded_ids, llama_like, record, written
@@ -76,3 +76,12 @@ def test_a_turn_in_pieces_is_stripped_as_the_whole():
                                     ChatSettings(template="tokenizer"))
                      for parts in ((" ", " hi", picture, "cat ", " "), ("hi", picture, "cat")))
     assert pieces == whole
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "plain"])
+@pytest.mark.parametrize("speaker", [0, 1])
+def test_a_text_that_utf8_cannot_write_is_refused_by_its_words(legacy, template, speaker):
+    turns = [("user", "hi"), ("assistant", "hello")]
+    turns[speaker] = turns[speaker][0], "a\ud800"
+    with pytest.raises(ValueError, match=r"^Text: text is 'a\\ud800', which is no Unicode text \(surrogates not all"):
+        chat_parts(said(*turns), legacy, ChatSettings(template=template))

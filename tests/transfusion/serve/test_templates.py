@@ -42,8 +42,10 @@ def test_a_message_of_the_system_has_its_place_in_front():
 
 
 @pytest.mark.parametrize("template", ["vicuna_v1", "tokenizer"])
-def test_no_words_are_no_error_of_the_server(template):
+def test_no_words_are_no_error_of_the_server_and_no_unicode_is_one_of_the_client(template):
     with server(template) as client:
         for empty in ([], ""):
             assert said(client, ("user", "a"), ("assistant", empty), ("user", "b")).status_code == 200
             assert said(client, ("user", empty)).status_code == 200
+        error = said(client, ("user", "a\ud800")).json()["error"]
+        assert error["param"] == "messages" and error["message"].startswith(r"messages is 'a\ud800', which is no Unico")
