@@ -1,7 +1,9 @@
-"""The text of tokens that come one by one, of which only the last are decoded anew."""
+"""The text of tokens that come one by one, of which only the last are decoded anew and no finished one changes."""
 
 WINDOW = 256   # tokens that are decoded at once, at most
 CONTEXT = 32   # of them, those that stand before the ones whose text is not settled
+LONGEST = 4    # bytes of a character in UTF-8
+CUT = "\N{REPLACEMENT CHARACTER}"  # at the end of a text: its last character is not whole yet
 
 
 class Decoding:
@@ -9,22 +11,37 @@ class Decoding:
 
     The text of older tokens is settled where that of the last ones, decoded alone, is how it ends: so no character is
     cut in two and the spaces that a tokenizer drops at a beginning are not missed.
+
+    A text that ends with a whole character stays. Tokenizers that fall back to bytes make replacement characters of a
+    whole run of bytes where its last character is cut; then only the tokens behind the text that stays are decoded.
     """
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.tokens: list[int] = []
         self.settled, self.start, self.known = "", 0, 0  # text, and the window's first token and settled characters
+        self.whole, self.count, self.seen = "", 0, ""  # the last text without a cut character, its tokens, its window
 
     def text(self) -> str:
         """The text of all tokens."""
-        window = self.tokenizer.decode(self.tokens[self.start:]) if self.tokens else ""
+        window = self._window()
+        if not window.startswith(self.seen):
+            self.settled, self.start, self.known, self.seen = self.whole, self.count, 0, ""
+            window = self._window()
         text = self.settled + window[self.known:]
+        if not window.endswith(CUT):
+            self.whole, self.count, self.seen = text, len(self.tokens), window
         if len(self.tokens) - self.start >= WINDOW:
             self._settle(text)
         return text
 
+    def _window(self) -> str:
+        return self.tokenizer.decode(self.tokens[self.start:]) if self.tokens else ""
+
     def _settle(self, text: str) -> None:
-        end = self.tokenizer.decode(self.tokens[-CONTEXT:])
-        if end and text.endswith(end) and not end.endswith("\N{REPLACEMENT CHARACTER}"):
-            self.settled, self.start, self.known = text, len(self.tokens) - CONTEXT, len(end)
+        for context in range(CONTEXT, CONTEXT + LONGEST):  # one of them begins with a character, where tokens are bytes
+            end = self.tokenizer.decode(self.tokens[-context:])
+            if end and text.endswith(end) and not end.endswith(CUT):
+                self.settled, self.start, self.known = text, len(self.tokens) - context, len(end)
+                self.seen = end
+                return

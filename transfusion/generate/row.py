@@ -11,7 +11,7 @@ from torch import Tensor
 from tfkernels import unpatchify
 from transfusion.diffusion.guidance import Guidance
 from transfusion.diffusion.solvers import DDIMSolver, HeunSolver, SchedulerSolver, make_solver
-from transfusion.generate.decoding import Decoding
+from transfusion.generate.decoding import CUT, Decoding
 from transfusion.generate.sampling import Sampling
 from transfusion.sequence import Document, Image, Part, Text, encode
 
@@ -133,7 +133,7 @@ class Row:
             self.state = DONE if self.stopped else WRITING
         if self.state != WRITING:
             return self._new(self._before_stop(self.decoding.text()))
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character of several tokens is not whole yet
+        if text.endswith(CUT):  # a character of several tokens is not whole yet
             return None
         return self._new(text[:len(text) - self._held_back(text)])
 

@@ -1,11 +1,15 @@
 """One prompt's row: which token it takes, what ends it, and how many positions it may need."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import GPT2Config
 
 from tests.transfusion.conftest import tiny_model
+from tests.transfusion.generate.test_decoding import spelled, words_or_bytes
 from tests.transfusion.generate.test_generation import same
 from transfusion import Text, Transfusion, TransfusionConfig
+from transfusion.generate.decoding import CUT
 from transfusion.generate.row import Row
 from transfusion.generate.sampling import LONGEST_STOP, Sampling
 
@@ -75,3 +79,13 @@ def test_a_decoder_that_learned_its_positions_is_asked_for_no_more():
         learned.draw(["a handwritten seven and a handwritten five and more"], steps=1)
     with pytest.raises(ValueError, match="may have 20; 16"):
         learned.generate([Text("a")], max_new_tokens=20, max_images=0)
+
+
+def test_what_was_told_of_a_text_is_all_of_it_also_where_its_last_character_is_cut(model):
+    tokenizer = words_or_bytes()
+    row = Row(model, [Text("a")], Sampling(), (1, 1), 0, decoder=tokenizer)
+    tokens = spelled(tokenizer, "cat caf\u00e9\u4e2d")[:-1]
+    row.eos, row.config = -1, SimpleNamespace(boi_token_id=-2)
+    told = "".join(filter(None, (row.take(token) for token in [*tokens, row.eos])))
+    row.finish()
+    assert told == row.parts[0].text == "catcaf\u00e9" + 2 * CUT
