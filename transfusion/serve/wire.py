@@ -29,6 +29,11 @@ READING = ("image", "image_url")  # which the project's messages about pictures 
 UNKNOWN_HERE = ("tools", "functions", "logprobs", "top_logprobs", "logit_bias", "frequency_penalty", "presence_penalty",
                 "response_format", "audio", "mask", "background", "best_of", "echo", "suffix",
                 "output_format", "output_compression", "partial_images")
+OTHER_NAMES = WIRE_NAMES | {"image_guidance": "image_guidance_scale", "width": "size", "height": "size"}
+"""what options are called elsewhere, in Python among others, and here"""
+NOT_SERVED = {"guidance_interval": ([0, 1],), "guidance_rescale": (0,), "top_k": (0, -1), "repetition_penalty": (1,),
+              "negative_prompt": ("",)}
+"""options of other servers and of Python alone that an answer does not heed, each with the values that ask nothing"""
 
 
 class ApiError(Exception):
@@ -92,10 +97,23 @@ class Body(BaseModel):
             raise ApiError(400, f"extra_body is {repr(inner)[:40]}; an object fits", "extra_body")
         merged = {**given, **(inner or {})}
         given = {name: value for name, value in merged.items() if name != "extra_body" and value is not None}
-        for name in UNKNOWN_HERE:
-            if given.get(name) and given[name] not in cls.served().get(name, ()):
-                raise ApiError(400, f"{name} is not served; leave it out", name)
+        cls._check_names(given)
         return given
+
+    @classmethod
+    def _check_names(cls, given: dict) -> None:
+        """Refuse what would change an answer under another name or on another server, and here would be left out."""
+        for name in UNKNOWN_HERE:
+            value = given.get(name)
+            asks = bool(value) or name == "logprobs" and type(value) is int  # 0 asks for those of the text itself
+            if asks and value not in cls.served().get(name, ()):
+                raise ApiError(400, f"{name} is not served; leave it out", name)
+        for name, ours in OTHER_NAMES.items():
+            if name in given:
+                raise ApiError(400, f"{name} is not an option here; {ours} fits", name)
+        for name, idle in NOT_SERVED.items():
+            if name in given and given[name] not in idle:
+                raise ApiError(400, f"{name} is not served; leave it out", name)
 
     @classmethod
     def served(cls) -> dict[str, tuple]:

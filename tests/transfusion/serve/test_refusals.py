@@ -70,6 +70,15 @@ def bomb():
     ({"size": "x" * 2**20}, 400, "size", "at most 64 characters"),
     ({"prompt": " "}, 400, "prompt", "prompt is empty"),
     ({"mask": "x"}, 400, "mask", "mask is not served"),
+    ({"steps": 2}, 400, "steps", "steps is not an option here; num_inference_steps fits"),
+    ({"guidance": 0}, 400, "guidance", "guidance is not an option here; guidance_scale fits"),
+    ({"image_guidance": 2}, 400, "image_guidance", "image_guidance is not an option here; image_guidance_scale fits"),
+    ({"image_size": [8, 8]}, 400, "image_size", "image_size is not an option here; size fits"),
+    ({"width": 8}, 400, "width", "width is not an option here; size fits"),
+    ({"extra_body": {"steps": 2}}, 400, "steps", "num_inference_steps fits"),
+    ({"guidance_interval": [0.1, 0.9]}, 400, "guidance_interval", "guidance_interval is not served; leave it out"),
+    ({"guidance_rescale": 0.5}, 400, "guidance_rescale", "guidance_rescale is not served"),
+    ({"negative_prompt": "blurred"}, 400, "negative_prompt", "negative_prompt is not served"),
     ({"stream": True}, 400, "stream", "/v1/chat/completions streams"),
 ])
 def test_a_field_that_does_not_fit_is_refused_by_its_name(client, fields, status, param, message):
@@ -89,6 +98,15 @@ def test_numbers_at_their_ends_are_answered(client, fields):
         assert answer.status_code == 200, answer.text
 
 
+def test_what_clients_send_and_changes_no_answer_is_no_error(client):
+    idle = {"logprobs": False, "top_logprobs": 0, "top_k": -1, "repetition_penalty": 1.0, "negative_prompt": "",
+            "guidance_rescale": 0.0, "guidance_interval": [0.0, 1.0], "steps": None, "user": "me", "store": False,
+            "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "tools": [], "metadata": {}}
+    asked = {"temperature": 0, "max_tokens": 3, "max_images": 0, "seed": 1}
+    plain, same = (chat(client, "a", **asked, **fields).json() for fields in ({}, idle))
+    assert same["choices"] == plain["choices"]
+
+
 @pytest.mark.parametrize("fields,param,message", [
     ({"max_tokens": 5000}, "max_tokens", "max_tokens is 5000 and the prompt of 2 tokens"),
     ({"max_tokens": -1}, "max_tokens", "max_tokens is -1"),
@@ -100,6 +118,11 @@ def test_numbers_at_their_ends_are_answered(client, fields):
     ({"stop": ""}, "stop", "texts, none of them empty, fit"),
     ({"stop": list("abcde")}, "stop", "at most 4 texts fit"),
     ({"stop": "a" * 2**20}, "stop", "of at most 256 characters each"),
+    ({"logprobs": 0}, "logprobs", "logprobs is not served"),
+    ({"logprobs": 5}, "logprobs", "logprobs is not served"),
+    ({"max_new_tokens": 5}, "max_new_tokens", "max_new_tokens is not an option here; max_tokens fits"),
+    ({"top_k": 40}, "top_k", "top_k is not served; leave it out"),
+    ({"repetition_penalty": 1.1}, "repetition_penalty", "repetition_penalty is not served"),
 ])
 def test_a_field_of_texts_that_does_not_fit_is_refused_by_its_name(client, fields, param, message):
     answer = client.post("/v1/completions", json={"prompt": "a", **fields})
