@@ -23,6 +23,7 @@ from transfusion.settings import Count, OneOf, check_value
 
 SOLVERS = ("ddim", "dpm++", "unipc", "heun")
 TRAIN_STEPS = 1000  # entries in the tables that diffusers' schedulers make of a path
+MOST_STEPS = 10**6  # a solver holds numbers of every step, and the times of many more would be equal in float32
 _PREDICTION = {"EpsPrediction": "epsilon", "VPrediction": "v_prediction", "X0Prediction": "sample"}
 
 
@@ -119,10 +120,13 @@ def make_solver(name: str, objective, steps: int, tokens: int,
     """Return the solver `name` for images of `tokens` patches.
 
     Raises:
-        ValueError: an unknown name, numbers that are not whole and positive, or a path that the solver does not know.
+        ValueError: an unknown name, numbers that are not whole and positive, more steps than fit, or a path that the
+            solver does not know.
     """
     check_value("sampler", "name", name, Annotated[str, OneOf(SOLVERS)])
     check_value("sampler", "steps", steps, Count)
+    if steps > MOST_STEPS:
+        raise ValueError(f"sampler: steps is {steps}; at most {MOST_STEPS} fit")
     check_value("sampler", "tokens", tokens, Count)
     if shift_tokens is not None:
         check_value("sampler", "shift_tokens", shift_tokens, Count)

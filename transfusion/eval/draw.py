@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ from transfusion.command import check_not_written, claim, file_error
 from transfusion.data.model_images import decoded, load_image
 from transfusion.data.picture_files import open_picture, to_picture
 from transfusion.device import launched, own_device
+from transfusion.diffusion.objective import OBJECTIVES
+from transfusion.diffusion.solvers import make_solver
 from transfusion.eval.picture_grids import contact_sheet
 from transfusion.eval.prompts import GENEVAL_SAMPLES, Entry, Prompts, entries, read_prompts
 from transfusion.eval.results import weights_hash
@@ -159,14 +162,18 @@ def _check_entries(command: str, settings: DrawSettings, config: TransfusionConf
                    pictures: list[Entry]) -> None:
     """Refuse a picture that cannot be drawn before the first one takes its time; the message names its line."""
     given, samples = settings.sampling.of_one_image(), len(pictures) // len(prompts.rows)
-    places = {}
+    places, solvers = {}, set()
     for entry in pictures:
         place = prompts.places[entry.number // samples]
         try:
-            grid_of(config, Sampling.of(given | entry.options | {"seed": entry.seed}))
+            options = Sampling.of(given | entry.options | {"seed": entry.seed})
+            solver = options.sampler, options.steps, math.prod(grid_of(config, options))
+            if solver not in solvers:  # a file of many lines has few of them
+                make_solver(solver[0], OBJECTIVES[config.objective], *solver[1:], config.time_shift_tokens)
+                solvers.add(solver)
         except ValueError as error:
             where = place if entry.options or "seed" in prompts.rows[entry.number // samples] else command
-            raise ValueError(f"{where}: {str(error).removeprefix('generate: ')}") from None
+            raise ValueError(f"{where}: {str(error).removeprefix('generate: ').removeprefix('sampler: ')}") from None
         if entry.image is not None:
             places.setdefault(entry.image, place)
     with ThreadPoolExecutor(8) as threads:

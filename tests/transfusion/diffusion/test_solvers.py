@@ -123,6 +123,13 @@ def test_numbers_that_are_not_whole_and_positive_are_refused_by_name(name, value
         make_solver("ddim", OBJECTIVES["flow"], **{"steps": 2, "tokens": 16, "shift_tokens": 4, name: value})
 
 
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("steps", [10**6 + 1, 2**62, 2**70])
+def test_more_steps_than_anyone_waits_for_are_refused_before_they_take_memory(name, steps):
+    with pytest.raises(ValueError, match=f"sampler: steps is {steps}; at most 1000000 fit"):
+        make_solver(name, OBJECTIVES["flow"], steps, 16)
+
+
 @MODELS
 @pytest.mark.parametrize("name", SOLVERS)
 def test_one_step_begins_at_noise_and_leads_to_the_image(name, objective):

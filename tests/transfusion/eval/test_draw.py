@@ -225,6 +225,10 @@ def test_a_lines_own_number_and_file_give_way_to_ours_in_what_is_written_of_a_pi
     ({"image_size": [7, 7]}, r"line 3: image_size is \(7, 7\) and the patch size 2"),
     ({"image": "no.png"}, "line 3: .*no.png is not a picture that can be read"),
     ({"seed": 2**64 - 1}, "line 3: seed is 18446744073709551616"),
+    ({"sampler": "dpm++", "steps": 1000}, "line 3: steps is 1000 and the sampler 'dpm.*', which takes at most 999"),
+    ({"sampler": "unipc", "steps": 10**6}, "line 3: steps is 1000000 and the sampler 'unipc', which takes at most"),
+    ({"steps": 2**62}, "line 3: steps is 4611686018427387904; at most 1000000 fit"),
+    ({"steps": 2**70}, "line 3: steps is 1180591620717411303424; at most 1000000 fit"),
 ])
 def test_a_line_that_cannot_be_drawn_is_named_before_the_first_picture_is_drawn(made, tmp_path, line, says):
     (tmp_path / "no.png").write_bytes(b"no picture")
@@ -234,6 +238,22 @@ def test_a_line_that_cannot_be_drawn_is_named_before_the_first_picture_is_drawn(
         main(["eval", "draw", "--model", str(made / "model"), "--prompts", str(tmp_path / "lines.jsonl"), "--samples",
               "2", "--batch", "2", "--steps", "2", "--out", str(tmp_path / "out")])
     assert not list(tmp_path.rglob("000*.png"))
+
+
+def test_a_solver_that_does_not_fit_is_found_before_the_model_is_loaded_and_each_is_looked_at_once(
+        made, tmp_path, monkeypatch):
+    asked, real = [], transfusion.eval.draw.make_solver
+    monkeypatch.setattr(transfusion.eval.draw, "make_solver", lambda *given: asked.append(given[0]) or real(*given))
+    monkeypatch.setattr(transfusion.eval.draw, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    lines = [{"prompt": "a"}, {"prompt": "b", "sampler": "heun"}] * 20 + [{"prompt": "c", "sampler": "unipc"}]
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(SystemExit, match="lines.jsonl, line 41: steps is 1000 and the sampler 'unipc', which takes at"):
+        main(["sample", "--model", str(made / "model"), "--prompts", str(tmp_path / "lines.jsonl"), "--steps", "1000",
+              "--out", str(tmp_path / "out")])
+    assert asked == ["ddim", "heun", "unipc"] and not (tmp_path / "out" / "pictures").exists()
+    with pytest.raises(SystemExit, match="error: sample: steps is 1000 and the sampler 'dpm.*', which takes at"):
+        main(["sample", "--model", str(made / "model"), "--prompts", str(made / "prompts.txt"), "--steps", "1000",
+              "--sampler", "dpm++", "--out", str(tmp_path / "out")])
 
 
 def test_what_utf8_cannot_write_of_a_line_is_kept_beside_its_picture(made, tmp_path):
