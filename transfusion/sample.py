@@ -86,10 +86,8 @@ def _check_alone(options: Sample) -> None:
         if getattr(options, name) != getattr(Sample, name):
             raise ValueError(f"sample: {name} is {getattr(options, name)} without prompts; a file of them fits, or "
                              f"leave --{name} out")
-    for name in ("max_images", "max_new_tokens"):
-        value = getattr(options.sampling, name)
-        if options.draw and value != getattr(Sampling, name):
-            raise ValueError(f"sample: {name} is {value}, and one image is drawn and nothing written; add --no-draw")
+    if options.draw:
+        options.sampling.check_one_image("sample", "add --no-draw")
 
 
 def _sample_file(options: Sample) -> None:

@@ -362,7 +362,9 @@ def test_what_an_encoding_cannot_write_is_spelled_out_and_files_are_utf8_in_ever
 @pytest.mark.parametrize("flags,words", [
     ("--samples 4", "samples is 4 without prompts"), ("--batch 2", "batch is 2 without prompts"),
     ("--max-images 3", "max_images is 3, and one image is drawn"),
-    ("--max-new-tokens 5", "max_new_tokens is 5, and one image is drawn and nothing written; add --no-draw")])
+    ("--max-new-tokens 5", "max_new_tokens is 5, and one image is drawn and nothing written; add --no-draw"),
+    ("--temperature 0.8", "temperature is 0.8, and one image is drawn"), ("--top-p 0.9", "top_p is 0.9, and one image"),
+    ("--min-p 0.1", "min_p is 0.1, and one image"), ("--stop end", r"stop is \('end',\), and one image is drawn")])
 def test_flags_without_effect_on_one_prompt_are_refused(flags, words):
     with pytest.raises(SystemExit, match=words):
         main(["sample", "--model", "m", "--prompt", "a", *flags.split()])

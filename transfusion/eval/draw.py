@@ -84,9 +84,11 @@ def draw(settings: DrawSettings, command: str = "eval draw") -> None:
     """Run `transfusion eval draw`, or what calls itself `command`.
 
     Raises:
-        ValueError: settings or prompts that do not fit, or an `out` with pictures of another model or other settings.
+        ValueError: settings or prompts that do not fit, options that say how text is written, or an `out` with pictures
+            of another model or other settings.
     """
     check(command, settings)
+    settings.sampling.check_one_image(command, "leave it out")
     rank, size = launched()
     if size > 1 and settings.processes > 1:
         raise ValueError(f"{command}: processes is {settings.processes} under a launcher of {size}; 1 fits there")

@@ -9,6 +9,8 @@ from transfusion.diffusion.solvers import SOLVERS
 from transfusion.settings import Count, NotNegative, OneOf, Range, Share, WholeNumber, check, nearest, shown
 
 LONGEST_STOP = 256  # characters of a text that ends a row: what was written is compared with all of it at each token
+OF_TEXT = ("max_images", "max_new_tokens", "temperature", "top_p", "min_p", "stop")
+"""options that say nothing where one image is drawn in any case"""
 RowSeed = Annotated[int, Range(-2**63, 2**64 - 1)]  # what torch.Generator takes
 
 
@@ -60,6 +62,18 @@ class Sampling(TextSampling):
     def of_one_image(self) -> dict:
         """The options of one image that is drawn in any case: all but how much the model may write and draw."""
         return {name: value for name, value in vars(self).items() if name not in ("max_new_tokens", "max_images")}
+
+    def check_one_image(self, op: str, advice: str) -> None:
+        """Refuse options of text in a command that draws one image for each prompt in any case.
+
+        Raises:
+            ValueError: one is not its default; the message ends with the advice.
+        """
+        for name in OF_TEXT:
+            value = getattr(self, name)
+            if value != getattr(Sampling, name):
+                raise ValueError(f"{op}: {name} is {shown(value)}, and one image is drawn and nothing written; "
+                                 f"{advice}")
 
     @classmethod
     def of(cls, options: dict) -> "Sampling":

@@ -195,6 +195,10 @@ def test_an_adapters_pictures_are_those_of_its_model_with_the_adapter(made, tmp_
     (["--prompt", "a"], "prompt and prompts are given; one of them fits, or lines of the file"),
     (["--image", "a.png"], "image and prompts are given"), (["--no-draw"], "draw is False and prompts is given"),
     (["--batch", "0"], "sample: batch is 0"),
+    (["--temperature", "0.8"], "temperature is 0.8, and one image is drawn and nothing written; leave it out"),
+    (["--top-p", "0.9"], "top_p is 0.9, and"), (["--min-p", "0.1"], "min_p is 0.1, and"),
+    (["--stop", "end"], r"stop is \('end',\), and"), (["--max-images", "2"], "sample: max_images is 2, and"),
+    (["--max-new-tokens", "5"], "max_new_tokens is 5, and"),
     (["--model", "nowhere"], "model is 'nowhere', which holds no config.json"),
 ])
 def test_options_of_sample_that_do_not_go_with_a_file_of_prompts_are_named(made, tmp_path, more, says):
