@@ -4,6 +4,7 @@ A question with its pictures is a conversation of one turn: the chat template, t
 are those of training (`transfusion.data.chat`, `transfusion.data.grids`). The prompt ends where the loss of an answer
 begins.
 """
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -131,7 +132,11 @@ class Asker:
 
     @torch.inference_mode()
     def likelihoods(self, questions: Sequence[Question], answers: Sequence[str]) -> list[Likelihood]:
-        """Return for each question how likely an answer is: sum_i log p(answer_i | prompt, answer_<i), without EOS."""
+        """Return for each question how likely an answer is: sum_i log p(answer_i | prompt, answer_<i), without EOS.
+
+        Raises:
+            ValueError: it is not a finite number.
+        """
         documents = []
         for question, answer in zip(questions, answers):
             parts = chat_parts(_record(question, answer), self.model.tokenizer, self.asking.chat)
@@ -145,8 +150,9 @@ class Asker:
             behind = len(states) - len(document.tokens)  # padding stands left
             before = torch.tensor([behind + i - 1 for i in places], device=states.device)
             scores = self.model.backbone.logits(states[before]).float().log_softmax(-1)
-            found.append(Likelihood(float(scores.gather(1, ids[:, None]).sum()), bool((scores.argmax(1) == ids).all()),
-                                    len(ids)))
+            total = float(scores.gather(1, ids[:, None]).sum())
+            check_number("eval", total)
+            found.append(Likelihood(total, bool((scores.argmax(1) == ids).all()), len(ids)))
         return found
 
     def _with_pictures(self, parts: Iterable[Text | PictureRef], question: Question) -> list[Part]:
@@ -157,6 +163,17 @@ class Asker:
     def _image(self, picture: Picture.Image) -> Image:
         pixels = self.grids.fitted(picture, self.grids.nearest(*picture.size))
         return Image(pixels if self.model.vae is None else self.model.vae.encode(pixels[None])[0], loss=False)
+
+
+def check_number(command: str, log_probability: float) -> None:
+    """Refuse a log-probability that is NaN or infinite: whoever compares it with others would choose at random.
+
+    Raises:
+        ValueError: it is.
+    """
+    if not math.isfinite(log_probability):
+        raise ValueError(f"{command}: a log-probability is {log_probability}; the dtype bfloat16 or float32, whose "
+                         "range is wider than float16's, or an earlier checkpoint fits")
 
 
 def _record(question: Question, answer: str | None = None) -> Record:

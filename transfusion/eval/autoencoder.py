@@ -108,13 +108,8 @@ def measure(real: Tensor, kept: Tensor, features: Features | None) -> dict[str, 
                for name, of in (("psnr", psnr), ("ssim", ssim))}
     if features is not None:
         pooled = (in_batches(features.pooled, pictures) for pictures in (real, kept))
-        numbers[frechet_name(features)] = frechet_distance(*pooled)
+        numbers["frechet_distance"] = frechet_distance(*pooled)
     return numbers
-
-
-def frechet_name(features: Features) -> str:
-    """`fid` for Inception v3's features alone, else `frechet_distance`."""
-    return "fid" if features.is_inception else "frechet_distance"
 
 
 def evaluate(settings: VAEEvalSettings) -> dict:
@@ -166,7 +161,7 @@ def _through_codecs(settings: VAEEvalSettings, vae: VAE, train: Tensor, real: Te
     minutes = (time.perf_counter() - began) * len(real) / settings.batch / 60
     distance = "left out, no classifier is named"
     if features is not None:
-        distance = f"{frechet_name(features)} in {features.name}"
+        distance = f"in {features.name}"
     print(f"encoding and decoding {len(real):,} of them: about {minutes:,.1f} min; Frechet distance: "
           f"{distance}", flush=True)
     batches = tqdm(real.split(settings.batch), desc="vae eval", unit="batch", dynamic_ncols=True)

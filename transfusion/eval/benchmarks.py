@@ -54,6 +54,7 @@ class Benchmark:
     server: that takes the answers; "" none.
     judge: a language model scores the answers.
     pairs: a question whose partner is missing is left out.
+    group: of a row's id, what the rows that are scored together share; None: each row is scored alone.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Benchmark:
     server: str = ""
     judge: bool = False
     pairs: bool = False
+    group: Callable[[Any], Any] | None = None
     picture: str = PICTURE
     max_new_tokens: int = 128
 
@@ -228,6 +230,11 @@ def _mmbench(file: str, request: str) -> Callable[[Path], Iterator[Row]]:
     return read
 
 
+def _question_number(index: int) -> int:
+    """The number of a question that is right if it is with its options in every order; orders count millions."""
+    return index % 1_000_000
+
+
 def _mmbench_row(held: dict, where: str, request: str) -> Row:
     given = {name: "" if _is_none(text) else text for name, text in held.items() if name}
     choices = [f"{letter}. {given[letter]}" for letter in "ABCD" if given.get(letter)]
@@ -306,12 +313,13 @@ BENCHMARKS = {one.name: one for one in (
     Benchmark("textvqa", "TextVQA", ("textvqa",), _textvqa,
               {"question": STRING, "question_id": NUMBER, "answers": STRINGS}, "textvqa/textvqa_val.yaml"),
     Benchmark("pope", "POPE", ("pope",), _pope, {**ID, **TEXT, "category": STRING}, "pope/pope.yaml"),
-    Benchmark("mme", "MME", ("MME", "mme"), _mme, {**ID, **TEXT, "category": STRING}, "mme/mme.yaml", pairs=True),
+    Benchmark("mme", "MME", ("MME", "mme"), _mme, {**ID, **TEXT, "category": STRING}, "mme/mme.yaml", pairs=True,
+              group=str),
     Benchmark("mmbench", "MMBench", ("mmbench",), _mmbench("mmbench_dev_20230712.tsv", DIRECTLY), MMBENCH,
-              "mmbench/mmbench_en_dev_static.yaml", "opencompass.org.cn", max_new_tokens=1024),
+              "mmbench/mmbench_en_dev_static.yaml", "opencompass.org.cn", max_new_tokens=1024, group=_question_number),
     Benchmark("mmbench_cn", "MMBench-CN", ("mmbench_cn", "mmbench"),
               _mmbench("mmbench_dev_cn_20231003.tsv", "请直接回答选项字母。"), MMBENCH,
-              "mmbench/mmbench_cn_dev.yaml", "opencompass.org.cn", max_new_tokens=1024),
+              "mmbench/mmbench_cn_dev.yaml", "opencompass.org.cn", max_new_tokens=1024, group=_question_number),
     Benchmark("seedbench", "SEED-Bench", ("seed_bench",), _seedbench,
               {**ID, **TEXT, **dict.fromkeys(("data_type", "choice_a", "choice_b", "choice_c", "choice_d"), STRING)},
               "seedbench/seedbench.yaml", picture=PICTURES),

@@ -9,8 +9,8 @@
                (Vedantam et al. 2015, equation 6; counts as in its authors' code)
 
 Published numbers take their words from the Penn Treebank tokenizer of Stanford, which is a Java program. The words here
-are `words` below: lower case, punctuation left out, contractions split as there. METEOR needs WordNet and Java, and is
-left out.
+are `words` below: lower case, punctuation left out, endings such as "n't" and "'s" split off as there; words that the
+Treebank parts without a sign, such as "cannot", stay whole. METEOR needs WordNet and Java, and is left out.
 """
 import math
 import re

@@ -73,8 +73,6 @@ class Features:
         self.body, self.classifier, self.preprocessing, self.name = body, classifier, preprocessing, name
         for network in (body, classifier or body):
             network.eval().requires_grad_(False)
-        config = body.config.to_dict()
-        self.is_inception = "inception_v3" in config.get("architecture", "")
         labels = classifier.config.id2label if classifier is not None else {}
         self.label_names = [labels[label] for label in range(len(labels))]
 

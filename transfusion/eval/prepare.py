@@ -7,11 +7,12 @@
 
 With lmms-eval alone: `lmms-eval --include_path OUT/tasks --tasks gqa_local --model transfusion ...`.
 """
+import hashlib
 import importlib.util
 import io
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -83,6 +84,7 @@ def prepare_one(benchmark: Benchmark, data: Path, out: Path) -> str:
     folder = benchmark.find(data)
     kept, skipped = _readable(benchmark.read(folder), benchmark.title)
     kept = _with_partners(kept, skipped) if benchmark.pairs else kept
+    kept = _side_by_side(kept, benchmark.group) if benchmark.group else kept
     rows = [row for row, _ in kept]
     if not rows:
         first = next(iter(skipped.values()), ["it has no question"])[0]
@@ -144,13 +146,18 @@ def _stored(picture: Path | bytes) -> dict | tuple[str, str]:
 
 
 def _with_partners(kept: list[tuple[Row, dict]], skipped: dict[str, list[str]]) -> list[tuple[Row, dict]]:
-    """Rows of pictures that are asked about twice, as MME's score needs, side by side; others count as skipped."""
+    """Rows of pictures that are asked about twice, as MME's score needs; others count as skipped."""
     times = Counter(row.id for row, _ in kept)
-    first = {row.id: at for at, (row, _) in reversed(list(enumerate(kept)))}
     for row, _ in kept:
         if times[row.id] != 2:
             skipped["no pair of questions"].append(f"{row.where}: {times[row.id]} questions are about {row.id}, 2 fit")
-    return sorted(((row, stored) for row, stored in kept if times[row.id] == 2), key=lambda one: first[one[0].id])
+    return [(row, stored) for row, stored in kept if times[row.id] == 2]
+
+
+def _side_by_side(kept: list[tuple[Row, dict]], group: Callable) -> list[tuple[Row, dict]]:
+    """Rows that are scored together stand together, where the first of them stood."""
+    first = {group(row.id): at for at, (row, _) in reversed(list(enumerate(kept)))}
+    return sorted(kept, key=lambda one: first[group(one[0].id)])
 
 
 def write_dataset(folder: Path, benchmark: Benchmark, rows: list[tuple[Row, dict]]) -> None:
@@ -160,7 +167,7 @@ def write_dataset(folder: Path, benchmark: Benchmark, rows: list[tuple[Row, dict
     split, shard = folder / SPLIT, "data-00000-of-00001.arrow"
     with written(split / shard) as aside:
         _write_arrow(aside, kinds, features, rows, benchmark.picture)
-    content = [(row.prompt, str(row.picture)[:999], row.columns) for row, _ in rows]
+    content = [(row.prompt, _identity(row.picture), row.columns) for row, _ in rows]
     state = {"_data_files": [{"filename": shard}], "_format_columns": None, "_format_kwargs": {}, "_format_type": None,
              "_fingerprint": fingerprint(features, content),
              "_output_all_columns": False, "_split": SPLIT}
@@ -168,6 +175,14 @@ def write_dataset(folder: Path, benchmark: Benchmark, rows: list[tuple[Row, dict
     write_text(split / "state.json", json.dumps(state, indent=2))
     write_text(split / "dataset_info.json", json.dumps(about, indent=2))
     write_text(folder / "dataset_dict.json", json.dumps({"splits": [SPLIT]}))
+
+
+def _identity(picture: Path | bytes) -> tuple:
+    """What changes with a picture: the hash of its bytes, or its file's name, size and time."""
+    if isinstance(picture, bytes):
+        return hashlib.sha256(picture).hexdigest(),
+    about = picture.stat()
+    return str(picture), about.st_size, about.st_mtime_ns
 
 
 def _write_arrow(path: Path, kinds: dict[str, str], features: dict, rows: list, picture: str) -> None:
@@ -226,6 +241,12 @@ def task_yaml(benchmark: Benchmark, data: Path, tasks: Path, judge: bool) -> str
 UNSCORED = ["doc_to_target: prompt", "process_results: !function transfusion.eval.judged.unscored",
             "metric_list:", "- {metric: bypass, aggregation: bypass, higher_is_better: true}"]
 OWN_METRICS = {
+    "pope": ["process_results: !function transfusion.eval.judged.pope", "metric_list:",
+             *(line for metric, score in (
+                 ("accuracy", "accuracy"), ("precision", "precision"), ("recall", "recall"), ("f1_score", "f1"),
+                 ("yes_ratio", "yes")) for line in (
+                     f"- metric: pope_{metric}", "  higher_is_better: true",
+                     f"  aggregation: !function transfusion.eval.judged.pope_{score}"))],
     "textvqa": ["metric_list:", "- {metric: exact_match, aggregation: mean, higher_is_better: true}"],
     **dict.fromkeys(("mmbench", "mmbench_cn"), [
         "metric_list:", "- metric: gpt_eval_score", "  higher_is_better: true",
@@ -241,5 +262,5 @@ OWN_METRICS = {
 
 
 def _scoring(benchmark: Benchmark) -> list[str]:
-    """Lines of a task whose metrics are not those of lmms-eval's: no submission, and no failed judge as a score."""
+    """Lines of a task whose metrics are not those of lmms-eval's: no submission, no failed judge as a score."""
     return OWN_METRICS.get(benchmark.name, [])

@@ -115,7 +115,7 @@ def evaluate_questions(settings: QuestionsSettings) -> dict[str, dict[str, float
     known = read_known(settings.data, settings.images)
     train = None if settings.train is None else read_known(settings.train, None)
     with claim("eval questions", settings.out, {"model": settings.model}, alone=False):
-        check_same_data("eval questions", settings.out, settings.data.stem, settings.data)
+        check_same_data("eval questions", settings.out, _task(settings), settings.data)
         begun = time.monotonic()
         model = settings.loading.cast(load_model(settings.model, settings.device))
         asker = Asker(model, settings.asking.asking(model))
@@ -228,7 +228,12 @@ def accuracies(known: list[Known], answers: dict[str, list[str]]) -> dict[str, d
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.casefold().split()).removesuffix(".")
+    return " ".join(text.casefold().split()).removesuffix(".").rstrip()
+
+
+def _task(settings: QuestionsSettings) -> str:
+    """The results' task, which no other command's results have: a benchmark, too, may be in a file pope.json."""
+    return f"questions {settings.data.stem}"
 
 
 def _digest(picture: Picture.Image) -> str:
@@ -249,11 +254,11 @@ def _write(settings: QuestionsSettings, known: list[Known], answers: dict[str, l
     lines = ({"where": one.where, "kind": one.kind, "question": one.text, "answer": one.answer,
               **{name: said[i] for name, said in answers.items()}} for i, one in enumerate(known))
     write_text(settings.out / "questions.jsonl", "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
-    remove_results(settings.out, settings.data.stem)  # kinds that are no longer asked
+    remove_results(settings.out, _task(settings))  # kinds that are no longer asked
     for kind, score in scores.items():
         others = {name: score[name] for name in ("majority", "blind") if name in score}
         write_result(settings.out, Result(
-            task=settings.data.stem, metric=f"accuracy, {kind}", value=score["right"], n=score["n"],
+            task=_task(settings), metric=f"accuracy, {kind}", value=score["right"], n=score["n"],
             library="transfusion", version=version_of("transfusion"), model=str(settings.model), **about,
             note="; ".join([*(f"{name} {share:.1%}" for name, share in others.items()), *([left] if left else [])]),
             details={"data": str(settings.data.resolve()), **others}))

@@ -9,6 +9,7 @@ window's first token is predicted from the one token before it, that of the firs
 as long as the others: it begins further in front, and only its new tokens count.
 """
 import math
+import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from tyro.conf import arg
 
 from transfusion.command import claim
+from transfusion.eval.asking import check_number
 from transfusion.eval.results import Result, check_same_data, version_of, weights_hash, write_result
 from transfusion.eval.settings import ModelSettings
 from transfusion.model.loading import load_model
@@ -29,6 +31,8 @@ INSTALL = 'pip install "tfkernels[eval]"'
 SUITES = {"llama2": ("hellaswag", "piqa", "social_iqa", "winogrande", "arc_easy", "arc_challenge", "boolq")}
 """names of several tasks: the Llama 2 evaluation suite of the Transfusion paper (arXiv:2408.11039), without examples"""
 
+RESAMPLED = 1000
+"""times that lm-eval draws the answers anew for the error of a metric that has no formula for it"""
 POSITIONS = 4096
 """of a text whose logits are held at once: of 49,152 tokens 0.8 GB in float32"""
 
@@ -99,7 +103,7 @@ def perplexity(model, text: str, window: int | None = None, batch: int = 8, with
     model was made of.
 
     Raises:
-        ValueError: the text is empty, or the window wider than the model's positions.
+        ValueError: the text is empty, the window wider than the model's positions, or a log-probability not finite.
     """
     ids = model.tokenizer.encode(text, add_special_tokens=False)
     if not ids or not text.split():
@@ -120,6 +124,7 @@ def perplexity(model, text: str, window: int | None = None, batch: int = 8, with
             logits = model.backbone.logits(states).float()
             logits[:, list(without)] = -math.inf
             total += float(logits.log_softmax(-1).gather(1, targets[:, None]).double().sum())
+    check_number("eval text", total)
     words, size = len(text.split()), len(text.encode())
     return Perplexity(math.exp(-total / len(ids)), math.exp(-total / words) if -total / words < 700 else math.inf,
                       -total / math.log(2) / size, len(ids), total)
@@ -174,10 +179,12 @@ def _of_task(settings: TextSettings, model, manager, task: str) -> list[Result]:
     """Run a task of lm-eval on the decoder, which is a model of transformers."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval would fork a process with threads to draw samples
     began = time.perf_counter()
     found = simple_evaluate(
         HFLM(pretrained=model.backbone.decoder, tokenizer=model.tokenizer, batch_size=settings.batch), tasks=[task],
-        num_fewshot=settings.shots, limit=settings.limit, task_manager=manager, bootstrap_iters=0)
+        num_fewshot=settings.shots, limit=settings.limit, task_manager=manager,
+        bootstrap_iters=RESAMPLED)
     results, seconds = [], time.perf_counter() - began
     for task, metrics in found["results"].items():
         for key, score in metrics.items():

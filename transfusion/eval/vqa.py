@@ -118,8 +118,10 @@ def _ask(settings: VQASettings, asked: list[Benchmark], rank: int, size: int) ->
     manager, lines = TaskManager(include_path=str(settings.out / TASKS), include_defaults=False), []
     for benchmark in asked:
         began = time.perf_counter()
+        rows = [row for _, row in read_json_lines(settings.data / benchmark.name / ROWS)]
         found = simple_evaluate(
-            model, tasks=[f"{benchmark.name}_local"], task_manager=manager, limit=limit_of(benchmark, settings.limit),
+            model, tasks=[f"{benchmark.name}_local"], task_manager=manager,
+            limit=limit_of(benchmark, settings.limit, [row["id"] for row in rows]),
             bootstrap_iters=0,
             distributed_executor_backend="torchrun" if size > 1 else "accelerate", log_samples=True,
             cli_args=SimpleNamespace(output_path=str(settings.out / "lmms-eval"), process_with_media=False,
@@ -128,22 +130,24 @@ def _ask(settings: VQASettings, asked: list[Benchmark], rank: int, size: int) ->
         if size > 1:
             torch.distributed.reduce(too_long, 0)
         if rank == 0:
-            lines += _write(settings, benchmark, found, model, int(too_long), time.perf_counter() - began)
+            lines += _write(settings, benchmark, rows, found, model, int(too_long), time.perf_counter() - began)
     if size > 1:
         torch.distributed.destroy_process_group()
     return lines
 
 
-def limit_of(benchmark: Benchmark, limit: int | None) -> int | None:
-    """How many questions are asked at most: of pairs, whole ones."""
-    return limit if limit is None or not benchmark.pairs else limit + limit % 2
+def limit_of(benchmark: Benchmark, limit: int | None, ids: list) -> int | None:
+    """How many questions are asked at most: of those that are scored together, all or none."""
+    if limit is not None and benchmark.group is not None:
+        while limit < len(ids) and benchmark.group(ids[limit]) == benchmark.group(ids[limit - 1]):
+            limit += 1
+    return limit
 
 
-def _write(settings: VQASettings, benchmark: Benchmark, found: dict, model, too_long: int, seconds: float
-           ) -> list[str]:
+def _write(settings: VQASettings, benchmark: Benchmark, rows: list[dict], found: dict, model, too_long: int,
+           seconds: float) -> list[str]:
     """Write one benchmark's answers, what its server wants, and its results."""
     samples = found["samples"][f"{benchmark.name}_local"]
-    rows = [row for _, row in read_json_lines(settings.data / benchmark.name / ROWS)]
     answers = [(rows[sample["doc_id"]], _text(sample)) for sample in sorted(samples, key=lambda one: one["doc_id"])]
     about = read_json(settings.data / benchmark.name / ABOUT, "transfusion eval prepare writes it anew")
     write_answers(settings.out, benchmark.name, answers, settings.model.name)
@@ -156,13 +160,17 @@ def _write(settings: VQASettings, benchmark: Benchmark, found: dict, model, too_
     scores = {name.split(",")[0]: score for name, score in metrics.items()
               if "," in name and isinstance(score, int | float) and not name.startswith("bypass")
               and not name.split(",")[0].endswith(("_stderr", "_stderr_clustered", "_stderr_clt"))}
-    notes = _notes(settings, benchmark, about, upload) + missing
+    notes = _notes(settings, benchmark, about, upload, limit_of(benchmark, settings.limit, [row["id"] for row in rows]))
+    notes += missing
     notes += [f"{too_long:,} questions fill the model's positions: empty answers"] if too_long else []
     lines = []
     remove_results(settings.out, benchmark.name)  # a judge's score beside answers that nobody scored would be stale
     for metric, score in (scores or {"score": None}).items():
         name = NAMES.get((benchmark.name, metric), metric)
-        count = sum(metric in sample for sample in samples) if scores else len(answers)
+        counted = [sample for sample in samples if metric in sample or not scores]
+        count = len(counted)
+        if benchmark.group is not None and not benchmark.pairs:  # a question with its options in several orders
+            count = len({benchmark.group(rows[sample["doc_id"]]["id"]) for sample in counted})
         failed = isinstance(score, float) and math.isnan(score)
         note = "; ".join([*(["the judge failed at an answer or more: no score"] if failed else []), *notes])
         result = Result(
@@ -177,14 +185,14 @@ def _write(settings: VQASettings, benchmark: Benchmark, found: dict, model, too_
     return lines
 
 
-def _notes(settings: VQASettings, benchmark: Benchmark, about: dict, upload: Path | None) -> list[str]:
+def _notes(settings: VQASettings, benchmark: Benchmark, about: dict, upload: Path | None, limit: int | None
+           ) -> list[str]:
     """What a reader must know beside the numbers of a benchmark."""
     notes = [RULE[benchmark.name]] if benchmark.name in RULE else []
     if benchmark.judge and settings.judge is None:
         notes.append(f"a judge scores it, and none was asked: its answers are in answers/{benchmark.name}.jsonl")
     if upload is not None:
         notes.append(f"{benchmark.server} scores {upload.relative_to(settings.out)}")
-    limit = limit_of(benchmark, settings.limit)
     if limit is not None and limit < about["rows"]:
         notes.append(f"the first {limit:,} of {about['rows']:,} questions alone")
     notes += [f"{count:,} questions left out: {kind}" for kind, count in about["skipped"].items()]

@@ -149,6 +149,12 @@ def test_a_likelihood_is_the_sum_of_the_answers_log_probabilities(model, asker, 
     assert together[0].log_probability == pytest.approx(total, rel=1e-4)
 
 
+def test_a_likelihood_that_is_no_number_is_refused(model, asker, monkeypatch):
+    monkeypatch.setattr(model.backbone, "logits", lambda states: torch.full((len(states), 9999), torch.nan))
+    with pytest.raises(ValueError, match="eval: a log-probability is nan; the dtype bfloat16 or float32"):
+        asker.likelihoods([Question("a seven?", (RED,))], ["seven"])
+
+
 def test_an_answer_of_the_likeliest_tokens_is_greedy_and_another_is_not(model, asker, monkeypatch):
     question, answers = Question("a seven?", (RED,)), ("seven", "two")
     ids = [i for i in model.tokenizer.encode(" seven", add_special_tokens=False)]

@@ -59,7 +59,7 @@ def test_stages_pooled_features_and_logits_are_the_networks_own(tmp_path, make, 
     pooled = features.pooled(x)
     assert pooled.shape == (2, width)
     torch.testing.assert_close(network.classifier(pooled), own.logits)
-    assert features.label_names == ["cat", "dog", "bird"] and not features.is_inception
+    assert features.label_names == ["cat", "dog", "bird"]
     assert features.name == f"{network.config.model_type} ({tmp_path})"
 
 
@@ -128,13 +128,6 @@ def test_a_body_without_a_head_has_features_and_no_logits(tmp_path):
     assert len(features.stages(x)) == 3 and features.label_names == []
     with pytest.raises(ValueError, match=r"Features.logits: resnet \(.*\) has no classification head; .* fits"):
         features.logits(x)
-
-
-def test_inception_is_told_by_the_architecture():
-    body = resnet().resnet
-    for architecture, expected in [("inception_v3", True), ("tf_inception_v3", True), ("resnet50", False)]:
-        body.config.architecture = architecture
-        assert Features(body, None, Preprocessing(3, None, [0.5], [0.5]), "x").is_inception is expected
 
 
 def test_batches_change_nothing(tmp_path):

@@ -97,10 +97,20 @@ def test_what_servers_want_is_written_as_llavas_scripts_write_it(prepared, tmp_p
 
 def test_wrong_answers_get_none(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(Asker, "answers", lambda self, questions, **_: ["dunno"] * len(questions))
-    results = evaluate(prepared, tmp_path, "--tasks", "gqa", "scienceqa_img", "textvqa", "pope", "mme", "mmbench",
-                       "mmbench_cn", "seedbench")
-    scores = {name: result.value for name, result in results.items() if "yes_ratio" not in name}
-    assert len(scores) == 13 and not any(scores.values())
+    results = evaluate(prepared, tmp_path, "--tasks", "gqa", "scienceqa_img", "textvqa", "mme", "mmbench", "mmbench_cn",
+                       "seedbench")
+    scores = {name: result.value for name, result in results.items()}
+    assert len(scores) == 9 and not any(scores.values())
+
+
+def test_of_pope_an_answer_is_yes_that_does_not_say_no_and_empty_ones_too(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(Asker, "answers", lambda self, questions, **_: [
+        "There is not." if question.where.endswith((" 0", " 1")) else "Yes." for question in questions])
+    results = evaluate(prepared, tmp_path, "--tasks", "pope")
+    scores = {name.removeprefix("pope-pope_"): result.value for name, result in results.items()}
+    # known are yes, no and no, yes: the first part is right about its no, the second about its yes
+    assert scores == {"accuracy": 0.5, "precision": 0.25, "recall": 0.5, "f1_score": pytest.approx(1 / 3),
+                      "yes_ratio": 0.5}
 
 
 def test_an_evaluation_that_was_stopped_goes_on_where_it_stood(prepared, tmp_path, knowing, monkeypatch):

@@ -1,4 +1,5 @@
 """Benchmarks in LLaVA's folders, written as lmms-eval reads them: each in its own format, whole and broken."""
+import base64
 import io
 import json
 
@@ -10,6 +11,7 @@ from tests.transfusion.eval.llava_data import LETTER, SHORT, TRUTHS
 from transfusion.cli import main
 from transfusion.data.sources.arrow import ArrowTable
 from transfusion.eval.benchmarks import BENCHMARKS
+from transfusion.eval.vqa import limit_of
 
 
 @pytest.fixture
@@ -77,6 +79,38 @@ def test_both_questions_about_a_picture_of_mme_stand_side_by_side(data):
     (data / "MME" / "llava_mme.jsonl").write_text("\n".join(rows[i] for i in (0, 2, 3, 1)) + "\n")
     asked = [row["question_id"] for row in table(prepared(data, "mme"), "mme")]
     assert asked == ["existence/1.jpg"] * 2 + ["landmark/2.jpg"] * 2
+
+
+def test_a_question_of_mmbench_stands_beside_itself_with_its_options_in_other_orders(data):
+    path = data / "mmbench" / "mmbench_dev_20230712.tsv"
+    head, *rows = path.read_text().splitlines()
+    cells = [row.partition("\t") for row in rows]
+    turned = [f"{1_000_000 + int(index)}\t{rest}" for index, _, rest in cells]
+    path.write_text("\n".join([head, *rows, *turned]) + "\n")
+    assert [row["index"] for row in table(prepared(data, "mmbench"), "mmbench")] == [241, 1_000_241, 242, 1_000_242]
+    mmbench = BENCHMARKS["mmbench"]
+    assert [limit_of(mmbench, limit, [241, 1_000_241, 242, 1_000_242]) for limit in (1, 2, 3, 9)] == [2, 2, 4, 9]
+    assert limit_of(BENCHMARKS["pope"], 1, [0, 1]) == 1 and limit_of(mmbench, None, [241]) is None
+
+
+def test_another_picture_under_the_same_name_is_another_data_set(data):
+    def known():
+        return [json.loads((prepared(data, *names) / name / "test" / "state.json").read_text())["_fingerprint"]
+                for name in names]
+
+    names = ["mme", "mmbench"]
+    before = known()
+    assert known() == before
+    path = data / "mmbench" / "mmbench_dev_20230712.tsv"
+    file = io.BytesIO()
+    Picture.new("RGB", (30, 20), "blue").save(file, "JPEG")
+    head, *rows = path.read_text().splitlines()
+    at = head.split("\t").index("image")
+    rows = [row.split("\t") for row in rows]
+    path.write_text("\n".join([head, *("\t".join([*row[:at], base64.b64encode(file.getvalue()).decode(), *row[at + 1:]])
+                                      for row in rows)]) + "\n")
+    llava_data.picture(next((data / "MME").rglob("*.jpg")), "blue", (31, 20))
+    assert all(a != b for a, b in zip(known(), before))
 
 
 def test_a_question_of_mme_whose_partner_is_left_out_goes_too(data):

@@ -8,7 +8,7 @@ from tests.transfusion.conftest import tiny_model
 from transfusion.cli import main
 from transfusion.eval import questions as command
 from transfusion.eval.questions import Known, accuracies, is_right, majority, read_known, table
-from transfusion.eval.results import read_results
+from transfusion.eval.results import Result, read_results, write_result
 
 RED = {"id": "1", "image": "red.png", "kinds": ["colour", "count"], "conversations": [
     {"from": "human", "value": "<image>\nWhich colour?"}, {"from": "gpt", "value": "Red"},
@@ -117,8 +117,15 @@ def test_what_is_asked_is_never_written_over_and_kinds_that_are_gone_have_no_res
         assert before == {path: path.read_bytes() for path in (folder / "out").rglob("*.json*")}
 
 
-@pytest.mark.parametrize("answer,right", [("A  red apple.", True), ("a red apple", True), ("red apple", False),
-                                          ("", False)])
+def test_results_of_a_benchmark_whose_name_the_file_has_stay(folder, monkeypatch):
+    write_result(folder / "out", Result("pope", "pope_f1_score", 0.5, 4, "lmms-eval", "0.7.3", 1.0))
+    (folder / "held-out.json").rename(folder / "pope.json")
+    run(folder, monkeypatch, "--data", str(folder / "pope.json"))
+    assert {result.task for result in read_results(folder / "out").values()} == {"pope", "questions pope"}
+
+
+@pytest.mark.parametrize("answer,right", [("A  red apple.", True), ("a red apple", True), ("a red apple .", True),
+                                          ("red apple", False), ("", False)])
 def test_case_white_space_and_a_full_stop_are_no_errors(answer, right):
     assert is_right(answer, "a red apple") == right
 

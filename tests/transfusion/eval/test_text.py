@@ -91,6 +91,12 @@ def test_without_the_ids_of_images_it_does_not_depend_on_their_rows(model):
     assert perplexity(other, TEXT, 32).log_probability != perplexity(model, TEXT, 32).log_probability
 
 
+def test_a_model_that_gives_no_numbers_has_no_perplexity(model, monkeypatch):
+    monkeypatch.setattr(model.backbone, "logits", lambda states: torch.full((len(states), 9999), torch.nan))
+    with pytest.raises(ValueError, match="eval text: a log-probability is nan; the dtype bfloat16 or float32"):
+        perplexity(model, TEXT)
+
+
 def test_the_command_writes_three_results_of_a_file(model, tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "a.txt").write_text(TEXT)
@@ -135,13 +141,14 @@ def test_a_group_of_lm_eval_has_a_result_beside_those_of_its_tasks(model, monkey
     found = {"results": {"group": {"acc,none": 0.5, "sample_len": 12, "alias": "group"},
                          "task": {"acc,none": 0.25, "acc_stderr,none": 0.1, "alias": "task"}},
              "n-samples": {"task": {"original": 12, "effective": 9}}, "n-shot": {"task": 0}}
-    library = SimpleNamespace(simple_evaluate=lambda *_, **__: found)
+    library = SimpleNamespace(simple_evaluate=lambda *_, bootstrap_iters, **__: bootstrap_iters > 0 and found)
     monkeypatch.setitem(sys.modules, "lm_eval", library)
     monkeypatch.setitem(sys.modules, "lm_eval.models", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", SimpleNamespace(HFLM=lambda **_: None))
     monkeypatch.setattr(text, "version_of", lambda package: "0.4.13")
     results = text._of_task(TextSettings(Path("model"), Path("out"), tasks=("group",)), model, None, "group")
-    assert [(one.task, one.value, one.n) for one in results] == [("group", 0.5, 12), ("task", 0.25, 9)]
+    assert [(one.task, one.value, one.n, one.standard_error) for one in results] == [
+        ("group", 0.5, 12, None), ("task", 0.25, 9, 0.1)]
 
 
 @pytest.mark.parametrize("arguments,message", [
@@ -205,7 +212,9 @@ def test_lm_eval_gives_the_decoder_the_numbers_of_the_same_model_in_transformers
     model.save_pretrained(tmp_path / "model")
     main(["eval", "text", "--model", str(tmp_path / "model"), "--tasks", "digits_choice", "digits_text", "--include",
           str(tasks), "--out", str(tmp_path / "out")])
-    ours = {(result.task, result.metric): result.value for result in read_results(tmp_path / "out").values()}
+    results = {(result.task, result.metric): result for result in read_results(tmp_path / "out").values()}
+    ours = {name: result.value for name, result in results.items()}
+    assert results["digits_choice", "acc"].standard_error is not None
     theirs = lm_eval.simple_evaluate(
         lm_eval.models.huggingface.HFLM(pretrained=plain, tokenizer=model.tokenizer, batch_size=1),
         tasks=["digits_choice", "digits_text"], bootstrap_iters=0,

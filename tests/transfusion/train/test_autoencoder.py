@@ -21,8 +21,7 @@ from transfusion.data.batches import step_generator
 from transfusion.data.dataset import DatasetSettings
 from transfusion.data.latents import EncodeSettings, encode_dataset, open_dataset
 from transfusion.data.picture_files import PictureFolder, PictureFolderSettings
-from transfusion.eval.autoencoder import LinearCodec, VAEEvalSettings, evaluate, frechet_name, patch_pca, picture_pca
-from transfusion.eval.features import Features
+from transfusion.eval.autoencoder import LinearCodec, VAEEvalSettings, evaluate, patch_pca, picture_pca
 from transfusion.locks import locked
 from transfusion.model.lora import TuneSettings
 from transfusion.model.vae import VAE
@@ -255,14 +254,7 @@ def test_an_evaluation_writes_numbers_of_every_codec_and_a_grid(trained, judge, 
     with Picture.open(tmp_path / "reconstructions.png") as grid:
         assert grid.size[0] > grid.size[1]
     printed = capsys.readouterr().out
-    assert f"frechet_distance in resnet ({judge})" in printed and "FID" not in printed and "fid" not in printed
-
-
-def test_only_inceptions_distance_is_called_fid(judge):
-    features = Features.from_pretrained(judge)
-    assert frechet_name(features) == "frechet_distance"
-    features.is_inception = True
-    assert frechet_name(features) == "fid"
+    assert f"Frechet distance: in resnet ({judge})" in printed and "FID" not in printed and "fid" not in printed
 
 
 @pytest.fixture(scope="module")
