@@ -5,13 +5,14 @@ made from text and from pictures' headers alone, and its tokens and targets are 
 outlines, the loader makes documents.
 """
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from transfusion.data.arrays import fingerprint
+from transfusion.data.chat import EncodedText
 from transfusion.data.dataset import CONTEXTS
 from transfusion.data.grids import Grids
 from transfusion.data.sources.record import DataError, PictureRef, Record
@@ -59,8 +60,8 @@ class Documents:
         template: makes parts of a conversation; it is called with the record, the tokens that fit (`max_length`) and a
             function that tells the tokens of a picture. Without one, conversations are refused.
         context: what later tokens read of an image that is drawn: noised, its noised patches, or clean, a clean copy.
-        max_length: tokens that a document is cut to, before an image where the cut would go through it; None: never
-            cut.
+        max_length: tokens that a document is cut to, before an image where the cut would go through it; of a pair whose
+            picture is drawn the caption is cut, in either order. None: never cut.
         name: of the template, in fingerprints.
         store: latents of pictures that were encoded ahead.
     """
@@ -91,7 +92,8 @@ class Documents:
         A picture that is only read stands before its caption, which is never left out: it is what is learned then.
 
         Raises:
-            DataError: a record without anything in it, or a conversation without a template.
+            DataError: a record without anything in it, a conversation without a template, or a picture that is drawn
+                and longer than `max_length`. ValueError: a caption that cannot be tokenized.
         """
         if record.turns:
             if self.template is None:
@@ -104,8 +106,35 @@ class Documents:
             raise DataError(record.where, "there is nothing in this record; text or a picture fits", "empty record")
         drawn = record.picture is not None and record.picture.loss
         texts = [Text(record.captions[caption])] if record.captions and not (dropped and drawn) else []
-        pictures = [] if record.picture is None else [record.picture]
-        return texts + pictures if drawn and not image_first else pictures + texts
+        if drawn:
+            return self._drawn_pair(record, texts, image_first)
+        return texts if record.picture is None else [record.picture, *texts]
+
+    def _drawn_pair(self, record: Record, texts: list[Text], image_first: bool) -> Parts:
+        """A picture that is drawn and its caption, of one length in both orders: the order is chosen after counting.
+
+        Where `max_length` is reached, the picture stays and the caption is cut. Behind the picture `cut` does that: it
+        takes EOS away, which would teach that the caption ends there. Before it, EOS ends the picture and stays.
+        """
+        texts = [self._without_bos(text) for text in texts]
+        if self.max_length is not None:
+            room = self.max_length - self.picture_tokens(record.picture) - 2  # of the caption, between BOS and EOS
+            if room < -1:
+                raise DataError(record.where, f"its picture and BOS are {self.max_length - room - 1} tokens, and "
+                                f"max_length is {self.max_length}; a larger max_length, or smaller pictures, fit",
+                                "picture longer than max_length")
+            if room < 1:
+                texts = [text for text in texts if len(text.ids) <= room]
+            elif not image_first:
+                texts = [replace(text, ids=text.ids[:room]) for text in texts]
+        return [record.picture, *texts] if image_first else [*texts, record.picture]
+
+    def _without_bos(self, text: Text) -> EncodedText:
+        """A caption as it is behind BOS, so that it is as long behind a picture."""
+        ids, bos = text.token_ids(self.tokenizer, self.kind), self.tokenizer.bos_token_id
+        while ids[:1] == (bos,):
+            ids = ids[1:]
+        return EncodedText(text.text, text.loss, ids=ids)
 
     def picture_tokens(self, picture: PictureRef) -> int:
         """Tokens that a picture takes, with BOI and EOI.

@@ -31,7 +31,7 @@ from transfusion.data.sources.record import DataError, PictureRef, Record, Sourc
 from transfusion.files import written
 from transfusion.locks import locked
 
-VERSION = 2
+VERSION = 3
 CHUNK = 1000      # records in a chunk
 EXAMPLES = 20     # failures that are kept with their words, of each kind
 KEYS = ("name", "content")

@@ -231,6 +231,45 @@ def test_a_cut_never_goes_through_an_image():
             assert len(short.images) == (length >= start + len(patches) + 1)
 
 
+@pytest.mark.parametrize("context", ["noised", "clean"])
+def test_a_pair_is_as_long_as_it_was_counted_in_either_order_and_without_its_caption(tmp_path, context):
+    tokenizer, look = tokenizer_of_words(), picture(0, 16, 16)
+    captions = ("a red bus under two small cats", "", "<s>a dog", "the")
+    alone = documents_of(tokenizer).picture_tokens(look) + 1  # BOS
+    longest = len(Text(captions[0]).token_ids(tokenizer, kind_of(tokenizer)))
+    for max_length in (*range(alone, alone + longest + 4), None):
+        documents = documents_of(tokenizer, max_length=max_length, context=context)
+        record = Record("row 0", captions=captions, picture=look)
+        lengths = count_lengths(MemorySource("pair", [record]), documents, tmp_path / str(max_length)).arrays
+        assert lengths["reason"].tolist() == [0]
+        orders = [documents.encode(documents.parts(record, image_first, caption=n)).document
+                  for image_first in (False, True) for n in range(len(captions))]
+        assert [len(one.tokens) for one in orders] == 2 * lengths["lengths"].tolist()
+        bare = documents.encode(documents.parts(record, dropped=True)).document
+        assert len(bare.tokens) == lengths["bare"][0] and all(len(x.hidden) < len(x.images) for x in (*orders, bare))
+        text = [sum(one.targets[:-1]) for one in orders]  # BOI is one of the targets
+        assert max(text) == max(min((max_length or 1000) - alone, longest + 1), 1)
+
+
+def test_a_cut_caption_ends_in_eos_before_its_picture_alone():
+    documents = documents_of(max_length=25)
+    record = Record("row 0", captions=("a red bus under two small cats",), picture=picture(0, 16, 16))
+    before, after = (documents.encode(documents.parts(record, image_first)).document for image_first in (False, True))
+    assert len(before.tokens) == len(after.tokens) == 25
+    eos = documents.tokenizer.eos_token_id
+    assert (before.tokens[-1] == eos, before.targets[-1]) == (True, True) and eos not in after.tokens
+    assert before.tokens[1:6] == after.tokens[19:24] and after.targets[19:] == [True] * 6
+
+
+def test_a_drawn_picture_that_max_length_has_no_room_for_is_counted(tmp_path):
+    documents = documents_of(max_length=18)
+    records = [Record(f"pairs.json, row {i}", captions=("a dog",) * i, picture=picture(i, 16, 16)) for i in range(2)]
+    lengths = count_lengths(MemorySource("pairs", records), documents, tmp_path)
+    assert lengths.failures() == {"picture longer than max_length": 2} and not len(lengths.records("train", 0.0))
+    ((_, where, reason), _) = lengths.examples["picture longer than max_length"]
+    assert where == "pairs.json, row 0" and "its picture and BOS are 19 tokens, and max_length is 18" in reason
+
+
 def test_a_document_whose_targets_were_cut_off_has_none():
     documents = documents_of(max_length=8)
     parts = [Text("a red bus under the large picture of two small cats", loss=False), Text("yes")]

@@ -168,6 +168,21 @@ def test_every_document_of_an_epoch_is_in_a_row_once_as_it_was_planned(mixture):
     assert set(seen) <= expected and len(seen) == len(expected) - too_long and set(seen.values()) == {1}
 
 
+@pytest.mark.parametrize("context", ["noised", "clean"])
+def test_pairs_that_are_cut_fit_the_rows_that_were_planned(tmp_path, context):
+    random = np.random.default_rng(0)
+    pairs = [Record(f"{i}", captions=(sentence(random, 8, 20),), picture=picture(i)) for i in range(40)]
+    documents = documents_of(max_length=30, context=context)
+    mixture = mixture_of(tmp_path, MemorySource("pairs", pairs), documents=documents, held_out=0.0, context=context,
+                         caption_first=0.5, caption_dropout=0.2)
+    rows = rows_of(mixture, seq_len=100, epochs=2)
+    planned = rows.planned.report(0)
+    read = [one for row in range(planned["rows"]) for one in rows.read_row(row)]
+    assert len(read) == 80 and not any(isinstance(one, Failure) for one in read)
+    assert sum(len(one.document.tokens) for one in read) == sum(planned["tokens"])
+    assert all(one.document.images for one in read)
+
+
 def test_choices_reach_the_documents(mixture):
     rows = rows_of(mixture)
     orders = Counter()
