@@ -23,7 +23,7 @@ Parts = list[Text | PictureRef]
 
 
 class Encoded(NamedTuple):
-    """A document, and pictures (3, H, W) uint8 that an autoencoder has yet to encode: one for each image, or none.
+    """A document, and pictures (channels, H, W) uint8 that an autoencoder has yet to encode: one an image, or none.
 
     noises: a seed for the latent of each of these pictures.
     """

@@ -7,6 +7,7 @@ A record that cannot be read any more is left out of its row, which stays as it 
 reason; a rising share of them stops the run.
 """
 import contextlib
+import math
 import os
 import signal
 import time
@@ -54,24 +55,24 @@ class Batch(NamedTuple):
     sequence: packed rows. limit: (N,) the largest noise time of each image.
     pixels: (n,) uint8, pictures that an autoencoder is to encode, one behind the other; see `pictures`. Empty where the
         model draws pixels, which the sequence holds.
-    shapes: (height, width) of each of them. noises: a seed for the latent of each. picture: (N,) which of them each
-        image of the sequence is; STORED, -1, where the sequence holds its latent already.
+    shapes: (channels, height, width) of each of them. noises: a seed for the latent of each.
+    picture: (N,) which of them each image of the sequence is; STORED, -1, where the sequence holds its latent already.
     documents: how many documents were planned. failures: those that could not be read.
     """
 
     sequence: PackedSequence
     limit: Tensor
     pixels: Tensor
-    shapes: tuple[tuple[int, int], ...]
+    shapes: tuple[tuple[int, int, int], ...]
     noises: tuple[int, ...]
     picture: Tensor
     documents: int
     failures: tuple[Failure, ...]
 
     def pictures(self) -> list[Tensor]:
-        """Pictures (3, height, width) in [-1, 1] whose latents are still to come."""
-        pieces = self.pixels.split([3 * height * width for height, width in self.shapes])
-        return [piece.view(3, *shape).float() / 127.5 - 1 for piece, shape in zip(pieces, self.shapes)]
+        """Pictures (channels, height, width) in [-1, 1] whose latents are still to come."""
+        pieces = self.pixels.split([math.prod(shape) for shape in self.shapes])
+        return [piece.view(shape).float() / 127.5 - 1 for piece, shape in zip(pieces, self.shapes)]
 
     def with_latents(self, latents: Sequence[Tensor], patch_size: int) -> PackedSequence:
         """Return the sequence with the latents (channels, h, w) of `pictures`, in order, in their images' places."""
@@ -184,7 +185,7 @@ class PackedRows(Dataset):
         pictures, picture = _numbered(encoded, kind.factor > 1)
         pixels = torch.cat([torch.zeros(0, dtype=torch.uint8), *(one.flatten() for one in pictures)])
         failures = tuple(one for row in read for one in row if isinstance(one, Failure))
-        shapes = tuple(tuple(x.shape[1:]) for x in pictures)
+        shapes = tuple(tuple(x.shape) for x in pictures)
         limit, documents = noise_limits(sequence, self.settings), sum(map(len, read))
         noises = tuple(noise for one in encoded for noise in one.noises)
         return Batch(sequence, limit, pixels, shapes, noises, picture, documents, failures)

@@ -326,15 +326,18 @@ def test_failures_are_judged_by_the_last_thousand_documents_and_not_before_two_h
         early.add(100, bad[:6])
 
 
-@pytest.mark.parametrize("context", ["noised", "clean"])
-def test_latents_of_an_autoencoder_take_their_images_places(tmp_path, context):
+@pytest.mark.parametrize("context, channels", [("noised", 3), ("clean", 3), ("noised", 1)])
+def test_latents_of_an_autoencoder_take_their_images_places(tmp_path, context, channels):
     tokenizer = tokenizer_of_words()
     kind = kind_of(tokenizer, channels=4, patch_size=2, factor=4)
-    documents = documents_of(tokenizer, Grids(GridSettings(side=32), 8), kind, context=context)
+    documents = documents_of(tokenizer, Grids(GridSettings(side=32), 8, channels), kind, context=context)
     mixture = mixture_of(tmp_path, MemorySource("a", mixed_records(60)), documents=documents, context=context)
     batch = rows_of(mixture)[0]
     pictures = batch.pictures()
     assert pictures and not batch.sequence.patches.any() and batch.pixels.dtype == torch.uint8
+    whole = [one.pictures for row in (0, 1) for one in rows_of(mixture).read_row(row)]
+    for found, kept in zip(pictures, [one for some in whole for one in some], strict=True):
+        assert found.shape[0] == channels and torch.equal(found, kept.float() / 127.5 - 1)
     latents = [torch.randn(4, x.shape[1] // 4, x.shape[2] // 4) for x in pictures]
     filled = batch.with_latents(latents, 2)
     for n, (start, stop) in enumerate(zip(batch.sequence.layout.offsets, batch.sequence.layout.offsets[1:])):
