@@ -269,9 +269,12 @@ def _hashes(record: Record, held_out_by: str) -> Iterator[int]:
 
 
 def picture_name(picture: PictureRef) -> str:
-    """What tells a picture apart wherever its data set lies: its file's folder and name, or a tar's and its own."""
+    """What tells a picture apart wherever its data set lies: its file's folder and name, or a tar's and its own.
+
+    The folder is the one that holds the file, wherever a relative path is read from.
+    """
     file = picture.file
-    name = "/".join(Path(file.path).parts[-2:])
+    name = "/".join(Path(os.path.abspath(file.path)).parts[-2:])
     if file.size < 0 and not file.offset:
         return name
     return f"{Path(file.path).name}/{picture.name or file.offset}"

@@ -216,6 +216,19 @@ def test_a_picture_s_name_does_not_change_when_its_data_set_is_moved():
     assert tars == ["00.tar/0001.jpg", "00.tar/0001.jpg", "01.tar/0001.jpg"]
 
 
+def test_a_picture_s_name_does_not_depend_on_where_a_command_is_started(tmp_path, monkeypatch):
+    def named(path):
+        return picture_name(PictureRef(PictureFile(path), True))
+
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path)
+    paths = "sub/cat.jpg", "./sub/cat.jpg", "sub/../sub/cat.jpg", f"{tmp_path}/sub/cat.jpg"
+    from_outside = [named(path) for path in paths]
+    monkeypatch.chdir(tmp_path / "sub")
+    from_inside = [named(path) for path in ("cat.jpg", "./cat.jpg", "../sub/cat.jpg")]
+    assert {*from_outside, *from_inside} == {"sub/cat.jpg"}
+
+
 def test_a_cut_never_goes_through_an_image():
     documents = documents_of()
     parts = [Text("a red bus"), picture(0), Text("the end")]
