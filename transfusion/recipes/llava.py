@@ -135,6 +135,10 @@ class LLaVAFlags:
     words: tuple[str, ...]
     ours: tuple[str, ...] = ()
 
+    def say(self, name: str) -> bool:
+        """Whether a setting of `transfusion train` has its value from a flag, LLaVA's or our own."""
+        return name in self.trainer or f"--{name}" in self.ours
+
 
 def is_llava(arguments: Sequence[str]) -> bool:
     """Whether a command line is LLaVA's: it names its data or its model as LLaVA does."""
@@ -166,11 +170,12 @@ def read_llava(arguments: Sequence[str]) -> TrainConfig:
         config = _with(config, name, value)
     config = tyro.cli(TrainConfig, default=config, args=list(flags.ours), prog="transfusion train")
     open_sources(flags.mixture)                        # what is missing is told before a model is made
-    config = _with(config, "tune.start", _start(flags, config))
+    if not flags.say("tune.start"):
+        config = _with(config, "tune.start", _start(flags, config))
     write_text(file, json.dumps(flags.given, indent=2) + "\n")
-    if "optim.steps" not in flags.trainer and "--optim.steps" not in [one.partition("=")[0] for one in flags.ours]:
+    if not flags.say("optim.steps"):
         config = _with(config, "optim.steps", _steps(config, 3.0 if flags.epochs is None else flags.epochs))
-    if flags.warmup_ratio is not None and "optim.warmup" not in flags.trainer:
+    if flags.warmup_ratio is not None and not flags.say("optim.warmup"):
         config = _with(config, "optim.warmup", math.ceil(flags.warmup_ratio * config.optim.steps))
     return config
 

@@ -13,6 +13,7 @@ from tests.transfusion.train.own_data import paint, write_llava
 from transfusion import Transfusion
 from transfusion.cli import main
 from transfusion.data.sources import LLaVASettings
+from transfusion.recipes import llava
 from transfusion.recipes.llava import is_llava, read_flags
 
 FINETUNE_LORA = """
@@ -169,6 +170,33 @@ def test_flags_of_the_trainer_keep_as_many_values_as_they_have():
     ours = "--parallel.offload --samples.prompts a b --resume --allow-changed --optim.steps=5"
     flags = read_flags(shlex.split(f"--data_path a.json {ours} --learning_rate 1e-3"))
     assert flags.ours == tuple(shlex.split(ours.replace("=", " "))) and flags.trainer["optim.lr"] == 1e-3
+
+
+@pytest.mark.parametrize("ours, steps, warmup", [
+    ("", 1000, 30), ("--warmup_steps 7", 1000, 7), ("--max_steps 100", 100, 3), ("--optim.warmup 500", 1000, 500),
+    ("--optim.warmup=500 --optim.steps=2000", 2000, 500), ("--optim.steps 2000 --warmup_steps 7", 2000, 7)])
+def test_steps_and_warm_up_that_a_flag_says_are_not_computed(here, monkeypatch, ours, steps, warmup):
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(llava, "_start", lambda flags, config: Path("start"))
+    monkeypatch.setattr(llava, "_steps", lambda config, epochs: 1000)
+    given = f"--model_name_or_path llm --data_path talk.json --output_dir runs/said --warmup_ratio 0.03 {ours}"
+    optim = llava.read_llava(shlex.split(given)).optim
+    assert (optim.steps, optim.warmup) == (steps, warmup)
+
+
+def test_a_start_that_our_own_flag_says_stands_above_the_model(here, monkeypatch):
+    monkeypatch.chdir(here)
+    given = "--model_name_or_path llm --data_path talk.json --output_dir runs/said --max_steps 1 --tune.start mine"
+    assert llava.read_llava(shlex.split(given)).tune.start == Path("mine")
+    assert not list(here.glob("runs/said-from*"))
+
+
+def test_conversations_are_cut_at_llava_s_length_and_rows_may_be_longer(here, monkeypatch):
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(llava, "_start", lambda flags, config: Path("start"))
+    given = "--model_name_or_path llm --data_path talk.json --output_dir runs/said --max_steps 1"
+    config = llava.read_llava(shlex.split(f"{given} --model_max_length 2048 --optim.seq-len 4096"))
+    assert (config.optim.seq_len, config.data.mixture.max_length) == (4096, 2048)
 
 
 def test_pretraining_is_plain_and_trains_the_image_layers(tmp_path):
