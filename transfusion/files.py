@@ -38,8 +38,8 @@ WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "adapter_confi
 """What a loader would take for a part of the new save if the older one left it behind."""
 STATE = ("resume/*", "resume/state/*")
 """What resuming would take for one, where the new save holds resume/: it is one file, or the shards of processes."""
-SUMMED = (".safetensors", ".distcp", ".metadata")
-"""ends of files that checksums are kept of"""
+SUMMED = (".safetensors", ".distcp", ".metadata")  # ends of files that checksums are kept of
+STEPS = "steps"  # the directory, in a run's, of saves that stay beside the newest
 _staging: list[Path] = []                    # directories being filled: what is saved inside one is a part of it
 
 

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.quantizers import AutoQuantizationConfig
 
-from transfusion.files import check_files, checksums, current, read_json
+from transfusion.files import STEPS, check_files, checksums, current, read_json
 from transfusion.model.weights import check_complete
 from transfusion.settings import Count, OneOf, nearest
 
@@ -180,8 +180,8 @@ def check_base(op: str, start: Path, out: Path) -> None:
 def find_base(path: Path, base: Path | None = None) -> Path:
     """Where the model lies that the adapter in `path` belongs to.
 
-    That is `base`, or the place beside the adapter where it was when the adapter was made, or the directory it then
-    was.
+    That is `base`, or the place beside the adapter, or beside the run that it is a save of, where it was when the
+    adapter was made, or the directory it then was.
 
     Raises:
         ValueError: none of them holds a checkpoint, or the adapter names itself, or another that leads back to it.
@@ -221,6 +221,8 @@ def _named_bases(path: Path) -> list[Path]:
     peft_says = read_json(current(path, "adapter_config.json")).get("base_model_name_or_path")
     said = [kept.get("relative"), kept.get("absolute"), peft_says]
     homes = dict.fromkeys((path, path.resolve()))
+    # what a save that stays says is as seen from its run's directory, in whose steps/ it lies
+    homes |= dict.fromkeys([home.parent.parent for home in homes if home.parent.name == STEPS])
     places = [home / place for place in said if isinstance(place, str) for home in homes]
     places += [Path(said[2])] if isinstance(said[2], str) else []
     return [place for place in places if not kept.get("weights") or checksums(place) in ({}, kept["weights"])]

@@ -11,12 +11,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from transfusion.files import ASIDE, remove, replacing
+from transfusion.files import ASIDE, STEPS, remove, replacing
 from transfusion.locks import LOCK
 from transfusion.train.log import LOG
 from transfusion.train.settings import RunSettings
-
-STEPS = "steps"
 
 
 @contextlib.contextmanager

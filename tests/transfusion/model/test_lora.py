@@ -3,6 +3,7 @@ import dataclasses
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from tests.transfusion.train.test_transfusion import losses, small
 from transfusion import Text, Transfusion, TransfusionConfig
 from transfusion.model.config import BACKBONES
 from transfusion.model.from_language_model import InitSettings, init
-from transfusion.model.lora import TuneSettings, prepare, trained_table
+from transfusion.model.lora import TuneSettings, find_base, prepare, trained_table
 from transfusion.train.average import Average, trained_parameters
 from transfusion.train.transfusion import start_model, train
 
@@ -176,6 +177,19 @@ def test_an_adapter_finds_its_model_when_both_moved_when_it_is_named_and_where_i
     assert torch.equal(text_logits(Transfusion.from_pretrained(tmp_path / "alone")), expected)
     with pytest.raises(ValueError, match="base is .* which holds no adapter"):
         Transfusion.from_pretrained(start, base=start)
+
+
+def test_a_save_that_stays_finds_its_model_when_both_moved(tmp_path, start, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(start, here / "start")
+    run(here / "run", here / "start", "lora", save_every=1, keep_last=2, stop_after=2)
+    run(here / "run" / "steps" / "00000001", here / "start", "lora", resume=True, stop_after=3)
+    here.rename(there)
+    older, newer = (there / "run" / "steps" / f"{step:08d}" for step in (1, 2))
+    assert [find_base(place).resolve() for place in (older, newer)] == [there / "start"] * 2
+    monkeypatch.chdir(newer)
+    expected = text_logits(Transfusion.from_pretrained(there / "run"))
+    assert torch.equal(text_logits(Transfusion.from_pretrained(Path())), expected)
 
 
 def train_and_change_the_start(folder, start, trained):
