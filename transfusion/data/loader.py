@@ -8,8 +8,6 @@ reason; a rising share of them stops the run.
 """
 import contextlib
 import math
-import os
-import signal
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -20,15 +18,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from transfusion.data.arrays import ABOUT, Arrays, fingerprint, write_arrays
 from transfusion.data.batches import noise_limits
 from transfusion.data.choices import LATENT, choose, hashed, source_key
 from transfusion.data.documents import Documents, Encoded
-from transfusion.data.forking import forking
 from transfusion.data.mixture import Mixture, MixtureSettings
 from transfusion.data.plan import Stream, make_plan
+from transfusion.data.read_ahead import read_ahead
 from transfusion.data.sources.record import DataError, Source
 from transfusion.locks import locked
 from transfusion.sequence import Sequence as PackedSequence
@@ -38,7 +36,6 @@ VERSION = 1
 CHANGED = "changed record"
 STORED = -1
 OPEN_PLANS = 2
-LEFT_TO_THE_RUN = signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
 
 
 class Failure(NamedTuple):
@@ -274,70 +271,20 @@ class Loader:
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[Batch]:
-        ahead = dict(prefetch_factor=self.prefetch) if self.workers else {}
-        own = torch.Generator().manual_seed(0)         # the loader seeds its workers from it, and not from the run's
-        loader = DataLoader(self.rows, batch_size=None, sampler=_Steps(self.rows, self.start, self.stop),
-                            num_workers=self.workers, generator=own, worker_init_fn=_start_worker, **ahead)
-        with forking(), _held_back(LEFT_TO_THE_RUN), _deaths_between_steps():
-            batches = iter(loader)                     # whose workers inherit held signals, ignore them and let them go
-        try:
+        batches = read_ahead("data", self.rows, _Steps(self.rows, self.start, self.stop), self.workers,
+                             prefetch=self.prefetch, advice="--resume goes on; fewer --data.workers take less")
+        with contextlib.closing(batches):
             while (batch := self._next(batches)) is not None:
                 self.failures.add(batch.documents, batch.failures)
                 yield batch
-        finally:
-            if self.workers:
-                batches._shutdown_workers()  # who would live as long as an error that somebody keeps
 
     def _next(self, batches: Iterator[Batch]) -> Batch | None:
         """Wait for a batch; None behind the last one."""
         began = time.perf_counter()
         try:
             return next(batches, None)
-        except (RuntimeError, ConnectionError, EOFError) as error:  # the latter where it held a batch on its way
-            if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
-                raise
-            raise ValueError(f"data: one of {self.workers} processes that read ahead was killed, perhaps for want of "
-                             "memory or of room in /dev/shm; --resume goes on; fewer --data.workers take less"
-                             ) from error
         finally:
             self.waited = time.perf_counter() - began
-
-
-@contextlib.contextmanager
-def _held_back(signals: tuple[int, ...]) -> Iterator[None]:
-    """Let signals wait until the block ends."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def _deaths_between_steps() -> Iterator[None]:
-    """Take back the handler by which PyTorch raises at once, in the middle of a step, where a worker dies.
-
-    Whoever asks for the next batch is told as well, and there the run can still save.
-    """
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGCHLD) is not before:
-            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
-
-
-def _start_worker(number: int) -> None:
-    """Leave Ctrl-C and a closed terminal to the run, which saves and then ends its workers; tokenize in one thread.
-
-    A group of its own spares a worker the signals that are sent to the run's whole group, SIGTERM too.
-    """
-    os.setpgid(0, 0)
-    for name in LEFT_TO_THE_RUN:
-        signal.signal(name, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, LEFT_TO_THE_RUN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)      # the run's own handler, which a forked process inherits, saves
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 class _Steps:

@@ -9,6 +9,7 @@ whether it is mirrored; a mixture that mirrors pictures has two of each, for the
 mirrored latent. Entries lie in shards, each written whole, so that whoever was killed goes on behind the last one. A
 picture whose file changed since is encoded again by the next run, and until then it is left out in training, and named.
 """
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,13 +20,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from transfusion.command import claim
-from transfusion.data.forking import forking
 from transfusion.data.grids import Grids
 from transfusion.data.mixture import MixtureSettings, open_sources, read_mixture
+from transfusion.data.read_ahead import read_ahead
 from transfusion.data.sources.record import DataError, PictureRef, Source
 from transfusion.data.stored_latents import ABOUT, PosteriorStore, entry_key, picture_stamp, shard_paths
 from transfusion.device import choose_device
@@ -80,7 +81,8 @@ def encode_mixture(path: Path, settings: PosteriorSettings) -> Path:
     """Run `transfusion data encode`; return the directory of the latents.
 
     Raises:
-        ValueError: a mixture or an autoencoder that cannot be read, or an `out` with other latents in it.
+        ValueError: a mixture or an autoencoder that cannot be read, an `out` with other latents in it, or a process of
+            the `workers` was killed.
     """
     check("data encode", settings)
     device = choose_device(settings.device)
@@ -120,15 +122,16 @@ def _encode(mixture: MixtureSettings, folder: Path, grids: Grids, vae: VAE, sett
     for entry, source in zip(mixture.sources, sources):
         mirrored = (mixture.flip if entry.flip is None else entry.flip) > 0
         unread = _Unread(source, grids, store, mirrored)
-        with forking():
-            records = iter(DataLoader(unread, batch_size=None, num_workers=settings.workers))
+        records = read_ahead("data encode", unread, range(len(source)), settings.workers,
+                             advice="the same command goes on; fewer --workers take less")
         progress = tqdm(records, total=len(source), desc=f"data encode {entry.name or source.name}", unit="record",
                         dynamic_ncols=True)
         found = _new_entries(progress, shards.keys, skipped)
-        for batch in _alike(found, settings.batch):
-            changed += sum(store.knows(one.key) for one in batch)
-            pixels = torch.stack([one.pixels for one in batch]).float() / 127.5 - 1
-            shards.add(batch, errors.rounded(*_posterior(vae, pixels), DTYPES[settings.dtype]))
+        with contextlib.closing(records):
+            for batch in _alike(found, settings.batch):
+                changed += sum(store.knows(one.key) for one in batch)
+                pixels = torch.stack([one.pixels for one in batch]).float() / 127.5 - 1
+                shards.add(batch, errors.rounded(*_posterior(vae, pixels), DTYPES[settings.dtype]))
     shards.finish()
     print(f"{len(shards.keys):,} entries encoded, {kept:,} were there"
           f"{f', {changed:,} of them of files that changed since' if changed else ''}: {settings.out}")

@@ -1,7 +1,10 @@
 """Latents encoded ahead: what is kept, kills at any moment, changed files, and how training draws from them."""
 import functools
 import json
+import multiprocessing
+import os
 import pickle
+import signal
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from diffusers import AutoencoderKL
 from tests.transfusion.data.memory import kind_of, picture, tokenizer_of_words
 from tests.transfusion.train.kills import in_a_child
 from transfusion.cli import main
+from transfusion.data import posteriors
 from transfusion.data.loader import Failure, Loader, packed_rows
 from transfusion.data.mixture import open_mixture, read_mixture
 from transfusion.data.posteriors import PosteriorSettings, RoundingError, encode_mixture
@@ -116,6 +120,38 @@ def test_a_kill_at_any_moment_leaves_whole_shards_and_the_next_run_ends_it(mixtu
             torch.testing.assert_close(*(one.posterior(found, SIZE, "crop", False) for one in (store, whole)))
         kill += 1
     assert set(kept) == {0, 1, 2, 3} and kill > 10
+
+
+def sending(monkeypatch, number):
+    """Have the process that reads the fourth picture send itself a signal."""
+    whole = posteriors._Unread.entries
+
+    def entries(self, picture):
+        if picture.file.path.endswith("3.png"):
+            os.kill(os.getpid(), number)
+        return whole(self, picture)
+
+    monkeypatch.setattr(posteriors._Unread, "entries", entries)
+
+
+def test_a_process_that_reads_and_is_killed_is_told_in_one_line_and_the_next_run_goes_on(
+        mixture_file, vae, tmp_path, monkeypatch):
+    others = set(multiprocessing.active_children())
+    words = ["data", "encode", str(mixture_file), "--vae", str(vae), "--out", str(tmp_path / "latents"), "--workers"]
+    with monkeypatch.context() as here:
+        sending(here, signal.SIGKILL)
+        with pytest.raises(SystemExit, match="^error: data encode: one of 1 processes that read ahead was killed, .*; "
+                                             "the same command goes on; fewer --workers take less$"):
+            main([*words, "1"])
+    assert not set(multiprocessing.active_children()) - others
+    main([*words, "0"])
+    assert len(PosteriorStore(tmp_path / "latents", tmp_path)) == 6
+
+
+def test_processes_that_read_leave_an_interrupt_to_the_command(mixture_file, vae, tmp_path, monkeypatch):
+    sending(monkeypatch, signal.SIGINT)
+    out = encode_mixture(mixture_file, settings_of(vae, tmp_path / "latents", workers=1))
+    assert len(PosteriorStore(out, tmp_path)) == 6
 
 
 def test_a_finished_store_is_left_as_it_is(mixture_file, vae, tmp_path, capsys):
