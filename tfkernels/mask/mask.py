@@ -58,12 +58,15 @@ class TransfusionMask:
     offset: int = 0
 
     def __post_init__(self):
-        """Of inference tensors, make plain ones: of these attention remembers what all layers read off a mask."""
-        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        """Of inference tensors, make plain ones: backward may keep these, and attention remembers what all layers read
+        off them."""
+        if torch.compiler.is_compiling():
+            return
+        found = [(name, x) for name, x in vars(self).items() if isinstance(x, Tensor) and x.is_inference()]
+        if found:
             with torch.inference_mode(False):
-                for name, x in vars(self).copy().items():
-                    if isinstance(x, Tensor) and x.is_inference():
-                        object.__setattr__(self, name, x.clone())
+                for name, x in found:
+                    object.__setattr__(self, name, x.clone())
 
     @classmethod
     def from_spans(cls, spans, seq_len, documents=None, hidden=None, window=None, device=None) -> "TransfusionMask":

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import DEVICE
-from tfkernels import TransfusionMask
+from tfkernels import TransfusionMask, attention
 from tfkernels._library import INTERPRET
 
 
@@ -310,3 +310,15 @@ def test_a_mask_that_is_made_in_inference_mode_is_of_plain_tensors_and_shows_the
         mask = make()
     assert not any(x.is_inference() for x in (mask.lo, mask.hi, mask.key_since, mask.key_until))
     assert torch.equal(mask.dense(), make().dense())
+
+
+def test_a_mask_of_integers_from_inference_mode_trains_outside_of_it():
+    whole = build([[(1, 3)]], 6)
+    with torch.inference_mode():
+        sides = [x.clone() for x in (whole.lo, whole.hi, whole.key_since, whole.key_until)]
+    assert all(x.is_inference() for x in sides)
+    x = torch.randn(1, 2, 6, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+    found = [torch.autograd.grad(attention(x, x, x, mask).square().sum(), x)[0]
+             for mask in (TransfusionMask(*sides), TransfusionMask.from_intervals(*sides[:2]), whole)]
+    assert torch.equal(found[0], found[2])
+    torch.testing.assert_close(found[1], found[2])
