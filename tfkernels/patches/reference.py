@@ -53,10 +53,19 @@ def noise_reference(seed: Tensor, offsets: Tensor | None, images: int, rows: int
                     dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Return each row's image id (P,) and the eps (P, D) in `dtype` that `noise_patchify` adds and the losses know.
 
-    They are drawn once for a seed tensor, and are not to be written to.
+    They are drawn once for a seed tensor while sizes and dtype stay the same, and are not to be written to.
     """
-    return made_once(_noise, seed, *(() if offsets is None else (offsets,)), images=images, rows=rows, dim=dim,
-                     dtype=dtype)
+    tensors, sizes = (seed,) if offsets is None else (seed, offsets), (images, rows, dim, dtype)
+    last = made_once(_no_noise, *tensors)
+    drawn = last[0]
+    if drawn is None or drawn[0] != sizes:
+        drawn = last[0] = sizes, _noise(*tensors, images=images, rows=rows, dim=dim, dtype=dtype)
+    return drawn[1]
+
+
+def _no_noise(*tensors: Tensor) -> list:
+    """A place for the noise that was drawn last: a seed that lives on must not keep that of every size."""
+    return [None]
 
 
 def _noise(

@@ -1,6 +1,7 @@
 """Philox and its normals: the published known answers, equality of kernel and reference, and the statistics that noise
 must have."""
 import math
+import weakref
 
 import pytest
 import torch
@@ -169,3 +170,12 @@ def test_noise_is_drawn_once_for_a_seed_tensor_and_again_when_that_is_written_to
     assert not moved[5].equal(first[5])
     seed[0] = 6
     assert not (noise_reference(seed, offsets, 2, 6, 5)[1] == moved).any()
+
+
+def test_a_seed_that_lives_on_keeps_the_noise_that_was_drawn_last_alone(monkeypatch):
+    monkeypatch.setattr(_library._calls, "are_eager", True)
+    seed, offsets = torch.tensor([5, 7, 0]), torch.tensor([0, 4, 6], dtype=torch.int32)
+    asked = [(None, 1, rows, 5) for rows in (4, 6, 8)] + [(offsets, 2, 6, 5)]
+    kept = [weakref.ref(noise_reference(seed, *what)[1]) for what in asked]
+    assert [noise() is None for noise in kept] == [True, True, True, False]
+    assert noise_reference(seed, *asked[-1])[1] is kept[-1]()
