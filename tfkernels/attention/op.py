@@ -194,10 +194,15 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: TransfusionMask, keys
         raise ValueError(f"{op}: mask is {mask.query_len} queries by {mask.key_len} keys, q has {of_q[2]} tokens "
                          f"and k {of_k[2]}; equal lengths fit; for cached decoding take mask.queries(start, stop) "
                          "of a mask as long as the cache")
-    if mask.batch_size not in (1, of_q[0]):
-        raise ValueError(f"{op}: mask has {mask.batch_size} batch rows and q has {of_q[0]}; the same number, or 1 "
+    check_rows(op, q, mask)
+
+
+def check_rows(op: str, q: Tensor, mask: TransfusionMask) -> None:
+    """Check that a mask has q's batch rows, or one for all, and is on its device."""
+    if mask.batch_size not in (1, q.shape[0]):
+        raise ValueError(f"{op}: mask has {mask.batch_size} batch rows and q has {q.shape[0]}; the same number, or 1 "
                          "for all, fits")
-    if mask.lo.device != device:
+    if mask.lo.device != q.device:
         raise ValueError(f"{op}: mask is on {mask.lo.device} and q on {q.device}; one device fits; call "
                          "mask.to(q.device)")
 

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from tfkernels._arguments import got
-from tfkernels.attention.op import attention
+from tfkernels.attention.op import attention, check_rows
 from tfkernels.integrations._visible import visible_pairs
 from tfkernels.mask import TransfusionMask
 from tfkernels.mask.pairs import PAIRS, hulls
@@ -63,8 +63,7 @@ class _Made(NamedTuple):
     mask: TransfusionMask
     query_position: Tensor                                                                 # (B, Sq) int32
     key_position: Tensor                                                                   # (B, Sk) int32
-    # (B, Sk) bool; None: all of them
-    kept: Tensor | None
+    kept: Tensor | None                                                                    # (B, Sk) bool; None: all
 
 
 def register() -> str:
@@ -180,6 +179,7 @@ def attend(
                 raise ValueError(f"{_OP}: s_aux (attention sinks) is given beside a SharedMask; ranks that share a row "
                                  "fit models without sinks")
             return mask.attend(query, key, value, scale=scaling, softcap=softcap).transpose(1, 2), None
+        check_rows("attention", query, mask)
         mask = _fitted(mask, made, attention_mask, query_len, key_len, sliding_window)
     elif made is not None:
         mask = made.mask
@@ -301,7 +301,7 @@ def _fitted(mask: TransfusionMask, made: _Made | None, attention_mask, query_len
         return mask
     if (mask.query_len, mask.key_len) != (query_len, key_len) and mask.offset == 0 and mask.query_len == mask.key_len:
         mask = _behind(mask, made, window)
-    # `attention` refuses what does not fit
+    # `attention` refuses lengths that do not fit
     if made.kept is None or mask.key_len != key_len:
         return mask
     mask = _sized(mask, len(made.kept))

@@ -63,6 +63,17 @@ def test_a_mask_in_the_wrong_place_or_of_the_wrong_kind_is_refused_by_name():
               transfusion_mask=TransfusionMask.causal(20, device=DEVICE))
 
 
+@pytest.mark.parametrize("length", [24, 20])
+def test_a_mask_of_other_rows_or_on_another_device_is_refused_by_name_also_beside_padding(length):
+    model, attention_mask = build("llama", "tfkernels"), torch.ones(2, 24, dtype=torch.int64, device=DEVICE)
+    attention_mask[0, :5] = 0
+    for mask, message in (
+            (TransfusionMask.from_spans([[]] * 3, length, device=DEVICE), "mask has 3 batch rows and q has 2"),
+            (TransfusionMask.causal(length).to("meta"), f"mask is on meta and q on {DEVICE}.*; one device fits")):
+        with pytest.raises(ValueError, match=f"attention: {message}"):
+            model(tokens(), attention_mask=attention_mask, transfusion_mask=mask)
+
+
 @torch.no_grad()
 def test_other_implementations_refuse_our_mask_and_do_the_same_as_ever_without_it():
     mask, x = TransfusionMask.causal(24, device=DEVICE), tokens()
