@@ -11,13 +11,14 @@ from transfusion.diffusion.objective import OBJECTIVES
 from transfusion.sequence import IMAGE_ATTENTION
 from transfusion.settings import Count, NotNegative, OneOf, WholeNumber, check, nearest
 
+_TIE = "tie_word_embeddings"
 BACKBONES = ("decoder", "adaln", "mixture_of_transformers")
 POSITIONS = ("1d", "2d")
 IMAGE_LAYERS = ("linear", "dit", "unet")
 _COMMON = {field.name for field in fields(PreTrainedConfig)} | {  # what any configuration of transformers may hold
     "attn_implementation", "auto_map", "bos_token_id", "decoder_start_token_id", "eos_token_id",
     "experts_implementation", "is_decoder", "label2id", "model_type", "name_or_path", "num_labels",
-    "output_attentions", "pad_token_id", "quantization_config", "sep_token_id", "tie_word_embeddings",
+    "output_attentions", "pad_token_id", "quantization_config", "sep_token_id", _TIE,
     "tokenizer_class", "torch_dtype", "use_cache"}
 
 
@@ -90,7 +91,7 @@ class TransfusionConfig(PreTrainedConfig):
 
     Args:
         text_config: configuration of any causal language model in transformers (a config or its dict); transformers'
-            default Llama, of 7B, where none is given.
+            default Llama, of 7B, where none is given. It alone says whether embeddings are tied.
         image_channels: channels of an image or of its VAE latent.
         image_size: (height, width) that `generate` draws when not told otherwise.
         boi_token_id, eoi_token_id: the tokens around an image.
@@ -101,12 +102,15 @@ class TransfusionConfig(PreTrainedConfig):
 
     def __init__(self, text_config=None, **settings):
         _refuse_unknown(name for name in settings if name not in _COMMON and not name.startswith("_"))
-        common = {name: value for name, value in settings.items() if name not in (*_OWN, "tie_word_embeddings")}
+        common = {name: value for name, value in settings.items() if name not in (*_OWN, _TIE)}
         own = _OwnSettings(**{name: settings[name] for name in _OWN if name in settings})
         text_config = _text_config(text_config)
         _check_settings(own, text_config)
         self.text_config = text_config
-        self.tie_word_embeddings = getattr(text_config.get_text_config(), "tie_word_embeddings", False)
+        self.tie_word_embeddings = getattr(text_config.get_text_config(), _TIE, False)
+        if settings.get(_TIE) not in (None, self.tie_word_embeddings):
+            raise ValueError(f"TransfusionConfig: {_TIE} is {settings[_TIE]!r} and text_config's "
+                             f"{self.tie_word_embeddings!r}; the same fits; set it in text_config")
         for name, value in dataclasses.asdict(own).items():
             setattr(self, name, list(value) if isinstance(value, tuple) else value)        # as JSON gives them back
         super().__init__(**common)
@@ -130,7 +134,9 @@ class TransfusionConfig(PreTrainedConfig):
         refused.
         """
         names = cls.names()
-        config_dict = config_dict | {name: kwargs.pop(name) for name in names if name in kwargs}
+        if "text_config" in kwargs:  # which says by itself whether its embeddings are tied
+            config_dict = {name: value for name, value in config_dict.items() if name != _TIE}
+        config_dict = config_dict | {name: kwargs.pop(name) for name in (*names, _TIE) if name in kwargs}
         others = {name: value for name, value in config_dict.items()
                   if name not in (*names, *_COMMON) and not name.startswith("_")}
         _refuse_unknown(name for name in others if difflib.get_close_matches(name, names, n=1, cutoff=0.85))

@@ -79,6 +79,23 @@ def test_an_unknown_setting_is_answered_with_the_nearest():
         TransfusionConfig(text_config={"hidden_size": 32})
 
 
+def test_embeddings_are_tied_where_text_config_says_so_and_nothing_else_may_say_otherwise(tmp_path):
+    tied, loose = ({"model_type": "llama", "tie_word_embeddings": one} for one in (True, False))
+    for text_config, given in ((tied, False), (loose, True), (None, True)):
+        with pytest.raises(ValueError, match=f"TransfusionConfig: tie_word_embeddings is {given} and text_config's "
+                                             f"{not given}; the same fits; set it in text_config"):
+            TransfusionConfig(text_config=text_config, tie_word_embeddings=given)
+    for text_config in (tied, loose):
+        config = TransfusionConfig(text_config=text_config, tie_word_embeddings=text_config["tie_word_embeddings"])
+        config.save_pretrained(tmp_path)
+        is_tied, other = config.tie_word_embeddings, loose if text_config is tied else tied
+        assert TransfusionConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+        assert TransfusionConfig.from_pretrained(tmp_path, tie_word_embeddings=is_tied).tie_word_embeddings == is_tied
+        assert TransfusionConfig.from_pretrained(tmp_path, text_config=other).tie_word_embeddings != is_tied
+        with pytest.raises(ValueError, match=f"tie_word_embeddings is {not is_tied} and text_config's {is_tied}"):
+            TransfusionConfig.from_pretrained(tmp_path, tie_word_embeddings=not is_tied)
+
+
 def test_what_transformers_writes_into_a_configuration_stays_in_it(tmp_path):
     config = tiny_model().config
     config.save_pretrained(tmp_path)
