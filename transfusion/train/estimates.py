@@ -80,12 +80,12 @@ class Messages(NamedTuple):
 def sizes(model: nn.Module) -> Sizes:
     """Count the parameters of a model, also of one on the meta device or inside peft's; a tied weight counts once."""
     base = base_of(model)
-    layers = base.backbone.decoder.get_decoder().layers
-    own = [layers[0], *getattr(base.backbone, "image_layers", [])[:1]]
+    layers = base.config.text_config.get_text_config().num_hidden_layers
+    own = base.backbone.blocks()[::layers]  # the first of text, and that of patches where they have their own
     everything, layer = list(model.parameters()), [p for part in own for p in part.parameters()]
     return Sizes(*(sum(p.numel() for p in some) for some in (
         everything, [p for p in everything if p.requires_grad], layer, [p for p in layer if p.requires_grad])),
-        len(layers))
+        layers)
 
 
 class Keys(NamedTuple):
@@ -156,7 +156,8 @@ def work(model: nn.Module, plain: Transfusion, rows: Sequence) -> dict[str, Work
     base = base_of(model)
     text, tokens, patches = config.text_config.get_text_config(), rows.tokens.numel(), len(rows.patches)
     own = getattr(base.backbone, "image_layers", None)  # of patches, in a mixture of transformers
-    layers = _matrices(base.backbone.decoder.get_decoder().layers, tokens if own is None else tokens - patches)
+    blocks = base.backbone.blocks()[:text.num_hidden_layers]
+    layers = _matrices(blocks, tokens if own is None else tokens - patches)
     if own is not None:
         layers = _sum(layers, _matrices(own, patches))
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

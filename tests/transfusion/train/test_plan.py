@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig
+from transformers import GPT2Config, LlamaConfig
 
 from transfusion.cli import main
 from transfusion.model.config import TransfusionConfig
@@ -49,6 +49,13 @@ def small(backbone, image_layers, layers=4):
 
 def rows_of(config, rows):
     return planned_rows(config, rows, 256, caption=10, text_share=0.3, text_tokens=40)
+
+
+def test_layers_are_counted_whatever_the_decoder_calls_them():
+    text = GPT2Config(vocab_size=300, n_embd=64, n_layer=3, n_head=4, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+    model = Transfusion(TransfusionConfig(text_config=text, image_channels=4, image_size=(8, 8)))
+    count, layer = sizes(model), model.backbone.decoder.transformer.h[1]
+    assert count.layers == 3 and count.layer == sum(p.numel() for p in layer.parameters())
 
 
 class InUse(TorchDispatchMode):
