@@ -145,11 +145,14 @@ def load_adapter(base, path: Path):
         raise ValueError(f"Transfusion.from_pretrained: path is {str(path)!r}, an adapter without "
                          "adapter_model.safetensors; copy it again or make it anew")
     check_files(path)
+    trainable = {name for name, p in base.named_parameters() if p.requires_grad}  # peft freezes all
     adapted = PeftModel.from_pretrained(base, path)
     with safe_open(path / "adapter_model.safetensors", "pt") as file:
         lacking = get_peft_model_state_dict(adapted).keys() - file.keys()
     check_complete("Transfusion.from_pretrained", "path", path, {"missing_keys": lacking})
     merged = adapted.merge_and_unload()
+    for name, p in merged.named_parameters():
+        p.requires_grad_(name in trainable)
     merged.name_or_path = str(path)
     return merged
 

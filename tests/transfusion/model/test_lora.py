@@ -16,7 +16,7 @@ from tests.transfusion.train.test_transfusion import losses, small
 from transfusion import Text, Transfusion, TransfusionConfig
 from transfusion.model.config import BACKBONES
 from transfusion.model.from_language_model import InitSettings, init
-from transfusion.model.lora import TuneSettings, find_base, prepare, trained_table
+from transfusion.model.lora import TuneSettings, find_base, load_adapter, prepare, trained_table
 from transfusion.train.average import Average, trained_parameters
 from transfusion.train.transfusion import start_model, train
 
@@ -101,6 +101,17 @@ def test_a_stopped_adapter_run_goes_on_as_if_it_had_not_stopped(tmp_path, start)
     state = load_file(tmp_path / "whole" / "resume" / "state.safetensors")
     kept = sum(x.numel() for name, x in state.items() if name.startswith("model."))
     assert kept < 0.7 * sum(p.numel() for p in Transfusion.from_pretrained(start).parameters())
+
+
+@pytest.mark.parametrize("trained", ["images", "lora"])
+def test_a_model_with_its_adapter_put_in_is_trained_as_its_model_is(tmp_path, start, trained):
+    prepare(Transfusion.from_pretrained(start), TuneSettings(start=start, trained=trained)).save_pretrained(tmp_path)
+    again = Transfusion.from_pretrained(tmp_path, base=start)
+    assert prepare(again, TuneSettings(start=tmp_path)) is again and all(p.requires_grad for p in again.parameters())
+    base = Transfusion.from_pretrained(start)
+    base.timestep.requires_grad_(False)
+    frozen = [name for name, p in load_adapter(base, tmp_path).named_parameters() if not p.requires_grad]
+    assert frozen and all(name.startswith("timestep.") for name in frozen)
 
 
 def test_the_average_holds_what_is_trained_alone(start):
