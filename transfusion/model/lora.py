@@ -18,6 +18,7 @@ from typing import Annotated
 from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoQuantizationConfig
 
 from transfusion.files import STEPS, check_files, checksums, current, read_json
@@ -81,8 +82,9 @@ def prepare(model, settings: TuneSettings) -> nn.Module:
     if settings.trained == "images":
         config = TrainableTokensConfig(target_modules=list(tokens), token_indices=rows)
     else:
+        transposed = any(isinstance(module, Conv1D) for module in model.backbone.decoder.modules())  # GPT-2's weights
         config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, trainable_token_indices=tokens,
-                            target_modules=_linear_layers(model))
+                            target_modules=_linear_layers(model), fan_in_fan_out=transposed)
     config.modules_to_save = changed
     adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = str(Path(settings.start).resolve())
@@ -91,9 +93,10 @@ def prepare(model, settings: TuneSettings) -> nn.Module:
 
 def _linear_layers(model) -> str | list[str]:
     """Every linear layer of the decoder's blocks, by a pattern where it says all of them, else by their names."""
-    blocks = set(model.backbone.decoder.get_decoder().layers.modules())
-    names = [name for name, module in model.named_modules() if module in blocks and isinstance(module, nn.Linear)]
-    if all(re.fullmatch(PROJECTIONS, name) for name in names):
+    blocks = {module for block in model.backbone.blocks() for module in block.modules()}
+    names = [name for name, module in model.named_modules()
+             if module in blocks and not is_of_images(name) and isinstance(module, nn.Linear | Conv1D)]
+    if names and all(re.fullmatch(PROJECTIONS, name) for name in names):
         return PROJECTIONS
     return names
 

@@ -236,14 +236,29 @@ def test_a_checkpoint_of_half_precision_is_trained_in_float32(tmp_path, start, t
     assert {p.dtype for p in prepare(model, config.tune).parameters()} == {torch.float32}
 
 
-def test_lora_adapts_every_linear_layer_of_a_block_whatever_it_is_called(tmp_path):
-    text_config = AutoConfig.for_model("phi", vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                       num_attention_heads=4, resid_pdrop=0.0, embd_pdrop=0.0)
+GPT2 = dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.0)
+
+
+@pytest.mark.parametrize("family,sizes,expected", [
+    ("phi", dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4),
+     {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}),
+    ("gpt2", GPT2, {"c_attn", "c_proj", "c_fc"}), ("gpt_bigcode", GPT2, {"c_attn", "c_proj", "c_fc"})])
+def test_lora_adapts_every_linear_layer_of_a_block_whatever_it_and_the_blocks_are_called(tmp_path, family, sizes,
+                                                                                         expected):
+    text_config = AutoConfig.for_model(family, vocab_size=300, resid_pdrop=0.0, embd_pdrop=0.0, **sizes)
     model = Transfusion(TransfusionConfig(text_config=text_config, image_channels=1, image_size=[8, 8], boi_token_id=3,
                                           eoi_token_id=4))
-    adapted = prepare(model, TuneSettings(start=tmp_path, trained="lora", lora_rank=2))
-    names = {name.split(".")[-4] for name, _ in adapted.named_parameters() if "lora_A" in name and ".layers.0." in name}
-    assert names == {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}
+    before = text_logits(model.double())
+    adapted = prepare(model, TuneSettings(start=tmp_path, trained="lora", lora_rank=2)).double()
+    found = [name for name, _ in adapted.named_parameters() if "lora_A" in name]
+    assert {name.split(".")[-4] for name in found if re.search(r"\.(layers|h)\.0\.", name)} == expected
+    torch.testing.assert_close(text_logits(adapted.get_base_model()), before)
+    for name, p in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    with_adapters = text_logits(adapted.get_base_model())
+    assert not torch.allclose(with_adapters, before, atol=1e-2)
+    torch.testing.assert_close(text_logits(adapted.merge_and_unload()), with_adapters)
 
 
 def test_an_adapter_that_leads_back_to_itself_is_refused(tmp_path, start):
