@@ -307,6 +307,27 @@ def test_a_compiled_backbone_needs_no_graph_break_and_gives_the_same(family, pic
     torch.testing.assert_close(torch.compile(run, backend="eager", fullgraph=True)(x), run(x))
 
 
+ROPES = {
+    "dynamic": dict(factor=4.0),
+    "longrope": dict(short_factor=[1.0] * 4, long_factor=[1.5, 2.0, 3.0, 4.0], original_max_position_embeddings=16,
+                     factor=4.0),
+    "yarn": dict(factor=4.0, original_max_position_embeddings=16),
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_text_turns_in_two_dimensions_as_in_one_whatever_was_asked_before(rope):
+    rope_parameters = dict(rope_type=rope, rope_theta=1e4, **ROPES[rope])
+    backbone = family_model("llama", "adaln", max_position_embeddings=16, rope_parameters=rope_parameters).backbone
+    found = []
+    for length in (48, 8, 40):
+        x, positions = torch.zeros(1, length, 32), torch.arange(length)[None]
+        expected = copy.deepcopy(backbone).rotation(x, positions)
+        found.append(backbone.rotation(x, positions[..., None].expand(-1, -1, 2)))
+        assert all(map(torch.equal, found[-1], expected))
+    assert torch.equal(found[0][0][:, :8], found[1][0]) == (rope == "yarn")  # the others' frequencies follow the length
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_autocast_trains_each_backbone(backbone, pictures):
     model = tiny_model(backbone=backbone).train()
