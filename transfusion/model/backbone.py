@@ -206,11 +206,22 @@ class ModulatedLayer:
                                  image_ids)
         return Stream(x, self.mlp(normed), 1 + gate_mlp)
 
+    def __reduce_ex__(self, protocol):
+        """Pickle and copy by the decoder's own class: the one that is made of it has no name in a module."""
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _empty_layer, (self.unmodulated,), *state
+
 
 @cache
 def modulated_class(layer: type[nn.Module]) -> type[nn.Module]:
     """Return the class of a decoder's layers with `ModulatedLayer` in front of it."""
-    return type(f"Modulated{layer.__name__}", (ModulatedLayer, layer), {})
+    return type(f"Modulated{layer.__name__}", (ModulatedLayer, layer), {"unmodulated": layer})
+
+
+def _empty_layer(layer: type[nn.Module]) -> nn.Module:
+    """A modulated layer without its state, which pickle and copy fill in."""
+    modulated = modulated_class(layer)
+    return modulated.__new__(modulated)
 
 
 def project(attention, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,5 @@
 """A checkpoint's round trip, the options of loading one, and quantisers that change its linear layers on the way."""
+import io
 import json
 
 import pytest
@@ -27,6 +28,17 @@ def test_checkpoints_come_back_equal_and_hold_no_pickle(model, pictures, tmp_pat
             *(losses(m.eval(), [[Text("a"), pictures[0]]], 32).loss for m in (again, model)), rtol=1e-6, atol=0
         )
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "transfusion"
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_whole_model_comes_back_from_pickle_with_equal_losses(backbone, pictures):
+    model, file = tiny_model(backbone=backbone), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert [*map(type, again.modules())] == [*map(type, model.modules())]
+    documents = [[Text("a"), pictures[0]]]
+    assert torch.equal(losses(again, documents, 32).loss, losses(model, documents, 32).loss)
 
 
 def test_tied_embeddings_come_back_tied(tmp_path):
