@@ -38,7 +38,7 @@ class MixtureOfTransformersBackbone(AdaLNBackbone):
         self.image_layers, self.image_norm = copy.deepcopy(decoder.layers), copy.deepcopy(decoder.norm)
 
     def start_from_text(self) -> None:
-        """Copy the decoder's weights into the image layers again, as after loading a checkpoint that has none."""
+        """Copy the decoder's weights into the image layers again, as loading a checkpoint that has none does."""
         decoder = self.decoder.get_decoder()
         self.image_layers.load_state_dict(decoder.layers.state_dict())
         self.image_norm.load_state_dict(decoder.norm.state_dict())

@@ -126,6 +126,7 @@ class Transfusion(PreTrainedModel):
         A str "owner/name" that is no directory here is a repository of the Hugging Face Hub; a `Path` never is.
 
         Options are those of transformers; settings of `TransfusionConfig` among them replace the checkpoint's. With
+        `backbone="mixture_of_transformers"` a checkpoint of another backbone gives patches copies of its layers. With
         `output_loading_info=True` the result is (model, what was missing or left over). A `quantization_config`
         quantises the decoder alone: the image layers and the text head stay as they are.
 
@@ -183,6 +184,7 @@ class Transfusion(PreTrainedModel):
             raise ValueError(f"Transfusion.from_pretrained: quantization_config asks for a package that is not here "
                              f"({' '.join(str(error).split())}); install it, or leave quantization_config out"
                              ) from error
+        _fill_image_layers(model, path, found["missing_keys"])
         if loading_info is not None:
             loading_info.update(found)
         elif "text_config" not in kwargs and not _has_new_layers(model.config, path):
@@ -345,6 +347,18 @@ def _has_new_layers(config: TransfusionConfig, path: Path) -> bool:
     saved = TransfusionConfig.from_pretrained(path)
     counts = [one.text_config.get_text_config().num_hidden_layers for one in (config, saved)]
     return counts[0] != counts[1] or any(getattr(config, name) != getattr(saved, name) for name in LAYERS)
+
+
+def _fill_image_layers(model: Transfusion, path: Path, missing) -> None:
+    """Have the image layers of a mixture of transformers begin as copies where the checkpoint had none of them."""
+    own = {name for name in model.state_dict() if name.startswith(("backbone.image_layers.", "backbone.image_norm."))}
+    if not own or not own <= set(missing):
+        return
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(f"Transfusion.from_pretrained: path is {str(path)!r}, which has no image layers for backbone "
+                         "'mixture_of_transformers', and quantised weights cannot be copied into them; load it without "
+                         "quantization_config, save it, and load that")
+    model.backbone.start_from_text()
 
 
 def _load_tokenizer(path: Path):

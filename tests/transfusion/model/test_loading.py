@@ -115,6 +115,12 @@ def test_a_quantiser_leaves_the_image_layers_and_the_text_head_as_they_are(tmp_p
     assert {"here", "timestep", "patch_embedding", "image_head"} < set(spared)
 
 
+def test_quantised_weights_are_not_what_image_layers_start_from(tmp_path):
+    tiny_model(backbone="adaln").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no image layers for backbone 'mixture_of_transformers', and quantised"):
+        Transfusion.from_pretrained(tmp_path, backbone="mixture_of_transformers", quantization_config=ByteConfig())
+
+
 def test_the_condition_has_the_models_dtype_where_a_weight_is_stored_as_bytes():
     timestep = tiny_model().timestep
     expected, weight = timestep(torch.tensor([0.3])), timestep.mlp[0].weight

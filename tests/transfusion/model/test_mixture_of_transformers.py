@@ -175,8 +175,10 @@ def test_image_layers_start_as_copies_of_the_decoder_wherever_it_comes_from(mode
     assert all(copied(fresh.backbone, other)) and all(copied(fresh.backbone, fresh.backbone.decoder))
     tiny_model(backbone="adaln").save_pretrained(tmp_path)
     again = Transfusion.from_pretrained(tmp_path, backbone="mixture_of_transformers")
-    again.backbone.start_from_text()
     assert all(copied(again.backbone, again.backbone.decoder))
+    model.save_pretrained(tmp_path / "own")
+    own = Transfusion.from_pretrained(tmp_path / "own").backbone.image_layers
+    assert all(map(torch.equal, own.parameters(), model.backbone.image_layers.parameters()))
 
 
 def test_image_layers_of_a_language_model_start_as_its_layers(tmp_path):
