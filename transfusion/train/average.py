@@ -33,19 +33,20 @@ class Average:
     """
 
     def __init__(self, model: torch.nn.Module, ema: float):
-        """`ema` is the decay after its warm-up; with 0 the average is the last weights."""
+        """`ema` is the decay after its warm-up; with 0 the average is the weights themselves, and no tensor is kept."""
         self.ema = ema
-        self.tensors = {name: p.detach().clone() for name, p in trained_parameters(model).items()}
+        parameters = trained_parameters(model) if ema else {}
+        self.tensors = {name: p.detach().clone() for name, p in parameters.items()}
         self.n_averaged = torch.tensor(0)  # on the host, where reading it waits for nothing
 
     @torch.no_grad()
     def update(self, model: torch.nn.Module) -> None:
         """Take in the weights after a step; the first ones are copied."""
         kept, new, count = list(self.tensors.values()), list(trained_parameters(model).values()), int(self.n_averaged)
-        if count == 0:
+        if kept and count == 0:
             for average, weights in zip(kept, new):  # DTensors have no _foreach_copy_
                 average.copy_(weights)
-        else:
+        elif kept:
             get_ema_multi_avg_fn(average_decay(count, self.ema))(kept, new, None)
         self.n_averaged += 1
 
@@ -59,8 +60,8 @@ class Average:
         exchanged: list[str] = []
         parameters = trained_parameters(model)
         try:
-            for name, p in parameters.items():
-                self._exchange(name, p)
+            for name in self.tensors:
+                self._exchange(name, parameters[name])
                 exchanged.append(name)
             _give_up_gathered(model)
             yield

@@ -2,7 +2,8 @@
 
 A run's directory holds its checkpoint, log.jsonl and resume/:
 
-    resume/state.safetensors   model.NAME, averaged.NAME and optimizer.NAME.KEY: weights, averages, optimizers' tensors
+    resume/state.safetensors   model.NAME, averaged.NAME and optimizer.NAME.KEY: weights, averages where there are any,
+                               optimizers' tensors
     resume/state/              the same of several processes, in shards (transfusion/train/sharded.py)
     resume/run.json            the step, the settings, and what optimizers keep that is no tensor
 
@@ -97,11 +98,25 @@ def restore_players(players: Sequence[Player], saved: Saved, optimizers: Mapping
         shapes = {name.removeprefix(start): shape for name, shape in saved.shapes.items() if name.startswith(start)}
         _restore_optimizer(player, shapes, optimizers.get(player.name, {}))
     targets = {name: x.detach() for name, x in training_state(players)[0].items()}
+    begun = _unsaved_averages(players, saved)
+    targets = {name: x for name, x in targets.items() if name not in begun}
     other = [name for name, x in targets.items() if saved.shapes.get(name, (None,))[0] != x.shape]
     if other:
         raise ValueError(f"train: the saved run has no {other[0]} of {tuple(targets[other[0]].shape)}, and this one "
                          "has; the same model fits; start anew with another --out")
     saved.read(targets)
+    for average, weights in begun.values():
+        average.copy_(weights)
+
+
+def _unsaved_averages(players: Sequence[Player], saved: Saved) -> dict[str, tuple[Tensor, Tensor]]:
+    """Averages that the saved run kept none of, its `ema` being 0, each with the weights that it begins as."""
+    found = {}
+    for player in players:
+        averages, weights = {} if player.averaged is None else player.averaged.tensors, _weights(player.model)
+        names = {name: f"{player.prefix('.')}averaged.{name}" for name in averages}
+        found |= {kept: (averages[name], weights[name]) for name, kept in names.items() if kept not in saved.shapes}
+    return found
 
 
 def _weights(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -118,8 +118,8 @@ def shards(layout: str, gpus: int, gpus_per_node: int, split_by: int = 1) -> int
     return {"replicate": split_by, "shard": gpus, "hybrid": max(split_by, min(gpus, gpus_per_node))}[layout]
 
 
-def memory(count: Sizes, shared_by: int, activations: Activations, keys: float = 0.0) -> Memory:
-    """Bytes on one GPU where `shared_by` GPUs share each copy.
+def memory(count: Sizes, shared_by: int, activations: Activations, keys: float = 0.0, averaged: bool = True) -> Memory:
+    """Bytes on one GPU where `shared_by` GPUs share each copy; weights are `averaged` unless `ema` is 0.
 
         weights 4 P / n     gradients 4 T / n     AdamW's moments 8 T / n     averaged weights 4 T / n
 
@@ -133,7 +133,8 @@ def memory(count: Sizes, shared_by: int, activations: Activations, keys: float =
         outside = count.all - count.layers * count.layer
         gathered = BFLOAT16 * outside + 2 * BFLOAT16 * (count.layer + count.layer_trained)
     trained = FLOAT32 * count.trained / shared_by
-    return Memory(FLOAT32 * count.all / shared_by, trained, 2 * trained, trained, gathered, activations, keys)
+    averages = trained if averaged else 0.0
+    return Memory(FLOAT32 * count.all / shared_by, trained, 2 * trained, averages, gathered, activations, keys)
 
 
 def work(model: nn.Module, plain: Transfusion, rows: Sequence) -> dict[str, Work]:

@@ -154,7 +154,7 @@ def plan(config: TrainConfig, settings: PlanSettings) -> Plan:
     for name, n in shared_by.items():
         sent = messages(n, count, settings.gpus, settings.gpus_per_node, optim.accumulate, gpu.link * 1e9,
                         settings.network * 1e9, split_by, whole.sent)
-        held = memory(count, n, traces[n > 1].activations(rows / split_by), whole.held)
+        held = memory(count, n, traces[n > 1].activations(rows / split_by), whole.held, averaged=optim.ema > 0)
         layouts.append(Layout(name, held, sent, traces[n > 1], n))
     step = {name: Work(*(optim.rows * x for x in part)) for name, part in work(model, plain, one).items()}
     return Plan(settings, config, trained_table(model), count, one, int(one.mask().area().sum()), step, layouts)
@@ -208,7 +208,7 @@ def _memory(made: Plan) -> str:
         ("weights, float32", lambda m: m.weights),
         ("gradients, float32", lambda m: m.gradients),
         ("AdamW's moments, float32", lambda m: m.moments),
-        ("averaged weights, float32", lambda m: m.averages),
+        *([("averaged weights, float32", lambda m: m.averages)] if made.config.optim.ema else []),
         ("weights in bfloat16 for computing", lambda m: m.gathered),
         ("activations, nothing computed again", lambda m: m.activations.everything),
         ("activations, selective checkpointing", lambda m: m.activations.selective),

@@ -111,7 +111,7 @@ class OptimizerSettings(StepSettings):
     warmup: WholeNumber = 100
     """steps of linear warm-up"""
     ema: Decay = 0.999
-    """decay of the averaged weights that are saved, after n steps at most (1 + n) / (10 + n); 0 saves the last ones"""
+    """decay of the averaged weights that are saved, after n steps at most (1 + n) / (10 + n); 0 keeps no average"""
 
 
 def defaults(**values) -> Callable[[type], type]:

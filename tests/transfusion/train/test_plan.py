@@ -271,12 +271,13 @@ def test_shards_divide_all_but_activations_and_two_layers():
     assert found[:5] == (500, 400, 800, 400, 2 * 500 + 4 * 180)
     assert found.peak(70) == 500 + 800 + 400 + max(1720 + 70 + 30, 400)
     assert found.peak(70, accumulate=2) == 500 + 800 + 400 + 1720 + 70 + 30 + 400
+    assert memory(count, 8, Activations(70, 60, 50, 40, 30), averaged=False) == found._replace(averages=0)
 
 
 def test_what_does_not_fit_is_said_with_what_helps():
     config = paper("7B")
     said = report(plan(config, PlanSettings(gpus=8)))
-    assert "- replicate: does not fit: what is kept of the model takes 126 GiB; share it among more GPUs" in said
+    assert "- replicate: does not fit: what is kept of the model takes 101 GiB; share it among more GPUs" in said
     assert re.search(r"- shard: does not fit; --optim.accumulate \d+ .*makes it fit", said)
     wide = report(plan(config, PlanSettings(gpus=1024)))
     assert "512 GPUs have nothing to do" in wide and "- shard: fits as it is" in wide

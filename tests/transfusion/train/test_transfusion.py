@@ -73,6 +73,19 @@ def test_a_resumed_run_has_the_losses_and_weights_of_one_that_never_stopped(tmp_
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.parametrize("before,after", [(0.0, 0.9), (0.9, 0.0), (0.0, 0.0)])
+def test_a_run_without_averages_saves_none_and_goes_on_with_or_without_them(tmp_path, before, after):
+    optim = small(tmp_path).optim
+    train(small(tmp_path, stop_after=5, optim=dataclasses.replace(optim, ema=before)))
+    saved = load_file(tmp_path / "resume" / "state.safetensors")
+    assert any(name.startswith("averaged.") for name in saved) == (before > 0)
+    train(small(tmp_path, resume=True, optim=dataclasses.replace(optim, ema=after)))
+    assert [record["step"] for record in losses(tmp_path)] == list(range(12))
+    saved, written = (load_file(tmp_path / name) for name in ("resume/state.safetensors", "model.safetensors"))
+    assert all(torch.equal(x, saved[f"averaged.{name}" if after else f"model.{name}"]) for name, x in written.items())
+    assert all(torch.equal(x, saved[f"model.{name}"]) for name, x in written.items()) == (after == 0)
+
+
 def test_a_crash_after_the_last_save_loses_only_the_steps_after_it(tmp_path):
     train(small(tmp_path, stop_after=5, save_every=5))
     with (tmp_path / "log.jsonl").open("a") as log:
