@@ -4,7 +4,6 @@ A question with its pictures is a conversation of one turn: the chat template, t
 are those of training (`transfusion.data.chat`, `transfusion.data.grids`). The prompt ends where the loss of an answer
 begins.
 """
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from transfusion.data.mixture import read_mixture
 from transfusion.data.model_images import picture_shape, pixel_factor
 from transfusion.data.sources.record import PictureRef, Record, Turn
 from transfusion.generate.generation import generate_batch, read
+from transfusion.generate.row import check_finite
 from transfusion.sequence import Image, Part, Text, encode
 from transfusion.settings import Count, OneOf
 
@@ -151,7 +151,7 @@ class Asker:
             before = torch.tensor([behind + i - 1 for i in places], device=states.device)
             scores = self.model.backbone.logits(states[before]).float().log_softmax(-1)
             total = float(scores.gather(1, ids[:, None]).sum())
-            check_number("eval", total)
+            check_finite("eval", total)
             found.append(Likelihood(total, bool((scores.argmax(1) == ids).all()), len(ids)))
         return found
 
@@ -163,17 +163,6 @@ class Asker:
     def _image(self, picture: Picture.Image) -> Image:
         pixels = self.grids.fitted(picture, self.grids.nearest(*picture.size))
         return Image(pixels if self.model.vae is None else self.model.vae.encode(pixels[None])[0], loss=False)
-
-
-def check_number(command: str, log_probability: float) -> None:
-    """Refuse a log-probability that is NaN or infinite: whoever compares it with others would choose at random.
-
-    Raises:
-        ValueError: it is.
-    """
-    if not math.isfinite(log_probability):
-        raise ValueError(f"{command}: a log-probability is {log_probability}; the dtype bfloat16 or float32, whose "
-                         "range is wider than float16's, or an earlier checkpoint fits")
 
 
 def _record(question: Question, answer: str | None = None) -> Record:

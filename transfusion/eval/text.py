@@ -21,9 +21,9 @@ from tqdm import tqdm
 from tyro.conf import arg
 
 from transfusion.command import claim
-from transfusion.eval.asking import check_number
 from transfusion.eval.results import Result, check_same_data, version_of, weights_hash, write_result
 from transfusion.eval.settings import ModelSettings
+from transfusion.generate.row import check_finite
 from transfusion.model.loading import load_model
 from transfusion.settings import Count, check
 
@@ -124,7 +124,7 @@ def perplexity(model, text: str, window: int | None = None, batch: int = 8, with
             logits = model.backbone.logits(states).float()
             logits[:, list(without)] = -math.inf
             total += float(logits.log_softmax(-1).gather(1, targets[:, None]).double().sum())
-    check_number("eval text", total)
+    check_finite("eval text", total)
     words, size = len(text.split()), len(text.encode())
     return Perplexity(math.exp(-total / len(ids)), math.exp(-total / words) if -total / words < 700 else math.inf,
                       -total / math.log(2) / size, len(ids), total)

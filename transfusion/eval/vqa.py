@@ -12,6 +12,7 @@ import math
 import os
 import time
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
@@ -137,9 +138,17 @@ def _ask(settings: VQASettings, asked: list[Benchmark], rank: int, size: int) ->
 
 
 def limit_of(benchmark: Benchmark, limit: int | None, ids: list) -> int | None:
-    """How many questions are asked at most: of those that are scored together, all or none."""
+    """How many rows are asked at most: of those that are scored together, all or none.
+
+    Raises:
+        ValueError: these do not stand together, as an older version prepared them.
+    """
     if limit is not None and benchmark.group is not None:
-        while limit < len(ids) and benchmark.group(ids[limit]) == benchmark.group(ids[limit - 1]):
+        groups = [benchmark.group(one) for one in ids]
+        if len(list(groupby(groups))) > len(set(groups)):
+            raise ValueError(f"eval vqa: limit is {limit}, and rows of {benchmark.title} that are scored together "
+                             "stand apart; transfusion eval prepare writes them side by side")
+        while limit < len(groups) and groups[limit] == groups[limit - 1]:
             limit += 1
     return limit
 
@@ -160,8 +169,7 @@ def _write(settings: VQASettings, benchmark: Benchmark, rows: list[dict], found:
     scores = {name.split(",")[0]: score for name, score in metrics.items()
               if "," in name and isinstance(score, int | float) and not name.startswith("bypass")
               and not name.split(",")[0].endswith(("_stderr", "_stderr_clustered", "_stderr_clt"))}
-    notes = _notes(settings, benchmark, about, upload, limit_of(benchmark, settings.limit, [row["id"] for row in rows]))
-    notes += missing
+    notes = _notes(settings, benchmark, about, upload, len(samples)) + missing
     notes += [f"{too_long:,} questions fill the model's positions: empty answers"] if too_long else []
     lines = []
     remove_results(settings.out, benchmark.name)  # a judge's score beside answers that nobody scored would be stale
@@ -169,7 +177,7 @@ def _write(settings: VQASettings, benchmark: Benchmark, rows: list[dict], found:
         name = NAMES.get((benchmark.name, metric), metric)
         counted = [sample for sample in samples if metric in sample or not scores]
         count = len(counted)
-        if benchmark.group is not None and not benchmark.pairs:  # a question with its options in several orders
+        if _counts_groups(benchmark):
             count = len({benchmark.group(rows[sample["doc_id"]]["id"]) for sample in counted})
         failed = isinstance(score, float) and math.isnan(score)
         note = "; ".join([*(["the judge failed at an answer or more: no score"] if failed else []), *notes])
@@ -185,17 +193,22 @@ def _write(settings: VQASettings, benchmark: Benchmark, rows: list[dict], found:
     return lines
 
 
-def _notes(settings: VQASettings, benchmark: Benchmark, about: dict, upload: Path | None, limit: int | None
-           ) -> list[str]:
+def _counts_groups(benchmark: Benchmark) -> bool:
+    """Whether rows that are scored together are one question, as one with its options in several orders is."""
+    return benchmark.group is not None and not benchmark.pairs
+
+
+def _notes(settings: VQASettings, benchmark: Benchmark, about: dict, upload: Path | None, asked: int) -> list[str]:
     """What a reader must know beside the numbers of a benchmark."""
     notes = [RULE[benchmark.name]] if benchmark.name in RULE else []
     if benchmark.judge and settings.judge is None:
         notes.append(f"a judge scores it, and none was asked: its answers are in answers/{benchmark.name}.jsonl")
     if upload is not None:
         notes.append(f"{benchmark.server} scores {upload.relative_to(settings.out)}")
-    if limit is not None and limit < about["rows"]:
-        notes.append(f"the first {limit:,} of {about['rows']:,} questions alone")
-    notes += [f"{count:,} questions left out: {kind}" for kind, count in about["skipped"].items()]
+    rows = "rows" if _counts_groups(benchmark) else "questions"
+    if asked < about["rows"]:
+        notes.append(f"the first {asked:,} of {about['rows']:,} {rows} alone")
+    notes += [f"{count:,} {rows} left out: {kind}" for kind, count in about["skipped"].items()]
     return notes
 
 

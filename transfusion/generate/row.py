@@ -106,12 +106,12 @@ class Row:
             scores[self.config.boi_token_id] = -torch.inf
         if options.temperature == 0:
             best, token = scores.max(-1)  # NaN where a score is
-            _check_number(float(best))
+            check_finite("generate", float(best))
             return int(token)
         scores = (scores - scores.max()).double() / options.temperature  # in float32 a tiny one makes NaN: 0 / 0
         ranked, order = scores.float().softmax(-1).sort(descending=True)
         ranked[(ranked.cumsum(-1) - ranked >= options.top_p) | (ranked < options.min_p * ranked[0])] = 0
-        _check_number(float(ranked[0]))
+        check_finite("generate", float(ranked[0]))
         ranked[0] = ranked[0].clamp(min=torch.finfo(ranked.dtype).tiny)  # top_p 0 leaves the likeliest
         return int(order[torch.multinomial(ranked, 1, generator=self.generator)])
 
@@ -145,7 +145,7 @@ class Row:
         """An image on the host from its patches."""
         height, width = (side * self.config.patch_size for side in self.grid)
         patches = patches.float().cpu()
-        _check_number(float(patches.sum()))
+        check_finite("generate", float(patches.sum()))
         with torch.inference_mode(False):  # what users get may be changed and trained on
             return Image(unpatchify(patches.clone(), self.config.patch_size, height, width)[0])
 
@@ -182,12 +182,12 @@ class Row:
         return text[:min((text.index(stop) for stop in self.stop if stop in text), default=len(text))]
 
 
-def _check_number(found: float) -> None:
+def check_finite(op: str, found: float) -> None:
     """Refuse what a model gave where it is not finite: all that follows would be noise that looks like an answer.
 
     Raises:
         ValueError: it is NaN or infinite.
     """
     if not math.isfinite(found):
-        raise ValueError("generate: the model's outputs are not finite numbers; the dtype bfloat16 or float32, whose "
+        raise ValueError(f"{op}: the model's outputs are not finite numbers; the dtype bfloat16 or float32, whose "
                          "range is wider than float16's, or an earlier checkpoint fits")

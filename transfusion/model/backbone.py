@@ -305,7 +305,8 @@ class AdaLNBackbone(Backbone):
         if positions.ndim == 2:
             cos, sin = rotary(x, position_ids=positions)                           # (B, S, R), both halves equal
             return cos[..., :cos.shape[-1] // 2], sin[..., :sin.shape[-1] // 2]
-        rotary(x[:, :0], position_ids=positions.amax(-1))  # dynamic and longrope choose their frequencies in a call
+        if getattr(rotary, "rope_type", "") in ("dynamic", "longrope"):  # which choose their frequencies in a call
+            rotary(x[:, :0], position_ids=positions.amax(-1))
         axes = torch.arange(len(rotary.inv_freq), device=x.device) % 2
         tables = rotary_table(positions, rotary.inv_freq.float(), axes)
         return tuple((table * rotary.attention_scaling).to(x.dtype) for table in tables)

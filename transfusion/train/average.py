@@ -42,12 +42,13 @@ class Average:
     @torch.no_grad()
     def update(self, model: torch.nn.Module) -> None:
         """Take in the weights after a step; the first ones are copied."""
-        kept, new, count = list(self.tensors.values()), list(trained_parameters(model).values()), int(self.n_averaged)
-        if kept and count == 0:
-            for average, weights in zip(kept, new):  # DTensors have no _foreach_copy_
-                average.copy_(weights)
-        elif kept:
-            get_ema_multi_avg_fn(average_decay(count, self.ema))(kept, new, None)
+        if self.tensors:
+            kept, new = list(self.tensors.values()), list(trained_parameters(model).values())
+            if (count := int(self.n_averaged)) == 0:
+                for average, weights in zip(kept, new):  # DTensors have no _foreach_copy_
+                    average.copy_(weights)
+            else:
+                get_ema_multi_avg_fn(average_decay(count, self.ema))(kept, new, None)
         self.n_averaged += 1
 
     @contextlib.contextmanager

@@ -110,12 +110,12 @@ def restore_players(players: Sequence[Player], saved: Saved, optimizers: Mapping
 
 
 def _unsaved_averages(players: Sequence[Player], saved: Saved) -> dict[str, tuple[Tensor, Tensor]]:
-    """Averages that the saved run kept none of, its `ema` being 0, each with the weights that it begins as."""
+    """Averages of players of which the saved run kept none, its `ema` being 0, each with the weights it begins as."""
     found = {}
     for player in players:
-        averages, weights = {} if player.averaged is None else player.averaged.tensors, _weights(player.model)
-        names = {name: f"{player.prefix('.')}averaged.{name}" for name in averages}
-        found |= {kept: (averages[name], weights[name]) for name, kept in names.items() if kept not in saved.shapes}
+        start, weights = player.prefix(".") + "averaged.", _weights(player.model)
+        if player.averaged is not None and not any(name.startswith(start) for name in saved.shapes):
+            found |= {start + name: (average, weights[name]) for name, average in player.averaged.tensors.items()}
     return found
 
 

@@ -178,7 +178,8 @@ def read_shards(directory: Path, targets: dict[str, Tensor]) -> None:
 
 
 def whole_weights(save: Path) -> dict[str, Tensor]:
-    """The averages of a save's trained weights, and its buffers, whole and on the host, by their names in the model."""
+    """The averages of a save's trained weights, themselves where nothing is averaged, and its buffers: whole and on the
+    host, by their names in the model."""
     shapes = shapes_of(save / SHARDS)
     names = {name.removeprefix("model."): name for name in shapes if name.startswith("model.")}
     names = {name: averaged if (averaged := f"averaged.{name}") in shapes else kept for name, kept in names.items()}

@@ -151,7 +151,7 @@ def test_a_likelihood_is_the_sum_of_the_answers_log_probabilities(model, asker, 
 
 def test_a_likelihood_that_is_no_number_is_refused(model, asker, monkeypatch):
     monkeypatch.setattr(model.backbone, "logits", lambda states: torch.full((len(states), 9999), torch.nan))
-    with pytest.raises(ValueError, match="eval: a log-probability is nan; the dtype bfloat16 or float32"):
+    with pytest.raises(ValueError, match="eval: the model's outputs are not finite numbers; the dtype bfloat16"):
         asker.likelihoods([Question("a seven?", (RED,))], ["seven"])
 
 

@@ -90,6 +90,8 @@ def test_a_question_of_mmbench_stands_beside_itself_with_its_options_in_other_or
     assert [row["index"] for row in table(prepared(data, "mmbench"), "mmbench")] == [241, 1_000_241, 242, 1_000_242]
     mmbench = BENCHMARKS["mmbench"]
     assert [limit_of(mmbench, limit, [241, 1_000_241, 242, 1_000_242]) for limit in (1, 2, 3, 9)] == [2, 2, 4, 9]
+    with pytest.raises(ValueError, match="limit is 2, and rows of MMBench that are scored together stand apart"):
+        limit_of(mmbench, 2, [241, 242, 1_000_241, 1_000_242])
     assert limit_of(BENCHMARKS["pope"], 1, [0, 1]) == 1 and limit_of(mmbench, None, [241]) is None
 
 
