@@ -8,6 +8,7 @@ import pytest
 import transfusion.cli
 import transfusion.data.check
 import transfusion.data.posteriors
+import transfusion.eval.autoencoder
 import transfusion.eval.captions
 import transfusion.eval.draw
 import transfusion.eval.geneval
@@ -23,6 +24,7 @@ import transfusion.recipes.command_line as command_line
 import transfusion.sample
 import transfusion.serve.chat
 import transfusion.serve.command_line
+import transfusion.train.report
 from tests.transfusion.conftest import tiny_model
 from transfusion.data.dataset import DatasetSettings
 
@@ -84,8 +86,8 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page, checkpoint, monkeypa
 def test_a_command_line_is_understood(command, monkeypatch):
     run = []
     for module, name in ((command_line.trainer, "train"), (command_line.autoencoder, "train"),
-                         (command_line.plan, "print_plan"), (command_line.report, "report"),
-                         (command_line, "evaluate"), (command_line, "encode_dataset"),
+                         (command_line.plan, "print_plan"), (transfusion.train.report, "report"),
+                         (transfusion.eval.autoencoder, "evaluate"), (command_line, "encode_dataset"),
                          (transfusion.eval.prepare, "prepare"), (transfusion.eval.vqa, "evaluate_vqa"),
                          (transfusion.eval.text, "evaluate_text"),
                          (transfusion.model.from_language_model, "init"), (transfusion.sample, "sample"),

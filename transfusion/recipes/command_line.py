@@ -18,14 +18,12 @@ import tyro
 import transfusion.train.autoencoder as autoencoder
 import transfusion.train.classifier as classifier
 import transfusion.train.plan as plan
-import transfusion.train.report as report
 import transfusion.train.transfusion as trainer
 from transfusion.command import plain_errors
 from transfusion.data.dataset import DatasetSettings, DataSettings
 from transfusion.data.latents import EncodeSettings, encode_dataset
 from transfusion.data.mixture_data import MixtureFileSettings
 from transfusion.data.picture_files import PictureFolderSettings
-from transfusion.eval.autoencoder import VAEEvalSettings, evaluate
 from transfusion.recipes.digits import DigitsSettings, digits, digits_paper
 from transfusion.recipes.emoji import EmojiSettings, emoji, emoji_autoencoder
 from transfusion.recipes.llava import is_llava, read_llava
@@ -68,6 +66,7 @@ def plan_main(args: list[str] | None = None) -> None:
 
 def report_main(args: list[str] | None = None) -> None:
     """Entry point of `transfusion report`."""
+    from transfusion.train import report
     settings = tyro.cli(report.ReportSettings, prog="transfusion report", description=report.__doc__, args=args)
     presets = {name: preset() for name, preset in PRESETS.items()}
     presets |= {f"{name} (autoencoder)": preset() for name, preset in AUTOENCODER_PRESETS.items()}
@@ -84,6 +83,7 @@ def vae_train_main(args: list[str] | None = None) -> None:
 
 def vae_eval_main(args: list[str] | None = None) -> None:
     """Entry point of `transfusion vae eval`."""
+    from transfusion.eval.autoencoder import VAEEvalSettings, evaluate
     settings = read_settings("transfusion vae eval", VAEEvalSettings, args)
     with plain_errors():
         evaluate(settings)

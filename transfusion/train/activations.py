@@ -26,6 +26,7 @@ from transfusion.model.config import TransfusionConfig
 from transfusion.model.lora import TuneSettings, base_of, prepare
 from transfusion.model.transfusion import Transfusion
 from transfusion.sequence import IMAGE_ATTENTION, Sequence
+from transfusion.train.frozen import narrow_frozen
 from transfusion.train.recompute import PRODUCTS
 
 STREAMS = {"decoder": 1, "adaln": 2, "mixture_of_transformers": 2}
@@ -144,16 +145,19 @@ def _onto_cpu(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def count(config: TransfusionConfig, tune: TuneSettings, sequence: Sequence, mask: TransfusionMask, *,
-          dtype: torch.dtype, autocast: bool) -> Kept:
+          dtype: torch.dtype, autocast: bool, narrow: bool = False) -> Kept:
     """Return what one forward pass over `sequence` keeps, without doing it.
 
     Args:
         mask: of the sequence; it is made of the sequence's numbers, which tensors without storage do not have.
+        narrow: whether frozen weights are held in bfloat16.
     """
     model = outline(config, tune)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _onto_cpu(model, dtype)
         base = base_of(model)
+        if narrow:
+            narrow_frozen(base)
         base.image_attention = _Ready(mask)
         times = torch.zeros(sequence.image_count)
         seed = torch.zeros(2, dtype=torch.int64)
@@ -218,17 +222,18 @@ class Trace(NamedTuple):
 
 
 def trace(config: TransfusionConfig, tune: TuneSettings, one: Sequence, two: Sequence, *, dtype: torch.dtype,
-          autocast: bool) -> Trace:
+          autocast: bool, narrow: bool = False) -> Trace:
     """Count what one and two layers keep of one and two packed rows like those of training.
 
     Args:
         one, two: a row, and two.
         dtype: of the parameters.
         autocast: whether products are then in bfloat16.
+        narrow: whether frozen weights are held in bfloat16.
     """
     text = config.text_config.get_text_config()
     attention = IMAGE_ATTENTION[config.image_attention]
     runs = {(n, len(rows.tokens)): count(with_layers(config, n), tune, rows, attention.mask(rows), dtype=dtype,
-                                         autocast=autocast) for n in (1, 2) for rows in (one, two)}
+                                         autocast=autocast, narrow=narrow) for n in (1, 2) for rows in (one, two)}
     inputs = STREAMS[config.backbone] * one.tokens.shape[1] * text.hidden_size * dtype.itemsize
     return Trace(runs, text.num_hidden_layers, inputs)

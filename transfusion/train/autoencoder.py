@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import diffusers  # its classes are looked up where they are used, as in `transfusion.model.vae`
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from transfusion.command import claim
@@ -110,7 +110,8 @@ class VAETrainConfig(RunSettings):
     optim: VAEOptimSettings = field(default_factory=VAEOptimSettings)
 
 
-def build_autoencoder(settings: AutoencoderSettings, shape: tuple[int, int, int], seed: int) -> AutoencoderKL:
+def build_autoencoder(settings: AutoencoderSettings, shape: tuple[int, int, int],
+                      seed: int) -> "diffusers.AutoencoderKL":
     """Return a freshly initialised autoencoder for pictures of `shape` (C, H, W), its posteriors narrow.
 
     Raises:
@@ -125,7 +126,7 @@ def build_autoencoder(settings: AutoencoderSettings, shape: tuple[int, int, int]
         raise ValueError(f"vae train: model.groups is {settings.groups} and model.widths {settings.widths}; "
                          "a divisor of each width fits")
     torch.manual_seed(seed)
-    autoencoder = AutoencoderKL(
+    autoencoder = diffusers.AutoencoderKL(
         in_channels=channels, out_channels=channels, latent_channels=settings.latent_channels, sample_size=sides[0],
         block_out_channels=settings.widths, layers_per_block=settings.blocks, norm_num_groups=settings.groups,
         down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
@@ -202,7 +203,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
         model.requires_grad_(True)
 
 
-def reconstruct(autoencoder: AutoencoderKL, pictures: Tensor, generator: torch.Generator):
+def reconstruct(autoencoder: "diffusers.AutoencoderKL", pictures: Tensor, generator: torch.Generator):
     """Return the decoded sample of the posterior, (N, C, H, W), and the posterior."""
     posterior = autoencoder.encode(pictures).latent_dist
     return autoencoder.decode(posterior.sample(generator)).sample, posterior
@@ -216,7 +217,7 @@ def draw_pictures(pictures, optim: VAEOptimSettings, generator: torch.Generator)
     return torch.where(flipped[:, None, None, None], batch.flip(-1), batch)
 
 
-def latent_statistics(autoencoder: AutoencoderKL, pictures, batch: int) -> tuple[float, float]:
+def latent_statistics(autoencoder: "diffusers.AutoencoderKL", pictures, batch: int) -> tuple[float, float]:
     """Mean and standard deviation over the latents, which are posterior means, of at most MEASURED pictures."""
     chosen = torch.linspace(0, len(pictures) - 1, min(MEASURED, len(pictures))).round().long()
     with torch.no_grad():
@@ -231,7 +232,7 @@ class AutoencoderTask:
 
     unit, shown = "pictures", ("loss", "l1", "perceptual", "identity", "adversarial", "discriminator")
 
-    def __init__(self, config: VAETrainConfig, pictures, autoencoder: AutoencoderKL, terms: Terms):
+    def __init__(self, config: VAETrainConfig, pictures, autoencoder: "diffusers.AutoencoderKL", terms: Terms):
         self.config, self.pictures, self.terms, self.size = config, pictures, terms, config.optim.batch
         average = Average(autoencoder, config.optim.ema)
         self.autoencoder = Player(autoencoder, build_optimizer(autoencoder, config.optim), average)
@@ -300,7 +301,8 @@ def _train(config: VAETrainConfig) -> Path:
     return config.out
 
 
-def parameter_counts(config: VAETrainConfig, autoencoder: AutoencoderKL, discriminator: PatchDiscriminator) -> str:
+def parameter_counts(config: VAETrainConfig, autoencoder: "diffusers.AutoencoderKL",
+                     discriminator: PatchDiscriminator) -> str:
     """How large the networks are that play."""
     counts = [sum(p.numel() for p in model.parameters()) for model in (autoencoder, discriminator)]
     against = "" if config.losses.adversarial_from is None else f", {counts[1]:,} of the discriminator"

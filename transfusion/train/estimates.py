@@ -2,11 +2,12 @@
 
 P parameters, T of them trained, L layers, N GPUs, R rows of S tokens, A visible pairs of query and key, H heads of D
 columns, K heads of keys and values, C hidden columns, V words. A weight, a gradient and each of AdamW's moments has 4
-bytes (float32).
+bytes (float32), a frozen weight that is held in bfloat16 (F of them) 2.
 """
 import math
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from transfusion.model.config import TransfusionConfig
@@ -22,13 +23,15 @@ hybrid: the GPUs of a node share one"""
 
 
 class Sizes(NamedTuple):
-    """Numbers of parameters: all, those that are trained, and those of one layer, all and trained."""
+    """Numbers of parameters: all, those that are trained, those of one layer, all and trained, and those that are held
+    in bfloat16."""
 
     all: int
     trained: int
     layer: int
     layer_trained: int
     layers: int
+    narrow: int = 0
 
 
 class Work(NamedTuple):
@@ -46,7 +49,8 @@ class Memory(NamedTuple):
     moments: float
     averages: float
     gathered: float
-    """copies of weights in bfloat16: autocast's of all matrices, or those that a sharded layer is gathered into"""
+    """copies of weights in bfloat16: autocast's, of matrices that are not held so, or those that a sharded layer is
+    gathered into"""
     activations: Activations
     keys: float = 0.0
     """a layer's keys and values of split rows, those of other GPUs included"""
@@ -85,7 +89,7 @@ def sizes(model: nn.Module) -> Sizes:
     everything, layer = list(model.parameters()), [p for part in own for p in part.parameters()]
     return Sizes(*(sum(p.numel() for p in some) for some in (
         everything, [p for p in everything if p.requires_grad], layer, [p for p in layer if p.requires_grad])),
-        layers)
+        layers, sum(p.numel() for p in everything if p.dtype == torch.bfloat16))
 
 
 class Keys(NamedTuple):
@@ -121,11 +125,11 @@ def shards(layout: str, gpus: int, gpus_per_node: int, split_by: int = 1) -> int
 def memory(count: Sizes, shared_by: int, activations: Activations, keys: float = 0.0, averaged: bool = True) -> Memory:
     """Bytes on one GPU where `shared_by` GPUs share each copy; weights are `averaged` unless `ema` is 0.
 
-        weights 4 P / n     gradients 4 T / n     AdamW's moments 8 T / n     averaged weights 4 T / n
+        weights (4 P - 2 F) / n     gradients 4 T / n     AdamW's moments 8 T / n     averaged weights 4 T / n
 
-    One GPU's own weights are copied to bfloat16 by autocast: `activations.copies`. Sharded weights are gathered in
-    bfloat16, those outside the layers for the whole step and two layers at a time (one at work, one on its way), and
-    these layers' gradients are whole in bfloat16 before they are summed and scattered:
+    One GPU's own weights that are not held in bfloat16 are copied to it by autocast: `activations.copies`. Sharded
+    weights are gathered in bfloat16, those outside the layers for the whole step and two layers at a time (one at work,
+    one on its way), and these layers' gradients are whole in bfloat16 before they are summed and scattered:
     2 (P - L layer) + 2 * (2 layer + 2 layer_trained).
     """
     gathered = activations.copies
@@ -134,7 +138,8 @@ def memory(count: Sizes, shared_by: int, activations: Activations, keys: float =
         gathered = BFLOAT16 * outside + 2 * BFLOAT16 * (count.layer + count.layer_trained)
     trained = FLOAT32 * count.trained / shared_by
     averages = trained if averaged else 0.0
-    return Memory(FLOAT32 * count.all / shared_by, trained, 2 * trained, averages, gathered, activations, keys)
+    weights = (FLOAT32 * count.all - (FLOAT32 - BFLOAT16) * count.narrow) / shared_by
+    return Memory(weights, trained, 2 * trained, averages, gathered, activations, keys)
 
 
 def work(model: nn.Module, plain: Transfusion, rows: Sequence) -> dict[str, Work]:
@@ -215,12 +220,14 @@ def _unet(half: nn.Module, scales: nn.ModuleList, fine: nn.Module, coarse: nn.Mo
 def moved(count: Sizes, activations: float, micro_batches: int) -> float:
     """Bytes that a step reads and writes at least, of a GPU that holds all weights.
 
-        3 * 2 P micro_batches      weights in bfloat16: written as copies, read in forward and in backward
+        2 (3 P - F) micro_batches  weights in bfloat16: written as copies, unless held so, and read in forward and in
+                                   backward
         2 activations              written and read again
         48 T                       gradients written, read for their norm and read by AdamW, which reads and writes
                                    weights and both moments: 4 * (3 + 2 + 4), and the average's 4 * 3
     """
-    return (3 * BFLOAT16 * count.all + 2 * activations) * micro_batches + FLOAT32 * 12 * count.trained
+    weights = BFLOAT16 * (3 * count.all - count.narrow)
+    return (weights + 2 * activations) * micro_batches + FLOAT32 * 12 * count.trained
 
 
 def messages(shared_by: int, count: Sizes, gpus: int, gpus_per_node: int, micro_batches: int, link: float,

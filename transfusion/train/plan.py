@@ -10,7 +10,7 @@ from typing import Annotated, NamedTuple
 
 import torch
 
-from transfusion.model.lora import TuneSettings, trained_table
+from transfusion.model.lora import TuneSettings, base_of, trained_table
 from transfusion.sequence import Sequence
 from transfusion.settings import Count, OneOf, Positive, Range, Share, WholeNumber, check
 from transfusion.train.activations import Trace, outline, trace
@@ -29,9 +29,10 @@ from transfusion.train.estimates import (
     split_keys,
     work,
 )
+from transfusion.train.frozen import narrow_frozen
 from transfusion.train.gpus import GPUS
 from transfusion.train.plan_model import planned_config, planned_rows
-from transfusion.train.transfusion import TrainConfig, check_settings
+from transfusion.train.transfusion import TrainConfig, check_settings, holds_narrow
 
 GIB, FREE = 2**30, 0.92  # the rest of a card is the driver's, the communication's and lost between blocks
 BUDGETS = {"0.5 T": 0.5e12, "2 T": 2e12}
@@ -142,6 +143,9 @@ def plan(config: TrainConfig, settings: PlanSettings) -> Plan:
                              text_share=settings.text_share, text_tokens=settings.text_tokens, clean=clean)
                 for rows in (1, 2))
     model, plain = (outline(model_config, tune) for tune in (config.tune, TuneSettings(frozen=config.tune.frozen)))
+    narrow = holds_narrow(config, settings.gpus)
+    if narrow:
+        narrow_frozen(base_of(model))
     count, rows = sizes(model), rows_on_a_gpu(optim.rows, settings.gpus // split_by, optim.accumulate)
     shared_by = {name: shards(name, settings.gpus, settings.gpus_per_node, split_by) for name in _names(settings)}
     whole = split_keys(model_config.text_config.get_text_config(), config.parallel.context_by, split_by,
@@ -149,7 +153,7 @@ def plan(config: TrainConfig, settings: PlanSettings) -> Plan:
     traces = {}
     for shared in {n > 1 for n in shared_by.values()}:
         dtype, autocast = (torch.bfloat16, False) if shared else (torch.float32, config.autocast)
-        traces[shared] = trace(model_config, config.tune, one, two, dtype=dtype, autocast=autocast)
+        traces[shared] = trace(model_config, config.tune, one, two, dtype=dtype, autocast=autocast, narrow=narrow)
     layouts = []
     for name, n in shared_by.items():
         sent = messages(n, count, settings.gpus, settings.gpus_per_node, optim.accumulate, gpu.link * 1e9,
@@ -205,7 +209,7 @@ def _head(made: Plan) -> str:
 
 def _memory(made: Plan) -> str:
     kinds = [
-        ("weights, float32", lambda m: m.weights),
+        (f"weights, float32{', frozen layers bfloat16' if made.sizes.narrow else ''}", lambda m: m.weights),
         ("gradients, float32", lambda m: m.gradients),
         ("AdamW's moments, float32", lambda m: m.moments),
         *([("averaged weights, float32", lambda m: m.averages)] if made.config.optim.ema else []),

@@ -32,6 +32,7 @@ from transfusion.settings import Count, OneOf, Positive, Range, check
 from transfusion.train.activations import outline
 from transfusion.train.average import Average
 from transfusion.train.estimates import work
+from transfusion.train.frozen import narrow_frozen
 from transfusion.train.loop import Batch, Term, fit, say_stopped
 from transfusion.train.optimizer import Player, build_optimizer, learning_rate, scale_rates
 from transfusion.train.parallel import shard
@@ -285,6 +286,11 @@ def watch(config: TrainConfig, task: TransfusionTask, rows: Rows) -> list[Valida
     return watchers
 
 
+def holds_narrow(config: TrainConfig, processes: int) -> bool:
+    """Whether the frozen matrices of layers are held in bfloat16: autocast computes in it, and adapters are saved."""
+    return config.autocast and config.tune.trained != "all" and processes == 1
+
+
 def train(config: TrainConfig) -> Path:
     """Run `config` as far as `fit` goes; return the directory with the checkpoint.
 
@@ -314,6 +320,8 @@ def _train(config: TrainConfig, processes: Processes) -> Path:
         torch.manual_seed(config.seed)  # adapters start at random
         model = prepare(base, config.tune).train()
         written = without_memory(model, base.vae) if processes.size > 1 else None
+        if holds_narrow(config, processes.size):
+            narrow_frozen(base)
         checkpoint_layers(base, config.recompute)
         if config.compile:
             compile_layers(base, whole=processes.context_ranks == 1)

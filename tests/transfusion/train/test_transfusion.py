@@ -406,9 +406,14 @@ def cli(*args):
     return subprocess.run([sys.executable, "-m", "transfusion.cli", *args], capture_output=True, text=True)
 
 
-def test_help_lists_presets_and_explains_fields():
-    text = cli("train", "--help").stdout
-    assert all(name in text for name in PRESETS)
+def test_help_lists_presets_and_explains_fields(monkeypatch):
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    listed = cli("train", "--help")
+    monkeypatch.delenv("PYTHONPROFILEIMPORTTIME")
+    imported = {line.rpartition("|")[2].strip() for line in listed.stderr.splitlines()}
+    slow = {"matplotlib.pyplot", "scipy.stats", "diffusers.models.unets"}  # what draws, and all models of diffusers
+    assert "torch" in imported and not imported & slow
+    assert all(name in listed.stdout for name in PRESETS)
     text = cli("train", "digits", "--help").stdout
     for words in ("--optim.steps", "optimizer steps in all", "--data.noise-limit", "largest noise time", "--resume"):
         assert words in text
