@@ -1,4 +1,5 @@
 """The text of tokens that come one by one, of which only the last are decoded anew and no finished one changes."""
+from collections.abc import Sequence
 
 WINDOW = 256   # tokens that are decoded at once, at most
 CONTEXT = 32   # of them, those that stand before the ones whose text is not settled
@@ -14,16 +15,21 @@ class Decoding:
 
     A text that ends with a whole character stays. Tokenizers that fall back to bytes make replacement characters of a
     whole run of bytes where its last character is cut; then only the tokens behind the text that stays are decoded.
+
+    `before` are the last tokens of a text that these go on with: they are read, and no part of what is said. Without
+    them a tokenizer that drops the space at a beginning (Llama 2) would say "seven" of the " seven" in "a seven".
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, before: Sequence[int] = ()):
         self.tokenizer = tokenizer
-        self.tokens: list[int] = []
-        self.settled, self.start, self.known = "", 0, 0  # text, and the window's first token and settled characters
-        self.whole, self.count, self.seen = "", 0, ""  # the last text without a cut character, its tokens, its window
+        self.tokens = list(before)
+        said = self._decoded(self.tokens)
+        self.settled, self.start, self.known = "", 0, len(said)  # text, window's first token and settled characters
+        self.whole, self.count, self.seen = "", len(self.tokens), said  # the last text without a cut character, its
+        #                                                                 tokens, its window
 
     def text(self) -> str:
-        """The text of all tokens."""
+        """The text of all tokens but those before."""
         window = self._window()
         if not window.startswith(self.seen):
             self.settled, self.start, self.known, self.seen = self.whole, self.count, 0, ""
@@ -36,7 +42,10 @@ class Decoding:
         return text
 
     def _window(self) -> str:
-        return self.tokenizer.decode(self.tokens[self.start:]) if self.tokens else ""
+        return self._decoded(self.tokens[self.start:])
+
+    def _decoded(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens) if tokens else ""
 
     def _settle(self, text: str) -> None:
         for context in range(CONTEXT, CONTEXT + LONGEST):  # one of them begins with a character, where tokens are bytes

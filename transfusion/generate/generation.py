@@ -171,8 +171,9 @@ class _Generation:
         if options.cuda_graph and model.device.type != "cuda":
             raise ValueError(f"generate: cuda_graph is True and the model is on {str(model.device)!r}; "
                              "a model on a CUDA device fits")
-        seeds = range(options.seed, options.seed + len(prompts)) if seeds is None else seeds
-        self.rows = [Row(model, prompt, options, self.grid, seed) for prompt, seed in zip(prompts, seeds)]
+        first = int(options.seed)  # NumPy's integers would wrap
+        seeds = range(first, first + len(prompts)) if seeds is None else seeds
+        self.rows = [Row(model, prompt, options, self.grid, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         self.documents = [row.document(force_image) for row in self.rows]
         self.eos = model.tokenizer.eos_token_id
 

@@ -47,7 +47,8 @@ class PrefixCache:
         columns = torch.full((batch,), max(1, grid[1]), dtype=torch.int32, device=device)
         places = torch.arange(batch * count, device=device).view(batch, count)
         modality = Modality(image_ids, places[:, block:].flatten(), places[:, :block].flatten())
-        return mask, model.positions(self.positions[:, None] + order, image_ids, columns), modality
+        positions = torch.where(valid, self.positions[:, None] + order, 0)  # a table may have none behind a row's end
+        return mask, model.positions(positions, image_ids, columns), modality
 
     def select(self, rows: list[int]) -> "PrefixCache":
         """Copy some rows."""

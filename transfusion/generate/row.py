@@ -79,11 +79,19 @@ class Row:
         """
         document = encode(self.prompt, self.model.tokenizer, self.config, end=False)
         image, options, room = self.grid[0] * self.grid[1] + 2, self.options, self.model.backbone.room
-        more = image if force_image else options.max_new_tokens + options.max_images * image
+        more = options.max_new_tokens + max(options.max_images, int(force_image)) * image
         if room is not None and len(document.tokens) + more > room:
             raise ValueError(f"generate: the prompt has {len(document.tokens)} tokens and what is made of it may have "
                              f"{more}; {room}, the decoder's positions, fit; give less, or ask for less")
+        if not force_image and not options.turn_end:  # an answer of a chat begins anew
+            self._go_on(document)
         return self._then_image(document) if force_image else document
+
+    def _go_on(self, document: Document) -> None:
+        """Read what will be written as going on with the text that the prompt ends with."""
+        last, before = self.prompt[-1] if self.prompt else None, document.tokens[-1:]
+        if isinstance(last, Text) and last.text and not self.decoder.decode(before).endswith(CUT):
+            self.decoding = Decoding(self.decoder, before)
 
     def context(self, name: str) -> Document:
         """What stands before an image in a context of guidance, with the image's BOI.

@@ -85,3 +85,17 @@ def test_what_follows_a_cut_character_is_read():
 
 def test_no_tokens_are_no_text():
     assert Decoding(bytes_alone()).text() == ""
+
+
+@pytest.mark.parametrize("text", ["cat a", "cat caf\u00e9 a", "cat " * 2 * WINDOW], ids=["words", "bytes", "long"])
+def test_what_goes_on_with_a_text_keeps_the_space_between(text):
+    tokenizer = words_or_bytes()
+    before, tokens = spelled(tokenizer, "a"), spelled(tokenizer, text.strip())
+    decoding = Decoding(tokenizer, before)
+    assert decoding.text() == ""
+    for count, token in enumerate(tokens, 1):
+        decoding.tokens.append(token)
+        said = decoding.text()
+        if CUT not in said:
+            assert tokenizer.decode(before + tokens[:count]) == "a" + said
+    assert said.startswith(" cat")

@@ -8,10 +8,11 @@ from transformers import GPT2Config
 from tests.transfusion.conftest import tiny_model
 from tests.transfusion.generate.test_decoding import spelled, words_or_bytes
 from tests.transfusion.generate.test_generation import same
-from transfusion import Text, Transfusion, TransfusionConfig
+from transfusion import Image, Text, Transfusion, TransfusionConfig
 from transfusion.generate.decoding import CUT
 from transfusion.generate.row import Row
 from transfusion.generate.sampling import LONGEST_STOP, Sampling
+from transfusion.sequence import encode
 
 
 def test_nucleus_sampling_never_leaves_the_nucleus(model):
@@ -66,19 +67,46 @@ def test_top_p_and_min_p_leave_the_tokens_that_their_papers_say(model):
     assert drawn(min_p=0.2) == {a, b, c} and drawn(min_p=0.4) == {a, b}   # times 0.5, the likeliest's
 
 
-def test_a_decoder_that_learned_its_positions_is_asked_for_no_more():
+def learned_positions():
+    """A model whose decoder has a table of 16 positions; an image takes 6."""
     model = tiny_model()
     config = GPT2Config(vocab_size=len(model.tokenizer), n_positions=16, n_embd=32, n_layer=1, n_head=2,
                         attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
-    learned = Transfusion(TransfusionConfig(
+    return Transfusion(TransfusionConfig(
         text_config=config, image_channels=1, image_size=(4, 4), patch_size=2, boi_token_id=model.config.boi_token_id,
         eoi_token_id=model.config.eoi_token_id), model.tokenizer).eval()
+
+
+def test_a_decoder_that_learned_its_positions_is_asked_for_no_more():
+    model, learned = tiny_model(), learned_positions()
     assert learned.backbone.room == 16 and model.backbone.room is None
     assert learned.draw(["a"], steps=1)[0].latent.shape == (1, 4, 4)
     with pytest.raises(ValueError, match="the prompt has .* tokens and what is made of it may have 6; 16, the dec"):
         learned.draw(["a handwritten seven and a handwritten five and more"], steps=1)
     with pytest.raises(ValueError, match="may have 20; 16"):
         learned.generate([Text("a")], max_new_tokens=20, max_images=0)
+    with pytest.raises(ValueError, match="may have 26; 16"):
+        learned.draw(["a"], steps=1, max_new_tokens=20)
+
+
+def test_a_row_that_has_used_all_positions_waits_for_one_that_still_writes(monkeypatch):
+    learned = learned_positions()
+    plain, boi, calls = learned.tokenizer.encode("a", add_special_tokens=False)[0], learned.config.boi_token_id, []
+
+    def logits(x):
+        calls.append(len(x))
+        scores = torch.zeros(*x.shape[:-1], learned.config.text_config.vocab_size)
+        scores[..., plain] = 1
+        for row, begins_to_draw in enumerate((3, 1)):
+            if len(calls) == begins_to_draw:
+                scores[row, ..., boi] = 2
+        return scores
+
+    monkeypatch.setattr(learned.backbone, "logits", logits)
+    written = 16 - len(encode([Text("a")], learned.tokenizer, learned.config, end=False).tokens) - 6
+    first, second = learned.generate_batch([[Text("a")]] * 2, max_new_tokens=written, max_images=1, steps=1)
+    assert [type(part) for part in first] == [Text, Image, Text] and [type(part) for part in second] == [Image, Text]
+    assert set(calls) == {2} and len(calls) == 3 + written + 1, "until both draw, behind that, and to end"
 
 
 def test_what_was_told_of_a_text_is_all_of_it_also_where_its_last_character_is_cut(model):
