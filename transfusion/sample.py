@@ -5,7 +5,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from transfusion.data.model_images import check_picture_path, load_image, save_image
+from transfusion.data.model_images import check_channels, check_picture_path, load_image, save_image
 from transfusion.generate.sampling import Sampling, TextSampling
 from transfusion.model.loading import load_model
 from transfusion.model.vae import VAE
@@ -68,6 +68,8 @@ def sample(options: Sample) -> None:
     out = Path("sample.png") if options.out is None else options.out
     check_picture_path(out)
     model = load_model(options.model, options.device)
+    if options.draw:
+        check_channels("sample", model.config, model.vae)
     if options.image is None and not options.prompt.strip():
         raise ValueError("sample: prompt is empty; some text fits, e.g. --prompt 'a handwritten seven', or a file of "
                          "prompts with --prompts")

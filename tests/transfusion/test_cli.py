@@ -13,7 +13,7 @@ from PIL import Image as Picture
 
 from tests.transfusion.conftest import tiny_model
 from tests.transfusion.model.test_from_language_model import language_model
-from transfusion import __version__
+from transfusion import Transfusion, __version__
 from transfusion.cli import main
 from transfusion.data.model_images import load_image, save_image
 from transfusion.data.picture_files import read_picture
@@ -235,6 +235,13 @@ def test_a_picture_that_could_not_be_written_is_refused_before_it_is_drawn(
     with pytest.raises(SystemExit, match=message) as stop:
         main(["sample", "--model", str(checkpoint), "--prompt", "a", "--out", str(tmp_path / out)])
     assert str(stop.value).startswith("error: ") and "\n" not in str(stop.value)
+
+
+def test_images_that_cannot_be_picture_files_are_refused_before_they_are_drawn(tmp_path, monkeypatch):
+    tiny_model(image_channels=8).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(Transfusion, "draw", lambda *_, **__: pytest.fail("it was drawn"))
+    with pytest.raises(SystemExit, match="sample: the model's images have 8 channels and no VAE"):
+        main(["sample", "--model", str(tmp_path / "model"), "--prompt", "a", "--out", str(tmp_path / "drawn.png")])
 
 
 def test_init_writes_over_no_checkpoint_and_no_model_that_it_reads(tmp_path, checkpoint):

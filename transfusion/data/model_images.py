@@ -39,20 +39,21 @@ def pixels_of(image: Image, vae: VAE | None = None) -> Tensor:
 
 def load_image(path: Path, config, vae: VAE | None = None) -> Image:
     """Read a picture file as training does: in the model's channels and size, in [-1, 1], or as its VAE's latent."""
-    _check_channels("load_image", config, vae)
+    check_channels("load_image", config, vae)
     return image_of(open_picture(path), config, vae, "load_image")
 
 
 def image_of(picture: Picture.Image, config, vae: VAE | None = None, op: str = "image_of") -> Image:
     """Make the model's image of a picture, as `load_image` does of a file. Errors begin with `op`."""
-    _check_channels(op, config, vae)
+    check_channels(op, config, vae)
     channels, *size = picture_shape(config, vae)
     transparent = picture.mode in ("LA", "PA", "La") or "transparency" in picture.info
     pixels = fit_picture(picture.convert("RGBA") if transparent else picture, tuple(size), channels)
     return Image(pixels if vae is None else vae.encode(pixels[None])[0])
 
 
-def _check_channels(op: str, config, vae: VAE | None) -> None:
+def check_channels(op: str, config, vae: VAE | None) -> None:
+    """Refuse a model whose images cannot be picture files. Errors begin with `op`."""
     if vae is None and config.image_channels not in (1, 3):
         raise ValueError(f"{op}: the model's images have {config.image_channels} channels and no VAE; picture files "
                          "fit models of 1 (grey) or 3 (colour), or with a VAE (transfusion init --vae)")

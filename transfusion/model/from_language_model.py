@@ -4,11 +4,12 @@ The image layers start silent.
 
     transfusion init --llm PATH --out DIR
 """
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from transfusion.command import claim
 from transfusion.files import check_files
@@ -71,14 +72,15 @@ def from_language_model(decoder, tokenizer, *, seed: int = 0, **config) -> Trans
     """Return a Transfusion that holds `decoder`'s weights; `config` are fields of `TransfusionConfig`.
 
     BOI and EOI are added to the vocabulary and their rows start as the mean of all rows. Text logits over the old
-    vocabulary stay the decoder's own.
-    Documents begin with the tokenizer's BOS or, where it has none, its EOS.
+    vocabulary stay the decoder's own. Of a decoder of several modalities, such as the larger Gemma 3, the language
+    model alone is taken. Documents begin with the tokenizer's BOS or, where it has none, its EOS.
 
     Raises:
         ValueError: a setting that does not fit, a decoder that does not (see `transfusion.model.decoders`), or a
             tokenizer without EOS.
     """
     _check(seed, config)
+    decoder = _text_part(decoder)
     if tokenizer.eos_token is None:
         raise ValueError("init: the tokenizer has no EOS, without which no document ends; set tokenizer.eos_token")
     for name in ("bos_token", "pad_token"):
@@ -104,6 +106,28 @@ def from_language_model(decoder, tokenizer, *, seed: int = 0, **config) -> Trans
     model = Transfusion(config, tokenizer)
     model.backbone.load_text(decoder)
     return model
+
+
+def _text_part(decoder):
+    """The language model in a model of text and other modalities, as one of its own; others as they are."""
+    text_config = decoder.config.get_text_config()
+    if text_config is decoder.config:
+        return decoder
+    name, inside, head = type(decoder).__name__, decoder.get_decoder(), decoder.get_output_embeddings()
+    text_config = copy.deepcopy(text_config)
+    text_config.tie_word_embeddings = head.weight is decoder.get_input_embeddings().weight
+    if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"init: llm is a {name}, whose text transformers knows no language model for; a language "
+                         "model of text alone fits")
+    text = AutoModelForCausalLM.from_config(text_config, dtype=torch.float32)
+    if type(inside) is not type(text.base_model):
+        raise ValueError(f"init: llm is a {name}, whose text part is a {type(inside).__name__} and not the "
+                         f"{type(text.base_model).__name__} of a {type(text).__name__}; a language model of text alone "
+                         "fits")
+    text.base_model.load_state_dict(inside.state_dict())
+    text.get_output_embeddings().load_state_dict(head.state_dict())
+    text.generation_config = decoder.generation_config
+    return text
 
 
 def _check(seed: int, config: dict) -> None:
@@ -142,6 +166,6 @@ def _init(settings: InitSettings) -> Path:
     model.save_pretrained(settings.out)
     text = sum(p.numel() for p in model.backbone.decoder.parameters())
     images = sum(p.numel() for p in model.parameters()) - text
-    print(f"{settings.out}: {text:,} parameters of {type(decoder).__name__}, {images:,} of images; "
+    print(f"{settings.out}: {text:,} parameters of {type(model.backbone.decoder).__name__}, {images:,} of images; "
           f"BOI {model.config.boi_token_id}, EOI {model.config.eoi_token_id}")
     return settings.out

@@ -4,18 +4,19 @@ A card is YAML that the Hub's search reads (https://huggingface.co/docs/hub/mode
 is, how it is called, what it was trained with and what it draws. What a run left beside the checkpoint that the model
 was loaded from is told: its settings (resume/run.json), its pictures (samples.png, contact_sheet.png, samples/).
 """
+import glob
 import json
 import re
 import shutil
 import tempfile
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import huggingface_hub
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
 
 from transfusion.command import saved_run
-from transfusion.files import write_text
+from transfusion.files import CHECKSUMS, WEIGHTS, write_text
 from transfusion.settings import check, flat, nearest
 
 CARD = "README.md"
@@ -88,12 +89,17 @@ def download(repo_id: str, options: dict) -> Path:
 
 def push(model, repo_id: str, *, commit_message: str | None = None, commit_description: str | None = None,
          private: bool | None = None, token: bool | str | None = None, revision: str | None = None,
-         create_pr: bool = False, max_shard_size: int | str = "50GB", **card) -> str:
-    """Upload a model's checkpoint and card to a repository of the Hub; see `Transfusion.push_to_hub`."""
+         create_pr: bool = False, max_shard_size: int | str = "50GB", state_dict: dict | None = None,
+         variant: str | None = None, **card) -> str:
+    """Upload a model's checkpoint and card to a repository of the Hub; see `Transfusion.push_to_hub`.
+
+    What an older checkpoint there had, and this one has not, goes: a loader would take it for a part of this one. A
+    variant stands beside what there is.
+    """
     settings = CardSettings.of("Transfusion.push_to_hub", card)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size, variant=variant)
         repo_id = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         own = source(model)
         if not card and own is not None and _has_card(own):
@@ -102,9 +108,19 @@ def push(model, repo_id: str, *, commit_message: str | None = None, commit_descr
             write_card(model, folder, repo_id, settings)
         if revision is not None and not revision.startswith("refs/pr"):
             huggingface_hub.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+        there = huggingface_hub.list_repo_files(repo_id, revision=revision, token=token)
+        older = [] if variant else [glob.escape(name) for name in there if _is_of_a_checkpoint(name)]
         return huggingface_hub.upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message=commit_message or "Upload a Transfusion model",
-            commit_description=commit_description, token=token, revision=revision, create_pr=create_pr)
+            repo_id=repo_id, folder_path=folder, delete_patterns=older,
+            commit_message=commit_message or "Upload a Transfusion model", commit_description=commit_description,
+            token=token, revision=revision, create_pr=create_pr)
+
+
+def _is_of_a_checkpoint(name: str) -> bool:
+    """Whether a file of a repository is what a checkpoint's loader looks for."""
+    path = PurePosixPath(name)
+    return any(len(path.parts) == len(PurePosixPath(pattern).parts) and path.match(pattern)
+               for pattern in (*WEIGHTS, CHECKSUMS))
 
 
 def write_card(model, folder: Path, name: str, settings: CardSettings) -> Path:

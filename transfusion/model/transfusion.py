@@ -152,7 +152,7 @@ class Transfusion(PreTrainedModel):
         check_files(path)
         model = cls._load(path, *args, **kwargs)
         if model.tokenizer is None and any((path / f"tokenizer{end}.json").is_file() for end in ("", "_config")):
-            model.tokenizer = _load_tokenizer(path)
+            model.tokenizer = load_tokenizer(path)
         if (path / GENERATION).is_file():
             model.backbone.decoder.generation_config = GenerationConfig.from_pretrained(path)
         if (path / "vae").is_dir():
@@ -207,13 +207,16 @@ class Transfusion(PreTrainedModel):
         pushed = {name: kwargs.pop(name) for name in HUB if name in kwargs}
         if is_main_process:
             with replacing(Path(path), weights=variant is None) as fresh:
-                super().save_pretrained(fresh, True, state_dict, variant=variant, **kwargs)
+                own = None if state_dict is None else dict(state_dict)  # transformers empties what it is given
+                super().save_pretrained(fresh, True, own, variant=variant, **kwargs)
                 write_text(fresh / GENERATION, self.backbone.decoder.generation_config.to_json_string())
                 if self.tokenizer is not None:
                     self.tokenizer.save_pretrained(fresh)
                 if self.vae is not None:
                     self.vae.save_pretrained(fresh / "vae")
         if push_to_hub and is_main_process:
+            said = {"state_dict": state_dict, "variant": variant, "max_shard_size": kwargs.get("max_shard_size")}
+            pushed |= {name: value for name, value in said.items() if value is not None}
             self.push_to_hub(pushed.pop("repo_id", Path(path).name), **pushed)
 
     @without_progress_bars()
@@ -259,7 +262,7 @@ class Transfusion(PreTrainedModel):
         Args:
             repo_id: "owner/name" of the repository, which is made where there is none.
             options: those of transformers (commit_message, commit_description, private, token, revision, create_pr,
-                max_shard_size, tags) and those of `save_card`.
+                max_shard_size, variant, tags), `state_dict`, other weights than this model's, and those of `save_card`.
 
         Raises:
             ValueError: an option that does not fit, named; nothing was uploaded then.
@@ -361,7 +364,12 @@ def _fill_image_layers(model: Transfusion, path: Path, missing) -> None:
     model.backbone.start_from_text()
 
 
-def _load_tokenizer(path: Path):
+def load_tokenizer(path: Path):
+    """Load a checkpoint's tokenizer.
+
+    Raises:
+        ValueError: its file cannot be read.
+    """
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # tokenizers raises nothing narrower for a file that it cannot read

@@ -3,7 +3,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    Gemma3Config,
+    PreTrainedTokenizerFast,
+)
 
 from transfusion import Image, Text, Transfusion, TransfusionConfig
 from transfusion.model.config import BACKBONES, TransfusionSettings
@@ -48,7 +55,7 @@ def same_text(path, out):
     """Compare the logits over the old tokens, of the language model and of the Transfusion made from it."""
     theirs = AutoModelForCausalLM.from_pretrained(path).eval()
     # a vocabulary may be padded; a tokenizer may add its own
-    known = min(theirs.config.vocab_size, len(AutoTokenizer.from_pretrained(path)))
+    known = min(theirs.config.get_text_config().vocab_size, len(AutoTokenizer.from_pretrained(path)))
     ours = Transfusion.from_pretrained(out).eval()
     tokens = torch.randint(5, 200, (2, 50), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -71,6 +78,23 @@ def test_every_family_keeps_its_text_and_learns_images(tmp_path, family, backbon
     output = model.train()(sequence, torch.tensor([0.5]), 0)
     output.loss.backward()
     assert torch.isfinite(output.loss) and model.image_head.linear.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_of_a_model_that_sees_the_language_model_alone_is_taken(tmp_path, tied):
+    """Gemma 3 from 4B on: transformers loads it with its vision tower."""
+    path = language_model(tmp_path / "llm", "gemma3_text")
+    text = AutoConfig.from_pretrained(path)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 16, "patch_size": 8}
+    config = Gemma3Config(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    seeing = AutoModelForCausalLM.from_config(config)
+    seeing.save_pretrained(path)
+    out = init(InitSettings(llm=path, out=tmp_path / "model", image_channels=1, image_size=(8, 8)))
+    model = same_text(path, out)
+    assert type(seeing).__name__ == "Gemma3ForConditionalGeneration"
+    assert type(model.backbone.decoder).__name__ == "Gemma3ForCausalLM"
+    assert not any("vision" in name for name in model.state_dict()) and model.config.tie_word_embeddings == tied
 
 
 @pytest.mark.parametrize("case", [{"tied": True}, {"padded": 64}, {"bos": False}], ids=str)

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from fnmatch import fnmatch
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -37,11 +38,20 @@ class FakeHub:
     def create_branch(self, repo_id, **options):
         self.calls.append(("create_branch", repo_id, options))
 
+    def list_repo_files(self, repo_id, **_):
+        paths = (path for path in (self.root / repo_id).rglob("*") if path.is_file())
+        return sorted(str(path.relative_to(self.root / repo_id)) for path in paths)
+
     def file_exists(self, repo_id, name, **_):
         return (self.root / repo_id / name).is_file()
 
     def upload_folder(self, *, repo_id, folder_path, **options):
         self.calls.append(("upload_folder", repo_id, options))
+        given = {str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()}
+        for path in (path for path in (self.root / repo_id).rglob("*") if path.is_file()):
+            name = str(path.relative_to(self.root / repo_id))
+            if name not in given and any(fnmatch(name, one) for one in options.get("delete_patterns") or ()):
+                path.unlink()
         shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
         return f"https://hub/{repo_id}/commit/1"
 
@@ -55,7 +65,8 @@ class FakeHub:
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     fake = FakeHub(tmp_path / "hub")
-    for name in ("create_repo", "create_branch", "file_exists", "upload_folder", "snapshot_download"):
+    for name in ("create_repo", "create_branch", "file_exists", "list_repo_files", "upload_folder",
+                 "snapshot_download"):
         monkeypatch.setattr(huggingface_hub, name, getattr(fake, name))
     return fake
 
@@ -170,6 +181,33 @@ def test_an_option_that_does_not_fit_is_refused_before_anything_is_uploaded(hub,
     with pytest.raises(ValueError, match=f"Transfusion.push_to_hub: {says}"):
         tiny_model().push_to_hub("me/digits", **options)
     assert hub.calls == []
+
+
+def test_weights_of_an_older_push_go(hub):
+    older, newer = tiny_model(), tiny_model()
+    with torch.no_grad():
+        newer.image_head.linear.weight.add_(1)
+    older.push_to_hub("me/x")
+    own = [hub.root / "me/x" / name for name in ("notes.txt", "models/mine.safetensors", "old/model.safetensors")]
+    for path in own:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    newer.push_to_hub("me/x", max_shard_size="20KB")
+    found = Transfusion.from_pretrained("me/x")
+    assert torch.equal(found.image_head.linear.weight, newer.image_head.linear.weight)
+    assert not (hub.root / "me/x/model.safetensors").exists() and all(path.exists() for path in own)
+    newer.save_pretrained(hub.root / "here", variant="half", push_to_hub=True, repo_id="me/x")
+    assert (hub.root / "me/x/model.half.safetensors").exists()
+    assert torch.equal(Transfusion.from_pretrained("me/x").image_head.linear.weight, newer.image_head.linear.weight)
+
+
+def test_what_is_saved_is_what_is_pushed(hub, tmp_path):
+    model = tiny_model()
+    other = {name: x + 1 for name, x in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "here", state_dict=other, push_to_hub=True, repo_id="me/x", max_shard_size="20KB")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "here").glob("*.safetensors")}
+    assert len(files) > 1
+    assert files == {path.name: path.read_bytes() for path in (hub.root / "me/x").glob("*.safetensors")}
 
 
 def test_a_repository_that_is_not_there_is_named_and_a_path_never_means_the_hub(hub, tmp_path):
