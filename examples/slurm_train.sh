@@ -6,9 +6,11 @@
 # The first argument is the run's directory, which all nodes must see; the others are those of `transfusion train`.
 # What SLURM is asked for below, and the way to the Python environment, are a cluster's own.
 #
-# 1. Five minutes before the limit SLURM sends SIGUSR1 to the task of each node, the shell in `train_on_node`.
-# 2. That shell passes it on to the training processes. (torchrun, which would end at it, ignores it here.)
-# 3. They stop at the same step, save and end with status 0. The job asks whether steps are left, and requeues itself.
+# 1. Five minutes before the limit SLURM sends SIGUSR1 to the task of each node, the shell in `train_on_node`; where
+#    another job takes the nodes, or `scancel` ends this one, it sends SIGTERM.
+# 2. That shell passes it on to the training processes as SIGUSR1. (torchrun, which would end at them, ignores both.)
+# 3. They stop at the same step, save and end with status 0. Where steps are left, the job requeues itself, unless SLURM
+#    is ending it already: it requeues by itself what made room for others, and not what was cancelled.
 #    A command that could not do its work ends with another status; the job then ends, too, without a requeue.
 #
 #SBATCH --job-name=transfusion
@@ -26,13 +28,14 @@ set -euo pipefail
 train_on_node() { # HOST ARGUMENTS...: start the processes of this node; they meet those of the others at HOST
     local host=$1 status=0 agent
     (
-        trap '' USR1
-        exec torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-8}" \
+        trap '' USR1 TERM
+        exec torchrun --signals-to-handle SIGINT,SIGHUP,SIGQUIT \
+            --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-8}" \
             --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$host:29400" \
             -m transfusion.train "${@:2}"
     ) &
     agent=$!
-    trap 'pkill -USR1 --parent "$agent"' USR1
+    trap 'pkill -USR1 --parent "$agent"' USR1 TERM
     wait "$agent" || status=$?
     while kill -0 "$agent" 2>/dev/null; do # the signal ended `wait`, not torchrun
         status=0
@@ -48,14 +51,12 @@ run = saved_run(Path(sys.argv[1])); sys.exit(not ($1))" "$out"
 }
 
 out=$1
-arguments=("${@:2}" --out "$out")
-if saved_run_has "run is not None"; then
-    arguments+=(--resume)
-fi
+arguments=("${@:2}" --out "$out" --auto-resume)
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 
 srun --kill-on-bad-exit=1 bash -c 'train_on_node "$@"' train_on_node "${hosts%%$'\n'*}" "${arguments[@]}"
 
-if saved_run_has 'run["step"] < run["config"]["optim"]["steps"]'; then
+state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)
+if [[ $state == RUNNING ]] && saved_run_has 'run and run["step"] < run["config"]["optim"]["steps"]'; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

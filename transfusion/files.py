@@ -288,11 +288,10 @@ def _link(saved: Path, files: list[str], place: Path) -> None:
 
 
 def remove(directory: Path) -> None:
-    """Remove a directory at once for those who read; a kill leaves the rest of it under a name with `ASIDE`."""
-    aside = directory.with_name(f"{ASIDE}{directory.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    """Remove a directory at once for those who look; a kill or an open file on NFS leaves a part behind an `ASIDE`."""
+    aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=directory.parent))
     os.rename(directory, aside)
-    shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def settle(out: Path) -> None:

@@ -24,6 +24,7 @@ SMALL = ("digits", "--save-every", "3", "--device", "cpu", "--model.hidden", "32
 COMMANDS = {
     "scontrol": 'echo "$*" >> "$HERE/scontrol"; [ "$1" = requeue ] || printf "node1\\nnode2\\n"',
     "srun": '[[ $1 == --kill-on-bad-exit=1 ]] || exit 9; shift; echo $$ > "$HERE/task"; exec "$@"',
+    "squeue": 'cat "$HERE/state"',
     "torchrun": 'printf "%s\\n" "$@" > "$HERE/torchrun"; while [ "$1" != -m ]; do shift; done; python "$@" & wait $!',
 }
 
@@ -33,6 +34,7 @@ def cluster(tmp_path):
     """The environment of a job on a cluster of fakes, which take notes in HERE."""
     folder = tmp_path / "bin"
     folder.mkdir()
+    (tmp_path / "state").write_text("RUNNING\n")
     for name, body in COMMANDS.items():
         (folder / name).write_text(f"#!/bin/bash\n{body}\n")
         (folder / name).chmod(0o755)
@@ -59,22 +61,35 @@ def test_flags_of_the_example_and_of_torchrun_exist():
     text = SCRIPT.read_text()
     out, *arguments = re.search(r"sbatch \S+ (.*)", text)[1].split()
     preset, _, mixture, *flags = arguments  # `--data FILE` is short for these two
-    args = [preset, "data:mixture", "--data.file", mixture, *flags, "--out", out, "--resume"]
+    args = [preset, "data:mixture", "--data.file", mixture, *flags, "--out", out, "--auto-resume"]
     config = read_preset("train", "", PRESETS, args, TRAINED_ON)
-    assert config.optim.steps == 100_000 and config.resume and str(config.out) == out
+    assert config.optim.steps == 100_000 and config.auto_resume and str(config.out) == out
     flags = re.findall(r"--[\w-]+", text[text.index("exec torchrun"):text.index("-m transfusion.train")])
     known = {option for action in torch.distributed.run.get_args_parser()._actions for option in action.option_strings}
-    assert len(flags) == 5 and set(flags) <= known
+    assert len(flags) == 6 and set(flags) <= known
 
 
-def test_a_signal_before_the_limit_saves_and_requeues_and_the_next_job_goes_on_to_the_end(cluster, tmp_path):
+def step_of(task):
+    """A task's process and those below it."""
+    below = subprocess.run(["pgrep", "--parent", str(task)], capture_output=True, text=True).stdout.split()
+    return [task, *(one for child in below for one in step_of(int(child)))]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_saves_and_the_next_job_goes_on_to_the_end(cluster, tmp_path, number):
+    """SIGUSR1 comes before the limit, and the job requeues itself. SIGTERM may come to all processes, from a SLURM that
+    is ending the job and requeues it or does not."""
     out = tmp_path / "run"
     job = submit(cluster, str(out), *SMALL, "100000")
     try:
         deadline = time.monotonic() + 300
         while job.poll() is None and not (out / "resume" / "run.json").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
-        os.kill(int((tmp_path / "task").read_text()), signal.SIGUSR1)
+        if number == signal.SIGTERM:
+            (tmp_path / "state").write_text("COMPLETING\n")
+        task = int((tmp_path / "task").read_text())
+        for process in step_of(task) if number == signal.SIGTERM else [task]:
+            os.kill(process, number)
         assert job.wait(timeout=300) == 0, (tmp_path / "errors").read_text()
     finally:
         if job.poll() is None:
@@ -82,16 +97,18 @@ def test_a_signal_before_the_limit_saves_and_requeues_and_the_next_job_goes_on_t
             job.wait()
     done = saved_step(out)
     assert done >= 3 and "add --resume to the same command to go on" in (tmp_path / "errors").read_text()
-    assert (tmp_path / "scontrol").read_text().splitlines() == ["show hostnames node[1-2]", "requeue 7"]
+    asked = (tmp_path / "scontrol").read_text().splitlines()
+    assert asked == ["show hostnames node[1-2]", *(["requeue 7"] if number == signal.SIGUSR1 else [])]
     asked = (tmp_path / "torchrun").read_text().splitlines()
-    assert asked[:asked.index("-m")] == ["--nnodes", "2", "--nproc-per-node", "4", "--rdzv-backend", "c10d",
-                                         "--rdzv-id", "7", "--rdzv-endpoint", "node1:29400"]
-    assert "--resume" not in asked
+    assert asked[:asked.index("-m")] == [
+        "--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", "--nnodes", "2", "--nproc-per-node", "4", "--rdzv-backend",
+        "c10d", "--rdzv-id", "7", "--rdzv-endpoint", "node1:29400"]
+    assert asked[-1] == "--auto-resume"
 
     job = submit(cluster, str(out), *SMALL, str(done + 1))
     assert job.wait(timeout=300) == 0, (tmp_path / "errors").read_text()
-    assert saved_step(out) == done + 1 and (tmp_path / "torchrun").read_text().splitlines()[-1] == "--resume"
-    assert (tmp_path / "scontrol").read_text().splitlines()[2:] == ["show hostnames node[1-2]"]
+    assert saved_step(out) == done + 1
+    assert (tmp_path / "scontrol").read_text().splitlines()[-1] == "show hostnames node[1-2]"
 
 
 def test_a_command_that_fails_ends_the_job_without_a_requeue(cluster, tmp_path):

@@ -45,6 +45,7 @@ from transfusion.sequence import ImageLayout
 from transfusion.settings import Count, Share, check
 from transfusion.train.loop import Batch, Term, fit
 from transfusion.train.optimizer import Player, build_optimizer
+from transfusion.train.resuming import found_resume
 from transfusion.train.settings import RunSettings, StepSettings, check_steps, defaults
 
 SLOTS = {"name": 6, "place": 2, "kind": 4, "style": 4}
@@ -68,6 +69,7 @@ class AlignOptimSettings(StepSettings):
 
 
 @dataclass(frozen=True)
+@defaults(out=Path("runs/see/aligned"))
 class AlignSettings(RunSettings):
     """Teach the image layers of a Transfusion to write captions in its language model's embeddings."""
 
@@ -311,11 +313,14 @@ def align(config: AlignSettings) -> dict[str, float]:
         ValueError: settings that do not fit, or a model whose pictures of 32x32 do not have 16 tokens.
         KeyboardInterrupt: it was stopped before its last step; what it has is saved.
     """
+    config = found_resume(config)
     check("align_pictures", config)
     check_steps("align_pictures", config.optim, "batch", "optim.")
     if config.optim.batch % (8 * config.optim.accumulate):
         raise ValueError(f"align_pictures: optim.batch is {config.optim.batch}; a multiple of 8 for each of the "
                          f"{config.optim.accumulate} micro-batches fits")
+    if config.autocast:
+        raise ValueError("align_pictures: autocast is True; False fits, for the image layers are trained in float32")
     if config.device not in ("auto", "cpu"):
         raise ValueError(f"align_pictures: device is {config.device!r}; 'cpu' fits, where the small image layers are "
                          "trained in minutes")
@@ -331,7 +336,7 @@ def align(config: AlignSettings) -> dict[str, float]:
                          f"{model.config.image_layers!r} and {patches} tokens a picture; U-Net layers that make "
                          f"{sum(SLOTS.values())} of pixels, and a tokenizer fit: `transfusion init --image-layers unet "
                          "--patch-size 8 --unet-channels 16 64 128 256`")
-    with claim("align_pictures", config.out, {"model": config.model}):
+    with claim("align_pictures", config.out, {"model": config.model, "drawings": config.drawings}, config.resume):
         task = AlignTask(config, model, drawings)
         done = fit("align_pictures", config, config.optim, task, functools.partial(learning_rate, optim=config.optim),
                    fixed=("model", "drawings", "seed", "optim.batch", "optim.steps"),

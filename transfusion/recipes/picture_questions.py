@@ -328,7 +328,8 @@ def write(settings: PictureQuestionSettings) -> Path:
         shutil.copytree(SHIPPED / "licences", fresh / "licences")
         if not is_shipped:
             shutil.copy(settings.drawings / "LICENCES.txt", fresh / "licences")
-    print(f"look at them: transfusion data check {settings.out / 'mix.yaml'}")
+    print(f"look at them: transfusion data check {settings.out / 'mix.yaml'} --model MODEL, one whose tokenizer has a "
+          "chat template")
     return settings.out
 
 

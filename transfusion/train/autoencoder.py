@@ -37,6 +37,7 @@ from transfusion.train.average import Average
 from transfusion.train.checkpoint import check_finite
 from transfusion.train.loop import Batch, Term, fit, say_stopped
 from transfusion.train.optimizer import Player, build_optimizer, learning_rate
+from transfusion.train.resuming import found_resume
 from transfusion.train.settings import OptimizerSettings, RunSettings, check_steps, defaults
 from transfusion.train.trackers import check_trackers
 
@@ -273,6 +274,7 @@ class AutoencoderTask:
 
 def train(config: VAETrainConfig) -> Path:
     """Run `config` as far as `fit` goes; return the directory with the autoencoder."""
+    config = found_resume(config)
     inputs = {f"data.{name}": path for name, path in config.data.directories().items()}
     inputs |= {f"losses.{name}": getattr(config.losses, name) for name in ("perceptual_model", "identity_model")}
     check("vae train", config)

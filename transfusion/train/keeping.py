@@ -50,8 +50,8 @@ def _prune(config: RunSettings, newest: int) -> None:
     Those after `newest` are of a run that was put back to an older save.
     """
     place = config.out / STEPS
-    for left in place.glob(f"{ASIDE}*"):  # a kill came in between
-        shutil.rmtree(left)
+    for left in place.glob(f"{ASIDE}*"):  # a kill came in between, or somebody read it
+        shutil.rmtree(left, ignore_errors=True)
     steps = [step for step in kept_steps(config.out) if step <= newest]
     last = steps[-config.keep_last:] if config.keep_last else []
     for step in steps:

@@ -117,8 +117,7 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
     start = restore(config, task.players, fixed) if config.resume else 0
     print(cost(task, optim, start, epoch), flush=True)
     spent = start_log(config.out / LOG, start) if is_main() else 0.0
-    guard = Guard(command, config.guard, task.players, earlier := records_before(config.out / LOG, start))
-    meter = Meter(task.size, task.unit, device_of(task), operations, start, seen_before(earlier, start, task.unit))
+    guard, meter = judges(command, config, task, operations, start)
     progress = tqdm(range(start, optim.steps), initial=start, total=optim.steps, desc=f"{command} {config.out.name}",
                     smoothing=0.05, unit="step", dynamic_ncols=True, disable=not is_main())
     began, done = time.perf_counter() - spent, start
@@ -163,6 +162,14 @@ def fit(command: str, config: RunSettings, optim: StepSettings, task: Task, rate
                 progress.close()
                 break
     return done
+
+
+def judges(command: str, config: RunSettings, task: Task, operations: Callable[[], float] | None,
+           start: int) -> tuple[Guard, Meter]:
+    """What judges and counts steps from `start` on. The log before, perhaps of days, is read and not kept."""
+    earlier = records_before(config.out / LOG, start)
+    meter = Meter(task.size, task.unit, device_of(task), operations, start, seen_before(earlier, start, task.unit))
+    return Guard(command, config.guard, task.players, earlier), meter
 
 
 def open_log(command: str, config: RunSettings, start: int) -> Log:

@@ -122,15 +122,18 @@ class Processes:
         finally:
             del error
 
-    def exchange(self, counts: Mapping[str, int], error: Exception | None = None
+    def exchange(self, counts: Mapping[str, int], error: Exception | None = None, rows: int = 0
                  ) -> tuple[dict[str, int], dict[str, int]]:
         """Return counts of rows, over the processes that take rows before this one's and over all; the same names.
 
+        `rows` is a checksum of the rows; processes that share rows must have the same.
+
         Raises:
             Exception: `error`, as `agreeing` says, where one of the processes has one.
+            ValueError: processes that share rows differ in rows or counts.
         """
         names = sorted(counts)
-        numbers = torch.tensor([int(error is not None), *(counts[name] for name in names)], dtype=torch.int64)
+        numbers = torch.tensor([int(error is not None), rows, *(counts[name] for name in names)], dtype=torch.int64)
         gathered = [numbers]
         if self.size > 1:
             gathered = [torch.empty_like(numbers) for _ in range(self.size)]
@@ -142,9 +145,26 @@ class Processes:
                         raise error
                 finally:
                     del error  # see `agreeing`
-        rows = torch.stack(gathered[::self.context_ranks])[:, 1:]
-        before, totals = rows[:self.data_rank].sum(0), rows.sum(0)
+        shared = torch.stack(gathered).unflatten(0, (-1, self.context_ranks))
+        if (shared != shared[:, :1]).any():
+            raise agreed(ValueError("train: processes that share rows (parallel.context) read different ones, as where "
+                                    "one of them cannot read a file that the others can; --resume goes on"))
+        held = shared[:, 0, 2:]
+        before, totals = held[:self.data_rank].sum(0), held.sum(0)
         return dict(zip(names, before.tolist())), dict(zip(names, totals.tolist()))
+
+    def check_same(self, text: str, why: str) -> None:
+        """Refuse processes of which one has another short text than the main one, and say why.
+
+        Raises:
+            ValueError: in all of them, as `agreeing` says.
+        """
+        if self.size == 1:
+            return
+        said = gather_text(text)
+        with self.agreeing():
+            if len(set(said)) > 1:
+                raise ValueError(why)
 
     @contextlib.contextmanager
     def main_holds(self, held: contextlib.AbstractContextManager) -> Iterator[None]:

@@ -24,7 +24,7 @@ from transfusion.train.run_log import Run, column, read_runs, seen, speed, step_
 
 OWN = ("step", "seconds", "tokens", "pictures", "samples_seconds", "tokens_per_second", "pictures_per_second")
 """What the log has beside curves."""
-UNLIKE = ("out", "resume", "stop_after", "device")
+UNLIKE = ("out", "resume", "auto_resume", "stop_after", "device")
 """Settings that are no difference between runs."""
 
 

@@ -3,14 +3,21 @@ import dataclasses
 import json
 from collections.abc import Mapping
 
-from transfusion.command import saved_run
+from transfusion.command import saved_run, saved_step
 from transfusion.data.dataset import DataSettings
 from transfusion.model.config import present_backbone
 from transfusion.settings import flat
 from transfusion.train.settings import RunSettings
 
-OF_A_CALL = "out", "resume", "stop_after", "max_hours", "allow_changed"
+OF_A_CALL = "out", "resume", "auto_resume", "stop_after", "max_hours", "allow_changed"
 """settings of one call, which say nothing of the run"""
+
+
+def found_resume(config: RunSettings) -> RunSettings:
+    """Return settings whose `resume` says whether there is a run to go on with, where `auto_resume` asks for that."""
+    if not config.auto_resume:
+        return config
+    return dataclasses.replace(config, resume=saved_step(config.out) is not None, auto_resume=False)
 
 
 def recorded(config: RunSettings) -> dict:

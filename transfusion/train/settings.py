@@ -54,6 +54,8 @@ class RunSettings(JobSettings):
     """directory for the checkpoint, the log and what resuming needs"""
     resume: bool = False
     """go on from what `out` holds"""
+    auto_resume: bool = False
+    """go on from what `out` holds, or begin where it holds no run: for jobs that are started again as they were"""
     allow_changed: bool = False
     """go on with other settings of model, data or seed, too; what changed is kept in resume/run.json"""
     keep_last: WholeNumber = 0

@@ -128,12 +128,19 @@ class Saver:
         with contextlib.ExitStack() as stack:
             with agreeing(self.group):  # that the directory is there, and empty
                 fresh = stack.enter_context(place) if self.is_main else self.out / SAVING
-            try:
+            with plain_failures():
                 dcp.save(state, storage_writer=dcp.FileSystemWriter(fresh / SHARDS), process_group=self.group)
-            except CheckpointException as error:  # no Exception, and many lines long
-                raise next(iter(error.failures.values()))[0] from None
             if self.is_main:
                 finish(fresh)
+
+
+@contextlib.contextmanager
+def plain_failures() -> Iterator[None]:
+    """Raise the first of the errors that a CheckpointException holds, which is no Exception and many lines long."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
 
 
 @contextlib.contextmanager
@@ -174,7 +181,8 @@ def shapes_of(directory: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 def read_shards(directory: Path, targets: dict[str, Tensor]) -> None:
     """Fill tensors, whole ones or shards of any layout, with those of their names; each process reads for itself."""
-    dcp.load(dict(targets), storage_reader=dcp.FileSystemReader(directory), no_dist=True)
+    with plain_failures():
+        dcp.load(dict(targets), storage_reader=dcp.FileSystemReader(directory), no_dist=True)
 
 
 def whole_weights(save: Path) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +19,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig, LlamaConfig
 
 from transfusion.command import claim, saved_step
+from transfusion.data.arrays import fingerprint
 from transfusion.data.batches import Drawn, step_generator
 from transfusion.data.dataset import DatasetSettings, DataSettings
 from transfusion.data.training_data import Rows, TrainingData, open_data
 from transfusion.device import choose_device
 from transfusion.diffusion.objective import TIMES, sample_times
+from transfusion.files import whole
 from transfusion.model.config import TransfusionConfig, TransfusionSettings
 from transfusion.model.lora import TuneSettings, check_base, is_of_images, name_base, prepare, trained_table
-from transfusion.model.transfusion import Transfusion
+from transfusion.model.transfusion import Transfusion, load_tokenizer
 from transfusion.sequence import CONTEXT_ATTENTION, Context, Sequence, split_rows
 from transfusion.sequence.tokenizer import BOI, EOI, train_tokenizer
 from transfusion.settings import Count, OneOf, Positive, Range, check
@@ -36,8 +39,15 @@ from transfusion.train.frozen import narrow_frozen
 from transfusion.train.loop import Batch, Term, fit, say_stopped
 from transfusion.train.optimizer import Player, build_optimizer, learning_rate, scale_rates
 from transfusion.train.parallel import shard
-from transfusion.train.processes import ALONE, DTYPES, ParallelSettings, Processes, start_processes
+from transfusion.train.processes import (
+    ALONE,
+    DTYPES,
+    ParallelSettings,
+    Processes,
+    start_processes,
+)
 from transfusion.train.recompute import RECOMPUTE, checkpoint_layers, compile_layers
+from transfusion.train.resuming import found_resume
 from transfusion.train.samples import Samples, SamplesSettings, held_out_prompts, read_prompts
 from transfusion.train.settings import OptimizerSettings, RunSettings, check_steps
 from transfusion.train.sharded import without_memory
@@ -135,8 +145,12 @@ def check_rows(op: str, optim: OptimSettings, processes: Processes) -> None:
 
 
 def build_model(config: TrainConfig, data: TrainingData) -> Transfusion:
-    """Return a freshly initialised model, with its tokenizer, for `texts` and `image_shape` of data."""
-    tokenizer = train_tokenizer(data.texts(), config.model.vocabulary)
+    """Return a freshly initialised model, with its tokenizer, for `texts` and `image_shape` of data.
+
+    A run that goes on keeps the tokenizer that it began with: one of texts that have changed has other pieces.
+    """
+    tokenizer = saved_tokenizer(config.out) if config.resume else None
+    tokenizer = tokenizer or train_tokenizer(data.texts(), config.model.vocabulary)
     torch.manual_seed(config.seed)
     text_config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=config.model.hidden, intermediate_size=config.model.mlp,
@@ -149,6 +163,24 @@ def build_model(config: TrainConfig, data: TrainingData) -> Transfusion:
         text_config=AutoConfig.for_model(**text_config.to_dict()), image_channels=channels, image_size=size,
         boi_token_id=tokenizer.convert_tokens_to_ids(BOI), eoi_token_id=tokenizer.convert_tokens_to_ids(EOI),
         **config.model.shared()), tokenizer)
+
+
+def saved_tokenizer(out: Path):
+    """The tokenizer of the checkpoint that is saved in `out`; None where there is none."""
+    with whole(out) as save:
+        return load_tokenizer(save) if (save / "tokenizer.json").is_file() else None
+
+
+def check_tokenizer(tokenizer, processes: Processes) -> None:
+    """Refuse processes whose tokenizers are not the same: they were made of texts that some could not read.
+
+    Raises:
+        ValueError: in all of them.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # slow ones have none
+    known = "none" if tokenizer is None else tokenizer.get_vocab() if backend is None else backend.to_str()
+    processes.check_same(fingerprint(known), "train: the processes have different tokenizers: some read other texts, "
+                         "or another checkpoint, than the main one; files that all nodes can read fit")
 
 
 def start_model(config: TrainConfig, data: TrainingData) -> Transfusion:
@@ -212,14 +244,16 @@ class TransfusionTask:
     def _draw(self, step: int, generator: torch.Generator) -> tuple[Drawn, dict[str, int], dict[str, int]]:
         """This process's rows, and how much the rows before them hold, and all; an error of one ends all processes."""
         drawn, counts, error = None, dict.fromkeys(("images", "text_loss", "diffusion_loss", "failed"), 0), None
+        rows = 0
         try:
             drawn = self.rows.draw(step, generator)
             counts = {"images": drawn.sequence.image_count, "failed": drawn.notes.get("failed", 0),
                       **_counts(drawn.sequence)}
+            rows = zlib.crc32(drawn.sequence.tokens.numpy().tobytes()) if self.context is not None else 0
         except Exception as caught:
             error = caught
         try:
-            before, totals = self.processes.exchange(counts, error)
+            before, totals = self.processes.exchange(counts, error, rows)
         finally:
             del error  # see `Processes.agreeing`
         notes = drawn.notes | {name: totals[name] for name in drawn.notes if name == "failed"}
@@ -298,10 +332,13 @@ def train(config: TrainConfig) -> Path:
     """
     with start_processes("train", config.parallel, config.device) as processes:
         with processes.agreeing():
+            config = found_resume(config)
             check_settings("train", config)
             check_trackers("train", config.log or ())
             check_rows("train", config.optim, processes)
             inputs = {f"data.{name}": path for name, path in config.data.directories().items()}
+        processes.check_same(str(config.resume), f"train: auto_resume is True and out is {str(config.out)!r}, where "
+                             "some processes find a saved run and some do not; a directory that all nodes see fits")
         claimed = claim("train", config.out, {"tune.start": config.tune.start, **inputs}, config.resume,
                         alone=processes.size == 1)
         with processes.main_holds(claimed):
@@ -331,6 +368,8 @@ def _train(config: TrainConfig, processes: Processes) -> Path:
                          steps=optim.steps, rank=processes.data_rank, ranks=processes.data_ranks)
         for line in rows.words():
             print(line, flush=True)
+
+    check_tokenizer(base.tokenizer, processes)
 
     # optimizer and loop
     if processes.mesh is not None:

@@ -1,4 +1,5 @@
 """Image layers learn to write captions as token embeddings, of pictures that they were never shown, too."""
+import dataclasses
 import json
 from pathlib import Path
 
@@ -103,6 +104,16 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(start, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_what_a_run_has_saved_is_not_begun_anew_unasked(start, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt, match="2 of 120 steps are done; add --resume"):
+        align(settings(start, out, stop_after=2))
+    kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="holds a run of 2 steps; --resume goes on"):
+        align(settings(start, out))
+    assert kept == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
 def test_captions_are_the_tokens_of_name_kind_and_style_and_the_likeliest_is_read(start):
     tokenizer = Transfusion.from_pretrained(start).tokenizer
     captions = Captions(drawings(), tokenizer)
@@ -164,5 +175,9 @@ def test_settings_and_models_that_do_not_fit_are_refused(start, tmp_path):
     tiny_model(image_channels=3, patch_size=4).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="image layers 'dit' and 64 tokens a picture; U-Net layers that make 16"):
         align(settings(tmp_path / "other", tmp_path / "out"))
+    with pytest.raises(ValueError, match="autocast is True; False fits"):
+        align(settings(start, tmp_path / "out", autocast=True))
+    with pytest.raises(ValueError, match="what is read would be written over"):
+        align(dataclasses.replace(settings(start, tmp_path / "styles"), drawings=tmp_path / "styles"))
     rates = [learning_rate(step, AlignOptimSettings(steps=80, lr=1.0)) for step in range(80)]
     assert rates[0] == pytest.approx(0.5) and max(rates) > 0.99 and rates[-1] < 0.01

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 
 from tests.gloo_processes import meet
@@ -97,6 +98,9 @@ def failures(rank: int, folder: Path, mesh) -> dict:
         with full_disk() if rank == 1 else contextlib.nullcontext(), captured(folder / f"said {rank}"):
             loop.save("train", task.config, task, 2, "", saver)
             found["full disk"] = error_of(saver.wait)
+        with unreadable() if rank == 0 else contextlib.nullcontext(), captured(folder / f"unread {rank}"):
+            loop.save("train", task.config, task, 2, "", saver)
+            found["unreadable"] = error_of(saver.wait)
         with torch.no_grad():
             if rank == 1:
                 next(iter(task.player.averaged.tensors.values())).to_local().fill_(float("nan"))
@@ -117,6 +121,21 @@ def full_disk():
         yield
     finally:
         torch.serialization._save = write
+
+
+@contextlib.contextmanager
+def unreadable():
+    """Let reads of shards fail, as of those that another node wrote to a disk of its own."""
+    read = dcp.FileSystemReader.read_data
+
+    def fail(*_, **__):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "__1_0.distcp")
+
+    dcp.FileSystemReader.read_data = fail
+    try:
+        yield
+    finally:
+        dcp.FileSystemReader.read_data = read
 
 
 def save_step_2(rank: int, folder: Path, model) -> None:

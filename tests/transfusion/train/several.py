@@ -9,6 +9,9 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
+import transfusion.train.transfusion as trainer
 from tests.transfusion.train.own_data import tiny
 from transfusion.data.mixture_data import MixtureFileSettings, MixtureRows
 from transfusion.data.training_data import DrawnRows
@@ -103,6 +106,35 @@ def drawing(kind: type, step: int, change) -> Iterator[list[weakref.ref]]:
         kind.draw = whole
 
 
+@contextlib.contextmanager
+def other_texts() -> Iterator[None]:
+    """Let one process make its tokenizer of other texts."""
+    whole = trainer.train_tokenizer
+    if os.environ["RANK"] == "1":
+        trainer.train_tokenizer = lambda texts, size: whole(["zebras in zinc zones"], size)
+    try:
+        yield
+    finally:
+        trainer.train_tokenizer = whole
+
+
+@contextlib.contextmanager
+def differing(step: int) -> Iterator[None]:
+    """Let one process draw other rows at a step."""
+    whole = DrawnRows.draw
+
+    def draw(self, number, generator):
+        if number == step and os.environ["RANK"] == "1":
+            generator = torch.Generator().manual_seed(1)
+        return whole(self, number, generator)
+
+    DrawnRows.draw = draw
+    try:
+        yield
+    finally:
+        DrawnRows.draw = whole
+
+
 def note_held(name: str, drawn: list[weakref.ref], folder: Path) -> None:
     """Note whether the rows of a run that is over are still there, which would keep its readers."""
     assert drawn
@@ -136,6 +168,10 @@ def main(folder: Path) -> None:
     with drawing(MixtureRows, 2, fail) as drawn:
         refused("mixture failed", dataclasses.replace(runs(folder)["mixture"], out=folder / "mixture failed"), folder)
         note_held("mixture failed", drawn, folder)
+    with other_texts():
+        refused("tokenizers", digits(folder / "refused"), folder)
+    with differing(2):
+        refused("differing", digits(folder / "differing", ParallelSettings(context=2)), folder)
     with drawing(DrawnRows, 2, stop):
         train(digits(folder / "stopped"))
 

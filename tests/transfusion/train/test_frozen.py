@@ -30,6 +30,7 @@ def two(backbone, image_layers, trained, start):
 @pytest.mark.parametrize("layers", ["as they are", "checkpointed", "compiled"])
 @pytest.mark.parametrize("backbone,image_layers,trained", KINDS)
 def test_losses_and_gradients_are_those_of_copies_to_the_bit(backbone, image_layers, trained, layers, tmp_path):
+    torch._dynamo.reset()
     found = []
     for model in two(backbone, image_layers, trained, tmp_path):
         if layers == "checkpointed":

@@ -1,5 +1,6 @@
 """Saves that stay beside the newest: which ones, what room they take, what a kill leaves, and how a run goes on."""
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -51,6 +52,24 @@ def test_a_run_goes_on_from_an_older_save_as_it_did_before(run):
     train(config)
     assert losses(config.out) == losses(run)[6:]
     assert (config.out / "model.safetensors").read_bytes() == before == (run / "model.safetensors").read_bytes()
+
+
+def test_a_save_that_cannot_be_removed_whole_ends_no_run(tmp_path, monkeypatch):
+    """NFS keeps the files of a directory that somebody reads, and so the directory."""
+    rmdir = os.rmdir
+
+    def kept(path, *arguments, **options):
+        if os.path.basename(os.fspath(path)).startswith(".new-"):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", path)
+        return rmdir(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "rmdir", kept)
+    train(small(tmp_path, save_every=2, keep_last=1, stop_after=8))
+    assert kept_steps(tmp_path) == [8] and saved_step(tmp_path) == 8
+    assert list((tmp_path / "steps").glob(".new-*"))
+    monkeypatch.undo()
+    train(small(tmp_path, save_every=2, keep_last=1, resume=True, stop_after=10))
+    assert [path.name for path in (tmp_path / "steps").iterdir()] == ["00000010"]
 
 
 def test_a_run_that_went_on_from_a_save_is_never_removed_with_it(tmp_path, capsys):

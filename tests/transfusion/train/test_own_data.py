@@ -46,7 +46,8 @@ from transfusion.model.lora import TuneSettings
 from transfusion.model.vae import VAE
 from transfusion.recipes.emoji import Emoji
 from transfusion.sequence import Image
-from transfusion.train.transfusion import train
+from transfusion.sequence.tokenizer import train_tokenizer
+from transfusion.train.transfusion import saved_tokenizer, train
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +190,28 @@ def test_a_run_that_goes_on_says_that_its_files_changed(tmp_path, capsys):
     train(tiny(tmp_path / "run", file, resume=True))
     said = r"going on with .*data.files \['pictures: 25 records, \w+'\] \(was \['pictures: 24 records, "
     assert re.search(said, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("again", [{"resume": True}, {"auto_resume": True}], ids=lambda again: next(iter(again)))
+def test_a_run_that_goes_on_keeps_the_tokenizer_that_it_began_with(tmp_path, again):
+    write_folder(tmp_path / "pictures", paint(24))
+    file = write_mixture(tmp_path / "mix.yaml", {"format": "imagefolder", "path": "pictures"})
+    train(tiny(tmp_path / "run", file, stop_after=1))
+    before = Transfusion.from_pretrained(tmp_path / "run").tokenizer
+    painted = [(f"zebras in zinc zone {i}", picture) for i, (_, picture) in enumerate(paint(40))]
+    write_folder(tmp_path / "pictures", painted)
+    train(tiny(tmp_path / "run", file, **again))
+    after = Transfusion.from_pretrained(tmp_path / "run").tokenizer
+    assert after.get_vocab() == before.get_vocab()
+    assert after.backend_tokenizer.to_str() == before.backend_tokenizer.to_str()
+    train(tiny(tmp_path / "new", file, stop_after=1, auto_resume=True))  # where nothing is saved it begins
+    assert Transfusion.from_pretrained(tmp_path / "new").tokenizer.get_vocab() != before.get_vocab()
+
+
+def test_a_tokenizer_that_was_saved_is_the_one_that_was_trained(tmp_path):
+    trained = train_tokenizer(["a red circle", "a blue square", "green"] * 3, 300)
+    trained.save_pretrained(tmp_path)
+    assert saved_tokenizer(tmp_path).backend_tokenizer.to_str() == trained.backend_tokenizer.to_str()
 
 
 @pytest.fixture(scope="module")

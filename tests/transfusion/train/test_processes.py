@@ -156,7 +156,7 @@ def test_two_processes_save_the_checkpoint_of_one(alone, together):
 
 def test_one_process_prints(together):
     _, out, err = together
-    assert out.count("a process speaks") == 2 and out.count("steps of 384 tokens at") == len(runs(Path("."))) + 3
+    assert out.count("a process speaks") == 2 and out.count("steps of 384 tokens at") == len(runs(Path("."))) + 4
     assert err.count("stopped after step 3 of 5") == 1
 
 
@@ -167,6 +167,8 @@ def test_one_process_prints(together):
     ("taken", "which holds a run of 5 steps; --resume goes on with it"),
     ("failed", "data: too many files are gone (said by process 1 of 2)"),
     ("mixture failed", "data: too many files are gone (said by process 1 of 2)"),
+    ("tokenizers", "train: the processes have different tokenizers: some read other texts, or another checkpoint, tha"),
+    ("differing", "train: processes that share rows (parallel.context) read different ones, as where one of them cann"),
 ])
 def test_an_error_of_one_process_ends_all_of_them_and_the_main_one_says_it(together, name, said):
     folder = together[0]
@@ -183,7 +185,8 @@ def test_a_run_that_failed_leaves_its_readers_to_no_garbage_collector(together, 
 
 
 def test_what_was_trained_before_the_data_ended_is_saved(together):
-    assert saved_step(together[0] / "failed") == 3 and saved_step(together[0] / "mixture failed") == 2
+    assert {name: saved_step(together[0] / name) for name in ("failed", "mixture failed", "differing")} == {
+        "failed": 3, "mixture failed": 2, "differing": 2}
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(alone, together):

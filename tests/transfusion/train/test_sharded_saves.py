@@ -109,6 +109,13 @@ def test_a_full_disk_of_one_process_is_said_in_a_line_by_the_main_one_and_the_ol
     Transfusion.from_pretrained(folder / "full")
 
 
+def test_shards_that_the_main_process_cannot_read_back_fail_the_save_in_all(found, folder):
+    """`found` is of the main process; the other one would wait for it in the next save."""
+    assert found["unreadable"].startswith("SaveError: the save of 2 steps failed: __1_0.distcp")
+    assert (folder / "unread 0").read_text().strip().endswith("that of 1 steps stands")
+    assert not (folder / "unread 1").read_text()
+
+
 def test_what_is_not_finite_in_one_process_is_saved_by_none(found, folder):
     assert "tensors are not finite (averaged." in found["not finite"] and saved_step(folder / "full") == 1
 
@@ -120,6 +127,13 @@ def test_a_damaged_shard_is_refused_by_name(folder, tmp_path):
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(damaged)
     with pytest.raises(ValueError, match="__1_0.distcp is damaged"):
+        resumed(tmp_path / "run", random_model(**MODELS["tied"]))
+
+
+def test_a_shard_that_is_gone_is_named(folder, tmp_path):
+    shutil.copytree(folder / "tied", tmp_path / "run")
+    (tmp_path / "run" / "resume" / "state" / "__1_0.distcp").unlink()
+    with pytest.raises(OSError, match="__1_0.distcp"):
         resumed(tmp_path / "run", random_model(**MODELS["tied"]))
 
 
