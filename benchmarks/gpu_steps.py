@@ -207,6 +207,8 @@ def run_benchmark(
         ours = not lost["contender"] or lost["contender"].startswith("tfkernels") or lost["contender"] in without
         skip, without = (lost["case"] + 1, without) if ours else (lost["case"], [*without, lost["contender"]])
     done["seconds"] = round(time.monotonic() - begin, 1)
+    for plot in running.glob("*.png"):
+        os.replace(plot, out / plot.name)
     shutil.rmtree(running)
     return done
 

@@ -30,6 +30,8 @@ settings.register_profile(
     phases=[Phase.explicit, Phase.reuse, Phase.generate] + ([] if SLOW else [Phase.shrink]),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 settings.load_profile("project")
+if DEVICE == "cuda":
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # convolutions are TF32 unless told
 # A shell's background jobs ignore Ctrl-C, those under nohup a closed terminal, and so would what tests start.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:

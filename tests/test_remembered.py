@@ -83,4 +83,9 @@ def test_a_change_of_any_source_is_seen(tmp_path):
     (tmp_path / "tfkernels" / "a.py").rename(tmp_path / "tfkernels" / "z.py")
     remembered.sources.cache_clear()
     assert len({*found, remembered.sources(tmp_path)}) == len(found) + 1 == 10
+    before = remembered.sources(tmp_path)
+    (tmp_path / "tests/tfkernels/integrations").mkdir()
+    (tmp_path / "tests/tfkernels/integrations/test_others.py").write_text("new")
+    remembered.sources.cache_clear()
+    assert remembered.sources(tmp_path) == before, "none of these tests looks into it"
     remembered.sources.cache_clear()

@@ -29,6 +29,7 @@ def save(rows, notes=(), lost=None):
 ours = {"contender": "tfkernels", "milliseconds": {"forward": {"p50": 1.0}}, "error": None, "left_out": None}
 print(f"this is {name}", flush=True)
 save([ours])
+path.with_name(f"{name}_d64.png").write_bytes(b"a plot")
 if name == "decode":
     parent = os.getppid()
     while os.getppid() == parent:
@@ -137,7 +138,10 @@ def test_the_whole_schedule_runs_in_order_gives_the_benchmarks_two_thirds_and_ou
         "racecheck": missing,
     }
     assert json.loads((out / "gpu.json").read_text()) == result and not gpu.passed(result)
-    assert sorted(path.name for path in out.iterdir()) == ["benchmarks.log", "gpu.json", "tests.jsonl", "tests.log"]
+    plots = [f"{name}_d64.png" for name in NAMES]
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        ["benchmarks.log", "gpu.json", "tests.jsonl", "tests.log", *plots]
+    )
     assert "this is sample" in (out / "benchmarks.log").read_text()
     said = gpu.summary(result)
     assert (
@@ -191,6 +195,7 @@ def test_three_calls_fill_one_file_and_a_further_one_loses_nothing(stage):
     ) == set(kernels)
     assert began[0][1] > 980 and result["tests"]["counts"]["failed"] == 1 and result["benchmarks"].keys() == set(NAMES)
     assert [call["part"] for call in result["calls"]] == ["tests", "kernels", "models", "kernels"]
+    assert (out / "attention_d64.png").read_bytes() == b"a plot" and not (out / "running").exists()
     assert result["benchmarks"]["attention"]["earlier"]["report"]["rows"]
     assert all(
         ("--quick" in result["benchmarks"][name]["report"]["arguments"]) == (name in models)

@@ -350,7 +350,8 @@ def test_gradients_of_a_batch_of_cotangents_are_refused_or_computed_alike():
         out = attention(q, k, v, mask)
         with around():
             try:
-                found.append(torch.autograd.grad(out, q, torch.randn(2, *out.shape), is_grads_batched=True)[0].shape)
+                cotangents = torch.randn(2, *out.shape, device=DEVICE)
+                found.append(torch.autograd.grad(out, q, cotangents, is_grads_batched=True)[0].shape)
             except RuntimeError as error:
                 found.append(str(error).split("\n")[0])
     assert found[0] == found[1]
