@@ -25,8 +25,8 @@ class Decoding:
         self.tokens = list(before)
         said = self._decoded(self.tokens)
         self.settled, self.start, self.known = "", 0, len(said)  # text, window's first token and settled characters
-        self.whole, self.count, self.seen = "", len(self.tokens), said  # the last text without a cut character, its
-        #                                                                 tokens, its window
+        # the last text without a cut character, its tokens and its window
+        self.whole, self.count, self.seen = "", len(self.tokens), said
 
     def text(self) -> str:
         """The text of all tokens but those before."""
