@@ -273,7 +273,7 @@ def write_contenders(case: Case, device: str, dtype: torch.dtype) -> tuple[list[
                 pad_token_id=0,
                 suppress_tokens=[config.boi_token_id, config.eoi_token_id],
             )
-        return [tokenizer.decode(row) for row in out[:, ids.shape[1] :]]
+        return [tokenizer.decode(row)[len(tokenizer.decode(given)) :] for row, given in zip(out, ids)]
 
     few = texts[:2]
     cast(model, torch.float32)
