@@ -24,7 +24,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from transfusion.command import plain_errors, saved_step
+from transfusion.command import plain_errors
 from transfusion.data.chat import TEMPLATES, ChatSettings
 from transfusion.data.grids import GridSettings
 from transfusion.data.mixture_data import MixtureFileSettings
@@ -99,7 +99,7 @@ def seeing(settings: SeeingSettings) -> dict:
         seed=settings.seed)))
     stage(out / "aligned", "align.json", lambda: align(AlignSettings(
         model=out / "init", drawings=out / "styles", out=out / "aligned", optim=settings.align, seed=settings.seed,
-        save_every=settings.save_every, resume=saved_step(out / "aligned") is not None)))
+        save_every=settings.save_every, auto_resume=True)))
     stage(out / "questions", "mix.yaml", lambda: write(PictureQuestionSettings(
         out=out / "questions", drawings=out / "styles", scenes=settings.scenes, pairs=settings.pairs,
         held_out=settings.held_out, seed=settings.seed)))

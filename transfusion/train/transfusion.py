@@ -385,7 +385,7 @@ def _train(config: TrainConfig, processes: Processes) -> Path:
 
 def train_to_end(config: TrainConfig) -> Path:
     """`train`, going on with what `out` holds; KeyboardInterrupt where it was stopped before the last step."""
-    out = train(dataclasses.replace(config, resume=saved_step(config.out) is not None))
+    out = train(dataclasses.replace(config, auto_resume=True))
     if (step := saved_step(out)) < config.optim.steps:
         raise KeyboardInterrupt(f"{out}: {step:,} of {config.optim.steps:,} steps are done; the same command goes on")
     return out
