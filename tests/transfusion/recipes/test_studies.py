@@ -34,6 +34,7 @@ from transfusion.recipes.studies.report import Difference, by_class, cell, compa
 from transfusion.recipes.studies.representations import Codes, Patches
 from transfusion.recipes.studies.vq import VQSettings, from_codes, load_autoencoder, to_codes, train_autoencoder
 from transfusion.sequence import encode, pack
+from transfusion.train.resuming import found_resume
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(finished, ben
         runs.run(again, arm, 0)
     assert not (tmp_path / "codes-0" / "metrics.json").exists()
     resumed = []
-    monkeypatch.setattr(trainer, "train", lambda config: resumed.append(config.resume) or train(config))
+    monkeypatch.setattr(trainer, "train", lambda config: resumed.append(found_resume(config).resume) or train(config))
     result, whole = runs.run(again, arm, 0), json.loads((bench.out / "codes-0" / "metrics.json").read_text())
     assert resumed == [True] and result["metrics"] == whole["metrics"]
     (tmp_path / "codes-0" / "left over").touch()
