@@ -101,10 +101,13 @@ class Server:
         return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
     def held(self) -> dict[str, int]:
-        """How many threads, open files and asyncio tasks it has, and what it holds for requests."""
-        found = self.metrics()
+        """How many threads, open files and asyncio tasks it has, and what it holds for requests.
+
+        Files are counted first: the server still holds the connection that has just asked for its metrics.
+        """
         folders = {name: len(os.listdir(f"/proc/{self.process.pid}/{folder}"))
                    for name, folder in (("threads", "task"), ("files", "fd"))}
+        found = self.metrics()
         return folders | {name: int(found[name]) for name in ("tasks", "running", "waiting", "cache_tokens_used")}
 
     def _proc(self, name: str) -> str:
