@@ -56,7 +56,7 @@ hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 
 srun --kill-on-bad-exit=1 bash -c 'train_on_node "$@"' train_on_node "${hosts%%$'\n'*}" "${arguments[@]}"
 
-state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)
+state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T) || state=RUNNING # a busy controller says nothing
 if [[ $state == RUNNING ]] && saved_run_has 'run and run["step"] < run["config"]["optim"]["steps"]'; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

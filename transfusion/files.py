@@ -216,7 +216,8 @@ def replacing(out: Path, weights: bool = True, keep: str | None = None) -> Itera
 def _seal(out: Path, fresh: Path, weights: bool, keep: str | None) -> None:
     """Write the checksums and the journal of a new save, let others read it as umask says, and sync it."""
     for directory in [fresh, *(path for path in fresh.rglob("*") if path.is_dir())]:
-        if sums := {path.name: checksum(path) for path in _summed(directory)}:
+        kept = checksums(out) if directory == fresh and not weights else {}  # of weights that stay
+        if sums := kept | {path.name: checksum(path) for path in _summed(directory)}:
             (directory / CHECKSUMS).write_text(json.dumps({"crc32": sums}, indent=2) + "\n")
     files = sorted(str(path.relative_to(fresh)) for path in fresh.rglob("*") if not path.is_dir())
     weights = weights and any(path for pattern in WEIGHTS for path in fresh.glob(pattern))

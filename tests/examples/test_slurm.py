@@ -111,6 +111,16 @@ def test_a_signal_saves_and_the_next_job_goes_on_to_the_end(cluster, tmp_path, n
     assert (tmp_path / "scontrol").read_text().splitlines()[-1] == "show hostnames node[1-2]"
 
 
+@pytest.mark.parametrize("state, asked", [("RUNNING", "requeue 7"), ("COMPLETING", ""), (None, "requeue 7")])
+def test_a_job_that_saved_requeues_itself_unless_slurm_ends_it(cluster, tmp_path, state, asked):
+    """None: the controller does not answer."""
+    (tmp_path / "state").write_text(f"{state}\n") if state else (tmp_path / "state").unlink()
+    end = SCRIPT.read_text().partition("\nstate=")[2]
+    subprocess.run(["bash", "-euc", f"saved_run_has() {{ true; }}\nstate={end}"], env=cluster, check=True)
+    file = tmp_path / "scontrol"
+    assert (file.read_text() if file.exists() else "").strip() == asked
+
+
 def test_a_command_that_fails_ends_the_job_without_a_requeue(cluster, tmp_path):
     job = submit(cluster, str(tmp_path / "run"), *SMALL, "no number")
     assert job.wait(timeout=300) not in (0, 9)

@@ -25,6 +25,7 @@ from transfusion import Transfusion
 from transfusion.eval.features import Features
 from transfusion.files import (
     check_writable,
+    checksum,
     checksums,
     current,
     load_tensors,
@@ -243,6 +244,7 @@ def test_files_of_other_names_stay_and_those_of_the_older_save_go(tmp_path):
     (tmp_path / "notes.txt").write_text("kept")
     newer.save_pretrained(tmp_path, variant="half")
     assert (tmp_path / "model.safetensors.index.json").exists() and (tmp_path / "model.half.safetensors").exists()
+    assert checksums(tmp_path) == {path.name: checksum(path) for path in tmp_path.glob("*.safetensors")}  # of both
     newer.save_pretrained(tmp_path)
     assert Transfusion.from_pretrained(tmp_path).vae is None and (tmp_path / "notes.txt").read_text() == "kept"
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -371,7 +373,7 @@ def test_a_lock_names_its_holder_dies_with_it_and_leaves_nothing(tmp_path):
 
 def test_a_lock_is_not_held_by_the_children_of_its_holder(tmp_path):
     code = ("import os, sys, time\nfrom transfusion.locks import locked\nwith locked(sys.argv[1]):\n"
-            "    child = os.fork()\n    if child:\n        print(child, flush=True)\n    time.sleep(300)")
+            "    if not os.fork():\n        print(os.getpid(), flush=True)\n    time.sleep(300)")
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     child = int(holder.stdout.readline())
     try:

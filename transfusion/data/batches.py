@@ -141,10 +141,10 @@ def _captioned(sequence: Sequence) -> Tensor:
     """Return (N,), whether text other than EOS follows the image in its document.
 
     EOI stands behind the last patch. Where text follows, at least one token stands between it and EOS, so that the
-    position two behind EOI is of the same document.
+    position two behind EOI is of the same document of the same row.
     """
-    length = sequence.tokens.shape[1]
+    length = sequence.tokens.shape[1] + 2
     ends = [b * length + stop for b, row in enumerate(sequence.spans.tolist()) for start, stop in row if stop > start]
-    flat = torch.nn.functional.pad(sequence.documents.flatten(), (0, 2), value=-1)
+    flat = torch.nn.functional.pad(sequence.documents, (0, 2), value=-1).flatten()
     ends = torch.tensor(ends, dtype=torch.int64)
     return flat[ends] == flat[ends + 2]

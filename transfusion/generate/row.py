@@ -22,11 +22,15 @@ def check_options(model, options: Sampling) -> tuple[int, int]:
     """Return the grid of patches of an image that is drawn with `options`.
 
     Raises:
-        ValueError: no tokenizer, or options that do not fit the model.
+        ValueError: no tokenizer, options that do not fit the model, or layers that keep no cache.
     """
     if model.tokenizer is None or model.tokenizer.eos_token_id is None:
         raise ValueError("generate: the model has no tokenizer with an EOS; set model.tokenizer to the one that it "
                          "was trained with")
+    layers = model.backbone.decoder.modules() if model.config.backbone == "decoder" else ()
+    if model.training and any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
+        raise ValueError("generate: the model is in training mode and recomputes activations, so that its layers keep "
+                         "no keys and values; call model.eval() first")
     grid = grid_of(model.config, options)
     solver_of(model, options, grid)  # refuses what does not fit before anything runs
     return grid
@@ -83,14 +87,17 @@ class Row:
         if room is not None and len(document.tokens) + more > room:
             raise ValueError(f"generate: the prompt has {len(document.tokens)} tokens and what is made of it may have "
                              f"{more}; {room}, the decoder's positions, fit; give less, or ask for less")
-        if not force_image and not options.turn_end:  # an answer of a chat begins anew
+        if not force_image:
             self._go_on(document)
         return self._then_image(document) if force_image else document
 
     def _go_on(self, document: Document) -> None:
-        """Read what will be written as going on with the text that the prompt ends with."""
+        """Read what will be written as going on with the text that the prompt ends with.
+
+        Behind a chat's template, whose text is special, an answer begins anew.
+        """
         last, before = self.prompt[-1] if self.prompt else None, document.tokens[-1:]
-        if isinstance(last, Text) and last.text and not self.decoder.decode(before).endswith(CUT):
+        if isinstance(last, Text) and last.text and not last.special and not self.decoder.decode(before).endswith(CUT):
             self.decoding = Decoding(self.decoder, before)
 
     def context(self, name: str) -> Document:

@@ -5,6 +5,8 @@ The image layers start silent.
     transfusion init --llm PATH --out DIR
 """
 import copy
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +14,16 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from transfusion.command import claim
-from transfusion.files import check_files
+from transfusion.files import check_files, read_json, write_text
 from transfusion.model.config import TransfusionConfig, TransfusionSettings
 from transfusion.model.transfusion import Transfusion
 from transfusion.model.vae import VAE
 from transfusion.model.weights import check_complete
 from transfusion.sequence.tokenizer import BOI, EOI
 from transfusion.settings import Count, Seed, check_value
+
+MADE_OF = "made_of.json"
+"""file of a checkpoint of `transfusion init` that tells its language model"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +169,28 @@ def _init(settings: InitSettings) -> Path:
     model = from_language_model(decoder, tokenizer, seed=settings.seed, **config)
     model.vae = vae
     model.save_pretrained(settings.out)
+    write_text(settings.out / MADE_OF, json.dumps({"llm": str(settings.llm), "sampled": _sampled(settings.llm)}) + "\n")
     text = sum(p.numel() for p in model.backbone.decoder.parameters())
     images = sum(p.numel() for p in model.parameters()) - text
     print(f"{settings.out}: {text:,} parameters of {type(model.backbone.decoder).__name__}, {images:,} of images; "
           f"BOI {model.config.boi_token_id}, EOI {model.config.eoi_token_id}")
     return settings.out
+
+
+def was_made_of(start: Path, llm: Path) -> bool:
+    """Whether a checkpoint of `transfusion init` was made of a language model; also where it does not tell."""
+    file = start / MADE_OF
+    return not file.is_file() or read_json(file).get("sampled") == _sampled(llm)
+
+
+def _sampled(llm: Path) -> str:
+    """A hash of sixteen parts of each file of weights: other weights have another, and little is read."""
+    found = hashlib.sha256()
+    for file in sorted(llm.glob("*.safetensors")) if llm.is_dir() else [llm]:
+        size = file.stat().st_size
+        found.update(f"{size} ".encode())
+        with file.open("rb") as stream:
+            for part in range(16):
+                stream.seek(size * part // 16)
+                found.update(stream.read(2**16))
+    return found.hexdigest()

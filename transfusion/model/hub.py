@@ -94,7 +94,7 @@ def push(model, repo_id: str, *, commit_message: str | None = None, commit_descr
     """Upload a model's checkpoint and card to a repository of the Hub; see `Transfusion.push_to_hub`.
 
     What an older checkpoint there had, and this one has not, goes: a loader would take it for a part of this one. A
-    variant stands beside what there is.
+    variant stands beside what there is, whose checksums stay.
     """
     settings = CardSettings.of("Transfusion.push_to_hub", card)
     with tempfile.TemporaryDirectory() as made:
@@ -111,7 +111,7 @@ def push(model, repo_id: str, *, commit_message: str | None = None, commit_descr
         there = huggingface_hub.list_repo_files(repo_id, revision=revision, token=token)
         older = [] if variant else [glob.escape(name) for name in there if _is_of_a_checkpoint(name)]
         return huggingface_hub.upload_folder(
-            repo_id=repo_id, folder_path=folder, delete_patterns=older,
+            repo_id=repo_id, folder_path=folder, delete_patterns=older, ignore_patterns=CHECKSUMS if variant else None,
             commit_message=commit_message or "Upload a Transfusion model", commit_description=commit_description,
             token=token, revision=revision, create_pr=create_pr)
 

@@ -178,7 +178,7 @@ def check_base(op: str, start: Path, out: Path) -> None:
     """
     file = current(out, BASE)
     kept = read_json(file).get("weights") if file.is_file() else None
-    if kept and checksums(start) not in ({}, kept):
+    if kept and not _has_weights(start, kept):
         raise ValueError(f"{op}: tune.start is {str(start)!r}, whose weights are others than those that the adapter in "
                          f"{str(out)!r} was trained on; put those back, or go on with --allow-changed")
 
@@ -196,8 +196,9 @@ def find_base(path: Path, base: Path | None = None) -> Path:
     found = next(filter(holds_checkpoint, tried), None)
     if found is None:
         places = ", ".join(repr(str(place)) for place in dict.fromkeys(tried))
+        why = f"tried {places}" if tried else "where it was, other weights lie"
         raise ValueError(f"Transfusion.from_pretrained: path is {str(path)!r}, an adapter, and the model that it was "
-                         f"trained on is not there (tried {places}); put it back, or name it with "
+                         f"trained on is not there ({why}); put it back, or name it with "
                          "from_pretrained(path, base=...)")
     seen, place = {path.resolve()}, found
     while place is not None and place.resolve() not in seen and holds_adapter(place):
@@ -231,7 +232,13 @@ def _named_bases(path: Path) -> list[Path]:
     homes |= dict.fromkeys([home.parent.parent for home in homes if home.parent.name == STEPS])
     places = [home / place for place in said if isinstance(place, str) for home in homes]
     places += [Path(said[2])] if isinstance(said[2], str) else []
-    return [place for place in places if not kept.get("weights") or checksums(place) in ({}, kept["weights"])]
+    return [place for place in places if not kept.get("weights") or _has_weights(place, kept["weights"])]
+
+
+def _has_weights(place: Path, kept: dict[str, str]) -> bool:
+    """Whether a directory has files of these checksums, beside others, or tells none."""
+    found = checksums(place)
+    return not found or kept.items() <= found.items()
 
 
 _GROUPS = {"lora_": "decoder: adapters", "trainable_tokens": "decoder: BOI and EOI",

@@ -168,7 +168,8 @@ class Transfusion(PreTrainedModel):
         _check_implementation("Transfusion.from_pretrained", attn_implementation or integration.NAME)
         if quantization_config is not None:
             with torch.device("meta"):
-                outline = cls(kwargs.get("config") or TransfusionConfig.from_pretrained(path))
+                given = {name: kwargs[name] for name in TransfusionConfig.names() if name in kwargs}
+                outline = cls(kwargs.get("config") or TransfusionConfig.from_pretrained(path, **given))
             kwargs["quantization_config"] = spare_images(outline, quantization_config)
         try:
             model, found = super().from_pretrained(

@@ -28,7 +28,7 @@ from transfusion.device import PATIENCE, launched
 from transfusion.files import current, read_json, write_text
 from transfusion.locks import in_use
 from transfusion.model.config import TransfusionConfig
-from transfusion.model.from_language_model import InitSettings, init
+from transfusion.model.from_language_model import InitSettings, init, was_made_of
 from transfusion.model.lora import TuneSettings, find_base
 from transfusion.model.vae import VAE
 from transfusion.settings import nearest
@@ -249,13 +249,14 @@ def _start(flags: LLaVAFlags, config: TrainConfig) -> Path:
         side //= VAE.from_pretrained(vae).factor
     asked = {"image_size": (side, side), **config.model.shared()}
     rank, processes = launched()
+    stands = current(start, "config.json").is_file()
     if rank > 0:
         _wait_for(start)
-    elif current(start, "config.json").is_file():
-        print(f"{start} was made of {model} before", flush=True)
-    else:
+    elif not stands:
         init(InitSettings(llm=model, out=start, vae=vae, **asked), alone=processes == 1)
-    _check_start(start, asked, vae)
+    _check_start(start, model, asked, vae)
+    if stands and rank == 0:
+        print(f"{start} was made of {model} before", flush=True)
     return start
 
 
@@ -270,14 +271,16 @@ def _wait_for(start: Path) -> None:
         time.sleep(0.5)
 
 
-def _check_start(start: Path, asked: dict[str, Any], vae: Path | None) -> None:
-    """Refuse a checkpoint that was made with other settings than those that are asked for now."""
+def _check_start(start: Path, llm: Path, asked: dict[str, Any], vae: Path | None) -> None:
+    """Refuse a checkpoint that was made of another language model, or with other settings than are asked for now."""
     made, wanted = TransfusionConfig.from_pretrained(start).to_dict(), TransfusionConfig(**asked).to_dict()
     differ = [f"{name} {made[name]} (now {wanted[name]})" for name in asked
               if json.dumps(made[name]) != json.dumps(wanted[name])]
     kept = VAE.from_pretrained(start / "vae").fingerprint() if (start / "vae").is_dir() else None
     if kept != (None if vae is None else VAE.from_pretrained(vae).fingerprint()):
         differ.append("another autoencoder")
+    if not was_made_of(start, llm):
+        differ.append("another language model")
     if differ:
         raise ValueError(f"train: {start} was made before with {', '.join(differ)}; the same settings, or another "
                          "--output_dir, fit")

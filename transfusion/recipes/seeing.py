@@ -15,6 +15,7 @@ questions.png of the held-out pictures (`transfusion eval questions --blind`), t
 before and after (`transfusion eval text` takes others), and prompts.md, twenty prompts without a picture and how they
 are answered before and after.
 """
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,8 +32,9 @@ from transfusion.data.mixture_data import MixtureFileSettings
 from transfusion.eval.asking import Asker, Asking, AskingSettings, Question
 from transfusion.eval.questions import QuestionsSettings, evaluate_questions
 from transfusion.eval.text import perplexity
-from transfusion.files import write_text
-from transfusion.model.from_language_model import InitSettings, init
+from transfusion.files import read_json, settle, unfinished, write_text
+from transfusion.locks import locked
+from transfusion.model.from_language_model import InitSettings, init, was_made_of
 from transfusion.model.lora import TuneSettings
 from transfusion.model.transfusion import Transfusion
 from transfusion.recipes.align_pictures import AlignOptimSettings, AlignSettings, align
@@ -51,6 +53,8 @@ PROMPTS = (
     "What is a noun?", "Name a fruit that is yellow.", "In which season does it snow?",
     "What do you use an umbrella for?", "Write a short greeting.")
 MEASURED = 60_000  # characters of plain text
+SETTINGS = "settings.json"
+FIXED = "align", "scenes", "pairs", "held_out", "seed"  # what stages that are done were made with
 
 
 @dataclass(frozen=True)
@@ -88,10 +92,11 @@ def seeing(settings: SeeingSettings) -> dict:
     """Run every stage that is not done yet; return accuracies of the questions' kinds and perplexities of text.
 
     Raises:
-        ValueError: settings that do not fit, or a stage's own errors.
+        ValueError: settings that do not fit, or others than the stages that stand were made with, or a stage's own.
     """
     check("seeing", settings)
     out = settings.out
+    keep_settings(settings)
     stage(out / "styles", "names.json", lambda: fetch_styles(FetchStyles(out=out / "styles")))
     stage(out / "init", "config.json", lambda: init(InitSettings(
         llm=settings.llm, out=out / "init", image_layers="unet", patch_size=8, unet_channels=(16, 64, 128, 256),
@@ -111,8 +116,26 @@ def seeing(settings: SeeingSettings) -> dict:
     return measure(out, settings.template, read_plain_text(settings.plain_text)[:MEASURED])
 
 
+def keep_settings(settings: SeeingSettings) -> None:
+    """Write down what the stages are made with, and refuse other settings than those that are written down."""
+    file, start = settings.out / SETTINGS, settings.out / "init"
+    now = json.loads(json.dumps({name: dataclasses.asdict(settings)[name] for name in FIXED}))
+    before = read_json(file) if file.is_file() else now
+    differ = [f"{name} {before.get(name)} (now {now[name]})" for name in FIXED if before.get(name) != now[name]]
+    if start.is_dir() and not was_made_of(start, settings.llm):
+        differ.append("another llm")
+    if differ:
+        raise ValueError(f"seeing: out is {str(settings.out)!r}, whose stages were made with {', '.join(differ)}; the "
+                         "same settings, or another --out, fit")
+    settings.out.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(now, indent=2) + "\n")
+
+
 def stage(out: Path, mark: str, run: Callable[[], object]) -> None:
-    """Run what makes `out`, unless the file that is written last is there."""
+    """Run what makes `out`, unless a file of the finished stage is there."""
+    if unfinished(out):  # a kill left it in two places
+        with locked(out):
+            settle(out)
     if not (out / mark).is_file():
         print(f"making {out}", flush=True)
         run()

@@ -13,11 +13,12 @@ from transfusion.data.batches import (
     document_lengths,
     draw_batch,
     fill_rows,
+    noise_limits,
     step_generator,
 )
 from transfusion.data.dataset import Arrangement, DatasetSettings
 from transfusion.recipes.digits import Digits, DigitsSettings, jitter
-from transfusion.sequence import Image, Text, encode
+from transfusion.sequence import Image, Text, encode, lay_out
 from transfusion.sequence.tokenizer import train_tokenizer
 from transfusion.train.transfusion import ModelSettings, OptimSettings, TrainConfig, train
 
@@ -168,6 +169,15 @@ def test_documents_longer_than_a_row_are_left_out_and_counted(letters):
     assert left_out == dataset.drawn[PROBED:].count(200) > 10
     with pytest.raises(ValueError, match="seq_len is 16 and the shortest of 500 documents has 20 tokens; raise"):
         draw_batch(dataset, DatasetSettings(), letters.tokenizer, letters.config, 2, 16, step_generator(0, 0))
+
+
+def test_an_image_alone_that_fills_a_row_has_no_caption_in_the_next(letters):
+    image = Image(torch.randn(letters.config.image_channels, *letters.config.image_size))
+    alone, captioned = (encode(parts, letters.tokenizer, letters.config) for parts in ([image], [image, Text("a")]))
+    length = len(alone.tokens)
+    for rows, expected in (([[alone], [alone]], [1.0, 1.0]), ([[alone], [captioned]], [1.0, 0.25])):
+        sequence = lay_out(rows, length + (rows[1][0] is captioned), letters.config.patch_dim)
+        assert noise_limits(sequence, Arrangement(noise_limit=0.25)).tolist() == expected
 
 
 @pytest.mark.parametrize("changes,message", [

@@ -270,6 +270,14 @@ def test_requests_that_do_not_fit_are_refused_by_name(model, call, message):
         call(model)
 
 
+def test_layers_that_recompute_in_training_mode_keep_no_cache_and_are_refused():
+    model = tiny_model().train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="is in training mode and recomputes activations.*call model.eval"):
+        model.draw(["a"], steps=2)
+    assert len(model.eval().draw(["a"], steps=2)) == 1
+
+
 NAN, INF = float("nan"), float("inf")
 MEANINGLESS = [
     (name, value)

@@ -109,6 +109,17 @@ def test_a_row_that_has_used_all_positions_waits_for_one_that_still_writes(monke
     assert set(calls) == {2} and len(calls) == 3 + written + 1, "until both draw, behind that, and to end"
 
 
+@pytest.mark.parametrize("special, told", [(False, " cat"), (True, "cat")])
+def test_an_answer_behind_a_template_begins_anew_and_text_behind_text_goes_on(model, special, told):
+    row = Row(model, [Text("a", special=special)], Sampling(), (1, 1), 0, decoder=words_or_bytes())
+    row.document(False)
+    row.eos, row.config = -1, SimpleNamespace(boi_token_id=-2)
+    for token in (*spelled(row.decoder, "cat"), row.eos):
+        row.take(token)
+    row.finish()
+    assert row.parts[0].text == told
+
+
 def test_what_was_told_of_a_text_is_all_of_it_also_where_its_last_character_is_cut(model):
     tokenizer = words_or_bytes()
     row = Row(model, [Text("a")], Sampling(), (1, 1), 0, decoder=tokenizer)

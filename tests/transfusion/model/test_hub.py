@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel
 from tests.transfusion.conftest import tiny_model
 from tests.transfusion.model.test_vae import autoencoder
 from transfusion import Transfusion, TransfusionConfig
+from transfusion.files import checksums
 from transfusion.model.vae import VAE
 
 RUN = {"step": 1300, "config": {"data": {"name": "digits", "latents": None, "folder": "/home/me/private",
@@ -52,7 +53,8 @@ class FakeHub:
             name = str(path.relative_to(self.root / repo_id))
             if name not in given and any(fnmatch(name, one) for one in options.get("delete_patterns") or ()):
                 path.unlink()
-        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
+        left_out = shutil.ignore_patterns(options["ignore_patterns"]) if options.get("ignore_patterns") else None
+        shutil.copytree(folder_path, self.root / repo_id, ignore=left_out, dirs_exist_ok=True)
         return f"https://hub/{repo_id}/commit/1"
 
     def snapshot_download(self, repo_id, **options):
@@ -196,7 +198,9 @@ def test_weights_of_an_older_push_go(hub):
     found = Transfusion.from_pretrained("me/x")
     assert torch.equal(found.image_head.linear.weight, newer.image_head.linear.weight)
     assert not (hub.root / "me/x/model.safetensors").exists() and all(path.exists() for path in own)
+    sums = checksums(hub.root / "me/x")
     newer.save_pretrained(hub.root / "here", variant="half", push_to_hub=True, repo_id="me/x")
+    assert checksums(hub.root / "me/x") == sums != {}
     assert (hub.root / "me/x/model.half.safetensors").exists()
     assert torch.equal(Transfusion.from_pretrained("me/x").image_head.linear.weight, newer.image_head.linear.weight)
 

@@ -10,6 +10,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+import transfusion.model.transfusion as loading
 from tests.transfusion.conftest import tiny_model
 from tests.transfusion.model.test_transfusion import losses
 from transfusion import Text, Transfusion, TransfusionConfig
@@ -119,6 +120,14 @@ def test_quantised_weights_are_not_what_image_layers_start_from(tmp_path):
     tiny_model(backbone="adaln").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no image layers for backbone 'mixture_of_transformers', and quantised"):
         Transfusion.from_pretrained(tmp_path, backbone="mixture_of_transformers", quantization_config=ByteConfig())
+
+
+def test_image_layers_of_a_backbone_that_is_asked_for_are_not_quantised(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path)
+    outlines = []
+    monkeypatch.setattr(loading, "spare_images", lambda outline, given: outlines.append(outline) or given)
+    Transfusion.from_pretrained(tmp_path, backbone="adaln", quantization_config=ByteConfig())
+    assert [outline.config.backbone for outline in outlines] == ["adaln"]
 
 
 def test_the_condition_has_the_models_dtype_where_a_weight_is_stored_as_bytes():

@@ -228,6 +228,20 @@ def test_an_adapter_does_not_go_on_on_other_weights(tmp_path, start):
     assert len(losses(tmp_path / "adapter")) == 4
 
 
+def test_a_variant_beside_an_adapters_model_changes_nothing_for_it(tmp_path, start):
+    shutil.copytree(start, tmp_path / "start")
+    run(tmp_path / "adapter", tmp_path / "start", "lora", stop_after=2)
+    expected = text_logits(Transfusion.from_pretrained(tmp_path / "adapter"))
+    Transfusion.from_pretrained(start).save_pretrained(tmp_path / "start", variant="half")
+    assert torch.equal(text_logits(Transfusion.from_pretrained(tmp_path / "adapter")), expected)
+    run(tmp_path / "adapter", tmp_path / "start", "lora", stop_after=3, resume=True)
+    assert len(losses(tmp_path / "adapter")) == 3
+    weights = tmp_path / "start" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="model.safetensors is damaged"):
+        Transfusion.from_pretrained(tmp_path / "start")
+
+
 @pytest.mark.parametrize("trained", ["all", "lora", "images"])
 def test_a_checkpoint_of_half_precision_is_trained_in_float32(tmp_path, start, trained):
     Transfusion.from_pretrained(start, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")

@@ -102,6 +102,9 @@ def test_the_script_runs_as_it_is_and_again_and_goes_on(here, monkeypatch, capsy
     with pytest.raises(SystemExit, match=r"from-llm was made before with image_size \[16, 16\] \(now \[32, 32\]\), "
                                          r"patch_size 4 \(now 8\); the same settings, or another --output_dir, fit"):
         main(["train", *shlex.split(changed), "--resume"])
+    language_model(here / "other" / "llm", "qwen2")
+    with pytest.raises(SystemExit, match="from-llm was made before with another language model; the same settings, or"):
+        main(["train", *shlex.split(SCRIPT.replace("_path llm", "_path other/llm")), "--resume"])
     again = SCRIPT.replace("--model_name_or_path llm", "--model_name_or_path runs/lora-from-llm").replace(
         "runs/lora ", "runs/again "
     )

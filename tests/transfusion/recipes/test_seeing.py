@@ -1,17 +1,21 @@
 """From sheets of drawings to a measured model, and nothing is done twice."""
+import dataclasses
 import json
+import os
 
 import pytest
 from PIL import Image as Picture
 
+import transfusion.files as files
 from tests.transfusion.model.test_from_language_model import language_model
 from transfusion.eval.questions import read_known
+from transfusion.files import SAVED, replacing
 from transfusion.model.transfusion import Transfusion
 from transfusion.recipes.align_pictures import AlignOptimSettings
 from transfusion.recipes.emoji import COLUMNS
 from transfusion.recipes.emoji_styles import ALL_STYLES, read_drawings
 from transfusion.recipes.picture_questions import KINDS
-from transfusion.recipes.seeing import PROMPTS, SeeingSettings, seeing
+from transfusion.recipes.seeing import PROMPTS, SeeingSettings, seeing, stage
 from transfusion.train.transfusion import OptimSettings
 
 NAMES = [("Animals & Nature", "animal mammal"), ("Animals & Nature", "plant flower"), ("Food & Drink", "food fruit")]
@@ -87,3 +91,24 @@ def test_the_same_command_goes_on_and_does_nothing_twice(run, monkeypatch):
     assert (settings.out / "tuned" / "log.jsonl").read_text() == logged  # of seconds too: no step was taken again
     assert (settings.out / "tuned" / "adapter_config.json").is_file()
     assert Transfusion.from_pretrained(settings.out / "aligned").config.patch_size == 8
+
+
+def test_other_settings_are_not_answered_with_what_the_old_ones_made(run, tmp_path):
+    settings, _ = run
+    language_model(tmp_path / "other", "qwen2")
+    for changes, said in (({"scenes": 8}, r"scenes 4 \(now 8\); the same settings, or another --out"),
+                          ({"align": AlignOptimSettings(steps=3, batch=8)}, "align .*'steps': 2.* .now .*'steps': 3"),
+                          ({"llm": tmp_path / "other"}, "with another llm; the same settings")):
+        with pytest.raises(ValueError, match=said):
+            seeing(dataclasses.replace(settings, **changes))
+
+
+def test_a_stage_that_a_kill_left_in_two_places_is_put_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_finish", lambda out: os.replace(out / SAVED / "first", out / "first"))  # and a kill
+    with replacing(tmp_path / "out", weights=False) as fresh:
+        for name in ("first", "last"):
+            (fresh / name).write_text(name)
+    monkeypatch.undo()
+    assert not (tmp_path / "out" / "last").exists()
+    stage(tmp_path / "out", "first", lambda: pytest.fail("it is made anew"))
+    assert (tmp_path / "out" / "last").read_text() == "last"
