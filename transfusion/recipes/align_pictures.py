@@ -18,9 +18,10 @@ where a_part is in `WEIGHTS` and j runs over the part's places. The classifiers,
 each part, are thrown away. All names are learned, and none of the pictures that `read_drawings` holds out.
 
 Most names are missing in some styles: few artists drew everything, and what is held out is a name as one family of
-artists drew it. A model that learns which pairs never occur will answer a held-out picture wrongly. So p_j of a name is
-a softmax over words alone that some shown picture of the same style has in that place, and p_j of a style over words of
-the styles that the same name is shown in: a pair that is never shown counts neither for nor against.
+artists drew it. A model that learns which pairs never occur will answer a held-out picture wrongly. So p_j of a name
+leaves out words that names have in that place, but none that is shown in the same style, and p_j of a style words of
+the styles that the name is not shown in: a pair that is never shown counts neither for nor against. What no name or
+style has in that place counts against; otherwise the mean would be of such words for the most part.
 """
 import functools
 import json
@@ -53,7 +54,7 @@ SLOTS = {"name": 6, "place": 2, "kind": 4, "style": 4}
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 NOTHING = "nothing"  # the name of a white tile
 BLANK = 0.2          # share of a scene's tiles that are white
-WEIGHTS = {"name": 0.5, "place": 0.25, "kind": 0.25, "style": 0.5}
+WEIGHTS = {"name": 0.5, "place": 0.25, "kind": 0.25, "style": 1.0}
 TERMS = ("captions", "classifiers")
 
 
@@ -64,7 +65,7 @@ class AlignOptimSettings(StepSettings):
 
     batch: Count = 96
     """views of a step, a multiple of 8: half alone, half in scenes"""
-    things: Share = 0.7
+    things: Share = 0.5
     """share of views that show what questions are about; the others show any name"""
 
 
@@ -168,8 +169,8 @@ class ShownPairs:
         """A part's scores of words (N, slots, V) and of answers (N, answers), -inf for what is never shown together."""
         if part not in self.answers:
             return scores, read
-        given = labels["style" if part == "name" else "name"]
-        return (scores.masked_fill(~self.words[part][given], -math.inf),
+        given, words = labels["style" if part == "name" else "name"], self.words[part]
+        return (scores.masked_fill(words.any(0) & ~words[given], -math.inf),
                 read.masked_fill(~self.answers[part][given], -math.inf))
 
 

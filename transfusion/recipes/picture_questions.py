@@ -7,8 +7,8 @@ The pictures are the emoji of the package (`transfusion.recipes.emoji`, 32x32, f
 animals, plants, dishes and drinks among those in nine styles (`transfusion.recipes.emoji_styles`), one at a time and as
 scenes of 64x64 with up to four of them. Names and kinds are the published ones. Of nine styles each question to train
 on shows a view of its own, turned, moved and coloured twice; held-out pictures are shown as they are. Twice, because
-image layers are surer of pictures that they were trained on: what reads them shall know doubt, too. Pictures to compare
-are changed once: two changes leave little of a style.
+image layers are surer of pictures that they were trained on: what reads them shall know doubt, too. Of pictures to
+compare half are changed, once, and half are shown as they are: two changes leave little of a style.
 
     name       What is this?                                        a red apple
     category   Is this a feeling, something in nature or ... ?      something to eat or drink
@@ -85,7 +85,7 @@ class PictureQuestionSettings:
     """of the package's emoji faces, animals, plants and dishes alone: 459 of the 1,870 names"""
     scenes: Count = 5000
     """pictures of several emoji to train on"""
-    pairs: Count = 4500
+    pairs: Count = 6000
     """pairs of pictures to compare, to train on"""
     held_out: Count = 400
     """held-out scenes, and as many pairs"""
@@ -286,18 +286,20 @@ def things(folder: Path) -> Drawings:
     return drawings._replace(categories=categories, category_names=names).of(asked)
 
 
-def changed_once(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures (N, C, H, W), all of them changed."""
-    return changed(pictures, generator, untouched=0.0)
+def half_changed(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures (N, C, H, W), half of them changed."""
+    return changed(pictures, generator, untouched=0.5)
 
 
 def changed_twice(pictures: Tensor, generator: torch.Generator) -> Tensor:
     """Pictures (N, C, H, W), all of them changed, and most of them once more."""
-    return changed(changed_once(pictures, generator), generator)
+    return changed(changed(pictures, generator, untouched=0.0), generator)
 
 
 def write(settings: PictureQuestionSettings) -> Path:
     """Write pictures, questions and the mixture; the directory appears whole or not at all. Return it.
+
+    Held-out questions are drawn first, so that they stay what they are however many there are to train on.
 
     Raises:
         ValueError: settings that do not fit, or a directory without drawings.
@@ -309,9 +311,9 @@ def write(settings: PictureQuestionSettings) -> Path:
     generator = torch.Generator().manual_seed(settings.seed)
     partly_held_out = set(drawings.labels[held].tolist())
     splits = {  # shown, shown beside, scenes, pairs, changes (of pairs, too), names of which no style is asked
+        "held-out": (held, held | ~held, settings.held_out, settings.held_out, (None, None), ()),
         "train": (~held, ~held, settings.scenes, settings.pairs,
-                  (None, None) if is_shipped else (changed_twice, changed_once), partly_held_out),
-        "held-out": (held, held | ~held, settings.held_out, settings.held_out, (None, None), ())}
+                  (None, None) if is_shipped else (changed_twice, half_changed), partly_held_out)}
     with replacing(settings.out, weights=False) as fresh:
         (fresh / "pictures").mkdir()
         for split, (shown, beside, scenes, pairs, changes, unstyled) in splits.items():

@@ -144,6 +144,9 @@ def test_a_pair_that_is_never_shown_counts_neither_for_nor_against(start):
         own = [j for j in range(spelled.shape[1]) if all(spelled[absent, j] != other[j] for other in others)]
         missed, learned = scores.grad[:, own, spelled[absent, own]]
         assert own and (missed == 0).all() and (learned > 0).all()
+        nowhere = torch.ones(SLOTS[part], len(captions.words), dtype=torch.bool)
+        nowhere[torch.arange(SLOTS[part]), spelled] = False  # words that no answer has in that place
+        assert nowhere.any() and (scores.grad[:, nowhere] > 0).all()
         assert read.grad[0, absent] == 0 < read.grad[1, absent] and read.grad[0, 0] < 0 and (read.grad[0, -1] > 0).all()
         assert ((read.grad[0] != 0).sum(), (read.grad[1] != 0).sum()) == (len(spelled) - 1, len(spelled))
 

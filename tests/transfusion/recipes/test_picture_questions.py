@@ -16,6 +16,8 @@ from transfusion.recipes.picture_questions import (
     PLACES,
     PictureQuestionSettings,
     Questions,
+    changed_twice,
+    half_changed,
     shipped_drawings,
     write,
 )
@@ -135,6 +137,23 @@ def test_the_same_seed_writes_the_same(folder, tmp_path):
     again = write(PictureQuestionSettings(out=tmp_path / "again", scenes=400, pairs=400, held_out=40))
     for split in ("train", "held-out"):
         assert rows(again, split) == rows(folder, split)
+
+
+def test_held_out_questions_stay_what_they_are_however_many_are_to_train_on(folder, tmp_path):
+    other = write(PictureQuestionSettings(out=tmp_path / "other", scenes=8, pairs=200, held_out=40))
+    assert len(rows(other, "train")) < len(rows(folder, "train"))
+    assert rows(other, "held-out") == rows(folder, "held-out")
+    for row in rows(other, "held-out"):
+        for name in row["image"] if isinstance(row["image"], list) else [row["image"]]:
+            assert (pixels(other, name) == pixels(folder, name)).all()
+
+
+def test_half_of_the_pictures_to_compare_are_shown_as_they_are():
+    pictures = torch.rand(400, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    views = half_changed(pictures, torch.Generator().manual_seed(1))
+    same = (views == pictures).flatten(1).all(1)
+    assert 0.4 < same.float().mean() < 0.6
+    assert not (changed_twice(pictures, torch.Generator().manual_seed(1)) == pictures).flatten(1).all(1).any()
 
 
 def test_the_mixture_reads_every_row(folder):
