@@ -68,7 +68,7 @@ class SeeingSettings:
     align: AlignOptimSettings = field(default_factory=AlignOptimSettings)
     """of the image layers, before the language model runs"""
     optim: OptimSettings = field(default_factory=lambda: OptimSettings(
-        steps=2200, rows=2, seq_len=256, lr=3e-4, min_lr=1e-5, warmup=20, ema=0.0, weight_decay=0.0))
+        steps=2050, rows=2, seq_len=256, lr=3e-4, min_lr=1e-5, warmup=20, ema=0.0, weight_decay=0.0))
     """of what patches go through in the decoder, on questions; the image layers stay as they are"""
     autocast: bool = False
     """compute the last stage in bfloat16: quicker where the processor has instructions for it"""

@@ -117,6 +117,12 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(finished, ben
     assert [path.name for path in tmp_path.glob("codes-0-*/*") if path.name == "left over"] == ["left over"]
 
 
+def test_how_a_run_is_gone_on_with_is_no_part_of_its_key():
+    config = DATA["digits"]().base
+    assert runs.key(config) == runs.key(dataclasses.replace(config, auto_resume=True))
+    assert runs.key(config) != runs.key(dataclasses.replace(config, seed=config.seed + 1))
+
+
 def test_arms_change_what_they_are_named_after_and_nothing_else():
     data = DATA["digits"]()
     base = dataclasses.asdict(data.base)
