@@ -7,6 +7,8 @@
     DIR/tuned       patches learn to be read             transfusion train
     DIR/eval        what it sees, and what became of its language
 
+DIR/settings.json has what the first four were made with; other settings are refused.
+
 The model is a mixture of transformers: patches go through weights of their own, which are trained, and text through the
 language model's, which are frozen. So what it says without a picture is, to the bit, what it said before.
 
@@ -54,7 +56,7 @@ PROMPTS = (
     "What do you use an umbrella for?", "Write a short greeting.")
 MEASURED = 60_000  # characters of plain text
 SETTINGS = "settings.json"
-FIXED = "align", "scenes", "pairs", "held_out", "seed"  # what stages that are done were made with
+FIXED = "align", "scenes", "pairs", "held_out", "seed"  # what the stages before training are made with
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def keep_settings(settings: SeeingSettings) -> None:
     """Write down what the stages are made with, and refuse other settings than those that are written down."""
     file, start = settings.out / SETTINGS, settings.out / "init"
     now = json.loads(json.dumps({name: dataclasses.asdict(settings)[name] for name in FIXED}))
-    before = read_json(file) if file.is_file() else now
+    before = read_json(file) if file.is_file() and start.is_dir() else now  # without it none of the others stands
     differ = [f"{name} {before.get(name)} (now {now[name]})" for name in FIXED if before.get(name) != now[name]]
     if start.is_dir() and not was_made_of(start, settings.llm):
         differ.append("another llm")

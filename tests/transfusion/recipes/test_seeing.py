@@ -15,7 +15,7 @@ from transfusion.recipes.align_pictures import AlignOptimSettings
 from transfusion.recipes.emoji import COLUMNS
 from transfusion.recipes.emoji_styles import ALL_STYLES, read_drawings
 from transfusion.recipes.picture_questions import KINDS
-from transfusion.recipes.seeing import PROMPTS, SeeingSettings, seeing, stage
+from transfusion.recipes.seeing import PROMPTS, SeeingSettings, keep_settings, seeing, stage
 from transfusion.train.transfusion import OptimSettings
 
 NAMES = [("Animals & Nature", "animal mammal"), ("Animals & Nature", "plant flower"), ("Food & Drink", "food fruit")]
@@ -101,6 +101,12 @@ def test_other_settings_are_not_answered_with_what_the_old_ones_made(run, tmp_pa
                           ({"llm": tmp_path / "other"}, "with another llm; the same settings")):
         with pytest.raises(ValueError, match=said):
             seeing(dataclasses.replace(settings, **changes))
+
+
+def test_settings_may_change_while_no_stage_stands(tmp_path):
+    for scenes in (4, 8):
+        keep_settings(SeeingSettings(llm=tmp_path / "none", out=tmp_path / "out", scenes=scenes))
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["scenes"] == 8
 
 
 def test_a_stage_that_a_kill_left_in_two_places_is_put_together(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ SHOWN = 8  # pictures of each class that a run keeps
 
 
 def key(*settings) -> str:
-    """Hash of dataclasses: what a result was made with."""
+    """Hash of dataclasses: what a result was made with; without an option that is younger than results that stand."""
     told = [{name: value for name, value in dataclasses.asdict(x).items() if name != "auto_resume"} for x in settings]
     text = json.dumps(told, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
