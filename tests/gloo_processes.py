@@ -1,4 +1,5 @@
 """Processes on this machine that talk over gloo: they meet, call one function, and end in bounded time."""
+import multiprocessing
 import tempfile
 import time
 from datetime import timedelta
@@ -8,6 +9,8 @@ import torch
 import torch.distributed as dist
 
 SECONDS = 400  # for all that processes do together; a loaded machine needs most of it
+# What every process would import for seconds: one imports it, and those that meet are its forks.
+multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint", "transfusion.train"])
 
 needs_gloo = pytest.mark.skipif(
     not dist.is_gloo_available(),
@@ -21,7 +24,8 @@ def run_together(count, function, *arguments):
     """
     end = time.monotonic() + SECONDS
     with tempfile.TemporaryDirectory() as folder:
-        started = torch.multiprocessing.spawn(_run, (count, folder, function, arguments), nprocs=count, join=False)
+        started = torch.multiprocessing.start_processes(_run, (count, folder, function, arguments), nprocs=count,
+                                                        join=False, start_method="forkserver")
         try:
             while not started.join(timeout=1):  # True once all have ended
                 if time.monotonic() > end:
@@ -41,4 +45,5 @@ def meet(rank, count, folder):
 def _run(rank, count, folder, function, arguments):
     meet(rank, count, folder)
     function(rank, *arguments)
+    dist.barrier()  # who leaves first breaks connections that another may still be accepting, which gloo aborts on
     dist.destroy_process_group()

@@ -1,14 +1,16 @@
 """Slow tests of what has not changed since they passed are not run again, but for one in sixteen.
 
-What they passed with stands in passed.txt as hashes of all that they depend on: the sources of the library, of the
-emulator and of the tests themselves, the versions of Python, torch and Triton, and what Triton compiles by. After a
-whole `make test` on kernels that are to stay, `python -m tests.remembered` writes that file anew, of what has passed or
-was known.
+They are those that run compiled kernels in the emulator, and under `TRITON_INTERPRET=1` every file of tests/tfkernels
+that looks at nothing else. What they passed with stands in passed.txt as hashes of all that they depend on: the sources
+of the library, of the emulator and of the tests themselves, the versions of Python, torch and Triton, and what Triton
+compiles by. After a whole `make test` on kernels that are to stay, `python -m tests.remembered` writes that file anew,
+of what has passed or was known.
 """
 import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +23,9 @@ from triton._C.libtriton import get_cache_invalidating_env_vars
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("tfkernels", "ptxrun", "tests/tfkernels", "tests/compare.py", "tests/conftest.py", "tests/launches.py",
-           "tests/resources.py")
+           "tests/resources.py", "tests/gloo_processes.py", "tests/step_counts.py")
 UNRELATED = ("tests/tfkernels/integrations",)  # which none of these tests looks into
+LOOKS_ELSEWHERE = re.compile(r"^\s*(from|import) (transfusion|tests\.transfusion)\b", re.MULTILINE)
 PASSED = Path(__file__).with_name("passed.txt")
 ASKED = ROOT / "build" / "passed"  # what has passed or was known since passed.txt was written, a file each
 RUN = 16  # one in so many of what is known is run all the same
@@ -37,6 +40,51 @@ def unless_known(name: str) -> Iterator[None]:
         pytest.skip("it passed with the same sources and versions: tests/passed.txt")
     yield
     note(key, name)
+
+
+class Interpreted:
+    """A plugin of pytest for the files of tests/tfkernels under Triton's interpreter: see above.
+
+    A file has passed when a run that asked for whole files ends well. Of xdist's processes the main one says so.
+    """
+
+    def __init__(self):
+        self.ran = set()
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        skipped = pytest.mark.skip(reason="its file passed with the same sources and versions: tests/passed.txt")
+        for item in items:
+            key = self.key(item.nodeid.partition("::")[0])
+            if key in known() and int(key_of(item.nodeid, key), 16) % RUN:
+                item.add_marker(skipped)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.ran.add(report.nodeid.partition("::")[0])
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        config, asked = session.config, session.config.option
+        left_out = asked.keyword or asked.markexpr or asked.deselect or asked.lf or asked.stepwise
+        if exitstatus or left_out or hasattr(config, "workerinput") or any("::" in one for one in config.args):
+            return
+        for file in self.ran:
+            if key := self.key(file):
+                note(key, self.name(file))
+
+    @staticmethod
+    def name(file: str) -> str:
+        return f"interpreted, {file}"
+
+    def key(self, file: str) -> str | None:
+        """The hash of what a file of tests passes with; None of one that is not remembered."""
+        if not file.startswith("tests/tfkernels/") or file.startswith(UNRELATED) or looks_elsewhere(file):
+            return None
+        return key_of(self.name(file), sources(), versions())
+
+
+@functools.cache
+def looks_elsewhere(file: str) -> bool:
+    """Whether a file of tests depends on more than `SOURCES`."""
+    return LOOKS_ELSEWHERE.search((ROOT / file).read_text()) is not None
 
 
 def key_of(*parts: str) -> str:

@@ -1,5 +1,6 @@
 """What tests/remembered.py remembers of tests that have passed."""
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -82,10 +83,63 @@ def test_a_change_of_any_source_is_seen(tmp_path):
         found.append(remembered.sources(tmp_path))
     (tmp_path / "tfkernels" / "a.py").rename(tmp_path / "tfkernels" / "z.py")
     remembered.sources.cache_clear()
-    assert len({*found, remembered.sources(tmp_path)}) == len(found) + 1 == 10
+    assert len({*found, remembered.sources(tmp_path)}) == len(found) + 1 == 12
     before = remembered.sources(tmp_path)
     (tmp_path / "tests/tfkernels/integrations").mkdir()
     (tmp_path / "tests/tfkernels/integrations/test_others.py").write_text("new")
     remembered.sources.cache_clear()
     assert remembered.sources(tmp_path) == before, "none of these tests looks into it"
     remembered.sources.cache_clear()
+
+
+FILE = "tests/tfkernels/test_names.py"
+
+
+@pytest.fixture
+def interpreted(monkeypatch, tmp_path):
+    """A function that runs a file's tests under the plugin, and returns which it leaves out."""
+    monkeypatch.setattr(remembered, "ASKED", tmp_path / "asked")
+    monkeypatch.setattr(remembered, "sources", lambda: "sources")
+
+    def run(known: list[str], file: str = FILE, exitstatus: int = 0, args: tuple = ("tests/tfkernels",), worker=False,
+            **options) -> list[str]:
+        plugin, left_out = remembered.Interpreted(), []
+        monkeypatch.setattr(remembered, "known", lambda: {plugin.key(one) for one in known})
+        items = [SimpleNamespace(nodeid=f"{file}::test_{i}") for i in range(160)]
+        for item in items:
+            item.add_marker = lambda marker, nodeid=item.nodeid: left_out.append(nodeid)
+        plugin.pytest_collection_modifyitems(items)
+        for item in items:
+            plugin.pytest_runtest_logreport(item)
+        asked = {"keyword": "", "markexpr": "", "deselect": None, "lf": False, "stepwise": False, **options}
+        config = SimpleNamespace(option=SimpleNamespace(**asked), args=args, **{"workerinput": {}} if worker else {})
+        plugin.pytest_sessionfinish(SimpleNamespace(config=config), exitstatus)
+        return left_out
+    return run
+
+
+def test_interpreted_tests_of_a_file_that_passed_are_left_out_but_for_one_in_sixteen(interpreted):
+    assert interpreted(known=[]) == []
+    left_out = interpreted(known=[FILE])
+    assert 140 <= len(left_out) == len(set(left_out)) < 160 and left_out == interpreted(known=[FILE])
+    assert interpreted(known=["tests/tfkernels/test_grids.py"]) == []
+
+
+@pytest.mark.parametrize("file", ["tests/tfkernels/integrations/test_transformers.py", "tests/transfusion/test_cli.py",
+                                  "tests/tfkernels/losses/test_diffusion_loss.py"])
+def test_files_that_look_at_more_than_the_kernels_are_not_remembered(interpreted, file):
+    assert interpreted(known=[], file=file) == [] and remembered.Interpreted().key(file) is None
+    assert not remembered.ASKED.exists()
+
+
+def test_a_file_has_passed_once_all_of_it_has(interpreted):
+    for part in (dict(exitstatus=1), dict(keyword="softcap"), dict(markexpr="slow"), dict(deselect=["x"]),
+                 dict(lf=True), dict(stepwise=True), dict(worker=True), dict(args=(f"{FILE}::test_1",))):
+        interpreted(known=[], **part)
+        assert not remembered.ASKED.exists(), part
+    interpreted(known=[])
+    names = [file.read_text() for file in remembered.ASKED.iterdir()]
+    assert names == [f"interpreted, {FILE}"]
+    shutil.rmtree(remembered.ASKED)
+    interpreted(known=[FILE])
+    assert [file.read_text() for file in remembered.ASKED.iterdir()] == names, "what is known stays known"
