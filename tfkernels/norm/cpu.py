@@ -1,9 +1,15 @@
 """The modulated norms and gated residuals on the CPU, in plain PyTorch.
 
-Statistics are float32 (float64 stays) and sums per image are float64.
+Statistics are float32 (float64 stays) and sums per image are float64. A few tokens are taken through all steps before
+the next ones, so that what one step writes the next one finds in the cache.
 """
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+BLOCK = 64  # tokens that go through all steps together
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -15,10 +21,10 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-def _of_token(table: Tensor, image_ids: Tensor, text: float) -> Tensor:
-    """Row n of (N, C) for each token (T, C); `text` for a token of no image."""
-    rows = torch.cat([_wide(table), table.new_full((1, table.shape[1]), text, dtype=_wide(table[:0]).dtype)])
-    return rows[image_ids]
+def _table(table: Tensor, text: float) -> Tensor:
+    """(N, C) with a row of `text` behind the last, for tokens of no image."""
+    table = _wide(table)
+    return torch.cat([table, table.new_full((1, table.shape[1]), text)])
 
 
 def _table_rows(image_ids: Tensor | None, x: Tensor, images: int) -> Tensor:
@@ -32,59 +38,121 @@ def _table_rows(image_ids: Tensor | None, x: Tensor, images: int) -> Tensor:
     return torch.where(image_ids < 0, images, image_ids)
 
 
+class _Tokens(NamedTuple):
+    """Tokens that are computed together, and the row of a table that they have in common, or the row of each."""
+
+    at: slice
+    row: int | Tensor
+
+    def of(self, table: Tensor) -> Tensor:
+        """Their rows of a table, (C,) or (tokens, C)."""
+        return table[self.row]
+
+    def add(self, values: Tensor, total: Tensor) -> None:
+        """Add their values (tokens, C) to the float64 sums (rows of a table, C)."""
+        if isinstance(self.row, int):
+            total[self.row] += values.sum(0)
+        else:  # row by row: in float32 the error would grow with the tokens
+            total.index_add_(0, self.row, values.double())
+
+
+def _blocks(rows: Tensor) -> Iterator[_Tokens]:
+    """Tokens whose rows of a table are `rows` (T,), a block at a time."""
+    blocks = torch.nn.functional.pad(rows, (0, -len(rows) % BLOCK), value=-1).view(-1, BLOCK)
+    least, most = blocks.where(blocks >= 0, blocks[:, :1]).aminmax(dim=1)
+    for first, low, high in zip(range(0, len(rows), BLOCK), least.tolist(), most.tolist()):
+        at = slice(first, first + BLOCK)
+        yield _Tokens(at, low if low == high else rows[at])
+
+
 def forward(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     scale: Tensor | None, shift: Tensor | None, image_ids: Tensor | None, eps: float, center: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `kernels.forward` computes."""
-    shape, dtype, tokens = x.shape, x.dtype, x.shape[:-1]
-    image_ids = _table_rows(image_ids, x, (gate if scale is None else scale).shape[0])
-    x = _rows(x)
-    out = y = mean = rstd = _wide(x).new_empty(0)
+    shape, images = x.shape, (gate if scale is None else scale).shape[0]
+    rows, width = _table_rows(image_ids, x, images), shape[-1:]
+    x, wide = _rows(x), torch.promote_types(x.dtype, torch.float32)
+    out = y = x.new_empty(0)
+    rstd, mean = x.new_empty(0, dtype=wide), x.new_empty(0, dtype=wide)
     if branch is not None:
-        x = out = (_wide(x) + _of_token(gate, image_ids, 1) * branch.reshape(x.shape)).to(dtype)
-        out = out.view(shape)
+        branch, gate, out = branch.reshape(x.shape), _table(gate, 1), torch.empty_like(x)
     if scale is not None:
-        y = _wide(x)
-        if center:
-            mean = y.mean(-1, keepdim=True)
-            y = y - mean
-        rstd = (y.square().mean(-1, keepdim=True) + eps).rsqrt()
-        y = y * rstd
-        y = y if weight is None else y * weight
-        y = y if bias is None else y + bias
-        y = y * (1 + _of_token(scale, image_ids, 0))
-        y = (y if shift is None else y + _of_token(shift, image_ids, 0)).to(dtype).view(shape)
-        rstd, mean = rstd.view(tokens), mean.view(tokens if center else 0)
-    return out.to(dtype), y.to(dtype), mean if center else rstd.new_empty(0), rstd
+        factor, level = _modulation(weight, bias, scale, shift)
+        y, rstd = torch.empty_like(x), x.new_empty((len(x), 1), dtype=wide)
+        mean = torch.empty_like(rstd) if center else mean
+    for tokens in _blocks(rows):
+        at, block = tokens.at, _wide(x[tokens.at])
+        if branch is not None:
+            out[at] = torch.addcmul(block, _wide(branch[at]), tokens.of(gate))
+            block = _wide(out[at])
+        if scale is not None:
+            if center:
+                normed, mean[at], rstd[at] = torch.native_layer_norm(block, width, None, None, eps)
+            else:
+                rstd[at] = (block.square().mean(-1, keepdim=True) + eps).rsqrt()
+                normed = block * rstd[at]
+            normed *= tokens.of(factor)
+            y[at] = normed if level is None else normed.add_(tokens.of(level))
+    return (out.view(shape if branch is not None else 0), y.view(shape if scale is not None else 0),
+            mean.view(shape[:-1] if center else 0), rstd.view(shape[:-1] if scale is not None else 0))
+
+
+def _modulation(weight: Tensor | None, bias: Tensor | None, scale: Tensor,
+                shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Tables (N + 1, C) of what a normed token is multiplied by and, if anything, what is added to it."""
+    factor = 1 + _table(scale, 0)
+    level = None if shift is None else _table(shift, 0)
+    if bias is not None:
+        level = factor * bias if level is None else torch.addcmul(level, factor, _wide(bias))
+    return factor if weight is None else factor * weight, level
 
 
 def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor | None, gate: Tensor | None,
              weight: Tensor | None, scale: Tensor | None, image_ids: Tensor | None, mean: Tensor, rstd: Tensor,
              center: bool, level: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
     """What `kernels.backward` computes."""
-    shape, dtype, images = x.shape, x.dtype, (gate if scale is None else scale).shape[0]
-    image_ids = _table_rows(image_ids, x, images)
-    x = _wide(_rows(x))
-    sums, dx, dbranch = [], torch.zeros_like(x), x.new_empty(0)
-
-    def per_image(values):  # index_add_ adds row by row: in float32 its error would grow with the tokens
-        total = values.new_zeros(images + 1, values.shape[1], dtype=torch.float64)
-        return total.index_add_(0, torch.where(image_ids == images, 0, image_ids + 1), values.double()).to(values.dtype)
-
+    shape, images = x.shape, (gate if scale is None else scale).shape[0]
+    rows, x = _table_rows(image_ids, x, images), _rows(x)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dx = dbranch = x.new_empty(0)
+    kinds = (scale is not None) + level + (branch is not None)
+    sums = x.new_zeros(kinds, images + 1, x.shape[1], dtype=torch.float64)
     if scale is not None:
-        dy = _wide(_rows(dy))
-        xhat = (x - mean.view(-1, 1) if center else x) * rstd.view(-1, 1)
-        sums += [per_image(dy * xhat)] + [per_image(dy)] * level
-        dxhat = dy * (1 + _of_token(scale, image_ids, 0))
-        dxhat = dxhat if weight is None else dxhat * weight
-        dx = dxhat - xhat * (dxhat * xhat).mean(-1, keepdim=True)
-        dx = (dx - dxhat.mean(-1, keepdim=True) if center else dx) * rstd.view(-1, 1)
+        (factor, _), dy, dx = _modulation(weight, None, scale, None), _rows(dy), torch.empty_like(x)
+        rstd, mean = rstd.view(-1, 1), mean.view(-1, 1)
     if branch is not None:
-        dx = dx + dout.reshape(x.shape)
-        sums.append(per_image(dx * branch.reshape(x.shape)))
-        dbranch = (dx * _of_token(gate, image_ids, 1)).view(shape).to(branch.dtype)
-    return dx.to(dtype).view(shape) if scale is not None else x.new_empty(0, dtype=dtype), dbranch, sums
+        branch, dout, gate = branch.reshape(x.shape), _rows(dout), _table(gate, 1)
+        dbranch = branch.new_empty(x.shape)
+    for tokens in _blocks(rows):
+        at = tokens.at
+        if scale is not None:
+            block = _norm_backward(tokens, _wide(dy[at]), _wide(x[at]), factor, mean[at] if center else None, rstd[at],
+                                   sums, level)
+            dx[at] = block = block if branch is None else block.add_(dout[at])
+        else:
+            block = _wide(dout[at])
+        if branch is not None:
+            tokens.add(block * branch[at], sums[-1])
+            dbranch[at] = block * tokens.of(gate)
+    sums = sums.roll(1, 1).to(wide)  # text first
+    return (dx.view(shape if scale is not None else 0), dbranch.view(shape if branch is not None else 0),
+            list(sums))
+
+
+def _norm_backward(tokens: _Tokens, dy: Tensor, x: Tensor, factor: Tensor, mean: Tensor | None, rstd: Tensor,
+                   sums: Tensor, level: bool) -> Tensor:
+    """Return the gradient of a norm's input (tokens, C), and add dy xhat and, with a `level`, dy to the sums."""
+    xhat = (x if mean is None else x - mean) * rstd
+    along, dxhat = dy * xhat, dy * tokens.of(factor)
+    tokens.add(along, sums[0])
+    if level:
+        tokens.add(dy, sums[1])
+    if mean is not None:
+        return torch.ops.aten.native_layer_norm_backward(dxhat, x, x.shape[1:], mean, rstd, None, None,
+                                                         [True, False, False])[0]
+    along *= tokens.of(factor)
+    return dxhat.addcmul_(xhat, along.mean(-1, keepdim=True), value=-1).mul_(rstd)
 
 
 def tables(sums: list[Tensor], weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor | None,
