@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks import BEGAN
 from benchmarks import gpu_steps as steps
 from benchmarks.command_line import common_parser
 from benchmarks.environment import environment
@@ -64,9 +65,12 @@ class Call(NamedTuple):
     sanitize: bool = False
 
 
-def run(call: Call, result: dict | None = None) -> dict:
-    """Run the steps asked for, writing DIR/gpu.json all along; a step that breaks is recorded and the next one runs."""
-    begin, path = time.monotonic(), call.out / "gpu.json"
+def run(call: Call, result: dict | None = None, began: float | None = None) -> dict:
+    """Run the steps asked for, writing DIR/gpu.json all along; a step that breaks is recorded and the next one runs.
+
+    The call's seconds count from `began` on time.monotonic(), by default from now.
+    """
+    begin, path = time.monotonic() if began is None else began, call.out / "gpu.json"
     if result is None or call.part in (None, "tests") and not certain(result["environment"]["commit"]):
         (call.out / "tests.jsonl").unlink(missing_ok=True)
     result = result or {"environment": environment("cuda", call.commit), "calls": [], "tests": None,
@@ -160,7 +164,9 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     call = Call(options.out.resolve(), options.seconds, options.quick, options.commit,
                 options.workers or steps.default_workers(), options.part, options.sanitize)
-    result = run(call, result)
+    if call.part in (None, "tests"):
+        print(f"benchmarks.gpu: {call.workers} test processes; --workers N asks for others", flush=True)
+    result = run(call, result, BEGAN)
     print(summary(result))
     return 0 if passed(result) else 1
 

@@ -70,6 +70,9 @@ def run_step(
                 cut = process.poll() is None and time.monotonic() - begin >= seconds
                 look()
         finally:  # also where this program is told to end
+            for pid in descendants(process.pid):  # torchrun's processes lead groups of their own
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             status = process.wait()
@@ -81,6 +84,19 @@ def run_step(
         "log": log.name,
         "tail": text[-1500:],
     }
+
+
+def descendants(pid: int) -> list[int]:
+    """The numbers of the processes that a process started, and that those did."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            number, rest = stat.read_text().split(" ", 1)
+            parents[int(number)] = int(rest.rpartition(")")[2].split()[1])
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found[1:]
 
 
 def default_workers() -> int:

@@ -256,6 +256,7 @@ def _checked_state(contender: Contender, result: Result, device: str) -> dict:
     for _ in range(2):  # the first run compiles, and its memory is not the contender's
         state = {}
         if device == "cuda":
+            gc.collect()  # what others left in cycles is not this one's memory
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()

@@ -12,6 +12,7 @@ with the whole model. A step takes as long as it takes the slowest process. Memo
 most: on CUDA the peak of a step; everywhere what is kept between forward and backward and what a process holds of
 weights, gradients and moments. The file gets a row for each layout; those of other N stay in it.
 """
+import gc
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -192,6 +193,9 @@ def main(arguments: list[str] | None = None) -> int:
                 print(line(case, layout, size, result, numbers), flush=True)
                 if processes.is_main:
                     report.save(path)
+            gc.collect()  # FSDP's hooks and modules hold each other, and so the layout that was, beside the next one
+            if device == "cuda":
+                torch.cuda.empty_cache()
     return 0
 
 

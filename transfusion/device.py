@@ -63,6 +63,11 @@ def own_device(command: str, name: str, rank: int, size: int) -> torch.device:
     return torch.device(named.type, place)
 
 
+def moved(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Return x on a device; a copy to the host is waited for, for it is read there at once."""
+    return x.to(device, non_blocking=torch.device(device).type != "cpu")
+
+
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of the second of two calls, the device's own work included."""
     seconds = 0.0

@@ -299,12 +299,14 @@ def test_sanitizers_come_last_and_have_time_of_their_own_only_where_they_are_ask
 
 def test_a_step_that_takes_too_long_is_ended_with_its_children_and_called_cut(tmp_path):
     begin = time.monotonic()
-    step = gpu_steps.run_step(["bash", "-c", "echo begun; sleep 60 & echo child $!; wait"], tmp_path / "log", 1.0)
+    step = gpu_steps.run_step(["bash", "-c", "echo begun; sleep 60 & echo child $!; setsid bash -c 'sleep 61 & "
+                               "echo child $!; wait' & wait"], tmp_path / "log", 2.0)
     assert step["cut"] and step["status"] < 0 and "begun" in step["tail"] and time.monotonic() - begin < 20
-    child = int(step["tail"].split("child ")[1].split()[0])
+    children = [int(said.split()[0]) for said in step["tail"].split("child ")[1:]]
     time.sleep(0.2)
-    state = Path(f"/proc/{child}/stat").read_text().split()[2] if Path(f"/proc/{child}").exists() else "gone"
-    assert state in ("gone", "Z")
+    states = [Path(f"/proc/{child}/stat").read_text().split()[2] if Path(f"/proc/{child}").exists() else "gone"
+              for child in children]
+    assert len(states) == 2 and {*states} <= {"gone", "Z"}
 
 
 def test_the_callers_own_path_of_packages_is_kept(tmp_path, monkeypatch):

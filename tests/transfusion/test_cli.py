@@ -19,6 +19,7 @@ from transfusion.data.model_images import load_image, save_image
 from transfusion.data.picture_files import read_picture
 from transfusion.diffusion.guidance import Guidance
 from transfusion.generate.sampling import Sampling, TextSampling
+from transfusion.model import loading
 from transfusion.model.loading import load_model
 from transfusion.sequence import Image
 
@@ -143,6 +144,16 @@ def test_a_device_that_is_not_there_ends_a_command_in_one_line(checkpoint, tmp_p
         ):
             main([command[0], "--model", str(checkpoint), *command[1:], "--device", "cudo"])
     assert load_model(checkpoint, "cpu").device.type == "cpu"
+
+
+def test_the_gpu_that_a_command_is_told_to_take_becomes_the_current_one(monkeypatch, checkpoint):
+    taken = []
+    monkeypatch.setattr(loading, "choose_device", torch.device)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", taken.append)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)
+    for name in ("cuda:1", "cuda", "cpu", "cpu:0"):
+        load_model(checkpoint, name)
+    assert taken == [1]
 
 
 def test_a_picture_is_edited_and_asked_about(checkpoint, tmp_path, capsys):

@@ -82,8 +82,7 @@ class TransfusionAttnProcessor:
         elif self_attention and self.mask is not None:
             mask = self.mask
         else:
-            # what is made while something traces holds no values, and is not kept
-            mask = (_full if watched() else _every_key)(q.shape[2], k.shape[2], q.device)
+            mask = _every_key(q.shape[2], k.shape[2], q.device)
         out = attention(q, k, v, mask, scale=attn.scale).transpose(1, 2).flatten(2)         # (B, Sq, H D)
 
         for layer in attn.to_out:
@@ -118,7 +117,21 @@ def _full(query_len: int, key_len: int, device: torch.device) -> TransfusionMask
         return TransfusionMask.from_intervals(lo, lo + key_len, key_len=key_len, columns_exact=True)
 
 
-_every_key = lru_cache(maxsize=64)(_full)
+def _every_key(query_len: int, key_len: int, device: torch.device) -> TransfusionMask:
+    """The mask that hides nothing, made once for each stream, whose order alone says that it is ready.
+
+    What is made while something traces holds no values, and in a CUDA graph's capture what its replays fill in; a graph
+    must not read what is thrown away here, either.
+    """
+    on_gpu = device.type == "cuda"
+    if watched() or on_gpu and torch.cuda.is_current_stream_capturing():
+        return _full(query_len, key_len, device)
+    return _kept(query_len, key_len, device, torch.cuda.current_stream(device).cuda_stream if on_gpu else 0)
+
+
+@lru_cache(maxsize=64)
+def _kept(query_len: int, key_len: int, device: torch.device, stream: int) -> TransfusionMask:
+    return _full(query_len, key_len, device)
 
 
 def _read(attention_mask: Tensor, batch: int, query_len: int, key_len: int) -> TransfusionMask:

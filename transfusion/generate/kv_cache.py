@@ -5,6 +5,8 @@ holds the columns of one more image for each row and writes them anew, in place,
 is not moved, only attention reads it, and what does not change from step to step is made once. So `predict` launches
 the same kernels on the same addresses each time and can be a CUDA graph.
 """
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
@@ -106,10 +108,13 @@ class Canvas:
         self.model, self.layout = model, ImageLayout.of([grid] * rows, device)
         self.mask, self.positions, self.modality = prefix.after(model, valid, grid)
         self.cache = Cache(layers=[_LastColumns(layer, count) for layer in prefix.cache.layers])
-        self.predict = Graph(self._predict) if graph else self._predict
+        self.graph = Graph() if graph else None
+
+    def predict(self, x: Tensor, t: Tensor) -> Tensor:
+        """The image head's prediction (R, count, patch_dim) of x at time t, a scalar."""
+        return self._predict(x, t) if self.graph is None else self.graph(self._predict, x, t)
 
     def _predict(self, x: Tensor, t: Tensor) -> Tensor:
-        """The image head's prediction (R, count, patch_dim) of x at time t, a scalar."""
         condition = self.model.timestep(t[None])
         embedded, skips = embed_images(self.model, x, condition, self.layout)
         condition = condition.expand(len(x), -1)
@@ -128,25 +133,32 @@ def embed_images(model, x: Tensor, condition: Tensor, layout: ImageLayout) -> tu
 
 
 class Graph:
-    """A function of CUDA tensors whose shapes stay, captured at its first call and replayed after."""
+    """A function of CUDA tensors whose shapes stay, captured at its first call and replayed after.
 
-    def __init__(self, function):
-        self.function, self.graph = function, None
+    The function is not kept: as a method of who keeps the graph it would hold both, and their memory, until Python
+    looks for cycles, which no lack of a device's memory makes it do.
+    """
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        if self.graph is None:
-            self._capture(inputs)
-        for kept, x in zip(self.inputs, inputs):
-            kept.copy_(x)
-        self.graph.replay()
-        return self.output.clone()
+    def __init__(self):
+        self.graph = None
 
-    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
+    def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Return function(*inputs), the same function each time."""
+        with torch.cuda.device(inputs[0].device):  # a capture is of the current device's streams
+            if self.graph is None:
+                self._capture(function, inputs)
+            for kept, x in zip(self.inputs, inputs):
+                kept.copy_(x)
+            self.graph.replay()
+            return self.output.clone()
+
+    def _capture(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
         self.inputs, stream = [x.clone() for x in inputs], torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.function(*self.inputs)  # kernels compile and libraries make their handles, which a capture forbids
+            function(*self.inputs)  # kernels compile and libraries make their handles, which a capture forbids
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.output = self.function(*self.inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):  # its own default is of the device that captured first
+            self.output = function(*self.inputs)
+        self.graph = graph

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from transfusion.device import moved
+
 
 class ImageLayout(NamedTuple):
     """Which patches are whose, for N images of P patches in all, one image behind the other.
@@ -30,11 +32,13 @@ class ImageLayout(NamedTuple):
         counts = torch.tensor([rows * columns for rows, columns in grids], dtype=torch.int64)
         offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
         columns = torch.tensor([columns for _, columns in grids], dtype=torch.int32)
-        return cls(torch.repeat_interleave(torch.arange(len(grids)), counts), offsets, columns, tuple(grids)).to(device)
+        image_ids = torch.repeat_interleave(torch.arange(len(grids)), counts)
+        layout = cls(image_ids, offsets, columns, tuple(grids))
+        return layout if device is None else layout.to(device)
 
     def to(self, device) -> "ImageLayout":
         """Return the same layout on `device`."""
-        return ImageLayout(*(x.to(device, non_blocking=True) for x in self[:3]), self.grids)
+        return ImageLayout(*(moved(x, device) for x in self[:3]), self.grids)
 
     def by_grid(self) -> list[tuple[tuple[int, int], Tensor, Tensor]]:
         """For each grid there is: (grid, ids of its images (n,), indices of their patches (n * rows * columns,)).
@@ -52,7 +56,7 @@ class ImageLayout(NamedTuple):
             numbers.append(number)
             patches += range(ends, ends + rows * columns)
             ends += rows * columns
-        return [(grid, *(torch.tensor(x).to(self.image_ids.device, non_blocking=True) for x in members))
+        return [(grid, *(moved(torch.tensor(x), self.image_ids.device) for x in members))
                 for grid, members in found.items()]
 
 
@@ -72,7 +76,7 @@ class Modality(NamedTuple):
 
     def to(self, device) -> "Modality":
         """Return the same on `device`."""
-        return Modality(*(x.to(device, non_blocking=True) for x in self))
+        return Modality(*(moved(x, device) for x in self))
 
     def split(self, packed: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, ...) -> text (1, T, ...) and patches (1, P, ...)."""

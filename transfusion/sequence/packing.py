@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tfkernels import TransfusionMask
+from transfusion.device import moved
 from transfusion.sequence.encoding import Document
 from transfusion.sequence.layout import ImageLayout, Modality
 
@@ -36,7 +37,7 @@ class Sequence:
     def to(self, device) -> "Sequence":
         """Return the same sequence on `device`."""
         kept = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x.to(device)
+        return replace(self, **{name: moved(x, device) if isinstance(x, Tensor) else x.to(device)
                                 for name, x in kept.items() if hasattr(x, "to")})
 
     def own(self, x: Tensor) -> Tensor:

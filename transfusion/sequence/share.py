@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tfkernels import TransfusionMask
 from tfkernels.parallel import Cut, SharedMask, cut_by_area, exchange, gathered_attention, ring_attention
+from transfusion.device import moved
 from transfusion.sequence.layout import ImageLayout, Modality
 from transfusion.sequence.packing import Sequence
 
@@ -64,8 +65,7 @@ class Route(NamedTuple):
 
     def to(self, device) -> "Route":
         """Return the same on `device`."""
-        return self._replace(rows=self.rows.to(device, non_blocking=True),
-                             places=self.places.to(device, non_blocking=True))
+        return self._replace(rows=moved(self.rows, device), places=moved(self.places, device))
 
 
 @dataclass(frozen=True, eq=False)

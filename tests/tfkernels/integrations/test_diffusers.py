@@ -210,7 +210,7 @@ def test_attention_masks_in_every_form_equal_attn_processor_2_0s(form):
 def test_the_mask_that_hides_nothing_is_made_once_and_serves_training_after_inference():
     from tfkernels.integrations import diffusers as integration
 
-    integration._every_key.cache_clear()
+    integration._kept.cache_clear()
     attn, x = layer(), noise(2, 12, 16)
     attn.set_processor(TransfusionAttnProcessor())
     with torch.inference_mode():
@@ -219,8 +219,8 @@ def test_the_mask_that_hides_nothing_is_made_once_and_serves_training_after_infe
     assert attn.to_q.weight.grad is not None
     attn.set_processor(TransfusionAttnProcessor())
     attn(x)
-    assert integration._every_key.cache_info().misses == 1
-    assert integration._every_key.cache_info().hits == 2
+    assert integration._kept.cache_info().misses == 1
+    assert integration._kept.cache_info().hits == 2
 
 
 @pytest.mark.parametrize("strict", [False, True])

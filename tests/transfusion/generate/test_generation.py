@@ -1,10 +1,12 @@
 """Generation against one without a cache, batches against single prompts, and the order of text and images."""
 import copy
+import gc
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
+from transformers.cache_utils import CacheLayerMixin
 
 from tests.conftest import DEVICE
 from tests.transfusion.conftest import tiny_model
@@ -14,7 +16,7 @@ from transfusion import Image, Text
 from transfusion.diffusion.guidance import Guidance
 from transfusion.diffusion.objective import step
 from transfusion.generate.generation import Drawn, Preview, _Generation
-from transfusion.generate.kv_cache import Canvas
+from transfusion.generate.kv_cache import Canvas, Graph, PrefixCache
 from transfusion.generate.row import Row
 from transfusion.generate.sampling import Sampling
 from transfusion.sequence import Document, encode, lay_out
@@ -168,6 +170,50 @@ def test_all_layers_read_a_mask_once_for_each_token_and_for_each_image(model, pi
     made.clear()
     model.draw(["a"], steps=5, guidance=1.0)
     assert len(made) == 3  # the prompt, the image and the tokens behind it
+
+
+def test_what_drew_a_batch_is_freed_without_a_search_for_cycles(model, pictures):
+    kinds = (Canvas, PrefixCache, CacheLayerMixin)
+    gc.collect()
+    gc.disable()  # as it is in effect where what is kept are few objects and many gigabytes of a device
+    try:
+        model.draw(["a", "two"], steps=3, guidance=Guidance(3.0, interval=(0.3, 0.8)))
+        model.generate_batch([[Text("a"), pictures[0]], [Text("two")]], max_new_tokens=4)
+        assert [type(x) for x in gc.get_objects() if issubclass(type(x), kinds)] == []
+    finally:
+        gc.enable()
+
+
+def test_a_graph_keeps_no_function_and_captures_on_the_device_of_its_inputs(monkeypatch):
+    said, x = [], torch.ones(2)
+
+    class Recorded:
+        """Contexts and streams of torch.cuda, which this machine may lack."""
+
+        def __init__(self, *args, **options):
+            said.append((args, options))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return False
+
+        def wait_stream(self, other):
+            pass
+
+        def replay(self):
+            pass
+
+    for name in ("device", "Stream", "stream", "graph", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, Recorded)
+    monkeypatch.setattr(torch.cuda, "current_stream", Recorded)
+    graph = Graph()
+    found = graph(lambda given: given + 1, x)
+    assert torch.equal(found, x + 1) and ((x.device,), {}) == said[0]
+    captured = next(options for args, options in said if args == (graph.graph,))
+    assert isinstance(captured["stream"], Recorded), "the capture's stream is of the current device"
+    assert not [value for value in vars(graph).values() if callable(value)]
 
 
 def test_a_cuda_graph_needs_cuda(model):
