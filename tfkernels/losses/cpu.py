@@ -4,6 +4,7 @@ from torch import Tensor
 
 from tfkernels._arguments import need_distinct
 from tfkernels.losses.reference import EntropyOptions, diffusion_loss_reference, prediction_error
+from tfkernels.norm.blocks import token_blocks
 from tfkernels.patches.latents import images_of_rows, of_rows, rows_per_image
 
 
@@ -73,16 +74,15 @@ def diffusion_loss_backward(dloss: Tensor, prediction: Tensor, x0: Tensor, x0_fa
     return torch.where(inside[:, None], of_rows(scale, image_ids)[:, None] * error, 0).to(prediction.dtype).contiguous()
 
 
-def _normed(
-    hidden: Tensor, places: Tensor, offsets: Tensor | None, images: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return which rows have an image, its id, their places, and their hidden states (K, C) in `dtype`."""
+def _patch_rows(hidden: Tensor, places: Tensor, offsets: Tensor | None,
+                images: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return which rows have an image, its id, and where their hidden states are (K,)."""
     image_ids, inside = images_of_rows(offsets, images, len(places), hidden.device)
     at = places[inside]
     if at.numel() and not 0 <= at.min() <= at.max() < len(hidden):
         raise ValueError(f"head loss: places has rows {at.min().item()} to {at.max().item()} and hidden "
                          f"{len(hidden)}; 0 to {len(hidden) - 1} fits")
-    return inside, image_ids[inside], at, hidden[at].to(dtype)
+    return inside, image_ids[inside], at
 
 
 @torch.autocast("cpu", enabled=False)
@@ -92,13 +92,21 @@ def head_loss(
     channels: int, patch: int, eps: float, center: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `triton.head.forward` computes."""
-    inside, image_ids, at, x = _normed(hidden, places, offsets, len(x0_factor), x0_factor.dtype)
+    inside, image_ids, at = _patch_rows(hidden, places, offsets, len(x0_factor))
     need_distinct("head loss", "places", at)
-    mean = x.mean(-1, keepdim=True) if center else x.new_zeros(len(x), 1)
-    rstd = ((x - mean).square().mean(-1, keepdim=True) + eps).rsqrt()
     factor, weight = 1 + scale.to(x0_factor.dtype), weight.to(x0_factor.dtype)
+    mean, rstd = x0_factor.new_zeros(2, len(at), 1)
+    products = x0_factor.new_empty(len(at), len(weight))
+    for rows in token_blocks(image_ids, hidden.shape[-1]):
+        x = hidden[at[rows.at]].to(x0_factor.dtype)
+        if center:
+            y, mean[rows.at], rstd[rows.at] = torch.native_layer_norm(x, x.shape[1:], None, None, eps)
+        else:
+            rstd[rows.at] = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+            y = x.mul_(rstd[rows.at])
+        products[rows.at] = y.mul_(rows.of(factor)) @ weight.T
     acc = x0_factor.new_zeros(len(places), len(weight))
-    acc[inside] = ((x - mean) * rstd * factor[image_ids]) @ weight.T
+    acc[inside] = products
     prediction = acc.clone()
     prediction[inside] += 0 if base is None else base[image_ids]
     error, of_row, _ = prediction_error(prediction, x0, x0_factor, eps_factor, seed, offsets, columns, channels, patch)
@@ -109,8 +117,8 @@ def head_loss(
     means = [(error * acc).sum(-1)[inside]] + ([(error[inside] * (factor @ weight.T)[image_ids]).sum(-1)]
                                                if center else [])
     statistics = x0_factor.new_zeros(4 if center else 2, len(places))
-    statistics[:, inside] = torch.stack([rstd[:, 0], means[0] / x.shape[1]]
-                                        + ([mean[:, 0], means[1] / x.shape[1]] if center else []))
+    statistics[:, inside] = torch.stack([rstd[:, 0], means[0] / hidden.shape[1]]
+                                        + ([mean[:, 0], means[1] / hidden.shape[1]] if center else []))
     if loss_weight is not None:
         loss = torch.where(rows_per_image(offsets, len(x0_factor), len(places), x0_factor.device) > 0,
                            loss * loss_weight, 0)
@@ -122,28 +130,32 @@ def head_loss_backward(dloss: Tensor, hidden: Tensor, places: Tensor, scale: Ten
                        loss_weight: Tensor | None, offsets: Tensor | None, error: Tensor, statistics: Tensor,
                        wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `triton.head.backward` computes."""
-    inside, image_ids, at, x = _normed(hidden, places, offsets, len(dloss), dloss.dtype)
+    inside, image_ids, at = _patch_rows(hidden, places, offsets, len(dloss))
     rstd, along, *center = statistics[:, inside, None]
-    xhat = (x - center[0] if center else x) * rstd
     k = dloss * 2 / _denominators(offsets, dloss, error) * (1 if loss_weight is None else loss_weight)
-    k, error, factor = k[image_ids][:, None], error[inside].to(dloss.dtype), 1 + scale.to(dloss.dtype)[image_ids]
-    dy = k * error @ weight.to(dloss.dtype)
-    dx = (dy * factor - k * (along * xhat + center[1] if center else along * xhat)) * rstd
-
-    def per_image(values):  # index_add_ adds row by row: in float32 its error would grow with the rows
-        return values.new_zeros(
-            len(dloss), values.shape[1], dtype=torch.float64
-        ).index_add_(0, image_ids, values.double()).to(values.dtype)
-
+    k, factor, wide_weight = k[image_ids][:, None], 1 + scale.to(dloss.dtype), weight.to(dloss.dtype)
+    error = k * error[inside].to(dloss.dtype)
     dhidden, dscale, dweight, dbase = empty_head_gradients(dloss, hidden, scale, weight, wanted)
-    if wanted[0]:
-        dhidden.zero_()[at] = dx.to(hidden.dtype)
-    if wanted[1]:
-        dscale.copy_(per_image(dy * xhat))
-    if wanted[2]:
-        dweight.copy_((k * error).T @ (xhat * factor))
-    if wanted[3]:
-        dbase.copy_(per_image(k * error))
+    dhidden.zero_()
+    sums, products, of_images = (dloss.new_zeros(*shape, dtype=torch.float64) for shape in (
+        scale.shape, weight.shape, (len(dloss), len(weight))))
+    for rows in token_blocks(image_ids, hidden.shape[-1]):
+        x, row_rstd = hidden[at[rows.at]].to(dloss.dtype), rstd[rows.at]
+        xhat = (x - center[0][rows.at] if center else x) * row_rstd
+        dy = error[rows.at] @ wide_weight
+        if wanted[1]:
+            rows.add(dy * xhat, sums)
+        if wanted[2]:
+            products += error[rows.at].T @ (xhat * rows.of(factor))
+        if wanted[0]:
+            dx = dy.mul_(rows.of(factor)).addcmul_(xhat, k[rows.at] * along[rows.at], value=-1)
+            dx = dx.sub_(k[rows.at] * center[1][rows.at]) if center else dx
+            dhidden[at[rows.at]] = dx.mul_(row_rstd).to(hidden.dtype)
+        if wanted[3]:
+            rows.add(error[rows.at], of_images)
+    for gradient, found, is_wanted in zip((dscale, dweight, dbase), (sums, products, of_images), wanted[1:]):
+        if is_wanted:
+            gradient.copy_(found)
     return dhidden, dscale, dweight, dbase
 
 

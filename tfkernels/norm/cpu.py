@@ -1,15 +1,11 @@
 """The modulated norms and gated residuals on the CPU, in plain PyTorch.
 
-Statistics are float32 (float64 stays) and sums per image are float64. A few tokens are taken through all steps before
-the next ones, so that what one step writes the next one finds in the cache.
+Statistics are float32 (float64 stays) and sums per image are float64.
 """
-from collections.abc import Iterator
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-BLOCK = 64  # tokens that go through all steps together
+from tfkernels.norm.blocks import Tokens, token_blocks
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -38,33 +34,6 @@ def _table_rows(image_ids: Tensor | None, x: Tensor, images: int) -> Tensor:
     return torch.where(image_ids < 0, images, image_ids)
 
 
-class _Tokens(NamedTuple):
-    """Tokens that are computed together, and the row of a table that they have in common, or the row of each."""
-
-    at: slice
-    row: int | Tensor
-
-    def of(self, table: Tensor) -> Tensor:
-        """Their rows of a table, (C,) or (tokens, C)."""
-        return table[self.row]
-
-    def add(self, values: Tensor, total: Tensor) -> None:
-        """Add their values (tokens, C) to the float64 sums (rows of a table, C)."""
-        if isinstance(self.row, int):
-            total[self.row] += values.sum(0)
-        else:  # row by row: in float32 the error would grow with the tokens
-            total.index_add_(0, self.row, values.double())
-
-
-def _blocks(rows: Tensor) -> Iterator[_Tokens]:
-    """Tokens whose rows of a table are `rows` (T,), a block at a time."""
-    blocks = torch.nn.functional.pad(rows, (0, -len(rows) % BLOCK), value=-1).view(-1, BLOCK)
-    least, most = blocks.where(blocks >= 0, blocks[:, :1]).aminmax(dim=1)
-    for first, low, high in zip(range(0, len(rows), BLOCK), least.tolist(), most.tolist()):
-        at = slice(first, first + BLOCK)
-        yield _Tokens(at, low if low == high else rows[at])
-
-
 def forward(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     scale: Tensor | None, shift: Tensor | None, image_ids: Tensor | None, eps: float, center: bool
@@ -81,7 +50,7 @@ def forward(
         factor, level = _modulation(weight, bias, scale, shift)
         y, rstd = torch.empty_like(x), x.new_empty((len(x), 1), dtype=wide)
         mean = torch.empty_like(rstd) if center else mean
-    for tokens in _blocks(rows):
+    for tokens in token_blocks(rows, x.shape[1]):
         at, block = tokens.at, _wide(x[tokens.at])
         if branch is not None:
             out[at] = torch.addcmul(block, _wide(branch[at]), tokens.of(gate))
@@ -120,11 +89,11 @@ def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor |
     sums = x.new_zeros(kinds, images + 1, x.shape[1], dtype=torch.float64)
     if scale is not None:
         (factor, _), dy, dx = _modulation(weight, None, scale, None), _rows(dy), torch.empty_like(x)
-        rstd, mean = rstd.view(-1, 1), mean.view(-1, 1)
+        rstd, mean = (t.reshape(-1, 1).contiguous() for t in (rstd, mean))  # PyTorch's kernel knows no strides
     if branch is not None:
         branch, dout, gate = branch.reshape(x.shape), _rows(dout), _table(gate, 1)
         dbranch = branch.new_empty(x.shape)
-    for tokens in _blocks(rows):
+    for tokens in token_blocks(rows, x.shape[1]):
         at = tokens.at
         if scale is not None:
             block = _norm_backward(tokens, _wide(dy[at]), _wide(x[at]), factor, mean[at] if center else None, rstd[at],
@@ -140,7 +109,7 @@ def backward(dy: Tensor | None, dout: Tensor | None, x: Tensor, branch: Tensor |
             list(sums))
 
 
-def _norm_backward(tokens: _Tokens, dy: Tensor, x: Tensor, factor: Tensor, mean: Tensor | None, rstd: Tensor,
+def _norm_backward(tokens: Tokens, dy: Tensor, x: Tensor, factor: Tensor, mean: Tensor | None, rstd: Tensor,
                    sums: Tensor, level: bool) -> Tensor:
     """Return the gradient of a norm's input (tokens, C), and add dy xhat and, with a `level`, dy to the sums."""
     xhat = (x if mean is None else x - mean) * rstd

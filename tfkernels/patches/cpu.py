@@ -3,8 +3,9 @@ import torch
 from torch import Tensor
 
 from tfkernels._arguments import need_distinct
+from tfkernels.norm.blocks import token_blocks
 from tfkernels.patches.latents import images_of_rows, of_rows
-from tfkernels.patches.reference import embed_patches_reference, noise_patchify_reference, placed, unpatchify_reference
+from tfkernels.patches.reference import noise_patchify_reference, placed, unpatchify_reference
 from tfkernels.patches.results import empty_embed_gradients, patch_gradients
 
 
@@ -32,12 +33,15 @@ def embed_patches(
     if len(places) and places.max() >= tokens:
         raise ValueError(f"embed_patches: places names row {places.max().item()} and hidden has {tokens}; negative "
                          f"(none) to {tokens - 1} fits")
-    need_distinct("embed_patches", "places", placed(places, offsets)[1])
+    row, place, image_ids = placed(places, offsets)
+    need_distinct("embed_patches", "places", place)
+    out, wide = hidden.clone(memory_format=torch.contiguous_format), _wide(hidden)
+    flat, condition, weight = out.view(-1, out.shape[-1]), condition.to(wide), weight.to(hidden.dtype).to(wide).mT
     with torch.autocast("cpu", enabled=False):
-        patches, weight = patches.to(hidden.dtype), weight.to(hidden.dtype)
-        return embed_patches_reference(
-            hidden.to(_wide(hidden)), patches, weight, condition, places, offsets
-        ).to(hidden.dtype).contiguous()
+        for rows in token_blocks(image_ids, hidden.shape[-1]):
+            taken = patches[row[rows.at]].to(hidden.dtype).to(wide)
+            flat[place[rows.at]] = torch.addmm(rows.of(condition), taken, weight).to(hidden.dtype)
+    return out
 
 
 def embed_patches_backward(
@@ -54,12 +58,14 @@ def embed_patches_backward(
     if of_patches:
         dpatches = patch_gradients(dout, patches, weight, places, offsets)
     if of_sums:
+        sums, products = (torch.zeros_like(x, dtype=torch.float64) for x in (condition, weight))
         with torch.autocast("cpu", enabled=False):
-            taken = rows[place].to(_wide(dout))
-            dweight.copy_(taken.mT @ patches[row].to(dout.dtype).to(taken.dtype))
-            dcondition.copy_(
-                condition.new_zeros(condition.shape, dtype=torch.float64).index_add_(0, image_ids, taken.double())
-            )
+            for block in token_blocks(image_ids, dout.shape[-1]):
+                taken = rows[place[block.at]].to(_wide(dout))
+                products += taken.mT @ patches[row[block.at]].to(dout.dtype).to(taken.dtype)
+                block.add(taken, sums)
+        dweight.copy_(products)
+        dcondition.copy_(sums)
     return dhidden, dpatches, dweight, dcondition
 
 
