@@ -11,6 +11,7 @@ token is a target if its last character is the assistant's or ends its turn. So 
 loss begins in front of it. Names of special tokens count as tokens only where a template wrote them; in the words of a
 conversation they are spelled out.
 """
+import contextlib
 import functools
 import re
 from bisect import bisect_right
@@ -127,13 +128,14 @@ def turn_end(tokenizer, settings: ChatSettings) -> str:
 
     A model was trained to write it before EOS, so what it says ends there.
     """
-    end = "<|im_end|>" if settings.template == "chatml" else ""
-    if settings.template == "tokenizer" and tokenizer.chat_template:
-        try:
-            end = _frame(tokenizer, str(tokenizer.chat_template), ("user", "assistant"))[1].ending.strip()
-        except TemplateError:  # what is asked says why it is refused
-            end = ""
+    end = "<|im_end|>" if settings.template == "chatml" else _answer_slot(tokenizer, settings).ending.strip()
     return "" if end == tokenizer.eos_token else end
+
+
+def turn_spaces(tokenizer, settings: ChatSettings) -> bool:
+    """Return whether a model is trained to write the template's own spaces around an answer's words."""
+    slot = _answer_slot(tokenizer, settings)
+    return settings.template in ("vicuna_v1", "llama_2") or slot.before.endswith(" ") or slot.ending.startswith(" ")
 
 
 def length(parts: Sequence[Part], tokenizer, picture_tokens: Callable[[PictureRef], int] | None = None) -> int:
@@ -376,6 +378,14 @@ class Slot(NamedTuple):
     before: str
     ending: str
     strip: bool
+
+
+def _answer_slot(tokenizer, settings: ChatSettings) -> Slot:
+    """The first answer's place in the tokenizer's own template; an empty one where it is another, or refuses it."""
+    if settings.template == "tokenizer" and tokenizer.chat_template:
+        with contextlib.suppress(TemplateError):  # what is asked says why it is refused
+            return _frame(tokenizer, str(tokenizer.chat_template), ("user", "assistant"))[1]
+    return Slot("", "", False)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -156,8 +156,8 @@ def _prepare(command: str, settings: DrawSettings, writes: bool) -> list[Entry]:
 
 
 def _drawing(sampling: Sampling) -> dict:
-    """The options of sampling, but for what only says where text ends."""
-    return {name: value for name, value in dataclasses.asdict(sampling).items() if name != "turn_end"}
+    """The options of sampling, but for what only says where text begins and ends."""
+    return {name: value for name, value in dataclasses.asdict(sampling).items() if not name.startswith("turn_")}
 
 
 def _check_entries(command: str, settings: DrawSettings, config: TransfusionConfig, prompts: Prompts,

@@ -135,6 +135,7 @@ class Row:
 
         What may be the beginning of a text that ends the row is held back until it is known to be none.
         """
+        whole = None
         if token == self.eos:
             self.state = DONE
         elif token == self.config.boi_token_id:
@@ -143,14 +144,15 @@ class Row:
             self.decoding.tokens.append(token)
             self.written += 1
             whole = self.decoding.text()
-            text = self._before_stop(whole)
-            self.stopped = text != whole
+            self.stopped = self._before_stop(whole) != whole
             self.state = DONE if self.stopped else WRITING
+        text = self._said(whole)
         if self.state != WRITING:
-            return self._new(self._before_stop(self.decoding.text()))
+            return self._new(text)
         if text.endswith(CUT):  # a character of several tokens is not whole yet
             return None
-        return self._new(text[:len(text) - self._held_back(text)])
+        text = text[:len(text) - self._held_back(text)]
+        return self._new(text.removesuffix(" ") if self.options.turn_spaces else text)
 
     def noise(self) -> Tensor:
         """The patches (P, patch_dim) from which the next image is drawn."""
@@ -174,13 +176,22 @@ class Row:
 
     def finish(self) -> None:
         """Make what was written since the last image a part, if it is anything."""
-        text = self._before_stop(self.decoding.text())
+        text = self._said()
         self.parts += [Text(text)] if text else []
         self.decoding, self.text = Decoding(self.decoder), ""
 
     def _then_image(self, document: Document) -> Document:
         """The document and the BOI of an image behind it."""
         return document._replace(tokens=[*document.tokens, self.config.boi_token_id], targets=[*document.targets, True])
+
+    def _said(self, whole: str | None = None) -> str:
+        """What was written since the last image, `whole` if it is known, without what the template adds or ends with.
+        """
+        text = self._before_stop(self.decoding.text() if whole is None else whole)
+        if self.options.turn_spaces:
+            text = text if self.parts else text.removeprefix(" ")
+            text = text.removesuffix(" ") if self.state == DONE else text
+        return text
 
     def _new(self, text: str) -> str | None:
         """What of a text was not returned yet."""

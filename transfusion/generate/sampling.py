@@ -32,6 +32,8 @@ class TextSampling:
     """of noise and text: prompt i draws its random numbers from seed + i, whatever the rest of the batch is"""
     turn_end: Suppress[str] = ""
     """text that ends a turn in the prompt's chat template, at which what is written ends as at `stop`; "": EOS alone"""
+    turn_spaces: Suppress[bool] = False
+    """leave out a space in front of what is written and one behind it: the template's, which the model writes, too"""
 
     def __post_init__(self):
         check("generate", self)

@@ -16,7 +16,7 @@ from transformers import Pipeline
 from transfusion.data.model_images import image_of, load_image, pictures_of
 from transfusion.data.sources.record import PictureRef, Turn
 from transfusion.sequence import Image, Part, Text
-from transfusion.serve.turns import NO_TEMPLATE, TEMPLATE_NAMES, end_of, parts_of
+from transfusion.serve.turns import NO_TEMPLATE, TEMPLATE_NAMES, answer_options, parts_of
 from transfusion.settings import nearest
 
 _OP = "TransfusionAnyToAnyPipeline"
@@ -88,7 +88,7 @@ class TransfusionAnyToAnyPipeline(Pipeline):
         """transformers' hook: prompts as the parts that the model goes on from."""
         return {"given": [given for given, _ in inputs["prompts"]],
                 "parts": [self._parts(given, images, template) for given, images in inputs["prompts"]],
-                "turn_end": end_of(template, self.model.tokenizer)}
+                "answer": answer_options(template, self.model.tokenizer)}
 
     def _forward(self, inputs: dict, generation_mode: str | None = None, **options) -> dict:
         """transformers' hook: run the model."""
@@ -96,7 +96,7 @@ class TransfusionAnyToAnyPipeline(Pipeline):
             answers = [[image] for image in self.model.draw(inputs["parts"], **options)]
         else:
             options |= {"max_images": 0} if generation_mode == "text" else {}
-            answers = self.model.generate_batch(inputs["parts"], **{"turn_end": inputs["turn_end"]} | options)
+            answers = self.model.generate_batch(inputs["parts"], **inputs["answer"] | options)
         return {"given": inputs["given"], "answers": answers}
 
     def postprocess(self, outputs: dict, generation_mode: str | None = None, return_full_text: bool = True) -> list:

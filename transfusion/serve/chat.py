@@ -29,7 +29,7 @@ from transfusion.generate.generation import Drawn, Written
 from transfusion.generate.sampling import Sampling
 from transfusion.model.loading import load_model
 from transfusion.sequence import Image, Part
-from transfusion.serve.turns import NO_TEMPLATE, TEMPLATE_NAMES, end_of, parts_of
+from transfusion.serve.turns import NO_TEMPLATE, TEMPLATE_NAMES, answer_options, parts_of
 from transfusion.settings import OneOf, check, nearest, shown
 
 HELP = "\n".join(line[4:] for line in __doc__.splitlines() if line.startswith("    /"))
@@ -110,8 +110,8 @@ class Talk:
 
     def _written(self, prompt: list[Part]) -> Iterator[str | Image]:
         """What the model writes and draws."""
-        turn_end = end_of(self.settings.template, self.model.tokenizer)
-        sampling = replace(self.settings.sampling, seed=self.seed, turn_end=turn_end)
+        sampling = replace(self.settings.sampling, seed=self.seed,
+                           **answer_options(self.settings.template, self.model.tokenizer))
         for event in self.model.stream(prompt, **vars(sampling)):
             if isinstance(event, Written):
                 yield event.text

@@ -1,7 +1,7 @@
 """A conversation's turns as the parts that a model goes on from."""
 from collections.abc import Mapping, Sequence
 
-from transfusion.data.chat import TEMPLATES, ChatSettings, question_parts, turn_end
+from transfusion.data.chat import TEMPLATES, ChatSettings, question_parts, turn_end, turn_spaces
 from transfusion.data.sources.record import PictureRef, Record, Turn
 from transfusion.sequence import Image, Part, Text
 
@@ -25,6 +25,10 @@ def parts_of(turns: Sequence[Turn], images: Mapping[str, Image], tokenizer, temp
     return [images[part.name] if isinstance(part, PictureRef) else part for part in parts]
 
 
-def end_of(template: str, tokenizer) -> str:
-    """Return the text that ends an answer in a template of `TEMPLATE_NAMES`; "": nothing but EOS does."""
-    return "" if template == NO_TEMPLATE else turn_end(tokenizer, ChatSettings(template=template))
+def answer_options(template: str, tokenizer) -> dict[str, str | bool]:
+    """Return the options of `TextSampling` that a template of `TEMPLATE_NAMES` asks for: how its answers begin and end.
+    """
+    if template == NO_TEMPLATE:
+        return {"turn_end": "", "turn_spaces": False}
+    settings = ChatSettings(template=template)
+    return {"turn_end": turn_end(tokenizer, settings), "turn_spaces": turn_spaces(tokenizer, settings)}

@@ -18,7 +18,7 @@ from transfusion.sequence import Image, Part, Text
 from transfusion.serve.pictures import PictureReader
 from transfusion.serve.remote import Fetching
 from transfusion.serve.request import Request
-from transfusion.serve.turns import end_of, parts_of
+from transfusion.serve.turns import answer_options, parts_of
 from transfusion.settings import shown
 
 WIRE_NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale", "image_size": "size",
@@ -198,7 +198,7 @@ def chat_requests(body: ChatBody, pictures: PictureReader, template: str) -> lis
     more |= {} if "text" in kinds else {"max_new_tokens": 0, "max_images": 1}
     parts = prompt_of(body.messages, pictures, template)
     with pictures.engine.tokenizing:
-        more["turn_end"] = end_of(template, pictures.engine.model.tokenizer)
+        more |= answer_options(template, pictures.engine.model.tokenizer)
     return [Request(parts, body.sampling(pictures, number, **more), draw="text" not in kinds)
             for number in range(body.n)]
 

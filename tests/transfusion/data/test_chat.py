@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from transfusion.data.chat import CHATML, VICUNA, ChatSettings, EncodedText, chat_parts, length, question_parts
+from transfusion.data.chat import CHATML, VICUNA, ChatSettings, EncodedText, chat_parts, length, question_parts, turn_spaces
 from transfusion.data.sources import DataError, PictureRef, Record, Turn
 from transfusion.sequence import Image, Text, encode
 
@@ -427,3 +427,17 @@ def test_a_template_writes_the_same_date_on_every_day():
                                "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}")
     parts = chat_parts(record(HELLO), tokenizer, ChatSettings(template="tokenizer"))
     assert parts[0].text.startswith("Today: 26 July 2024 26 Jul 2024")
+
+
+@pytest.mark.parametrize("template,own,spaces", [
+    ("vicuna_v1", None, True), ("llama_2", None, True), ("chatml", None, False), ("plain", None, False),
+    ("tokenizer", SMOL, False), ("tokenizer", MISTRAL, True), ("tokenizer", None, False)])
+def test_spaces_around_answers_are_those_that_training_has_the_model_write(template, own, spaces):
+    tokenizer = byte_level(own)
+    settings = ChatSettings(template)
+    assert turn_spaces(tokenizer, settings) is spaces
+    if template != "tokenizer" or own:
+        said = Record("here", turns=(Turn("user", ("what",)), Turn("assistant", ("cat",))))
+        parts = chat_parts(said, tokenizer, settings)
+        written = tokenizer.decode([token for part in parts if part.loss for token in part.ids])
+        assert written.startswith(" cat" if spaces else "cat")

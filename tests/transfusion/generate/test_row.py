@@ -10,7 +10,7 @@ from tests.transfusion.generate.test_decoding import spelled, words_or_bytes
 from tests.transfusion.generate.test_generation import same
 from transfusion import Image, Text, Transfusion, TransfusionConfig
 from transfusion.generate.decoding import CUT
-from transfusion.generate.row import Row
+from transfusion.generate.row import DONE, Row
 from transfusion.generate.sampling import LONGEST_STOP, Sampling
 from transfusion.sequence import encode
 
@@ -128,3 +128,18 @@ def test_what_was_told_of_a_text_is_all_of_it_also_where_its_last_character_is_c
     told = "".join(filter(None, (row.take(token) for token in [*tokens, row.eos])))
     row.finish()
     assert told == row.parts[0].text == "catcaf\u00e9" + 2 * CUT
+
+
+@pytest.mark.parametrize("written,told", [
+    (" White cat ", "White cat"), ("White", "White"), ("  two ", " two"), (" ", ""), ("\n a", "\n a"), (" a  ", "a ")])
+@pytest.mark.parametrize("stop", [(), (" c",)])
+def test_the_spaces_that_a_template_puts_around_an_answer_are_not_told(model, written, told, stop):
+    tokens = model.tokenizer.encode(written, add_special_tokens=False)
+    assert model.tokenizer.decode(tokens) == written
+    for spaces in (True, False):
+        row = Row(model, [Text("a", special=True)], Sampling(turn_spaces=spaces, stop=stop or None), (1, 1), 0)
+        row.document(False)
+        streamed = "".join(filter(None, (row.take(token) for token in [*tokens, row.eos] if row.state != DONE)))
+        row.finish()
+        expected = (told if spaces else written).partition(" c" if stop else "\0")[0]
+        assert streamed == expected == "".join(part.text for part in row.parts)
