@@ -26,6 +26,7 @@ ORDER = (
     "tfkernels.integrations",
     "transfusion.settings",
     "transfusion.locks",
+    "transfusion.journal",
     "transfusion.files",
     "transfusion.command",
     "transfusion.device",

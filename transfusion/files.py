@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from transfusion.journal import read_journal
 from transfusion.locks import in_use, locked
 
 HOST = socket.gethostname()
@@ -232,7 +233,7 @@ def _seal(out: Path, fresh: Path, weights: bool, keep: str | None) -> None:
         (fresh / name).chmod(mode)
         sync(fresh / name)
     sync(fresh / JOURNAL)
-    for directory in [path for path in fresh.rglob("*") if path.is_dir()] + [fresh]:
+    for directory in [*(path for path in fresh.rglob("*") if path.is_dir()), fresh]:
         sync(directory)
 
 
@@ -243,17 +244,16 @@ def _summed(directory: Path) -> list[Path]:
 
 def _finish(out: Path) -> None:
     """Move what waits in .saved into its place; may be stopped and called again at any moment."""
-    saved = out / SAVED
-    journal = read_json(saved / JOURNAL)
-    if journal.get("keep") is not None:
-        _link(saved, journal["files"], out / journal["keep"])
+    saved, journal = out / SAVED, read_journal(out / SAVED / JOURNAL)
+    if journal.keep is not None:
+        _link(saved, journal.files, out / journal.keep)
     places = {out}
-    for name in journal["files"]:
+    for name in journal.files:
         if (saved / name).exists():
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(saved / name, out / name)
             places.add((out / name).parent)
-    for name in journal["obsolete"]:
+    for name in journal.obsolete:
         (out / name).unlink(missing_ok=True)
         places.add((out / name).parent)
     for place in places:
@@ -334,7 +334,7 @@ def whole(out: Path) -> Iterator[Path]:
         yield out
         return
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as view:
-        for name in read_json(out / SAVED / JOURNAL)["files"]:
+        for name in read_journal(out / SAVED / JOURNAL).files:
             (Path(view) / name).parent.mkdir(parents=True, exist_ok=True)
             (Path(view) / name).symlink_to(current(out, name).resolve())
         yield Path(view)

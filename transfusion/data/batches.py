@@ -138,13 +138,17 @@ def _pack_anew(packed: list, free: list[int], seq_len: int, longest: int) -> tup
 
 
 def _captioned(sequence: Sequence) -> Tensor:
-    """Return (N,), whether text other than EOS follows the image in its document.
+    """Return (N,), whether text other than EOS follows the image in its document, at once or behind further images.
 
-    EOI stands behind the last patch. Where text follows, at least one token stands between it and EOS, so that the
-    position two behind EOI is of the same document of the same row.
+    EOI stands behind the last patch. Where text follows at once, at least one token stands between it and EOS, so that
+    the position two behind EOI is of the same document of the same row. There the first patch of a next image stands.
     """
-    length = sequence.tokens.shape[1] + 2
-    ends = [b * length + stop for b, row in enumerate(sequence.spans.tolist()) for start, stop in row if stop > start]
-    flat = torch.nn.functional.pad(sequence.documents, (0, 2), value=-1).flatten()
-    ends = torch.tensor(ends, dtype=torch.int64)
-    return flat[ends] == flat[ends + 2]
+    found = []
+    for documents, row in zip(sequence.documents.tolist(), sequence.spans.tolist()):
+        documents, behind, following = [*documents, -1, -1], None, []
+        for start, stop in reversed([(start, stop) for start, stop in row if stop > start]):
+            goes_on = documents[stop] == documents[stop + 2]
+            following.append(following[-1] if goes_on and behind == stop + 2 else goes_on)
+            behind = start
+        found += reversed(following)
+    return torch.tensor(found, dtype=torch.bool)

@@ -388,7 +388,7 @@ def _answer_slot(tokenizer, settings: ChatSettings) -> Slot:
     return Slot("", "", False)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=128)
 def _frame(tokenizer, template: str, roles: tuple[str, ...]) -> tuple[Slot, ...]:
     """Write a conversation of marks with the tokenizer's template; return what stands around the marks."""
     marks = [f"\t\ue000{i}\ue001\t" for i in range(len(roles))]

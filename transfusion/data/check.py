@@ -13,7 +13,6 @@ from typing import Annotated
 
 import numpy as np
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from transfusion.data.grids import picture_size
 from transfusion.data.lengths import NO_TARGET
@@ -23,6 +22,7 @@ from transfusion.data.mixture_data import MixtureData, MixtureFileSettings
 from transfusion.data.sources.record import DataError
 from transfusion.files import read_json
 from transfusion.model.config import TransfusionConfig
+from transfusion.model.transfusion import load_tokenizer
 from transfusion.sequence.tokenizer import BOI, EOI, train_tokenizer
 from transfusion.settings import Count, Positive, Range, Share, check
 
@@ -63,7 +63,7 @@ class ModelShape:
                              "`transfusion train` or `transfusion init` wrote fits")
         try:
             config = TransfusionConfig.from_pretrained(self.model)
-            tokenizer = AutoTokenizer.from_pretrained(self.model)
+            tokenizer = load_tokenizer(self.model)
         except OSError as error:
             raise ValueError(f"data: model is {str(self.model)!r}, which cannot be read ({error})") from error
         vae = self.model / "vae" / "config.json"

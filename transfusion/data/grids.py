@@ -13,7 +13,7 @@ from PIL import ExifTags
 from PIL import Image as Picture
 from torch import Tensor
 
-from transfusion.data.picture_files import UNREADABLE, fit_picture, open_picture
+from transfusion.data.picture_files import UNREADABLE, fit_picture, formats, open_picture
 from transfusion.data.sources.record import DataError, PictureRef
 from transfusion.settings import Count, OneOf, Range, check
 
@@ -127,16 +127,18 @@ def picture_size(picture: PictureRef) -> tuple[int, int]:
     """
     where = name_of(picture)
     with picture.open() as file:
-        if not file.read(1):
-            raise DataError(where, "the picture's file is empty; copy it again", "empty picture")
-        file.seek(0)
         try:
-            with Picture.open(file) as opened:
+            if not file.read(1):
+                raise DataError(where, "the picture's file is empty; copy it again", "empty picture")
+            file.seek(0)
+            with Picture.open(file, formats=formats()) as opened:
                 width, height = opened.size
                 if opened.format == "TIFF":            # whose size some versions of Pillow turn when they open it
                     tags = ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength
                     width, height = (opened.tag_v2[tag] for tag in tags)
                 turned = _orientation(opened, file) in TURNED
+        except DataError:
+            raise
         except Picture.DecompressionBombError as error:
             raise DataError(where, f"the picture is too large: {error}; make it smaller",
                             "picture too large") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image as Picture
 from torch import Tensor
 
-from transfusion.data.picture_files import fit_picture, open_picture, to_picture
+from transfusion.data.picture_files import fit_picture, open_picture, to_picture, upright
 from transfusion.files import check_writable, written
 from transfusion.model.vae import VAE
 from transfusion.sequence import Image
@@ -47,8 +47,10 @@ def image_of(picture: Picture.Image, config, vae: VAE | None = None, op: str = "
     """Make the model's image of a picture, as `load_image` does of a file. Errors begin with `op`."""
     check_channels(op, config, vae)
     channels, *size = picture_shape(config, vae)
-    transparent = picture.mode in ("LA", "PA", "La") or "transparency" in picture.info
-    pixels = fit_picture(picture.convert("RGBA") if transparent else picture, tuple(size), channels)
+    try:
+        pixels = fit_picture(upright(picture), tuple(size), channels)
+    except ValueError as error:
+        raise ValueError(f"{op}: the picture has {error}") from error
     return Image(pixels if vae is None else vae.encode(pixels[None])[0])
 
 

@@ -3,6 +3,7 @@
 One file of a folder in ten is held out, chosen by its name, so that new files move no old one. The others are read
 when they are asked for.
 """
+import functools
 import struct
 import zlib
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from transfusion.data.folders import files_in
 from transfusion.settings import Count, check
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
+"""Pillow's names of the formats that are read, whatever a file is called: no EPS, which another program would run."""
 UNREADABLE = (  # what Pillow raises of bad files
     OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, EOFError, MemoryError,
     NotImplementedError, struct.error, zlib.error, Picture.DecompressionBombError)
@@ -136,30 +139,46 @@ def fit_picture(picture: Picture.Image, size: int | tuple[int, int], channels: i
     return pixels.movedim(-1, 0).float() / 127.5 - 1
 
 
-def open_picture(path: Path | BinaryIO, name: str = "", *, formats: Sequence[str] | None = None) -> Picture.Image:
+def open_picture(path: Path | BinaryIO, name: str = "", *, only: Sequence[str] | None = None) -> Picture.Image:
     """Return the pixels of a file, upright, 8 bits a channel: RGB or, where some may be transparent, RGBA.
 
-    `path` may be an open file, such as bytes of a larger one; messages call it `name`. `formats` are Pillow's names of
-    those that are read; None for all that it knows.
+    `path` may be an open file, such as bytes of a larger one; messages call it `name`. `only` are Pillow's names of the
+    formats that are read; None for `FORMATS`.
 
     Raises:
         ValueError: as `read_picture`.
     """
     try:
-        with Picture.open(path, formats=formats) as picture:
-            upright = ImageOps.exif_transpose(picture)
-            # PNG's and PPM's "I" is 16 bits, too
-            if upright.mode.startswith("I;16") or upright.mode == "I" and picture.format in ("PNG", "PPM"):
-                pixels = np.asarray(upright).astype(np.int64)
-                upright = Picture.fromarray(((pixels * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8))
-            if upright.mode in ("I", "F"):
-                raise ValueError(f"pixels of kind {upright.mode}, whose white is not known; 8 or 16 bits a channel "
-                                 "fit; convert it")
-            opaque = upright.mode in ("RGB", "L") and "transparency" not in upright.info
-            return upright.convert("RGB" if opaque else "RGBA")
+        with Picture.open(path, formats=formats() if only is None else only) as picture:
+            return upright(picture)
     except UNREADABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"read_picture: {name or path} is not a picture that can be read ({reason})") from error
+
+
+def upright(picture: Picture.Image) -> Picture.Image:
+    """Return a picture turned as EXIF says, 8 bits a channel: RGB or, where some may be transparent, RGBA.
+
+    Raises:
+        ValueError: its numbers do not say what is white.
+    """
+    turned = ImageOps.exif_transpose(picture)
+    # PNG's and PPM's "I" is 16 bits, too
+    if turned.mode.startswith("I;16") or turned.mode == "I" and picture.format in ("PNG", "PPM"):
+        pixels = np.asarray(turned).astype(np.int64)
+        turned = Picture.fromarray(((pixels * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8))
+    if turned.mode in ("I", "F"):
+        raise ValueError(f"pixels of kind {turned.mode}, whose white is not known; 8 or 16 bits a channel fit; "
+                         "convert it")
+    opaque = turned.mode in ("RGB", "L") and "transparency" not in turned.info
+    return turned.convert("RGB" if opaque else "RGBA")
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow was built with."""
+    Picture.init()
+    return tuple(name for name in FORMATS if name in Picture.OPEN)
 
 
 def _readable(path: Path) -> bool:

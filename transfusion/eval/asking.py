@@ -4,6 +4,7 @@ A question with its pictures is a conversation of one turn: the chat template, t
 are those of training (`transfusion.data.chat`, `transfusion.data.grids`). The prompt ends where the loss of an answer
 begins.
 """
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,14 +15,14 @@ import torch
 from PIL import Image as Picture
 from tqdm import tqdm
 
-from transfusion.data.chat import TEMPLATES, ChatSettings, chat_parts, question_parts, turn_end
+from transfusion.data.chat import TEMPLATES, ChatSettings, chat_parts, question_parts, turn_end, turn_spaces
 from transfusion.data.grids import MODES, Grids, GridSettings
 from transfusion.data.mixture import read_mixture
 from transfusion.data.model_images import picture_shape, pixel_factor
 from transfusion.data.sources.record import PictureRef, Record, Turn
 from transfusion.generate.generation import generate_batch, read
 from transfusion.generate.row import check_finite
-from transfusion.sequence import Image, Part, Text, encode
+from transfusion.sequence import Document, Image, Part, Text, encode
 from transfusion.settings import Count, OneOf
 
 
@@ -101,6 +102,7 @@ class Asker:
         self.grids = Grids(asking.pictures, model.config.patch_size * pixel_factor(model.vae), channels)
         self.room = model.config.text_config.get_text_config().max_position_embeddings
         self.turn_end = turn_end(model.tokenizer, asking.chat)
+        self.turn_spaces = turn_spaces(model.tokenizer, asking.chat)
 
     def prompt(self, question: Question) -> list[Part]:
         """Return a question's parts, up to where the answer begins."""
@@ -132,7 +134,10 @@ class Asker:
 
     @torch.inference_mode()
     def likelihoods(self, questions: Sequence[Question], answers: Sequence[str]) -> list[Likelihood]:
-        """Return for each question how likely an answer is: sum_i log p(answer_i | prompt, answer_<i), without EOS.
+        """Return for each question how likely an answer is: sum_i log p(answer_i | prompt, answer_<i).
+
+        Neither EOS nor what else a template ends an answer with is a part of it. Where question and answer have more
+        tokens than the model has positions, it is not likely at all (-inf).
 
         Raises:
             ValueError: it is not a finite number.
@@ -142,10 +147,16 @@ class Asker:
             parts = chat_parts(_record(question, answer), self.model.tokenizer, self.asking.chat)
             documents.append(encode(self._with_pictures(parts, question), self.model.tokenizer, self.model.config,
                                     end=False))
-        _, hidden = read(self.model, documents)
-        found = []
-        for document, states in zip(documents, hidden):
-            places = [i for i, target in enumerate(document.targets) if target]
+        fit = [document for document in documents if len(document.tokens) <= self.room]
+        hidden, found = iter(read(self.model, fit)[1] if fit else ()), []
+        for document, question in zip(documents, questions):
+            if len(document.tokens) > self.room:
+                tqdm.write(f"not weighed: {question.where} has {len(document.tokens):,} tokens with its pictures and "
+                           f"an answer, and the model has {self.room:,} positions")
+                found.append(Likelihood(-math.inf, False, 1))
+                continue
+            states = next(hidden)
+            places = self._of_answer(document)
             ids = torch.tensor([document.tokens[i] for i in places], device=states.device)
             behind = len(states) - len(document.tokens)  # padding stands left
             before = torch.tensor([behind + i - 1 for i in places], device=states.device)
@@ -154,6 +165,16 @@ class Asker:
             check_finite("eval", total)
             found.append(Likelihood(total, bool((scores.argmax(1) == ids).all()), len(ids)))
         return found
+
+    def _of_answer(self, document: Document) -> list[int]:
+        """The places of an answer's tokens, without those that its template ends it with."""
+        places = [i for i, target in enumerate(document.targets) if target]
+        while places:
+            last = self.model.tokenizer.decode([document.tokens[places[-1]]])
+            if last != self.turn_end and not (self.turn_spaces and not last.strip()):
+                break
+            places.pop()
+        return places
 
     def _with_pictures(self, parts: Iterable[Text | PictureRef], question: Question) -> list[Part]:
         """The parts with images in the places of pictures, in order."""

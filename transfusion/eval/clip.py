@@ -61,7 +61,7 @@ class Clip:
         path, given = local_directory(op, name, FITS), f"{op}: name is {str(name)!r}"
         model = load_whole(CLIPModel, path, given, FITS).network
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(f"{given}, whose tokenizer cannot be loaded ({str(error).splitlines()[0]}); {FITS}"
                              ) from error

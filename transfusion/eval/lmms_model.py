@@ -2,6 +2,7 @@
 
 Only lmms-eval and `transfusion eval vqa` import this file, which needs lmms-eval.
 """
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -103,8 +104,10 @@ class TransfusionModel(lmms):
             _, number, task, split = rest
             answer = target(self.task_dict[task][split][number]) if callable(target) else target
             asked.append(Request(text, *rest, {"answer": answer.strip()}))  # the template has a space
-        return [GenerationResult((-log_probability / tokens, greedy)) for log_probability, greedy, tokens
-                in self._answered(asked, self._weighed, same_options=False)]
+        weighed = self._answered(asked, self._weighed, same_options=False)
+        self.too_long = sum(log_probability == -math.inf for log_probability, _, _ in weighed)
+        return [GenerationResult((-log_probability / max(1, tokens), greedy))
+                for log_probability, greedy, tokens in weighed]
 
     def generate_until_multi_round(self, requests: list) -> list[str]:
         """Refuse: questions of several rounds are not asked."""

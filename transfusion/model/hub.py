@@ -24,6 +24,8 @@ SHEETS, PICTURES, SHOWN = ("contact_sheet.png", "samples.png"), (".png", ".jpg",
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 """files that a checkpoint may hold: no pickled weights, no code"""
+HIDDEN = [".*", "*/.*"]
+"""files that no checkpoint needs: what a kill left of a save is finished before it is uploaded"""
 DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 UPLOAD = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "max_shard_size")
 
@@ -80,7 +82,8 @@ def download(repo_id: str, options: dict) -> Path:
     """
     taken = {name: options.pop(name) for name in DOWNLOAD if name in options}
     try:
-        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=list(FILES), **taken))
+        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=list(FILES), ignore_patterns=HIDDEN,
+                                                      **taken))
     except (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise ValueError(f"Transfusion.from_pretrained: path is {repo_id!r}, which is no directory here and cannot be "
                          f"loaded from the Hub ({' '.join(str(error).split())[:200]}); a directory written by "

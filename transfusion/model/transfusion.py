@@ -372,7 +372,7 @@ def load_tokenizer(path: Path):
         ValueError: its file cannot be read.
     """
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # tokenizers raises nothing narrower for a file that it cannot read
         raise ValueError(f"{path / 'tokenizer.json'} cannot be read ({' '.join(str(error).split())}); "
                          "copy it again or make it anew") from error

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tyro
-from transformers import AutoTokenizer
 
 from transfusion.data.mixture import MixtureSettings, make_mixture, open_sources
 from transfusion.data.mixture_data import MixtureFileSettings
@@ -30,6 +29,7 @@ from transfusion.locks import in_use
 from transfusion.model.config import TransfusionConfig
 from transfusion.model.from_language_model import InitSettings, init, was_made_of
 from transfusion.model.lora import TuneSettings, find_base
+from transfusion.model.transfusion import load_tokenizer
 from transfusion.model.vae import VAE
 from transfusion.settings import nearest
 from transfusion.train.transfusion import ModelSettings, OptimSettings, TrainConfig
@@ -293,7 +293,7 @@ def _steps(config: TrainConfig, epochs: float) -> int:
     start = config.tune.start
     while (start / "adapter_config.json").is_file():
         start = find_base(start)
-    tokenizer, vae = AutoTokenizer.from_pretrained(start), start / "vae"
+    tokenizer, vae = load_tokenizer(start), start / "vae"
     rows = open_data(config.data).rows(
         tokenizer, TransfusionConfig.from_pretrained(start), VAE.from_pretrained(vae) if vae.is_dir() else None,
         rows=config.optim.rows, seq_len=config.optim.seq_len, steps=1)

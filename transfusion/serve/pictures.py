@@ -89,7 +89,7 @@ class PictureReader:
         if width * height > MAX_PIXELS:
             raise ValueError(f"image: a picture is {width}x{height}; at most {MAX_PIXELS} pixels fit; make it smaller")
         with self._decoding:
-            opened = open_picture(io.BytesIO(data), "image", formats=FORMATS)
+            opened = open_picture(io.BytesIO(data), "image", only=FORMATS)
             pixels = fit_picture(opened, self.size, self.channels)
         if self.vae is None:
             return Image(pixels)

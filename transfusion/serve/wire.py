@@ -225,6 +225,9 @@ def prompt_of(messages: list[dict], pictures: PictureReader, template: str) -> l
         ValueError: a picture that cannot be read, or turns that the template refuses.
     """
     images: dict[str, Image] = {}
+    fit = pictures.engine.limits.request_tokens
+    if len(messages) > fit:  # each takes some tokens of a template's, which takes time to write out
+        raise ApiError(400, f"messages has {len(messages)} messages; at most {fit} fit, a token for each", "messages")
     fetching = Fetching()
     pictures.check_count(len(_pictures(messages)))
     turns = tuple(Turn(_role(message, at), tuple(_content(message, at, pictures, images, fetching)))

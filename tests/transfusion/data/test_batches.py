@@ -206,3 +206,14 @@ def test_a_run_says_and_counts_what_it_leaves_out(tmp_path, capsys):
     assert "left_out" not in (tmp_path / "whole" / "log.jsonl").read_text()
     with pytest.raises(ValueError, match="seq_len is 16 and the shortest of 500 documents has"):
         train(dataclasses.replace(config, out=tmp_path / "none", optim=dataclasses.replace(optim, seq_len=16)))
+
+
+def test_images_in_a_row_are_captioned_where_text_follows_the_last(letters):
+    image, text = Image(torch.randn(letters.config.image_channels, *letters.config.image_size)), Text("a")
+    for parts, expected in (([image, image], [1.0, 1.0]), ([image, image, text], [0.25, 0.25]),
+                            ([image] * 3 + [text], [0.25] * 3), ([image, text, image], [0.25, 1.0])):
+        document = encode(parts, letters.tokenizer, letters.config)
+        for rows in ([[document]], [[document, document]], [[document], [document]]):
+            sequence = lay_out(rows, max(sum(len(one.tokens) for one in row) for row in rows), letters.config.patch_dim)
+            limits = noise_limits(sequence, Arrangement(noise_limit=0.25)).tolist()
+            assert limits == expected * sum(map(len, rows))

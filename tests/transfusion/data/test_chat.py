@@ -8,7 +8,16 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from transfusion.data.chat import CHATML, VICUNA, ChatSettings, EncodedText, chat_parts, length, question_parts, turn_spaces
+from transfusion.data.chat import (
+    CHATML,
+    VICUNA,
+    ChatSettings,
+    EncodedText,
+    chat_parts,
+    length,
+    question_parts,
+    turn_spaces,
+)
 from transfusion.data.sources import DataError, PictureRef, Record, Turn
 from transfusion.sequence import Image, Text, encode
 

@@ -1,6 +1,8 @@
 """Grids of pictures, sizes read from headers, and every kind of file that is hard to read."""
 
+import errno
 import io
+import subprocess
 
 import numpy as np
 import pytest
@@ -233,3 +235,27 @@ def test_a_picture_inside_a_larger_file_is_read_as_one_of_its_own(tmp_path):
     assert picture_size(piece) == (24, 40)
     grids = Grids(GridSettings(side=16), 16)
     assert torch.equal(grids.pixels(piece, (1, 1)), grids.pixels(PictureRef(inner, True), (1, 1)))
+
+
+def test_a_file_that_cannot_be_read_is_a_picture_that_cannot():
+    class Broken(io.BytesIO):
+        def read(self, *_):
+            raise OSError(errno.EIO, "Input/output error")
+
+    picture = PictureRef(b"", loss=False, name="a.tar, 1.jpg")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(PictureRef, "open", lambda self: Broken())
+        with pytest.raises(DataError, match="a.tar, 1.jpg.*Input/output error") as found:
+            picture_size(picture)
+    assert found.value.kind == "unreadable picture"
+
+
+def test_no_other_program_is_run_for_a_picture_whatever_its_file_is_called(tmp_path, monkeypatch):
+    """EPS is drawn by Ghostscript."""
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was run"))
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    (tmp_path / "a.jpg").write_bytes(eps)
+    with pytest.raises(ValueError, match="not a picture that can be read"):
+        open_picture(tmp_path / "a.jpg")
+    with pytest.raises(DataError, match="not a picture that can be read"):
+        picture_size(PictureRef(eps, loss=False, name="a.jpg"))

@@ -1,12 +1,15 @@
 """Pictures from folders: how they are read, turned, cut and scaled, and which are left out."""
 import dataclasses
 import os
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image as Picture
 
 from transfusion.data.dataset import SPLITS
+from transfusion.data.model_images import image_of, load_image
 from transfusion.data.picture_files import PictureFolder, PictureFolderSettings, describe, read_picture
 
 
@@ -59,3 +62,20 @@ def test_pictures_stand_as_their_camera_held_them_and_16_bits_are_scaled(tmp_pat
 def test_transparent_parts_are_white(tmp_path):
     Picture.new("RGBA", (6, 6), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert torch.equal(read_picture(tmp_path / "clear.png", 4, 3), torch.ones(3, 4, 4))
+
+
+@pytest.mark.parametrize("kind", ["turned", "16 bits", "palette with a hole"])
+def test_a_picture_that_pillow_holds_is_what_its_file_is(tmp_path, kind):
+    picture, options = Picture.new("RGB", (16, 8), "white"), {}
+    picture.paste("black", (0, 0, 8, 8))
+    if kind == "turned":
+        options["exif"] = Picture.Exif()
+        options["exif"][0x0112] = 6
+    elif kind == "16 bits":
+        picture = Picture.fromarray(np.full((8, 16), 30_000, np.uint16))
+    else:
+        picture, options = picture.quantize(4), {"transparency": 0}
+    path = tmp_path / ("a.jpg" if kind == "turned" else "a.png")
+    picture.save(path, **options)
+    config = SimpleNamespace(image_channels=1, image_size=(8, 8))
+    assert torch.equal(load_image(path, config).latent, image_of(Picture.open(path), config).latent)

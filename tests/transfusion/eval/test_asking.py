@@ -1,5 +1,6 @@
 """Questions against what training writes, single questions and the model's own probabilities."""
 import json
+import math
 
 import pytest
 import torch
@@ -195,3 +196,24 @@ def test_no_more_is_written_than_there_are_positions(model):
     few = tiny_model(max_position_embeddings=length + 2)
     answer, = Asker(few, Asking(FRONT, SIDE)).answers([Question("why", (RED,))], max_new_tokens=50)
     assert answer == Asker(model, Asking(FRONT, SIDE)).answers([Question("why", (RED,))], max_new_tokens=2)[0]
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama_2", "vicuna_v1", "plain"])
+def test_how_a_template_ends_an_answer_is_no_part_of_its_likelihood(template):
+    model = tiny_model()
+    model.tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    model.backbone.decoder.resize_token_embeddings(len(model.tokenizer), mean_resizing=False)
+    asker = Asker(model, Asking(ChatSettings(template=template, system=""), SIDE))
+    found, = asker.likelihoods([Question("what")], ["ten"])
+    said = " ten" if template in ("llama_2", "vicuna_v1") else "ten\n" if template == "plain" else "ten"
+    assert found.tokens == len(model.tokenizer.encode(said, add_special_tokens=False))
+
+
+def test_an_answer_longer_than_the_models_positions_is_not_likely_and_leaves_the_others_alone(capsys):
+    short = Asker(tiny_model(max_position_embeddings=250), Asking(FRONT, SIDE))
+    questions = [Question("a"), Question("why " * 200, where="rows.jsonl, line 3"), Question("two")]
+    found = short.likelihoods(questions, ["ten"] * 3)
+    assert found[1].log_probability == -math.inf and not found[1].greedy and found[1].tokens > 0
+    assert found[::2] == short.likelihoods(questions[::2], ["ten"] * 2)
+    said = capsys.readouterr()
+    assert "rows.jsonl, line 3 has" in said.out + said.err and "the model has 250 positions" in said.out + said.err

@@ -113,6 +113,8 @@ def test_a_pushed_model_comes_back_equal_with_a_card_that_the_hubs_search_reads(
     assert (name, repo, options["token"]) == ("snapshot_download", "me/digits", "t")
     assert not any(fnmatch("pytorch_model.bin", pattern) or fnmatch("a.py", pattern)
                    for pattern in options["allow_patterns"])
+    assert all(any(fnmatch(path, pattern) for pattern in options["ignore_patterns"]) for path in (
+        ".saved/journal.json", "vae/.saved/journal.json", ".env.json"))
     for one in (model, again):
         drawn.append(one.eval().draw(["a handwritten seven"], steps=2)[0].latent)
     assert torch.equal(*drawn)
@@ -221,3 +223,13 @@ def test_a_repository_that_is_not_there_is_named_and_a_path_never_means_the_hub(
         with pytest.raises(ValueError, match="holds no config.json"):
             Transfusion.from_pretrained(path)
     assert len(hub.calls) == 1
+
+
+def test_no_code_of_a_checkpoints_tokenizer_is_run_or_asked_about(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    theirs = {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": ["owner/repo--module.Theirs", None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | theirs))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
+    with pytest.raises(ValueError, match="tokenizer.json cannot be read"):
+        Transfusion.from_pretrained(tmp_path)

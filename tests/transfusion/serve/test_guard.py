@@ -11,7 +11,7 @@ for package in ("fastapi", "uvicorn", "multipart"):
 
 from fastapi.testclient import TestClient  # noqa: E402
 
-from transfusion.serve.guard import Guard  # noqa: E402
+from transfusion.serve.guard import TOGETHER, Guard  # noqa: E402
 from transfusion.serve.server import make_app  # noqa: E402
 
 
@@ -45,3 +45,42 @@ def test_a_body_that_stops_coming_holds_no_place(monkeypatch):
     guard = Guard(None, api_key=None, max_bytes=2**20)
     asyncio.run(asyncio.wait_for(guard({"type": "http", "path": "/v1/completions", "headers": []}, receive, send), 10))
     assert sent[0]["status"] == 408 and b"nothing more of the request came for 0.05 seconds" in sent[1]["body"]
+
+
+def asked(guard, path, pieces, api_key=None):
+    """The status that a guard answers a request of some pieces with, and how many of them it read."""
+    waiting, sent = list(pieces), []
+
+    async def receive():
+        return {"type": "http.request", "body": waiting.pop(0), "more_body": bool(waiting)}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(guard({"type": "http", "path": path, "headers": []}, receive, send))
+    return sent[0]["status"], len(pieces) - len(waiting)
+
+
+def test_what_comes_with_a_question_for_health_is_not_read():
+    async def app(scope, receive, send):
+        assert await receive() == {"type": "http.request", "body": b"", "more_body": False}
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    guard = Guard(app, api_key="secret", max_bytes=8)
+    assert asked(guard, "/health", [b"x" * 4] * 3) == (200, 0)
+    assert asked(guard, "/v1/models", [b"x" * 4] * 3) == (401, 0)
+
+
+def test_all_requests_together_hold_so_many_bytes_and_no_more_once_they_are_answered():
+    held = []
+
+    async def app(scope, receive, send):
+        held.append(guard.held)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    guard = Guard(app, api_key=None, max_bytes=8)
+    assert asked(guard, "/v1/completions", [b"x" * 4] * 2) == (200, 2) and held == [8] and guard.held == 0
+    assert asked(guard, "/v1/completions", [b"x" * 4] * 3) == (413, 3) and guard.held == 0
+    guard.held = TOGETHER * 8 - 4
+    assert asked(guard, "/v1/completions", [b"x" * 4] * 2) == (503, 2) and guard.held == TOGETHER * 8 - 4
+    assert asked(guard, "/v1/completions", [b"x" * 4]) == (200, 1)

@@ -206,3 +206,10 @@ def test_more_pictures_than_fit_are_refused_before_one_is_read(client, monkeypat
         client.post("/v1/images/edits", files=[("image[]", ("a.png", png()))] * 228)]
     for answer in answers:
         assert answer.status_code == 400 and "there are 228; at most 227 fit" in answer.json()["error"]["message"]
+
+
+def test_a_conversation_of_more_messages_than_tokens_fit_is_refused_before_it_is_written_out(client, monkeypatch):
+    monkeypatch.setattr("transfusion.serve.wire.parts_of", lambda *_: pytest.fail("it was written out"))
+    answer = post(client, "chat/completions", {"messages": [{"role": "user", "content": ""}] * 5000})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "messages"
+    assert "messages has 5000 messages; at most 4096 fit" in answer.json()["error"]["message"]

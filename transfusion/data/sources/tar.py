@@ -50,7 +50,7 @@ def _members(path: Path, handle: int, end: int):
         kind, start = header[156:157], at + _BLOCK
         fields = {**shared, **pax}
         if kind not in b"xgLK" and b"size" in fields:
-            size = int(fields[b"size"])
+            size = _pax_size(path, fields[b"size"], at)
         stop = start + size
         if stop > end:
             raise DataError(
@@ -92,6 +92,14 @@ def _check_header(path: Path, header: bytes, at: int) -> int:
     if summed != (total + 1) % 65521 or size < 0:
         raise DataError(f"{path}, byte {at}", "here no tar header stands; an uncompressed tar fits", "bad tar")
     return size
+
+
+def _pax_size(path: Path, field: bytes, at: int) -> int:
+    """A member's size as a pax header has it."""
+    if not field.isdigit():
+        raise DataError(f"{path}, byte {at}", f"a pax header gives a member the size {field[:40]!r}; a number of bytes "
+                        "fits; copy it again", "bad tar")
+    return int(field[:20])
 
 
 def _ustar_name(header: bytes) -> bytes:

@@ -64,3 +64,13 @@ def test_a_tar_cut_off_compressed_or_none_is_named(tmp_path):
         path.write_bytes(data)
         with pytest.raises(DataError, match=words):
             find_tar_members(path)
+
+
+@pytest.mark.parametrize("size", ["-512", "many", "1" * 60])
+def test_a_pax_header_whose_size_cannot_be_is_named(tmp_path, size):
+    """A negative one would lead back to the same header for ever."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"size": size}) as tar:
+        tar.addfile(tarfile.TarInfo("1.jpg"), io.BytesIO())
+    with pytest.raises(DataError, match="a.tar"):
+        find_tar_members(path)
