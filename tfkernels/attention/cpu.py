@@ -112,11 +112,16 @@ def _few_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, since:
                  rows_exact: bool, offset: int, scale: float, sinks: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """Return `attention_forward` for few queries, such as a text's next token; None where something is not finite.
 
-    Keys and values are read in the products alone, not to look for what is not finite: the results show it.
+    Keys and values are read in the products alone, not to look for what is not finite: the results show it. A single
+    query of each key head reads them once in the fused kernel, too.
     """
-    hidden, empty = made_once(_hidden, lo, hi, since, until, rows_exact=rows_exact, offset=offset)
+    hidden, empty, bias = made_once(_hidden, lo, hi, since, until, rows_exact=rows_exact, offset=offset, dtype=q.dtype)
+    if q.shape[1] * q.shape[2] == k.shape[1] and q.shape[-1] == v.shape[-1] and empty is None:
+        out, lse = _fused(*_of_one_width(q, k, v), 0.0, False, attn_mask=bias, scale=scale)
+        return _finished(q, out, lse, empty, sinks)
     scores = (q.reshape(len(q), k.shape[1], -1, q.shape[-1]) @ k.mT).mul_(scale)             # (B, K, G Sq, Sk)
-    scores.view(len(q), k.shape[1], -1, *hidden.shape[-2:]).masked_fill_(hidden, -math.inf)
+    if hidden is not None:
+        scores.view(len(q), k.shape[1], -1, *hidden.shape[-2:]).masked_fill_(hidden, -math.inf)
     peak = scores.amax(-1, keepdim=True)
     if empty is not None:
         peak.view(q.shape[:3]).masked_fill_(empty, 0)
@@ -125,20 +130,29 @@ def _few_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, since:
     if empty is not None:
         sums.view(q.shape[:3]).masked_fill_(empty, 1)
     out, lse = (weights @ v).div_(sums).view(*q.shape[:3], v.shape[-1]), sums.log_().add_(peak).view(q.shape[:3])
+    return _finished(q, out, lse, empty, sinks)
+
+
+def _finished(q: Tensor, out: Tensor, lse: Tensor, empty: Tensor | None,
+              sinks: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """The results of few queries, with sinks and laid out like q; None where something is not finite."""
     if not _finite(out, lse):
         return None
     if sinks is not None:
         out, lse = add_sinks(out, lse, sinks)
     lse = lse if empty is None else lse.masked_fill_(empty, -math.inf)
-    return out if q.is_contiguous() else result_like(q, v.shape[-1]).copy_(out), lse
+    return out if q.is_contiguous() else result_like(q, out.shape[-1]).copy_(out), lse
 
 
-def _hidden(
-    lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, *, rows_exact: bool, offset: int
-) -> tuple[Tensor, Tensor | None]:
-    """(B or 1, 1, 1, Sq, Sk) the hidden pairs, and (B or 1, 1, Sq) the rows that see nothing, None without any."""
+def _hidden(lo: Tensor, hi: Tensor, since: Tensor, until: Tensor, *, rows_exact: bool, offset: int,
+            dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(B or 1, 1, 1, Sq, Sk) the hidden pairs, (B or 1, 1, Sq) the rows that see nothing, and (B or 1, 1, Sq, Sk) 0
+    for what is seen and -inf; each None where it hides nothing."""
     seen = _seen(slice(0, lo.shape[1]), slice(0, since.shape[1]), lo, hi, since, until, rows_exact, offset)
-    return ~seen[:, None, None], _empty(seen)
+    if seen.all():
+        return None, None, None
+    hidden = ~seen[:, None]
+    return hidden[:, None], _empty(seen), torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf)
 
 
 def _block_forward(q, k, v, block, written_out, scale, softcap, sinks):
