@@ -10,7 +10,7 @@ import torch  # noqa: E402
 from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 
 import ptxrun  # noqa: E402
-from tests.remembered import Interpreted  # noqa: E402
+from tests.remembered import RememberedFiles  # noqa: E402
 from tfkernels._library import INTERPRET  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,10 +33,10 @@ settings.register_profile(
 settings.load_profile("project")
 if DEVICE == "cuda":
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # convolutions are TF32 unless told
-if INTERPRET and DEVICE == "cpu":
+if DEVICE == "cpu" and not EMULATED:
     def pytest_configure(config):
-        """Remember which files of tests/tfkernels have passed, and do not run them again."""
-        config.pluginmanager.register(Interpreted(), "interpreted")
+        """Remember which files of slow tests have passed, and do not run them again."""
+        config.pluginmanager.register(RememberedFiles(INTERPRET), "remembered")
 
 
 # A shell's background jobs ignore Ctrl-C, those under nohup a closed terminal, and so would what tests start.

@@ -1,10 +1,10 @@
 """Slow tests of what has not changed since they passed are not run again, but for one in sixteen.
 
-They are those that run compiled kernels in the emulator, and under `TRITON_INTERPRET=1` every file of tests/tfkernels
-that looks at nothing else. What they passed with stands in passed.txt as hashes of all that they depend on: the sources
-of the library, of the emulator and of the tests themselves, the versions of Python, torch and Triton, and what Triton
-compiles by. After a whole `make test` on kernels that are to stay, `python -m tests.remembered` writes that file anew,
-of what has passed or was known.
+They are those that compile kernels and run them in the emulator, and under `TRITON_INTERPRET=1` every file of
+tests/tfkernels that looks at nothing else. What they passed with stands in passed.txt as hashes of all that they depend
+on: the sources of the library, of the emulator and of the tests themselves, the versions of Python, torch and Triton,
+and what Triton compiles by. After a whole `make test` on kernels that are to stay, `python -m tests.remembered` writes
+that file anew, of what has passed or was known.
 """
 import functools
 import hashlib
@@ -23,7 +23,10 @@ from triton._C.libtriton import get_cache_invalidating_env_vars
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("tfkernels", "ptxrun", "tests/tfkernels", "tests/compare.py", "tests/conftest.py", "tests/launches.py",
-           "tests/resources.py", "tests/gloo_processes.py", "tests/step_counts.py")
+           "tests/resources.py", "tests/gloo_processes.py", "tests/step_counts.py", "tests/in_flight.py",
+           "tests/schedule.py", "tests/ptxrun", "tests/benchmarks/test_counts.py", "benchmarks/counts.py")
+COMPILING = ("tests/ptxrun/test_mutations.py", "tests/ptxrun/test_plugin.py", "tests/benchmarks/test_counts.py",
+             "tests/tfkernels/test_resources.py")  # whole files, wherever no kernel itself runs
 UNRELATED = ("tests/tfkernels/integrations",)  # which none of these tests looks into
 LOOKS_ELSEWHERE = re.compile(r"^\s*(from|import) (transfusion|tests\.transfusion)\b", re.MULTILINE)
 PASSED = Path(__file__).with_name("passed.txt")
@@ -42,14 +45,14 @@ def unless_known(name: str) -> Iterator[None]:
     note(key, name)
 
 
-class Interpreted:
-    """A plugin of pytest for the files of tests/tfkernels under Triton's interpreter: see above.
+class RememberedFiles:
+    """A plugin of pytest for whole files of tests: see above.
 
     A file has passed when a run that asked for whole files ends well. Of xdist's processes the main one says so.
     """
 
-    def __init__(self):
-        self.ran = set()
+    def __init__(self, interpreted: bool):
+        self.interpreted, self.ran = interpreted, set()
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         skipped = pytest.mark.skip(reason="its file passed with the same sources and versions: tests/passed.txt")
@@ -62,23 +65,23 @@ class Interpreted:
         self.ran.add(report.nodeid.partition("::")[0])
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        config, asked = session.config, session.config.option
-        left_out = asked.keyword or asked.markexpr or asked.deselect or asked.lf or asked.stepwise
+        config = session.config
+        left_out = any(config.getoption(name, None) for name in ("keyword", "markexpr", "deselect", "lf", "stepwise"))
         if exitstatus or left_out or hasattr(config, "workerinput") or any("::" in one for one in config.args):
             return
         for file in self.ran:
             if key := self.key(file):
                 note(key, self.name(file))
 
-    @staticmethod
-    def name(file: str) -> str:
-        return f"interpreted, {file}"
+    def name(self, file: str) -> str:
+        return f"{'interpreted' if self.interpreted else 'compiled'}, {file}"
 
     def key(self, file: str) -> str | None:
         """The hash of what a file of tests passes with; None of one that is not remembered."""
-        if not file.startswith("tests/tfkernels/") or file.startswith(UNRELATED) or looks_elsewhere(file):
-            return None
-        return key_of(self.name(file), sources(), versions())
+        kernels_alone = file.startswith("tests/tfkernels/") and not file.startswith(UNRELATED)
+        if file in COMPILING or self.interpreted and kernels_alone and not looks_elsewhere(file):
+            return key_of(self.name(file), sources(), versions())
+        return None
 
 
 @functools.cache

@@ -70,11 +70,12 @@ def test_what_triton_compiles_by_is_seen(monkeypatch):
 
 
 def test_a_change_of_any_source_is_seen(tmp_path):
-    for source in ("tfkernels/a.py", "tfkernels/b/c.py", "ptxrun/d.py", "tests/tfkernels/e.py", "tests/conftest.py"):
+    for source in ("tfkernels/a.py", "tfkernels/b/c.py", "ptxrun/d.py", "tests/tfkernels/e.py", "tests/ptxrun/f.py"):
         (tmp_path / source).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / source).write_text(source)
     for source in remembered.SOURCES:
         if source.endswith(".py"):
+            (tmp_path / source).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / source).write_text(source)
     found = [remembered.sources(tmp_path)]
     for source in tmp_path.rglob("*.py"):
@@ -83,7 +84,7 @@ def test_a_change_of_any_source_is_seen(tmp_path):
         found.append(remembered.sources(tmp_path))
     (tmp_path / "tfkernels" / "a.py").rename(tmp_path / "tfkernels" / "z.py")
     remembered.sources.cache_clear()
-    assert len({*found, remembered.sources(tmp_path)}) == len(found) + 1 == 12
+    assert len({*found, remembered.sources(tmp_path)}) == len(found) + 1 == len(list(tmp_path.rglob("*.py"))) + 2 == 17
     before = remembered.sources(tmp_path)
     (tmp_path / "tests/tfkernels/integrations").mkdir()
     (tmp_path / "tests/tfkernels/integrations/test_others.py").write_text("new")
@@ -96,50 +97,58 @@ FILE = "tests/tfkernels/test_names.py"
 
 
 @pytest.fixture
-def interpreted(monkeypatch, tmp_path):
+def left_out(monkeypatch, tmp_path):
     """A function that runs a file's tests under the plugin, and returns which it leaves out."""
     monkeypatch.setattr(remembered, "ASKED", tmp_path / "asked")
     monkeypatch.setattr(remembered, "sources", lambda: "sources")
 
     def run(known: list[str], file: str = FILE, exitstatus: int = 0, args: tuple = ("tests/tfkernels",), worker=False,
-            **options) -> list[str]:
-        plugin, left_out = remembered.Interpreted(), []
+            interpreted=True, **options) -> list[str]:
+        plugin, left = remembered.RememberedFiles(interpreted), []
         monkeypatch.setattr(remembered, "known", lambda: {plugin.key(one) for one in known})
         items = [SimpleNamespace(nodeid=f"{file}::test_{i}") for i in range(160)]
         for item in items:
-            item.add_marker = lambda marker, nodeid=item.nodeid: left_out.append(nodeid)
+            item.add_marker = lambda marker, nodeid=item.nodeid: left.append(nodeid)
         plugin.pytest_collection_modifyitems(items)
         for item in items:
             plugin.pytest_runtest_logreport(item)
         asked = {"keyword": "", "markexpr": "", "deselect": None, "lf": False, "stepwise": False, **options}
-        config = SimpleNamespace(option=SimpleNamespace(**asked), args=args, **{"workerinput": {}} if worker else {})
+        config = SimpleNamespace(getoption=asked.get, args=args, **{"workerinput": {}} if worker else {})
         plugin.pytest_sessionfinish(SimpleNamespace(config=config), exitstatus)
-        return left_out
+        return left
     return run
 
 
-def test_interpreted_tests_of_a_file_that_passed_are_left_out_but_for_one_in_sixteen(interpreted):
-    assert interpreted(known=[]) == []
-    left_out = interpreted(known=[FILE])
-    assert 140 <= len(left_out) == len(set(left_out)) < 160 and left_out == interpreted(known=[FILE])
-    assert interpreted(known=["tests/tfkernels/test_grids.py"]) == []
+def test_tests_of_a_file_that_passed_are_left_out_but_for_one_in_sixteen(left_out):
+    assert left_out(known=[]) == []
+    left = left_out(known=[FILE])
+    assert 140 <= len(left) == len(set(left)) < 160 and left == left_out(known=[FILE])
+    assert left_out(known=["tests/tfkernels/test_grids.py"]) == []
 
 
-@pytest.mark.parametrize("file", ["tests/tfkernels/integrations/test_transformers.py", "tests/transfusion/test_cli.py",
-                                  "tests/tfkernels/losses/test_diffusion_loss.py"])
-def test_files_that_look_at_more_than_the_kernels_are_not_remembered(interpreted, file):
-    assert interpreted(known=[], file=file) == [] and remembered.Interpreted().key(file) is None
-    assert not remembered.ASKED.exists()
+@pytest.mark.parametrize("file,interpreted", [
+    ("tests/tfkernels/integrations/test_transformers.py", True), ("tests/transfusion/test_cli.py", True),
+    ("tests/tfkernels/losses/test_diffusion_loss.py", True), (FILE, False)])
+def test_files_that_look_at_more_than_the_kernels_are_not_remembered(left_out, file, interpreted):
+    assert left_out(known=[], file=file, interpreted=interpreted) == []
+    assert remembered.RememberedFiles(interpreted).key(file) is None and not remembered.ASKED.exists()
 
 
-def test_a_file_has_passed_once_all_of_it_has(interpreted):
+def test_files_that_compile_are_remembered_whether_kernels_are_interpreted_or_not(left_out):
+    for file in remembered.COMPILING:
+        assert left_out(known=[file], file=file, interpreted=False) and (remembered.ROOT / file).is_file()
+        keys = {remembered.RememberedFiles(interpreted).key(file) for interpreted in (True, False)}
+        assert len(keys) == 2 and None not in keys
+
+
+def test_a_file_has_passed_once_all_of_it_has(left_out):
     for part in (dict(exitstatus=1), dict(keyword="softcap"), dict(markexpr="slow"), dict(deselect=["x"]),
                  dict(lf=True), dict(stepwise=True), dict(worker=True), dict(args=(f"{FILE}::test_1",))):
-        interpreted(known=[], **part)
+        left_out(known=[], **part)
         assert not remembered.ASKED.exists(), part
-    interpreted(known=[])
+    left_out(known=[])
     names = [file.read_text() for file in remembered.ASKED.iterdir()]
     assert names == [f"interpreted, {FILE}"]
     shutil.rmtree(remembered.ASKED)
-    interpreted(known=[FILE])
+    left_out(known=[FILE])
     assert [file.read_text() for file in remembered.ASKED.iterdir()] == names, "what is known stays known"
