@@ -1,10 +1,10 @@
 """Slow tests of what has not changed since they passed are not run again, but for one in sixteen.
 
-They are those that compile kernels and run them in the emulator, and under `TRITON_INTERPRET=1` every file of
-tests/tfkernels that looks at nothing else. What they passed with stands in passed.txt as hashes of all that they depend
-on: the sources of the library, of the emulator and of the tests themselves, the versions of Python, torch and Triton,
-and what Triton compiles by. After a whole `make test` on kernels that are to stay, `python -m tests.remembered` writes
-that file anew, of what has passed or was known.
+They are those that run compiled kernels in the emulator, some of the emulator's own, and under `TRITON_INTERPRET=1`
+every file of tests/tfkernels that looks at nothing else. What they passed with stands in passed.txt as hashes of all
+that they depend on: the sources of the library, of the emulator and of the tests themselves, the versions of Python,
+numpy, torch and Triton, and what Triton compiles by. After a whole `make test` on kernels that are to stay,
+`python -m tests.remembered` writes that file anew, of what has passed or was known.
 """
 import functools
 import hashlib
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -24,9 +25,8 @@ from triton._C.libtriton import get_cache_invalidating_env_vars
 ROOT = Path(__file__).parents[1]
 SOURCES = ("tfkernels", "ptxrun", "tests/tfkernels", "tests/compare.py", "tests/conftest.py", "tests/launches.py",
            "tests/resources.py", "tests/gloo_processes.py", "tests/step_counts.py", "tests/in_flight.py",
-           "tests/schedule.py", "tests/ptxrun", "tests/benchmarks/test_counts.py", "benchmarks/counts.py")
-COMPILING = ("tests/ptxrun/test_mutations.py", "tests/ptxrun/test_plugin.py", "tests/benchmarks/test_counts.py",
-             "tests/tfkernels/test_resources.py")  # whole files, wherever no kernel itself runs
+           "tests/schedule.py", "tests/ptxrun")
+EMULATOR = ("tests/ptxrun/test_mutations.py", "tests/ptxrun/test_plugin.py")  # whole files of its own tests
 UNRELATED = ("tests/tfkernels/integrations",)  # which none of these tests looks into
 LOOKS_ELSEWHERE = re.compile(r"^\s*(from|import) (transfusion|tests\.transfusion)\b", re.MULTILINE)
 PASSED = Path(__file__).with_name("passed.txt")
@@ -74,12 +74,12 @@ class RememberedFiles:
                 note(key, self.name(file))
 
     def name(self, file: str) -> str:
-        return f"{'interpreted' if self.interpreted else 'compiled'}, {file}"
+        return f"{'interpreted' if self.interpreted else 'emulator'}, {file}"
 
     def key(self, file: str) -> str | None:
         """The hash of what a file of tests passes with; None of one that is not remembered."""
         kernels_alone = file.startswith("tests/tfkernels/") and not file.startswith(UNRELATED)
-        if file in COMPILING or self.interpreted and kernels_alone and not looks_elsewhere(file):
+        if file in EMULATOR or self.interpreted and kernels_alone and not looks_elsewhere(file):
             return key_of(self.name(file), sources(), versions())
         return None
 
@@ -106,8 +106,8 @@ def sources(root: Path = ROOT) -> str:
 
 def versions() -> str:
     """Of what runs the tests, with the environment's settings of Triton."""
-    return (f"Python {platform.python_version()}, torch {torch.__version__}, Triton {triton.__version__}, "
-            f"{sorted(get_cache_invalidating_env_vars().items())}")
+    return (f"Python {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}, "
+            f"Triton {triton.__version__}, {sorted(get_cache_invalidating_env_vars().items())}")
 
 
 @functools.cache

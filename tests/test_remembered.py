@@ -84,7 +84,7 @@ def test_a_change_of_any_source_is_seen(tmp_path):
         found.append(remembered.sources(tmp_path))
     (tmp_path / "tfkernels" / "a.py").rename(tmp_path / "tfkernels" / "z.py")
     remembered.sources.cache_clear()
-    assert len({*found, remembered.sources(tmp_path)}) == len(found) + 1 == len(list(tmp_path.rglob("*.py"))) + 2 == 17
+    assert len({*found, remembered.sources(tmp_path)}) == len(found) + 1 == len(list(tmp_path.rglob("*.py"))) + 2 == 15
     before = remembered.sources(tmp_path)
     (tmp_path / "tests/tfkernels/integrations").mkdir()
     (tmp_path / "tests/tfkernels/integrations/test_others.py").write_text("new")
@@ -134,8 +134,8 @@ def test_files_that_look_at_more_than_the_kernels_are_not_remembered(left_out, f
     assert remembered.RememberedFiles(interpreted).key(file) is None and not remembered.ASKED.exists()
 
 
-def test_files_that_compile_are_remembered_whether_kernels_are_interpreted_or_not(left_out):
-    for file in remembered.COMPILING:
+def test_files_of_the_emulator_are_remembered_whether_kernels_are_interpreted_or_not(left_out):
+    for file in remembered.EMULATOR:
         assert left_out(known=[file], file=file, interpreted=False) and (remembered.ROOT / file).is_file()
         keys = {remembered.RememberedFiles(interpreted).key(file) for interpreted in (True, False)}
         assert len(keys) == 2 and None not in keys
