@@ -21,21 +21,23 @@ class Guard:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        body = bytearray()
+        body, size = bytearray(), 0
         try:
-            self._check_key(scope)
-            if scope["path"] not in UNREAD and not await self._read(receive, body):
-                return None  # the client left
-            given = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+            try:
+                self._check_key(scope)
+                if scope["path"] not in UNREAD and not await self._read(receive, body):
+                    return None  # the client left
+            except ApiError as error:
+                return await error_response(error)(scope, receive, send)
+            given, size = [{"type": "http.request", "body": bytes(body), "more_body": False}], len(body)
+            body.clear()
 
             async def again():
                 return given.pop() if given else await receive()
 
             return await self.app(scope, again, send)
-        except ApiError as error:
-            return await error_response(error)(scope, receive, send)
         finally:
-            self.held -= len(body)
+            self.held -= size or len(body)
 
     def _check_key(self, scope) -> None:
         if self.api_key is None or scope["path"] in UNREAD:
