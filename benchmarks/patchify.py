@@ -7,9 +7,10 @@ a sequence that holds as many rows of text, in stretches of 256. `noise_patchify
 by `embed_patches`, from latents that need no gradient. The bytes that must move are those of the tables in
 `tfkernels.patches`. In training x0 needs no gradient, but a problem without one has no backward: in `patchify` and
 `noise_patchify` x0 gets one, an unpatchify. Contenders are ours, and the same in eager PyTorch and under
-`torch.compile`. Theirs read noise that is ready in memory (Philox's, so that all compute the same): making it is not
-timed, which favours them.
+`torch.compile`: once with noise that is ready in memory (Philox's, so that all compute the same), whose making is not
+timed, which favours them; once with noise that PyTorch draws on the way, as a program of theirs has to.
 """
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -76,8 +77,9 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
     def patches(x: Tensor) -> Tensor:
         return patchify_reference(x, None, None, x.shape[1], PATCH)
 
-    def noised(x: Tensor) -> Tensor:
-        return signal.to(x.dtype)[image][:, None] * patches(x) + noise.to(x.dtype)[image][:, None] * eps[x.dtype]
+    def noised(x: Tensor, drawn: bool = False) -> Tensor:
+        x, scale = patches(x), noise.to(x.dtype)[image][:, None]
+        return signal.to(x.dtype)[image][:, None] * x + scale * (torch.randn_like(x) if drawn else eps[x.dtype])
 
     def embedded(tokens: Tensor, hidden: Tensor, weight: Tensor, condition: Tensor) -> Tensor:
         return hidden.index_copy(0, places, F.linear(tokens.to(hidden.dtype), weight) + condition[image])
@@ -94,15 +96,20 @@ def problem(case: Case, device: str, dtype: torch.dtype) -> Problem:
         tensors = {"hidden": normal(*size), "weight": normal(case.width, case.dim) / case.dim**0.5,
                    "condition": normal(images, case.width)}
     tokens = patches(x0)
+
+    def noised_and_embedded(*given: Tensor, drawn: bool = False) -> Tensor:
+        return embedded(noised(x0.to(given[0].dtype), drawn), *given)
+
     ours, plain = {
         "patchify": (lambda x: patchify(x, PATCH), patches),
         "noise_patchify": (noise_ours, noised),
         "embed_patches": (lambda *given: embed_ours(tokens, *given), lambda *given: embedded(tokens, *given)),
-        "noise_patchify_embed": (lambda *given: embed_ours(noise_ours(x0), *given),
-                                 lambda *given: embedded(noised(x0.to(given[0].dtype)), *given)),
+        "noise_patchify_embed": (lambda *given: embed_ours(noise_ours(x0), *given), noised_and_embedded),
     }[case.op]
+    drawing = partial(plain, drawn=True) if "noise" in case.op else None
     return Problem({name: x.requires_grad_() for name, x in tensors.items()}, {"out": normal(*size)},
-                   moved(case, x0.element_size()), functions(ours, plain, compiled=device == "cuda"))
+                   moved(case, x0.element_size()),
+                   functions(ours, plain, compiled=device == "cuda", drawing=drawing))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -35,4 +35,4 @@ def test_the_quick_grid_is_the_beginning_of_the_whole():
 def test_the_command_writes_a_complete_file(tmp_path):
     assert diffusion_loss.main(["--cpu", "--quick", "--out", str(tmp_path)]) == 0
     rows = rows_of(tmp_path, "diffusion_loss")
-    assert len(rows) == 9 and all(row["checked"] and row["gb_per_s"]["forward"] > 0 for row in rows)
+    assert len(rows) == 12 and all(row["checked"] and row["gb_per_s"]["forward"] > 0 for row in rows)

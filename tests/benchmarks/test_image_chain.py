@@ -26,5 +26,5 @@ def test_the_quick_grid_is_the_beginning_and_the_command_writes_a_complete_file(
     assert cases(False)[:len(cases(True))] == cases(True)
     assert image_chain.main(["--cpu", "--quick", "--out", str(tmp_path)]) == 0
     rows = rows_of(tmp_path, "image_chain")
-    assert len(rows) == 3 and all(row["checked"] for row in rows)
+    assert len(rows) == 4 and all(row["checked"] for row in rows)
     assert rows[1]["saved_bytes"] < 0.6 * rows[2]["saved_bytes"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import patchify
-from benchmarks.bandwidth import contenders
+from benchmarks.bandwidth import EAGER, OWN_NOISE, contenders
 from benchmarks.patchify import OPS, Case, cases, moved, problem
 from tests.benchmarks.documentation import bytes_moved
 from tests.benchmarks.measuring import measured_once, rows_of
@@ -51,4 +51,19 @@ def test_the_quick_grid_is_the_beginning_of_the_whole():
 def test_the_command_writes_a_complete_file(tmp_path):
     assert patchify.main(["--cpu", "--quick", "--out", str(tmp_path)]) == 0
     rows = rows_of(tmp_path, "patchify")
-    assert len(rows) == 12 and all(row["checked"] and row["gb_per_s"]["forward"] > 0 for row in rows)
+    assert len(rows) == 14 and all(row["checked"] and row["gb_per_s"]["forward"] > 0 for row in rows)
+
+
+def test_pytorch_draws_noise_anew_where_it_is_not_given():
+    chosen = problem(Case("noise_patchify", 512, 16), "cpu", torch.float32)
+    (x0,) = chosen.tensors.values()
+    ready, drawn = (chosen.functions[name] for name in (EAGER, OWN_NOISE[0]))
+    assert torch.equal(ready(x0), ready(x0)) and not torch.equal(drawn(x0), drawn(x0))
+    assert abs(drawn(x0).std() / ready(x0).std() - 1) < 0.1
+
+
+def test_results_that_are_not_finite_fail_beside_another_noise():
+    chosen = problem(Case("noise_patchify", 512, 16), "cpu", torch.float32)
+    chosen.functions[OWN_NOISE[0]] = lambda x0: chosen.functions[EAGER](x0) / 0
+    last = measured_once(contenders(chosen))[-1]
+    assert last.name == OWN_NOISE[0] and last.error and not last.checked
