@@ -10,7 +10,7 @@ from tests.transfusion.generate.test_decoding import spelled, words_or_bytes
 from tests.transfusion.generate.test_generation import same
 from transfusion import Image, Text, Transfusion, TransfusionConfig
 from transfusion.generate.decoding import CUT
-from transfusion.generate.row import DONE, Row
+from transfusion.generate.row import DONE, RANKED, Row, likely
 from transfusion.generate.sampling import LONGEST_STOP, Sampling
 from transfusion.sequence import encode
 
@@ -65,6 +65,48 @@ def test_top_p_and_min_p_leave_the_tokens_that_their_papers_say(model):
     assert drawn(top_p=0.6) == drawn(top_p=0.79) == {a, b}   # the smallest set that holds as much
     assert drawn(top_p=0.49) == {a} and drawn(top_p=0.81) == {a, b, c}
     assert drawn(min_p=0.2) == {a, b, c} and drawn(min_p=0.4) == {a, b}   # times 0.5, the likeliest's
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1, 1.0, 8.0])
+@pytest.mark.parametrize(("top_p", "min_p"), [(0.0, 0.0), (0.3, 0.0), (0.9, 0.0), (1.0, 0.5), (0.999, 1e-4)])
+def test_the_likely_tokens_are_those_of_all_that_are_sorted(spread, top_p, min_p):
+    size = 40 * RANKED
+    chances = (torch.randn(size, generator=torch.Generator().manual_seed(1)) * spread).softmax(-1)
+    found, tokens = likely(chances, top_p, min_p)
+    dense = torch.zeros(size).index_put_((tokens,), found)
+    ranked, order = chances.double().sort(descending=True)
+    within = (ranked.cumsum(0) - ranked < top_p) & (ranked >= min_p * ranked[0])
+    within[0] = True
+    assert abs(int((dense > 0).sum()) - int(within.sum())) <= 1e-4 * size    # sums are rounded
+    few = min(int((dense > 0).sum()), int(within.sum()))
+    assert torch.equal(dense[order[:few]], chances[order[:few]]) or spread == 0  # equal chances have no order
+    assert torch.equal(dense[dense > 0], chances[dense > 0])
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely_and_impossible_ones_never(model):
+    chances = torch.rand(len(model.tokenizer), generator=torch.Generator().manual_seed(2))
+    chances[[0, 7, len(chances) - 1]] = 0
+    chances[[model.config.boi_token_id, model.config.eoi_token_id]] = 0
+    row, draws = Row(model, [Text("a")], Sampling(temperature=2.0, max_images=0), (1, 1), 0), 20_000
+    counts = torch.zeros(len(chances))
+    for _ in range(draws):
+        counts[row.choose(2 * chances.log())] += 1
+    expected = draws * chances / chances.sum()
+    possible = chances > 0
+    assert counts[~possible].sum() == 0
+    error = ((counts - expected)[possible].square() / expected[possible]).sum()           # chi^2
+    freedom = int(possible.sum()) - 1
+    assert abs(error - freedom) < 5 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.5}, {"min_p": 0.1}])
+def test_logits_that_are_not_finite_are_refused(model, bad, options):
+    row = Row(model, [Text("a")], Sampling(temperature=1.0, **options), (1, 1), 0)
+    scores = torch.zeros(len(model.tokenizer))
+    scores[3] = bad
+    with pytest.raises(ValueError, match="not finite|is nan"):
+        row.choose(scores)
 
 
 def learned_positions():
