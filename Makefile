@@ -2,8 +2,8 @@
 # make serve  the demo's model over HTTP, with OpenAI's interface, on this machine's port 8000
 # make test   lint and test
 # make bench  what a CPU can time, ours beside its peers: one table and one plot, in ten minutes
-# make emulate  the kernels' compiled code, without a GPU: every dtype, launch-table row, kind of mask and Triton (an
-#             hour or more of one core; stop it as you like, it goes on where it was)
+# make emulate  the kernels' compiled code, without a GPU: every dtype, launch-table row, kind of mask and Triton (five
+#             or six hours of one core; stop it as you like, it goes on where it was)
 # make gpu    tests and benchmarks on a CUDA machine
 PYTHON ?= python3
 BIN := .venv/bin

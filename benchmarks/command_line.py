@@ -48,9 +48,7 @@ def run_command(
     own = {parser.add_argument(f"--{option}", **given).dest for option, given in (options or {}).items()}
     given = parser.parse_args(arguments)
     device = "cpu" if given.cpu else "cuda"
-    if device == "cuda" and not torch.cuda.is_available():
-        advice = "pass --cpu for what can be measured without one" if cpu_cases else "run it on a machine with one"
-        print(f"benchmarks.{name}: no CUDA device; {advice}")
+    if device == "cuda" and lacks_device(name, cpu_cases is not None):
         return 1
     if device == "cpu":
         torch.set_num_threads(1)  # on a shared machine a second thread measures how long the other waits for a core
@@ -67,6 +65,15 @@ def run_command(
     if device == "cuda":
         finish(report, given.out)
     return status or int(any(row.get("error") for row in report.rows if row["contender"].startswith("tfkernels")))
+
+
+def lacks_device(name: str, cpu: bool) -> bool:
+    """Whether there is no CUDA device, which is said; `cpu` says whether there is anything without one."""
+    if torch.cuda.is_available():
+        return False
+    advice = "pass --cpu for what can be measured without one" if cpu else "run it on a machine with one"
+    print(f"benchmarks.{name}: no CUDA device; {advice}")
+    return True
 
 
 def short_commit(report: Report) -> str:
@@ -86,13 +93,16 @@ def make_parser(description: str, quick: str, cpu: bool = True) -> argparse.Argu
     return parser
 
 
-def common_parser(description: str, quick: str, seconds: float = math.inf,
-                  out: Path | None = None) -> argparse.ArgumentParser:
-    """The options that a benchmark and the run of them all share; without `out` the folder must be given."""
+def common_parser(description: str, quick: str, seconds: float | None = math.inf, out: Path | None = None,
+                  timed: str = "after so many from the command's start, nothing new begins") -> argparse.ArgumentParser:
+    """The options that a benchmark and the run of them all share; without `out` the folder must be given.
+
+    `timed` says what `--seconds` does; there is none where `seconds` is None.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, default=out, required=out is None, help="folder of the results")
     parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--seconds", type=float, default=seconds,
-                        help="after so many from the command's start, nothing new begins")
+    if seconds is not None:
+        parser.add_argument("--seconds", type=float, default=seconds, help=timed)
     parser.add_argument("--commit", help="the commit being measured, where there is no git")
     return parser

@@ -245,7 +245,7 @@ def run(report: Report, folder: Path, options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run all stages, print a line for each, and write them."""
-    parser = common_parser(__doc__.splitlines()[0], "a few hundred rows, for the test")
+    parser = common_parser(__doc__.splitlines()[0], "a few hundred rows, for the test", seconds=None)
     for name, default, words in (
             ("rows", 665_000, "rows of the json"), ("members", 100_000, "members of the tar"),
             ("samples", 1_000_000, "documents that are planned"), ("counted", 4000, "records whose tokens are counted"),
@@ -253,6 +253,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=int, default=default, help=words)
     parser.add_argument("--step", type=float, default=0.5, help="seconds of a step that the loader reads ahead of")
     options = parser.parse_args(arguments)
+    for name in ("rows", "members", "samples", "counted", "reads", "steps"):
+        if getattr(options, name) < 2:
+            parser.error(f"--{name} is {getattr(options, name)}; 2 or more fits")
     if options.quick:
         options.rows, options.members, options.samples, options.counted = 300, 200, 3000, 100
         options.reads, options.steps, options.step = 50, 3, 0.05

@@ -4,14 +4,15 @@
 
 or in three commands, one behind the other, into the same DIR (docs/gpu.md):
 
-    python -m benchmarks.gpu --out DIR --seconds 570 --part tests        attention's first
-    python -m benchmarks.gpu --out DIR --seconds 570 --part kernels
-    python -m benchmarks.gpu --out DIR --seconds 570 --part models
+    python -m benchmarks.gpu --out DIR --seconds 440 --part tests        attention's first
+    python -m benchmarks.gpu --out DIR --seconds 580 --part kernels
+    python -m benchmarks.gpu --out DIR --seconds 580 --part models
 
 Each step runs in its own process and gets its share of what is left; one that is cut is recorded as cut. DIR/gpu.json
 holds all results and is written anew every few seconds, so that a kill at any moment leaves what was measured; beside
 it lie DIR/tests.jsonl, a line for each test as it ends, and what the steps printed: DIR/tests.log and
-DIR/benchmarks.log. A further call for the same commit adds to them, and runs no test again that has passed. The exit
+DIR/benchmarks.log. A further call for the same commit adds to them, and runs no test again that has passed, unless
+there are changes in no commit. The exit
 status is 0 where every test and every step passed; what was left out says why.
 """
 

@@ -70,11 +70,12 @@ def run_step(
                 cut = process.poll() is None and time.monotonic() - begin >= seconds
                 look()
         finally:  # also where this program is told to end
-            for pid in descendants(process.pid):  # torchrun's processes lead groups of their own
+            below = descendants(process.pid)  # torchrun's processes lead groups of their own
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # first: whose children end first may still end with 0
+            for pid in below:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
             status = process.wait()
     text = log.read_bytes()[begun_at:].decode(errors="replace")
     return {

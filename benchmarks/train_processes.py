@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from benchmarks.command_line import common_parser, short_commit
+from benchmarks.command_line import common_parser, lacks_device, short_commit
 from benchmarks.environment import environment
 from benchmarks.harness import Result, quantiles
 from benchmarks.model_peers import randomize, training_sequence
@@ -173,17 +173,34 @@ def line(case: Case, layout: str, size: int, result: Result, numbers: dict) -> s
             + ", ".join(f"{name} {x / 2**20:,.1f} MiB" for name, x in named if x))
 
 
+def earlier_rows(path: Path, report: Report) -> list[dict]:
+    """The rows of `path`, of another number of processes and the same commit.
+
+    Raises:
+        SystemExit: they are of another commit.
+    """
+    earlier = Report.load(path) if path.exists() else report
+    commits = [one.environment["commit"] for one in (earlier, report)]
+    if commits[0] != commits[1]:
+        raise SystemExit(f"benchmarks.{NAME}: {path} holds rows of commit {commits[0]}, and this is {commits[1]}; "
+                         "another --out fits")
+    return earlier.rows
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid in every layout."""
-    parser = common_parser(__doc__.splitlines()[0], "the first cases only", seconds=4.0)
+    parser = common_parser(__doc__.splitlines()[0], "the first cases only", seconds=4.0,
+                           timed="of each layout of each case")
     parser.add_argument("--cpu", action="store_true", help="small cases on the CPU, with one thread a process")
     given, size = parser.parse_args(arguments), started()
     device = "cpu" if given.cpu else "cuda"
+    if device == "cuda" and lacks_device(NAME, cpu=True):
+        return 1
     if device == "cpu":
         torch.set_num_threads(1)
     report = Report(NAME, {"timing": "wall time of the slowest process"}, environment(device, given.commit))
     path = Path(given.out) / (f"{NAME}.json" if device == "cuda" else f"{NAME}-cpu-{short_commit(report)}.json")
-    report.rows = Report.load(path).rows if path.exists() else []
+    report.rows = earlier_rows(path, report)
     for case in cases(given.quick, device):
         for layout, settings in layouts(size).items():
             with start_processes(NAME, settings, device) as processes:

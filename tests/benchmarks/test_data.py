@@ -24,6 +24,13 @@ def test_the_command_runs_every_stage_and_writes_its_numbers(tmp_path, capsys):
     assert all(stage in printed for stage in rows)
 
 
+@pytest.mark.parametrize("given", [["--members", "1"], ["--rows", "0"], ["--seconds", "1"]])
+def test_sizes_that_leave_nothing_to_measure_and_a_limit_that_nothing_keeps_are_refused(tmp_path, capsys, given):
+    with pytest.raises(SystemExit):
+        data.main(["--out", str(tmp_path), *given])
+    assert given[0] in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_an_index_with_another_number_of_records_is_refused(tmp_path):
     path = data.write_llava(tmp_path / "chat", 20)
     data.opened(LLaVASettings(path), 20)

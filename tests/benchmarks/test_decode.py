@@ -44,7 +44,7 @@ def test_the_quick_grid_is_the_beginning_of_the_whole():
 def test_the_command_writes_a_complete_file(tmp_path, capsys):
     assert decode.main(["--cpu", "--quick", "--out", str(tmp_path)]) == 0
     rows = rows_of(tmp_path, "decode")
-    assert len(rows) == 9 and all(row["checked"] and row["gb_per_s"] > 0 for row in rows)
+    assert len(rows) == 3 and all(row["checked"] and row["gb_per_s"] > 0 for row in rows)
     assert "tfkernels, paged" in capsys.readouterr().out
 
 
