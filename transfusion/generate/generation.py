@@ -161,6 +161,23 @@ def _consume(generation: "_Generation", on_event) -> list[list[Part]]:
     return [row.parts for row in generation.rows]
 
 
+def check_graph(model) -> None:
+    """Refuse `cuda_graph` for a model that no graph can hold.
+
+    Raises:
+        ValueError: it is on no CUDA device, or its decoder waits for the device to choose its rotary frequencies.
+    """
+    for part in model.backbone.decoder.modules():
+        kinds = getattr(part, "rope_type", "")
+        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+            if "dynamic" in kind or kind == "longrope":
+                raise ValueError(f"generate: cuda_graph is True and the decoder's rope_type is {kind!r}, whose "
+                                 "frequencies are chosen anew in each call; False fits")
+    if model.device.type != "cuda":
+        raise ValueError(f"generate: cuda_graph is True and the model is on {str(model.device)!r}; "
+                         "a model on a CUDA device fits")
+
+
 class _Generation:
     """A batch of prompts on its way; each row writes, draws or is done, and waits for the others that draw."""
 
@@ -168,9 +185,8 @@ class _Generation:
                  seeds: list[int] | None = None):
         self.model, self.config, self.options, self.force_image = model, model.config, options, force_image
         self.grid, self.guidance = check_options(model, options), guidance_of(options)
-        if options.cuda_graph and model.device.type != "cuda":
-            raise ValueError(f"generate: cuda_graph is True and the model is on {str(model.device)!r}; "
-                             "a model on a CUDA device fits")
+        if options.cuda_graph:
+            check_graph(model)
         first = int(options.seed)  # NumPy's integers would wrap
         seeds = range(first, first + len(prompts)) if seeds is None else seeds
         self.rows = [Row(model, prompt, options, self.grid, seed) for prompt, seed in zip(prompts, seeds, strict=True)]

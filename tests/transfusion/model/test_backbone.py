@@ -11,7 +11,7 @@ from tests.transfusion.conftest import tiny_model
 from tests.transfusion.plain import add_noise, noise_of, plain_output
 from tfkernels import TransfusionMask
 from transfusion import Image, Text, Transfusion, TransfusionConfig
-from transfusion.generate.generation import Sampling, _Generation
+from transfusion.generate.generation import Sampling, _Generation, check_graph
 from transfusion.generate.kv_cache import Canvas
 from transfusion.model.backbone import FULL, SLIDING, windowed
 from transfusion.model.config import BACKBONES, IMAGE_LAYERS
@@ -326,6 +326,22 @@ def test_text_turns_in_two_dimensions_as_in_one_whatever_was_asked_before(rope):
         found.append(backbone.rotation(x, positions[..., None].expand(-1, -1, 2)))
         assert all(map(torch.equal, found[-1], expected))
     assert torch.equal(found[0][0][:, :8], found[1][0]) == (rope == "yarn")  # the others' frequencies follow the length
+
+
+@pytest.mark.parametrize("backbone", ["decoder", "adaln"])
+@pytest.mark.parametrize("rope", ["default", *ROPES])
+def test_no_cuda_graph_is_made_of_a_decoder_that_waits_to_choose_its_frequencies(rope, backbone):
+    rope_parameters = dict(rope_type=rope, rope_theta=1e4, **ROPES.get(rope, {}))
+    model = family_model("llama", backbone, max_position_embeddings=16, rope_parameters=rope_parameters).eval()
+    rotary, x = model.backbone.decoder.get_decoder().rotary_emb, torch.zeros(1, 20, 32)
+    positions = torch.arange(20)[None]
+    rotary(x, position_ids=positions)
+    with Costs() as costs:
+        rotary(x, position_ids=positions)
+    is_chosen = rope in ("dynamic", "longrope")  # the latter waits until transformers 5.17
+    assert is_chosen or not costs.waits
+    with pytest.raises(ValueError, match=f"'{rope}', whose .* False fits" if is_chosen else "a model on a CUDA device"):
+        check_graph(model)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
