@@ -1,5 +1,7 @@
 """The CPU suite: what it compares, its page and its plot."""
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -46,3 +48,12 @@ def test_every_benchmark_of_the_suite_has_a_cpu_run():
         with pytest.raises(SystemExit) as ended:
             module.main(["--cpu", "--help"])
         assert ended.value.code == 0
+
+
+def test_the_readme_says_what_the_page_that_it_links_measured():
+    root = Path(cpu.__file__).parents[1]
+    said = re.search(r"are ([\d.]+) to ([\d.]+) times as fast as SDPA .*?\]\((.*?)\)",
+                     " ".join((root / "README.md").read_text().split()))
+    rows = [row.split("|") for row in (root / said[3]).read_text().splitlines() if row.startswith("| attention")]
+    found = [float(row[-2]) for row in rows if "SDPA, dense mask" in row[4]]
+    assert [f"{min(found):.1f}", f"{max(found):.0f}"] == [said[1], said[2]] and len(found) == 3
