@@ -140,11 +140,11 @@ def _prepare(command: str, settings: DrawSettings, writes: bool) -> list[Entry]:
              "pictures": len(pictures), "samples": samples, "prompts": hashlib.sha256(lines.encode()).hexdigest(),
              "sampling": json.loads(json.dumps(_drawing(settings.sampling)))}
     path = settings.out / ABOUT
-    held = read_json(path, "take another --out") if path.is_file() else about
-    for name in about:
-        if name != "model" and held.get(name) != about[name]:
+    held = _compared(read_json(path, "take another --out") if path.is_file() else about)
+    for name, value in _compared(about).items():
+        if held.get(name) != value:
             raise ValueError(f"{command}: out is {str(settings.out)!r}, whose pictures were drawn with {name} "
-                             f"{held.get(name)!r}, and now it is {about[name]!r}; another --out fits")
+                             f"{held.get(name)!r}, and now it is {value!r}; another --out fits")
     for folder in sorted({(settings.out / PICTURES / entry.file).parent for entry in pictures}):
         folder.mkdir(parents=True, exist_ok=True)
     if writes:
@@ -153,6 +153,14 @@ def _prepare(command: str, settings: DrawSettings, writes: bool) -> list[Entry]:
         for number, row in enumerate(prompts.rows if prompts.is_geneval else ()):
             write_text(settings.out / PICTURES / f"{number:05}" / "metadata.jsonl", json.dumps(row) + "\n")
     return pictures
+
+
+def _compared(about: dict) -> dict:
+    """What has to be equal for a drawing to go on, the likeliest reason first: other seeds make other lines, too."""
+    sampling = about.get("sampling")
+    first, last = ({name: about.get(name) for name in names}
+                   for names in (("weights_hash", "rule", "samples"), ("pictures", "prompts")))
+    return first | (sampling if isinstance(sampling, dict) else {}) | last
 
 
 def _drawing(sampling: Sampling) -> dict:

@@ -1,9 +1,9 @@
 """Accuracy on questions of one's own whose answers are known: `transfusion eval questions --model DIR --data FILE`.
 
 The file is what training reads, rows in LLaVA's format (`transfusion.data.sources.llava`). Each question is asked
-alone, behind the pictures of its conversation, or before them if its first question stands there. An answer is right if
-it equals the known one but for case, white space and a full stop. A row may name the kinds of its questions, `"kinds":
-["count", "place"]`; accuracy is told for each.
+alone, behind the pictures of its conversation, or before them if its first question stands there and the chat keeps
+pictures in their places. An answer is right if it equals the known one but for case, white space and a full stop. A row
+may name the kinds of its questions, `"kinds": ["count", "place"]`; accuracy is told for each.
 
 Two that do not look stand beside the model: the answer that is the most frequent of its kind (in `train`, where that is
 named), and with --blind the model itself without the pictures.
@@ -50,7 +50,8 @@ from transfusion.settings import Count, check
 SHOWN = 12  # questions answered right on the sheet, and as many answered wrong
 LONGEST = 32  # tokens of an answer, where the settings do not say it
 LEFT = "a picture cannot be read, or the question fills the model's positions"
-PROMPTS = "each question alone, with the pictures of its conversation, on the side of them where its first one is"
+PROMPTS = "each question alone, with the pictures of its conversation, "
+SIDES = {"keep": "on the side of them where its first one is", "front": "behind them"}  # by the chat's image_position
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ def evaluate_questions(settings: QuestionsSettings) -> dict[str, dict[str, float
         answers["majority"] = majority(known, train or known)
         scores = accuracies(known, answers)
         note = f"{left:,} of {left + len(known):,} questions left out: {LEFT}" if left else ""
-        about = {"weights_hash": hashed, "seconds": time.monotonic() - begun, **asker.asking.about(PROMPTS)}
+        about = {"weights_hash": hashed, "seconds": time.monotonic() - begun,
+                 **asker.asking.about(PROMPTS + SIDES[asker.asking.chat.image_position])}
         _write(settings, known, answers, scores, note, about)
     return scores
 

@@ -143,10 +143,10 @@ def test_what_is_missing_after_a_kill_is_drawn_and_nothing_twice(made, monkeypat
 
 
 def test_pictures_of_other_settings_are_refused_by_the_name_of_the_setting(made, tmp_path):
-    with pytest.raises(SystemExit, match="whose pictures were drawn with sampling"):
-        command(made, "drawn", "--steps", "3")
-    with pytest.raises(SystemExit, match="whose pictures were drawn with rule"):
-        command(made, "drawn", "--count", "3")
+    for options, said in ((("--steps", "3"), "steps 2, and now it is 3"), (("--seed", "1"), "seed 5, and now it is 1"),
+                          (("--samples", "2"), "samples 1, and now it is 2"), (("--count", "3"), "rule")):
+        with pytest.raises(SystemExit, match=f"whose pictures were drawn with {said}"):
+            command(made, "drawn", *options)
 
 
 def test_a_line_may_set_the_options_of_its_picture_and_pictures_of_the_same_options_run_as_one_batch(

@@ -171,6 +171,7 @@ def test_pictures_are_shown_as_large_as_the_model_draws_and_the_results_say_how(
     assert (asker.asking.pictures.side, asker.asking.pictures.mode) == (8, "pad")
     assert {(result.resize, result.prompts.split("; ")[1]) for result in read_results(folder / "out").values()} == {
         ("pad, side 8", "template vicuna_v1")}
+    assert all("its conversation, behind them;" in result.prompts for result in read_results(folder / "out").values())
     run(folder, monkeypatch, "--side", "16", "--mode", "crop", "--template", "plain")
     assert {(result.resize, result.prompts.split("; ")[1]) for result in read_results(folder / "out").values()} == {
         ("crop, side 16", "template plain")}
