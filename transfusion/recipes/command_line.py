@@ -8,6 +8,7 @@
 import dataclasses
 import inspect
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -163,7 +164,8 @@ def take_data_set(args: list[str] | None, data_sets: Mapping[str, type] = DATA_S
         SystemExit: a data set that does not exist, or more than one.
     """
     args = _spell_out(sys.argv[1:] if args is None else list(args), "mixture" in data_sets)
-    names = [arg.removeprefix(WORD) for arg in args if arg.startswith(WORD)]
+    words = [arg for arg in args if re.fullmatch(rf"{WORD}[\w-]*", arg)]  # a prompt may begin alike
+    names = [word.removeprefix(WORD) for word in words]
     if len(names) > 1:
         raise SystemExit(f"error: {' and '.join(WORD + name for name in names)} name several data sets; one fits")
     for name in names:
@@ -171,15 +173,17 @@ def take_data_set(args: list[str] | None, data_sets: Mapping[str, type] = DATA_S
             known = [WORD + other for other in data_sets]
             raise SystemExit(f"error: {WORD}{name} names no data set; {', '.join(known)} "
                              f"fit{nearest(WORD + name, known)}")
-    rest = [arg for arg in args if not arg.startswith(WORD)]
-    return data_sets[names[0]] if names else None, rest
+    return data_sets[names[0]] if names else None, [arg for arg in args if arg not in words]
 
 
 def _preset_first(args: list[str]) -> list[str]:
     """Arguments that begin with a mixture's file, with their preset before it: the one that they name, or `own`."""
     if not args or is_llava(args) or not args[0].startswith(("--data", f"{WORD}mixture")):
         return args
-    at = next((i for i, arg in enumerate(args) if arg in PRESETS), None)
+    switches = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(trainer.TrainConfig)
+                if field.type is bool}
+    at = next((i for i, arg in enumerate(args) if arg in PRESETS and  # and is no flag's value
+               (not args[i - 1].startswith("--") or "=" in args[i - 1] or args[i - 1] in switches)), None)
     return ["own", *args] if at is None else [args[at], *args[:at], *args[at + 1:]]
 
 

@@ -107,7 +107,7 @@ OTHERS = {
 
 
 OURS = ("resume", "auto-resume", "device", "recompute", "stop-after", "max-hours", "save-every", "keep-last",
-        "keep-every", "allow-changed", "compile")
+        "keep-every", "allow-changed", "compile", "log")
 """flags of `transfusion train` without a dot that may stand among LLaVA's"""
 PATCH, SIDE = 16, 256
 """pixels of a patch, and of a picture, of a model that is made of a language model: 256 tokens a picture"""

@@ -81,6 +81,17 @@ def test_a_mixture_alone_trains_the_preset_own(monkeypatch):
     assert run[-1] == dataclasses.replace(own(), data=DigitsSettings())
 
 
+def test_a_flags_value_is_neither_a_preset_nor_a_data_set(monkeypatch):
+    run = []
+    monkeypatch.setattr("transfusion.train.transfusion.train", run.append)
+    train_main(["--data", "mix.yaml", "--out", "emoji", "--samples.prompts", "digits", "data: a chart", "--autocast"])
+    config = run[0]
+    assert (config.out, config.data.file, config.model) == (Path("emoji"), Path("mix.yaml"), own().model)
+    assert list(config.samples.prompts) == ["digits", "data: a chart"] and config.autocast
+    train_main(["--data", "mix.yaml", "--autocast", "digits"])
+    assert run[1].model == digits().model and run[1].autocast
+
+
 def test_an_autoencoder_trains_on_a_folder():
     config = read("small", "data:folder", "--data.folder", "pictures", "--data.size", "64", presets=AUTOENCODER_PRESETS)
     assert config.data == PictureFolderSettings(folder=Path("pictures"), size=64)

@@ -170,7 +170,7 @@ def test_what_is_missing_is_told_before_anything_is_written(here, monkeypatch, d
 
 
 def test_flags_of_the_trainer_keep_as_many_values_as_they_have():
-    ours = "--parallel.offload --samples.prompts a b --resume --allow-changed --optim.steps=5"
+    ours = "--parallel.offload --samples.prompts a b --resume --allow-changed --log wandb tensorboard --optim.steps=5"
     flags = read_flags(shlex.split(f"--data_path a.json {ours} --learning_rate 1e-3"))
     assert flags.ours == tuple(shlex.split(ours.replace("=", " "))) and flags.trainer["optim.lr"] == 1e-3
 
