@@ -168,8 +168,8 @@ def check_graph(model) -> None:
         ValueError: it is on no CUDA device, or its decoder waits for the device to choose its rotary frequencies.
     """
     for part in model.backbone.decoder.modules():
-        kinds = getattr(part, "rope_type", "")
-        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+        kinds = getattr(part, "rope_type", None)
+        for kind in map(str, kinds.values() if isinstance(kinds, dict) else [kinds]):
             if "dynamic" in kind or kind == "longrope":
                 raise ValueError(f"generate: cuda_graph is True and the decoder's rope_type is {kind!r}, whose "
                                  "frequencies are chosen anew in each call; False fits")
