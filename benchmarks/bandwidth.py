@@ -3,8 +3,8 @@
 A benchmark names its cases and, for each, a `Problem`: tensors that get gradients, the gradients that arrive, the
 bytes that must move, and the functions that compete. Before it is timed, every contender passes the tests' accuracy
 rule against float64, in its outputs and in every gradient; of PyTorch with noise of its own, whose numbers are others,
-that all is finite is asked alone. Beside milliseconds at three quantiles a row holds the
-peak memory and the bytes that autograd keeps from forward to backward, without the inputs.
+that all is finite is asked alone. Beside milliseconds at three quantiles a row holds the peak memory and the bytes that
+autograd keeps from forward to backward, without the inputs.
 """
 from collections.abc import Callable, Iterable
 from typing import NamedTuple

@@ -158,9 +158,9 @@ def _prepare(command: str, settings: DrawSettings, writes: bool) -> list[Entry]:
 def _compared(about: dict) -> dict:
     """What has to be equal for a drawing to go on, the likeliest reason first: other seeds make other lines, too."""
     sampling = about.get("sampling")
-    first, last = ({name: about.get(name) for name in names}
-                   for names in (("weights_hash", "rule", "samples"), ("pictures", "prompts")))
-    return first | (sampling if isinstance(sampling, dict) else {}) | last
+    options = sampling if isinstance(sampling, dict) else {}  # the file may hold anything
+    return {"weights_hash": about.get("weights_hash"), "rule": about.get("rule"), "samples": about.get("samples"),
+            **options, "pictures": about.get("pictures"), "prompts": about.get("prompts")}
 
 
 def _drawing(sampling: Sampling) -> dict:

@@ -182,8 +182,11 @@ def _preset_first(args: list[str]) -> list[str]:
         return args
     switches = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(trainer.TrainConfig)
                 if field.type is bool}
-    at = next((i for i, arg in enumerate(args) if arg in PRESETS and  # and is no flag's value
-               (not args[i - 1].startswith("--") or "=" in args[i - 1] or args[i - 1] in switches)), None)
+
+    def takes_a_value(arg: str) -> bool:
+        return arg.startswith("--") and "=" not in arg and arg not in switches
+
+    at = next((i for i, arg in enumerate(args) if arg in PRESETS and not takes_a_value(args[i - 1])), None)
     return ["own", *args] if at is None else [args[at], *args[:at], *args[at + 1:]]
 
 
